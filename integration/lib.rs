@@ -1,0 +1,1 @@
+//! Strata as real processes.

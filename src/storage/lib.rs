@@ -1,0 +1,126 @@
+//! Host I/O: image files, their locks, and one submission queue a thread.
+//!
+//! This crate owns every system call on an image file and every buffer while the kernel may touch it. It knows
+//! nothing of qcow2, of plans or of requests. [`Storage`] is the set of open files, shared by all threads;
+//! [`IoQueue`] is one thread's way to them. Two kinds exist: the host's ([`host`]) and, for tests, a simulated one.
+
+pub mod buffer;
+pub mod error;
+pub mod host;
+pub mod operation;
+
+pub use buffer::AlignedBuf;
+pub use error::StorageError;
+pub use operation::{Completion, Errno, GuestSlice, Kind, Operation, Part, Parts, Token};
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use vmm_sys_util::eventfd::EventFd;
+
+/// Names an open file within its [`Storage`]. Ids count up from 0 in the order of opening and are never reused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FileId(pub u16);
+
+/// How to open an image file.
+#[derive(Clone, Debug)]
+pub struct OpenOptions {
+    /// Open for reading and writing, under an exclusive image lock; else read-only under a shared one.
+    pub writable: bool,
+    /// Bypass the host's page cache (O_DIRECT) where the file system can; where it cannot, open buffered and warn.
+    pub direct: bool,
+    /// How long to wait for an image lock that another process holds. I/O of a killed daemon can outlive it by
+    /// some 165 ms, so a restart must not give up at once.
+    pub lock_timeout: Duration,
+}
+
+/// What an open file is.
+#[derive(Clone, Debug)]
+pub struct FileInfo {
+    /// The path as it was given to [`Storage::open`].
+    pub path: PathBuf,
+    /// Length in bytes at the time of opening.
+    pub length: u64,
+    /// File offsets and lengths of every operation must be multiples of this (a power of two, 1 if unrestricted).
+    pub offset_alignment: u32,
+    /// Addresses and lengths of every memory part must be multiples of this (a power of two, 1 if unrestricted).
+    pub memory_alignment: u32,
+    /// True if it is a block device: it cannot grow and past its end nothing reads as zero.
+    pub block_device: bool,
+    /// (device, inode), or (0, device number) for a block device: the file's identity, whatever its name.
+    pub identity: (u64, u64),
+    /// True if opened for writing.
+    pub writable: bool,
+}
+
+/// The open image files, shared by every thread.
+pub trait Storage: Send + Sync + 'static {
+    /// One thread's submission queue.
+    type Queue: IoQueue;
+
+    /// Opens and locks a file. Nothing is read from it before the lock is held.
+    ///
+    /// # Errors
+    /// Says which path and which step (open, lock, stat) failed and why.
+    fn open(&self, path: &Path, options: &OpenOptions) -> Result<(FileId, FileInfo), StorageError>;
+
+    /// Makes a queue for the calling thread that can hold `depth` operations in flight; more are queued in order.
+    ///
+    /// # Errors
+    /// When the host refuses io_uring, by a named error that says so.
+    fn queue(&self, depth: u32) -> Result<Self::Queue, StorageError>;
+
+    /// The file's present length in bytes, asked of the host.
+    ///
+    /// # Errors
+    /// When the host cannot say.
+    fn length(&self, file: FileId) -> Result<u64, StorageError>;
+
+    /// Bytes the host has allocated for the file.
+    ///
+    /// # Errors
+    /// When the host cannot say.
+    fn allocated(&self, file: FileId) -> Result<u64, StorageError>;
+}
+
+/// One thread's queue of operations. It stays on the thread that made it. Dropping it waits for everything in flight,
+/// as the kernel may still be using the buffers.
+pub trait IoQueue {
+    /// Adds an operation, which owns its buffers until it is handed back in its [`Completion`]. It may run at once
+    /// (memory-backed files), be sent with the next [`IoQueue::submit`], or wait for room.
+    ///
+    /// A read always fills its parts: bytes past the end of the file read as zero. A write is whole or an error.
+    /// Short transfers are continued here. Offsets, lengths and addresses must obey the file's alignment; the host
+    /// answers EINVAL where they do not.
+    fn push(&mut self, token: Token, operation: Operation);
+
+    /// Sends what was pushed to the host, in one system call where that is possible.
+    fn submit(&mut self);
+
+    /// Moves what has completed into `done`. Never blocks, and never makes a system call if nothing is in flight.
+    fn reap(&mut self, done: &mut Vec<Completion>);
+
+    /// Submits, then sleeps until there is something to reap, a watched eventfd was signalled, the [`Notifier`] was
+    /// used since the last wait, or the timeout passed. May return early without reason.
+    fn wait(&mut self, timeout: Option<Duration>);
+
+    /// From now on a signal on `event` ends [`IoQueue::wait`]. The queue reads (resets) the eventfd itself, through
+    /// the same ring as file I/O, and keeps it open until the queue is dropped.
+    fn watch(&mut self, event: EventFd);
+
+    /// A handle with which any thread ends this queue's [`IoQueue::wait`].
+    fn notifier(&self) -> Arc<dyn Notifier>;
+
+    /// Operations pushed and not yet reaped.
+    fn in_flight(&self) -> usize;
+
+    /// The time by this queue's clock (a simulated queue has its own).
+    fn now(&self) -> Instant;
+}
+
+/// Ends another thread's [`IoQueue::wait`].
+pub trait Notifier: Send + Sync {
+    /// Makes the queue's present or next wait return. Cheap when the queue is not asleep.
+    fn notify(&self);
+}

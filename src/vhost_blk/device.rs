@@ -1,0 +1,131 @@
+//! The small trait by which a session reaches its disk, and the requests that pass through it.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use vm_memory::VolatileSlice;
+use vmm_sys_util::eventfd::EventFd;
+
+/// A span of guest memory, already translated and checked. The session keeps the mapping until the request that it was
+/// given for is done, or its [`BlockQueue`] is dropped.
+pub type GuestSlice = VolatileSlice<'static, ()>;
+
+/// The session's name for a request in flight on one queue: its slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Tag(pub u32);
+
+/// What a disk is, as the guest is to see it.
+#[derive(Clone, Debug)]
+pub struct DeviceProfile {
+    /// Capacity in 512-byte sectors.
+    pub capacity_sectors: u64,
+    /// Logical block size in bytes (512).
+    pub block_size: u32,
+    /// Best I/O size in bytes: the cluster size of a qcow2 image.
+    pub optimal_io_size: u32,
+    /// Every write, discard and write zeroes fails.
+    pub read_only: bool,
+    /// Offer DISCARD.
+    pub discard: bool,
+    /// Discards should be aligned to this many bytes: the cluster size.
+    pub discard_alignment: u32,
+    /// Offer WRITE_ZEROES.
+    pub write_zeroes: bool,
+    /// What GET_ID answers: at most 20 bytes, zero-padded.
+    pub serial: [u8; 20],
+}
+
+/// A request, with offsets and lengths in bytes, already checked against the capacity; all are multiples of 512.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// Fill the slices from the disk.
+    Read {
+        /// Byte offset on the disk.
+        offset: u64,
+    },
+    /// Write the slices to the disk.
+    Write {
+        /// Byte offset on the disk.
+        offset: u64,
+        /// Done only when durable (FLUSH was not negotiated, or the write cache is off).
+        write_through: bool,
+    },
+    /// Make every write that was done before this was submitted durable.
+    Flush,
+    /// The contents of the range are no longer needed.
+    Discard {
+        /// Byte offset on the disk.
+        offset: u64,
+        /// Bytes.
+        length: u64,
+        /// As for a write.
+        write_through: bool,
+    },
+    /// The range must read as zero.
+    WriteZeroes {
+        /// Byte offset on the disk.
+        offset: u64,
+        /// Bytes.
+        length: u64,
+        /// The space may be given back.
+        unmap: bool,
+        /// As for a write.
+        write_through: bool,
+    },
+}
+
+/// How a request ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    /// Done.
+    Ok,
+    /// Failed: VIRTIO_BLK_S_IOERR.
+    IoError,
+    /// Not supported here: VIRTIO_BLK_S_UNSUPP.
+    Unsupported,
+}
+
+/// A request that is done. Its guest memory is no longer touched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Done {
+    /// The request.
+    pub tag: Tag,
+    /// How it ended.
+    pub status: Status,
+}
+
+/// A disk that any number of queues may use at once.
+pub trait BlockDevice: Send + Sync + 'static {
+    /// One thread's way to the disk.
+    type Queue: BlockQueue;
+
+    /// What the disk is. Constant while a session lasts.
+    fn profile(&self) -> DeviceProfile;
+
+    /// Makes the queue of the calling thread, which stays there. `depth` is the most requests it will have in flight.
+    ///
+    /// # Errors
+    /// When the host refuses the means (io_uring, memory).
+    fn queue(&self, depth: u32) -> io::Result<Self::Queue>;
+}
+
+/// One thread's way to the disk. Dropping it waits until no guest memory is in use.
+pub trait BlockQueue {
+    /// Starts a request. `slices` add up to its length for reads and writes and are empty otherwise; they may have any
+    /// address and length. May complete at once: the next [`BlockQueue::turn`] tells.
+    fn submit(&mut self, tag: Tag, request: Request, slices: &[GuestSlice]);
+
+    /// Sends what was submitted to the host, runs what can run, and moves what is done into `done`. Never blocks.
+    fn turn(&mut self, done: &mut Vec<Done>);
+
+    /// Sleeps until a `turn` may find something, a watched eventfd was signalled, the notifier was used, or the
+    /// timeout passed. May return early without reason.
+    fn wait(&mut self, timeout: Option<Duration>);
+
+    /// From now on a signal on `event` ends [`BlockQueue::wait`]. The queue reads (resets) the eventfd itself.
+    fn watch(&mut self, event: EventFd);
+
+    /// A function with which any thread ends this queue's [`BlockQueue::wait`].
+    fn notifier(&self) -> Arc<dyn Fn() + Send + Sync>;
+}
