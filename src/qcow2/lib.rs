@@ -1,1 +1,33 @@
-//! qcow2
+//! The qcow2 format: bytes to types and back.
+//!
+//! This crate owns every number of the on-disk format: where a field lies, what it may hold and what it means. It does
+//! no I/O, keeps no state and knows nothing of caches, plans or requests. What it decodes is untrusted: a broken value
+//! is a [`FormatError`] or an [`EntryError`], never a panic, and nothing is allocated by what a field claims.
+//! A feature that is valid but not built yet is parsed and then named by [`Header::unsupported`].
+#![forbid(unsafe_code)]
+
+pub mod address;
+pub mod create;
+mod encode;
+pub mod entry;
+pub mod error;
+pub mod extension;
+pub mod feature;
+pub mod geometry;
+pub mod header;
+mod parse;
+pub mod position;
+pub mod refcount;
+pub mod table;
+mod validate;
+
+pub use address::{GuestCluster, GuestOffset, HostCluster, HostOffset};
+pub use create::NewImage;
+pub use entry::{EntryError, L1Entry, L2Entry, refblock_offset};
+pub use error::{FormatError, FormatErrorKind, Structure};
+pub use extension::Extension;
+pub use feature::{Incompatible, Unsupported};
+pub use geometry::{Geometry, Version};
+pub use header::Header;
+pub use refcount::{refcount, refcount_max, set_refcount};
+pub use table::{entry, set_entry};

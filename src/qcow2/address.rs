@@ -1,0 +1,58 @@
+//! Addresses of the guest's disk and of the image file, each a type of its own.
+//!
+//! Owns the names only: the arithmetic that needs a cluster size is in [`Geometry`](crate::Geometry).
+
+use std::fmt;
+
+/// A byte offset on the guest's disk.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub struct GuestOffset(pub u64);
+
+/// A byte offset in the image file.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub struct HostOffset(pub u64);
+
+/// The number of a cluster on the guest's disk, from 0.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub struct GuestCluster(pub u64);
+
+/// The number of a cluster in the image file, from 0 (the header's).
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub struct HostCluster(pub u64);
+
+impl fmt::Display for GuestOffset {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}", self.0)
+    }
+}
+
+impl fmt::Display for HostOffset {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}", self.0)
+    }
+}
+
+impl fmt::Display for GuestCluster {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+
+impl fmt::Display for HostCluster {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn offsets_show_in_hex_and_cluster_numbers_in_decimal() {
+        assert_eq!(GuestOffset(0x1_0000).to_string(), "0x10000");
+        assert_eq!(HostOffset(0).to_string(), "0x0");
+        assert_eq!(GuestCluster(16).to_string(), "16");
+        assert_eq!(HostCluster(17).to_string(), "17");
+    }
+}

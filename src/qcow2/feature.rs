@@ -1,0 +1,128 @@
+//! Feature bits, and the valid features that Strata has not built yet.
+//!
+//! Owns the bits' names and the reasons to refuse an image that is not broken. It does not decide when to ask.
+
+use thiserror::Error;
+
+/// Incompatible feature bits: an image with one that is unknown must not be opened.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Incompatible(pub u64);
+
+impl Incompatible {
+    /// Refcounts may be wrong; repair them before use.
+    pub const DIRTY: Incompatible = Incompatible(1);
+    /// Anything may be wrong; do not write.
+    pub const CORRUPT: Incompatible = Incompatible(1 << 1);
+    /// Guest data is in another file.
+    pub const DATA_FILE: Incompatible = Incompatible(1 << 2);
+    /// Compressed clusters are not deflate.
+    pub const COMPRESSION: Incompatible = Incompatible(1 << 3);
+    /// L2 entries have 128 bits.
+    pub const EXTENDED_L2: Incompatible = Incompatible(1 << 4);
+    /// The bits above.
+    pub const KNOWN: Incompatible = Incompatible(0x1f);
+
+    /// True if all of `features` are set.
+    pub const fn contains(self, features: Incompatible) -> bool {
+        self.0 & features.0 == features.0
+    }
+
+    /// These and `features`.
+    #[must_use]
+    pub const fn with(self, features: Incompatible) -> Incompatible {
+        Incompatible(self.0 | features.0)
+    }
+
+    /// These without `features`.
+    #[must_use]
+    pub const fn without(self, features: Incompatible) -> Incompatible {
+        Incompatible(self.0 & !features.0)
+    }
+
+    /// The number of the lowest bit that this crate does not know.
+    pub const fn unknown_bit(self) -> Option<u32> {
+        match self.without(Incompatible::KNOWN).0 {
+            0 => None,
+            unknown => Some(unknown.trailing_zeros()),
+        }
+    }
+}
+
+/// Compatible feature bit 0: refcounts may be written late while the image is marked dirty.
+pub const COMPATIBLE_LAZY_REFCOUNTS: u64 = 1;
+/// Autoclear feature bit 0: the bitmaps extension is consistent.
+pub const AUTOCLEAR_BITMAPS: u64 = 1;
+/// Autoclear feature bit 1: the external data file is a raw image of its own.
+pub const AUTOCLEAR_RAW_DATA_FILE: u64 = 1 << 1;
+
+/// A valid feature of an image that keeps Strata from serving or from writing it.
+#[derive(Clone, PartialEq, Eq, Debug, Error)]
+pub enum Unsupported {
+    /// An incompatible feature that this crate does not know.
+    #[error("incompatible feature bit {bit} ({}) is not known: use the tool that made the image",
+        name.as_deref().unwrap_or("the image gives it no name"))]
+    IncompatibleFeature {
+        /// Its number, 0 to 63.
+        bit: u32,
+        /// Its name if the image's feature name table has one, without control characters.
+        name: Option<String>,
+    },
+    /// The image is encrypted.
+    #[error("the image is encrypted ({}), which is not supported: decrypt it with qemu-img convert", method_name(*method))]
+    Encryption {
+        /// The header's crypt method.
+        method: u32,
+    },
+    /// Clusters are compressed by something other than deflate.
+    #[error("compression type {compression_type} ({}) is not supported: convert the image with \
+        qemu-img convert -o compression_type=zlib", compression_name(*compression_type))]
+    Compression {
+        /// The header's compression type.
+        compression_type: u8,
+    },
+    /// Guest data is in another file.
+    #[error(
+        "the image keeps its data in an external data file, which is not supported: convert it with qemu-img convert"
+    )]
+    ExternalDataFile,
+    /// L2 entries have 128 bits.
+    #[error(
+        "the image has extended L2 entries, which are not supported: convert it with \
+        qemu-img convert -o extended_l2=off"
+    )]
+    ExtendedL2,
+    /// Refcounts may be wrong.
+    #[error(
+        "the image is marked dirty (it was not closed cleanly): repair it with qemu-img check -r all, \
+        or open it read-only"
+    )]
+    Dirty,
+    /// Anything may be wrong.
+    #[error("the image is marked corrupt: repair it with qemu-img check -r all, or open it read-only")]
+    Corrupt,
+    /// There are internal snapshots.
+    #[error(
+        "the image has {count} internal snapshot(s), and such images are not written yet: delete them with \
+        qemu-img snapshot -d, or open it read-only"
+    )]
+    InternalSnapshots {
+        /// How many.
+        count: u32,
+    },
+}
+
+fn method_name(method: u32) -> &'static str {
+    match method {
+        1 => "AES",
+        2 => "LUKS",
+        _ => "by an unknown method",
+    }
+}
+
+fn compression_name(compression_type: u8) -> &'static str {
+    match compression_type {
+        0 => "zlib",
+        1 => "zstd",
+        _ => "unknown",
+    }
+}

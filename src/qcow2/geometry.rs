@@ -1,0 +1,167 @@
+//! The sizes that follow from a header: clusters, tables and how an address splits into indices.
+//!
+//! Owns pure arithmetic. It checks nothing about an image: a [`Geometry`] taken from a parsed
+//! [`Header`](crate::Header) is within the format's limits, and one made by hand must be.
+
+use crate::address::{GuestCluster, GuestOffset, HostCluster, HostOffset};
+
+/// The smallest cluster: 512 bytes.
+pub const CLUSTER_BITS_MIN: u32 = 9;
+/// The largest cluster: 2 MiB.
+pub const CLUSTER_BITS_MAX: u32 = 21;
+/// With extended L2 entries the 32 subclusters of a cluster are 512 bytes at least.
+pub const CLUSTER_BITS_MIN_EXTENDED_L2: u32 = 14;
+/// The widest refcounts: 64 bits.
+pub const REFCOUNT_ORDER_MAX: u32 = 6;
+/// The refcounts of version 2, which cannot say otherwise: 16 bits.
+pub const REFCOUNT_ORDER_V2: u32 = 4;
+
+/// The version of the format, as in the header.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Version {
+    /// Version 2: 16-bit refcounts, no feature bits, no zero clusters.
+    V2,
+    /// Version 3.
+    V3,
+}
+
+impl Version {
+    /// The number in the header.
+    pub const fn number(self) -> u32 {
+        match self {
+            Version::V2 => 2,
+            Version::V3 => 3,
+        }
+    }
+}
+
+/// What the layout of an image depends on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Geometry {
+    /// The format's version.
+    pub version: Version,
+    /// Binary logarithm of the cluster size in bytes, 9 to 21.
+    pub cluster_bits: u32,
+    /// Binary logarithm of the width of a refcount in bits, 0 to 6.
+    pub refcount_order: u32,
+    /// True if L2 entries are 16 bytes long and describe 32 subclusters each.
+    pub extended_l2: bool,
+    /// Size of the guest's disk in bytes.
+    pub size: u64,
+}
+
+impl Geometry {
+    /// Bytes in a cluster.
+    pub const fn cluster_size(&self) -> u64 {
+        1 << self.cluster_bits
+    }
+
+    /// Bytes in an L2 entry: 8, or 16 with extended L2 entries.
+    pub const fn l2_entry_size(&self) -> u64 {
+        if self.extended_l2 { 16 } else { 8 }
+    }
+
+    /// Entries in an L2 table, which is one cluster.
+    pub const fn l2_entries(&self) -> u64 {
+        1 << self.l2_bits()
+    }
+
+    /// Entries that the L1 table must have for the disk's size.
+    pub const fn l1_entries(&self) -> u64 {
+        self.guest_clusters().div_ceil(self.l2_entries())
+    }
+
+    /// Refcounts in a refblock, which is one cluster.
+    pub const fn refblock_entries(&self) -> u64 {
+        1 << (self.cluster_bits + 3 - self.refcount_order)
+    }
+
+    /// Clusters on the guest's disk; the last may be partial.
+    pub const fn guest_clusters(&self) -> u64 {
+        self.clusters_for(self.size)
+    }
+
+    /// The guest cluster that holds a byte.
+    pub const fn guest_cluster(&self, offset: GuestOffset) -> GuestCluster {
+        GuestCluster(offset.0 >> self.cluster_bits)
+    }
+
+    /// Where a guest cluster begins.
+    ///
+    /// # Panics
+    /// If the cluster lies past 2^64 bytes: it came from no disk, so the caller is wrong.
+    pub const fn guest_offset(&self, cluster: GuestCluster) -> GuestOffset {
+        assert!(
+            cluster.0 <= u64::MAX >> self.cluster_bits,
+            "a guest cluster past the end of the address space"
+        );
+        GuestOffset(cluster.0 << self.cluster_bits)
+    }
+
+    /// The host cluster that holds a byte of the file.
+    pub const fn host_cluster(&self, offset: HostOffset) -> HostCluster {
+        HostCluster(offset.0 >> self.cluster_bits)
+    }
+
+    /// Where a host cluster begins in the file. For a cluster number that an image claims (an index into the refcount
+    /// table), see [`Geometry::host_offset_checked`].
+    ///
+    /// # Panics
+    /// If the cluster lies past 2^64 bytes.
+    pub const fn host_offset(&self, cluster: HostCluster) -> HostOffset {
+        match self.host_offset_checked(cluster) {
+            Some(offset) => offset,
+            None => panic!("a host cluster past the end of the address space"),
+        }
+    }
+
+    /// Where a host cluster begins in the file, or nothing if that is past 2^64 bytes. The largest refcount table has
+    /// room for such clusters, so whoever walks one must ask here.
+    pub const fn host_offset_checked(&self, cluster: HostCluster) -> Option<HostOffset> {
+        if cluster.0 <= u64::MAX >> self.cluster_bits {
+            Some(HostOffset(cluster.0 << self.cluster_bits))
+        } else {
+            None
+        }
+    }
+
+    /// The distance in bytes of an offset from the start of its cluster.
+    pub const fn in_cluster(&self, offset: u64) -> u64 {
+        offset & (self.cluster_size() - 1)
+    }
+
+    /// True if an offset is the start of a cluster.
+    pub const fn is_aligned(&self, offset: u64) -> bool {
+        self.in_cluster(offset) == 0
+    }
+
+    /// Clusters that hold so many bytes, rounded up.
+    pub const fn clusters_for(&self, bytes: u64) -> u64 {
+        bytes.div_ceil(self.cluster_size())
+    }
+
+    /// The index into the L1 table for a guest cluster.
+    pub const fn l1_index(&self, cluster: GuestCluster) -> u64 {
+        cluster.0 >> self.l2_bits()
+    }
+
+    /// The index into its L2 table for a guest cluster.
+    pub const fn l2_index(&self, cluster: GuestCluster) -> u64 {
+        cluster.0 & (self.l2_entries() - 1)
+    }
+
+    /// The index into the refcount table for a host cluster: which refblock counts it.
+    pub const fn refcount_table_index(&self, cluster: HostCluster) -> u64 {
+        cluster.0 / self.refblock_entries()
+    }
+
+    /// The index into its refblock for a host cluster.
+    pub const fn refblock_index(&self, cluster: HostCluster) -> u64 {
+        cluster.0 % self.refblock_entries()
+    }
+
+    /// Binary logarithm of the entries in an L2 table.
+    const fn l2_bits(&self) -> u32 {
+        self.cluster_bits - if self.extended_l2 { 4 } else { 3 }
+    }
+}

@@ -1,0 +1,81 @@
+//! Where the fields of the header are, and the patches that change one fact in a single write.
+//!
+//! Owns the byte positions (spec: "Header"). Each patch lies within the file's first 512 bytes, so that a disk writes
+//! it whole or not at all. The write order around a patch is its caller's.
+
+use crate::address::HostOffset;
+use crate::feature::Incompatible;
+
+/// The magic, 4 bytes.
+pub const MAGIC: usize = 0;
+/// The version, 4 bytes.
+pub const VERSION: usize = 4;
+/// Offset of the backing file's name, 8 bytes.
+pub const BACKING_FILE_OFFSET: usize = 8;
+/// Length of the backing file's name, 4 bytes.
+pub const BACKING_FILE_LENGTH: usize = 16;
+/// Logarithm of the cluster size, 4 bytes.
+pub const CLUSTER_BITS: usize = 20;
+/// Size of the disk, 8 bytes.
+pub const SIZE: usize = 24;
+/// Encryption method, 4 bytes.
+pub const CRYPT_METHOD: usize = 32;
+/// Entries of the active L1 table, 4 bytes; its offset follows.
+pub const L1_ENTRIES: usize = 36;
+/// Offset of the active L1 table, 8 bytes.
+pub const L1_OFFSET: usize = 40;
+/// Offset of the refcount table, 8 bytes; its length follows.
+pub const REFCOUNT_TABLE_OFFSET: usize = 48;
+/// Length of the refcount table in clusters, 4 bytes.
+pub const REFCOUNT_TABLE_CLUSTERS: usize = 56;
+/// Number of snapshots, 4 bytes; the table's offset follows.
+pub const SNAPSHOTS: usize = 60;
+/// Offset of the snapshot table, 8 bytes.
+pub const SNAPSHOTS_OFFSET: usize = 64;
+/// Incompatible features, 8 bytes, version 3.
+pub const INCOMPATIBLE: usize = 72;
+/// Compatible features, 8 bytes, version 3.
+pub const COMPATIBLE: usize = 80;
+/// Autoclear features, 8 bytes, version 3.
+pub const AUTOCLEAR: usize = 88;
+/// Logarithm of the refcount width, 4 bytes, version 3.
+pub const REFCOUNT_ORDER: usize = 96;
+/// Length of the header, 4 bytes, version 3.
+pub const HEADER_LENGTH: usize = 100;
+/// Compression type, 1 byte, version 3 if the header is longer than 104 bytes.
+pub const COMPRESSION_TYPE: usize = 104;
+
+/// Bytes to write over the header, all in its first 512.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Patch<const LENGTH: usize> {
+    /// Where in the file.
+    pub offset: HostOffset,
+    /// What.
+    pub bytes: [u8; LENGTH],
+}
+
+/// Switches to another active L1 table: entries and offset at once.
+pub fn patch_l1_table(entries: u32, offset: HostOffset) -> Patch<12> {
+    let mut bytes = [0; 12];
+    bytes[..4].copy_from_slice(&entries.to_be_bytes());
+    bytes[4..].copy_from_slice(&offset.0.to_be_bytes());
+    Patch { offset: HostOffset(L1_ENTRIES as u64), bytes }
+}
+
+/// Switches to another refcount table: offset and length in clusters at once.
+pub fn patch_refcount_table(offset: HostOffset, clusters: u32) -> Patch<12> {
+    let mut bytes = [0; 12];
+    bytes[..8].copy_from_slice(&offset.0.to_be_bytes());
+    bytes[8..].copy_from_slice(&clusters.to_be_bytes());
+    Patch { offset: HostOffset(REFCOUNT_TABLE_OFFSET as u64), bytes }
+}
+
+/// Changes the incompatible features. Version 3 only: in version 2 these bytes belong to the extensions.
+pub fn patch_incompatible(features: Incompatible) -> Patch<8> {
+    Patch { offset: HostOffset(INCOMPATIBLE as u64), bytes: features.0.to_be_bytes() }
+}
+
+/// Changes the autoclear features. Version 3 only.
+pub fn patch_autoclear(features: u64) -> Patch<8> {
+    Patch { offset: HostOffset(AUTOCLEAR as u64), bytes: features.to_be_bytes() }
+}
