@@ -9,7 +9,7 @@ pub mod error;
 pub mod host;
 pub mod operation;
 
-pub use buffer::AlignedBuf;
+pub use buffer::{AlignedBuf, BufferPool, GuestSlices};
 pub use error::StorageError;
 pub use operation::{Completion, Errno, GuestSlice, Kind, Operation, Part, Parts, Token};
 

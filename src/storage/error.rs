@@ -1,0 +1,187 @@
+//! What can go wrong before I/O runs: opening, locking, asking a file for its size, setting a queue up.
+//!
+//! It never holds the failure of an operation: that is an [`Errno`](crate::Errno) in its completion.
+
+use std::io;
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+use crate::FileId;
+
+/// A failure of the host, with the path it is about.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum StorageError {
+    /// A system call on a file failed.
+    #[error("{}: {step} failed: {source}", path.display())]
+    File {
+        /// What was being done.
+        step: Step,
+        /// The file, as it was given to `open`.
+        path: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// The path names something that cannot be an image.
+    #[error("{}: is {kind}; an image must be a regular file or a block device", path.display())]
+    NotAnImage {
+        /// The file, as it was given to `open`.
+        path: PathBuf,
+        /// What it is.
+        kind: FileKind,
+    },
+    /// Another process (or another open image of this one) holds the image lock.
+    #[error(
+        "{}: is in use by another process, which {conflict}; stop it first (a virtual machine, or an image tool?)",
+        path.display()
+    )]
+    Locked {
+        /// The file, as it was given to `open`.
+        path: PathBuf,
+        /// The first permission in the way.
+        conflict: LockConflict,
+    },
+    /// This storage has the same file open already, and one of the two is for writing.
+    #[error("{}: is already open as {}; a file that is written can be part of a chain only once", path.display(), other.display())]
+    AlreadyOpen {
+        /// The file, as it was given to `open`.
+        path: PathBuf,
+        /// The name under which it is open.
+        other: PathBuf,
+        /// Its id.
+        file: FileId,
+    },
+    /// More files than a [`FileId`] can name.
+    #[error("{}: {} files are open, and no more can be", path.display(), u16::MAX)]
+    TooManyFiles {
+        /// The file, as it was given to `open`.
+        path: PathBuf,
+    },
+    /// The host forbids io_uring.
+    #[error(
+        "the host refuses io_uring: {source}. It needs Linux 5.6 or later, sysctl kernel.io_uring_disabled = 0 (or 1 \
+         and the group of kernel.io_uring_group), and a seccomp filter (container, systemd unit) that lets \
+         io_uring_setup, io_uring_enter and io_uring_register through"
+    )]
+    UringRefused {
+        /// What io_uring_setup said: ENOSYS, EPERM or EACCES.
+        source: io::Error,
+    },
+    /// A queue could not be set up for another reason.
+    #[error("{step} failed: {source}")]
+    Queue {
+        /// What was being done.
+        step: Step,
+        /// What the host said. ENOMEM on an old kernel means the locked-memory limit.
+        source: io::Error,
+    },
+}
+
+/// What was being done when a system call failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Step {
+    /// open(2).
+    Open,
+    /// fstat(2) or statx(2).
+    Stat,
+    /// fstatfs(2).
+    StatFileSystem,
+    /// Asking a block device for its size or its sector size.
+    ProbeBlockDevice,
+    /// Setting the open file's flags.
+    SetFlags,
+    /// Taking the image lock.
+    Lock,
+    /// io_uring_setup(2).
+    SetUpRing,
+    /// eventfd(2).
+    MakeEventFd,
+}
+
+/// What a path names, where it is no image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FileKind {
+    /// A directory.
+    Directory,
+    /// A named pipe.
+    Fifo,
+    /// A socket.
+    Socket,
+    /// A character device.
+    CharacterDevice,
+    /// Something else.
+    Unknown,
+}
+
+/// A permission on an image's bytes, as QEMU's block layer names them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Permission {
+    /// To read data that is not changing.
+    ConsistentRead,
+    /// To write.
+    Write,
+    /// To write what is there already.
+    WriteUnchanged,
+    /// To change the file's length.
+    Resize,
+}
+
+/// How another holder is in the way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LockConflict {
+    /// It uses a permission that we do not share.
+    Uses(Permission),
+    /// It does not share a permission that we need.
+    DoesNotShare(Permission),
+}
+
+impl std::fmt::Display for Step {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Step::Open => "opening",
+            Step::Stat => "asking for the file's attributes",
+            Step::StatFileSystem => "asking for the file system's kind",
+            Step::ProbeBlockDevice => "asking the block device for its geometry",
+            Step::SetFlags => "setting the open file's flags",
+            Step::Lock => "taking the image lock",
+            Step::SetUpRing => "setting up an io_uring",
+            Step::MakeEventFd => "making an eventfd",
+        })
+    }
+}
+
+impl std::fmt::Display for FileKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            FileKind::Directory => "a directory",
+            FileKind::Fifo => "a named pipe",
+            FileKind::Socket => "a socket",
+            FileKind::CharacterDevice => "a character device",
+            FileKind::Unknown => "of an unknown type",
+        })
+    }
+}
+
+impl std::fmt::Display for Permission {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Permission::ConsistentRead => "consistent read",
+            Permission::Write => "write",
+            Permission::WriteUnchanged => "write unchanged",
+            Permission::Resize => "resize",
+        })
+    }
+}
+
+impl std::fmt::Display for LockConflict {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            LockConflict::Uses(permission) => write!(f, "uses the permission \"{permission}\""),
+            LockConflict::DoesNotShare(permission) => {
+                write!(f, "does not share the permission \"{permission}\"")
+            }
+        }
+    }
+}

@@ -1,0 +1,54 @@
+//! Operations done at once by plain system calls, for files that live in memory.
+//!
+//! io_uring hands calls on tmpfs to a kernel thread, which costs about eight times the call itself. What a call means
+//! is decided in [`slots`](super::slots); here it is only made.
+
+use std::os::fd::RawFd;
+
+use super::OpenFile;
+use super::slots::{Call, Slot, Verdict};
+use crate::Errno;
+
+/// Runs the slot's operation to its end.
+pub(super) fn run(slot: &mut Slot, file: &OpenFile) -> Result<(), Errno> {
+    loop {
+        let result = make_call(file.raw_fd(), &slot.next_call());
+        if let Verdict::Done(result) = slot.take_result(result, file) {
+            return result;
+        }
+    }
+}
+
+/// Makes one call; bytes moved or a negated errno, as a completion queue entry would say it. Offsets fit i64: that was
+/// checked when the operation was pushed.
+fn make_call(fd: RawFd, call: &Call) -> i32 {
+    // SAFETY: the descriptor is open. Every address with its length comes from a part that the slot owns (an AlignedBuf,
+    // or guest memory whose maker promised that it outlives the operation) or from the static zeros, which are only
+    // read; iovec arrays belong to the slot and hold `count` entries. None of it is borrowed by Rust meanwhile.
+    let result = unsafe {
+        match *call {
+            Call::Read { address, len, offset } => {
+                libc::pread(fd, address.cast(), len as usize, offset as libc::off_t)
+            }
+            Call::Write { address, len, offset } => {
+                libc::pwrite(fd, address.cast(), len as usize, offset as libc::off_t)
+            }
+            Call::Readv { iovecs, count, offset } => {
+                libc::preadv(fd, iovecs, count as libc::c_int, offset as libc::off_t)
+            }
+            Call::Writev { iovecs, count, offset } => {
+                libc::pwritev(fd, iovecs, count as libc::c_int, offset as libc::off_t)
+            }
+            Call::Fallocate { mode, offset, len } => {
+                libc::fallocate(fd, mode, offset as libc::off_t, len as libc::off_t) as isize
+            }
+            Call::Sync => libc::fdatasync(fd) as isize,
+            Call::Truncate { len } => libc::ftruncate(fd, len as libc::off_t) as isize,
+        }
+    };
+    if result < 0 {
+        return -std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO);
+    }
+    // The kernel moves at most 0x7ffff000 bytes in one call.
+    i32::try_from(result).unwrap_or(-libc::EIO)
+}

@@ -1,0 +1,158 @@
+//! Image locks: open-file-description byte-range locks at the offsets that QEMU uses, so that QEMU, its tools and
+//! Strata keep out of each other's way.
+//!
+//! A permission that the holder uses is a shared lock on byte 100 + its bit, one that it does not let others use is a
+//! shared lock on byte 200 + its bit. Shared locks never collide with each other: a conflict is found by asking, after
+//! one's own are set, whether anyone has a lock on the opposite byte. Of two that start at once both may then give up
+//! and try again, but never both go on. The bytes hold no data: locks may lie anywhere, past the end as well.
+//!
+//! The locks belong to the description that does the I/O, so they last exactly as long as I/O can.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use tracing::{debug, warn};
+
+use crate::OpenOptions;
+use crate::error::{LockConflict, Permission, Step, StorageError};
+
+const USED_BASE: i64 = 100;
+const UNSHARED_BASE: i64 = 200;
+
+/// The pause between two attempts.
+const RETRY_PAUSE: Duration = Duration::from_millis(20);
+
+const ALL: [Permission; 4] =
+    [Permission::ConsistentRead, Permission::Write, Permission::WriteUnchanged, Permission::Resize];
+
+/// What a holder of an image does with it and what it lets others do.
+struct Claim {
+    used: &'static [Permission],
+    unshared: &'static [Permission],
+}
+
+/// For writing: nobody else may write or resize, and whoever wants nobody to write is in the way.
+const WRITER: Claim = Claim { used: &ALL, unshared: &[Permission::Write, Permission::Resize] };
+
+/// For reading: any number of readers, no writer.
+const READER: Claim =
+    Claim { used: &[Permission::ConsistentRead], unshared: &[Permission::Write, Permission::Resize] };
+
+/// Locks the image, trying again until `options.lock_timeout` has passed. Warns and goes on where the file system has
+/// no such locks, as there is nothing better to be had.
+pub(super) fn lock_image(file: &File, path: &Path, options: &OpenOptions) -> Result<(), StorageError> {
+    let claim = if options.writable { WRITER } else { READER };
+    let deadline = Instant::now().checked_add(options.lock_timeout);
+    let mut waited = false;
+    loop {
+        let conflict = match claim.attempt(file) {
+            Ok(None) => return Ok(()),
+            Ok(Some(conflict)) => conflict,
+            Err(source) if is_unsupported(&source) => {
+                warn!(path = %path.display(), %source, "no image lock: the file system has no such locks");
+                return Ok(());
+            }
+            Err(source) => {
+                return Err(StorageError::File { step: Step::Lock, path: path.into(), source });
+            }
+        };
+        if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            return Err(StorageError::Locked { path: path.into(), conflict });
+        }
+        if !waited {
+            debug!(path = %path.display(), %conflict, "waiting for the image lock");
+            waited = true;
+        }
+        std::thread::sleep(RETRY_PAUSE.min(options.lock_timeout));
+    }
+}
+
+impl Claim {
+    /// One attempt: all locks set, or none and the reason.
+    fn attempt(&self, file: &File) -> io::Result<Option<LockConflict>> {
+        let outcome = self.set(file).and_then(|()| self.conflict(file));
+        if !matches!(outcome, Ok(None)) {
+            // Left behind they would keep others out while we wait.
+            set_lock(file, USED_BASE, ALL.len() as i64, libc::F_UNLCK)?;
+            set_lock(file, UNSHARED_BASE, ALL.len() as i64, libc::F_UNLCK)?;
+        }
+        outcome
+    }
+
+    fn set(&self, file: &File) -> io::Result<()> {
+        for permission in self.used {
+            set_lock(file, USED_BASE + bit(*permission), 1, libc::F_RDLCK)?;
+        }
+        for permission in self.unshared {
+            set_lock(file, UNSHARED_BASE + bit(*permission), 1, libc::F_RDLCK)?;
+        }
+        Ok(())
+    }
+
+    /// The first permission on which another holder disagrees.
+    fn conflict(&self, file: &File) -> io::Result<Option<LockConflict>> {
+        for permission in self.used {
+            if is_locked_by_another(file, UNSHARED_BASE + bit(*permission))? {
+                return Ok(Some(LockConflict::DoesNotShare(*permission)));
+            }
+        }
+        for permission in self.unshared {
+            if is_locked_by_another(file, USED_BASE + bit(*permission))? {
+                return Ok(Some(LockConflict::Uses(*permission)));
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// A permission's place in QEMU's numbering.
+fn bit(permission: Permission) -> i64 {
+    match permission {
+        Permission::ConsistentRead => 0,
+        Permission::Write => 1,
+        Permission::WriteUnchanged => 2,
+        Permission::Resize => 3,
+    }
+}
+
+fn set_lock(file: &File, start: i64, len: i64, kind: libc::c_int) -> io::Result<()> {
+    fcntl_lock(file, libc::F_OFD_SETLK, &mut flock(start, len, kind))
+}
+
+fn is_locked_by_another(file: &File, byte: i64) -> io::Result<bool> {
+    // An exclusive lock would collide with any other; ours are on the same description, which never collides.
+    let mut lock = flock(byte, 1, libc::F_WRLCK);
+    fcntl_lock(file, libc::F_OFD_GETLK, &mut lock)?;
+    Ok(libc::c_int::from(lock.l_type) != libc::F_UNLCK)
+}
+
+fn flock(start: i64, len: i64, kind: libc::c_int) -> libc::flock {
+    libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: start,
+        l_len: len,
+        l_pid: 0,
+    }
+}
+
+fn fcntl_lock(file: &File, command: libc::c_int, lock: &mut libc::flock) -> io::Result<()> {
+    loop {
+        // SAFETY: the descriptor is open, and `lock` is a valid flock that outlives the call.
+        if unsafe { libc::fcntl(file.as_raw_fd(), command, std::ptr::from_mut(lock)) } != -1 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}
+
+/// What file systems and old kernels answer that have no locks of this kind.
+fn is_unsupported(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP | libc::ENOLCK))
+}

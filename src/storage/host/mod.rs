@@ -1,0 +1,197 @@
+//! The host's files: opening them safely, and the table that every thread's queue looks them up in.
+//!
+//! A file is opened once, by one system call; its flags are settled on that very description, which is also the one
+//! that carries the image lock and does all the I/O. Nothing is read here. What alignment a file has is found in
+//! [`probe`], who else uses it in [`lock`], and I/O happens in [`uring`].
+
+mod inline;
+mod lock;
+mod notify;
+mod probe;
+mod slots;
+mod uring;
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, RawFd};
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, RwLock};
+
+use rustix::fs::{Mode, OFlags};
+
+use crate::error::{FileKind, Step, StorageError};
+use crate::{FileId, FileInfo, OpenOptions, Storage};
+
+pub use uring::UringQueue;
+
+/// Image files of the host, by io_uring.
+#[derive(Debug, Default)]
+pub struct HostStorage {
+    files: Arc<FileTable>,
+}
+
+/// The open files by id. It only grows; queues keep their own copy of what they have seen, so that the lock (a leaf:
+/// nothing else is taken under it) is never on the data path.
+#[derive(Debug, Default)]
+struct FileTable {
+    files: RwLock<Vec<Arc<OpenFile>>>,
+}
+
+/// One open file. It stays open until the storage and every queue that used it are gone.
+#[derive(Debug)]
+struct OpenFile {
+    file: File,
+    info: FileInfo,
+    /// Lives in memory (tmpfs): calls on it are done at once, as io_uring would hand them to a kernel thread.
+    memory_backed: bool,
+    /// Set by whichever thread learns that FALLOC_FL_ZERO_RANGE is not supported; it only saves asking again, so
+    /// relaxed loads and stores do.
+    no_zero_range: AtomicBool,
+}
+
+impl HostStorage {
+    /// No file open yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    fn file(&self, id: FileId) -> Arc<OpenFile> {
+        self.files.get(id)
+    }
+}
+
+impl Storage for HostStorage {
+    type Queue = UringQueue;
+
+    fn open(&self, path: &Path, options: &OpenOptions) -> Result<(FileId, FileInfo), StorageError> {
+        let file = open_description(path, options)?;
+        let mut probed = probe::probe(&file, path)?;
+        self.files.refuse_second_writer(path, probed.identity, options.writable)?;
+        probe::settle_flags(&file, path, options.direct, &mut probed)?;
+        lock::lock_image(&file, path, options)?;
+        // Only now: before the lock was held, its last holder might still have been changing it.
+        let length = probe::length(&file, probed.block_device).map_err(|source| StorageError::File {
+            step: Step::Stat,
+            path: path.into(),
+            source,
+        })?;
+        let info = FileInfo {
+            path: path.into(),
+            length,
+            offset_alignment: probed.offset_alignment,
+            memory_alignment: probed.memory_alignment,
+            block_device: probed.block_device,
+            identity: probed.identity,
+            writable: options.writable,
+        };
+        let open = OpenFile {
+            file,
+            info: info.clone(),
+            memory_backed: probed.memory_backed,
+            no_zero_range: AtomicBool::new(false),
+        };
+        let id = self.files.add(open)?;
+        Ok((id, info))
+    }
+
+    fn queue(&self, depth: u32) -> Result<UringQueue, StorageError> {
+        UringQueue::new(Arc::clone(&self.files), depth)
+    }
+
+    fn length(&self, file: FileId) -> Result<u64, StorageError> {
+        let open = self.file(file);
+        probe::length(&open.file, open.info.block_device).map_err(|source| open.stat_error(source))
+    }
+
+    fn allocated(&self, file: FileId) -> Result<u64, StorageError> {
+        let open = self.file(file);
+        if open.info.block_device {
+            return Ok(open.info.length);
+        }
+        let stat = rustix::fs::fstat(&open.file).map_err(|errno| open.stat_error(errno.into()))?;
+        Ok(u64::try_from(stat.st_blocks).unwrap_or(0).saturating_mul(512))
+    }
+}
+
+impl OpenFile {
+    fn raw_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+
+    fn stat_error(&self, source: std::io::Error) -> StorageError {
+        StorageError::File { step: Step::Stat, path: self.info.path.clone(), source }
+    }
+}
+
+impl FileTable {
+    fn add(&self, file: OpenFile) -> Result<FileId, StorageError> {
+        let mut files = self.files.write().expect("no thread panics while it holds the file table");
+        // Asked again under the lock: two threads may be opening the same file.
+        refuse_second_writer(&files, &file.info.path, file.info.identity, file.info.writable)?;
+        match u16::try_from(files.len()) {
+            Ok(id) if id < u16::MAX => {
+                files.push(Arc::new(file));
+                Ok(FileId(id))
+            }
+            _ => Err(StorageError::TooManyFiles { path: file.info.path }),
+        }
+    }
+
+    /// The file with this id.
+    ///
+    /// Panics when no such file was opened here: ids come from `open` only, so that is an error of the program.
+    fn get(&self, id: FileId) -> Arc<OpenFile> {
+        let files = self.files.read().expect("no thread panics while it holds the file table");
+        Arc::clone(files.get(usize::from(id.0)).expect("a file id comes from this storage's open"))
+    }
+
+    fn refuse_second_writer(
+        &self,
+        path: &Path,
+        identity: (u64, u64),
+        writable: bool,
+    ) -> Result<(), StorageError> {
+        let files = self.files.read().expect("no thread panics while it holds the file table");
+        refuse_second_writer(&files, path, identity, writable)
+    }
+}
+
+/// Two descriptions of one file in one chain would wait for each other's image lock; say at once what is wrong. Two
+/// readers are fine.
+fn refuse_second_writer(
+    files: &[Arc<OpenFile>],
+    path: &Path,
+    identity: (u64, u64),
+    writable: bool,
+) -> Result<(), StorageError> {
+    let same = |open: &&Arc<OpenFile>| open.info.identity == identity && (writable || open.info.writable);
+    let Some(at) = files.iter().position(|open| same(&open)) else { return Ok(()) };
+    Err(StorageError::AlreadyOpen {
+        path: path.into(),
+        other: files[at].info.path.clone(),
+        file: FileId(u16::try_from(at).unwrap_or(u16::MAX)),
+    })
+}
+
+/// The one open(2). Without O_NONBLOCK a named pipe would hang it; O_DIRECT comes later, when it is known whether the
+/// file can do it.
+fn open_description(path: &Path, options: &OpenOptions) -> Result<File, StorageError> {
+    let access = if options.writable { OFlags::RDWR } else { OFlags::RDONLY };
+    let flags = access | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    match rustix::fs::open(path, flags, Mode::empty()) {
+        Ok(fd) => Ok(File::from(fd)),
+        Err(rustix::io::Errno::ISDIR) => {
+            Err(StorageError::NotAnImage { path: path.into(), kind: FileKind::Directory })
+        }
+        // A socket, or a device without a driver.
+        Err(rustix::io::Errno::NXIO) if is_socket(path) => {
+            Err(StorageError::NotAnImage { path: path.into(), kind: FileKind::Socket })
+        }
+        Err(errno) => Err(StorageError::File { step: Step::Open, path: path.into(), source: errno.into() }),
+    }
+}
+
+fn is_socket(path: &Path) -> bool {
+    rustix::fs::stat(path)
+        .is_ok_and(|stat| rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::Socket)
+}
