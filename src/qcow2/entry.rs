@@ -249,3 +249,145 @@ fn zero_flag(geometry: &Geometry) -> u64 {
 const fn copied_flag(copied: bool) -> u64 {
     if copied { COPIED } else { 0 }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn geometry(version: Version, cluster_bits: u32) -> Geometry {
+        Geometry { version, cluster_bits, refcount_order: 4, extended_l2: false, size: 1 << 30 }
+    }
+
+    fn v3() -> Geometry {
+        geometry(Version::V3, 16)
+    }
+
+    #[test]
+    fn l1_entries() {
+        let table = |offset, copied| Ok(L1Entry::Table { offset: HostOffset(offset), copied });
+        for (raw, expected) in [
+            (0, Ok(L1Entry::Unallocated)),
+            (COPIED, Ok(L1Entry::Unallocated)),
+            (0x7f00_0000_0000_01ff, Ok(L1Entry::Unallocated)),
+            (0x1_0000, table(0x1_0000, false)),
+            (COPIED | 0x1_0000, table(0x1_0000, true)),
+            (0x7f00_0000_0001_01ff, table(0x1_0000, false)),
+            (0x00ff_ffff_ffff_0000, table(0x00ff_ffff_ffff_0000, false)),
+            (0x1_8000, Err(EntryError::Unaligned { raw: 0x1_8000 })),
+            (0x200, Err(EntryError::Unaligned { raw: 0x200 })),
+        ] {
+            assert_eq!(L1Entry::decode(raw, &v3()), expected, "{raw:#x}");
+        }
+    }
+
+    #[test]
+    fn l2_entries() {
+        let place = HostOffset(0x5_0000);
+        let unaligned = |raw| Err(EntryError::Unaligned { raw });
+        for (raw, expected) in [
+            (0, Ok(L2Entry::Unallocated)),
+            (0x3f00_0000_0000_01fe, Ok(L2Entry::Unallocated)),
+            (1, Ok(L2Entry::Zero)),
+            (COPIED | 1, Ok(L2Entry::Zero)),
+            (0x5_0001, Ok(L2Entry::ZeroAllocated { offset: place, copied: false })),
+            (COPIED | 0x5_0001, Ok(L2Entry::ZeroAllocated { offset: place, copied: true })),
+            (0x5_0000, Ok(L2Entry::Data { offset: place, copied: false })),
+            (COPIED | 0x5_0000, Ok(L2Entry::Data { offset: place, copied: true })),
+            (0x3f00_0000_0005_01fe, Ok(L2Entry::Data { offset: place, copied: false })),
+            (COPIED, Err(EntryError::DataAtOffsetZero { raw: COPIED })),
+            (0x5_0200, unaligned(0x5_0200)),
+            (0x8001, unaligned(0x8001)),
+        ] {
+            assert_eq!(L2Entry::decode(raw, &v3()), expected, "{raw:#x}");
+        }
+    }
+
+    #[test]
+    fn version_2_has_no_zero_flag() {
+        let v2 = geometry(Version::V2, 16);
+        for raw in [1, 0x5_0001, COPIED | 0x5_0001] {
+            assert_eq!(L2Entry::decode(raw, &v2), Err(EntryError::ZeroFlagInV2 { raw }));
+        }
+        assert!(matches!(L2Entry::decode(COMPRESSED | 1, &v2), Ok(L2Entry::Compressed { .. })));
+    }
+
+    #[test]
+    fn with_extended_l2_the_zero_flag_is_reserved() {
+        let extended = Geometry { extended_l2: true, ..v3() };
+        assert_eq!(L2Entry::decode(1, &extended), Ok(L2Entry::Unallocated));
+        let data = L2Entry::Data { offset: HostOffset(0x5_0000), copied: false };
+        assert_eq!(L2Entry::decode(0x5_0001, &extended), Ok(data));
+    }
+
+    #[test]
+    fn the_compressed_bit_is_looked_at_first() {
+        let raw = COMPRESSED | COPIED | 0x5_0001;
+        let expected = L2Entry::Compressed { offset: HostOffset(0x5_0001), sectors: 1 };
+        assert_eq!(L2Entry::decode(raw, &v3()), Ok(expected));
+    }
+
+    #[test]
+    fn a_compressed_length_can_claim_two_clusters() {
+        for cluster_bits in 9..=21 {
+            let geometry = geometry(Version::V3, cluster_bits);
+            let offset_bits = 62 - (cluster_bits - 8);
+            let offset = HOST_OFFSET_LIMIT.min(1 << offset_bits) - 1;
+            let raw = COMPRESSED | (COMPRESSED - (1 << offset_bits)) | offset;
+            let sectors = 2 * geometry.cluster_size() / COMPRESSED_SECTOR_SIZE;
+            let entry = L2Entry::Compressed { offset: HostOffset(offset), sectors };
+            assert_eq!(L2Entry::decode(raw, &geometry), Ok(entry), "{cluster_bits} bits");
+            assert_eq!(entry.encode(&geometry), raw);
+            let next = L2Entry::decode(raw + 1, &geometry);
+            if offset_bits > 56 {
+                assert_eq!(next, Err(EntryError::OffsetTooLarge { raw: raw + 1 }));
+            }
+        }
+    }
+
+    #[test]
+    fn compressed_data_ends_with_a_sector() {
+        assert_eq!(compressed_length(HostOffset(0x1_0000), 1), 512);
+        assert_eq!(compressed_length(HostOffset(0x1_01ff), 1), 1);
+        assert_eq!(compressed_length(HostOffset(0x1_01ff), 2), 513);
+    }
+
+    #[test]
+    fn refcount_table_entries() {
+        for (raw, expected) in [
+            (0, Ok(None)),
+            (0x1ff, Ok(None)),
+            (0x3_0000, Ok(Some(HostOffset(0x3_0000)))),
+            (0x3_01ff, Ok(Some(HostOffset(0x3_0000)))),
+            (0x3_0200, Err(EntryError::Unaligned { raw: 0x3_0200 })),
+            (0x7fff_ffff_fffe_0000, Ok(Some(HostOffset(0x7fff_ffff_fffe_0000)))),
+            (0x7fff_ffff_ffff_0000, Err(EntryError::OffsetTooLarge { raw: 0x7fff_ffff_ffff_0000 })),
+            (1 << 63, Err(EntryError::OffsetTooLarge { raw: 1 << 63 })),
+        ] {
+            assert_eq!(refblock_offset(raw, &v3()), expected, "{raw:#x}");
+        }
+        assert_eq!(encode_refblock_offset(HostOffset(0x3_0000), &v3()), 0x3_0000);
+    }
+
+    #[test]
+    fn what_the_format_cannot_say_is_refused() {
+        let v2 = geometry(Version::V2, 16);
+        let at = HostOffset;
+        let cases: [(L2Entry, Geometry); 8] = [
+            (L2Entry::Zero, v2),
+            (L2Entry::Zero, Geometry { extended_l2: true, ..v3() }),
+            (L2Entry::Data { offset: at(0), copied: true }, v3()),
+            (L2Entry::Data { offset: at(0x200), copied: true }, v3()),
+            (L2Entry::ZeroAllocated { offset: at(1 << 56), copied: true }, v3()),
+            (L2Entry::Compressed { offset: at(1 << 54), sectors: 1 }, v3()),
+            (L2Entry::Compressed { offset: at(0x1_0000), sectors: 0 }, v3()),
+            (L2Entry::Compressed { offset: at(0x1_0000), sectors: 257 }, v3()),
+        ];
+        for (entry, geometry) in cases {
+            assert!(std::panic::catch_unwind(|| entry.encode(&geometry)).is_err(), "{entry:?}");
+        }
+        for offset in [0, 0x100, 1 << 56] {
+            let entry = L1Entry::Table { offset: at(offset), copied: false };
+            assert!(std::panic::catch_unwind(|| entry.encode()).is_err(), "{entry:?}");
+        }
+    }
+}

@@ -126,3 +126,29 @@ fn compression_name(compression_type: u8) -> &'static str {
         _ => "unknown",
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bits_are_told_apart() {
+        let features = Incompatible::DIRTY.with(Incompatible::EXTENDED_L2);
+        assert!(features.contains(Incompatible::DIRTY) && !features.contains(Incompatible::CORRUPT));
+        assert!(!features.contains(Incompatible::DIRTY.with(Incompatible::CORRUPT)));
+        assert_eq!(features.without(Incompatible::DIRTY), Incompatible::EXTENDED_L2);
+        assert_eq!(Incompatible::KNOWN.unknown_bit(), None);
+        assert_eq!(Incompatible(1 << 5 | 1 << 63 | 1).unknown_bit(), Some(5));
+        assert_eq!(Incompatible(1 << 63).unknown_bit(), Some(63));
+    }
+
+    #[test]
+    fn a_refusal_names_the_feature() {
+        let named = Unsupported::IncompatibleFeature { bit: 7, name: Some("time travel".into()) };
+        assert!(named.to_string().starts_with("incompatible feature bit 7 (time travel) is not known"));
+        let unnamed = Unsupported::IncompatibleFeature { bit: 7, name: None };
+        assert!(unnamed.to_string().contains("the image gives it no name"));
+        assert!(Unsupported::Encryption { method: 2 }.to_string().contains("LUKS"));
+        assert!(Unsupported::Compression { compression_type: 1 }.to_string().contains("zstd"));
+    }
+}

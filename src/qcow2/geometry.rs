@@ -165,3 +165,73 @@ impl Geometry {
         self.cluster_bits - if self.extended_l2 { 4 } else { 3 }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn geometry(cluster_bits: u32, size: u64) -> Geometry {
+        Geometry { version: Version::V3, cluster_bits, refcount_order: 4, extended_l2: false, size }
+    }
+
+    #[test]
+    fn sizes_follow_from_the_cluster_size() {
+        let small = geometry(9, 0);
+        assert_eq!((small.cluster_size(), small.l2_entries(), small.refblock_entries()), (512, 64, 256));
+        let large = geometry(21, 0);
+        assert_eq!((large.cluster_size(), large.l2_entries()), (2 << 20, 1 << 18));
+        assert_eq!(large.refblock_entries(), 1 << 20);
+        let extended = Geometry { extended_l2: true, ..geometry(16, 0) };
+        assert_eq!((extended.l2_entry_size(), extended.l2_entries()), (16, 4096));
+    }
+
+    #[test]
+    fn a_refblock_holds_as_many_refcounts_as_their_width_allows() {
+        let entries = [0, 1, 2, 3, 4, 5, 6]
+            .map(|refcount_order| Geometry { refcount_order, ..geometry(9, 0) }.refblock_entries());
+        assert_eq!(entries, [4096, 2048, 1024, 512, 256, 128, 64]);
+    }
+
+    #[test]
+    fn l1_entries_are_rounded_up() {
+        let reach = 64 * 512;
+        for (size, clusters, entries) in [
+            (0, 0, 0),
+            (1, 1, 1),
+            (512, 1, 1),
+            (513, 2, 1),
+            (reach, 64, 1),
+            (reach + 1, 65, 2),
+            (u64::MAX, 1 << 55, 1 << 49),
+        ] {
+            let geometry = geometry(9, size);
+            assert_eq!(
+                (geometry.guest_clusters(), geometry.l1_entries()),
+                (clusters, entries),
+                "size {size}"
+            );
+        }
+    }
+
+    #[test]
+    fn an_address_splits_into_indices() {
+        let geometry = geometry(16, 1 << 40);
+        let offset = GuestOffset((3 << 29) + (5 << 16) + 7);
+        let cluster = geometry.guest_cluster(offset);
+        assert_eq!((geometry.l1_index(cluster), geometry.l2_index(cluster)), (3, 5));
+        assert_eq!(geometry.in_cluster(offset.0), 7);
+        assert_eq!(geometry.guest_offset(cluster).0 + 7, offset.0);
+        assert!(geometry.is_aligned(1 << 16) && !geometry.is_aligned((1 << 16) - 512));
+        let host = geometry.host_cluster(HostOffset((32768 + 2) << 16 | 9));
+        assert_eq!((geometry.refcount_table_index(host), geometry.refblock_index(host)), (1, 2));
+        assert_eq!(geometry.host_offset(host), HostOffset((32768 + 2) << 16));
+    }
+
+    #[test]
+    fn a_cluster_past_the_address_space_has_no_offset() {
+        let geometry = geometry(21, 0);
+        let last = HostCluster((1 << 43) - 1);
+        assert_eq!(geometry.host_offset_checked(last), Some(HostOffset(u64::MAX - (2 << 20) + 1)));
+        assert_eq!(geometry.host_offset_checked(HostCluster(1 << 43)), None);
+    }
+}

@@ -79,3 +79,19 @@ pub fn patch_incompatible(features: Incompatible) -> Patch<8> {
 pub fn patch_autoclear(features: u64) -> Patch<8> {
     Patch { offset: HostOffset(AUTOCLEAR as u64), bytes: features.to_be_bytes() }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patches_lie_where_the_fields_are() {
+        let l1 = patch_l1_table(0x0102_0304, HostOffset(0x10_0000));
+        assert_eq!((l1.offset.0, l1.bytes), (36, [1, 2, 3, 4, 0, 0, 0, 0, 0, 0x10, 0, 0]));
+        let table = patch_refcount_table(HostOffset(0x10_0000), 0x0102_0304);
+        assert_eq!((table.offset.0, table.bytes), (48, [0, 0, 0, 0, 0, 0x10, 0, 0, 1, 2, 3, 4]));
+        let incompatible = patch_incompatible(Incompatible::DIRTY);
+        assert_eq!((incompatible.offset.0, incompatible.bytes), (72, [0, 0, 0, 0, 0, 0, 0, 1]));
+        assert_eq!(patch_autoclear(2).offset.0, 88);
+    }
+}

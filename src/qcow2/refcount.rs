@@ -55,3 +55,62 @@ fn place_in_byte(order: u32, index: usize) -> (usize, u32) {
     let within = index & ((1 << in_byte_bits) - 1);
     (index >> in_byte_bits, (within as u32) << order)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_maximum_has_as_many_bits_as_the_width() {
+        let maxima = [0, 1, 2, 3, 4, 5, 6].map(refcount_max);
+        assert_eq!(maxima, [1, 3, 15, 255, 65_535, u32::MAX.into(), u64::MAX]);
+    }
+
+    #[test]
+    fn narrow_refcounts_fill_a_byte_from_below() {
+        assert_eq!([0, 1, 7, 8].map(|index| refcount(0, &[0b1000_0001, 1], index)), [1, 0, 1, 1]);
+        assert_eq!([0, 1, 2, 3].map(|index| refcount(1, &[0b11_10_01_00], index)), [0, 1, 2, 3]);
+        assert_eq!([0, 1, 2].map(|index| refcount(2, &[0x5a, 0x0c], index)), [0xa, 0x5, 0xc]);
+    }
+
+    #[test]
+    fn wide_refcounts_are_big_endian() {
+        let block: Vec<u8> = (1..=16).collect();
+        assert_eq!(refcount(3, &block, 1), 0x02);
+        assert_eq!(refcount(4, &block, 1), 0x0304);
+        assert_eq!(refcount(5, &block, 1), 0x0506_0708);
+        assert_eq!(refcount(6, &block, 1), 0x090a_0b0c_0d0e_0f10);
+    }
+
+    #[test]
+    fn a_refcount_changes_no_other() {
+        for order in 0..=6 {
+            let count = (64 * 8) >> order;
+            let pattern = |index: u64| (index.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 5) & refcount_max(order);
+            let mut block = [0xff; 64];
+            for index in 0..count {
+                set_refcount(order, &mut block, index, pattern(index as u64));
+            }
+            for changed in 0..count {
+                for value in [0, refcount_max(order)] {
+                    let mut block = block;
+                    set_refcount(order, &mut block, changed, value);
+                    for index in 0..count {
+                        let expected = if index == changed { value } else { pattern(index as u64) };
+                        assert_eq!(refcount(order, &block, index), expected, "order {order}, index {index}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_value_that_does_not_fit_is_refused() {
+        for order in 0..6 {
+            let result = std::panic::catch_unwind(|| {
+                set_refcount(order, &mut [0; 8], 0, refcount_max(order) + 1);
+            });
+            assert!(result.is_err(), "order {order}");
+        }
+    }
+}

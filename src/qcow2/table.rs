@@ -20,3 +20,23 @@ pub fn entry(table: &[u8], index: usize) -> u64 {
 pub fn set_entry(table: &mut [u8], index: usize, value: u64) {
     table.as_chunks_mut().0[index] = value.to_be_bytes();
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entries_are_big_endian_and_apart() {
+        let mut table = [0xee; 24];
+        set_entry(&mut table, 1, 0x0102_0304_0506_0708);
+        assert_eq!(table[8..16], [1, 2, 3, 4, 5, 6, 7, 8]);
+        assert_eq!(entry(&table, 1), 0x0102_0304_0506_0708);
+        assert_eq!([entry(&table, 0), entry(&table, 2)], [0xeeee_eeee_eeee_eeee; 2]);
+    }
+
+    #[test]
+    #[should_panic(expected = "index out of bounds")]
+    fn half_an_entry_is_none() {
+        entry(&[0; 12], 1);
+    }
+}
