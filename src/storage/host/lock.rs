@@ -73,7 +73,10 @@ pub(super) fn lock_image(file: &File, path: &Path, options: &OpenOptions) -> Res
 impl Claim {
     /// One attempt: all locks set, or none and the reason.
     fn attempt(&self, file: &File) -> io::Result<Option<LockConflict>> {
-        let outcome = self.set(file).and_then(|()| self.conflict(file));
+        let outcome = match self.set(file) {
+            Ok(None) => self.conflict(file),
+            other => other,
+        };
         if !matches!(outcome, Ok(None)) {
             // Left behind they would keep others out while we wait.
             set_lock(file, USED_BASE, ALL.len() as i64, libc::F_UNLCK)?;
@@ -82,14 +85,19 @@ impl Claim {
         outcome
     }
 
-    fn set(&self, file: &File) -> io::Result<()> {
+    /// Sets our locks. Only an exclusive lock on one of the bytes, which QEMU never sets, stands in the way of that.
+    fn set(&self, file: &File) -> io::Result<Option<LockConflict>> {
         for permission in self.used {
-            set_lock(file, USED_BASE + bit(*permission), 1, libc::F_RDLCK)?;
+            if !set_lock(file, USED_BASE + bit(*permission), 1, libc::F_RDLCK)? {
+                return Ok(Some(LockConflict::DoesNotShare(*permission)));
+            }
         }
         for permission in self.unshared {
-            set_lock(file, UNSHARED_BASE + bit(*permission), 1, libc::F_RDLCK)?;
+            if !set_lock(file, UNSHARED_BASE + bit(*permission), 1, libc::F_RDLCK)? {
+                return Ok(Some(LockConflict::Uses(*permission)));
+            }
         }
-        Ok(())
+        Ok(None)
     }
 
     /// The first permission on which another holder disagrees.
@@ -118,8 +126,13 @@ fn bit(permission: Permission) -> i64 {
     }
 }
 
-fn set_lock(file: &File, start: i64, len: i64, kind: libc::c_int) -> io::Result<()> {
-    fcntl_lock(file, libc::F_OFD_SETLK, &mut flock(start, len, kind))
+/// Sets or takes back a lock. False if another holder's lock is in the way.
+fn set_lock(file: &File, start: i64, len: i64, kind: libc::c_int) -> io::Result<bool> {
+    match fcntl_lock(file, libc::F_OFD_SETLK, &mut flock(start, len, kind)) {
+        Ok(()) => Ok(true),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 fn is_locked_by_another(file: &File, byte: i64) -> io::Result<bool> {
@@ -156,3 +169,7 @@ fn fcntl_lock(file: &File, command: libc::c_int, lock: &mut libc::flock) -> io::
 fn is_unsupported(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP | libc::ENOLCK))
 }
+
+#[cfg(test)]
+#[path = "lock_tests.rs"]
+mod tests;

@@ -11,6 +11,9 @@ mod probe;
 mod slots;
 mod uring;
 
+#[cfg(test)]
+mod tests;
+
 use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;

@@ -51,7 +51,7 @@ pub struct UringQueue {
 
 /// How far a ring is left to its one thread; each includes the ones before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Flavour {
+pub(super) enum Flavour {
     /// No flag.
     Plain,
     /// The kernel does not interrupt the thread, and says when it has put work off (Linux 5.19).
@@ -63,7 +63,7 @@ enum Flavour {
 }
 
 /// All flavours, the best first.
-const FLAVOURS: [Flavour; 4] =
+pub(super) const FLAVOURS: [Flavour; 4] =
     [Flavour::Deferred, Flavour::SingleIssuer, Flavour::Cooperative, Flavour::Plain];
 
 /// What the kernel can do.
@@ -127,7 +127,11 @@ impl UringQueue {
         Self::with_flavours(table, depth, &FLAVOURS)
     }
 
-    fn with_flavours(table: Arc<FileTable>, depth: u32, wanted: &[Flavour]) -> Result<Self, StorageError> {
+    pub(super) fn with_flavours(
+        table: Arc<FileTable>,
+        depth: u32,
+        wanted: &[Flavour],
+    ) -> Result<Self, StorageError> {
         let depth = depth.clamp(1, DEPTH_MAX);
         let ring = set_up_ring(depth + CONTROL_ENTRIES, wanted).map_err(ring_error)?;
         let abilities = Abilities::ask(&ring)?;
@@ -151,6 +155,16 @@ impl UringQueue {
         };
         state.add_watch(WatchedEvent::Own(wakeup));
         Ok(UringQueue { ring, state, abilities, table, scratch: Slot::idle(), not_send: PhantomData })
+    }
+
+    #[cfg(test)]
+    pub(super) fn set_truncate_ability(&mut self, able: bool) {
+        self.abilities.truncate = able;
+    }
+
+    #[cfg(test)]
+    pub(super) fn set_timed_wait_ability(&mut self, able: bool) {
+        self.abilities.timed_wait = able;
     }
 
     fn ensure_file(&mut self, id: FileId) {
@@ -220,10 +234,7 @@ impl UringQueue {
                 let timespec = Timespec::from(timeout.min(WAIT_MAX));
                 self.ring.submitter().submit_with_args(1, &SubmitArgs::new().timespec(&timespec))
             }
-            Some(timeout) => self.ring.submit().map(|taken| {
-                poll_ring(self.ring.as_raw_fd(), timeout);
-                taken
-            }),
+            Some(timeout) => self.ring.submit().inspect(|_| poll_ring(self.ring.as_raw_fd(), timeout)),
         };
         match outcome {
             Ok(_) => {}

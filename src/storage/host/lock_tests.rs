@@ -1,0 +1,170 @@
+//! Image locks against other processes: QEMU's tools in both directions, and our own second opening.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::error::{LockConflict, Permission, StorageError};
+use crate::host::HostStorage;
+use crate::{OpenOptions, Storage};
+
+/// A file for tests without QEMU.
+fn image() -> (tempfile::TempDir, PathBuf) {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().join("image.raw");
+    std::fs::File::create(&path).and_then(|file| file.set_len(1 << 20)).expect("an image");
+    (folder, path)
+}
+
+/// A qcow2 image. On a raw one QEMU's readers let others write.
+fn qcow2_image() -> (tempfile::TempDir, PathBuf) {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().join("image.qcow2");
+    let mut create = Command::new("qemu-img");
+    create.args(["create", "-q", "-f", "qcow2"]).arg(&path).arg("1M");
+    assert!(create.status().expect("qemu-img can be started").success());
+    (folder, path)
+}
+
+fn options(writable: bool) -> OpenOptions {
+    OpenOptions { writable, direct: false, lock_timeout: Duration::ZERO }
+}
+
+/// Whether a tool can be run; says so where it cannot, and fails in CI.
+fn has(tool: &str) -> bool {
+    let found = Command::new(tool).arg("--version").stdout(Stdio::null()).status().is_ok();
+    if !found {
+        assert!(std::env::var_os("CI").is_none(), "{tool} is needed in CI");
+        eprintln!("SKIPPED: {tool} is not installed");
+    }
+    found
+}
+
+fn succeeds(tool: &str, arguments: &[&str], path: &Path) -> bool {
+    let output = Command::new(tool).args(arguments).arg(path).output().expect("the tool runs");
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() || error.contains("lock"), "{tool} failed for another reason: {error}");
+    output.status.success()
+}
+
+/// A qemu-io that has the image open until it is dropped.
+struct Holder(Child);
+
+impl Holder {
+    fn open(path: &Path, arguments: &[&str]) -> Self {
+        let mut command = Command::new("qemu-io");
+        command.args(arguments).arg(path);
+        let mut child =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("qemu-io can be started");
+        child.stdin.as_mut().expect("a pipe").write_all(b"length\n").expect("qemu-io takes commands");
+        let mut answer = String::new();
+        let mut output = BufReader::new(child.stdout.as_mut().expect("a pipe"));
+        output.read_line(&mut answer).expect("qemu-io answers");
+        assert!(answer.contains("MiB"), "qemu-io opened the image: {answer:?}");
+        Holder(child)
+    }
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn conflict(path: &Path, writable: bool) -> Option<LockConflict> {
+    match HostStorage::new().open(path, &options(writable)) {
+        Ok(_) => None,
+        Err(StorageError::Locked { path: named, conflict }) => {
+            assert_eq!(named, path);
+            Some(conflict)
+        }
+        Err(other) => panic!("{other}"),
+    }
+}
+
+#[test]
+fn a_writer_of_ours_keeps_qemu_out() {
+    if !has("qemu-img") || !has("qemu-io") {
+        return;
+    }
+    let (_folder, path) = qcow2_image();
+    let storage = HostStorage::new();
+    storage.open(&path, &options(true)).expect("nobody has it");
+    assert!(!succeeds("qemu-img", &["info", "-f", "qcow2"], &path));
+    assert!(!succeeds("qemu-io", &["-f", "qcow2", "-c", "read 0 512"], &path));
+    assert!(!succeeds("qemu-io", &["-r", "-f", "qcow2", "-c", "read 0 512"], &path));
+    assert!(succeeds("qemu-img", &["info", "-U", "-f", "qcow2"], &path));
+    drop(storage);
+    assert!(succeeds("qemu-io", &["-f", "qcow2", "-c", "write 0 512"], &path));
+}
+
+#[test]
+fn a_reader_of_ours_keeps_only_writers_out() {
+    if !has("qemu-img") || !has("qemu-io") {
+        return;
+    }
+    let (_folder, path) = qcow2_image();
+    let storage = HostStorage::new();
+    storage.open(&path, &options(false)).expect("nobody has it");
+    assert!(succeeds("qemu-img", &["info", "-f", "qcow2"], &path));
+    assert!(succeeds("qemu-io", &["-r", "-f", "qcow2", "-c", "read 0 512"], &path));
+    assert!(!succeeds("qemu-io", &["-f", "qcow2", "-c", "write 0 512"], &path));
+}
+
+#[test]
+fn qemu_keeps_us_out() {
+    if !has("qemu-img") || !has("qemu-io") {
+        return;
+    }
+    let (_folder, path) = qcow2_image();
+    let writer = Holder::open(&path, &["-f", "qcow2"]);
+    assert!(conflict(&path, true).is_some());
+    assert!(conflict(&path, false).is_some());
+    drop(writer);
+    let reader = Holder::open(&path, &["-r", "-f", "qcow2"]);
+    assert!(conflict(&path, true).is_some());
+    assert_eq!(conflict(&path, false), None);
+    drop(reader);
+    assert_eq!(conflict(&path, true), None);
+
+    let (_folder, raw) = image();
+    let writer = Holder::open(&raw, &["-f", "raw"]);
+    assert_eq!(conflict(&raw, true), Some(LockConflict::Uses(Permission::Write)));
+    assert_eq!(conflict(&raw, false), Some(LockConflict::Uses(Permission::Write)));
+    drop(writer);
+}
+
+#[test]
+fn a_lock_is_waited_for_and_a_failed_attempt_leaves_none_behind() {
+    let (_folder, path) = image();
+    let first = HostStorage::new();
+    first.open(&path, &options(false)).expect("nobody has it");
+    assert_eq!(conflict(&path, true), Some(LockConflict::DoesNotShare(Permission::Write)));
+    // Had the attempt above left a lock, this reader would be refused.
+    assert_eq!(conflict(&path, false), None);
+
+    let started = Instant::now();
+    let short = OpenOptions { lock_timeout: Duration::from_millis(50), ..options(true) };
+    assert!(matches!(HostStorage::new().open(&path, &short), Err(StorageError::Locked { .. })));
+    assert!(started.elapsed() >= Duration::from_millis(50));
+
+    let waiter = std::thread::spawn({
+        let (path, long) =
+            (path.clone(), OpenOptions { lock_timeout: Duration::from_secs(60), ..options(true) });
+        move || HostStorage::new().open(&path, &long).map(|_| ())
+    });
+    drop(first);
+    waiter.join().expect("no panic").expect("the lock became free");
+}
+
+#[test]
+fn the_message_names_file_and_permission() {
+    let (_folder, path) = image();
+    let storage = HostStorage::new();
+    storage.open(&path, &options(true)).expect("nobody has it");
+    let error = HostStorage::new().open(&path, &options(false)).expect_err("it is locked").to_string();
+    assert!(error.contains(path.to_str().expect("a plain name")), "{error}");
+    assert!(error.contains("uses the permission \"write\""), "{error}");
+}

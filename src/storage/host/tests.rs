@@ -1,0 +1,593 @@
+//! The host's queue on real files: on a disk's file system with and without direct I/O, and on tmpfs.
+
+use std::io::Read;
+use std::os::fd::FromRawFd;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{Mode, OFlags};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::uring::{FLAVOURS, Flavour};
+use super::{HostStorage, UringQueue};
+use crate::error::{FileKind, StorageError};
+use crate::{
+    AlignedBuf, Completion, Errno, FileId, FileInfo, GuestSlice, IoQueue, Kind, OpenOptions, Operation, Part,
+    Parts, Storage, Token,
+};
+
+/// Far longer than anything here takes: a wait that uses it up has lost a wake-up.
+const LONG: Duration = Duration::from_secs(30);
+
+/// A temporary image on some file system, open for writing, with a queue of this thread.
+struct Bench {
+    folder: tempfile::TempDir,
+    storage: HostStorage,
+    queue: UringQueue,
+    file: FileId,
+    info: FileInfo,
+}
+
+impl Bench {
+    fn new(folder: tempfile::TempDir, direct: bool, contents: &[u8]) -> Self {
+        let path = folder.path().join("image");
+        std::fs::write(&path, contents).expect("an image");
+        let storage = HostStorage::new();
+        let (file, info) = storage.open(&path, &options(true, direct)).expect("it opens");
+        let queue = storage.queue(8).expect("a queue");
+        Bench { folder, storage, queue, file, info }
+    }
+
+    fn run(&mut self, kind: Kind, offset: u64, parts: Parts) -> Completion {
+        self.queue.push(Token(77), Operation { file: self.file, kind, offset, parts });
+        self.queue.submit();
+        let completion = self.finish(1).pop().expect("one completion");
+        assert_eq!(completion.token, Token(77));
+        completion
+    }
+
+    fn bare(&mut self, kind: Kind, offset: u64) -> Result<(), Errno> {
+        self.run(kind, offset, Parts::new()).result
+    }
+
+    /// Waits for `count` completions.
+    fn finish(&mut self, count: usize) -> Vec<Completion> {
+        let (mut done, started) = (Vec::new(), Instant::now());
+        while done.len() < count {
+            self.queue.reap(&mut done);
+            if done.len() < count {
+                self.queue.wait(Some(LONG));
+            }
+            assert!(started.elapsed() < LONG, "{} of {count} completions", done.len());
+        }
+        assert_eq!((done.len(), self.queue.in_flight()), (count, 0));
+        done
+    }
+
+    fn contents(&self) -> Vec<u8> {
+        std::fs::read(self.folder.path().join("image")).expect("the image can be read")
+    }
+}
+
+fn options(writable: bool, direct: bool) -> OpenOptions {
+    OpenOptions { writable, direct, lock_timeout: Duration::ZERO }
+}
+
+/// A temporary folder on a file system that is not in memory; `None`, said aloud, where there is none.
+fn on_disk() -> Option<tempfile::TempDir> {
+    let places = [std::env::temp_dir(), "/var/tmp".into(), env!("CARGO_MANIFEST_DIR").into()];
+    for place in places {
+        let tmpfs = rustix::fs::statfs(&place).is_ok_and(|stat| stat.f_type == 0x0102_1994);
+        if !tmpfs && let Ok(folder) = tempfile::tempdir_in(place) {
+            return Some(folder);
+        }
+    }
+    assert!(std::env::var_os("CI").is_none(), "a file system on a disk is needed in CI");
+    eprintln!("SKIPPED: no file system on a disk");
+    None
+}
+
+fn in_memory() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").expect("/dev/shm is there")
+}
+
+/// The same test on each kind of file.
+fn everywhere(contents: &[u8], test: impl Fn(&mut Bench)) {
+    test(&mut Bench::new(in_memory(), true, contents));
+    for direct in [false, true] {
+        if let Some(folder) = on_disk() {
+            test(&mut Bench::new(folder, direct, contents));
+        }
+    }
+}
+
+fn pattern(len: usize, seed: u8) -> Vec<u8> {
+    (0..len).map(|at| (at / 512 * 7 + at) as u8 ^ seed).collect()
+}
+
+fn owned(contents: &[u8]) -> Part {
+    let mut buffer = AlignedBuf::new(contents.len());
+    buffer.as_mut_slice().copy_from_slice(contents);
+    Part::Owned(buffer)
+}
+
+/// Memory that the kernel writes as it would a guest's; leaked, so that `'static` holds.
+fn guest(len: usize) -> GuestSlice {
+    let bytes = Box::leak(Box::new(AlignedBuf::new(len))).as_mut_slice();
+    bytes.fill(0xee);
+    GuestSlice::from(bytes)
+}
+
+fn bytes_of(part: &Part) -> Vec<u8> {
+    match part {
+        Part::Owned(buffer) => buffer.as_slice().to_vec(),
+        Part::Guest(slice) => {
+            let mut bytes = vec![0; slice.len()];
+            slice.copy_to(&mut bytes[..]);
+            bytes
+        }
+    }
+}
+
+fn all_bytes(parts: &Parts) -> Vec<u8> {
+    parts.iter().flat_map(bytes_of).collect()
+}
+
+#[test]
+fn what_is_written_is_read_in_parts_of_both_kinds() {
+    everywhere(&[], |bench| {
+        let data = pattern(16384, 1);
+        let parts = Parts::from_vec(vec![owned(&data[..4096]), owned(&[]), owned(&data[4096..])]);
+        let written = bench.run(Kind::Write, 8192, parts);
+        assert_eq!(written.result, Ok(()));
+        assert_eq!(all_bytes(&written.parts), data);
+        let parts = Parts::from_vec(vec![
+            Part::Guest(guest(512)),
+            Part::Owned(AlignedBuf::new(8192)),
+            Part::Guest(guest(16384)),
+        ]);
+        let read = bench.run(Kind::Read, 4096, parts);
+        assert_eq!(read.result, Ok(()));
+        let expected = [&[0; 4096][..], &data, &[0; 4608]].concat();
+        assert_eq!(all_bytes(&read.parts), expected);
+        assert_eq!(bench.contents()[8192..], data);
+    });
+}
+
+#[test]
+fn reads_past_the_end_give_zeros() {
+    let data = pattern(5000, 2);
+    everywhere(&data, |bench| {
+        assert_eq!(bench.info.length, 5000);
+        for (offset, len) in [(0, 8192), (4096, 4096), (4608, 512), (8192, 4096), (1 << 40, 512)] {
+            let expected: Vec<u8> =
+                (offset..offset + len).map(|at| data.get(at).copied().unwrap_or(0)).collect();
+            for part in [Part::Guest(guest(len)), owned(&vec![0xee; len])] {
+                let read = bench.run(Kind::Read, offset as u64, Parts::from_vec(vec![part]));
+                assert_eq!((read.result, all_bytes(&read.parts)), (Ok(()), expected.clone()));
+            }
+            let halves = Parts::from_vec(vec![Part::Guest(guest(len / 2)), owned(&vec![0xee; len / 2])]);
+            // Half of 512 is no multiple of the alignment of direct I/O.
+            if len > 512 || bench.info.offset_alignment == 1 {
+                let read = bench.run(Kind::Read, offset as u64, halves);
+                assert_eq!((read.result, all_bytes(&read.parts)), (Ok(()), expected));
+            }
+        }
+    });
+}
+
+#[test]
+fn more_parts_than_one_call_takes() {
+    everywhere(&[], |bench| {
+        let data = pattern(2500 * 512, 3);
+        let parts = data.chunks(512).map(owned).collect();
+        assert_eq!(bench.run(Kind::Write, 512, parts).result, Ok(()));
+        assert_eq!(bench.contents()[512..], data);
+        let parts = (0..2600).map(|_| Part::Guest(guest(512))).collect();
+        let read = bench.run(Kind::Read, 512, parts);
+        assert_eq!(read.result, Ok(()));
+        let bytes = all_bytes(&read.parts);
+        assert!(bytes[..data.len()] == data && bytes[data.len()..].iter().all(|byte| *byte == 0));
+    });
+}
+
+#[test]
+fn direct_io_refuses_what_is_unaligned() {
+    let Some(folder) = on_disk() else { return };
+    let mut bench = Bench::new(folder, true, &pattern(8192, 4));
+    if bench.info.offset_alignment == 1 {
+        eprintln!("SKIPPED: no direct I/O with a fine alignment here");
+        return;
+    }
+    let one = |part| Parts::from_vec(vec![part]);
+    assert_eq!(bench.run(Kind::Read, 1, one(owned(&[0; 512]))).result, Err(Errno::EINVAL));
+    assert_eq!(bench.run(Kind::Write, 0, one(owned(&[0; 511]))).result, Err(Errno::EINVAL));
+    let askew = guest(1024).subslice(1, 512).expect("inside");
+    if bench.info.memory_alignment > 1 {
+        assert_eq!(bench.run(Kind::Write, 0, one(Part::Guest(askew))).result, Err(Errno::EINVAL));
+    }
+    assert_eq!(bench.contents(), pattern(8192, 4));
+    assert_eq!(bench.run(Kind::Read, 512, one(owned(&[0; 512]))).result, Ok(()));
+}
+
+#[test]
+fn buffered_io_takes_any_offset() {
+    let Some(folder) = on_disk() else { return };
+    for mut bench in [Bench::new(folder, false, &[]), Bench::new(in_memory(), true, &[])] {
+        assert_eq!((bench.info.offset_alignment, bench.info.memory_alignment), (1, 1));
+        let data = pattern(1001, 5);
+        assert_eq!(bench.run(Kind::Write, 13, Parts::from_vec(vec![owned(&data)])).result, Ok(()));
+        assert_eq!(bench.contents()[13..], data);
+    }
+}
+
+#[test]
+fn nothing_reaches_the_host_beyond_a_signed_offset() {
+    everywhere(&[], |bench| {
+        let last = i64::MAX as u64;
+        for offset in [u64::MAX, u64::MAX - 511, last - 510, last + 1] {
+            for kind in [Kind::Read, Kind::Write] {
+                let parts = Parts::from_vec(vec![owned(&[0; 512])]);
+                assert_eq!(bench.run(kind, offset, parts).result, Err(Errno::EINVAL));
+            }
+            let length = 512;
+            assert_eq!(bench.bare(Kind::Zero { length }, offset), Err(Errno::EINVAL));
+            assert_eq!(bench.bare(Kind::Punch { length }, offset), Err(Errno::EINVAL));
+        }
+        assert_eq!(bench.bare(Kind::SetLength, last + 1), Err(Errno::EINVAL));
+        assert_eq!(bench.bare(Kind::Punch { length: u64::MAX }, 512), Err(Errno::EINVAL));
+        assert_eq!(bench.run(Kind::Write, 0, Parts::new()).result, Ok(()));
+        assert_eq!(bench.contents(), []);
+    });
+}
+
+#[test]
+fn punching_gives_space_back() {
+    let data = pattern(1 << 20, 6);
+    everywhere(&data, |bench| {
+        assert_eq!(bench.bare(Kind::Sync, 0), Ok(()));
+        let before = bench.storage.allocated(bench.file).expect("the host says");
+        assert!(before >= 1 << 20, "{before} bytes allocated");
+        assert_eq!(bench.bare(Kind::Punch { length: 512 << 10 }, 256 << 10), Ok(()));
+        assert_eq!(bench.bare(Kind::Sync, 0), Ok(()));
+        let after = bench.storage.allocated(bench.file).expect("the host says");
+        assert!(after + (512 << 10) <= before, "{before} bytes allocated, then {after}");
+        let mut expected = data.clone();
+        expected[256 << 10..768 << 10].fill(0);
+        assert!(bench.contents() == expected);
+        // Past the end it changes nothing, the length least of all.
+        assert_eq!(bench.bare(Kind::Punch { length: 4096 }, 2 << 20), Ok(()));
+        assert_eq!(bench.storage.length(bench.file).expect("the host says"), 1 << 20);
+    });
+}
+
+#[test]
+fn zeroing_keeps_space_and_extends() {
+    // A length that takes more than one call where zeros are written.
+    let data = pattern(6 << 20, 7);
+    for by_writing in [false, true] {
+        everywhere(&data, |bench| {
+            let open = bench.storage.file(bench.file);
+            open.no_zero_range.store(by_writing, Ordering::Relaxed);
+            assert_eq!(bench.bare(Kind::Zero { length: (5 << 20) + 512 }, 512), Ok(()));
+            let mut expected = data.clone();
+            expected[512..(5 << 20) + 1024].fill(0);
+            assert!(bench.contents() == expected);
+            assert_eq!(bench.bare(Kind::Zero { length: 8192 }, (6 << 20) - 4096), Ok(()));
+            assert_eq!(bench.bare(Kind::Sync, 0), Ok(()));
+            expected[(6 << 20) - 4096..].fill(0);
+            expected.resize((6 << 20) + 4096, 0);
+            assert!(bench.contents() == expected);
+            assert!(bench.storage.allocated(bench.file).expect("the host says") >= 6 << 20);
+        });
+    }
+}
+
+#[test]
+fn allocating_and_setting_the_length() {
+    everywhere(&pattern(4096, 8), |bench| {
+        assert_eq!(bench.bare(Kind::Allocate { length: 1 << 20 }, 0), Ok(()));
+        assert_eq!(bench.storage.length(bench.file).expect("the host says"), 1 << 20);
+        assert!(bench.storage.allocated(bench.file).expect("the host says") >= 1 << 20);
+        assert_eq!(bench.contents()[..4096], pattern(4096, 8));
+        for truncate in [true, false] {
+            bench.queue.set_truncate_ability(truncate);
+            assert_eq!(bench.bare(Kind::SetLength, 1000), Ok(()));
+            assert_eq!(bench.contents(), pattern(4096, 8)[..1000]);
+            assert_eq!(bench.bare(Kind::SetLength, 5000), Ok(()));
+            assert_eq!(bench.storage.length(bench.file).expect("the host says"), 5000);
+            assert!(bench.contents()[1000..].iter().all(|byte| *byte == 0));
+        }
+        // Nothing of no length is an error.
+        assert_eq!(bench.bare(Kind::Zero { length: 0 }, 0), Ok(()));
+    });
+}
+
+#[test]
+fn a_reader_cannot_write() {
+    everywhere(&pattern(4096, 9), |bench| {
+        let path = bench.folder.path().join("other");
+        std::fs::write(&path, [1; 4096]).expect("a file");
+        let (file, info) = bench.storage.open(&path, &options(false, true)).expect("it opens");
+        assert!(!info.writable);
+        let parts = Parts::from_vec(vec![owned(&[0; 512])]);
+        bench.queue.push(Token(1), Operation { file, kind: Kind::Write, offset: 0, parts });
+        assert_eq!(bench.finish(1)[0].result, Err(Errno(libc::EBADF)));
+    });
+}
+
+#[test]
+fn more_operations_than_depth_are_all_done() {
+    let data = pattern(400 * 4096, 10);
+    everywhere(&data, |bench| {
+        for at in 0..400 {
+            let parts = Parts::from_vec(vec![Part::Owned(AlignedBuf::new(4096))]);
+            let operation = Operation { file: bench.file, kind: Kind::Read, offset: at * 4096, parts };
+            bench.queue.push(Token(at), operation);
+        }
+        assert_eq!(bench.queue.in_flight(), 400);
+        bench.queue.submit();
+        // Reaping alone must carry the backlog on.
+        let (mut done, started) = (Vec::new(), Instant::now());
+        while done.len() < 400 {
+            bench.queue.reap(&mut done);
+            assert!(started.elapsed() < LONG, "{} of 400 operations", done.len());
+        }
+        done.sort_by_key(|completion| completion.token.0);
+        for (at, completion) in done.iter().enumerate() {
+            assert_eq!((completion.token, completion.result), (Token(at as u64), Ok(())));
+            assert!(all_bytes(&completion.parts) == data[at * 4096..][..4096]);
+        }
+        assert_eq!(bench.queue.in_flight(), 0);
+    });
+}
+
+#[test]
+fn every_flavour_of_ring_works() {
+    let Some(folder) = on_disk() else { return };
+    let mut bench = Bench::new(folder, true, &pattern(1 << 20, 11));
+    for flavour in FLAVOURS {
+        for timed_wait in [true, false] {
+            bench.queue =
+                UringQueue::with_flavours(bench.storage.files.clone(), 4, &[flavour]).expect("it is known");
+            // Without the timed wait only kernels before 5.11 are alike, which have the plain flavour alone.
+            if flavour == Flavour::Plain {
+                bench.queue.set_timed_wait_ability(timed_wait);
+            }
+            let started = Instant::now();
+            bench.queue.wait(Some(Duration::from_millis(30)));
+            assert!(started.elapsed() < LONG);
+            for at in 0..64 {
+                let parts = Parts::from_vec(vec![Part::Owned(AlignedBuf::new(8192))]);
+                let operation = Operation { file: bench.file, kind: Kind::Read, offset: at * 4096, parts };
+                bench.queue.push(Token(at), operation);
+            }
+            for completion in bench.finish(64) {
+                let at = completion.token.0 as usize * 4096;
+                assert!(all_bytes(&completion.parts) == pattern(1 << 20, 11)[at..at + 8192]);
+            }
+            signals_arrive(&mut bench.queue, EFD_NONBLOCK, 20);
+            notifications_arrive(&mut bench.queue, 200);
+        }
+    }
+}
+
+/// Signals from another thread, each of which must end a wait before the next is sent.
+fn signals_arrive(queue: &mut UringQueue, flags: i32, rounds: u64) {
+    let event = EventFd::new(flags | EFD_CLOEXEC).expect("an eventfd");
+    let seen = AtomicU64::new(0);
+    let sent = AtomicU64::new(0);
+    queue.watch(event.try_clone().expect("a second descriptor"));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for round in 1..=rounds {
+                sent.store(round, Ordering::SeqCst);
+                event.write(1).expect("it can be signalled");
+                while seen.load(Ordering::SeqCst) < round {
+                    std::thread::yield_now();
+                }
+            }
+        });
+        let started = Instant::now();
+        while seen.load(Ordering::SeqCst) < rounds {
+            queue.wait(Some(LONG));
+            seen.store(sent.load(Ordering::SeqCst), Ordering::SeqCst);
+            assert!(started.elapsed() < LONG, "a signal did not end a wait");
+        }
+    });
+}
+
+/// The same with the notifier.
+fn notifications_arrive(queue: &mut UringQueue, rounds: u64) {
+    let notifier = queue.notifier();
+    let (seen, sent) = (AtomicU64::new(0), AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for round in 1..=rounds {
+                sent.store(round, Ordering::SeqCst);
+                notifier.notify();
+                while seen.load(Ordering::SeqCst) < round {
+                    std::hint::spin_loop();
+                }
+            }
+        });
+        let started = Instant::now();
+        while seen.load(Ordering::SeqCst) < rounds {
+            queue.wait(Some(LONG));
+            seen.store(sent.load(Ordering::SeqCst), Ordering::SeqCst);
+            assert!(started.elapsed() < LONG, "a notification did not end a wait");
+        }
+    });
+}
+
+#[test]
+fn watched_events_and_notifications_end_waits() {
+    let mut queue = HostStorage::new().queue(4).expect("a queue");
+    for flags in [0, EFD_NONBLOCK] {
+        signals_arrive(&mut queue, flags, 2000);
+    }
+    notifications_arrive(&mut queue, 20_000);
+    assert!(queue.in_flight() == 0);
+}
+
+#[test]
+fn a_signal_taken_while_reaping_ends_the_next_wait() {
+    let mut queue = HostStorage::new().queue(4).expect("a queue");
+    let event = EventFd::new(EFD_NONBLOCK).expect("an eventfd");
+    queue.watch(event.try_clone().expect("a second descriptor"));
+    for _ in 0..10 {
+        queue.submit();
+        event.write(1).expect("it can be signalled");
+        queue.reap(&mut Vec::new());
+        let started = Instant::now();
+        queue.wait(Some(LONG));
+        assert!(started.elapsed() < LONG / 2);
+    }
+    queue.notifier().notify();
+    let started = Instant::now();
+    queue.wait(None);
+    assert!(started.elapsed() < LONG / 2);
+}
+
+#[test]
+fn an_idle_wait_sleeps_until_its_timeout() {
+    let mut queue = HostStorage::new().queue(4).expect("a queue");
+    let event = EventFd::new(EFD_NONBLOCK).expect("an eventfd");
+    queue.watch(event);
+    // The first waits may end early, as the eventfd is found to be a non-blocking one.
+    let started = Instant::now();
+    let mut waits = 0;
+    while started.elapsed() < Duration::from_millis(100) {
+        queue.wait(Some(Duration::from_millis(20)));
+        waits += 1;
+    }
+    assert!(waits <= 10, "{waits} waits in 100 ms");
+    queue.wait(Some(Duration::ZERO));
+}
+
+#[test]
+fn what_is_no_eventfd_is_watched_no_more() {
+    let mut queue = HostStorage::new().queue(4).expect("a queue");
+    let null =
+        rustix::fs::open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).expect("it opens");
+    // SAFETY: the descriptor is ours, and its ownership goes to the EventFd.
+    queue.watch(unsafe { EventFd::from_raw_fd(std::os::fd::IntoRawFd::into_raw_fd(null)) });
+    let started = Instant::now();
+    let mut waits = 0;
+    while started.elapsed() < Duration::from_millis(100) {
+        queue.wait(Some(Duration::from_millis(50)));
+        waits += 1;
+    }
+    assert!(waits <= 5, "{waits} waits in 100 ms");
+}
+
+#[test]
+fn dropping_waits_for_io_in_flight() {
+    let Some(folder) = on_disk() else { return };
+    let data = pattern(32 << 20, 12);
+    let path = folder.path().join("image");
+    std::fs::write(&path, &data).expect("an image");
+    let storage = HostStorage::new();
+    let (file, _) = storage.open(&path, &options(true, true)).expect("it opens");
+    let mut queue = storage.queue(32).expect("a queue");
+    queue.watch(EventFd::new(EFD_NONBLOCK).expect("an eventfd"));
+    let slices: Vec<GuestSlice> = (0..32).map(|_| guest(1 << 20)).collect();
+    for (at, slice) in (0..).zip(&slices) {
+        let parts = Parts::from_vec(vec![Part::Guest(*slice)]);
+        queue.push(Token(at), Operation { file, kind: Kind::Read, offset: at << 20, parts });
+    }
+    // These find no room, and never start.
+    for at in 32..64 {
+        let parts = Parts::from_vec(vec![owned(&[0; 4096])]);
+        queue.push(Token(at), Operation { file, kind: Kind::Write, offset: 0, parts });
+    }
+    queue.submit();
+    drop(queue);
+    for (at, slice) in slices.iter().enumerate() {
+        assert!(bytes_of(&Part::Guest(*slice)) == data[at << 20..][..1 << 20]);
+    }
+    assert!(std::fs::read(&path).expect("it can be read") == data);
+}
+
+#[test]
+fn a_queue_uses_files_opened_later_and_outlives_the_storage() {
+    let mut bench = Bench::new(in_memory(), true, &[1; 512]);
+    let path = bench.folder.path().join("later");
+    std::fs::write(&path, [2; 512]).expect("a file");
+    let (later, _) = bench.storage.open(&path, &options(false, true)).expect("it opens");
+    assert_eq!((bench.file, later), (FileId(0), FileId(1)));
+    bench.storage = HostStorage::new();
+    for (file, byte) in [(later, 2), (bench.file, 1)] {
+        let parts = Parts::from_vec(vec![owned(&[0; 512])]);
+        bench.queue.push(Token(0), Operation { file, kind: Kind::Read, offset: 0, parts });
+        assert_eq!(all_bytes(&bench.finish(1)[0].parts), [byte; 512]);
+    }
+}
+
+#[test]
+fn what_is_no_image_is_refused_by_name() {
+    let folder = in_memory();
+    let refused = |path: &Path| HostStorage::new().open(path, &options(false, true)).expect_err("no image");
+    let kind = |path: &Path| match refused(path) {
+        StorageError::NotAnImage { kind, .. } => kind,
+        other => panic!("{other}"),
+    };
+    assert_eq!(kind(folder.path()), FileKind::Directory);
+    assert_eq!(kind(Path::new("/dev/null")), FileKind::CharacterDevice);
+    let fifo = folder.path().join("fifo");
+    rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, Mode::RUSR, 0).expect("a fifo");
+    assert_eq!(kind(&fifo), FileKind::Fifo);
+    let socket = folder.path().join("socket");
+    let _listener = UnixListener::bind(&socket).expect("a socket");
+    assert_eq!(kind(&socket), FileKind::Socket);
+    let missing = refused(&folder.path().join("missing")).to_string();
+    assert!(missing.contains("missing: opening failed: No such file"), "{missing}");
+    let writable = HostStorage::new().open(folder.path(), &options(true, true)).expect_err("no image");
+    assert!(matches!(writable, StorageError::NotAnImage { kind: FileKind::Directory, .. }), "{writable}");
+}
+
+#[test]
+fn a_file_is_written_under_one_id_only() {
+    let folder = in_memory();
+    let (path, link) = (folder.path().join("image"), folder.path().join("link"));
+    std::fs::write(&path, [0; 512]).expect("a file");
+    std::fs::hard_link(&path, &link).expect("a link");
+    let patient = OpenOptions { lock_timeout: LONG, ..options(true, false) };
+    let storage = HostStorage::new();
+    storage.open(&path, &patient).expect("it opens");
+    // At once, not after the lock's timeout.
+    let started = Instant::now();
+    let again = storage.open(&link, &OpenOptions { writable: false, ..patient.clone() });
+    assert!(matches!(again, Err(StorageError::AlreadyOpen { file: FileId(0), .. })));
+    assert!(started.elapsed() < LONG / 2);
+
+    let readers = HostStorage::new();
+    drop(storage);
+    let (_, first) = readers.open(&path, &options(false, false)).expect("it opens");
+    let (_, second) = readers.open(&link, &options(false, false)).expect("a second reader");
+    assert_eq!(first.identity, second.identity);
+    assert!(matches!(readers.open(&path, &patient), Err(StorageError::AlreadyOpen { .. })));
+}
+
+#[test]
+fn direct_means_direct() {
+    let Some(folder) = on_disk() else { return };
+    for direct in [false, true] {
+        let bench = Bench::new(tempfile::tempdir_in(folder.path()).expect("a folder"), direct, &[0; 4096]);
+        let open = bench.storage.file(bench.file);
+        let flags = rustix::fs::fcntl_getfl(&open.file).expect("the flags");
+        assert!(!flags.contains(OFlags::NONBLOCK));
+        assert_eq!(flags.contains(OFlags::DIRECT), bench.info.offset_alignment > 1);
+        assert!(direct || bench.info.offset_alignment == 1);
+        assert!(!open.memory_backed && !bench.info.block_device);
+        let mut text = String::new();
+        let number = std::os::fd::AsRawFd::as_raw_fd(&open.file);
+        let mut about = std::fs::File::open(format!("/proc/self/fdinfo/{number}")).expect("it is there");
+        about.read_to_string(&mut text).expect("it can be read");
+        let octal = text.lines().find_map(|line| line.strip_prefix("flags:")).expect("a line").trim();
+        let flags = u32::from_str_radix(octal, 8).expect("octal");
+        assert_ne!(flags & libc::O_CLOEXEC as u32, 0);
+    }
+}
