@@ -1,1 +1,19 @@
-//! Strata as real processes.
+//! Strata as real processes: what the demo, the whole check, the VM tests and the benchmarks share.
+//!
+//! Owns: preparing a machine ([`setup`]), the tiny guest ([`guest`], [`cpio`]), virtual machines ([`machine`]),
+//! block daemons ([`daemon`]), disk images ([`image`]), the guest's jobs ([`scenario`]) and what a person sees of
+//! them ([`steps`], [`picture`]). It never links Strata's own crates: a daemon is a program with a socket here.
+#![forbid(unsafe_code)]
+
+pub mod command;
+pub mod cpio;
+pub mod daemon;
+pub mod guest;
+pub mod image;
+pub mod kernel;
+pub mod machine;
+pub mod picture;
+pub mod scenario;
+pub mod setup;
+pub mod stand;
+pub mod steps;

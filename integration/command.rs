@@ -1,0 +1,82 @@
+//! Runs a program to its end and says what went wrong.
+//!
+//! Owns the wording of "it failed" for every helper program. It never runs anything that stays: see `daemon` and
+//! `machine` for those.
+
+use anyhow::{Context, Result, bail};
+use std::ffi::OsStr;
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+/// Runs `command`, which must exit 0, and gives its standard output as text.
+pub fn output(command: &mut Command) -> Result<String> {
+    let output = capture(command)?;
+    if !output.status.success() {
+        bail!("{}", failure(command, &output));
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Runs `command` whatever its exit code: only a program that cannot be started is an error.
+pub fn capture(command: &mut Command) -> Result<Output> {
+    command.output().with_context(|| format!("cannot start {}", shown(command)))
+}
+
+/// A failed run in words: the command line, how it ended, the end of what it said.
+pub fn failure(command: &Command, output: &Output) -> String {
+    let said = if output.stderr.is_empty() { &output.stdout } else { &output.stderr };
+    format!("{} ended with {}:\n{}", shown(command), output.status, tail(&String::from_utf8_lossy(said), 20))
+}
+
+/// The command line as a person could type it.
+pub fn shown(command: &Command) -> String {
+    let mut line = quoted(command.get_program());
+    for argument in command.get_args() {
+        line.push(' ');
+        line.push_str(&quoted(argument));
+    }
+    line
+}
+
+fn quoted(word: &OsStr) -> String {
+    let word = word.to_string_lossy();
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./,=:+@%".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        word.into_owned()
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
+    }
+}
+
+/// The last `lines` lines of a text.
+pub fn tail(text: &str, lines: usize) -> String {
+    let all: Vec<&str> = text.lines().collect();
+    all[all.len().saturating_sub(lines)..].join("\n")
+}
+
+/// Where a program is. Looks where administrators' tools live too, as a user's PATH often lacks them.
+pub fn find(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(["/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/bin", "/bin"].map(PathBuf::from))
+        .map(|folder| folder.join(program))
+        .find(|candidate| candidate.is_file())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn command_lines_are_shown_so_that_a_shell_takes_them() {
+        let mut command = Command::new("qemu-io");
+        command.args(["-c", "write -P 0x11 0 64k", "it's.qcow2"]);
+        assert_eq!(shown(&command), r"qemu-io -c 'write -P 0x11 0 64k' 'it'\''s.qcow2'");
+    }
+
+    #[test]
+    fn the_tail_is_at_most_the_whole() {
+        assert_eq!(tail("a\nb\nc", 2), "b\nc");
+        assert_eq!(tail("a", 5), "a");
+    }
+}

@@ -1,0 +1,336 @@
+//! A block daemon as a process: Strata, or QEMU's storage daemon as stand-in and rival.
+//!
+//! Owns building and finding the program, its command line, waiting for its socket, its log and its end. It never
+//! looks into an image and speaks no vhost-user.
+
+use crate::command;
+use anyhow::{Context, Result, bail};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+/// Which daemon serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backend {
+    /// `strata serve`
+    Strata,
+    /// `qemu-storage-daemon` with a vhost-user-blk export
+    QemuStorageDaemon,
+}
+
+impl FromStr for Backend {
+    type Err = anyhow::Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            "strata" => Ok(Self::Strata),
+            "qemu-storage-daemon" => Ok(Self::QemuStorageDaemon),
+            other => bail!("no backend is called {other}: it may be strata or qemu-storage-daemon"),
+        }
+    }
+}
+
+impl std::fmt::Display for Backend {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(match self {
+            Self::Strata => "strata",
+            Self::QemuStorageDaemon => "qemu-storage-daemon",
+        })
+    }
+}
+
+impl Backend {
+    /// What `STRATA_TEST_BACKEND` names, else Strata.
+    pub fn from_environment() -> Result<Self> {
+        std::env::var("STRATA_TEST_BACKEND").map_or(Ok(Self::Strata), |name| name.parse())
+    }
+
+    /// The program, built first where it is ours.
+    pub fn program(self, profile: Profile) -> Result<Program> {
+        let path = match self {
+            Self::Strata => build_strata(profile)?,
+            Self::QemuStorageDaemon => command::find("qemu-storage-daemon")
+                .context("qemu-storage-daemon is not installed (Debian: qemu-utils or qemu-system-common)")?,
+        };
+        Ok(Program { backend: self, path })
+    }
+}
+
+/// How Strata is built.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Profile {
+    /// Some optimisation, all checks: for tests.
+    Dev,
+    /// As users run it.
+    Release,
+}
+
+/// Asks cargo, which is quick when nothing changed and tells where the program is. `STRATA_BIN` names one instead.
+fn build_strata(profile: Profile) -> Result<PathBuf> {
+    if let Some(path) = std::env::var_os("STRATA_BIN") {
+        return Ok(PathBuf::from(path));
+    }
+    let mut cargo = Command::new("cargo");
+    cargo.args(["build", "--quiet", "--package", "strata", "--bin", "strata"]);
+    cargo.arg("--message-format=json-render-diagnostics").current_dir(workspace());
+    if profile == Profile::Release {
+        cargo.arg("--release");
+    }
+    let messages = command::output(&mut cargo)?;
+    messages
+        .lines()
+        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+        .filter(|message| message["target"]["name"] == "strata")
+        .find_map(|message| message["executable"].as_str().map(PathBuf::from))
+        .context("cargo built strata but named no executable")
+}
+
+/// The root of the checkout this was built from.
+pub fn workspace() -> PathBuf {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.parent().unwrap_or(here).to_owned()
+}
+
+/// A daemon's executable.
+#[derive(Clone, Debug)]
+pub struct Program {
+    /// Which one it is.
+    pub backend: Backend,
+    /// Where it is.
+    pub path: PathBuf,
+}
+
+/// What to serve and how.
+#[derive(Clone, Debug)]
+pub struct ServeSpec {
+    /// The image.
+    pub image: PathBuf,
+    /// Its format, `qcow2` or `raw`.
+    pub format: String,
+    /// Where to listen.
+    pub socket: PathBuf,
+    /// How many queues to offer.
+    pub queues: u16,
+    /// What the guest reads as the disk's serial number; QEMU's daemon has its own.
+    pub serial: String,
+}
+
+impl Program {
+    /// The command line that serves `spec`. Shown to people by the demo as well.
+    pub fn command(&self, spec: &ServeSpec) -> Command {
+        let mut command = Command::new(&self.path);
+        match self.backend {
+            Backend::Strata => {
+                command
+                    .arg("serve")
+                    .arg("--blk-file")
+                    .arg(&spec.image)
+                    .arg("--socket-path")
+                    .arg(&spec.socket);
+                command.args(["--format", &spec.format, "--serial", &spec.serial]);
+                command.args(["--num-queues", &spec.queues.to_string()]);
+            }
+            Backend::QemuStorageDaemon => {
+                let file = serde_json::json!({
+                    "driver": "file", "node-name": "file", "filename": spec.image, "aio": "io_uring",
+                    "cache": {"direct": true}, "discard": "unmap",
+                });
+                let disk = serde_json::json!({
+                    "driver": spec.format, "node-name": "disk", "file": "file", "discard": "unmap",
+                });
+                let export = serde_json::json!({
+                    "type": "vhost-user-blk", "id": "export", "node-name": "disk", "writable": true,
+                    "num-queues": spec.queues, "addr": {"type": "unix", "path": spec.socket},
+                });
+                command.args(["--blockdev", &file.to_string(), "--blockdev", &disk.to_string()]);
+                command.args(["--export", &export.to_string()]);
+            }
+        }
+        command
+    }
+}
+
+/// A daemon that listens. Dropping it kills it.
+pub struct Daemon {
+    process: Child,
+    log: PathBuf,
+    program: String,
+}
+
+/// How long a daemon may take to listen: it may wait some seconds for the image lock of one that was killed.
+const START_PATIENCE: Duration = Duration::from_secs(20);
+/// How long it may take to end: shutdown drains and flushes.
+const STOP_PATIENCE: Duration = Duration::from_secs(40);
+/// Between two looks at whether it listens; a daemon that dies is noticed at once.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
+
+impl Daemon {
+    /// Starts `program` on `spec` and returns when it listens. Its output is appended to `log`.
+    pub fn start(program: &Program, spec: &ServeSpec, log: &Path) -> Result<Self> {
+        let output = File::options().create(true).append(true).open(log)?;
+        let mut command = program.command(spec);
+        if std::env::var_os("RUST_LOG").is_none() {
+            command.env("RUST_LOG", "info");
+        }
+        command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
+        let process =
+            command.spawn().with_context(|| format!("cannot start {}", command::shown(&command)))?;
+        let mut daemon = Self { process, log: log.to_owned(), program: command::shown(&command) };
+        daemon.wait_until_listening(&spec.socket)?;
+        Ok(daemon)
+    }
+
+    fn wait_until_listening(&mut self, socket: &Path) -> Result<()> {
+        let deadline = Instant::now() + START_PATIENCE;
+        while !is_listening(socket)? {
+            if let Some(status) = self.wait(LOOK_AGAIN)? {
+                bail!("{} ended with {status} before it listened\n{}", self.program, self.log_tail());
+            }
+            if Instant::now() > deadline {
+                bail!("{} does not listen after {START_PATIENCE:?}\n{}", self.program, self.log_tail());
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks it to end with SIGTERM; anything but exit code 0 in time is an error.
+    pub fn stop(mut self) -> Result<()> {
+        kill_process(self.pid(), Signal::TERM)?;
+        match self.wait(STOP_PATIENCE)? {
+            Some(status) if status.success() => Ok(()),
+            Some(status) => bail!("{} ended with {status} on SIGTERM\n{}", self.program, self.log_tail()),
+            None => bail!("{} still runs {STOP_PATIENCE:?} after SIGTERM\n{}", self.program, self.log_tail()),
+        }
+    }
+
+    /// SIGKILL: what it had not written is lost.
+    pub fn kill(mut self) -> Result<()> {
+        self.process.kill()?;
+        self.process.wait()?;
+        Ok(())
+    }
+
+    /// The end of what it said.
+    pub fn log_tail(&self) -> String {
+        let bytes = std::fs::read(&self.log).unwrap_or_default();
+        format!("--- log of the daemon ---\n{}", command::tail(&String::from_utf8_lossy(&bytes), 30))
+    }
+
+    /// Waits at most `patience` for it to end.
+    fn wait(&mut self, patience: Duration) -> Result<Option<ExitStatus>> {
+        if let Some(status) = self.process.try_wait()? {
+            return Ok(Some(status));
+        }
+        let pidfd = pidfd_open(self.pid(), PidfdFlags::empty()).context("pidfd_open")?;
+        let timeout = patience.try_into().context("a patience that poll can count")?;
+        let ended = poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&timeout))?;
+        if ended == 0 { Ok(None) } else { Ok(Some(self.process.wait()?)) }
+    }
+
+    /// Ours until we wait for it, so the number cannot be another process.
+    fn pid(&self) -> Pid {
+        Pid::from_child(&self.process)
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // it may be gone already, and there is nobody left to tell
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// Whether a process listens at `path`: asked of the kernel, as a connection would already be a session.
+fn is_listening(path: &Path) -> Result<bool> {
+    let table = std::fs::read_to_string("/proc/net/unix").context("/proc/net/unix")?;
+    Ok(listens(&table, &path.display().to_string()))
+}
+
+/// Columns: number, references, protocol, flags, type, state, inode, path. Flag 0x10000 is "accepts connections".
+fn listens(table: &str, path: &str) -> bool {
+    table.lines().any(|line| {
+        let mut columns = line.split_whitespace();
+        columns.nth(3) == Some("00010000") && columns.nth(3) == Some(path)
+    })
+}
+
+/// The totals that a daemon logged at its end, by name; empty when it logs none.
+///
+/// A line of totals has the word `totals` and then `name=number` pairs, as `tracing` writes them.
+pub fn totals(log: &str) -> BTreeMap<String, u64> {
+    let Some(line) = log.lines().rev().find(|line| line.contains("totals")) else { return BTreeMap::new() };
+    let line = without_colours(line);
+    let pairs = line.split_whitespace().filter_map(|word| word.split_once('='));
+    pairs.filter_map(|(name, number)| Some((name.to_owned(), number.parse().ok()?))).collect()
+}
+
+fn without_colours(line: &str) -> String {
+    let mut plain = String::new();
+    let mut characters = line.chars();
+    while let Some(character) = characters.next() {
+        if character == '\x1b' {
+            // ESC [ numbers letter
+            characters.by_ref().find(char::is_ascii_alphabetic);
+        } else {
+            plain.push(character);
+        }
+    }
+    plain
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn listening_is_read_from_the_kernels_table() {
+        let table = "Num RefCount Protocol Flags Type St Inode Path\n\
+                     0000: 00000002 00000000 00010000 0001 01 1234 /run/a.sock\n\
+                     0000: 00000003 00000000 00000000 0001 03 1235 /run/b.sock\n";
+        assert!(listens(table, "/run/a.sock"));
+        assert!(!listens(table, "/run/b.sock"));
+        assert!(!listens(table, "/run/c.sock"));
+    }
+
+    #[test]
+    fn a_listening_socket_is_seen() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let path = folder.path().join("s");
+        assert!(!is_listening(&path).expect("the table"));
+        let _listener = std::os::unix::net::UnixListener::bind(&path).expect("bound");
+        assert!(is_listening(&path).expect("the table"));
+    }
+
+    #[test]
+    fn totals_are_pairs_of_the_last_such_line() {
+        let log =
+            "INFO totals reads=1\nINFO \x1b[2mtotals\x1b[0m \x1b[3mreads\x1b[0m=7 writes=9 image=a\nbye\n";
+        let found = totals(log);
+        assert_eq!(found.get("reads"), Some(&7));
+        assert_eq!(found.get("writes"), Some(&9));
+        assert_eq!(found.len(), 2);
+        assert!(totals("nothing here").is_empty());
+    }
+
+    #[test]
+    fn a_program_that_ends_at_once_is_an_error_with_its_words() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let program = Program { backend: Backend::Strata, path: PathBuf::from("false") };
+        let spec = ServeSpec {
+            image: folder.path().join("i"),
+            format: "raw".to_owned(),
+            socket: folder.path().join("s"),
+            queues: 1,
+            serial: "x".to_owned(),
+        };
+        let error =
+            Daemon::start(&program, &spec, &folder.path().join("log")).err().expect("it cannot listen");
+        assert!(error.to_string().contains("before it listened"), "{error}");
+    }
+}

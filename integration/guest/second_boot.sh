@@ -1,0 +1,9 @@
+# The second visit, in a fresh machine: the file system is clean and every file is there.
+. /run/report.sh
+e2fsck -fn /dev/vda
+mount -t ext4 /dev/vda /mnt
+say_files /mnt/files
+dd if=/dev/urandom of=/mnt/files/second-visit bs=1k count=777 conv=fsync 2>/dev/null
+umount /mnt
+e2fsck -fn /dev/vda
+say_disk_sum

@@ -1,0 +1,301 @@
+//! A virtual machine: QEMU's command line, the guest's script, its reports, its end.
+//!
+//! Owns the QEMU process, which is killed by its id when the value is dropped. It never starts the daemon behind a
+//! disk and never judges what a guest reports. Only options that both QEMU 7.2 and 10 know are used.
+//!
+//! The guest has two serial ports: the console goes to a file, the second carries lines `@@ key=value` to us and
+//! one empty line back for each checkpoint, so what is measured at a checkpoint is measured while the guest waits.
+
+use crate::command;
+use crate::cpio::Archive;
+use crate::guest::{GuestKit, cache_folder};
+use anyhow::{Context, Result, bail};
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+/// How QEMU runs the guest's instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Accelerator {
+    /// QEMU's translator, one thread a processor: works everywhere.
+    Tcg,
+    /// The host's virtualization.
+    Kvm,
+}
+
+impl Accelerator {
+    fn option(self) -> &'static str {
+        match self {
+            Self::Tcg => "tcg,thread=multi",
+            Self::Kvm => "kvm",
+        }
+    }
+
+    /// KVM where it boots our guest within some seconds, else TCG. `STRATA_TEST_ACCEL=tcg|kvm` decides without a try.
+    /// The answer of a try is kept until the host is booted again: there are hosts on which KVM opens and then hangs.
+    pub fn choose(kit: &GuestKit) -> Result<Self> {
+        match std::env::var("STRATA_TEST_ACCEL").as_deref() {
+            Ok("tcg") => return Ok(Self::Tcg),
+            Ok("kvm") => return Ok(Self::Kvm),
+            Ok(other) => bail!("STRATA_TEST_ACCEL={other}: it may be tcg or kvm"),
+            Err(_) => {}
+        }
+        if File::options().read(true).write(true).open("/dev/kvm").is_err() {
+            return Ok(Self::Tcg);
+        }
+        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        let remembered = cache_folder()?.join(format!("kvm-{}-{}", kit.release, boot.trim()));
+        if let Ok(answer) = std::fs::read_to_string(&remembered) {
+            return Ok(if answer == "boots" { Self::Kvm } else { Self::Tcg });
+        }
+        let boots = kvm_boots(kit).is_ok();
+        std::fs::write(&remembered, if boots { "boots" } else { "does not boot" })?;
+        Ok(if boots { Self::Kvm } else { Self::Tcg })
+    }
+}
+
+/// Well above what a boot takes where KVM works, so that only a hang fails.
+const KVM_PATIENCE: Duration = Duration::from_secs(15);
+
+fn kvm_boots(kit: &GuestKit) -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let spec = MachineSpec { accelerator: Accelerator::Kvm, ..MachineSpec::new("true\n".to_owned()) };
+    let mut vm = Vm::boot(kit, &spec, folder.path())?;
+    let deadline = Instant::now() + KVM_PATIENCE;
+    while let Some(report) = vm.next_report(deadline)? {
+        if report == (Report::Exit { code: 0 }) {
+            return Ok(());
+        }
+    }
+    bail!("it ended without a report")
+}
+
+/// A disk by vhost-user.
+#[derive(Clone, Debug)]
+pub struct Disk {
+    /// The daemon's socket.
+    pub socket: PathBuf,
+    /// How many queues the guest sees.
+    pub queues: u16,
+}
+
+/// What to boot.
+#[derive(Clone, Debug)]
+pub struct MachineSpec {
+    /// A shell script; see `guest/report.sh` for what it may call.
+    pub script: String,
+    /// The disks, from `/dev/vda` on.
+    pub disks: Vec<Disk>,
+    /// Virtual processors.
+    pub processors: u16,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// See [`Accelerator`].
+    pub accelerator: Accelerator,
+}
+
+impl MachineSpec {
+    /// Two processors, 512 MiB, no disk, TCG.
+    pub fn new(script: String) -> Self {
+        Self { script, disks: Vec::new(), processors: 2, memory_mib: 512, accelerator: Accelerator::Tcg }
+    }
+
+    /// The QEMU command line, but for the serial ports. Shown to people by the demo as well.
+    pub fn command(&self, kernel: &Path, initramfs: &Path) -> Command {
+        let mut qemu = Command::new("qemu-system-x86_64");
+        qemu.args(["-no-user-config", "-nodefaults", "-display", "none", "-no-reboot"]);
+        qemu.args(["-machine", "pc,memory-backend=mem", "-accel", self.accelerator.option(), "-cpu", "max"]);
+        qemu.args(["-smp", &self.processors.to_string(), "-m", &self.memory_mib.to_string()]);
+        // the daemon reads and writes guest memory itself, so it has to be shared
+        qemu.args(["-object", &format!("memory-backend-memfd,id=mem,size={}M,share=on", self.memory_mib)]);
+        for (number, disk) in self.disks.iter().enumerate() {
+            // commas in option values are doubled
+            let socket = disk.socket.display().to_string().replace(',', ",,");
+            qemu.args(["-chardev", &format!("socket,id=disk{number},path={socket}")]);
+            qemu.args([
+                "-device",
+                &format!("vhost-user-blk-pci,chardev=disk{number},num-queues={}", disk.queues),
+            ]);
+        }
+        qemu.arg("-kernel").arg(kernel).arg("-initrd").arg(initramfs);
+        let options =
+            format!("console=ttyS0 quiet panic=-1 mitigations=off strata.disks={}", self.disks.len());
+        qemu.args(["-append", &options]);
+        qemu
+    }
+}
+
+/// A line from the guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Report {
+    /// `@@ key=value`
+    Fact {
+        /// What it is about.
+        key: String,
+        /// The rest of the line.
+        value: String,
+    },
+    /// The guest waits until [`Vm::proceed`].
+    Checkpoint {
+        /// The name the script gives it.
+        name: String,
+    },
+    /// The script is over; the guest powers off.
+    Exit {
+        /// The script's exit code.
+        code: i32,
+    },
+}
+
+impl Report {
+    fn parse(line: &str) -> Option<Self> {
+        let (key, value) = line.trim().strip_prefix("@@ ")?.split_once('=')?;
+        Some(match key {
+            "checkpoint" => Self::Checkpoint { name: value.to_owned() },
+            "exit" => Self::Exit { code: value.parse().unwrap_or(-1) },
+            _ => Self::Fact { key: key.to_owned(), value: value.to_owned() },
+        })
+    }
+}
+
+/// A running guest.
+pub struct Vm {
+    process: Child,
+    orders: ChildStdin,
+    lines: Receiver<String>,
+    console: PathBuf,
+    errors: PathBuf,
+}
+
+impl Vm {
+    /// Starts QEMU. `folder` takes the console, QEMU's messages and the initramfs of this run.
+    pub fn boot(kit: &GuestKit, spec: &MachineSpec, folder: &Path) -> Result<Self> {
+        std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+        let initramfs = folder.join("initramfs.cpio");
+        write_initramfs(kit, Some(&spec.script), &initramfs)?;
+        let (console, errors) = (folder.join("console.log"), folder.join("qemu.log"));
+        let mut qemu = spec.command(&kit.kernel, &initramfs);
+        let console_path = console.display().to_string().replace(',', ",,");
+        qemu.args([
+            "-chardev",
+            &format!("file,id=console,path={console_path}"),
+            "-serial",
+            "chardev:console",
+        ]);
+        qemu.args(["-chardev", "stdio,id=report,signal=off", "-serial", "chardev:report"]);
+        qemu.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(File::create(&errors)?);
+        let mut process = qemu.spawn().context("cannot start qemu-system-x86_64")?;
+        let orders = process.stdin.take().expect("stdin was asked to be a pipe");
+        let reports = process.stdout.take().expect("stdout was asked to be a pipe");
+        let (sender, lines) = channel();
+        // ends with QEMU, whose end closes the pipe
+        std::thread::spawn(move || {
+            for line in BufReader::new(reports).split(b'\n') {
+                let Ok(line) = line else { break };
+                if sender.send(String::from_utf8_lossy(&line).into_owned()).is_err() {
+                    break;
+                }
+            }
+        });
+        Ok(Self { process, orders, lines, console, errors })
+    }
+
+    /// The next report; `None` when QEMU is gone. An error when `deadline` passes first.
+    pub fn next_report(&mut self, deadline: Instant) -> Result<Option<Report>> {
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.lines.recv_timeout(left) {
+                Ok(line) => {
+                    if let Some(report) = Report::parse(&line) {
+                        return Ok(Some(report));
+                    }
+                }
+                Err(RecvTimeoutError::Disconnected) => return Ok(None),
+                Err(RecvTimeoutError::Timeout) => {
+                    bail!("the guest said nothing in time\n{}", self.post_mortem())
+                }
+            }
+        }
+    }
+
+    /// Lets a guest that waits at a checkpoint go on.
+    pub fn proceed(&mut self) -> Result<()> {
+        self.orders.write_all(b"\n").and_then(|()| self.orders.flush()).context("QEMU takes no more orders")
+    }
+
+    /// Waits for the end of a QEMU whose reports ended.
+    pub fn wait(&mut self) -> Result<()> {
+        let status = self.process.wait()?;
+        if !status.success() {
+            bail!("QEMU ended with {status}\n{}", self.post_mortem());
+        }
+        Ok(())
+    }
+
+    /// Ends the guest as a power cut would, and gives what it had still reported.
+    pub fn kill(&mut self) -> Result<Vec<Report>> {
+        self.process.kill()?;
+        self.process.wait()?;
+        Ok(self.lines.iter().filter_map(|line| Report::parse(&line)).collect())
+    }
+
+    /// The end of the console and of QEMU's own messages.
+    pub fn post_mortem(&self) -> String {
+        let end_of = |path: &Path, lines| {
+            let bytes = std::fs::read(path).unwrap_or_default();
+            command::tail(&String::from_utf8_lossy(&bytes), lines)
+        };
+        format!("--- QEMU ---\n{}\n--- console ---\n{}", end_of(&self.errors, 15), end_of(&self.console, 40))
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        // it may be gone already, and there is nobody left to tell
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// The kit's archive followed by one with what this run adds. Without a script the guest gives a shell.
+pub fn write_initramfs(kit: &GuestKit, script: Option<&str>, path: &Path) -> Result<()> {
+    let mut addition = Archive::new();
+    addition.file("init", 0o755, include_bytes!("guest/init.sh"));
+    addition.file("run/report.sh", 0o644, include_bytes!("guest/report.sh"));
+    if let Some(script) = script {
+        addition.file("run/script", 0o644, script.as_bytes());
+    }
+    std::fs::copy(&kit.initramfs, path).with_context(|| format!("cannot write {}", path.display()))?;
+    File::options().append(true).open(path)?.write_all(&addition.finish())?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_marked_lines_are_reports() {
+        let fact = |key: &str, value: &str| Report::Fact { key: key.to_owned(), value: value.to_owned() };
+        assert_eq!(Report::parse("@@ disk.bytes=12\r"), Some(fact("disk.bytes", "12")));
+        assert_eq!(Report::parse("@@ file=ab c=d"), Some(fact("file", "ab c=d")));
+        assert_eq!(Report::parse("@@ checkpoint=mkfs"), Some(Report::Checkpoint { name: "mkfs".to_owned() }));
+        assert_eq!(Report::parse("@@ exit=0"), Some(Report::Exit { code: 0 }));
+        assert_eq!(Report::parse("disk.bytes=12"), None);
+        assert_eq!(Report::parse("@@ nothing"), None);
+    }
+
+    #[test]
+    fn the_command_line_shares_memory_and_names_every_disk() {
+        let disk = |path: &str| Disk { socket: PathBuf::from(path), queues: 2 };
+        let spec = MachineSpec { disks: vec![disk("/a,b"), disk("/c")], ..MachineSpec::new(String::new()) };
+        let line = command::shown(&spec.command(Path::new("k"), Path::new("i")));
+        assert!(line.contains("memory-backend-memfd,id=mem,size=512M,share=on"));
+        assert!(line.contains("socket,id=disk0,path=/a,,b"));
+        assert!(line.contains("vhost-user-blk-pci,chardev=disk1,num-queues=2"));
+        assert!(line.contains("strata.disks=2"));
+    }
+}

@@ -1,0 +1,151 @@
+//! Real guests on real daemons. Every test ends with `qemu-img check` and, where the guest left the disk orderly, a
+//! compare of what the guest read with what QEMU's tools read.
+//!
+//! `STRATA_TEST_BACKEND` says which daemon (default strata), `STRATA_REQUIRE_TOOLS=1` turns a skip into a failure.
+//! `cargo verify` or `cargo demo` prepares the machine; these tests install nothing.
+
+use anyhow::Result;
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use strata_integration::daemon::{Backend, Profile, ServeSpec};
+use strata_integration::guest::GuestKit;
+use strata_integration::image::{self, Backing};
+use strata_integration::machine::Accelerator;
+use strata_integration::scenario::{self, Work};
+use strata_integration::stand::{self, Stand};
+use strata_integration::{picture, setup};
+
+const MIB: u64 = 1 << 20;
+
+/// A machine uses both cores: one at a time, also under plain `cargo test`. (nextest runs each test in a process of
+/// its own and has a test group for this.)
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+fn alone() -> MutexGuard<'static, ()> {
+    ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The guest, or why there is none.
+fn guest() -> Result<std::result::Result<GuestKit, String>> {
+    let missing: Vec<&str> = setup::missing_tools().iter().map(|tool| tool.program).collect();
+    if !missing.is_empty() {
+        return Ok(Err(format!("missing programs: {}", missing.join(" "))));
+    }
+    Ok(GuestKit::find()?.ok_or_else(|| "no guest is prepared yet".to_owned()))
+}
+
+/// Runs `test` on a stand, or skips so that it is seen: past the harness, which hides what a passing test prints.
+fn with_stand(name: &str, test: impl FnOnce(&Stand, &Path) -> Result<()>) -> Result<()> {
+    let _alone = alone();
+    let kit = match guest()? {
+        Ok(kit) => kit,
+        Err(reason) => {
+            let required = std::env::var("STRATA_REQUIRE_TOOLS").is_ok_and(|value| value == "1");
+            anyhow::ensure!(!required, "{reason}, and STRATA_REQUIRE_TOOLS=1: run cargo verify");
+            writeln!(std::io::stderr(), "SKIPPED {name}: {reason} (cargo verify prepares the machine)")?;
+            return Ok(());
+        }
+    };
+    let scratch = stand::scratch()?;
+    let program = Backend::from_environment()?.program(Profile::Dev)?;
+    let accelerator = Accelerator::choose(&kit)?;
+    let serve = ServeSpec {
+        image: scratch.path().join("top.qcow2"),
+        format: "qcow2".to_owned(),
+        socket: scratch.path().join("disk.sock"),
+        queues: 2,
+        serial: "vm-test".to_owned(),
+    };
+    let stand = Stand { kit, accelerator, program, serve, folder: scratch.path().join("runs") };
+    test(&stand, scratch.path())
+}
+
+/// Both visits, and the host's view at the end.
+fn file_system_lives(stand: &Stand, folder: &Path, work: &Work) -> Result<()> {
+    let flat = folder.join("before.raw");
+    image::flatten(&stand.serve.image, &stand.serve.format, &flat)?;
+    let base = image::md5(&flat, Some(work.base_mib))?;
+    std::fs::remove_file(&flat)?;
+    let first = scenario::first_visit(stand, "first", work, &base, &mut |_| {})?;
+    image::expect_clean(&stand.serve.image)?;
+    let second = scenario::second_visit(stand, "second", &first.files)?;
+    scenario::host_agrees(stand, &second, &first.files, folder)?;
+    if stand.program.backend == Backend::Strata {
+        assert_eq!(first.visit.fact("disk.serial")?, stand.serve.serial);
+    }
+    println!(
+        "{} files kept, fio wrote {}, {} trimmed, visits {} and {}",
+        first.files.len(),
+        picture::bytes(first.fio.write.bytes),
+        picture::bytes(first.visit.number("trimmed")?),
+        picture::seconds(first.visit.took),
+        picture::seconds(second.took),
+    );
+    Ok(())
+}
+
+#[test]
+fn a_file_system_lives_on_an_overlay() -> Result<()> {
+    with_stand("a_file_system_lives_on_an_overlay", |stand, folder| {
+        let base = folder.join("base.qcow2");
+        image::create(&base, "qcow2", 256 * MIB, None, "")?;
+        image::write_pattern(&base, "qcow2", 0, 20 * MIB, 0xb1)?;
+        image::write_pattern(&base, "qcow2", 21 * MIB + 512, 4096, 0xb2)?;
+        let below = Backing { image: &base, format: "qcow2" };
+        image::create(&stand.serve.image, "qcow2", 256 * MIB, Some(below), "")?;
+        let work = Work { fio_mib: 12, mkfs_options: String::new(), base_mib: 32 };
+        file_system_lives(stand, folder, &work)
+    })
+}
+
+/// raw, qcow2 with small clusters, qcow2 of version 2, qcow2: each covers a part of the one below and the lower ones
+/// are shorter than the disk.
+fn four_layers(folder: &Path, top: &Path) -> Result<()> {
+    let [raw, small, old] = ["base.raw", "small.qcow2", "old.qcow2"].map(|name| folder.join(name));
+    image::create(&raw, "raw", 160 * MIB, None, "")?;
+    image::write_pattern(&raw, "raw", 0, 160 * MIB, 0x11)?;
+    let below = Backing { image: &raw, format: "raw" };
+    image::create(&small, "qcow2", 200 * MIB, Some(below), "cluster_size=4k")?;
+    image::write_pattern(&small, "qcow2", 8 * MIB + 4096, 16 * MIB, 0x22)?;
+    image::write_pattern(&small, "qcow2", 170 * MIB, 10 * MIB, 0x23)?;
+    let below = Backing { image: &small, format: "qcow2" };
+    image::create(&old, "qcow2", 256 * MIB, Some(below), "compat=0.10")?;
+    image::write_pattern(&old, "qcow2", 16 * MIB + 512, 20 * MIB, 0x33)?;
+    image::write_pattern(&old, "qcow2", 190 * MIB, 30 * MIB, 0x34)?;
+    let below = Backing { image: &old, format: "qcow2" };
+    image::create(top, "qcow2", 256 * MIB, Some(below), "")?;
+    image::write_pattern(top, "qcow2", 30 * MIB + 1024, 5 * MIB, 0x44)
+}
+
+#[test]
+fn a_file_system_lives_on_a_chain_of_four() -> Result<()> {
+    with_stand("a_file_system_lives_on_a_chain_of_four", |stand, folder| {
+        four_layers(folder, &stand.serve.image)?;
+        // without discard at mkfs, so that the file system's writes meet the layers' data
+        let work = Work { fio_mib: 12, mkfs_options: "-E nodiscard".to_owned(), base_mib: 256 };
+        file_system_lives(stand, folder, &work)
+    })
+}
+
+#[test]
+fn what_was_synced_survives_a_killed_daemon() -> Result<()> {
+    with_stand("what_was_synced_survives_a_killed_daemon", |stand, folder| {
+        let base = folder.join("base.raw");
+        image::create(&base, "raw", 256 * MIB, None, "")?;
+        image::write_pattern(&base, "raw", 0, 64 * MIB, 0x5a)?;
+        let below = Backing { image: &base, format: "raw" };
+        image::create(&stand.serve.image, "qcow2", 256 * MIB, Some(below), "")?;
+        let mut synced = BTreeMap::new();
+        for (round, files) in [(1, 7), (2, 23)] {
+            let result = scenario::crash_round(stand, round, files, &synced)?;
+            synced = result.synced;
+            println!("round {round}: {} synced files there, image {:?}", synced.len(), result.health);
+        }
+        match image::check(&stand.serve.image)? {
+            image::Health::Broken(words) => anyhow::bail!("the image is damaged at the end:\n{words}"),
+            image::Health::Clean | image::Health::Leaks(_) => Ok(()),
+        }
+    })
+}
