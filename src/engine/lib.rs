@@ -1,1 +1,413 @@
-//! engine
+//! The metadata engine of one disk: what each guest byte is, where new clusters go, and in what order metadata may
+//! reach the disk.
+//!
+//! Synchronous and without I/O: a request asks for a plan, does the I/O itself with no lock held, and commits. A plan
+//! may answer that tables must be loaded first ([`Answer::Load`]), or that another job must be done or waited for.
+//! Everything but [`Engine::lookup`] runs under one lock, for memory work only. The engine never calls back; it only
+//! wakes the wakers that were left with it, after its lock is released.
+#![forbid(unsafe_code)]
+
+mod alloc;
+mod answer;
+mod claims;
+mod epoch;
+mod error;
+mod flush;
+mod layers;
+mod map;
+mod reclaim;
+mod refcounts;
+mod reserve;
+mod resolve;
+mod state;
+mod table_job;
+mod tables;
+mod word;
+mod write;
+mod zero;
+
+pub use answer::{Answer, TableLoad, TableSlot};
+pub use claims::ClaimId;
+pub use epoch::{Epoch, Epochs, WorkerEpochs};
+pub use error::{EngineError, Structure};
+pub use flush::{FlushCut, FlushStep, HeaderSwitch, Stage, TableWrite};
+pub use layers::{LayerFormat, LayerSpec};
+pub use map::SLICE_WORDS;
+pub use reclaim::ReclaimPlan;
+pub use reserve::ReservePlan;
+pub use resolve::{Extent, Source, push_extent};
+pub use table_job::TablePlan;
+pub use tables::TableId;
+pub use word::{FileIndex, Mapping, Word};
+pub use write::{Allocation, WritePlan};
+pub use zero::{ZeroMode, Zeroed};
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::task::Waker;
+
+use qcow2::{GuestCluster, GuestOffset, HostOffset};
+
+use crate::alloc::Allocator;
+use crate::answer::WakeList;
+use crate::claims::Claims;
+use crate::flush::FlushState;
+use crate::layers::Layer;
+use crate::map::{ChainMap, MapWriter};
+use crate::refcounts::Refcounts;
+use crate::state::{State, WriteState};
+use crate::tables::Tables;
+
+/// The map's unit for a raw top image, in bytes.
+const RAW_UNIT: u64 = 65536;
+/// Bytes of a map frame.
+const FRAME_BYTES: usize = SLICE_WORDS as usize * 8;
+
+/// What an engine is made of.
+pub struct EngineSpec {
+    /// The chain, the top image first. At least one; at most [`Word::FILES_MAX`].
+    pub layers: Vec<LayerSpec>,
+    /// The top image may be written.
+    pub writable: bool,
+    /// The top image's own metadata; needed if it is a qcow2 image and writable.
+    pub top: Option<TopSpec>,
+    /// The most bytes of chain map.
+    pub map_bytes: usize,
+    /// The most bytes of clean tables to keep.
+    pub table_bytes: usize,
+    /// The most workers at a time.
+    pub workers: usize,
+}
+
+/// Where a writable qcow2 top image has its metadata.
+pub struct TopSpec {
+    /// The active L1 table.
+    pub l1_offset: HostOffset,
+    /// The refcount table.
+    pub refcount_table_offset: HostOffset,
+    /// Its entries as on disk, whole clusters of them.
+    pub refcount_table: Vec<u64>,
+    /// The file's length in bytes.
+    pub file_length: u64,
+}
+
+/// The engine of one disk, shared by all its workers.
+pub struct Engine {
+    map: ChainMap,
+    /// Bytes that a word of the map stands for, as a shift.
+    unit_bits: u32,
+    size: u64,
+    epochs: Arc<Epochs>,
+    claims: Claims,
+    failed: AtomicBool,
+    state: Mutex<State>,
+}
+
+/// Numbers for logs and metrics.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct EngineStatus {
+    /// About how many bytes of metadata differ from the disk.
+    pub dirty_bytes: usize,
+    /// Freed clusters that cannot be handed out yet.
+    pub quarantined_clusters: u64,
+    /// Some of them only wait to be reclaimed.
+    pub reclaimable: bool,
+    /// Cuts that became durable.
+    pub cuts: u64,
+}
+
+impl Engine {
+    /// An engine over tables as they are on disk.
+    ///
+    /// # Panics
+    /// If the layers are none, or a writable qcow2 top image comes without its [`TopSpec`]: programmer errors.
+    pub fn new(spec: EngineSpec) -> Self {
+        let layers: Vec<Layer> =
+            spec.layers.into_iter().enumerate().map(|(n, layer)| Layer::new(n, layer)).collect();
+        let top = layers.first().expect("a chain has a top");
+        let (unit, size) = match top {
+            Layer::Raw { size, .. } => (RAW_UNIT, *size),
+            Layer::Qcow2(layer) => (layer.geometry.cluster_size(), layer.geometry.size),
+        };
+        let map = ChainMap::new(size.div_ceil(unit), spec.map_bytes / FRAME_BYTES);
+        let write = match top {
+            Layer::Qcow2(layer) if spec.writable => {
+                let top = spec.top.expect("a writable qcow2 image comes with its own metadata");
+                Some(write_state(layer.geometry, top))
+            }
+            _ => None,
+        };
+        let state = State {
+            map_writer: MapWriter::new(&map),
+            tables: Tables::new(spec.table_bytes),
+            layers,
+            writable: spec.writable,
+            write,
+        };
+        Engine {
+            map,
+            unit_bits: unit.trailing_zeros(),
+            size,
+            epochs: Epochs::new(spec.workers),
+            claims: Claims::default(),
+            failed: AtomicBool::new(false),
+            state: Mutex::new(state),
+        }
+    }
+
+    /// Virtual size in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Bytes that a word of the map stands for: the top image's cluster size. A power of two.
+    pub fn unit(&self) -> u64 {
+        1 << self.unit_bits
+    }
+
+    /// The epochs, for workers to register with.
+    pub fn epochs(&self) -> &Arc<Epochs> {
+        &self.epochs
+    }
+
+    /// What the chain gives for the cluster (of [`Engine::unit`] bytes) at a guest offset, if the map has it. The
+    /// caller is in an epoch and stays in it while it uses the answer. No lock.
+    #[inline]
+    pub fn lookup(&self, offset: GuestOffset) -> Mapping {
+        self.map.lookup(GuestCluster(offset.0 >> self.unit_bits)).mapping()
+    }
+
+    /// True if the disk has failed: no write may be acknowledged any more.
+    #[inline]
+    pub fn has_failed(&self) -> bool {
+        // Acquire pairs with the release in `fail`; a write that misses it by a moment was concurrent with the failure.
+        self.failed.load(Ordering::Acquire)
+    }
+
+    /// From now on every write and flush fails.
+    pub fn fail(&self) {
+        self.failed.store(true, Ordering::Release);
+    }
+
+    fn with<R>(&self, f: impl FnOnce(&mut State, &mut WakeList) -> R) -> R {
+        let mut wakes = WakeList::default();
+        let result = f(&mut self.state.lock().expect("no panic under the engine's lock"), &mut wakes);
+        wakes.wake();
+        result
+    }
+
+    fn check(&self) -> Result<(), EngineError> {
+        if self.has_failed() { Err(EngineError::Failed) } else { Ok(()) }
+    }
+
+    /// Queues a claim on the clusters that a range touches; see [`Engine::claim_held`].
+    pub fn claim(&self, offset: GuestOffset, length: u64) -> ClaimId {
+        let last = offset.0 + length.saturating_sub(1);
+        self.claims.add(offset.0 >> self.unit_bits, last >> self.unit_bits)
+    }
+
+    /// True if the claim is held; else the waker is woken when it is.
+    pub fn claim_held(&self, claim: ClaimId, waker: &Waker) -> bool {
+        self.claims.held(claim, waker)
+    }
+
+    /// Gives a claim up.
+    pub fn release_claim(&self, claim: ClaimId) {
+        self.claims.release(claim);
+    }
+
+    /// Where a prefix of a range comes from.
+    ///
+    /// # Errors
+    /// A bad table entry or a compressed cluster.
+    pub fn plan_read(
+        &self,
+        offset: GuestOffset,
+        length: u64,
+        waker: &Waker,
+    ) -> Result<Answer<Vec<Extent>>, EngineError> {
+        self.with(|state, _| state.extents(&self.map, self.unit(), offset, length, waker))
+    }
+
+    /// Hands in a table slice that [`Answer::Load`] asked for.
+    pub fn table_loaded(&self, table: TableId, bytes: Box<[u8]>) {
+        self.with(|state, wakes| state.tables.end_load(table, Some(bytes), wakes));
+    }
+
+    /// A table slice could not be read. Others who wait for it will ask for it again.
+    pub fn table_failed(&self, table: TableId) {
+        self.with(|state, wakes| state.tables.end_load(table, None, wakes));
+    }
+
+    /// Plans a prefix of a write; the caller holds a claim on the range.
+    ///
+    /// # Errors
+    /// The disk has failed or is read-only; a bad table entry.
+    pub fn plan_write(
+        &self,
+        offset: GuestOffset,
+        length: u64,
+        waker: &Waker,
+    ) -> Result<Answer<WritePlan>, EngineError> {
+        self.check()?;
+        self.with(|state, _| state.plan_write(offset, length, waker))
+    }
+
+    /// Publishes an allocation whose bytes are all written.
+    pub fn commit_write(&self, done: Allocation) {
+        self.with(|state, _| state.commit_write(&self.map, done));
+    }
+
+    /// Gives an allocation up.
+    pub fn abort_write(&self, done: Allocation) {
+        self.with(|state, _| state.abort_write(done));
+    }
+
+    /// Discards or zeroes a prefix of a cluster-aligned range, in memory; the caller holds a claim on it.
+    ///
+    /// # Errors
+    /// As for [`Engine::plan_write`].
+    pub fn zero(
+        &self,
+        offset: GuestOffset,
+        length: u64,
+        mode: ZeroMode,
+        waker: &Waker,
+    ) -> Result<Answer<Zeroed>, EngineError> {
+        self.check()?;
+        self.with(|state, _| state.zero(&self.map, offset, length, mode, waker))
+    }
+
+    /// Plans to make an L2 table the top image's own; `Ready(None)` if it is.
+    ///
+    /// # Errors
+    /// As for [`Engine::plan_write`].
+    pub fn plan_table(
+        &self,
+        slot: TableSlot,
+        waker: &Waker,
+    ) -> Result<Answer<Option<TablePlan>>, EngineError> {
+        self.check()?;
+        self.with(|state, _| state.plan_table(slot, waker))
+    }
+
+    /// The table's cluster is allocated on the host.
+    pub fn commit_table(&self, plan: TablePlan) {
+        self.with(|state, wakes| state.commit_table(plan, wakes));
+    }
+
+    /// The table's cluster could not be allocated on the host.
+    pub fn abort_table(&self, plan: TablePlan) {
+        self.with(|state, wakes| state.abort_table(plan, wakes));
+    }
+
+    /// Plans to reserve clusters for allocations to come.
+    ///
+    /// # Errors
+    /// As for [`Engine::plan_write`], and [`EngineError::RefcountTableFull`].
+    pub fn plan_reserve(&self, waker: &Waker) -> Result<Answer<ReservePlan>, EngineError> {
+        self.check()?;
+        self.with(|state, _| state.plan_reserve(waker))
+    }
+
+    /// The file has the length, and the metadata the space, that the plan named.
+    pub fn commit_reserve(&self, plan: ReservePlan) {
+        self.with(|state, wakes| state.commit_reserve(plan, wakes));
+    }
+
+    /// The host could not do what the plan named.
+    pub fn abort_reserve(&self, plan: ReservePlan) {
+        self.with(|state, wakes| state.abort_reserve(plan, wakes));
+    }
+
+    /// A flush arrives: everything acknowledged so far is to be durable. The ticket goes to [`Engine::plan_flush`].
+    ///
+    /// # Errors
+    /// The disk has failed or is read-only.
+    pub fn begin_flush(&self) -> Result<u64, EngineError> {
+        self.check()?;
+        self.with(|state, _| Ok(state.write_state()?.flush.next_cut()))
+    }
+
+    /// The next step of a flush.
+    ///
+    /// # Errors
+    /// The disk has failed.
+    pub fn plan_flush(&self, ticket: u64, waker: &Waker) -> Result<FlushStep, EngineError> {
+        self.check()?;
+        self.with(|state, _| state.plan_flush(&self.epochs, ticket, waker))
+    }
+
+    /// A cut is durable.
+    pub fn commit_cut(&self, cut: &FlushCut) {
+        self.with(|state, wakes| state.commit_cut(cut, wakes));
+    }
+
+    /// A cut found no space: everything in it is dirty again.
+    pub fn fail_cut(&self, cut: &FlushCut, stage: Stage) {
+        self.with(|state, wakes| state.fail_cut(cut, stage, wakes));
+    }
+
+    /// Plans to reclaim freed clusters; `Ready(None)` if there are none to be had now.
+    ///
+    /// # Errors
+    /// The disk has failed; a refcount that is zero already.
+    pub fn plan_reclaim(&self, waker: &Waker) -> Result<Answer<Option<ReclaimPlan>>, EngineError> {
+        self.check()?;
+        self.with(|state, _| state.plan_reclaim(&self.epochs, waker))
+    }
+
+    /// The runs are punched, as far as `punched` says (an item for each).
+    pub fn commit_reclaim(&self, plan: ReclaimPlan, punched: &[bool]) {
+        self.with(|state, _| state.commit_reclaim(plan, punched));
+    }
+
+    /// At a clean end, with no request in flight: gives reserved clusters back.
+    ///
+    /// # Errors
+    /// The disk has failed or is read-only.
+    pub fn release_windows(&self, waker: &Waker) -> Result<Answer<()>, EngineError> {
+        self.check()?;
+        self.with(|state, _| state.release_windows(waker))
+    }
+
+    /// At a clean end: the length in bytes that the file needs.
+    ///
+    /// # Errors
+    /// The disk is read-only.
+    pub fn trim_end(&self) -> Result<u64, EngineError> {
+        self.with(|state, _| Ok(state.write_state()?.alloc.trim_end() << self.unit_bits))
+    }
+
+    /// Numbers for logs, metrics and housekeeping.
+    pub fn status(&self) -> EngineStatus {
+        self.with(|state, _| {
+            let dirty_bytes = state.tables.dirty_bytes();
+            let Some(write) = &state.write else { return EngineStatus::default() };
+            EngineStatus {
+                dirty_bytes,
+                quarantined_clusters: write.alloc.quarantined(),
+                reclaimable: !write.alloc.unlinked.is_empty(),
+                cuts: write.flush.completed(),
+            }
+        })
+    }
+}
+
+fn write_state(geometry: qcow2::Geometry, top: TopSpec) -> WriteState {
+    let refcounts = Refcounts::new(geometry, top.refcount_table, top.refcount_table_offset);
+    // Blocks past the end of the file would be in the way of growth: grow from the last of them.
+    let last_block = refcounts.table.iter().rposition(|raw| *raw != 0).unwrap_or(0) as u64;
+    let end = geometry.clusters_for(top.file_length).max(last_block * geometry.refblock_entries()).max(1);
+    let mut alloc = Allocator::new(end, geometry.cluster_size());
+    alloc.scan_end = geometry.clusters_for(top.file_length);
+    WriteState {
+        refcounts,
+        alloc,
+        flush: FlushState::new(),
+        table_jobs: HashMap::new(),
+        l1_offset: top.l1_offset,
+        l1_dirty: BTreeSet::new(),
+    }
+}

@@ -1,0 +1,72 @@
+//! What a plan may answer instead of a plan: load these tables, wait, or do another job first.
+
+use std::task::Waker;
+
+use qcow2::HostOffset;
+
+use crate::tables::TableId;
+use crate::word::FileIndex;
+
+/// The engine's answer to a question that may need I/O first. Ask again after doing what it says.
+#[derive(Debug)]
+#[must_use]
+pub enum Answer<T> {
+    /// The answer itself.
+    Ready(T),
+    /// Load these tables (at once, together), hand each to [`crate::Engine::table_loaded`] or
+    /// [`crate::Engine::table_failed`], and ask again.
+    Load(Vec<TableLoad>),
+    /// Somebody else is at work on what this needs. The waker is registered: ask again when woken.
+    Wait,
+    /// Run [`crate::Engine::plan_reserve`] to its end, then ask again.
+    Reserve,
+    /// Make this L2 table the top image's own by [`crate::Engine::plan_table`], then ask again.
+    Table(TableSlot),
+}
+
+/// An L1 entry of the top image, by index.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TableSlot(pub u64);
+
+/// A piece of a table to be read from a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TableLoad {
+    /// Which.
+    pub table: TableId,
+    /// The file it is in.
+    pub file: FileIndex,
+    /// Where.
+    pub offset: HostOffset,
+    /// Bytes.
+    pub length: usize,
+}
+
+/// Leaves a function with any answer but `Ready`.
+macro_rules! ready {
+    ($answer:expr) => {
+        match $answer {
+            Answer::Ready(value) => value,
+            Answer::Load(loads) => return Ok(Answer::Load(loads)),
+            Answer::Wait => return Ok(Answer::Wait),
+            Answer::Reserve => return Ok(Answer::Reserve),
+            Answer::Table(slot) => return Ok(Answer::Table(slot)),
+        }
+    };
+}
+pub(crate) use ready;
+
+/// Wakers to be woken when the engine's lock is released.
+#[derive(Default)]
+pub(crate) struct WakeList(Vec<Waker>);
+
+impl WakeList {
+    pub fn add_all(&mut self, wakers: impl IntoIterator<Item = Waker>) {
+        self.0.extend(wakers);
+    }
+
+    pub fn wake(self) {
+        for waker in self.0 {
+            waker.wake();
+        }
+    }
+}

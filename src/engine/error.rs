@@ -1,0 +1,75 @@
+//! What can go wrong in the engine: only what an image's bytes bring about, or a disk that has failed.
+
+use qcow2::EntryError;
+use thiserror::Error;
+
+/// A structure of a qcow2 file, for messages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Structure {
+    /// The active L1 table.
+    L1,
+    /// An L2 table.
+    L2,
+    /// The refcount table.
+    RefcountTable,
+    /// A refblock.
+    Refblock,
+}
+
+impl std::fmt::Display for Structure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Structure::L1 => "L1 table",
+            Structure::L2 => "L2 table",
+            Structure::RefcountTable => "refcount table",
+            Structure::Refblock => "refcount block",
+        })
+    }
+}
+
+/// An error of the engine. Clone, because a failed disk repeats its reason.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum EngineError {
+    /// An entry of a table makes no sense.
+    #[error("layer {layer}: {structure}, entry {index}: {source}")]
+    BadEntry {
+        /// 0 is the top image.
+        layer: usize,
+        /// The table.
+        structure: Structure,
+        /// The entry's number in the whole table (for L2: the guest cluster).
+        index: u64,
+        /// Why.
+        source: EntryError,
+    },
+    /// A refcount contradicts the tables: a cluster in use counts zero.
+    #[error("layer 0: cluster {cluster:#x} is in use but its refcount is zero")]
+    RefcountZero {
+        /// Host cluster number.
+        cluster: u64,
+    },
+    /// A guest cluster needs a feature that is not built yet.
+    #[error("layer {layer}: guest cluster {cluster:#x} is compressed, which is not supported yet")]
+    Compressed {
+        /// 0 is the top image.
+        layer: usize,
+        /// Guest cluster number in that layer.
+        cluster: u64,
+    },
+    /// The refcount table would grow past its limit of 8 MiB.
+    #[error("the refcount table cannot grow past 8 MiB: the image file is as large as its format allows")]
+    RefcountTableFull,
+    /// An earlier metadata write or flush failed, or the image is corrupt: nothing is written any more.
+    #[error("the disk refuses writes since an earlier metadata write or flush failed")]
+    Failed,
+    /// The image was opened read-only.
+    #[error("the image is open read-only")]
+    ReadOnly,
+}
+
+impl EngineError {
+    /// True if the top image itself is damaged, so that its corrupt bit is to be set.
+    pub fn is_top_corruption(&self) -> bool {
+        matches!(self, EngineError::BadEntry { layer: 0, .. } | EngineError::RefcountZero { .. })
+    }
+}

@@ -1,0 +1,271 @@
+//! Flushing: cuts of all dirty metadata, in the three stages of docs/durability.md, with one leader at a time.
+
+use std::collections::BTreeSet;
+use std::task::Waker;
+
+use qcow2::{Geometry, HostOffset, L1Entry};
+
+use crate::answer::WakeList;
+use crate::epoch::{Epoch, Epochs};
+use crate::error::EngineError;
+use crate::refcounts::{encode_entries, table_block_entries};
+use crate::state::State;
+use crate::tables::{Dirt, TableId};
+
+/// The most bytes of neighbouring table slices written as one.
+const WRITE_BYTES_MAX: usize = 1 << 20;
+
+/// The block of the L1 table (written as one) that an entry is in.
+pub(crate) fn l1_block_of(geometry: &Geometry, index: u64) -> u64 {
+    index / table_block_entries(geometry)
+}
+
+/// Bytes to be written to the top image's file.
+#[derive(Debug)]
+pub struct TableWrite {
+    /// Where.
+    pub offset: HostOffset,
+    /// What.
+    pub bytes: Vec<u8>,
+}
+
+/// The refcount table's new place, for the header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeaderSwitch {
+    /// The table's offset.
+    pub refcount_table_offset: HostOffset,
+    /// Its clusters.
+    pub refcount_table_clusters: u32,
+}
+
+/// All the metadata that was dirty at one moment. Write the stages in order, an fdatasync after each that is not empty;
+/// one fdatasync must come after stage 1 in any case, as it also makes the guest's data durable.
+#[derive(Debug)]
+#[must_use]
+pub struct FlushCut {
+    number: u64,
+    /// What nothing durable names, and what stage 1 will name.
+    pub stage0: Vec<TableWrite>,
+    /// Refcounts, and tables that stage 2 will name.
+    pub stage1: Vec<TableWrite>,
+    /// To be written in stage 1, with the tables.
+    pub header: Option<HeaderSwitch>,
+    /// The links.
+    pub stage2: Vec<TableWrite>,
+}
+
+/// What a flush is to do next.
+#[derive(Debug)]
+pub enum FlushStep {
+    /// All that was acknowledged before the flush is durable.
+    Done,
+    /// Another flush leads; the waker is registered.
+    Wait,
+    /// Write this cut, then tell the engine how it went.
+    Lead(FlushCut),
+}
+
+/// How far a cut came before it failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stage {
+    /// Stage 0 was not whole.
+    Zero,
+    /// Stage 0 is durable, stage 1 was not whole.
+    One,
+    /// Stage 1 is durable, stage 2 was not whole.
+    Two,
+}
+
+pub(crate) struct FlushState {
+    /// The next cut's number, from 1.
+    next: u64,
+    /// The last durable cut.
+    completed: u64,
+    running: Option<Running>,
+    waiters: Vec<Waker>,
+}
+
+/// What the running cut took, to be given back if it fails.
+struct Running {
+    number: u64,
+    epoch: Epoch,
+    slices: Vec<(TableId, Dirt)>,
+    l1_blocks: BTreeSet<u64>,
+    table_blocks: BTreeSet<u64>,
+    table_was_new: bool,
+    header_was_stale: bool,
+}
+
+impl FlushState {
+    pub fn new() -> Self {
+        FlushState { next: 1, completed: 0, running: None, waiters: Vec::new() }
+    }
+
+    /// The cut that will hold a change made now.
+    pub fn next_cut(&self) -> u64 {
+        self.next
+    }
+
+    pub fn completed(&self) -> u64 {
+        self.completed
+    }
+}
+
+impl State {
+    /// A flush's next step. `ticket` is [`FlushState::next_cut`] at the time when the flush arrived.
+    pub fn plan_flush(
+        &mut self,
+        epochs: &Epochs,
+        ticket: u64,
+        waker: &Waker,
+    ) -> Result<FlushStep, EngineError> {
+        let flush = &mut self.write_state()?.flush;
+        if flush.completed >= ticket {
+            return Ok(FlushStep::Done);
+        }
+        if flush.running.is_some() {
+            flush.waiters.push(waker.clone());
+            return Ok(FlushStep::Wait);
+        }
+        self.take_cut(epochs).map(FlushStep::Lead)
+    }
+
+    fn take_cut(&mut self, epochs: &Epochs) -> Result<FlushCut, EngineError> {
+        let mut places = Vec::new();
+        for id in self.tables.dirty_ids() {
+            places.push(self.place_on_disk(id)?);
+        }
+        let (mut stage0, mut stage1, mut stage2) = (Vec::new(), Vec::new(), Vec::new());
+        let mut slices = Vec::new();
+        for ((id, dirt, bytes), offset) in self.tables.cut().into_iter().zip(places) {
+            let stage = match (id, dirt) {
+                (TableId::Refblock { .. }, Dirt::New) => &mut stage0,
+                (TableId::Refblock { .. }, _) | (TableId::L2 { .. }, Dirt::New) => &mut stage1,
+                (TableId::L2 { .. }, _) => &mut stage2,
+            };
+            stage.push(TableWrite { offset, bytes: bytes.into_vec() });
+            slices.push((id, dirt));
+        }
+        let write = self.write.as_mut().expect("a writable image");
+        let l1_blocks = std::mem::take(&mut write.l1_dirty);
+        let refcounts = &mut write.refcounts;
+        let table_blocks = std::mem::take(&mut refcounts.dirty);
+        let table_was_new = std::mem::take(&mut refcounts.table_is_new);
+        if table_was_new {
+            let bytes = encode_entries(&refcounts.table, 0, refcounts.table.len() as u64).into_vec();
+            stage0.push(TableWrite { offset: refcounts.table_offset, bytes });
+        }
+        for block in &table_blocks {
+            let (offset, bytes) = refcounts.table_block(*block);
+            stage1.push(TableWrite { offset, bytes: bytes.into_vec() });
+        }
+        let header_was_stale = std::mem::take(&mut refcounts.header_stale);
+        let header = header_was_stale.then(|| HeaderSwitch {
+            refcount_table_offset: refcounts.table_offset,
+            refcount_table_clusters: refcounts.table_clusters() as u32,
+        });
+        let number = write.flush.next;
+        write.flush.next += 1;
+        let epoch = epochs.advance();
+        write.flush.running = Some(Running {
+            number,
+            epoch,
+            slices,
+            l1_blocks: l1_blocks.clone(),
+            table_blocks,
+            table_was_new,
+            header_was_stale,
+        });
+        for block in l1_blocks {
+            stage2.push(self.l1_block(block));
+        }
+        let [stage0, stage1, stage2] = [stage0, stage1, stage2].map(merged);
+        Ok(FlushCut { number, stage0, stage1, header, stage2 })
+    }
+
+    /// Where a slice of the top image lies.
+    fn place_on_disk(&self, id: TableId) -> Result<HostOffset, EngineError> {
+        let top = self.top_qcow2();
+        match id {
+            TableId::L2 { table, slice, .. } => match top.l1_entry(table)? {
+                L1Entry::Table { offset, .. } => Ok(top.slice_offset(offset, slice)),
+                L1Entry::Unallocated => panic!("a dirty slice's table exists"),
+            },
+            TableId::Refblock { block, slice } => {
+                let refcounts = &self.write.as_ref().expect("a writable image").refcounts;
+                let offset = refcounts.block_offset(block)?.expect("a dirty slice's block exists");
+                Ok(top.slice_offset(offset, slice))
+            }
+        }
+    }
+
+    fn l1_block(&self, block: u64) -> TableWrite {
+        let top = self.top_qcow2();
+        let entries = table_block_entries(&top.geometry);
+        let bytes = encode_entries(&top.l1, block * entries, entries).into_vec();
+        let base = self.write.as_ref().expect("a writable image").l1_offset;
+        TableWrite { offset: HostOffset(base.0 + block * entries * 8), bytes }
+    }
+
+    /// The cut is durable.
+    pub fn commit_cut(&mut self, cut: &FlushCut, wakes: &mut WakeList) {
+        let write = self.write.as_mut().expect("a writable image");
+        let running = write.flush.running.take().expect("a cut is running");
+        assert_eq!(running.number, cut.number, "one cut at a time");
+        write.flush.completed = running.number;
+        write.alloc.cut_is_durable(running.number, running.epoch);
+        wakes.add_all(write.flush.waiters.drain(..));
+        for (id, _) in running.slices {
+            self.tables.written(id);
+        }
+    }
+
+    /// The cut failed, at `stage`, for lack of space: all of it is dirty again. What stage 2 may have linked already
+    /// is existing from now on, so that nothing is changed under a durable link without an order.
+    pub fn fail_cut(&mut self, cut: &FlushCut, stage: Stage, wakes: &mut WakeList) {
+        let write = self.write.as_mut().expect("a writable image");
+        let running = write.flush.running.take().expect("a cut is running");
+        assert_eq!(running.number, cut.number, "one cut at a time");
+        wakes.add_all(write.flush.waiters.drain(..));
+        write.l1_dirty.extend(running.l1_blocks);
+        write.refcounts.header_stale |= running.header_was_stale;
+        write.refcounts.dirty.extend(running.table_blocks);
+        if running.table_was_new && stage == Stage::Zero {
+            write.refcounts.table_is_new = true;
+        } else if running.table_was_new {
+            let entries = table_block_entries(&write.refcounts.geometry);
+            write.refcounts.dirty.extend(0..(write.refcounts.table.len() as u64).div_ceil(entries));
+        }
+        for (id, dirt) in running.slices {
+            let linked = match id {
+                TableId::Refblock { .. } => stage >= Stage::One,
+                TableId::L2 { .. } => stage >= Stage::Two,
+            };
+            self.tables.not_written(id, if linked { Dirt::Existing } else { dirt });
+        }
+        // What this cut would have unlinked is unlinked by the next.
+        let write = self.write.as_mut().expect("a writable image");
+        let next = write.flush.next;
+        for freed in &mut write.alloc.quarantine {
+            freed.cut = freed.cut.max(if freed.cut == 0 { 0 } else { next });
+        }
+    }
+}
+
+/// Sorts writes by place and joins neighbours.
+fn merged(mut writes: Vec<TableWrite>) -> Vec<TableWrite> {
+    writes.sort_by_key(|write| write.offset);
+    let mut joined: Vec<TableWrite> = Vec::with_capacity(writes.len());
+    for write in writes {
+        match joined.last_mut() {
+            Some(last)
+                if last.offset.0 + last.bytes.len() as u64 == write.offset.0
+                    && last.bytes.len() + write.bytes.len() <= WRITE_BYTES_MAX =>
+            {
+                last.bytes.extend_from_slice(&write.bytes);
+            }
+            _ => joined.push(write),
+        }
+    }
+    joined
+}

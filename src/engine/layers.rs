@@ -1,0 +1,116 @@
+//! The layers of a chain as the engine sees them: the top image at 0, then each backing file.
+//!
+//! Owns the L1 tables (in memory whole; at most 32 MiB each by the format's limit) and where an L2 slice lies.
+
+use qcow2::{Geometry, GuestCluster, HostOffset, L1Entry};
+
+use crate::error::{EngineError, Structure};
+use crate::tables::{SLICE_BYTES_MAX, TableId};
+use crate::word::FileIndex;
+
+/// A layer that a chain is made of.
+pub struct LayerSpec {
+    /// The file that holds it.
+    pub file: FileIndex,
+    /// What is in the file.
+    pub format: LayerFormat,
+}
+
+/// The format of a layer.
+pub enum LayerFormat {
+    /// A raw image of this many bytes (a multiple of 512).
+    Raw {
+        /// Bytes.
+        size: u64,
+    },
+    /// A qcow2 image.
+    Qcow2 {
+        /// Its geometry.
+        geometry: Geometry,
+        /// Its active L1 table, entries as they are on disk; at least as many as the size needs.
+        l1: Vec<u64>,
+    },
+}
+
+pub(crate) enum Layer {
+    Raw { file: FileIndex, size: u64 },
+    Qcow2(Qcow2Layer),
+}
+
+pub(crate) struct Qcow2Layer {
+    /// Its number in the chain.
+    pub number: u16,
+    pub file: FileIndex,
+    pub geometry: Geometry,
+    pub l1: Vec<u64>,
+}
+
+impl Layer {
+    pub fn new(number: usize, spec: LayerSpec) -> Self {
+        match spec.format {
+            LayerFormat::Raw { size } => Layer::Raw { file: spec.file, size },
+            LayerFormat::Qcow2 { geometry, l1 } => {
+                Layer::Qcow2(Qcow2Layer { number: number as u16, file: spec.file, geometry, l1 })
+            }
+        }
+    }
+
+    /// Virtual size in bytes.
+    pub fn size(&self) -> u64 {
+        match self {
+            Layer::Raw { size, .. } => *size,
+            Layer::Qcow2(layer) => layer.geometry.size,
+        }
+    }
+}
+
+/// An L2 entry's place: its slice and its index there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct EntryPlace {
+    pub table: TableId,
+    pub index: usize,
+}
+
+impl Qcow2Layer {
+    /// Bytes of a cached slice of this image's tables.
+    pub fn slice_bytes(&self) -> u64 {
+        self.geometry.cluster_size().min(SLICE_BYTES_MAX)
+    }
+
+    /// L2 entries in a cached slice.
+    pub fn slice_entries(&self) -> u64 {
+        self.slice_bytes() / self.geometry.l2_entry_size()
+    }
+
+    /// Slices in an L2 table.
+    pub fn slices_per_table(&self) -> u32 {
+        (self.geometry.cluster_size() / self.slice_bytes()) as u32
+    }
+
+    /// The L1 entry that covers a guest cluster.
+    pub fn l1_entry(&self, index: u64) -> Result<L1Entry, EngineError> {
+        let raw = self.l1.get(index as usize).copied().unwrap_or(0);
+        L1Entry::decode(raw, &self.geometry).map_err(|source| EngineError::BadEntry {
+            layer: usize::from(self.number),
+            structure: Structure::L1,
+            index,
+            source,
+        })
+    }
+
+    /// The slice that holds a guest cluster's L2 entry, whether or not the table exists.
+    pub fn entry_place(&self, cluster: GuestCluster) -> EntryPlace {
+        let in_table = self.geometry.l2_index(cluster);
+        let table = self.geometry.l1_index(cluster);
+        let slice = (in_table / self.slice_entries()) as u32;
+        EntryPlace {
+            table: TableId::L2 { layer: self.number, table, slice },
+            index: (in_table % self.slice_entries()) as usize,
+        }
+    }
+
+    /// Where a slice lies, given its table's offset.
+    pub fn slice_offset(&self, table: HostOffset, slice: u32) -> HostOffset {
+        HostOffset(table.0 + u64::from(slice) * self.slice_bytes())
+    }
+}

@@ -1,0 +1,261 @@
+//! The chain map: one word a guest cluster, read without a lock.
+//!
+//! Words lie in frames of [`SLICE_WORDS`]; a directory entry names the frame of a slice of the guest's clusters.
+//! Readers ([`ChainMap::lookup`]) take no lock and count no reference: load the entry, load the word, load the entry
+//! again. Frames are bounded in number, evicted by clock and never freed while the map lives, so a stale read is
+//! harmless and is found out. All changes are made under the engine's one lock, through [`MapWriter`].
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use qcow2::GuestCluster;
+
+use crate::word::Word;
+
+/// Words in a slice: guest clusters that are resolved and evicted together.
+pub const SLICE_WORDS: u64 = 512;
+
+/// Directory entries in a leaf of the directory.
+const LEAF_ENTRIES: u64 = 4096;
+
+/// A slice of the guest's clusters, by number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct SliceIndex(pub u64);
+
+impl SliceIndex {
+    pub fn of(cluster: GuestCluster) -> Self {
+        SliceIndex(cluster.0 / SLICE_WORDS)
+    }
+
+    pub fn first(self) -> GuestCluster {
+        GuestCluster(self.0 * SLICE_WORDS)
+    }
+}
+
+struct Frame {
+    words: [AtomicU64; SLICE_WORDS as usize],
+    /// Set by readers, cleared by the clock.
+    referenced: AtomicBool,
+}
+
+/// A directory entry: frame number + 1 in the low half (0: no frame), the generation of its use in the high half.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Entry(u64);
+
+impl Entry {
+    const ABSENT: Entry = Entry(0);
+
+    fn new(frame: usize, generation: u32) -> Self {
+        Entry((u64::from(generation) << 32) | (frame as u64 + 1))
+    }
+
+    fn frame(self) -> Option<usize> {
+        let low = self.0 & u64::from(u32::MAX);
+        (low != 0).then(|| low as usize - 1)
+    }
+}
+
+type Leaf = Box<[AtomicU64]>;
+
+/// The shared side of the map.
+pub(crate) struct ChainMap {
+    directory: Box<[OnceLock<Leaf>]>,
+    frames: Box<[OnceLock<Box<Frame>>]>,
+}
+
+impl ChainMap {
+    /// A map for `clusters` guest clusters in at most `frames` frames (4 KiB each, made when first used).
+    pub fn new(clusters: u64, frames: usize) -> Self {
+        let slices = clusters.div_ceil(SLICE_WORDS);
+        let leaves = slices.div_ceil(LEAF_ENTRIES) as usize;
+        ChainMap {
+            directory: (0..leaves).map(|_| OnceLock::new()).collect(),
+            frames: (0..frames.max(1)).map(|_| OnceLock::new()).collect(),
+        }
+    }
+
+    /// The word of a cluster; unresolved if its slice is not resident. No lock, no allocation.
+    #[inline]
+    pub fn lookup(&self, cluster: GuestCluster) -> Word {
+        let slice = SliceIndex::of(cluster);
+        let Some(slot) = self.slot(slice) else { return Word::UNRESOLVED };
+        loop {
+            // Pairs with the release store in `MapWriter::publish_entry`: the frame's words are this slice's.
+            let entry = Entry(slot.load(Ordering::Acquire));
+            let Some(frame) = entry.frame().and_then(|frame| self.frames[frame].get()) else {
+                return Word::UNRESOLVED;
+            };
+            // Acquire, paired with the release of every word store: if this word was stored for another slice, the
+            // store that took the frame away from ours is visible to the load below.
+            let word = frame.words[(cluster.0 % SLICE_WORDS) as usize].load(Ordering::Acquire);
+            if Entry(slot.load(Ordering::Relaxed)) == entry {
+                if !frame.referenced.load(Ordering::Relaxed) {
+                    frame.referenced.store(true, Ordering::Relaxed);
+                }
+                return Word(word);
+            }
+        }
+    }
+
+    #[inline]
+    fn slot(&self, slice: SliceIndex) -> Option<&AtomicU64> {
+        let leaf = self.directory.get((slice.0 / LEAF_ENTRIES) as usize)?.get()?;
+        leaf.get((slice.0 % LEAF_ENTRIES) as usize)
+    }
+
+    fn frame(&self, frame: usize) -> &Frame {
+        self.frames[frame].get_or_init(|| {
+            Box::new(Frame {
+                words: [const { AtomicU64::new(0) }; SLICE_WORDS as usize],
+                referenced: AtomicBool::new(false),
+            })
+        })
+    }
+}
+
+/// The changing side of the map. Lives in the engine's locked state, so there is one writer at a time.
+pub(crate) struct MapWriter {
+    /// For each frame: the slice it holds and the generation of this use.
+    owners: Vec<Owner>,
+    hand: usize,
+}
+
+#[derive(Clone, Copy)]
+struct Owner {
+    slice: Option<SliceIndex>,
+    generation: u32,
+}
+
+impl MapWriter {
+    pub fn new(map: &ChainMap) -> Self {
+        MapWriter { owners: vec![Owner { slice: None, generation: 0 }; map.frames.len()], hand: 0 }
+    }
+
+    /// Makes a slice resident with these words (at most [`SLICE_WORDS`]), evicting another if the map is full.
+    pub fn fill(&mut self, map: &ChainMap, slice: SliceIndex, words: &[Word]) {
+        let Some(leaf) = map.directory.get((slice.0 / LEAF_ENTRIES) as usize) else { return };
+        let leaf = leaf.get_or_init(|| (0..LEAF_ENTRIES).map(|_| AtomicU64::new(0)).collect());
+        let slot = &leaf[(slice.0 % LEAF_ENTRIES) as usize];
+        let present = Entry(slot.load(Ordering::Relaxed)).frame();
+        let number = present.unwrap_or_else(|| self.take_frame(map));
+        let frame = map.frame(number);
+        for (stored, word) in frame.words.iter().zip(words) {
+            stored.store(word.0, Ordering::Release);
+        }
+        for stored in frame.words.iter().skip(words.len()) {
+            stored.store(0, Ordering::Release);
+        }
+        if present.is_none() {
+            frame.referenced.store(true, Ordering::Relaxed);
+            let owner = &mut self.owners[number];
+            owner.slice = Some(slice);
+            owner.generation = owner.generation.wrapping_add(1);
+            Self::publish_entry(slot, Entry::new(number, owner.generation));
+        }
+    }
+
+    /// Publishes a cluster's new word, if its slice is resident.
+    pub fn publish(&mut self, map: &ChainMap, cluster: GuestCluster, word: Word) {
+        let Some(slot) = map.slot(SliceIndex::of(cluster)) else { return };
+        if let Some(frame) = Entry(slot.load(Ordering::Relaxed)).frame() {
+            map.frame(frame).words[(cluster.0 % SLICE_WORDS) as usize].store(word.0, Ordering::Release);
+        }
+    }
+
+    fn publish_entry(slot: &AtomicU64, entry: Entry) {
+        slot.store(entry.0, Ordering::Release);
+    }
+
+    /// A frame for a new slice: one never used, or by clock one that no reader used lately.
+    fn take_frame(&mut self, map: &ChainMap) -> usize {
+        loop {
+            let number = self.hand;
+            self.hand = (self.hand + 1) % self.owners.len();
+            let Some(slice) = self.owners[number].slice else { return number };
+            if map.frame(number).referenced.swap(false, Ordering::Relaxed) {
+                continue;
+            }
+            if let Some(slot) = map.slot(slice) {
+                Self::publish_entry(slot, Entry::ABSENT);
+            }
+            self.owners[number].slice = None;
+            return number;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::word::FileIndex;
+    use qcow2::HostOffset;
+
+    fn word(n: u64) -> Word {
+        Word::data(FileIndex(0), HostOffset(n * 512), true)
+    }
+
+    fn slice_words(slice: u64) -> Vec<Word> {
+        (0..SLICE_WORDS).map(|i| word(slice * SLICE_WORDS + i)).collect()
+    }
+
+    #[test]
+    fn absent_slices_are_unresolved_and_filled_ones_answer() {
+        let map = ChainMap::new(10_000, 4);
+        let mut writer = MapWriter::new(&map);
+        assert_eq!(map.lookup(GuestCluster(5)), Word::UNRESOLVED);
+        assert_eq!(map.lookup(GuestCluster(u64::MAX)), Word::UNRESOLVED);
+        writer.fill(&map, SliceIndex(0), &slice_words(0));
+        assert_eq!(map.lookup(GuestCluster(5)), word(5));
+        writer.publish(&map, GuestCluster(5), Word::ZERO);
+        writer.publish(&map, GuestCluster(9999), Word::ZERO);
+        assert_eq!(map.lookup(GuestCluster(5)), Word::ZERO);
+        assert_eq!(map.lookup(GuestCluster(9999)), Word::UNRESOLVED);
+    }
+
+    #[test]
+    fn a_full_map_evicts_and_never_mixes_slices() {
+        let map = ChainMap::new(100 * SLICE_WORDS, 3);
+        let mut writer = MapWriter::new(&map);
+        for slice in 0..100 {
+            writer.fill(&map, SliceIndex(slice), &slice_words(slice));
+            for cluster in (0..100 * SLICE_WORDS).step_by(97) {
+                let found = map.lookup(GuestCluster(cluster));
+                assert!(found == Word::UNRESOLVED || found == word(cluster));
+            }
+        }
+        let resident =
+            (0..100).filter(|s| map.lookup(GuestCluster(s * SLICE_WORDS)) != Word::UNRESOLVED).count();
+        assert_eq!(resident, 3);
+    }
+
+    #[test]
+    fn readers_never_see_another_slices_word_while_frames_are_reused() {
+        let map = ChainMap::new(64 * SLICE_WORDS, 2);
+        let mut writer = MapWriter::new(&map);
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let readers: Vec<_> = (0..2u64)
+                .map(|seed| {
+                    let (map, stop) = (&map, &stop);
+                    scope.spawn(move || {
+                        let mut x = seed + 1;
+                        while !stop.load(Ordering::Relaxed) {
+                            x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                            let cluster = (x >> 33) % (64 * SLICE_WORDS);
+                            let found = map.lookup(GuestCluster(cluster));
+                            assert!(found == Word::UNRESOLVED || found == word(cluster));
+                        }
+                    })
+                })
+                .collect();
+            for round in 0..3000u64 {
+                let slice = round.wrapping_mul(31) % 64;
+                writer.fill(&map, SliceIndex(slice), &slice_words(slice));
+            }
+            stop.store(true, Ordering::Relaxed);
+            for reader in readers {
+                reader.join().expect("reader");
+            }
+        });
+    }
+}

@@ -1,0 +1,318 @@
+//! Reserving windows of clusters: out of what was freed, out of holes in the file, or by growing it.
+//!
+//! Reserved clusters have a refcount of 1 in memory, so a crash leaks at most what is reserved and unused. Growing
+//! makes refblocks, and a larger refcount table, where the file outgrows them.
+
+use std::task::Waker;
+
+use qcow2::{HostCluster, HostOffset};
+
+use crate::alloc::{FreeRun, Run};
+use crate::answer::{Answer, WakeList, ready};
+use crate::error::EngineError;
+use crate::refcounts::{Refcounts, TABLE_BYTES_MAX};
+use crate::state::{State, WriteState};
+use crate::tables::{Dirt, TableId};
+
+/// Refblock slices searched for free clusters in one go.
+const SCAN_SLICES: u64 = 8;
+
+/// Clusters about to be reserved. Set the file's length, allocate the metadata on the host, then commit; or abort.
+#[derive(Debug)]
+#[must_use]
+pub struct ReservePlan {
+    /// Make the file at least this many bytes long.
+    pub file_length: Option<u64>,
+    /// New metadata (offset and length in bytes) to be allocated on the host now, as its writing may not fail for lack
+    /// of space later.
+    pub metadata: Option<(HostOffset, u64)>,
+    window: FreeRun,
+    growth: Option<Growth>,
+    pins: Vec<TableId>,
+}
+
+/// New refcount metadata at the end of the file.
+#[derive(Debug)]
+struct Growth {
+    /// (index in the refcount table, its cluster).
+    blocks: Vec<(u64, HostCluster)>,
+    /// First cluster and number of clusters of a larger refcount table.
+    table: Option<Run>,
+    /// All clusters that the new metadata takes.
+    run: Run,
+}
+
+impl State {
+    /// Plans a window. One is planned at a time; others wait.
+    pub fn plan_reserve(&mut self, waker: &Waker) -> Result<Answer<ReservePlan>, EngineError> {
+        let write = self.write_state()?;
+        if let Some(waiters) = &mut write.alloc.reserving {
+            waiters.push(waker.clone());
+            return Ok(Answer::Wait);
+        }
+        if let Some(free) = write.alloc.first_free() {
+            return self.plan_free_window(free, waker);
+        }
+        ready!(self.scan(waker)?);
+        if let Some(free) = self.write_state()?.alloc.first_free() {
+            return self.plan_free_window(free, waker);
+        }
+        self.plan_growth(waker)
+    }
+
+    /// A window of clusters that are free already.
+    fn plan_free_window(&mut self, free: FreeRun, waker: &Waker) -> Result<Answer<ReservePlan>, EngineError> {
+        let wanted = self.write_state()?.alloc.window_clusters().min(free.run.count);
+        let pins = self.refblock_slices(free.run.start, wanted)?;
+        ready!(self.need_tables(pins.iter().copied(), waker)?);
+        let write = self.write_state()?;
+        let window = write.alloc.take_free(wanted).expect("a free run was seen");
+        Ok(Answer::Ready(self.start_reserve(ReservePlan {
+            file_length: None,
+            metadata: None,
+            window,
+            growth: None,
+            pins,
+        })))
+    }
+
+    fn start_reserve(&mut self, plan: ReservePlan) -> ReservePlan {
+        for id in &plan.pins {
+            self.tables.pin(*id);
+        }
+        self.write.as_mut().expect("a plan was made").alloc.reserving = Some(Vec::new());
+        plan
+    }
+
+    /// Searches the next few refblock slices of the file as it was at open for clusters that nobody uses.
+    fn scan(&mut self, waker: &Waker) -> Result<Answer<()>, EngineError> {
+        let write = self.write_state()?;
+        let (from, end) = (write.alloc.scanned, write.alloc.scan_end);
+        if from >= end {
+            return Ok(Answer::Ready(()));
+        }
+        let to = end.min(from + SCAN_SLICES * write.refcounts.slice_entries());
+        let slices = write.refcounts.slices_of(HostCluster(from), to - from)?;
+        ready!(self.need_tables(slices, waker)?);
+        let State { tables, write, .. } = self;
+        let Some(WriteState { refcounts, alloc, .. }) = write else { return Err(EngineError::ReadOnly) };
+        let mut cluster = from;
+        while cluster < to {
+            let slice_end = to.min((cluster / refcounts.slice_entries() + 1) * refcounts.slice_entries());
+            if refcounts.block_offset(refcounts.block_of(cluster))?.is_some() {
+                let place = refcounts.place(cluster);
+                let bytes = tables.bytes(place.table);
+                for at in 0..slice_end - cluster {
+                    if qcow2::refcount(refcounts.geometry.refcount_order, bytes, place.index + at as usize)
+                        == 0
+                    {
+                        let run = Run { start: HostCluster(cluster + at), count: 1 };
+                        alloc.add_free(FreeRun { run, known_zero: false });
+                    }
+                }
+            }
+            cluster = slice_end;
+        }
+        alloc.scanned = to;
+        Ok(Answer::Ready(()))
+    }
+
+    /// A window past the end of the file.
+    fn plan_growth(&mut self, waker: &Waker) -> Result<Answer<ReservePlan>, EngineError> {
+        ready!(self.skip_used(waker)?);
+        let write = self.write_state()?;
+        let (end, entries) = (write.alloc.end, write.refcounts.geometry.refblock_entries());
+        let grows = write.refcounts.block_offset(write.refcounts.block_of(end))?.is_none();
+        let growth = if grows { Some(write.refcounts.growth(end)?) } else { None };
+        let start = end + growth.as_ref().map_or(0, |growth| growth.run.count);
+        let mut count = write.alloc.window_clusters().min(entries - start % entries);
+        let mut pins = Vec::new();
+        if growth.is_none() {
+            pins = self.refblock_slices(HostCluster(start), count)?;
+            ready!(self.need_tables(pins.iter().copied(), waker)?);
+            count = (start..start + count).take_while(|cluster| self.refcount(*cluster) == 0).count() as u64;
+        }
+        let geometry = self.top_qcow2().geometry;
+        let metadata = growth.as_ref().map(|growth| {
+            (geometry.host_offset(growth.run.start), growth.run.count * geometry.cluster_size())
+        });
+        let window = FreeRun { run: Run { start: HostCluster(start), count }, known_zero: true };
+        let file_length = Some((start + count) * geometry.cluster_size());
+        Ok(Answer::Ready(self.start_reserve(ReservePlan { file_length, metadata, window, growth, pins })))
+    }
+
+    /// Moves the end of the file past clusters that count as used there: some earlier writer's leaks.
+    fn skip_used(&mut self, waker: &Waker) -> Result<Answer<()>, EngineError> {
+        loop {
+            let write = self.write_state()?;
+            let end = write.alloc.end;
+            if write.refcounts.block_offset(write.refcounts.block_of(end))?.is_none() {
+                return Ok(Answer::Ready(()));
+            }
+            let slices = write.refcounts.slices_of(HostCluster(end), 1)?;
+            ready!(self.need_tables(slices, waker)?);
+            let used = self.used_clusters_at(end)?;
+            if used == 0 {
+                return Ok(Answer::Ready(()));
+            }
+            self.write_state()?.alloc.end += used;
+        }
+    }
+
+    /// How many clusters from `start` to the end of its refblock slice are in use; the slice is resident.
+    fn used_clusters_at(&self, start: u64) -> Result<u64, EngineError> {
+        let refcounts = &self.write.as_ref().ok_or(EngineError::ReadOnly)?.refcounts;
+        let left = refcounts.slice_entries() - start % refcounts.slice_entries();
+        Ok((start..start + left).take_while(|cluster| self.refcount(*cluster) != 0).count() as u64)
+    }
+
+    /// A cluster's count, from a resident slice.
+    pub fn refcount(&self, cluster: u64) -> u64 {
+        let refcounts = &self.write.as_ref().expect("writable images only").refcounts;
+        let place = refcounts.place(cluster);
+        qcow2::refcount(refcounts.geometry.refcount_order, self.tables.bytes(place.table), place.index)
+    }
+
+    /// Sets a cluster's count in a resident slice.
+    pub fn set_refcount(&mut self, cluster: u64, count: u64) {
+        let refcounts = &self.write.as_ref().expect("writable images only").refcounts;
+        let (place, order) = (refcounts.place(cluster), refcounts.geometry.refcount_order);
+        qcow2::set_refcount(order, self.tables.change(place.table), place.index, count);
+    }
+
+    pub fn commit_reserve(&mut self, plan: ReservePlan, wakes: &mut WakeList) {
+        for id in &plan.pins {
+            self.tables.unpin(*id);
+        }
+        if let Some(growth) = &plan.growth {
+            self.commit_growth(growth);
+        }
+        let run = plan.window.run;
+        for cluster in run.start.0..run.start.0 + run.count {
+            self.set_refcount(cluster, 1);
+        }
+        let write = self.write.as_mut().expect("a plan was made");
+        write.alloc.end = write.alloc.end.max(run.start.0 + run.count);
+        write.alloc.add_window(plan.window);
+        wakes.add_all(write.alloc.reserving.take().expect("this plan reserves"));
+    }
+
+    fn commit_growth(&mut self, growth: &Growth) {
+        let write = self.write.as_mut().expect("a plan was made");
+        let next_cut = write.flush.next_cut();
+        let geometry = write.refcounts.geometry;
+        if let Some(table) = growth.table {
+            let (old, clusters) = (write.refcounts.table_offset, write.refcounts.table_clusters());
+            for at in 0..clusters {
+                write.alloc.free_later(HostCluster(geometry.host_cluster(old).0 + at), next_cut);
+            }
+            write.refcounts.move_table(table);
+        }
+        let slice_bytes = write.refcounts.slice_bytes() as usize;
+        let slices = write.refcounts.slices_per_block();
+        for (block, cluster) in &growth.blocks {
+            write.refcounts.set_block(*block, geometry.host_offset(*cluster));
+            for slice in 0..slices {
+                let id = TableId::Refblock { block: *block, slice };
+                self.tables.insert(id, vec![0; slice_bytes].into(), Dirt::New);
+            }
+        }
+        for cluster in growth.run.start.0..growth.run.start.0 + growth.run.count {
+            self.set_refcount(cluster, 1);
+        }
+    }
+
+    pub fn abort_reserve(&mut self, plan: ReservePlan, wakes: &mut WakeList) {
+        for id in &plan.pins {
+            self.tables.unpin(*id);
+        }
+        let write = self.write.as_mut().expect("a plan was made");
+        if plan.file_length.is_none() {
+            write.alloc.add_free(plan.window);
+        }
+        wakes.add_all(write.alloc.reserving.take().expect("this plan reserves"));
+    }
+}
+
+impl State {
+    /// At a clean end: what is reserved and unused is free again.
+    pub fn release_windows(&mut self, waker: &Waker) -> Result<Answer<()>, EngineError> {
+        let windows = self.write_state()?.alloc.windows();
+        let mut slices = Vec::new();
+        for window in &windows {
+            slices.extend(self.refblock_slices(window.run.start, window.run.count)?);
+        }
+        slices.dedup();
+        ready!(self.need_tables(slices, waker)?);
+        for window in windows {
+            for cluster in window.run.start.0..window.run.start.0 + window.run.count {
+                self.set_refcount(cluster, 0);
+            }
+            self.write_state()?.alloc.add_free(window);
+        }
+        self.write_state()?.alloc.clear_windows();
+        Ok(Answer::Ready(()))
+    }
+}
+
+impl Refcounts {
+    /// What metadata must be added at cluster `end`, whose block does not exist.
+    fn growth(&self, end: u64) -> Result<Growth, EngineError> {
+        let per_cluster = self.geometry.cluster_size() / 8;
+        let entries = self.geometry.refblock_entries();
+        let held = self.table.len() as u64;
+        let mut blocks = 1;
+        loop {
+            // The metadata itself, and at least one cluster of a window after it, must be covered.
+            let mut table = 0;
+            let mut last_block = self.block_of(end + blocks);
+            if last_block >= held {
+                // Half as large again as what is needed, so that growth stays rare.
+                let mut wanted = (last_block + 1).max(held + held / 2).div_ceil(per_cluster);
+                last_block = self.block_of(end + blocks + wanted);
+                if last_block >= wanted * per_cluster {
+                    wanted = (last_block + last_block / 8 + 2).div_ceil(per_cluster);
+                    last_block = self.block_of(end + blocks + wanted);
+                }
+                if wanted * self.geometry.cluster_size() > TABLE_BYTES_MAX {
+                    return Err(EngineError::RefcountTableFull);
+                }
+                table = wanted;
+            }
+            let missing = self.missing_blocks(end / entries, last_block)?;
+            if missing.len() as u64 <= blocks {
+                let blocks_taken = missing.len() as u64;
+                let new_blocks =
+                    missing.into_iter().zip(end..).map(|(block, at)| (block, HostCluster(at))).collect();
+                let table_run = Run { start: HostCluster(end + blocks_taken), count: table };
+                return Ok(Growth {
+                    blocks: new_blocks,
+                    table: (table > 0).then_some(table_run),
+                    run: Run { start: HostCluster(end), count: blocks_taken + table },
+                });
+            }
+            blocks = missing.len() as u64;
+        }
+    }
+
+    /// Blocks `first..=last` that do not exist.
+    fn missing_blocks(&self, first: u64, last: u64) -> Result<Vec<u64>, EngineError> {
+        let mut missing = Vec::new();
+        for block in first..=last {
+            if self.block_offset(block)?.is_none() {
+                missing.push(block);
+            }
+        }
+        Ok(missing)
+    }
+
+    /// The table moves to a larger place; what it says stays.
+    fn move_table(&mut self, place: Run) {
+        let entries = place.count * self.geometry.cluster_size() / 8;
+        self.table.resize(entries as usize, 0);
+        self.table_offset = self.geometry.host_offset(place.start);
+        self.table_is_new = true;
+        self.header_stale = true;
+        self.dirty.clear();
+    }
+}

@@ -1,0 +1,328 @@
+//! Resolving: what the whole chain gives for a guest cluster (a word of the map) or a range (extents).
+//!
+//! Reads tables only; changes nothing but the map.
+
+use std::task::Waker;
+
+use qcow2::{GuestCluster, GuestOffset, HostOffset, L1Entry, L2Entry};
+
+use crate::answer::{Answer, ready};
+use crate::error::EngineError;
+use crate::layers::{Layer, Qcow2Layer};
+use crate::map::{ChainMap, SLICE_WORDS, SliceIndex};
+use crate::state::{Missing, State, decode_l2};
+use crate::tables::{Found, TableId, Tables};
+use crate::word::{FileIndex, Mapping, Word};
+
+/// The most extents one plan gives.
+const EXTENTS_MAX: usize = 256;
+
+/// Where a run of guest bytes comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// It reads as zero.
+    Zero,
+    /// It lies contiguously in a file.
+    Data {
+        /// The file.
+        file: FileIndex,
+        /// Where the run begins.
+        offset: HostOffset,
+    },
+}
+
+/// A run of guest bytes from one source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Where it comes from.
+    pub source: Source,
+    /// Bytes.
+    pub length: u64,
+}
+
+/// Adds a run to a list, merging it with the last where the two are one.
+pub fn push_extent(extents: &mut Vec<Extent>, source: Source, length: u64) {
+    if let Some(last) = extents.last_mut() {
+        let joins = match (last.source, source) {
+            (Source::Zero, Source::Zero) => true,
+            (Source::Data { file, offset }, Source::Data { file: next, offset: at }) => {
+                file == next && offset.0.checked_add(last.length) == Some(at.0)
+            }
+            _ => false,
+        };
+        if joins {
+            last.length += length;
+            return;
+        }
+    }
+    extents.push(Extent { source, length });
+}
+
+/// How one layer answers for a whole cluster of the top image.
+enum Step {
+    /// This layer gives the cluster.
+    Answer(Word),
+    /// This layer gives none of it: ask the next.
+    Below,
+    /// A table is missing.
+    Unknown,
+}
+
+/// A span of the guest that one map word covers.
+#[derive(Clone, Copy)]
+struct Span {
+    start: u64,
+    /// Clipped to the end of the disk.
+    end: u64,
+    /// Bytes of a map cluster, unclipped.
+    cluster: u64,
+}
+
+impl State {
+    /// Fills a slice of the map. All the tables that are missing are asked for at once, layer by layer in batches that
+    /// double, so a deep chain costs few rounds and a shallow answer few needless loads.
+    pub fn fill(
+        &mut self,
+        map: &ChainMap,
+        unit: u64,
+        slice: SliceIndex,
+        waker: &Waker,
+    ) -> Result<Answer<()>, EngineError> {
+        let size = self.layers[0].size();
+        let first = slice.first().0;
+        let count = size.div_ceil(unit).saturating_sub(first).min(SLICE_WORDS);
+        let mut words = vec![Word::UNRESOLVED; count as usize];
+        let mut open: Vec<u64> = (0..count).collect();
+        let mut missing = Missing::default();
+        let mut last_layer = usize::MAX;
+        let writable = self.writable;
+        for number in 0..self.layers.len() {
+            if open.is_empty() || number > last_layer || missing.full() {
+                break;
+            }
+            let State { layers, tables, .. } = self;
+            open.retain(|at| {
+                let start = (first + at) * unit;
+                let span = Span { start, end: (start + unit).min(size), cluster: unit };
+                let step = match &layers[number] {
+                    Layer::Raw { file, size } => Ok(raw_step(*file, *size, span, writable && number == 0)),
+                    Layer::Qcow2(layer) => qcow2_step(layer, tables, span, writable, &mut missing),
+                };
+                match step {
+                    Ok(Step::Answer(word)) => words[*at as usize] = word,
+                    Ok(Step::Below | Step::Unknown) => return true,
+                    // One bad entry must not keep its neighbours from being served: the walk names it when it is met.
+                    Err(_) => words[*at as usize] = Word::MIXED,
+                }
+                false
+            });
+            if missing.any() && last_layer == usize::MAX {
+                last_layer = 2 * number + 1;
+            }
+        }
+        if missing.any() {
+            return self.ask_for(missing, waker);
+        }
+        for at in open {
+            words[at as usize] = Word::ZERO;
+        }
+        self.map_writer.fill(map, slice, &words);
+        Ok(Answer::Ready(()))
+    }
+
+    /// The word of a cluster, filling its slice if need be.
+    pub fn word(
+        &mut self,
+        map: &ChainMap,
+        unit: u64,
+        cluster: GuestCluster,
+        waker: &Waker,
+    ) -> Result<Answer<Word>, EngineError> {
+        let word = map.lookup(cluster);
+        if word != Word::UNRESOLVED {
+            return Ok(Answer::Ready(word));
+        }
+        ready!(self.fill(map, unit, SliceIndex::of(cluster), waker)?);
+        Ok(Answer::Ready(map.lookup(cluster)))
+    }
+
+    /// Where a prefix of a range comes from: at most [`EXTENTS_MAX`] runs, at least one.
+    pub fn extents(
+        &mut self,
+        map: &ChainMap,
+        unit: u64,
+        offset: GuestOffset,
+        length: u64,
+        waker: &Waker,
+    ) -> Result<Answer<Vec<Extent>>, EngineError> {
+        let mut extents = Vec::new();
+        let end = offset.0 + length;
+        let mut at = offset.0;
+        while at < end && extents.len() < EXTENTS_MAX {
+            let within = at % unit;
+            let piece = (unit - within).min(end - at);
+            match ready!(self.word(map, unit, GuestCluster(at / unit), waker)?).mapping() {
+                Mapping::Zero => push_extent(&mut extents, Source::Zero, piece),
+                Mapping::Data { file, offset, .. } => {
+                    let offset = HostOffset(offset.0 + within);
+                    push_extent(&mut extents, Source::Data { file, offset }, piece);
+                }
+                Mapping::Mixed | Mapping::Unresolved => {
+                    ready!(self.walk(at, piece, &mut extents, waker)?);
+                }
+            }
+            at += piece;
+        }
+        Ok(Answer::Ready(extents))
+    }
+
+    /// Adds the exact extents of a range by walking the layers for each piece of it.
+    fn walk(
+        &mut self,
+        offset: u64,
+        length: u64,
+        extents: &mut Vec<Extent>,
+        waker: &Waker,
+    ) -> Result<Answer<()>, EngineError> {
+        let end = offset + length;
+        let mut at = offset;
+        let mut missing = Missing::default();
+        let mut found = Vec::new();
+        while at < end {
+            let (source, piece) = self.walk_one(at, end - at, &mut missing)?;
+            if let Some(source) = source {
+                found.push((source, piece));
+            }
+            at += piece;
+        }
+        if missing.any() {
+            return self.ask_for(missing, waker);
+        }
+        for (source, piece) in found {
+            push_extent(extents, source, piece);
+        }
+        Ok(Answer::Ready(()))
+    }
+
+    /// Who gives the byte at `offset`, and for how many bytes (at most `length`) the answer surely holds. No source
+    /// if a table is missing.
+    fn walk_one(
+        &mut self,
+        offset: u64,
+        length: u64,
+        missing: &mut Missing,
+    ) -> Result<(Option<Source>, u64), EngineError> {
+        let mut length = length;
+        let State { layers, tables, .. } = self;
+        for layer in layers.iter() {
+            let Some(left) = layer.size().checked_sub(offset).filter(|left| *left > 0) else {
+                return Ok((Some(Source::Zero), length));
+            };
+            length = length.min(left);
+            let layer = match layer {
+                Layer::Raw { file, .. } => {
+                    return Ok((Some(Source::Data { file: *file, offset: HostOffset(offset) }), length));
+                }
+                Layer::Qcow2(layer) => layer,
+            };
+            let within = layer.geometry.in_cluster(offset);
+            length = length.min(layer.geometry.cluster_size() - within);
+            let cluster = layer.geometry.guest_cluster(GuestOffset(offset));
+            match entry_of(layer, tables, cluster, missing)? {
+                None => return Ok((None, length)),
+                Some(L2Entry::Unallocated) => {}
+                Some(L2Entry::Zero | L2Entry::ZeroAllocated { .. }) => {
+                    return Ok((Some(Source::Zero), length));
+                }
+                Some(L2Entry::Data { offset, .. }) => {
+                    let source = Source::Data { file: layer.file, offset: HostOffset(offset.0 + within) };
+                    return Ok((Some(source), length));
+                }
+                Some(L2Entry::Compressed { .. }) => return Err(compressed(layer, cluster)),
+            }
+        }
+        Ok((Some(Source::Zero), length))
+    }
+}
+
+fn compressed(layer: &Qcow2Layer, cluster: GuestCluster) -> EngineError {
+    EngineError::Compressed { layer: usize::from(layer.number), cluster: cluster.0 }
+}
+
+/// A layer's L2 entry for one of its own clusters; `None` if its table is missing.
+fn entry_of(
+    layer: &Qcow2Layer,
+    tables: &mut Tables,
+    cluster: GuestCluster,
+    missing: &mut Missing,
+) -> Result<Option<L2Entry>, EngineError> {
+    let table = layer.geometry.l1_index(cluster);
+    if layer.l1_entry(table)? == L1Entry::Unallocated {
+        return Ok(Some(L2Entry::Unallocated));
+    }
+    let place = layer.entry_place(cluster);
+    let Some(bytes) = resident(tables, place.table, missing) else { return Ok(None) };
+    decode_l2(layer, qcow2::entry(bytes, place.index), cluster.0).map(Some)
+}
+
+fn resident<'a>(tables: &'a mut Tables, id: TableId, missing: &mut Missing) -> Option<&'a [u8]> {
+    let found = tables.find(id);
+    missing.note(id, &found);
+    match found {
+        Found::Ready(bytes) => Some(bytes),
+        Found::Loading | Found::Missing => None,
+    }
+}
+
+fn raw_step(file: FileIndex, size: u64, span: Span, in_place: bool) -> Step {
+    Step::Answer(if span.start >= size {
+        Word::ZERO
+    } else if span.end > size {
+        Word::MIXED
+    } else {
+        Word::data(file, HostOffset(span.start), in_place)
+    })
+}
+
+fn qcow2_step(
+    layer: &Qcow2Layer,
+    tables: &mut Tables,
+    span: Span,
+    writable: bool,
+    missing: &mut Missing,
+) -> Result<Step, EngineError> {
+    let geometry = &layer.geometry;
+    if span.start >= geometry.size {
+        return Ok(Step::Answer(Word::ZERO));
+    }
+    if span.end > geometry.size {
+        return Ok(Step::Answer(Word::MIXED));
+    }
+    if geometry.cluster_size() < span.cluster {
+        return smaller_clusters_step(layer, span);
+    }
+    let cluster = geometry.guest_cluster(GuestOffset(span.start));
+    Ok(match entry_of(layer, tables, cluster, missing)? {
+        None => Step::Unknown,
+        Some(L2Entry::Unallocated) => Step::Below,
+        Some(L2Entry::Zero | L2Entry::ZeroAllocated { .. }) => Step::Answer(Word::ZERO),
+        Some(L2Entry::Data { offset, copied }) => {
+            let offset = HostOffset(offset.0 + geometry.in_cluster(span.start));
+            Step::Answer(Word::data(layer.file, offset, writable && copied && layer.number == 0))
+        }
+        Some(L2Entry::Compressed { .. }) => Step::Answer(Word::MIXED),
+    })
+}
+
+/// A layer below with smaller clusters than the top image's: it is asked by extents, unless it has no table here.
+fn smaller_clusters_step(layer: &Qcow2Layer, span: Span) -> Result<Step, EngineError> {
+    let geometry = &layer.geometry;
+    let first = geometry.l1_index(geometry.guest_cluster(GuestOffset(span.start)));
+    let last = geometry.l1_index(geometry.guest_cluster(GuestOffset(span.end - 1)));
+    for index in first..=last {
+        if layer.l1_entry(index)? != L1Entry::Unallocated {
+            return Ok(Step::Answer(Word::MIXED));
+        }
+    }
+    Ok(Step::Below)
+}

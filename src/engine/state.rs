@@ -1,0 +1,188 @@
+//! The engine's locked state, and the questions about tables that every plan asks.
+
+use std::collections::{BTreeSet, HashMap};
+use std::task::Waker;
+
+use qcow2::{HostCluster, HostOffset, L1Entry, L2Entry};
+
+use crate::alloc::Allocator;
+use crate::answer::{Answer, TableLoad, TableSlot};
+use crate::error::{EngineError, Structure};
+use crate::flush::FlushState;
+use crate::layers::{EntryPlace, Layer, Qcow2Layer};
+use crate::map::MapWriter;
+use crate::refcounts::Refcounts;
+use crate::tables::{Found, TableId, Tables};
+
+/// The most table slices one answer asks for.
+const LOADS_MAX: usize = 256;
+
+/// Everything behind the engine's one lock. Held for memory work only, never across I/O.
+pub(crate) struct State {
+    pub layers: Vec<Layer>,
+    pub tables: Tables,
+    pub map_writer: MapWriter,
+    /// The top image may be written, whatever its format.
+    pub writable: bool,
+    /// Present if the top image is a qcow2 image open for writing.
+    pub write: Option<WriteState>,
+}
+
+/// What only a writable qcow2 top image has.
+pub(crate) struct WriteState {
+    pub refcounts: Refcounts,
+    pub alloc: Allocator,
+    pub flush: FlushState,
+    /// L2 tables being made the top image's own, and who waits for each.
+    pub table_jobs: HashMap<TableSlot, Vec<Waker>>,
+    /// Where the L1 table lies.
+    pub l1_offset: HostOffset,
+    /// L1 blocks that differ from the disk.
+    pub l1_dirty: BTreeSet<u64>,
+}
+
+/// Table slices that a plan lacks.
+#[derive(Default)]
+pub(crate) struct Missing {
+    absent: Vec<TableId>,
+    loading: Vec<TableId>,
+}
+
+impl Missing {
+    pub fn any(&self) -> bool {
+        !self.absent.is_empty() || !self.loading.is_empty()
+    }
+
+    pub fn full(&self) -> bool {
+        self.absent.len() >= LOADS_MAX
+    }
+
+    /// Notes what `found` lacks; true if it is there.
+    pub fn note(&mut self, id: TableId, found: &Found<'_>) -> bool {
+        match found {
+            Found::Ready(_) => return true,
+            Found::Loading => self.loading.push(id),
+            Found::Missing if self.full() || self.absent.contains(&id) => {}
+            Found::Missing => self.absent.push(id),
+        }
+        false
+    }
+}
+
+impl State {
+    pub fn top(&self) -> Option<&Qcow2Layer> {
+        match self.layers.first() {
+            Some(Layer::Qcow2(layer)) => Some(layer),
+            _ => None,
+        }
+    }
+
+    /// The top image, where the caller knows that it is a qcow2 image.
+    pub fn top_qcow2(&self) -> &Qcow2Layer {
+        self.top().expect("plans that change tables are asked of qcow2 images only")
+    }
+
+    pub fn top_qcow2_mut(&mut self) -> &mut Qcow2Layer {
+        match self.layers.first_mut() {
+            Some(Layer::Qcow2(layer)) => layer,
+            _ => panic!("plans that change tables are asked of qcow2 images only"),
+        }
+    }
+
+    pub fn write_state(&mut self) -> Result<&mut WriteState, EngineError> {
+        self.write.as_mut().ok_or(EngineError::ReadOnly)
+    }
+
+    /// True if anything lies below the top image.
+    pub fn has_backing(&self) -> bool {
+        self.layers.len() > 1
+    }
+
+    /// Answers a plan that lacks tables: load the absent ones, or wait for those that others load.
+    pub fn ask_for<T>(&mut self, missing: Missing, waker: &Waker) -> Result<Answer<T>, EngineError> {
+        if missing.absent.is_empty() {
+            for id in missing.loading {
+                self.tables.wait_load(id, waker);
+            }
+            return Ok(Answer::Wait);
+        }
+        let mut loads = Vec::with_capacity(missing.absent.len());
+        for id in &missing.absent {
+            loads.push(self.load_of(*id)?);
+        }
+        for id in missing.absent {
+            self.tables.begin_load(id);
+        }
+        Ok(Answer::Load(loads))
+    }
+
+    /// Where a slice is to be read from. Only slices of tables that exist are ever asked for.
+    fn load_of(&self, id: TableId) -> Result<TableLoad, EngineError> {
+        match id {
+            TableId::L2 { layer, table, slice } => {
+                let Some(Layer::Qcow2(layer)) = self.layers.get(usize::from(layer)) else {
+                    panic!("L2 slices are asked of qcow2 layers only")
+                };
+                let L1Entry::Table { offset, .. } = layer.l1_entry(table)? else {
+                    panic!("slices of existing tables only")
+                };
+                let length = layer.slice_bytes() as usize;
+                Ok(TableLoad {
+                    table: id,
+                    file: layer.file,
+                    offset: layer.slice_offset(offset, slice),
+                    length,
+                })
+            }
+            TableId::Refblock { block, slice } => {
+                let top = self.top_qcow2();
+                let write = self.write.as_ref().ok_or(EngineError::ReadOnly)?;
+                let offset = write.refcounts.block_offset(block)?.expect("slices of existing refblocks only");
+                let length = top.slice_bytes() as usize;
+                Ok(TableLoad { table: id, file: top.file, offset: top.slice_offset(offset, slice), length })
+            }
+        }
+    }
+
+    /// Makes sure that these slices are resident.
+    pub fn need_tables(
+        &mut self,
+        ids: impl IntoIterator<Item = TableId>,
+        waker: &Waker,
+    ) -> Result<Answer<()>, EngineError> {
+        let mut missing = Missing::default();
+        for id in ids {
+            let found = self.tables.find(id);
+            missing.note(id, &found);
+        }
+        if missing.any() { self.ask_for(missing, waker) } else { Ok(Answer::Ready(())) }
+    }
+
+    /// The refblock slices that hold the counts of a run of clusters; empty where a refblock does not exist.
+    pub fn refblock_slices(&self, start: HostCluster, count: u64) -> Result<Vec<TableId>, EngineError> {
+        let write = self.write.as_ref().ok_or(EngineError::ReadOnly)?;
+        write.refcounts.slices_of(start, count)
+    }
+
+    /// The decoded L2 entry at a resident place of the top image.
+    pub fn top_entry(&self, place: EntryPlace, cluster: u64) -> Result<L2Entry, EngineError> {
+        let raw = qcow2::entry(self.tables.bytes(place.table), place.index);
+        decode_l2(self.top_qcow2(), raw, cluster)
+    }
+
+    /// Changes an L2 entry of the top image at a resident place.
+    pub fn set_top_entry(&mut self, place: EntryPlace, entry: L2Entry) {
+        let raw = entry.encode(&self.top_qcow2().geometry);
+        qcow2::set_entry(self.tables.change(place.table), place.index, raw);
+    }
+}
+
+/// Decodes an L2 entry, naming it in the error.
+pub(crate) fn decode_l2(layer: &Qcow2Layer, raw: u64, cluster: u64) -> Result<L2Entry, EngineError> {
+    L2Entry::decode(raw, &layer.geometry).map_err(|source| EngineError::BadEntry {
+        layer: usize::from(layer.number),
+        structure: Structure::L2,
+        index: cluster,
+        source,
+    })
+}

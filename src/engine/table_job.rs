@@ -1,0 +1,96 @@
+//! Making an L2 table the top image's own: a new one where there is none, a copy where a snapshot shares it.
+//!
+//! The new table is all resident and dirty until a cut writes it; only then, in the cut's last stage, is it linked.
+
+use std::task::Waker;
+
+use qcow2::{HostCluster, HostOffset, L1Entry};
+
+use crate::answer::{Answer, TableSlot, WakeList, ready};
+use crate::error::EngineError;
+use crate::flush::l1_block_of;
+use crate::layers::Qcow2Layer;
+use crate::state::State;
+use crate::tables::{Dirt, TableId};
+
+/// A cluster that is to become an L2 table. Have the host allocate it, then commit; or abort.
+#[derive(Debug)]
+#[must_use]
+pub struct TablePlan {
+    slot: TableSlot,
+    host: HostCluster,
+    /// Where it lies, in bytes.
+    pub offset: HostOffset,
+    /// Its length in bytes: one cluster.
+    pub length: u64,
+    /// The table that it is a copy of; its slices are pinned.
+    copy_of: Option<HostOffset>,
+}
+
+fn slices(top: &Qcow2Layer, slot: TableSlot) -> Vec<TableId> {
+    (0..top.slices_per_table()).map(|slice| TableId::L2 { layer: 0, table: slot.0, slice }).collect()
+}
+
+impl State {
+    /// `Ready(None)` if the table is there already.
+    pub fn plan_table(
+        &mut self,
+        slot: TableSlot,
+        waker: &Waker,
+    ) -> Result<Answer<Option<TablePlan>>, EngineError> {
+        let copy_of = match self.top_qcow2().l1_entry(slot.0)? {
+            L1Entry::Table { copied: true, .. } => return Ok(Answer::Ready(None)),
+            L1Entry::Table { offset, copied: false } => Some(offset),
+            L1Entry::Unallocated => None,
+        };
+        if let Some(waiters) = self.write_state()?.table_jobs.get_mut(&slot) {
+            waiters.push(waker.clone());
+            return Ok(Answer::Wait);
+        }
+        let ids = if copy_of.is_some() { slices(self.top_qcow2(), slot) } else { Vec::new() };
+        ready!(self.need_tables(ids.iter().copied(), waker)?);
+        let write = self.write_state()?;
+        let Some(taken) = write.alloc.take(1) else { return Ok(Answer::Reserve) };
+        write.table_jobs.insert(slot, Vec::new());
+        for id in ids {
+            self.tables.pin(id);
+        }
+        let geometry = &self.top_qcow2().geometry;
+        let (host, offset) = (taken.run.start, geometry.host_offset(taken.run.start));
+        Ok(Answer::Ready(Some(TablePlan { slot, host, offset, length: geometry.cluster_size(), copy_of })))
+    }
+
+    pub fn commit_table(&mut self, plan: TablePlan, wakes: &mut WakeList) {
+        let top = self.top_qcow2_mut();
+        let (ids, slice_bytes) = (slices(top, plan.slot), top.slice_bytes() as usize);
+        top.l1[plan.slot.0 as usize] = L1Entry::Table { offset: plan.offset, copied: true }.encode();
+        let block = l1_block_of(&top.geometry, plan.slot.0);
+        let old = plan.copy_of.map(|offset| top.geometry.host_cluster(offset));
+        for id in ids {
+            if old.is_some() {
+                self.tables.mark(id, Dirt::New);
+                self.tables.unpin(id);
+            } else {
+                self.tables.insert(id, vec![0; slice_bytes].into(), Dirt::New);
+            }
+        }
+        let write = self.write.as_mut().expect("a plan was made");
+        write.l1_dirty.insert(block);
+        if let Some(old) = old {
+            write.alloc.free_later(old, write.flush.next_cut());
+        }
+        wakes.add_all(write.table_jobs.remove(&plan.slot).expect("the job was noted"));
+    }
+
+    pub fn abort_table(&mut self, plan: TablePlan, wakes: &mut WakeList) {
+        if plan.copy_of.is_some() {
+            for id in slices(self.top_qcow2(), plan.slot) {
+                self.tables.unpin(id);
+            }
+        }
+        let write = self.write.as_mut().expect("a plan was made");
+        // Nothing durable names it, but something may have been written there: it goes the way of a freed cluster.
+        write.alloc.free_later(plan.host, 0);
+        wakes.add_all(write.table_jobs.remove(&plan.slot).expect("the job was noted"));
+    }
+}

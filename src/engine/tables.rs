@@ -1,0 +1,291 @@
+//! The cache of table slices: pieces of L2 tables (of every layer) and of refblocks, as they are on disk or will be.
+//!
+//! Owns which slices are resident, loading, pinned, dirty or being written. A dirty, pinned or fresh slice is never
+//! evicted; eviction never writes. Slices are named by their place in the format, not by their host offset, so a table
+//! that moves keeps its name.
+
+use std::collections::{BTreeSet, HashMap};
+use std::task::Waker;
+
+use crate::answer::WakeList;
+
+/// The most bytes of a table that are cached as one piece.
+pub(crate) const SLICE_BYTES_MAX: u64 = 4096;
+
+/// Names a slice of a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum TableId {
+    /// A slice of an L2 table.
+    L2 {
+        /// 0 is the top image.
+        layer: u16,
+        /// Index of the table in the L1 table.
+        table: u64,
+        /// Slice number in the table.
+        slice: u32,
+    },
+    /// A slice of a refblock of the top image.
+    Refblock {
+        /// Index of the block in the refcount table.
+        block: u64,
+        /// Slice number in the block.
+        slice: u32,
+    },
+}
+
+/// Whether a slice differs from the disk, and how it must be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Dirt {
+    Clean,
+    /// A slice of a table that the durable image links already.
+    Existing,
+    /// A slice of a table that nothing durable links yet.
+    New,
+}
+
+pub(crate) struct Table {
+    pub bytes: Box<[u8]>,
+    dirt: Dirt,
+    /// A copy of it is on its way to the disk.
+    writing: bool,
+    pins: u32,
+    /// Loaded for somebody who has not looked yet.
+    fresh: bool,
+    /// Used since the clock last came by.
+    referenced: bool,
+}
+
+enum Slot {
+    Loading(Vec<Waker>),
+    Ready(Table),
+}
+
+/// What a look-up finds.
+pub(crate) enum Found<'a> {
+    Ready(&'a [u8]),
+    Loading,
+    Missing,
+}
+
+pub(crate) struct Tables {
+    slots: HashMap<TableId, Slot>,
+    /// Ready slices in clock order.
+    ring: Vec<TableId>,
+    hand: usize,
+    resident_bytes: usize,
+    capacity_bytes: usize,
+    dirty: BTreeSet<TableId>,
+}
+
+impl Tables {
+    pub fn new(capacity_bytes: usize) -> Self {
+        Tables {
+            slots: HashMap::new(),
+            ring: Vec::new(),
+            hand: 0,
+            resident_bytes: 0,
+            capacity_bytes,
+            dirty: BTreeSet::new(),
+        }
+    }
+
+    pub fn find(&mut self, id: TableId) -> Found<'_> {
+        match self.slots.get_mut(&id) {
+            Some(Slot::Ready(table)) => {
+                table.referenced = true;
+                table.fresh = false;
+                Found::Ready(&table.bytes)
+            }
+            Some(Slot::Loading(_)) => Found::Loading,
+            None => Found::Missing,
+        }
+    }
+
+    /// The bytes of a slice that is known to be resident (pinned, or just found).
+    pub fn bytes(&self, id: TableId) -> &[u8] {
+        match self.slots.get(&id) {
+            Some(Slot::Ready(table)) => &table.bytes,
+            _ => panic!("{id:?} is not resident"),
+        }
+    }
+
+    /// Changes a resident slice and marks it dirty. A slice of a new table stays new.
+    pub fn change(&mut self, id: TableId) -> &mut [u8] {
+        let table = Self::ready(&mut self.slots, id);
+        if table.dirt == Dirt::Clean {
+            table.dirt = Dirt::Existing;
+            self.dirty.insert(id);
+        }
+        &mut table.bytes
+    }
+
+    /// Marks a resident slice to be written as `dirt` says (never `Clean`).
+    pub fn mark(&mut self, id: TableId, dirt: Dirt) {
+        let table = Self::ready(&mut self.slots, id);
+        table.dirt = dirt;
+        self.dirty.insert(id);
+    }
+
+    fn ready(slots: &mut HashMap<TableId, Slot>, id: TableId) -> &mut Table {
+        match slots.get_mut(&id) {
+            Some(Slot::Ready(table)) => table,
+            _ => panic!("{id:?} is not resident"),
+        }
+    }
+
+    /// Notes that somebody loads this slice now.
+    pub fn begin_load(&mut self, id: TableId) {
+        let before = self.slots.insert(id, Slot::Loading(Vec::new()));
+        assert!(before.is_none(), "one load per table at a time");
+    }
+
+    /// Waits for a load in progress.
+    pub fn wait_load(&mut self, id: TableId, waker: &Waker) {
+        if let Some(Slot::Loading(waiters)) = self.slots.get_mut(&id) {
+            waiters.push(waker.clone());
+        }
+    }
+
+    /// Ends a load; `None` if it failed.
+    pub fn end_load(&mut self, id: TableId, bytes: Option<Box<[u8]>>, wakes: &mut WakeList) {
+        match self.slots.remove(&id) {
+            Some(Slot::Loading(waiters)) => wakes.add_all(waiters),
+            _ => panic!("{id:?} was not loading"),
+        }
+        if let Some(bytes) = bytes {
+            self.insert(id, bytes, Dirt::Clean);
+        }
+    }
+
+    /// Adds a slice made in memory.
+    pub fn insert(&mut self, id: TableId, bytes: Box<[u8]>, dirt: Dirt) {
+        self.make_room(bytes.len());
+        self.resident_bytes += bytes.len();
+        self.ring.push(id);
+        if dirt != Dirt::Clean {
+            self.dirty.insert(id);
+        }
+        let table = Table { bytes, dirt, writing: false, pins: 0, fresh: true, referenced: true };
+        let before = self.slots.insert(id, Slot::Ready(table));
+        assert!(before.is_none(), "{id:?} is resident already");
+    }
+
+    pub fn pin(&mut self, id: TableId) {
+        Self::ready(&mut self.slots, id).pins += 1;
+    }
+
+    pub fn unpin(&mut self, id: TableId) {
+        Self::ready(&mut self.slots, id).pins -= 1;
+    }
+
+    /// The dirty slices, in the order in which [`Tables::cut`] takes them.
+    pub fn dirty_ids(&self) -> Vec<TableId> {
+        self.dirty.iter().copied().collect()
+    }
+
+    /// About how many bytes are dirty (as if each slice had the full length).
+    pub fn dirty_bytes(&self) -> usize {
+        self.dirty.len() * SLICE_BYTES_MAX as usize
+    }
+
+    /// Takes all dirty slices into a cut: they are clean, and being written, from now on.
+    pub fn cut(&mut self) -> Vec<(TableId, Dirt, Box<[u8]>)> {
+        let dirty = std::mem::take(&mut self.dirty);
+        let mut taken = Vec::with_capacity(dirty.len());
+        for id in dirty {
+            let table = Self::ready(&mut self.slots, id);
+            taken.push((id, table.dirt, table.bytes.clone()));
+            table.dirt = Dirt::Clean;
+            table.writing = true;
+        }
+        taken
+    }
+
+    /// The copy of a slice that a cut took is on disk.
+    pub fn written(&mut self, id: TableId) {
+        Self::ready(&mut self.slots, id).writing = false;
+    }
+
+    /// The copy of a slice that a cut took could not be written: it is dirty again, as `dirt` says.
+    pub fn not_written(&mut self, id: TableId, dirt: Dirt) {
+        Self::ready(&mut self.slots, id).writing = false;
+        self.mark(id, dirt);
+    }
+
+    /// Evicts by clock until `bytes` more fit, or all that is left must stay.
+    fn make_room(&mut self, bytes: usize) {
+        let mut steps = 2 * self.ring.len();
+        while self.resident_bytes + bytes > self.capacity_bytes && steps > 0 {
+            steps -= 1;
+            if self.hand >= self.ring.len() {
+                self.hand = 0;
+            }
+            let id = self.ring[self.hand];
+            let table = Self::ready(&mut self.slots, id);
+            let stays = table.pins > 0 || table.fresh || table.writing || table.dirt != Dirt::Clean;
+            if stays || std::mem::take(&mut table.referenced) {
+                self.hand += 1;
+                continue;
+            }
+            self.resident_bytes -= table.bytes.len();
+            self.slots.remove(&id);
+            self.ring.swap_remove(self.hand);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id(table: u64) -> TableId {
+        TableId::L2 { layer: 0, table, slice: 0 }
+    }
+
+    fn load(tables: &mut Tables, table: u64) {
+        tables.begin_load(id(table));
+        let mut wakes = WakeList::default();
+        tables.end_load(id(table), Some(vec![table as u8; 4096].into()), &mut wakes);
+        wakes.wake();
+    }
+
+    fn resident(tables: &Tables, table: u64) -> bool {
+        tables.slots.contains_key(&id(table))
+    }
+
+    #[test]
+    fn eviction_spares_what_is_fresh_pinned_dirty_or_being_written() {
+        let mut tables = Tables::new(4 * 4096);
+        for n in 0..4 {
+            load(&mut tables, n);
+        }
+        assert!(matches!(tables.find(id(0)), Found::Ready(_)));
+        tables.pin(id(0));
+        assert!(matches!(tables.find(id(1)), Found::Ready(_)));
+        tables.change(id(1))[0] = 9;
+        assert!(matches!(tables.find(id(2)), Found::Ready(_)));
+        // 3 is fresh: nobody has looked yet.
+        for n in 10..20 {
+            load(&mut tables, n);
+            assert!(matches!(tables.find(id(n)), Found::Ready(_)));
+        }
+        assert!(resident(&tables, 0) && resident(&tables, 1) && resident(&tables, 3));
+        assert!(!resident(&tables, 2));
+        let cut = tables.cut();
+        assert_eq!(cut.len(), 1);
+        assert_eq!((cut[0].0, cut[0].1, cut[0].2[0]), (id(1), Dirt::Existing, 9));
+        for n in 20..30 {
+            load(&mut tables, n);
+            assert!(matches!(tables.find(id(n)), Found::Ready(_)));
+        }
+        assert!(resident(&tables, 1), "being written");
+        tables.written(id(1));
+        tables.unpin(id(0));
+        for n in 30..40 {
+            load(&mut tables, n);
+            assert!(matches!(tables.find(id(n)), Found::Ready(_)));
+        }
+        assert!(!resident(&tables, 0) && !resident(&tables, 1));
+        assert!(tables.resident_bytes <= 4 * 4096);
+    }
+}

@@ -1,0 +1,108 @@
+//! The 64-bit word of the chain map: what the whole chain gives for one guest cluster of the top image.
+//!
+//! Owns the encoding only. A word is published with one atomic store and read with one atomic load.
+
+use qcow2::HostOffset;
+
+/// An open file by the number its owner gave it. Never renumbered while an engine lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FileIndex(pub u16);
+
+/// What the whole chain gives for a guest cluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mapping {
+    /// Not known yet: ask the engine to resolve.
+    Unresolved,
+    /// Reads as zero. A write needs the engine: there may or may not be a host cluster.
+    Zero,
+    /// The whole cluster lies contiguously in one file.
+    Data {
+        /// The file.
+        file: FileIndex,
+        /// Where the cluster begins in it, a multiple of 512.
+        offset: HostOffset,
+        /// True if the cluster is the top image's own, with a refcount of one: it may be written where it is.
+        in_place: bool,
+    },
+    /// Pieces from several places: ask the engine for extents.
+    Mixed,
+}
+
+/// A [`Mapping`] in 64 bits: kind (63–62), in-place (61), file (60–47), offset in 512-byte units (46–0).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Word(pub u64);
+
+const KIND_SHIFT: u32 = 62;
+const KIND_ZERO: u64 = 1;
+const KIND_DATA: u64 = 2;
+const KIND_MIXED: u64 = 3;
+const IN_PLACE: u64 = 1 << 61;
+const FILE_SHIFT: u32 = 47;
+const FILE_MASK: u64 = (1 << 14) - 1;
+const OFFSET_MASK: u64 = (1 << FILE_SHIFT) - 1;
+
+impl Word {
+    /// The word of [`Mapping::Unresolved`].
+    pub const UNRESOLVED: Word = Word(0);
+    /// The word of [`Mapping::Zero`].
+    pub const ZERO: Word = Word(KIND_ZERO << KIND_SHIFT);
+    /// The word of [`Mapping::Mixed`].
+    pub const MIXED: Word = Word(KIND_MIXED << KIND_SHIFT);
+    /// The most files that words can name.
+    pub const FILES_MAX: usize = 1 << 14;
+
+    /// The word of [`Mapping::Data`]; [`Word::MIXED`] where the offset is no multiple of 512 or past 2^56 and so has
+    /// no word (only a raw file or a hostile image can bring that about).
+    pub fn data(file: FileIndex, offset: HostOffset, in_place: bool) -> Word {
+        let units = offset.0 / 512;
+        if !offset.0.is_multiple_of(512) || units > OFFSET_MASK || u64::from(file.0) > FILE_MASK {
+            return Word::MIXED;
+        }
+        let place = if in_place { IN_PLACE } else { 0 };
+        Word((KIND_DATA << KIND_SHIFT) | place | (u64::from(file.0) << FILE_SHIFT) | units)
+    }
+
+    /// What the word says.
+    #[inline]
+    pub fn mapping(self) -> Mapping {
+        match self.0 >> KIND_SHIFT {
+            0 => Mapping::Unresolved,
+            KIND_ZERO => Mapping::Zero,
+            KIND_DATA => Mapping::Data {
+                file: FileIndex(((self.0 >> FILE_SHIFT) & FILE_MASK) as u16),
+                offset: HostOffset((self.0 & OFFSET_MASK) * 512),
+                in_place: self.0 & IN_PLACE != 0,
+            },
+            _ => Mapping::Mixed,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_round_trip() {
+        assert_eq!(Word::UNRESOLVED.mapping(), Mapping::Unresolved);
+        assert_eq!(Word::ZERO.mapping(), Mapping::Zero);
+        assert_eq!(Word::MIXED.mapping(), Mapping::Mixed);
+        for file in [0, 1, 16383] {
+            for offset in [0, 512, 65536, (1 << 56) - 512] {
+                for in_place in [false, true] {
+                    let word = Word::data(FileIndex(file), HostOffset(offset), in_place);
+                    let expected =
+                        Mapping::Data { file: FileIndex(file), offset: HostOffset(offset), in_place };
+                    assert_eq!(word.mapping(), expected);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_has_no_word_is_mixed() {
+        assert_eq!(Word::data(FileIndex(0), HostOffset(100), true), Word::MIXED);
+        assert_eq!(Word::data(FileIndex(0), HostOffset(1 << 56), true), Word::MIXED);
+        assert_eq!(Word::data(FileIndex(16384), HostOffset(512), true), Word::MIXED);
+    }
+}

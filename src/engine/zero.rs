@@ -1,0 +1,167 @@
+//! Discard and write zeroes on whole clusters: changes of metadata only, planned and committed in one step.
+
+use std::task::Waker;
+
+use qcow2::{GuestCluster, GuestOffset, L1Entry, L2Entry, Version};
+
+use crate::answer::{Answer, TableSlot, ready};
+use crate::error::EngineError;
+use crate::map::ChainMap;
+use crate::state::State;
+use crate::word::Word;
+
+/// What the guest asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ZeroMode {
+    /// Discard: give the space back; reads as zero afterwards where that can be recorded.
+    Discard,
+    /// Write zeroes, space may be given back.
+    Unmap,
+    /// Write zeroes, space is kept.
+    Keep,
+}
+
+/// What became of a prefix of the range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Zeroed {
+    /// Bytes that are done.
+    Done(u64),
+    /// Bytes that must be written as data: this image cannot record zeros there.
+    NeedsData(u64),
+}
+
+/// What to do with one cluster.
+enum Change {
+    /// Nothing: it reads as it should.
+    Nothing,
+    /// Give it this entry; free its old host cluster if the flag says so.
+    Set(L2Entry, bool),
+    /// Write zeros to it.
+    Data,
+}
+
+impl State {
+    /// Zeroes or discards a prefix of a cluster-aligned range, within one L2 slice. The caller holds a claim on it.
+    pub fn zero(
+        &mut self,
+        map: &ChainMap,
+        offset: GuestOffset,
+        length: u64,
+        mode: ZeroMode,
+        waker: &Waker,
+    ) -> Result<Answer<Zeroed>, EngineError> {
+        self.write_state()?;
+        let geometry = self.top_qcow2().geometry;
+        let cluster_size = geometry.cluster_size();
+        let first = geometry.guest_cluster(offset);
+        // The last cluster of the disk may be cut short by its end; it is whole all the same.
+        let clusters = geometry.clusters_for(length);
+        if mode == ZeroMode::Discard && geometry.version == Version::V2 && self.has_backing() {
+            return Ok(Answer::Ready(Zeroed::Done(length)));
+        }
+        let slot = TableSlot(geometry.l1_index(first));
+        match self.top_qcow2().l1_entry(slot.0)? {
+            L1Entry::Table { copied: true, .. } => {}
+            entry => {
+                let nothing = ready!(self.nothing_to_zero(map, entry, first, clusters, waker)?);
+                if nothing > 0 {
+                    return Ok(Answer::Ready(Zeroed::Done((nothing * cluster_size).min(length))));
+                }
+                return Ok(if geometry.version == Version::V2 && entry == L1Entry::Unallocated {
+                    // No zero flag: hide what lies below by data.
+                    Answer::Ready(Zeroed::NeedsData(cluster_size.min(length)))
+                } else {
+                    Answer::Table(slot)
+                });
+            }
+        }
+        let place = self.top_qcow2().entry_place(first);
+        let left = self.top_qcow2().slice_entries() - place.index as u64;
+        ready!(self.need_tables([place.table], waker)?);
+        let mut done = 0;
+        while done < clusters.min(left) {
+            let place = crate::layers::EntryPlace { index: place.index + done as usize, ..place };
+            let guest = GuestCluster(first.0 + done);
+            // If a table is missing here, what was done so far stands: asked again, it is found to be zero.
+            let change = ready!(self.change(map, self.top_entry(place, guest.0)?, guest, mode, waker)?);
+            match change {
+                Change::Nothing => {}
+                Change::Data if done > 0 => break,
+                Change::Data => return Ok(Answer::Ready(Zeroed::NeedsData(cluster_size.min(length)))),
+                Change::Set(entry, frees) => {
+                    if frees {
+                        self.release_old(place, guest);
+                    }
+                    self.set_top_entry(place, entry);
+                    self.map_writer.publish(map, guest, Word::ZERO);
+                }
+            }
+            done += 1;
+        }
+        Ok(Answer::Ready(Zeroed::Done((done * cluster_size).min(length))))
+    }
+
+    /// Where the top image has no table of its own: how many clusters from the first read as zero already.
+    fn nothing_to_zero(
+        &mut self,
+        map: &ChainMap,
+        entry: L1Entry,
+        first: GuestCluster,
+        clusters: u64,
+        waker: &Waker,
+    ) -> Result<Answer<u64>, EngineError> {
+        let geometry = self.top_qcow2().geometry;
+        let in_table = geometry.l2_entries() - geometry.l2_index(first);
+        if entry != L1Entry::Unallocated {
+            return Ok(Answer::Ready(0));
+        }
+        if !self.has_backing() {
+            return Ok(Answer::Ready(clusters.min(in_table)));
+        }
+        let mut zero = 0;
+        while zero < clusters.min(in_table) {
+            let guest = GuestCluster(first.0 + zero);
+            if ready!(self.word(map, geometry.cluster_size(), guest, waker)?) != Word::ZERO {
+                break;
+            }
+            zero += 1;
+        }
+        Ok(Answer::Ready(zero))
+    }
+
+    fn change(
+        &mut self,
+        map: &ChainMap,
+        entry: L2Entry,
+        guest: GuestCluster,
+        mode: ZeroMode,
+        waker: &Waker,
+    ) -> Result<Answer<Change>, EngineError> {
+        let geometry = self.top_qcow2().geometry;
+        let v2 = geometry.version == Version::V2;
+        let hides_backing = self.has_backing();
+        // What a cluster without space of its own is to be, so that it reads as zero.
+        let empty = if hides_backing { L2Entry::Zero } else { L2Entry::Unallocated };
+        Ok(Answer::Ready(match (entry, mode) {
+            (L2Entry::Unallocated, _) if !hides_backing => Change::Nothing,
+            (L2Entry::Unallocated, _) => {
+                match ready!(self.word(map, geometry.cluster_size(), guest, waker)?) {
+                    Word::ZERO => Change::Nothing,
+                    _ if v2 => Change::Data,
+                    _ => Change::Set(L2Entry::Zero, false),
+                }
+            }
+            (L2Entry::Zero, _) => Change::Nothing,
+            (L2Entry::ZeroAllocated { .. }, ZeroMode::Keep) => Change::Nothing,
+            (L2Entry::ZeroAllocated { .. }, _) => Change::Set(empty, true),
+            (L2Entry::Data { .. }, _) if v2 && (mode == ZeroMode::Keep || hides_backing) => Change::Data,
+            (L2Entry::Data { offset, copied: true }, ZeroMode::Keep) => {
+                Change::Set(L2Entry::ZeroAllocated { offset, copied: true }, false)
+            }
+            (L2Entry::Data { .. }, _) => Change::Set(empty, true),
+            (L2Entry::Compressed { .. }, _) => {
+                return Err(EngineError::Compressed { layer: 0, cluster: guest.0 });
+            }
+        }))
+    }
+}
