@@ -8,8 +8,10 @@ mod inline;
 mod lock;
 mod notify;
 mod probe;
+mod ring;
 mod slots;
 mod uring;
+mod watch;
 
 #[cfg(test)]
 mod tests;

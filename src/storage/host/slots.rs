@@ -308,3 +308,7 @@ impl Slots {
         self.slots.len() - self.free.len()
     }
 }
+
+#[cfg(test)]
+#[path = "slots_tests.rs"]
+mod tests;

@@ -4,13 +4,14 @@ use std::io::Read;
 use std::os::fd::FromRawFd;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
+use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::uring::{FLAVOURS, Flavour};
+use super::ring::{FLAVOURS, Flavour};
 use super::{HostStorage, UringQueue};
 use crate::error::{FileKind, StorageError};
 use crate::{
@@ -368,18 +369,22 @@ fn every_flavour_of_ring_works() {
                 let at = completion.token.0 as usize * 4096;
                 assert!(all_bytes(&completion.parts) == pattern(1 << 20, 11)[at..at + 8192]);
             }
-            signals_arrive(&mut bench.queue, EFD_NONBLOCK, 20);
+            signals_arrive(&mut bench.queue, EFD_NONBLOCK, false, 20);
+            signals_arrive(&mut bench.queue, EFD_NONBLOCK, true, 20);
             notifications_arrive(&mut bench.queue, 200);
         }
     }
 }
 
 /// Signals from another thread, each of which must end a wait before the next is sent.
-fn signals_arrive(queue: &mut UringQueue, flags: i32, rounds: u64) {
+fn signals_arrive(queue: &mut UringQueue, flags: i32, poll_first: bool, rounds: u64) {
     let event = EventFd::new(flags | EFD_CLOEXEC).expect("an eventfd");
     let seen = AtomicU64::new(0);
     let sent = AtomicU64::new(0);
     queue.watch(event.try_clone().expect("a second descriptor"));
+    if poll_first {
+        queue.poll_watches_first();
+    }
     std::thread::scope(|scope| {
         scope.spawn(|| {
             for round in 1..=rounds {
@@ -425,8 +430,10 @@ fn notifications_arrive(queue: &mut UringQueue, rounds: u64) {
 #[test]
 fn watched_events_and_notifications_end_waits() {
     let mut queue = HostStorage::new().queue(4).expect("a queue");
-    for flags in [0, EFD_NONBLOCK] {
-        signals_arrive(&mut queue, flags, 2000);
+    for poll_first in [false, true] {
+        for flags in [0, EFD_NONBLOCK] {
+            signals_arrive(&mut queue, flags, poll_first, 2000);
+        }
     }
     notifications_arrive(&mut queue, 20_000);
     assert!(queue.in_flight() == 0);
@@ -589,5 +596,63 @@ fn direct_means_direct() {
         let octal = text.lines().find_map(|line| line.strip_prefix("flags:")).expect("a line").trim();
         let flags = u32::from_str_radix(octal, 8).expect("octal");
         assert_ne!(flags & libc::O_CLOEXEC as u32, 0);
+    }
+}
+
+/// A loop device over a file, detached when dropped.
+struct LoopDevice(String);
+
+impl LoopDevice {
+    fn attach(path: &Path) -> Option<Self> {
+        let output = Command::new("losetup").args(["-f", "--show"]).arg(path).output().ok()?;
+        let name = String::from_utf8(output.stdout).ok()?.trim().to_owned();
+        output.status.success().then_some(LoopDevice(name))
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["-d", &self.0]).status();
+    }
+}
+
+#[test]
+fn a_block_device_is_served() {
+    let Some(folder) = on_disk() else { return };
+    let backing = folder.path().join("backing");
+    std::fs::write(&backing, pattern(1 << 20, 13)).expect("a file");
+    let Some(device) = LoopDevice::attach(&backing) else {
+        eprintln!("SKIPPED: no loop device can be made here");
+        return;
+    };
+    for direct in [true, false] {
+        let storage = HostStorage::new();
+        let (file, info) = storage.open(Path::new(&device.0), &options(true, direct)).expect("it opens");
+        assert_eq!((info.block_device, info.length, info.identity.0), (true, 1 << 20, 0));
+        assert_eq!(info.offset_alignment, if direct { 512 } else { 1 });
+        assert_eq!(storage.length(file).expect("the host says"), 1 << 20);
+        assert_eq!(storage.allocated(file).expect("the host says"), 1 << 20);
+        let queue = storage.queue(8).expect("a queue");
+        let mut bench = Bench {
+            folder: tempfile::tempdir_in(folder.path()).expect("a folder"),
+            storage,
+            queue,
+            file,
+            info,
+        };
+        assert_eq!(bench.run(Kind::Write, 4096, Parts::from_vec(vec![owned(&[5; 8192])])).result, Ok(()));
+        assert_eq!(bench.bare(Kind::Zero { length: 4096 }, 8192), Ok(()));
+        let read = bench.run(Kind::Read, 4096, Parts::from_vec(vec![owned(&[1; 8192])]));
+        assert!(all_bytes(&read.parts) == [[5; 4096], [0; 4096]].concat());
+        // The file below can punch, so the device can.
+        assert_eq!(bench.bare(Kind::Punch { length: 4096 }, 4096), Ok(()));
+        assert_eq!(bench.bare(Kind::Sync, 0), Ok(()));
+        let end = bench.run(Kind::Read, (1 << 20) - 4096, Parts::from_vec(vec![owned(&[1; 8192])]));
+        let expected = [&pattern(1 << 20, 13)[(1 << 20) - 4096..], &[0; 4096]].concat();
+        assert!(end.result == Ok(()) && all_bytes(&end.parts) == expected);
+        assert_eq!(bench.bare(Kind::Allocate { length: 4096 }, 0), Ok(()));
+        assert_eq!(bench.bare(Kind::Allocate { length: 4096 }, 1 << 20), Err(Errno::ENOSPC));
+        let beyond = bench.run(Kind::Write, 1 << 20, Parts::from_vec(vec![owned(&[1; 512])]));
+        assert_eq!(beyond.result, Err(Errno::ENOSPC));
     }
 }

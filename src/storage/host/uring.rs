@@ -9,20 +9,23 @@
 use std::collections::VecDeque;
 use std::io;
 use std::marker::PhantomData;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
-use io_uring::types::{Fd, FsyncFlags, SubmitArgs, Timespec};
-use io_uring::{EnterFlags, IoUring, Probe, opcode, squeue};
-use tracing::{debug, warn};
+use io_uring::types::{SubmitArgs, Timespec};
+use io_uring::{EnterFlags, IoUring, opcode, squeue};
+use tracing::debug;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::notify::Wakeup;
-use super::slots::{Call, Slot, Slots, Verdict, answer_at_once};
+use super::ring::{self, Abilities, FLAVOURS, Flavour, WAIT_MAX, entry_of, is_passing, poll_ring};
+use super::slots::{Slot, Slots, Verdict, answer_at_once};
+use super::watch::{
+    TAG_CANCEL, TAG_OPERATION, TAG_WATCH_POLL, TAG_WATCH_READ, Watch, WatchedEvent, user_data,
+};
 use super::{FileTable, OpenFile, inline};
-use crate::error::{Step, StorageError};
+use crate::error::StorageError;
 use crate::{Completion, Errno, FileId, IoQueue, Kind, Notifier, Operation, Token};
 
 /// The most operations in flight in one ring. More are queued.
@@ -30,12 +33,6 @@ const DEPTH_MAX: u32 = 4096;
 
 /// Ring entries beside those of operations: reads of watched eventfds and their cancellation.
 const CONTROL_ENTRIES: u32 = 32;
-
-/// What a completion queue entry belongs to: the upper half of its user data. The lower half is an index.
-const TAG_OPERATION: u32 = 0;
-const TAG_WATCH_READ: u32 = 1;
-const TAG_WATCH_POLL: u32 = 2;
-const TAG_CANCEL: u32 = 3;
 
 /// One thread's queue of operations on [`HostStorage`](super::HostStorage) files. It cannot leave its thread: the
 /// kernel accepts only the one that made the ring.
@@ -47,32 +44,6 @@ pub struct UringQueue {
     /// For operations that are done at once.
     scratch: Slot,
     not_send: PhantomData<*const ()>,
-}
-
-/// How far a ring is left to its one thread; each includes the ones before it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Flavour {
-    /// No flag.
-    Plain,
-    /// The kernel does not interrupt the thread, and says when it has put work off (Linux 5.19).
-    Cooperative,
-    /// Only this thread submits (Linux 6.0).
-    SingleIssuer,
-    /// Completions are worked off only when this thread asks (Linux 6.1).
-    Deferred,
-}
-
-/// All flavours, the best first.
-pub(super) const FLAVOURS: [Flavour; 4] =
-    [Flavour::Deferred, Flavour::SingleIssuer, Flavour::Cooperative, Flavour::Plain];
-
-/// What the kernel can do.
-#[derive(Clone, Copy, Debug)]
-struct Abilities {
-    /// A wait can have a timeout (Linux 5.11).
-    timed_wait: bool,
-    /// The length of a file can be set by the ring (Linux 6.9).
-    truncate: bool,
 }
 
 /// Everything but the ring itself, so that completions can be taken while the ring is borrowed.
@@ -103,25 +74,6 @@ struct State {
     wakeup: Arc<Wakeup>,
 }
 
-/// An eventfd whose signals end a wait.
-struct Watch {
-    event: WatchedEvent,
-    /// Where the kernel puts the counter; boxed, as watches move. Nobody looks at the value.
-    counter: Box<AtomicU64>,
-    /// A read of a non-blocking eventfd says EAGAIN at once on many kernels, instead of waiting. Such an eventfd is
-    /// first polled, and the read is linked to the poll.
-    poll_first: bool,
-    /// Entries of this watch in the kernel or in the submission queue.
-    armed: u32,
-    /// Not to be armed again, as it is no eventfd or was closed.
-    dead: bool,
-}
-
-enum WatchedEvent {
-    Foreign(EventFd),
-    Own(Arc<Wakeup>),
-}
-
 impl UringQueue {
     pub(super) fn new(table: Arc<FileTable>, depth: u32) -> Result<Self, StorageError> {
         Self::with_flavours(table, depth, &FLAVOURS)
@@ -133,7 +85,7 @@ impl UringQueue {
         wanted: &[Flavour],
     ) -> Result<Self, StorageError> {
         let depth = depth.clamp(1, DEPTH_MAX);
-        let ring = set_up_ring(depth + CONTROL_ENTRIES, wanted).map_err(ring_error)?;
+        let ring = ring::set_up(depth + CONTROL_ENTRIES, wanted)?;
         let abilities = Abilities::ask(&ring)?;
         let wakeup = Arc::new(Wakeup::new()?);
         debug!(depth, entries = ring.params().sq_entries(), ?abilities, "io_uring set up");
@@ -165,6 +117,14 @@ impl UringQueue {
     #[cfg(test)]
     pub(super) fn set_timed_wait_ability(&mut self, able: bool) {
         self.abilities.timed_wait = able;
+    }
+
+    /// Makes all watches behave as on a kernel whose reads of non-blocking eventfds do not wait.
+    #[cfg(test)]
+    pub(super) fn poll_watches_first(&mut self) {
+        for watch in &mut self.state.watches {
+            watch.poll_first = true;
+        }
     }
 
     fn ensure_file(&mut self, id: FileId) {
@@ -228,6 +188,9 @@ impl UringQueue {
     /// Submits and sleeps until one completion is there.
     fn sleep(&mut self, timeout: Option<Duration>) {
         self.feed();
+        if self.state.has_due() {
+            self.submit_all();
+        }
         let outcome = match timeout {
             None => self.ring.submit_and_wait(1),
             Some(timeout) if self.abilities.timed_wait => {
@@ -243,9 +206,6 @@ impl UringQueue {
         }
     }
 }
-
-/// The longest timeout that is handed to the kernel; a wait may return early.
-const WAIT_MAX: Duration = Duration::from_secs(1 << 30);
 
 impl IoQueue for UringQueue {
     fn push(&mut self, token: Token, operation: Operation) {
@@ -356,13 +316,7 @@ impl Drop for UringQueue {
 impl State {
     fn add_watch(&mut self, event: WatchedEvent) {
         let index = u32::try_from(self.watches.len()).expect("fewer watches than 2^32 fit in memory");
-        self.watches.push(Watch {
-            event,
-            counter: Box::new(AtomicU64::new(0)),
-            poll_first: false,
-            armed: 0,
-            dead: false,
-        });
+        self.watches.push(Watch::new(event));
         self.unarmed.push(index);
     }
 
@@ -449,8 +403,8 @@ impl State {
         watch.armed -= 1;
         if tag == TAG_WATCH_READ {
             self.woken |= watch.take_read(result);
-        } else if result < 0 && !is_passing_errno(-result) && result != -libc::ECANCELED {
-            watch.die(result);
+        } else {
+            watch.take_poll(result);
         }
         if watch.armed == 0 && !watch.dead && !self.closing {
             self.unarmed.push(index);
@@ -468,142 +422,6 @@ impl State {
     }
 }
 
-impl Watch {
-    fn fd(&self) -> RawFd {
-        match &self.event {
-            WatchedEvent::Foreign(event) => event.as_raw_fd(),
-            WatchedEvent::Own(wakeup) => wakeup.event.as_raw_fd(),
-        }
-    }
-
-    /// Queues the read, behind a poll if need be. The number of entries, or `None` if there is no room.
-    fn arm(&mut self, index: u32, queue: &mut squeue::SubmissionQueue<'_>) -> Option<u32> {
-        let needed = if self.poll_first { 2 } else { 1 };
-        if queue.capacity() - queue.len() < needed {
-            return None;
-        }
-        let fd = Fd(self.fd());
-        if self.poll_first {
-            let poll = opcode::PollAdd::new(fd, libc::POLLIN as u32)
-                .build()
-                .flags(squeue::Flags::IO_LINK)
-                .user_data(user_data(TAG_WATCH_POLL, index));
-            // SAFETY: a poll points at no memory; the eventfd stays open until the queue is dropped.
-            unsafe { queue.push(&poll) }.expect("there is room for two entries");
-        }
-        let read = opcode::Read::new(fd, self.counter.as_ptr().cast(), 8)
-            .build()
-            .user_data(user_data(TAG_WATCH_READ, index));
-        // SAFETY: the counter is boxed, atomic (so that the kernel may write it behind our back) and freed only after
-        // the queue's drop has seen this entry's completion.
-        unsafe { queue.push(&read) }.expect("there is room for the entry");
-        self.armed = needed as u32;
-        Some(self.armed)
-    }
-
-    /// Takes the result of the read: true if the eventfd was signalled.
-    fn take_read(&mut self, result: i32) -> bool {
-        match result {
-            8 => return true,
-            _ if result == -libc::EAGAIN => self.poll_first = true,
-            _ if result == -libc::EINTR || result == -libc::ECANCELED => {}
-            _ => self.die(result),
-        }
-        false
-    }
-
-    fn die(&mut self, result: i32) {
-        warn!(fd = self.fd(), result, "no longer watched: it does not behave like an eventfd");
-        self.dead = true;
-    }
-}
-
 fn file_of(files: &[Option<Arc<OpenFile>>], id: FileId) -> &OpenFile {
     files[usize::from(id.0)].as_deref().expect("a file is looked up when its operation is pushed")
-}
-
-fn user_data(tag: u32, index: u32) -> u64 {
-    u64::from(tag) << 32 | u64::from(index)
-}
-
-fn entry_of(call: &Call, fd: RawFd) -> squeue::Entry {
-    let fd = Fd(fd);
-    match *call {
-        Call::Read { address, len, offset } => opcode::Read::new(fd, address, len).offset(offset).build(),
-        Call::Write { address, len, offset } => opcode::Write::new(fd, address, len).offset(offset).build(),
-        Call::Readv { iovecs, count, offset } => opcode::Readv::new(fd, iovecs, count).offset(offset).build(),
-        Call::Writev { iovecs, count, offset } => {
-            opcode::Writev::new(fd, iovecs, count).offset(offset).build()
-        }
-        Call::Fallocate { mode, offset, len } => {
-            opcode::Fallocate::new(fd, len).offset(offset).mode(mode).build()
-        }
-        Call::Sync => opcode::Fsync::new(fd).flags(FsyncFlags::DATASYNC).build(),
-        Call::Truncate { len } => opcode::Ftruncate::new(fd, len).build(),
-    }
-}
-
-/// Errors of io_uring_enter after which everything is as before: interrupted, or short of memory or of room.
-fn is_passing(error: &io::Error) -> bool {
-    error.raw_os_error().is_some_and(is_passing_errno)
-}
-
-fn is_passing_errno(errno: i32) -> bool {
-    matches!(errno, libc::EINTR | libc::EAGAIN | libc::EBUSY | libc::ENOMEM)
-}
-
-/// The wait of kernels that have no timed one: the ring's descriptor is readable when a completion is there.
-fn poll_ring(fd: RawFd, timeout: Duration) {
-    let millis = i32::try_from(timeout.as_micros().div_ceil(1000)).unwrap_or(i32::MAX);
-    let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-    // SAFETY: one valid pollfd that outlives the call. Its result does not matter: a wait may end without a reason.
-    unsafe { libc::poll(&mut poll, 1, millis) };
-}
-
-/// Makes a ring with the best flags that the kernel takes.
-fn set_up_ring(entries: u32, wanted: &[Flavour]) -> io::Result<IoUring> {
-    let mut refusal = io::Error::from_raw_os_error(libc::EINVAL);
-    for flavour in wanted {
-        let mut builder = IoUring::builder();
-        builder.setup_clamp();
-        if *flavour >= Flavour::Cooperative {
-            builder.setup_coop_taskrun().setup_taskrun_flag().setup_submit_all();
-        }
-        if *flavour >= Flavour::SingleIssuer {
-            builder.setup_single_issuer();
-        }
-        if *flavour >= Flavour::Deferred {
-            builder.setup_defer_taskrun();
-        }
-        match builder.build(entries) {
-            Ok(ring) => return Ok(ring),
-            // A flag that this kernel does not know.
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => refusal = error,
-            Err(error) => return Err(error),
-        }
-    }
-    Err(refusal)
-}
-
-fn ring_error(source: io::Error) -> StorageError {
-    match source.raw_os_error() {
-        Some(libc::ENOSYS | libc::EPERM | libc::EACCES) => StorageError::UringRefused { source },
-        _ => StorageError::Queue { step: Step::SetUpRing, source },
-    }
-}
-
-impl Abilities {
-    fn ask(ring: &IoUring) -> Result<Self, StorageError> {
-        let mut probe = Probe::new();
-        // Linux 5.6 brought this question and all the operations that we cannot do without.
-        let asked = ring.submitter().register_probe(&mut probe);
-        let needed = [opcode::Read::CODE, opcode::Write::CODE, opcode::Fallocate::CODE];
-        if asked.is_err() || !needed.iter().all(|code| probe.is_supported(*code)) {
-            return Err(StorageError::UringRefused { source: io::Error::from_raw_os_error(libc::ENOSYS) });
-        }
-        Ok(Abilities {
-            timed_wait: ring.params().is_feature_ext_arg(),
-            truncate: probe.is_supported(opcode::Ftruncate::CODE),
-        })
-    }
 }

@@ -1,0 +1,108 @@
+//! A watched eventfd: a read that is outstanding in the ring until a signal comes.
+//!
+//! It knows what its entries are and what their results mean; arming it again and counting its entries is the queue's.
+//! It never closes the eventfd or frees its counter while an entry is in the kernel: the queue's drop waits for them.
+
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use io_uring::types::Fd;
+use io_uring::{opcode, squeue};
+use tracing::warn;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::notify::Wakeup;
+use super::ring::is_passing_errno;
+
+/// What a completion queue entry belongs to: the upper half of its user data. The lower half is an index.
+pub(super) const TAG_OPERATION: u32 = 0;
+pub(super) const TAG_WATCH_READ: u32 = 1;
+pub(super) const TAG_WATCH_POLL: u32 = 2;
+pub(super) const TAG_CANCEL: u32 = 3;
+
+/// An eventfd whose signals end a wait.
+pub(super) struct Watch {
+    event: WatchedEvent,
+    /// Where the kernel puts the counter; boxed, as watches move. Nobody looks at the value.
+    counter: Box<AtomicU64>,
+    /// A read of a non-blocking eventfd waits on new kernels (6.18 does), and says EAGAIN at once on older ones.
+    /// Once it has said that, the eventfd is polled first, with the read linked to the poll.
+    pub(super) poll_first: bool,
+    /// Entries of this watch in the kernel or in the submission queue.
+    pub(super) armed: u32,
+    /// Not to be armed again, as it is no eventfd or was closed.
+    pub(super) dead: bool,
+}
+
+/// Whose eventfd it is.
+pub(super) enum WatchedEvent {
+    Foreign(EventFd),
+    Own(Arc<Wakeup>),
+}
+
+impl Watch {
+    pub(super) fn new(event: WatchedEvent) -> Self {
+        Watch { event, counter: Box::new(AtomicU64::new(0)), poll_first: false, armed: 0, dead: false }
+    }
+
+    fn fd(&self) -> RawFd {
+        match &self.event {
+            WatchedEvent::Foreign(event) => event.as_raw_fd(),
+            WatchedEvent::Own(wakeup) => wakeup.event.as_raw_fd(),
+        }
+    }
+
+    /// Queues the read, behind a poll if need be. The number of entries, or `None` if there is no room.
+    pub(super) fn arm(&mut self, index: u32, queue: &mut squeue::SubmissionQueue<'_>) -> Option<u32> {
+        let needed = if self.poll_first { 2 } else { 1 };
+        if queue.capacity() - queue.len() < needed {
+            return None;
+        }
+        let fd = Fd(self.fd());
+        if self.poll_first {
+            let poll = opcode::PollAdd::new(fd, libc::POLLIN as u32)
+                .build()
+                .flags(squeue::Flags::IO_LINK)
+                .user_data(user_data(TAG_WATCH_POLL, index));
+            // SAFETY: a poll points at no memory; the eventfd stays open until the queue is dropped.
+            unsafe { queue.push(&poll) }.expect("there is room for two entries");
+        }
+        let read = opcode::Read::new(fd, self.counter.as_ptr().cast(), 8)
+            .build()
+            .user_data(user_data(TAG_WATCH_READ, index));
+        // SAFETY: the counter is boxed, atomic (so that the kernel may write it behind our back) and freed only after
+        // the queue's drop has seen this entry's completion.
+        unsafe { queue.push(&read) }.expect("there is room for the entry");
+        self.armed = needed as u32;
+        Some(self.armed)
+    }
+
+    /// Takes the result of the read: true if the eventfd was signalled.
+    pub(super) fn take_read(&mut self, result: i32) -> bool {
+        match result {
+            8 => return true,
+            _ if result == -libc::EAGAIN => self.poll_first = true,
+            _ if result == -libc::EINTR || result == -libc::ECANCELED => {}
+            _ => self.die(result),
+        }
+        false
+    }
+
+    /// Takes the result of the poll that goes before; what it found, the read will take.
+    pub(super) fn take_poll(&mut self, result: i32) {
+        if result < 0 && result != -libc::ECANCELED && !is_passing_errno(-result) {
+            self.die(result);
+        }
+    }
+
+    fn die(&mut self, result: i32) {
+        warn!(fd = self.fd(), result, "no longer watched: it does not behave like an eventfd");
+        self.dead = true;
+    }
+}
+
+/// The user data of an entry, by which its completion is known.
+pub(super) fn user_data(tag: u32, index: u32) -> u64 {
+    u64::from(tag) << 32 | u64::from(index)
+}
