@@ -1,1 +1,17 @@
-//! The kit that the tests share.
+//! The kit that tests and benchmarks share: a vhost-user-blk client, a load generator, a model of a disk, and
+//! wrappers of QEMU's image tools.
+//!
+//! It knows none of Strata's crates: it sees a disk as a guest does, through a socket, and an image as another
+//! program does. What it finds wrong it reports as an error value; only programmer errors panic.
+
+pub mod client;
+pub mod images;
+pub mod load;
+pub mod model;
+pub mod storage_daemon;
+
+pub use client::{Client, ClientError, Options, Request, Status};
+
+pub use images::Qemu;
+pub use model::{ByteModel, Operation};
+pub use storage_daemon::StorageDaemon;

@@ -1,0 +1,486 @@
+//! QEMU's image tools as a second opinion: making images, checking them, reading them.
+//!
+//! Everything goes through `qemu-img` and `qemu-io` as child processes; formats are always named, never probed. A
+//! machine without the tools gets a visible skip ([`Qemu::find`]).
+
+use std::ffi::{OsStr, OsString};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::Value;
+use tempfile::NamedTempFile;
+
+/// Why a tool could not do its work.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// The program could not be run.
+    #[error("run {program}: {source}")]
+    Run {
+        /// Which.
+        program: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// The program failed.
+    #[error("{command}: {text}")]
+    Failed {
+        /// The whole command line.
+        command: String,
+        /// What it said.
+        text: String,
+    },
+    /// The program's JSON is not as it should be.
+    #[error("{command}: unexpected output: {text}")]
+    Output {
+        /// The whole command line.
+        command: String,
+        /// What it said.
+        text: String,
+    },
+    /// A temporary file failed.
+    #[error("temporary file: {0}")]
+    Temporary(std::io::Error),
+}
+
+/// The format of an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// Bytes as they are.
+    Raw,
+    /// qcow2, either version.
+    Qcow2,
+}
+
+impl Format {
+    /// As QEMU spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
+}
+
+/// How much of an image is allocated when it is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Preallocation {
+    /// Nothing but the least metadata.
+    Off,
+    /// Every cluster has its place, the host has not.
+    Metadata,
+    /// The host's space is reserved too.
+    Falloc,
+    /// Zeroes are written.
+    Full,
+}
+
+impl Preallocation {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Metadata => "metadata",
+            Self::Falloc => "falloc",
+            Self::Full => "full",
+        }
+    }
+}
+
+/// What qemu-io does to a new image, offsets and lengths in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// Write `length` times the same byte.
+    Pattern {
+        /// Where.
+        offset: u64,
+        /// How much.
+        length: u64,
+        /// What.
+        byte: u8,
+    },
+    /// As `Pattern`, compressed: whole clusters only.
+    Compressed {
+        /// Where.
+        offset: u64,
+        /// How much.
+        length: u64,
+        /// What.
+        byte: u8,
+    },
+    /// Write zeroes; with `unmap` the clusters may go.
+    Zeroes {
+        /// Where.
+        offset: u64,
+        /// How much.
+        length: u64,
+        /// Give the space back.
+        unmap: bool,
+    },
+    /// Discard.
+    Discard {
+        /// Where.
+        offset: u64,
+        /// How much.
+        length: u64,
+    },
+}
+
+impl Content {
+    fn command(self) -> String {
+        match self {
+            Self::Pattern { offset, length, byte } => format!("write -P {byte} {offset} {length}"),
+            Self::Compressed { offset, length, byte } => format!("write -c -P {byte} {offset} {length}"),
+            Self::Zeroes { offset, length, unmap: false } => format!("write -z {offset} {length}"),
+            Self::Zeroes { offset, length, unmap: true } => format!("write -z -u {offset} {length}"),
+            Self::Discard { offset, length } => format!("discard {offset} {length}"),
+        }
+    }
+}
+
+/// An image to be made.
+#[derive(Clone, Debug)]
+pub struct ImageSpec {
+    /// Its format.
+    pub format: Format,
+    /// Virtual size in bytes; none takes the backing file's.
+    pub size: Option<u64>,
+    /// qcow2 version, 2 or 3.
+    pub version: u8,
+    /// Cluster size in bytes.
+    pub cluster_size: u64,
+    /// Width of a refcount in bits; version 2 knows 16 only.
+    pub refcount_bits: u8,
+    /// Extended L2 entries, with subclusters.
+    pub extended_l2: bool,
+    /// What is allocated at once.
+    pub preallocation: Preallocation,
+    /// The file below, as the header is to name it (relative to the image), and its format.
+    pub backing: Option<(PathBuf, Format)>,
+    /// What is written after creation, in order.
+    pub contents: Vec<Content>,
+}
+
+impl ImageSpec {
+    /// A version 3 qcow2 image with 64 KiB clusters and nothing in it. `size` in bytes.
+    pub fn qcow2(size: u64) -> Self {
+        Self {
+            format: Format::Qcow2,
+            size: Some(size),
+            version: 3,
+            cluster_size: 65536,
+            refcount_bits: 16,
+            extended_l2: false,
+            preallocation: Preallocation::Off,
+            backing: None,
+            contents: Vec::new(),
+        }
+    }
+
+    /// A raw image, sparse. `size` in bytes.
+    pub fn raw(size: u64) -> Self {
+        Self { format: Format::Raw, ..Self::qcow2(size) }
+    }
+
+    /// Sets the version, 2 or 3.
+    #[must_use]
+    pub fn version(mut self, version: u8) -> Self {
+        self.version = version;
+        self
+    }
+
+    /// Sets the cluster size in bytes.
+    #[must_use]
+    pub fn cluster_size(mut self, cluster_size: u64) -> Self {
+        self.cluster_size = cluster_size;
+        self
+    }
+
+    /// Sets what is allocated at once.
+    #[must_use]
+    pub fn preallocation(mut self, preallocation: Preallocation) -> Self {
+        self.preallocation = preallocation;
+        self
+    }
+
+    /// Sets the backing file.
+    #[must_use]
+    pub fn backing(mut self, path: impl Into<PathBuf>, format: Format) -> Self {
+        self.backing = Some((path.into(), format));
+        self
+    }
+
+    /// Adds something to be written.
+    #[must_use]
+    pub fn with(mut self, content: Content) -> Self {
+        self.contents.push(content);
+        self
+    }
+
+    fn options(&self) -> String {
+        if self.format == Format::Raw {
+            return format!("preallocation={}", self.preallocation.name());
+        }
+        let compat = if self.version == 2 { "0.10" } else { "1.1" };
+        let mut options = format!(
+            "compat={compat},cluster_size={},preallocation={}",
+            self.cluster_size,
+            self.preallocation.name()
+        );
+        if self.version != 2 {
+            options += &format!(",refcount_bits={}", self.refcount_bits);
+        }
+        if self.extended_l2 {
+            options += ",extended_l2=on";
+        }
+        options
+    }
+}
+
+/// What `qemu-img check` says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Check {
+    /// Nothing is wrong.
+    Clean,
+    /// So many clusters are allocated and not used; no data is at risk.
+    Leaks(u64),
+    /// Errors, as qemu-img prints them.
+    Corrupt(String),
+}
+
+/// One extent of `qemu-img map`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// First guest byte.
+    pub start: u64,
+    /// Bytes.
+    pub length: u64,
+    /// Which layer has it, 0 the top one.
+    pub depth: u64,
+    /// Whether it reads as zero for sure.
+    pub zero: bool,
+    /// Whether data is allocated for it.
+    pub data: bool,
+    /// Where in its file, if it lies there as it is.
+    pub offset: Option<u64>,
+}
+
+/// The tools.
+#[derive(Clone, Debug)]
+pub struct Qemu {
+    img: PathBuf,
+    io: PathBuf,
+}
+
+/// Says that a test was skipped, past the test harness, which swallows what a passing test prints.
+///
+/// # Panics
+/// When STRATA_REQUIRE_TOOLS=1 says that nothing may be skipped.
+pub fn skip(reason: &str) {
+    let required = std::env::var_os("STRATA_REQUIRE_TOOLS").is_some_and(|value| value == "1");
+    assert!(!required, "STRATA_REQUIRE_TOOLS=1, but {reason}");
+    let thread = std::thread::current();
+    let name = thread.name().unwrap_or("?");
+    // If even that cannot be written, there is no one to tell.
+    let _ = writeln!(std::io::stderr(), "SKIPPED: {name}: {reason}");
+}
+
+/// Finds a program in PATH, or skips visibly.
+///
+/// # Panics
+/// When it is missing and STRATA_REQUIRE_TOOLS=1.
+pub fn find_tool(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path).map(|folder| folder.join(name)).find(|file| file.is_file());
+    if found.is_none() {
+        skip(&format!("{name} is not installed"));
+    }
+    found
+}
+
+impl Qemu {
+    /// Finds `qemu-img` and `qemu-io`, or skips visibly: the caller then returns.
+    ///
+    /// # Panics
+    /// When one is missing and STRATA_REQUIRE_TOOLS=1.
+    pub fn find() -> Option<Self> {
+        Some(Self { img: find_tool("qemu-img")?, io: find_tool("qemu-io")? })
+    }
+
+    /// Makes an image and writes its contents.
+    ///
+    /// # Errors
+    /// When a tool fails.
+    pub fn create(&self, path: &Path, spec: &ImageSpec) -> Result<(), ImageError> {
+        let mut command = Command::new(&self.img);
+        command.args(["create", "-q", "-f", spec.format.name(), "-o", &spec.options()]);
+        if let Some((backing, format)) = &spec.backing {
+            command.arg("-b").arg(backing).args(["-F", format.name()]);
+        }
+        command.arg(path).args(spec.size.map(|size| size.to_string()));
+        run(&mut command)?;
+        self.write(path, spec.format, &spec.contents)
+    }
+
+    /// Makes a chain in a folder, the first spec at the bottom, each over the one before. Returns the paths in the
+    /// same order.
+    ///
+    /// # Errors
+    /// When a tool fails.
+    pub fn create_chain(&self, folder: &Path, specs: &[ImageSpec]) -> Result<Vec<PathBuf>, ImageError> {
+        let mut made: Vec<PathBuf> = Vec::with_capacity(specs.len());
+        let mut below = None;
+        for (index, spec) in specs.iter().enumerate() {
+            let name = format!("layer{index}.{}", spec.format.name());
+            let mut spec = spec.clone();
+            spec.backing = below.take().or(spec.backing);
+            let path = folder.join(&name);
+            self.create(&path, &spec)?;
+            below = Some((PathBuf::from(name), spec.format));
+            made.push(path);
+        }
+        Ok(made)
+    }
+
+    /// Does things to an image with qemu-io.
+    ///
+    /// # Errors
+    /// When the tool fails or says that a command did.
+    pub fn write(&self, path: &Path, format: Format, contents: &[Content]) -> Result<(), ImageError> {
+        if contents.is_empty() {
+            return Ok(());
+        }
+        let mut command = Command::new(&self.io);
+        command.args(["-f", format.name(), "--discard=unmap"]);
+        for content in contents {
+            command.args(["-c", &content.command()]);
+        }
+        let output = run(command.arg(path))?;
+        // qemu-io reports some failures in its output only.
+        let text = String::from_utf8_lossy(&output.stdout);
+        if text.contains("failed") || text.contains("Error") || text.contains("error") {
+            return Err(ImageError::Failed { command: line(&command), text: text.into_owned() });
+        }
+        Ok(())
+    }
+
+    /// Asks `qemu-img check` about a qcow2 image.
+    ///
+    /// # Errors
+    /// When the check could not be made.
+    pub fn check(&self, path: &Path) -> Result<Check, ImageError> {
+        let mut command = Command::new(&self.img);
+        command.args(["check", "--output=json", "-f", "qcow2"]).arg(path);
+        let output = start(&mut command)?;
+        let stdout = String::from_utf8_lossy(&output.stdout);
+        let messages = String::from_utf8_lossy(&output.stderr);
+        // 0 clean, 2 corrupt, 3 leaks only; everything else means that nothing was checked.
+        match output.status.code() {
+            Some(0) => Ok(Check::Clean),
+            Some(2) => Ok(Check::Corrupt(format!("{}\n{}", messages.trim(), stdout.trim()))),
+            Some(3) => {
+                let report: Option<Value> = serde_json::from_str(&stdout).ok();
+                let leaks = report.as_ref().and_then(|report| report.get("leaks")).and_then(Value::as_u64);
+                leaks.map(Check::Leaks).ok_or_else(|| unexpected(&command, &stdout))
+            }
+            _ => Err(ImageError::Failed { command: line(&command), text: messages.trim().to_owned() }),
+        }
+    }
+
+    /// Reads a whole image, through its chain, as the guest would. The image must not be in use.
+    ///
+    /// # Errors
+    /// When the tool fails, for one because another process has the image open for writing.
+    pub fn read_all(&self, path: &Path, format: Format) -> Result<Vec<u8>, ImageError> {
+        self.convert(path, format, &[])
+    }
+
+    /// As [`Qemu::read_all`], past the locks: the image may be in use, and what a writer has not flushed is missing.
+    ///
+    /// # Errors
+    /// When the tool fails.
+    pub fn read_all_shared(&self, path: &Path, format: Format) -> Result<Vec<u8>, ImageError> {
+        self.convert(path, format, &["-U"])
+    }
+
+    fn convert(&self, path: &Path, format: Format, flags: &[&str]) -> Result<Vec<u8>, ImageError> {
+        let target = NamedTempFile::new().map_err(ImageError::Temporary)?;
+        let mut command = Command::new(&self.img);
+        command.arg("convert").args(flags).args(["-f", format.name(), "-O", "raw"]);
+        run(command.arg(path).arg(target.path()))?;
+        std::fs::read(target.path()).map_err(ImageError::Temporary)
+    }
+
+    /// Asks where everything lies (`qemu-img map`).
+    ///
+    /// # Errors
+    /// When the tool fails or its answer cannot be read.
+    pub fn map(&self, path: &Path, format: Format) -> Result<Vec<Extent>, ImageError> {
+        let mut command = Command::new(&self.img);
+        command.args(["map", "--output=json", "-f", format.name()]).arg(path);
+        let value = run_json(&mut command)?;
+        let extents = value.as_array().map(|list| list.iter().map(extent).collect::<Option<Vec<_>>>());
+        extents.flatten().ok_or_else(|| unexpected(&command, &value.to_string()))
+    }
+
+    /// What `qemu-img info` says, as JSON.
+    ///
+    /// # Errors
+    /// When the tool fails or its answer cannot be read.
+    pub fn info(&self, path: &Path, format: Format) -> Result<Value, ImageError> {
+        run_json(Command::new(&self.img).args(["info", "--output=json", "-f", format.name()]).arg(path))
+    }
+
+    /// Runs `qemu-img` with any arguments.
+    ///
+    /// # Errors
+    /// When it fails.
+    pub fn img(&self, arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Result<String, ImageError> {
+        let output = run(Command::new(&self.img).args(arguments))?;
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+}
+
+fn extent(value: &Value) -> Option<Extent> {
+    let number = |name: &str| value.get(name).and_then(Value::as_u64);
+    let flag = |name: &str| value.get(name).and_then(Value::as_bool);
+    Some(Extent {
+        start: number("start")?,
+        length: number("length")?,
+        depth: number("depth")?,
+        zero: flag("zero")?,
+        data: flag("data")?,
+        offset: number("offset"),
+    })
+}
+
+fn line(command: &Command) -> String {
+    let mut text = OsString::from(command.get_program());
+    for argument in command.get_args() {
+        text.push(" ");
+        text.push(argument);
+    }
+    text.to_string_lossy().into_owned()
+}
+
+fn unexpected(command: &Command, text: &str) -> ImageError {
+    ImageError::Output { command: line(command), text: text.to_owned() }
+}
+
+fn start(command: &mut Command) -> Result<Output, ImageError> {
+    command.output().map_err(|source| ImageError::Run { program: command.get_program().into(), source })
+}
+
+fn run(command: &mut Command) -> Result<Output, ImageError> {
+    let output = start(command)?;
+    if output.status.success() {
+        return Ok(output);
+    }
+    let [said, complained] = [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes));
+    Err(ImageError::Failed { command: line(command), text: format!("{} {}", said.trim(), complained.trim()) })
+}
+
+fn run_json(command: &mut Command) -> Result<Value, ImageError> {
+    let output = run(command)?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    serde_json::from_str(&text).map_err(|_| unexpected(command, &text))
+}
