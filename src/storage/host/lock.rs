@@ -6,7 +6,7 @@
 //! one's own are set, whether anyone has a lock on the opposite byte. Of two that start at once both may then give up
 //! and try again, but never both go on. The bytes hold no data: locks may lie anywhere, past the end as well.
 //!
-//! The locks belong to the description that does the I/O, so they last exactly as long as I/O can.
+//! The locks belong to the description that does the I/O, so after a crash they last exactly as long as I/O can.
 
 use std::fs::File;
 use std::io;
@@ -70,6 +70,18 @@ pub(super) fn lock_image(file: &File, path: &Path, options: &OpenOptions) -> Res
     }
 }
 
+/// Gives the image lock back, if there is one. Nobody may have I/O in flight on the file.
+pub(super) fn unlock_image(file: &File) {
+    // Where this fails there was no lock; closing the file would end it anyway.
+    let _ = clear(file);
+}
+
+fn clear(file: &File) -> io::Result<()> {
+    set_lock(file, USED_BASE, ALL.len() as i64, libc::F_UNLCK)?;
+    set_lock(file, UNSHARED_BASE, ALL.len() as i64, libc::F_UNLCK)?;
+    Ok(())
+}
+
 impl Claim {
     /// One attempt: all locks set, or none and the reason.
     fn attempt(&self, file: &File) -> io::Result<Option<LockConflict>> {
@@ -79,8 +91,7 @@ impl Claim {
         };
         if !matches!(outcome, Ok(None)) {
             // Left behind they would keep others out while we wait.
-            set_lock(file, USED_BASE, ALL.len() as i64, libc::F_UNLCK)?;
-            set_lock(file, UNSHARED_BASE, ALL.len() as i64, libc::F_UNLCK)?;
+            clear(file)?;
         }
         outcome
     }

@@ -128,6 +128,14 @@ impl OpenFile {
     }
 }
 
+impl Drop for OpenFile {
+    /// Nothing of ours is in flight any more, as every queue that used the file is gone. But the kernel may hold on to
+    /// the description for a moment after the last completion, and whoever opens the image next need not wait for that.
+    fn drop(&mut self) {
+        lock::unlock_image(&self.file);
+    }
+}
+
 impl FileTable {
     fn add(&self, file: OpenFile) -> Result<FileId, StorageError> {
         let mut files = self.files.write().expect("no thread panics while it holds the file table");
@@ -138,7 +146,7 @@ impl FileTable {
                 files.push(Arc::new(file));
                 Ok(FileId(id))
             }
-            _ => Err(StorageError::TooManyFiles { path: file.info.path }),
+            _ => Err(StorageError::TooManyFiles { path: file.info.path.clone() }),
         }
     }
 

@@ -556,6 +556,25 @@ fn what_is_no_image_is_refused_by_name() {
 }
 
 #[test]
+fn closing_ends_the_lock_at_once() {
+    everywhere(&pattern(1 << 20, 14), |bench| {
+        let path = bench.folder.path().join("again");
+        std::fs::write(&path, [0; 4096]).expect("a file");
+        for _ in 0..50 {
+            bench.storage = HostStorage::new();
+            bench.queue = bench.storage.queue(8).expect("a queue");
+            (bench.file, bench.info) = bench.storage.open(&path, &options(true, true)).expect("it is free");
+            for at in 0..4 {
+                let operation = Operation::bare(bench.file, Kind::Zero { length: 512 }, at * 512);
+                bench.queue.push(Token(at), operation);
+            }
+            bench.finish(4);
+            assert_eq!(bench.bare(Kind::Sync, 0), Ok(()));
+        }
+    });
+}
+
+#[test]
 fn a_file_is_written_under_one_id_only() {
     let folder = in_memory();
     let (path, link) = (folder.path().join("image"), folder.path().join("link"));
