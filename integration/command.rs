@@ -30,12 +30,26 @@ pub fn failure(command: &Command, output: &Output) -> String {
 
 /// The command line as a person could type it.
 pub fn shown(command: &Command) -> String {
-    let mut line = quoted(command.get_program());
-    for argument in command.get_args() {
-        line.push(' ');
-        line.push_str(&quoted(argument));
+    words(command).join(" ")
+}
+
+/// The same with a line for each option.
+pub fn shown_in_lines(command: &Command) -> String {
+    let mut text = String::new();
+    for word in words(command) {
+        let separator = match (text.is_empty(), word.starts_with('-')) {
+            (true, _) => "",
+            (false, true) => " \\\n    ",
+            (false, false) => " ",
+        };
+        text.push_str(separator);
+        text.push_str(&word);
     }
-    line
+    text
+}
+
+fn words(command: &Command) -> Vec<String> {
+    std::iter::once(command.get_program()).chain(command.get_args()).map(quoted).collect()
 }
 
 fn quoted(word: &OsStr) -> String {
@@ -72,6 +86,8 @@ mod tests {
         let mut command = Command::new("qemu-io");
         command.args(["-c", "write -P 0x11 0 64k", "it's.qcow2"]);
         assert_eq!(shown(&command), r"qemu-io -c 'write -P 0x11 0 64k' 'it'\''s.qcow2'");
+        let lines = "qemu-io \\\n    -c 'write -P 0x11 0 64k' 'it'\\''s.qcow2'";
+        assert_eq!(shown_in_lines(&command), lines);
     }
 
     #[test]

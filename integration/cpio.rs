@@ -71,7 +71,7 @@ impl Archive {
 
     fn parents(&mut self, path: &str) {
         if let Some((parent, _)) = path.rsplit_once('/') {
-            self.directory(&parent.to_owned());
+            self.directory(parent);
         }
     }
 

@@ -89,11 +89,10 @@ pub fn flatten(image: &Path, format: &str, raw: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The MD5 of a file, or of its first `mib` MiB.
-pub fn md5(file: &Path, mib: Option<u64>) -> Result<String> {
+/// The MD5 of a file's first `mib` MiB.
+pub fn md5(file: &Path, mib: u64) -> Result<String> {
     let mut command = Command::new("sh");
-    let source = mib.map_or("cat -- \"$1\"".to_owned(), |mib| format!("head -c {} -- \"$1\"", mib << 20));
-    command.arg("-c").arg(format!("{source} | md5sum")).arg("sh").arg(file);
+    command.arg("-c").arg(format!("head -c {mib}M -- \"$1\" | md5sum")).arg("sh").arg(file);
     let text = command::output(&mut command)?;
     Ok(text.split_whitespace().next().context("md5sum printed nothing")?.to_owned())
 }

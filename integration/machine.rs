@@ -80,6 +80,8 @@ pub struct Disk {
     pub socket: PathBuf,
     /// How many queues the guest sees.
     pub queues: u16,
+    /// Whether the guest may see VIRTIO_BLK_F_CONFIG_WCE where the daemon offers it.
+    pub cache_switch: bool,
 }
 
 /// What to boot.
@@ -115,10 +117,10 @@ impl MachineSpec {
             // commas in option values are doubled
             let socket = disk.socket.display().to_string().replace(',', ",,");
             qemu.args(["-chardev", &format!("socket,id=disk{number},path={socket}")]);
-            qemu.args([
-                "-device",
-                &format!("vhost-user-blk-pci,chardev=disk{number},num-queues={}", disk.queues),
-            ]);
+            let switch = if disk.cache_switch { "" } else { ",config-wce=off" };
+            let device =
+                format!("vhost-user-blk-pci,chardev=disk{number},num-queues={}{switch}", disk.queues);
+            qemu.args(["-device", &device]);
         }
         qemu.arg("-kernel").arg(kernel).arg("-initrd").arg(initramfs);
         let options =
@@ -166,6 +168,7 @@ pub struct Vm {
     process: Child,
     orders: ChildStdin,
     lines: Receiver<String>,
+    initramfs: PathBuf,
     console: PathBuf,
     errors: PathBuf,
 }
@@ -200,7 +203,7 @@ impl Vm {
                 }
             }
         });
-        Ok(Self { process, orders, lines, console, errors })
+        Ok(Self { process, orders, lines, initramfs, console, errors })
     }
 
     /// The next report; `None` when QEMU is gone. An error when `deadline` passes first.
@@ -257,6 +260,8 @@ impl Drop for Vm {
         // it may be gone already, and there is nobody left to tell
         let _ = self.process.kill();
         let _ = self.process.wait();
+        // large, and made again for every run
+        let _ = std::fs::remove_file(&self.initramfs);
     }
 }
 
@@ -290,7 +295,7 @@ mod tests {
 
     #[test]
     fn the_command_line_shares_memory_and_names_every_disk() {
-        let disk = |path: &str| Disk { socket: PathBuf::from(path), queues: 2 };
+        let disk = |path: &str| Disk { socket: PathBuf::from(path), queues: 2, cache_switch: true };
         let spec = MachineSpec { disks: vec![disk("/a,b"), disk("/c")], ..MachineSpec::new(String::new()) };
         let line = command::shown(&spec.command(Path::new("k"), Path::new("i")));
         assert!(line.contains("memory-backend-memfd,id=mem,size=512M,share=on"));

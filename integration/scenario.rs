@@ -90,11 +90,12 @@ pub fn first_visit(
     let visit = stand.visit(name, &script, watch)?;
     let base = visit.fact("base.md5")?;
     ensure!(base == expected_base, "the guest read {base} where the layers below hold {expected_base}");
+    expect_write_back(&visit)?;
     let queues = visit.number("disk.queues")?;
     ensure!(queues == u64::from(stand.serve.queues), "the guest sees {queues} queues");
     ensure!(visit.number("disk.discard_max")? > 0, "the disk takes no discards");
     let fio = Fio::parse(visit.fact("fio")?)?;
-    let wanted = work.fio_mib * 2 << 20;
+    let wanted = (work.fio_mib * 2) << 20;
     ensure!(fio.write.bytes >= wanted && fio.read.bytes >= wanted, "fio did less than asked: {fio:?}");
     let interrupts = queue_interrupts(&visit)?;
     ensure!(interrupts.iter().all(|count| *count > 0), "a queue was not used: {interrupts:?}");
@@ -106,6 +107,13 @@ pub fn first_visit(
     }
     expect_space_given_back(&visit)?;
     Ok(FirstVisit { visit, files, fio })
+}
+
+/// A guest that takes the disk for write-through sends no flush, and then nothing here would try one.
+fn expect_write_back(visit: &Visit) -> Result<()> {
+    let cache = visit.fact("disk.cache")?;
+    ensure!(cache == "write back", "the guest takes the disk for {cache}: it would never flush");
+    Ok(())
 }
 
 /// Interrupts by queue, as the guest's kernel counted them.
@@ -123,24 +131,33 @@ fn expect_space_given_back(visit: &Visit) -> Result<()> {
     Ok(())
 }
 
-/// In a fresh machine: clean file system, every file there. Gives the visit, for its disk sum and times.
-pub fn second_visit(stand: &Stand, name: &str, expected: &BTreeMap<String, String>) -> Result<Visit> {
-    let visit = stand.visit(name, include_str!("guest/second_boot.sh"), &mut |_| {})?;
+/// In a fresh machine: clean file system, every file there. Gives the visit.
+/// Its last fact is the sum of the disk's first `sum_mib` MiB.
+pub fn second_visit(
+    stand: &Stand,
+    name: &str,
+    sum_mib: u64,
+    expected: &BTreeMap<String, String>,
+) -> Result<Visit> {
+    let script = format!("SUM_MIB={sum_mib}\n{}", include_str!("guest/second_boot.sh"));
+    let visit = stand.visit(name, &script, &mut |_| {})?;
     same_files(expected, &visit.sums("file"), "the second visit")?;
     Ok(visit)
 }
 
-/// The image is clean, and what QEMU reads from it is what the guest saw: the whole disk by one sum, and every file.
+/// The image is clean, and what QEMU reads from it is what the guest saw: the disk's first
+/// `sum_mib` MiB by one sum, and every file.
 pub fn host_agrees(
     stand: &Stand,
     last: &Visit,
+    sum_mib: u64,
     expected: &BTreeMap<String, String>,
     scratch: &Path,
 ) -> Result<()> {
     image::expect_clean(&stand.serve.image)?;
     let raw = scratch.join("flat.raw");
     image::flatten(&stand.serve.image, &stand.serve.format, &raw)?;
-    let (guest, host) = (last.fact("disk.md5")?, image::md5(&raw, None)?);
+    let (guest, host) = (last.fact("disk.md5")?, image::md5(&raw, sum_mib)?);
     ensure!(guest == host, "the guest's disk was {guest}, qemu-img reads {host}");
     let mut found = image::files_in_ext4(&raw, "/files", scratch)?;
     ensure!(found.remove("second-visit").is_some(), "the file of the second visit is not in the image");
@@ -188,6 +205,7 @@ pub fn crash_round(
     let script = format!("MAKE={make}\nROUND=r{round}\n{}", include_str!("guest/crash_writer.sh"));
     let enough = |visit: &Visit| visit.facts.iter().filter(|(key, _)| key == "synced").count() >= files;
     let visit = stand.crash(&format!("crash-{round}"), &script, &enough)?;
+    expect_write_back(&visit)?;
     let mut synced = before.clone();
     synced.extend(visit.sums("synced"));
     let health = image::check(&stand.serve.image)?;

@@ -7,6 +7,7 @@ use crate::command;
 use anyhow::{Context, Result, bail};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// A program we run and the Debian package that has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,9 +118,12 @@ pub fn dependency_of(package: &str, prefix: &str) -> Result<String> {
         .with_context(|| format!("{package} depends on no {prefix}...: are the package lists there?"))
 }
 
-/// `apt-get update`: run only when something has to be fetched. As another user it stays with the lists that are there.
+/// `apt-get update`, once a run and only when something has to be fetched. As another user it stays with the lists
+/// that are there.
 pub fn refresh_lists(say: &mut dyn FnMut(&str)) -> Result<()> {
-    if rustix::process::geteuid().is_root() {
+    static FRESH: AtomicBool = AtomicBool::new(false);
+    // no data hangs on it: at worst the lists are fetched twice
+    if rustix::process::geteuid().is_root() && !FRESH.swap(true, Ordering::Relaxed) {
         say("apt-get update");
         command::output(apt_get().arg("update"))?;
     }

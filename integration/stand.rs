@@ -191,7 +191,11 @@ impl Stand {
 
     /// The machine of this stand's visits.
     pub fn machine(&self, script: &str) -> MachineSpec {
-        let disk = Disk { socket: self.serve.socket.clone(), queues: self.serve.queues };
+        let disk = Disk {
+            socket: self.serve.socket.clone(),
+            queues: self.serve.queues,
+            cache_switch: !self.program.backend.offers_a_wrong_cache_switch(),
+        };
         MachineSpec {
             disks: vec![disk],
             accelerator: self.accelerator,

@@ -18,6 +18,8 @@ use strata_integration::stand::{self, Stand};
 use strata_integration::{picture, setup};
 
 const MIB: u64 = 1 << 20;
+/// The disks' size.
+const DISK_MIB: u64 = 256;
 
 /// A machine uses both cores: one at a time, also under plain `cargo test`. (nextest runs each test in a process of
 /// its own and has a test group for this.)
@@ -66,12 +68,12 @@ fn with_stand(name: &str, test: impl FnOnce(&Stand, &Path) -> Result<()>) -> Res
 fn file_system_lives(stand: &Stand, folder: &Path, work: &Work) -> Result<()> {
     let flat = folder.join("before.raw");
     image::flatten(&stand.serve.image, &stand.serve.format, &flat)?;
-    let base = image::md5(&flat, Some(work.base_mib))?;
+    let base = image::md5(&flat, work.base_mib)?;
     std::fs::remove_file(&flat)?;
     let first = scenario::first_visit(stand, "first", work, &base, &mut |_| {})?;
     image::expect_clean(&stand.serve.image)?;
-    let second = scenario::second_visit(stand, "second", &first.files)?;
-    scenario::host_agrees(stand, &second, &first.files, folder)?;
+    let second = scenario::second_visit(stand, "second", DISK_MIB, &first.files)?;
+    scenario::host_agrees(stand, &second, DISK_MIB, &first.files, folder)?;
     if stand.program.backend == Backend::Strata {
         assert_eq!(first.visit.fact("disk.serial")?, stand.serve.serial);
     }
@@ -90,11 +92,11 @@ fn file_system_lives(stand: &Stand, folder: &Path, work: &Work) -> Result<()> {
 fn a_file_system_lives_on_an_overlay() -> Result<()> {
     with_stand("a_file_system_lives_on_an_overlay", |stand, folder| {
         let base = folder.join("base.qcow2");
-        image::create(&base, "qcow2", 256 * MIB, None, "")?;
+        image::create(&base, "qcow2", DISK_MIB * MIB, None, "")?;
         image::write_pattern(&base, "qcow2", 0, 20 * MIB, 0xb1)?;
         image::write_pattern(&base, "qcow2", 21 * MIB + 512, 4096, 0xb2)?;
         let below = Backing { image: &base, format: "qcow2" };
-        image::create(&stand.serve.image, "qcow2", 256 * MIB, Some(below), "")?;
+        image::create(&stand.serve.image, "qcow2", DISK_MIB * MIB, Some(below), "")?;
         let work = Work { fio_mib: 12, mkfs_options: String::new(), base_mib: 32 };
         file_system_lives(stand, folder, &work)
     })
@@ -111,11 +113,11 @@ fn four_layers(folder: &Path, top: &Path) -> Result<()> {
     image::write_pattern(&small, "qcow2", 8 * MIB + 4096, 16 * MIB, 0x22)?;
     image::write_pattern(&small, "qcow2", 170 * MIB, 10 * MIB, 0x23)?;
     let below = Backing { image: &small, format: "qcow2" };
-    image::create(&old, "qcow2", 256 * MIB, Some(below), "compat=0.10")?;
+    image::create(&old, "qcow2", DISK_MIB * MIB, Some(below), "compat=0.10")?;
     image::write_pattern(&old, "qcow2", 16 * MIB + 512, 20 * MIB, 0x33)?;
     image::write_pattern(&old, "qcow2", 190 * MIB, 30 * MIB, 0x34)?;
     let below = Backing { image: &old, format: "qcow2" };
-    image::create(top, "qcow2", 256 * MIB, Some(below), "")?;
+    image::create(top, "qcow2", DISK_MIB * MIB, Some(below), "")?;
     image::write_pattern(top, "qcow2", 30 * MIB + 1024, 5 * MIB, 0x44)
 }
 
@@ -124,7 +126,7 @@ fn a_file_system_lives_on_a_chain_of_four() -> Result<()> {
     with_stand("a_file_system_lives_on_a_chain_of_four", |stand, folder| {
         four_layers(folder, &stand.serve.image)?;
         // without discard at mkfs, so that the file system's writes meet the layers' data
-        let work = Work { fio_mib: 12, mkfs_options: "-E nodiscard".to_owned(), base_mib: 256 };
+        let work = Work { fio_mib: 12, mkfs_options: "-E nodiscard".to_owned(), base_mib: DISK_MIB };
         file_system_lives(stand, folder, &work)
     })
 }
@@ -133,10 +135,10 @@ fn a_file_system_lives_on_a_chain_of_four() -> Result<()> {
 fn what_was_synced_survives_a_killed_daemon() -> Result<()> {
     with_stand("what_was_synced_survives_a_killed_daemon", |stand, folder| {
         let base = folder.join("base.raw");
-        image::create(&base, "raw", 256 * MIB, None, "")?;
+        image::create(&base, "raw", DISK_MIB * MIB, None, "")?;
         image::write_pattern(&base, "raw", 0, 64 * MIB, 0x5a)?;
         let below = Backing { image: &base, format: "raw" };
-        image::create(&stand.serve.image, "qcow2", 256 * MIB, Some(below), "")?;
+        image::create(&stand.serve.image, "qcow2", DISK_MIB * MIB, Some(below), "")?;
         let mut synced = BTreeMap::new();
         for (round, files) in [(1, 7), (2, 23)] {
             let result = scenario::crash_round(stand, round, files, &synced)?;

@@ -1,6 +1,7 @@
 # Writes until the host kills the daemon. A file is reported only after its fsync has returned.
 # From the host: MAKE (1 on the first round), ROUND.
 . /run/report.sh
+say "disk.cache=$(cat /sys/block/vda/queue/write_cache)"
 if [ "$MAKE" = 1 ]; then mkfs.ext4 -q -F /dev/vda; fi
 mount -t ext4 /dev/vda /mnt
 mkdir -p /mnt/synced

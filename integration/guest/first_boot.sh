@@ -40,4 +40,3 @@ sync
 say "trimmed=$(fstrim -v /mnt | grep -o '[0-9]* bytes' | cut -d' ' -f1)"
 checkpoint trim
 umount /mnt
-say_disk_sum

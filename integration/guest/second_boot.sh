@@ -1,4 +1,5 @@
 # The second visit, in a fresh machine: the file system is clean and every file is there.
+# From the host: SUM_MIB (how much of the disk to sum up at the end).
 . /run/report.sh
 e2fsck -fn /dev/vda
 mount -t ext4 /dev/vda /mnt
@@ -6,4 +7,4 @@ say_files /mnt/files
 dd if=/dev/urandom of=/mnt/files/second-visit bs=1k count=777 conv=fsync 2>/dev/null
 umount /mnt
 e2fsck -fn /dev/vda
-say_disk_sum
+say_disk_sum "$SUM_MIB"

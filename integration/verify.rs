@@ -1,0 +1,93 @@
+//! `cargo verify`: the whole check of the repository, from set-up to VM tests.
+//!
+//! Owns the order of the steps and the summary. Steps run one after the other, as each may use every core. It never
+//! goes on after a failed step.
+
+use anyhow::{Result, bail};
+use clap::Parser;
+use std::process::{Command, ExitCode};
+use strata_integration::daemon::workspace;
+use strata_integration::guest::GuestKit;
+use strata_integration::machine::Accelerator;
+use strata_integration::picture;
+use strata_integration::steps::Steps;
+use strata_integration::{command, setup};
+
+/// Checks everything: format, clippy, all tests, the VM tests. Installs what it needs (as root, on Debian).
+#[derive(Parser)]
+#[command(name = "cargo verify")]
+struct Options {
+    /// Check with what is installed; missing tools are an error
+    #[arg(long)]
+    no_install: bool,
+    /// The daemon under the VM tests: strata or qemu-storage-daemon
+    #[arg(long, default_value = "strata")]
+    backend: strata_integration::daemon::Backend,
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    let mut steps = Steps::new();
+    let result = run(&options, &mut steps);
+    print!("{}", picture::steps(steps.times(), steps.colours()));
+    match result {
+        Ok(()) => {
+            println!("\n{}", steps.colours().paint("1;32", "Everything passed."));
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("\n{} {error:#}", steps.colours().paint("1;31", "Not verified:"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(options: &Options, steps: &mut Steps) -> Result<()> {
+    steps.run("set-up", |line| {
+        let say = &mut |text: &str| line.now(text);
+        if options.no_install {
+            let missing = setup::missing_tools();
+            if !missing.is_empty() {
+                bail!("missing: {missing:?}");
+            }
+        } else {
+            setup::ensure_tools(say)?;
+            setup::ensure_rust_components(say)?;
+        }
+        let kit = GuestKit::prepare(say)?;
+        let accelerator = Accelerator::choose(&kit)?;
+        line.keep(&format!("guest kernel {}, QEMU runs it by {accelerator:?}", kit.release));
+        Ok(())
+    })?;
+    steps.run("format", |_| cargo(options, &["fmt", "--all", "--check"]))?;
+    steps.run("clippy", |_| {
+        cargo(options, &["clippy", "--quiet", "--workspace", "--all-targets", "--", "--deny", "warnings"])
+    })?;
+    // the dev profile: half optimised, all checks on, and clippy has compiled none of it for us in release either
+    if nextest_works() {
+        steps.run("build tests", |_| cargo(options, &["nextest", "run", "--workspace", "--no-run"]))?;
+        steps.run("tests and VM tests", |_| cargo(options, &["nextest", "run", "--workspace"]))?;
+    } else {
+        steps.run("build tests", |_| cargo(options, &["test", "--quiet", "--workspace", "--no-run"]))?;
+        steps.run("tests and VM tests", |_| cargo(options, &["test", "--workspace", "--all-targets"]))?;
+    }
+    steps.run("documentation tests", |_| cargo(options, &["test", "--quiet", "--workspace", "--doc"]))
+}
+
+fn nextest_works() -> bool {
+    let mut probe = Command::new("cargo");
+    probe.args(["nextest", "--version"]);
+    command::capture(&mut probe).is_ok_and(|output| output.status.success())
+}
+
+/// Runs cargo with its output on ours: a failing test's words are what a person needs.
+fn cargo(options: &Options, arguments: &[&str]) -> Result<()> {
+    let mut cargo = Command::new("cargo");
+    cargo.args(arguments).current_dir(workspace());
+    cargo.env("STRATA_REQUIRE_TOOLS", "1").env("STRATA_TEST_BACKEND", options.backend.to_string());
+    let status = cargo.status()?;
+    if !status.success() {
+        bail!("{} ended with {status}", command::shown(&cargo));
+    }
+    Ok(())
+}
