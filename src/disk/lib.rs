@@ -1,1 +1,201 @@
-//! disk
+//! One open disk: opens a chain of images, and runs the engine's plans on a [`storage::Storage`].
+//!
+//! [`Disk`] is shared by all threads; each serves requests through a [`DiskQueue`] of its own. The fast path (every
+//! cluster of the request is in the chain map) is straight-line code in queue.rs; all else runs as async functions, one
+//! file a request kind. No lock is held across I/O. Knows nothing of vhost-user or virtio.
+#![forbid(unsafe_code)]
+
+mod close;
+mod driver;
+mod error;
+mod executor;
+mod flush;
+mod header;
+mod housekeeping;
+mod jobs;
+mod layer;
+mod open;
+mod queue;
+mod read;
+mod worker;
+mod write;
+mod zero;
+
+pub use error::{OpenError, RequestError};
+pub use layer::Layer;
+pub use open::{CHAIN_LAYERS_MAX, DiskOptions, Format};
+pub use queue::{Completed, DiskQueue, Request, RequestId};
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use engine::{Engine, EngineSpec, EngineStatus, FileIndex};
+use storage::{FileId, FileInfo, Storage, StorageError};
+
+use crate::driver::Driver;
+use crate::header::HeaderSector;
+use crate::housekeeping::{Bell, Housekeeper};
+use crate::layer::DiskFile;
+use crate::open::open_chain;
+
+/// Workers of one disk at a time: queues, the housekeeper, and the thread that closes it.
+const WORKERS_MAX: usize = 258;
+/// Operations in flight of the thread that opens or closes a disk, and of the housekeeper.
+const SIDE_QUEUE_DEPTH: u32 = 64;
+
+/// An open disk.
+pub struct Disk<S: Storage> {
+    shared: Arc<Shared<S>>,
+    housekeeper: Option<Housekeeper>,
+}
+
+/// What all the threads of a disk share.
+pub(crate) struct Shared<S: Storage> {
+    pub storage: S,
+    pub engine: Engine,
+    pub layers: Vec<Layer>,
+    pub files: Vec<DiskFile>,
+    /// The top image's first sector, for changes of the header; none for a raw or read-only top image.
+    pub header: Option<HeaderSector>,
+    pub read_only: bool,
+    /// Wakes the housekeeper.
+    pub bell: Arc<Bell>,
+    /// The corrupt bit has been asked for.
+    pub corrupt_marked: AtomicBool,
+}
+
+impl<S: Storage> Shared<S> {
+    pub fn file(&self, index: FileIndex) -> &DiskFile {
+        &self.files[usize::from(index.0)]
+    }
+
+    /// The top image's file.
+    pub fn top_file(&self) -> FileId {
+        self.files[0].id
+    }
+
+    /// True if the top image is a qcow2 image.
+    pub fn is_qcow2(&self) -> bool {
+        self.layers[0].header.is_some()
+    }
+}
+
+impl<S: Storage> Disk<S> {
+    /// Opens the chain whose top image is at `path`.
+    ///
+    /// # Errors
+    /// Names the file, the structure and the offset that are in the way. Nothing has been written then, but for the
+    /// autoclear bits of a writable image.
+    pub fn open(storage: S, path: &Path, options: &DiskOptions) -> Result<Self, OpenError> {
+        let driver = Driver::new(storage.queue(SIDE_QUEUE_DEPTH)?);
+        let chain = driver.block_on(open_chain(&driver, &storage, path, options))?;
+        let header = match (&chain.top, &chain.layers[0].header) {
+            (Some(_), Some(top)) => {
+                let sector = driver.block_on(HeaderSector::load(&driver, &chain.files[0]))?;
+                if top.autoclear != 0 {
+                    let patch = qcow2::position::patch_autoclear(0);
+                    driver.block_on(sector.patch_and_sync(&driver, &chain.files[0], patch))?;
+                }
+                Some(sector)
+            }
+            _ => None,
+        };
+        let engine = Engine::new(EngineSpec {
+            layers: chain.specs,
+            writable: !options.read_only,
+            top: chain.top,
+            map_bytes: options.map_bytes,
+            table_bytes: options.table_bytes,
+            workers: WORKERS_MAX,
+        });
+        let shared = Arc::new(Shared {
+            storage,
+            engine,
+            layers: chain.layers,
+            files: chain.files,
+            header,
+            read_only: options.read_only,
+            bell: Arc::default(),
+            corrupt_marked: AtomicBool::new(false),
+        });
+        let needs_keeping = !shared.read_only && shared.is_qcow2();
+        let housekeeper = if needs_keeping { Some(Housekeeper::start(Arc::clone(&shared))?) } else { None };
+        Ok(Disk { shared, housekeeper })
+    }
+
+    /// Virtual size in bytes.
+    pub fn size(&self) -> u64 {
+        self.shared.engine.size()
+    }
+
+    /// The top image's cluster size in bytes; none for a raw image.
+    pub fn cluster_size(&self) -> Option<u64> {
+        self.shared.is_qcow2().then(|| self.shared.engine.unit())
+    }
+
+    /// True if nothing may be written.
+    pub fn is_read_only(&self) -> bool {
+        self.shared.read_only
+    }
+
+    /// The layers, the top image first.
+    pub fn layers(&self) -> &[Layer] {
+        &self.shared.layers
+    }
+
+    /// The open files, in the order of the layers.
+    pub fn files(&self) -> impl Iterator<Item = &FileInfo> {
+        self.shared.files.iter().map(|file| &file.info)
+    }
+
+    /// Bytes that the host has allocated for a layer's file.
+    ///
+    /// # Errors
+    /// When the host cannot say.
+    pub fn allocated(&self, layer: usize) -> Result<u64, StorageError> {
+        self.shared.storage.allocated(self.shared.files[layer].id)
+    }
+
+    /// The engine's numbers.
+    pub fn status(&self) -> EngineStatus {
+        self.shared.engine.status()
+    }
+
+    /// Makes the calling thread's queue, for at most `depth` requests in flight.
+    ///
+    /// # Errors
+    /// When the host refuses the means, or the disk has too many queues.
+    pub fn queue(&self, depth: u32) -> Result<DiskQueue<S>, OpenError> {
+        DiskQueue::new(Arc::clone(&self.shared), depth)
+    }
+
+    /// Brings everything to disk and closes the image cleanly: reserved clusters are given back, freed space is
+    /// punched, the file is cut to its length. All queues must be gone.
+    ///
+    /// # Errors
+    /// When something could not be brought to disk; the image then needs at worst its leaks repaired, if the disk had
+    /// not failed before.
+    pub fn close(mut self) -> Result<(), OpenError> {
+        if let Some(housekeeper) = self.housekeeper.take() {
+            housekeeper.stop();
+        }
+        close::close(&self.shared)
+    }
+}
+
+impl<S: Storage> Drop for Disk<S> {
+    /// Without [`Disk::close`]: stops the housekeeper, as a crash would.
+    fn drop(&mut self) {
+        if let Some(housekeeper) = self.housekeeper.take() {
+            housekeeper.stop();
+        }
+    }
+}
+
+impl<S: Storage> Shared<S> {
+    /// Notes that the corrupt bit is to be set; true for the first to ask.
+    pub fn claim_corrupt_mark(&self) -> bool {
+        !self.corrupt_marked.swap(true, Ordering::AcqRel)
+    }
+}

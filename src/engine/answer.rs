@@ -20,6 +20,8 @@ pub enum Answer<T> {
     Wait,
     /// Run [`crate::Engine::plan_reserve`] to its end, then ask again.
     Reserve,
+    /// Too much is dirty: flush, then ask again.
+    Flush,
     /// Make this L2 table the top image's own by [`crate::Engine::plan_table`], then ask again.
     Table(TableSlot),
 }
@@ -49,6 +51,7 @@ macro_rules! ready {
             Answer::Load(loads) => return Ok(Answer::Load(loads)),
             Answer::Wait => return Ok(Answer::Wait),
             Answer::Reserve => return Ok(Answer::Reserve),
+            Answer::Flush => return Ok(Answer::Flush),
             Answer::Table(slot) => return Ok(Answer::Table(slot)),
         }
     };

@@ -74,7 +74,7 @@ pub struct EngineSpec {
     pub top: Option<TopSpec>,
     /// The most bytes of chain map.
     pub map_bytes: usize,
-    /// The most bytes of clean tables to keep.
+    /// The most bytes of clean tables to keep, and of dirty ones to let gather before a flush.
     pub table_bytes: usize,
     /// The most workers at a time.
     pub workers: usize,
@@ -142,6 +142,7 @@ impl Engine {
             map_writer: MapWriter::new(&map),
             tables: Tables::new(spec.table_bytes),
             layers,
+            dirty_bytes_max: spec.table_bytes,
             writable: spec.writable,
             write,
         };

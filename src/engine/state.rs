@@ -22,6 +22,8 @@ pub(crate) struct State {
     pub layers: Vec<Layer>,
     pub tables: Tables,
     pub map_writer: MapWriter,
+    /// Above this many bytes of dirty tables, plans ask for a flush first.
+    pub dirty_bytes_max: usize,
     /// The top image may be written, whatever its format.
     pub writable: bool,
     /// Present if the top image is a qcow2 image open for writing.
@@ -87,6 +89,11 @@ impl State {
             Some(Layer::Qcow2(layer)) => layer,
             _ => panic!("plans that change tables are asked of qcow2 images only"),
         }
+    }
+
+    /// For plans that will make tables dirty: `Flush` if too many are.
+    pub fn may_dirty(&self) -> Answer<()> {
+        if self.tables.dirty_bytes() > self.dirty_bytes_max { Answer::Flush } else { Answer::Ready(()) }
     }
 
     pub fn write_state(&mut self) -> Result<&mut WriteState, EngineError> {

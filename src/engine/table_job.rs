@@ -43,6 +43,7 @@ impl State {
             L1Entry::Table { offset, copied: false } => Some(offset),
             L1Entry::Unallocated => None,
         };
+        ready!(self.may_dirty());
         if let Some(waiters) = self.write_state()?.table_jobs.get_mut(&slot) {
             waiters.push(waker.clone());
             return Ok(Answer::Wait);

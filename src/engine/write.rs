@@ -71,6 +71,7 @@ impl State {
         waker: &Waker,
     ) -> Result<Answer<WritePlan>, EngineError> {
         self.write_state()?;
+        ready!(self.may_dirty());
         let top = self.top_qcow2();
         let (geometry, file) = (top.geometry, top.file);
         let cluster_size = geometry.cluster_size();

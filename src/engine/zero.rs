@@ -51,6 +51,7 @@ impl State {
         waker: &Waker,
     ) -> Result<Answer<Zeroed>, EngineError> {
         self.write_state()?;
+        ready!(self.may_dirty());
         let geometry = self.top_qcow2().geometry;
         let cluster_size = geometry.cluster_size();
         let first = geometry.guest_cluster(offset);

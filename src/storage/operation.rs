@@ -133,3 +133,5 @@ impl std::fmt::Debug for Errno {
         write!(f, "Errno({}: {self})", self.0)
     }
 }
+
+impl std::error::Error for Errno {}

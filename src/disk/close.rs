@@ -1,0 +1,49 @@
+//! Closing a disk cleanly: nothing dirty, nothing leaked, no longer than it need be.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use storage::{Kind, Operation, Storage};
+
+use crate::driver::Driver;
+use crate::error::{OpenError, RequestError};
+use crate::worker::Worker;
+use crate::{SIDE_QUEUE_DEPTH, Shared};
+
+pub(crate) fn close<S: Storage>(shared: &Arc<Shared<S>>) -> Result<(), OpenError> {
+    if shared.read_only {
+        return Ok(());
+    }
+    let driver = Driver::new(shared.storage.queue(SIDE_QUEUE_DEPTH)?);
+    let worker =
+        Worker::new(Arc::clone(shared), Rc::clone(&driver)).expect("all queues of the disk are gone");
+    driver
+        .block_on(finish(&worker))
+        .map_err(|source| OpenError::Request { path: shared.layers[0].path.clone(), source })
+}
+
+async fn finish<S: Storage>(worker: &Worker<S>) -> Result<(), RequestError> {
+    if worker.shared.is_qcow2() {
+        worker.ask(|engine, waker| engine.release_windows(waker)).await?;
+        // The first makes the unlinks durable; then their clusters are free; the second writes that down.
+        worker.flush().await?;
+        worker.reclaim().await?;
+        worker.flush().await?;
+        worker.trim_file().await?;
+    }
+    worker.flush().await
+}
+
+impl<S: Storage> Worker<S> {
+    /// Cuts the file behind its last cluster in use.
+    async fn trim_file(&self) -> Result<(), RequestError> {
+        let length = self.engine().trim_end()?;
+        let top = self.shared.top_file();
+        let present = self.shared.storage.length(top).unwrap_or(0);
+        if present > length {
+            let cut = Operation::bare(top, Kind::SetLength, length);
+            self.driver.run_bare(cut).await.map_err(RequestError::io("cutting the image file"))?;
+        }
+        Ok(())
+    }
+}

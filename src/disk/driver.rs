@@ -1,0 +1,314 @@
+//! A thread's engine room: its I/O queue, its executor, its buffers and timers. Knows no disk and no request.
+//!
+//! Completions of operations pushed by async functions wake their task; those of the fast path are handed to whoever
+//! turns the driver.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::future::{Future, poll_fn};
+use std::pin::pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use slab::Slab;
+use smallvec::SmallVec;
+use storage::{AlignedBuf, BufferPool, Completion, Errno, IoQueue, Notifier, Operation, Part, Parts, Token};
+
+use crate::executor::{Executor, poll_once};
+
+/// Bytes of buffers that requests of one thread may hold at a time.
+const BUFFER_BYTES: usize = 16 << 20;
+/// Bytes of free buffers kept for the next.
+const POOL_BYTES: usize = 8 << 20;
+/// Marks the tokens of operations that a future waits for.
+const FUTURE: u64 = 1 << 63;
+
+/// What became of an operation, and its memory.
+pub(crate) type Outcome = (Result<(), Errno>, Parts);
+
+enum Waiting {
+    For(Option<Waker>),
+    Done(Outcome),
+}
+
+pub(crate) struct Driver<Q> {
+    queue: RefCell<Q>,
+    executor: RefCell<Executor>,
+    waiting: RefCell<Slab<Waiting>>,
+    scratch: RefCell<Vec<Completion>>,
+    timers: RefCell<Vec<(Instant, Waker)>>,
+    pub pool: BufferPool,
+    budget: Budget,
+}
+
+impl<Q: IoQueue> Driver<Q> {
+    pub fn new(queue: Q) -> Rc<Self> {
+        let executor = Executor::new(queue.notifier());
+        Rc::new(Driver {
+            queue: RefCell::new(queue),
+            executor: RefCell::new(executor),
+            waiting: RefCell::new(Slab::new()),
+            scratch: RefCell::new(Vec::new()),
+            timers: RefCell::new(Vec::new()),
+            pool: BufferPool::new(POOL_BYTES),
+            budget: Budget { free: Cell::new(BUFFER_BYTES), waiters: RefCell::new(VecDeque::new()) },
+        })
+    }
+
+    /// The I/O queue, for operations of the fast path (with tokens below 2^63) and for watching.
+    pub fn queue(&self) -> std::cell::RefMut<'_, Q> {
+        self.queue.borrow_mut()
+    }
+
+    pub fn notifier(&self) -> Arc<dyn Notifier> {
+        self.queue.borrow().notifier()
+    }
+
+    pub fn now(&self) -> Instant {
+        self.queue.borrow().now()
+    }
+
+    pub fn spawn(&self, task: impl Future<Output = ()> + 'static) {
+        self.executor.borrow_mut().spawn(Box::pin(task));
+    }
+
+    /// Starts an operation; the future gives its outcome.
+    pub fn run(&self, operation: Operation) -> impl Future<Output = Outcome> {
+        let index = self.waiting.borrow_mut().insert(Waiting::For(None));
+        self.queue.borrow_mut().push(Token(FUTURE | index as u64), operation);
+        poll_fn(move |context| {
+            let mut waiting = self.waiting.borrow_mut();
+            if let Waiting::For(waker) = &mut waiting[index] {
+                *waker = Some(context.waker().clone());
+                return Poll::Pending;
+            }
+            match waiting.remove(index) {
+                Waiting::Done(outcome) => Poll::Ready(outcome),
+                Waiting::For(_) => unreachable!("looked at above"),
+            }
+        })
+    }
+
+    /// Runs an operation that moves no memory.
+    pub async fn run_bare(&self, operation: Operation) -> Result<(), Errno> {
+        self.run(operation).await.0
+    }
+
+    /// Runs operations at once; all have ended when this returns. The first error, if any.
+    pub async fn run_all(&self, operations: impl IntoIterator<Item = Operation>) -> Result<(), Errno> {
+        let started: SmallVec<[_; 4]> = operations.into_iter().map(|operation| self.run(operation)).collect();
+        let mut result = Ok(());
+        for outcome in started {
+            let (ended, parts) = outcome.await;
+            result = result.and(ended);
+            self.recycle(parts);
+        }
+        result
+    }
+
+    /// Gives the buffers among an operation's parts back to the pool.
+    pub fn recycle(&self, parts: Parts) {
+        for part in parts {
+            if let Part::Owned(buffer) = part {
+                self.pool.give(buffer);
+            }
+        }
+    }
+
+    /// Runs a read or write of one buffer, which comes back.
+    pub async fn run_buffer(
+        &self,
+        mut operation: Operation,
+        buffer: AlignedBuf,
+    ) -> (Result<(), Errno>, AlignedBuf) {
+        operation.parts.push(Part::Owned(buffer));
+        let (result, mut parts) = self.run(operation).await;
+        match parts.pop() {
+            Some(Part::Owned(buffer)) => (result, buffer),
+            _ => panic!("an operation gives back the parts it was given"),
+        }
+    }
+
+    /// Waits until the thread's requests hold so little buffer memory that `bytes` more may be taken. More than the
+    /// whole budget counts as the whole.
+    pub async fn reserve_buffers(&self, bytes: usize) -> BufferPermit<'_> {
+        let bytes = bytes.min(BUFFER_BYTES);
+        let mut number = None;
+        poll_fn(|context| self.budget.poll_take(bytes, &mut number, context.waker())).await;
+        BufferPermit { budget: &self.budget, bytes }
+    }
+
+    /// Wakes a task at a time, or soon after.
+    pub fn wake_at(&self, until: Instant, waker: &Waker) {
+        self.timers.borrow_mut().push((until, waker.clone()));
+    }
+
+    /// Sends what was pushed, takes in what completed, runs tasks, until there is nothing more to do at once. The
+    /// completions of fast-path operations go to `fast`.
+    pub fn turn(&self, mut fast: impl FnMut(Completion)) {
+        // Bounded, so that a task that is always ready cannot keep the thread from its other work.
+        for _ in 0..32 {
+            let mut completions = self.scratch.take();
+            {
+                let mut queue = self.queue.borrow_mut();
+                queue.submit();
+                queue.reap(&mut completions);
+            }
+            let mut busy = !completions.is_empty();
+            for completion in completions.drain(..) {
+                if completion.token.0 & FUTURE == 0 {
+                    fast(completion);
+                } else {
+                    self.finish(completion);
+                }
+            }
+            *self.scratch.borrow_mut() = completions;
+            self.fire_timers();
+            busy |= self.run_ready();
+            if !busy {
+                break;
+            }
+        }
+    }
+
+    fn finish(&self, completion: Completion) {
+        let index = (completion.token.0 & !FUTURE) as usize;
+        let done = Waiting::Done((completion.result, completion.parts));
+        let before = std::mem::replace(&mut self.waiting.borrow_mut()[index], done);
+        if let Waiting::For(Some(waker)) = before {
+            waker.wake();
+        }
+    }
+
+    fn fire_timers(&self) {
+        let mut timers = self.timers.borrow_mut();
+        if timers.is_empty() {
+            return;
+        }
+        let now = self.now();
+        timers.retain(|(until, waker)| {
+            let waits = *until > now;
+            if !waits {
+                waker.wake_by_ref();
+            }
+            waits
+        });
+    }
+
+    /// Polls the tasks that are ready now; true if there were any.
+    fn run_ready(&self) -> bool {
+        if !self.executor.borrow().has_ready() {
+            return false;
+        }
+        let mut ready = self.executor.borrow_mut().take_ready();
+        while let Some(number) = ready.pop_front() {
+            let taken = self.executor.borrow_mut().take(number);
+            if let Some((task, waker)) = taken {
+                let left = poll_once(task, &waker);
+                self.executor.borrow_mut().put_back(number, left);
+            }
+        }
+        self.executor.borrow_mut().give_back(ready);
+        true
+    }
+
+    /// Sleeps until there may be something to do.
+    pub fn wait(&self, timeout: Option<Duration>) {
+        if self.executor.borrow().has_ready() {
+            return;
+        }
+        let next = self.timers.borrow().iter().map(|(until, _)| *until).min();
+        let next = next.map(|until| until.saturating_duration_since(self.now()));
+        let timeout = match (timeout, next) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
+        };
+        self.queue.borrow_mut().wait(timeout);
+    }
+
+    /// Runs a future to its end on this thread, with whatever else the driver has to do.
+    pub fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
+        let mut future = pin!(future);
+        let flag =
+            Arc::new(Flag { set: std::sync::atomic::AtomicBool::new(true), notifier: self.notifier() });
+        let waker = Waker::from(Arc::clone(&flag));
+        loop {
+            if flag.set.swap(false, std::sync::atomic::Ordering::AcqRel)
+                && let Poll::Ready(value) = future.as_mut().poll(&mut Context::from_waker(&waker))
+            {
+                return value;
+            }
+            self.turn(|_| panic!("no fast path here"));
+            if !flag.set.load(std::sync::atomic::Ordering::Acquire) {
+                self.wait(None);
+            }
+        }
+    }
+}
+
+/// The waker of [`Driver::block_on`].
+struct Flag {
+    /// The future is to be polled. Set with release by a wake, taken with acquire before a poll.
+    set: std::sync::atomic::AtomicBool,
+    notifier: Arc<dyn Notifier>,
+}
+
+impl std::task::Wake for Flag {
+    fn wake(self: Arc<Self>) {
+        self.set.store(true, std::sync::atomic::Ordering::Release);
+        self.notifier.notify();
+    }
+}
+
+/// Bounds the buffer memory of one thread, first come first served.
+struct Budget {
+    free: Cell<usize>,
+    waiters: RefCell<VecDeque<(u64, Waker)>>,
+}
+
+impl Budget {
+    fn poll_take(&self, bytes: usize, number: &mut Option<u64>, waker: &Waker) -> Poll<()> {
+        let mut waiters = self.waiters.borrow_mut();
+        let first = waiters.front().is_none_or(|(front, _)| Some(*front) == *number);
+        if first && self.free.get() >= bytes {
+            self.free.set(self.free.get() - bytes);
+            if number.is_some() {
+                waiters.pop_front();
+            }
+            if let Some((_, next)) = waiters.front() {
+                next.wake_by_ref();
+            }
+            return Poll::Ready(());
+        }
+        match number {
+            Some(number) => {
+                let own = waiters.iter_mut().find(|(queued, _)| queued == number).expect("queued before");
+                own.1 = waker.clone();
+            }
+            None => {
+                let next = waiters.back().map_or(0, |(last, _)| last + 1);
+                *number = Some(next);
+                waiters.push_back((next, waker.clone()));
+            }
+        }
+        Poll::Pending
+    }
+}
+
+/// Leave to hold some buffer memory, until dropped.
+#[must_use]
+pub(crate) struct BufferPermit<'a> {
+    budget: &'a Budget,
+    bytes: usize,
+}
+
+impl Drop for BufferPermit<'_> {
+    fn drop(&mut self) {
+        self.budget.free.set(self.budget.free.get() + self.bytes);
+        if let Some((_, next)) = self.budget.waiters.borrow().front() {
+            next.wake_by_ref();
+        }
+    }
+}

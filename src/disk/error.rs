@@ -1,0 +1,144 @@
+//! What can go wrong with a disk: opening it, and serving a request.
+
+use std::path::PathBuf;
+
+use engine::EngineError;
+use qcow2::{FormatError, Unsupported};
+use storage::{Errno, StorageError};
+use thiserror::Error;
+
+/// Why a disk could not be opened or closed.
+#[derive(Debug, Error)]
+pub enum OpenError {
+    /// The host could not open, lock or size the file, or has no means for I/O.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    /// A read or write of the image file failed.
+    #[error("{}: {structure} at offset {offset:#x}: {source}", path.display())]
+    Io {
+        /// The image.
+        path: PathBuf,
+        /// What was read or written.
+        structure: &'static str,
+        /// Byte offset in the file.
+        offset: u64,
+        /// What the host said.
+        source: Errno,
+    },
+    /// The image's bytes break the format.
+    #[error("{}: {source}", path.display())]
+    Format {
+        /// The image.
+        path: PathBuf,
+        /// What is broken and where.
+        source: FormatError,
+    },
+    /// The image is valid but needs what is not built.
+    #[error("{}: {source}", path.display())]
+    Unsupported {
+        /// The image.
+        path: PathBuf,
+        /// What it needs.
+        source: Unsupported,
+    },
+    /// A writable qcow2 image on a block device.
+    #[error(
+        "{}: is a block device; a writable qcow2 image must be a regular file (a raw image may be a block device: \
+         --format raw)", path.display()
+    )]
+    WritableBlockDevice {
+        /// The device.
+        path: PathBuf,
+    },
+    /// A backing file is named without its format.
+    #[error(
+        "{}: names the backing file \"{backing}\" but not its format, and formats are never guessed; give \
+         --backing-format qcow2 or raw, or record it with `qemu-img rebase -u -F FORMAT`", path.display()
+    )]
+    BackingFormatMissing {
+        /// The overlay.
+        path: PathBuf,
+        /// The name in its header.
+        backing: String,
+    },
+    /// A backing file has a format that is not served.
+    #[error("{}: its backing file \"{backing}\" has format \"{format}\"; only qcow2 and raw are served", path.display())]
+    BackingFormatUnknown {
+        /// The overlay.
+        path: PathBuf,
+        /// The name in its header.
+        backing: String,
+        /// The format in its header.
+        format: String,
+    },
+    /// A backing name that is no plain file name.
+    #[error(
+        "{}: names the backing file \"{backing}\", which is no plain file name (a protocol or json: name); only files \
+         are opened", path.display()
+    )]
+    BackingNotAFile {
+        /// The overlay.
+        path: PathBuf,
+        /// The name in its header.
+        backing: String,
+    },
+    /// The chain comes back to a file that it has already.
+    #[error("{}: is in the chain twice: its backing files form a loop", path.display())]
+    BackingLoop {
+        /// The file met twice.
+        path: PathBuf,
+    },
+    /// The chain is too deep.
+    #[error("{}: the chain has more than {limit} layers", path.display())]
+    ChainTooDeep {
+        /// The layer that was one too many.
+        path: PathBuf,
+        /// The most there may be.
+        limit: usize,
+    },
+    /// The disk has as many queues as it can have.
+    #[error("the disk has {limit} queues, and no more can be")]
+    TooManyQueues {
+        /// The most there may be.
+        limit: usize,
+    },
+    /// The host refused a thread.
+    #[error("the host refused a thread: {0}")]
+    Thread(std::io::Error),
+    /// Metadata could not be brought to disk, or was found damaged, while closing.
+    #[error("{}: {source}", path.display())]
+    Request {
+        /// The image.
+        path: PathBuf,
+        /// What failed.
+        source: RequestError,
+    },
+}
+
+/// Why a request failed. The guest learns only that it did; the log has this.
+#[derive(Clone, Debug, Error)]
+pub enum RequestError {
+    /// The image's tables make no sense, or the disk has failed before.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// The host's I/O failed.
+    #[error("{what} failed: {source}")]
+    Io {
+        /// What was being done.
+        what: &'static str,
+        /// What the host said.
+        source: Errno,
+    },
+}
+
+impl RequestError {
+    /// Names what was being done when the host failed.
+    pub(crate) fn io(what: &'static str) -> impl FnOnce(Errno) -> RequestError {
+        move |source| RequestError::Io { what, source }
+    }
+
+    /// True if the host has no space (left for this user): nothing is broken.
+    pub fn is_no_space(&self) -> bool {
+        matches!(self, RequestError::Io { source, .. } if *source == Errno::ENOSPC || *source == Errno::EDQUOT)
+    }
+}

@@ -1,0 +1,142 @@
+//! Flush: leads a cut of the metadata to disk, stage by stage, or waits for the one who does.
+//!
+//! The order is the engine's (docs/durability.md); here are the writes, the fdatasyncs, and what a failure means.
+
+use std::future::poll_fn;
+use std::task::Poll;
+
+use engine::{FlushCut, FlushStep, Stage, TableWrite};
+use storage::{Errno, Kind, Operation, Part, Storage};
+use tracing::error;
+
+use crate::error::RequestError;
+use crate::header::HeaderSector;
+use crate::worker::Worker;
+
+/// Table writes in flight at a time.
+const WRITES_AT_ONCE: usize = 32;
+
+/// What failed in a cut.
+enum Failure {
+    /// No space: nothing is broken, and the cut is tried again with the next flush.
+    NoSpace(Stage, Errno),
+    /// The disk is not to be trusted with writes any more.
+    Fatal(&'static str, Errno),
+}
+
+impl<S: Storage> Worker<S> {
+    /// Makes everything acknowledged so far durable.
+    pub async fn flush(&self) -> Result<(), RequestError> {
+        if self.shared.read_only {
+            return Ok(());
+        }
+        if !self.shared.is_qcow2() {
+            return self.flush_raw().await;
+        }
+        let ticket = self.engine().begin_flush()?;
+        loop {
+            let step = poll_fn(|context| match self.engine().plan_flush(ticket, context.waker()) {
+                Ok(FlushStep::Wait) => Poll::Pending,
+                other => Poll::Ready(other),
+            })
+            .await;
+            match step? {
+                FlushStep::Done => return Ok(()),
+                FlushStep::Wait => {}
+                FlushStep::Lead(cut) => self.lead(cut).await?,
+            }
+        }
+    }
+
+    async fn flush_raw(&self) -> Result<(), RequestError> {
+        if self.engine().has_failed() {
+            return Err(engine::EngineError::Failed.into());
+        }
+        let result = self.driver.run_bare(Operation::bare(self.shared.top_file(), Kind::Sync, 0)).await;
+        if let Err(source) = result {
+            self.fail("fdatasync", source);
+            return Err(RequestError::Io { what: "fdatasync", source });
+        }
+        Ok(())
+    }
+
+    fn fail(&self, what: &'static str, source: Errno) {
+        self.engine().fail();
+        let path = self.shared.layers[0].path.display();
+        error!(%path, what, error = %source, "the disk has failed: writes and flushes are refused from now on");
+    }
+
+    async fn lead(&self, cut: FlushCut) -> Result<(), RequestError> {
+        match self.write_cut(&cut).await {
+            Ok(()) => {
+                self.engine().commit_cut(&cut);
+                self.shared.flushed();
+                Ok(())
+            }
+            Err(Failure::NoSpace(stage, source)) => {
+                self.engine().fail_cut(&cut, stage);
+                Err(RequestError::Io { what: "writing metadata", source })
+            }
+            Err(Failure::Fatal(what, source)) => {
+                self.fail(what, source);
+                // Wakes those who wait for this cut; they find that the disk has failed.
+                self.engine().fail_cut(&cut, Stage::Two);
+                Err(RequestError::Io { what, source })
+            }
+        }
+    }
+
+    async fn write_cut(&self, cut: &FlushCut) -> Result<(), Failure> {
+        if !cut.stage0.is_empty() {
+            self.write_stage(Stage::Zero, &cut.stage0, None).await?;
+            self.sync().await?;
+        }
+        let switch = cut.header.map(|switch| {
+            let header = self.shared.header.as_ref().expect("a writable qcow2 image has its header sector");
+            let clusters = switch.refcount_table_clusters;
+            let patch = qcow2::position::patch_refcount_table(switch.refcount_table_offset, clusters);
+            HeaderSector::write(&self.shared.files[0], header.patched(patch))
+        });
+        self.write_stage(Stage::One, &cut.stage1, switch).await?;
+        // In any case: it also makes the guest's data durable, before any link to it.
+        self.sync().await?;
+        if !cut.stage2.is_empty() {
+            self.write_stage(Stage::Two, &cut.stage2, None).await?;
+            self.sync().await?;
+        }
+        Ok(())
+    }
+
+    async fn write_stage(
+        &self,
+        stage: Stage,
+        writes: &[TableWrite],
+        extra: Option<Operation>,
+    ) -> Result<(), Failure> {
+        let mut result = self.driver.run_all(extra).await;
+        for some in writes.chunks(WRITES_AT_ONCE) {
+            if result.is_err() {
+                break;
+            }
+            result = self.driver.run_all(some.iter().map(|write| self.table_write(write))).await;
+        }
+        result.map_err(|source| match source {
+            Errno::ENOSPC | Errno::EDQUOT => Failure::NoSpace(stage, source),
+            _ => Failure::Fatal("writing metadata", source),
+        })
+    }
+
+    fn table_write(&self, write: &TableWrite) -> Operation {
+        let mut buffer = self.buffer(write.bytes.len());
+        buffer.as_mut_slice().copy_from_slice(&write.bytes);
+        let mut operation = Operation::bare(self.shared.top_file(), Kind::Write, write.offset.0);
+        operation.parts.push(Part::Owned(buffer));
+        operation
+    }
+
+    /// After a failed fdatasync nobody knows what is on the disk: the kernel may have dropped what it could not write.
+    async fn sync(&self) -> Result<(), Failure> {
+        let sync = Operation::bare(self.shared.top_file(), Kind::Sync, 0);
+        self.driver.run_bare(sync).await.map_err(|source| Failure::Fatal("fdatasync", source))
+    }
+}

@@ -1,0 +1,210 @@
+//! The housekeeper: one thread a disk that flushes metadata which has been dirty for long, and gives freed space back.
+//!
+//! It sleeps while there is nothing of either.
+
+use std::future::poll_fn;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
+use std::task::{Poll, Waker};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use storage::{Errno, Kind, Operation, Storage};
+use tracing::warn;
+
+use crate::driver::Driver;
+use crate::error::{OpenError, RequestError};
+use crate::worker::Worker;
+use crate::{SIDE_QUEUE_DEPTH, Shared};
+
+/// How long metadata may stay dirty with no flush from the guest.
+const DIRTY_AGE_MAX: Duration = Duration::from_secs(5);
+/// How long to wait before looking again whether freed clusters are out of reach of all I/O.
+const RECLAIM_RETRY: Duration = Duration::from_millis(50);
+
+/// How others wake the housekeeper.
+#[derive(Default)]
+pub(crate) struct Bell {
+    /// The housekeeper sleeps until it is rung for. Stored (SeqCst) before it looks for work a last time; rung after
+    /// the work was made, so one of the two sees the other.
+    listening: AtomicBool,
+    stop: AtomicBool,
+    /// Leaf lock.
+    waker: Mutex<Option<Waker>>,
+}
+
+impl Bell {
+    /// There is something to do, soon.
+    pub fn ring(&self) {
+        if self.listening.load(Ordering::SeqCst) && self.listening.swap(false, Ordering::SeqCst) {
+            self.wake();
+        }
+    }
+
+    fn wake(&self) {
+        let waker = self.waker.lock().expect("no panic under this lock").take();
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    fn stopped(&self) -> bool {
+        self.stop.load(Ordering::SeqCst)
+    }
+
+    /// Waits until rung (if `listen`), stopped, or the time is over.
+    async fn idle<S: Storage>(&self, worker: &Worker<S>, time: Option<Duration>, listen: bool) {
+        let until = time.map(|time| worker.driver.now() + time);
+        let mut started = false;
+        poll_fn(|context| {
+            *self.waker.lock().expect("no panic under this lock") = Some(context.waker().clone());
+            if !started {
+                started = true;
+                self.listening.store(listen, Ordering::SeqCst);
+            }
+            let rung = listen && !self.listening.load(Ordering::SeqCst);
+            let over = until.is_some_and(|until| worker.driver.now() >= until);
+            if self.stopped() || rung || over || (listen && has_work(worker)) {
+                return Poll::Ready(());
+            }
+            if let Some(until) = until {
+                worker.driver.wake_at(until, context.waker());
+            }
+            Poll::Pending
+        })
+        .await;
+        self.listening.store(false, Ordering::SeqCst);
+    }
+}
+
+fn has_work<S: Storage>(worker: &Worker<S>) -> bool {
+    let status = worker.engine().status();
+    status.dirty_bytes > 0 || status.quarantined_clusters > 0
+}
+
+/// The thread.
+pub(crate) struct Housekeeper {
+    thread: JoinHandle<()>,
+    bell: Arc<Bell>,
+}
+
+impl Housekeeper {
+    pub fn start<S: Storage>(shared: Arc<Shared<S>>) -> Result<Self, OpenError> {
+        let bell = Arc::clone(&shared.bell);
+        let (report, started) = mpsc::channel();
+        let thread = std::thread::Builder::new()
+            .name("strata-keeper".into())
+            .spawn(move || match shared.storage.queue(SIDE_QUEUE_DEPTH) {
+                Ok(queue) => {
+                    let driver = Driver::new(queue);
+                    let worker = Worker::new(shared, Rc::clone(&driver)).expect("the first worker of a disk");
+                    let _ = report.send(Ok(()));
+                    driver.block_on(keep(&worker));
+                }
+                Err(error) => drop(report.send(Err(OpenError::from(error)))),
+            })
+            .map_err(OpenError::Thread)?;
+        match started.recv() {
+            Ok(Ok(())) => Ok(Housekeeper { thread, bell }),
+            Ok(Err(error)) => Err(error),
+            Err(_) => panic!("the housekeeper ended before it reported"),
+        }
+    }
+
+    /// Ends the thread after what it is doing now.
+    pub fn stop(self) {
+        self.bell.stop.store(true, Ordering::SeqCst);
+        self.bell.wake();
+        if self.thread.join().is_err() {
+            warn!("the housekeeper of a disk ended in a panic");
+        }
+    }
+}
+
+/// The housekeeper's work.
+async fn keep<S: Storage>(worker: &Worker<S>) {
+    let bell = &worker.shared.bell;
+    while !bell.stopped() && !worker.engine().has_failed() {
+        if !has_work(worker) {
+            bell.idle(worker, None, true).await;
+            continue;
+        }
+        let cuts = worker.engine().status().cuts;
+        let pause = if worker.engine().status().reclaimable { RECLAIM_RETRY } else { DIRTY_AGE_MAX };
+        // A guest's flush rings while we wait, so that what it unlinked is given back at once.
+        bell.pause(worker, pause, cuts).await;
+        if bell.stopped() {
+            break;
+        }
+        let flushed_meanwhile = worker.engine().status().cuts != cuts;
+        if !flushed_meanwhile
+            && pause == DIRTY_AGE_MAX
+            && let Err(error) = worker.flush().await
+        {
+            warn!(%error, "flushing metadata in the background failed");
+            bell.idle(worker, Some(DIRTY_AGE_MAX), false).await;
+        }
+        if let Err(error) = worker.reclaim().await {
+            warn!(%error, "giving freed space back failed");
+            bell.idle(worker, Some(DIRTY_AGE_MAX), false).await;
+        }
+    }
+}
+
+impl Bell {
+    /// Waits until stopped, the time is over, or a cut after number `cuts` is durable.
+    async fn pause<S: Storage>(&self, worker: &Worker<S>, time: Duration, cuts: u64) {
+        let until = worker.driver.now() + time;
+        poll_fn(|context| {
+            *self.waker.lock().expect("no panic under this lock") = Some(context.waker().clone());
+            if self.stopped() || worker.driver.now() >= until || worker.engine().status().cuts != cuts {
+                return Poll::Ready(());
+            }
+            worker.driver.wake_at(until, context.waker());
+            Poll::Pending
+        })
+        .await;
+    }
+}
+
+impl<S: Storage> Worker<S> {
+    /// Gives back what can be given back now.
+    pub async fn reclaim(&self) -> Result<(), RequestError> {
+        while let Some(plan) = self.ask(|engine, waker| engine.plan_reclaim(waker)).await? {
+            let mut punched = Vec::with_capacity(plan.punches.len());
+            for some in plan.punches.chunks(16) {
+                let top = self.shared.top_file();
+                let started: Vec<_> = some
+                    .iter()
+                    .map(|(offset, length)| {
+                        self.driver.run(Operation::bare(top, Kind::Punch { length: *length }, offset.0))
+                    })
+                    .collect();
+                for outcome in started {
+                    let (result, _) = outcome.await;
+                    if let Err(error) = result
+                        && error != Errno::EOPNOTSUPP
+                    {
+                        warn!(%error, "freed space could not be given back to the host; it is reused all the same");
+                    }
+                    punched.push(result.is_ok());
+                }
+            }
+            self.engine().commit_reclaim(plan, &punched);
+        }
+        Ok(())
+    }
+}
+
+impl<S: Storage> Shared<S> {
+    /// Metadata was changed: the housekeeper is to see to it in time.
+    pub(crate) fn touched(&self) {
+        self.bell.ring();
+    }
+
+    /// A cut is durable: what it unlinked can be given back.
+    pub(crate) fn flushed(&self) {
+        self.bell.wake();
+    }
+}

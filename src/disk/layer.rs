@@ -1,0 +1,44 @@
+//! What is known of each layer of an open chain, for messages and `strata info`.
+
+use std::path::PathBuf;
+
+use qcow2::Header;
+use storage::{FileId, FileInfo};
+
+/// A layer of an open chain.
+#[derive(Clone, Debug)]
+pub struct Layer {
+    /// The file, as it was opened.
+    pub path: PathBuf,
+    /// The qcow2 header; none for a raw layer.
+    pub header: Option<Header>,
+    /// Virtual size in bytes.
+    pub size: u64,
+    /// The file's length in bytes at open.
+    pub file_length: u64,
+}
+
+impl Layer {
+    pub(crate) fn raw(path: PathBuf, size: u64, file_length: u64) -> Self {
+        Layer { path, header: None, size, file_length }
+    }
+
+    pub(crate) fn qcow2(path: PathBuf, header: Header, file_length: u64) -> Self {
+        Layer { path, size: header.size, header: Some(header), file_length }
+    }
+}
+
+/// An open file of the chain; its place in the list is the engine's `FileIndex`.
+pub(crate) struct DiskFile {
+    pub id: FileId,
+    pub info: FileInfo,
+}
+
+impl DiskFile {
+    /// True if memory at these addresses and lengths may be used for direct I/O on this file.
+    pub fn takes(&self, slices: &[storage::GuestSlice]) -> bool {
+        let mask = self.info.memory_alignment.max(1) as usize - 1;
+        mask == 0
+            || slices.iter().all(|slice| (slice.ptr_guard().as_ptr() as usize | slice.len()) & mask == 0)
+    }
+}

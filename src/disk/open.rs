@@ -1,0 +1,271 @@
+//! Opening a chain: the top image and every backing file below it, checked, locked and read once.
+//!
+//! Only files that a header names with a known format are opened, and never one that is in the chain already. Formats
+//! are never guessed. Memory is bounded by what the files hold, not by what their headers claim.
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use engine::{FileIndex, LayerFormat, LayerSpec, TopSpec};
+use qcow2::{Header, HostOffset};
+use storage::{AlignedBuf, FileId, FileInfo, IoQueue, Kind, OpenOptions, Operation, Part, Storage};
+use tracing::warn;
+
+use crate::driver::Driver;
+use crate::error::OpenError;
+use crate::layer::{DiskFile, Layer};
+
+/// The most layers of a chain (the bound for what opens fast in little memory).
+pub const CHAIN_LAYERS_MAX: usize = 1000;
+
+/// The format of an image file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// qcow2, version 2 or 3.
+    Qcow2,
+    /// The bytes of the disk themselves.
+    Raw,
+}
+
+/// How to open a disk.
+#[derive(Clone, Debug)]
+pub struct DiskOptions {
+    /// The top image's format.
+    pub format: Format,
+    /// The format of backing files whose overlay does not record one.
+    pub backing_format: Option<Format>,
+    /// Never write to the top image.
+    pub read_only: bool,
+    /// Bypass the host's page cache.
+    pub direct: bool,
+    /// How long to wait for another process's image lock.
+    pub lock_timeout: Duration,
+    /// The most bytes of chain map: 8 bytes a guest cluster while resident.
+    pub map_bytes: usize,
+    /// The most bytes of clean L2 tables and refblocks to keep.
+    pub table_bytes: usize,
+}
+
+impl Default for DiskOptions {
+    fn default() -> Self {
+        DiskOptions {
+            format: Format::Qcow2,
+            backing_format: None,
+            read_only: false,
+            direct: true,
+            lock_timeout: Duration::from_secs(5),
+            map_bytes: 32 << 20,
+            table_bytes: 16 << 20,
+        }
+    }
+}
+
+/// An opened chain, ready to become an engine.
+pub(crate) struct Chain {
+    pub layers: Vec<Layer>,
+    pub files: Vec<DiskFile>,
+    pub specs: Vec<LayerSpec>,
+    /// For a writable qcow2 top image.
+    pub top: Option<TopSpec>,
+}
+
+/// Opens the chain whose top is `path`.
+pub(crate) async fn open_chain<S: Storage>(
+    driver: &Driver<S::Queue>,
+    storage: &S,
+    path: &Path,
+    options: &DiskOptions,
+) -> Result<Chain, OpenError> {
+    let mut chain = Chain { layers: Vec::new(), files: Vec::new(), specs: Vec::new(), top: None };
+    let mut seen = HashSet::new();
+    let mut next = Some((path.to_path_buf(), options.format));
+    while let Some((path, format)) = next {
+        if chain.layers.len() >= CHAIN_LAYERS_MAX {
+            return Err(OpenError::ChainTooDeep { path, limit: CHAIN_LAYERS_MAX });
+        }
+        let top = chain.layers.is_empty();
+        let writable = top && !options.read_only;
+        let how = OpenOptions { writable, direct: options.direct, lock_timeout: options.lock_timeout };
+        let (id, info) = storage.open(&path, &how)?;
+        if !seen.insert(info.identity) {
+            return Err(OpenError::BackingLoop { path });
+        }
+        let file = FileIndex(chain.files.len() as u16);
+        let layer = match format {
+            Format::Raw => raw_layer(&path, &info),
+            Format::Qcow2 => {
+                let reader = Reader { driver, id, info: &info };
+                let header = reader.header().await?;
+                check_supported(&info, &header, writable)?;
+                Layer::qcow2(path.clone(), header, info.length)
+            }
+        };
+        let format = match &layer.header {
+            None => LayerFormat::Raw { size: layer.size },
+            Some(header) => {
+                let reader = Reader { driver, id, info: &info };
+                let l1 = reader.l1(header, writable).await?;
+                if writable {
+                    chain.top = Some(reader.top(header).await?);
+                }
+                LayerFormat::Qcow2 { geometry: header.geometry(), l1 }
+            }
+        };
+        next = match &layer.header {
+            Some(header) => backing_of(&path, header, options)?,
+            None => None,
+        };
+        chain.specs.push(LayerSpec { file, format });
+        chain.files.push(DiskFile { id, info });
+        chain.layers.push(layer);
+    }
+    Ok(chain)
+}
+
+fn raw_layer(path: &Path, info: &FileInfo) -> Layer {
+    let size = info.length / 512 * 512;
+    if size != info.length {
+        warn!(path = %path.display(), bytes = info.length - size,
+            "the length of this raw image is no multiple of 512: the last bytes are not part of the disk");
+    }
+    Layer::raw(path.to_path_buf(), size, info.length)
+}
+
+fn check_supported(info: &FileInfo, header: &Header, writable: bool) -> Result<(), OpenError> {
+    let path = info.path.clone();
+    let refusal = header.unsupported().or_else(|| if writable { header.write_refusal() } else { None });
+    if let Some(source) = refusal {
+        return Err(OpenError::Unsupported { path, source });
+    }
+    if writable && info.block_device {
+        return Err(OpenError::WritableBlockDevice { path });
+    }
+    Ok(())
+}
+
+/// The backing file that a header names: its path and format.
+fn backing_of(
+    overlay: &Path,
+    header: &Header,
+    options: &DiskOptions,
+) -> Result<Option<(PathBuf, Format)>, OpenError> {
+    let Some(raw_name) = &header.backing_file else { return Ok(None) };
+    let path = overlay.to_path_buf();
+    let backing = String::from_utf8_lossy(raw_name).into_owned();
+    let name = plain_file_name(raw_name)
+        .ok_or_else(|| OpenError::BackingNotAFile { path: path.clone(), backing: backing.clone() })?;
+    let format = match (header.backing_format.as_deref(), options.backing_format) {
+        (Some("qcow2"), _) => Format::Qcow2,
+        (Some("raw"), _) => Format::Raw,
+        (Some(format), _) => {
+            return Err(OpenError::BackingFormatUnknown { path, backing, format: format.to_owned() });
+        }
+        (None, Some(format)) => format,
+        (None, None) => return Err(OpenError::BackingFormatMissing { path, backing }),
+    };
+    // A relative name is relative to the overlay's folder; an absolute one replaces it.
+    let folder = overlay.parent().unwrap_or(Path::new(""));
+    Ok(Some((folder.join(name), format)))
+}
+
+/// The file that a backing name means; `None` for protocols and json: names. As in QEMU, a colon before the first
+/// slash makes a protocol, and `file:` is the one that is a file.
+fn plain_file_name(name: &[u8]) -> Option<PathBuf> {
+    use std::os::unix::ffi::OsStrExt;
+    let name = name.strip_prefix(b"file:").unwrap_or(name);
+    let colon = name.iter().position(|byte| *byte == b':');
+    let slash = name.iter().position(|byte| *byte == b'/').unwrap_or(name.len());
+    if name.is_empty() || colon.is_some_and(|colon| colon < slash) {
+        return None;
+    }
+    Some(PathBuf::from(std::ffi::OsStr::from_bytes(name)))
+}
+
+/// Reads the metadata of one file.
+struct Reader<'a, Q> {
+    driver: &'a Driver<Q>,
+    id: FileId,
+    info: &'a FileInfo,
+}
+
+impl<Q: IoQueue> Reader<'_, Q> {
+    async fn header(&self) -> Result<Header, OpenError> {
+        let format = |source| OpenError::Format { path: self.info.path.clone(), source };
+        let prefix = self.read("header", 0, Header::PREFIX_MAX as u64).await?;
+        let wanted = Header::cluster_size_hint(&prefix).map_err(format)?;
+        let area = self.read("header", 0, wanted).await?;
+        Header::parse(&area, self.info.length).map_err(format)
+    }
+
+    /// The active L1 table: as much as the file holds of it, and for a writable image all that the size needs.
+    async fn l1(&self, header: &Header, writable: bool) -> Result<Vec<u64>, OpenError> {
+        let mut l1 = self.table("L1 table", header.l1_offset, u64::from(header.l1_entries)).await?;
+        if writable {
+            l1.resize(header.l1_entries as usize, 0);
+        }
+        Ok(l1)
+    }
+
+    async fn top(&self, header: &Header) -> Result<TopSpec, OpenError> {
+        let entries = u64::from(header.refcount_table_clusters) * header.geometry().cluster_size() / 8;
+        let mut refcount_table = self.table("refcount table", header.refcount_table_offset, entries).await?;
+        refcount_table.resize(entries as usize, 0);
+        Ok(TopSpec {
+            l1_offset: header.l1_offset,
+            refcount_table_offset: header.refcount_table_offset,
+            refcount_table,
+            file_length: self.info.length,
+        })
+    }
+
+    /// The entries of a table that lie within the file; what is missing is zero.
+    async fn table(
+        &self,
+        what: &'static str,
+        offset: HostOffset,
+        entries: u64,
+    ) -> Result<Vec<u64>, OpenError> {
+        let bytes = self.read(what, offset.0, entries * 8).await?;
+        Ok((0..bytes.len() / 8).map(|index| qcow2::entry(&bytes, index)).collect())
+    }
+
+    /// Reads a range, cut to the end of the file.
+    async fn read(&self, structure: &'static str, offset: u64, length: u64) -> Result<Vec<u8>, OpenError> {
+        const PIECE: u64 = 1 << 20;
+        let length = length.min(self.info.length.saturating_sub(offset));
+        let mut bytes = Vec::with_capacity(length as usize);
+        while (bytes.len() as u64) < length {
+            let at = offset + bytes.len() as u64;
+            let wanted = PIECE.min(length - bytes.len() as u64);
+            let aligned = wanted.next_multiple_of(u64::from(self.info.offset_alignment.max(512)));
+            let mut operation = Operation::bare(self.id, Kind::Read, at);
+            operation.parts.push(Part::Owned(AlignedBuf::new(aligned as usize)));
+            let (result, parts) = self.driver.run(operation).await;
+            let path = self.info.path.clone();
+            result.map_err(|source| OpenError::Io { path, structure, offset: at, source })?;
+            if let Some(Part::Owned(buffer)) = parts.first() {
+                bytes.extend_from_slice(&buffer.as_slice()[..wanted as usize]);
+            }
+        }
+        Ok(bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn backing_names() {
+        let plain = |name: &str| plain_file_name(name.as_bytes()).map(|path| path.display().to_string());
+        assert_eq!(plain("base.qcow2").as_deref(), Some("base.qcow2"));
+        assert_eq!(plain("/a/b:c").as_deref(), Some("/a/b:c"));
+        assert_eq!(plain("./b:c").as_deref(), Some("./b:c"));
+        assert_eq!(plain("file:base").as_deref(), Some("base"));
+        assert_eq!(plain("file:/x/base").as_deref(), Some("/x/base"));
+        for refused in ["", "json:{}", "nbd://host/x", "nbd:host", "file:json:{}", "http://h/x", "file:"] {
+            assert_eq!(plain(refused), None, "{refused}");
+        }
+    }
+}

@@ -1,0 +1,327 @@
+//! A thread's queue of requests, and the fast path: a request all of whose clusters are in the chain map goes to the
+//! host at once, with no future, no allocation, no lock and no copy.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use engine::{Epoch, FileIndex, Mapping};
+use qcow2::{GuestOffset, HostOffset};
+use slab::Slab;
+use smallvec::SmallVec;
+use storage::buffer::{fill_guest_zero, guest_len, subrange};
+use storage::{Errno, GuestSlice, IoQueue, Kind, Notifier, Storage, Token};
+use tracing::warn;
+
+use crate::Shared;
+use crate::driver::Driver;
+use crate::error::{OpenError, RequestError};
+use crate::read::{guest_operation, owned};
+use crate::worker::Worker;
+use crate::write::Payload;
+
+/// The most runs that the fast path splits a request into.
+const FAST_RUNS: usize = 8;
+
+/// The caller's name for a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct RequestId(pub u32);
+
+/// A request. Offsets and lengths are in bytes, multiples of 512, and within the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// Fill the slices.
+    Read {
+        /// Where.
+        offset: u64,
+    },
+    /// Write the slices.
+    Write {
+        /// Where.
+        offset: u64,
+        /// Done only when durable.
+        write_through: bool,
+    },
+    /// Make all that is done durable.
+    Flush,
+    /// Give space back.
+    Discard {
+        /// Where.
+        offset: u64,
+        /// Bytes.
+        length: u64,
+        /// Done only when durable.
+        write_through: bool,
+    },
+    /// Make a range read as zero.
+    WriteZeroes {
+        /// Where.
+        offset: u64,
+        /// Bytes.
+        length: u64,
+        /// Space may be given back.
+        unmap: bool,
+        /// Done only when durable.
+        write_through: bool,
+    },
+}
+
+impl Request {
+    fn writes(&self) -> bool {
+        !matches!(self, Request::Read { .. } | Request::Flush)
+    }
+}
+
+/// A request that is done; its memory is no longer used.
+#[derive(Debug)]
+pub struct Completed {
+    /// Which.
+    pub id: RequestId,
+    /// How it ended.
+    pub result: Result<(), RequestError>,
+}
+
+/// A run of a request that goes to one place.
+struct Run {
+    target: Target,
+    length: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Target {
+    Zero,
+    Data(FileIndex, HostOffset),
+}
+
+/// A fast-path request in flight.
+struct InFlight {
+    id: RequestId,
+    epoch: Epoch,
+    /// Operations still to complete.
+    pending: u32,
+    result: Result<(), Errno>,
+    writes: bool,
+}
+
+/// One thread's way to a disk.
+pub struct DiskQueue<S: Storage> {
+    worker: Rc<Worker<S>>,
+    driver: Rc<Driver<S::Queue>>,
+    fast: Slab<InFlight>,
+    done: Rc<RefCell<Vec<Completed>>>,
+}
+
+impl<S: Storage> DiskQueue<S> {
+    pub(crate) fn new(shared: Arc<Shared<S>>, depth: u32) -> Result<Self, OpenError> {
+        let driver = Driver::new(shared.storage.queue(depth)?);
+        let worker = Worker::new(shared, Rc::clone(&driver))
+            .ok_or(OpenError::TooManyQueues { limit: crate::WORKERS_MAX })?;
+        Ok(DiskQueue { worker, driver, fast: Slab::new(), done: Rc::new(RefCell::new(Vec::new())) })
+    }
+
+    /// Starts a request. The slices add up to what it moves and stay valid until it is done.
+    ///
+    /// # Panics
+    /// If the range is not within the disk or not a multiple of 512: the caller has checked.
+    pub fn submit(&mut self, id: RequestId, request: Request, slices: &[GuestSlice]) {
+        self.check_range(&request, slices);
+        if request.writes() && (self.worker.shared.read_only || self.worker.engine().has_failed()) {
+            let error = if self.worker.shared.read_only {
+                engine::EngineError::ReadOnly
+            } else {
+                engine::EngineError::Failed
+            };
+            self.done.borrow_mut().push(Completed { id, result: Err(error.into()) });
+            return;
+        }
+        let epoch = self.worker.enter();
+        let fast = match request {
+            Request::Read { offset } => self.fast(id, epoch, Kind::Read, offset, slices),
+            Request::Write { offset, write_through: false } => {
+                self.fast(id, epoch, Kind::Write, offset, slices)
+            }
+            _ => false,
+        };
+        if !fast {
+            self.slow(id, epoch, request, slices);
+        }
+    }
+
+    fn check_range(&self, request: &Request, slices: &[GuestSlice]) {
+        let (offset, length) = match *request {
+            Request::Read { offset } | Request::Write { offset, .. } => (offset, guest_len(slices) as u64),
+            Request::Flush => return,
+            Request::Discard { offset, length, .. } | Request::WriteZeroes { offset, length, .. } => {
+                (offset, length)
+            }
+        };
+        let end = offset.checked_add(length);
+        let within = end.is_some_and(|end| end <= self.worker.engine().size());
+        assert!(
+            within && (offset | length).is_multiple_of(512),
+            "{request:?} of {length} bytes was not checked"
+        );
+    }
+
+    /// Serves a read or write from the map alone; false if it cannot.
+    fn fast(&mut self, id: RequestId, epoch: Epoch, kind: Kind, offset: u64, slices: &[GuestSlice]) -> bool {
+        let writes = kind == Kind::Write;
+        let length = guest_len(slices) as u64;
+        let Some(runs) = self.runs(offset, length, writes) else { return false };
+        let shared = &self.worker.shared;
+        let takes = |run: &Run| match run.target {
+            Target::Zero => true,
+            Target::Data(file, _) => shared.file(file).takes(slices),
+        };
+        if !runs.iter().all(takes) {
+            return false;
+        }
+        let pending = runs.iter().filter(|run| run.target != Target::Zero).count() as u32;
+        let slot = self.fast.insert(InFlight { id, epoch, pending, result: Ok(()), writes });
+        let mut at = 0;
+        for run in &runs {
+            let part;
+            let memory = if runs.len() == 1 {
+                slices
+            } else {
+                part = subrange(slices, at as usize, run.length as usize);
+                &part[..]
+            };
+            at += run.length;
+            match run.target {
+                Target::Zero => fill_guest_zero(memory),
+                Target::Data(file, offset) => {
+                    let operation = guest_operation(shared.file(file).id, kind, offset, memory);
+                    self.driver.queue().push(Token(slot as u64), operation);
+                }
+            }
+        }
+        if pending == 0 {
+            self.finish_fast(slot);
+        }
+        true
+    }
+
+    /// What the map gives for a range, in few runs; `None` if it does not know, or a write may not go there.
+    fn runs(&self, offset: u64, length: u64, writes: bool) -> Option<SmallVec<[Run; FAST_RUNS]>> {
+        let engine = self.worker.engine();
+        let unit = engine.unit();
+        let mut runs: SmallVec<[Run; FAST_RUNS]> = SmallVec::new();
+        let (mut at, end) = (offset, offset + length);
+        while at < end {
+            let within = at & (unit - 1);
+            let piece = (unit - within).min(end - at);
+            let target = match engine.lookup(GuestOffset(at)) {
+                Mapping::Zero if !writes => Target::Zero,
+                Mapping::Data { file, offset, in_place } if in_place || !writes => {
+                    Target::Data(file, HostOffset(offset.0 + within))
+                }
+                _ => return None,
+            };
+            at += piece;
+            let full = runs.len() == FAST_RUNS;
+            match runs.last_mut() {
+                Some(last) if follows(last, target) => last.length += piece,
+                _ if full => return None,
+                _ => runs.push(Run { target, length: piece }),
+            }
+        }
+        Some(runs)
+    }
+
+    fn finish_fast(&mut self, slot: usize) {
+        let ended = self.fast.remove(slot);
+        self.worker.exit(ended.epoch);
+        let mut result =
+            ended.result.map_err(RequestError::io(if ended.writes { "writing" } else { "reading" }));
+        if ended.writes && self.worker.engine().has_failed() {
+            result = result.and(Err(engine::EngineError::Failed.into()));
+        }
+        report(ended.id, &result);
+        self.done.borrow_mut().push(Completed { id: ended.id, result });
+    }
+
+    fn slow(&self, id: RequestId, epoch: Epoch, request: Request, slices: &[GuestSlice]) {
+        let (worker, done, slices) = (Rc::clone(&self.worker), Rc::clone(&self.done), owned(slices));
+        self.driver.spawn(async move {
+            let result = worker.serve(epoch, request, &slices).await;
+            report(id, &result);
+            done.borrow_mut().push(Completed { id, result });
+        });
+    }
+
+    /// Sends what was submitted, runs what can run, and moves what is done into `done`. Never blocks.
+    pub fn turn(&mut self, done: &mut Vec<Completed>) {
+        let driver = Rc::clone(&self.driver);
+        driver.turn(|completion| {
+            let slot = completion.token.0 as usize;
+            let request = &mut self.fast[slot];
+            request.pending -= 1;
+            request.result = request.result.and(completion.result);
+            if request.pending == 0 {
+                self.finish_fast(slot);
+            }
+        });
+        done.append(&mut self.done.borrow_mut());
+    }
+
+    /// Sleeps until a turn may find something, a watched eventfd or the notifier ends it, or the time is over.
+    pub fn wait(&mut self, timeout: Option<Duration>) {
+        if self.done.borrow().is_empty() {
+            self.driver.wait(timeout);
+        }
+    }
+
+    /// From now on a signal on `event` ends [`DiskQueue::wait`].
+    pub fn watch(&mut self, event: vmm_sys_util::eventfd::EventFd) {
+        self.driver.queue().watch(event);
+    }
+
+    /// Ends [`DiskQueue::wait`] from any thread.
+    pub fn notifier(&self) -> Arc<dyn Notifier> {
+        self.driver.notifier()
+    }
+}
+
+fn follows(last: &Run, target: Target) -> bool {
+    match (last.target, target) {
+        (Target::Zero, Target::Zero) => true,
+        (Target::Data(file, offset), Target::Data(next, at)) => {
+            file == next && offset.0 + last.length == at.0
+        }
+        _ => false,
+    }
+}
+
+/// The guest gets no reason; the log does.
+fn report(id: RequestId, result: &Result<(), RequestError>) {
+    if let Err(error) = result {
+        warn!(request = id.0, %error, "a request failed");
+    }
+}
+
+impl<S: Storage> Worker<S> {
+    /// Serves a request off the fast path. The epoch ends when the request no longer uses what it looked up.
+    async fn serve(&self, epoch: Epoch, request: Request, slices: &[GuestSlice]) -> Result<(), RequestError> {
+        let (result, write_through) = match request {
+            Request::Read { offset } => (self.read(offset, slices).await, false),
+            Request::Write { offset, write_through } => {
+                let claim = self.claim(offset, guest_len(slices) as u64).await;
+                let result = self.write(offset, Payload::Guest(slices)).await;
+                drop(claim);
+                (result, write_through)
+            }
+            Request::Discard { offset, length, write_through } => {
+                (self.discard(offset, length).await, write_through)
+            }
+            Request::WriteZeroes { offset, length, unmap, write_through } => {
+                (self.write_zeroes(offset, length, unmap).await, write_through)
+            }
+            Request::Flush => (Ok(()), true),
+        };
+        self.exit(epoch);
+        result?;
+        if write_through { self.flush().await } else { Ok(()) }
+    }
+}

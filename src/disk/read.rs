@@ -1,0 +1,113 @@
+//! Reads that the fast path does not serve: unresolved or mixed clusters, and memory that needs a bounce buffer.
+
+use engine::{Extent, Source};
+use qcow2::{GuestOffset, HostOffset};
+use smallvec::SmallVec;
+use storage::buffer::{GuestSlices, copy_to_guest, fill_guest_zero, guest_len, subrange};
+use storage::{AlignedBuf, GuestSlice, Kind, Operation, Part, Storage};
+
+use crate::error::RequestError;
+use crate::worker::Worker;
+
+/// The most bytes bounced at a time.
+pub(crate) const BOUNCE_BYTES: usize = 1 << 20;
+
+impl<S: Storage> Worker<S> {
+    /// Fills guest memory from the disk.
+    pub async fn read(&self, offset: u64, slices: &[GuestSlice]) -> Result<(), RequestError> {
+        let length = guest_len(slices) as u64;
+        let mut done = 0;
+        while done < length {
+            let at = GuestOffset(offset + done);
+            let extents = self.ask(|engine, waker| engine.plan_read(at, length - done, waker)).await?;
+            let mut direct: SmallVec<[Operation; 4]> = SmallVec::new();
+            for extent in extents {
+                let memory = subrange(slices, done as usize, extent.length as usize);
+                done += extent.length;
+                match extent.source {
+                    Source::Zero => fill_guest_zero(&memory),
+                    Source::Data { file, offset } => {
+                        let file = self.shared.file(file);
+                        if file.takes(&memory) {
+                            direct.push(guest_operation(file.id, Kind::Read, offset, &memory));
+                        } else {
+                            self.read_bounced(file.id, offset, &memory).await?;
+                        }
+                    }
+                }
+            }
+            self.driver.run_all(direct).await.map_err(RequestError::io("reading"))?;
+        }
+        Ok(())
+    }
+
+    async fn read_bounced(
+        &self,
+        file: storage::FileId,
+        offset: HostOffset,
+        memory: &[GuestSlice],
+    ) -> Result<(), RequestError> {
+        let length = guest_len(memory);
+        let _permit = self.driver.reserve_buffers(length.min(BOUNCE_BYTES)).await;
+        let mut done = 0;
+        while done < length {
+            let piece = (length - done).min(BOUNCE_BYTES);
+            let operation = Operation::bare(file, Kind::Read, offset.0 + done as u64);
+            let (result, buffer) = self.driver.run_buffer(operation, self.buffer(piece)).await;
+            result.map_err(RequestError::io("reading"))?;
+            copy_to_guest(&buffer, 0, &subrange(memory, done, piece));
+            self.driver.pool.give(buffer);
+            done += piece;
+        }
+        Ok(())
+    }
+
+    /// Where a whole range comes from.
+    pub async fn extents(&self, offset: u64, length: u64) -> Result<Vec<Extent>, RequestError> {
+        let mut all = Vec::new();
+        let mut done = 0;
+        while done < length {
+            let at = GuestOffset(offset + done);
+            let some = self.ask(|engine, waker| engine.plan_read(at, length - done, waker)).await?;
+            for extent in some {
+                done += extent.length;
+                engine::push_extent(&mut all, extent.source, extent.length);
+            }
+        }
+        Ok(all)
+    }
+
+    /// Reads extents into a buffer, which they fill but for what lies past them: that is zero.
+    pub async fn read_extents(&self, extents: &[Extent], length: usize) -> Result<AlignedBuf, RequestError> {
+        let mut whole = self.driver.pool.take_zeroed(length);
+        let mut at = 0;
+        for extent in extents {
+            let piece = extent.length as usize;
+            if let Source::Data { file, offset } = extent.source {
+                let operation = Operation::bare(self.shared.file(file).id, Kind::Read, offset.0);
+                let (result, buffer) = self.driver.run_buffer(operation, self.buffer(piece)).await;
+                result.map_err(RequestError::io("reading what is copied on write"))?;
+                whole.as_mut_slice()[at..at + piece].copy_from_slice(buffer.as_slice());
+                self.driver.pool.give(buffer);
+            }
+            at += piece;
+        }
+        Ok(whole)
+    }
+}
+
+/// An operation on guest memory in place.
+pub(crate) fn guest_operation(
+    file: storage::FileId,
+    kind: Kind,
+    offset: HostOffset,
+    memory: &[GuestSlice],
+) -> Operation {
+    let parts = memory.iter().copied().map(Part::Guest).collect();
+    Operation { file, kind, offset: offset.0, parts }
+}
+
+/// A copy of a request's slices, to outlive the call that brought them.
+pub(crate) fn owned(slices: &[GuestSlice]) -> GuestSlices {
+    slices.iter().copied().collect()
+}

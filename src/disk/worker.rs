@@ -1,0 +1,114 @@
+//! A thread's worker: the driver, the shared disk, and how the slow path asks the engine.
+
+use std::cell::RefCell;
+use std::future::poll_fn;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Poll, Waker};
+
+use engine::{Answer, Engine, EngineError, Epoch, TableLoad, WorkerEpochs};
+use storage::{AlignedBuf, Errno, Kind, Operation, Part, Storage};
+use tracing::error;
+
+use crate::Shared;
+use crate::driver::Driver;
+use crate::error::RequestError;
+
+/// One thread's way to a disk. Its async functions are the slow path.
+pub(crate) struct Worker<S: Storage> {
+    pub shared: Arc<Shared<S>>,
+    pub driver: Rc<Driver<S::Queue>>,
+    epochs: RefCell<WorkerEpochs>,
+}
+
+impl<S: Storage> Worker<S> {
+    /// `None` if the disk has all the workers it can have.
+    pub fn new(shared: Arc<Shared<S>>, driver: Rc<Driver<S::Queue>>) -> Option<Rc<Self>> {
+        let epochs = RefCell::new(shared.engine.epochs().register()?);
+        Some(Rc::new(Worker { shared, driver, epochs }))
+    }
+
+    pub fn engine(&self) -> &Engine {
+        &self.shared.engine
+    }
+
+    pub fn enter(&self) -> Epoch {
+        self.epochs.borrow_mut().enter()
+    }
+
+    pub fn exit(&self, epoch: Epoch) {
+        self.epochs.borrow_mut().exit(epoch);
+    }
+
+    /// Asks the engine until it has an answer, doing what it says meanwhile.
+    pub async fn ask<T>(
+        &self,
+        mut question: impl FnMut(&Engine, &Waker) -> Result<Answer<T>, EngineError>,
+    ) -> Result<T, RequestError> {
+        loop {
+            let answer = poll_fn(|context| match question(self.engine(), context.waker()) {
+                Ok(Answer::Wait) => Poll::Pending,
+                other => Poll::Ready(other),
+            })
+            .await;
+            match answer {
+                Ok(Answer::Ready(value)) => return Ok(value),
+                Ok(Answer::Wait) => {}
+                Ok(Answer::Load(loads)) => self.load_tables(loads).await?,
+                // Boxed: these ask in turn. What they need is never what they were asked for.
+                Ok(Answer::Reserve) => Box::pin(self.reserve()).await?,
+                Ok(Answer::Flush) => Box::pin(self.flush()).await?,
+                Ok(Answer::Table(slot)) => Box::pin(self.make_table(slot)).await?,
+                Err(error) => return Err(self.judge(error).await),
+            }
+        }
+    }
+
+    /// An error of the engine: damage to the top image stops all writing and is recorded in its header.
+    async fn judge(&self, error: EngineError) -> RequestError {
+        if error.is_top_corruption() && !self.shared.read_only && !self.engine().has_failed() {
+            self.engine().fail();
+            let path = self.shared.layers[0].path.display();
+            error!(%path, %error, "the image is corrupt: it is marked so, and writes are refused from now on");
+            if let Err(marking) = self.shared.mark_corrupt(&self.driver).await {
+                error!(%path, error = %marking, "the image could not be marked corrupt");
+            }
+        }
+        error.into()
+    }
+
+    /// Reads the slices and hands them to the engine; every one of them is answered for, whatever fails.
+    async fn load_tables(&self, loads: Vec<TableLoad>) -> Result<(), RequestError> {
+        let mut result = Ok(());
+        // In pieces, so that a deep chain does not hold buffers without bound.
+        for piece in loads.chunks(64) {
+            let started: Vec<_> =
+                piece.iter().map(|load| self.driver.run(self.load_operation(load))).collect();
+            for (load, outcome) in piece.iter().zip(started) {
+                let (ended, mut parts) = outcome.await;
+                match (ended, parts.pop()) {
+                    (Ok(()), Some(Part::Owned(buffer))) => {
+                        self.engine().table_loaded(load.table, buffer.as_slice().into());
+                        self.driver.pool.give(buffer);
+                    }
+                    (ended, _) => {
+                        self.engine().table_failed(load.table);
+                        result = result.and(ended.and(Err(Errno::EIO)));
+                    }
+                }
+            }
+        }
+        result.map_err(RequestError::io("reading a table"))
+    }
+
+    fn load_operation(&self, load: &TableLoad) -> Operation {
+        let mut operation = Operation::bare(self.shared.file(load.file).id, Kind::Read, load.offset.0);
+        operation.parts.push(Part::Owned(self.buffer(load.length)));
+        operation
+    }
+
+    /// A buffer from the pool.
+    pub fn buffer(&self, length: usize) -> AlignedBuf {
+        self.driver.pool.take(length)
+    }
+}

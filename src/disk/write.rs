@@ -1,0 +1,221 @@
+//! Writes that the fast path does not serve: allocation, copy-on-write, and memory that needs a bounce buffer.
+
+use engine::{Allocation, ClaimId, Extent, Mapping, Source, WritePlan};
+use qcow2::{GuestOffset, HostOffset};
+use storage::buffer::{copy_from_guest, guest_len, subrange};
+use storage::{GuestSlice, Kind, Operation, Part, Parts, Storage};
+
+use crate::error::RequestError;
+use crate::read::BOUNCE_BYTES;
+use crate::worker::Worker;
+
+/// What is to be written.
+#[derive(Clone, Copy)]
+pub(crate) enum Payload<'a> {
+    /// The guest's bytes.
+    Guest(&'a [GuestSlice]),
+    /// That many zeros.
+    Zeros(u64),
+}
+
+impl Payload<'_> {
+    pub fn len(&self) -> u64 {
+        match self {
+            Payload::Guest(slices) => guest_len(slices) as u64,
+            Payload::Zeros(length) => *length,
+        }
+    }
+}
+
+/// A claim on guest clusters, given up when dropped.
+#[must_use]
+pub(crate) struct Claim<'a, S: Storage> {
+    worker: &'a Worker<S>,
+    id: ClaimId,
+}
+
+impl<S: Storage> Drop for Claim<'_, S> {
+    fn drop(&mut self) {
+        self.worker.engine().release_claim(self.id);
+    }
+}
+
+/// What goes around the guest's bytes in new clusters.
+struct Fill {
+    head: Option<Vec<Extent>>,
+    tail: Option<Vec<Extent>>,
+}
+
+impl<S: Storage> Worker<S> {
+    /// Waits for the sole right to change the mapping of a range. To be asked for while holding nothing else.
+    pub async fn claim(&self, offset: u64, length: u64) -> Claim<'_, S> {
+        let id = self.engine().claim(GuestOffset(offset), length);
+        let claim = Claim { worker: self, id };
+        std::future::poll_fn(|context| {
+            if self.engine().claim_held(id, context.waker()) {
+                std::task::Poll::Ready(())
+            } else {
+                std::task::Poll::Pending
+            }
+        })
+        .await;
+        claim
+    }
+
+    /// Writes; the caller holds a claim on the range, unless the top image is raw.
+    pub async fn write(&self, offset: u64, payload: Payload<'_>) -> Result<(), RequestError> {
+        let length = payload.len();
+        let mut done = 0;
+        while done < length {
+            let left = self.piece(payload, length - done);
+            let at = GuestOffset(offset + done);
+            if self.engine().lookup(at) == Mapping::Unresolved {
+                // So that the next write here finds its cluster in the map.
+                self.ask(|engine, waker| engine.plan_read(at, 1, waker)).await?;
+            }
+            let plan = if self.shared.is_qcow2() {
+                self.ask(|engine, waker| engine.plan_write(at, left, waker)).await?
+            } else {
+                self.check_writable()?;
+                WritePlan::InPlace { file: engine::FileIndex(0), offset: HostOffset(at.0), length: left }
+            };
+            done += match plan {
+                WritePlan::InPlace { file, offset, length } => {
+                    let permit = self.payload_permit(payload, done, length, 0).await;
+                    let parts = self.parts(payload, done, length);
+                    let file = self.shared.file(file).id;
+                    let operation = Operation { file, kind: Kind::Write, offset: offset.0, parts };
+                    self.driver.run_all([operation]).await.map_err(RequestError::io("writing"))?;
+                    drop(permit);
+                    length
+                }
+                WritePlan::Allocate(allocation) => self.write_new(allocation, at.0, payload, done).await?,
+            };
+        }
+        Ok(())
+    }
+
+    pub fn check_writable(&self) -> Result<(), RequestError> {
+        if self.engine().has_failed() { Err(engine::EngineError::Failed.into()) } else { Ok(()) }
+    }
+
+    /// Bytes to plan for at a time: what must be copied goes in bounded pieces.
+    fn piece(&self, payload: Payload<'_>, left: u64) -> u64 {
+        let copied = match payload {
+            Payload::Guest(slices) => !self.shared.files[0].takes(slices),
+            Payload::Zeros(_) => true,
+        };
+        if copied { left.min(BOUNCE_BYTES as u64) } else { left }
+    }
+
+    /// Leave to hold the buffers that this part of a payload needs, and `more` bytes.
+    async fn payload_permit(
+        &self,
+        payload: Payload<'_>,
+        done: u64,
+        length: u64,
+        more: u64,
+    ) -> impl Sized + '_ {
+        let copied = match payload {
+            Payload::Guest(slices) => {
+                !self.shared.files[0].takes(&subrange(slices, done as usize, length as usize))
+            }
+            Payload::Zeros(_) => true,
+        };
+        let bytes = more + if copied { length } else { 0 };
+        if bytes == 0 { None } else { Some(self.driver.reserve_buffers(bytes as usize).await) }
+    }
+
+    /// The memory of a part of a payload: the guest's own where direct I/O takes it.
+    fn parts(&self, payload: Payload<'_>, done: u64, length: u64) -> Parts {
+        match payload {
+            Payload::Guest(slices) => {
+                let memory = subrange(slices, done as usize, length as usize);
+                if self.shared.files[0].takes(&memory) {
+                    return memory.into_iter().map(Part::Guest).collect();
+                }
+                let mut buffer = self.buffer(length as usize);
+                copy_from_guest(&memory, &mut buffer, 0);
+                Parts::from_iter([Part::Owned(buffer)])
+            }
+            Payload::Zeros(_) => {
+                Parts::from_iter([Part::Owned(self.driver.pool.take_zeroed(length as usize))])
+            }
+        }
+    }
+
+    /// Fills new clusters and publishes them; the guest's bytes that they hold.
+    async fn write_new(
+        &self,
+        allocation: Allocation,
+        at: u64,
+        payload: Payload<'_>,
+        done: u64,
+    ) -> Result<u64, RequestError> {
+        match self.fill_new(&allocation, at, payload, done).await {
+            Ok(()) => {
+                let length = allocation.length;
+                self.engine().commit_write(allocation);
+                self.shared.touched();
+                Ok(length)
+            }
+            Err(error) => {
+                self.engine().abort_write(allocation);
+                Err(error)
+            }
+        }
+    }
+
+    async fn fill_new(
+        &self,
+        new: &Allocation,
+        at: u64,
+        payload: Payload<'_>,
+        done: u64,
+    ) -> Result<(), RequestError> {
+        let fill = self.plan_fill(new, at).await?;
+        let filled = fill.head.as_ref().map_or(0, |_| new.head) + fill.tail.as_ref().map_or(0, |_| new.tail);
+        let permit = self.payload_permit(payload, done, new.length, filled).await;
+        // One write for all of it: what comes before, the guest's bytes, what comes after.
+        let mut parts = Parts::new();
+        let mut offset = new.offset.0 + new.head;
+        if let Some(extents) = &fill.head {
+            parts.push(Part::Owned(self.read_extents(extents, new.head as usize).await?));
+            offset = new.offset.0;
+        }
+        parts.extend(self.parts(payload, done, new.length));
+        if let Some(extents) = &fill.tail {
+            match self.read_extents(extents, new.tail as usize).await {
+                Ok(tail) => parts.push(Part::Owned(tail)),
+                Err(error) => {
+                    self.driver.recycle(parts);
+                    return Err(error);
+                }
+            }
+        }
+        let file = self.shared.file(new.file).id;
+        let operation = Operation { file, kind: Kind::Write, offset, parts };
+        let result = self.driver.run_all([operation]).await.map_err(RequestError::io("writing"));
+        drop(permit);
+        result
+    }
+
+    /// What must be written around the guest's bytes; nothing where the host reads as zero and so should the guest.
+    async fn plan_fill(&self, new: &Allocation, at: u64) -> Result<Fill, RequestError> {
+        let needed = |extents: Vec<Extent>| {
+            let zero = extents.iter().all(|extent| extent.source == Source::Zero);
+            (!zero || !new.known_zero).then_some(extents)
+        };
+        let mut fill = Fill { head: None, tail: None };
+        if new.head > 0 {
+            fill.head = needed(self.extents(at - new.head, new.head).await?);
+        }
+        if new.tail > 0 {
+            let end = at + new.length;
+            // What lies past the end of the disk is zero.
+            let within = new.tail.min(self.engine().size() - end);
+            fill.tail = needed(self.extents(end, within).await?);
+        }
+        Ok(fill)
+    }
+}

@@ -1,0 +1,98 @@
+//! Discard and write zeroes: whole clusters by metadata, their ragged ends as data.
+
+use engine::{Source, ZeroMode, Zeroed};
+use qcow2::GuestOffset;
+use storage::{Errno, Kind, Operation, Storage};
+
+use crate::error::RequestError;
+use crate::worker::Worker;
+use crate::write::Payload;
+
+impl<S: Storage> Worker<S> {
+    /// Discards a range: whole clusters only, the rest keeps its contents.
+    pub async fn discard(&self, offset: u64, length: u64) -> Result<(), RequestError> {
+        if !self.shared.is_qcow2() {
+            return self.raw_discard(offset, length).await;
+        }
+        let (start, end) = self.whole_clusters(offset, length);
+        if start >= end {
+            return self.check_writable();
+        }
+        let _claim = self.claim(start, end - start).await;
+        self.zero_clusters(start, end, ZeroMode::Discard).await
+    }
+
+    /// Makes a range read as zero, exactly.
+    pub async fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> Result<(), RequestError> {
+        if !self.shared.is_qcow2() {
+            return self.raw_zeroes(offset, length, unmap).await;
+        }
+        let _claim = self.claim(offset, length).await;
+        let (start, end) = self.whole_clusters(offset, length);
+        if start >= end {
+            return self.zero_piece(offset, length).await;
+        }
+        self.zero_piece(offset, start - offset).await?;
+        let mode = if unmap { ZeroMode::Unmap } else { ZeroMode::Keep };
+        self.zero_clusters(start, end, mode).await?;
+        self.zero_piece(end, (offset + length).saturating_sub(end)).await
+    }
+
+    /// The whole clusters in a range; the last cluster of the disk is whole where the disk ends.
+    fn whole_clusters(&self, offset: u64, length: u64) -> (u64, u64) {
+        let unit = self.engine().unit();
+        let end = offset + length;
+        let whole_end = if end == self.engine().size() { end } else { end / unit * unit };
+        (offset.next_multiple_of(unit), whole_end)
+    }
+
+    async fn zero_clusters(&self, start: u64, end: u64, mode: ZeroMode) -> Result<(), RequestError> {
+        let mut at = start;
+        while at < end {
+            let zeroed =
+                self.ask(|engine, waker| engine.zero(GuestOffset(at), end - at, mode, waker)).await?;
+            at += match zeroed {
+                Zeroed::Done(bytes) => bytes,
+                Zeroed::NeedsData(bytes) => {
+                    self.write(at, Payload::Zeros(bytes)).await?;
+                    bytes
+                }
+            };
+            self.shared.touched();
+        }
+        Ok(())
+    }
+
+    /// Zeroes part of a cluster by writing zeros, unless it reads as zero.
+    async fn zero_piece(&self, offset: u64, length: u64) -> Result<(), RequestError> {
+        if length == 0 {
+            return Ok(());
+        }
+        self.check_writable()?;
+        let extents = self.extents(offset, length).await?;
+        if extents.iter().all(|extent| extent.source == Source::Zero) {
+            return Ok(());
+        }
+        self.write(offset, Payload::Zeros(length)).await
+    }
+
+    async fn raw_discard(&self, offset: u64, length: u64) -> Result<(), RequestError> {
+        self.check_writable()?;
+        let punch = Operation::bare(self.shared.top_file(), Kind::Punch { length }, offset);
+        match self.driver.run_bare(punch).await {
+            // A discard is a hint: where the host cannot, nothing is lost.
+            Ok(()) | Err(Errno::EOPNOTSUPP) => Ok(()),
+            Err(source) => Err(RequestError::Io { what: "punching", source }),
+        }
+    }
+
+    async fn raw_zeroes(&self, offset: u64, length: u64, unmap: bool) -> Result<(), RequestError> {
+        self.check_writable()?;
+        let top = self.shared.top_file();
+        if unmap && self.driver.run_bare(Operation::bare(top, Kind::Punch { length }, offset)).await.is_ok() {
+            return Ok(());
+        }
+        let zero = Operation::bare(top, Kind::Zero { length }, offset);
+        self.driver.run_bare(zero).await.map_err(RequestError::io("writing zeroes"))
+    }
+}
