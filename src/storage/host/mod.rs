@@ -129,8 +129,8 @@ impl OpenFile {
 }
 
 impl Drop for OpenFile {
-    /// Nothing of ours is in flight any more, as every queue that used the file is gone. But the kernel may hold on to
-    /// the description for a moment after the last completion, and whoever opens the image next need not wait for that.
+    /// Nothing of ours is in flight any more, as every queue that used the file is gone. Closing alone would not end
+    /// the lock at once: a child that another thread is just starting shares the description until its exec.
     fn drop(&mut self) {
         lock::unlock_image(&self.file);
     }

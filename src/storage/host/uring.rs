@@ -261,6 +261,8 @@ impl IoQueue for UringQueue {
         self.state.woken = false;
     }
 
+    /// What is found to be no eventfd is watched no more, with a warning; but a descriptor that always has eight bytes
+    /// to read cannot be told from one. It is for the caller to know what it was handed.
     fn watch(&mut self, event: EventFd) {
         self.state.add_watch(WatchedEvent::Foreign(event));
     }
@@ -279,7 +281,7 @@ impl IoQueue for UringQueue {
 }
 
 impl Drop for UringQueue {
-    /// Waits for every call in flight. Operations that have not reached the kernel are dropped undone.
+    /// Waits for every call in flight. Operations that still wait for room are dropped undone.
     fn drop(&mut self) {
         let state = &mut self.state;
         state.closing = true;
@@ -309,6 +311,10 @@ impl Drop for UringQueue {
                 }
             }
             self.drain();
+            if self.state.controls == self.state.armed() {
+                // No cancellation is under way. One may have come too early, between a poll and the read behind it.
+                cancels = self.state.cancellations();
+            }
         }
     }
 }
@@ -409,6 +415,11 @@ impl State {
         if watch.armed == 0 && !watch.dead && !self.closing {
             self.unarmed.push(index);
         }
+    }
+
+    /// Entries of watches in the kernel or in the submission queue.
+    fn armed(&self) -> u32 {
+        self.watches.iter().map(|watch| watch.armed).sum()
     }
 
     /// Entries that end everything which waits for a signal.
