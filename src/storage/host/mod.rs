@@ -2,7 +2,7 @@
 //!
 //! A file is opened once, by one system call; its flags are settled on that very description, which is also the one
 //! that carries the image lock and does all the I/O. Nothing is read here. What alignment a file has is found in
-//! [`probe`], who else uses it in [`lock`], and I/O happens in [`uring`].
+//! `probe`, who else uses it in `lock`, and I/O happens in `uring`.
 
 mod inline;
 mod lock;
