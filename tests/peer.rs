@@ -349,23 +349,36 @@ fn the_image_tools_say_what_they_made() -> Result<(), Failure> {
     Ok(())
 }
 
-/// What the client and the daemon manage together; printed, not judged, as it depends on the machine.
+/// What the client and the daemon manage together; printed, not judged, as it depends on the machine. In memory where
+/// the host has /dev/shm; STRATA_LOAD_SECONDS=3 makes it longer.
 #[test]
 fn a_short_load_reports_its_figures() -> Result<(), Failure> {
     use std::io::Write as _;
     let Some(bench) = Bench::new() else { return Ok(()) };
-    let image = bench.folder.path().join("disk.qcow2");
-    let size = 32 << 20;
+    let seconds = std::env::var("STRATA_LOAD_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(0.3);
+    let memory = TempDir::new_in("/dev/shm");
+    let folder = memory.as_ref().unwrap_or(&bench.folder);
+    let image = folder.path().join("disk.qcow2");
+    let size = 64 << 20;
     bench.qemu.create(
         &image,
         &ImageSpec::qcow2(size).with(Content::Pattern { offset: 0, length: size, byte: 1 }),
     )?;
-    let daemon = bench.serve(&image, 1)?;
-    let mut client = Client::connect(daemon.socket(), &Options::default())?;
-    let report = load::run(client.queues(), &Spec::random_reads(size, Duration::from_millis(300)))?;
-    assert_eq!((report.errors, report.requests * 4096), (0, report.bytes));
-    assert_eq!(report.latency.count(), report.requests);
-    writeln!(std::io::stderr(), "qemu-storage-daemon, 4 KiB random reads, depth 32: {report}")?;
-    client.close()?;
+    // Not every file system takes O_DIRECT.
+    let direct = Export { queues: 2, ..Export::of(&image, Format::Qcow2) };
+    let (daemon, how) = match StorageDaemon::start(&bench.daemon, &direct) {
+        Ok(daemon) => (daemon, "direct"),
+        Err(_) => (bench.serve(&image, 2)?, "buffered"),
+    };
+    for (name, queues, mix) in [("reads", 1, Mix::READ), ("reads", 2, Mix::READ), ("writes", 1, Mix::WRITE)] {
+        let mut client = Client::connect(daemon.socket(), &Options::with_queues(queues))?;
+        let spec = Spec { mix, ..Spec::random_reads(size, Duration::from_secs_f64(seconds)) };
+        let report = load::run(client.queues(), &spec)?;
+        assert_eq!((report.errors, report.requests * 4096), (0, report.bytes));
+        assert_eq!(report.latency.count(), report.requests);
+        let queues = format!("{queues} queue{}", if queues == 1 { "" } else { "s" });
+        writeln!(std::io::stderr(), "qemu-storage-daemon, {how}, {queues}, 4 KiB random {name}: {report}")?;
+        client.close()?;
+    }
     Ok(daemon.stop()?)
 }

@@ -29,6 +29,9 @@ pub struct QueueLayout {
     pub data: usize,
     /// Bytes of one buffer, whole pages.
     pub capacity: usize,
+    /// Bytes from one buffer to the next: a page more, as buffers a power of two apart would share the same few sets
+    /// of the host's caches and make every device look slower than it is.
+    pub stride: usize,
     /// A page that no request uses, for raw access.
     pub scratch: usize,
     /// First offset past the queue's memory, page-aligned.
@@ -61,13 +64,14 @@ impl QueueLayout {
         let scratch = (headers + 64 * count).next_multiple_of(PAGE);
         let data = scratch + PAGE;
         let capacity = capacity.max(1).next_multiple_of(PAGE);
-        let end = data + count * capacity;
-        Self { size, ring, slots, chain, segments, tables, headers, data, capacity, scratch, end }
+        let stride = capacity + PAGE;
+        let end = data + count * stride;
+        Self { size, ring, slots, chain, segments, tables, headers, data, capacity, stride, scratch, end }
     }
 
     /// Offset of a slot's buffer.
     pub fn data_of(&self, slot: u16) -> usize {
-        self.data + usize::from(slot) * self.capacity
+        self.data + usize::from(slot) * self.stride
     }
 
     /// Offset of a slot's descriptor table, which must be indirect.

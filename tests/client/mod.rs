@@ -7,6 +7,8 @@ mod config;
 mod error;
 mod events;
 mod layout;
+#[cfg(test)]
+mod loopback;
 mod memory;
 mod queue;
 mod raw;
