@@ -385,21 +385,21 @@ fn signals_arrive(queue: &mut UringQueue, flags: i32, poll_first: bool, rounds: 
     if poll_first {
         queue.poll_watches_first();
     }
+    let started = Instant::now();
     std::thread::scope(|scope| {
         scope.spawn(|| {
             for round in 1..=rounds {
                 sent.store(round, Ordering::SeqCst);
                 event.write(1).expect("it can be signalled");
-                while seen.load(Ordering::SeqCst) < round {
+                while seen.load(Ordering::SeqCst) < round && started.elapsed() < LONG {
                     std::thread::yield_now();
                 }
             }
         });
-        let started = Instant::now();
         while seen.load(Ordering::SeqCst) < rounds {
             queue.wait(Some(LONG));
-            seen.store(sent.load(Ordering::SeqCst), Ordering::SeqCst);
             assert!(started.elapsed() < LONG, "a signal did not end a wait");
+            seen.store(sent.load(Ordering::SeqCst), Ordering::SeqCst);
         }
     });
 }
@@ -408,21 +408,21 @@ fn signals_arrive(queue: &mut UringQueue, flags: i32, poll_first: bool, rounds: 
 fn notifications_arrive(queue: &mut UringQueue, rounds: u64) {
     let notifier = queue.notifier();
     let (seen, sent) = (AtomicU64::new(0), AtomicU64::new(0));
+    let started = Instant::now();
     std::thread::scope(|scope| {
         scope.spawn(|| {
             for round in 1..=rounds {
                 sent.store(round, Ordering::SeqCst);
                 notifier.notify();
-                while seen.load(Ordering::SeqCst) < round {
+                while seen.load(Ordering::SeqCst) < round && started.elapsed() < LONG {
                     std::hint::spin_loop();
                 }
             }
         });
-        let started = Instant::now();
         while seen.load(Ordering::SeqCst) < rounds {
             queue.wait(Some(LONG));
-            seen.store(sent.load(Ordering::SeqCst), Ordering::SeqCst);
             assert!(started.elapsed() < LONG, "a notification did not end a wait");
+            seen.store(sent.load(Ordering::SeqCst), Ordering::SeqCst);
         }
     });
 }
