@@ -1,0 +1,163 @@
+//! The disk, in-process, against a byte-array model: random sequences over chains and geometries, each image checked
+//! and read by QEMU's tools afterwards.
+
+mod rig;
+
+use std::path::{Path, PathBuf};
+
+use disk::DiskOptions;
+use proptest::prelude::*;
+use proptest::test_runner::TestRunner;
+use strata_tests::images::{Check, Content, Format, ImageSpec};
+use strata_tests::model::{DiscardRule, Geometry, Operation, sequences};
+use strata_tests::{ByteModel, Qemu};
+
+use crate::rig::Rig;
+
+/// A chain to be tested, from the base up; the last is the top.
+struct Case {
+    name: &'static str,
+    chain: Vec<ImageSpec>,
+}
+
+const K: u64 = 1024;
+const M: u64 = 1024 * K;
+
+fn pattern(offset: u64, length: u64, byte: u8) -> Content {
+    Content::Pattern { offset, length, byte }
+}
+
+/// An overlay over the layer below it in the list; `create_chain` names the backing file.
+fn over(format: Format, size: u64) -> ImageSpec {
+    ImageSpec::qcow2(size).backing(PathBuf::new(), format)
+}
+
+fn cases() -> Vec<Case> {
+    let base = || ImageSpec::qcow2(6 * M).with(pattern(0, M, 1)).with(pattern(3 * M + 512, M + 1024, 2));
+    let middle = || {
+        over(Format::Qcow2, 6 * M)
+            .cluster_size(64 * K)
+            .with(pattern(M / 2, M, 3))
+            .with(Content::Zeroes { offset: 3 * M, length: 256 * K, unmap: true })
+            .with(Content::Zeroes { offset: 3 * M + 512 * K, length: 128 * K, unmap: false })
+    };
+    let mut cases = vec![
+        Case { name: "v3, 64 KiB", chain: vec![ImageSpec::qcow2(6 * M)] },
+        Case { name: "v2, 64 KiB", chain: vec![ImageSpec::qcow2(6 * M).version(2)] },
+        Case { name: "odd size", chain: vec![ImageSpec::qcow2(3 * M + 5 * 512)] },
+        Case { name: "over qcow2", chain: vec![base(), over(Format::Qcow2, 6 * M)] },
+        Case { name: "v2 over qcow2", chain: vec![base(), over(Format::Qcow2, 6 * M).version(2)] },
+        Case { name: "three layers", chain: vec![base(), middle(), over(Format::Qcow2, 7 * M + 512)] },
+        Case {
+            name: "over a shorter raw",
+            chain: vec![
+                ImageSpec::raw(2 * M + 512).with(pattern(0, 2 * M + 512, 7)),
+                over(Format::Raw, 4 * M + 1024),
+            ],
+        },
+        Case {
+            name: "small clusters over large",
+            chain: vec![base().cluster_size(256 * K), over(Format::Qcow2, 6 * M).cluster_size(4 * K)],
+        },
+        Case {
+            name: "large clusters over small",
+            chain: vec![base().cluster_size(4 * K), over(Format::Qcow2, 6 * M).cluster_size(128 * K)],
+        },
+        Case {
+            name: "preallocated zero clusters",
+            chain: vec![ImageSpec::qcow2(4 * M).with(pattern(0, 4 * M, 9)).with(Content::Zeroes {
+                offset: M,
+                length: 2 * M,
+                unmap: false,
+            })],
+        },
+    ];
+    for bits in [9, 10, 12, 14, 18, 21] {
+        let cluster = 1u64 << bits;
+        let size = (cluster * 40).clamp(64 * K, 24 * M) + 512;
+        let name = match bits {
+            9 => "clusters of 512",
+            10 => "clusters of 1 KiB",
+            12 => "clusters of 4 KiB",
+            14 => "clusters of 16 KiB",
+            18 => "clusters of 256 KiB",
+            _ => "clusters of 2 MiB",
+        };
+        let below = ImageSpec::qcow2(size).cluster_size(cluster).with(pattern(cluster / 2, cluster * 3, 5));
+        cases.push(Case { name, chain: vec![below, over(Format::Qcow2, size).cluster_size(cluster)] });
+    }
+    cases
+}
+
+fn geometry(top: &ImageSpec) -> Geometry {
+    let size = top.size.expect("every case gives its size");
+    Geometry { size, cluster_size: top.cluster_size, transfer_max: (4 * top.cluster_size).min(512 * K) }
+}
+
+fn options() -> DiskOptions {
+    DiskOptions { lock_timeout: std::time::Duration::from_secs(2), ..DiskOptions::default() }
+}
+
+/// Two sessions of random operations on a fresh chain; after each the image is checked and read by QEMU.
+fn run_case(qemu: &Qemu, folder: &Path, case: &Case, sessions: &[Vec<Operation>]) {
+    let top = case.chain.last().expect("a chain has a top");
+    let paths = qemu.create_chain(folder, &case.chain).expect("qemu-img makes the chain");
+    let image = paths.last().expect("a chain has a top");
+    let rule = if top.version == 2 && case.chain.len() > 1 {
+        DiscardRule::Nothing
+    } else {
+        DiscardRule::ZeroesClusters
+    };
+    let initial = qemu.read_all(image, Format::Qcow2).expect("qemu-img reads the chain");
+    let backing: Vec<_> =
+        paths[..paths.len() - 1].iter().map(|path| std::fs::read(path).expect("backing")).collect();
+    let mut model = ByteModel::with_contents(&initial, geometry(top).size, top.cluster_size, rule);
+    for operations in sessions {
+        let mut rig = Rig::open(image, &options()).expect("the image opens");
+        rig.run(operations, &mut model);
+        let found = rig.read_all();
+        model.compare_all(&found).unwrap_or_else(|difference| panic!("{}: {difference}", case.name));
+        rig.close();
+        assert_eq!(qemu.check(image).expect("qemu-img check"), Check::Clean, "{}", case.name);
+        let found = qemu.read_all(image, Format::Qcow2).expect("qemu-img reads the image");
+        model
+            .compare_all(&found)
+            .unwrap_or_else(|difference| panic!("{}, by qemu-img: {difference}", case.name));
+    }
+    for (path, before) in paths.iter().zip(backing) {
+        assert!(std::fs::read(path).expect("backing") == before, "{}: a backing file changed", case.name);
+    }
+}
+
+#[test]
+fn random_sequences_equal_the_model() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    for case in cases() {
+        let geometry = geometry(case.chain.last().expect("a top"));
+        let mut runner = TestRunner::new(ProptestConfig {
+            cases: cases_per_chain(),
+            max_shrink_iters: 200,
+            failure_persistence: None,
+            ..ProptestConfig::default()
+        });
+        let sessions = proptest::collection::vec(sequences(geometry, 60), 2);
+        let number = std::cell::Cell::new(0);
+        let result = runner.run(&sessions, |sessions| {
+            number.set(number.get() + 1);
+            let folder = folder.path().join(format!("{}-{}", case.name.replace(' ', "-"), number.get()));
+            std::fs::create_dir_all(&folder).expect("a folder");
+            run_case(&qemu, &folder, &case, &sessions);
+            std::fs::remove_dir_all(&folder).expect("the folder goes");
+            Ok(())
+        });
+        if let Err(error) = result {
+            panic!("{}: {error}", case.name);
+        }
+    }
+}
+
+/// How often each chain is tried; STRATA_MODEL_CASES for a longer run.
+fn cases_per_chain() -> u32 {
+    std::env::var("STRATA_MODEL_CASES").ok().and_then(|text| text.parse().ok()).unwrap_or(3)
+}
