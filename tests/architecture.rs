@@ -15,7 +15,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("qcow2", &[]),
     ("engine", &["qcow2"]),
     ("storage", &[]),
-    ("disk", &["engine", "storage"]),
+    ("disk", &["engine", "qcow2", "storage"]),
     ("vhost_blk", &[]),
     ("strata", &["disk", "engine", "qcow2", "storage", "vhost_blk"]),
 ];
@@ -352,14 +352,14 @@ fn the_forbid_rule_can_fail() {
     assert!(forbid_complaints("x", "//! X.\n#![deny(unsafe_code)]\n").is_some());
 }
 
-// Rule 4: unsafe code of vhost_blk is in memory.rs.
+// Rule 4: unsafe code of vhost_blk is in memory.rs (guest memory) and fd.rs (who owns a received descriptor).
 
 fn unsafe_complaints(source: &Source) -> Vec<String> {
-    if source.path == "src/vhost_blk/memory.rs" {
+    if ["src/vhost_blk/memory.rs", "src/vhost_blk/fd.rs"].contains(&source.path.as_str()) {
         return Vec::new();
     }
     let lines = lines_with(&code_of(&source.text), "unsafe");
-    lines.iter().map(|line| format!("{}:{line}: unsafe outside memory.rs", source.path)).collect()
+    lines.iter().map(|line| format!("{}:{line}: unsafe outside memory.rs and fd.rs", source.path)).collect()
 }
 
 #[test]
@@ -374,7 +374,7 @@ fn the_unsafe_rule_can_fail() {
         unsafe_complaints(&Source { path: path.into(), text })
     };
     assert_none(complain("src/vhost_blk/memory.rs"));
-    assert_eq!(complain("src/vhost_blk/ring.rs"), ["src/vhost_blk/ring.rs:4: unsafe outside memory.rs"]);
+    assert_eq!(complain("src/vhost_blk/ring.rs"), ["src/vhost_blk/ring.rs:4: unsafe outside memory.rs and fd.rs"]);
     assert_eq!(complain("src/vhost_blk/ring/memory.rs").len(), 1);
 }
 
@@ -395,14 +395,16 @@ fn purity_complaints(source: &Source) -> Vec<String> {
         return Vec::new();
     }
     let code = code_of(&source.text);
+    // Inline tests stand last in a file and may start threads.
+    let code = code.split("#[cfg(test)]").next().unwrap_or_default();
     let complain = |line: usize, what: &str| format!("{}:{line}: {what} in a crate without I/O", source.path);
     let mut complaints = Vec::new();
     for word in WORDS {
-        complaints.extend(lines_with(&code, word).iter().map(|line| complain(*line, word)));
+        complaints.extend(lines_with(code, word).iter().map(|line| complain(*line, word)));
     }
     for (at, _) in code.match_indices("std").filter(|(at, _)| *at == 0 || !is_word(code.as_bytes()[*at - 1]))
     {
-        let line = line_of(&code, at);
+        let line = line_of(code, at);
         for module in named_by(&code[at + 3..]) {
             if STD_MODULES.contains(&module.as_str()) {
                 complaints.push(complain(line, &format!("std::{module}")));

@@ -186,6 +186,8 @@ impl MapWriter {
 
 #[cfg(test)]
 mod tests {
+    use std::thread;
+
     use super::*;
     use crate::word::FileIndex;
     use qcow2::HostOffset;
@@ -233,7 +235,7 @@ mod tests {
         let map = ChainMap::new(64 * SLICE_WORDS, 2);
         let mut writer = MapWriter::new(&map);
         let stop = AtomicBool::new(false);
-        std::thread::scope(|scope| {
+        thread::scope(|scope| {
             let readers: Vec<_> = (0..2u64)
                 .map(|seed| {
                     let (map, stop) = (&map, &stop);
