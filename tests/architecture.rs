@@ -374,7 +374,10 @@ fn the_unsafe_rule_can_fail() {
         unsafe_complaints(&Source { path: path.into(), text })
     };
     assert_none(complain("src/vhost_blk/memory.rs"));
-    assert_eq!(complain("src/vhost_blk/ring.rs"), ["src/vhost_blk/ring.rs:4: unsafe outside memory.rs and fd.rs"]);
+    assert_eq!(
+        complain("src/vhost_blk/ring.rs"),
+        ["src/vhost_blk/ring.rs:4: unsafe outside memory.rs and fd.rs"]
+    );
     assert_eq!(complain("src/vhost_blk/ring/memory.rs").len(), 1);
 }
 

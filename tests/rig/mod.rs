@@ -6,7 +6,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use disk::{Completed, Disk, DiskOptions, DiskQueue, OpenError, Request, RequestId};
+use disk::{Completed, Disk, DiskOptions, DiskQueue, OpenError, Request, RequestError, RequestId};
 use storage::GuestSlice;
 use storage::host::HostStorage;
 use strata_tests::ByteModel;
@@ -95,6 +95,13 @@ impl Rig {
     }
 
     fn wait_for(&mut self, count: usize) {
+        for completed in self.collect(count) {
+            completed.result.expect("the request succeeds");
+        }
+    }
+
+    /// Turns both queues until that many requests are done.
+    fn collect(&mut self, count: usize) -> Vec<Completed> {
         let mut done: Vec<Completed> = Vec::new();
         let mut idle = 0;
         while done.len() < count {
@@ -108,9 +115,7 @@ impl Rig {
                 self.queues[idle % 2].wait(Some(Duration::from_millis(1)));
             }
         }
-        for completed in done {
-            completed.result.expect("the request succeeds");
-        }
+        done
     }
 
     /// Memory for an operation's bytes: every third at an odd address, every second in two slices.
@@ -129,6 +134,13 @@ impl Rig {
         let cut = 512 + odd;
         let (first, second) = whole.split_at(cut).expect("a cut within");
         vec![first, second]
+    }
+
+    /// Runs one operation that may fail.
+    pub fn try_one(&mut self, operation: &Operation) -> Result<(), RequestError> {
+        let slices = self.memory_for(0, operation);
+        self.queues[0].submit(RequestId(0), request(operation), &slices);
+        self.collect(1).pop().expect("one request").result
     }
 
     /// Reads the whole disk.

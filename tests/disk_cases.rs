@@ -1,0 +1,388 @@
+//! The disk, in-process, in situations that random sequences seldom reach: growth of the refcount structure, space
+//! given back, file length over many sessions, refusals by name, raw images, deep chains.
+
+#[allow(dead_code, reason = "each test target uses its own part of the rig")]
+mod rig;
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use disk::{DiskOptions, Format as DiskFormat, OpenError};
+use strata_tests::images::{Check, Content, Format, ImageSpec};
+use strata_tests::model::{DiscardRule, Operation};
+use strata_tests::{ByteModel, Qemu};
+
+use crate::rig::Rig;
+
+const K: u64 = 1024;
+const M: u64 = 1024 * K;
+
+fn options() -> DiskOptions {
+    DiskOptions { lock_timeout: Duration::from_secs(2), ..DiskOptions::default() }
+}
+
+fn write(offset: u64, length: u64, seed: u32) -> Operation {
+    Operation::Write { offset, length, seed }
+}
+
+fn refused(path: &Path, options: &DiskOptions) -> OpenError {
+    match Rig::open(path, options) {
+        Ok(_) => panic!("{} opens", path.display()),
+        Err(error) => error,
+    }
+}
+
+/// Patches bytes of a file.
+fn patch(path: &Path, offset: u64, bytes: &[u8]) {
+    use std::os::unix::fs::FileExt;
+    let file = std::fs::OpenOptions::new().write(true).open(path).expect("the image");
+    file.write_all_at(bytes, offset).expect("a patch");
+}
+
+#[test]
+fn the_refcount_table_and_its_blocks_grow() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    for (cluster, size) in [(512, 40 * M), (1024, 80 * M)] {
+        let image = folder.path().join(format!("{cluster}.qcow2"));
+        qemu.create(&image, &ImageSpec::qcow2(size).cluster_size(cluster)).expect("an image");
+        let mut model = ByteModel::new(size, cluster, DiscardRule::ZeroesClusters);
+        for session in 0..2 {
+            let mut rig = Rig::open(&image, &options()).expect("opens");
+            // Two halves, so that the second session grows what the first left; a flush now and then.
+            let half = size / 2;
+            let mut operations = Vec::new();
+            for at in (0..half / (256 * K)).map(|n| session * half + n * 256 * K) {
+                operations.push(write(at, 256 * K, at as u32));
+                if at % (4 * M) == 0 {
+                    operations.push(Operation::Flush);
+                }
+            }
+            rig.run(&operations, &mut model);
+            let found = rig.read_all();
+            model.compare_all(&found).expect("what was written is read");
+            rig.close();
+            assert_eq!(qemu.check(&image).expect("check"), Check::Clean, "clusters of {cluster}");
+        }
+        let found = qemu.read_all(&image, Format::Qcow2).expect("read");
+        model.compare_all(&found).expect("QEMU reads what was written");
+    }
+}
+
+#[test]
+fn discarded_space_goes_back_to_the_host() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let image = folder.path().join("trim.qcow2");
+    qemu.create(&image, &ImageSpec::qcow2(64 * M)).expect("an image");
+    let mut model = ByteModel::new(64 * M, 64 * K, DiscardRule::ZeroesClusters);
+    let mut rig = Rig::open(&image, &options()).expect("opens");
+    let fill: Vec<_> = (0..64).map(|n| write(n * M, 512 * K, n as u32)).chain([Operation::Flush]).collect();
+    rig.run(&fill, &mut model);
+    let full = rig.disk().allocated(0).expect("allocated");
+    assert!(full >= 32 * M);
+    let trim: Vec<_> =
+        (0..63).map(|n| Operation::Discard { offset: n * M, length: M }).chain([Operation::Flush]).collect();
+    rig.run(&trim, &mut model);
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while rig.disk().allocated(0).expect("allocated") > full - 30 * M {
+        assert!(Instant::now() < deadline, "{:?} of {full} bytes are still there", rig.disk().allocated(0));
+        // Any request: the queue's own time passes meanwhile.
+        rig.run(&[Operation::Read { offset: 63 * M, length: 4 * K }], &mut model);
+    }
+    // The freed clusters are used again: the file grows by no more than the window that was reserved before.
+    let refill: Vec<_> = (0..60).map(|n| write(n * M, 256 * K, n as u32 + 100)).collect();
+    rig.run(&refill, &mut model);
+    rig.close();
+    assert!(std::fs::metadata(&image).expect("image").len() <= full + 18 * M);
+    assert_eq!(qemu.check(&image).expect("check"), Check::Clean);
+    model.compare_all(&qemu.read_all(&image, Format::Qcow2).expect("read")).expect("contents");
+}
+
+#[test]
+fn the_file_does_not_grow_from_session_to_session() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let image = folder.path().join("steady.qcow2");
+    qemu.create(&image, &ImageSpec::qcow2(16 * M)).expect("an image");
+    let mut model = ByteModel::new(16 * M, 64 * K, DiscardRule::ZeroesClusters);
+    let mut lengths = Vec::new();
+    for round in 0..8 {
+        let mut rig = Rig::open(&image, &options()).expect("opens");
+        for n in 0..4 {
+            let at = n * 2 * M;
+            let again = [
+                write(at, 300 * K, round * 8 + n as u32),
+                Operation::Flush,
+                Operation::Discard { offset: at, length: 128 * K },
+                Operation::Flush,
+            ];
+            rig.run(&again, &mut model);
+        }
+        rig.close();
+        assert_eq!(qemu.check(&image).expect("check"), Check::Clean);
+        lengths.push(std::fs::metadata(&image).expect("image").len());
+    }
+    assert!(lengths[7] <= lengths[1], "the file grows: {lengths:?}");
+    model.compare_all(&qemu.read_all(&image, Format::Qcow2).expect("read")).expect("contents");
+}
+
+#[test]
+fn a_fresh_image_is_left_as_it_was() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let image = folder.path().join("idle.qcow2");
+    qemu.create(&image, &ImageSpec::qcow2(16 * M)).expect("an image");
+    let before = std::fs::read(&image).expect("image");
+    Rig::open(&image, &options()).expect("opens").close();
+    let mut model = ByteModel::new(16 * M, 64 * K, DiscardRule::ZeroesClusters);
+    let mut rig = Rig::open(&image, &options()).expect("opens");
+    rig.run(&[Operation::Discard { offset: 0, length: 16 * M }, Operation::Flush], &mut model);
+    rig.close();
+    assert!(
+        std::fs::read(&image).expect("image") == before,
+        "opening, discarding nothing and closing wrote to it"
+    );
+}
+
+#[test]
+fn raw_images_equal_the_model() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let image = folder.path().join("raw.img");
+    let bytes: Vec<u8> = (0..3 * M + 700).map(|n| (n / 512) as u8 | 1).collect();
+    std::fs::write(&image, &bytes).expect("an image");
+    let size = 3 * M + 512;
+    let options = DiskOptions { format: DiskFormat::Raw, ..options() };
+    let mut model = ByteModel::with_contents(&bytes, size, 512, DiscardRule::ZeroesClusters);
+    let mut rig = Rig::open(&image, &options).expect("opens");
+    assert_eq!(rig.disk().size(), size, "rounded down to whole sectors");
+    let operations = [
+        write(0, 4 * K, 1),
+        write(65 * K, 100 * K, 2),
+        Operation::WriteZeroes { offset: M, length: 65 * K, unmap: true },
+        Operation::WriteZeroes { offset: 2 * M + 512, length: 1024, unmap: false },
+        Operation::Discard { offset: 3 * K, length: 8 * K },
+        Operation::Flush,
+        Operation::Read { offset: 0, length: 512 * K },
+        write(size - 512, 512, 3),
+    ];
+    rig.run(&operations, &mut model);
+    model.compare_all(&rig.read_all()).expect("contents");
+    rig.close();
+    let found = std::fs::read(&image).expect("image");
+    assert_eq!(found.len(), bytes.len(), "the file keeps its length");
+    model.compare_all(&found[..size as usize]).expect("contents of the file");
+}
+
+#[test]
+fn a_read_only_disk_reads_and_flushes_and_is_not_touched() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let image = folder.path().join("ro.qcow2");
+    let content = Content::Pattern { offset: M, length: M, byte: 7 };
+    qemu.create(&image, &ImageSpec::qcow2(4 * M).with(content)).expect("an image");
+    let before = std::fs::read(&image).expect("image");
+    let contents = qemu.read_all(&image, Format::Qcow2).expect("read");
+    let mut model = ByteModel::with_contents(&contents, 4 * M, 64 * K, DiscardRule::ZeroesClusters);
+    let options = DiskOptions { read_only: true, ..options() };
+    let mut rig = Rig::open(&image, &options).expect("opens");
+    let mut second = Rig::open(&image, &options).expect("readers share an image");
+    second.run(&[Operation::Read { offset: M, length: 64 * K }], &mut model);
+    rig.run(&[Operation::Flush], &mut model);
+    model.compare_all(&rig.read_all()).expect("contents");
+    for operation in [
+        write(0, 512, 1),
+        Operation::Discard { offset: 0, length: M },
+        Operation::WriteZeroes { offset: 0, length: M, unmap: false },
+    ] {
+        assert!(rig.try_one(&operation).is_err(), "{operation:?} on a read-only disk");
+    }
+    rig.close();
+    second.close();
+    assert!(std::fs::read(&image).expect("image") == before);
+}
+
+#[test]
+fn a_chain_of_64_layers_is_read_and_written() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut chain =
+        vec![ImageSpec::qcow2(8 * M).with(Content::Pattern { offset: 0, length: 8 * M, byte: 1 })];
+    for layer in 0..63u64 {
+        let spec = ImageSpec::qcow2(8 * M).backing(PathBuf::new(), Format::Qcow2);
+        // Every fourth layer has something of its own.
+        chain.push(if layer % 4 == 0 {
+            spec.with(Content::Pattern { offset: layer * 128 * K, length: 96 * K, byte: layer as u8 + 2 })
+        } else {
+            spec
+        });
+    }
+    let paths = qemu.create_chain(folder.path(), &chain).expect("a chain");
+    let image = paths.last().expect("a top");
+    let contents = qemu.read_all(image, Format::Qcow2).expect("read");
+    let mut model = ByteModel::with_contents(&contents, 8 * M, 64 * K, DiscardRule::ZeroesClusters);
+    let mut rig = Rig::open(image, &options()).expect("opens");
+    model.compare_all(&rig.read_all()).expect("contents");
+    let some: Vec<_> = (0..16).map(|n| write(n * 500 * K, 20 * K, n as u32)).collect();
+    rig.run(&some, &mut model);
+    model.compare_all(&rig.read_all()).expect("contents");
+    rig.close();
+    assert_eq!(qemu.check(image).expect("check"), Check::Clean);
+    model.compare_all(&qemu.read_all(image, Format::Qcow2).expect("read")).expect("contents");
+}
+
+#[test]
+fn what_is_not_supported_is_refused_by_name() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| folder.path().join(name);
+    let create = |name: &str, options: &str| {
+        let image = path(name);
+        qemu.img(["create", "-q", "-f", "qcow2", "-o", options, &image.display().to_string(), "4M"])
+            .expect("an image");
+        image
+    };
+    let named = |image: &Path, options: &DiskOptions, word: &str| {
+        let message = refused(image, options).to_string();
+        assert!(message.contains(word), "{message:?} says nothing of {word:?}");
+        assert!(message.contains(&image.display().to_string()), "{message:?} does not name the file");
+    };
+    named(&create("ext.qcow2", "extended_l2=on"), &options(), "extended L2");
+    named(&create("zstd.qcow2", "compression_type=zstd"), &options(), "zstd");
+    let data = format!("data_file={},data_file_raw=on", path("data.raw").display());
+    named(&create("data.qcow2", &data), &options(), "external data file");
+    let dirty = create("dirty.qcow2", "compat=1.1");
+    patch(&dirty, 72, &1u64.to_be_bytes());
+    named(&dirty, &options(), "dirty");
+    let corrupt = create("corrupt.qcow2", "compat=1.1");
+    patch(&corrupt, 72, &2u64.to_be_bytes());
+    named(&corrupt, &options(), "corrupt");
+    Rig::open(&corrupt, &DiskOptions { read_only: true, ..options() })
+        .expect("reading a corrupt image")
+        .close();
+    let unknown = create("unknown.qcow2", "compat=1.1");
+    patch(&unknown, 72, &(1u64 << 40).to_be_bytes());
+    named(&unknown, &options(), "40");
+    let snapshot = create("snapshot.qcow2", "compat=1.1");
+    qemu.img(["snapshot", "-c", "one", &snapshot.display().to_string()]).expect("a snapshot");
+    named(&snapshot, &options(), "snapshot");
+    Rig::open(&snapshot, &DiskOptions { read_only: true, ..options() })
+        .expect("reading beside a snapshot")
+        .close();
+    let text = path("text");
+    std::fs::write(&text, "no image at all, but long enough to be read as one").expect("a file");
+    named(&text, &options(), "--format raw");
+}
+
+#[test]
+fn backing_files_are_opened_only_by_plain_name_and_known_format() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| folder.path().join(name);
+    qemu.create(&path("base.raw"), &ImageSpec::raw(4 * M)).expect("a base");
+    let overlay = |name: &str| {
+        let image = path(name);
+        let spec = ImageSpec::qcow2(4 * M).backing("base.raw", Format::Raw);
+        qemu.create(&image, &spec).expect("an overlay");
+        image
+    };
+    let rebase = |image: &Path, backing: &str, format: &[&str]| {
+        let image = image.display().to_string();
+        let mut arguments = vec!["rebase", "-u", "-b", backing];
+        arguments.extend(format);
+        arguments.push(&image);
+        qemu.img(arguments).expect("a rebase");
+    };
+    Rig::open(&overlay("good.qcow2"), &options())
+        .expect("a relative name is relative to the overlay")
+        .close();
+    let image = overlay("protocol.qcow2");
+    rebase(&image, "nbd://127.0.0.1/x", &["-F", "raw"]);
+    assert!(matches!(refused(&image, &options()), OpenError::BackingNotAFile { .. }));
+    let image = overlay("json.qcow2");
+    rebase(&image, "json:{\"driver\":\"raw\",\"file\":{\"filename\":\"/etc/passwd\"}}", &["-F", "raw"]);
+    assert!(matches!(refused(&image, &options()), OpenError::BackingNotAFile { .. }));
+    let image = overlay("format.qcow2");
+    rebase(&image, "base.raw", &["-F", "vmdk"]);
+    assert!(matches!(refused(&image, &options()), OpenError::BackingFormatUnknown { .. }));
+    let image = overlay("loop.qcow2");
+    rebase(&image, "second.qcow2", &["-F", "qcow2"]);
+    let second = overlay("second.qcow2");
+    rebase(&second, "loop.qcow2", &["-F", "qcow2"]);
+    let message = refused(&image, &DiskOptions { read_only: true, ..options() }).to_string();
+    assert!(message.contains("loop"), "{message}");
+    refused(&image, &options());
+    // No format recorded: the extension's magic becomes one that nobody knows.
+    let image = overlay("none.qcow2");
+    let bytes = std::fs::read(&image).expect("image");
+    let at = bytes.windows(4).position(|four| four == [0xe2, 0x79, 0x2a, 0xca]).expect("a format extension");
+    patch(&image, at as u64, &[0x12, 0x34, 0x56, 0x78]);
+    assert!(matches!(refused(&image, &options()), OpenError::BackingFormatMissing { .. }));
+    Rig::open(&image, &DiskOptions { backing_format: Some(DiskFormat::Raw), ..options() })
+        .expect("opens")
+        .close();
+}
+
+#[test]
+fn a_damaged_table_is_named_and_the_image_marked() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let image = folder.path().join("damaged.qcow2");
+    let content = Content::Pattern { offset: 0, length: M, byte: 7 };
+    qemu.create(&image, &ImageSpec::qcow2(4 * M).with(content)).expect("an image");
+    let bytes = std::fs::read(&image).expect("image");
+    let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
+    let l2 = word(word(40) as usize) & 0x00ff_ffff_ffff_fe00;
+    // The third cluster's entry loses its alignment; the fourth stays.
+    patch(&image, l2 + 16, &(word(l2 as usize + 16) | 0x200).to_be_bytes());
+    let mut rig = Rig::open(&image, &options()).expect("opens");
+    let message =
+        rig.try_one(&Operation::Read { offset: 128 * K, length: 512 }).expect_err("damaged").to_string();
+    assert!(message.contains("L2 table") && message.contains("entry 2"), "{message}");
+    let mut model = ByteModel::with_contents(&[7; 1 << 20], 4 * M, 64 * K, DiscardRule::ZeroesClusters);
+    rig.run(&[Operation::Read { offset: 192 * K, length: 64 * K }], &mut model);
+    assert!(
+        rig.try_one(&write(0, 512, 1)).is_err(),
+        "writes are refused once the image is known to be damaged"
+    );
+    drop(rig);
+    let features = std::fs::read(&image).expect("image")[79];
+    assert_eq!(features & 2, 2, "the corrupt bit is set");
+    assert!(std::fs::metadata(&image).expect("image").size() > 0);
+}
+
+#[test]
+fn unknown_autoclear_bits_are_cleared_on_a_writable_open_only() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let image = folder.path().join("autoclear.qcow2");
+    qemu.create(&image, &ImageSpec::qcow2(4 * M)).expect("an image");
+    let bits = (1u64 << 33).to_be_bytes();
+    patch(&image, 88, &bits);
+    let field = || std::fs::read(&image).expect("image")[88..96].to_vec();
+    Rig::open(&image, &DiskOptions { read_only: true, ..options() }).expect("opens").close();
+    assert_eq!(field(), bits);
+    Rig::open(&image, &options()).expect("opens").close();
+    assert_eq!(field(), [0; 8]);
+}
+
+#[test]
+fn a_compressed_cluster_is_refused_by_name_and_its_neighbours_are_served() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let image = folder.path().join("compressed.qcow2");
+    let spec = ImageSpec::qcow2(4 * M)
+        .with(Content::Pattern { offset: 0, length: 64 * K, byte: 3 })
+        .with(Content::Compressed { offset: 64 * K, length: 64 * K, byte: 4 });
+    qemu.create(&image, &spec).expect("an image");
+    let mut rig = Rig::open(&image, &options()).expect("opens");
+    let mut model = ByteModel::with_contents(&[3; 1 << 16], 4 * M, 64 * K, DiscardRule::ZeroesClusters);
+    rig.run(&[Operation::Read { offset: 0, length: 64 * K }, write(128 * K, 64 * K, 1)], &mut model);
+    for operation in [Operation::Read { offset: 64 * K, length: 512 }, write(64 * K, 512, 2)] {
+        let message = rig.try_one(&operation).expect_err("compressed").to_string();
+        assert!(message.contains("compressed"), "{message}");
+    }
+    rig.close();
+    assert_eq!(qemu.check(&image).expect("check"), Check::Clean);
+}
