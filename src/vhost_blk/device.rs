@@ -11,7 +11,8 @@ use vmm_sys_util::eventfd::EventFd;
 /// given for is done, or its [`BlockQueue`] is dropped.
 pub type GuestSlice = VolatileSlice<'static, ()>;
 
-/// The session's name for a request in flight on one queue: its slot.
+/// The session's name for a request in flight on one queue: its slot, a small number that is free again once the request
+/// is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Tag(pub u32);
 
@@ -126,6 +127,7 @@ pub trait BlockQueue {
     /// From now on a signal on `event` ends [`BlockQueue::wait`]. The queue reads (resets) the eventfd itself.
     fn watch(&mut self, event: EventFd);
 
-    /// A function with which any thread ends this queue's [`BlockQueue::wait`].
+    /// A function with which any thread ends this queue's present or next [`BlockQueue::wait`]: used between two waits,
+    /// it is not lost. It may be used after the queue is gone, to no effect.
     fn notifier(&self) -> Arc<dyn Fn() + Send + Sync>;
 }

@@ -1,7 +1,32 @@
 //! The vhost-user-blk session: messages, guest memory, split rings and virtio-blk requests.
 //!
-//! Knows no image and no file: it talks to a [`BlockDevice`].
+//! Knows no image and no file: it talks to a [`BlockDevice`]. A [`Server`] accepts frontends, one at a time; a session
+//! (`session`) does what their messages say to the queues (`vring`) and the memory (`memory`); each started queue has
+//! a thread (`worker`) that takes chains from its ring (`ring`), checks them (`request`) and gives them to the disk.
+//!
+//! Unsafe code is in `memory` (mappings) and `fd` (descriptors that came as numbers), and nowhere else.
 
+#![deny(unsafe_code)]
+
+mod config;
 pub mod device;
+mod error;
+#[allow(unsafe_code)]
+mod fd;
+mod in_flight;
+#[allow(unsafe_code)]
+mod memory;
+mod message;
+mod metrics;
+mod poll;
+mod request;
+mod ring;
+mod server;
+mod session;
+mod vring;
+mod worker;
 
 pub use device::{BlockDevice, BlockQueue, DeviceProfile, Done, GuestSlice, Request, Status, Tag};
+pub use error::SessionError;
+pub use metrics::{Metrics, QueueSnapshot};
+pub use server::{ServeOptions, Server, StopHandle, serve};

@@ -1,0 +1,176 @@
+//! What the device offers: virtio features, protocol features and the configuration space (virtio 1.2, 5.2.3 and
+//! 5.2.4). Pure functions of the disk's profile.
+
+use vhost::vhost_user::message::VhostUserProtocolFeatures;
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
+    VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_TOPOLOGY,
+    VIRTIO_BLK_F_WRITE_ZEROES,
+};
+use virtio_bindings::virtio_config::{VIRTIO_F_ANY_LAYOUT, VIRTIO_F_VERSION_1};
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
+use crate::device::DeviceProfile;
+
+/// FLUSH: without it every write must be durable before it is done.
+pub(crate) const FLUSH: u64 = 1 << VIRTIO_BLK_F_FLUSH;
+/// EVENT_IDX.
+pub(crate) const EVENT_INDEX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
+/// INDIRECT_DESC.
+pub(crate) const INDIRECT: u64 = 1 << VIRTIO_RING_F_INDIRECT_DESC;
+/// vhost-user's own bit: protocol features can be asked for, and rings start disabled.
+pub(crate) const PROTOCOL_FEATURES: u64 = 1 << 30;
+
+/// Bytes in a sector of the virtio interface, whatever the block size.
+pub(crate) const SECTOR: u64 = 512;
+/// The longest segment we ask for, in bytes.
+const SIZE_MAX: u32 = 4 << 20;
+/// The most data segments in a request, where the ring has room for them.
+const SEG_MAX: u16 = 126;
+/// The longest discard or write-zeroes segment, in sectors: 2 GiB.
+pub(crate) const MAX_RANGE_SECTORS: u32 = 1 << 22;
+/// The most segments in a discard.
+pub(crate) const MAX_DISCARD_SEGMENTS: usize = 32;
+/// The most segments in a write zeroes.
+pub(crate) const MAX_WRITE_ZEROES_SEGMENTS: usize = 1;
+
+/// Where the `writeback` byte is.
+pub(crate) const WRITEBACK_OFFSET: usize = 32;
+/// Bytes of the configuration space that have a meaning here.
+const CONFIG_BYTES: usize = 60;
+/// A vhost-user configuration space has no more bytes than this; up to here a read is padded with zeros.
+const CONFIG_SPACE: usize = 256;
+
+/// The virtio features on offer.
+pub(crate) fn features(profile: &DeviceProfile, num_queues: u16) -> u64 {
+    let bit = |number: u32| 1u64 << number;
+    let mut features = bit(VIRTIO_F_VERSION_1)
+        | bit(VIRTIO_F_ANY_LAYOUT)
+        | INDIRECT
+        | EVENT_INDEX
+        | PROTOCOL_FEATURES
+        | FLUSH
+        | bit(VIRTIO_BLK_F_SIZE_MAX)
+        | bit(VIRTIO_BLK_F_SEG_MAX)
+        | bit(VIRTIO_BLK_F_BLK_SIZE)
+        | bit(VIRTIO_BLK_F_TOPOLOGY)
+        | bit(VIRTIO_BLK_F_CONFIG_WCE);
+    let mut offer = |wanted: bool, number: u32| features |= if wanted { bit(number) } else { 0 };
+    offer(num_queues > 1, VIRTIO_BLK_F_MQ);
+    offer(profile.read_only, VIRTIO_BLK_F_RO);
+    offer(profile.discard && !profile.read_only, VIRTIO_BLK_F_DISCARD);
+    offer(profile.write_zeroes && !profile.read_only, VIRTIO_BLK_F_WRITE_ZEROES);
+    features
+}
+
+/// The protocol features on offer.
+pub(crate) fn protocol_features() -> VhostUserProtocolFeatures {
+    VhostUserProtocolFeatures::MQ
+        | VhostUserProtocolFeatures::REPLY_ACK
+        | VhostUserProtocolFeatures::CONFIG
+        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+        | VhostUserProtocolFeatures::RESET_DEVICE
+}
+
+/// `size` bytes of the configuration space from `offset`, padded with zeros; `None` if they are not all in it.
+pub(crate) fn read(
+    profile: &DeviceProfile,
+    num_queues: u16,
+    queue_size: u16,
+    writeback: bool,
+    offset: u32,
+    size: u32,
+) -> Option<Vec<u8>> {
+    let (start, size) = (usize::try_from(offset).ok()?, usize::try_from(size).ok()?);
+    let end = start.checked_add(size).filter(|end| *end <= CONFIG_SPACE)?;
+    let mut space = space(profile, num_queues, queue_size, writeback);
+    space.resize(CONFIG_SPACE, 0);
+    Some(space[start..end].to_vec())
+}
+
+/// struct virtio_blk_config up to and with the write-zeroes fields, all little-endian.
+fn space(profile: &DeviceProfile, num_queues: u16, queue_size: u16, writeback: bool) -> Vec<u8> {
+    let mut space = Vec::with_capacity(CONFIG_SPACE);
+    space.extend(profile.capacity_sectors.to_le_bytes());
+    space.extend(SIZE_MAX.to_le_bytes());
+    // Header and status need a descriptor each.
+    space.extend(u32::from(SEG_MAX.min(queue_size.saturating_sub(2)).max(1)).to_le_bytes());
+    space.extend([0; 4]); // geometry: not offered
+    space.extend(profile.block_size.to_le_bytes());
+    // physical_block_exp, alignment_offset, then min_io_size and opt_io_size in logical blocks
+    space.extend([0, 0]);
+    space.extend(1u16.to_le_bytes());
+    space.extend((profile.optimal_io_size / profile.block_size.max(1)).to_le_bytes());
+    debug_assert_eq!(space.len(), WRITEBACK_OFFSET);
+    space.extend([u8::from(writeback), 0]);
+    space.extend(num_queues.to_le_bytes());
+    let discard = profile.discard && !profile.read_only;
+    space.extend(only(discard, MAX_RANGE_SECTORS).to_le_bytes());
+    space.extend(only(discard, MAX_DISCARD_SEGMENTS as u32).to_le_bytes());
+    space.extend(only(discard, profile.discard_alignment / SECTOR as u32).to_le_bytes());
+    let zeroes = profile.write_zeroes && !profile.read_only;
+    space.extend(only(zeroes, MAX_RANGE_SECTORS).to_le_bytes());
+    space.extend(only(zeroes, MAX_WRITE_ZEROES_SEGMENTS as u32).to_le_bytes());
+    space.extend([u8::from(zeroes), 0, 0, 0]);
+    debug_assert_eq!(space.len(), CONFIG_BYTES);
+    space
+}
+
+fn only(offered: bool, value: u32) -> u32 {
+    if offered { value } else { 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn profile() -> DeviceProfile {
+        DeviceProfile {
+            capacity_sectors: 0x1234,
+            block_size: 512,
+            optimal_io_size: 65536,
+            read_only: false,
+            discard: true,
+            discard_alignment: 65536,
+            write_zeroes: true,
+            serial: [0; 20],
+        }
+    }
+
+    #[test]
+    fn the_space_is_laid_out_as_virtio_says() {
+        let space = read(&profile(), 4, 1024, true, 0, 60).expect("in range");
+        let u32_at = |at: usize| u32::from_le_bytes(space[at..at + 4].try_into().expect("four bytes"));
+        assert_eq!(space[..8], 0x1234u64.to_le_bytes());
+        assert_eq!(u32_at(12), 126);
+        assert_eq!(u32_at(20), 512);
+        assert_eq!(u32_at(28), 128);
+        assert_eq!(space[32], 1);
+        assert_eq!(space[34..36], 4u16.to_le_bytes());
+        assert_eq!([u32_at(36), u32_at(40), u32_at(44)], [1 << 22, 32, 128]);
+        assert_eq!([u32_at(48), u32_at(52)], [1 << 22, 1]);
+        assert_eq!(space[56..], [1, 0, 0, 0]);
+    }
+
+    #[test]
+    fn reads_have_exactly_the_size_asked_for() {
+        for size in [36, 57, 60, 96, 256] {
+            assert_eq!(read(&profile(), 1, 128, true, 0, size).map(|bytes| bytes.len()), Some(size as usize));
+        }
+        assert_eq!(read(&profile(), 1, 128, false, 32, 1), Some(vec![0]));
+        assert_eq!(read(&profile(), 1, 128, true, 255, 1), Some(vec![0]));
+        for (offset, size) in [(256, 1), (0, 257), (u32::MAX, 2), (2, u32::MAX)] {
+            assert_eq!(read(&profile(), 1, 128, true, offset, size), None);
+        }
+    }
+
+    #[test]
+    fn a_read_only_disk_offers_no_way_to_change_it() {
+        let read_only = DeviceProfile { read_only: true, ..profile() };
+        let offered = features(&read_only, 1);
+        assert_ne!(offered & (1 << VIRTIO_BLK_F_RO), 0);
+        assert_eq!(offered & ((1 << VIRTIO_BLK_F_DISCARD) | (1 << VIRTIO_BLK_F_WRITE_ZEROES)), 0);
+        assert_eq!(offered & (1 << VIRTIO_BLK_F_MQ), 0);
+        assert_ne!(features(&profile(), 2) & (1 << VIRTIO_BLK_F_MQ), 0);
+    }
+}

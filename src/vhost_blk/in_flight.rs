@@ -1,0 +1,130 @@
+//! The requests of one queue that the disk has: which slot belongs to which chain.
+//!
+//! A chain with one request has one slot, and its slot is the tag. A discard of several segments has a slot for the
+//! chain and one for each segment; those come from a small number of extra slots, so that the depth promised to the
+//! disk holds whatever guests send, and wait in line when there are none.
+
+use std::collections::VecDeque;
+
+use slab::Slab;
+
+use crate::device::{Done, GuestSlice, Request, Status, Tag};
+use crate::request::{Kind, Submission};
+
+/// Segments of discards in flight at the same time.
+const SEGMENT_SLOTS: usize = 32;
+
+/// A chain that the disk works on, or has finished.
+#[derive(Debug)]
+pub(crate) struct Pending {
+    pub head: u16,
+    pub kind: Kind,
+    pub status_byte: GuestSlice,
+    pub status: Status,
+    /// Bytes of data, for the counters.
+    pub bytes: u32,
+    /// Bytes written to the chain if it ends well, the status byte among them.
+    pub written: u32,
+    /// Requests of it that are not done.
+    open: usize,
+}
+
+#[derive(Debug)]
+enum Slot {
+    Chain(Pending),
+    Segment { chain: usize },
+    Closing,
+}
+
+#[derive(Debug)]
+pub(crate) struct InFlight {
+    slots: Slab<Slot>,
+    /// Segments that have not been sent to the disk, with the slots of their chains.
+    waiting: VecDeque<(usize, Request)>,
+    /// Slots taken by segments.
+    segments: usize,
+}
+
+impl InFlight {
+    /// Room for every chain of a ring.
+    pub(crate) fn new(ring_size: u16) -> Self {
+        InFlight {
+            slots: Slab::with_capacity(usize::from(ring_size) + SEGMENT_SLOTS + 1),
+            waiting: VecDeque::new(),
+            segments: 0,
+        }
+    }
+
+    /// The most requests a disk will have from a ring of this size.
+    pub(crate) fn depth(ring_size: u16) -> u32 {
+        u32::from(ring_size) + SEGMENT_SLOTS as u32 + 1
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.slots.is_empty()
+    }
+
+    /// Adds a chain. Its only request is to be submitted with the tag; if it has several, they wait, and
+    /// [`InFlight::next_segment`] hands them out.
+    pub(crate) fn add(&mut self, head: u16, submission: Submission) -> Option<(Tag, Request)> {
+        let Submission { kind, status_byte, requests, bytes, written } = submission;
+        let open = requests.len();
+        let pending = Pending { head, kind, status_byte, status: Status::Ok, bytes, written, open };
+        let slot = self.slots.insert(Slot::Chain(pending));
+        if let [request] = requests[..] {
+            return Some((tag(slot), request));
+        }
+        self.waiting.extend(requests.into_iter().map(|request| (slot, request)));
+        None
+    }
+
+    /// The next segment that may be submitted.
+    pub(crate) fn next_segment(&mut self) -> Option<(Tag, Request)> {
+        if self.segments == SEGMENT_SLOTS {
+            return None;
+        }
+        let (chain, request) = self.waiting.pop_front()?;
+        self.segments += 1;
+        Some((tag(self.slots.insert(Slot::Segment { chain })), request))
+    }
+
+    /// A tag for a flush of our own.
+    pub(crate) fn add_closing(&mut self) -> Tag {
+        tag(self.slots.insert(Slot::Closing))
+    }
+
+    /// Takes note of a request that is done; the chain, if that was the last of it.
+    pub(crate) fn finish(&mut self, done: Done) -> Option<Pending> {
+        let slot = done.tag.0 as usize;
+        let chain =
+            match self.slots.try_remove(slot).expect("the disk finished a request that it did not have") {
+                Slot::Closing => return None,
+                Slot::Segment { chain } => {
+                    self.segments -= 1;
+                    chain
+                }
+                Slot::Chain(pending) => {
+                    assert_eq!(pending.open, 1, "the disk finished a request that it did not have");
+                    return Some(Pending { status: done.status, ..pending });
+                }
+            };
+        let Some(Slot::Chain(pending)) = self.slots.get_mut(chain) else {
+            unreachable!("a segment's chain stays until all its segments are done");
+        };
+        pending.open -= 1;
+        if done.status != Status::Ok {
+            pending.status = done.status;
+        }
+        if pending.open > 0 {
+            return None;
+        }
+        match self.slots.remove(chain) {
+            Slot::Chain(pending) => Some(pending),
+            _ => unreachable!("looked at just before"),
+        }
+    }
+}
+
+fn tag(slot: usize) -> Tag {
+    Tag(u32::try_from(slot).expect("a ring has at most 32,768 descriptors"))
+}

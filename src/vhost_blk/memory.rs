@@ -1,0 +1,345 @@
+//! Guest memory: the table of regions that a frontend shares, mapped, and the translation of guest addresses.
+//!
+//! This file owns every mapping and is where guest addresses become host addresses. It never decides when a mapping may go:
+//! whoever holds an `Arc<GuestMemory>` keeps it. Nothing here trusts a number of the frontend or the guest.
+//!
+//! Not survived yet: a frontend that truncates a file after it was mapped (SIGBUS).
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+
+use vhost::vhost_user::message::VhostUserMemoryRegion;
+use vm_memory::{
+    Address, ByteValued, Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap,
+    GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+};
+
+use crate::device::GuestSlice;
+use crate::error::{BadAddress, MemoryError};
+
+/// The most regions in a table: what KVM offers too, so no frontend has more.
+pub const MAX_MEMORY_SLOTS: usize = 509;
+
+/// A region as the frontend describes it: a copy, so that nothing is read twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RegionInfo {
+    /// Guest physical address.
+    pub guest: u64,
+    /// Bytes.
+    pub size: u64,
+    /// Address in the frontend's own address space; ring addresses are given in it.
+    pub user: u64,
+    /// Byte offset in the file.
+    pub offset: u64,
+}
+
+impl From<&VhostUserMemoryRegion> for RegionInfo {
+    fn from(region: &VhostUserMemoryRegion) -> Self {
+        RegionInfo {
+            guest: region.guest_phys_addr,
+            size: region.memory_size,
+            user: region.user_addr,
+            offset: region.mmap_offset,
+        }
+    }
+}
+
+/// The mapped memory of a guest, immutable. A change makes a new one, which shares the mappings that stay.
+#[derive(Debug)]
+pub struct GuestMemory {
+    map: GuestMemoryMmap<()>,
+}
+
+impl GuestMemory {
+    /// Memory with no byte in it.
+    pub fn empty() -> Self {
+        GuestMemory { map: GuestMemoryMmap::new() }
+    }
+
+    /// The mappings, for virtio-queue.
+    pub(crate) fn map(&self) -> &GuestMemoryMmap<()> {
+        &self.map
+    }
+
+    /// Checks that a range lies in guest memory, in however many regions. An empty range must still name an address
+    /// in it.
+    ///
+    /// # Errors
+    /// When any byte of it is outside, or its end is no 64-bit number.
+    pub fn check(&self, address: u64, length: u64) -> Result<(), BadAddress> {
+        let bad = BadAddress { address, length };
+        // vm-memory lets a walk wrap round to address 0 when it ends exactly at 2^64.
+        address.checked_add(length).ok_or(bad)?;
+        let bytes = usize::try_from(length).map_err(|_| bad)?;
+        let sound = if bytes == 0 {
+            self.map.address_in_range(GuestAddress(address))
+        } else {
+            self.map.get_slices(GuestAddress(address), bytes).all(|piece| piece.is_ok())
+        };
+        if sound { Ok(()) } else { Err(bad) }
+    }
+
+    /// Translates a range, adding its pieces (one for each region it touches) to `pieces`. The slices are good for as
+    /// long as this memory is kept, which the caller must see to: that is why their `'static` is no lie.
+    ///
+    /// # Errors
+    /// As for [`GuestMemory::check`]; then nothing was added.
+    pub fn translate(
+        &self,
+        address: u64,
+        length: u32,
+        pieces: &mut Vec<GuestSlice>,
+    ) -> Result<(), BadAddress> {
+        let bad = BadAddress { address, length: u64::from(length) };
+        if length == 0 {
+            return self.check(address, 0);
+        }
+        address.checked_add(u64::from(length)).ok_or(bad)?;
+        let before = pieces.len();
+        for piece in self.map.get_slices(GuestAddress(address), length as usize) {
+            let Ok(piece) = piece else {
+                pieces.truncate(before);
+                return Err(bad);
+            };
+            // SAFETY: the piece was checked to lie in a mapping of this table, and its user keeps the table (an Arc)
+            // until the last use of the slice: see Worker, which drops its queue before its memory. The guest writes
+            // this memory at any time, so everybody else, too, uses volatile or atomic accesses or the kernel.
+            pieces.push(unsafe { GuestSlice::new(piece.ptr_guard_mut().as_ptr(), piece.len()) });
+        }
+        Ok(())
+    }
+
+    /// Copies an object out of guest memory, once.
+    ///
+    /// # Errors
+    /// When it is not in guest memory as a whole.
+    pub fn read<T: ByteValued>(&self, address: u64) -> Result<T, BadAddress> {
+        let length = size_of::<T>() as u64;
+        self.map.read_obj(GuestAddress(address)).map_err(|_| BadAddress { address, length })
+    }
+}
+
+/// The regions of a session in the order of their guest addresses, and the memory they add up to.
+#[derive(Debug)]
+pub struct MemoryTable {
+    regions: Vec<Region>,
+    memory: Arc<GuestMemory>,
+}
+
+#[derive(Clone, Debug)]
+struct Region {
+    info: RegionInfo,
+    mapped: Arc<GuestRegionMmap<()>>,
+}
+
+impl MemoryTable {
+    /// A table with no region.
+    pub fn new() -> Self {
+        MemoryTable { regions: Vec::new(), memory: Arc::new(GuestMemory::empty()) }
+    }
+
+    /// The memory as it is now.
+    pub fn memory(&self) -> Arc<GuestMemory> {
+        Arc::clone(&self.memory)
+    }
+
+    /// A table of exactly these regions (SET_MEM_TABLE), in any order.
+    ///
+    /// # Errors
+    /// When a region is impossible, does not fit its file, or overlaps another. Every file is closed then.
+    pub fn from_regions(infos: &[RegionInfo], files: Vec<File>) -> Result<Self, MemoryError> {
+        if infos.len() != files.len() {
+            return Err(MemoryError::Descriptors { regions: infos.len(), files: files.len() });
+        }
+        let regions =
+            infos.iter().zip(files).map(|(info, file)| Region::map(*info, file)).collect::<Result<_, _>>()?;
+        Self::assemble(regions)
+    }
+
+    /// This table with one region more (ADD_MEM_REG). The mappings of this one stay in the new one.
+    ///
+    /// # Errors
+    /// As for [`MemoryTable::from_regions`].
+    pub fn with_region(&self, info: RegionInfo, file: File) -> Result<Self, MemoryError> {
+        let mut regions = self.regions.clone();
+        regions.push(Region::map(info, file)?);
+        Self::assemble(regions)
+    }
+
+    /// This table without one region (REM_MEM_REG), which must be named by its guest and user address and its size.
+    ///
+    /// # Errors
+    /// When there is no such region.
+    pub fn without_region(&self, info: RegionInfo) -> Result<Self, MemoryError> {
+        let found = self.regions.iter().position(|region| {
+            (region.info.guest, region.info.size, region.info.user) == (info.guest, info.size, info.user)
+        });
+        let Some(found) = found else {
+            return Err(MemoryError::Unknown { guest: info.guest, size: info.size });
+        };
+        let mut regions = self.regions.clone();
+        regions.remove(found);
+        Self::assemble(regions)
+    }
+
+    /// The guest address of an address in the frontend's address space.
+    pub fn guest_address(&self, user: u64) -> Option<u64> {
+        self.regions.iter().find_map(|region| {
+            let offset = user.checked_sub(region.info.user)?;
+            if offset < region.info.size { region.info.guest.checked_add(offset) } else { None }
+        })
+    }
+
+    fn assemble(mut regions: Vec<Region>) -> Result<Self, MemoryError> {
+        if regions.len() > MAX_MEMORY_SLOTS {
+            return Err(MemoryError::TooMany { limit: MAX_MEMORY_SLOTS });
+        }
+        if regions.is_empty() {
+            return Ok(Self::new());
+        }
+        regions.sort_by_key(|region| region.info.guest);
+        for pair in regions.windows(2) {
+            // Cannot overflow: checked when the region was mapped.
+            if pair[0].info.guest + pair[0].info.size > pair[1].info.guest {
+                return Err(MemoryError::Overlap { guest: pair[1].info.guest });
+            }
+        }
+        let mapped = regions.iter().map(|region| Arc::clone(&region.mapped)).collect();
+        let map = GuestMemoryMmap::from_arc_regions(mapped)
+            .map_err(|_| MemoryError::Overlap { guest: regions[0].info.guest })?;
+        Ok(MemoryTable { regions, memory: Arc::new(GuestMemory { map }) })
+    }
+}
+
+impl Default for MemoryTable {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Region {
+    fn map(info: RegionInfo, file: File) -> Result<Self, MemoryError> {
+        let RegionInfo { guest, size, user, offset } = info;
+        if size == 0 {
+            return Err(MemoryError::Empty { guest });
+        }
+        let overflow = MemoryError::Overflow { guest, size };
+        let Some(end) = offset.checked_add(size) else { return Err(overflow) };
+        let Ok(bytes) = usize::try_from(size) else { return Err(overflow) };
+        if guest.checked_add(size).is_none() || user.checked_add(size).is_none() || end > i64::MAX as u64 {
+            return Err(overflow);
+        }
+        let metadata =
+            file.metadata().map_err(|source| MemoryError::Host { guest, step: "stat its file", source })?;
+        if !metadata.is_file() {
+            return Err(MemoryError::NotAFile { guest });
+        }
+        if end > metadata.len() {
+            return Err(MemoryError::BeyondFile { guest, end, length: metadata.len() });
+        }
+        let mapping = MmapRegion::<()>::from_file(FileOffset::new(file, offset), bytes)
+            .map_err(|error| MemoryError::Host { guest, step: "map it", source: io::Error::other(error) })?;
+        let mapped = GuestRegionMmap::new(mapping, GuestAddress(guest)).ok_or(overflow)?;
+        debug_assert_eq!(mapped.start_addr().raw_value() + mapped.len(), guest + size);
+        Ok(Region { info, mapped: Arc::new(mapped) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAGE: u64 = 4096;
+
+    fn file(bytes: u64) -> File {
+        let file = tempfile::tempfile().expect("a temporary file");
+        file.set_len(bytes).expect("its length");
+        file
+    }
+
+    fn info(guest: u64, size: u64, user: u64, offset: u64) -> RegionInfo {
+        RegionInfo { guest, size, user, offset }
+    }
+
+    fn table(infos: &[RegionInfo]) -> Result<MemoryTable, MemoryError> {
+        let files = infos.iter().map(|info| file(info.offset.wrapping_add(info.size) & 0xff_ffff)).collect();
+        MemoryTable::from_regions(infos, files)
+    }
+
+    #[test]
+    fn regions_are_sorted_and_addresses_found() {
+        let table = table(&[info(4 * PAGE, PAGE, 0x7000_0000, 0), info(0, 2 * PAGE, 0x6000_0000, PAGE)])
+            .expect("sound regions");
+        assert_eq!(table.guest_address(0x7000_0010), Some(4 * PAGE + 0x10));
+        assert_eq!(table.guest_address(0x6000_0000), Some(0));
+        assert_eq!(table.guest_address(0x6000_0000 + 2 * PAGE), None);
+        assert!(table.memory().check(0, 2 * PAGE).is_ok());
+        assert!(table.memory().check(0, 2 * PAGE + 1).is_err());
+    }
+
+    #[test]
+    fn impossible_regions_are_refused() {
+        let cases: &[(&str, Vec<RegionInfo>)] = &[
+            ("empty", vec![info(0, 0, 0, 0)]),
+            ("guest overflow", vec![info(u64::MAX - 10, PAGE, 0, 0)]),
+            ("user overflow", vec![info(0, PAGE, u64::MAX - 10, 0)]),
+            ("offset overflow", vec![info(0, PAGE, 0, u64::MAX - 10)]),
+            ("offset beyond off_t", vec![info(0, PAGE, 0, i64::MAX as u64)]),
+            ("overlap", vec![info(0, 2 * PAGE, 0, 0), info(PAGE, PAGE, 0, 0)]),
+            ("same", vec![info(0, PAGE, 0, 0), info(0, PAGE, 0, 0)]),
+            ("unaligned offset", vec![info(0, PAGE, 0, 5)]),
+        ];
+        for (name, infos) in cases {
+            assert!(table(infos).is_err(), "{name}");
+        }
+        let short = MemoryTable::from_regions(&[info(0, 2 * PAGE, 0, 0)], vec![file(PAGE)]);
+        assert!(matches!(short, Err(MemoryError::BeyondFile { .. })));
+        let null = File::open("/dev/null").expect("/dev/null");
+        let device = MemoryTable::from_regions(&[info(0, PAGE, 0, 0)], vec![null]);
+        assert!(matches!(device, Err(MemoryError::NotAFile { .. })));
+        let few = MemoryTable::from_regions(&[info(0, PAGE, 0, 0)], Vec::new());
+        assert!(matches!(few, Err(MemoryError::Descriptors { .. })));
+    }
+
+    #[test]
+    fn ranges_cross_regions_but_not_holes() {
+        let table =
+            table(&[info(0, PAGE, 0, 0), info(PAGE, PAGE, PAGE, 0), info(3 * PAGE, PAGE, 2 * PAGE, 0)])
+                .expect("sound regions");
+        let memory = table.memory();
+        let mut pieces = Vec::new();
+        memory.translate(PAGE - 10, 20, &mut pieces).expect("two neighbours");
+        assert_eq!(pieces.iter().map(|piece| piece.len()).collect::<Vec<_>>(), [10, 10]);
+        assert!(memory.translate(2 * PAGE - 10, 20, &mut pieces).is_err(), "a hole");
+        assert_eq!(pieces.len(), 2, "nothing was added");
+        assert!(memory.translate(u64::MAX - 5, 20, &mut pieces).is_err(), "wraps");
+        assert!(memory.translate(2 * PAGE, 0, &mut pieces).is_err(), "empty at a bad address");
+        assert!(memory.translate(0, 0, &mut pieces).is_ok());
+        assert_eq!(pieces.len(), 2);
+    }
+
+    #[test]
+    fn wrap_at_the_top_is_refused() {
+        let top = u64::MAX - 2 * PAGE + 1;
+        let table = table(&[info(0, PAGE, 0, 0), info(top, PAGE, PAGE, 0)]).expect("sound regions");
+        assert!(table.memory().check(top, PAGE).is_ok());
+        assert!(table.memory().check(top + PAGE, 1).is_err());
+    }
+
+    #[test]
+    fn regions_come_and_go() {
+        let one = table(&[info(0, PAGE, 0, 0)]).expect("sound regions");
+        let kept = one.memory();
+        let two = one.with_region(info(PAGE, PAGE, PAGE, 0), file(PAGE)).expect("room");
+        assert!(two.memory().check(0, 2 * PAGE).is_ok());
+        assert!(two.with_region(info(PAGE, PAGE, 0, 0), file(PAGE)).is_err(), "overlap");
+        assert!(two.without_region(info(PAGE, 2 * PAGE, PAGE, 0)).is_err(), "another size");
+        let back = two.without_region(info(0, PAGE, 0, 0)).expect("it is there");
+        assert!(back.memory().check(0, 1).is_err());
+        let none = back.without_region(info(PAGE, PAGE, PAGE, 0)).expect("it is there");
+        assert!(none.memory().check(PAGE, 1).is_err());
+        drop((one, two, back, none));
+        assert!(kept.read::<u64>(0).is_ok(), "an old table lives as long as somebody uses it");
+    }
+}

@@ -1,0 +1,123 @@
+//! A look at the next message before it is taken from the socket.
+//!
+//! `vhost` handles a message and tells only whether that failed. Whether the frontend was told, and the bits of a queue
+//! index that `vhost` drops, are in the first bytes; they are looked at here and left where they are. File descriptors
+//! beside them are not touched.
+
+use std::os::fd::AsFd;
+
+use rustix::net::RecvFlags;
+use vhost::vhost_user::message::FrontendReq;
+
+/// Header (le32 request, flags, size) and the first 64 bits of the payload.
+const LOOK: usize = 20;
+const HEADER: usize = 12;
+const NEED_REPLY: u32 = 1 << 3;
+/// In the payload of a message about a queue's descriptors: there is none.
+const NO_DESCRIPTOR: u64 = 1 << 8;
+
+/// What could be seen of a message.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Peeked {
+    request: Option<FrontendReq>,
+    /// The frontend wants to know how it went.
+    pub needs_reply: bool,
+    /// The queue of a kick, call or error message at its full width.
+    pub vring_index: Option<u64>,
+}
+
+impl Peeked {
+    /// Looks at what is there, without waiting for more.
+    pub(crate) fn look(socket: impl AsFd) -> Self {
+        let mut bytes = [0; LOOK];
+        match rustix::net::recv(socket, &mut bytes, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
+            Ok((seen, _)) => Self::parse(&bytes[..seen.min(LOOK)]),
+            Err(_) => Self::default(),
+        }
+    }
+
+    fn parse(bytes: &[u8]) -> Self {
+        let Some(([r0, r1, r2, r3, f0, f1, f2, f3, ..], payload)) = bytes.split_first_chunk::<HEADER>()
+        else {
+            return Self::default();
+        };
+        let request = FrontendReq::try_from(u32::from_ne_bytes([*r0, *r1, *r2, *r3])).ok();
+        let flags = u32::from_ne_bytes([*f0, *f1, *f2, *f3]);
+        let about_descriptor = matches!(
+            request,
+            Some(FrontendReq::SET_VRING_KICK | FrontendReq::SET_VRING_CALL | FrontendReq::SET_VRING_ERR)
+        );
+        let vring_index = payload
+            .first_chunk()
+            .filter(|_| about_descriptor)
+            .map(|payload| u64::from_ne_bytes(*payload) & !NO_DESCRIPTOR);
+        Peeked { request, needs_reply: flags & NEED_REPLY != 0, vring_index }
+    }
+
+    /// The message has no reply of its own, so that REPLY_ACK gives it one.
+    pub(crate) fn is_acknowledged(&self) -> bool {
+        use FrontendReq as R;
+        matches!(
+            self.request,
+            Some(
+                R::SET_OWNER
+                    | R::RESET_OWNER
+                    | R::RESET_DEVICE
+                    | R::SET_FEATURES
+                    | R::SET_PROTOCOL_FEATURES
+                    | R::SET_MEM_TABLE
+                    | R::ADD_MEM_REG
+                    | R::REM_MEM_REG
+                    | R::SET_VRING_NUM
+                    | R::SET_VRING_ADDR
+                    | R::SET_VRING_BASE
+                    | R::SET_VRING_KICK
+                    | R::SET_VRING_CALL
+                    | R::SET_VRING_ERR
+                    | R::SET_VRING_ENABLE
+                    | R::SET_CONFIG
+            )
+        )
+    }
+
+    pub(crate) fn is_set_config(&self) -> bool {
+        self.request == Some(FrontendReq::SET_CONFIG)
+    }
+
+    /// For the log.
+    pub(crate) fn name(&self) -> String {
+        self.request.map_or_else(|| "unknown".to_owned(), |request| format!("{request:?}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(request: u32, flags: u32, payload: u64) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        bytes.extend(request.to_ne_bytes());
+        bytes.extend(flags.to_ne_bytes());
+        bytes.extend(8u32.to_ne_bytes());
+        bytes.extend(payload.to_ne_bytes());
+        bytes
+    }
+
+    #[test]
+    fn a_whole_index_is_seen() {
+        let kick = FrontendReq::SET_VRING_KICK as u32;
+        assert_eq!(Peeked::parse(&message(kick, 1, 0x203)).vring_index, Some(0x203));
+        assert_eq!(Peeked::parse(&message(kick, 1, 0x103)).vring_index, Some(3));
+        assert_eq!(Peeked::parse(&message(kick, 1, 3)[..19]).vring_index, None);
+        assert_eq!(Peeked::parse(&message(FrontendReq::SET_VRING_NUM as u32, 1, 3)).vring_index, None);
+    }
+
+    #[test]
+    fn replies_are_told_apart() {
+        let set = Peeked::parse(&message(FrontendReq::SET_FEATURES as u32, 9, 0));
+        assert!(set.needs_reply && set.is_acknowledged());
+        let get = Peeked::parse(&message(FrontendReq::GET_VRING_BASE as u32, 9, 0));
+        assert!(get.needs_reply && !get.is_acknowledged());
+        assert!(!Peeked::parse(&[1, 2, 3]).is_acknowledged());
+    }
+}

@@ -1,0 +1,427 @@
+//! One frontend's session: what each vhost-user message does.
+//!
+//! Owns the queues, the memory table and the negotiated features of a session. Only the session's thread touches it, so
+//! the lock that `vhost` needs around it is never waited for; workers see [`Shared`] and their signal slots, nothing
+//! else. Messages that are refused are remembered as such, for the loop to tell them from a broken stream.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+
+use tracing::{debug, info, warn};
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
+    VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
+    VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
+
+use crate::config::{self, FLUSH, PROTOCOL_FEATURES, WRITEBACK_OFFSET};
+use crate::device::{BlockDevice, DeviceProfile};
+use crate::error::MemoryError;
+use crate::fd::eventfd_from;
+use crate::memory::{MAX_MEMORY_SLOTS, MemoryTable, RegionInfo};
+use crate::message::Peeked;
+use crate::server::ServeOptions;
+use crate::vring::{Surroundings, UserAddresses, Vring};
+use crate::worker::Shared;
+
+/// Why a message is refused.
+#[derive(Debug, thiserror::Error)]
+enum Refusal {
+    #[error("there is no queue {index}")]
+    Queue { index: u64 },
+    #[error("a queue of {size} descriptors: it must be a power of two and at most {limit}")]
+    QueueSize { size: u32, limit: u16 },
+    #[error("queue {index} is running")]
+    Running { index: u32 },
+    #[error("{base} is no index of an available ring")]
+    Base { base: u32 },
+    #[error("a queue without a kick descriptor (polling) is not supported")]
+    Polling,
+    #[error("bytes {offset}.. of the configuration space cannot be written")]
+    ConfigWrite { offset: u32 },
+    #[error("bytes {offset}..{offset}+{size} are not in the configuration space")]
+    ConfigRead { offset: u32, size: u32 },
+    #[error("{0}")]
+    Memory(#[from] MemoryError),
+    #[error("{0} was not offered")]
+    NotOffered(&'static str),
+}
+
+/// A session, from SET_OWNER to the frontend's leaving.
+pub(crate) struct Session<D: BlockDevice> {
+    device: Arc<D>,
+    profile: DeviceProfile,
+    options: ServeOptions,
+    vrings: Vec<Vring>,
+    table: MemoryTable,
+    shared: Arc<Shared>,
+    /// The virtio features in force, once the frontend has set them.
+    features: Option<u64>,
+    protocol_features: VhostUserProtocolFeatures,
+    /// The `writeback` byte of the configuration space.
+    writeback: bool,
+    /// The message at hand, as far as it was there before it was taken.
+    message: Peeked,
+    /// The message at hand was understood, and refused.
+    refused: bool,
+}
+
+impl<D: BlockDevice> Session<D> {
+    pub(crate) fn new(device: Arc<D>, options: ServeOptions) -> Self {
+        Session {
+            profile: device.profile(),
+            vrings: (0..options.num_queues).map(Vring::new).collect(),
+            device,
+            options,
+            table: MemoryTable::new(),
+            shared: Arc::new(Shared::new()),
+            features: None,
+            protocol_features: VhostUserProtocolFeatures::empty(),
+            writeback: true,
+            message: Peeked::default(),
+            refused: false,
+        }
+    }
+
+    /// To be called before each message is handled.
+    pub(crate) fn begin_message(&mut self, message: Peeked) {
+        self.message = message;
+        self.refused = false;
+    }
+
+    /// Whether the session goes on after the message at hand failed: it was understood and refused, and the frontend
+    /// knows, or need not.
+    pub(crate) fn survives_failure(&self) -> bool {
+        let told = self.message.needs_reply
+            && self.message.is_acknowledged()
+            && self.protocol_features.contains(VhostUserProtocolFeatures::REPLY_ACK);
+        self.refused && (told || self.message.is_set_config())
+    }
+
+    /// Ends the session: every queue is drained and stopped.
+    pub(crate) fn close(&mut self) {
+        self.stop_all(false);
+    }
+
+    fn refuse<T>(&mut self, refusal: impl Into<Refusal>) -> Result<T> {
+        let refusal = refusal.into();
+        warn!(message = self.message.name(), "refused: {refusal}");
+        self.refused = true;
+        Err(Error::ReqHandlerError(io::Error::new(io::ErrorKind::InvalidInput, refusal)))
+    }
+
+    fn offered(&self) -> u64 {
+        config::features(&self.profile, self.options.num_queues)
+    }
+
+    fn check_queue(&mut self, index: u32) -> Result<usize> {
+        let found = usize::try_from(index).ok().filter(|index| *index < self.vrings.len());
+        match found {
+            Some(index) => Ok(index),
+            None => self.refuse(Refusal::Queue { index: u64::from(index) }),
+        }
+    }
+
+    /// The queue of a message whose index `vhost` cuts to 8 bits: the bits that it drops must be zero.
+    fn check_cut_queue(&mut self, index: u8) -> Result<usize> {
+        match self.message.vring_index {
+            Some(whole) if whole != u64::from(index) => self.refuse(Refusal::Queue { index: whole }),
+            _ => self.check_queue(u32::from(index)),
+        }
+    }
+
+    /// Starts queue `index` if everything for it is there.
+    fn start(&mut self, index: usize) {
+        let Some(features) = self.features else { return };
+        // Without protocol features there is no message to enable a ring.
+        if features & PROTOCOL_FEATURES == 0 {
+            self.vrings[index].enabled = true;
+        }
+        self.vrings[index].start(&Surroundings {
+            device: &self.device,
+            table: &self.table,
+            shared: &self.shared,
+            metrics: &self.options.metrics,
+            features,
+            poll_max: self.options.poll_max,
+        });
+    }
+
+    fn start_all(&mut self) {
+        (0..self.vrings.len()).for_each(|index| self.start(index));
+    }
+
+    fn stop_all(&mut self, flush: bool) {
+        self.vrings.iter_mut().for_each(|vring| vring.stop(flush));
+    }
+
+    /// Takes a memory table into use. Only one that keeps every mapping of the old may be taken while queues run.
+    fn use_table(&mut self, table: MemoryTable) {
+        self.table = table;
+        self.shared.set_memory(self.table.memory());
+        self.start_all();
+    }
+
+    /// What FLUSH and the `writeback` byte mean together.
+    fn update_write_through(&mut self) {
+        let flush = self.features.is_some_and(|features| features & FLUSH != 0);
+        self.shared.set_write_through(!(flush && self.writeback));
+    }
+
+    /// Turns the write cache on or off. What was written while it was on must not stay in it.
+    fn set_writeback(&mut self, writeback: bool) {
+        let was = std::mem::replace(&mut self.writeback, writeback);
+        self.update_write_through();
+        if was
+            && !writeback
+            && let Some(index) = self.vrings.iter().position(Vring::is_running)
+        {
+            self.vrings[index].stop(true);
+            self.start(index);
+        }
+    }
+}
+
+impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
+    fn set_owner(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn reset_owner(&mut self) -> Result<()> {
+        self.reset_device()
+    }
+
+    fn reset_device(&mut self) -> Result<()> {
+        self.stop_all(false);
+        self.vrings.iter_mut().for_each(|vring| vring.enabled = false);
+        self.writeback = true;
+        self.update_write_through();
+        Ok(())
+    }
+
+    fn get_features(&mut self) -> Result<u64> {
+        Ok(self.offered())
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<()> {
+        let unknown = features & !self.offered();
+        if unknown != 0 {
+            warn!("the frontend sets features that were not offered: {unknown:#x}; they are ignored");
+        }
+        let features = features & self.offered();
+        // Sent again, with only the log bit changed, when a migration begins or ends: rings that run go on.
+        if self.features == Some(features) {
+            return Ok(());
+        }
+        self.stop_all(false);
+        info!("features in force: {features:#x}");
+        self.features = Some(features);
+        self.update_write_through();
+        self.start_all();
+        Ok(())
+    }
+
+    fn set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy: Option<bool>,
+    ) -> Result<Option<Vec<u64>>> {
+        let infos: Vec<_> = regions.iter().map(RegionInfo::from).collect();
+        match MemoryTable::from_regions(&infos, files) {
+            Ok(table) => {
+                self.stop_all(false);
+                self.use_table(table);
+                Ok(None)
+            }
+            Err(error) => self.refuse(error),
+        }
+    }
+
+    fn get_max_mem_slots(&mut self) -> Result<u64> {
+        Ok(MAX_MEMORY_SLOTS as u64)
+    }
+
+    fn add_mem_region(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        file: File,
+        _postcopy: Option<bool>,
+    ) -> Result<Option<u64>> {
+        match self.table.with_region(RegionInfo::from(&**region), file) {
+            Ok(table) => {
+                self.use_table(table);
+                Ok(None)
+            }
+            Err(error) => self.refuse(error),
+        }
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        match self.table.without_region(RegionInfo::from(&**region)) {
+            Ok(table) => {
+                self.stop_all(false);
+                self.use_table(table);
+                Ok(())
+            }
+            Err(error) => self.refuse(error),
+        }
+    }
+
+    fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
+        let queue = self.check_queue(index)?;
+        let limit = self.options.queue_size;
+        let size = u16::try_from(num).ok().filter(|size| size.is_power_of_two() && *size <= limit);
+        let Some(size) = size else { return self.refuse(Refusal::QueueSize { size: num, limit }) };
+        if !self.vrings[queue].set_size(size) {
+            return self.refuse(Refusal::Running { index });
+        }
+        self.start(queue);
+        Ok(())
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        _flags: VhostUserVringAddrFlags,
+        descriptor: u64,
+        used: u64,
+        available: u64,
+        _log: u64,
+    ) -> Result<()> {
+        let queue = self.check_queue(index)?;
+        self.vrings[queue].set_addresses(UserAddresses { descriptors: descriptor, available, used });
+        self.start(queue);
+        Ok(())
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+        let queue = self.check_queue(index)?;
+        let Ok(base) = u16::try_from(base) else { return self.refuse(Refusal::Base { base }) };
+        if !self.vrings[queue].set_base(base) {
+            return self.refuse(Refusal::Running { index });
+        }
+        Ok(())
+    }
+
+    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
+        let queue = self.check_queue(index)?;
+        let base = self.vrings[queue].take_base();
+        Ok(VhostUserVringState::new(index, u32::from(base)))
+    }
+
+    fn set_vring_kick(&mut self, index: u8, file: Option<File>) -> Result<()> {
+        let queue = self.check_cut_queue(index)?;
+        let polling = file.is_none();
+        self.vrings[queue].set_kick(file.map(eventfd_from));
+        if polling {
+            return self.refuse(Refusal::Polling);
+        }
+        self.start(queue);
+        Ok(())
+    }
+
+    fn set_vring_call(&mut self, index: u8, file: Option<File>) -> Result<()> {
+        let queue = self.check_cut_queue(index)?;
+        let vring = &self.vrings[queue];
+        vring.call.set(file);
+        // The worker may just have raised the one before.
+        if vring.is_running() {
+            vring.call.raise();
+        }
+        Ok(())
+    }
+
+    fn set_vring_err(&mut self, index: u8, file: Option<File>) -> Result<()> {
+        let queue = self.check_cut_queue(index)?;
+        self.vrings[queue].error.set(file);
+        Ok(())
+    }
+
+    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
+        Ok(config::protocol_features())
+    }
+
+    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
+        let unknown = features & !config::protocol_features().bits();
+        if unknown != 0 {
+            warn!("the frontend sets protocol features that were not offered: {unknown:#x}");
+        }
+        self.protocol_features = VhostUserProtocolFeatures::from_bits_truncate(features);
+        Ok(())
+    }
+
+    fn get_queue_num(&mut self) -> Result<u64> {
+        Ok(u64::from(self.options.num_queues))
+    }
+
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+        let queue = self.check_queue(index)?;
+        self.vrings[queue].enabled = enable;
+        if enable {
+            self.start(queue);
+        } else {
+            // Cloud Hypervisor pauses a machine by this message alone, and its user may then copy the image.
+            self.vrings[queue].stop(true);
+        }
+        Ok(())
+    }
+
+    fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
+        let ServeOptions { num_queues, queue_size, .. } = self.options;
+        match config::read(&self.profile, num_queues, queue_size, self.writeback, offset, size) {
+            Some(bytes) => Ok(bytes),
+            None => self.refuse(Refusal::ConfigRead { offset, size }),
+        }
+    }
+
+    fn set_config(&mut self, offset: u32, bytes: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
+        match bytes {
+            [value @ (0 | 1)] if usize::try_from(offset) == Ok(WRITEBACK_OFFSET) => {
+                debug!(writeback = value, "the guest sets the write cache");
+                self.set_writeback(*value == 1);
+                Ok(())
+            }
+            _ => self.refuse(Refusal::ConfigWrite { offset }),
+        }
+    }
+
+    fn set_gpu_socket(&mut self, _: GpuBackend) -> Result<()> {
+        self.refuse(Refusal::NotOffered("a display"))
+    }
+
+    fn get_shared_object(&mut self, _: VhostUserSharedMsg) -> Result<File> {
+        self.refuse(Refusal::NotOffered("SHARED_OBJECT"))
+    }
+
+    fn get_inflight_fd(&mut self, _: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        self.refuse(Refusal::NotOffered("INFLIGHT_SHMFD"))
+    }
+
+    fn set_inflight_fd(&mut self, _: &VhostUserInflight, _: File) -> Result<()> {
+        self.refuse(Refusal::NotOffered("INFLIGHT_SHMFD"))
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _: VhostTransferStateDirection,
+        _: VhostTransferStatePhase,
+        _: File,
+    ) -> Result<Option<File>> {
+        self.refuse(Refusal::NotOffered("DEVICE_STATE"))
+    }
+
+    fn check_device_state(&mut self) -> Result<()> {
+        self.refuse(Refusal::NotOffered("DEVICE_STATE"))
+    }
+
+    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
+        self.refuse(Refusal::NotOffered("SHMEM"))
+    }
+
+    fn set_log_base(&mut self, _: &VhostUserLog, _: File) -> Result<()> {
+        self.refuse(Refusal::NotOffered("LOG_SHMFD"))
+    }
+}

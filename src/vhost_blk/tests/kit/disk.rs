@@ -1,0 +1,231 @@
+//! A disk in memory, with a queue that is done at once and one that is done when another thread says so.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use vhost_blk::{BlockDevice, BlockQueue, DeviceProfile, Done, GuestSlice, Request, Status, Tag};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// Whether requests may complete on a disk that completes later.
+#[derive(Default)]
+pub struct Gate {
+    closed: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Gate {
+    pub fn close(&self) {
+        *self.closed.lock().unwrap() = true;
+    }
+
+    pub fn open(&self) {
+        *self.closed.lock().unwrap() = false;
+        self.changed.notify_all();
+    }
+
+    fn pass(&self) {
+        let closed = self.closed.lock().unwrap();
+        drop(self.changed.wait_while(closed, |closed| *closed).unwrap());
+    }
+}
+
+pub struct MemoryDisk {
+    pub bytes: Mutex<Vec<u8>>,
+    pub profile: DeviceProfile,
+    pub requests: Mutex<Vec<Request>>,
+    pub gate: Arc<Gate>,
+    /// Requests that the disk has been given.
+    pub submitted: AtomicU64,
+    /// The next submit panics.
+    pub trap: AtomicBool,
+    later: bool,
+}
+
+impl MemoryDisk {
+    pub fn with(sectors: u64, later: bool, change: impl FnOnce(&mut DeviceProfile)) -> Arc<Self> {
+        let mut profile = DeviceProfile {
+            capacity_sectors: sectors,
+            block_size: 512,
+            optimal_io_size: 65536,
+            read_only: false,
+            discard: true,
+            discard_alignment: 65536,
+            write_zeroes: true,
+            serial: *b"serial-of-this-disk\0",
+        };
+        change(&mut profile);
+        Arc::new(MemoryDisk {
+            bytes: Mutex::new(vec![0; sectors as usize * 512]),
+            profile,
+            requests: Mutex::default(),
+            gate: Arc::default(),
+            submitted: AtomicU64::new(0),
+            trap: AtomicBool::new(false),
+            later,
+        })
+    }
+
+    pub fn new(sectors: u64) -> Arc<Self> {
+        Self::with(sectors, false, |_| {})
+    }
+
+    pub fn later(sectors: u64) -> Arc<Self> {
+        Self::with(sectors, true, |_| {})
+    }
+
+    /// Waits until the disk has been given so many requests in all.
+    pub fn await_submitted(&self, count: u64) {
+        super::guest::until("the disk has the requests", || self.submitted.load(Ordering::SeqCst) >= count);
+    }
+
+    fn perform(&self, request: Request, slices: &[GuestSlice]) -> Status {
+        let mut bytes = self.bytes.lock().unwrap();
+        match request {
+            Request::Read { offset } => {
+                let mut at = offset as usize;
+                for slice in slices {
+                    slice.copy_from(&bytes[at..at + slice.len()]);
+                    at += slice.len();
+                }
+            }
+            Request::Write { offset, .. } => {
+                let mut at = offset as usize;
+                for slice in slices {
+                    slice.copy_to(&mut bytes[at..at + slice.len()]);
+                    at += slice.len();
+                }
+            }
+            Request::Flush => {}
+            Request::Discard { offset, length, .. } | Request::WriteZeroes { offset, length, .. } => {
+                bytes[offset as usize..(offset + length) as usize].fill(0);
+            }
+        }
+        self.requests.lock().unwrap().push(request);
+        Status::Ok
+    }
+}
+
+/// A device must be an owner of itself to make queues that outlive the call.
+pub struct Shared(pub Arc<MemoryDisk>);
+
+impl BlockDevice for Shared {
+    type Queue = MemoryQueue;
+
+    fn profile(&self) -> DeviceProfile {
+        self.0.profile.clone()
+    }
+
+    fn queue(&self, _depth: u32) -> io::Result<MemoryQueue> {
+        let wake = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        let epoll = Epoll::new()?;
+        let event = EpollEvent::new(EventSet::IN, 0);
+        epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), event)?;
+        let (send, its_receive) = channel::<Tag>();
+        let (its_send, receive) = channel();
+        let (gate, its_wake) = (Arc::clone(&self.0.gate), Arc::clone(&wake));
+        let helper = std::thread::spawn(move || {
+            for tag in its_receive {
+                gate.pass();
+                let _ = its_send.send(tag);
+                let _ = its_wake.write(1);
+            }
+        });
+        Ok(MemoryQueue {
+            disk: Arc::clone(&self.0),
+            ready: Vec::new(),
+            pending: Vec::new(),
+            send: Some(send),
+            receive,
+            helper: Some(helper),
+            wake,
+            watched: Vec::new(),
+            epoll,
+        })
+    }
+}
+
+pub struct MemoryQueue {
+    disk: Arc<MemoryDisk>,
+    ready: Vec<Done>,
+    pending: Vec<(Tag, Request, Vec<GuestSlice>)>,
+    send: Option<Sender<Tag>>,
+    receive: Receiver<Tag>,
+    helper: Option<JoinHandle<()>>,
+    wake: Arc<EventFd>,
+    watched: Vec<EventFd>,
+    epoll: Epoll,
+}
+
+impl MemoryQueue {
+    fn complete(&mut self, tag: Tag) -> Done {
+        let at = self.pending.iter().position(|entry| entry.0 == tag).expect("a tag that was submitted");
+        let (tag, request, slices) = self.pending.swap_remove(at);
+        Done { tag, status: self.disk.perform(request, &slices) }
+    }
+}
+
+impl BlockQueue for MemoryQueue {
+    fn submit(&mut self, tag: Tag, request: Request, slices: &[GuestSlice]) {
+        assert!(!self.disk.trap.swap(false, Ordering::SeqCst), "a trap of the test");
+        assert!(self.pending.iter().all(|entry| entry.0 != tag), "a tag that is in flight");
+        if self.disk.later {
+            self.pending.push((tag, request, slices.to_vec()));
+            self.send.as_ref().expect("until drop").send(tag).expect("the helper lives");
+        } else {
+            let status = self.disk.perform(request, slices);
+            self.ready.push(Done { tag, status });
+        }
+        self.disk.submitted.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn turn(&mut self, done: &mut Vec<Done>) {
+        done.append(&mut self.ready);
+        while let Ok(tag) = self.receive.try_recv() {
+            let finished = self.complete(tag);
+            done.push(finished);
+        }
+    }
+
+    fn wait(&mut self, timeout: Option<Duration>) {
+        let mut events = [EpollEvent::default(); 4];
+        let timeout = timeout.map_or(-1, |timeout| timeout.as_millis() as i32);
+        let _ = self.epoll.wait(timeout, &mut events);
+        let _ = self.wake.read();
+        for event in &self.watched {
+            if let Ok(count) = event.read() {
+                assert!(count > 0);
+            }
+        }
+    }
+
+    fn watch(&mut self, event: EventFd) {
+        let interest = EpollEvent::new(EventSet::IN, 1);
+        self.epoll.ctl(ControlOperation::Add, event.as_raw_fd(), interest).expect("a kick descriptor");
+        self.watched.push(event);
+    }
+
+    fn notifier(&self) -> Arc<dyn Fn() + Send + Sync> {
+        let wake = Arc::clone(&self.wake);
+        Arc::new(move || {
+            let _ = wake.write(1);
+        })
+    }
+}
+
+impl Drop for MemoryQueue {
+    fn drop(&mut self) {
+        drop(self.send.take());
+        if let Some(helper) = self.helper.take() {
+            let _ = helper.join();
+        }
+        while let Ok(tag) = self.receive.try_recv() {
+            self.complete(tag);
+        }
+    }
+}

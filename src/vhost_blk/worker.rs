@@ -1,0 +1,480 @@
+//! The thread of one started queue: takes chains out of the ring, gives requests to the disk, and hands back what is
+//! done.
+//!
+//! Owns the ring, the disk's queue and the slots while it runs. It takes no lock that anybody holds while waiting, and
+//! no one waits for it but the session thread that stops it, which holds none.
+
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use tracing::{debug, error, warn};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::device::{BlockDevice, BlockQueue, Done, Request, Status};
+use crate::error::RingError;
+use crate::fd::{SignalSlot, SignalView};
+use crate::in_flight::InFlight;
+use crate::memory::GuestMemory;
+use crate::metrics::{Metrics, QueueMetrics};
+use crate::poll::PollBudget;
+use crate::request::{Checker, Parsed, write_status};
+use crate::ring::{Chain, Ring, Used};
+
+/// The most chains taken before what is done is handed back.
+const BATCH: u16 = 128;
+/// A stop that takes longer than this is worth a line in the log, and another for each time it passes again.
+const SLOW_STOP: Duration = Duration::from_secs(30);
+
+/// What the session tells all its workers at any time.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    /// Writes are done only when durable. Relaxed: the guest that changed it waits for the answer of SET_CONFIG, and
+    /// the next avail index it stores is loaded with Acquire.
+    write_through: AtomicBool,
+    /// Counts the memory's changes. Stored with Release after the memory; loaded with Acquire.
+    changes: AtomicU32,
+    /// Guards the memory to use. A leaf: nothing is called with it held.
+    memory: Mutex<Arc<GuestMemory>>,
+}
+
+impl Shared {
+    pub(crate) fn new() -> Self {
+        Shared {
+            write_through: AtomicBool::new(true),
+            changes: AtomicU32::new(0),
+            memory: Mutex::new(Arc::new(GuestMemory::empty())),
+        }
+    }
+
+    pub(crate) fn set_write_through(&self, write_through: bool) {
+        self.write_through.store(write_through, Ordering::Release);
+    }
+
+    /// Replaces the memory. Workers that run go over to it before the next chain they take; so while there are any,
+    /// it must have everything that the old one had.
+    pub(crate) fn set_memory(&self, memory: Arc<GuestMemory>) {
+        *self.memory.lock().unwrap_or_else(PoisonError::into_inner) = memory;
+        self.changes.fetch_add(1, Ordering::Release);
+    }
+
+    pub(crate) fn memory(&self) -> Arc<GuestMemory> {
+        Arc::clone(&self.memory.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// What a worker needs to run.
+pub(crate) struct WorkerSetup<D> {
+    pub index: u16,
+    pub device: Arc<D>,
+    pub ring: Ring,
+    pub ring_size: u16,
+    /// The ring was used before: an interrupt may have been lost with whoever ran it.
+    pub resumed: bool,
+    pub memory: Arc<GuestMemory>,
+    pub shared: Arc<Shared>,
+    pub kick: EventFd,
+    pub call: Arc<SignalSlot>,
+    pub error: Arc<SignalSlot>,
+    pub metrics: Arc<Metrics>,
+    pub poll_max: Duration,
+}
+
+/// How a worker ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Exit {
+    /// The index in the available ring of the next chain to take.
+    pub next_available: u16,
+    /// The ring was corrupt, or the worker itself failed: it must be set up anew before it runs again.
+    pub broken: bool,
+}
+
+const RUN: u8 = 0;
+const STOP: u8 = 1;
+const STOP_AND_FLUSH: u8 = 2;
+
+#[derive(Debug)]
+struct Control {
+    /// RUN, STOP or STOP_AND_FLUSH. Stored before the notifier is used, loaded before every wait.
+    command: AtomicU8,
+    /// Where the worker is in the available ring, in case it dies. Relaxed: read after a join.
+    next_available: AtomicU16,
+}
+
+impl Control {
+    fn stopping(&self) -> bool {
+        self.command.load(Ordering::Acquire) != RUN
+    }
+}
+
+/// A running worker, from the session's side. Dropping it stops it.
+pub(crate) struct Worker {
+    index: u16,
+    control: Arc<Control>,
+    notify: Arc<dyn Fn() + Send + Sync>,
+    exit: Receiver<Exit>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    /// Starts the thread and waits until it has its queue of the disk.
+    ///
+    /// # Errors
+    /// When the host refuses a thread, or the disk a queue.
+    pub(crate) fn start<D: BlockDevice>(setup: WorkerSetup<D>) -> io::Result<Worker> {
+        let index = setup.index;
+        let control = Arc::new(Control {
+            command: AtomicU8::new(RUN),
+            next_available: AtomicU16::new(setup.ring.next_available()),
+        });
+        let (started, starting) = mpsc::sync_channel(1);
+        let (exited, exit) = mpsc::sync_channel(1);
+        let its_control = Arc::clone(&control);
+        let thread = std::thread::Builder::new()
+            .name(format!("strata-q{index}"))
+            .spawn(move || thread_main(setup, &its_control, &started, &exited))?;
+        match starting.recv() {
+            Ok(Ok(notify)) => Ok(Worker { index, control, notify, exit, thread: Some(thread) }),
+            Ok(Err(error)) => {
+                let _ = thread.join();
+                Err(error)
+            }
+            Err(_) => {
+                let _ = thread.join();
+                Err(io::Error::other("the worker failed while it started"))
+            }
+        }
+    }
+
+    /// Stops the worker: it takes no more chains, finishes what it has, optionally makes everything durable, and
+    /// ends. After that no guest memory is written. As long as the disk needs, whatever that is.
+    pub(crate) fn stop(mut self, flush: bool) -> Exit {
+        self.end(if flush { STOP_AND_FLUSH } else { STOP })
+    }
+
+    fn end(&mut self, command: u8) -> Exit {
+        self.control.command.store(command, Ordering::Release);
+        (self.notify)();
+        let began = Instant::now();
+        let exit = loop {
+            match self.exit.recv_timeout(SLOW_STOP) {
+                Ok(exit) => break exit,
+                Err(RecvTimeoutError::Timeout) => {
+                    warn!(queue = self.index, waited = ?began.elapsed(), "the queue still has requests in flight");
+                }
+                // The thread sends before it ends, whatever happens: this is not reached.
+                Err(RecvTimeoutError::Disconnected) => {
+                    let next_available = self.control.next_available.load(Ordering::Relaxed);
+                    break Exit { next_available, broken: true };
+                }
+            }
+        };
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+        exit
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        if self.thread.is_some() {
+            self.end(STOP);
+        }
+    }
+}
+
+type Started = SyncSender<io::Result<Arc<dyn Fn() + Send + Sync>>>;
+
+fn thread_main<D: BlockDevice>(
+    setup: WorkerSetup<D>,
+    control: &Control,
+    started: &Started,
+    exited: &SyncSender<Exit>,
+) {
+    let (index, error_signal, metrics) = (setup.index, Arc::clone(&setup.error), Arc::clone(&setup.metrics));
+    // Whatever unwinds drops the disk's queue first, which waits until no guest memory is in use, and then the memory.
+    let exit = catch_unwind(AssertUnwindSafe(|| run(setup, control, started)));
+    let exit = exit.unwrap_or_else(|_| {
+        error!(queue = index, "the worker failed; its queue is stopped");
+        metrics.queue(index).ring_error();
+        error_signal.raise();
+        Some(Exit { next_available: control.next_available.load(Ordering::Relaxed), broken: true })
+    });
+    if let Some(exit) = exit {
+        let _ = exited.send(exit);
+    }
+}
+
+fn run<D: BlockDevice>(setup: WorkerSetup<D>, control: &Control, started: &Started) -> Option<Exit> {
+    let mut queue = match setup.device.queue(InFlight::depth(setup.ring_size)) {
+        Ok(queue) => queue,
+        Err(error) => {
+            let _ = started.send(Err(error));
+            return None;
+        }
+    };
+    queue.watch(setup.kick);
+    let notify = queue.notifier();
+    let mut running = Running {
+        queue,
+        index: setup.index,
+        ring: setup.ring,
+        in_flight: InFlight::new(setup.ring_size),
+        checker: Checker::new(setup.device.profile()),
+        chain: Chain::default(),
+        used: Vec::with_capacity(usize::from(BATCH)),
+        done: Vec::with_capacity(usize::from(BATCH)),
+        control,
+        call: SignalView::new(setup.call),
+        error: setup.error,
+        metrics: setup.metrics.queue(setup.index),
+        poll: PollBudget::new(setup.poll_max),
+        seen: setup.shared.changes.load(Ordering::Acquire),
+        memory: setup.memory,
+        retired: Vec::new(),
+        shared: setup.shared,
+    };
+    // Between the session's look at the memory and this thread's at the counter it may have changed.
+    running.memory = running.shared.memory();
+    let _ = started.send(Ok(notify));
+    Some(running.run(setup.resumed))
+}
+
+/// A worker on its own thread. The order of the fields is the order of their drop: the queue before the memory.
+struct Running<'a, Q: BlockQueue> {
+    queue: Q,
+    index: u16,
+    ring: Ring,
+    in_flight: InFlight,
+    checker: Checker,
+    chain: Chain,
+    /// Chains that are done and not yet handed back.
+    used: Vec<Used>,
+    done: Vec<Done>,
+    control: &'a Control,
+    call: SignalView,
+    error: Arc<SignalSlot>,
+    metrics: &'a QueueMetrics,
+    poll: PollBudget,
+    seen: u32,
+    memory: Arc<GuestMemory>,
+    /// Memory of before that requests in flight may still use.
+    retired: Vec<Arc<GuestMemory>>,
+    shared: Arc<Shared>,
+}
+
+impl<Q: BlockQueue> Running<'_, Q> {
+    fn run(mut self, resumed: bool) -> Exit {
+        if resumed {
+            self.call.raise();
+        }
+        let broken = match self.serve() {
+            Ok(()) => false,
+            Err(error) => {
+                self.report(error);
+                true
+            }
+        };
+        let lost = self.drain();
+        if self.control.command.load(Ordering::Acquire) == STOP_AND_FLUSH {
+            self.flush();
+        }
+        let next_available = self.ring.next_available();
+        debug!(queue = self.index, next_available, broken, "queue stopped");
+        Exit { next_available, broken: broken || lost }
+    }
+
+    /// Serves the ring until it is told to stop or the ring turns out to be corrupt.
+    fn serve(&mut self) -> Result<(), RingError> {
+        self.ring.disable_kicks(&self.memory)?;
+        while !self.control.stopping() {
+            let took = self.take()?;
+            let finished = self.finish()?;
+            if !took && !finished {
+                self.idle()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes what is available, up to a batch, and gives it to the disk. What needs no disk is answered.
+    fn take(&mut self) -> Result<bool, RingError> {
+        let waiting = self.ring.available(&self.memory)?.min(BATCH);
+        if waiting == 0 {
+            return Ok(false);
+        }
+        // After the available index was loaded: a chain may be in memory that was added before it was made available.
+        self.refresh_memory();
+        let write_through = self.shared.write_through.load(Ordering::Relaxed);
+        for _ in 0..waiting {
+            self.ring.pop(&self.memory, &mut self.chain)?;
+            self.start(write_through);
+        }
+        self.control.next_available.store(self.ring.next_available(), Ordering::Relaxed);
+        Ok(true)
+    }
+
+    /// Starts the chain at hand.
+    fn start(&mut self, write_through: bool) {
+        let head = self.chain.head;
+        let submission = match self.checker.parse(&mut self.chain, write_through) {
+            Parsed::NoStatus => {
+                self.metrics.malformed();
+                self.used.push(Used { head, written: 0 });
+                return;
+            }
+            Parsed::Answer(answer) => {
+                write_status(&answer.status_byte, answer.status);
+                self.metrics.request(answer.kind, answer.status, 0);
+                self.used.push(Used { head, written: answer.written });
+                return;
+            }
+            Parsed::Submit(submission) => submission,
+        };
+        let data = match submission.requests.first() {
+            Some(Request::Read { .. }) => &self.chain.writable[..],
+            Some(Request::Write { .. }) => &self.chain.readable[..],
+            _ => &[],
+        };
+        let moves = matches!(submission.requests[..], [Request::Read { .. } | Request::Write { .. }]);
+        if submission.requests.is_empty() || (moves && data.is_empty()) {
+            write_status(&submission.status_byte, Status::Ok);
+            self.metrics.request(submission.kind, Status::Ok, 0);
+            self.used.push(Used { head, written: 1 });
+            return;
+        }
+        if let Some((tag, request)) = self.in_flight.add(head, submission) {
+            self.queue.submit(tag, request, data);
+        }
+    }
+
+    /// Lets the disk work, and hands back what is done, with one interrupt at most.
+    fn finish(&mut self) -> Result<bool, RingError> {
+        while let Some((tag, request)) = self.in_flight.next_segment() {
+            self.queue.submit(tag, request, &[]);
+        }
+        self.queue.turn(&mut self.done);
+        for done in self.done.drain(..) {
+            if let Some(pending) = self.in_flight.finish(done) {
+                write_status(&pending.status_byte, pending.status);
+                self.metrics.request(pending.kind, pending.status, pending.bytes);
+                let written = if pending.status == Status::Ok { pending.written } else { 1 };
+                self.used.push(Used { head: pending.head, written });
+            }
+        }
+        if self.used.is_empty() {
+            return Ok(false);
+        }
+        let pushed = self.ring.push_used(&self.memory, &self.used);
+        self.used.clear();
+        pushed?;
+        if self.ring.needs_notification(&self.memory)? {
+            self.call.raise();
+            self.metrics.interrupt();
+        }
+        if self.in_flight.is_empty() {
+            self.retired.clear();
+        }
+        Ok(true)
+    }
+
+    /// Nothing to do: looks around for a while, then sleeps until the guest kicks, the disk has something, or the
+    /// session calls.
+    fn idle(&mut self) -> Result<(), RingError> {
+        let began = Instant::now();
+        let budget = self.poll.get();
+        let mut round = 0;
+        while !budget.is_zero() && began.elapsed() < budget {
+            relax(&mut round);
+            if self.control.stopping() || self.ring.available(&self.memory)? > 0 {
+                return Ok(());
+            }
+            if !self.in_flight.is_empty() && self.finish()? {
+                return Ok(());
+            }
+        }
+        if !self.ring.enable_kicks(&self.memory)? && !self.control.stopping() {
+            self.metrics.sleep();
+            self.queue.wait(None);
+            self.poll.slept(began.elapsed());
+        }
+        self.ring.disable_kicks(&self.memory)
+    }
+
+    fn refresh_memory(&mut self) {
+        let changes = self.shared.changes.load(Ordering::Acquire);
+        if changes == self.seen {
+            return;
+        }
+        self.seen = changes;
+        let old = std::mem::replace(&mut self.memory, self.shared.memory());
+        if !self.in_flight.is_empty() {
+            self.retired.push(old);
+        }
+    }
+
+    /// Finishes every request that the disk has; true if the ring was lost meanwhile. The guest may then miss answers,
+    /// but the disk is drained all the same.
+    fn drain(&mut self) -> bool {
+        let mut lost = false;
+        loop {
+            match self.finish() {
+                Ok(_) => {}
+                Err(error) => {
+                    lost = true;
+                    self.used.clear();
+                    self.report(error);
+                }
+            }
+            if self.in_flight.is_empty() {
+                break;
+            }
+            self.queue.wait(None);
+        }
+        // Whoever takes over should find a ring that kicks. It looks at the ring first anyway.
+        let _ = self.ring.enable_kicks(&self.memory);
+        lost
+    }
+
+    /// Makes what was written durable. The guest did not ask, so there is no one to tell if it fails; the disk itself
+    /// refuses what comes after.
+    fn flush(&mut self) {
+        let tag = self.in_flight.add_closing();
+        self.queue.submit(tag, Request::Flush, &[]);
+        while !self.in_flight.is_empty() {
+            self.queue.turn(&mut self.done);
+            for done in self.done.drain(..) {
+                if done.status != Status::Ok {
+                    warn!(queue = self.index, "the flush of a stopping queue failed");
+                }
+                self.in_flight.finish(done);
+            }
+            if !self.in_flight.is_empty() {
+                self.queue.wait(None);
+            }
+        }
+    }
+
+    fn report(&self, error: RingError) {
+        warn!(queue = self.index, %error, "the ring is corrupt; the queue is stopped");
+        self.metrics.ring_error();
+        self.error.raise();
+    }
+}
+
+/// Passes a moment. Now and then the processor is offered to others: the guest may need this very one.
+fn relax(round: &mut u32) {
+    *round = round.wrapping_add(1);
+    if round.is_multiple_of(8) {
+        std::thread::yield_now();
+    } else {
+        for _ in 0..16 {
+            std::hint::spin_loop();
+        }
+    }
+}
