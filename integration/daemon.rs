@@ -152,8 +152,10 @@ impl Program {
                 });
                 let export = serde_json::json!({
                     "type": "vhost-user-blk", "id": "export", "node-name": "disk", "writable": true,
-                    "num-queues": spec.queues, "addr": {"type": "unix", "path": spec.socket},
+                    "num-queues": spec.queues, "iothread": "worker", "addr": {"type": "unix", "path": spec.socket},
                 });
+                // all its queues share one thread: it has no other way
+                command.args(["--object", "iothread,id=worker"]);
                 command.args(["--blockdev", &file.to_string(), "--blockdev", &disk.to_string()]);
                 command.args(["--export", &export.to_string()]);
             }

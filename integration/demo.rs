@@ -89,8 +89,14 @@ fn show(options: &Options, steps: &mut Steps) -> Result<()> {
         GuestKit::prepare(say)
     })?;
     let accelerator = Accelerator::choose(&kit)?;
-    let program = steps.run(&format!("build {}", options.backend), |line| {
-        line.now("cargo build --release, some minutes the first time");
+    let building = match options.backend {
+        Backend::Strata => "build strata",
+        Backend::QemuStorageDaemon => "find qemu-storage-daemon",
+    };
+    let program = steps.run(building, |line| {
+        if options.backend == Backend::Strata {
+            line.now("cargo build --release, some minutes the first time");
+        }
         options.backend.program(Profile::Release)
     })?;
     let place = Place::choose(options.keep)?;
@@ -202,11 +208,11 @@ fn draw(stand: &Stand, empty: u64, first: &FirstVisit, second: &Visit, steps: &S
     moments.push(("after the second boot".to_owned(), second.allocated_at_end));
     text += &picture::space(&moments, colours);
     let verdict = format!(
-        "\nA virtual machine ran on {} twice and lost nothing; {} went back to the host.\n",
+        "A virtual machine ran on {} twice and lost nothing; {} went back to the host.",
         stand.program.backend,
         bytes(first.visit.checkpoint("files")?.allocated.saturating_sub(first.visit.allocated_at_end))
     );
-    text += &colours.paint("1;32", &verdict);
+    text += &format!("\n{}\n", colours.paint("1;32", &verdict));
     Ok(text)
 }
 

@@ -57,7 +57,9 @@ impl Default for Steps {
 impl Steps {
     /// No step yet.
     pub fn new() -> Self {
-        Self { colours: Colours::of_stdout(), terminal: std::io::stdout().is_terminal(), done: Vec::new() }
+        // the spinner is drawn on standard error, the results go to standard output
+        let terminal = std::io::stdout().is_terminal() && std::io::stderr().is_terminal();
+        Self { colours: Colours::of_stdout(), terminal, done: Vec::new() }
     }
 
     /// Runs one step. Its failure is told where it happens and handed on.

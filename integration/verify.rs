@@ -63,13 +63,17 @@ fn run(options: &Options, steps: &mut Steps) -> Result<()> {
     steps.run("clippy", |_| {
         cargo(options, &["clippy", "--quiet", "--workspace", "--all-targets", "--", "--deny", "warnings"])
     })?;
-    // the dev profile: half optimised, all checks on, and clippy has compiled none of it for us in release either
+    // the dev profile: quick to build, half optimised, and with every check on
     if nextest_works() {
         steps.run("build tests", |_| cargo(options, &["nextest", "run", "--workspace", "--no-run"]))?;
-        steps.run("tests and VM tests", |_| cargo(options, &["nextest", "run", "--workspace"]))?;
+        steps.run("tests and VM tests", |_| {
+            cargo(options, &["nextest", "run", "--workspace", "--no-fail-fast"])
+        })?;
     } else {
         steps.run("build tests", |_| cargo(options, &["test", "--quiet", "--workspace", "--no-run"]))?;
-        steps.run("tests and VM tests", |_| cargo(options, &["test", "--workspace", "--all-targets"]))?;
+        steps.run("tests and VM tests", |_| {
+            cargo(options, &["test", "--workspace", "--all-targets", "--no-fail-fast"])
+        })?;
     }
     steps.run("documentation tests", |_| cargo(options, &["test", "--quiet", "--workspace", "--doc"]))
 }
