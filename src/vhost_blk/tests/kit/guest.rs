@@ -222,6 +222,21 @@ impl Guest {
         }
     }
 
+    /// Stops a queue by GET_VRING_BASE.
+    pub fn frontend_base(&mut self, queue: usize) -> u32 {
+        self.frontend.get_vring_base(queue).expect("the base")
+    }
+
+    /// The driver's side of a queue as it was at first.
+    pub fn clear_rings(&mut self, queue: usize) {
+        let driver = &mut self.queues[queue];
+        (driver.next_available, driver.seen_used, driver.next_descriptor) = (0, 0, 0);
+        let (available, used) = (driver.available, driver.used);
+        for at in [available, available + 2, used, used + 2] {
+            self.write_u16(at, 0);
+        }
+    }
+
     pub fn read_config(&mut self, offset: u32, size: u32) -> Option<Vec<u8>> {
         let space = vec![0; size as usize];
         self.frontend

@@ -5,6 +5,7 @@
 
 pub mod disk;
 pub mod guest;
+pub mod raw;
 
 use std::path::PathBuf;
 use std::sync::Arc;
