@@ -99,6 +99,7 @@ impl Housekeeper {
                 Ok(queue) => {
                     let driver = Driver::new(queue);
                     let worker = Worker::new(shared, Rc::clone(&driver)).expect("the first worker of a disk");
+                    // Nobody listens if the opener is gone, and then the disk is, too.
                     let _ = report.send(Ok(()));
                     driver.block_on(keep(&worker));
                 }
@@ -119,6 +120,32 @@ impl Housekeeper {
         if self.thread.join().is_err() {
             warn!("the housekeeper of a disk ended in a panic");
         }
+    }
+}
+
+/// A housekeeper without a thread: whoever opened the disk by [`crate::Disk::open_unkept`] turns it, as it turns its
+/// queues. For a simulator, which has one thread for all.
+pub struct Keeper<S: Storage> {
+    driver: Rc<Driver<S::Queue>>,
+}
+
+impl<S: Storage> Keeper<S> {
+    pub(crate) fn new(shared: Arc<Shared<S>>) -> Result<Self, OpenError> {
+        let driver = Driver::new(shared.storage.queue(SIDE_QUEUE_DEPTH)?);
+        let limit = crate::WORKERS_MAX;
+        let worker = Worker::new(shared, Rc::clone(&driver)).ok_or(OpenError::TooManyQueues { limit })?;
+        driver.spawn(async move { keep(&worker).await });
+        Ok(Keeper { driver })
+    }
+
+    /// Does what can be done now. Never blocks.
+    pub fn turn(&mut self) {
+        self.driver.turn(|_| panic!("the housekeeper has no fast path"));
+    }
+
+    /// Sleeps until there may be something to do, or the time is over.
+    pub fn wait(&mut self, timeout: Option<Duration>) {
+        self.driver.wait(timeout);
     }
 }
 

@@ -22,6 +22,7 @@ mod write;
 mod zero;
 
 pub use error::{OpenError, RequestError};
+pub use housekeeping::Keeper;
 pub use layer::Layer;
 pub use open::{CHAIN_LAYERS_MAX, DiskOptions, Format};
 pub use queue::{Completed, DiskQueue, Request, RequestId};
@@ -88,6 +89,18 @@ impl<S: Storage> Disk<S> {
     /// Names the file, the structure and the offset that are in the way. Nothing has been written then, but for the
     /// autoclear bits of a writable image.
     pub fn open(storage: S, path: &Path, options: &DiskOptions) -> Result<Self, OpenError> {
+        let mut disk = Self::open_unkept(storage, path, options)?;
+        if disk.needs_keeping() {
+            disk.housekeeper = Some(Housekeeper::start(Arc::clone(&disk.shared))?);
+        }
+        Ok(disk)
+    }
+
+    /// As [`Disk::open`], but without a housekeeping thread: the caller turns a [`Keeper`].
+    ///
+    /// # Errors
+    /// As for [`Disk::open`].
+    pub fn open_unkept(storage: S, path: &Path, options: &DiskOptions) -> Result<Self, OpenError> {
         let driver = Driver::new(storage.queue(SIDE_QUEUE_DEPTH)?);
         let chain = driver.block_on(open_chain(&driver, &storage, path, options))?;
         let header = match (&chain.top, &chain.layers[0].header) {
@@ -119,9 +132,19 @@ impl<S: Storage> Disk<S> {
             bell: Arc::default(),
             corrupt_marked: AtomicBool::new(false),
         });
-        let needs_keeping = !shared.read_only && shared.is_qcow2();
-        let housekeeper = if needs_keeping { Some(Housekeeper::start(Arc::clone(&shared))?) } else { None };
-        Ok(Disk { shared, housekeeper })
+        Ok(Disk { shared, housekeeper: None })
+    }
+
+    /// A housekeeper for a disk that was opened without; it is to be dropped before the disk is closed.
+    ///
+    /// # Errors
+    /// When the host refuses the means.
+    pub fn keeper(&self) -> Result<Keeper<S>, OpenError> {
+        Keeper::new(Arc::clone(&self.shared))
+    }
+
+    fn needs_keeping(&self) -> bool {
+        !self.shared.read_only && self.shared.is_qcow2()
     }
 
     /// Virtual size in bytes.

@@ -128,7 +128,7 @@ impl Rig {
         let base = GuestAddress((index * WINDOW + odd) as u64);
         assert!(length + odd <= WINDOW, "transfers fit their windows");
         let whole = self.memory.get_slice(base, length).expect("within guest memory");
-        if index % 2 == 0 || length <= 512 {
+        if index.is_multiple_of(2) || length <= 512 {
             return vec![whole];
         }
         let cut = 512 + odd;
