@@ -51,7 +51,7 @@ pub fn ensure_tools(say: &mut dyn FnMut(&str)) -> Result<()> {
         bail!("{by_hand}. This machine is not Debian-like: install them by its own means, then try again");
     }
     if !rustix::process::geteuid().is_root() {
-        bail!("{by_hand}. Run this as root, or: sudo apt-get install --no-install-recommends {packages}");
+        bail!("{by_hand}. Run this once as root: it installs them and keeps QEMU's packages of one version");
     }
     let release = Release::of_this_machine()?;
     let plan = plan(&missing, &installed_versions()?, &release);
