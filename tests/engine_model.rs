@@ -1,0 +1,407 @@
+//! The engine alone, with no file and no thread, against a byte-array model: plans are carried out by hand on byte
+//! vectors. After every flush the bytes are opened anew, as after a crash, and must give what was flushed, with exact
+//! refcounts but for leaks.
+
+use std::task::Waker;
+
+use engine::{
+    Answer, Engine, EngineError, EngineSpec, Extent, FileIndex, FlushStep, LayerFormat, LayerSpec, Mapping,
+    Source, TableSlot, TopSpec, WritePlan, ZeroMode, Zeroed,
+};
+use proptest::prelude::*;
+use qcow2::{GuestOffset, Header, HostCluster, HostOffset, L1Entry, L2Entry, NewImage, Version};
+use strata_tests::ByteModel;
+use strata_tests::model::{DiscardRule, Geometry, Operation, contents, sequences};
+
+/// A chain as byte vectors; the top image is file 0.
+#[derive(Clone)]
+struct Files(Vec<Vec<u8>>);
+
+impl Files {
+    fn read(&self, file: FileIndex, offset: u64, length: u64) -> Vec<u8> {
+        let bytes = &self.0[usize::from(file.0)];
+        let mut out = vec![0; length as usize];
+        let start = (offset as usize).min(bytes.len());
+        let end = ((offset + length) as usize).min(bytes.len());
+        out[..end - start].copy_from_slice(&bytes[start..end]);
+        out
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        let end = offset as usize + data.len();
+        if self.0[0].len() < end {
+            self.0[0].resize(end, 0);
+        }
+        self.0[0][offset as usize..end].copy_from_slice(data);
+    }
+}
+
+/// An empty image, or an overlay.
+fn image(version: Version, cluster_bits: u32, size: u64, overlay: bool) -> Vec<u8> {
+    let geometry = qcow2::Geometry { version, cluster_bits, refcount_order: 4, extended_l2: false, size };
+    let mut image = NewImage::new(geometry);
+    if overlay {
+        image.backing_file = Some(b"below".to_vec());
+        image.backing_format = Some("qcow2".into());
+    }
+    let mut bytes = Vec::new();
+    for (offset, piece) in image.layout().expect("a valid image") {
+        bytes.resize(offset.0 as usize, 0);
+        bytes.extend(piece);
+    }
+    bytes
+}
+
+fn table(bytes: &[u8], offset: u64, entries: u64) -> Vec<u64> {
+    let files = Files(vec![bytes.to_vec()]);
+    let raw = files.read(FileIndex(0), offset, entries * 8);
+    (0..entries as usize).map(|index| qcow2::entry(&raw, index)).collect()
+}
+
+fn header(bytes: &[u8]) -> Header {
+    let cluster = Header::cluster_size_hint(bytes).expect("a header") as usize;
+    Header::parse(&bytes[..cluster.min(bytes.len())], bytes.len() as u64).expect("a header")
+}
+
+/// The engine and what it works on.
+struct Bench {
+    engine: Engine,
+    files: Files,
+}
+
+impl Bench {
+    fn open(files: Files) -> Self {
+        let headers: Vec<Header> = files.0.iter().map(|bytes| header(bytes)).collect();
+        let layers = headers.iter().zip(&files.0).enumerate().map(|(file, (header, bytes))| LayerSpec {
+            file: FileIndex(file as u16),
+            format: LayerFormat::Qcow2 {
+                geometry: header.geometry(),
+                l1: table(bytes, header.l1_offset.0, u64::from(header.l1_entries)),
+            },
+        });
+        let top = &headers[0];
+        let cluster = top.geometry().cluster_size();
+        let entries = u64::from(top.refcount_table_clusters) * cluster / 8;
+        let engine = Engine::new(EngineSpec {
+            layers: layers.collect(),
+            writable: true,
+            top: Some(TopSpec {
+                l1_offset: top.l1_offset,
+                refcount_table_offset: top.refcount_table_offset,
+                refcount_table: table(&files.0[0], top.refcount_table_offset.0, entries),
+                file_length: files.0[0].len() as u64,
+            }),
+            // Small, so that slices and tables are evicted all the time.
+            map_bytes: 2 * 4096,
+            table_bytes: 6 * 4096,
+            workers: 2,
+        });
+        Bench { engine, files }
+    }
+
+    /// Asks until there is an answer, doing what the engine says.
+    fn ask<T>(
+        &mut self,
+        mut question: impl FnMut(&Engine, &Waker) -> Result<Answer<T>, EngineError>,
+    ) -> Result<T, EngineError> {
+        loop {
+            match question(&self.engine, Waker::noop())? {
+                Answer::Ready(value) => return Ok(value),
+                Answer::Load(loads) => {
+                    for load in loads {
+                        let bytes = self.files.read(load.file, load.offset.0, load.length as u64);
+                        self.engine.table_loaded(load.table, bytes.into());
+                    }
+                }
+                Answer::Reserve => self.reserve()?,
+                Answer::Flush => self.flush()?,
+                Answer::Table(slot) => self.make_table(slot)?,
+                Answer::Wait => panic!("there is nobody to wait for"),
+            }
+        }
+    }
+
+    fn make_table(&mut self, slot: TableSlot) -> Result<(), EngineError> {
+        if let Some(plan) = self.ask(|engine, waker| engine.plan_table(slot, waker))? {
+            self.engine.commit_table(plan);
+        }
+        Ok(())
+    }
+
+    fn reserve(&mut self) -> Result<(), EngineError> {
+        let plan = self.ask(|engine, waker| engine.plan_reserve(waker))?;
+        if let Some(length) = plan.file_length
+            && (self.files.0[0].len() as u64) < length
+        {
+            self.files.0[0].resize(length as usize, 0);
+        }
+        self.engine.commit_reserve(plan);
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<(), EngineError> {
+        let ticket = self.engine.begin_flush()?;
+        while let FlushStep::Lead(cut) = self.engine.plan_flush(ticket, Waker::noop())? {
+            for write in cut.stage0.iter().chain(&cut.stage1) {
+                self.files.write(write.offset.0, &write.bytes);
+            }
+            if let Some(switch) = cut.header {
+                let (offset, clusters) = (switch.refcount_table_offset, switch.refcount_table_clusters);
+                let patch = qcow2::position::patch_refcount_table(offset, clusters);
+                self.files.write(patch.offset.0, &patch.bytes);
+            }
+            for write in &cut.stage2 {
+                self.files.write(write.offset.0, &write.bytes);
+            }
+            self.engine.commit_cut(&cut);
+        }
+        while let Some(plan) = self.ask(|engine, waker| engine.plan_reclaim(waker))? {
+            // What is punched reads as zero; that some is not must not matter.
+            let punched: Vec<bool> = plan.punches.iter().map(|(offset, _)| offset.0 % 3 != 0).collect();
+            for ((offset, length), punched) in plan.punches.clone().into_iter().zip(&punched) {
+                let bytes = vec![if *punched { 0 } else { 0xee }; length as usize];
+                self.files.write(offset.0, &bytes);
+            }
+            self.engine.commit_reclaim(plan, &punched);
+        }
+        Ok(())
+    }
+
+    fn extents(&mut self, offset: u64, length: u64) -> Vec<Extent> {
+        let mut all = Vec::new();
+        let mut done = 0;
+        while done < length {
+            let at = GuestOffset(offset + done);
+            for extent in
+                self.ask(|engine, waker| engine.plan_read(at, length - done, waker)).expect("readable")
+            {
+                done += extent.length;
+                all.push(extent);
+            }
+        }
+        all
+    }
+
+    fn read(&mut self, offset: u64, length: u64) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for extent in self.extents(offset, length) {
+            match extent.source {
+                Source::Zero => bytes.resize(bytes.len() + extent.length as usize, 0),
+                Source::Data { file, offset } => bytes.extend(self.files.read(file, offset.0, extent.length)),
+            }
+        }
+        self.agree_with_map(offset, &bytes);
+        bytes
+    }
+
+    /// What the map says of the first cluster, if anything, is what was read.
+    fn agree_with_map(&self, offset: u64, bytes: &[u8]) {
+        let within = offset % self.engine.unit();
+        let length = (self.engine.unit() - within).min(bytes.len() as u64);
+        let found = match self.engine.lookup(GuestOffset(offset)) {
+            Mapping::Zero => vec![0; length as usize],
+            Mapping::Data { file, offset, .. } => self.files.read(file, offset.0 + within, length),
+            Mapping::Mixed | Mapping::Unresolved => return,
+        };
+        assert!(found == bytes[..length as usize], "the map and the tables differ at {offset:#x}");
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) -> Result<(), EngineError> {
+        let mut done = 0;
+        while done < data.len() {
+            let (at, left) = (offset + done as u64, (data.len() - done) as u64);
+            let plan = self.ask(|engine, waker| engine.plan_write(GuestOffset(at), left, waker))?;
+            match plan {
+                WritePlan::InPlace { file, offset, length } => {
+                    assert_eq!(file, FileIndex(0), "only the top image is written");
+                    self.files.write(offset.0, &data[done..done + length as usize]);
+                    done += length as usize;
+                }
+                WritePlan::Allocate(new) => {
+                    let size = self.engine.size();
+                    let head = self.read(at - new.head, new.head);
+                    let end = at + new.length;
+                    let mut tail = self.read(end, new.tail.min(size - end));
+                    tail.resize(new.tail as usize, 0);
+                    let whole = [&head[..], &data[done..done + new.length as usize], &tail].concat();
+                    if new.known_zero {
+                        let there = self.files.read(FileIndex(0), new.offset.0, whole.len() as u64);
+                        assert!(there.iter().all(|byte| *byte == 0), "known to be zero, but it is not");
+                    }
+                    self.files.write(new.offset.0, &whole);
+                    done += new.length as usize;
+                    self.engine.commit_write(new);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn zero(&mut self, offset: u64, length: u64, mode: ZeroMode) -> Result<(), EngineError> {
+        let unit = self.engine.unit();
+        let end = offset + length;
+        let start = offset.next_multiple_of(unit);
+        let whole_end = if end == self.engine.size() { end } else { end / unit * unit };
+        if mode != ZeroMode::Discard {
+            if start >= whole_end {
+                return self.write(offset, &vec![0; length as usize]);
+            }
+            self.write(offset, &vec![0; (start - offset) as usize])?;
+            self.write(whole_end, &vec![0; (end - whole_end) as usize])?;
+        }
+        let mut at = start;
+        while at < whole_end {
+            let left = whole_end - at;
+            at += match self.ask(|engine, waker| engine.zero(GuestOffset(at), left, mode, waker))? {
+                Zeroed::Done(bytes) => bytes,
+                Zeroed::NeedsData(bytes) => {
+                    self.write(at, &vec![0; bytes as usize])?;
+                    bytes
+                }
+            };
+        }
+        Ok(())
+    }
+
+    fn apply(&mut self, operation: &Operation, model: &mut ByteModel) {
+        let done = match *operation {
+            Operation::Read { offset, length } => {
+                let found = self.read(offset, length);
+                model
+                    .compare(offset, &found)
+                    .unwrap_or_else(|difference| panic!("{operation:?}: {difference}"));
+                Ok(())
+            }
+            Operation::Write { offset, length, seed } => self.write(offset, &contents(seed, offset, length)),
+            Operation::Discard { offset, length } => self.zero(offset, length, ZeroMode::Discard),
+            Operation::WriteZeroes { offset, length, unmap } => {
+                self.zero(offset, length, if unmap { ZeroMode::Unmap } else { ZeroMode::Keep })
+            }
+            Operation::Flush => self.flush(),
+        };
+        done.unwrap_or_else(|error| panic!("{operation:?}: {error}"));
+        model.apply(operation);
+    }
+}
+
+/// References to each cluster of an image, counted from its tables, must not be more than its refcounts; each data
+/// cluster of an image without snapshots is referenced once.
+fn check_references(bytes: &[u8]) {
+    let header = header(bytes);
+    let geometry = header.geometry();
+    let mut references = vec![0u64; geometry.clusters_for(bytes.len() as u64) as usize + 1];
+    let mut refer = |offset: HostOffset, length: u64| {
+        for cluster in 0..geometry.clusters_for(length) {
+            references[(geometry.host_cluster(offset).0 + cluster) as usize] += 1;
+        }
+    };
+    refer(HostOffset(0), 1);
+    refer(header.l1_offset, u64::from(header.l1_entries) * 8);
+    let table_bytes = u64::from(header.refcount_table_clusters) * geometry.cluster_size();
+    refer(header.refcount_table_offset, table_bytes);
+    let blocks = table(bytes, header.refcount_table_offset.0, table_bytes / 8);
+    for raw in &blocks {
+        if let Some(offset) = qcow2::refblock_offset(*raw, &geometry).expect("aligned") {
+            refer(offset, geometry.cluster_size());
+        }
+    }
+    for raw in table(bytes, header.l1_offset.0, u64::from(header.l1_entries)) {
+        let L1Entry::Table { offset, .. } = L1Entry::decode(raw, &geometry).expect("aligned") else {
+            continue;
+        };
+        refer(offset, geometry.cluster_size());
+        for raw in table(bytes, offset.0, geometry.l2_entries()) {
+            if let L2Entry::Data { offset, .. } | L2Entry::ZeroAllocated { offset, .. } =
+                L2Entry::decode(raw, &geometry).expect("aligned")
+            {
+                refer(offset, 1);
+            }
+        }
+    }
+    for (cluster, count) in references.iter().enumerate().filter(|(_, count)| **count > 0) {
+        let block = HostCluster(cluster as u64).0 / geometry.refblock_entries();
+        let offset =
+            qcow2::refblock_offset(blocks[block as usize], &geometry).expect("aligned").expect("a block");
+        let index = cluster as u64 % geometry.refblock_entries();
+        let start = offset.0 as usize;
+        let refcount =
+            qcow2::refcount(4, &bytes[start..start + geometry.cluster_size() as usize], index as usize);
+        assert_eq!(*count, 1, "cluster {cluster:#x} is used {count} times");
+        assert_eq!(refcount, 1, "cluster {cluster:#x} is in use with refcount {refcount}");
+    }
+}
+
+/// Opens the bytes as they are now, without what is only in memory, and compares with what was flushed.
+fn reopen_and_compare(files: &Files, flushed: &ByteModel) {
+    check_references(&files.0[0]);
+    let mut bench = Bench::open(files.clone());
+    let found = bench.read(0, bench.engine.size());
+    flushed.compare_all(&found).unwrap_or_else(|difference| panic!("reopened after a flush: {difference}"));
+}
+
+/// A chain: bits of a cluster, and whether the top is version 2, from the top down.
+fn run(version: Version, bits: &[u32], size: u64, sessions: &[Vec<Operation>], below: &[Operation]) {
+    let cluster = 1 << bits[0];
+    let layer = |bits: u32, version, overlay| image(version, bits, size, overlay);
+    let mut chain: Vec<Vec<u8>> = Vec::new();
+    let mut model = ByteModel::new(size, cluster, DiscardRule::ZeroesClusters);
+    // The layers below, from the base up, each written through an engine of its own.
+    for (depth, bits) in bits.iter().enumerate().skip(1).rev() {
+        let mut files = vec![layer(*bits, Version::V3, !chain.is_empty())];
+        files.extend(chain);
+        let mut bench = Bench::open(Files(files));
+        let mut own =
+            ByteModel::with_contents(&bench.read(0, size), size, 1 << bits, DiscardRule::ZeroesClusters);
+        for operation in below.iter().skip(depth - 1) {
+            bench.apply(operation, &mut own);
+        }
+        bench.flush().expect("flush");
+        chain = bench.files.0;
+        model = ByteModel::with_contents(&own.read(0, size), size, cluster, DiscardRule::ZeroesClusters);
+    }
+    let over = !chain.is_empty();
+    if over && version == Version::V2 {
+        model = ByteModel::with_contents(&model.read(0, size), size, cluster, DiscardRule::Nothing);
+    }
+    let mut files = vec![layer(bits[0], version, over)];
+    files.extend(chain);
+    let mut files = Files(files);
+    for operations in sessions {
+        let mut bench = Bench::open(files);
+        for operation in operations {
+            bench.apply(operation, &mut model);
+            if *operation == Operation::Flush {
+                reopen_and_compare(&bench.files, &model);
+            }
+        }
+        bench.flush().expect("flush");
+        reopen_and_compare(&bench.files, &model);
+        files = bench.files;
+    }
+}
+
+macro_rules! model_test {
+    ($name:ident, $version:expr, $bits:expr, $size:expr) => {
+        proptest! {
+            #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+            #[test]
+            fn $name(
+                sessions in proptest::collection::vec(sequences(geometry($bits[0], $size), 40), 1..3),
+                below in sequences(geometry($bits[$bits.len() - 1], $size), 12),
+            ) {
+                run($version, &$bits, $size, &sessions, &below);
+            }
+        }
+    };
+}
+
+fn geometry(bits: u32, size: u64) -> Geometry {
+    Geometry { size, cluster_size: 1 << bits, transfer_max: 64 << 10 }
+}
+
+model_test!(one_image_of_small_clusters, Version::V3, [9], 300 * 512);
+model_test!(one_image_version_2, Version::V2, [12], 100 * 4096 + 512);
+model_test!(an_overlay, Version::V3, [12, 12], 100 * 4096);
+model_test!(an_overlay_version_2, Version::V2, [12, 12], 100 * 4096);
+model_test!(large_over_small_over_large, Version::V3, [14, 10, 16], 40 * 16384 + 1536);
+model_test!(small_over_large, Version::V3, [9, 14, 12], 20 * 16384);
