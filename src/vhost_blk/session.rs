@@ -174,13 +174,15 @@ impl<D: BlockDevice> Session<D> {
     fn set_writeback(&mut self, writeback: bool) {
         let was = std::mem::replace(&mut self.writeback, writeback);
         self.update_write_through();
-        if was
-            && !writeback
-            && let Some(index) = self.vrings.iter().position(Vring::is_running)
-        {
-            self.vrings[index].stop(true);
-            self.start(index);
+        if !was || writeback {
+            return;
         }
+        // All are drained before one flushes: a write that began in the cache must not end after the flush.
+        let Some(first) = self.vrings.iter().position(Vring::is_running) else { return };
+        let (before, after) = self.vrings.split_at_mut(first + 1);
+        after.iter_mut().for_each(|vring| vring.stop(false));
+        before[first].stop(true);
+        self.start_all();
     }
 }
 
