@@ -1,2 +1,49 @@
-//! The program `strata`: command line and the gluing of a disk to a vhost-user session.
-fn main() {}
+//! The program `strata`: from a command line to an exit code.
+//!
+//! Owns which command runs and how its end is told. Knows no format and no protocol: it glues a disk to a vhost-user
+//! session and shows people what happens.
+#![forbid(unsafe_code)]
+
+mod capabilities;
+mod cli;
+mod device;
+mod error;
+mod help;
+mod info;
+mod listen;
+mod log;
+mod notify;
+mod serve;
+mod shutdown;
+mod size;
+mod text;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::cli::{Cli, Command};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse_from(cli::arguments(std::env::args_os()));
+    let asks_capabilities = match &cli.command {
+        Some(Command::Serve(serve)) => cli.print_capabilities || serve.print_capabilities,
+        _ => cli.print_capabilities,
+    };
+    if asks_capabilities {
+        return capabilities::print();
+    }
+    log::start(cli.log_level.as_ref());
+    let ended = match &cli.command {
+        Some(Command::Serve(options)) => serve::run(options),
+        Some(Command::Info(options)) => info::run(options),
+        None => cli::exit_without_command(),
+    };
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            error::show(&error);
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,264 @@
+//! The command line: commands, options, and what is wrong usage (exit code 2).
+//!
+//! Owns the spelling of every option and the checks that need nothing but the option's text. What the options mean is
+//! for the commands.
+
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+
+use crate::help;
+use crate::log::LogLevel;
+use crate::size::Size;
+
+/// Called by this name (a link to it), the program is `strata serve`: a management layer that follows QEMU's conventions
+/// for backend programs calls a program with options only.
+pub const BACKEND_PROGRAM: &str = "strata-blk";
+
+/// The longest serial in bytes: what GET_ID has room for (virtio 1.2, 5.2.6).
+pub const SERIAL_MAX: usize = 20;
+
+/// Serves qcow2 and raw images to virtual machines over vhost-user.
+#[derive(Debug, Parser)]
+#[command(name = "strata", version, about, after_long_help = help::PROGRAM, arg_required_else_help = true)]
+pub struct Cli {
+    /// Print what the backend can do, as JSON, and exit
+    #[arg(long)]
+    pub print_capabilities: bool,
+
+    /// How much to log: off, error, warn, info, debug, trace, or a filter like warn,vhost_blk=debug [default: RUST_LOG,
+    /// else info]
+    #[arg(long, global = true, value_name = "LEVEL")]
+    pub log_level: Option<LogLevel>,
+
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+}
+
+/// What the program can do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve an image to a virtual machine over vhost-user
+    Serve(ServeArgs),
+    /// Describe an image and its backing chain
+    Info(InfoArgs),
+}
+
+/// Options of `strata serve`.
+#[derive(Debug, Args)]
+#[command(after_long_help = help::SERVE)]
+pub struct ServeArgs {
+    /// The image to serve
+    #[arg(
+        long,
+        visible_alias = "image",
+        value_name = "FILE",
+        required_unless_present = "print_capabilities"
+    )]
+    pub blk_file: Option<PathBuf>,
+
+    /// Listen on this unix socket; a stale socket file is replaced, one that somebody listens on is not
+    #[arg(
+        long,
+        visible_alias = "socket",
+        value_name = "PATH",
+        required_unless_present_any = ["fd", "print_capabilities"],
+        conflicts_with = "fd"
+    )]
+    pub socket_path: Option<PathBuf>,
+
+    /// Use this inherited file descriptor instead: a unix socket that is listening or connected
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(0..))]
+    pub fd: Option<i32>,
+
+    #[command(flatten)]
+    pub chain: ChainArgs,
+
+    /// Never write to the image: the guest sees a read-only disk, and others may read the image too
+    #[arg(long)]
+    pub read_only: bool,
+
+    /// How many queues to offer, 1 to 256; those that the guest does not use cost nothing
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub num_queues: u16,
+
+    /// The largest ring in descriptors: a power of two from 2 to 32768
+    #[arg(long, value_name = "N", default_value = "1024", value_parser = queue_size)]
+    pub queue_size: u16,
+
+    /// The disk's serial number in the guest: at most 20 printable ASCII characters [default: made of the image's file
+    /// name]
+    #[arg(long, value_name = "TEXT")]
+    pub serial: Option<Serial>,
+
+    /// The most memory for the map of the disk's clusters, 64K to 64G: 8 bytes map a cluster, so 32M map 256 GiB
+    /// at a time with clusters of 64 KiB
+    #[arg(long, value_name = "SIZE", default_value = "32M", value_parser = map_cache_size)]
+    pub map_cache_size: Size,
+
+    /// The socket file's permissions, in octal, such as 0660 [default: by the umask; 0660 with --socket-group]
+    #[arg(long, value_name = "OCTAL", value_parser = socket_mode, conflicts_with = "fd")]
+    pub socket_mode: Option<u32>,
+
+    /// The socket file's group: a name in /etc/group, or a number
+    #[arg(long, value_name = "NAME", conflicts_with = "fd")]
+    pub socket_group: Option<String>,
+
+    /// Print what the backend can do, as JSON, and exit
+    #[arg(long)]
+    pub print_capabilities: bool,
+}
+
+/// Options of `strata info`.
+#[derive(Debug, Args)]
+#[command(after_long_help = help::INFO)]
+pub struct InfoArgs {
+    /// The image
+    #[arg(value_name = "FILE")]
+    pub image: PathBuf,
+
+    #[command(flatten)]
+    pub chain: ChainArgs,
+
+    /// Print JSON: an array with an object a layer, the image first
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// How to open a chain of images.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct ChainArgs {
+    /// The image's format; it is never guessed, as a guest could write a qcow2 header into a raw disk
+    #[arg(long, value_name = "FORMAT", default_value = "qcow2")]
+    pub format: ImageFormat,
+
+    /// The format of backing files whose overlay does not record it
+    #[arg(long, value_name = "FORMAT")]
+    pub backing_format: Option<ImageFormat>,
+
+    /// Bypass the host's page cache (direct) or go through it (writeback)
+    #[arg(long, value_name = "MODE", default_value = "direct")]
+    pub cache: Cache,
+}
+
+/// A format by its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ImageFormat {
+    /// qcow2, version 2 or 3
+    Qcow2,
+    /// The bytes of the disk themselves
+    Raw,
+}
+
+impl From<ImageFormat> for disk::Format {
+    fn from(format: ImageFormat) -> Self {
+        match format {
+            ImageFormat::Qcow2 => disk::Format::Qcow2,
+            ImageFormat::Raw => disk::Format::Raw,
+        }
+    }
+}
+
+/// What the host's page cache is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Cache {
+    /// O_DIRECT where the file system has it
+    Direct,
+    /// Through the host's page cache; what the guest flushes is durable all the same
+    Writeback,
+}
+
+/// A serial number, padded with zeros.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Serial(pub [u8; SERIAL_MAX]);
+
+/// Why a text is no serial number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a serial is at most {SERIAL_MAX} printable ASCII characters")]
+pub struct SerialError;
+
+impl FromStr for Serial {
+    type Err = SerialError;
+
+    fn from_str(text: &str) -> Result<Self, SerialError> {
+        let mut bytes = [0; SERIAL_MAX];
+        let room = bytes.get_mut(..text.len()).ok_or(SerialError)?;
+        if !text.bytes().all(|byte| byte == b' ' || byte.is_ascii_graphic()) {
+            return Err(SerialError);
+        }
+        room.copy_from_slice(text.as_bytes());
+        Ok(Serial(bytes))
+    }
+}
+
+impl Serial {
+    /// The same for the same file name: the name itself where it is short and plain, else its beginning and a hash. Only
+    /// letters, digits and `.+-_`, so that it stays whole in /dev/disk/by-id.
+    pub fn of_image(image: &Path) -> Self {
+        let name = image.file_stem().unwrap_or(OsStr::new("disk")).as_encoded_bytes();
+        let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b".+-_".contains(byte);
+        let mut bytes = [0; SERIAL_MAX];
+        if name.len() <= SERIAL_MAX && name.iter().all(is_plain) {
+            bytes[..name.len()].copy_from_slice(name);
+            return Serial(bytes);
+        }
+        let hash = format!("-{:08x}", hash(name));
+        let (start, end) = bytes.split_at_mut(SERIAL_MAX - hash.len());
+        let plain = name.iter().map(|byte| if is_plain(byte) { *byte } else { b'_' });
+        let length = name.len().min(start.len());
+        start.iter_mut().zip(plain).for_each(|(to, from)| *to = from);
+        end.copy_from_slice(hash.as_bytes());
+        // Closes the gap after a short name.
+        bytes.copy_within(SERIAL_MAX - hash.len().., length);
+        bytes[length + hash.len()..].fill(0);
+        Serial(bytes)
+    }
+}
+
+/// FNV-1a, 32 bits: serials must not change with a compiler's version.
+fn hash(bytes: &[u8]) -> u32 {
+    bytes.iter().fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193))
+}
+
+fn queue_size(text: &str) -> Result<u16, String> {
+    let size = text.parse::<u16>().ok().filter(|size| size.is_power_of_two() && (2..=32768).contains(size));
+    size.ok_or_else(|| "a queue size is a power of two from 2 to 32768".to_owned())
+}
+
+fn map_cache_size(text: &str) -> Result<Size, String> {
+    let size: Size = text.parse().map_err(|error: crate::size::SizeError| error.to_string())?;
+    if (64 << 10..=64 << 30).contains(&size.0) {
+        return Ok(size);
+    }
+    Err("the map may take from 64K to 64G".to_owned())
+}
+
+fn socket_mode(text: &str) -> Result<u32, String> {
+    let wrong = || "a mode is octal, from 0 to 0777".to_owned();
+    if !text.bytes().all(|byte| byte.is_ascii_digit()) {
+        return Err(wrong());
+    }
+    u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o777).ok_or_else(wrong)
+}
+
+/// The arguments, with the command put in where the program's name implies it.
+pub fn arguments(given: impl Iterator<Item = OsString>) -> Vec<OsString> {
+    let mut arguments: Vec<OsString> = given.collect();
+    let called = arguments.first().and_then(|name| Path::new(name).file_name());
+    if called == Some(OsStr::new(BACKEND_PROGRAM)) {
+        arguments.insert(1, "serve".into());
+    }
+    arguments
+}
+
+/// Ends the program: it was not told what to do.
+pub fn exit_without_command() -> ! {
+    Cli::command().error(ErrorKind::MissingSubcommand, "a command is missing: serve or info").exit()
+}
+
+#[cfg(test)]
+mod tests;

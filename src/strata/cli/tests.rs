@@ -1,0 +1,125 @@
+//! Tries the command line: what is accepted, what it comes to, and what is refused.
+
+use super::*;
+
+fn parse(line: &str) -> Result<Cli, clap::Error> {
+    Cli::try_parse_from(arguments(line.split_whitespace().map(OsString::from)))
+}
+
+fn serve(line: &str) -> ServeArgs {
+    match parse(line).expect("a right command line").command {
+        Some(Command::Serve(serve)) => serve,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn refused(line: &str) -> String {
+    let error = parse(line).expect_err(line);
+    assert_eq!(error.exit_code(), 2, "{line}");
+    error.to_string()
+}
+
+#[test]
+fn the_definition_is_sound() {
+    Cli::command().debug_assert();
+}
+
+#[test]
+fn serve_has_the_defaults_of_the_design() {
+    let options = serve("strata serve --blk-file a.qcow2 --socket-path s");
+    assert_eq!(options.blk_file.as_deref(), Some(Path::new("a.qcow2")));
+    assert_eq!(options.socket_path.as_deref(), Some(Path::new("s")));
+    assert_eq!((options.num_queues, options.queue_size, options.read_only), (64, 1024, false));
+    assert_eq!(options.map_cache_size, Size(32 << 20));
+    assert_eq!((options.chain.format, options.chain.cache), (ImageFormat::Qcow2, Cache::Direct));
+    assert_eq!((options.chain.backing_format, options.serial, options.socket_mode), (None, None, None));
+}
+
+#[test]
+fn serve_takes_every_option() {
+    let options = serve(
+        "strata serve --image=d.img --socket=s --format=raw --backing-format=qcow2 --read-only --num-queues=4 \
+         --queue-size=256 --cache=writeback --serial=abc --map-cache-size=1G --socket-mode=0660 --socket-group=kvm \
+         --log-level=debug",
+    );
+    assert_eq!(options.chain.format, ImageFormat::Raw);
+    assert_eq!(options.chain.backing_format, Some(ImageFormat::Qcow2));
+    assert_eq!(options.chain.cache, Cache::Writeback);
+    assert_eq!((options.num_queues, options.queue_size, options.read_only), (4, 256, true));
+    assert_eq!(options.map_cache_size, Size(1 << 30));
+    assert_eq!((options.socket_mode, options.socket_group.as_deref()), (Some(0o660), Some("kvm")));
+    assert_eq!(&options.serial.expect("given").0, b"abc\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
+    assert_eq!(serve("strata serve --blk-file a --fd 3").fd, Some(3));
+}
+
+#[test]
+fn wrong_usage_is_refused() {
+    let whole = "strata serve --blk-file a --socket-path s";
+    for (line, says) in [
+        ("strata serve --socket-path s", "--blk-file"),
+        ("strata serve --blk-file a", "--socket-path"),
+        ("strata serve --blk-file a --fd 3 --socket-path s", "cannot be used with"),
+        ("strata serve --blk-file a --fd -1", "-1"),
+        ("strata serve --blk-file a --fd 3 --socket-mode 600", "cannot be used with"),
+        (&format!("{whole} --format vmdk"), "vmdk"),
+        (&format!("{whole} --num-queues 0"), "1..=256"),
+        (&format!("{whole} --num-queues 257"), "1..=256"),
+        (&format!("{whole} --queue-size 1000"), "power of two"),
+        (&format!("{whole} --queue-size 1"), "power of two"),
+        (&format!("{whole} --queue-size 65536"), "power of two"),
+        (&format!("{whole} --serial 123456789012345678901"), "at most 20"),
+        (&format!("{whole} --serial é"), "ASCII"),
+        (&format!("{whole} --map-cache-size 32X"), "K, M, G"),
+        (&format!("{whole} --map-cache-size 1K"), "64K"),
+        (&format!("{whole} --map-cache-size 1T"), "64G"),
+        (&format!("{whole} --socket-mode 0888"), "octal"),
+        (&format!("{whole} --socket-mode 7777"), "octal"),
+        (&format!("{whole} --socket-mode +77"), "octal"),
+        (&format!("{whole} --log-level loud"), "level"),
+        ("strata info", "FILE"),
+        ("strata serv", "serve"),
+    ] {
+        let said = refused(line);
+        assert!(said.contains(says), "{line}: {said}");
+    }
+}
+
+#[test]
+fn capabilities_need_nothing_else() {
+    assert!(parse("strata --print-capabilities").expect("right").print_capabilities);
+    assert!(serve("strata serve --print-capabilities").print_capabilities);
+    assert!(serve("strata serve --print-capabilities --blk-file a").print_capabilities);
+}
+
+#[test]
+fn the_backend_name_means_serve() {
+    assert_eq!(serve("/usr/libexec/strata-blk --blk-file a --fd=7 --read-only").fd, Some(7));
+    assert!(serve("strata-blk --print-capabilities").print_capabilities);
+    assert_eq!(arguments(std::iter::empty()), Vec::<OsString>::new());
+}
+
+#[test]
+fn help_has_the_command_lines_of_both_machines() {
+    let help = Cli::command().find_subcommand_mut("serve").expect("there").render_long_help().to_string();
+    for part in ["memory-backend-memfd", "share=on", "vhost-user-blk-pci", "vhost_user=true", "--format raw"]
+    {
+        assert!(help.contains(part), "{part}");
+    }
+}
+
+#[test]
+fn serials_of_images_are_stable_plain_and_different() {
+    let of = |name: &str| {
+        let serial = Serial::of_image(Path::new(name)).0;
+        let length = serial.iter().position(|byte| *byte == 0).unwrap_or(SERIAL_MAX);
+        assert!(serial[length..].iter().all(|byte| *byte == 0), "{name}");
+        String::from_utf8(serial[..length].to_vec()).expect("ASCII")
+    };
+    assert_eq!(of("/var/vm.qcow2"), "vm");
+    assert_eq!(of("exactly-twenty-chars.img"), "exactly-twenty-chars");
+    assert_eq!(of("exactly-twenty-chars2.img"), "exactly-twe-f199af73");
+    assert_eq!(of("a b.img"), "a_b-10a3f9f2");
+    assert_ne!(of("a c.img"), of("a b.img"));
+    assert_eq!(of("/"), "disk");
+    assert_eq!(of("é.img").len(), 11);
+}

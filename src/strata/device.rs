@@ -1,0 +1,199 @@
+//! The glue between a disk and a vhost-user session: requests, names and results are passed on, and nothing else.
+//!
+//! Neither side knows the other. Per request nothing is allocated here once the queue has seen its deepest batch.
+
+use std::io;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use disk::{Completed, Disk, DiskQueue, OpenError, RequestId};
+use storage::Storage;
+use tracing::error;
+use vhost_blk::{BlockDevice, BlockQueue, DeviceProfile, Done, GuestSlice, Request, Status, Tag};
+use vmm_sys_util::eventfd::EventFd;
+
+/// Bytes in a sector, and the logical block size.
+const SECTOR: u32 = 512;
+/// What a raw image's requests are best aligned to, in bytes: a page, and a block of most file systems.
+const RAW_UNIT: u32 = 4096;
+/// How long a queue whose thread panics waits for the host before it ends the program.
+const PANIC_PATIENCE: Duration = Duration::from_secs(30);
+
+/// A disk as a session's block device.
+pub struct DiskDevice<S: Storage> {
+    disk: Disk<S>,
+    serial: [u8; 20],
+    queues: QueueWatch,
+}
+
+/// Tells what a device's queues have in flight, as long as anybody wants to know.
+#[derive(Clone, Default)]
+pub struct QueueWatch {
+    /// The queues that there are. A leaf: taken when a queue is made and when somebody asks what is in flight.
+    queues: Arc<Mutex<Vec<Weak<Gauge>>>>,
+}
+
+/// How many requests one queue has in flight. Stored by its thread and loaded by whoever asks: relaxed, it orders
+/// nothing.
+struct Gauge {
+    /// The name of the thread.
+    queue: String,
+    in_flight: AtomicU32,
+}
+
+impl<S: Storage> DiskDevice<S> {
+    /// A device that answers GET_ID with `serial`.
+    pub fn new(disk: Disk<S>, serial: [u8; 20]) -> Self {
+        DiskDevice { disk, serial, queues: QueueWatch::default() }
+    }
+
+    /// The disk, for questions.
+    pub fn disk(&self) -> &Disk<S> {
+        &self.disk
+    }
+
+    /// Closes the disk. All queues are gone by then.
+    ///
+    /// # Errors
+    /// As [`Disk::close`].
+    pub fn close(self) -> Result<(), OpenError> {
+        self.disk.close()
+    }
+
+    /// Tells what the queues have in flight, even while the device is being closed.
+    pub fn watch(&self) -> QueueWatch {
+        self.queues.clone()
+    }
+}
+
+impl QueueWatch {
+    /// The queues with requests in flight: the names of their threads, and how many.
+    pub fn in_flight(&self) -> Vec<(String, u32)> {
+        let queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
+        let gauges = queues.iter().filter_map(Weak::upgrade);
+        let counts = gauges.map(|gauge| (gauge.queue.clone(), gauge.in_flight.load(Ordering::Relaxed)));
+        counts.filter(|(_, in_flight)| *in_flight > 0).collect()
+    }
+
+    /// A gauge for the calling thread's queue.
+    fn gauge(&self) -> Arc<Gauge> {
+        let queue = std::thread::current().name().unwrap_or("a queue").to_owned();
+        let gauge = Arc::new(Gauge { queue, in_flight: AtomicU32::new(0) });
+        let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
+        queues.retain(|other| other.strong_count() > 0);
+        queues.push(Arc::downgrade(&gauge));
+        gauge
+    }
+}
+
+impl<S: Storage> BlockDevice for DiskDevice<S> {
+    type Queue = DeviceQueue<S>;
+
+    fn profile(&self) -> DeviceProfile {
+        // At most 2 MiB, so the fallback is never taken.
+        let unit = self.disk.cluster_size().map_or(RAW_UNIT, |size| u32::try_from(size).unwrap_or(RAW_UNIT));
+        let writable = !self.disk.is_read_only();
+        DeviceProfile {
+            capacity_sectors: self.disk.size() / u64::from(SECTOR),
+            block_size: SECTOR,
+            optimal_io_size: unit,
+            read_only: !writable,
+            discard: writable,
+            discard_alignment: unit,
+            write_zeroes: writable,
+            serial: self.serial,
+        }
+    }
+
+    fn queue(&self, depth: u32) -> io::Result<DeviceQueue<S>> {
+        let queue = self.disk.queue(depth).map_err(io::Error::other)?;
+        let done = Vec::with_capacity(depth as usize);
+        Ok(DeviceQueue { queue, done, in_flight: 0, gauge: self.queues.gauge() })
+    }
+}
+
+/// One thread's way to the disk.
+pub struct DeviceQueue<S: Storage> {
+    queue: DiskQueue<S>,
+    /// Always empty between two calls; kept for its memory.
+    done: Vec<Completed>,
+    /// Requests submitted and not yet handed back.
+    in_flight: u32,
+    gauge: Arc<Gauge>,
+}
+
+impl<S: Storage> DeviceQueue<S> {
+    /// Takes in what is done, with a function for each.
+    fn take_done(&mut self, mut each: impl FnMut(Completed)) {
+        self.queue.turn(&mut self.done);
+        self.in_flight -= self.done.len() as u32;
+        self.gauge.in_flight.store(self.in_flight, Ordering::Relaxed);
+        self.done.drain(..).for_each(&mut each);
+    }
+}
+
+impl<S: Storage> BlockQueue for DeviceQueue<S> {
+    fn submit(&mut self, tag: Tag, request: Request, slices: &[GuestSlice]) {
+        self.in_flight += 1;
+        self.gauge.in_flight.store(self.in_flight, Ordering::Relaxed);
+        self.queue.submit(RequestId(tag.0), translated(request), slices);
+    }
+
+    fn turn(&mut self, done: &mut Vec<Done>) {
+        self.take_done(|completed| {
+            // The disk has logged the reason, which the interface has no room for.
+            let status = if completed.result.is_ok() { Status::Ok } else { Status::IoError };
+            done.push(Done { tag: Tag(completed.id.0), status });
+        });
+    }
+
+    fn wait(&mut self, timeout: Option<Duration>) {
+        self.queue.wait(timeout);
+    }
+
+    fn watch(&mut self, event: EventFd) {
+        self.queue.watch(event);
+    }
+
+    fn notifier(&self) -> Arc<dyn Fn() + Send + Sync> {
+        let notifier = self.queue.notifier();
+        Arc::new(move || notifier.notify())
+    }
+}
+
+impl<S: Storage> Drop for DeviceQueue<S> {
+    /// Waits until the host no longer uses any guest memory. After a panic in the disk a request may never end; then
+    /// ending the program is the one safe way left, and as good for the image as a crash.
+    fn drop(&mut self) {
+        let patience = std::thread::panicking().then(|| Instant::now() + PANIC_PATIENCE);
+        loop {
+            self.take_done(drop);
+            if self.in_flight == 0 {
+                return;
+            }
+            if patience.is_some_and(|end| Instant::now() >= end) {
+                error!(
+                    in_flight = self.in_flight,
+                    "a queue that failed has requests at the host that do not end"
+                );
+                std::process::abort();
+            }
+            self.queue.wait(patience.map(|end| end.saturating_duration_since(Instant::now())));
+        }
+    }
+}
+
+fn translated(request: Request) -> disk::Request {
+    match request {
+        Request::Read { offset } => disk::Request::Read { offset },
+        Request::Write { offset, write_through } => disk::Request::Write { offset, write_through },
+        Request::Flush => disk::Request::Flush,
+        Request::Discard { offset, length, write_through } => {
+            disk::Request::Discard { offset, length, write_through }
+        }
+        Request::WriteZeroes { offset, length, unmap, write_through } => {
+            disk::Request::WriteZeroes { offset, length, unmap, write_through }
+        }
+    }
+}

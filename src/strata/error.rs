@@ -1,0 +1,259 @@
+//! What ends the program early, and how it is told: what, where, why, and what to do about it.
+
+use std::error::Error;
+use std::fmt::Write as _;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use disk::OpenError;
+use qcow2::{FormatError, FormatErrorKind};
+use storage::StorageError;
+use storage::error::Step;
+use thiserror::Error;
+use vhost_blk::SessionError;
+
+use crate::listen::SOCKET_PATH_MAX;
+use crate::text::printable;
+
+/// What a chain was opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// To serve it writable.
+    Write,
+    /// To serve it read-only.
+    Read,
+    /// To describe it.
+    Describe,
+}
+
+/// Why the program ends with exit code 1.
+#[derive(Debug, Error)]
+pub enum ProgramError {
+    /// The chain could not be opened.
+    #[error("{source}")]
+    Open {
+        /// The top image.
+        image: PathBuf,
+        /// What for.
+        purpose: Purpose,
+        /// Why not.
+        source: OpenError,
+    },
+    /// The image could not be closed cleanly.
+    #[error("the image could not be closed cleanly: {source}")]
+    Close {
+        /// The top image.
+        image: PathBuf,
+        /// Why not.
+        source: OpenError,
+    },
+    /// A session still holds the disk after the server has stopped.
+    #[error("{}: cannot be closed, as a session still uses it", image.display())]
+    InUse {
+        /// The top image.
+        image: PathBuf,
+    },
+    /// The server could not be set up, or had to stop.
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    /// The kernel has no room for so long a name.
+    #[error("socket {}: the path has {length} bytes, and a unix socket's may have {SOCKET_PATH_MAX}", path.display())]
+    SocketPathTooLong {
+        /// The path.
+        path: PathBuf,
+        /// Bytes.
+        length: usize,
+    },
+    /// The folder that the socket is to be in cannot be used.
+    #[error("socket {}: the folder {} cannot be used: {source}", path.display(), folder.display())]
+    SocketFolder {
+        /// The path of the socket.
+        path: PathBuf,
+        /// The folder.
+        folder: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// The socket file could not be given to whom it is for.
+    #[error("socket {}: {step} failed: {source}", path.display())]
+    SocketAccess {
+        /// The path.
+        path: PathBuf,
+        /// What was tried.
+        step: &'static str,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// No such group.
+    #[error("the group \"{group}\" of --socket-group is not in /etc/group")]
+    NoSuchGroup {
+        /// Its name.
+        group: String,
+    },
+    /// The host refused what the program needs besides the disk and the socket.
+    #[error("{step} failed: {source}")]
+    Host {
+        /// What was tried.
+        step: &'static str,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// What was to be printed could not be.
+    #[error("printing failed: {0}")]
+    Print(io::Error),
+}
+
+impl ProgramError {
+    /// What to do about it, where the message itself does not say.
+    fn hint(&self) -> Option<String> {
+        match self {
+            ProgramError::Open { image, purpose, source } => open_hint(image, *purpose, source),
+            ProgramError::Close { image, .. } => {
+                Some(format!("look at the image with `qemu-img check {}`", image.display()))
+            }
+            ProgramError::Session(error) => session_hint(error),
+            ProgramError::SocketPathTooLong { .. } => Some(
+                "choose a shorter path, for example under /run, or one relative to the current folder".into(),
+            ),
+            ProgramError::SocketFolder { folder, source, .. } if source.kind() == io::ErrorKind::NotFound => {
+                Some(format!("make the folder first: `mkdir -p {}`", folder.display()))
+            }
+            ProgramError::SocketAccess { .. } => {
+                Some("only root may give a file to any group; others only to a group they are in".into())
+            }
+            ProgramError::NoSuchGroup { .. } => Some("groups from elsewhere can be given by number".into()),
+            _ => None,
+        }
+    }
+}
+
+fn open_hint(image: &Path, purpose: Purpose, error: &OpenError) -> Option<String> {
+    let is_backing = path_of(error).is_some_and(|path| path != image);
+    let below = |what: &str| Some(format!("it is in the backing chain of {}: {what}", image.display()));
+    match error {
+        OpenError::Storage(StorageError::File { step: Step::Open, source, .. }) => match source.kind() {
+            io::ErrorKind::NotFound if is_backing => {
+                below("bring it back, or name another with `qemu-img rebase -u -b FILE -F FORMAT`")
+            }
+            io::ErrorKind::NotFound => Some(format!(
+                "is the path right? `qemu-img create -f qcow2 {} 10G` makes a new image",
+                image.display()
+            )),
+            _ if is_backing => below("this user must be able to read it"),
+            _ if purpose == Purpose::Write && std::fs::File::open(image).is_ok() => Some(
+                "it can be read but not written: give --read-only, or make it writable for this user".into(),
+            ),
+            io::ErrorKind::PermissionDenied => Some("this user must be able to open it".into()),
+            _ => None,
+        },
+        OpenError::Storage(StorageError::Locked { .. }) if is_backing => {
+            below("a backing file may be read by many, but written by nobody")
+        }
+        OpenError::Storage(StorageError::Locked { .. }) => Some(locked_hint(purpose).into()),
+        OpenError::Format { source, .. } if is_backing && is_bad_magic(source) => below(
+            "its overlay (or --backing-format) says that it is qcow2; \
+             `qemu-img rebase -u -b FILE -F raw` on the overlay would say that it is raw",
+        ),
+        _ if is_backing => below("the image cannot be used without it"),
+        _ => None,
+    }
+}
+
+fn locked_hint(purpose: Purpose) -> &'static str {
+    match purpose {
+        Purpose::Write => "two may use one image at a time only if both do with --read-only",
+        Purpose::Read => "an image that is being written cannot be read by others, not even with --read-only",
+        Purpose::Describe => {
+            "what an image says of itself may change at any moment while it is being written"
+        }
+    }
+}
+
+fn is_bad_magic(error: &FormatError) -> bool {
+    matches!(error.kind, FormatErrorKind::BadMagic { .. })
+}
+
+/// The file of the chain that an error is about.
+fn path_of(error: &OpenError) -> Option<&Path> {
+    match error {
+        OpenError::Storage(
+            StorageError::File { path, .. }
+            | StorageError::NotAnImage { path, .. }
+            | StorageError::Locked { path, .. }
+            | StorageError::AlreadyOpen { path, .. }
+            | StorageError::TooManyFiles { path },
+        ) => Some(path),
+        OpenError::Io { path, .. } | OpenError::Format { path, .. } | OpenError::Unsupported { path, .. } => {
+            Some(path)
+        }
+        _ => None,
+    }
+}
+
+fn session_hint(error: &SessionError) -> Option<String> {
+    let hint = match error {
+        SessionError::SocketInUse { .. } => "stop that program, or choose another --socket-path",
+        SessionError::NotASocket { .. } => "choose another --socket-path, or remove that file yourself",
+        SessionError::Socket { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
+            "this user must be able to make files in the folder"
+        }
+        SessionError::InheritedFd { .. } => {
+            "--fd is for a parent that leaves a listening or connected unix socket open at that number"
+        }
+        _ => return None,
+    };
+    Some(hint.to_owned())
+}
+
+/// Tells people on the standard error.
+pub fn show(error: &ProgramError) {
+    eprintln!("strata: error: {}", printable(&with_causes(error)));
+    if let Some(hint) = error.hint() {
+        eprintln!("strata: hint: {}", printable(&hint));
+    }
+}
+
+/// The message, and those of its causes that it does not contain.
+fn with_causes(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let said = cause.to_string();
+        if !text.contains(&said) {
+            let _ = write!(text, ": {said}");
+        }
+        next = cause.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cause_is_told_once() {
+        let source = io::Error::other("the reason");
+        let error = ProgramError::Host { step: "trying", source };
+        assert_eq!(with_causes(&error), "trying failed: the reason");
+        #[derive(Debug, Error)]
+        #[error("it failed")]
+        struct Outer(#[source] io::Error);
+        assert_eq!(with_causes(&Outer(io::Error::other("the reason"))), "it failed: the reason");
+    }
+
+    #[test]
+    fn a_backing_file_is_told_from_the_image() {
+        let missing = |path: &str| ProgramError::Open {
+            image: "top".into(),
+            purpose: Purpose::Write,
+            source: OpenError::Storage(StorageError::File {
+                step: Step::Open,
+                path: path.into(),
+                source: io::ErrorKind::NotFound.into(),
+            }),
+        };
+        assert!(missing("top").hint().expect("a hint").contains("qemu-img create"));
+        assert!(missing("base").hint().expect("a hint").contains("backing chain of top"));
+    }
+}

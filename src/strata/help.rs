@@ -1,0 +1,56 @@
+//! The long part of `--help`: how to put the pieces together, by example.
+
+/// After `strata --help`.
+pub const PROGRAM: &str = "\
+Examples:
+  strata serve --blk-file vm.qcow2 --socket-path /run/vm.sock
+  strata info vm.qcow2
+
+`strata serve --help` shows how to attach the disk to QEMU and to Cloud Hypervisor.
+
+Exit codes: 0 done, 1 failed (the last line on the standard error says why), 2 wrong usage.";
+
+/// After `strata serve --help`.
+pub const SERVE: &str = "\
+Serve a qcow2 image, with its backing files:
+  strata serve --blk-file vm.qcow2 --socket-path /run/vm.sock
+
+Attach it to QEMU; the guest's memory must be shared with the daemon (share=on), and may not be larger or smaller
+than -m says:
+  qemu-system-x86_64 -machine q35,accel=kvm,memory-backend=mem -cpu host -smp 4 -m 4G \\
+    -object memory-backend-memfd,id=mem,size=4G,share=on \\
+    -chardev socket,id=vm-disk,path=/run/vm.sock \\
+    -device vhost-user-blk-pci,chardev=vm-disk,num-queues=4
+
+Attach it to Cloud Hypervisor:
+  cloud-hypervisor --kernel vmlinux --cmdline 'console=hvc0 root=/dev/vda1' --cpus boot=4 \\
+    --memory size=4G,shared=on \\
+    --disk vhost_user=true,socket=/run/vm.sock,num_queues=4,queue_size=256
+
+More ways to serve:
+  a raw image (a raw file that qcow2 is expected in is refused, and the other way round would destroy it):
+    strata serve --blk-file disk.img --format raw --socket-path /run/disk.sock
+  read-only, as often as you like at a time; QEMU needs nothing special for it:
+    strata serve --blk-file base.qcow2 --read-only --socket-path /run/base.sock
+  an overlay whose header does not say what its backing file is:
+    strata serve --blk-file overlay.qcow2 --backing-format raw --socket-path /run/vm.sock
+  to machines that run as another user of the group kvm:
+    strata serve --blk-file vm.qcow2 --socket-path /run/vm.sock --socket-group kvm --socket-mode 0660
+
+Queues: a queue is a thread. One for each of the guest's processors is right (QEMU's default); the guest gets as many
+as its machine's num-queues says, and --num-queues is only the most that may be.
+
+Stopping: SIGTERM or SIGINT finishes the requests in hand, brings everything to disk, closes the image cleanly and
+exits 0. A machine may leave and another attach at any time; the daemon stays.
+
+Durability: a guest's flush (fsync) returns when the data is on the host's disk, with --cache=direct and
+--cache=writeback alike.";
+
+/// After `strata info --help`.
+pub const INFO: &str = "\
+Examples:
+  strata info vm.qcow2
+  strata info --json vm.qcow2 | jq '.[0].\"virtual-size\"'
+
+The whole backing chain is opened, read-only, and nothing is changed. An image that is open for writing elsewhere is
+refused: what it says of itself may change at any moment.";

@@ -1,0 +1,141 @@
+//! Where frontends come from: the socket of the command line, and who may use it.
+
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{PermissionsExt, lchown};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::Mode;
+use vhost_blk::Server;
+
+use crate::cli::ServeArgs;
+use crate::error::ProgramError;
+
+/// The longest path of a unix socket in bytes, with the zero after it 108.
+pub const SOCKET_PATH_MAX: usize = 107;
+/// The socket file's mode where a group was named and no mode.
+const GROUP_MODE: u32 = 0o660;
+
+/// The socket that was asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// A socket file that we make.
+    File {
+        /// Where.
+        path: PathBuf,
+        /// Its permissions.
+        mode: Option<u32>,
+        /// Its group's number.
+        group: Option<u32>,
+    },
+    /// An inherited descriptor.
+    Descriptor(i32),
+}
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Place::File { path, .. } => path.display().fmt(f),
+            Place::Descriptor(number) => write!(f, "file descriptor {number}"),
+        }
+    }
+}
+
+impl Place {
+    /// Takes the socket from the options, and finds what is wrong with it before the image is touched.
+    ///
+    /// # Errors
+    /// A path that is too long, a folder that is not there, a group that is not known.
+    pub fn choose(options: &ServeArgs) -> Result<Self, ProgramError> {
+        if let Some(number) = options.fd {
+            return Ok(Place::Descriptor(number));
+        }
+        let path = options.socket_path.clone().expect("clap wants a path where there is no descriptor");
+        let length = path.as_os_str().as_bytes().len();
+        if length > SOCKET_PATH_MAX {
+            return Err(ProgramError::SocketPathTooLong { path, length });
+        }
+        check_folder(&path)?;
+        let group = options.socket_group.as_deref().map(group_number).transpose()?;
+        let mode = options.socket_mode.or(group.map(|_| GROUP_MODE));
+        Ok(Place::File { path, mode, group })
+    }
+
+    /// Starts to listen, or takes the descriptor over.
+    ///
+    /// # Errors
+    /// When somebody listens there already, or the host refuses.
+    pub fn listen(&self) -> Result<Server, ProgramError> {
+        let (path, mode, group) = match self {
+            Place::Descriptor(number) => return Ok(Server::from_inherited(*number)?),
+            Place::File { path, mode, group } => (path, *mode, *group),
+        };
+        // Nobody else gets in before the file is as it is to be. No other thread makes files now.
+        let narrowed = mode.map(|_| rustix::process::umask(Mode::RWXG | Mode::RWXO));
+        let bound = Server::bind(path);
+        if let Some(before) = narrowed {
+            rustix::process::umask(before);
+        }
+        let server = bound?;
+        let failed =
+            |step| move |source: io::Error| ProgramError::SocketAccess { path: path.clone(), step, source };
+        if let Some(group) = group {
+            lchown(path, None, Some(group)).map_err(failed("giving it to the group"))?;
+        }
+        if let Some(mode) = mode {
+            let permissions = std::fs::Permissions::from_mode(mode);
+            std::fs::set_permissions(path, permissions).map_err(failed("setting its mode"))?;
+        }
+        Ok(server)
+    }
+}
+
+fn check_folder(path: &Path) -> Result<(), ProgramError> {
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    let is_folder = std::fs::metadata(folder).and_then(|metadata| {
+        if metadata.is_dir() { Ok(()) } else { Err(io::ErrorKind::NotADirectory.into()) }
+    });
+    is_folder.map_err(|source| ProgramError::SocketFolder {
+        path: path.to_owned(),
+        folder: folder.to_owned(),
+        source,
+    })
+}
+
+/// The number of a group that is given by number or by its name in /etc/group.
+fn group_number(group: &str) -> Result<u32, ProgramError> {
+    if let Ok(number) = group.parse() {
+        return Ok(number);
+    }
+    let groups = std::fs::read_to_string("/etc/group").unwrap_or_default();
+    number_in(&groups, group).ok_or_else(|| ProgramError::NoSuchGroup { group: group.to_owned() })
+}
+
+/// Lines of `name:password:number:members` (group(5)).
+fn number_in(groups: &str, wanted: &str) -> Option<u32> {
+    groups.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        let number = fields.nth(1)?;
+        if name == wanted { number.parse().ok() } else { None }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_are_found_by_name() {
+        let groups = "root:x:0:\n# kvm\nbroken\nkvm:x:104:alice,bob\nkvm2:x:nine:\n";
+        assert_eq!(number_in(groups, "root"), Some(0));
+        assert_eq!(number_in(groups, "kvm"), Some(104));
+        assert_eq!(number_in(groups, "kvm2"), None);
+        assert_eq!(number_in(groups, "alice"), None);
+        assert_eq!(number_in(groups, ""), None);
+        assert_eq!(group_number("77").ok(), Some(77));
+    }
+}

@@ -1,0 +1,73 @@
+//! Logs: where they go and how much of them.
+
+use std::io::IsTerminal;
+
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
+
+/// What is logged when nobody says otherwise.
+const DEFAULT: &str = "info";
+
+/// A level, or a filter as in `RUST_LOG`: `debug`, `warn,vhost_blk=debug`.
+#[derive(Clone, Debug)]
+pub struct LogLevel(String);
+
+/// Why a text is no filter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "a level is one of off, error, warn, info, debug and trace; a filter is a list such as warn,vhost_blk=debug"
+)]
+pub struct LogLevelError;
+
+impl std::str::FromStr for LogLevel {
+    type Err = LogLevelError;
+
+    fn from_str(text: &str) -> Result<Self, LogLevelError> {
+        // A word by itself would be taken for the name of a module, and a misspelt level would silence the rest.
+        let mut words = text.split(',').map(str::trim).filter(|part| !part.contains(['=', '[']));
+        if text.is_empty() || words.any(|word| word.parse::<LevelFilter>().is_err()) {
+            return Err(LogLevelError);
+        }
+        EnvFilter::builder().parse(text).map_err(|_| LogLevelError)?;
+        Ok(LogLevel(text.to_owned()))
+    }
+}
+
+/// Sends logs to the standard error, with a time stamp; in colours on a terminal, unless `NO_COLOR` is set.
+pub fn start(level: Option<&LogLevel>) {
+    let from_environment = || std::env::var("RUST_LOG").ok().filter(|filter| !filter.is_empty());
+    let wanted = level.map(|level| level.0.clone()).or_else(from_environment);
+    let parsed = wanted.as_deref().map(|text| EnvFilter::builder().parse(text));
+    let (filter, wrong) = match parsed {
+        Some(Ok(filter)) => (filter, false),
+        Some(Err(_)) => (EnvFilter::new(DEFAULT), true),
+        None => (EnvFilter::new(DEFAULT), false),
+    };
+    let colours =
+        std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|no| no.is_empty());
+    // Nobody else has set one up: this is the only call of the program.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(colours)
+        .with_target(false)
+        .try_init();
+    if wrong {
+        tracing::warn!("RUST_LOG is no filter; logging at level {DEFAULT}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn levels_and_filters_are_told_from_nonsense() {
+        for right in ["info", "DEBUG", "off", "warn,vhost_blk=debug"] {
+            assert!(right.parse::<LogLevel>().is_ok(), "{right}");
+        }
+        for wrong in ["", "loud", "warn,loud", "strata=loud", "a=b=c"] {
+            assert!(wrong.parse::<LogLevel>().is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,53 @@
+//! Tells a service manager how far the daemon is: the sd_notify protocol, without its library.
+
+use std::ffi::OsString;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+
+use tracing::warn;
+
+/// The daemon accepts frontends.
+pub const READY: &str = "READY=1";
+/// The daemon is ending.
+pub const STOPPING: &str = "STOPPING=1";
+
+/// Sends a state to the socket that `NOTIFY_SOCKET` names, if there is one. That nobody listens is no reason to stop.
+pub fn send(state: &str) {
+    let Some(name) = std::env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty()) else { return };
+    if let Err(error) = send_to(&name, state) {
+        warn!(%error, "the service manager could not be told {state}");
+    }
+}
+
+fn send_to(name: &OsString, state: &str) -> std::io::Result<()> {
+    let address = match name.as_bytes() {
+        [b'@', name @ ..] => SocketAddr::from_abstract_name(name)?,
+        _ => SocketAddr::from_pathname(name)?,
+    };
+    let sent = UnixDatagram::unbound()?.send_to_addr(state.as_bytes(), &address)?;
+    if sent == state.len() { Ok(()) } else { Err(std::io::ErrorKind::WriteZero.into()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn states_arrive_by_path_and_by_abstract_name() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let path = folder.path().join("notify");
+        let by_path = UnixDatagram::bind(&path).expect("bound");
+        send_to(&path.into_os_string(), READY).expect("sent");
+        let name = format!("strata-test-{}", std::process::id());
+        let address = SocketAddr::from_abstract_name(&name).expect("a name");
+        let by_name = UnixDatagram::bind_addr(&address).expect("bound");
+        send_to(&format!("@{name}").into(), STOPPING).expect("sent");
+        let mut buffer = [0; 64];
+        let length = by_path.recv(&mut buffer).expect("received");
+        assert_eq!(&buffer[..length], READY.as_bytes());
+        let length = by_name.recv(&mut buffer).expect("received");
+        assert_eq!(&buffer[..length], STOPPING.as_bytes());
+        assert!(send_to(&"/nowhere/at/all".into(), READY).is_err());
+    }
+}

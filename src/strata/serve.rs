@@ -1,0 +1,140 @@
+//! `strata serve`: opens the disk, listens, serves until it is told to stop, and closes everything in the right order.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use disk::{Disk, DiskOptions};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use storage::host::HostStorage;
+use tracing::{debug, info, warn};
+use vhost_blk::{Metrics, ServeOptions, StopHandle};
+
+use crate::cli::{Cache, Serial, ServeArgs};
+use crate::device::DiskDevice;
+use crate::error::{ProgramError, Purpose};
+use crate::listen::Place;
+use crate::notify;
+use crate::shutdown::Shutdown;
+use crate::size;
+use crate::text::one_line;
+
+type HostDevice = DiskDevice<HostStorage>;
+
+/// Runs the command.
+///
+/// # Errors
+/// When the disk cannot be opened, the socket not be had, or the image not be closed cleanly.
+pub fn run(options: &ServeArgs) -> Result<(), ProgramError> {
+    let image = options.blk_file.as_deref().expect("clap wants an image where there is something to serve");
+    raise_file_limit();
+    let place = Place::choose(options)?;
+    let stop =
+        StopHandle::new().map_err(|source| ProgramError::Host { step: "making an eventfd", source })?;
+    let shutdown = Shutdown::start(stop.clone())?;
+    let device = Arc::new(open(image, options)?);
+    shutdown.serving(device.watch());
+    let offer = ServeOptions::new(options.num_queues, options.queue_size);
+    let served = serve(&place, image, &device, &offer, &stop);
+    shutdown.closing();
+    let closed = close(image, device);
+    shutdown.done();
+    served?;
+    closed?;
+    tell_totals(image, &offer.metrics);
+    Ok(())
+}
+
+fn open(image: &Path, options: &ServeArgs) -> Result<HostDevice, ProgramError> {
+    let how = DiskOptions {
+        format: options.chain.format.into(),
+        backing_format: options.chain.backing_format.map(Into::into),
+        read_only: options.read_only,
+        direct: options.chain.cache == Cache::Direct,
+        // At most 64 GiB, as the command line has it.
+        map_bytes: usize::try_from(options.map_cache_size.0).unwrap_or(usize::MAX),
+        ..DiskOptions::default()
+    };
+    let purpose = if options.read_only { Purpose::Read } else { Purpose::Write };
+    let disk = Disk::open(HostStorage::new(), image, &how).map_err(|source| ProgramError::Open {
+        image: image.to_owned(),
+        purpose,
+        source,
+    })?;
+    if !disk.size().is_multiple_of(512) {
+        warn!(
+            bytes = disk.size() % 512,
+            "the disk's size is no multiple of 512: the guest does not see its end"
+        );
+    }
+    let serial = options.serial.unwrap_or_else(|| Serial::of_image(image));
+    Ok(DiskDevice::new(disk, serial.0))
+}
+
+/// Serves until it is told to stop; the socket file is gone on return.
+fn serve(
+    place: &Place,
+    image: &Path,
+    device: &Arc<HostDevice>,
+    offer: &ServeOptions,
+    stop: &StopHandle,
+) -> Result<(), ProgramError> {
+    let server = place.listen()?;
+    info!("serving {} on {place}: {}", one_line(&image.display().to_string()), described(device, offer));
+    notify::send(notify::READY);
+    Ok(server.serve(device, offer, stop)?)
+}
+
+/// The disk in a few words.
+fn described(device: &HostDevice, offer: &ServeOptions) -> String {
+    let disk = device.disk();
+    let format = disk
+        .cluster_size()
+        .map_or("raw".to_owned(), |cluster| format!("qcow2 with clusters of {}", size::short(cluster)));
+    let layers = match disk.layers().len() {
+        1 => String::new(),
+        count => format!(", a chain of {count} layers"),
+    };
+    let access = if disk.is_read_only() { ", read-only" } else { "" };
+    let queues = offer.num_queues;
+    format!("{}, {format}{layers}{access}, up to {queues} queues", size::short(disk.size()))
+}
+
+fn close(image: &Path, device: Arc<HostDevice>) -> Result<(), ProgramError> {
+    let device = Arc::into_inner(device).ok_or_else(|| ProgramError::InUse { image: image.to_owned() })?;
+    device.close().map_err(|source| ProgramError::Close { image: image.to_owned(), source })
+}
+
+/// One line of what was done, as `totals name=number …`; programs read it.
+fn tell_totals(image: &Path, metrics: &Metrics) {
+    let total = metrics.total();
+    // st_blocks counts 512 bytes, whatever the file system's blocks are.
+    let image_bytes = std::fs::metadata(image).map_or(0, |metadata| metadata.blocks().saturating_mul(512));
+    info!(
+        reads = total.reads,
+        writes = total.writes,
+        flushes = total.flushes,
+        discards = total.discards,
+        write_zeroes = total.write_zeroes,
+        others = total.others,
+        read_bytes = total.read_bytes,
+        written_bytes = total.written_bytes,
+        errors = total.errors,
+        malformed = total.malformed,
+        ring_errors = total.ring_errors,
+        image_bytes,
+        "totals"
+    );
+}
+
+/// A file a layer, several descriptors a queue: the soft limit of 1,024 that most have is soon reached.
+fn raise_file_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current == limit.maximum {
+        return;
+    }
+    match setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        Ok(()) => debug!(limit = limit.maximum, "raised the limit of open files"),
+        Err(error) => warn!(%error, "the limit of open files could not be raised"),
+    }
+}

@@ -1,0 +1,156 @@
+//! From a signal to the end: who stops the server, what is told meanwhile, and what still hangs.
+//!
+//! Two threads: one takes signals, one looks at the clock. Neither ever ends the program while a disk is open; that is
+//! left to the main thread when everything is done.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use signal_hook::low_level::signal_name;
+use tracing::{info, warn};
+use vhost_blk::StopHandle;
+
+use crate::device::QueueWatch;
+use crate::error::ProgramError;
+use crate::notify;
+
+/// A shutdown that takes so long is told to hang, and again each time this has passed.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// What the main thread is at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Opening,
+    Serving,
+    Closing,
+    Done,
+}
+
+struct State {
+    stage: Stage,
+    /// When the shutdown began.
+    stopping: Option<Instant>,
+    queues: QueueWatch,
+}
+
+struct Shared {
+    /// What is going on. A leaf, but for the socket's lock in `StopHandle::stop`.
+    state: Mutex<State>,
+    changed: Condvar,
+    stop: StopHandle,
+}
+
+/// The way to the end, as the main thread tells it.
+#[derive(Clone)]
+pub struct Shutdown {
+    shared: Arc<Shared>,
+}
+
+impl Shutdown {
+    /// Takes over SIGTERM and SIGINT, which from now on use `stop`, and SIGHUP, which does nothing.
+    ///
+    /// # Errors
+    /// When the host refuses a thread or a handler.
+    pub fn start(stop: StopHandle) -> Result<Self, ProgramError> {
+        let failed = |step| move |source| ProgramError::Host { step, source };
+        let state = State { stage: Stage::Opening, stopping: None, queues: QueueWatch::default() };
+        let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), stop });
+        let mut signals =
+            Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(failed("setting signal handlers up"))?;
+        let shutdown = Shutdown { shared };
+        let (takes, looks) = (shutdown.clone(), shutdown.clone());
+        let spawn = |name: &str, body: Box<dyn FnOnce() + Send>| {
+            thread::Builder::new().name(name.to_owned()).spawn(body).map_err(failed("starting a thread"))
+        };
+        spawn("strata-signals", Box::new(move || signals.forever().for_each(|signal| takes.signal(signal))))?;
+        spawn("strata-watch", Box::new(move || looks.look()))?;
+        Ok(shutdown)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The disk is open: from now on a signal waits for a clean end.
+    pub fn serving(&self, queues: QueueWatch) {
+        let mut state = self.state();
+        (state.stage, state.queues) = (Stage::Serving, queues);
+    }
+
+    /// The last session has ended, and the image is being closed.
+    pub fn closing(&self) {
+        let mut state = self.state();
+        state.stage = Stage::Closing;
+        self.begin(&mut state);
+    }
+
+    /// The image is closed.
+    pub fn done(&self) {
+        self.state().stage = Stage::Done;
+        self.shared.changed.notify_all();
+    }
+
+    fn begin(&self, state: &mut State) {
+        if state.stopping.is_none() {
+            state.stopping = Some(Instant::now());
+            self.shared.changed.notify_all();
+            notify::send(notify::STOPPING);
+        }
+    }
+
+    fn signal(&self, signal: i32) {
+        let name = signal_name(signal).unwrap_or("a signal");
+        if signal == SIGHUP {
+            info!("SIGHUP: there is nothing to read anew");
+            return;
+        }
+        let mut state = self.state();
+        if state.stage == Stage::Opening {
+            // Nothing was promised to anybody yet. The lock keeps the main thread from going on.
+            info!("{name}: stopping before anything is served");
+            std::process::exit(0);
+        }
+        if state.stopping.is_some() {
+            info!("{name}: stopping already; {}", in_words(&state));
+            return;
+        }
+        info!("{name}: finishing the requests in hand, then closing the image");
+        self.begin(&mut state);
+        self.shared.stop.stop();
+    }
+
+    /// Tells what hangs, until the end.
+    fn look(&self) {
+        let mut state = self.state();
+        while state.stage != Stage::Done {
+            let Some(began) = state.stopping else {
+                state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            let waited = self.shared.changed.wait_timeout(state, PATIENCE);
+            let timed_out;
+            (state, timed_out) = waited.unwrap_or_else(PoisonError::into_inner);
+            if timed_out.timed_out() && state.stage != Stage::Done {
+                warn!("stopping for {} s now; {}", began.elapsed().as_secs(), in_words(&state));
+            }
+        }
+    }
+}
+
+/// What is being waited for.
+fn in_words(state: &State) -> String {
+    let busy = state.queues.in_flight();
+    match state.stage {
+        Stage::Closing => "what is left of the metadata is on its way to the image".to_owned(),
+        Stage::Done => "everything is done".to_owned(),
+        _ if busy.is_empty() => "the session is ending".to_owned(),
+        _ => {
+            let each: Vec<String> =
+                busy.iter().map(|(queue, count)| format!("{queue} has {count}")).collect();
+            format!("requests are still at the host: {}", each.join(", "))
+        }
+    }
+}

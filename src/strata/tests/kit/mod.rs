@@ -1,0 +1,132 @@
+//! Images made without qemu-img, and the program as a process that is waited for.
+
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::process::{Child, ChildStderr, Command, Stdio};
+
+use qcow2::{Geometry, NewImage, Version};
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+
+/// The program under test.
+pub const PROGRAM: &str = env!("CARGO_BIN_EXE_strata");
+
+/// A folder with images and a socket.
+pub struct Bench {
+    folder: TempDir,
+}
+
+impl Bench {
+    pub fn new() -> Self {
+        Bench { folder: TempDir::new().expect("a temporary folder") }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.path("s")
+    }
+
+    /// An empty image of 1 MiB.
+    pub fn image(&self, name: &str) {
+        self.image_over(name, None);
+    }
+
+    /// An empty image of 1 MiB over a backing file, with or without its format.
+    pub fn image_over(&self, name: &str, backing: Option<(&str, Option<&str>)>) {
+        let geometry = Geometry {
+            version: Version::V3,
+            cluster_bits: 16,
+            refcount_order: 4,
+            extended_l2: false,
+            size: 1 << 20,
+        };
+        let mut image = NewImage::new(geometry);
+        image.backing_file = backing.map(|(file, _)| file.as_bytes().to_vec());
+        image.backing_format = backing.and_then(|(_, format)| format.map(str::to_owned));
+        let pieces = image.layout().expect("a right geometry");
+        let bytes: Vec<u8> = pieces.into_iter().flat_map(|(_, piece)| piece).collect();
+        std::fs::write(self.path(name), bytes).expect("written");
+    }
+
+    /// `strata serve` of an image on the folder's socket.
+    pub fn serve(&self, image: &str) -> Command {
+        let mut command = Command::new(PROGRAM);
+        command.args(["serve", "--blk-file"]).arg(self.path(image)).arg("--socket-path").arg(self.socket());
+        command
+    }
+}
+
+/// A test's own environment must not show.
+fn quiet(command: &mut Command) -> &mut Command {
+    command.env_remove("RUST_LOG").env_remove("NO_COLOR").stdin(Stdio::null())
+}
+
+/// Runs a command to its end: exit code, output, errors.
+pub fn output(command: &mut Command) -> (Option<i32>, String, String) {
+    let output = quiet(command).output().expect("the program was built");
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (output.status.code(), text(&output.stdout), text(&output.stderr))
+}
+
+/// A daemon that serves. Dropping it kills it.
+pub struct Daemon {
+    process: Child,
+    errors: BufReader<ChildStderr>,
+    log: String,
+}
+
+impl Daemon {
+    /// Starts it, and returns when it says that it serves.
+    pub fn start(command: &mut Command) -> Self {
+        let command = quiet(command);
+        if !command.get_envs().any(|(name, _)| name == "NOTIFY_SOCKET") {
+            command.env_remove("NOTIFY_SOCKET");
+        }
+        let mut process = command.stderr(Stdio::piped()).spawn().expect("the program was built");
+        let errors = BufReader::new(process.stderr.take().expect("piped"));
+        let mut daemon = Daemon { process, errors, log: String::new() };
+        while !daemon.log.contains(" serving ") {
+            let read = daemon.errors.read_line(&mut daemon.log).expect("text");
+            assert!(read > 0, "it ended before it served:\n{}", daemon.log);
+        }
+        daemon
+    }
+
+    /// What it has said until it served.
+    pub fn log(&self) -> &str {
+        &self.log
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.process), signal).expect("it runs");
+    }
+
+    /// Asks it to end, which it must do with exit code 0. Everything that it said.
+    pub fn stop_with(self, signal: Signal) -> String {
+        self.signal(signal);
+        self.wait()
+    }
+
+    pub fn stop(self) -> String {
+        self.stop_with(Signal::TERM)
+    }
+
+    /// Waits for its end, which must have exit code 0. Everything that it said.
+    pub fn wait(mut self) -> String {
+        while self.errors.read_line(&mut self.log).expect("text") > 0 {}
+        let status = self.process.wait().expect("waited for");
+        assert_eq!(status.code(), Some(0), "{}", self.log);
+        std::mem::take(&mut self.log)
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // It may have ended, and there is nobody left to tell.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}

@@ -1,0 +1,274 @@
+//! The built program as a user meets it: messages for what is wrong, one daemon an image, sockets, signals, exit codes.
+//!
+//! No guest here: what a machine does with the disk is tried by the workspace's tests.
+
+mod kit;
+
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+use std::process::Command;
+
+use rustix::process::Signal;
+
+use kit::{Bench, Daemon, PROGRAM, output};
+
+/// Runs the program to its end, which must be a failure with these words in its message.
+fn refused(command: &mut Command, code: i32, words: &[&str]) -> String {
+    let (status, _, errors) = output(command);
+    assert_eq!(status, Some(code), "{command:?}\n{errors}");
+    for word in words {
+        assert!(errors.contains(word), "{word:?} is missing in:\n{errors}");
+    }
+    assert!(!errors.contains("panicked"), "{errors}");
+    errors
+}
+
+#[test]
+fn capabilities_are_printed_with_and_without_a_command() {
+    let bench = Bench::new();
+    let link = bench.path("strata-blk");
+    std::os::unix::fs::symlink(PROGRAM, &link).expect("a link");
+    for line in [vec!["--print-capabilities"], vec!["serve", "--print-capabilities"]] {
+        for program in [PROGRAM.as_ref(), link.as_path()] {
+            if program != link || line.len() == 1 {
+                let (status, printed, errors) = output(Command::new(program).args(&line));
+                assert_eq!(status, Some(0), "{errors}");
+                assert_eq!(printed, "{\"type\":\"block\",\"features\":[\"read-only\",\"blk-file\"]}\n");
+            }
+        }
+    }
+}
+
+#[test]
+fn wrong_usage_is_exit_code_2() {
+    refused(Command::new(PROGRAM).arg("serve"), 2, &["--blk-file"]);
+    refused(Command::new(PROGRAM).args(["info", "--format", "vdi", "x"]), 2, &["vdi"]);
+    refused(Command::new(PROGRAM).args(["--log-level", "debug"]), 2, &["a command is missing"]);
+    refused(&mut Command::new(PROGRAM), 2, &["Usage"]);
+}
+
+#[test]
+fn help_and_version_are_no_errors() {
+    for line in [vec!["--help"], vec!["serve", "--help"], vec!["info", "--help"], vec!["--version"]] {
+        let (status, printed, _) = output(Command::new(PROGRAM).args(&line));
+        assert_eq!(status, Some(0));
+        assert!(printed.contains("strata"), "{printed}");
+    }
+}
+
+#[test]
+fn a_missing_image_is_named() {
+    let bench = Bench::new();
+    refused(
+        &mut bench.serve("missing.qcow2"),
+        1,
+        &["missing.qcow2", "No such file", "hint", "qemu-img create"],
+    );
+    refused(Command::new(PROGRAM).arg("info").arg(bench.path("missing.qcow2")), 1, &["missing.qcow2"]);
+}
+
+#[test]
+fn what_is_no_image_is_named() {
+    let bench = Bench::new();
+    std::fs::write(bench.path("text"), [b'x'; 2000]).expect("written");
+    refused(&mut bench.serve("text"), 1, &["text", "not a qcow2 image", "--format raw", "magic"]);
+    std::fs::write(bench.path("empty"), []).expect("written");
+    refused(&mut bench.serve("empty"), 1, &["empty", "--format raw"]);
+    std::fs::create_dir(bench.path("folder")).expect("made");
+    refused(&mut bench.serve("folder"), 1, &["folder", "is a directory"]);
+    let _listener = UnixListener::bind(bench.path("socket")).expect("bound");
+    refused(&mut bench.serve("socket"), 1, &["is a socket"]);
+    assert!(!bench.socket().exists(), "nothing may be left of a start that failed");
+}
+
+#[test]
+fn a_missing_backing_file_is_told_from_the_image() {
+    let bench = Bench::new();
+    bench.image_over("top.qcow2", Some(("gone.raw", Some("raw"))));
+    let words = ["gone.raw", "No such file", "backing chain of", "top.qcow2", "rebase"];
+    refused(&mut bench.serve("top.qcow2"), 1, &words);
+    bench.image_over("top.qcow2", Some(("gone.raw", None)));
+    refused(&mut bench.serve("top.qcow2"), 1, &["--backing-format"]);
+    std::fs::write(bench.path("gone.raw"), [b'x'; 4096]).expect("written");
+    bench.image_over("top.qcow2", Some(("gone.raw", Some("qcow2"))));
+    refused(&mut bench.serve("top.qcow2"), 1, &["gone.raw", "not a qcow2", "its overlay"]);
+}
+
+#[test]
+fn a_second_daemon_on_an_image_is_refused() {
+    let bench = Bench::new();
+    bench.image("disk.qcow2");
+    let daemon = Daemon::start(&mut bench.serve("disk.qcow2"));
+    let mut second = Command::new(PROGRAM);
+    second.args(["serve", "--image"]).arg(bench.path("disk.qcow2")).arg("--socket").arg(bench.path("other"));
+    refused(&mut second, 1, &["disk.qcow2", "in use by another process", "--read-only"]);
+    let mut info = Command::new(PROGRAM);
+    info.arg("info").arg(bench.path("disk.qcow2"));
+    refused(&mut info, 1, &["in use by another process", "may change"]);
+    daemon.stop();
+    assert_eq!(output(&mut info).0, Some(0));
+}
+
+#[test]
+fn readers_share_an_image() {
+    let bench = Bench::new();
+    bench.image("disk.qcow2");
+    let first = Daemon::start(bench.serve("disk.qcow2").arg("--read-only"));
+    let mut second = Command::new(PROGRAM);
+    second.args(["serve", "--read-only", "--image"]).arg(bench.path("disk.qcow2"));
+    let second = Daemon::start(second.arg("--socket").arg(bench.path("other")));
+    first.stop();
+    second.stop();
+}
+
+#[test]
+fn a_bad_place_for_the_socket_is_named_before_the_image_is_opened() {
+    let bench = Bench::new();
+    let serve = |socket: &str| {
+        let mut command = Command::new(PROGRAM);
+        command.args(["serve", "--blk-file", "/nowhere/x.qcow2", "--socket-path"]).arg(bench.path(socket));
+        command
+    };
+    refused(&mut serve(&"x".repeat(120)), 1, &["107", "shorter"]);
+    refused(&mut serve("no/such/socket"), 1, &["no/such", "No such file", "mkdir"]);
+    std::fs::write(bench.path("file"), []).expect("written");
+    refused(&mut serve("file/socket"), 1, &["file", "ot a directory"]);
+    refused(serve("s").args(["--socket-group", "no-such-group"]), 1, &["no-such-group", "/etc/group"]);
+}
+
+#[test]
+fn a_live_socket_and_other_files_are_left_alone() {
+    let bench = Bench::new();
+    bench.image("disk.qcow2");
+    let listener = UnixListener::bind(bench.socket()).expect("bound");
+    refused(&mut bench.serve("disk.qcow2"), 1, &["another program is listening", "--socket-path"]);
+    assert!(UnixStream::connect(bench.socket()).is_ok());
+    drop(listener);
+    std::fs::remove_file(bench.socket()).expect("removed");
+    std::fs::write(bench.socket(), b"precious").expect("written");
+    refused(&mut bench.serve("disk.qcow2"), 1, &["is not a socket"]);
+    assert_eq!(std::fs::read(bench.socket()).expect("read"), b"precious");
+}
+
+#[test]
+fn a_stale_socket_is_replaced_and_the_daemons_own_goes() {
+    let bench = Bench::new();
+    bench.image("disk.qcow2");
+    drop(UnixListener::bind(bench.socket()).expect("bound"));
+    for signal in [Signal::TERM, Signal::INT] {
+        let daemon = Daemon::start(&mut bench.serve("disk.qcow2"));
+        let metadata = std::fs::metadata(bench.socket()).expect("there");
+        assert!(metadata.file_type().is_socket());
+        let _frontend = UnixStream::connect(bench.socket()).expect("connected");
+        daemon.signal(Signal::HUP);
+        let log = daemon.stop_with(signal);
+        assert!(log.contains("totals reads=0 writes=0"), "{log}");
+        assert!(!bench.socket().exists());
+    }
+}
+
+#[test]
+fn the_sockets_mode_and_group_are_as_asked() {
+    let bench = Bench::new();
+    bench.image("disk.qcow2");
+    let group = rustix::process::getegid().as_raw();
+    let mode = |options: &[&str]| {
+        let daemon = Daemon::start(bench.serve("disk.qcow2").args(options));
+        let metadata = std::fs::metadata(bench.socket()).expect("there");
+        daemon.stop();
+        assert_eq!(metadata.gid(), group);
+        metadata.permissions().mode() & 0o777
+    };
+    assert_eq!(mode(&["--socket-mode", "0606"]), 0o606);
+    assert_eq!(mode(&["--socket-group", &group.to_string()]), 0o660);
+}
+
+#[test]
+fn an_inherited_listener_is_served() {
+    let bench = Bench::new();
+    bench.image("disk.qcow2");
+    let listener = UnixListener::bind(bench.socket()).expect("bound");
+    rustix::io::fcntl_setfd(&listener, rustix::io::FdFlags::empty()).expect("inheritable");
+    let mut command = Command::new(PROGRAM);
+    command.args(["serve", "--blk-file"]).arg(bench.path("disk.qcow2"));
+    let daemon = Daemon::start(command.args(["--fd", &listener.as_raw_fd().to_string()]));
+    assert!(daemon.log().contains("on file descriptor"), "{}", daemon.log());
+    daemon.stop();
+    assert!(bench.socket().exists(), "a socket file of somebody else's stays");
+}
+
+#[test]
+fn an_inherited_connection_is_served_until_it_ends() {
+    let bench = Bench::new();
+    bench.image("disk.qcow2");
+    let (ours, its) = UnixStream::pair().expect("a pair");
+    rustix::io::fcntl_setfd(&its, rustix::io::FdFlags::empty()).expect("inheritable");
+    let mut command = Command::new(PROGRAM);
+    command.args(["serve", "--blk-file"]).arg(bench.path("disk.qcow2"));
+    let daemon = Daemon::start(command.args(["--fd", &its.as_raw_fd().to_string()]));
+    drop((ours, its));
+    let log = daemon.wait();
+    assert!(log.contains("totals"), "{log}");
+}
+
+#[test]
+fn a_descriptor_that_is_no_socket_is_refused() {
+    let bench = Bench::new();
+    bench.image("disk.qcow2");
+    let mut command = Command::new(PROGRAM);
+    command.args(["serve", "--blk-file"]).arg(bench.path("disk.qcow2"));
+    refused(command.args(["--fd", "2"]), 1, &["descriptor", "--fd"]);
+    let mut command = Command::new(PROGRAM);
+    command.args(["serve", "--blk-file"]).arg(bench.path("disk.qcow2"));
+    refused(command.args(["--fd", "900"]), 1, &["descriptor", "--fd"]);
+}
+
+#[test]
+fn a_service_manager_is_told() {
+    let bench = Bench::new();
+    bench.image("disk.qcow2");
+    let manager = UnixDatagram::bind(bench.path("notify")).expect("bound");
+    let daemon = Daemon::start(bench.serve("disk.qcow2").env("NOTIFY_SOCKET", bench.path("notify")));
+    let mut buffer = [0; 64];
+    let mut told = || {
+        let length = manager.recv(&mut buffer).expect("received");
+        String::from_utf8_lossy(&buffer[..length]).into_owned()
+    };
+    assert_eq!(told(), "READY=1");
+    daemon.stop();
+    assert_eq!(told(), "STOPPING=1");
+}
+
+#[test]
+fn a_raw_image_is_served() {
+    let bench = Bench::new();
+    std::fs::write(bench.path("disk.img"), vec![0; 1 << 20]).expect("written");
+    let daemon = Daemon::start(bench.serve("disk.img").args(["--format", "raw", "--cache", "writeback"]));
+    assert!(daemon.log().contains("1 MiB, raw, up to 64 queues"), "{}", daemon.log());
+    daemon.stop();
+    assert_eq!(std::fs::read(bench.path("disk.img")).expect("read"), vec![0; 1 << 20]);
+}
+
+#[test]
+fn info_describes_a_chain() {
+    let bench = Bench::new();
+    std::fs::write(bench.path("base.raw"), vec![0; 1 << 16]).expect("written");
+    bench.image_over("top.qcow2", Some(("base.raw", Some("raw"))));
+    let before = std::fs::read(bench.path("top.qcow2")).expect("read");
+    let (status, text, errors) = output(Command::new(PROGRAM).arg("info").arg(bench.path("top.qcow2")));
+    assert_eq!(status, Some(0), "{errors}");
+    for line in [
+        "layer:            1 of 2, the image",
+        "virtual size:     1 MiB (1048576 bytes)",
+        "backing file:     base.raw",
+    ] {
+        assert!(text.lines().any(|found| found == line), "{line:?} is missing in:\n{text}");
+    }
+    let (_, json, _) = output(Command::new(PROGRAM).args(["info", "--json"]).arg(bench.path("top.qcow2")));
+    let value: serde_json::Value = serde_json::from_str(&json).expect("JSON");
+    assert_eq!(value.as_array().map(Vec::len), Some(2));
+    assert_eq!(value[0]["full-backing-filename"], bench.path("base.raw").display().to_string());
+    assert_eq!((&value[1]["format"], &value[1]["virtual-size"]), (&"raw".into(), &65536.into()));
+    assert_eq!(std::fs::read(bench.path("top.qcow2")).expect("read"), before);
+}
