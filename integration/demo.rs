@@ -106,6 +106,7 @@ fn show(options: &Options, steps: &mut Steps) -> Result<()> {
         socket: place.path().join("disk.sock"),
         queues: 2,
         serial: "strata-demo".to_owned(),
+        io_thread: false,
     };
     let stand = Stand { kit, accelerator, program, serve, folder: place.path().join("runs") };
     let shown = visits(&stand, place.path(), steps);

@@ -59,6 +59,7 @@ fn with_stand(name: &str, test: impl FnOnce(&Stand, &Path) -> Result<()>) -> Res
         socket: scratch.path().join("disk.sock"),
         queues: 2,
         serial: "vm-test".to_owned(),
+        io_thread: false,
     };
     let stand = Stand { kit, accelerator, program, serve, folder: scratch.path().join("runs") };
     test(&stand, scratch.path())
