@@ -237,7 +237,10 @@ fn daemon_totals(stand: &Stand, visit: &Visit) -> String {
     if visit.totals.is_empty() {
         return String::new();
     }
-    let pairs: Vec<String> = visit.totals.iter().map(|(name, count)| format!("{name} {count}")).collect();
+    let in_words = |(name, count): (&String, &u64)| {
+        if name.ends_with("_bytes") { format!("{name} {}", bytes(*count)) } else { format!("{name} {count}") }
+    };
+    let pairs: Vec<String> = visit.totals.iter().map(in_words).collect();
     format!("\n{} counted: {}\n", stand.program.backend, pairs.join(", "))
 }
 
