@@ -121,7 +121,7 @@ impl BlockDevice for Shared {
         self.0.profile.clone()
     }
 
-    fn queue(&self, _depth: u32) -> io::Result<MemoryQueue> {
+    fn queue(&self, depth: u32) -> io::Result<MemoryQueue> {
         let wake = Arc::new(EventFd::new(EFD_NONBLOCK)?);
         let epoll = Epoll::new()?;
         let event = EpollEvent::new(EventSet::IN, 0);
@@ -138,6 +138,7 @@ impl BlockDevice for Shared {
         });
         Ok(MemoryQueue {
             disk: Arc::clone(&self.0),
+            depth: depth as usize,
             ready: Vec::new(),
             pending: Vec::new(),
             send: Some(send),
@@ -152,6 +153,7 @@ impl BlockDevice for Shared {
 
 pub struct MemoryQueue {
     disk: Arc<MemoryDisk>,
+    depth: usize,
     ready: Vec<Done>,
     pending: Vec<(Tag, Request, Vec<GuestSlice>)>,
     send: Option<Sender<Tag>>,
@@ -176,6 +178,7 @@ impl BlockQueue for MemoryQueue {
         assert!(self.pending.iter().all(|entry| entry.0 != tag), "a tag that is in flight");
         if self.disk.later {
             self.pending.push((tag, request, slices.to_vec()));
+            assert!(self.pending.len() <= self.depth, "more requests than were announced");
             self.send.as_ref().expect("until drop").send(tag).expect("the helper lives");
         } else {
             let status = self.disk.perform(request, slices);
