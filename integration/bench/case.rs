@@ -1,0 +1,246 @@
+//! What is measured: the cases by name, what each asks of the disk, and how names are chosen.
+//!
+//! Owns the list. It runs nothing and knows no server.
+
+use strata_tests::load::{Mix, Order};
+
+/// Bytes of the usual request.
+pub const BLOCK: u32 = 4096;
+/// Bytes of a cluster of every image but the one with extended L2 entries.
+pub const CLUSTER: u64 = 65536;
+/// Bytes of a cluster with extended L2 entries: its subclusters are then as large as [`BLOCK`].
+pub const CLUSTER_EXTENDED: u64 = 131_072;
+
+/// The image that a case begins with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Image {
+    /// Every cluster allocated, in order.
+    Full,
+    /// Nothing allocated.
+    Fresh,
+    /// Nothing allocated, extended L2 entries.
+    FreshExtended,
+    /// Nothing allocated, over a full qcow2 image.
+    OverFull,
+    /// So many overlays with nothing in them over a full qcow2 image.
+    Chain(usize),
+}
+
+/// What a case does with its image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Job {
+    /// Requests for a certain time, after a short time of the same that is not counted.
+    Timed {
+        /// Which requests.
+        mix: Mix,
+        /// In which order.
+        order: Order,
+        /// Bytes a request.
+        block: u32,
+        /// A flush after so many writes, 0 for none.
+        flush_every: u64,
+    },
+    /// Every block of the disk once, then a flush.
+    Once {
+        /// Which requests.
+        mix: Mix,
+        /// In which order.
+        order: Order,
+        /// Bytes a request.
+        block: u32,
+        /// The time includes the wait until the host has its space back.
+        given_back: bool,
+    },
+    /// One write of [`BLOCK`] bytes into each cluster, the clusters in a random order, then a flush.
+    FirstTouch {
+        /// A flush after so many writes, 0 for none.
+        flush_every: u64,
+    },
+    /// Nothing: how much memory the server takes before anybody connects.
+    RestMemory,
+    /// Nothing, with a frontend connected after a short load: how much CPU the server takes.
+    IdleCpu,
+}
+
+/// What the value of a case counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unit {
+    /// Requests a second, flushes of the load included.
+    Rate,
+    /// 10⁶ bytes a second.
+    Throughput,
+    /// Bytes; fewer are better.
+    Memory,
+    /// CPU seconds a second; fewer are better.
+    Cpu,
+}
+
+/// One case.
+#[derive(Clone, Copy, Debug)]
+pub struct Case {
+    /// Its name, as chosen with `--case`.
+    pub name: &'static str,
+    /// The image.
+    pub image: Image,
+    /// The work.
+    pub job: Job,
+    /// Queues.
+    pub queues: usize,
+    /// Requests in flight a queue.
+    pub depth: usize,
+}
+
+impl Case {
+    /// What its value counts.
+    pub fn unit(&self) -> Unit {
+        match self.job {
+            Job::Timed { block, .. } if block > BLOCK => Unit::Throughput,
+            Job::Once { block, mix, .. } if block > BLOCK && mix == Mix::WRITE => Unit::Throughput,
+            Job::RestMemory => Unit::Memory,
+            Job::IdleCpu => Unit::Cpu,
+            _ => Unit::Rate,
+        }
+    }
+
+    /// Whether it changes its image, which then must be a new one each time.
+    pub fn writes(&self) -> bool {
+        match self.job {
+            Job::Timed { mix, .. } => mix != Mix::READ,
+            Job::Once { .. } | Job::FirstTouch { .. } => true,
+            Job::RestMemory | Job::IdleCpu => false,
+        }
+    }
+
+    /// Bytes of its largest request.
+    pub fn block(&self) -> u32 {
+        match self.job {
+            Job::Timed { block, .. } | Job::Once { block, .. } => block,
+            _ => BLOCK,
+        }
+    }
+
+    /// Bytes of a cluster of its image.
+    pub fn cluster(&self) -> u64 {
+        if self.image == Image::FreshExtended { CLUSTER_EXTENDED } else { CLUSTER }
+    }
+
+    /// Whether a bare loop on the file does comparable work: 4 KiB at random on one queue, no flush.
+    pub fn has_limit(&self) -> bool {
+        let plain = |mix| mix == Mix::READ || mix == Mix::WRITE;
+        self.queues == 1
+            && self.image == Image::Full
+            && matches!(
+                self.job,
+                Job::Timed { mix, order: Order::Random, block: BLOCK, flush_every: 0 } if plain(mix)
+            )
+    }
+}
+
+const fn timed(mix: Mix, flush_every: u64) -> Job {
+    Job::Timed { mix, order: Order::Random, block: BLOCK, flush_every }
+}
+
+const fn sequential(mix: Mix) -> Job {
+    Job::Timed { mix, order: Order::Sequential, block: 131_072, flush_every: 0 }
+}
+
+/// Every cluster of a full image once, at random.
+const fn clusters(mix: Mix, given_back: bool) -> Job {
+    Job::Once { mix, order: Order::RandomOnce, block: CLUSTER as u32, given_back }
+}
+
+const READ: Job = timed(Mix::READ, 0);
+const OVERWRITE: Job = timed(Mix::WRITE, 0);
+const MIX: Job = timed(Mix { read: 70, write: 30, ..Mix::NONE }, 0);
+const FIRST: Job = Job::FirstTouch { flush_every: 0 };
+const FIRST_LARGE: Job =
+    Job::Once { mix: Mix::WRITE, order: Order::Sequential, block: CLUSTER as u32, given_back: false };
+const DISCARD: Mix = Mix { discard: 1, ..Mix::NONE };
+const ZEROES: Mix = Mix { write_zeroes: 1, ..Mix::NONE };
+const ZEROES_UNMAP: Mix = Mix { write_zeroes_unmap: 1, ..Mix::NONE };
+
+const fn case(name: &'static str, image: Image, job: Job, queues: usize, depth: usize) -> Case {
+    Case { name, image, job, queues, depth }
+}
+
+/// Every case, in the order of the table.
+pub const CASES: &[Case] = &[
+    case("read-1", Image::Full, READ, 1, 1),
+    case("read-32", Image::Full, READ, 1, 32),
+    case("read-2x32", Image::Full, READ, 2, 32),
+    case("overwrite-1", Image::Full, OVERWRITE, 1, 1),
+    case("overwrite-32", Image::Full, OVERWRITE, 1, 32),
+    case("mix-70-30", Image::Full, MIX, 1, 32),
+    case("seq-read-128k", Image::Full, sequential(Mix::READ), 1, 8),
+    case("seq-write-128k", Image::Full, sequential(Mix::WRITE), 1, 8),
+    case("first-4k", Image::Fresh, FIRST, 1, 32),
+    case("first-4k-backing", Image::OverFull, FIRST, 1, 32),
+    case("first-4k-extended-l2", Image::FreshExtended, FIRST, 1, 32),
+    case("first-64k-seq", Image::Fresh, FIRST_LARGE, 1, 32),
+    case("chain-1-depth-1", Image::Chain(1), READ, 1, 1),
+    case("chain-1-depth-32", Image::Chain(1), READ, 1, 32),
+    case("chain-8-depth-1", Image::Chain(8), READ, 1, 1),
+    case("chain-8-depth-32", Image::Chain(8), READ, 1, 32),
+    case("chain-64-depth-1", Image::Chain(64), READ, 1, 1),
+    case("chain-64-depth-32", Image::Chain(64), READ, 1, 32),
+    case("flush-overwrite", Image::Full, timed(Mix::WRITE, 1), 1, 1),
+    case("flush-allocating", Image::Fresh, Job::FirstTouch { flush_every: 1 }, 1, 1),
+    case("discard", Image::Full, clusters(DISCARD, true), 1, 32),
+    case("write-zeroes", Image::Full, clusters(ZEROES, false), 1, 32),
+    case("write-zeroes-unmap", Image::Full, clusters(ZEROES_UNMAP, false), 1, 32),
+    case("rss-rest", Image::Full, Job::RestMemory, 2, 32),
+    case("rss-rest-chain-64", Image::Chain(64), Job::RestMemory, 2, 32),
+    case("idle-cpu", Image::Full, Job::IdleCpu, 2, 32),
+];
+
+/// The cases whose name matches one of the patterns; all of them without a pattern.
+pub fn chosen(patterns: &[String]) -> Vec<Case> {
+    let wanted = |case: &&Case| patterns.is_empty() || patterns.iter().any(|text| matches(text, case.name));
+    CASES.iter().filter(wanted).copied().collect()
+}
+
+/// Whether a name matches a pattern in which `*` stands for anything.
+pub fn matches(pattern: &str, name: &str) -> bool {
+    let mut parts = pattern.split('*');
+    let first = parts.next().unwrap_or_default();
+    let Some(mut rest) = name.strip_prefix(first) else { return false };
+    let Some(last) = parts.next_back() else { return rest.is_empty() };
+    for part in parts {
+        let Some(at) = rest.find(part) else { return false };
+        rest = &rest[at + part.len()..];
+    }
+    rest.ends_with(last)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn a_star_stands_for_anything() {
+        for (pattern, name) in
+            [("*", "x"), ("a*", "abc"), ("*c", "abc"), ("a*c", "abc"), ("abc", "abc"), ("*b*", "abc")]
+        {
+            assert!(matches(pattern, name), "{pattern} is {name}");
+        }
+        for (pattern, name) in [("a", "ab"), ("*b", "abc"), ("ab*bc", "abc"), ("a*x*c", "abc"), ("", "a")] {
+            assert!(!matches(pattern, name), "{pattern} is not {name}");
+        }
+    }
+
+    #[test]
+    fn names_are_unique_and_all_are_chosen_without_a_pattern() {
+        let names: BTreeSet<&str> = CASES.iter().map(|case| case.name).collect();
+        assert_eq!(names.len(), CASES.len());
+        assert_eq!(chosen(&[]).len(), CASES.len());
+        assert_eq!(chosen(&["chain-*".to_owned()]).len(), 6);
+        assert!(chosen(&["nothing".to_owned()]).is_empty());
+    }
+
+    #[test]
+    fn limits_belong_to_plain_random_loads_only() {
+        let limited: Vec<&str> = CASES.iter().filter(|case| case.has_limit()).map(|case| case.name).collect();
+        assert_eq!(limited, ["read-1", "read-32", "overwrite-1", "overwrite-32"]);
+    }
+}

@@ -1,0 +1,221 @@
+//! The turns of a case: each server on an equal image, one after the other, again and again.
+//!
+//! Owns the order and what happens between two turns: the server's end, the check of its image. The first turn looks
+//! whether the data is right and is not counted. A server that fails loses its turn, not the run.
+
+use anyhow::{Context, Result};
+use std::path::Path;
+use strata_integration::daemon::Program;
+use strata_integration::image::{self, Health};
+
+use super::bare;
+use super::case::{Case, Image, Job, Unit};
+use super::gallery::{Gallery, Specimen};
+use super::measure::{Sample, Times, sample};
+use super::server::Server;
+use super::verify::{exercise, judge};
+use strata_tests::load::Mix;
+
+/// Who takes part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// The daemon that is tried.
+    Subject,
+    /// The one it is compared with.
+    Rival,
+    /// A bare loop on the file, where that is comparable.
+    Bare,
+    /// The null device behind Strata's session, where that is comparable.
+    Null,
+}
+
+/// The programs and how to use them.
+pub struct Rules {
+    /// The daemon that is tried.
+    pub subject: Program,
+    /// The one it is compared with.
+    pub rival: Program,
+    /// Turns that count.
+    pub turns: usize,
+    /// How long to measure.
+    pub times: Times,
+    /// Measure the two limits as well.
+    pub limits: bool,
+    /// Virtual bytes of the null device.
+    pub null_bytes: u64,
+}
+
+/// One side's turns: none where a turn failed.
+#[derive(Clone, Debug)]
+pub struct Row {
+    /// Whose.
+    pub side: Side,
+    /// Turn by turn.
+    pub samples: Vec<Option<Sample>>,
+    /// What was not as it should be, the turn before it all included.
+    pub problems: Vec<String>,
+}
+
+/// What a case brought.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// The case.
+    pub case: Case,
+    /// Why it was left out, if it was.
+    pub skipped: Option<String>,
+    /// The sides.
+    pub rows: Vec<Row>,
+}
+
+impl Rules {
+    /// Runs a case. `say` hears how it goes.
+    pub fn run(&self, gallery: &mut Gallery, case: &Case, say: &mut dyn FnMut(&str)) -> Outcome {
+        let mut outcome = Outcome { case: *case, skipped: None, rows: Vec::new() };
+        outcome.rows = self
+            .sides(case)
+            .into_iter()
+            .map(|side| Row { side, samples: Vec::new(), problems: Vec::new() })
+            .collect();
+        if case.image == Image::FreshExtended {
+            // A feature of a later day, which must not look like a failure before.
+            if let Err(error) = self.try_to_serve(gallery, case) {
+                outcome.skipped = Some(format!("{error:#}"));
+                return outcome;
+            }
+        }
+        for turn in 0..=self.turns {
+            for row in &mut outcome.rows {
+                self.take_turn(gallery, case, turn, row, say);
+            }
+        }
+        outcome
+    }
+
+    fn sides(&self, case: &Case) -> Vec<Side> {
+        let mut sides = vec![Side::Subject, Side::Rival];
+        if self.limits && case.has_limit() {
+            if bare::available() {
+                sides.push(Side::Bare);
+            }
+            sides.push(Side::Null);
+        }
+        sides
+    }
+
+    fn try_to_serve(&self, gallery: &mut Gallery, case: &Case) -> Result<()> {
+        let specimen = gallery.specimen(case)?;
+        Server::of_image(&self.subject, &specimen.path, case)?.stop()
+    }
+
+    /// Turn 0 is the one that is verified and not counted.
+    fn take_turn(
+        &self,
+        gallery: &mut Gallery,
+        case: &Case,
+        turn: usize,
+        row: &mut Row,
+        say: &mut dyn FnMut(&str),
+    ) {
+        let result = match row.side {
+            Side::Subject | Side::Rival if turn == 0 => {
+                self.verified(gallery, case, row.side).map(|problems| {
+                    row.problems.extend(problems);
+                    None
+                })
+            }
+            Side::Subject | Side::Rival => self.measured(gallery, case, row.side).map(Some),
+            _ if turn == 0 => Ok(None),
+            Side::Bare => self.bare(gallery, case).map(Some),
+            Side::Null => self.null(case).map(Some),
+        };
+        let sample = result.unwrap_or_else(|error| {
+            row.problems.push(format!("turn {turn}: {error:#}"));
+            None
+        });
+        if let Some(sample) = &sample {
+            say(&format!("turn {turn}, {:?}: {}", row.side, shown(case.unit(), sample.value)));
+            row.problems.extend(sample.problems.iter().map(|problem| format!("turn {turn}: {problem}")));
+        }
+        if turn > 0 {
+            row.samples.push(sample);
+        }
+    }
+
+    fn program(&self, side: Side) -> &Program {
+        if side == Side::Subject { &self.subject } else { &self.rival }
+    }
+
+    fn verified(&self, gallery: &mut Gallery, case: &Case, side: Side) -> Result<Vec<String>> {
+        let specimen = gallery.specimen(case)?;
+        let server = Server::of_image(self.program(side), &specimen.path, case)?;
+        let (mut problems, expectation) = exercise(&server, case)?;
+        problems.extend(server.complaints());
+        server.stop()?;
+        problems.extend(check(&specimen.path)?);
+        problems.extend(judge(&self.rival, &specimen.path, case, &expectation)?);
+        Ok(problems.into_iter().map(|problem| format!("turn 0: {problem}")).collect())
+    }
+
+    fn measured(&self, gallery: &mut Gallery, case: &Case, side: Side) -> Result<Sample> {
+        let specimen = gallery.specimen(case)?;
+        let mut server = Server::of_image(self.program(side), &specimen.path, case)?;
+        let mut sample = sample(&mut server, case, &specimen.path, self.times)?;
+        sample.problems.extend(server.complaints());
+        server.stop()?;
+        self.look_at(&specimen, case, &mut sample)?;
+        Ok(sample)
+    }
+
+    fn look_at(&self, specimen: &Specimen, case: &Case, sample: &mut Sample) -> Result<()> {
+        if case.writes() {
+            sample.host_bytes = Some(image::allocated_bytes(&specimen.path)?);
+        }
+        sample.problems.extend(check(&specimen.path)?);
+        Ok(())
+    }
+
+    fn bare(&self, gallery: &Gallery, case: &Case) -> Result<Sample> {
+        let write = matches!(case.job, Job::Timed { mix, .. } if mix == Mix::WRITE);
+        let bare = bare::run(gallery.raw(), write, case.depth, self.times.load)?;
+        let seconds = self.times.load.as_secs_f64();
+        Ok(Sample {
+            value: bare.rate,
+            requests: (bare.rate * seconds) as u64,
+            seconds,
+            cpu: bare.cpu * seconds,
+            others: 0.0,
+            resident: 0,
+            latency: None,
+            host_bytes: None,
+            problems: Vec::new(),
+        })
+    }
+
+    fn null(&self, case: &Case) -> Result<Sample> {
+        let mut server = Server::of_null(self.null_bytes, case)?;
+        let sample = sample(&mut server, case, Path::new("/dev/null"), self.times)?;
+        server.stop()?;
+        Ok(sample)
+    }
+}
+
+/// A complaint unless the image is clean: after an orderly end nothing may be lost either.
+fn check(image: &Path) -> Result<Option<String>> {
+    Ok(match image::check(image).context("qemu-img check")? {
+        Health::Clean => None,
+        Health::Leaks(clusters) => Some(format!("qemu-img check: {clusters} clusters leaked")),
+        Health::Broken(text) => Some(format!("qemu-img check: {text}")),
+    })
+}
+
+/// A value with its unit.
+pub fn shown(unit: Unit, value: f64) -> String {
+    match unit {
+        Unit::Rate if value >= 1e6 => format!("{:.2} M/s", value / 1e6),
+        Unit::Rate if value >= 1e4 => format!("{:.0} k/s", value / 1e3),
+        Unit::Rate => format!("{:.2} k/s", value / 1e3),
+        Unit::Throughput => format!("{value:.0} MB/s"),
+        Unit::Memory => format!("{:.1} MiB", value / f64::from(1 << 20)),
+        Unit::Cpu => format!("{:.2} %", value * 100.0),
+    }
+}

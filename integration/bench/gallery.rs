@@ -1,0 +1,202 @@
+//! The images of one place: a full one made once, and what each turn of a case begins with.
+//!
+//! Owns the folder, which goes when the gallery does. Loads that only read share an image; for every other turn a new
+//! one is made or copied, so that no server finds what another left behind.
+
+use anyhow::{Context, Result};
+use rustix::fs::{Advice, fadvise, statfs};
+use std::fs::{File, remove_file};
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU64, Ordering};
+use strata_integration::command;
+use strata_integration::daemon::workspace;
+use strata_integration::image::{self, Backing};
+use strata_tests::load::stamp_block;
+use tempfile::TempDir;
+
+use super::case::{CLUSTER_EXTENDED, Case, Image};
+
+/// The seed of the stamps of every full image.
+pub const SEED: u64 = 1;
+
+/// Where images lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// /dev/shm: memory.
+    Shm,
+    /// The repository's target folder: a disk.
+    Disk,
+}
+
+impl Place {
+    /// As `--where` spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Shm => "shm",
+            Self::Disk => "disk",
+        }
+    }
+
+    fn folder(self) -> Result<TempDir> {
+        let parent = match self {
+            Self::Shm => PathBuf::from("/dev/shm"),
+            Self::Disk => workspace().join("target").join("bench-peers"),
+        };
+        std::fs::create_dir_all(&parent).with_context(|| parent.display().to_string())?;
+        tempfile::Builder::new().prefix("strata-bench-").tempdir_in(&parent).context("a folder for images")
+    }
+}
+
+/// Virtual sizes in bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct Sizes {
+    /// Of full images, and of those over them.
+    pub full: u64,
+    /// Of images with nothing in them.
+    pub fresh: u64,
+    /// Of images with nothing in them that are written from end to end.
+    pub sequential: u64,
+}
+
+/// The images of a place.
+pub struct Gallery {
+    folder: TempDir,
+    sizes: Sizes,
+    full: PathBuf,
+    raw: PathBuf,
+    number: u64,
+}
+
+/// An image for one turn. Dropping it removes what is not shared.
+#[derive(Debug)]
+pub struct Specimen {
+    /// The image that is served.
+    pub path: PathBuf,
+    own: bool,
+}
+
+impl Drop for Specimen {
+    fn drop(&mut self) {
+        if self.own {
+            // It goes with the folder at the latest.
+            let _ = remove_file(&self.path);
+        }
+    }
+}
+
+impl Gallery {
+    /// Makes the folder and the full image.
+    pub fn open(place: Place, sizes: Sizes) -> Result<Self> {
+        let folder = place.folder()?;
+        let (full, raw) = (folder.path().join("full.qcow2"), folder.path().join("full.raw"));
+        write_stamped(&raw, sizes.full).with_context(|| raw.display().to_string())?;
+        let mut convert = Command::new("qemu-img");
+        convert.args(["convert", "-S", "0", "-f", "raw", "-O", "qcow2"]).arg(&raw).arg(&full);
+        command::output(&mut convert)?;
+        settle(&full)?;
+        settle(&raw)?;
+        Ok(Self { folder, sizes, full, raw, number: 0 })
+    }
+
+    /// The kind of file system, as Linux numbers them.
+    pub fn file_system(&self) -> Result<String> {
+        Ok(match statfs(self.folder.path())?.f_type {
+            0x0102_1994 => "tmpfs".to_owned(),
+            0xef53 => "ext4".to_owned(),
+            0x5846_5342 => "xfs".to_owned(),
+            0x9123_683e => "btrfs".to_owned(),
+            other => format!("{other:#x}"),
+        })
+    }
+
+    /// The raw file with the contents of the full image: what loops without any image format work on.
+    pub fn raw(&self) -> &Path {
+        &self.raw
+    }
+
+    /// The image for a turn of a case.
+    pub fn specimen(&mut self, case: &Case) -> Result<Specimen> {
+        let shared = |path: PathBuf| Specimen { path, own: false };
+        match case.image {
+            Image::Full if !case.writes() => Ok(shared(self.full.clone())),
+            Image::Chain(layers) => self.chain(layers).map(shared),
+            Image::Full => self.copy_of_full(),
+            Image::Fresh if case.block() > super::case::BLOCK => self.fresh(self.sizes.sequential, None, ""),
+            Image::Fresh => self.fresh(self.sizes.fresh, None, ""),
+            Image::FreshExtended => {
+                let options = format!("extended_l2=on,cluster_size={CLUSTER_EXTENDED}");
+                self.fresh(self.sizes.fresh, None, &options)
+            }
+            Image::OverFull => {
+                let below = self.full.clone();
+                self.fresh(self.sizes.full, Some(&below), "")
+            }
+        }
+    }
+
+    fn next_path(&mut self) -> PathBuf {
+        self.number += 1;
+        self.folder.path().join(format!("turn-{}.qcow2", self.number))
+    }
+
+    fn copy_of_full(&mut self) -> Result<Specimen> {
+        let path = self.next_path();
+        let mut copy = Command::new("cp");
+        copy.args(["--sparse=auto", "--reflink=never"]).arg(&self.full).arg(&path);
+        command::output(&mut copy)?;
+        settle(&path)?;
+        Ok(Specimen { path, own: true })
+    }
+
+    fn fresh(&mut self, bytes: u64, below: Option<&Path>, options: &str) -> Result<Specimen> {
+        let path = self.next_path();
+        let backing = below.map(|image| Backing { image, format: "qcow2" });
+        image::create(&path, "qcow2", bytes, backing, options)?;
+        settle(&path)?;
+        Ok(Specimen { path, own: true })
+    }
+
+    fn chain_folder(&self, layers: usize) -> PathBuf {
+        self.folder.path().join(format!("chain-{layers}"))
+    }
+
+    /// The top of a chain, made when it is first asked for.
+    fn chain(&mut self, layers: usize) -> Result<PathBuf> {
+        let folder = self.chain_folder(layers);
+        let path = |layer: usize| folder.join(format!("{layer}.qcow2"));
+        if !folder.exists() {
+            std::fs::create_dir(&folder)?;
+            let mut below = self.full.clone();
+            for layer in 1..=layers {
+                let backing = Backing { image: &below, format: "qcow2" };
+                image::create(&path(layer), "qcow2", self.sizes.full, Some(backing), "")?;
+                below = path(layer);
+            }
+            settle(&below)?;
+        }
+        Ok(path(layers))
+    }
+}
+
+/// Writes a raw file in which every sector describes itself.
+fn write_stamped(path: &Path, bytes: u64) -> Result<()> {
+    const PIECE: u64 = 1 << 20;
+    let words: Vec<AtomicU64> = (0..PIECE / 8).map(|_| AtomicU64::new(0)).collect();
+    let mut file = BufWriter::with_capacity(1 << 20, File::create(path)?);
+    for offset in (0..bytes).step_by(PIECE as usize) {
+        stamp_block(&words, SEED, offset);
+        for word in &words {
+            file.write_all(&word.load(Ordering::Relaxed).to_ne_bytes())?;
+        }
+    }
+    Ok(file.flush()?)
+}
+
+/// Has the file on its disk and out of the page cache, so that no server pays for or gains by how it was made.
+fn settle(path: &Path) -> Result<()> {
+    let file = File::options().read(true).write(true).open(path)?;
+    file.sync_all()?;
+    Ok(fadvise(&file, 0, None, Advice::DontNeed)?)
+}

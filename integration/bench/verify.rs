@@ -1,0 +1,168 @@
+//! Whether the data is right: the turn that is not counted, with contents that describe themselves.
+//!
+//! Reads are checked as they come. What a server wrote is read back by the rival, from the image alone, after the
+//! server has ended: nothing in its memory can help it.
+
+use anyhow::{Result, bail};
+use std::path::Path;
+use std::time::Duration;
+use strata_integration::daemon::Program;
+use strata_tests::load::{self, Limit, Mix, Order, Spec, Verify};
+use strata_tests::{Client, Status};
+
+use super::case::{BLOCK, Case, Image, Job};
+use super::gallery::SEED;
+use super::measure::{first_touch, load_problems, once, touch_problems};
+use super::server::Server;
+use super::touch::{self, Access, Touch};
+
+/// The seed of what a server under test writes; what was there before has [`SEED`].
+const NEW_SEED: u64 = 2;
+/// A seed that nobody writes by, so that of zero blocks and stamped ones only the zero ones are right.
+const NO_SEED: u64 = 3;
+/// How long to check reads.
+const READING: Duration = Duration::from_millis(400);
+/// How long to write first blocks that are flushed one by one.
+const FLUSHING: Duration = Duration::from_millis(400);
+/// Bytes of a full image to overwrite: one request at a time, or one flush a request, takes its time.
+const OVERWRITTEN: [(usize, u64); 2] = [(1, 8 << 20), (32, 64 << 20)];
+
+/// What the judge is to find.
+#[derive(Debug)]
+pub enum Expectation {
+    /// Nothing was written.
+    Nothing,
+    /// The first bytes are new, the others as before.
+    Overwritten(u64),
+    /// Everything is new.
+    New,
+    /// Everything is zero.
+    Zero,
+    /// Some blocks are new, their neighbours as before.
+    Touched(Touch),
+}
+
+/// Runs the case with contents that can be checked, and says what is wrong and what the image must hold.
+pub fn exercise(server: &Server, case: &Case) -> Result<(Vec<String>, Expectation)> {
+    match case.job {
+        Job::RestMemory | Job::IdleCpu => return Ok((Vec::new(), Expectation::Nothing)),
+        _ => {}
+    }
+    let mut client = server.connect(case)?;
+    let size = client.size();
+    let (mut problems, expectation) = match case.job {
+        Job::Timed { mix, order, block, .. } if mix == Mix::READ || mix.read > 0 => {
+            // Writes of the mix stamp as the image was stamped, so every read has one right answer.
+            let spec = Spec { mix, order, block_size: block, ..reading(case, size) };
+            (run(&mut client, &spec)?, Expectation::Nothing)
+        }
+        Job::Timed { mix, block, flush_every, .. } => {
+            let length = overwritten(case).min(size);
+            let spec = Spec {
+                mix,
+                block_size: block,
+                flush_every,
+                order: Order::RandomOnce,
+                limit: Limit::Once,
+                verify: Verify::Stamped,
+                range: 0..length,
+                seed: NEW_SEED,
+                ..reading(case, size)
+            };
+            (run(&mut client, &spec)?, Expectation::Overwritten(length))
+        }
+        Job::Once { mix, .. } => {
+            let spec = once(size, case, Verify::Stamped, NEW_SEED)?;
+            let found = if mix == Mix::WRITE { Expectation::New } else { Expectation::Zero };
+            (run(&mut client, &spec)?, found)
+        }
+        Job::FirstTouch { flush_every } => {
+            let time = (flush_every != 0).then_some(FLUSHING);
+            let touch = first_touch(case, size, Access::WriteStamped(NEW_SEED), time);
+            let touched = touch::run(client.queue(0), &touch)?;
+            let done = Touch { count: touched.clusters, time: None, flush_every: 0, ..touch };
+            (touch_problems(&touched), Expectation::Touched(done))
+        }
+        Job::RestMemory | Job::IdleCpu => (Vec::new(), Expectation::Nothing),
+    };
+    let flushed = client.flush()?;
+    if flushed != Status::Ok {
+        problems.push(format!("the final flush failed: {flushed:?}"));
+    }
+    client.close()?;
+    Ok((problems, expectation))
+}
+
+/// Reads the image through another server and says what is wrong.
+pub fn judge(program: &Program, image: &Path, case: &Case, expectation: &Expectation) -> Result<Vec<String>> {
+    if matches!(expectation, Expectation::Nothing) {
+        return Ok(Vec::new());
+    }
+    let server = Server::of_image(program, image, case)?;
+    let mut client = server.connect_with(1, 8, 65536)?;
+    let size = client.size();
+    let mut problems = match expectation {
+        Expectation::Nothing => Vec::new(),
+        Expectation::Overwritten(length) => {
+            let mut problems = run(&mut client, &whole(0..*length, Verify::Stamped, NEW_SEED))?;
+            if *length < size {
+                problems.extend(run(&mut client, &whole(*length..size, Verify::Stamped, SEED))?);
+            }
+            problems
+        }
+        Expectation::New => run(&mut client, &whole(0..size, Verify::Stamped, NEW_SEED))?,
+        Expectation::Zero => run(&mut client, &whole(0..size, Verify::StampedOrZero, NO_SEED))?,
+        Expectation::Touched(touch) => {
+            let before =
+                if case.image == Image::OverFull { Access::ReadStamped(SEED) } else { Access::ReadZero };
+            let passes =
+                [(0, Access::ReadStamped(NEW_SEED)), (1, before), (touch.cluster / 4096 - 1, before)];
+            let mut problems = Vec::new();
+            for (shift, access) in passes {
+                let pass = Touch { shift, access, depth: 8, ..*touch };
+                problems.extend(touch_problems(&touch::run(client.queue(0), &pass)?));
+            }
+            problems
+        }
+    };
+    client.close()?;
+    server.stop()?;
+    problems.iter_mut().for_each(|problem| problem.push_str(" (read back by the rival)"));
+    Ok(problems)
+}
+
+fn overwritten(case: &Case) -> u64 {
+    let found = OVERWRITTEN.iter().find(|(depth, _)| case.depth <= *depth);
+    found.map_or(OVERWRITTEN[1].1, |(_, bytes)| *bytes)
+}
+
+fn reading(case: &Case, size: u64) -> Spec {
+    Spec {
+        depth: case.depth,
+        block_size: BLOCK,
+        verify: Verify::Stamped,
+        seed: SEED,
+        ..Spec::random_reads(size, READING)
+    }
+}
+
+/// Everything in a range, once, in order.
+fn whole(range: std::ops::Range<u64>, verify: Verify, seed: u64) -> Spec {
+    Spec {
+        depth: 8,
+        block_size: 65536,
+        order: Order::Sequential,
+        limit: Limit::Once,
+        verify,
+        range,
+        seed,
+        ..Spec::random_reads(0, Duration::ZERO)
+    }
+}
+
+fn run(client: &mut Client, spec: &Spec) -> Result<Vec<String>> {
+    if spec.blocks() == 0 {
+        bail!("nothing to do in {:?}", spec.range);
+    }
+    Ok(load_problems(&load::run(client.queues(), spec)?))
+}
