@@ -8,6 +8,7 @@ pub mod client;
 pub mod images;
 pub mod load;
 pub mod model;
+pub mod play;
 pub mod storage_daemon;
 
 pub use client::{Client, ClientError, Options, Request, Status};

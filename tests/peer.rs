@@ -9,6 +9,7 @@ use strata_tests::client::{Client, MemoryMessages, Options, RawEvent, Request, S
 use strata_tests::images::{Check, Content, Format, ImageSpec, Preallocation, find_tool};
 use strata_tests::load::{self, Limit, Mix, Order, Spec, Verify};
 use strata_tests::model::{self, ByteModel, DiscardRule, Geometry, Operation};
+use strata_tests::play::{manners, perform};
 use strata_tests::storage_daemon::{Export, StorageDaemon};
 use strata_tests::{ClientError, Qemu};
 use tempfile::TempDir;
@@ -35,37 +36,6 @@ impl Bench {
         let export = Export { queues, direct: false, ..Export::of(image, Format::Qcow2) };
         Ok(StorageDaemon::start(&self.daemon, &export)?)
     }
-}
-
-/// Ways to talk to a device that must all come to the same.
-fn manners() -> Vec<Options> {
-    let base = Options { data_capacity: 1 << 18, ..Options::default() };
-    vec![
-        base.clone(),
-        Options { indirect: false, segments: 5, queue_size: 32, ..base.clone() },
-        Options { segments: 7, regions: 8, base: 65_530, spin_max: Duration::ZERO, ..base.clone() },
-        Options { memory_messages: MemoryMessages::Regions, regions: 3, ..base.clone() },
-        base.without(&[VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC]),
-    ]
-}
-
-fn perform(client: &mut Client, model: &mut ByteModel, operation: &Operation) -> Result<(), Failure> {
-    let status = match *operation {
-        Operation::Read { offset, length } => {
-            let mut data = vec![0; length as usize];
-            let status = client.read(offset, &mut data)?;
-            model.compare(offset, &data)?;
-            status
-        }
-        Operation::Write { offset, length, seed } => {
-            client.write(offset, &model::contents(seed, offset, length))?
-        }
-        Operation::Discard { offset, length } => client.discard(offset, length)?,
-        Operation::WriteZeroes { offset, length, unmap } => client.write_zeroes(offset, length, unmap)?,
-        Operation::Flush => client.flush()?,
-    };
-    model.apply(operation);
-    if status.is_ok() { Ok(()) } else { Err(format!("{operation:?}: {status:?}").into()) }
 }
 
 /// Runs a sequence on a fresh image or chain and compares: during it, after it over the socket, and in the file.
