@@ -9,6 +9,7 @@
 
 mod alloc;
 mod answer;
+pub mod check;
 mod claims;
 mod epoch;
 mod error;

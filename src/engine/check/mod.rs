@@ -1,0 +1,212 @@
+//! The read-only check: counts every reference to every cluster anew, and compares with what the image records.
+//!
+//! A [`Checker`] does no I/O. It says what it wants to read ([`Checker::step`]), is given the bytes
+//! ([`Checker::feed`]), and ends with a [`Checked`]: a [`Report`], and the means to plan a [`Repair`]. What an image
+//! claims costs nothing: memory is bounded by the clusters of the file (two counts of two bytes each, and what its
+//! tables really hold), and each byte of the file is read a few times at most, however often it is named.
+//!
+//! It says "corrupt" where `qemu-img check` does, and in three more cases that the format forbids: the flag COPIED on
+//! an L2 entry without an offset, the zero flag in version 2, and metadata that something else lies upon though the
+//! refcounts agree with that.
+
+mod compare;
+mod counts;
+mod repair;
+mod report;
+mod snapshots;
+mod sweep;
+#[cfg(test)]
+mod tests;
+mod walk;
+
+pub use repair::{NotRepairable, Repair, RepairKind, RepairStep};
+pub use report::{FINDINGS_MAX, Finding, FindingKind, Part, Refusal, Report, Verdict};
+
+use qcow2::{Header, HostOffset};
+
+use self::report::FindingKind::BadSnapshot;
+use self::snapshots::SnapshotWalk;
+use self::sweep::Sweep;
+use self::walk::{L2Use, Walk};
+
+/// The most bytes that a check asks for at a time.
+pub const READ_MAX: u64 = 1 << 20;
+/// The most clusters that a file may have to be checked (QEMU's bound too).
+pub const CLUSTERS_MAX: u64 = 1 << 31;
+
+/// What a check wants next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// These bytes of the file, at most [`READ_MAX`] of them. Up to seven may be past the end of the file: they are
+    /// zeros.
+    Read {
+        /// Where, a multiple of 8.
+        offset: HostOffset,
+        /// How many, a multiple of 8 unless the file ends there.
+        length: usize,
+    },
+    /// Nothing: [`Checker::finish`] has the answer.
+    Done,
+}
+
+/// A check in progress.
+pub struct Checker {
+    walk: Walk,
+    phase: Phase,
+}
+
+/// What a check found, and all that a repair needs to know.
+pub struct Checked {
+    walk: Walk,
+}
+
+/// What is being read. The refcounts come first, so that flags can be compared with them; the flags come last, when it
+/// is known what they should be.
+enum Phase {
+    RefcountTable(Sweep<()>),
+    /// With the first cluster that a refblock counts.
+    Refblocks(Sweep<u64>),
+    Snapshots(SnapshotWalk),
+    ActiveL1(Sweep<()>),
+    /// With the number of snapshots that share a piece.
+    SnapshotL1(Sweep<u64>),
+    L2(Sweep<L2Use>),
+    FlagsInL1(Sweep<()>),
+    FlagsInL2(Sweep<()>),
+    Done,
+}
+
+impl Checker {
+    /// A check of the image with this header in a file of so many bytes.
+    ///
+    /// # Errors
+    /// If the image has what cannot be checked yet.
+    pub fn new(header: &Header, file_length: u64) -> Result<Self, Refusal> {
+        let walk = Walk::new(header, file_length)?;
+        let phase = Phase::RefcountTable(walk.refcount_table_sweep());
+        Ok(Checker { walk, phase })
+    }
+
+    /// What to do next. Asking again without [`Checker::feed`] gives the same answer.
+    pub fn step(&mut self) -> Step {
+        loop {
+            let wanted = match &mut self.phase {
+                Phase::RefcountTable(sweep)
+                | Phase::ActiveL1(sweep)
+                | Phase::FlagsInL1(sweep)
+                | Phase::FlagsInL2(sweep) => sweep.next(),
+                Phase::Refblocks(sweep) | Phase::SnapshotL1(sweep) => sweep.next(),
+                Phase::L2(sweep) => sweep.next(),
+                Phase::Snapshots(walk) => walk.next(),
+                Phase::Done => return Step::Done,
+            };
+            if let Some((offset, length)) = wanted {
+                return Step::Read { offset: HostOffset(offset), length: length as usize };
+            }
+            self.advance();
+        }
+    }
+
+    /// Takes in the bytes that [`Checker::step`] asked for, all of them.
+    ///
+    /// # Panics
+    /// If they are another number than asked for: a programmer error.
+    pub fn feed(&mut self, bytes: &[u8]) {
+        match self.step() {
+            Step::Read { length, .. } => assert_eq!(bytes.len(), length, "as many bytes as asked for"),
+            Step::Done => panic!("nothing was asked for"),
+        }
+        let walk = &mut self.walk;
+        match &mut self.phase {
+            Phase::RefcountTable(sweep) => sweep.feed(bytes, |piece, bytes| {
+                walk.refcount_table(piece.offset, piece.within / 8, bytes);
+            }),
+            Phase::Refblocks(sweep) => {
+                sweep.feed(bytes, |piece, bytes| walk.refblock(*piece.tag, piece.within, bytes));
+            }
+            Phase::Snapshots(table) => table.feed(bytes, |snapshot| walk.snapshot(&snapshot)),
+            Phase::ActiveL1(sweep) => {
+                let once = L2Use { active: 1, snapshots: 0 };
+                sweep.feed(bytes, |piece, bytes| walk.l1(piece.offset, bytes, Part::ActiveL1, once));
+            }
+            Phase::SnapshotL1(sweep) => sweep.feed(bytes, |piece, bytes| {
+                let times = L2Use { active: 0, snapshots: *piece.tag };
+                walk.l1(piece.offset, bytes, Part::SnapshotL1, times);
+            }),
+            Phase::L2(sweep) => {
+                sweep.feed(bytes, |piece, bytes| walk.l2(piece.offset, bytes, *piece.tag));
+            }
+            Phase::FlagsInL1(sweep) => {
+                sweep.feed(bytes, |piece, bytes| walk.flags_in_l1(piece.offset, bytes));
+            }
+            Phase::FlagsInL2(sweep) => {
+                sweep.feed(bytes, |piece, bytes| walk.flags_in_l2(piece.offset, bytes));
+            }
+            Phase::Done => {}
+        }
+    }
+
+    /// The present phase has read all that it wants: on to the next.
+    fn advance(&mut self) {
+        let walk = &mut self.walk;
+        self.phase = match &self.phase {
+            Phase::RefcountTable(_) => Phase::Refblocks(walk.refblock_sweep()),
+            Phase::Refblocks(_) => Phase::Snapshots(walk.snapshot_walk()),
+            Phase::Snapshots(table) => {
+                if table.broken {
+                    let (index, offset) = table.place();
+                    walk.report.add(offset, BadSnapshot { index });
+                }
+                walk.count_fixed_places(table.length());
+                Phase::ActiveL1(walk.active_l1_sweep())
+            }
+            Phase::ActiveL1(_) => Phase::SnapshotL1(walk.snapshot_l1_sweep()),
+            Phase::SnapshotL1(_) => Phase::L2(walk.l2_sweep()),
+            Phase::L2(_) => {
+                walk.find_overlaps();
+                Phase::FlagsInL1(walk.active_l1_sweep())
+            }
+            Phase::FlagsInL1(_) => Phase::FlagsInL2(walk.active_l2_sweep()),
+            Phase::FlagsInL2(_) | Phase::Done => {
+                walk.count_refcount_structure();
+                walk.compare();
+                Phase::Done
+            }
+        };
+    }
+
+    /// Bytes of memory held, about: for tests of its bound.
+    pub fn held_bytes(&self) -> usize {
+        let phase = match &self.phase {
+            Phase::RefcountTable(sweep)
+            | Phase::ActiveL1(sweep)
+            | Phase::FlagsInL1(sweep)
+            | Phase::FlagsInL2(sweep) => sweep.held_bytes(),
+            Phase::Refblocks(sweep) | Phase::SnapshotL1(sweep) => sweep.held_bytes(),
+            Phase::L2(sweep) => sweep.held_bytes(),
+            Phase::Snapshots(_) | Phase::Done => 0,
+        };
+        phase + self.walk.held_bytes()
+    }
+
+    /// The answer.
+    ///
+    /// # Panics
+    /// If the check is not done: a programmer error.
+    pub fn finish(self) -> Checked {
+        assert!(matches!(self.phase, Phase::Done), "the check is done");
+        Checked { walk: self.walk }
+    }
+}
+
+impl Checked {
+    /// What was found.
+    pub fn report(&self) -> &Report {
+        &self.walk.report
+    }
+
+    /// Drops everything but what was found.
+    pub fn into_report(self) -> Report {
+        self.walk.report
+    }
+}

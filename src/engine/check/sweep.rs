@@ -1,0 +1,181 @@
+//! Which pieces of the file to read, and in what order; and regions that lie on top of each other, taken apart.
+//!
+//! Owns the bound on a single read. It does not look at the bytes.
+
+use std::collections::BTreeMap;
+
+use super::READ_MAX;
+
+/// A region to be read, and what it is.
+struct Item<T> {
+    offset: u64,
+    length: u64,
+    tag: T,
+}
+
+/// Regions of the file to be read in order, each once; neighbours are read together.
+pub(super) struct Sweep<T> {
+    items: Vec<Item<T>>,
+    at: usize,
+    /// Bytes of the present item that have been read.
+    done: u64,
+}
+
+impl<T> Default for Sweep<T> {
+    fn default() -> Self {
+        Sweep { items: Vec::new(), at: 0, done: 0 }
+    }
+}
+
+impl<T> Sweep<T> {
+    /// Adds a region, as far as it is in the file; the entry that the end of the file cuts is read whole.
+    pub fn push(&mut self, offset: u64, length: u64, file_length: u64, tag: T) {
+        let length = length.min(file_length.saturating_sub(offset)).next_multiple_of(8);
+        if length > 0 {
+            self.items.push(Item { offset, length, tag });
+        }
+    }
+
+    /// The next piece to read: where, and how many bytes. Nothing if all have been read.
+    pub fn next(&self) -> Option<(u64, u64)> {
+        let first = self.items.get(self.at)?;
+        let start = first.offset + self.done;
+        let mut end = start;
+        for (n, item) in self.items[self.at..].iter().enumerate() {
+            if (n > 0 && item.offset != end) || end - start == READ_MAX {
+                break;
+            }
+            end = (item.offset + item.length).min(start + READ_MAX);
+        }
+        Some((start, end - start))
+    }
+
+    /// Takes in the bytes of the piece that [`Sweep::next`] named: for each region in it, what it is, how far in the
+    /// bytes begin, and the bytes.
+    pub fn feed(&mut self, mut bytes: &[u8], mut each: impl FnMut(&Piece<'_, T>, &[u8])) {
+        while let (false, Some(item)) = (bytes.is_empty(), self.items.get(self.at)) {
+            let length = (item.length - self.done).min(bytes.len() as u64);
+            let (here, rest) = bytes.split_at(length as usize);
+            each(&Piece { tag: &item.tag, offset: item.offset + self.done, within: self.done }, here);
+            bytes = rest;
+            self.done += length;
+            if self.done == item.length {
+                self.at += 1;
+                self.done = 0;
+            }
+        }
+    }
+
+    /// Bytes of memory held, about.
+    pub fn held_bytes(&self) -> usize {
+        self.items.capacity() * size_of::<Item<T>>()
+    }
+}
+
+/// Where a fed part of a region lies.
+pub(super) struct Piece<'a, T> {
+    pub tag: &'a T,
+    /// In the file, in bytes.
+    pub offset: u64,
+    /// In the region, in bytes.
+    pub within: u64,
+}
+
+/// Regions that may lie on top of each other: how many lie on each byte.
+#[derive(Default)]
+pub(super) struct Cover {
+    /// By how much the number of regions changes at an offset.
+    changes: BTreeMap<u64, i64>,
+}
+
+/// A region with the same number of others on each of its bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Covered {
+    pub start: u64,
+    pub end: u64,
+    pub times: u64,
+}
+
+impl Cover {
+    /// Adds a region.
+    pub fn add(&mut self, start: u64, end: u64) {
+        if start < end {
+            *self.changes.entry(start).or_default() += 1;
+            *self.changes.entry(end).or_default() -= 1;
+        }
+    }
+
+    /// Bytes of memory held, about: a B-tree map takes up to twice its items.
+    pub fn held_bytes(&self) -> usize {
+        self.changes.len() * 2 * size_of::<(u64, i64)>()
+    }
+
+    /// The regions taken apart, ascending, none on top of another.
+    pub fn regions(&self) -> Vec<Covered> {
+        let mut regions: Vec<Covered> = Vec::new();
+        let (mut times, mut start) = (0_i64, 0);
+        for (at, change) in &self.changes {
+            if times > 0 {
+                regions.push(Covered { start, end: *at, times: times as u64 });
+            }
+            times += change;
+            start = *at;
+        }
+        regions
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Feeds a file in which each byte tells its offset; what came back for each region.
+    fn run(sweep: &mut Sweep<char>) -> (Vec<(u64, u64)>, String) {
+        let (mut reads, mut seen) = (Vec::new(), String::new());
+        while let Some((offset, length)) = sweep.next() {
+            reads.push((offset, length));
+            let bytes: Vec<u8> = (offset..offset + length).map(|at| (at / 8) as u8).collect();
+            sweep.feed(&bytes, |item, bytes| {
+                assert_eq!(bytes[0], (item.offset / 8) as u8);
+                seen.push_str(&format!("{}{}+{} ", item.tag, item.within, bytes.len()));
+            });
+        }
+        (reads, seen)
+    }
+
+    #[test]
+    fn neighbours_are_read_together_and_large_regions_in_pieces() {
+        let mut sweep = Sweep::default();
+        sweep.push(512, 512, u64::MAX, 'a');
+        sweep.push(1024, 512, u64::MAX, 'b');
+        sweep.push(0, 16, u64::MAX, 'c');
+        sweep.push(4096, READ_MAX + 8, u64::MAX, 'd');
+        let (reads, seen) = run(&mut sweep);
+        assert_eq!(reads, [(512, 1024), (0, 16), (4096, READ_MAX), (4096 + READ_MAX, 8)]);
+        assert_eq!(seen, format!("a0+512 b0+512 c0+16 d0+{READ_MAX} d{READ_MAX}+8 "));
+    }
+
+    #[test]
+    fn regions_are_cut_to_the_file() {
+        let mut sweep = Sweep::default();
+        sweep.push(512, 512, 600, 'a');
+        sweep.push(1024, 512, 600, 'b');
+        sweep.push(0, 0, 600, 'c');
+        assert_eq!(run(&mut sweep).0, [(512, 88)]);
+        let mut sweep = Sweep::default();
+        sweep.push(512, 512, 603, 'a');
+        assert_eq!(run(&mut sweep).0, [(512, 96)]);
+    }
+
+    #[test]
+    fn regions_on_top_of_each_other_are_taken_apart() {
+        let mut cover = Cover::default();
+        cover.add(10, 20);
+        cover.add(10, 20);
+        cover.add(15, 30);
+        cover.add(40, 40);
+        let region = |start, end, times| Covered { start, end, times };
+        assert_eq!(cover.regions(), [region(10, 15, 2), region(15, 20, 3), region(20, 30, 1)]);
+        assert_eq!(Cover::default().regions(), []);
+    }
+}

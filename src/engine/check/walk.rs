@@ -1,0 +1,411 @@
+//! The tables of an image, entry by entry: counts the references and judges each entry by itself.
+//!
+//! Owns the counts and the findings of a check while it runs. What the counts mean in the end is in `compare`.
+
+use std::collections::BTreeMap;
+
+use qcow2::entry::{COMPRESSED, COPIED, OFFSET_MASK, compressed_length};
+use qcow2::extension;
+use qcow2::feature::AUTOCLEAR_BITMAPS;
+use qcow2::header::L1_TABLE_SIZE_MAX;
+use qcow2::{EntryError, Geometry, Header, HostOffset, L1Entry, L2Entry, Version};
+
+use super::CLUSTERS_MAX;
+use super::counts::Counts;
+use super::report::{FindingKind, Part, Refusal, Report};
+use super::snapshots::{Snapshot, SnapshotWalk};
+use super::sweep::{Cover, Covered, Sweep};
+
+/// Reserved bits of an L1 entry.
+const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
+/// Reserved bits of a standard L2 entry.
+const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
+/// Reserved bits of an entry of the refcount table.
+const REFCOUNT_TABLE_RESERVED: u64 = 0x1ff;
+/// Bytes of extra data that version 3 demands of a snapshot.
+const SNAPSHOT_EXTRA_V3: u32 = 16;
+
+/// How often L1 tables name an L2 table.
+#[derive(Clone, Copy, Default, Debug)]
+pub(super) struct L2Use {
+    /// The active one.
+    pub active: u64,
+    /// Those of snapshots.
+    pub snapshots: u64,
+}
+
+impl L2Use {
+    pub fn all(self) -> u64 {
+        self.active.saturating_add(self.snapshots)
+    }
+}
+
+/// A run of clusters that belong to one structure.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Place {
+    pub first: u64,
+    pub count: u64,
+    pub part: Part,
+}
+
+/// An entry whose flag COPIED is to change.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct FlagFix {
+    pub offset: u64,
+    pub raw: u64,
+}
+
+/// A usable refblock.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Refblock {
+    pub index: u64,
+    pub offset: u64,
+}
+
+pub(super) struct Walk {
+    pub header: Header,
+    pub geometry: Geometry,
+    pub file_length: u64,
+    /// Clusters of the file, the last of which may be cut short. One more may be named: see [`Walk::is_past_end`].
+    pub clusters: u64,
+    /// References found.
+    pub references: Counts,
+    /// Refcounts as the image has them.
+    pub recorded: Counts,
+    /// In the order of the table.
+    pub refblocks: Vec<Refblock>,
+    /// The L2 tables by their cluster.
+    pub l2: BTreeMap<u64, L2Use>,
+    /// The L1 tables of snapshots, in bytes and in clusters.
+    snapshot_l1: (Cover, Cover),
+    /// Metadata apart from L2 tables and refcounts, which must have its clusters for itself.
+    pub places: Vec<Place>,
+    /// The refcount table and the refblocks that are in the file.
+    pub refcount_places: Vec<Place>,
+    pub flag_fixes: Vec<FlagFix>,
+    pub report: Report,
+}
+
+impl Walk {
+    pub fn new(header: &Header, file_length: u64) -> Result<Self, Refusal> {
+        if let Some(unsupported) = header.unsupported() {
+            return Err(unsupported.into());
+        }
+        let bitmaps = header.extensions.iter().any(|extension| extension.magic == extension::BITMAPS);
+        // Without the autoclear bit the extension means nothing, and its clusters are leaks.
+        if bitmaps && header.autoclear & AUTOCLEAR_BITMAPS != 0 {
+            return Err(Refusal::Bitmaps);
+        }
+        let geometry = header.geometry();
+        let clusters = geometry.clusters_for(file_length);
+        if clusters > CLUSTERS_MAX {
+            return Err(Refusal::TooManyClusters { clusters, max: CLUSTERS_MAX });
+        }
+        Ok(Walk {
+            header: header.clone(),
+            geometry,
+            file_length,
+            clusters,
+            references: Counts::new(clusters + 1),
+            recorded: Counts::new(clusters + 1),
+            refblocks: Vec::new(),
+            l2: BTreeMap::new(),
+            snapshot_l1: Default::default(),
+            places: Vec::new(),
+            refcount_places: Vec::new(),
+            flag_fixes: Vec::new(),
+            report: Report::default(),
+        })
+    }
+
+    /// True if a region ends a cluster or more behind the end of the file. Up to there it is fine: the last cluster of
+    /// an image need not be written whole.
+    fn is_past_end(&self, target: u64, length: u64) -> bool {
+        let Some(end) = target.checked_add(length) else { return true };
+        end.saturating_sub(self.file_length) >= self.geometry.cluster_size()
+    }
+
+    /// The clusters that a region touches: the first, and how many.
+    fn clusters_of(&self, target: u64, length: u64) -> (u64, u64) {
+        let first = target >> self.geometry.cluster_bits;
+        let end = self.geometry.clusters_for(target + length);
+        (first, end - first)
+    }
+
+    /// Counts references to a region, if it is in the file; else that is a finding at `entry`. What it touches.
+    fn count(&mut self, entry: u64, part: Part, target: u64, length: u64, times: u64) -> Option<Place> {
+        if length == 0 {
+            return None;
+        }
+        if self.is_past_end(target, length) {
+            let kind = FindingKind::PastEnd { part, target: HostOffset(target), length };
+            self.report.add(entry, kind);
+            return None;
+        }
+        let (first, count) = self.clusters_of(target, length);
+        for cluster in first..first + count {
+            self.references.add(cluster, times);
+        }
+        Some(Place { first, count, part })
+    }
+
+    // The refcounts as the image has them.
+
+    pub fn refcount_table_length(&self) -> u64 {
+        u64::from(self.header.refcount_table_clusters) << self.geometry.cluster_bits
+    }
+
+    pub fn refcount_table_sweep(&self) -> Sweep<()> {
+        let mut sweep = Sweep::default();
+        let offset = self.header.refcount_table_offset.0;
+        sweep.push(offset, self.refcount_table_length(), self.file_length, ());
+        sweep
+    }
+
+    /// Entries of the refcount table from index `first` on, which lie at `offset`.
+    pub fn refcount_table(&mut self, offset: u64, first: u64, bytes: &[u8]) {
+        let (part, size) = (Part::RefcountTable, self.geometry.cluster_size());
+        for (entry, index, raw) in entries(offset, first, bytes) {
+            if raw & REFCOUNT_TABLE_RESERVED != 0 {
+                self.report.add(entry, FindingKind::ReservedBits { part, raw });
+            }
+            match qcow2::refblock_offset(raw, &self.geometry) {
+                Ok(None) => {}
+                Ok(Some(target)) if target.0 >> self.geometry.cluster_bits >= self.clusters => {
+                    let kind = FindingKind::PastEnd { part: Part::Refblock, target, length: size };
+                    self.report.add(entry, kind);
+                }
+                Ok(Some(target)) => self.refblocks.push(Refblock { index, offset: target.0 }),
+                Err(source) => self.report.add(entry, FindingKind::BadEntry { part, source }),
+            }
+        }
+    }
+
+    /// The refblocks, as far as they count clusters that can be named.
+    pub fn refblock_sweep(&self) -> Sweep<u64> {
+        let mut sweep = Sweep::default();
+        for block in &self.refblocks {
+            let first = block.index * self.geometry.refblock_entries();
+            let counted = (self.clusters + 1).saturating_sub(first).min(self.geometry.refblock_entries());
+            let length = (counted << self.geometry.refcount_order).div_ceil(8);
+            sweep.push(block.offset, length, self.file_length, first);
+        }
+        sweep
+    }
+
+    /// Bytes of the refblock whose first refcount is that of cluster `first`; they begin `within` bytes into it.
+    pub fn refblock(&mut self, first: u64, within: u64, bytes: &[u8]) {
+        let order = self.geometry.refcount_order;
+        let words = bytes.as_chunks::<8>().0;
+        for (n, word) in words.iter().enumerate().filter(|(_, word)| **word != [0; 8]) {
+            let start = first + (((within + n as u64 * 8) * 8) >> order);
+            for index in 0..64_usize >> order {
+                let (cluster, count) = (start + index as u64, qcow2::refcount(order, word, index));
+                if count != 0 && cluster <= self.clusters {
+                    self.recorded.set(cluster, count);
+                }
+            }
+        }
+    }
+
+    // References.
+
+    pub fn snapshot_walk(&self) -> SnapshotWalk {
+        SnapshotWalk::new(self.header.snapshots_offset, self.header.snapshots, self.file_length)
+    }
+
+    pub fn snapshot(&mut self, snapshot: &Snapshot) {
+        let &Snapshot { index, offset, l1_offset: target, l1_entries: entries, extra_length } = snapshot;
+        if self.geometry.version == Version::V3 && extra_length < SNAPSHOT_EXTRA_V3 {
+            self.report.add(offset, FindingKind::IncompleteSnapshot { index });
+        }
+        let length = entries * 8;
+        if !self.geometry.is_aligned(target.0) || length > L1_TABLE_SIZE_MAX {
+            self.report.add(offset, FindingKind::BadSnapshotL1 { index, target, entries });
+        } else if length > 0 && self.is_past_end(target.0, length) {
+            let part = Part::SnapshotL1;
+            self.report.add(offset, FindingKind::PastEnd { part, target, length });
+        } else if length > 0 {
+            let (first, count) = self.clusters_of(target.0, length);
+            let (bytes, clusters) = &mut self.snapshot_l1;
+            bytes.add(target.0, target.0 + length);
+            clusters.add(first, first + count);
+        }
+    }
+
+    /// Counts what the header names, but for the refcounts; the snapshot table has so many bytes.
+    pub fn count_fixed_places(&mut self, snapshot_table_length: u64) {
+        let header = &self.header;
+        let [l1_offset, snapshots_offset] = [header.l1_offset.0, header.snapshots_offset.0];
+        let l1_length = u64::from(header.l1_entries) * 8;
+        let [l1_field, snapshots_field] =
+            [qcow2::position::L1_OFFSET, qcow2::position::SNAPSHOTS_OFFSET].map(|at| at as u64);
+        let places = [
+            self.count(0, Part::Header, 0, self.geometry.cluster_size(), 1),
+            self.count(l1_field, Part::ActiveL1, l1_offset, l1_length, 1),
+            self.count(snapshots_field, Part::SnapshotTable, snapshots_offset, snapshot_table_length, 1),
+        ];
+        self.places.extend(places.into_iter().flatten());
+        for Covered { start, end, times } in self.snapshot_l1.1.regions() {
+            for cluster in start..end {
+                self.references.add(cluster, times);
+            }
+            self.places.push(Place { first: start, count: end - start, part: Part::SnapshotL1 });
+        }
+    }
+
+    pub fn active_l1_sweep(&self) -> Sweep<()> {
+        let mut sweep = Sweep::default();
+        let length = u64::from(self.header.l1_entries) * 8;
+        sweep.push(self.header.l1_offset.0, length, self.file_length, ());
+        sweep
+    }
+
+    pub fn snapshot_l1_sweep(&self) -> Sweep<u64> {
+        let mut sweep = Sweep::default();
+        for Covered { start, end, times } in self.snapshot_l1.0.regions() {
+            sweep.push(start, end - start, self.file_length, times);
+        }
+        sweep
+    }
+
+    /// Entries of an L1 table, which lie at `offset` and count `times`.
+    pub fn l1(&mut self, offset: u64, bytes: &[u8], part: Part, times: L2Use) {
+        let size = self.geometry.cluster_size();
+        for (entry, _, raw) in entries(offset, 0, bytes) {
+            if raw & L1_RESERVED != 0 {
+                self.report.add(entry, FindingKind::ReservedBits { part, raw });
+            } else if raw & OFFSET_MASK == 0 {
+                let source = EntryError::DataAtOffsetZero { raw };
+                self.report.add(entry, FindingKind::BadEntry { part, source });
+            }
+            match L1Entry::decode(raw, &self.geometry) {
+                Ok(L1Entry::Unallocated) => {}
+                Ok(L1Entry::Table { offset: target, .. }) => {
+                    if let Some(place) = self.count(entry, Part::L2, target.0, size, times.all()) {
+                        let known = self.l2.entry(place.first).or_default();
+                        known.active = known.active.saturating_add(times.active);
+                        known.snapshots = known.snapshots.saturating_add(times.snapshots);
+                    }
+                }
+                Err(source) => self.report.add(entry, FindingKind::BadEntry { part, source }),
+            }
+        }
+    }
+
+    pub fn l2_sweep(&self) -> Sweep<L2Use> {
+        let mut sweep = Sweep::default();
+        let size = self.geometry.cluster_size();
+        for (cluster, times) in &self.l2 {
+            sweep.push(cluster * size, size, self.file_length, *times);
+        }
+        sweep
+    }
+
+    /// The L2 tables of the active disk.
+    pub fn active_l2_sweep(&self) -> Sweep<()> {
+        let mut sweep = Sweep::default();
+        let size = self.geometry.cluster_size();
+        for (cluster, _) in self.l2.iter().filter(|(_, times)| times.active > 0) {
+            sweep.push(cluster * size, size, self.file_length, ());
+        }
+        sweep
+    }
+
+    /// Entries of an L2 table, which lie at `offset`.
+    pub fn l2(&mut self, offset: u64, bytes: &[u8], times: L2Use) {
+        let (part, size) = (Part::L2, self.geometry.cluster_size());
+        for (entry, _, raw) in entries(offset, 0, bytes) {
+            if raw & COMPRESSED == 0 && raw & L2_RESERVED != 0 {
+                self.report.add(entry, FindingKind::ReservedBits { part, raw });
+            }
+            if raw & COMPRESSED != 0 && raw & COPIED != 0 {
+                self.report.add(entry, FindingKind::CopiedCompressed { raw });
+            }
+            let (target, length) = match L2Entry::decode(raw, &self.geometry) {
+                Ok(L2Entry::Unallocated | L2Entry::Zero) => continue,
+                Ok(L2Entry::Data { offset, .. } | L2Entry::ZeroAllocated { offset, .. }) => (offset, size),
+                Ok(L2Entry::Compressed { offset, sectors }) => (offset, compressed_length(offset, sectors)),
+                Err(source) => {
+                    self.report.add(entry, FindingKind::BadEntry { part, source });
+                    continue;
+                }
+            };
+            let allocated = &mut self.report.allocated_clusters;
+            *allocated = allocated.saturating_add(times.active);
+            self.count(entry, Part::Data, target.0, length, times.all());
+        }
+    }
+
+    // Flags.
+
+    /// Compares the flags of entries of the active L1 table.
+    pub fn flags_in_l1(&mut self, offset: u64, bytes: &[u8]) {
+        for (entry, _, raw) in entries(offset, 0, bytes) {
+            if let Ok(L1Entry::Table { offset: target, copied }) = L1Entry::decode(raw, &self.geometry) {
+                self.flag(entry, raw, Part::ActiveL1, target, copied);
+            }
+        }
+    }
+
+    /// Compares the flags of entries of an L2 table.
+    pub fn flags_in_l2(&mut self, offset: u64, bytes: &[u8]) {
+        for (entry, _, raw) in entries(offset, 0, bytes) {
+            if let Ok(
+                L2Entry::Data { offset: target, copied } | L2Entry::ZeroAllocated { offset: target, copied },
+            ) = L2Entry::decode(raw, &self.geometry)
+            {
+                self.flag(entry, raw, Part::L2, target, copied);
+            }
+        }
+    }
+
+    fn flag(&mut self, entry: u64, raw: u64, part: Part, target: HostOffset, copied: bool) {
+        let cluster = target.0 >> self.geometry.cluster_bits;
+        if cluster >= self.clusters {
+            return;
+        }
+        let refcount = self.recorded.get(cluster);
+        if copied != (refcount == 1) {
+            self.report.add(entry, FindingKind::Copied { part, raw, refcount });
+        }
+        // The references do not hold the refcount structure yet, which a repair may put elsewhere.
+        if copied != (self.references.get(cluster) == 1) {
+            self.flag_fixes.push(FlagFix { offset: entry, raw: raw ^ COPIED });
+        }
+    }
+
+    // The refcount structure as a user of clusters.
+
+    /// Counts the refcount table and the refblocks: last, so that what else is in their clusters shows.
+    pub fn count_refcount_structure(&mut self) {
+        let (offset, length) = (self.header.refcount_table_offset.0, self.refcount_table_length());
+        let field = qcow2::position::REFCOUNT_TABLE_OFFSET as u64;
+        let table = self.count(field, Part::RefcountTable, offset, length, 1);
+        self.refcount_places.extend(table);
+        for n in 0..self.refblocks.len() {
+            let Refblock { index, offset: target } = self.refblocks[n];
+            let entry = offset + index * 8;
+            let place = self.count(entry, Part::Refblock, target, self.geometry.cluster_size(), 1);
+            self.refcount_places.extend(place);
+        }
+    }
+
+    pub fn held_bytes(&self) -> usize {
+        // A B-tree map takes up to twice its items.
+        let l2 = self.l2.len() * 2 * (size_of::<(u64, L2Use)>());
+        self.references.held_bytes()
+            + self.recorded.held_bytes()
+            + self.refblocks.capacity() * size_of::<Refblock>()
+            + (self.places.capacity() + self.refcount_places.capacity()) * size_of::<Place>()
+            + self.flag_fixes.capacity() * size_of::<FlagFix>()
+            + (self.snapshot_l1.0.held_bytes() + self.snapshot_l1.1.held_bytes())
+            + l2
+    }
+}
+
+/// The entries of a piece of a table that are not zero: place in the file, index, and the entry.
+fn entries(offset: u64, first: u64, bytes: &[u8]) -> impl Iterator<Item = (u64, u64, u64)> {
+    let words = bytes.as_chunks::<8>().0.iter().enumerate().filter(|(_, word)| **word != [0; 8]);
+    words.map(move |(n, word)| (offset + n as u64 * 8, first + n as u64, u64::from_be_bytes(*word)))
+}
