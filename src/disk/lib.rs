@@ -5,6 +5,7 @@
 //! file a request kind. No lock is held across I/O. Knows nothing of vhost-user or virtio.
 #![forbid(unsafe_code)]
 
+pub mod check;
 mod close;
 mod driver;
 mod error;

@@ -1,0 +1,208 @@
+//! Checks and repairs an image file: drives the engine's checker and its repair plans on a [`Storage`].
+//!
+//! Owns the reading and the writing, with the host's alignment, and the syncs between the stages of a repair. What is
+//! wrong, and what to write in which order, is the engine's to say. One image file by itself: backing files are not
+//! opened.
+
+use std::path::{Path, PathBuf};
+
+use engine::check::{Checked, Checker, NotRepairable, Refusal, RepairStep, Step};
+use qcow2::Header;
+use storage::{AlignedBuf, FileId, FileInfo, IoQueue, Kind, OpenOptions, Operation, Storage};
+use thiserror::Error;
+
+pub use engine::check::{Finding, FindingKind, Part, RepairKind, Report, Verdict};
+
+use crate::driver::Driver;
+use crate::error::OpenError;
+use crate::open::DiskOptions;
+
+/// Operations in flight: reads go one by one, as each says what is wanted next.
+const QUEUE_DEPTH: u32 = 8;
+/// The least unit of a write in bytes: what is less is read, changed and written back.
+const SECTOR: u64 = 512;
+
+/// Why an image could not be checked or repaired.
+#[derive(Debug, Error)]
+pub enum CheckError {
+    /// It could not be opened, read or written, or its header is broken.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// It has what cannot be checked yet.
+    #[error("{}: {source}", path.display())]
+    Refused {
+        /// The image.
+        path: PathBuf,
+        /// What it has.
+        source: Refusal,
+    },
+    /// New refcounts cannot mend it. Nothing was written.
+    #[error("{}: {source}", path.display())]
+    NotRepairable {
+        /// The image.
+        path: PathBuf,
+        /// Why not.
+        source: NotRepairable,
+    },
+}
+
+/// What a repair found and what it left.
+#[derive(Clone, Debug)]
+pub struct Repaired {
+    /// Before.
+    pub found: Report,
+    /// After, by another check.
+    pub left: Report,
+    /// Writes that it made; 0 if nothing was to be done.
+    pub writes: u64,
+}
+
+/// Checks the qcow2 image at `path`, which nobody may be writing (a shared lock). Nothing is written. Of the options,
+/// `direct` and `lock_timeout` matter.
+///
+/// # Errors
+/// If the image cannot be opened, read, or checked by name. A damaged image is no error but a [`Report`].
+pub fn check<S: Storage>(storage: &S, path: &Path, options: &DiskOptions) -> Result<Report, CheckError> {
+    let driver = Driver::new(storage.queue(QUEUE_DEPTH).map_err(OpenError::from)?);
+    let how = OpenOptions { writable: false, direct: options.direct, lock_timeout: options.lock_timeout };
+    let (id, info) = storage.open(path, &how).map_err(OpenError::from)?;
+    driver.block_on(async {
+        let image = ImageFile { driver: &driver, id, info: &info };
+        let header = image.header(info.length).await?;
+        Ok(image.examine(&header, info.length).await?.into_report())
+    })
+}
+
+/// Checks the qcow2 image at `path`, which nobody else may have open (an exclusive lock), repairs what `kind` says, and
+/// checks it again. A crash leaves an image that can be repaired again; see [`engine::check::Repair`].
+///
+/// # Errors
+/// As for [`check`], and if new refcounts cannot mend the image.
+pub fn repair<S: Storage>(
+    storage: &S,
+    path: &Path,
+    kind: RepairKind,
+    options: &DiskOptions,
+) -> Result<Repaired, CheckError> {
+    let driver = Driver::new(storage.queue(QUEUE_DEPTH).map_err(OpenError::from)?);
+    let how = OpenOptions { writable: true, direct: options.direct, lock_timeout: options.lock_timeout };
+    let (id, info) = storage.open(path, &how).map_err(OpenError::from)?;
+    if info.block_device {
+        return Err(OpenError::WritableBlockDevice { path: path.to_path_buf() }.into());
+    }
+    driver.block_on(async {
+        let (found, writes) = repair_open(&driver, id, &info, kind).await?;
+        let length = storage.length(id).map_err(OpenError::from)?;
+        let image = ImageFile { driver: &driver, id, info: &info };
+        let header = image.header(length).await?;
+        let left = image.examine(&header, length).await?.into_report();
+        Ok(Repaired { found, left, writes })
+    })
+}
+
+/// Repairs an image that is open for writing and not in use yet: what was found, and the writes made. The file may be
+/// longer afterwards and its header another.
+pub(crate) async fn repair_open<Q: IoQueue>(
+    driver: &Driver<Q>,
+    id: FileId,
+    info: &FileInfo,
+    kind: RepairKind,
+) -> Result<(Report, u64), CheckError> {
+    let image = ImageFile { driver, id, info };
+    let header = image.header(info.length).await?;
+    let checked = image.examine(&header, info.length).await?;
+    let found = checked.report().clone();
+    let repair = checked
+        .plan_repair(kind)
+        .map_err(|source| CheckError::NotRepairable { path: info.path.clone(), source })?;
+    let mut writes = 0;
+    for step in repair {
+        match step {
+            RepairStep::Write { offset, bytes } => {
+                writes += 1;
+                image.write(offset.0, &bytes).await?;
+            }
+            RepairStep::Sync => image.sync().await?,
+        }
+    }
+    Ok((found, writes))
+}
+
+/// One open image file.
+struct ImageFile<'a, Q> {
+    driver: &'a Driver<Q>,
+    id: FileId,
+    info: &'a FileInfo,
+}
+
+impl<Q: IoQueue> ImageFile<'_, Q> {
+    async fn header(&self, length: u64) -> Result<Header, OpenError> {
+        let broken = |source| OpenError::Format { path: self.info.path.clone(), source };
+        let prefix = self.read("header", 0, length.min(Header::PREFIX_MAX as u64)).await?;
+        let wanted = Header::cluster_size_hint(&prefix).map_err(broken)?;
+        let area = self.read("header", 0, wanted.min(length)).await?;
+        Header::parse(&area, length).map_err(broken)
+    }
+
+    async fn examine(&self, header: &Header, length: u64) -> Result<Checked, CheckError> {
+        let refused = |source| CheckError::Refused { path: self.info.path.clone(), source };
+        let mut checker = Checker::new(header, length).map_err(refused)?;
+        while let Step::Read { offset, length } = checker.step() {
+            checker.feed(&self.read("metadata", offset.0, length as u64).await?);
+        }
+        Ok(checker.finish())
+    }
+
+    /// The host's unit of I/O on this file, in bytes.
+    fn unit(&self) -> u64 {
+        SECTOR.max(self.info.offset_alignment.into()).max(self.info.memory_alignment.into())
+    }
+
+    /// Reads a range of any alignment; zeros past the end of the file.
+    async fn read(&self, structure: &'static str, offset: u64, length: u64) -> Result<Vec<u8>, OpenError> {
+        let (start, mut buffer) = self.read_around(structure, offset, length).await?;
+        let at = (offset - start) as usize;
+        buffer.truncate(at + length as usize);
+        Ok(buffer.as_slice()[at..].to_vec())
+    }
+
+    /// Reads the whole units that a range touches; where they begin.
+    async fn read_around(
+        &self,
+        structure: &'static str,
+        offset: u64,
+        length: u64,
+    ) -> Result<(u64, AlignedBuf), OpenError> {
+        let start = offset - offset % self.unit();
+        let bytes = (offset + length - start).next_multiple_of(self.unit());
+        let operation = Operation::bare(self.id, Kind::Read, start);
+        let (result, buffer) = self.driver.run_buffer(operation, AlignedBuf::new(bytes as usize)).await;
+        let path = self.info.path.clone();
+        result.map_err(|source| OpenError::Io { path, structure, offset, source })?;
+        Ok((start, buffer))
+    }
+
+    /// Writes bytes at any alignment, with what is around them in their units as it is. A change within a unit is one
+    /// write, so that the header is never half changed.
+    async fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), OpenError> {
+        let unit = self.unit();
+        let length = bytes.len() as u64;
+        let (start, mut buffer) = if offset.is_multiple_of(unit) && length.is_multiple_of(unit) {
+            (offset, AlignedBuf::new(bytes.len()))
+        } else {
+            self.read_around("metadata", offset, length).await?
+        };
+        let at = (offset - start) as usize;
+        buffer.as_mut_slice()[at..at + bytes.len()].copy_from_slice(bytes);
+        let operation = Operation::bare(self.id, Kind::Write, start);
+        let (result, _) = self.driver.run_buffer(operation, buffer).await;
+        let path = self.info.path.clone();
+        result.map_err(|source| OpenError::Io { path, structure: "metadata", offset, source })
+    }
+
+    async fn sync(&self) -> Result<(), OpenError> {
+        let path = self.info.path.clone();
+        let result = self.driver.run_bare(Operation::bare(self.id, Kind::Sync, 0)).await;
+        result.map_err(|source| OpenError::Io { path, structure: "metadata (fdatasync)", offset: 0, source })
+    }
+}
