@@ -111,6 +111,11 @@ impl Case {
         }
     }
 
+    /// Whether every server does the same, however long it takes.
+    pub fn fixed_work(&self) -> bool {
+        matches!(self.job, Job::Once { .. } | Job::FirstTouch { flush_every: 0 })
+    }
+
     /// Bytes of its largest request.
     pub fn block(&self) -> u32 {
         match self.job {

@@ -167,7 +167,8 @@ impl Rules {
     }
 
     fn look_at(&self, specimen: &Specimen, case: &Case, sample: &mut Sample) -> Result<()> {
-        if case.writes() {
+        // Where time decides, the faster one writes more: its image cannot be compared.
+        if case.fixed_work() {
             sample.host_bytes = Some(image::allocated_bytes(&specimen.path)?);
         }
         sample.problems.extend(check(&specimen.path)?);
@@ -210,12 +211,35 @@ fn check(image: &Path) -> Result<Option<String>> {
 
 /// A value with its unit.
 pub fn shown(unit: Unit, value: f64) -> String {
-    match unit {
-        Unit::Rate if value >= 1e6 => format!("{:.2} M/s", value / 1e6),
-        Unit::Rate if value >= 1e4 => format!("{:.0} k/s", value / 1e3),
-        Unit::Rate => format!("{:.2} k/s", value / 1e3),
-        Unit::Throughput => format!("{value:.0} MB/s"),
-        Unit::Memory => format!("{:.1} MiB", value / f64::from(1 << 20)),
-        Unit::Cpu => format!("{:.2} %", value * 100.0),
+    let scale = Scale::of(unit, value);
+    format!("{} {}", scale.number(value), scale.suffix)
+}
+
+/// How to write a value and its likes.
+#[derive(Clone, Copy, Debug)]
+pub struct Scale {
+    divisor: f64,
+    digits: usize,
+    /// What the numbers count.
+    pub suffix: &'static str,
+}
+
+impl Scale {
+    /// For values of about this size.
+    pub fn of(unit: Unit, value: f64) -> Self {
+        let (divisor, digits, suffix) = match unit {
+            Unit::Rate if value >= 1e6 => (1e6, 2, "M/s"),
+            Unit::Rate if value >= 1e4 => (1e3, 0, "k/s"),
+            Unit::Rate => (1e3, 2, "k/s"),
+            Unit::Throughput => (1.0, 0, "MB/s"),
+            Unit::Memory => (f64::from(1 << 20), 1, "MiB"),
+            Unit::Cpu => (0.01, 3, "%"),
+        };
+        Self { divisor, digits, suffix }
+    }
+
+    /// The bare number.
+    pub fn number(self, value: f64) -> String {
+        format!("{:.*}", self.digits, value / self.divisor)
     }
 }

@@ -49,7 +49,8 @@ pub struct Sample {
     pub resident: u64,
     /// Nanoseconds at the median and at 99 of 100 requests; none where no request is counted by itself.
     pub latency: Option<[u64; 2]>,
-    /// Bytes that the image takes on the host after the server's end; none where nothing was written.
+    /// Bytes that the image takes on the host after the server's end; none where the work is not the same
+    /// for every server.
     pub host_bytes: Option<u64>,
     /// What was not as it should be.
     pub problems: Vec<String>,

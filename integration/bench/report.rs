@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use std::fmt::Write;
 
 use super::case::{Case, Image, Unit};
-use super::contest::{Outcome, Row, Side, shown};
+use super::contest::{Outcome, Row, Scale, Side};
 use super::gallery::Place;
 use super::measure::Sample;
 use super::statistics::Summary;
@@ -86,10 +86,10 @@ fn cells(outcome: &Outcome) -> Vec<String> {
     let unit = outcome.case.unit();
     let value = |side| {
         let summary = outcome.row(side).and_then(|row| row.summary(|sample| Some(sample.value)));
-        summary.map_or("none".to_owned(), |summary| ranged(summary, |value| shown(unit, value)))
+        summary.map_or("none".to_owned(), |summary| with_unit(unit, summary))
     };
     let ratio = outcome.value_ratio(Side::Rival);
-    let better = if matches!(unit, Unit::Memory | Unit::Cpu) { " (less is better)" } else { "" };
+    let better = if matches!(unit, Unit::Memory | Unit::Cpu) { " less is better" } else { "" };
     let of_limit = |side| outcome.value_ratio(side).map(|ratio| format!("{:.2}", ratio.median));
     let limits: Vec<String> = [Side::Bare, Side::Null].into_iter().filter_map(of_limit).collect();
     vec![
@@ -114,7 +114,12 @@ fn two_digits(value: f64) -> String {
 }
 
 fn ranged(summary: Summary, show: impl Fn(f64) -> String) -> String {
-    format!("{} [{} – {}]", show(summary.median), show(summary.min), show(summary.max))
+    format!("{} [{}–{}]", show(summary.median), show(summary.min), show(summary.max))
+}
+
+fn with_unit(unit: Unit, summary: Summary) -> String {
+    let scale = Scale::of(unit, summary.median);
+    format!("{} {}", ranged(summary, |value| scale.number(value)), scale.suffix)
 }
 
 fn pair(outcome: &Outcome, of: impl Fn(&Sample) -> Option<f64>, show: impl Fn(f64) -> String) -> String {
@@ -132,7 +137,7 @@ fn limits(report: &PlaceReport) -> String {
         for (side, name) in [(Side::Bare, "bare loop (fio, io_uring)"), (Side::Null, "null device")] {
             let summary = outcome.row(side).and_then(|row| row.summary(|sample| Some(sample.value)));
             if let Some(summary) = summary {
-                let figures = ranged(summary, |value| shown(outcome.case.unit(), value));
+                let figures = with_unit(outcome.case.unit(), summary);
                 let _ = writeln!(text, "{}: {name} {figures}", outcome.case.name);
             }
         }
@@ -167,6 +172,9 @@ pub fn remarks(report: &PlaceReport) -> Vec<String> {
         if let Some(reason) = &outcome.skipped {
             lines.push(format!("{place} {name}: SKIPPED: {reason}"));
         }
+        lines.extend(short(outcome).map(|seconds| {
+            format!("{place} {name}: the shortest sample has {:.1} ms: look at the extremes", seconds * 1e3)
+        }));
         for row in &outcome.rows {
             lines.extend(
                 row.problems.iter().map(|problem| format!("{place} {name}: {:?}: {problem}", row.side)),
@@ -174,6 +182,12 @@ pub fn remarks(report: &PlaceReport) -> Vec<String> {
         }
     }
     lines
+}
+
+/// The shortest measured time in seconds, where it is too short for the clocks of the kernel and for its whims.
+fn short(outcome: &Outcome) -> Option<f64> {
+    let samples = outcome.rows.iter().flat_map(|row| row.samples.iter().flatten());
+    Summary::of(samples.map(|sample| sample.seconds)).map(|summary| summary.min).filter(|least| *least < 0.1)
 }
 
 /// The most CPU that others took in any sample, in cores: what makes a run untrustworthy.

@@ -166,3 +166,60 @@ fn run(client: &mut Client, spec: &Spec) -> Result<Vec<String>> {
     }
     Ok(load_problems(&load::run(client.queues(), spec)?))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::case::chosen;
+    use crate::bench::gallery::{Gallery, Place, Sizes};
+    use strata_integration::daemon::{Backend, Profile};
+    use strata_integration::image::write_pattern;
+    use strata_tests::images::find_tool;
+
+    /// A check that cannot fail proves nothing: an image is spoiled in one place, and the judge must say so.
+    #[test]
+    fn a_spoiled_image_is_noticed() -> Result<()> {
+        let tools = ["qemu-storage-daemon", "qemu-img", "qemu-io"];
+        if tools.into_iter().any(|tool| find_tool(tool).is_none()) {
+            return Ok(());
+        }
+        let rival = Backend::QemuStorageDaemon.program(Profile::Release)?;
+        let sizes = Sizes { full: 16 << 20, fresh: 16 << 20, sequential: 16 << 20 };
+        let mut gallery = Gallery::open(Place::Disk, sizes)?;
+        for name in
+            ["overwrite-32", "first-4k", "first-4k-backing", "first-64k-seq", "discard", "write-zeroes"]
+        {
+            let case = chosen(&[name.to_owned()])[0];
+            let specimen = gallery.specimen(&case)?;
+            let server = Server::of_image(&rival, &specimen.path, &case)?;
+            let (problems, expectation) = exercise(&server, &case)?;
+            server.stop()?;
+            assert!(problems.is_empty(), "{name}: {problems:?}");
+            let verdict = judge(&rival, &specimen.path, &case, &expectation)?;
+            assert!(verdict.is_empty(), "{name}: {verdict:?}");
+            // Somewhere in the middle; the first touches lie in the first block of the cluster or beside it.
+            write_pattern(&specimen.path, "qcow2", 8 << 20, 65536, 0x5a)?;
+            let verdict = judge(&rival, &specimen.path, &case, &expectation)?;
+            assert!(!verdict.is_empty(), "{name}: the spoiled cluster was not noticed");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn reads_of_wrong_data_are_noticed() -> Result<()> {
+        if find_tool("qemu-storage-daemon").is_none() || find_tool("qemu-img").is_none() {
+            return Ok(());
+        }
+        let rival = Backend::QemuStorageDaemon.program(Profile::Release)?;
+        let sizes = Sizes { full: 1 << 20, fresh: 1 << 20, sequential: 1 << 20 };
+        let mut gallery = Gallery::open(Place::Disk, sizes)?;
+        let read = chosen(&["read-32".to_owned()])[0];
+        let copy = gallery.specimen(&chosen(&["overwrite-32".to_owned()])[0])?;
+        write_pattern(&copy.path, "qcow2", 4096, 512, 0x5a)?;
+        let server = Server::of_image(&rival, &copy.path, &read)?;
+        let (problems, _) = exercise(&server, &read)?;
+        server.stop()?;
+        assert!(problems.iter().any(|problem| problem.contains("wrong data")), "{problems:?}");
+        Ok(())
+    }
+}
