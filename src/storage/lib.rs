@@ -8,6 +8,7 @@ pub mod buffer;
 pub mod error;
 pub mod host;
 pub mod operation;
+pub mod sim;
 
 pub use buffer::{AlignedBuf, BufferPool, GuestSlices};
 pub use error::StorageError;

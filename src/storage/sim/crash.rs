@@ -1,0 +1,196 @@
+//! Which crashes to try at an instant: every part of what is open where that is little, a seeded sample otherwise.
+//!
+//! What a plan leaves of the files is in `replay`.
+
+use std::borrow::Cow;
+use std::fmt::Write;
+
+use super::{Moment, Random, Ranges, Replay};
+
+/// How many crashes to try at an instant.
+#[derive(Clone, Copy, Debug)]
+pub struct CrashLimits {
+    /// With at most this many open operations and changes of length, every subset of them is tried.
+    pub exhaustive: usize,
+    /// Of more: so many random subsets, besides none, all, each alone, all but one, and the first so many.
+    pub samples: usize,
+    /// So many random subsets in which some operations are torn at 512 bytes or at 4 KiB, in any case.
+    pub tears: usize,
+}
+
+impl Default for CrashLimits {
+    fn default() -> Self {
+        CrashLimits { exhaustive: 10, samples: 64, tears: 16 }
+    }
+}
+
+/// Which of an instant's crashes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CrashScope {
+    /// All.
+    All,
+    /// Only those that were not possible before the last [`Replay::advance_to_change`]: they keep some of what was
+    /// pushed since. All if what is durable has changed since, and at the first change of a run.
+    New,
+}
+
+/// A crash: what it keeps of what is open.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CrashPlan {
+    /// The operations of which bytes are kept, in the order of their pushes.
+    kept: Vec<(usize, Kept)>,
+    /// How many of the open changes of length are kept.
+    pub(super) lengths: usize,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Kept {
+    Whole,
+    Torn(Ranges),
+}
+
+impl CrashPlan {
+    /// Nothing is kept but what is durable.
+    pub fn nothing() -> Self {
+        CrashPlan { kept: Vec::new(), lengths: 0 }
+    }
+
+    /// The part of an operation's bytes that is kept.
+    pub(super) fn kept_bytes<'a>(&self, operation: usize, bytes: &'a Ranges) -> Option<Cow<'a, Ranges>> {
+        let at = self.kept.binary_search_by_key(&operation, |(operation, _)| *operation).ok()?;
+        let kept = match &self.kept[at].1 {
+            Kept::Whole => Cow::Borrowed(bytes),
+            Kept::Torn(part) => Cow::Owned(bytes.intersect(part)),
+        };
+        (!kept.is_empty()).then_some(kept)
+    }
+}
+
+impl Replay<'_> {
+    /// The crash that keeps all that is open.
+    pub fn everything(&self) -> CrashPlan {
+        let kept = self.open_operations().into_iter().map(|operation| (operation, Kept::Whole)).collect();
+        CrashPlan { kept, lengths: self.open_steps().len() }
+    }
+
+    /// Open operations and changes of length: a crash keeps any part of them.
+    pub fn open_count(&self) -> usize {
+        self.open_operations().len() + self.open_steps().len()
+    }
+
+    /// The crashes to try at this instant.
+    pub fn plans(&self, limits: &CrashLimits, scope: CrashScope, random: &mut Random) -> Vec<CrashPlan> {
+        let steps = self.open_steps();
+        let planner = Planner { operations: self.open_operations(), steps: steps.len() };
+        let count = planner.operations.len() + planner.steps;
+        let mut plans =
+            if count <= limits.exhaustive { planner.every() } else { planner.sample(limits.samples, random) };
+        planner.tear(self, limits.tears, random, &mut plans);
+        if scope == CrashScope::New && self.since > Moment(0) && self.base_changed <= self.since {
+            plans.retain(|plan| {
+                plan.kept.iter().any(|(operation, _)| self.is_new(*operation))
+                    || steps[..plan.lengths].iter().any(|step| self.is_new(step.operation))
+            });
+        }
+        plans
+    }
+
+    /// A plan in words: each open operation, and what the crash keeps of it.
+    pub fn describe(&self, plan: &CrashPlan) -> String {
+        let mut text = format!("crash at moment {}", self.moment().0);
+        let mut line = |operation: usize, what: &str| {
+            let recorded = &self.history.operations[operation];
+            let path = self.history.start.files[recorded.file].path.display();
+            let _ = write!(text, "\n  #{operation} {recorded} of {path}: {what}");
+        };
+        for operation in self.open_operations() {
+            let at = plan.kept.binary_search_by_key(&operation, |(operation, _)| *operation);
+            match at.map(|at| &plan.kept[at].1) {
+                Err(_) => line(operation, "lost"),
+                Ok(Kept::Whole) => line(operation, "kept"),
+                Ok(Kept::Torn(part)) => {
+                    let ranges: Vec<String> =
+                        part.iter().map(|range| format!("{:#x}..{:#x}", range.start, range.end)).collect();
+                    line(operation, &format!("torn, kept {}", ranges.join(" ")));
+                }
+            }
+        }
+        for (number, step) in self.open_steps().iter().enumerate() {
+            line(step.operation, if number < plan.lengths { "its length kept" } else { "its length lost" });
+        }
+        text
+    }
+}
+
+/// Makes plans from what is open.
+struct Planner {
+    operations: Vec<usize>,
+    steps: usize,
+}
+
+impl Planner {
+    /// The plan that keeps the operations, given by their place, that `keep` says yes to.
+    fn plan(&self, lengths: usize, mut keep: impl FnMut(usize) -> bool) -> CrashPlan {
+        let kept = (self.operations.iter().enumerate())
+            .filter(|(place, _)| keep(*place))
+            .map(|(_, operation)| (*operation, Kept::Whole));
+        CrashPlan { kept: kept.collect(), lengths }
+    }
+
+    fn every(&self) -> Vec<CrashPlan> {
+        let subsets = 0u64..1 << self.operations.len();
+        subsets
+            .flat_map(|subset| (0..=self.steps).map(move |lengths| (subset, lengths)))
+            .map(|(subset, lengths)| self.plan(lengths, |place| subset >> place & 1 == 1))
+            .collect()
+    }
+
+    fn sample(&self, samples: usize, random: &mut Random) -> Vec<CrashPlan> {
+        let count = self.operations.len();
+        let mut plans = Vec::new();
+        let ends = if self.steps == 0 { vec![0] } else { vec![0, self.steps] };
+        for lengths in ends {
+            plans.push(self.plan(lengths, |_| false));
+            plans.push(self.plan(lengths, |_| true));
+            for chosen in 0..count {
+                plans.push(self.plan(lengths, |place| place == chosen));
+                plans.push(self.plan(lengths, |place| place != chosen));
+                plans.push(self.plan(lengths, |place| place < chosen));
+            }
+        }
+        for lengths in 1..self.steps {
+            plans.push(self.plan(lengths, |_| true));
+        }
+        plans.extend((0..samples).map(|_| self.random_plan(random)));
+        plans
+    }
+
+    fn random_plan(&self, random: &mut Random) -> CrashPlan {
+        let part = [1, 4, 7][random.below(3) as usize];
+        let lengths = random.below(self.steps as u64 + 1) as usize;
+        self.plan(lengths, |_| random.chance(part, 8))
+    }
+
+    /// Adds random plans in which operations are torn.
+    fn tear(&self, replay: &Replay, count: usize, random: &mut Random, plans: &mut Vec<CrashPlan>) {
+        if self.operations.is_empty() {
+            return;
+        }
+        for _ in 0..count {
+            let mut plan = self.random_plan(random);
+            if plan.kept.is_empty() {
+                let place = random.below(self.operations.len() as u64) as usize;
+                plan = self.plan(plan.lengths, |other| other == place);
+            }
+            let one = random.below(plan.kept.len() as u64) as usize;
+            for (place, (operation, kept)) in plan.kept.iter_mut().enumerate() {
+                if place == one || random.chance(1, 3) {
+                    let grain = if random.chance(2, 3) { 512 } else { 4096 };
+                    let whole = replay.history.operations[*operation].changes();
+                    *kept = Kept::Torn(whole.tear(random, grain));
+                }
+            }
+            plans.push(plan);
+        }
+    }
+}

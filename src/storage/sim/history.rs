@@ -1,0 +1,109 @@
+//! The record of a run: every operation that changes a file or makes it durable, and every event in the life of each.
+//!
+//! It is only a record; what may survive a crash is worked out in `replay`.
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::{Image, Ranges, Verb};
+
+/// An instant of a run: so many events have been recorded before it. A crash may happen at any.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Moment(pub usize);
+
+/// A run: where it started, what was asked of the files, and what happened.
+#[derive(Clone, Debug, Default)]
+pub struct History {
+    pub(super) start: Image,
+    pub(super) operations: Vec<Recorded>,
+    pub(super) events: Vec<Event>,
+}
+
+/// An operation that changes a file, or an fdatasync.
+#[derive(Clone, Debug)]
+pub(super) struct Recorded {
+    pub(super) verb: Verb,
+    /// Index into the image's files.
+    pub(super) file: usize,
+    pub(super) offset: u64,
+    pub(super) length: u64,
+    /// What a write writes.
+    pub(super) bytes: Option<Arc<[u8]>>,
+}
+
+/// Something that happened to an operation, which is named by its index.
+#[derive(Clone, Debug)]
+pub(super) enum Event {
+    /// It was pushed: from here on its effect may be on the disk.
+    Pushed(usize),
+    /// Bytes of it took effect: reads see them. Where effects overlap, the later one wins.
+    Effect { operation: usize, bytes: Ranges, step: Option<LengthStep> },
+    /// It completed.
+    Completed { operation: usize, how: Ending },
+}
+
+/// How an operation completed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ending {
+    /// Whole.
+    Done,
+    /// With an error; what has not taken effect never will.
+    Failed,
+    /// A failed fdatasync: what became of each operation that it covers is drawn from this seed.
+    SyncFailed(u64),
+}
+
+/// A change of a file's length.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum LengthStep {
+    /// At least this long.
+    Grow(u64),
+    /// Exactly this long; what was past it is gone.
+    Set(u64),
+}
+
+impl History {
+    /// The end of the run.
+    pub fn end(&self) -> Moment {
+        Moment(self.events.len())
+    }
+
+    /// What all files held when the run started, all of it durable.
+    pub fn start(&self) -> &Image {
+        &self.start
+    }
+}
+
+impl Recorded {
+    /// The bytes of the file that it changes; none for an fdatasync, an allocation or a change of length.
+    pub(super) fn changes(&self) -> Ranges {
+        match self.verb {
+            Verb::Write | Verb::Punch | Verb::Zero => Ranges::one(self.range()),
+            Verb::Read | Verb::Sync | Verb::Allocate | Verb::SetLength => Ranges::none(),
+        }
+    }
+
+    fn range(&self) -> Range<u64> {
+        self.offset..self.offset + self.length
+    }
+
+    /// The change of length that it makes if it is done whole on a file that is short enough.
+    pub(super) fn step(&self) -> Option<LengthStep> {
+        match self.verb {
+            Verb::Write | Verb::Zero | Verb::Allocate => Some(LengthStep::Grow(self.range().end)),
+            Verb::SetLength => Some(LengthStep::Set(self.offset)),
+            Verb::Read | Verb::Sync | Verb::Punch => None,
+        }
+    }
+}
+
+impl fmt::Display for Recorded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.verb {
+            Verb::Sync => f.write_str("fdatasync"),
+            Verb::SetLength => write!(f, "set length {:#x}", self.offset),
+            verb => write!(f, "{verb:?} {:#x}+{:#x}", self.offset, self.length),
+        }
+    }
+}
