@@ -1,0 +1,423 @@
+//! The checker and the repair against `qemu-img check`: on images that QEMU's tools made, on images that were damaged in
+//! one place each, and on images with random bits flipped.
+
+#[path = "check/damage.rs"]
+mod damage;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use disk::check::{CheckError, FindingKind, RepairKind, Repaired, Report, Verdict};
+use disk::{DiskOptions, OpenError};
+use qcow2::EntryError;
+use serde_json::Value;
+use storage::host::HostStorage;
+use strata_tests::Qemu;
+use strata_tests::images::{Content, Format, ImageSpec, Preallocation, find_tool};
+
+use crate::damage::{Damage, FILE, MAPPING, REFCOUNTS, Raw, SNAPSHOTS};
+
+const K: u64 = 1024;
+const M: u64 = 1024 * K;
+
+/// What `qemu-img check` says, with its numbers.
+#[derive(Debug)]
+struct Second {
+    /// None if it could not check, or not to the end.
+    verdict: Option<Verdict>,
+    leaks: u64,
+    allocated: u64,
+    image_end: u64,
+    text: String,
+}
+
+fn options() -> DiskOptions {
+    DiskOptions { lock_timeout: Duration::from_secs(5), ..DiskOptions::default() }
+}
+
+fn second_opinion(image: &Path) -> Second {
+    let mut command = Command::new(find_tool("qemu-img").expect("found before"));
+    let output = command.args(["check", "--output=json", "-f", "qcow2"]).arg(image).output().expect("runs");
+    let json: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+    let number = |name: &str| json.get(name).and_then(Value::as_u64).unwrap_or(0);
+    let verdict = match output.status.code() {
+        Some(0) => Some(Verdict::Clean),
+        Some(2) => Some(Verdict::Corrupt),
+        Some(3) => Some(Verdict::Leaks),
+        _ => None,
+    };
+    let text = [output.stdout.as_slice(), output.stderr.as_slice()].concat();
+    Second {
+        verdict,
+        leaks: number("leaks"),
+        allocated: number("allocated-clusters"),
+        image_end: number("image-end-offset"),
+        text: String::from_utf8_lossy(&text).into_owned(),
+    }
+}
+
+/// Our check, within a time that only a hang exceeds.
+fn check(image: &Path) -> Result<Report, CheckError> {
+    let start = Instant::now();
+    let result = disk::check::check(&HostStorage::new(), image, &options());
+    assert!(start.elapsed() < Duration::from_secs(5), "{}: took {:?}", image.display(), start.elapsed());
+    result
+}
+
+fn repair(image: &Path, kind: RepairKind) -> Result<Repaired, CheckError> {
+    disk::check::repair(&HostStorage::new(), image, kind, &options())
+}
+
+/// Asserts that both say the same; what they say.
+fn agree(image: &Path, what: &str) -> Option<Report> {
+    let theirs = second_opinion(image);
+    let ours = match check(image) {
+        Ok(report) => report,
+        // A header that neither takes.
+        Err(CheckError::Open(OpenError::Format { .. })) if theirs.verdict.is_none() => return None,
+        Err(error) => panic!("{what}: {error}\n{}", theirs.text),
+    };
+    // QEMU gives up where it cannot read a refcount.
+    let expected = theirs.verdict.unwrap_or(Verdict::Corrupt);
+    assert_eq!(ours.verdict(), expected, "{what}\nours: {ours:#?}\ntheirs: {}", theirs.text);
+    if expected != Verdict::Corrupt {
+        let numbers = (ours.leaked_clusters, ours.allocated_clusters, ours.image_end_offset);
+        let expected = (theirs.leaks, theirs.allocated, theirs.image_end);
+        assert_eq!(numbers, expected, "{what}: leaks, allocated, end\n{}", theirs.text);
+    }
+    Some(ours)
+}
+
+fn pattern(offset: u64, length: u64, byte: u8) -> Content {
+    Content::Pattern { offset, length, byte }
+}
+
+/// Some of everything that an L2 entry can be, over several L2 tables where they are small.
+fn filled(size: u64, cluster_size: u64) -> ImageSpec {
+    let spec = ImageSpec::qcow2(size).cluster_size(cluster_size);
+    spec.with(pattern(0, 8 * cluster_size.max(4 * K), 1))
+        .with(pattern(size / 2, 3 * cluster_size + 512, 2))
+        .with(Content::Zeroes { offset: cluster_size, length: cluster_size, unmap: false })
+        .with(Content::Zeroes { offset: 5 * cluster_size, length: cluster_size, unmap: true })
+        .with(Content::Discard { offset: 2 * cluster_size, length: cluster_size })
+        .with(pattern(size - 512, 512, 3))
+}
+
+fn with_refcount_bits(mut spec: ImageSpec, bits: u8) -> ImageSpec {
+    spec.refcount_bits = bits;
+    spec
+}
+
+#[test]
+fn it_agrees_on_sound_images() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut specs: Vec<(String, ImageSpec)> = Vec::new();
+    for bits in 9..=21 {
+        let cluster_size = 1 << bits;
+        let size = (24 * cluster_size).max(4 * M) + 3 * 512;
+        for version in [2, 3] {
+            specs.push((format!("v{version}, {bits} bits"), filled(size, cluster_size).version(version)));
+        }
+    }
+    for width in [1, 2, 4, 8, 16, 32, 64] {
+        for cluster_size in [512, 4 * K, 64 * K] {
+            let name = format!("refcounts of {width} bits, clusters of {cluster_size}");
+            specs.push((name, with_refcount_bits(filled(4 * M, cluster_size), width)));
+        }
+    }
+    for how in [Preallocation::Metadata, Preallocation::Falloc, Preallocation::Full] {
+        for cluster_size in [512, 64 * K, 2 * M] {
+            let spec = ImageSpec::qcow2(6 * M).cluster_size(cluster_size).preallocation(how);
+            specs.push((format!("{how:?}, clusters of {cluster_size}"), spec));
+        }
+    }
+    let compressed = Content::Compressed { offset: M, length: M, byte: 9 };
+    specs.push(("compressed".into(), filled(4 * M, 64 * K).with(compressed).with(pattern(M, 100, 1))));
+    specs.push(("empty".into(), ImageSpec::qcow2(0)));
+    specs.push(("a large empty disk".into(), ImageSpec::qcow2(1 << 46).cluster_size(2 * M)));
+    for (name, spec) in specs {
+        let image = folder.path().join("image.qcow2");
+        qemu.create(&image, &spec).expect("an image");
+        let report = agree(&image, &name).expect("a sound header");
+        assert_eq!(report.verdict(), Verdict::Clean, "{name}");
+        std::fs::remove_file(&image).expect("gone");
+    }
+}
+
+#[test]
+fn it_agrees_on_chains() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let over =
+        |cluster: u64| ImageSpec::qcow2(6 * M).cluster_size(cluster).backing(PathBuf::new(), Format::Qcow2);
+    let specs =
+        [filled(6 * M, 64 * K), over(4 * K).with(pattern(M, M, 5)), over(512).with(pattern(M, 3 * K, 6))];
+    for image in qemu.create_chain(folder.path(), &specs).expect("a chain") {
+        assert_eq!(agree(&image, "a layer").expect("a sound header").verdict(), Verdict::Clean);
+    }
+}
+
+/// Makes an image with two snapshots, one of which is older than half of the data.
+fn snapshots(qemu: &Qemu, image: &Path, spec: &ImageSpec) {
+    qemu.create(image, spec).expect("an image");
+    let take = |name: &str| qemu.img(["snapshot".as_ref(), "-c".as_ref(), name.as_ref(), image.as_os_str()]);
+    take("first").expect("a snapshot");
+    qemu.write(image, Format::Qcow2, &[pattern(0, 64 * K, 7), pattern(3 * M, 200 * K, 8)]).expect("written");
+    take("second, with a longer name").expect("a snapshot");
+    let length = spec.cluster_size.max(8 * K);
+    qemu.write(image, Format::Qcow2, &[pattern(64 * K, length, 9)]).expect("written");
+}
+
+#[test]
+fn it_agrees_on_internal_snapshots() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    for (cluster_size, version) in [(512, 3), (4 * K, 2), (64 * K, 3), (2 * M, 3)] {
+        let image = folder.path().join(format!("{cluster_size}.qcow2"));
+        snapshots(&qemu, &image, &filled(60 * M, cluster_size).version(version));
+        let report = agree(&image, "two snapshots").expect("a sound header");
+        assert_eq!(report.verdict(), Verdict::Clean, "clusters of {cluster_size}");
+        qemu.img(["snapshot".as_ref(), "-d".as_ref(), "first".as_ref(), image.as_os_str()]).expect("deleted");
+        assert_eq!(agree(&image, "one snapshot").expect("a sound header").verdict(), Verdict::Clean);
+    }
+}
+
+/// The images that are damaged: name and bytes.
+fn victims(qemu: &Qemu, folder: &Path) -> Vec<(String, Vec<u8>)> {
+    let mut victims = Vec::new();
+    let specs = [
+        ("v3, 64 KiB", filled(8 * M, 64 * K)),
+        ("v2, 4 KiB", filled(8 * M, 4 * K).version(2)),
+        ("v3, 512 B, 8-bit refcounts", with_refcount_bits(filled(M, 512), 8)),
+        ("v3, 64 KiB, 1-bit refcounts", with_refcount_bits(filled(8 * M, 64 * K), 1)),
+        ("v3, 4 KiB, 64-bit refcounts", with_refcount_bits(filled(4 * M, 4 * K), 64)),
+    ];
+    for (name, spec) in specs {
+        let image = folder.join("victim.qcow2");
+        qemu.create(&image, &spec).expect("an image");
+        victims.push((name.to_owned(), std::fs::read(&image).expect("read")));
+        std::fs::remove_file(&image).expect("gone");
+    }
+    victims
+}
+
+/// Checks a damaged image, repairs it where that can be done, and checks what came of it. What was found.
+fn suffer(qemu: &Qemu, image: &Path, what: &str) -> (Option<Verdict>, bool) {
+    let Some(report) = agree(image, what) else { return (None, false) };
+    let before = std::fs::read(image).expect("read");
+    let contents = qemu.read_all(image, Format::Qcow2).ok();
+    if report.verdict() == Verdict::Leaks {
+        let repaired = repair(image, RepairKind::Leaks).unwrap_or_else(|error| panic!("{what}: {error}"));
+        assert_eq!(
+            (repaired.found.verdict(), repaired.left.verdict()),
+            (Verdict::Leaks, Verdict::Clean),
+            "{what}"
+        );
+        assert_eq!(agree(image, what).map(|report| report.verdict()), Some(Verdict::Clean), "{what}");
+        assert_eq!(qemu.read_all(image, Format::Qcow2).ok(), contents, "{what}");
+        std::fs::write(image, &before).expect("as before");
+    }
+    match repair(image, RepairKind::All) {
+        Ok(repaired) => {
+            assert_eq!(repaired.found, report, "{what}");
+            assert_eq!(repaired.left.verdict(), Verdict::Clean, "{what}: {:#?}", repaired.left);
+            let theirs = second_opinion(image);
+            assert_eq!(theirs.verdict, Some(Verdict::Clean), "{what}: {}", theirs.text);
+            // What could be read before reads the same.
+            if let Some(before) = contents {
+                let after = qemu.read_all(image, Format::Qcow2);
+                let after = after.unwrap_or_else(|error| panic!("{what}: {error}"));
+                assert!(before == after, "{what}: the contents differ");
+            }
+            (Some(report.verdict()), true)
+        }
+        Err(CheckError::NotRepairable { .. }) => {
+            assert_eq!(std::fs::read(image).expect("read"), before, "{what}: not repaired, but written");
+            (Some(report.verdict()), false)
+        }
+        Err(error) => panic!("{what}: {error}"),
+    }
+}
+
+/// Does every damage to an image by itself; how many were done, and how many of them could be repaired.
+fn damage_all(qemu: &Qemu, folder: &Path, name: &str, bytes: &[u8], damages: &[Damage]) -> (u32, u32) {
+    let (mut done, mut mended) = (0, 0);
+    let sound = Raw::new(bytes.to_vec());
+    for (damage, run) in damages {
+        let mut raw = sound.clone();
+        if !run(&mut raw) {
+            continue;
+        }
+        let image = folder.join("damaged.qcow2");
+        std::fs::write(&image, &raw.bytes).expect("written");
+        let (_, repaired) = suffer(qemu, &image, &format!("{name}: {damage}"));
+        done += 1;
+        mended += u32::from(repaired);
+        std::fs::remove_file(&image).expect("gone");
+    }
+    (done, mended)
+}
+
+fn damage_victims(damages: &[Damage], done_min: u32, mended_min: u32) {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let (mut done, mut mended) = (0, 0);
+    for (name, bytes) in victims(&qemu, folder.path()) {
+        let (more, repaired) = damage_all(&qemu, folder.path(), &name, &bytes, damages);
+        done += more;
+        mended += repaired;
+    }
+    assert!(done >= done_min && mended >= mended_min, "{done} damages done, {mended} mended");
+}
+
+#[test]
+fn it_agrees_on_damaged_mappings() {
+    damage_victims(MAPPING, 140, 15);
+}
+
+#[test]
+fn it_agrees_on_damaged_refcounts_and_mends_them() {
+    damage_victims(REFCOUNTS, 110, 110);
+}
+
+#[test]
+fn it_agrees_on_damaged_headers_and_lengths() {
+    damage_victims(FILE, 45, 20);
+}
+
+#[test]
+fn it_agrees_on_damaged_snapshots() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut done = 0;
+    for (cluster_size, version) in [(4 * K, 2), (64 * K, 3)] {
+        let image = folder.path().join("victim.qcow2");
+        snapshots(&qemu, &image, &filled(8 * M, cluster_size).version(version));
+        let bytes = std::fs::read(&image).expect("read");
+        let name = format!("v{version} with snapshots");
+        for damages in [MAPPING, REFCOUNTS, SNAPSHOTS] {
+            done += damage_all(&qemu, folder.path(), &name, &bytes, damages).0;
+        }
+    }
+    assert!(done >= 100, "{done} damages done");
+}
+
+#[test]
+fn it_agrees_on_snapshots_with_little_extra_data() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    for version in [2, 3] {
+        let image = folder.path().join("image.qcow2");
+        qemu.create(&image, &filled(4 * M, 64 * K).version(version)).expect("an image");
+        qemu.img(["snapshot".as_ref(), "-c".as_ref(), "one".as_ref(), image.as_os_str()])
+            .expect("a snapshot");
+        let bytes = std::fs::read(&image).expect("read");
+        let table = qcow2::entry(&bytes[qcow2::position::SNAPSHOTS_OFFSET..], 0) as usize;
+        for (extra, complete) in [(0, false), (8, false), (15, false), (16, true), (24, true), (32, true)] {
+            let mut bytes = bytes.clone();
+            // What is extra data no more is taken for the name.
+            bytes[table + 39] = extra;
+            std::fs::write(&image, &bytes).expect("written");
+            let what = format!("v{version}, {extra} bytes of extra data");
+            let verdict = agree(&image, &what).expect("a sound header").verdict();
+            assert_eq!(verdict == Verdict::Clean, complete || version == 2, "{what}");
+        }
+        std::fs::remove_file(&image).expect("gone");
+    }
+}
+
+/// True for the findings that QEMU does not look for.
+fn is_stricter(kind: &FindingKind) -> bool {
+    match kind {
+        FindingKind::BadEntry { source, .. } => {
+            matches!(source, EntryError::DataAtOffsetZero { .. } | EntryError::ZeroFlagInV2 { .. })
+        }
+        FindingKind::Overlap { .. } => true,
+        _ => false,
+    }
+}
+
+#[test]
+fn what_the_format_forbids_and_qemu_lets_pass_is_corrupt() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let cases: [(&str, u8, u64); 2] =
+        [("COPIED without an offset", 3, 1 << 63), ("the zero flag in v2", 2, 1)];
+    for (what, version, entry) in cases {
+        let image = folder.path().join("image.qcow2");
+        let spec = ImageSpec::qcow2(4 * M).version(version).with(pattern(0, 64 * K, 1));
+        qemu.create(&image, &spec).expect("an image");
+        let mut bytes = std::fs::read(&image).expect("read");
+        // The L2 table is the fifth cluster; its second entry is empty.
+        bytes[0x4_0008..0x4_0010].copy_from_slice(&u64::to_be_bytes(entry));
+        if entry == 0x3_0000 {
+            // The refcount of the L1 table, which is the fourth cluster.
+            bytes[0x2_0007] = 2;
+        }
+        std::fs::write(&image, bytes).expect("written");
+        assert_eq!(second_opinion(&image).verdict, Some(Verdict::Clean), "{what}");
+        let report = check(&image).expect("a check");
+        assert_eq!(report.verdict(), Verdict::Corrupt, "{what}");
+        assert!(report.findings.iter().all(|finding| is_stricter(&finding.kind)), "{what}");
+        std::fs::remove_file(&image).expect("gone");
+    }
+}
+
+#[test]
+fn it_agrees_on_images_with_random_bits_flipped() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut random = |below: u64| {
+        state = state.wrapping_mul(0xd129_0d3c_d2ad_2b8d).wrapping_add(0x2545_f491_4f6c_dd1d);
+        (state >> 33) % below
+    };
+    let (mut clean, mut leaks, mut corrupt, mut refused) = (0, 0, 0, 0);
+    for (name, bytes) in victims(&qemu, folder.path()) {
+        let sound = Raw::new(bytes);
+        let ranges = sound.metadata();
+        for round in 0..60 {
+            let mut bytes = sound.bytes.clone();
+            let mut flips = Vec::new();
+            for _ in 0..=random(3) {
+                let (start, length) = ranges[random(ranges.len() as u64) as usize];
+                let (at, bit) = (start + random(length), random(8));
+                flips.push((at, bit));
+                bytes[at as usize] ^= 1 << bit;
+            }
+            let what = format!("{name}, round {round}: byte and bit {flips:x?}");
+            let image = folder.path().join("flipped.qcow2");
+            std::fs::write(&image, &bytes).expect("written");
+            let theirs = second_opinion(&image);
+            match (check(&image), theirs.verdict) {
+                (Ok(ours), Some(verdict)) => {
+                    let stricter = ours.findings.iter().any(|finding| is_stricter(&finding.kind));
+                    assert!(
+                        ours.verdict() == verdict || (stricter && ours.verdict() > verdict),
+                        "{what}\nours: {ours:#?}\ntheirs: {}",
+                        theirs.text
+                    );
+                    match ours.verdict() {
+                        Verdict::Clean => clean += 1,
+                        Verdict::Leaks => leaks += 1,
+                        Verdict::Corrupt => corrupt += 1,
+                    }
+                    if verdict == Verdict::Leaks && !stricter {
+                        assert_eq!(ours.leaked_clusters, theirs.leaks, "{what}: {}", theirs.text);
+                    }
+                }
+                // QEMU takes no such header, or could not read a refcount.
+                (Ok(_), None) => corrupt += 1,
+                (Err(error), verdict) => {
+                    let format = matches!(error, CheckError::Open(OpenError::Format { .. }));
+                    assert!(!format || verdict.is_none(), "{what}: {error}\n{}", theirs.text);
+                    refused += 1;
+                }
+            }
+            std::fs::remove_file(&image).expect("gone");
+        }
+    }
+    assert!(leaks > 0 && corrupt > 50, "{clean} clean, {leaks} leaks, {corrupt} corrupt, {refused} refused");
+}
