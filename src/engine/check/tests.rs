@@ -152,12 +152,17 @@ impl Image {
         let before = self.contents();
         let steps: Vec<RepairStep> = self.check().plan_repair(kind).expect("repairable").collect();
         let mut durable = self.clone();
-        for stage in steps.split_inclusive(|step| *step == RepairStep::Sync) {
+        let stages: Vec<&[RepairStep]> = steps.split_inclusive(|step| *step == RepairStep::Sync).collect();
+        for (number, stage) in stages.iter().enumerate() {
+            // From the first mark to the last but one sync a version 3 image must say that it is not sound.
+            let between = number > 0 && number + 1 < stages.len();
+            let marked = kind == RepairKind::All && self.geometry.version == Version::V3 && between;
             for missing in 0..=stage.len() {
                 for alone in [false, true] {
                     let mut crashed = durable.clone();
                     let kept = stage.iter().enumerate().filter(|(n, _)| (*n == missing) == alone);
                     kept.for_each(|(_, step)| crashed.apply(step));
+                    assert!(!marked || crashed.marks() & Incompatible::DIRTY.0 != 0, "stage {number}");
                     crashed.again(&before, kind);
                 }
             }
