@@ -58,7 +58,8 @@ pub struct Repaired {
 }
 
 /// Checks the qcow2 image at `path`, which nobody may be writing (a shared lock). Nothing is written. Of the options,
-/// `direct` and `lock_timeout` matter.
+/// `direct` and `lock_timeout` matter. The file stays open, and locked, as long as the storage lives: give each check
+/// a storage of its own.
 ///
 /// # Errors
 /// If the image cannot be opened, read, or checked by name. A damaged image is no error but a [`Report`].
