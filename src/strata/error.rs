@@ -1,8 +1,7 @@
 //! What ends the program early, and how it is told: what, where, why, and what to do about it.
 
 use std::error::Error;
-use std::fmt::Write as _;
-use std::io;
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
 use disk::OpenError;
@@ -205,12 +204,13 @@ fn session_hint(error: &SessionError) -> Option<String> {
     Some(hint.to_owned())
 }
 
-/// Tells people on the standard error.
+/// Tells people on the standard error, if anybody reads it.
 pub fn show(error: &ProgramError) {
-    eprintln!("strata: error: {}", printable(&with_causes(error)));
+    let mut text = format!("strata: error: {}\n", printable(&with_causes(error)));
     if let Some(hint) = error.hint() {
-        eprintln!("strata: hint: {}", printable(&hint));
+        text += &format!("strata: hint: {}\n", printable(&hint));
     }
+    let _ = io::stderr().write_all(text.as_bytes());
 }
 
 /// The message, and those of its causes that it does not contain.
@@ -220,7 +220,7 @@ fn with_causes(error: &dyn Error) -> String {
     while let Some(cause) = next {
         let said = cause.to_string();
         if !text.contains(&said) {
-            let _ = write!(text, ": {said}");
+            text += &format!(": {said}");
         }
         next = cause.source();
     }

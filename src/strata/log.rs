@@ -45,12 +45,14 @@ pub fn start(level: Option<&LogLevel>) {
     };
     let colours =
         std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|no| no.is_empty());
-    // Nobody else has set one up: this is the only call of the program.
+    // A reader of the log that is gone must not end us: told of its own failure, the subscriber would print that to the
+    // standard error in turn, and that panics. The result: nobody else has set a subscriber up.
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(colours)
         .with_target(false)
+        .log_internal_errors(false)
         .try_init();
     if wrong {
         tracing::warn!("RUST_LOG is no filter; logging at level {DEFAULT}");

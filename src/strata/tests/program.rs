@@ -169,6 +169,14 @@ fn a_stale_socket_is_replaced_and_the_daemons_own_goes() {
 }
 
 #[test]
+fn a_daemon_whose_log_nobody_reads_ends_as_cleanly() {
+    let bench = Bench::new();
+    bench.image("disk.qcow2");
+    Daemon::start(&mut bench.serve("disk.qcow2")).stop_unheard();
+    assert!(!bench.socket().exists());
+}
+
+#[test]
 fn the_sockets_mode_and_group_are_as_asked() {
     let bench = Bench::new();
     bench.image("disk.qcow2");

@@ -5,11 +5,15 @@ use std::path::PathBuf;
 use std::process::{Child, ChildStderr, Command, Stdio};
 
 use qcow2::{Geometry, NewImage, Version};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use tempfile::TempDir;
 
 /// The program under test.
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_strata");
+
+/// How long a daemon may take to end.
+const PATIENCE: Timespec = Timespec { tv_sec: 60, tv_nsec: 0 };
 
 /// A folder with images and a socket.
 pub struct Bench {
@@ -74,7 +78,8 @@ pub fn output(command: &mut Command) -> (Option<i32>, String, String) {
 /// A daemon that serves. Dropping it kills it.
 pub struct Daemon {
     process: Child,
-    errors: BufReader<ChildStderr>,
+    /// Until nobody is to read them.
+    errors: Option<BufReader<ChildStderr>>,
     log: String,
 }
 
@@ -87,12 +92,17 @@ impl Daemon {
         }
         let mut process = command.stderr(Stdio::piped()).spawn().expect("the program was built");
         let errors = BufReader::new(process.stderr.take().expect("piped"));
-        let mut daemon = Daemon { process, errors, log: String::new() };
+        let mut daemon = Daemon { process, errors: Some(errors), log: String::new() };
         while !daemon.log.contains(" serving ") {
-            let read = daemon.errors.read_line(&mut daemon.log).expect("text");
+            let read = daemon.read_line();
             assert!(read > 0, "it ended before it served:\n{}", daemon.log);
         }
         daemon
+    }
+
+    /// Takes in another line; its length in bytes, 0 at the end.
+    fn read_line(&mut self) -> usize {
+        self.errors.as_mut().map_or(0, |errors| errors.read_line(&mut self.log).expect("text"))
     }
 
     /// What it has said until it served.
@@ -114,9 +124,19 @@ impl Daemon {
         self.stop_with(Signal::TERM)
     }
 
+    /// Stops it when nobody is left to read what it says.
+    pub fn stop_unheard(mut self) {
+        self.errors = None;
+        self.signal(Signal::TERM);
+        let ended = pidfd_open(Pid::from_child(&self.process), PidfdFlags::empty()).expect("it is ours");
+        let ready = poll(&mut [PollFd::new(&ended, PollFlags::IN)], Some(&PATIENCE)).expect("polled");
+        assert_eq!(ready, 1, "it does not end");
+        assert_eq!(self.process.wait().expect("waited for").code(), Some(0));
+    }
+
     /// Waits for its end, which must have exit code 0. Everything that it said.
     pub fn wait(mut self) -> String {
-        while self.errors.read_line(&mut self.log).expect("text") > 0 {}
+        while self.read_line() > 0 {}
         let status = self.process.wait().expect("waited for");
         assert_eq!(status.code(), Some(0), "{}", self.log);
         std::mem::take(&mut self.log)
