@@ -95,7 +95,8 @@ impl Bench {
             map_bytes: 2 * 4096,
             table_bytes: 6 * 4096,
             workers: 2,
-        });
+        })
+        .expect("an engine");
         Bench { engine, files }
     }
 
@@ -110,7 +111,7 @@ impl Bench {
                 Answer::Load(loads) => {
                     for load in loads {
                         let bytes = self.files.read(load.file, load.offset.0, load.length as u64);
-                        self.engine.table_loaded(load.table, bytes.into());
+                        self.engine.table_loaded(&load, bytes.into());
                     }
                 }
                 Answer::Reserve => self.reserve()?,
@@ -129,7 +130,7 @@ impl Bench {
     }
 
     fn reserve(&mut self) -> Result<(), EngineError> {
-        let plan = self.ask(|engine, waker| engine.plan_reserve(waker))?;
+        let Some(plan) = self.ask(|engine, waker| engine.plan_reserve(waker))? else { return Ok(()) };
         if let Some(length) = plan.file_length
             && (self.files.0[0].len() as u64) < length
         {

@@ -27,7 +27,7 @@ async fn finish<S: Storage>(worker: &Worker<S>) -> Result<(), RequestError> {
         worker.ask(|engine, waker| engine.release_windows(waker)).await?;
         // The first makes the unlinks durable; then their clusters are free; the second writes that down.
         worker.flush().await?;
-        worker.reclaim().await?;
+        while worker.reclaim_some().await? {}
         worker.flush().await?;
         worker.trim_file().await?;
     }
@@ -37,10 +37,9 @@ async fn finish<S: Storage>(worker: &Worker<S>) -> Result<(), RequestError> {
 impl<S: Storage> Worker<S> {
     /// Cuts the file behind its last cluster in use.
     async fn trim_file(&self) -> Result<(), RequestError> {
-        let length = self.engine().trim_end()?;
         let top = self.shared.top_file();
         let present = self.shared.storage.length(top).unwrap_or(0);
-        if present > length {
+        if let Some(length) = self.engine().trim_end(present)? {
             let cut = Operation::bare(top, Kind::SetLength, length);
             self.driver.run_bare(cut).await.map_err(RequestError::io("cutting the image file"))?;
         }

@@ -140,6 +140,19 @@ impl<Q: IoQueue> Driver<Q> {
         BufferPermit { budget: &self.budget, bytes }
     }
 
+    /// Lets the thread's other work go on for a moment.
+    pub async fn yield_now(&self) {
+        let mut yielded = false;
+        poll_fn(|context| {
+            if std::mem::replace(&mut yielded, true) {
+                return Poll::Ready(());
+            }
+            context.waker().wake_by_ref();
+            Poll::Pending
+        })
+        .await;
+    }
+
     /// Wakes a task at a time, or soon after.
     pub fn wake_at(&self, until: Instant, waker: &Waker) {
         self.timers.borrow_mut().push((until, waker.clone()));

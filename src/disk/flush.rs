@@ -5,12 +5,11 @@
 use std::future::poll_fn;
 use std::task::Poll;
 
-use engine::{FlushCut, FlushStep, Stage, TableWrite};
+use engine::{FlushCut, FlushStep, HeaderSwitch, Stage, TableWrite};
 use storage::{Errno, Kind, Operation, Part, Storage};
 use tracing::error;
 
 use crate::error::RequestError;
-use crate::header::HeaderSector;
 use crate::worker::Worker;
 
 /// Table writes in flight at a time.
@@ -22,6 +21,15 @@ enum Failure {
     NoSpace(Stage, Errno),
     /// The disk is not to be trusted with writes any more.
     Fatal(&'static str, Errno),
+}
+
+impl Failure {
+    fn of_write(stage: Stage, source: Errno) -> Self {
+        match source {
+            Errno::ENOSPC | Errno::EDQUOT => Failure::NoSpace(stage, source),
+            _ => Failure::Fatal("writing metadata", source),
+        }
+    }
 }
 
 impl<S: Storage> Worker<S> {
@@ -88,42 +96,42 @@ impl<S: Storage> Worker<S> {
 
     async fn write_cut(&self, cut: &FlushCut) -> Result<(), Failure> {
         if !cut.stage0.is_empty() {
-            self.write_stage(Stage::Zero, &cut.stage0, None).await?;
+            self.write_stage(Stage::Zero, &cut.stage0).await?;
             self.sync().await?;
         }
-        let switch = cut.header.map(|switch| {
-            let header = self.shared.header.as_ref().expect("a writable qcow2 image has its header sector");
-            let clusters = switch.refcount_table_clusters;
-            let patch = qcow2::position::patch_refcount_table(switch.refcount_table_offset, clusters);
-            HeaderSector::write(&self.shared.files[0], header.patched(patch))
-        });
-        self.write_stage(Stage::One, &cut.stage1, switch).await?;
+        self.write_stage(Stage::One, &cut.stage1).await?;
+        if let Some(switch) = cut.header {
+            self.switch_header(switch).await?;
+        }
         // In any case: it also makes the guest's data durable, before any link to it.
         self.sync().await?;
         if !cut.stage2.is_empty() {
-            self.write_stage(Stage::Two, &cut.stage2, None).await?;
+            self.write_stage(Stage::Two, &cut.stage2).await?;
             self.sync().await?;
         }
         Ok(())
     }
 
-    async fn write_stage(
-        &self,
-        stage: Stage,
-        writes: &[TableWrite],
-        extra: Option<Operation>,
-    ) -> Result<(), Failure> {
-        let mut result = self.driver.run_all(extra).await;
+    async fn write_stage(&self, stage: Stage, writes: &[TableWrite]) -> Result<(), Failure> {
         for some in writes.chunks(WRITES_AT_ONCE) {
-            if result.is_err() {
-                break;
+            // Damage found meanwhile stops all writing.
+            if self.engine().has_failed() {
+                return Err(Failure::Fatal("writing metadata", Errno::EIO));
             }
-            result = self.driver.run_all(some.iter().map(|write| self.table_write(write))).await;
+            let result = self.driver.run_all(some.iter().map(|write| self.table_write(write))).await;
+            result.map_err(|source| Failure::of_write(stage, source))?;
         }
-        result.map_err(|source| match source {
-            Errno::ENOSPC | Errno::EDQUOT => Failure::NoSpace(stage, source),
-            _ => Failure::Fatal("writing metadata", source),
-        })
+        Ok(())
+    }
+
+    /// Points the header at the refcount table's new place, which is durable already.
+    async fn switch_header(&self, switch: HeaderSwitch) -> Result<(), Failure> {
+        let header = self.shared.header.as_ref().expect("a writable qcow2 image has its header sector");
+        let change = header.change().await;
+        let (offset, clusters) = (switch.refcount_table_offset, switch.refcount_table_clusters);
+        let write =
+            change.write(&self.shared.files[0], qcow2::position::patch_refcount_table(offset, clusters));
+        self.driver.run_all([write]).await.map_err(|source| Failure::of_write(Stage::One, source))
     }
 
     fn table_write(&self, write: &TableWrite) -> Operation {

@@ -1,8 +1,11 @@
 //! The top image's first sector: the few header fields that change while it is open.
 //!
-//! A change is one write of one 512-byte sector, so that it is whole or not at all.
+//! A change is one write of one 512-byte sector, so that it is whole or not at all. One such write is in flight at a
+//! time: of two, the host might keep the older.
 
+use std::future::poll_fn;
 use std::sync::Mutex;
+use std::task::{Poll, Waker};
 
 use qcow2::position::Patch;
 use storage::{AlignedBuf, IoQueue, Kind, Operation, Part};
@@ -14,8 +17,22 @@ use crate::layer::DiskFile;
 const SECTOR: usize = 512;
 
 pub(crate) struct HeaderSector {
-    /// As it is on disk, or about to be. Leaf lock, held to copy only.
-    bytes: Mutex<Box<[u8; SECTOR]>>,
+    /// Leaf lock, held to copy only.
+    inner: Mutex<Inner>,
+}
+
+struct Inner {
+    /// As it is on disk, or about to be.
+    bytes: Box<[u8; SECTOR]>,
+    /// Somebody has the right to write it.
+    taken: bool,
+    waiters: Vec<Waker>,
+}
+
+/// The right to change the sector, until dropped: after the write of the change has ended.
+#[must_use]
+pub(crate) struct HeaderChange<'a> {
+    sector: &'a HeaderSector,
 }
 
 impl HeaderSector {
@@ -26,32 +43,30 @@ impl HeaderSector {
         result.map_err(|source| OpenError::Io { path, structure: "header", offset: 0, source })?;
         let mut bytes = Box::new([0; SECTOR]);
         bytes.copy_from_slice(buffer.as_slice());
-        Ok(HeaderSector { bytes: Mutex::new(bytes) })
+        Ok(HeaderSector { inner: Mutex::new(Inner { bytes, taken: false, waiters: Vec::new() }) })
     }
 
-    /// The sector with a change in it, to be written at offset 0.
-    pub fn patched<const LENGTH: usize>(&self, patch: Patch<LENGTH>) -> AlignedBuf {
-        let mut bytes = self.bytes.lock().expect("no panic under this lock");
-        let at = patch.offset.0 as usize;
-        bytes[at..at + LENGTH].copy_from_slice(&patch.bytes);
-        let mut buffer = AlignedBuf::new(SECTOR);
-        buffer.as_mut_slice().copy_from_slice(&bytes[..]);
-        buffer
+    /// Waits for the right to change the sector.
+    pub async fn change(&self) -> HeaderChange<'_> {
+        poll_fn(|context| {
+            let mut inner = self.inner.lock().expect("no panic under this lock");
+            if inner.taken {
+                inner.waiters.push(context.waker().clone());
+                return Poll::Pending;
+            }
+            inner.taken = true;
+            Poll::Ready(())
+        })
+        .await;
+        HeaderChange { sector: self }
     }
 
     /// The present bytes of a field.
     pub fn field<const LENGTH: usize>(&self, at: usize) -> [u8; LENGTH] {
-        let bytes = self.bytes.lock().expect("no panic under this lock");
+        let inner = self.inner.lock().expect("no panic under this lock");
         let mut field = [0; LENGTH];
-        field.copy_from_slice(&bytes[at..at + LENGTH]);
+        field.copy_from_slice(&inner.bytes[at..at + LENGTH]);
         field
-    }
-
-    /// The write of a changed sector.
-    pub fn write(file: &DiskFile, sector: AlignedBuf) -> Operation {
-        let mut operation = Operation::bare(file.id, Kind::Write, 0);
-        operation.parts.push(Part::Owned(sector));
-        operation
     }
 
     /// Changes a field durably.
@@ -61,11 +76,40 @@ impl HeaderSector {
         file: &DiskFile,
         patch: Patch<LENGTH>,
     ) -> Result<(), OpenError> {
-        let operation = Self::write(file, self.patched(patch));
+        let change = self.change().await;
+        let operation = change.write(file, patch);
         let failed =
             |source| OpenError::Io { path: file.info.path.clone(), structure: "header", offset: 0, source };
         driver.run_all([operation]).await.map_err(failed)?;
         driver.run_bare(Operation::bare(file.id, Kind::Sync, 0)).await.map_err(failed)
+    }
+}
+
+impl HeaderChange<'_> {
+    /// The write of the sector with a change in it.
+    pub fn write<const LENGTH: usize>(&self, file: &DiskFile, patch: Patch<LENGTH>) -> Operation {
+        let mut inner = self.sector.inner.lock().expect("no panic under this lock");
+        let at = patch.offset.0 as usize;
+        inner.bytes[at..at + LENGTH].copy_from_slice(&patch.bytes);
+        let mut buffer = AlignedBuf::new(SECTOR);
+        buffer.as_mut_slice().copy_from_slice(&inner.bytes[..]);
+        drop(inner);
+        let mut operation = Operation::bare(file.id, Kind::Write, 0);
+        operation.parts.push(Part::Owned(buffer));
+        operation
+    }
+}
+
+impl Drop for HeaderChange<'_> {
+    fn drop(&mut self) {
+        let waiters = {
+            let mut inner = self.sector.inner.lock().expect("no panic under this lock");
+            inner.taken = false;
+            std::mem::take(&mut inner.waiters)
+        };
+        for waiter in waiters {
+            waiter.wake();
+        }
     }
 }
 
@@ -78,13 +122,11 @@ impl<S: storage::Storage> crate::Shared<S> {
         if !version3 || !self.claim_corrupt_mark() {
             return Ok(());
         }
+        let change = header.change().await;
         let bits = u64::from_be_bytes(header.field(qcow2::position::INCOMPATIBLE));
         let marked = qcow2::Incompatible(bits).with(qcow2::Incompatible::CORRUPT);
-        let sector = header.patched(qcow2::position::patch_incompatible(marked));
-        driver
-            .run_all([HeaderSector::write(&self.files[0], sector)])
-            .await
-            .map_err(RequestError::io("header write"))?;
+        let write = change.write(&self.files[0], qcow2::position::patch_incompatible(marked));
+        driver.run_all([write]).await.map_err(RequestError::io("header write"))?;
         let sync = Operation::bare(self.top_file(), Kind::Sync, 0);
         driver.run_bare(sync).await.map_err(RequestError::io("fdatasync"))
     }

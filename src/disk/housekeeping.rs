@@ -23,6 +23,9 @@ const DIRTY_AGE_MAX: Duration = Duration::from_secs(5);
 /// How long to wait before looking again whether freed clusters are out of reach of all I/O.
 const RECLAIM_RETRY: Duration = Duration::from_millis(50);
 
+/// Punches in flight at a time.
+const PUNCHES_AT_ONCE: usize = 16;
+
 /// How others wake the housekeeper.
 #[derive(Default)]
 pub(crate) struct Bell {
@@ -149,36 +152,6 @@ impl<S: Storage> Keeper<S> {
     }
 }
 
-/// The housekeeper's work.
-async fn keep<S: Storage>(worker: &Worker<S>) {
-    let bell = &worker.shared.bell;
-    while !bell.stopped() && !worker.engine().has_failed() {
-        if !has_work(worker) {
-            bell.idle(worker, None, true).await;
-            continue;
-        }
-        let cuts = worker.engine().status().cuts;
-        let pause = if worker.engine().status().reclaimable { RECLAIM_RETRY } else { DIRTY_AGE_MAX };
-        // A guest's flush rings while we wait, so that what it unlinked is given back at once.
-        bell.pause(worker, pause, cuts).await;
-        if bell.stopped() {
-            break;
-        }
-        let flushed_meanwhile = worker.engine().status().cuts != cuts;
-        if !flushed_meanwhile
-            && pause == DIRTY_AGE_MAX
-            && let Err(error) = worker.flush().await
-        {
-            warn!(%error, "flushing metadata in the background failed");
-            bell.idle(worker, Some(DIRTY_AGE_MAX), false).await;
-        }
-        if let Err(error) = worker.reclaim().await {
-            warn!(%error, "giving freed space back failed");
-            bell.idle(worker, Some(DIRTY_AGE_MAX), false).await;
-        }
-    }
-}
-
 impl Bell {
     /// Waits until stopped, the time is over, or a cut after number `cuts` is durable.
     async fn pause<S: Storage>(&self, worker: &Worker<S>, time: Duration, cuts: u64) {
@@ -195,32 +168,68 @@ impl Bell {
     }
 }
 
-impl<S: Storage> Worker<S> {
-    /// Gives back what can be given back now.
-    pub async fn reclaim(&self) -> Result<(), RequestError> {
-        while let Some(plan) = self.ask(|engine, waker| engine.plan_reclaim(waker)).await? {
-            let mut punched = Vec::with_capacity(plan.punches.len());
-            for some in plan.punches.chunks(16) {
-                let top = self.shared.top_file();
-                let started: Vec<_> = some
-                    .iter()
-                    .map(|(offset, length)| {
-                        self.driver.run(Operation::bare(top, Kind::Punch { length: *length }, offset.0))
-                    })
-                    .collect();
-                for outcome in started {
-                    let (result, _) = outcome.await;
-                    if let Err(error) = result
-                        && error != Errno::EOPNOTSUPP
-                    {
-                        warn!(%error, "freed space could not be given back to the host; it is reused all the same");
-                    }
-                    punched.push(result.is_ok());
-                }
-            }
-            self.engine().commit_reclaim(plan, &punched);
+/// The housekeeper's work.
+async fn keep<S: Storage>(worker: &Worker<S>) {
+    let bell = &worker.shared.bell;
+    let mut dirty_since = None;
+    while !bell.stopped() && !worker.engine().has_failed() {
+        if !has_work(worker) {
+            dirty_since = None;
+            bell.idle(worker, None, true).await;
+            continue;
         }
+        let since = *dirty_since.get_or_insert_with(|| worker.driver.now());
+        let mut age = worker.driver.now().saturating_duration_since(since);
+        if age >= DIRTY_AGE_MAX {
+            if let Err(error) = worker.flush().await {
+                warn!(%error, "flushing metadata in the background failed");
+            }
+            (dirty_since, age) = (None, Duration::ZERO);
+        }
+        if let Err(error) = worker.reclaim_until_stopped().await {
+            warn!(%error, "giving freed space back failed");
+            bell.idle(worker, Some(DIRTY_AGE_MAX), false).await;
+        }
+        let status = worker.engine().status();
+        let left = DIRTY_AGE_MAX.saturating_sub(age);
+        let pause = if status.reclaimable { RECLAIM_RETRY.min(left) } else { left };
+        // A guest's flush ends the pause, so that what it unlinked is given back at once.
+        bell.pause(worker, pause, status.cuts).await;
+        if worker.engine().status().cuts != status.cuts {
+            dirty_since = None;
+        }
+    }
+}
+
+impl<S: Storage> Worker<S> {
+    async fn reclaim_until_stopped(&self) -> Result<(), RequestError> {
+        while !self.shared.bell.stopped() && self.reclaim_some().await? {}
         Ok(())
+    }
+
+    /// Gives some of what was freed back; false if nothing can be given back now.
+    pub async fn reclaim_some(&self) -> Result<bool, RequestError> {
+        let Some(plan) = self.ask(|engine, waker| engine.plan_reclaim(waker)).await? else {
+            return Ok(false);
+        };
+        let mut punched = Vec::with_capacity(plan.punches.len());
+        for some in plan.punches.chunks(PUNCHES_AT_ONCE) {
+            let punch = |(offset, length): &(qcow2::HostOffset, u64)| {
+                Operation::bare(self.shared.top_file(), Kind::Punch { length: *length }, offset.0)
+            };
+            let started: Vec<_> = some.iter().map(|run| self.driver.run(punch(run))).collect();
+            for outcome in started {
+                let (result, _) = outcome.await;
+                if let Err(error) = result
+                    && error != Errno::EOPNOTSUPP
+                {
+                    warn!(%error, "freed space could not be given back to the host; it is reused all the same");
+                }
+                punched.push(result.is_ok());
+            }
+        }
+        self.engine().commit_reclaim(plan, &punched);
+        Ok(true)
     }
 }
 

@@ -7,9 +7,21 @@ use crate::error::RequestError;
 use crate::worker::Worker;
 
 impl<S: Storage> Worker<S> {
-    /// Reserves a window of clusters.
+    /// Reserves a window of clusters. Where the host has no space, what was freed is made ready first, and then once
+    /// more.
     pub async fn reserve(&self) -> Result<(), RequestError> {
-        let plan = self.ask(|engine, waker| engine.plan_reserve(waker)).await?;
+        match self.reserve_window().await {
+            Err(error) if error.is_no_space() => {
+                self.flush().await?;
+                while self.reclaim_some().await? {}
+                self.reserve_window().await
+            }
+            other => other,
+        }
+    }
+
+    async fn reserve_window(&self) -> Result<(), RequestError> {
+        let Some(plan) = self.ask(|engine, waker| engine.plan_reserve(waker)).await? else { return Ok(()) };
         let top = self.shared.top_file();
         let mut result = Ok(());
         if let Some(length) = plan.file_length {
@@ -53,10 +65,12 @@ impl<S: Storage> Worker<S> {
         match self.allocate(operation).await {
             Ok(()) => {
                 self.engine().commit_table(plan);
+                self.shared.touched();
                 Ok(())
             }
             Err(error) => {
                 self.engine().abort_table(plan);
+                self.shared.touched();
                 Err(RequestError::Io { what: "allocating an L2 table", source: error })
             }
         }

@@ -123,6 +123,8 @@ impl<S: Storage> Disk<S> {
             table_bytes: options.table_bytes,
             workers: WORKERS_MAX,
         });
+        let engine =
+            engine.map_err(|error| OpenError::Request { path: path.to_owned(), source: error.into() })?;
         let shared = Arc::new(Shared {
             storage,
             engine,

@@ -19,7 +19,7 @@ impl<S: Storage> Worker<S> {
         let mut done = 0;
         while done < length {
             let at = GuestOffset(offset + done);
-            let extents = self.ask(|engine, waker| engine.plan_read(at, length - done, waker)).await?;
+            let extents = self.some_extents(at, length - done).await?;
             let mut direct: SmallVec<[Operation; 4]> = SmallVec::new();
             for extent in extents {
                 let memory = subrange(slices, done as usize, extent.length as usize);
@@ -39,6 +39,17 @@ impl<S: Storage> Worker<S> {
             self.driver.run_all(direct).await.map_err(RequestError::io("reading"))?;
         }
         Ok(())
+    }
+
+    /// Where a prefix of a range comes from. The tables that a whole slice of the map needs may not all be readable:
+    /// what this range needs alone may be.
+    async fn some_extents(&self, at: GuestOffset, length: u64) -> Result<Vec<Extent>, RequestError> {
+        match self.ask(|engine, waker| engine.plan_read(at, length, waker)).await {
+            Err(RequestError::Io { .. }) => {
+                self.ask(|engine, waker| engine.plan_read_exact(at, length, waker)).await
+            }
+            other => other,
+        }
     }
 
     async fn read_bounced(
@@ -68,7 +79,7 @@ impl<S: Storage> Worker<S> {
         let mut done = 0;
         while done < length {
             let at = GuestOffset(offset + done);
-            let some = self.ask(|engine, waker| engine.plan_read(at, length - done, waker)).await?;
+            let some = self.some_extents(at, length - done).await?;
             for extent in some {
                 done += extent.length;
                 engine::push_extent(&mut all, extent.source, extent.length);

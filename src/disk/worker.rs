@@ -88,12 +88,14 @@ impl<S: Storage> Worker<S> {
                 let (ended, mut parts) = outcome.await;
                 match (ended, parts.pop()) {
                     (Ok(()), Some(Part::Owned(buffer))) => {
-                        self.engine().table_loaded(load.table, buffer.as_slice().into());
+                        self.engine().table_loaded(load, buffer.as_slice().into());
                         self.driver.pool.give(buffer);
                     }
                     (ended, _) => {
-                        self.engine().table_failed(load.table);
-                        result = result.and(ended.and(Err(Errno::EIO)));
+                        self.engine().table_failed(load);
+                        if !load.ahead {
+                            result = result.and(ended.and(Err(Errno::EIO)));
+                        }
                     }
                 }
             }

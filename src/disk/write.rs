@@ -70,8 +70,8 @@ impl<S: Storage> Worker<S> {
             let left = self.piece(payload, length - done);
             let at = GuestOffset(offset + done);
             if self.engine().lookup(at) == Mapping::Unresolved {
-                // So that the next write here finds its cluster in the map.
-                self.ask(|engine, waker| engine.plan_read(at, 1, waker)).await?;
+                // So that the next write here finds its cluster in the map. This one may do without.
+                let _ = self.ask(|engine, waker| engine.plan_read(at, 1, waker)).await;
             }
             let plan = if self.shared.is_qcow2() {
                 self.ask(|engine, waker| engine.plan_write(at, left, waker)).await?
@@ -161,6 +161,7 @@ impl<S: Storage> Worker<S> {
             }
             Err(error) => {
                 self.engine().abort_write(allocation);
+                self.shared.touched();
                 Err(error)
             }
         }

@@ -8,6 +8,9 @@ use crate::error::RequestError;
 use crate::worker::Worker;
 use crate::write::Payload;
 
+/// L2 slices that a long discard goes through before it lets the thread's other work go on.
+const ROUNDS_AT_ONCE: u32 = 16;
+
 impl<S: Storage> Worker<S> {
     /// Discards a range: whole clusters only, the rest keeps its contents.
     pub async fn discard(&self, offset: u64, length: u64) -> Result<(), RequestError> {
@@ -48,7 +51,12 @@ impl<S: Storage> Worker<S> {
 
     async fn zero_clusters(&self, start: u64, end: u64, mode: ZeroMode) -> Result<(), RequestError> {
         let mut at = start;
+        let mut rounds = 0_u32;
         while at < end {
+            rounds += 1;
+            if rounds.is_multiple_of(ROUNDS_AT_ONCE) {
+                self.driver.yield_now().await;
+            }
             let zeroed =
                 self.ask(|engine, waker| engine.zero(GuestOffset(at), end - at, mode, waker)).await?;
             at += match zeroed {

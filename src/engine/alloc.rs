@@ -57,6 +57,10 @@ pub(crate) struct Allocator {
     window_clusters_max: u64,
     pub quarantine: VecDeque<Freed>,
     pub unlinked: VecDeque<Unlinked>,
+    /// Clusters in quarantine or unlinked.
+    pub quarantined: u64,
+    /// The longest that this session found or made the file, in bytes.
+    pub file_length: u64,
     /// Somebody reserves: who waits for it.
     pub reserving: Option<Vec<Waker>>,
     /// Somebody reclaims.
@@ -78,6 +82,8 @@ impl Allocator {
             window_clusters_max: (WINDOW_BYTES_MAX / cluster_size).max(1),
             quarantine: VecDeque::new(),
             unlinked: VecDeque::new(),
+            quarantined: 0,
+            file_length: 0,
             reserving: None,
             reclaiming: false,
             // Cluster 0 is the header's, whatever its refcount says.
@@ -102,6 +108,11 @@ impl Allocator {
             self.windows.pop_front();
         }
         Some(taken)
+    }
+
+    /// True if a cluster can be taken.
+    pub fn has_window(&self) -> bool {
+        !self.windows.is_empty()
     }
 
     /// Adds a window that has been reserved; the next is to be larger.
@@ -205,15 +216,20 @@ impl Allocator {
         self.quarantine = later;
     }
 
-    /// Clusters that are unlinked but cannot be handed out yet.
-    pub fn quarantined(&self) -> u64 {
-        let freed: u64 = self.quarantine.iter().map(|freed| freed.run.count).sum();
-        let unlinked: u64 = self.unlinked.iter().map(|unlinked| unlinked.run.count).sum();
-        freed + unlinked
+    /// Cuts the oldest unlinked run so that it has at most `count` clusters.
+    pub fn split_first_unlinked(&mut self, count: u64) {
+        let Some(first) = self.unlinked.front_mut() else { return };
+        if first.run.count > count {
+            let rest = Run { start: HostCluster(first.run.start.0 + count), count: first.run.count - count };
+            let rest = Unlinked { run: rest, epoch: first.epoch };
+            first.run.count = count;
+            self.unlinked.insert(1, rest);
+        }
     }
 
     /// Puts a run into quarantine, joining it with the last where it can.
     pub fn free_later(&mut self, cluster: HostCluster, cut: u64) {
+        self.quarantined += 1;
         if let Some(last) = self.quarantine.back_mut()
             && last.cut == cut
             && last.run.start.0 + last.run.count == cluster.0

@@ -41,6 +41,8 @@ pub struct TableLoad {
     pub offset: HostOffset,
     /// Bytes.
     pub length: usize,
+    /// Loaded on the chance that it is needed: if it cannot be read, nothing is lost.
+    pub ahead: bool,
 }
 
 /// Leaves a function with any answer but `Ready`.

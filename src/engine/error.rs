@@ -59,6 +59,19 @@ pub enum EngineError {
     /// The refcount table would grow past its limit of 8 MiB.
     #[error("the refcount table cannot grow past 8 MiB: the image file is as large as its format allows")]
     RefcountTableFull,
+    /// The image file would grow past what an offset in its tables can say.
+    #[error("the image file cannot grow past 2^56 bytes, the largest offset of its format")]
+    FileTooLarge,
+    /// Two pieces of metadata, or metadata and data, lie in the same place.
+    #[error("layer 0: {structure}, entry {index} names cluster {cluster:#x}, which holds other metadata")]
+    Overlap {
+        /// The table whose entry it is.
+        structure: Structure,
+        /// The entry's number in the whole table (for L2: the guest cluster).
+        index: u64,
+        /// Host cluster number.
+        cluster: u64,
+    },
     /// An earlier metadata write or flush failed, or the image is corrupt: nothing is written any more.
     #[error("the disk refuses writes since an earlier metadata write or flush failed")]
     Failed,
@@ -70,6 +83,11 @@ pub enum EngineError {
 impl EngineError {
     /// True if the top image itself is damaged, so that its corrupt bit is to be set.
     pub fn is_top_corruption(&self) -> bool {
-        matches!(self, EngineError::BadEntry { layer: 0, .. } | EngineError::RefcountZero { .. })
+        matches!(
+            self,
+            EngineError::BadEntry { layer: 0, .. }
+                | EngineError::RefcountZero { .. }
+                | EngineError::Overlap { .. }
+        )
     }
 }

@@ -243,12 +243,6 @@ impl State {
             };
             self.tables.not_written(id, if linked { Dirt::Existing } else { dirt });
         }
-        // What this cut would have unlinked is unlinked by the next.
-        let write = self.write.as_mut().expect("a writable image");
-        let next = write.flush.next;
-        for freed in &mut write.alloc.quarantine {
-            freed.cut = freed.cut.max(if freed.cut == 0 { 0 } else { next });
-        }
     }
 }
 

@@ -14,6 +14,7 @@ mod claims;
 mod epoch;
 mod error;
 mod flush;
+mod guard;
 mod layers;
 mod map;
 mod reclaim;
@@ -54,6 +55,7 @@ use crate::alloc::Allocator;
 use crate::answer::WakeList;
 use crate::claims::Claims;
 use crate::flush::FlushState;
+use crate::guard::MetadataGuard;
 use crate::layers::Layer;
 use crate::map::{ChainMap, MapWriter};
 use crate::refcounts::Refcounts;
@@ -121,21 +123,25 @@ pub struct EngineStatus {
 impl Engine {
     /// An engine over tables as they are on disk.
     ///
+    /// # Errors
+    /// A writable top image whose pieces of metadata overlap.
+    ///
     /// # Panics
     /// If the layers are none, or a writable qcow2 top image comes without its [`TopSpec`]: programmer errors.
-    pub fn new(spec: EngineSpec) -> Self {
+    pub fn new(spec: EngineSpec) -> Result<Self, EngineError> {
         let layers: Vec<Layer> =
             spec.layers.into_iter().enumerate().map(|(n, layer)| Layer::new(n, layer)).collect();
         let top = layers.first().expect("a chain has a top");
         let (unit, size) = match top {
-            Layer::Raw { size, .. } => (RAW_UNIT, *size),
+            // Larger for a huge image, so that the map's directory stays small.
+            Layer::Raw { size, .. } => (RAW_UNIT.max((size >> 35).next_power_of_two()), *size),
             Layer::Qcow2(layer) => (layer.geometry.cluster_size(), layer.geometry.size),
         };
         let map = ChainMap::new(size.div_ceil(unit), spec.map_bytes / FRAME_BYTES);
         let write = match top {
             Layer::Qcow2(layer) if spec.writable => {
                 let top = spec.top.expect("a writable qcow2 image comes with its own metadata");
-                Some(write_state(layer.geometry, top))
+                Some(write_state(layer.geometry, &layer.l1, top)?)
             }
             _ => None,
         };
@@ -143,11 +149,12 @@ impl Engine {
             map_writer: MapWriter::new(&map),
             tables: Tables::new(spec.table_bytes),
             layers,
-            dirty_bytes_max: spec.table_bytes,
+            // Dirty slices cannot be evicted: half of the cache is left for clean ones.
+            dirty_bytes_max: spec.table_bytes / 2,
             writable: spec.writable,
             write,
         };
-        Engine {
+        Ok(Engine {
             map,
             unit_bits: unit.trailing_zeros(),
             size,
@@ -155,7 +162,7 @@ impl Engine {
             claims: Claims::default(),
             failed: AtomicBool::new(false),
             state: Mutex::new(state),
-        }
+        })
     }
 
     /// Virtual size in bytes.
@@ -232,14 +239,28 @@ impl Engine {
         self.with(|state, _| state.extents(&self.map, self.unit(), offset, length, waker))
     }
 
+    /// As [`Engine::plan_read`], but asks only for the tables of exactly this range, and does not fill the map: for when
+    /// a table that only its neighbours need cannot be read.
+    ///
+    /// # Errors
+    /// As for [`Engine::plan_read`].
+    pub fn plan_read_exact(
+        &self,
+        offset: GuestOffset,
+        length: u64,
+        waker: &Waker,
+    ) -> Result<Answer<Vec<Extent>>, EngineError> {
+        self.with(|state, _| state.exact_extents(offset, length, waker))
+    }
+
     /// Hands in a table slice that [`Answer::Load`] asked for.
-    pub fn table_loaded(&self, table: TableId, bytes: Box<[u8]>) {
-        self.with(|state, wakes| state.tables.end_load(table, Some(bytes), wakes));
+    pub fn table_loaded(&self, load: &TableLoad, bytes: Box<[u8]>) {
+        self.with(|state, wakes| state.tables.end_load(load.table, Some(bytes), load.ahead, wakes));
     }
 
     /// A table slice could not be read. Others who wait for it will ask for it again.
-    pub fn table_failed(&self, table: TableId) {
-        self.with(|state, wakes| state.tables.end_load(table, None, wakes));
+    pub fn table_failed(&self, load: &TableLoad) {
+        self.with(|state, wakes| state.tables.end_load(load.table, None, load.ahead, wakes));
     }
 
     /// Plans a prefix of a write; the caller holds a claim on the range.
@@ -304,11 +325,11 @@ impl Engine {
         self.with(|state, wakes| state.abort_table(plan, wakes));
     }
 
-    /// Plans to reserve clusters for allocations to come.
+    /// Plans to reserve clusters for allocations to come; `Ready(None)` if some are reserved.
     ///
     /// # Errors
-    /// As for [`Engine::plan_write`], and [`EngineError::RefcountTableFull`].
-    pub fn plan_reserve(&self, waker: &Waker) -> Result<Answer<ReservePlan>, EngineError> {
+    /// As for [`Engine::plan_write`], [`EngineError::RefcountTableFull`] and [`EngineError::FileTooLarge`].
+    pub fn plan_reserve(&self, waker: &Waker) -> Result<Answer<Option<ReservePlan>>, EngineError> {
         self.check()?;
         self.with(|state, _| state.plan_reserve(waker))
     }
@@ -374,12 +395,17 @@ impl Engine {
         self.with(|state, _| state.release_windows(waker))
     }
 
-    /// At a clean end: the length in bytes that the file needs.
+    /// At a clean end: the length in bytes to cut the file to. None if the file, `present` bytes long, is longer than
+    /// this session found or made it: something lies there that the refcounts do not know.
     ///
     /// # Errors
     /// The disk is read-only.
-    pub fn trim_end(&self) -> Result<u64, EngineError> {
-        self.with(|state, _| Ok(state.write_state()?.alloc.trim_end() << self.unit_bits))
+    pub fn trim_end(&self, present: u64) -> Result<Option<u64>, EngineError> {
+        self.with(|state, _| {
+            let alloc = &mut state.write_state()?.alloc;
+            let length = alloc.trim_end() << self.unit_bits;
+            Ok((length < present && present <= alloc.file_length).then_some(length))
+        })
     }
 
     /// Numbers for logs, metrics and housekeeping.
@@ -389,7 +415,7 @@ impl Engine {
             let Some(write) = &state.write else { return EngineStatus::default() };
             EngineStatus {
                 dirty_bytes,
-                quarantined_clusters: write.alloc.quarantined(),
+                quarantined_clusters: write.alloc.quarantined,
                 reclaimable: !write.alloc.unlinked.is_empty(),
                 cuts: write.flush.completed(),
             }
@@ -397,19 +423,23 @@ impl Engine {
     }
 }
 
-fn write_state(geometry: qcow2::Geometry, top: TopSpec) -> WriteState {
+fn write_state(geometry: qcow2::Geometry, l1: &[u64], top: TopSpec) -> Result<WriteState, EngineError> {
     let refcounts = Refcounts::new(geometry, top.refcount_table, top.refcount_table_offset);
     // Blocks past the end of the file would be in the way of growth: grow from the last of them.
     let last_block = refcounts.table.iter().rposition(|raw| *raw != 0).unwrap_or(0) as u64;
-    let end = geometry.clusters_for(top.file_length).max(last_block * geometry.refblock_entries()).max(1);
+    let guard = MetadataGuard::of_image(&geometry, l1, top.l1_offset, &refcounts)?;
+    let in_blocks = last_block * geometry.refblock_entries();
+    let end = geometry.clusters_for(top.file_length).max(in_blocks).max(guard.end());
     let mut alloc = Allocator::new(end, geometry.cluster_size());
     alloc.scan_end = geometry.clusters_for(top.file_length);
-    WriteState {
+    alloc.file_length = top.file_length;
+    Ok(WriteState {
         refcounts,
         alloc,
+        guard,
         flush: FlushState::new(),
         table_jobs: HashMap::new(),
         l1_offset: top.l1_offset,
         l1_dirty: BTreeSet::new(),
-    }
+    })
 }

@@ -1,7 +1,7 @@
 //! Reclaiming: freed clusters whose unlink is durable, and which no I/O can touch any more, lose their refcount, are
 //! punched out of the file, and become free.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::task::Waker;
 
 use qcow2::{HostCluster, HostOffset};
@@ -13,8 +13,10 @@ use crate::error::EngineError;
 use crate::state::State;
 use crate::tables::TableId;
 
-/// The most clusters reclaimed in one go.
-const RECLAIM_CLUSTERS: u64 = 4096;
+/// The most runs reclaimed in one go.
+const RUNS_MAX: usize = 1024;
+/// The most refblock slices that one go may need: few against what the cache holds.
+const SLICES_MAX: usize = 64;
 
 /// Runs of clusters that nobody uses any more. Punch each, then commit, saying which were punched.
 #[derive(Debug)]
@@ -26,6 +28,8 @@ pub struct ReclaimPlan {
     /// Cluster → its new count.
     counts: BTreeMap<u64, u64>,
     pins: Vec<TableId>,
+    /// Clusters that leave the quarantine.
+    clusters: u64,
 }
 
 impl State {
@@ -39,24 +43,25 @@ impl State {
         if write.alloc.reclaiming {
             return Ok(Answer::Ready(None));
         }
+        write.alloc.split_first_unlinked(SLICES_MAX as u64 / 2 * write.refcounts.slice_entries());
         let mut batch: Vec<Unlinked> = Vec::new();
-        let mut clusters = 0;
+        let mut pins = BTreeSet::new();
         for unlinked in &write.alloc.unlinked {
-            if clusters >= RECLAIM_CLUSTERS || !epochs.passed(unlinked.epoch) {
+            if batch.len() >= RUNS_MAX || !epochs.passed(unlinked.epoch) {
                 break;
             }
-            clusters += unlinked.run.count;
+            let slices = write.refcounts.slices_of(unlinked.run.start, unlinked.run.count)?;
+            if !batch.is_empty() && pins.len() + slices.len() > SLICES_MAX {
+                break;
+            }
+            pins.extend(slices);
             batch.push(*unlinked);
         }
         if batch.is_empty() {
             return Ok(Answer::Ready(None));
         }
-        let mut pins = Vec::new();
-        for unlinked in &batch {
-            pins.extend(self.refblock_slices(unlinked.run.start, unlinked.run.count)?);
-        }
-        pins.sort_unstable();
-        pins.dedup();
+        let pins: Vec<TableId> = pins.into_iter().collect();
+        ready!(self.may_dirty());
         ready!(self.need_tables(pins.iter().copied(), waker)?);
         let counts = self.decremented(&batch)?;
         let runs = runs_of(counts.iter().filter(|(_, count)| **count == 0).map(|(cluster, _)| *cluster));
@@ -64,14 +69,14 @@ impl State {
             self.tables.pin(*id);
         }
         let write = self.write_state()?;
-        write.alloc.unlinked.drain(..batch.len());
+        let clusters = write.alloc.unlinked.drain(..batch.len()).map(|unlinked| unlinked.run.count).sum();
         write.alloc.reclaiming = true;
         let geometry = write.refcounts.geometry;
         let punches = runs
             .iter()
             .map(|run| (geometry.host_offset(run.start), run.count * geometry.cluster_size()))
             .collect();
-        Ok(Answer::Ready(Some(ReclaimPlan { punches, runs, counts, pins })))
+        Ok(Answer::Ready(Some(ReclaimPlan { punches, runs, counts, pins, clusters })))
     }
 
     /// What each cluster's count will be.
@@ -101,6 +106,7 @@ impl State {
         }
         let alloc = &mut self.write.as_mut().expect("a plan was made").alloc;
         alloc.reclaiming = false;
+        alloc.quarantined -= plan.clusters;
         for (run, punched) in plan.runs.into_iter().zip(punched) {
             alloc.add_free(FreeRun { run, known_zero: *punched });
         }

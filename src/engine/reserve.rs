@@ -14,6 +14,9 @@ use crate::refcounts::{Refcounts, TABLE_BYTES_MAX};
 use crate::state::{State, WriteState};
 use crate::tables::{Dirt, TableId};
 
+/// The largest file: an offset in a table has 56 bits.
+const FILE_BYTES_MAX: u64 = 1 << 56;
+
 /// Refblock slices searched for free clusters in one go.
 const SCAN_SLICES: u64 = 8;
 
@@ -43,9 +46,12 @@ struct Growth {
 }
 
 impl State {
-    /// Plans a window. One is planned at a time; others wait.
-    pub fn plan_reserve(&mut self, waker: &Waker) -> Result<Answer<ReservePlan>, EngineError> {
+    /// Plans a window; `Ready(None)` if there is one. One is planned at a time; others wait.
+    pub fn plan_reserve(&mut self, waker: &Waker) -> Result<Answer<Option<ReservePlan>>, EngineError> {
         let write = self.write_state()?;
+        if write.alloc.has_window() {
+            return Ok(Answer::Ready(None));
+        }
         if let Some(waiters) = &mut write.alloc.reserving {
             waiters.push(waker.clone());
             return Ok(Answer::Wait);
@@ -61,19 +67,18 @@ impl State {
     }
 
     /// A window of clusters that are free already.
-    fn plan_free_window(&mut self, free: FreeRun, waker: &Waker) -> Result<Answer<ReservePlan>, EngineError> {
+    fn plan_free_window(
+        &mut self,
+        free: FreeRun,
+        waker: &Waker,
+    ) -> Result<Answer<Option<ReservePlan>>, EngineError> {
         let wanted = self.write_state()?.alloc.window_clusters().min(free.run.count);
         let pins = self.refblock_slices(free.run.start, wanted)?;
         ready!(self.need_tables(pins.iter().copied(), waker)?);
         let write = self.write_state()?;
         let window = write.alloc.take_free(wanted).expect("a free run was seen");
-        Ok(Answer::Ready(self.start_reserve(ReservePlan {
-            file_length: None,
-            metadata: None,
-            window,
-            growth: None,
-            pins,
-        })))
+        let plan = ReservePlan { file_length: None, metadata: None, window, growth: None, pins };
+        Ok(Answer::Ready(Some(self.start_reserve(plan))))
     }
 
     fn start_reserve(&mut self, plan: ReservePlan) -> ReservePlan {
@@ -95,7 +100,9 @@ impl State {
         let slices = write.refcounts.slices_of(HostCluster(from), to - from)?;
         ready!(self.need_tables(slices, waker)?);
         let State { tables, write, .. } = self;
-        let Some(WriteState { refcounts, alloc, .. }) = write else { return Err(EngineError::ReadOnly) };
+        let Some(WriteState { refcounts, alloc, guard, .. }) = write else {
+            return Err(EngineError::ReadOnly);
+        };
         let mut cluster = from;
         while cluster < to {
             let slice_end = to.min((cluster / refcounts.slice_entries() + 1) * refcounts.slice_entries());
@@ -107,6 +114,9 @@ impl State {
                         == 0
                     {
                         let run = Run { start: HostCluster(cluster + at), count: 1 };
+                        if guard.contains(run.start) {
+                            return Err(EngineError::RefcountZero { cluster: run.start.0 });
+                        }
                         alloc.add_free(FreeRun { run, known_zero: false });
                     }
                 }
@@ -118,7 +128,7 @@ impl State {
     }
 
     /// A window past the end of the file.
-    fn plan_growth(&mut self, waker: &Waker) -> Result<Answer<ReservePlan>, EngineError> {
+    fn plan_growth(&mut self, waker: &Waker) -> Result<Answer<Option<ReservePlan>>, EngineError> {
         ready!(self.skip_used(waker)?);
         let write = self.write_state()?;
         let (end, entries) = (write.alloc.end, write.refcounts.geometry.refblock_entries());
@@ -133,12 +143,20 @@ impl State {
             count = (start..start + count).take_while(|cluster| self.refcount(*cluster) == 0).count() as u64;
         }
         let geometry = self.top_qcow2().geometry;
+        let past =
+            (start + count).checked_mul(geometry.cluster_size()).filter(|past| *past <= FILE_BYTES_MAX);
+        let file_length = Some(past.ok_or(EngineError::FileTooLarge)?);
         let metadata = growth.as_ref().map(|growth| {
             (geometry.host_offset(growth.run.start), growth.run.count * geometry.cluster_size())
         });
         let window = FreeRun { run: Run { start: HostCluster(start), count }, known_zero: true };
-        let file_length = Some((start + count) * geometry.cluster_size());
-        Ok(Answer::Ready(self.start_reserve(ReservePlan { file_length, metadata, window, growth, pins })))
+        Ok(Answer::Ready(Some(self.start_reserve(ReservePlan {
+            file_length,
+            metadata,
+            window,
+            growth,
+            pins,
+        }))))
     }
 
     /// Moves the end of the file past clusters that count as used there: some earlier writer's leaks.
@@ -192,6 +210,7 @@ impl State {
             self.set_refcount(cluster, 1);
         }
         let write = self.write.as_mut().expect("a plan was made");
+        write.alloc.file_length = write.alloc.file_length.max(plan.file_length.unwrap_or(0));
         write.alloc.end = write.alloc.end.max(run.start.0 + run.count);
         write.alloc.add_window(plan.window);
         wakes.add_all(write.alloc.reserving.take().expect("this plan reserves"));
@@ -203,11 +222,14 @@ impl State {
         let geometry = write.refcounts.geometry;
         if let Some(table) = growth.table {
             let (old, clusters) = (write.refcounts.table_offset, write.refcounts.table_clusters());
+            let old = geometry.host_cluster(old);
             for at in 0..clusters {
-                write.alloc.free_later(HostCluster(geometry.host_cluster(old).0 + at), next_cut);
+                write.alloc.free_later(HostCluster(old.0 + at), next_cut);
             }
+            write.guard.remove(old, clusters);
             write.refcounts.move_table(table);
         }
+        write.guard.add(growth.run.start, growth.run.count).expect("the file grows past all metadata");
         let slice_bytes = write.refcounts.slice_bytes() as usize;
         let slices = write.refcounts.slices_per_block();
         for (block, cluster) in &growth.blocks {

@@ -8,6 +8,7 @@ use qcow2::{GuestCluster, GuestOffset, HostOffset, L1Entry, L2Entry};
 
 use crate::answer::{Answer, ready};
 use crate::error::EngineError;
+use crate::guard::MetadataGuard;
 use crate::layers::{Layer, Qcow2Layer};
 use crate::map::{ChainMap, SLICE_WORDS, SliceIndex};
 use crate::state::{Missing, State, decode_l2};
@@ -16,6 +17,9 @@ use crate::word::{FileIndex, Mapping, Word};
 
 /// The most extents one plan gives.
 const EXTENTS_MAX: usize = 256;
+
+/// The most bytes that are resolved exactly at a time: bounded, as clusters may have 512 bytes.
+const EXACT_BYTES_MAX: u64 = 64 << 10;
 
 /// Where a run of guest bytes comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,13 +104,14 @@ impl State {
             if open.is_empty() || number > last_layer || missing.full() {
                 break;
             }
-            let State { layers, tables, .. } = self;
+            let State { layers, tables, write, .. } = self;
+            let guard = write.as_ref().map(|write| &write.guard);
             open.retain(|at| {
                 let start = (first + at) * unit;
                 let span = Span { start, end: (start + unit).min(size), cluster: unit };
                 let step = match &layers[number] {
                     Layer::Raw { file, size } => Ok(raw_step(*file, *size, span, writable && number == 0)),
-                    Layer::Qcow2(layer) => qcow2_step(layer, tables, span, writable, &mut missing),
+                    Layer::Qcow2(layer) => qcow2_step(layer, tables, span, guard, &mut missing),
                 };
                 match step {
                     Ok(Step::Answer(word)) => words[*at as usize] = word,
@@ -118,6 +123,7 @@ impl State {
             });
             if missing.any() && last_layer == usize::MAX {
                 last_layer = 2 * number + 1;
+                missing.look_ahead();
             }
         }
         if missing.any() {
@@ -173,6 +179,18 @@ impl State {
             }
             at += piece;
         }
+        Ok(Answer::Ready(extents))
+    }
+
+    /// Where a range comes from, by its own tables alone: a prefix of at most [`EXACT_BYTES_MAX`].
+    pub fn exact_extents(
+        &mut self,
+        offset: GuestOffset,
+        length: u64,
+        waker: &Waker,
+    ) -> Result<Answer<Vec<Extent>>, EngineError> {
+        let mut extents = Vec::new();
+        ready!(self.walk(offset.0, length.min(EXACT_BYTES_MAX), &mut extents, waker)?);
         Ok(Answer::Ready(extents))
     }
 
@@ -288,7 +306,7 @@ fn qcow2_step(
     layer: &Qcow2Layer,
     tables: &mut Tables,
     span: Span,
-    writable: bool,
+    guard: Option<&MetadataGuard>,
     missing: &mut Missing,
 ) -> Result<Step, EngineError> {
     let geometry = &layer.geometry;
@@ -307,8 +325,10 @@ fn qcow2_step(
         Some(L2Entry::Unallocated) => Step::Below,
         Some(L2Entry::Zero | L2Entry::ZeroAllocated { .. }) => Step::Answer(Word::ZERO),
         Some(L2Entry::Data { offset, copied }) => {
-            let offset = HostOffset(offset.0 + geometry.in_cluster(span.start));
-            Step::Answer(Word::data(layer.file, offset, writable && copied && layer.number == 0))
+            let place = HostOffset(offset.0 + geometry.in_cluster(span.start));
+            let own = copied && layer.number == 0;
+            let in_place = own && guard.is_some_and(|guard| !guard.contains(geometry.host_cluster(offset)));
+            Step::Answer(Word::data(layer.file, place, in_place))
         }
         Some(L2Entry::Compressed { .. }) => Step::Answer(Word::MIXED),
     })

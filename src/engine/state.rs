@@ -9,6 +9,7 @@ use crate::alloc::Allocator;
 use crate::answer::{Answer, TableLoad, TableSlot};
 use crate::error::{EngineError, Structure};
 use crate::flush::FlushState;
+use crate::guard::MetadataGuard;
 use crate::layers::{EntryPlace, Layer, Qcow2Layer};
 use crate::map::MapWriter;
 use crate::refcounts::Refcounts;
@@ -34,6 +35,7 @@ pub(crate) struct State {
 pub(crate) struct WriteState {
     pub refcounts: Refcounts,
     pub alloc: Allocator,
+    pub guard: MetadataGuard,
     pub flush: FlushState,
     /// L2 tables being made the top image's own, and who waits for each.
     pub table_jobs: HashMap<TableSlot, Vec<Waker>>,
@@ -48,6 +50,8 @@ pub(crate) struct WriteState {
 pub(crate) struct Missing {
     absent: Vec<TableId>,
     loading: Vec<TableId>,
+    /// How many of the absent are surely needed; none: all of them.
+    needed: Option<usize>,
 }
 
 impl Missing {
@@ -57,6 +61,11 @@ impl Missing {
 
     pub fn full(&self) -> bool {
         self.absent.len() >= LOADS_MAX
+    }
+
+    /// What is noted from now on is only likely to be needed.
+    pub fn look_ahead(&mut self) {
+        self.needed.get_or_insert(self.absent.len());
     }
 
     /// Notes what `found` lacks; true if it is there.
@@ -114,8 +123,9 @@ impl State {
             return Ok(Answer::Wait);
         }
         let mut loads = Vec::with_capacity(missing.absent.len());
-        for id in &missing.absent {
-            loads.push(self.load_of(*id)?);
+        let needed = missing.needed.unwrap_or(missing.absent.len());
+        for (number, id) in missing.absent.iter().enumerate() {
+            loads.push(TableLoad { ahead: number >= needed, ..self.load_of(*id)? });
         }
         for id in missing.absent {
             self.tables.begin_load(id);
@@ -139,6 +149,7 @@ impl State {
                     file: layer.file,
                     offset: layer.slice_offset(offset, slice),
                     length,
+                    ahead: false,
                 })
             }
             TableId::Refblock { block, slice } => {
@@ -146,7 +157,13 @@ impl State {
                 let write = self.write.as_ref().ok_or(EngineError::ReadOnly)?;
                 let offset = write.refcounts.block_offset(block)?.expect("slices of existing refblocks only");
                 let length = top.slice_bytes() as usize;
-                Ok(TableLoad { table: id, file: top.file, offset: top.slice_offset(offset, slice), length })
+                Ok(TableLoad {
+                    table: id,
+                    file: top.file,
+                    offset: top.slice_offset(offset, slice),
+                    length,
+                    ahead: false,
+                })
             }
         }
     }
@@ -169,6 +186,18 @@ impl State {
     pub fn refblock_slices(&self, start: HostCluster, count: u64) -> Result<Vec<TableId>, EngineError> {
         let write = self.write.as_ref().ok_or(EngineError::ReadOnly)?;
         write.refcounts.slices_of(start, count)
+    }
+
+    /// Refuses an L2 entry of the top image that names metadata: nothing may be written or freed there.
+    pub fn guard_entry(&self, entry: L2Entry, cluster: u64) -> Result<(), EngineError> {
+        let (L2Entry::Data { offset, .. } | L2Entry::ZeroAllocated { offset, .. }) = entry else {
+            return Ok(());
+        };
+        let host = self.top_qcow2().geometry.host_cluster(offset);
+        if self.write.as_ref().is_some_and(|write| write.guard.contains(host)) {
+            return Err(EngineError::Overlap { structure: Structure::L2, index: cluster, cluster: host.0 });
+        }
+        Ok(())
     }
 
     /// The decoded L2 entry at a resident place of the top image.

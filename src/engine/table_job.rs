@@ -77,7 +77,9 @@ impl State {
         }
         let write = self.write.as_mut().expect("a plan was made");
         write.l1_dirty.insert(block);
+        write.guard.add(plan.host, 1).expect("a cluster that was handed out holds no metadata");
         if let Some(old) = old {
+            write.guard.remove(old, 1);
             write.alloc.free_later(old, write.flush.next_cut());
         }
         wakes.add_all(write.table_jobs.remove(&plan.slot).expect("the job was noted"));

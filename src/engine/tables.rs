@@ -12,6 +12,13 @@ use crate::answer::WakeList;
 /// The most bytes of a table that are cached as one piece.
 pub(crate) const SLICE_BYTES_MAX: u64 = 4096;
 
+/// Passes of the clock that a slice outlives before anybody has looked at it: whoever had it loaded will, unless
+/// another of its loads failed.
+const GRACE: u8 = 8;
+
+/// The most slices that one insertion looks at for one to evict.
+const SWEEP_STEPS: usize = 64;
+
 /// Names a slice of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum TableId {
@@ -49,8 +56,8 @@ pub(crate) struct Table {
     /// A copy of it is on its way to the disk.
     writing: bool,
     pins: u32,
-    /// Loaded for somebody who has not looked yet.
-    fresh: bool,
+    /// Passes of the clock that it outlives because whoever had it loaded has not looked yet.
+    fresh: u8,
     /// Used since the clock last came by.
     referenced: bool,
 }
@@ -93,7 +100,7 @@ impl Tables {
         match self.slots.get_mut(&id) {
             Some(Slot::Ready(table)) => {
                 table.referenced = true;
-                table.fresh = false;
+                table.fresh = 0;
                 Found::Ready(&table.bytes)
             }
             Some(Slot::Loading(_)) => Found::Loading,
@@ -146,26 +153,30 @@ impl Tables {
         }
     }
 
-    /// Ends a load; `None` if it failed.
-    pub fn end_load(&mut self, id: TableId, bytes: Option<Box<[u8]>>, wakes: &mut WakeList) {
+    /// Ends a load; `None` if it failed. What was loaded on the chance that it is needed has no time of grace.
+    pub fn end_load(&mut self, id: TableId, bytes: Option<Box<[u8]>>, ahead: bool, wakes: &mut WakeList) {
         match self.slots.remove(&id) {
             Some(Slot::Loading(waiters)) => wakes.add_all(waiters),
             _ => panic!("{id:?} was not loading"),
         }
         if let Some(bytes) = bytes {
-            self.insert(id, bytes, Dirt::Clean);
+            self.add(id, bytes, Dirt::Clean, if ahead { 0 } else { GRACE });
         }
     }
 
     /// Adds a slice made in memory.
     pub fn insert(&mut self, id: TableId, bytes: Box<[u8]>, dirt: Dirt) {
+        self.add(id, bytes, dirt, GRACE);
+    }
+
+    fn add(&mut self, id: TableId, bytes: Box<[u8]>, dirt: Dirt, fresh: u8) {
         self.make_room(bytes.len());
         self.resident_bytes += bytes.len();
         self.ring.push(id);
         if dirt != Dirt::Clean {
             self.dirty.insert(id);
         }
-        let table = Table { bytes, dirt, writing: false, pins: 0, fresh: true, referenced: true };
+        let table = Table { bytes, dirt, writing: false, pins: 0, fresh, referenced: true };
         let before = self.slots.insert(id, Slot::Ready(table));
         assert!(before.is_none(), "{id:?} is resident already");
     }
@@ -212,9 +223,10 @@ impl Tables {
         self.mark(id, dirt);
     }
 
-    /// Evicts by clock until `bytes` more fit, or all that is left must stay.
+    /// Evicts by clock until `bytes` more fit. Looks at a bounded number of slices: where most must stay, the cache
+    /// grows past its capacity for a while, and the next insertions go on from there.
     fn make_room(&mut self, bytes: usize) {
-        let mut steps = 2 * self.ring.len();
+        let mut steps = SWEEP_STEPS.min(2 * self.ring.len());
         while self.resident_bytes + bytes > self.capacity_bytes && steps > 0 {
             steps -= 1;
             if self.hand >= self.ring.len() {
@@ -222,7 +234,8 @@ impl Tables {
             }
             let id = self.ring[self.hand];
             let table = Self::ready(&mut self.slots, id);
-            let stays = table.pins > 0 || table.fresh || table.writing || table.dirt != Dirt::Clean;
+            let stays = table.pins > 0 || table.fresh > 0 || table.writing || table.dirt != Dirt::Clean;
+            table.fresh = table.fresh.saturating_sub(1);
             if stays || std::mem::take(&mut table.referenced) {
                 self.hand += 1;
                 continue;
@@ -245,7 +258,7 @@ mod tests {
     fn load(tables: &mut Tables, table: u64) {
         tables.begin_load(id(table));
         let mut wakes = WakeList::default();
-        tables.end_load(id(table), Some(vec![table as u8; 4096].into()), &mut wakes);
+        tables.end_load(id(table), Some(vec![table as u8; 4096].into()), false, &mut wakes);
         wakes.wake();
     }
 
@@ -265,7 +278,7 @@ mod tests {
         tables.change(id(1))[0] = 9;
         assert!(matches!(tables.find(id(2)), Found::Ready(_)));
         // 3 is fresh: nobody has looked yet.
-        for n in 10..20 {
+        for n in 10..16 {
             load(&mut tables, n);
             assert!(matches!(tables.find(id(n)), Found::Ready(_)));
         }

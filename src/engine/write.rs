@@ -122,7 +122,9 @@ impl State {
 
     fn standing(&self, place: EntryPlace, first: GuestCluster, at: u64) -> Result<Standing, EngineError> {
         let place = EntryPlace { index: place.index + at as usize, ..place };
-        Ok(match self.top_entry(place, first.0 + at)? {
+        let entry = self.top_entry(place, first.0 + at)?;
+        self.guard_entry(entry, first.0 + at)?;
+        Ok(match entry {
             L2Entry::Data { offset, copied: true } => Standing::InPlace(offset),
             L2Entry::ZeroAllocated { offset, copied: true } => Standing::Reuse(offset),
             L2Entry::Compressed { .. } => {

@@ -84,7 +84,9 @@ impl State {
             let place = crate::layers::EntryPlace { index: place.index + done as usize, ..place };
             let guest = GuestCluster(first.0 + done);
             // If a table is missing here, what was done so far stands: asked again, it is found to be zero.
-            let change = ready!(self.change(map, self.top_entry(place, guest.0)?, guest, mode, waker)?);
+            let entry = self.top_entry(place, guest.0)?;
+            self.guard_entry(entry, guest.0)?;
+            let change = ready!(self.change(map, entry, guest, mode, waker)?);
             match change {
                 Change::Nothing => {}
                 Change::Data if done > 0 => break,

@@ -163,6 +163,10 @@ impl Image {
                     let kept = stage.iter().enumerate().filter(|(n, _)| (*n == missing) == alone);
                     kept.for_each(|(_, step)| crashed.apply(step));
                     assert!(!marked || crashed.marks() & Incompatible::DIRTY.0 != 0, "stage {number}");
+                    // A new structure is named only when it is whole.
+                    let renamed =
+                        crashed.header().refcount_table_offset != self.header().refcount_table_offset;
+                    assert!(!renamed || crashed.check().report().structure_damaged == 0, "stage {number}");
                     crashed.again(&before, kind);
                 }
             }
