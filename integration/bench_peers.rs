@@ -51,6 +51,13 @@ struct Run {
     /// Seconds of a load that has no end of its own [default: 2, with --quick 0.5]
     #[arg(long, value_name = "S")]
     seconds: Option<f64>,
+    /// Before each turn wait at most so many seconds until others leave the machine alone
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    wait_for_quiet: u32,
+    /// How long the client polls for completions before it sleeps, in microseconds; 0 to sleep at once. It shares the
+    /// machine's cores with the server
+    #[arg(long, value_name = "US", default_value_t = 50)]
+    client_polls: u32,
     /// Leave out the bare loop on the file and the null device
     #[arg(long)]
     no_limits: bool,
@@ -151,6 +158,8 @@ fn run(options: &Run) -> Result<bool> {
         times: options.times()?,
         limits: !options.no_limits,
         null_bytes: sizes.full,
+        client_polls: Duration::from_micros(u64::from(options.client_polls)),
+        patience: Duration::from_secs(u64::from(options.wait_for_quiet)),
     };
     let versions = versions(&rules)?;
     println!("{versions}");

@@ -5,6 +5,7 @@
 
 use anyhow::{Context, Result};
 use std::path::Path;
+use std::time::{Duration, Instant};
 use strata_integration::daemon::Program;
 use strata_integration::image::{self, Health};
 
@@ -12,9 +13,13 @@ use super::bare;
 use super::case::{Case, Image, Job, Unit};
 use super::gallery::{Gallery, Specimen};
 use super::measure::{Sample, Times, sample};
+use super::process::machine_seconds;
 use super::server::Server;
 use super::verify::{exercise, judge};
 use strata_tests::load::Mix;
+
+/// Cores that others may use on a quiet machine.
+const QUIET: f64 = 0.15;
 
 /// Who takes part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +48,10 @@ pub struct Rules {
     pub limits: bool,
     /// Virtual bytes of the null device.
     pub null_bytes: u64,
+    /// How long the client polls for completions before it sleeps.
+    pub client_polls: Duration,
+    /// How long to wait for a quiet machine before a turn; then it goes on all the same.
+    pub patience: Duration,
 }
 
 /// One side's turns: none where a turn failed.
@@ -84,6 +93,9 @@ impl Rules {
             }
         }
         for turn in 0..=self.turns {
+            if turn > 0 {
+                self.await_quiet(say);
+            }
             for row in &mut outcome.rows {
                 self.take_turn(gallery, case, turn, row, say);
             }
@@ -100,6 +112,24 @@ impl Rules {
             sides.push(Side::Null);
         }
         sides
+    }
+
+    /// Waits until others leave the machine alone. It looks at them before a turn only: samples are never chosen by
+    /// what they brought.
+    fn await_quiet(&self, say: &mut dyn FnMut(&str)) {
+        const LOOK: Duration = Duration::from_millis(200);
+        let deadline = Instant::now() + self.patience;
+        while Instant::now() < deadline {
+            let Ok(before) = machine_seconds() else { return };
+            std::thread::sleep(LOOK);
+            let busy = machine_seconds().unwrap_or(before) - before;
+            if busy / LOOK.as_secs_f64() <= QUIET {
+                return;
+            }
+        }
+        if !self.patience.is_zero() {
+            say("others use the machine, and still do after the wait");
+        }
     }
 
     fn try_to_serve(&self, gallery: &mut Gallery, case: &Case) -> Result<()> {
@@ -159,6 +189,7 @@ impl Rules {
     fn measured(&self, gallery: &mut Gallery, case: &Case, side: Side) -> Result<Sample> {
         let specimen = gallery.specimen(case)?;
         let mut server = Server::of_image(self.program(side), &specimen.path, case)?;
+        server.set_client_polls(self.client_polls);
         let mut sample = sample(&mut server, case, &specimen.path, self.times)?;
         sample.problems.extend(server.complaints());
         server.stop()?;
@@ -194,6 +225,7 @@ impl Rules {
 
     fn null(&self, case: &Case) -> Result<Sample> {
         let mut server = Server::of_null(self.null_bytes, case)?;
+        server.set_client_polls(self.client_polls);
         let sample = sample(&mut server, case, Path::new("/dev/null"), self.times)?;
         server.stop()?;
         Ok(sample)

@@ -23,6 +23,8 @@ const START_PATIENCE: Duration = Duration::from_secs(20);
 const STOP_PATIENCE: Duration = Duration::from_secs(60);
 /// The longest wait for a completion, when a flush or a discard has much to do.
 const REQUEST_PATIENCE: Duration = Duration::from_secs(60);
+/// How long a client polls before it sleeps, where nobody says anything else.
+pub const CLIENT_POLLS: Duration = Duration::from_micros(50);
 /// Ring entries of each queue, as Linux guests commonly have.
 const RING: u16 = 256;
 
@@ -34,6 +36,8 @@ pub struct Server {
     folder: TempDir,
     /// It ends by SIGTERM with exit code 0; else by SIGKILL.
     orderly: bool,
+    /// The longest polling of its clients.
+    client_polls: Duration,
 }
 
 impl Server {
@@ -79,7 +83,7 @@ impl Server {
                 return Err(error).context("pidfd_open");
             }
         };
-        let mut server = Self { child, pidfd, folder, orderly };
+        let mut server = Self { child, pidfd, folder, orderly, client_polls: CLIENT_POLLS };
         server.await_listening()?;
         Ok(server)
     }
@@ -93,6 +97,11 @@ impl Server {
             }
         }
         Ok(())
+    }
+
+    /// Lets clients poll for at most so long before they sleep, from the next one on.
+    pub fn set_client_polls(&mut self, time: Duration) {
+        self.client_polls = time;
     }
 
     /// Its process id.
@@ -112,6 +121,7 @@ impl Server {
             data_capacity: block as usize,
             slots_max: u16::try_from(depth).context("a depth")?,
             timeout: REQUEST_PATIENCE,
+            spin_max: self.client_polls,
             ..Options::with_queues(queues)
         };
         Client::connect(socket_in(&self.folder), &options)
