@@ -333,7 +333,7 @@ fn an_image_that_qemu_left_dirty_is_rebuilt() {
     let Some(qemu) = Qemu::find() else { return };
     let Some(qemu_io) = find_tool("qemu-io") else { return };
     let folder = tempfile::tempdir().expect("a folder");
-    // The larger of the second kind has clusters that no refblock counts yet: there the structure is made anew.
+    // The second has more clusters than one refblock counts.
     for (cluster_size, length) in [(64 * K, 2 * M), (512, 300 * K)] {
         let image = folder.path().join(format!("{cluster_size}.qcow2"));
         let how = format!("lazy_refcounts=on,cluster_size={cluster_size}");
