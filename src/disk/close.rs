@@ -40,6 +40,11 @@ impl<S: Storage> Worker<S> {
         let top = self.shared.top_file();
         let present = self.shared.storage.length(top).unwrap_or(0);
         if let Some(length) = self.engine().trim_end(present)? {
+            // To the end of a block: see `fill_last_block`.
+            let length = length.next_multiple_of(u64::from(self.shared.files[0].info.block_size.max(1)));
+            if length >= present {
+                return Ok(());
+            }
             let cut = Operation::bare(top, Kind::SetLength, length);
             self.driver.run_bare(cut).await.map_err(RequestError::io("cutting the image file"))?;
         }

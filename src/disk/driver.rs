@@ -74,6 +74,11 @@ impl<Q: IoQueue> Driver<Q> {
         self.executor.borrow_mut().spawn(Box::pin(task));
     }
 
+    /// True if a task has not ended.
+    pub fn has_tasks(&self) -> bool {
+        self.executor.borrow().has_tasks()
+    }
+
     /// Starts an operation; the future gives its outcome.
     pub fn run(&self, operation: Operation) -> impl Future<Output = Outcome> {
         let index = self.waiting.borrow_mut().insert(Waiting::For(None));
@@ -219,7 +224,9 @@ impl<Q: IoQueue> Driver<Q> {
         while let Some(number) = ready.pop_front() {
             let taken = self.executor.borrow_mut().take(number);
             if let Some((task, waker)) = taken {
+                let forget = Forget { executor: &self.executor, number };
                 let left = poll_once(task, &waker);
+                std::mem::forget(forget);
                 self.executor.borrow_mut().put_back(number, left);
             }
         }
@@ -258,6 +265,18 @@ impl<Q: IoQueue> Driver<Q> {
                 self.wait(None);
             }
         }
+    }
+}
+
+/// Forgets a task whose poll panics, so that nobody waits for its end.
+struct Forget<'a> {
+    executor: &'a RefCell<Executor>,
+    number: usize,
+}
+
+impl Drop for Forget<'_> {
+    fn drop(&mut self) {
+        self.executor.borrow_mut().put_back(self.number, None);
     }
 }
 

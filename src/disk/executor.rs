@@ -65,6 +65,11 @@ impl Executor {
         self.ready.queue.lock().expect("no panic under this lock").push_back(number);
     }
 
+    /// True if a task has not ended.
+    pub fn has_tasks(&self) -> bool {
+        !self.tasks.is_empty()
+    }
+
     /// True if a task is to be polled.
     pub fn has_ready(&self) -> bool {
         !self.ready.queue.lock().expect("no panic under this lock").is_empty()

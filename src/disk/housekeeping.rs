@@ -2,7 +2,7 @@
 //!
 //! It sleeps while there is nothing of either.
 
-use std::future::poll_fn;
+use std::future::{Future, poll_fn};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
@@ -13,7 +13,7 @@ use std::time::Duration;
 use storage::{Errno, Kind, Operation, Storage};
 use tracing::warn;
 
-use crate::driver::Driver;
+use crate::driver::{Driver, Outcome};
 use crate::error::{OpenError, RequestError};
 use crate::worker::Worker;
 use crate::{SIDE_QUEUE_DEPTH, Shared};
@@ -130,15 +130,17 @@ impl Housekeeper {
 /// queues. For a simulator, which has one thread for all.
 pub struct Keeper<S: Storage> {
     driver: Rc<Driver<S::Queue>>,
+    bell: Arc<Bell>,
 }
 
 impl<S: Storage> Keeper<S> {
     pub(crate) fn new(shared: Arc<Shared<S>>) -> Result<Self, OpenError> {
         let driver = Driver::new(shared.storage.queue(SIDE_QUEUE_DEPTH)?);
+        let bell = Arc::clone(&shared.bell);
         let limit = crate::WORKERS_MAX;
         let worker = Worker::new(shared, Rc::clone(&driver)).ok_or(OpenError::TooManyQueues { limit })?;
         driver.spawn(async move { keep(&worker).await });
-        Ok(Keeper { driver })
+        Ok(Keeper { driver, bell })
     }
 
     /// Does what can be done now. Never blocks.
@@ -165,6 +167,20 @@ impl Bell {
             Poll::Pending
         })
         .await;
+    }
+}
+
+impl<S: Storage> Drop for Keeper<S> {
+    /// Ends the housekeeper after what it is doing now.
+    fn drop(&mut self) {
+        self.bell.stop.store(true, Ordering::SeqCst);
+        self.bell.wake();
+        while self.driver.has_tasks() {
+            self.turn();
+            if self.driver.has_tasks() {
+                self.driver.wait(None);
+            }
+        }
     }
 }
 
@@ -202,6 +218,16 @@ async fn keep<S: Storage>(worker: &Worker<S>) {
 }
 
 impl<S: Storage> Worker<S> {
+    /// Punches the whole file system blocks in a run, if there are any; and whether that is all of it. A punch that
+    /// ends inside a block would collide with direct I/O in the same block ([`storage::FileInfo::block_size`]).
+    fn start_punch(&self, offset: u64, length: u64) -> (bool, Option<impl Future<Output = Outcome>>) {
+        let (start, end) = self.shared.files[0].whole_blocks(offset, length);
+        let whole = (start, end) == (offset, offset + length);
+        let punch =
+            Operation::bare(self.shared.top_file(), Kind::Punch { length: end.saturating_sub(start) }, start);
+        (whole, (start < end).then(|| self.driver.run(punch)))
+    }
+
     async fn reclaim_until_stopped(&self) -> Result<(), RequestError> {
         while !self.shared.bell.stopped() && self.reclaim_some().await? {}
         Ok(())
@@ -214,18 +240,19 @@ impl<S: Storage> Worker<S> {
         };
         let mut punched = Vec::with_capacity(plan.punches.len());
         for some in plan.punches.chunks(PUNCHES_AT_ONCE) {
-            let punch = |(offset, length): &(qcow2::HostOffset, u64)| {
-                Operation::bare(self.shared.top_file(), Kind::Punch { length: *length }, offset.0)
-            };
-            let started: Vec<_> = some.iter().map(|run| self.driver.run(punch(run))).collect();
-            for outcome in started {
-                let (result, _) = outcome.await;
+            let started: Vec<_> =
+                some.iter().map(|(offset, length)| self.start_punch(offset.0, *length)).collect();
+            for (whole, operation) in started {
+                let result = match operation {
+                    Some(operation) => operation.await.0,
+                    None => Ok(()),
+                };
                 if let Err(error) = result
                     && error != Errno::EOPNOTSUPP
                 {
                     warn!(%error, "freed space could not be given back to the host; it is reused all the same");
                 }
-                punched.push(result.is_ok());
+                punched.push(whole && result.is_ok());
             }
         }
         self.engine().commit_reclaim(plan, &punched);

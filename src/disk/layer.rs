@@ -35,6 +35,12 @@ pub(crate) struct DiskFile {
 }
 
 impl DiskFile {
+    /// The whole file system blocks in a range: first byte, and first byte past them.
+    pub fn whole_blocks(&self, offset: u64, length: u64) -> (u64, u64) {
+        let block = u64::from(self.info.block_size.max(1));
+        (offset.next_multiple_of(block), (offset + length) / block * block)
+    }
+
     /// True if memory at these addresses and lengths may be used for direct I/O on this file.
     pub fn takes(&self, slices: &[storage::GuestSlice]) -> bool {
         let mask = self.info.memory_alignment.max(1) as usize - 1;

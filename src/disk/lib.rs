@@ -107,6 +107,7 @@ impl<S: Storage> Disk<S> {
         let header = match (&chain.top, &chain.layers[0].header) {
             (Some(_), Some(top)) => {
                 let sector = driver.block_on(HeaderSector::load(&driver, &chain.files[0]))?;
+                driver.block_on(open::fill_last_block(&driver, &chain.files[0]))?;
                 if top.autoclear != 0 {
                     let patch = qcow2::position::patch_autoclear(0);
                     driver.block_on(sector.patch_and_sync(&driver, &chain.files[0], patch))?;

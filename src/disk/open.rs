@@ -123,6 +123,26 @@ pub(crate) async fn open_chain<S: Storage>(
     Ok(chain)
 }
 
+/// Makes a writable file end with a block of its file system. Growing it later from inside a block would go through the
+/// host's page cache for that block, where it can collide with a direct write (`FileInfo::block_size`).
+pub(crate) async fn fill_last_block<Q: IoQueue>(
+    driver: &Driver<Q>,
+    file: &DiskFile,
+) -> Result<(), OpenError> {
+    let length = file.info.length.next_multiple_of(u64::from(file.info.block_size.max(1)));
+    if length == file.info.length {
+        return Ok(());
+    }
+    let grow = Operation::bare(file.id, Kind::SetLength, length);
+    let path = file.info.path.clone();
+    driver.run_bare(grow).await.map_err(|source| OpenError::Io {
+        path,
+        structure: "end of the file",
+        offset: length,
+        source,
+    })
+}
+
 fn raw_layer(path: &Path, info: &FileInfo) -> Layer {
     let size = info.length / 512 * 512;
     if size != info.length {

@@ -284,6 +284,20 @@ impl<S: Storage> DiskQueue<S> {
     }
 }
 
+impl<S: Storage> Drop for DiskQueue<S> {
+    /// Waits until every request has ended and no memory of the guest's is in use. Requests are never cancelled.
+    fn drop(&mut self) {
+        let mut done = Vec::new();
+        while !self.fast.is_empty() || self.driver.has_tasks() {
+            self.turn(&mut done);
+            done.clear();
+            if !self.fast.is_empty() || self.driver.has_tasks() {
+                self.driver.wait(None);
+            }
+        }
+    }
+}
+
 fn follows(last: &Run, target: Target) -> bool {
     match (last.target, target) {
         (Target::Zero, Target::Zero) => true,

@@ -84,9 +84,14 @@ impl<S: Storage> Worker<S> {
         self.write(offset, Payload::Zeros(length)).await
     }
 
+    /// Punches the whole file system blocks of the range; the rest keeps its contents.
     async fn raw_discard(&self, offset: u64, length: u64) -> Result<(), RequestError> {
         self.check_writable()?;
-        let punch = Operation::bare(self.shared.top_file(), Kind::Punch { length }, offset);
+        let (start, end) = self.shared.files[0].whole_blocks(offset, length);
+        if start >= end {
+            return Ok(());
+        }
+        let punch = Operation::bare(self.shared.top_file(), Kind::Punch { length: end - start }, start);
         match self.driver.run_bare(punch).await {
             // A discard is a hint: where the host cannot, nothing is lost.
             Ok(()) | Err(Errno::EOPNOTSUPP) => Ok(()),
@@ -94,13 +99,20 @@ impl<S: Storage> Worker<S> {
         }
     }
 
+    /// Zeroes whole file system blocks in the host's way, and what is left by writing zeros.
     async fn raw_zeroes(&self, offset: u64, length: u64, unmap: bool) -> Result<(), RequestError> {
         self.check_writable()?;
-        let top = self.shared.top_file();
-        if unmap && self.driver.run_bare(Operation::bare(top, Kind::Punch { length }, offset)).await.is_ok() {
+        let (start, end) = self.shared.files[0].whole_blocks(offset, length);
+        if start >= end {
+            return self.write(offset, Payload::Zeros(length)).await;
+        }
+        self.write(offset, Payload::Zeros(start - offset)).await?;
+        self.write(end, Payload::Zeros(offset + length - end)).await?;
+        let (top, length) = (self.shared.top_file(), end - start);
+        if unmap && self.driver.run_bare(Operation::bare(top, Kind::Punch { length }, start)).await.is_ok() {
             return Ok(());
         }
-        let zero = Operation::bare(top, Kind::Zero { length }, offset);
+        let zero = Operation::bare(top, Kind::Zero { length }, start);
         self.driver.run_bare(zero).await.map_err(RequestError::io("writing zeroes"))
     }
 }

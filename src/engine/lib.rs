@@ -60,7 +60,7 @@ use crate::layers::Layer;
 use crate::map::{ChainMap, MapWriter};
 use crate::refcounts::Refcounts;
 use crate::state::{State, WriteState};
-use crate::tables::Tables;
+use crate::tables::{SLICE_BYTES_MAX, Tables};
 
 /// The map's unit for a raw top image, in bytes.
 const RAW_UNIT: u64 = 65536;
@@ -137,7 +137,11 @@ impl Engine {
             Layer::Raw { size, .. } => (RAW_UNIT.max((size >> 35).next_power_of_two()), *size),
             Layer::Qcow2(layer) => (layer.geometry.cluster_size(), layer.geometry.size),
         };
-        let map = ChainMap::new(size.div_ceil(unit), spec.map_bytes / FRAME_BYTES);
+        let clusters = size.div_ceil(unit);
+        let slices = usize::try_from(clusters.div_ceil(SLICE_WORDS)).unwrap_or(usize::MAX);
+        let map = ChainMap::new(clusters, slices.min(spec.map_bytes / FRAME_BYTES));
+        // An exact walk needs a slice of each layer at a time, and so may others at once.
+        let table_bytes = spec.table_bytes.max(8 * layers.len() * SLICE_BYTES_MAX as usize);
         let write = match top {
             Layer::Qcow2(layer) if spec.writable => {
                 let top = spec.top.expect("a writable qcow2 image comes with its own metadata");
@@ -147,10 +151,11 @@ impl Engine {
         };
         let state = State {
             map_writer: MapWriter::new(&map),
-            tables: Tables::new(spec.table_bytes),
+            fills: HashMap::new(),
+            tables: Tables::new(table_bytes),
             layers,
             // Dirty slices cannot be evicted: half of the cache is left for clean ones.
-            dirty_bytes_max: spec.table_bytes / 2,
+            dirty_bytes_max: table_bytes / 2,
             writable: spec.writable,
             write,
         };

@@ -62,6 +62,25 @@ pub fn push_extent(extents: &mut Vec<Extent>, source: Source, length: u64) {
     extents.push(Extent { source, length });
 }
 
+/// The most fills under way that are remembered; beyond that they start over.
+const FILLS_MAX: usize = 4096;
+
+/// A fill of a slice under way. What the layers above `layer` gave is settled, so that at any time only the tables of one
+/// layer need be in the cache, however deep the chain and whoever else fills.
+pub(crate) struct FillJob {
+    words: Vec<Word>,
+    /// Clusters (of the slice) that no layer has answered for.
+    open: Vec<u16>,
+    /// The next layer to ask.
+    layer: usize,
+}
+
+impl FillJob {
+    fn new(count: u64) -> Self {
+        FillJob { words: vec![Word::UNRESOLVED; count as usize], open: (0..count as u16).collect(), layer: 0 }
+    }
+}
+
 /// How one layer answers for a whole cluster of the top image.
 enum Step {
     /// This layer gives the cluster.
@@ -83,8 +102,7 @@ struct Span {
 }
 
 impl State {
-    /// Fills a slice of the map. All the tables that are missing are asked for at once, layer by layer in batches that
-    /// double, so a deep chain costs few rounds and a shallow answer few needless loads.
+    /// Fills a slice of the map.
     pub fn fill(
         &mut self,
         map: &ChainMap,
@@ -92,48 +110,73 @@ impl State {
         slice: SliceIndex,
         waker: &Waker,
     ) -> Result<Answer<()>, EngineError> {
+        let count = self.layers[0].size().div_ceil(unit).saturating_sub(slice.first().0).min(SLICE_WORDS);
+        let mut job = self.fills.remove(&slice).unwrap_or_else(|| FillJob::new(count));
+        let missing = self.go_on(&mut job, slice, unit);
+        if missing.any() {
+            if self.fills.len() >= FILLS_MAX {
+                self.fills.clear();
+            }
+            self.fills.insert(slice, job);
+            return self.ask_for(missing, waker);
+        }
+        self.map_writer.fill(map, slice, &job.words);
+        Ok(Answer::Ready(()))
+    }
+
+    /// Carries a fill on, layer by layer, until it is whole or lacks tables.
+    fn go_on(&mut self, job: &mut FillJob, slice: SliceIndex, unit: u64) -> Missing {
         let size = self.layers[0].size();
         let first = slice.first().0;
-        let count = size.div_ceil(unit).saturating_sub(first).min(SLICE_WORDS);
-        let mut words = vec![Word::UNRESOLVED; count as usize];
-        let mut open: Vec<u64> = (0..count).collect();
+        let span = |at: u16| {
+            let start = (first + u64::from(at)) * unit;
+            Span { start, end: (start + unit).min(size), cluster: unit }
+        };
         let mut missing = Missing::default();
-        let mut last_layer = usize::MAX;
-        let writable = self.writable;
-        for number in 0..self.layers.len() {
-            if open.is_empty() || number > last_layer || missing.full() {
-                break;
-            }
-            let State { layers, tables, write, .. } = self;
-            let guard = write.as_ref().map(|write| &write.guard);
+        let State { layers, tables, write, writable, .. } = self;
+        let guard = write.as_ref().map(|write| &write.guard);
+        while job.layer < layers.len() && !job.open.is_empty() {
+            let FillJob { words, open, layer } = job;
             open.retain(|at| {
-                let start = (first + at) * unit;
-                let span = Span { start, end: (start + unit).min(size), cluster: unit };
-                let step = match &layers[number] {
-                    Layer::Raw { file, size } => Ok(raw_step(*file, *size, span, writable && number == 0)),
-                    Layer::Qcow2(layer) => qcow2_step(layer, tables, span, guard, &mut missing),
+                let step = match &layers[*layer] {
+                    Layer::Raw { file, size } => {
+                        Ok(raw_step(*file, *size, span(*at), *writable && *layer == 0))
+                    }
+                    Layer::Qcow2(image) => qcow2_step(image, tables, span(*at), guard, &mut missing),
                 };
                 match step {
-                    Ok(Step::Answer(word)) => words[*at as usize] = word,
+                    Ok(Step::Answer(word)) => words[usize::from(*at)] = word,
                     Ok(Step::Below | Step::Unknown) => return true,
                     // One bad entry must not keep its neighbours from being served: the walk names it when it is met.
-                    Err(_) => words[*at as usize] = Word::MIXED,
+                    Err(_) => words[usize::from(*at)] = Word::MIXED,
                 }
                 false
             });
-            if missing.any() && last_layer == usize::MAX {
-                last_layer = 2 * number + 1;
+            if missing.any() {
+                // What the next layers will probably be asked for is loaded with it.
                 missing.look_ahead();
+                for below in layers.iter().take(2 * *layer + 2).skip(*layer + 1) {
+                    note_tables(below, tables, open.iter().map(|at| span(*at)), &mut missing);
+                }
+                return missing;
             }
+            job.layer += 1;
         }
-        if missing.any() {
-            return self.ask_for(missing, waker);
+        for at in job.open.drain(..) {
+            job.words[usize::from(at)] = Word::ZERO;
         }
-        for at in open {
-            words[at as usize] = Word::ZERO;
+        missing
+    }
+
+    /// Publishes a cluster's new word: in the map if its slice is there, and in a fill of its slice that is under way.
+    pub fn publish(&mut self, map: &ChainMap, cluster: GuestCluster, word: Word) {
+        self.map_writer.publish(map, cluster, word);
+        let slice = SliceIndex::of(cluster);
+        if let Some(job) = self.fills.get_mut(&slice) {
+            let at = (cluster.0 - slice.first().0) as u16;
+            job.words[usize::from(at)] = word;
+            job.open.retain(|open| *open != at);
         }
-        self.map_writer.fill(map, slice, &words);
-        Ok(Answer::Ready(()))
     }
 
     /// The word of a cluster, filling its slice if need be.
@@ -332,6 +375,26 @@ fn qcow2_step(
         }
         Some(L2Entry::Compressed { .. }) => Step::Answer(Word::MIXED),
     })
+}
+
+/// Notes which tables of a layer are not resident that these spans will need if it is asked for them.
+fn note_tables(layer: &Layer, tables: &mut Tables, spans: impl Iterator<Item = Span>, missing: &mut Missing) {
+    let Layer::Qcow2(layer) = layer else { return };
+    let mut last = None;
+    for span in spans {
+        if missing.full() || span.end > layer.geometry.size || layer.geometry.cluster_size() < span.cluster {
+            return;
+        }
+        let cluster = layer.geometry.guest_cluster(GuestOffset(span.start));
+        let place = layer.entry_place(cluster);
+        let table = layer.l1_entry(layer.geometry.l1_index(cluster));
+        if last == Some(place.table) || !matches!(table, Ok(L1Entry::Table { .. })) {
+            continue;
+        }
+        last = Some(place.table);
+        let found = tables.find(place.table);
+        missing.note(place.table, &found);
+    }
 }
 
 /// A layer below with smaller clusters than the top image's: it is asked by extents, unless it has no table here.

@@ -11,8 +11,9 @@ use crate::error::{EngineError, Structure};
 use crate::flush::FlushState;
 use crate::guard::MetadataGuard;
 use crate::layers::{EntryPlace, Layer, Qcow2Layer};
-use crate::map::MapWriter;
+use crate::map::{MapWriter, SliceIndex};
 use crate::refcounts::Refcounts;
+use crate::resolve::FillJob;
 use crate::tables::{Found, TableId, Tables};
 
 /// The most table slices one answer asks for.
@@ -23,6 +24,8 @@ pub(crate) struct State {
     pub layers: Vec<Layer>,
     pub tables: Tables,
     pub map_writer: MapWriter,
+    /// Fills of map slices that wait for tables.
+    pub fills: HashMap<SliceIndex, FillJob>,
     /// Above this many bytes of dirty tables, plans ask for a flush first.
     pub dirty_bytes_max: usize,
     /// The top image may be written, whatever its format.

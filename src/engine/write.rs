@@ -169,7 +169,7 @@ impl State {
             }
             let offset = HostOffset(done.offset.0 + at * cluster_size);
             self.set_top_entry(place, L2Entry::Data { offset, copied: true });
-            self.map_writer.publish(map, guest, Word::data(done.file, offset, true));
+            self.publish(map, guest, Word::data(done.file, offset, true));
         }
         self.tables.unpin(done.place.table);
     }

@@ -96,7 +96,7 @@ impl State {
                         self.release_old(place, guest);
                     }
                     self.set_top_entry(place, entry);
-                    self.map_writer.publish(map, guest, Word::ZERO);
+                    self.publish(map, guest, Word::ZERO);
                 }
             }
             done += 1;

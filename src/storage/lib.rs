@@ -47,6 +47,10 @@ pub struct FileInfo {
     pub offset_alignment: u32,
     /// Addresses and lengths of every memory part must be multiples of this (a power of two, 1 if unrestricted).
     pub memory_alignment: u32,
+    /// Bytes of the file system's blocks (a power of two, at most 65,536). A punch, a zeroing or a change of length that
+    /// ends inside a block goes through the host's page cache for that block, where it can collide with a direct write
+    /// to the same block; the host then reports EIO at the next fdatasync.
+    pub block_size: u32,
     /// True if it is a block device: it cannot grow and past its end nothing reads as zero.
     pub block_device: bool,
     /// (device, inode), or (0, device number) for a block device: the file's identity, whatever its name.

@@ -85,6 +85,7 @@ impl Storage for HostStorage {
             length,
             offset_alignment: probed.offset_alignment,
             memory_alignment: probed.memory_alignment,
+            block_size: probed.block_size,
             block_device: probed.block_device,
             identity: probed.identity,
             writable: options.writable,

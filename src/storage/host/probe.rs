@@ -25,6 +25,7 @@ const TMPFS_MAGIC: u64 = 0x0102_1994;
 /// What [`probe`] found.
 #[derive(Debug)]
 pub(super) struct Probed {
+    pub(super) block_size: u32,
     pub(super) block_device: bool,
     pub(super) memory_backed: bool,
     pub(super) identity: (u64, u64),
@@ -59,7 +60,21 @@ pub(super) fn probe(file: &File, path: &Path) -> Result<Probed, StorageError> {
         Some((offset, memory)) => (offset.max(if block_device { sector } else { 1 }), memory.max(1), true),
         None => (sector, sector, true),
     };
-    Ok(Probed { block_device, memory_backed, identity, offset_alignment, memory_alignment, direct_possible })
+    let block_size = match () {
+        // There the page cache is the file: nothing can collide with it.
+        () if memory_backed => 512,
+        () if block_device => sector,
+        () => u32::try_from(stat.st_blksize).unwrap_or(4096).next_power_of_two().clamp(512, 65_536),
+    };
+    Ok(Probed {
+        block_size,
+        block_device,
+        memory_backed,
+        identity,
+        offset_alignment,
+        memory_alignment,
+        direct_possible,
+    })
 }
 
 /// Sets O_DIRECT where it is asked for and possible, takes the O_NONBLOCK of the opening back, and settles the

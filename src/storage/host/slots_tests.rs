@@ -11,6 +11,7 @@ fn file(offset_alignment: u32) -> OpenFile {
         length: 0,
         offset_alignment,
         memory_alignment: 1,
+        block_size: 4096,
         block_device: false,
         identity: (1, 1),
         writable: true,

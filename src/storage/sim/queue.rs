@@ -104,6 +104,7 @@ impl Storage for SimStorage {
             length: world.files[file].contents.length(),
             offset_alignment: world.options.offset_alignment,
             memory_alignment: world.options.memory_alignment,
+            block_size: 512,
             block_device: false,
             identity: (1, file as u64 + 1),
             writable,

@@ -1,0 +1,247 @@
+//! The disk on damaged, hostile and awkward images, in-process. Each of these was a bug that a review found.
+
+#[allow(dead_code, reason = "each test target uses its own part of the rig")]
+mod rig;
+
+use std::fs::OpenOptions;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use disk::DiskOptions;
+use strata_tests::images::{Content, Format, ImageSpec};
+use strata_tests::model::{DiscardRule, Operation};
+use strata_tests::{ByteModel, Qemu};
+
+use crate::rig::Rig;
+
+const K: u64 = 1024;
+const M: u64 = 1024 * K;
+
+fn options() -> DiskOptions {
+    DiskOptions { lock_timeout: Duration::from_secs(2), ..DiskOptions::default() }
+}
+
+fn write(offset: u64, length: u64, seed: u32) -> Operation {
+    Operation::Write { offset, length, seed }
+}
+
+fn patch(path: &Path, offset: u64, bytes: &[u8]) {
+    let file = OpenOptions::new().write(true).open(path).expect("the image");
+    file.write_all_at(bytes, offset).expect("a patch");
+}
+
+fn word(path: &Path, offset: u64) -> u64 {
+    let mut bytes = [0; 8];
+    std::fs::File::open(path).expect("the image").read_exact_at(&mut bytes, offset).expect("eight bytes");
+    u64::from_be_bytes(bytes)
+}
+
+/// Offsets of the L1 table, the first L2 table and the first refblock.
+fn tables(path: &Path) -> (u64, u64, u64) {
+    let l1 = word(path, 40);
+    let offset = 0x00ff_ffff_ffff_fe00;
+    (l1, word(path, l1) & offset, word(path, word(path, 48)) & offset)
+}
+
+fn pattern(offset: u64, length: u64, byte: u8) -> Content {
+    Content::Pattern { offset, length, byte }
+}
+
+#[test]
+fn waiters_for_a_window_share_it() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let image = folder.path().join("fresh.qcow2");
+    qemu.create(&image, &ImageSpec::qcow2(1024 * M)).expect("an image");
+    let mut model = ByteModel::new(1024 * M, 64 * K, DiscardRule::ZeroesClusters);
+    let mut rig = Rig::open(&image, &options()).expect("opens");
+    let together: Vec<_> = (0..8).map(|n| write(n * M, 4 * K, 1)).collect();
+    rig.run(&together, &mut model);
+    let length = std::fs::metadata(&image).expect("image").len();
+    assert!(length <= 4 * M, "eight small writes at once made a file of {length} bytes");
+    rig.close();
+}
+
+#[test]
+fn an_end_of_file_past_every_offset_is_refused() {
+    let Some(qemu) = Qemu::find() else { return };
+    // tmpfs takes a file of 2^56 bytes.
+    for (parent, bits) in [("/dev/shm", 16), ("/tmp", 16), ("/tmp", 1)] {
+        let folder = tempfile::tempdir_in(parent).expect("a folder");
+        let image = folder.path().join("far.qcow2");
+        let text = image.display().to_string();
+        let spec = format!("cluster_size=2M,refcount_bits={bits}");
+        qemu.img(["create", "-q", "-f", "qcow2", "-o", &spec, &text, "64M"]).expect("an image");
+        let mut table = word(&image, 48);
+        let far = if bits == 1 { 1 << 19 } else { 1 << 15 };
+        if bits == 1 {
+            // A table of 8 MiB, elsewhere.
+            let first = word(&image, table);
+            table = 32 * M;
+            patch(&image, 48, &table.to_be_bytes());
+            patch(&image, 56, &4u32.to_be_bytes());
+            patch(&image, table, &first.to_be_bytes());
+        }
+        patch(&image, table + 8 * far, &(48 * M).to_be_bytes());
+        patch(&image, 52 * M - 1, &[0]);
+        let mut rig = Rig::open(&image, &options()).expect("opens");
+        let mut errors = (0..32).filter_map(|n| rig.try_one(&write(n * 2 * M, 512, 1)).err());
+        let message = errors.next().expect("the file cannot grow").to_string();
+        assert!(
+            message.contains("2^56") || message.contains("growing") || message.contains("refcount"),
+            "{message}"
+        );
+    }
+}
+
+#[test]
+fn metadata_that_counts_as_free_is_not_handed_out() {
+    let Some(qemu) = Qemu::find() else { return };
+    for what in ["L2 table", "L1 table", "refblock"] {
+        let folder = tempfile::tempdir().expect("a folder");
+        let image = folder.path().join("counts.qcow2");
+        qemu.create(&image, &ImageSpec::qcow2(64 * M).with(pattern(0, 2 * M, 7))).expect("an image");
+        let contents = qemu.read_all(&image, Format::Qcow2).expect("read");
+        let (l1, l2, block) = tables(&image);
+        let target = match what {
+            "L2 table" => l2,
+            "L1 table" => l1,
+            _ => block,
+        };
+        patch(&image, block + target / (64 * K) * 2, &[0, 0]);
+        let mut rig = Rig::open(&image, &options()).expect("opens");
+        let written = rig.try_one(&write(32 * M, 64 * K, 3));
+        let message = written.expect_err("the damage is found when clusters are sought").to_string();
+        assert!(message.contains("refcount is zero"), "{what}: {message}");
+        let model = ByteModel::with_contents(&contents, 64 * M, 64 * K, DiscardRule::ZeroesClusters);
+        model.compare_all(&rig.read_all()).unwrap_or_else(|difference| panic!("{what}: {difference}"));
+        drop(rig);
+        assert_eq!(word(&image, 72) & 2, 2, "{what}: the image is marked corrupt");
+    }
+}
+
+#[test]
+fn an_entry_that_names_metadata_is_not_written_through() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    for (name, operation) in [
+        ("write", write(64 * K, 4 * K, 1)),
+        ("discard", Operation::Discard { offset: 64 * K, length: 64 * K }),
+        ("zeroes", Operation::WriteZeroes { offset: 64 * K, length: 64 * K, unmap: true }),
+    ] {
+        let image = folder.path().join(format!("{name}.qcow2"));
+        qemu.create(&image, &ImageSpec::qcow2(64 * M).with(pattern(0, 64 * K, 7))).expect("an image");
+        let (_, l2, _) = tables(&image);
+        patch(&image, l2 + 8, &(l2 | 1 << 63).to_be_bytes());
+        let before = word(&image, l2);
+        let mut rig = Rig::open(&image, &options()).expect("opens");
+        // So that the word is in the map.
+        rig.try_one(&Operation::Read { offset: 0, length: 512 }).expect("a read");
+        let message = rig.try_one(&operation).expect_err(name).to_string();
+        assert!(message.contains("holds other metadata"), "{message}");
+        drop(rig);
+        assert_eq!(word(&image, l2), before, "{name}: the L2 table is as it was");
+    }
+}
+
+#[test]
+fn two_tables_in_one_place_are_refused_for_writing() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let image = folder.path().join("shared.qcow2");
+    let spec = ImageSpec::qcow2(1024 * M).with(pattern(0, 64 * K, 7));
+    qemu.create(&image, &spec).expect("an image");
+    let (l1, _, _) = tables(&image);
+    patch(&image, l1 + 8, &word(&image, l1).to_be_bytes());
+    let message = match Rig::open(&image, &options()) {
+        Ok(_) => panic!("opens"),
+        Err(error) => error.to_string(),
+    };
+    assert!(message.contains("L1 table, entry 1"), "{message}");
+    Rig::open(&image, &DiskOptions { read_only: true, ..options() }).expect("reading").close();
+}
+
+#[test]
+fn reclaim_needs_no_more_tables_than_the_cache_holds() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let image = folder.path().join("scattered.qcow2");
+    let text = image.display().to_string();
+    let spec = "cluster_size=4k,preallocation=metadata";
+    qemu.img(["create", "-q", "-f", "qcow2", "-o", spec, &text, "3G"]).expect("an image");
+    let options = DiskOptions { table_bytes: 512 * K as usize, ..options() };
+    let mut rig = Rig::open(&image, &options).expect("opens");
+    for n in 0..384 {
+        rig.try_one(&Operation::Discard { offset: n * 8 * M, length: 4 * K }).expect("a discard");
+    }
+    rig.try_one(&Operation::Flush).expect("a flush");
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while rig.disk().status().quarantined_clusters > 0 {
+        assert!(Instant::now() < deadline, "reclaim hangs: {:?}", rig.disk().status());
+        rig.try_one(&Operation::Read { offset: 0, length: 4 * K }).expect("a read");
+    }
+    rig.close();
+}
+
+#[test]
+fn a_deep_chain_is_read_with_a_tiny_cache() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut chain = vec![ImageSpec::qcow2(64 * M)];
+    for n in 0..16u64 {
+        let spec = ImageSpec::qcow2(64 * M).backing(PathBuf::new(), Format::Qcow2);
+        chain.push(spec.with(pattern(n * 64 * K, 64 * K, n as u8 + 1)));
+    }
+    let paths = qemu.create_chain(folder.path(), &chain).expect("a chain");
+    let image = paths.last().expect("a top");
+    let contents = qemu.read_all(image, Format::Qcow2).expect("read");
+    let model = ByteModel::with_contents(&contents, 64 * M, 64 * K, DiscardRule::ZeroesClusters);
+    let options = DiskOptions { table_bytes: 4 * 4096, map_bytes: 4096, ..options() };
+    let mut rig = Rig::open(image, &options).expect("opens");
+    model.compare_all(&rig.read_all()).expect("contents");
+    rig.close();
+}
+
+#[test]
+fn data_written_past_the_end_of_a_short_file_survives_the_close() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let image = folder.path().join("short.qcow2");
+    qemu.create(&image, &ImageSpec::qcow2(64 * M).with(pattern(0, 2 * M, 7))).expect("an image");
+    let length = std::fs::metadata(&image).expect("image").len();
+    // As if a copy of it had stopped early.
+    let file = OpenOptions::new().write(true).open(&image).expect("the image");
+    file.set_len(length - 256 * K).expect("cut");
+    drop(file);
+    let contents = qemu.read_all(&image, Format::Qcow2).expect("read");
+    let mut model = ByteModel::with_contents(&contents, 64 * M, 64 * K, DiscardRule::ZeroesClusters);
+    let mut rig = Rig::open(&image, &options()).expect("opens");
+    rig.run(
+        &[write(2 * M - 64 * K, 64 * K, 3), write(2 * M - 192 * K, 64 * K, 4), Operation::Flush],
+        &mut model,
+    );
+    rig.run(&[write(32 * M, 64 * K, 5), Operation::Flush], &mut model);
+    model.compare_all(&rig.read_all()).expect("contents");
+    rig.close();
+    model
+        .compare_all(&qemu.read_all(&image, Format::Qcow2).expect("read"))
+        .expect("contents after the close");
+}
+
+#[test]
+fn a_write_of_whole_clusters_needs_nothing_from_below() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let compressed = Content::Compressed { offset: 0, length: 128 * K, byte: 4 };
+    let chain = [
+        ImageSpec::qcow2(4 * M).with(compressed),
+        ImageSpec::qcow2(4 * M).backing(PathBuf::new(), Format::Qcow2),
+    ];
+    let paths = qemu.create_chain(folder.path(), &chain).expect("a chain");
+    let mut rig = Rig::open(paths.last().expect("a top"), &options()).expect("opens");
+    rig.try_one(&write(0, 64 * K, 1)).expect("the first write");
+    rig.try_one(&write(0, 64 * K, 2)).expect("the second write");
+    assert!(rig.try_one(&write(64 * K, 512, 3)).is_err(), "a part of a compressed cluster must be copied");
+    rig.close();
+}
