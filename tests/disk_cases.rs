@@ -255,9 +255,6 @@ fn what_is_not_supported_is_refused_by_name() {
     named(&create("zstd.qcow2", "compression_type=zstd"), &options(), "zstd");
     let data = format!("data_file={},data_file_raw=on", path("data.raw").display());
     named(&create("data.qcow2", &data), &options(), "external data file");
-    let dirty = create("dirty.qcow2", "compat=1.1");
-    patch(&dirty, 72, &1u64.to_be_bytes());
-    named(&dirty, &options(), "dirty");
     let corrupt = create("corrupt.qcow2", "compat=1.1");
     patch(&corrupt, 72, &2u64.to_be_bytes());
     named(&corrupt, &options(), "corrupt");
@@ -353,6 +350,30 @@ fn a_damaged_table_is_named_and_the_image_marked() {
     let features = std::fs::read(&image).expect("image")[79];
     assert_eq!(features & 2, 2, "the corrupt bit is set");
     assert!(std::fs::metadata(&image).expect("image").size() > 0);
+}
+
+#[test]
+fn a_dirty_image_gets_its_refcounts_rebuilt() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let image = folder.path().join("dirty.qcow2");
+    let content = Content::Pattern { offset: 0, length: M, byte: 7 };
+    qemu.create(&image, &ImageSpec::qcow2(4 * M).with(content)).expect("an image");
+    let contents = qemu.read_all(&image, Format::Qcow2).expect("read");
+    let bytes = std::fs::read(&image).expect("image");
+    let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
+    // As lazy refcounts leave it: marked, and the counts of two data clusters are not written yet.
+    let block = word(word(48) as usize);
+    let data = word((word(word(40) as usize) & 0x00ff_ffff_ffff_fe00) as usize) & 0x00ff_ffff_ffff_fe00;
+    patch(&image, block + data / (64 * K) * 2, &[0; 4]);
+    patch(&image, 72, &1u64.to_be_bytes());
+    let mut model = ByteModel::with_contents(&contents, 4 * M, 64 * K, DiscardRule::ZeroesClusters);
+    let mut rig = Rig::open(&image, &options()).expect("opens");
+    rig.run(&[write(2 * M, 256 * K, 1), Operation::Flush], &mut model);
+    rig.close();
+    assert_eq!(std::fs::read(&image).expect("image")[79] & 1, 0, "no longer dirty");
+    assert_eq!(qemu.check(&image).expect("check"), Check::Clean);
+    model.compare_all(&qemu.read_all(&image, Format::Qcow2).expect("read")).expect("contents");
 }
 
 #[test]

@@ -7,6 +7,8 @@ use qcow2::{FormatError, Unsupported};
 use storage::{Errno, StorageError};
 use thiserror::Error;
 
+use crate::check::CheckError;
+
 /// Why a disk could not be opened or closed.
 #[derive(Debug, Error)]
 pub enum OpenError {
@@ -41,6 +43,11 @@ pub enum OpenError {
         /// What it needs.
         source: Unsupported,
     },
+    /// An image that was not closed cleanly could not be repaired.
+    #[error(
+        "the image is marked dirty (it was not closed cleanly), and its refcounts cannot be rebuilt: {0}"
+    )]
+    Dirty(Box<CheckError>),
     /// A writable qcow2 image on a block device.
     #[error(
         "{}: is a block device; a writable qcow2 image must be a regular file (a raw image may be a block device: \

@@ -7,11 +7,13 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use engine::check::RepairKind;
 use engine::{FileIndex, LayerFormat, LayerSpec, TopSpec};
-use qcow2::{Header, HostOffset};
+use qcow2::{Header, HostOffset, Incompatible};
 use storage::{AlignedBuf, FileId, FileInfo, IoQueue, Kind, OpenOptions, Operation, Part, Storage};
-use tracing::warn;
+use tracing::{info, warn};
 
+use crate::check::repair_open;
 use crate::driver::Driver;
 use crate::error::OpenError;
 use crate::layer::{DiskFile, Layer};
@@ -87,7 +89,7 @@ pub(crate) async fn open_chain<S: Storage>(
         let top = chain.layers.is_empty();
         let writable = top && !options.read_only;
         let how = OpenOptions { writable, direct: options.direct, lock_timeout: options.lock_timeout };
-        let (id, info) = storage.open(&path, &how)?;
+        let (id, mut info) = storage.open(&path, &how)?;
         if !seen.insert(info.identity) {
             return Err(OpenError::BackingLoop { path });
         }
@@ -95,9 +97,13 @@ pub(crate) async fn open_chain<S: Storage>(
         let layer = match format {
             Format::Raw => raw_layer(&path, &info),
             Format::Qcow2 => {
-                let reader = Reader { driver, id, info: &info };
-                let header = reader.header().await?;
+                let mut header = Reader { driver, id, info: &info }.header().await?;
                 check_supported(&info, &header, writable)?;
+                if writable && header.incompatible.contains(Incompatible::DIRTY) {
+                    rebuild_refcounts(driver, id, &info).await?;
+                    info.length = storage.length(id)?;
+                    header = Reader { driver, id, info: &info }.header().await?;
+                }
                 Layer::qcow2(path.clone(), header, info.length)
             }
         };
@@ -150,6 +156,21 @@ fn raw_layer(path: &Path, info: &FileInfo) -> Layer {
             "the length of this raw image is no multiple of 512: the last bytes are not part of the disk");
     }
     Layer::raw(path.to_path_buf(), size, info.length)
+}
+
+/// An image that was not closed cleanly may have refcounts that are too low: they are rebuilt before anything is
+/// allocated.
+async fn rebuild_refcounts<Q: IoQueue>(
+    driver: &Driver<Q>,
+    id: FileId,
+    info: &FileInfo,
+) -> Result<(), OpenError> {
+    let path = info.path.display();
+    warn!(%path, "the image was not closed cleanly: its refcounts are rebuilt");
+    let repaired = repair_open(driver, id, info, RepairKind::All).await;
+    let (found, writes) = repaired.map_err(|error| OpenError::Dirty(Box::new(error)))?;
+    info!(%path, leaked_clusters = found.leaked_clusters, corruptions = found.corruptions, writes, "rebuilt");
+    Ok(())
 }
 
 fn check_supported(info: &FileInfo, header: &Header, writable: bool) -> Result<(), OpenError> {

@@ -91,12 +91,6 @@ pub enum Unsupported {
         qemu-img convert -o extended_l2=off"
     )]
     ExtendedL2,
-    /// Refcounts may be wrong.
-    #[error(
-        "the image is marked dirty (it was not closed cleanly): repair it with qemu-img check -r all, \
-        or open it read-only"
-    )]
-    Dirty,
     /// Anything may be wrong.
     #[error("the image is marked corrupt: repair it with qemu-img check -r all, or open it read-only")]
     Corrupt,

@@ -109,9 +109,6 @@ impl Header {
         if self.incompatible.contains(Incompatible::CORRUPT) {
             return Some(Unsupported::Corrupt);
         }
-        if self.incompatible.contains(Incompatible::DIRTY) {
-            return Some(Unsupported::Dirty);
-        }
         (self.snapshots > 0).then_some(Unsupported::InternalSnapshots { count: self.snapshots })
     }
 
