@@ -1,0 +1,115 @@
+//! Looks at what a crash has left: by the checker, and by opening it with the disk's own open and reading everything.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+
+use disk::check::{Report, check};
+use disk::{Completed, Disk, Request, RequestId};
+use qcow2::Header;
+use storage::sim::{Image, SimOptions, SimWorld};
+
+use super::memory::{WINDOW, gather, memory};
+use super::shape::{Shape, TOP};
+use super::stamp::{SECTOR, Value, read_stamps};
+
+/// What is in an image.
+#[derive(Clone, Debug, Default)]
+pub struct Seen {
+    /// By sector; empty if it could not be read.
+    pub values: Vec<Value>,
+    /// Clusters leaked, as the checker counts them.
+    pub leaks: u64,
+    /// Clusters past the end of the file that have a refcount: the file's length was lost, and they will be leaks when
+    /// it grows again.
+    pub hidden_leaks: u64,
+    /// Why the image is not what a crash may leave, whatever was promised.
+    pub wrong: Option<String>,
+}
+
+/// Looks at an image. What panics counts as wrong.
+pub fn examine(image: &Image, shape: &Shape) -> Seen {
+    let looked = catch_unwind(AssertUnwindSafe(|| look(image, shape)));
+    let wrong = match looked {
+        Ok(Ok(seen)) => return seen,
+        Ok(Err(wrong)) => wrong,
+        Err(panic) => format!("the recovery panicked: {}", panic_text(&*panic)),
+    };
+    Seen { wrong: Some(wrong), ..Seen::default() }
+}
+
+/// What a panic said.
+pub fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().cloned();
+    text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default()
+}
+
+fn look(image: &Image, shape: &Shape) -> Result<Seen, String> {
+    let world = SimWorld::from_image(image.clone(), 1, SimOptions::calm());
+    let report = check(&world.storage(), Path::new(TOP), &shape.options())
+        .map_err(|error| format!("the checker could not look: {error}"))?;
+    let wrong = (report.corruptions > 0).then(|| findings(&report));
+    let values = read_all(&world, shape)?;
+    let hidden_leaks = counted_past_end(image)?;
+    Ok(Seen { values, leaks: report.leaked_clusters, hidden_leaks, wrong })
+}
+
+/// Clusters past the end of the file that have a refcount.
+fn counted_past_end(image: &Image) -> Result<u64, String> {
+    let contents = image.file(Path::new(TOP)).ok_or("there is no image")?;
+    let read = |offset: u64, length: u64| {
+        let mut bytes = vec![0; length as usize];
+        contents.read(offset, &mut bytes);
+        bytes
+    };
+    let unreadable = |error| format!("the header: {error}");
+    let prefix = read(0, Header::PREFIX_MAX as u64);
+    let area = read(0, Header::cluster_size_hint(&prefix).map_err(unreadable)?);
+    let header = Header::parse(&area, contents.length()).map_err(unreadable)?;
+    let geometry = header.geometry();
+    let (cluster, entries) = (geometry.cluster_size(), geometry.refblock_entries());
+    let table = read(header.refcount_table_offset.0, u64::from(header.refcount_table_clusters) * cluster);
+    let end = geometry.clusters_for(contents.length());
+    let mut counted = 0;
+    for block in end / entries..table.len() as u64 / 8 {
+        let raw = qcow2::entry(&table, block as usize);
+        let Ok(Some(offset)) = qcow2::refblock_offset(raw, &geometry) else { continue };
+        let bytes = read(offset.0, cluster);
+        let past = |index: &u64| block * entries + index >= end;
+        let used = |index: &u64| qcow2::refcount(geometry.refcount_order, &bytes, *index as usize) != 0;
+        counted += (0..entries).filter(past).filter(used).count() as u64;
+    }
+    Ok(counted)
+}
+
+fn findings(report: &Report) -> String {
+    let corrupt = report.findings.iter().filter(|finding| !finding.kind.is_leak());
+    let lines: Vec<String> = corrupt.take(8).map(|finding| format!("\n    {finding}")).collect();
+    format!("the checker finds {} corruptions:{}", report.corruptions, lines.concat())
+}
+
+/// Opens the disk for writing, so that whatever a dirty image needs is done, and reads all of it.
+fn read_all(world: &SimWorld, shape: &Shape) -> Result<Vec<Value>, String> {
+    let disk = Disk::open_unkept(world.storage(), Path::new(TOP), &shape.options())
+        .map_err(|error| format!("it does not open: {error}"))?;
+    let mut queue = disk.queue(64).map_err(|error| format!("no queue: {error}"))?;
+    let mut values = Vec::with_capacity(shape.sectors as usize);
+    let most = WINDOW as u64 / SECTOR;
+    while (values.len() as u64) < shape.sectors {
+        let first = values.len() as u64;
+        let slices = memory(0, most.min(shape.sectors - first), 0);
+        queue.submit(RequestId(0), Request::Read { offset: first * SECTOR }, &slices);
+        let mut done: Vec<Completed> = Vec::new();
+        loop {
+            queue.turn(&mut done);
+            if !done.is_empty() {
+                break;
+            }
+            queue.wait(None);
+        }
+        for completed in done {
+            completed.result.map_err(|error| format!("reading sector {first} and on: {error}"))?;
+        }
+        values.extend(read_stamps(first, &gather(&slices)));
+    }
+    Ok(values)
+}

@@ -1,0 +1,265 @@
+//! The oracle: what was asked of a disk and what it answered when, and hence what each sector may hold after a crash.
+//!
+//! A request is *settled* at an instant if a flush was acknowledged by then that was submitted after the request was
+//! acknowledged, or if the request was write-through and is acknowledged. A sector may hold what any request submitted
+//! by then wrote, or what it held at the start, unless a settled request wrote there that was submitted after the other
+//! one had ended. Requests that were in flight together come in either order. A request that failed may have been
+//! done, or not, in any sector, and settles nothing. It never looks at the disk.
+
+use std::ops::Range;
+
+use storage::sim::Moment;
+
+use super::shape::Shape;
+use super::stamp::Value;
+
+/// What is asked of a disk. Places and lengths are in sectors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// A read, compared at once.
+    Read {
+        /// Where.
+        sector: u64,
+        /// How many.
+        count: u64,
+    },
+    /// A write of stamped sectors.
+    Write {
+        /// Where.
+        sector: u64,
+        /// How many.
+        count: u64,
+        /// Acknowledged only when durable.
+        through: bool,
+    },
+    /// Write zeroes.
+    Zeroes {
+        /// Where.
+        sector: u64,
+        /// How many.
+        count: u64,
+        /// Space may be given back.
+        unmap: bool,
+    },
+    /// Discard.
+    Discard {
+        /// Where.
+        sector: u64,
+        /// How many.
+        count: u64,
+    },
+    /// Flush.
+    Flush,
+    /// Nothing is asked for so many milliseconds; what is in flight ends first.
+    Pause(u64),
+}
+
+impl Op {
+    /// A write that is acknowledged before it is durable.
+    pub const fn write(sector: u64, count: u64) -> Op {
+        Op::Write { sector, count, through: false }
+    }
+
+    /// The sectors that it is about.
+    pub fn sectors(&self) -> Range<u64> {
+        match *self {
+            Op::Read { sector, count }
+            | Op::Write { sector, count, .. }
+            | Op::Zeroes { sector, count, .. }
+            | Op::Discard { sector, count } => sector..sector + count,
+            Op::Flush | Op::Pause(_) => 0..0,
+        }
+    }
+
+    /// The sectors that it changes.
+    fn changed(&self, shape: &Shape) -> Range<u64> {
+        match *self {
+            Op::Read { .. } | Op::Flush | Op::Pause(_) => 0..0,
+            Op::Write { .. } | Op::Zeroes { .. } => self.sectors(),
+            Op::Discard { .. } if shape.discards_nothing() => 0..0,
+            Op::Discard { sector, count } => {
+                let unit = shape.cluster_sectors();
+                let end = sector + count;
+                // The last cluster is whole where the disk ends.
+                let whole_end = if end == shape.sectors { end } else { end / unit * unit };
+                let start = sector.next_multiple_of(unit);
+                start..whole_end.max(start)
+            }
+        }
+    }
+}
+
+/// A point in a run: its place in the order of what the guest did and saw, and the instant in the world's history.
+#[derive(Clone, Copy, Debug)]
+struct Point {
+    order: u32,
+    moment: Moment,
+}
+
+/// A request and its fate.
+#[derive(Clone, Copy, Debug)]
+pub struct Entry {
+    /// What was asked.
+    pub op: Op,
+    /// The number of a write.
+    pub write: u32,
+    submitted: Point,
+    ended: Option<Point>,
+    /// It was acknowledged as done.
+    pub done: bool,
+    /// The instant from which on it is settled.
+    settled: Option<Moment>,
+}
+
+/// What was asked of a disk, in order.
+#[derive(Clone)]
+pub struct Journal {
+    shape: Shape,
+    start: Vec<Value>,
+    entries: Vec<Entry>,
+    order: u32,
+    /// For each sector the requests that change it.
+    touched: Vec<Vec<u32>>,
+}
+
+impl Journal {
+    /// For a disk whose sectors hold these values.
+    pub fn new(shape: Shape, start: Vec<Value>) -> Self {
+        let touched = vec![Vec::new(); start.len()];
+        Journal { shape, start, entries: Vec::new(), order: 0, touched }
+    }
+
+    fn point(&mut self, moment: Moment) -> Point {
+        self.order += 1;
+        Point { order: self.order, moment }
+    }
+
+    /// A request is about to be submitted; its name.
+    pub fn submit(&mut self, op: Op, write: u32, moment: Moment) -> usize {
+        let index = self.entries.len();
+        for sector in op.changed(&self.shape) {
+            self.touched[sector as usize].push(index as u32);
+        }
+        let submitted = self.point(moment);
+        self.entries.push(Entry { op, write, submitted, ended: None, done: false, settled: None });
+        index
+    }
+
+    /// A request has ended.
+    pub fn end(&mut self, index: usize, done: bool, moment: Moment) {
+        let ended = self.point(moment);
+        let entry = &mut self.entries[index];
+        (entry.ended, entry.done) = (Some(ended), done);
+        if !done {
+            return;
+        }
+        match entry.op {
+            Op::Write { through: true, .. } => entry.settled = Some(moment),
+            Op::Flush => self.settle(index),
+            _ => {}
+        }
+    }
+
+    /// A flush was acknowledged.
+    fn settle(&mut self, flush: usize) {
+        let Entry { submitted, ended, .. } = self.entries[flush];
+        let moment = ended.expect("called as it ends").moment;
+        for entry in &mut self.entries {
+            let before = entry.ended.is_some_and(|ended| ended.order < submitted.order);
+            if before && entry.done && entry.settled.is_none() {
+                entry.settled = Some(moment);
+            }
+        }
+    }
+
+    /// The requests.
+    pub fn entries(&self) -> &[Entry] {
+        &self.entries
+    }
+
+    /// The instants at which what is allowed changes, in order.
+    pub fn changes(&self) -> Vec<Moment> {
+        let mut moments: Vec<Moment> = Vec::new();
+        for entry in &self.entries {
+            // What it wrote can be there only after its first event.
+            moments.push(Moment(entry.submitted.moment.0 + 1));
+            moments.extend(entry.settled);
+        }
+        moments.sort_unstable();
+        moments.dedup();
+        moments
+    }
+
+    /// The instant at which a request was submitted.
+    pub fn submitted_at(&self, index: usize) -> Moment {
+        self.entries[index].submitted.moment
+    }
+
+    /// What a crash at an instant may leave, by sector.
+    pub fn allowed_at(&self, moment: Moment) -> Vec<Vec<Value>> {
+        let visible = |entry: &Entry| entry.submitted.moment < moment;
+        let settled = |entry: &Entry| entry.settled.is_some_and(|at| at <= moment);
+        (0..self.start.len()).map(|sector| self.allowed(sector, visible, settled)).collect()
+    }
+
+    /// What a read that has just ended may have found in a sector.
+    pub fn readable(&self, sector: u64, read: usize) -> Vec<Value> {
+        let submitted = self.entries[read].submitted;
+        let settled =
+            |entry: &Entry| entry.done && entry.ended.is_some_and(|ended| ended.order < submitted.order);
+        self.allowed(sector as usize, |_| true, settled)
+    }
+
+    /// What a sector may hold if the settled requests are durable and the visible ones may be.
+    fn allowed(
+        &self,
+        sector: usize,
+        visible: impl Fn(&Entry) -> bool,
+        settled: impl Fn(&Entry) -> bool,
+    ) -> Vec<Value> {
+        let touching = || self.touched[sector].iter().map(|index| &self.entries[*index as usize]);
+        // Whatever ended before this is overwritten for good.
+        let horizon = touching().filter(|entry| settled(entry)).map(|entry| entry.submitted.order).max();
+        let mut values = Vec::with_capacity(2);
+        if horizon.is_none() {
+            values.push(self.start[sector]);
+        }
+        for entry in touching().filter(|entry| visible(entry)) {
+            let over = entry.ended.is_some_and(|ended| horizon.is_some_and(|at| ended.order < at));
+            let value = match entry.op {
+                Op::Write { .. } => Value::Write(entry.write),
+                _ => Value::Zero,
+            };
+            if !over && !values.contains(&value) {
+                values.push(value);
+            }
+        }
+        values
+    }
+
+    /// What each sector holds if all requests are done, one after the other.
+    pub fn settled_values(&self) -> Vec<Value> {
+        let mut values = self.start.clone();
+        for entry in self.entries.iter().filter(|entry| entry.done) {
+            for sector in entry.op.changed(&self.shape) {
+                values[sector as usize] = match entry.op {
+                    Op::Write { .. } => Value::Write(entry.write),
+                    _ => Value::Zero,
+                };
+            }
+        }
+        values
+    }
+
+    /// Clusters that requests submitted from `from` on and before `to` are about, at most.
+    pub fn clusters_between(&self, from: Moment, to: Moment) -> u64 {
+        let unit = self.shape.cluster_sectors();
+        let within =
+            |entry: &&Entry| entry.submitted.moment < to && entry.ended.is_none_or(|end| end.moment >= from);
+        let touched = |entry: &Entry| match entry.op.changed(&self.shape) {
+            range if range.is_empty() => 0,
+            range => (range.end - 1) / unit - range.start / unit + 1,
+        };
+        self.entries.iter().filter(within).map(touched).sum()
+    }
+}

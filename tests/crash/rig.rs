@@ -1,0 +1,346 @@
+//! A whole disk in one thread on a simulated host: two queues and the housekeeper, turned in an order that follows from
+//! a seed. The code under test is the production code; here is who runs when, and how much time passes.
+
+use std::path::Path;
+use std::time::Duration;
+
+use disk::{Completed, Disk, DiskQueue, Keeper, OpenError, Request, RequestError, RequestId};
+use engine::EngineStatus;
+use storage::GuestSlice;
+use storage::sim::{Moment, Random, SimOptions, SimStorage, SimWorld};
+
+use super::journal::{Journal, Op};
+use super::memory::{SLOTS, gather, memory, scatter};
+use super::shape::{FIRST_WRITE, Start, TOP};
+use super::stamp::{SECTOR, Value, read_stamps, stamp};
+
+/// Queues of a disk.
+const QUEUES: usize = 2;
+/// Turns in vain before time passes.
+const VAIN_TURNS_MAX: u32 = 300;
+/// How long, by the simulated clock, nothing may end before that counts as a hang.
+const HANG: Duration = Duration::from_secs(60);
+/// Time that passes at once where nothing else does.
+const TICK: Duration = Duration::from_millis(50);
+
+/// An open disk, and what has been asked of it.
+pub struct Rig {
+    /// The host.
+    pub world: SimWorld,
+    /// What was asked and answered.
+    pub journal: Journal,
+    /// The requests that failed, and why.
+    pub failures: Vec<(usize, RequestError)>,
+    /// A read that found what no read may find.
+    pub misread: Option<String>,
+    queues: Vec<DiskQueue<SimStorage>>,
+    keeper: Option<Keeper<SimStorage>>,
+    disk: Disk<SimStorage>,
+    flying: Vec<Option<Flight>>,
+    next_write: u32,
+    random: Random,
+    quiet: Vec<Moment>,
+    stalled: Duration,
+}
+
+/// A request in flight.
+struct Flight {
+    index: usize,
+    slices: Vec<GuestSlice>,
+}
+
+/// A run that is over.
+pub struct Finished {
+    /// The host.
+    pub world: SimWorld,
+    /// What was asked and answered.
+    pub journal: Journal,
+    /// The requests that failed, and why.
+    pub failures: Vec<(usize, RequestError)>,
+    /// A read that found what no read may find.
+    pub misread: Option<String>,
+    /// Instants at which nothing was dirty and nothing in quarantine, in order; the first is the opening.
+    pub quiet: Vec<Moment>,
+    /// How the clean close ended.
+    pub closed: Result<(), OpenError>,
+}
+
+impl Finished {
+    /// What each sector holds, if nothing overlapped in time.
+    pub fn settled_values(&self) -> Vec<Value> {
+        self.journal.settled_values()
+    }
+}
+
+/// The options of a host that a seed stands for: most can do everything.
+pub fn host(seed: u64) -> SimOptions {
+    let mut random = Random::new(seed ^ 0x4057);
+    SimOptions { punch: !random.chance(1, 8), allocate: !random.chance(1, 8), ..SimOptions::default() }
+}
+
+impl Rig {
+    /// Opens a disk on a world of its own.
+    pub fn open(start: &Start, seed: u64) -> Result<Rig, OpenError> {
+        let world = SimWorld::from_image(start.image.clone(), seed, host(seed));
+        Rig::open_numbered(start, world, seed, FIRST_WRITE + 1000)
+    }
+
+    /// Opens the disk in a world; writes are numbered from `first_write`.
+    pub fn open_numbered(
+        start: &Start,
+        world: SimWorld,
+        seed: u64,
+        first_write: u32,
+    ) -> Result<Rig, OpenError> {
+        let disk = Disk::open_unkept(world.storage(), Path::new(TOP), &start.shape.options())?;
+        let queues = (0..QUEUES).map(|_| disk.queue(32)).collect::<Result<Vec<_>, _>>()?;
+        let keeper = Some(disk.keeper()?);
+        let quiet = vec![world.moment()];
+        Ok(Rig {
+            journal: Journal::new(start.shape, start.values.clone()),
+            failures: Vec::new(),
+            misread: None,
+            queues,
+            keeper,
+            disk,
+            flying: (0..SLOTS).map(|_| None).collect(),
+            next_write: first_write,
+            random: Random::new(seed ^ 0x71d),
+            quiet,
+            stalled: Duration::ZERO,
+            world,
+        })
+    }
+
+    /// The engine's numbers.
+    pub fn status(&self) -> EngineStatus {
+        self.disk.status()
+    }
+
+    fn in_flight(&self) -> usize {
+        self.flying.iter().flatten().count()
+    }
+
+    /// Does operations one after the other, lets the housekeeper do its work, and closes.
+    pub fn play_alone(mut self, ops: &[Op]) -> Finished {
+        self.play(ops, 1);
+        self.rest();
+        self.finish()
+    }
+
+    /// Does operations in their order, at most `at_once` in flight.
+    ///
+    /// # Panics
+    /// When nothing ends any more.
+    pub fn play(&mut self, ops: &[Op], at_once: usize) {
+        let mut next = 0;
+        while next < ops.len() || self.in_flight() > 0 {
+            let may_submit = match ops.get(next) {
+                None => false,
+                Some(Op::Pause(_)) => self.in_flight() == 0,
+                Some(_) => self.in_flight() < at_once.min(SLOTS),
+            };
+            if may_submit && (at_once == 1 || self.random.chance(1, 3)) {
+                match ops[next] {
+                    Op::Pause(milliseconds) => self.pause(Duration::from_millis(milliseconds)),
+                    op => self.submit(op),
+                }
+                next += 1;
+            } else {
+                self.act();
+            }
+        }
+    }
+
+    /// Submits a request to some queue.
+    fn submit(&mut self, op: Op) {
+        let slot = self.flying.iter().position(Option::is_none).expect("a free slot");
+        let write = self.next_write;
+        self.next_write += 1;
+        let slices = match op {
+            Op::Read { count, .. } | Op::Write { count, .. } => memory(slot, count, self.random.below(8)),
+            _ => Vec::new(),
+        };
+        if let Op::Write { sector, count, .. } = op {
+            let mut bytes = vec![0; (count * SECTOR) as usize];
+            for (sector, bytes) in (sector..).zip(bytes.chunks_exact_mut(SECTOR as usize)) {
+                stamp(sector, write, bytes);
+            }
+            scatter(&bytes, &slices);
+        }
+        let queue = self.random.below(QUEUES as u64) as usize;
+        let index = self.journal.submit(op, write, self.world.moment());
+        self.flying[slot] = Some(Flight { index, slices: slices.clone() });
+        self.queues[queue].submit(RequestId(slot as u32), request(op), &slices);
+    }
+
+    /// Lets somebody do something.
+    fn act(&mut self) {
+        let done = match self.random.below(QUEUES as u64 * 2 + 4) {
+            0 => self.turn_keeper(),
+            number if number <= 2 * QUEUES as u64 => self.turn_queue(number as usize % QUEUES),
+            _ => {
+                self.world.step();
+                0
+            }
+        };
+        if done > 0 {
+            self.stalled = Duration::ZERO;
+            return;
+        }
+        // Long pauses are rare, but the housekeeper's five seconds must come in the midst of things now and then.
+        let pass = match self.random.below(2048) {
+            0 => Duration::from_millis(5100),
+            1..4 => TICK,
+            4..16 => Duration::from_micros(500),
+            _ => return self.count_vain_turn(),
+        };
+        self.world.pass(pass);
+    }
+
+    /// Nothing ended in this turn; if that goes on, time must pass.
+    fn count_vain_turn(&mut self) {
+        self.stalled += TICK / VAIN_TURNS_MAX;
+        if self.world.is_idle() && self.random.chance(1, 8) {
+            self.world.pass(TICK);
+            self.stalled += TICK;
+        }
+        assert!(self.stalled < HANG, "requests hang: {}", self.hanging());
+    }
+
+    fn hanging(&self) -> String {
+        let flights = self.flying.iter().flatten();
+        let ops: Vec<_> = flights.map(|flight| self.journal.entries()[flight.index].op).collect();
+        format!("{ops:?}, engine {:?}", self.status())
+    }
+
+    fn turn_keeper(&mut self) -> usize {
+        if let Some(keeper) = &mut self.keeper {
+            keeper.turn();
+            // As its thread would; it answers a wake, and lets no time pass.
+            keeper.wait(Some(Duration::ZERO));
+        }
+        0
+    }
+
+    fn turn_queue(&mut self, queue: usize) -> usize {
+        let mut done = Vec::new();
+        self.queues[queue].turn(&mut done);
+        self.queues[queue].wait(Some(Duration::ZERO));
+        let count = done.len();
+        for completed in done {
+            self.complete(completed);
+        }
+        count
+    }
+
+    fn complete(&mut self, completed: Completed) {
+        let slot = completed.id.0 as usize;
+        let flight = self.flying[slot].take().expect("it was in flight, once");
+        self.journal.end(flight.index, completed.result.is_ok(), self.world.moment());
+        match completed.result {
+            Ok(()) => self.compare_read(&flight),
+            Err(error) => self.failures.push((flight.index, error)),
+        }
+    }
+
+    /// A read finds what may be there.
+    fn compare_read(&mut self, flight: &Flight) {
+        let Op::Read { sector: first, .. } = self.journal.entries()[flight.index].op else { return };
+        for (sector, value) in (first..).zip(read_stamps(first, &gather(&flight.slices))) {
+            let allowed = self.journal.readable(sector, flight.index);
+            if !allowed.contains(&value) && self.misread.is_none() {
+                let allowed: Vec<String> = allowed.iter().map(Value::to_string).collect();
+                self.misread = Some(format!(
+                    "a read (request {}) found {value} in sector {sector}, not {}",
+                    flight.index,
+                    allowed.join(" or ")
+                ));
+            }
+        }
+    }
+
+    /// Everybody does what can be done without time passing for timers.
+    fn exhaust(&mut self) {
+        loop {
+            for queue in 0..QUEUES {
+                self.turn_queue(queue);
+            }
+            self.turn_keeper();
+            if !self.world.step() && self.world.is_idle() {
+                break;
+            }
+        }
+    }
+
+    /// Nothing is asked for a while.
+    fn pause(&mut self, time: Duration) {
+        let end = self.world.now() + time;
+        loop {
+            self.exhaust();
+            if self.world.now() >= end {
+                break;
+            }
+            self.world.pass(TICK.min(end - self.world.now()));
+        }
+        self.note_quiet();
+    }
+
+    fn note_quiet(&mut self) {
+        let status = self.status();
+        if status.dirty_bytes == 0 && status.quarantined_clusters == 0 {
+            self.quiet.push(self.world.moment());
+        }
+    }
+
+    /// Long enough for the housekeeper to flush, to give back, and to flush that, too.
+    pub fn rest(&mut self) {
+        self.pause(Duration::from_millis(12_000));
+    }
+
+    /// Closes the disk cleanly; nothing is in flight.
+    pub fn finish(mut self) -> Finished {
+        assert_eq!(self.in_flight(), 0, "requests are waited for");
+        self.exhaust();
+        self.queues.clear();
+        self.keeper = None;
+        let closed = self.disk.close();
+        Finished {
+            world: self.world,
+            journal: self.journal,
+            failures: self.failures,
+            misread: self.misread,
+            quiet: self.quiet,
+            closed,
+        }
+    }
+
+    /// Stops without closing, as a crash does; nothing is in flight.
+    pub fn abandon(self) -> Finished {
+        let closed = Ok(());
+        Finished {
+            world: self.world.clone(),
+            journal: self.journal,
+            failures: self.failures,
+            misread: self.misread,
+            quiet: self.quiet,
+            closed,
+        }
+    }
+}
+
+fn request(op: Op) -> Request {
+    let bytes = |sectors: u64| sectors * SECTOR;
+    match op {
+        Op::Read { sector, .. } => Request::Read { offset: bytes(sector) },
+        Op::Write { sector, through, .. } => Request::Write { offset: bytes(sector), write_through: through },
+        Op::Zeroes { sector, count, unmap } => {
+            Request::WriteZeroes { offset: bytes(sector), length: bytes(count), unmap, write_through: false }
+        }
+        Op::Discard { sector, count } => {
+            Request::Discard { offset: bytes(sector), length: bytes(count), write_through: false }
+        }
+        Op::Flush => Request::Flush,
+        Op::Pause(_) => panic!("a pause is no request"),
+    }
+}

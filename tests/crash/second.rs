@@ -1,0 +1,79 @@
+//! A second opinion on a sample of the crash states: they are written to real files, which `qemu-img` checks and reads.
+
+use std::fmt;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use storage::sim::Image;
+use strata_tests::Qemu;
+use strata_tests::images::{Check, Format};
+
+use super::examine::Seen;
+use super::shape::{BASE, TOP};
+use super::stamp::read_stamps;
+
+/// One state in so many distinct ones is sampled.
+const ONE_IN: u64 = 500;
+
+/// QEMU's tools, if they are there.
+pub struct SecondOpinion {
+    qemu: Option<Qemu>,
+    offered: AtomicU64,
+    given: AtomicU64,
+}
+
+impl SecondOpinion {
+    /// Looks for the tools; without them it skips visibly.
+    pub fn find() -> Self {
+        SecondOpinion { qemu: Qemu::find(), offered: AtomicU64::new(0), given: AtomicU64::new(0) }
+    }
+
+    /// Compares with QEMU's opinion if this state is in the sample.
+    ///
+    /// # Errors
+    /// Where the two differ.
+    pub fn ask(&self, image: &Image, seen: &Seen) -> Result<(), String> {
+        let Some(qemu) = &self.qemu else { return Ok(()) };
+        if !self.offered.fetch_add(1, Ordering::Relaxed).is_multiple_of(ONE_IN) {
+            return Ok(());
+        }
+        self.given.fetch_add(1, Ordering::Relaxed);
+        compare(qemu, image, seen)
+    }
+}
+
+fn compare(qemu: &Qemu, image: &Image, seen: &Seen) -> Result<(), String> {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let top = folder.path().join(TOP);
+    image.export(Path::new(TOP), &top).expect("an export");
+    if image.file(Path::new(BASE)).is_some() {
+        image.export(Path::new(BASE), &folder.path().join(BASE)).expect("an export");
+    }
+    let verdict = match qemu.check(&top).map_err(|error| format!("qemu-img check: {error}"))? {
+        Check::Clean => 0,
+        Check::Leaks(leaks) => leaks,
+        Check::Corrupt(text) => return Err(format!("qemu-img check finds errors: {text}")),
+    };
+    if verdict != seen.leaks {
+        return Err(format!("qemu-img check finds {verdict} leaks, and we {}", seen.leaks));
+    }
+    let bytes = qemu.read_all(&top, Format::Qcow2).map_err(|error| format!("qemu-img convert: {error}"))?;
+    let theirs = read_stamps(0, &bytes);
+    match theirs.iter().zip(&seen.values).position(|(theirs, ours)| theirs != ours) {
+        Some(sector) => {
+            let (theirs, ours) = (theirs[sector], seen.values[sector]);
+            Err(format!("qemu-img reads {theirs} in sector {sector}, and we {ours}"))
+        }
+        None if theirs.len() != seen.values.len() => Err(format!("qemu-img reads {} sectors", theirs.len())),
+        None => Ok(()),
+    }
+}
+
+impl fmt::Display for SecondOpinion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.qemu {
+            Some(_) => write!(f, "{} of these read by qemu-img too", self.given.load(Ordering::Relaxed)),
+            None => f.write_str("none read by qemu-img, which is not installed"),
+        }
+    }
+}

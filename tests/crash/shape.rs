@@ -1,0 +1,267 @@
+//! The images that a run starts from: geometry, what lies below, what has been written before.
+//!
+//! All are made in memory; none needs QEMU.
+
+use std::path::Path;
+
+use disk::DiskOptions;
+use qcow2::{Geometry, NewImage, Version};
+use storage::sim::{Image, SimOptions, SimWorld};
+
+use super::journal::Op;
+use super::rig::Rig;
+use super::stamp::{SECTOR, Value, stamp};
+
+/// The top image's name in a world.
+pub const TOP: &str = "top";
+/// The backing file's.
+pub const BASE: &str = "base";
+/// The number by which the backing file's sectors are stamped.
+pub const BASE_WRITE: u32 = 1;
+/// The number of the first write that a preparation makes; a run's own come after them.
+pub const FIRST_WRITE: u32 = 2;
+
+/// What lies below the top image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Below {
+    /// Nothing: what is not written reads as zero.
+    Nothing,
+    /// A raw file, shorter than the disk.
+    Raw,
+    /// A qcow2 image.
+    Qcow2,
+}
+
+/// What has happened to the image before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Past {
+    /// It is new.
+    Fresh,
+    /// Much of it was written, and closed cleanly.
+    Written,
+    /// It is new, but its file is so long that a few more clusters need a larger refcount table.
+    Long,
+}
+
+/// A kind of image to start from.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    /// Version of the format: 2 or 3.
+    pub version: u32,
+    /// Bytes of a cluster, as a power of two.
+    pub cluster_bits: u32,
+    /// Bits of a refcount, as a power of two; 4 in version 2.
+    pub refcount_order: u32,
+    /// Sectors of the disk.
+    pub sectors: u64,
+    /// What lies below.
+    pub below: Below,
+    /// What was before.
+    pub past: Past,
+    /// Bytes of tables that the disk may keep, which also bounds what is dirty.
+    pub table_bytes: usize,
+}
+
+/// A shape, made: the files, and what the guest reads from them.
+#[derive(Clone)]
+pub struct Start {
+    /// How it was made.
+    pub shape: Shape,
+    /// The files.
+    pub image: Image,
+    /// By sector.
+    pub values: Vec<Value>,
+    /// Clusters leaked already.
+    pub leaks: u64,
+}
+
+impl Shape {
+    /// A new image of version 3 without a backing file.
+    pub const fn new(cluster_bits: u32, sectors: u64) -> Shape {
+        Shape {
+            version: 3,
+            cluster_bits,
+            refcount_order: 4,
+            sectors,
+            below: Below::Nothing,
+            past: Past::Fresh,
+            table_bytes: 1 << 20,
+        }
+    }
+
+    /// Over a backing file.
+    pub const fn over(self, below: Below) -> Shape {
+        Shape { below, ..self }
+    }
+
+    /// With a past.
+    pub const fn past(self, past: Past) -> Shape {
+        Shape { past, ..self }
+    }
+
+    /// Of version 2.
+    pub const fn v2(self) -> Shape {
+        Shape { version: 2, refcount_order: 4, ..self }
+    }
+
+    /// With refcounts of 64 bits, so that a refblock counts few clusters.
+    pub const fn wide_refcounts(self) -> Shape {
+        Shape { refcount_order: 6, ..self }
+    }
+
+    /// With hardly any memory for tables, so that they are evicted and flushed all the time.
+    pub const fn short_of_memory(self) -> Shape {
+        Shape { table_bytes: 6 * 4096, ..self }
+    }
+
+    /// Bytes of a cluster.
+    pub fn cluster_bytes(&self) -> u64 {
+        1 << self.cluster_bits
+    }
+
+    /// Sectors of a cluster.
+    pub fn cluster_sectors(&self) -> u64 {
+        self.cluster_bytes() / SECTOR
+    }
+
+    /// A discard leaves everything as it is: version 2 cannot hide what lies below.
+    pub fn discards_nothing(&self) -> bool {
+        self.version == 2 && self.below != Below::Nothing
+    }
+
+    /// The geometry of the top image.
+    pub fn geometry(&self) -> Geometry {
+        Geometry {
+            version: if self.version == 2 { Version::V2 } else { Version::V3 },
+            cluster_bits: self.cluster_bits,
+            refcount_order: self.refcount_order,
+            extended_l2: false,
+            size: self.sectors * SECTOR,
+        }
+    }
+
+    /// How the disk is opened.
+    pub fn options(&self) -> DiskOptions {
+        DiskOptions {
+            lock_timeout: std::time::Duration::ZERO,
+            map_bytes: 64 << 10,
+            table_bytes: self.table_bytes,
+            ..DiskOptions::default()
+        }
+    }
+
+    /// Makes the image.
+    pub fn make(&self) -> Start {
+        let mut world = SimWorld::new(1, SimOptions::calm());
+        let mut values = vec![Value::Zero; self.sectors as usize];
+        let below = match self.below {
+            Below::Nothing => None,
+            Below::Raw => Some("raw"),
+            Below::Qcow2 => Some("qcow2"),
+        };
+        match self.below {
+            Below::Nothing => {}
+            Below::Raw => world.add_file(BASE, &self.raw_base(&mut values)),
+            Below::Qcow2 => {
+                let bytes = self.qcow2_base(&mut values);
+                world.add_file(BASE, &bytes);
+            }
+        }
+        world.add_file(TOP, &self.empty(below));
+        if self.past == Past::Written {
+            (world, values) = self.written(world, values);
+        }
+        Start { shape: *self, image: world.image(), values, leaks: 0 }
+    }
+
+    /// The bytes of an empty top image.
+    fn empty(&self, below: Option<&str>) -> Vec<u8> {
+        let mut new = NewImage::new(self.geometry());
+        if let Some(format) = below {
+            new.backing_file = Some(BASE.as_bytes().to_vec());
+            new.backing_format = Some(format.to_owned());
+        }
+        let mut bytes = Vec::new();
+        for (offset, piece) in new.layout().expect("a shape is one that the format allows") {
+            bytes.resize(offset.0 as usize, 0);
+            bytes.extend(piece);
+        }
+        if self.past == Past::Long {
+            let geometry = self.geometry();
+            // One refblock is left in the table.
+            let clusters = (geometry.cluster_size() / 8 - 1) * geometry.refblock_entries();
+            bytes.resize((clusters * geometry.cluster_size()) as usize, 0);
+        }
+        bytes
+    }
+
+    /// A raw file three quarters as long as the disk, with a gap in each eight sectors.
+    fn raw_base(&self, values: &mut [Value]) -> Vec<u8> {
+        let sectors = self.sectors * 3 / 4;
+        let mut bytes = vec![0; (sectors * SECTOR) as usize];
+        for (sector, bytes) in bytes.chunks_exact_mut(SECTOR as usize).enumerate() {
+            if sector % 8 != 7 {
+                stamp(sector as u64, BASE_WRITE, bytes);
+                values[sector] = Value::Write(BASE_WRITE);
+            }
+        }
+        bytes
+    }
+
+    /// A qcow2 image of other clusters, in which the even clusters of the top image are written, but for the last
+    /// quarter.
+    fn qcow2_base(&self, values: &mut Vec<Value>) -> Vec<u8> {
+        let bits = if self.cluster_bits > 10 { self.cluster_bits - 1 } else { 12 };
+        let base = Shape { past: Past::Fresh, ..Shape::new(bits, self.sectors) };
+        let world = SimWorld::new(1, SimOptions::calm());
+        world.add_file(TOP, &base.empty(None));
+        let step = 2 * self.cluster_sectors();
+        let end = self.sectors * 3 / 4;
+        let ops: Vec<Op> = (0..end)
+            .step_by(step as usize)
+            .map(|at| Op::write(at, self.cluster_sectors().min(end - at)))
+            .collect();
+        let start = Start { shape: base, image: world.image(), values: values.clone(), leaks: 0 };
+        let rig = Rig::open_numbered(&start, world, 1, BASE_WRITE).expect("a new image opens");
+        let finished = rig.play_alone(&ops);
+        *values = finished.settled_values();
+        let image = finished.world.image();
+        // All of its writes count as one.
+        let mut bytes = image.file(Path::new(TOP)).expect("the image").to_bytes();
+        for chunk in bytes.chunks_exact_mut(SECTOR as usize) {
+            restamp(chunk);
+        }
+        for value in values.iter_mut().filter(|value| **value != Value::Zero) {
+            *value = Value::Write(BASE_WRITE);
+        }
+        bytes
+    }
+
+    /// Plays a past: data in some clusters, zeros in others, something given back.
+    fn written(&self, world: SimWorld, values: Vec<Value>) -> (SimWorld, Vec<Value>) {
+        let start = Start { shape: *self, image: world.image(), values, leaks: 0 };
+        let unit = self.cluster_sectors();
+        let clusters = self.sectors / unit;
+        let mut ops = Vec::new();
+        for cluster in (0..clusters).filter(|cluster| cluster % 4 != 3) {
+            ops.push(Op::write(cluster * unit, unit));
+        }
+        ops.push(Op::Flush);
+        for cluster in (0..clusters).filter(|cluster| cluster % 4 == 2) {
+            ops.push(Op::Zeroes { sector: cluster * unit, count: unit, unmap: cluster % 8 == 2 });
+        }
+        let rig = Rig::open_numbered(&start, world, 1, FIRST_WRITE).expect("a new image opens");
+        let finished = rig.play_alone(&ops);
+        let values = finished.settled_values();
+        (finished.world, values)
+    }
+}
+
+/// Gives a stamped sector the number of the backing file.
+fn restamp(bytes: &mut [u8]) {
+    let name = u64::from_le_bytes(bytes[8..16].try_into().expect("eight bytes"));
+    let sector = name >> 32;
+    if matches!(super::stamp::read_stamp(sector, bytes), Value::Write(_)) {
+        stamp(sector, BASE_WRITE, bytes);
+    }
+}

@@ -1,0 +1,228 @@
+//! Walks through a run's history, makes the crash states of each instant, and compares each with what was promised.
+
+use std::collections::HashMap;
+use std::fmt::Write;
+use std::rc::Rc;
+
+use storage::sim::{CrashLimits, CrashPlan, CrashScope, Image, Moment, Random, Replay};
+
+use super::examine::{Seen, examine};
+use super::rig::Finished;
+use super::shape::{Shape, Start};
+use super::stamp::Value;
+use super::tally::Tally;
+
+/// Looks at remembered states, at most.
+const MEMORY_MAX: usize = 30_000;
+
+/// Which crashes of a run are tried.
+#[derive(Clone, Copy, Debug)]
+pub struct Choice {
+    /// From this instant on.
+    pub from: Moment,
+    /// One instant in so many, of those at which the set of crash states changes.
+    pub one_in: u64,
+    /// At each: which.
+    pub limits: CrashLimits,
+    /// At most so many at each, drawn at random from these.
+    pub states_max: usize,
+}
+
+impl Choice {
+    /// Every instant from one on, and every subset where that is little.
+    pub fn everything(from: Moment) -> Self {
+        Choice { from, one_in: 1, limits: CrashLimits::default(), states_max: usize::MAX }
+    }
+
+    /// A sample all over the run.
+    pub fn sample(one_in: u64) -> Self {
+        let limits = CrashLimits { exhaustive: 5, samples: 16, tears: 8 };
+        Choice { from: Moment(0), one_in, limits, states_max: 24 }
+    }
+}
+
+/// One thread's walks: remembers what it has looked at.
+pub struct Walker<'t> {
+    tally: &'t Tally,
+    seen: HashMap<u64, Rc<Seen>>,
+}
+
+impl<'t> Walker<'t> {
+    /// For a campaign.
+    pub fn new(tally: &'t Tally) -> Self {
+        Walker { tally, seen: HashMap::new() }
+    }
+
+    /// Looks at an image, or remembers.
+    ///
+    /// # Errors
+    /// What is wrong with it, whatever was promised.
+    pub fn look(&mut self, image: &Image, shape: &Shape) -> Result<Rc<Seen>, String> {
+        let hash = image.hash();
+        self.tally.count_state(hash);
+        if let Some(seen) = self.seen.get(&hash) {
+            return Ok(Rc::clone(seen));
+        }
+        let seen = examine(image, shape);
+        if let Some(wrong) = seen.wrong {
+            return Err(wrong);
+        }
+        self.tally.second.ask(image, &seen)?;
+        if self.seen.len() >= MEMORY_MAX {
+            self.seen.clear();
+        }
+        let seen = Rc::new(seen);
+        self.seen.insert(hash, Rc::clone(&seen));
+        Ok(seen)
+    }
+
+    /// Tries the crashes of a run.
+    ///
+    /// # Errors
+    /// The first violation: what, where, which crash.
+    pub fn crash(&mut self, run: &Finished, start: &Start, choice: &Choice, seed: u64) -> Result<(), String> {
+        let history = run.world.history();
+        let mut replay = Replay::new(&history);
+        let mut random = Random::new(seed ^ 0xc4a5);
+        let mut promise = Promise::new(run, start);
+        // With every instant tried, what was possible before was tried before.
+        let scope = if choice.one_in == 1 { CrashScope::New } else { CrashScope::All };
+        while replay.advance_to_change() {
+            if replay.moment() < choice.from || !random.chance(1, choice.one_in) {
+                continue;
+            }
+            let mut plans = replay.plans(&choice.limits, scope, &mut random);
+            thin(&mut plans, choice.states_max, &mut random);
+            promise.move_to(replay.moment());
+            for plan in &plans {
+                let image = replay.image(plan);
+                let compared = self.look(&image, &start.shape).and_then(|seen| promise.compare(&seen));
+                compared.map_err(|wrong| format!("{wrong}\n{}", replay.describe(plan)))?;
+            }
+            if self.tally.is_over() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Some crash of a run, to start from anew.
+    ///
+    /// # Errors
+    /// If it is not what was promised.
+    pub fn some_crash(&mut self, run: &Finished, start: &Start, seed: u64) -> Result<Start, String> {
+        let history = run.world.history();
+        let mut random = Random::new(seed ^ 0x50e);
+        let mut replay = Replay::new(&history);
+        replay.advance_to(Moment(random.below(history.end().0 as u64 + 1) as usize));
+        let mut plans = replay.plans(&Choice::sample(1).limits, CrashScope::All, &mut random);
+        thin(&mut plans, 1, &mut random);
+        let image = plans.first().map_or_else(|| replay.durable().clone(), |plan| replay.image(plan));
+        let seen = self.look(&image, &start.shape)?;
+        let mut promise = Promise::new(run, start);
+        promise.move_to(replay.moment());
+        promise.compare(&seen)?;
+        let leaks = seen.leaks + seen.hidden_leaks;
+        Ok(Start { shape: start.shape, image, values: seen.values.clone(), leaks })
+    }
+
+    /// What a clean close left: nothing open, nothing leaked, and the last values.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn closed(&mut self, run: &Finished, start: &Start) -> Result<(), String> {
+        let history = run.world.history();
+        let mut replay = Replay::new(&history);
+        replay.advance_to(history.end());
+        let seen = self.look(replay.durable(), &start.shape)?;
+        let mut promise = Promise::new(run, start);
+        promise.move_to(history.end());
+        promise.compare(&seen).map_err(|wrong| format!("after a clean close: {wrong}"))?;
+        if seen.leaks > start.leaks {
+            return Err(format!("a clean close leaks {} clusters, {} before", seen.leaks, start.leaks));
+        }
+        if replay.open_count() > 0 {
+            let open = replay.describe(&CrashPlan::nothing());
+            return Err(format!("a clean close leaves writes that are not durable: {open}"));
+        }
+        Ok(())
+    }
+}
+
+/// Keeps some of the plans.
+fn thin(plans: &mut Vec<CrashPlan>, most: usize, random: &mut Random) {
+    while plans.len() > most {
+        plans.swap_remove(random.below(plans.len() as u64) as usize);
+    }
+}
+
+/// What a crash may leave at the instant of a walk.
+struct Promise<'r> {
+    run: &'r Finished,
+    start: &'r Start,
+    changes: Vec<Moment>,
+    /// Changes that are past.
+    past: usize,
+    allowed: Vec<Vec<Value>>,
+    leaks_max: u64,
+    moment: Moment,
+}
+
+impl<'r> Promise<'r> {
+    fn new(run: &'r Finished, start: &'r Start) -> Self {
+        let changes = run.journal.changes();
+        Promise {
+            run,
+            start,
+            changes,
+            past: usize::MAX,
+            allowed: Vec::new(),
+            leaks_max: 0,
+            moment: Moment(0),
+        }
+    }
+
+    fn move_to(&mut self, moment: Moment) {
+        let past = self.changes.partition_point(|change| *change <= moment);
+        if past != self.past {
+            self.past = past;
+            self.allowed = self.run.journal.allowed_at(moment);
+        }
+        self.moment = moment;
+        self.leaks_max = self.leaks_at(moment);
+    }
+
+    /// Leaks are bounded by what was asked for since all was quiet, and by what is reserved.
+    fn leaks_at(&self, moment: Moment) -> u64 {
+        let quiet = self.run.quiet.iter().rev().find(|quiet| **quiet <= moment).copied();
+        let shape = &self.start.shape;
+        let geometry = shape.geometry();
+        // Each may take a cluster, free another, and need a table.
+        let asked = 3 * self.run.journal.clusters_between(quiet.unwrap_or(Moment(0)), moment);
+        let window = geometry.refblock_entries().min((16 << 20) / geometry.cluster_size());
+        // Refblocks, and a refcount table that was moved.
+        let structure = 16;
+        self.start.leaks + asked + 2 * window + structure
+    }
+
+    fn compare(&self, seen: &Seen) -> Result<(), String> {
+        let wrong = |(_, (value, allowed)): &(usize, (&Value, &Vec<Value>))| !allowed.contains(value);
+        let mut bad = seen.values.iter().zip(&self.allowed).enumerate().filter(wrong).peekable();
+        if bad.peek().is_some() {
+            let mut text = String::from("wrong contents:");
+            for (sector, (value, allowed)) in bad.take(6) {
+                let allowed: Vec<String> = allowed.iter().map(Value::to_string).collect();
+                let _ = write!(text, "\n    sector {sector} holds {value}, not {}", allowed.join(" or "));
+            }
+            return Err(text);
+        }
+        if seen.values.len() != self.allowed.len() {
+            return Err(format!("the disk has {} sectors", seen.values.len()));
+        }
+        let (leaks, most) = (seen.leaks + seen.hidden_leaks, self.leaks_max);
+        if leaks > most {
+            return Err(format!("{leaks} clusters leak, and at most {most} may at {:?}", self.moment));
+        }
+        Ok(())
+    }
+}

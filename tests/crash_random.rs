@@ -1,0 +1,43 @@
+//! Long random runs of whole disks on a simulated host, with several requests in flight, crashed at random instants.
+//!
+//! `STRATA_CRASH_SECONDS=7200` for a long run; `STRATA_CRASH_SEED=n` to begin with another seed, `STRATA_CRASH_ONLY=n`
+//! to do the trial of one seed alone.
+
+mod crash;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use crash::tally::Tally;
+use crash::trial::{starts, trial};
+use crash::walk::Walker;
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().and_then(|text| text.parse().ok())
+}
+
+#[test]
+fn no_crash_of_a_random_run_loses_what_was_flushed() {
+    let starts = starts();
+    let tally = Tally::new(Duration::from_secs(number("STRATA_CRASH_SECONDS").unwrap_or(60)));
+    let only = number("STRATA_CRASH_ONLY");
+    let next = AtomicU64::new(only.or(number("STRATA_CRASH_SEED")).unwrap_or(1));
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(16);
+    std::thread::scope(|scope| {
+        for _ in 0..if only.is_some() { 1 } else { threads } {
+            scope.spawn(|| {
+                let mut walker = Walker::new(&tally);
+                while !tally.is_over() {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    if let Err(finding) = trial(&starts, seed, &mut walker, |count| tally.count_run(count)) {
+                        tally.found(finding);
+                    }
+                    if only.is_some() {
+                        break;
+                    }
+                }
+            });
+        }
+    });
+    tally.conclude(&format!("random runs up to seed {}", next.load(Ordering::Relaxed)));
+}
