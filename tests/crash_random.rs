@@ -11,10 +11,7 @@ use std::time::Duration;
 use crash::tally::Tally;
 use crash::trial::{starts, trial};
 use crash::walk::Walker;
-
-fn number(name: &str) -> Option<u64> {
-    std::env::var(name).ok().and_then(|text| text.parse().ok())
-}
+use crash::{number, threads};
 
 #[test]
 fn no_crash_of_a_random_run_loses_what_was_flushed() {
@@ -22,9 +19,8 @@ fn no_crash_of_a_random_run_loses_what_was_flushed() {
     let tally = Tally::new(Duration::from_secs(number("STRATA_CRASH_SECONDS").unwrap_or(60)));
     let only = number("STRATA_CRASH_ONLY");
     let next = AtomicU64::new(only.or(number("STRATA_CRASH_SEED")).unwrap_or(1));
-    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(16);
     std::thread::scope(|scope| {
-        for _ in 0..if only.is_some() { 1 } else { threads } {
+        for _ in 0..if only.is_some() { 1 } else { threads() } {
             scope.spawn(|| {
                 let mut walker = Walker::new(&tally);
                 while !tally.is_over() {

@@ -2,8 +2,8 @@
 //! was promised.
 //!
 //! `shape` makes images, `rig` runs a disk, `journal` is the oracle, `walk` makes the crash states of a run and compares,
-//! `examine` looks at one, `second` has QEMU look at a sample, `trial` is a random run that a seed stands for, `tally`
-//! counts.
+//! `examine` looks at one, `second` has QEMU look at a sample, `tally` counts. `sequences` are all the short runs, and a
+//! `trial` is a long random one that a number stands for.
 #![allow(dead_code, reason = "each test target uses its own part of the machine")]
 
 pub mod examine;
@@ -11,8 +11,19 @@ pub mod journal;
 pub mod memory;
 pub mod rig;
 pub mod second;
+pub mod sequences;
 pub mod shape;
 pub mod stamp;
 pub mod tally;
 pub mod trial;
 pub mod walk;
+
+/// A number in the environment.
+pub fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().and_then(|text| text.parse().ok())
+}
+
+/// How many threads a campaign has.
+pub fn threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from).min(16)
+}

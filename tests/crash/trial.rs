@@ -110,21 +110,31 @@ impl<'r> Author<'r> {
     }
 }
 
+/// How a script is run.
+#[derive(Clone, Copy, Debug)]
+pub struct Manner {
+    /// Requests in flight, at most.
+    pub at_once: usize,
+    /// The housekeeper has time for its work at the end.
+    pub rest: bool,
+    /// The disk is closed, else left as it is.
+    pub clean: bool,
+    /// Who is turned when, and how long each I/O takes.
+    pub seed: u64,
+}
+
 /// Runs a script and panics not.
 ///
 /// # Errors
 /// Whatever went wrong in the run itself.
-pub fn play(
-    start: &Start,
-    script: &[Op],
-    at_once: usize,
-    clean: bool,
-    seed: u64,
-) -> Result<Finished, String> {
+pub fn play(start: &Start, script: &[Op], manner: Manner) -> Result<Finished, String> {
     let run = || -> Result<Finished, String> {
-        let mut rig = Rig::open(start, seed).map_err(|error| format!("it does not open: {error}"))?;
-        rig.play(script, at_once);
-        Ok(if clean { rig.finish() } else { rig.abandon() })
+        let mut rig = Rig::open(start, manner.seed).map_err(|error| format!("it does not open: {error}"))?;
+        rig.play(script, manner.at_once);
+        if manner.rest {
+            rig.rest();
+        }
+        Ok(if manner.clean { rig.finish() } else { rig.abandon() })
     };
     let finished = catch_unwind(AssertUnwindSafe(run))
         .unwrap_or_else(|panic| Err(format!("the run panicked: {}", panic_text(&*panic))))?;
@@ -140,6 +150,15 @@ pub fn play(
     Ok(finished)
 }
 
+/// What is needed to see a violation again.
+pub fn describe(start: &Start, script: &[Op], manner: &str, wrong: &str) -> String {
+    let mut text = format!("{wrong}\n{:?}\n{manner}", start.shape);
+    for (index, op) in script.iter().enumerate() {
+        let _ = write!(text, "\n  {index}: {op:?}");
+    }
+    text
+}
+
 /// Does the trial that a number stands for.
 ///
 /// # Errors
@@ -151,23 +170,19 @@ pub fn trial(starts: &[Start], seed: u64, walker: &mut Walker, count: impl Fn(us
         let length = 4 + random.below(40) as usize;
         let script = Author::new(&mut random, start.shape).script(length);
         let at_once = 1 + random.below(7) as usize;
-        let clean = random.chance(1, 2);
-        let turns = random.next_bits();
+        let (rest, clean) = (random.chance(1, 4), random.chance(1, 2));
+        let manner = Manner { at_once, rest, clean, seed: random.next_bits() };
         count(script.len());
-        let tried = play(&start, &script, at_once, clean, turns).and_then(|run| {
-            walker.crash(&run, &start, &Choice::sample(4), turns)?;
+        let tried = play(&start, &script, manner).and_then(|run| {
+            walker.crash(&run, &start, &Choice::sample(4), manner.seed)?;
             if clean {
                 walker.closed(&run, &start)?;
             }
-            walker.some_crash(&run, &start, turns)
+            walker.some_crash(&run, &start, manner.seed)
         });
         start = tried.map_err(|wrong| {
-            let mut text = format!("seed {seed}, generation {generation}: {wrong}\n{:?}", start.shape);
-            let _ = write!(text, "\n{at_once} at once, closed: {clean}, order of turns {turns:#x}");
-            for (index, op) in script.iter().enumerate() {
-                let _ = write!(text, "\n  {index}: {op:?}");
-            }
-            text
+            let manner = format!("seed {seed}, generation {generation}, {manner:?}");
+            describe(&start, &script, &manner, &wrong)
         })?;
     }
     Ok(())

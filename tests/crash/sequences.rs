@@ -1,0 +1,92 @@
+//! Every short sequence of operations at a few places of a disk.
+//!
+//! A sequence's crashes are tried from its last operation on: what comes before is the end of a shorter sequence, which
+//! plays the same as it has the same seed.
+
+use super::journal::Op;
+use super::rig::Rig;
+use super::shape::{Below, Past, Shape, Start};
+use super::trial::{Manner, play};
+use super::walk::{Choice, Walker};
+
+/// The longest sequences.
+pub const LENGTH_MAX: u32 = 3;
+
+/// The geometries: the smallest of each kind.
+pub fn shapes() -> Vec<Shape> {
+    vec![
+        Shape::new(9, 80).past(Past::Written),
+        Shape::new(10, 96).over(Below::Raw).past(Past::Written),
+        Shape::new(9, 160).wide_refcounts().past(Past::Written),
+        Shape::new(9, 176).wide_refcounts().past(Past::Long),
+        Shape::new(12, 64),
+        Shape::new(9, 80).v2().past(Past::Written),
+        Shape::new(10, 96).v2().over(Below::Raw).past(Past::Written),
+        Shape::new(12, 64).over(Below::Qcow2).past(Past::Written).short_of_memory(),
+        Shape::new(9, 80).over(Below::Qcow2),
+        Shape::new(16, 640).past(Past::Written),
+    ]
+}
+
+/// The operations that sequences are made of.
+pub fn alphabet(shape: &Shape) -> Vec<Op> {
+    let unit = shape.cluster_sectors();
+    let mut ops = vec![Op::Flush, grow(shape)];
+    // In an image with a past: data, data, an allocated or a plain zero cluster; in a new one nothing, but what is below.
+    for cluster in [0, 1, 2] {
+        let (sector, count) = (cluster * unit, unit);
+        ops.push(Op::write(sector, count));
+        if unit > 1 {
+            ops.push(Op::write(sector + unit / 2, 1));
+        }
+        ops.push(Op::Zeroes { sector, count, unmap: true });
+        ops.push(Op::Zeroes { sector, count, unmap: false });
+        ops.push(Op::Discard { sector, count });
+    }
+    ops
+}
+
+/// A write that needs new tables: it begins where the first L2 table ends, if the disk goes so far, and is long enough to
+/// use up a window of clusters.
+fn grow(shape: &Shape) -> Op {
+    let unit = shape.cluster_sectors();
+    let table = shape.geometry().l2_entries() * unit;
+    let first = if table < shape.sectors { table } else { 3 * unit };
+    Op::write(first, shape.sectors - first)
+}
+
+/// How many sequences there are of exactly so many operations.
+pub fn count(shape: &Shape, length: u32) -> u64 {
+    (alphabet(shape).len() as u64).pow(length)
+}
+
+/// One of them.
+pub fn sequence(shape: &Shape, length: u32, number: u64) -> Vec<Op> {
+    let ops = alphabet(shape);
+    let base = ops.len() as u64;
+    (0..length).map(|place| ops[(number / base.pow(place) % base) as usize]).collect()
+}
+
+/// Plays a sequence, one operation after the other or all at once, lets the housekeeper do its work, closes, and tries
+/// every crash.
+///
+/// # Errors
+/// The first violation.
+pub fn exhaust(start: &Start, ops: &[Op], together: bool, walker: &mut Walker) -> Result<(), String> {
+    let manner = Manner { at_once: if together { ops.len() } else { 1 }, rest: true, clean: true, seed: 7 };
+    let run = play(start, ops, manner)?;
+    let from = if together { 0 } else { ops.len() - 1 };
+    walker.crash(&run, start, &Choice::everything(run.journal.submitted_at(from)), 7)?;
+    walker.closed(&run, start)
+}
+
+/// Opens and closes, and tries every crash in that.
+///
+/// # Errors
+/// The first violation.
+pub fn exhaust_opening(start: &Start, walker: &mut Walker) -> Result<(), String> {
+    let rig = Rig::open(start, 7).map_err(|error| format!("it does not open: {error}"))?;
+    let run = rig.finish();
+    walker.crash(&run, start, &Choice::everything(storage::sim::Moment(0)), 7)?;
+    walker.closed(&run, start)
+}

@@ -1,0 +1,94 @@
+//! Every sequence of up to three operations on small images, with a crash at every event.
+//!
+//! `STRATA_CRASH_SECONDS=36000` for all of them; in a shorter time all of one and two operations come first, then a part of
+//! those of three.
+
+mod crash;
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use crash::sequences::{LENGTH_MAX, count, exhaust, exhaust_opening, sequence, shapes};
+use crash::shape::{Shape, Start};
+use crash::tally::Tally;
+use crash::trial::describe;
+use crash::walk::Walker;
+use crash::{number, threads};
+use storage::sim::Random;
+
+/// A sequence: which image, how long, its number, and whether all its operations are in flight together.
+#[derive(Clone, Copy, Debug)]
+struct Job {
+    start: usize,
+    length: u32,
+    number: u64,
+    together: bool,
+}
+
+/// All sequences, the short ones first, those of a length in no order.
+fn jobs(starts: &[Start]) -> Vec<Job> {
+    let mut random = Random::new(number("STRATA_CRASH_SEED").unwrap_or(1));
+    let mut jobs = Vec::new();
+    for length in 1..=LENGTH_MAX {
+        let mut some: Vec<Job> = Vec::new();
+        for (index, start) in starts.iter().enumerate() {
+            let numbers = 0..count(&start.shape, length);
+            let all = numbers.flat_map(|number| {
+                let manners: &[bool] = if length == 1 { &[false] } else { &[false, true] };
+                manners.iter().map(move |together| Job { start: index, length, number, together: *together })
+            });
+            some.extend(all);
+        }
+        for at in (1..some.len()).rev() {
+            some.swap(at, random.below(at as u64 + 1) as usize);
+        }
+        jobs.extend(some);
+    }
+    jobs
+}
+
+fn run(starts: &[Start], job: Job, walker: &mut Walker) -> Result<usize, String> {
+    let start = &starts[job.start];
+    let ops = sequence(&start.shape, job.length, job.number);
+    let manner = format!("{job:?}");
+    exhaust(start, &ops, job.together, walker).map_err(|wrong| describe(start, &ops, &manner, &wrong))?;
+    Ok(ops.len())
+}
+
+#[test]
+fn no_crash_in_a_short_sequence_loses_what_was_flushed() {
+    let starts: Vec<Start> = shapes().iter().map(Shape::make).collect();
+    let jobs = jobs(&starts);
+    let tally = Tally::new(Duration::from_secs(number("STRATA_CRASH_SECONDS").unwrap_or(60)));
+    let next = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..threads() {
+            scope.spawn(|| {
+                let mut walker = Walker::new(&tally);
+                while let Some(job) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    match run(&starts, *job, &mut walker) {
+                        Ok(length) => tally.count_run(length),
+                        Err(finding) => tally.found(finding),
+                    }
+                    if tally.is_over() {
+                        break;
+                    }
+                }
+            });
+        }
+    });
+    tally.conclude(&format!("sequences, {} of {}", tally.runs(), jobs.len()));
+}
+
+#[test]
+fn no_crash_in_opening_and_closing_loses_what_was_there() {
+    let tally = Tally::new(Duration::from_secs(60));
+    let mut walker = Walker::new(&tally);
+    for start in shapes().iter().map(Shape::make) {
+        if let Err(wrong) = exhaust_opening(&start, &mut walker) {
+            tally.found(describe(&start, &[], "opened and closed", &wrong));
+        }
+        tally.count_run(0);
+    }
+    tally.conclude("openings");
+}
