@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
-use strata_tests::client::{Client, MemoryMessages, Options, RawEvent, Request, Session, Status, Ticket};
+use strata_tests::client::{Client, Options, RawEvent, Request, Session, Status, Ticket};
 use strata_tests::images::{Check, Content, Format, ImageSpec, Preallocation, find_tool};
 use strata_tests::load::{self, Limit, Mix, Order, Spec, Verify};
 use strata_tests::model::{self, ByteModel, DiscardRule, Geometry, Operation};
@@ -14,7 +14,6 @@ use strata_tests::storage_daemon::{Export, StorageDaemon};
 use strata_tests::{ClientError, Qemu};
 use tempfile::TempDir;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_T_IN};
-use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 type Failure = Box<dyn std::error::Error>;
 

@@ -5,7 +5,7 @@
 
 use anyhow::{Context, Result};
 use rustix::fs::{Advice, fadvise, statfs};
-use std::fs::{File, remove_file};
+use std::fs::{File, remove_dir_all, remove_file};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -20,6 +20,11 @@ use super::case::{CLUSTER_EXTENDED, Case, Image};
 
 /// The seed of the stamps of every full image.
 pub const SEED: u64 = 1;
+
+/// What the names of our folders begin with.
+const PREFIX: &str = "strata-bench-";
+/// The file in each whose lock says that the folder is in use.
+const OWNER: &str = "owner";
 
 /// Where images lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,8 +50,25 @@ impl Place {
             Self::Disk => workspace().join("target").join("bench-peers"),
         };
         std::fs::create_dir_all(&parent).with_context(|| parent.display().to_string())?;
-        tempfile::Builder::new().prefix("strata-bench-").tempdir_in(&parent).context("a folder for images")
+        remove_abandoned(&parent)?;
+        tempfile::Builder::new().prefix(PREFIX).tempdir_in(&parent).context("a folder for images")
     }
+}
+
+/// Removes what runs that were killed have left: the folders whose owner holds its lock no more. A folder that has no
+/// such file yet is one that is being made.
+fn remove_abandoned(parent: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(parent).with_context(|| parent.display().to_string())? {
+        let entry = entry?;
+        if !entry.file_name().to_string_lossy().starts_with(PREFIX) {
+            continue;
+        }
+        let owner = File::options().write(true).open(entry.path().join(OWNER));
+        if owner.is_ok_and(|file| file.try_lock().is_ok()) {
+            remove_dir_all(entry.path()).with_context(|| entry.path().display().to_string())?;
+        }
+    }
+    Ok(())
 }
 
 /// Virtual sizes in bytes.
@@ -63,6 +85,8 @@ pub struct Sizes {
 /// The images of a place.
 pub struct Gallery {
     folder: TempDir,
+    /// Locked as long as the folder is ours.
+    _owner: File,
     sizes: Sizes,
     full: PathBuf,
     raw: PathBuf,
@@ -90,6 +114,8 @@ impl Gallery {
     /// Makes the folder and the full image.
     pub fn open(place: Place, sizes: Sizes) -> Result<Self> {
         let folder = place.folder()?;
+        let owner = File::create(folder.path().join(OWNER))?;
+        owner.lock().context("the lock of a new folder")?;
         let (full, raw) = (folder.path().join("full.qcow2"), folder.path().join("full.raw"));
         write_stamped(&raw, sizes.full).with_context(|| raw.display().to_string())?;
         let mut convert = Command::new("qemu-img");
@@ -97,7 +123,7 @@ impl Gallery {
         command::output(&mut convert)?;
         settle(&full)?;
         settle(&raw)?;
-        Ok(Self { folder, sizes, full, raw, number: 0 })
+        Ok(Self { folder, _owner: owner, sizes, full, raw, number: 0 })
     }
 
     /// The kind of file system, as Linux numbers them.
@@ -199,4 +225,29 @@ fn settle(path: &Path) -> Result<()> {
     let file = File::options().read(true).write(true).open(path)?;
     file.sync_all()?;
     Ok(fadvise(&file, 0, None, Advice::DontNeed)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_abandoned_folders_are_removed() -> Result<()> {
+        let parent = tempfile::tempdir()?;
+        let folder = |name: &str| -> Result<PathBuf> {
+            let path = parent.path().join(name);
+            std::fs::create_dir(&path)?;
+            Ok(path)
+        };
+        let (used, left) = (folder("strata-bench-used")?, folder("strata-bench-left")?);
+        let (new, foreign) = (folder("strata-bench-new")?, folder("something-else")?);
+        let owner = File::create(used.join(OWNER))?;
+        owner.lock()?;
+        for path in [&left, &foreign] {
+            File::create(path.join(OWNER))?;
+        }
+        remove_abandoned(parent.path())?;
+        assert!(used.exists() && new.exists() && foreign.exists() && !left.exists());
+        Ok(())
+    }
 }

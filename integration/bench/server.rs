@@ -69,7 +69,7 @@ impl Server {
 
     fn start(orderly: bool, command_for: impl FnOnce(&Path) -> Command) -> Result<Self> {
         let folder = tempfile::tempdir().context("a folder for a socket")?;
-        let mut command = command_for(&socket_in(&folder));
+        let mut command = dies_with_us(&command_for(&socket_in(&folder)));
         let log = File::create(log_in(&folder))?;
         command.env("RUST_LOG", "info").stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         let mut child =
@@ -177,6 +177,19 @@ impl Drop for Server {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// The same command, but a run that is killed leaves no server behind. `setpriv` becomes the program that it starts, so
+/// the process id is the server's; where it is not installed, the command stays as it is.
+fn dies_with_us(command: &Command) -> Command {
+    let Some(setpriv) = command::find("setpriv") else {
+        let mut plain = Command::new(command.get_program());
+        plain.args(command.get_args());
+        return plain;
+    };
+    let mut wrapped = Command::new(setpriv);
+    wrapped.args(["--pdeathsig", "KILL", "--"]).arg(command.get_program()).args(command.get_args());
+    wrapped
 }
 
 fn socket_in(folder: &TempDir) -> PathBuf {

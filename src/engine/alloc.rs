@@ -9,6 +9,7 @@ use std::task::Waker;
 use qcow2::HostCluster;
 
 use crate::epoch::Epoch;
+use crate::mutation::{Mutation, active};
 
 /// The most bytes that a window reserves.
 const WINDOW_BYTES_MAX: u64 = 16 << 20;
@@ -207,7 +208,7 @@ impl Allocator {
     pub fn cut_is_durable(&mut self, cut: u64, epoch: Epoch) {
         let mut later = VecDeque::new();
         for freed in self.quarantine.drain(..) {
-            if freed.cut <= cut {
+            if freed.cut <= cut || active(Mutation::ReuseBeforeUnlink) {
                 self.unlinked.push_back(Unlinked { run: freed.run, epoch });
             } else {
                 later.push_back(freed);
@@ -229,6 +230,12 @@ impl Allocator {
 
     /// Puts a run into quarantine, joining it with the last where it can.
     pub fn free_later(&mut self, cluster: HostCluster, cut: u64) {
+        if active(Mutation::ReuseAtOnce) {
+            return self.add_free(FreeRun { run: Run { start: cluster, count: 1 }, known_zero: false });
+        }
+        if cut == 0 && active(Mutation::AbortedTakenForZero) {
+            return self.add_free(FreeRun { run: Run { start: cluster, count: 1 }, known_zero: true });
+        }
         self.quarantined += 1;
         if let Some(last) = self.quarantine.back_mut()
             && last.cut == cut

@@ -8,6 +8,7 @@ use qcow2::{Geometry, HostOffset, L1Entry};
 use crate::answer::WakeList;
 use crate::epoch::{Epoch, Epochs};
 use crate::error::EngineError;
+use crate::mutation::{Mutation, active};
 use crate::refcounts::{encode_entries, table_block_entries};
 use crate::state::State;
 use crate::tables::{Dirt, TableId};
@@ -106,13 +107,21 @@ impl FlushState {
         self.next
     }
 
+    /// The cut after which a flush that arrives now is done.
+    pub fn ticket(&self) -> u64 {
+        match &self.running {
+            Some(running) if active(Mutation::JoinsRunningCut) => running.number,
+            _ => self.next,
+        }
+    }
+
     pub fn completed(&self) -> u64 {
         self.completed
     }
 }
 
 impl State {
-    /// A flush's next step. `ticket` is [`FlushState::next_cut`] at the time when the flush arrived.
+    /// A flush's next step. `ticket` is [`FlushState::ticket`] at the time when the flush arrived.
     pub fn plan_flush(
         &mut self,
         epochs: &Epochs,
@@ -139,6 +148,10 @@ impl State {
         let mut slices = Vec::new();
         for ((id, dirt, bytes), offset) in self.tables.cut().into_iter().zip(places) {
             let stage = match (id, dirt) {
+                (TableId::Refblock { .. }, Dirt::New) if active(Mutation::RefblocksWithEntries) => &mut stage1,
+                (TableId::Refblock { .. }, Dirt::Existing) if active(Mutation::CountsWithLinks) => &mut stage2,
+                (TableId::L2 { .. }, Dirt::New) if active(Mutation::TablesWithLinks) => &mut stage2,
+                (TableId::L2 { .. }, Dirt::Existing) if active(Mutation::LinksBeforeData) => &mut stage1,
                 (TableId::Refblock { .. }, Dirt::New) => &mut stage0,
                 (TableId::Refblock { .. }, _) | (TableId::L2 { .. }, Dirt::New) => &mut stage1,
                 (TableId::L2 { .. }, _) => &mut stage2,
@@ -237,6 +250,10 @@ impl State {
             write.refcounts.dirty.extend(0..(write.refcounts.table.len() as u64).div_ceil(entries));
         }
         for (id, dirt) in running.slices {
+            if active(Mutation::FailedCutForgotten) {
+                self.tables.written(id);
+                continue;
+            }
             let linked = match id {
                 TableId::Refblock { .. } => stage >= Stage::One,
                 TableId::L2 { .. } => stage >= Stage::Two,

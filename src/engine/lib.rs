@@ -17,6 +17,7 @@ mod flush;
 mod guard;
 mod layers;
 mod map;
+pub mod mutation;
 mod reclaim;
 mod refcounts;
 mod reserve;
@@ -355,7 +356,7 @@ impl Engine {
     /// The disk has failed or is read-only.
     pub fn begin_flush(&self) -> Result<u64, EngineError> {
         self.check()?;
-        self.with(|state, _| Ok(state.write_state()?.flush.next_cut()))
+        self.with(|state, _| Ok(state.write_state()?.flush.ticket()))
     }
 
     /// The next step of a flush.

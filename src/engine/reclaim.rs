@@ -10,6 +10,7 @@ use crate::alloc::{FreeRun, Run, Unlinked};
 use crate::answer::{Answer, ready};
 use crate::epoch::Epochs;
 use crate::error::EngineError;
+use crate::mutation::{Mutation, active};
 use crate::state::State;
 use crate::tables::TableId;
 
@@ -47,7 +48,8 @@ impl State {
         let mut batch: Vec<Unlinked> = Vec::new();
         let mut pins = BTreeSet::new();
         for unlinked in &write.alloc.unlinked {
-            if batch.len() >= RUNS_MAX || !epochs.passed(unlinked.epoch) {
+            let passed = epochs.passed(unlinked.epoch) || active(Mutation::ReuseWhileInUse);
+            if batch.len() >= RUNS_MAX || !passed {
                 break;
             }
             let slices = write.refcounts.slices_of(unlinked.run.start, unlinked.run.count)?;

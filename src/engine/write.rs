@@ -8,6 +8,7 @@ use crate::answer::{Answer, TableSlot, ready};
 use crate::error::EngineError;
 use crate::layers::EntryPlace;
 use crate::map::ChainMap;
+use crate::mutation::{Mutation, active};
 use crate::state::State;
 use crate::word::{FileIndex, Word};
 
@@ -94,10 +95,14 @@ impl State {
                 let offset = HostOffset(host.0 + head);
                 return Ok(Answer::Ready(WritePlan::InPlace { file, offset, length: covered(run) }));
             }
-            Standing::Reuse(host) => (geometry.host_cluster(host), false, run, true),
+            Standing::Reuse(host) => {
+                let known_zero = active(Mutation::ZeroClusterTakenForZero);
+                (geometry.host_cluster(host), known_zero, run, true)
+            }
             Standing::New => {
                 let Some(taken) = self.write_state()?.alloc.take(run) else { return Ok(Answer::Reserve) };
-                (taken.run.start, taken.known_zero, taken.run.count, false)
+                let known_zero = taken.known_zero || active(Mutation::StaleTakenForZero);
+                (taken.run.start, known_zero, taken.run.count, false)
             }
         };
         self.tables.pin(place.table);

@@ -7,6 +7,7 @@ use qcow2::{GuestCluster, GuestOffset, L1Entry, L2Entry, Version};
 use crate::answer::{Answer, TableSlot, ready};
 use crate::error::EngineError;
 use crate::map::ChainMap;
+use crate::mutation::{Mutation, active};
 use crate::state::State;
 use crate::word::Word;
 
@@ -144,7 +145,8 @@ impl State {
         let v2 = geometry.version == Version::V2;
         let hides_backing = self.has_backing();
         // What a cluster without space of its own is to be, so that it reads as zero.
-        let empty = if hides_backing { L2Entry::Zero } else { L2Entry::Unallocated };
+        let bares = mode == ZeroMode::Discard && active(Mutation::DiscardBaresBacking);
+        let empty = if hides_backing && !bares { L2Entry::Zero } else { L2Entry::Unallocated };
         Ok(Answer::Ready(match (entry, mode) {
             (L2Entry::Unallocated, _) if !hides_backing => Change::Nothing,
             (L2Entry::Unallocated, _) => {
