@@ -5,6 +5,7 @@
 use std::future::poll_fn;
 use std::task::Poll;
 
+use engine::mutation::{Mutation, active};
 use engine::{FlushCut, FlushStep, HeaderSwitch, Stage, TableWrite};
 use storage::{Errno, Kind, Operation, Part, Storage};
 use tracing::error;
@@ -27,6 +28,7 @@ impl Failure {
     fn of_write(stage: Stage, source: Errno) -> Self {
         match source {
             Errno::ENOSPC | Errno::EDQUOT => Failure::NoSpace(stage, source),
+            _ if active(Mutation::FailedWriteForgiven) => Failure::NoSpace(stage, source),
             _ => Failure::Fatal("writing metadata", source),
         }
     }
@@ -95,19 +97,27 @@ impl<S: Storage> Worker<S> {
     }
 
     async fn write_cut(&self, cut: &FlushCut) -> Result<(), Failure> {
+        if active(Mutation::HeaderFirst)
+            && let Some(switch) = cut.header
+        {
+            self.switch_header(switch).await?;
+        }
         if !cut.stage0.is_empty() {
             self.write_stage(Stage::Zero, &cut.stage0).await?;
-            self.sync().await?;
+            self.sync_unless(Mutation::NoSyncAfterRefblocks).await?;
         }
         self.write_stage(Stage::One, &cut.stage1).await?;
         if let Some(switch) = cut.header {
             self.switch_header(switch).await?;
         }
+        if active(Mutation::NoSyncOfData) && cut.stage1.is_empty() && cut.stage2.is_empty() {
+            return Ok(());
+        }
         // In any case: it also makes the guest's data durable, before any link to it.
-        self.sync().await?;
+        self.sync_unless(Mutation::NoSyncBeforeLinks).await?;
         if !cut.stage2.is_empty() {
             self.write_stage(Stage::Two, &cut.stage2).await?;
-            self.sync().await?;
+            self.sync_unless(Mutation::NoSyncAfterLinks).await?;
         }
         Ok(())
     }
@@ -142,9 +152,16 @@ impl<S: Storage> Worker<S> {
         operation
     }
 
+    async fn sync_unless(&self, mutation: Mutation) -> Result<(), Failure> {
+        if active(mutation) { Ok(()) } else { self.sync().await }
+    }
+
     /// After a failed fdatasync nobody knows what is on the disk: the kernel may have dropped what it could not write.
     async fn sync(&self) -> Result<(), Failure> {
         let sync = Operation::bare(self.shared.top_file(), Kind::Sync, 0);
-        self.driver.run_bare(sync).await.map_err(|source| Failure::Fatal("fdatasync", source))
+        match self.driver.run_bare(sync).await {
+            Err(_) if active(Mutation::FailedSyncIgnored) => Ok(()),
+            result => result.map_err(|source| Failure::Fatal("fdatasync", source)),
+        }
     }
 }

@@ -10,6 +10,7 @@ use std::task::{Poll, Waker};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use engine::mutation::{Mutation, active};
 use storage::{Errno, Kind, Operation, Storage};
 use tracing::warn;
 
@@ -244,6 +245,8 @@ impl<S: Storage> Worker<S> {
                 some.iter().map(|(offset, length)| self.start_punch(offset.0, *length)).collect();
             for (whole, operation) in started {
                 let result = match operation {
+                    // It goes on all the same.
+                    Some(_) if active(Mutation::PunchAfterFree) => Ok(()),
                     Some(operation) => operation.await.0,
                     None => Ok(()),
                 };

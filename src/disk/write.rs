@@ -1,5 +1,6 @@
 //! Writes that the fast path does not serve: allocation, copy-on-write, and memory that needs a bounce buffer.
 
+use engine::mutation::{Mutation, active};
 use engine::{Allocation, ClaimId, Extent, Mapping, Source, WritePlan};
 use qcow2::{GuestOffset, HostOffset};
 use storage::buffer::{copy_from_guest, guest_len, subrange};
@@ -196,6 +197,10 @@ impl<S: Storage> Worker<S> {
         }
         let file = self.shared.file(new.file).id;
         let operation = Operation { file, kind: Kind::Write, offset, parts };
+        if active(Mutation::CommitBeforeData) {
+            drop(self.driver.run(operation));
+            return Ok(());
+        }
         let result = self.driver.run_all([operation]).await.map_err(RequestError::io("writing"));
         drop(permit);
         result

@@ -148,8 +148,12 @@ impl State {
         let mut slices = Vec::new();
         for ((id, dirt, bytes), offset) in self.tables.cut().into_iter().zip(places) {
             let stage = match (id, dirt) {
-                (TableId::Refblock { .. }, Dirt::New) if active(Mutation::RefblocksWithEntries) => &mut stage1,
-                (TableId::Refblock { .. }, Dirt::Existing) if active(Mutation::CountsWithLinks) => &mut stage2,
+                (TableId::Refblock { .. }, Dirt::New) if active(Mutation::RefblocksWithEntries) => {
+                    &mut stage1
+                }
+                (TableId::Refblock { .. }, Dirt::Existing) if active(Mutation::CountsWithLinks) => {
+                    &mut stage2
+                }
                 (TableId::L2 { .. }, Dirt::New) if active(Mutation::TablesWithLinks) => &mut stage2,
                 (TableId::L2 { .. }, Dirt::Existing) if active(Mutation::LinksBeforeData) => &mut stage1,
                 (TableId::Refblock { .. }, Dirt::New) => &mut stage0,

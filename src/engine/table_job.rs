@@ -10,6 +10,7 @@ use crate::answer::{Answer, TableSlot, WakeList, ready};
 use crate::error::EngineError;
 use crate::flush::l1_block_of;
 use crate::layers::Qcow2Layer;
+use crate::mutation::{Mutation, active};
 use crate::state::State;
 use crate::tables::{Dirt, TableId};
 
@@ -76,7 +77,9 @@ impl State {
             }
         }
         let write = self.write.as_mut().expect("a plan was made");
-        write.l1_dirty.insert(block);
+        if !active(Mutation::LinkForgotten) {
+            write.l1_dirty.insert(block);
+        }
         write.guard.add(plan.host, 1).expect("a cluster that was handed out holds no metadata");
         if let Some(old) = old {
             write.guard.remove(old, 1);

@@ -1,0 +1,120 @@
+//! Deliberate breakages of the write order, the quarantine and the cut, for tests that must notice each of them.
+//!
+//! Without the feature `mutations` nothing here does anything and no code asks: [`active`] is constantly false. With it,
+//! a thread breaks what it asks for by [`with`]. Never to be enabled by anything but a test target.
+
+/// Something to break.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mutation {
+    /// A freed cluster is handed out at once.
+    ReuseAtOnce,
+    /// A freed cluster is handed out when any cut is durable, not the one that holds its unlink.
+    ReuseBeforeUnlink,
+    /// A freed cluster is handed out while I/O that began before its unlink goes on.
+    ReuseWhileInUse,
+    /// Space is given back after its cluster is free, not before.
+    PunchAfterFree,
+    /// Refcounts are written together with the links that they count.
+    CountsWithLinks,
+    /// New L2 tables are written together with the L1 entries that name them.
+    TablesWithLinks,
+    /// Existing L2 entries are written before the data that they name is durable.
+    LinksBeforeData,
+    /// New refblocks are written together with the entries that name them.
+    RefblocksWithEntries,
+    /// The header names a new refcount table before it is written.
+    HeaderFirst,
+    /// No fdatasync before the links are written.
+    NoSyncBeforeLinks,
+    /// No fdatasync after new refblocks.
+    NoSyncAfterRefblocks,
+    /// No fdatasync after the links.
+    NoSyncAfterLinks,
+    /// No fdatasync where no metadata is dirty.
+    NoSyncOfData,
+    /// A failed fdatasync is taken for a good one.
+    FailedSyncIgnored,
+    /// A failed metadata write does not stop later writes.
+    FailedWriteForgiven,
+    /// After a cut that found no space, its tables are not written again.
+    FailedCutForgotten,
+    /// A flush joins a cut that was taken before it arrived.
+    JoinsRunningCut,
+    /// A write is acknowledged and linked before its data is written.
+    CommitBeforeData,
+    /// A new L2 table is never linked.
+    LinkForgotten,
+    /// Every new cluster is taken to read as zero.
+    StaleTakenForZero,
+    /// An allocated zero cluster is taken to hold zeros.
+    ZeroClusterTakenForZero,
+    /// What a failed write may have left is taken to read as zero.
+    AbortedTakenForZero,
+    /// A discard shows what lies below.
+    DiscardBaresBacking,
+    /// A clean close cuts a cluster in use off the end of the file.
+    CloseCutsTooMuch,
+}
+
+impl Mutation {
+    /// All of them.
+    pub const ALL: &[Mutation] = &[
+        Mutation::ReuseAtOnce,
+        Mutation::ReuseBeforeUnlink,
+        Mutation::ReuseWhileInUse,
+        Mutation::PunchAfterFree,
+        Mutation::CountsWithLinks,
+        Mutation::TablesWithLinks,
+        Mutation::LinksBeforeData,
+        Mutation::RefblocksWithEntries,
+        Mutation::HeaderFirst,
+        Mutation::NoSyncBeforeLinks,
+        Mutation::NoSyncAfterRefblocks,
+        Mutation::NoSyncAfterLinks,
+        Mutation::NoSyncOfData,
+        Mutation::FailedSyncIgnored,
+        Mutation::FailedWriteForgiven,
+        Mutation::FailedCutForgotten,
+        Mutation::JoinsRunningCut,
+        Mutation::CommitBeforeData,
+        Mutation::LinkForgotten,
+        Mutation::StaleTakenForZero,
+        Mutation::ZeroClusterTakenForZero,
+        Mutation::AbortedTakenForZero,
+        Mutation::DiscardBaresBacking,
+        Mutation::CloseCutsTooMuch,
+    ];
+}
+
+#[cfg(feature = "mutations")]
+thread_local! {
+    static ACTIVE: std::cell::Cell<Option<Mutation>> = const { std::cell::Cell::new(None) };
+}
+
+/// True if this thread is to break this.
+#[cfg(feature = "mutations")]
+pub fn active(mutation: Mutation) -> bool {
+    ACTIVE.get() == Some(mutation)
+}
+
+/// True if this thread is to break this.
+#[cfg(not(feature = "mutations"))]
+#[inline(always)]
+pub const fn active(_: Mutation) -> bool {
+    false
+}
+
+/// Breaks something for as long as `work` lasts, on this thread.
+#[cfg(feature = "mutations")]
+pub fn with<T>(mutation: Mutation, work: impl FnOnce() -> T) -> T {
+    /// Mends it, even after a panic.
+    struct Mend;
+    impl Drop for Mend {
+        fn drop(&mut self) {
+            ACTIVE.set(None);
+        }
+    }
+    ACTIVE.set(Some(mutation));
+    let _mend = Mend;
+    work()
+}
