@@ -13,31 +13,13 @@ use strata_tests::images::{Check, Content, Format, ImageSpec};
 use strata_tests::model::{DiscardRule, Operation};
 use strata_tests::{ByteModel, Qemu};
 
-use crate::rig::Rig;
-
-const K: u64 = 1024;
-const M: u64 = 1024 * K;
-
-fn options() -> DiskOptions {
-    DiskOptions { lock_timeout: Duration::from_secs(2), ..DiskOptions::default() }
-}
-
-fn write(offset: u64, length: u64, seed: u32) -> Operation {
-    Operation::Write { offset, length, seed }
-}
+use crate::rig::{K, M, Rig, options, patch, write};
 
 fn refused(path: &Path, options: &DiskOptions) -> OpenError {
     match Rig::open(path, options) {
         Ok(_) => panic!("{} opens", path.display()),
         Err(error) => error,
     }
-}
-
-/// Patches bytes of a file.
-fn patch(path: &Path, offset: u64, bytes: &[u8]) {
-    use std::os::unix::fs::FileExt;
-    let file = std::fs::OpenOptions::new().write(true).open(path).expect("the image");
-    file.write_all_at(bytes, offset).expect("a patch");
 }
 
 #[test]

@@ -4,8 +4,7 @@
 mod rig;
 
 use std::fs::OpenOptions;
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use disk::DiskOptions;
@@ -13,40 +12,7 @@ use strata_tests::images::{Content, Format, ImageSpec};
 use strata_tests::model::{DiscardRule, Operation};
 use strata_tests::{ByteModel, Qemu};
 
-use crate::rig::Rig;
-
-const K: u64 = 1024;
-const M: u64 = 1024 * K;
-
-fn options() -> DiskOptions {
-    DiskOptions { lock_timeout: Duration::from_secs(2), ..DiskOptions::default() }
-}
-
-fn write(offset: u64, length: u64, seed: u32) -> Operation {
-    Operation::Write { offset, length, seed }
-}
-
-fn patch(path: &Path, offset: u64, bytes: &[u8]) {
-    let file = OpenOptions::new().write(true).open(path).expect("the image");
-    file.write_all_at(bytes, offset).expect("a patch");
-}
-
-fn word(path: &Path, offset: u64) -> u64 {
-    let mut bytes = [0; 8];
-    std::fs::File::open(path).expect("the image").read_exact_at(&mut bytes, offset).expect("eight bytes");
-    u64::from_be_bytes(bytes)
-}
-
-/// Offsets of the L1 table, the first L2 table and the first refblock.
-fn tables(path: &Path) -> (u64, u64, u64) {
-    let l1 = word(path, 40);
-    let offset = 0x00ff_ffff_ffff_fe00;
-    (l1, word(path, l1) & offset, word(path, word(path, 48)) & offset)
-}
-
-fn pattern(offset: u64, length: u64, byte: u8) -> Content {
-    Content::Pattern { offset, length, byte }
-}
+use crate::rig::{K, M, Rig, options, patch, pattern, tables, word, write};
 
 #[test]
 fn waiters_for_a_window_share_it() {

@@ -6,26 +6,18 @@ mod rig;
 
 use std::path::{Path, PathBuf};
 
-use disk::DiskOptions;
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 use strata_tests::images::{Check, Content, Format, ImageSpec};
 use strata_tests::model::{DiscardRule, Geometry, Operation, sequences};
 use strata_tests::{ByteModel, Qemu};
 
-use crate::rig::Rig;
+use crate::rig::{K, M, Rig, options, pattern};
 
 /// A chain to be tested, from the base up; the last is the top.
 struct Case {
     name: &'static str,
     chain: Vec<ImageSpec>,
-}
-
-const K: u64 = 1024;
-const M: u64 = 1024 * K;
-
-fn pattern(offset: u64, length: u64, byte: u8) -> Content {
-    Content::Pattern { offset, length, byte }
 }
 
 /// An overlay over the layer below it in the list; `create_chain` names the backing file.
@@ -93,10 +85,6 @@ fn cases() -> Vec<Case> {
 fn geometry(top: &ImageSpec) -> Geometry {
     let size = top.size.expect("every case gives its size");
     Geometry { size, cluster_size: top.cluster_size, transfer_max: (4 * top.cluster_size).min(512 * K) }
-}
-
-fn options() -> DiskOptions {
-    DiskOptions { lock_timeout: std::time::Duration::from_secs(2), ..DiskOptions::default() }
 }
 
 /// Two sessions of random operations on a fresh chain; after each the image is checked and read by QEMU.

@@ -3,6 +3,8 @@
 //! Requests that do not touch each other are put in flight together, on both queues by turns, from guest memory at
 //! aligned and at odd addresses; what the disk then holds is compared with a [`ByteModel`].
 
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -10,8 +12,49 @@ use disk::{Completed, Disk, DiskOptions, DiskQueue, OpenError, Request, RequestE
 use storage::GuestSlice;
 use storage::host::HostStorage;
 use strata_tests::ByteModel;
+use strata_tests::images::Content;
 use strata_tests::model::{Operation, contents};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+
+/// 1 KiB.
+pub const K: u64 = 1024;
+/// 1 MiB.
+pub const M: u64 = 1024 * K;
+
+/// What tests open disks with: little patience with locks, all else as users have it.
+pub fn options() -> DiskOptions {
+    DiskOptions { lock_timeout: Duration::from_secs(2), ..DiskOptions::default() }
+}
+
+/// A write.
+pub fn write(offset: u64, length: u64, seed: u32) -> Operation {
+    Operation::Write { offset, length, seed }
+}
+
+/// Content of a new image.
+pub fn pattern(offset: u64, length: u64, byte: u8) -> Content {
+    Content::Pattern { offset, length, byte }
+}
+
+/// Patches bytes of a file.
+pub fn patch(path: &Path, offset: u64, bytes: &[u8]) {
+    let file = OpenOptions::new().write(true).open(path).expect("the image");
+    file.write_all_at(bytes, offset).expect("a patch");
+}
+
+/// A big-endian word of a file.
+pub fn word(path: &Path, offset: u64) -> u64 {
+    let mut bytes = [0; 8];
+    File::open(path).expect("the image").read_exact_at(&mut bytes, offset).expect("eight bytes");
+    u64::from_be_bytes(bytes)
+}
+
+/// Offsets of an image's L1 table, first L2 table and first refblock.
+pub fn tables(path: &Path) -> (u64, u64, u64) {
+    let l1 = word(path, 40);
+    let offset = 0x00ff_ffff_ffff_fe00;
+    (l1, word(path, l1) & offset, word(path, word(path, 48)) & offset)
+}
 
 /// Guest bytes for each request in flight.
 const WINDOW: usize = 1 << 20;
