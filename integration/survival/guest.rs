@@ -1,0 +1,335 @@
+//! A guest that keeps two queues busy with writes, zeroes, discards, reads and flushes, and keeps the record of them.
+//!
+//! It ends when it is told to: whoever kills the daemon then lets it take in the last answers.
+
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use strata_tests::client::{
+    Client, ClientError, Command, Completion, Queue, SECTOR, SEGMENT_BYTES, Segment, Slot, Status, UNMAP,
+};
+
+use super::ledger::{Ledger, Tick};
+use super::stamp::{Value, fill};
+
+/// The longest that no request may be answered.
+const HANG: Duration = Duration::from_secs(30);
+/// Bytes of a read of the whole disk's sweep.
+const SWEEP_BYTES: usize = 128 << 10;
+
+/// A small generator (splitmix64).
+pub struct Random(u64);
+
+impl Random {
+    /// The same seed gives the same numbers.
+    pub fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    /// A number below `limit`.
+    pub fn below(&mut self, limit: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((u128::from(z ^ (z >> 31)) * u128::from(limit)) >> 64) as u64
+    }
+}
+
+/// What was asked and answered.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Tally {
+    /// Requests sent.
+    pub requests: u64,
+    /// Writes, zeroes and discards answered.
+    pub changes: u64,
+    /// Of the changes sent: zeroes that may unmap, and discards.
+    pub unmaps: u64,
+    /// Of the changes sent: all.
+    pub changes_sent: u64,
+    /// Flushes answered.
+    pub flushes: u64,
+    /// Requests in flight when the daemon was gone.
+    pub cut_off: u64,
+}
+
+/// Why a guest gave up.
+#[derive(Debug)]
+pub struct Failure(pub String);
+
+impl From<ClientError> for Failure {
+    fn from(error: ClientError) -> Self {
+        Self(error.to_string())
+    }
+}
+
+/// What a slot is doing; ranges are in sectors.
+#[derive(Clone, Debug)]
+enum Flight {
+    Read(Range<usize>),
+    /// A write, zeroes or a discard: the sectors that it changes.
+    Change(Range<usize>),
+    Flush(Tick),
+}
+
+/// What may be asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Read,
+    Write,
+    ZeroUnmap,
+    ZeroKeep,
+    Discard,
+    Flush,
+}
+
+/// Of a hundred. Of the changes more than a third are zeroes that may unmap, or discards.
+const WEIGHTS: [(u64, Kind); 6] = [
+    (44, Kind::Write),
+    (17, Kind::ZeroUnmap),
+    (5, Kind::ZeroKeep),
+    (17, Kind::Discard),
+    (9, Kind::Read),
+    (8, Kind::Flush),
+];
+
+/// The guest of one round.
+pub struct Guest<'a> {
+    client: Client,
+    flights: Vec<Vec<Option<Flight>>>,
+    ledger: &'a mut Ledger,
+    random: &'a mut Random,
+    /// The next request's; never used again.
+    generation: &'a mut u64,
+    cluster_sectors: u64,
+    done: Vec<Completion>,
+    /// What was asked and answered so far.
+    pub tally: Tally,
+}
+
+impl<'a> Guest<'a> {
+    /// A guest of a daemon that has just been connected to.
+    pub fn new(
+        mut client: Client,
+        ledger: &'a mut Ledger,
+        random: &'a mut Random,
+        generation: &'a mut u64,
+        cluster_sectors: u64,
+    ) -> Self {
+        let flights = client.queues().iter().map(|queue| vec![None; queue.slots()]).collect();
+        let (done, tally) = (Vec::new(), Tally::default());
+        Self { client, flights, ledger, random, generation, cluster_sectors, done, tally }
+    }
+
+    /// Reads the whole disk and settles the record.
+    ///
+    /// # Errors
+    /// When the daemon does not answer, or a sector holds what it may not.
+    pub fn settle(&mut self) -> Result<(), Failure> {
+        let disk = read_all(&mut self.client)?;
+        self.ledger.settle(&disk).map_err(Failure)
+    }
+
+    /// Keeps both queues full until `requests` have been sent, and then for `time`.
+    ///
+    /// # Errors
+    /// When the daemon does not answer or fails a request, or a read finds what it may not.
+    pub fn work(&mut self, requests: u64, time: Duration) -> Result<(), Failure> {
+        let mut end = None;
+        let mut last_answer = Instant::now();
+        loop {
+            for queue in 0..self.flights.len() {
+                self.send_some(queue)?;
+            }
+            let now = Instant::now();
+            if self.take_answers()? {
+                last_answer = now;
+            } else if now.duration_since(last_answer) > HANG {
+                return Err(Failure(format!("no request was answered for {HANG:?}")));
+            } else {
+                std::thread::yield_now();
+            }
+            if self.tally.requests >= requests && now >= *end.get_or_insert(now + time) {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Takes in what the daemon answered before it died, and leaves.
+    ///
+    /// # Errors
+    /// As [`Guest::work`].
+    pub fn leave(mut self) -> Result<Tally, Failure> {
+        self.take_answers()?;
+        self.tally.cut_off = self.client.queues().iter().map(|queue| queue.in_flight() as u64).sum();
+        self.client.abandon();
+        Ok(self.tally)
+    }
+
+    /// Fills a queue's slots, as far as the random choices find sectors that are free.
+    fn send_some(&mut self, queue: usize) -> Result<(), Failure> {
+        // Choices that are not free count too: this ends.
+        for _ in 0..4 {
+            let Some(slot) = self.client.queue(queue).acquire() else { break };
+            match self.choose(queue, slot)? {
+                Some((flight, command)) => {
+                    self.flights[queue][slot.index()] = Some(flight);
+                    self.client.queue(queue).start(slot, command);
+                    self.tally.requests += 1;
+                }
+                None => self.client.queue(queue).release(slot),
+            }
+        }
+        Ok(self.client.queue(queue).notify()?)
+    }
+
+    fn choose(&mut self, queue: usize, slot: Slot) -> Result<Option<(Flight, Command)>, ClientError> {
+        let mut point = self.random.below(100);
+        let mut kind = Kind::Flush;
+        for (weight, candidate) in WEIGHTS {
+            if point < weight {
+                kind = candidate;
+                break;
+            }
+            point -= weight;
+        }
+        if kind == Kind::Flush {
+            return Ok(Some((Flight::Flush(self.ledger.flush_sent()), Command::flush())));
+        }
+        let range = self.range(kind);
+        if !self.ledger.is_free(range.clone()) {
+            return Ok(None);
+        }
+        let (offset, length) = (range.start as u64 * SECTOR, range.len() as u64 * SECTOR);
+        if kind == Kind::Read {
+            self.ledger.read_sent(range.clone());
+            return Ok(Some((Flight::Read(range), Command::read(offset / SECTOR, length as u32))));
+        }
+        self.tally.changes_sent += 1;
+        self.tally.unmaps += u64::from(matches!(kind, Kind::ZeroUnmap | Kind::Discard));
+        let ring = self.client.queue(queue);
+        let command = match kind {
+            Kind::Write => {
+                let mut bytes = vec![0; length as usize];
+                fill(&mut bytes, offset, *self.generation);
+                ring.write_data(slot, &bytes);
+                Command::write(offset / SECTOR, length as u32)
+            }
+            Kind::Discard => segment(ring, slot, offset, length, 0).map(Command::discard)?,
+            Kind::ZeroKeep => segment(ring, slot, offset, length, 0).map(Command::write_zeroes)?,
+            _ => segment(ring, slot, offset, length, UNMAP).map(Command::write_zeroes)?,
+        };
+        let (changed, value) = match kind {
+            Kind::Write => (range, Value::Written(*self.generation)),
+            Kind::Discard => (self.whole_clusters(range), Value::Zero),
+            _ => (range, Value::Zero),
+        };
+        *self.generation += 1;
+        self.ledger.write_sent(changed.clone(), value);
+        Ok(Some((Flight::Change(changed), command)))
+    }
+
+    /// Half of the requests are for whole clusters, half of them in an eighth of the disk.
+    fn range(&mut self, kind: Kind) -> Range<usize> {
+        let all = self.ledger.sectors() as u64;
+        let cluster = self.cluster_sectors;
+        let space = if self.random.below(2) == 0 { all } else { all / 8 };
+        let most = match kind {
+            Kind::Discard | Kind::ZeroKeep | Kind::ZeroUnmap => 8,
+            // As many as a slot's buffer holds.
+            _ => (256 / cluster).clamp(1, 4),
+        };
+        let (start, length) = if self.random.below(2) == 0 {
+            let length = (1 + self.random.below(most)) * cluster;
+            (self.random.below(space / cluster) * cluster, length)
+        } else {
+            (self.random.below(space), 1 + self.random.below(cluster * 3 / 2))
+        };
+        start as usize..(start + length).min(all) as usize
+    }
+
+    /// What a discard changes: Strata and QEMU discard whole clusters only.
+    fn whole_clusters(&self, range: Range<usize>) -> Range<usize> {
+        let cluster = self.cluster_sectors as usize;
+        let start = range.start.next_multiple_of(cluster);
+        start..(range.end / cluster * cluster).max(start)
+    }
+
+    /// Takes in what was answered; whether it was anything.
+    fn take_answers(&mut self) -> Result<bool, Failure> {
+        let mut any = false;
+        for queue in 0..self.flights.len() {
+            let mut done = std::mem::take(&mut self.done);
+            self.client.queue(queue).reap(&mut done)?;
+            any |= !done.is_empty();
+            for completion in done.drain(..) {
+                self.answered(queue, completion)?;
+            }
+            self.done = done;
+        }
+        Ok(any)
+    }
+
+    fn answered(&mut self, queue: usize, completion: Completion) -> Result<(), Failure> {
+        let slot = completion.slot;
+        let flight = self.flights[queue][slot.index()].take().expect("what is answered was sent");
+        if completion.status != Status::Ok {
+            return Err(Failure(format!("{flight:?} was answered {:?}", completion.status)));
+        }
+        match flight {
+            Flight::Read(range) => {
+                let mut bytes = vec![0; range.len() * SECTOR as usize];
+                self.client.queue(queue).read_data(slot, &mut bytes);
+                self.ledger.read_answered(range, &bytes).map_err(Failure)?;
+            }
+            Flight::Change(range) => {
+                self.ledger.write_answered(range);
+                self.tally.changes += 1;
+            }
+            Flight::Flush(sent) => {
+                self.ledger.flush_answered(sent);
+                self.tally.flushes += 1;
+            }
+        }
+        self.client.queue(queue).release(slot);
+        Ok(())
+    }
+}
+
+fn segment(ring: &Queue, slot: Slot, offset: u64, length: u64, flags: u32) -> Result<u32, ClientError> {
+    ring.write_data(slot, &Segment { offset, length, flags }.bytes()?);
+    Ok(SEGMENT_BYTES as u32)
+}
+
+/// Reads the whole disk by one queue, a slot's worth of requests at a time.
+fn read_all(client: &mut Client) -> Result<Vec<u8>, Failure> {
+    let mut disk = vec![0; client.size() as usize];
+    let ring = client.queue(0);
+    let (mut sent, mut answered) = (0, 0);
+    let mut places = vec![0; ring.slots()];
+    let mut done = Vec::new();
+    while answered < disk.len() {
+        while sent < disk.len()
+            && let Some(slot) = ring.acquire()
+        {
+            places[slot.index()] = sent;
+            let length = SWEEP_BYTES.min(disk.len() - sent);
+            ring.start(slot, Command::read(sent as u64 / SECTOR, length as u32));
+            sent += length;
+        }
+        ring.notify()?;
+        ring.wait_used(Instant::now() + HANG)?;
+        ring.reap(&mut done)?;
+        for completion in done.drain(..) {
+            let at = places[completion.slot.index()];
+            if completion.status != Status::Ok {
+                return Err(Failure(format!("a read at {at:#x} was answered {:?}", completion.status)));
+            }
+            let end = disk.len().min(at + SWEEP_BYTES);
+            ring.read_data(completion.slot, &mut disk[at..end]);
+            answered += end - at;
+            ring.release(completion.slot);
+        }
+    }
+    Ok(disk)
+}
