@@ -4,12 +4,21 @@
 //! else while it waits; so claims cannot deadlock, and as nobody overtakes an earlier overlapping claim, nobody starves.
 
 use std::collections::VecDeque;
-use std::sync::Mutex;
 use std::task::Waker;
+
+use crate::sync::Mutex;
 
 /// A claim's name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ClaimId(u64);
+
+#[cfg(all(test, loom))]
+impl ClaimId {
+    /// Its place in the order of arrival.
+    pub fn number(self) -> u64 {
+        self.0
+    }
+}
 
 struct Claim {
     id: u64,
@@ -80,6 +89,7 @@ impl Claims {
 }
 
 #[cfg(test)]
+#[cfg(not(loom))]
 mod tests {
     use super::*;
 

@@ -16,6 +16,8 @@ mod error;
 mod flush;
 mod guard;
 mod layers;
+#[cfg(all(test, loom))]
+mod loom_tests;
 mod map;
 pub mod mutation;
 mod reclaim;
@@ -23,6 +25,7 @@ mod refcounts;
 mod reserve;
 mod resolve;
 mod state;
+mod sync;
 mod table_job;
 mod tables;
 mod word;

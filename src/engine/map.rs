@@ -5,18 +5,16 @@
 //! again. Frames are bounded in number, evicted by clock and never freed while the map lives, so a stale read is
 //! harmless and is found out. All changes are made under the engine's one lock, through [`MapWriter`].
 
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-
 use qcow2::GuestCluster;
 
+use crate::sync::{AtomicBool, AtomicU64, OnceLock, Ordering, zeroed};
 use crate::word::Word;
 
-/// Words in a slice: guest clusters that are resolved and evicted together.
-pub const SLICE_WORDS: u64 = 512;
+/// Words in a slice: guest clusters that are resolved and evicted together. Few under loom, which follows each word.
+pub const SLICE_WORDS: u64 = if cfg!(loom) { 2 } else { 512 };
 
 /// Directory entries in a leaf of the directory.
-const LEAF_ENTRIES: u64 = 4096;
+const LEAF_ENTRIES: u64 = if cfg!(loom) { 4 } else { 4096 };
 
 /// A slice of the guest's clusters, by number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -104,12 +102,8 @@ impl ChainMap {
     }
 
     fn frame(&self, frame: usize) -> &Frame {
-        self.frames[frame].get_or_init(|| {
-            Box::new(Frame {
-                words: [const { AtomicU64::new(0) }; SLICE_WORDS as usize],
-                referenced: AtomicBool::new(false),
-            })
-        })
+        self.frames[frame]
+            .get_or_init(|| Box::new(Frame { words: zeroed(), referenced: AtomicBool::new(false) }))
     }
 }
 
@@ -185,6 +179,7 @@ impl MapWriter {
 }
 
 #[cfg(test)]
+#[cfg(not(loom))]
 mod tests {
     use std::thread;
 

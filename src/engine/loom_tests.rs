@@ -1,0 +1,451 @@
+//! Models of what threads share without the engine's lock, for loom: it runs each of them once for every interleaving,
+//! and for every value that a load may give by the memory model. The arguments are in docs/concurrency.md; each has a
+//! model here, on the engine's own code (sync.rs exchanges the atomics below it, map.rs makes its slices short).
+//!
+//!     RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom cargo test -p engine --release --lib loom
+//!
+//! loom takes a SeqCst access for an acquire or a release, so what passes here needs SeqCst of its fences only. It
+//! orders two SeqCst fences as if the first released to the second, which is more than they promise: a missing acquire or
+//! release that such a pair happens to cover would not be seen.
+
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64 as Unmodelled;
+use std::task::Poll;
+
+use loom::cell::UnsafeCell;
+use loom::future::block_on;
+use loom::model::Builder;
+use loom::thread;
+use qcow2::{GuestCluster, HostCluster, HostOffset};
+
+use crate::alloc::Allocator;
+use crate::claims::Claims;
+use crate::epoch::{Epochs, WorkerEpochs};
+use crate::map::{ChainMap, MapWriter, SLICE_WORDS, SliceIndex};
+use crate::sync::{Mutex, Ordering};
+use crate::word::{FileIndex, Word};
+
+/// Runs a model in all its interleavings that preempt threads at most so often (`None`: in all).
+/// `LOOM_MAX_PREEMPTIONS` overrules it, and `LOOM_LOG=1` shows what led to a failure.
+fn explore(preemptions: Option<usize>, model: impl Fn() + Send + Sync + 'static) {
+    let mut builder = Builder::new();
+    builder.preemption_bound = builder.preemption_bound.or(preemptions);
+    builder.max_branches = 20_000;
+    let runs = Arc::new(Unmodelled::new(0));
+    let counted = Arc::clone(&runs);
+    builder.check(move || {
+        counted.fetch_add(1, Ordering::Relaxed);
+        model();
+    });
+    println!("{} interleavings", runs.load(Ordering::Relaxed));
+}
+
+/// The word of a cluster before anything changes it.
+fn word(cluster: u64) -> Word {
+    Word::data(FileIndex(0), HostOffset((cluster + 1) * 65536), true)
+}
+
+fn words(slice: u64) -> Vec<Word> {
+    (0..SLICE_WORDS).map(|at| word(slice * SLICE_WORDS + at)).collect()
+}
+
+/// A map of some slices and frames, with the first slices resident.
+fn map(slices: u64, frames: usize, resident: u64) -> (Arc<ChainMap>, MapWriter) {
+    let map = ChainMap::new(slices * SLICE_WORDS, frames);
+    let mut writer = MapWriter::new(&map);
+    for slice in 0..resident {
+        writer.fill(&map, SliceIndex(slice), &words(slice));
+    }
+    (Arc::new(map), writer)
+}
+
+// "The map without a lock".
+
+/// Looks a cluster up in a thread of its own; it may be absent, but never be another.
+fn reader(map: &Arc<ChainMap>, cluster: u64) -> thread::JoinHandle<()> {
+    let map = Arc::clone(map);
+    thread::spawn(move || {
+        let found = map.lookup(GuestCluster(cluster));
+        assert!(found == Word::UNRESOLVED || found == word(cluster), "{found:?} for cluster {cluster}");
+    })
+}
+
+#[test]
+fn one_frame_goes_from_slice_to_slice_and_back() {
+    explore(None, || {
+        let (map, mut writer) = map(2, 1, 1);
+        let reader = reader(&map, 1);
+        writer.fill(&map, SliceIndex(1), &words(1));
+        writer.fill(&map, SliceIndex(0), &words(0));
+        reader.join().expect("reader");
+    });
+}
+
+#[test]
+fn two_readers_of_two_slices_in_one_frame() {
+    explore(Some(3), || {
+        let (map, mut writer) = map(2, 1, 1);
+        let readers = [reader(&map, 0), reader(&map, SLICE_WORDS)];
+        writer.fill(&map, SliceIndex(1), &words(1));
+        for reader in readers {
+            reader.join().expect("reader");
+        }
+    });
+}
+
+#[test]
+fn two_readers_while_the_clock_turns_over_two_frames() {
+    explore(Some(2), || {
+        let (map, mut writer) = map(3, 2, 2);
+        let readers = [reader(&map, 0), reader(&map, 2 * SLICE_WORDS + 1)];
+        writer.fill(&map, SliceIndex(2), &words(2));
+        writer.fill(&map, SliceIndex(0), &words(0));
+        for reader in readers {
+            reader.join().expect("reader");
+        }
+    });
+}
+
+#[test]
+fn a_first_fill_makes_leaf_and_frame_under_a_readers_eyes() {
+    explore(None, || {
+        let (map, mut writer) = map(2, 1, 0);
+        let readers = [reader(&map, 0), reader(&map, 1)];
+        writer.fill(&map, SliceIndex(0), &words(0));
+        for reader in readers {
+            reader.join().expect("reader");
+        }
+    });
+}
+
+/// A slice filled with fewer words than it has: the rest is unresolved, not what the frame held before.
+#[test]
+fn a_short_fill_leaves_nothing_of_the_slice_before() {
+    explore(None, || {
+        let (map, mut writer) = map(2, 1, 1);
+        let reader = {
+            let map = Arc::clone(&map);
+            thread::spawn(move || {
+                assert_eq!(map.lookup(GuestCluster(SLICE_WORDS + 1)), Word::UNRESOLVED);
+            })
+        };
+        writer.fill(&map, SliceIndex(1), &words(1)[..1]);
+        reader.join().expect("reader");
+    });
+}
+
+/// A commit is made after the data was written: who reads the new word sees the data. And nobody who has seen the new
+/// word sees the old one again, though the slice leaves and comes back.
+#[test]
+fn a_committed_word_brings_its_data_and_stays() {
+    explore(Some(3), || {
+        let new = word(77);
+        let (map, mut writer) = map(2, 1, 1);
+        let data = Arc::new(UnsafeCell::new(()));
+        let reader = {
+            let (map, data) = (Arc::clone(&map), Arc::clone(&data));
+            thread::spawn(move || {
+                let first = map.lookup(GuestCluster(0));
+                if first == new {
+                    data.with(|_| ());
+                }
+                let second = map.lookup(GuestCluster(0));
+                assert!([Word::UNRESOLVED, word(0), new].contains(&second));
+                assert!(first != new || second != word(0), "a commit was undone");
+            })
+        };
+        data.with_mut(|_| ());
+        writer.publish(&map, GuestCluster(0), new);
+        writer.fill(&map, SliceIndex(1), &words(1));
+        writer.fill(&map, SliceIndex(0), &[new, word(1)]);
+        reader.join().expect("reader");
+    });
+}
+
+/// A word published (not filled) in a frame that was another slice's is that slice's only.
+#[test]
+fn a_commit_into_a_frame_that_went_over_is_not_seen_by_the_slice_before() {
+    explore(Some(3), || {
+        let (map, mut writer) = map(2, 1, 1);
+        let reader = reader(&map, 0);
+        writer.fill(&map, SliceIndex(1), &words(1));
+        writer.publish(&map, GuestCluster(SLICE_WORDS), word(77));
+        reader.join().expect("reader");
+    });
+}
+
+// "Epochs". A cell stands for the host cluster of guest cluster 0: an I/O there is a shared access, its reuse an
+// exclusive one, and loom fails a run in which one is not ordered after the other.
+
+type HostData = Arc<UnsafeCell<()>>;
+
+/// What the second stage of a request does: I/O at the old place of cluster 0, if the map still says so.
+fn io_in_place(map: &ChainMap, host: &UnsafeCell<()>) {
+    if map.lookup(GuestCluster(0)) == word(0) {
+        host.with(|_| ());
+    }
+}
+
+fn request(worker: &mut WorkerEpochs, map: &ChainMap, host: &UnsafeCell<()>) {
+    let epoch = worker.enter();
+    io_in_place(map, host);
+    worker.exit(epoch);
+}
+
+/// A disk with cluster 0 mapped, and its only reclaimer's part: unlink, advance, scan, reuse.
+struct Bench {
+    map: Arc<ChainMap>,
+    writer: MapWriter,
+    epochs: Arc<Epochs>,
+    host: HostData,
+}
+
+impl Bench {
+    fn new(workers: usize) -> Self {
+        let (map, writer) = map(1, 1, 1);
+        Bench { map, writer, epochs: Epochs::new(workers), host: Arc::new(UnsafeCell::new(())) }
+    }
+
+    /// Runs `requests` in a thread, with a worker that is registered in it or before it.
+    fn worker(
+        &self,
+        registered: Option<WorkerEpochs>,
+        requests: impl Fn(&mut WorkerEpochs, &ChainMap, &UnsafeCell<()>) + 'static,
+    ) -> thread::JoinHandle<()> {
+        let (map, epochs, host) = (Arc::clone(&self.map), Arc::clone(&self.epochs), Arc::clone(&self.host));
+        thread::spawn(move || {
+            if let Some(mut worker) = registered.or_else(|| epochs.register()) {
+                requests(&mut worker, &map, &host);
+            }
+        })
+    }
+
+    fn reclaim(&mut self) {
+        self.writer.publish(&self.map, GuestCluster(0), Word::ZERO);
+        let epoch = self.epochs.advance();
+        if self.epochs.passed(epoch) {
+            self.host.with_mut(|_| ());
+        }
+    }
+}
+
+#[test]
+fn an_idle_workers_request_keeps_its_cluster_from_reuse() {
+    explore(None, || {
+        let mut bench = Bench::new(1);
+        let worker = bench.epochs.register();
+        let worker = bench.worker(worker, request);
+        bench.reclaim();
+        worker.join().expect("worker");
+    });
+}
+
+/// Its second request may begin in the new epoch, with which it overwrites the withdrawal of the first.
+#[test]
+fn a_worker_that_goes_idle_between_two_requests_keeps_both() {
+    explore(None, || {
+        let mut bench = Bench::new(1);
+        let worker = bench.epochs.register();
+        let worker = bench.worker(worker, |worker, map, host| {
+            request(worker, map, host);
+            request(worker, map, host);
+        });
+        bench.reclaim();
+        worker.join().expect("worker");
+    });
+}
+
+/// The second request of a busy worker publishes nothing: the first one's epoch holds for both.
+#[test]
+fn a_busy_workers_later_requests_are_kept_too() {
+    explore(None, || {
+        let mut bench = Bench::new(1);
+        let worker = bench.epochs.register();
+        let worker = bench.worker(worker, |worker, map, host| {
+            let first = worker.enter();
+            let second = worker.enter();
+            io_in_place(map, host);
+            worker.exit(first);
+            io_in_place(map, host);
+            worker.exit(second);
+        });
+        bench.reclaim();
+        worker.join().expect("worker");
+    });
+}
+
+/// The later request ends first: the older one's epoch stays.
+#[test]
+fn requests_that_end_out_of_order_keep_the_oldest() {
+    explore(None, || {
+        let mut bench = Bench::new(1);
+        let worker = bench.epochs.register();
+        let worker = bench.worker(worker, |worker, map, host| {
+            let first = worker.enter();
+            let old = map.lookup(GuestCluster(0)) == word(0);
+            request(worker, map, host);
+            if old {
+                host.with(|_| ());
+            }
+            worker.exit(first);
+        });
+        bench.reclaim();
+        worker.join().expect("worker");
+    });
+}
+
+#[test]
+fn two_workers_are_both_waited_for() {
+    explore(Some(3), || {
+        let mut bench = Bench::new(2);
+        let (one, two) = (bench.epochs.register(), bench.epochs.register());
+        let workers = [bench.worker(one, request), bench.worker(two, request)];
+        bench.reclaim();
+        for worker in workers {
+            worker.join().expect("worker");
+        }
+    });
+}
+
+/// A ring stops and another starts: the slot goes from one to the other.
+#[test]
+fn a_slot_that_changes_hands_forgets_no_io() {
+    explore(Some(3), || {
+        let mut bench = Bench::new(1);
+        let workers = [bench.worker(None, request), bench.worker(None, request)];
+        bench.reclaim();
+        for worker in workers {
+            worker.join().expect("worker");
+        }
+    });
+}
+
+// The quarantine, with the real allocator, epochs and map; what the engine's lock guards is in one mutex.
+
+struct Locked {
+    alloc: Allocator,
+    writer: MapWriter,
+    next_cut: u64,
+}
+
+/// One thread does I/O in place, one unlinks the cluster, one takes a cut, makes it durable, reclaims and reuses: the
+/// cut may come before the unlink or after it, and no reuse may meet the I/O.
+#[test]
+fn a_cluster_in_quarantine_is_reused_after_its_cut_and_its_io() {
+    explore(Some(3), || {
+        let Bench { map, writer, epochs, host } = Bench::new(1);
+        let locked = Locked { alloc: Allocator::new(9, 65536), writer, next_cut: 1 };
+        let state = Arc::new(Mutex::new(locked));
+        let mut worker = epochs.register().expect("a slot");
+        let doing_io = {
+            let (map, host) = (Arc::clone(&map), Arc::clone(&host));
+            thread::spawn(move || request(&mut worker, &map, &host))
+        };
+        let unlinking = {
+            let (map, state) = (Arc::clone(&map), Arc::clone(&state));
+            thread::spawn(move || {
+                let mut state = state.lock().expect("lock");
+                let cut = state.next_cut;
+                state.writer.publish(&map, GuestCluster(0), Word::ZERO);
+                state.alloc.free_later(HostCluster(1), cut);
+            })
+        };
+        for _ in 0..2 {
+            flush_and_reuse(&state, &epochs, &host);
+        }
+        doing_io.join().expect("request");
+        unlinking.join().expect("unlink");
+        let state = state.lock().expect("lock");
+        assert!(state.alloc.quarantine.len() + state.alloc.unlinked.len() <= 1);
+    });
+}
+
+/// A cut, as the engine's flush takes it: the number and the epoch under the lock, the commit under the lock again.
+fn flush_and_reuse(state: &Mutex<Locked>, epochs: &Epochs, host: &UnsafeCell<()>) {
+    let (number, epoch) = {
+        let mut state = state.lock().expect("lock");
+        let number = state.next_cut;
+        state.next_cut += 1;
+        (number, epochs.advance())
+    };
+    let mut state = state.lock().expect("lock");
+    state.alloc.cut_is_durable(number, epoch);
+    let reclaimed = state.alloc.unlinked.front().is_some_and(|unlinked| epochs.passed(unlinked.epoch));
+    if reclaimed {
+        state.alloc.unlinked.pop_front();
+        host.with_mut(|_| ());
+    }
+}
+
+// "Claims".
+
+/// A guest cluster under claims: loom sees to it that its holders exclude each other, `last` that they come in order.
+struct Claimed {
+    mapping: UnsafeCell<()>,
+    /// The number of its last holder's claim, plus 1. No part of the model: only its holder touches it.
+    last: Unmodelled,
+}
+
+fn claimed() -> Arc<[Claimed; 3]> {
+    Arc::new(std::array::from_fn(|_| Claimed { mapping: UnsafeCell::new(()), last: Unmodelled::new(0) }))
+}
+
+/// Claims `first..=last`, waits, changes what it claimed, and lets go.
+fn claim_and_change(claims: &Claims, clusters: &[Claimed; 3], first: usize, last: usize) {
+    let id = claims.add(first as u64, last as u64);
+    block_on(poll_fn(
+        |context| {
+            if claims.held(id, context.waker()) { Poll::Ready(()) } else { Poll::Pending }
+        },
+    ));
+    for cluster in &clusters[first..=last] {
+        cluster.mapping.with_mut(|_| ());
+        let before = cluster.last.swap(id.number() + 1, Ordering::Relaxed);
+        assert!(before < id.number() + 1, "claim {} after claim {}", id.number(), before - 1);
+    }
+    claims.release(id);
+}
+
+fn claimants(preemptions: Option<usize>, ranges: [(usize, usize); 3]) {
+    explore(preemptions, move || {
+        let claims = Arc::new(Claims::default());
+        let clusters = claimed();
+        let others: Vec<_> = ranges[1..]
+            .iter()
+            .map(|&(first, last)| {
+                let (claims, clusters) = (Arc::clone(&claims), Arc::clone(&clusters));
+                thread::spawn(move || claim_and_change(&claims, &clusters, first, last))
+            })
+            .collect();
+        claim_and_change(&claims, &clusters, ranges[0].0, ranges[0].1);
+        for other in others {
+            other.join().expect("claimant");
+        }
+    });
+}
+
+#[test]
+fn three_claims_on_one_cluster_take_turns() {
+    claimants(None, [(0, 0), (0, 0), (0, 0)]);
+}
+
+#[test]
+fn three_claims_in_a_chain_take_turns() {
+    claimants(None, [(0, 1), (1, 2), (2, 2)]);
+}
+
+#[test]
+fn two_threads_claim_again_and_again() {
+    explore(None, || {
+        let claims = Arc::new(Claims::default());
+        let clusters = claimed();
+        let other = {
+            let (claims, clusters) = (Arc::clone(&claims), Arc::clone(&clusters));
+            thread::spawn(move || claim_and_change(&claims, &clusters, 0, 2))
+        };
+        claim_and_change(&claims, &clusters, 0, 1);
+        claim_and_change(&claims, &clusters, 1, 2);
+        other.join().expect("claimant");
+    });
+}
