@@ -140,6 +140,10 @@ impl Run {
             serial: "kill-test".into(),
             io_thread: false,
         };
+        if self.program.backend == Backend::QemuStorageDaemon {
+            // Unlike ours it does not wait for the lock of its predecessor, whose I/O may outlive it; this does.
+            image::check(&self.image)?;
+        }
         let daemon = Daemon::start(&self.program, &spec, &self.folder.path().join("daemon.log"))?;
         let mut options = Options {
             queues: 2,
