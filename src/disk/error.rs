@@ -146,6 +146,11 @@ impl RequestError {
 
     /// True if the host has no space (left for this user): nothing is broken.
     pub fn is_no_space(&self) -> bool {
-        matches!(self, RequestError::Io { source, .. } if *source == Errno::ENOSPC || *source == Errno::EDQUOT)
+        matches!(self, RequestError::Io { source, .. } if is_no_space(*source))
     }
+}
+
+/// True for what the host says where there is no space, or none left for this user.
+pub(crate) fn is_no_space(errno: Errno) -> bool {
+    errno == Errno::ENOSPC || errno == Errno::EDQUOT
 }

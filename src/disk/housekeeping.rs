@@ -259,6 +259,7 @@ impl<S: Storage> Worker<S> {
             }
         }
         self.engine().commit_reclaim(plan, &punched);
+        self.shared.space.reclaimed();
         Ok(true)
     }
 }

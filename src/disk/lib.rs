@@ -18,6 +18,7 @@ mod layer;
 mod open;
 mod queue;
 mod read;
+mod space;
 mod worker;
 mod write;
 mod zero;
@@ -27,6 +28,7 @@ pub use housekeeping::Keeper;
 pub use layer::Layer;
 pub use open::{CHAIN_LAYERS_MAX, DiskOptions, Format};
 pub use queue::{Completed, DiskQueue, Request, RequestId};
+pub use space::{OnEnospc, SpaceStatus, SpaceWatch};
 
 use std::path::Path;
 use std::sync::Arc;
@@ -40,6 +42,7 @@ use crate::header::HeaderSector;
 use crate::housekeeping::{Bell, Housekeeper};
 use crate::layer::DiskFile;
 use crate::open::open_chain;
+use crate::space::Space;
 
 /// Workers of one disk at a time: queues, the housekeeper, and the thread that closes it.
 const WORKERS_MAX: usize = 258;
@@ -65,6 +68,8 @@ pub(crate) struct Shared<S: Storage> {
     pub bell: Arc<Bell>,
     /// The corrupt bit has been asked for.
     pub corrupt_marked: AtomicBool,
+    /// Requests that wait for space on the host.
+    pub space: Arc<Space>,
 }
 
 impl<S: Storage> Shared<S> {
@@ -135,6 +140,7 @@ impl<S: Storage> Disk<S> {
             read_only: options.read_only,
             bell: Arc::default(),
             corrupt_marked: AtomicBool::new(false),
+            space: Space::new(options.on_enospc, path),
         });
         Ok(Disk { shared, housekeeper: None })
     }
@@ -187,6 +193,11 @@ impl<S: Storage> Disk<S> {
     /// The engine's numbers.
     pub fn status(&self) -> EngineStatus {
         self.shared.engine.status()
+    }
+
+    /// The requests that wait for space on the host: their number, and how to end their wait.
+    pub fn space(&self) -> SpaceWatch {
+        self.shared.space.watch()
     }
 
     /// Makes the calling thread's queue, for at most `depth` requests in flight.

@@ -17,6 +17,7 @@ use crate::check::repair_open;
 use crate::driver::Driver;
 use crate::error::OpenError;
 use crate::layer::{DiskFile, Layer};
+use crate::space::OnEnospc;
 
 /// The most layers of a chain (the bound for what opens fast in little memory).
 pub const CHAIN_LAYERS_MAX: usize = 1000;
@@ -47,6 +48,8 @@ pub struct DiskOptions {
     pub map_bytes: usize,
     /// The most bytes of clean L2 tables and refblocks to keep.
     pub table_bytes: usize,
+    /// What becomes of a request that finds no space on the host.
+    pub on_enospc: OnEnospc,
 }
 
 impl Default for DiskOptions {
@@ -59,6 +62,7 @@ impl Default for DiskOptions {
             lock_timeout: Duration::from_secs(5),
             map_bytes: 32 << 20,
             table_bytes: 16 << 20,
+            on_enospc: OnEnospc::Report,
         }
     }
 }

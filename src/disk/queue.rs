@@ -10,13 +10,13 @@ use engine::{Epoch, FileIndex, Mapping};
 use qcow2::{GuestOffset, HostOffset};
 use slab::Slab;
 use smallvec::SmallVec;
-use storage::buffer::{fill_guest_zero, guest_len, subrange};
+use storage::buffer::{GuestSlices, fill_guest_zero, guest_len, subrange};
 use storage::{Errno, GuestSlice, IoQueue, Kind, Notifier, Storage, Token};
 use tracing::warn;
 
 use crate::Shared;
 use crate::driver::Driver;
-use crate::error::{OpenError, RequestError};
+use crate::error::{OpenError, RequestError, is_no_space};
 use crate::read::{guest_operation, owned};
 use crate::worker::Worker;
 use crate::write::Payload;
@@ -71,6 +71,17 @@ impl Request {
     fn writes(&self) -> bool {
         !matches!(self, Request::Read { .. } | Request::Flush)
     }
+
+    /// It is done only when durable.
+    fn is_through(&self) -> bool {
+        match self {
+            Request::Read { .. } => false,
+            Request::Flush => true,
+            Request::Write { write_through, .. }
+            | Request::Discard { write_through, .. }
+            | Request::WriteZeroes { write_through, .. } => *write_through,
+        }
+    }
 }
 
 /// A request that is done; its memory is no longer used.
@@ -104,11 +115,20 @@ struct InFlight {
     writes: bool,
 }
 
+/// What a fast-path write was to do, should it find no space.
+#[derive(Default)]
+struct Kept {
+    offset: u64,
+    slices: GuestSlices,
+}
+
 /// One thread's way to a disk.
 pub struct DiskQueue<S: Storage> {
     worker: Rc<Worker<S>>,
     driver: Rc<Driver<S::Queue>>,
     fast: Slab<InFlight>,
+    /// By slot in `fast`; empty unless requests wait for space.
+    kept: Vec<Kept>,
     done: Rc<RefCell<Vec<Completed>>>,
 }
 
@@ -117,7 +137,8 @@ impl<S: Storage> DiskQueue<S> {
         let driver = Driver::new(shared.storage.queue(depth)?);
         let worker = Worker::new(shared, Rc::clone(&driver))
             .ok_or(OpenError::TooManyQueues { limit: crate::WORKERS_MAX })?;
-        Ok(DiskQueue { worker, driver, fast: Slab::new(), done: Rc::new(RefCell::new(Vec::new())) })
+        let done = Rc::new(RefCell::new(Vec::new()));
+        Ok(DiskQueue { worker, driver, fast: Slab::new(), kept: Vec::new(), done })
     }
 
     /// Starts a request. The slices add up to what it moves and stay valid until it is done.
@@ -179,6 +200,9 @@ impl<S: Storage> DiskQueue<S> {
         }
         let pending = runs.iter().filter(|run| run.target != Target::Zero).count() as u32;
         let slot = self.fast.insert(InFlight { id, epoch, pending, result: Ok(()), writes });
+        if writes && shared.space.waits() {
+            keep(&mut self.kept, slot, offset, slices);
+        }
         let mut at = 0;
         for run in &runs {
             let part;
@@ -233,6 +257,15 @@ impl<S: Storage> DiskQueue<S> {
     fn finish_fast(&mut self, slot: usize) {
         let ended = self.fast.remove(slot);
         self.worker.exit(ended.epoch);
+        if ended.writes
+            && self.worker.shared.space.waits()
+            && ended.result.is_err_and(is_no_space)
+            && let Some(Kept { offset, slices }) = self.kept.get_mut(slot).map(std::mem::take)
+        {
+            // The place may be another's by now: all of it is looked up anew.
+            let request = Request::Write { offset, write_through: false };
+            return self.slow(ended.id, self.worker.enter(), request, &slices);
+        }
         let mut result =
             ended.result.map_err(RequestError::io(if ended.writes { "writing" } else { "reading" }));
         if ended.writes && self.worker.engine().has_failed() {
@@ -278,6 +311,12 @@ impl<S: Storage> DiskQueue<S> {
         self.driver.queue().watch(event);
     }
 
+    /// The queue is being stopped: from now on no request of it waits for space on the host, but fails.
+    pub fn give_up(&mut self) {
+        self.worker.leaving.set(true);
+        self.worker.shared.space.wake();
+    }
+
     /// Ends [`DiskQueue::wait`] from any thread.
     pub fn notifier(&self) -> Arc<dyn Notifier> {
         self.driver.notifier()
@@ -285,8 +324,10 @@ impl<S: Storage> DiskQueue<S> {
 }
 
 impl<S: Storage> Drop for DiskQueue<S> {
-    /// Waits until every request has ended and no memory of the guest's is in use. Requests are never cancelled.
+    /// Waits until every request has ended and no memory of the guest's is in use. Requests are never cancelled, but
+    /// those that wait for space fail.
     fn drop(&mut self) {
+        self.give_up();
         let mut done = Vec::new();
         while !self.fast.is_empty() || self.driver.has_tasks() {
             self.turn(&mut done);
@@ -296,6 +337,17 @@ impl<S: Storage> Drop for DiskQueue<S> {
             }
         }
     }
+}
+
+/// Notes what a write in a slot is to do, in memory that an earlier one has left.
+fn keep(kept: &mut Vec<Kept>, slot: usize, offset: u64, slices: &[GuestSlice]) {
+    if kept.len() <= slot {
+        kept.resize_with(slot + 1, Kept::default);
+    }
+    let place = &mut kept[slot];
+    place.offset = offset;
+    place.slices.clear();
+    place.slices.extend_from_slice(slices);
 }
 
 fn follows(last: &Run, target: Target) -> bool {
@@ -316,26 +368,60 @@ fn report(id: RequestId, result: &Result<(), RequestError>) {
 }
 
 impl<S: Storage> Worker<S> {
-    /// Serves a request off the fast path. The epoch ends when the request no longer uses what it looked up.
+    /// Serves a request off the fast path, and again when it finds no space, if it is to wait for it.
     async fn serve(&self, epoch: Epoch, request: Request, slices: &[GuestSlice]) -> Result<(), RequestError> {
-        let (result, write_through) = match request {
-            Request::Read { offset } => (self.read(offset, slices).await, false),
-            Request::Write { offset, write_through } => {
+        let mut result = self.carry_out(epoch, request, slices).await;
+        if self.waits_after(&request, &result) {
+            let mut waiting = self.shared.space.begin(&self.driver);
+            while self.waits_after(&request, &result) && waiting.pause(|| self.leaving.get()).await {
+                result = self.carry_out(self.enter(), request, slices).await;
+            }
+        }
+        result?;
+        if request.is_through() { self.flush_patiently().await } else { Ok(()) }
+    }
+
+    /// The request itself, not yet durable. The epoch ends when it no longer uses what it looked up.
+    async fn carry_out(
+        &self,
+        epoch: Epoch,
+        request: Request,
+        slices: &[GuestSlice],
+    ) -> Result<(), RequestError> {
+        let result = match request {
+            Request::Read { offset } => self.read(offset, slices).await,
+            Request::Write { offset, .. } => {
                 let claim = self.claim(offset, guest_len(slices) as u64).await;
                 let result = self.write(offset, Payload::Guest(slices)).await;
                 drop(claim);
-                (result, write_through)
+                result
             }
-            Request::Discard { offset, length, write_through } => {
-                (self.discard(offset, length).await, write_through)
+            Request::Discard { offset, length, .. } => self.discard(offset, length).await,
+            Request::WriteZeroes { offset, length, unmap, .. } => {
+                self.write_zeroes(offset, length, unmap).await
             }
-            Request::WriteZeroes { offset, length, unmap, write_through } => {
-                (self.write_zeroes(offset, length, unmap).await, write_through)
-            }
-            Request::Flush => (Ok(()), true),
+            Request::Flush => Ok(()),
         };
         self.exit(epoch);
-        result?;
-        if write_through { self.flush().await } else { Ok(()) }
+        result
+    }
+
+    /// Flushes, and again when there is no space, if that is to be waited for.
+    async fn flush_patiently(&self) -> Result<(), RequestError> {
+        let mut result = self.flush().await;
+        if self.waits_after(&Request::Flush, &result) {
+            let mut waiting = self.shared.space.begin(&self.driver);
+            while self.waits_after(&Request::Flush, &result) && waiting.pause(|| self.leaving.get()).await {
+                result = self.flush().await;
+            }
+        }
+        result
+    }
+
+    /// Whether a request that ended so is to be tried again.
+    fn waits_after(&self, request: &Request, result: &Result<(), RequestError>) -> bool {
+        let no_space = result.as_ref().is_err_and(RequestError::is_no_space);
+        let reads = matches!(request, Request::Read { .. });
+        no_space && !reads && self.shared.space.waits() && !self.engine().has_failed()
     }
 }

@@ -1,6 +1,6 @@
 //! A thread's worker: the driver, the shared disk, and how the slow path asks the engine.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -19,13 +19,15 @@ pub(crate) struct Worker<S: Storage> {
     pub shared: Arc<Shared<S>>,
     pub driver: Rc<Driver<S::Queue>>,
     epochs: RefCell<WorkerEpochs>,
+    /// Its queue is being stopped: no request of it waits for space any more.
+    pub leaving: Cell<bool>,
 }
 
 impl<S: Storage> Worker<S> {
     /// `None` if the disk has all the workers it can have.
     pub fn new(shared: Arc<Shared<S>>, driver: Rc<Driver<S::Queue>>) -> Option<Rc<Self>> {
         let epochs = RefCell::new(shared.engine.epochs().register()?);
-        Some(Rc::new(Worker { shared, driver, epochs }))
+        Some(Rc::new(Worker { shared, driver, epochs, leaving: Cell::new(false) }))
     }
 
     pub fn engine(&self) -> &Engine {

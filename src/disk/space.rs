@@ -1,0 +1,206 @@
+//! Requests that find no space on the host: whether they wait for it, for how long at a time, and what the log says.
+//!
+//! Owns the wait and its count; who waits holds no claim and no epoch, so that freed clusters can be reclaimed
+//! meanwhile. It never does the work again itself: see queue.rs.
+
+use std::future::poll_fn;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Poll, Waker};
+use std::time::{Duration, Instant};
+
+use slab::Slab;
+use storage::IoQueue;
+use tracing::{info, warn};
+
+use crate::driver::Driver;
+
+/// The first wait before a request is tried again; each is twice the one before.
+const PAUSE_MIN: Duration = Duration::from_millis(100);
+/// The longest.
+const PAUSE_MAX: Duration = Duration::from_secs(1);
+/// Between two times that the log tells of a beginning wait.
+const TELL_AGAIN: Duration = Duration::from_secs(10);
+
+/// What becomes of a request that finds no space on the host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnEnospc {
+    /// It fails.
+    #[default]
+    Report,
+    /// It waits until there is space; others go on.
+    Wait,
+}
+
+/// How many requests wait for space on the host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SpaceStatus {
+    /// Now.
+    pub waiting: u64,
+    /// That ever did, since the disk was opened.
+    pub waited: u64,
+}
+
+/// A disk's waits, from outside: what to look at, and how to end them. It may outlive the disk.
+#[derive(Clone)]
+pub struct SpaceWatch {
+    space: Arc<Space>,
+}
+
+impl SpaceWatch {
+    /// How many requests wait.
+    pub fn status(&self) -> SpaceStatus {
+        self.space.status()
+    }
+
+    /// The disk is being stopped: requests that wait fail, and none waits from now on.
+    pub fn give_up(&self) {
+        self.space.lock().stopping = true;
+        self.space.wake();
+    }
+}
+
+/// What a disk's threads share about space.
+pub(crate) struct Space {
+    on_enospc: OnEnospc,
+    /// The top image, for the log.
+    path: PathBuf,
+    /// Leaf lock.
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    stopping: bool,
+    /// Those who wait, or try again.
+    waiters: Slab<Option<Waker>>,
+    waited: u64,
+    /// Counts the times that freed clusters were given back.
+    reclaims: u64,
+    /// When the log last told of a beginning wait.
+    told: Option<Instant>,
+    /// It is still to tell of its end.
+    telling: bool,
+}
+
+impl Space {
+    pub fn new(on_enospc: OnEnospc, path: &Path) -> Arc<Self> {
+        Arc::new(Space { on_enospc, path: path.to_owned(), state: Mutex::default() })
+    }
+
+    pub fn watch(self: &Arc<Self>) -> SpaceWatch {
+        SpaceWatch { space: Arc::clone(self) }
+    }
+
+    /// Whether requests wait at all.
+    pub fn waits(&self) -> bool {
+        self.on_enospc == OnEnospc::Wait
+    }
+
+    pub fn status(&self) -> SpaceStatus {
+        let state = self.lock();
+        SpaceStatus { waiting: state.waiters.len() as u64, waited: state.waited }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Freed clusters can be used again: who waits looks again at once.
+    pub fn reclaimed(&self) {
+        self.lock().reclaims += 1;
+        self.wake();
+    }
+
+    /// Has everybody who waits look whether that is still right.
+    pub fn wake(&self) {
+        let wakers: Vec<Waker> =
+            self.lock().waiters.iter_mut().filter_map(|(_, waker)| waker.take()).collect();
+        wakers.into_iter().for_each(Waker::wake);
+    }
+
+    /// A request has found no space, and will wait for it.
+    pub fn begin<'a, Q: IoQueue>(&'a self, driver: &'a Driver<Q>) -> Waiting<'a, Q> {
+        let began = driver.now();
+        let mut state = self.lock();
+        let first = state.waiters.is_empty();
+        let key = state.waiters.insert(None);
+        state.waited += 1;
+        let recent = state.told.is_some_and(|told| began.saturating_duration_since(told) < TELL_AGAIN);
+        let tell = first && !recent;
+        if tell {
+            (state.told, state.telling) = (Some(began), true);
+        }
+        let seen = state.reclaims;
+        drop(state);
+        if tell {
+            let path = self.path.display();
+            warn!(%path, "the host has no space: requests that need some wait for it, others go on");
+        }
+        Waiting { space: self, driver, key, began, seen, listen: true, pause: PAUSE_MIN }
+    }
+}
+
+/// A request that waits, or tries again, until dropped.
+#[must_use]
+pub(crate) struct Waiting<'a, Q: IoQueue> {
+    space: &'a Space,
+    driver: &'a Driver<Q>,
+    key: usize,
+    began: Instant,
+    /// The reclaims that there had been when it was last tried.
+    seen: u64,
+    /// A reclaim ends the next pause. Not two in a row: a write that fails gives its clusters back itself, and would
+    /// wake itself without end.
+    listen: bool,
+    pause: Duration,
+}
+
+impl<Q: IoQueue> Waiting<'_, Q> {
+    /// Waits until it is worth trying again; false if the disk, or the request's queue (`leaving`), is being stopped.
+    pub async fn pause(&mut self, leaving: impl Fn() -> bool) -> bool {
+        let until = self.driver.now() + self.pause;
+        let mut armed = false;
+        let (go_on, reclaimed) = poll_fn(|context| {
+            let mut state = self.space.lock();
+            state.waiters[self.key] = Some(context.waker().clone());
+            let reclaimed = self.listen && state.reclaims != self.seen;
+            if state.stopping || leaving() {
+                return Poll::Ready((false, false));
+            }
+            if reclaimed || self.driver.now() >= until {
+                self.seen = state.reclaims;
+                return Poll::Ready((true, reclaimed));
+            }
+            drop(state);
+            if !std::mem::replace(&mut armed, true) {
+                self.driver.wake_at(until, context.waker());
+            }
+            Poll::Pending
+        })
+        .await;
+        self.listen = !reclaimed;
+        self.pause = (self.pause * 2).min(PAUSE_MAX);
+        go_on
+    }
+}
+
+impl<Q: IoQueue> Drop for Waiting<'_, Q> {
+    fn drop(&mut self) {
+        let mut state = self.space.lock();
+        state.waiters.remove(self.key);
+        let tell = state.waiters.is_empty() && std::mem::take(&mut state.telling);
+        let stopping = state.stopping;
+        drop(state);
+        if !tell {
+            return;
+        }
+        let path = self.space.path.display();
+        let waited = self.driver.now().saturating_duration_since(self.began);
+        if stopping {
+            warn!(%path, ?waited, "the disk is being stopped: requests that waited for space fail");
+        } else {
+            info!(%path, ?waited, "no request waits for space on the host any more");
+        }
+    }
+}
