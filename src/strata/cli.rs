@@ -100,6 +100,11 @@ pub struct ServeArgs {
     #[arg(long, value_name = "SIZE", default_value = "32M", value_parser = map_cache_size)]
     pub map_cache_size: Size,
 
+    /// What becomes of a request that finds no space on the host: it fails (report), or waits until there is some while
+    /// others go on (wait)
+    #[arg(long, value_name = "ACTION", default_value = "report")]
+    pub on_enospc: OnEnospc,
+
     /// The socket file's permissions, in octal, such as 0660 [default: by the umask; 0660 with --socket-group]
     #[arg(long, value_name = "OCTAL", value_parser = socket_mode, conflicts_with = "fd")]
     pub socket_mode: Option<u32>,
@@ -170,6 +175,24 @@ pub enum Cache {
     Direct,
     /// Through the host's page cache; what the guest flushes is durable all the same
     Writeback,
+}
+
+/// What becomes of a request that finds no space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OnEnospc {
+    /// It fails, and the guest sees an I/O error
+    Report,
+    /// It waits, and is tried again until there is space
+    Wait,
+}
+
+impl From<OnEnospc> for disk::OnEnospc {
+    fn from(action: OnEnospc) -> Self {
+        match action {
+            OnEnospc::Report => disk::OnEnospc::Report,
+            OnEnospc::Wait => disk::OnEnospc::Wait,
+        }
+    }
 }
 
 /// A serial number, padded with zeros.

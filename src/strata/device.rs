@@ -166,6 +166,7 @@ impl<S: Storage> Drop for DeviceQueue<S> {
     /// Waits until the host no longer uses any guest memory. After a panic in the disk a request may never end; then
     /// ending the program is the one safe way left, and as good for the image as a crash.
     fn drop(&mut self) {
+        self.queue.give_up();
         let patience = std::thread::panicking().then(|| Instant::now() + PANIC_PATIENCE);
         loop {
             self.take_done(drop);

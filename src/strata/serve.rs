@@ -4,7 +4,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use disk::{Disk, DiskOptions};
+use disk::{Disk, DiskOptions, SpaceStatus};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use storage::host::HostStorage;
 use tracing::{debug, info, warn};
@@ -33,7 +33,8 @@ pub fn run(options: &ServeArgs) -> Result<(), ProgramError> {
         StopHandle::new().map_err(|source| ProgramError::Host { step: "making an eventfd", source })?;
     let shutdown = Shutdown::start(stop.clone())?;
     let device = Arc::new(open(image, options)?);
-    shutdown.serving(device.watch());
+    let space = device.disk().space();
+    shutdown.serving(device.watch(), space.clone());
     let offer = ServeOptions::new(options.num_queues, options.queue_size);
     let served = serve(&place, image, &device, &offer, &stop);
     shutdown.closing();
@@ -41,7 +42,7 @@ pub fn run(options: &ServeArgs) -> Result<(), ProgramError> {
     shutdown.done();
     served?;
     closed?;
-    tell_totals(image, &offer.metrics);
+    tell_totals(image, &offer.metrics, space.status());
     Ok(())
 }
 
@@ -53,6 +54,7 @@ fn open(image: &Path, options: &ServeArgs) -> Result<HostDevice, ProgramError> {
         direct: options.chain.cache == Cache::Direct,
         // At most 64 GiB, as the command line has it.
         map_bytes: usize::try_from(options.map_cache_size.0).unwrap_or(usize::MAX),
+        on_enospc: options.on_enospc.into(),
         ..DiskOptions::default()
     };
     let purpose = if options.read_only { Purpose::Read } else { Purpose::Write };
@@ -106,7 +108,7 @@ fn close(image: &Path, device: Arc<HostDevice>) -> Result<(), ProgramError> {
 }
 
 /// One line of what was done, as `totals name=number …`; programs read it.
-fn tell_totals(image: &Path, metrics: &Metrics) {
+fn tell_totals(image: &Path, metrics: &Metrics, space: SpaceStatus) {
     let total = metrics.total();
     // st_blocks counts 512 bytes, whatever the file system's blocks are.
     let image_bytes = std::fs::metadata(image).map_or(0, |metadata| metadata.blocks().saturating_mul(512));
@@ -122,6 +124,7 @@ fn tell_totals(image: &Path, metrics: &Metrics) {
         errors = total.errors,
         malformed = total.malformed,
         ring_errors = total.ring_errors,
+        space_waits = space.waited,
         image_bytes,
         "totals"
     );

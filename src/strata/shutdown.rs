@@ -7,6 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use disk::SpaceWatch;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use signal_hook::low_level::signal_name;
@@ -34,10 +35,13 @@ struct State {
     /// When the shutdown began.
     stopping: Option<Instant>,
     queues: QueueWatch,
+    /// Requests that wait for space; none before the disk is open.
+    space: Option<SpaceWatch>,
 }
 
 struct Shared {
-    /// What is going on. A leaf, but for the socket's lock in `StopHandle::stop`.
+    /// What is going on. A leaf, but for the socket's lock in `StopHandle::stop` and the disk's in
+    /// `SpaceWatch`, which are leaves themselves.
     state: Mutex<State>,
     changed: Condvar,
     stop: StopHandle,
@@ -56,7 +60,8 @@ impl Shutdown {
     /// When the host refuses a thread or a handler.
     pub fn start(stop: StopHandle) -> Result<Self, ProgramError> {
         let failed = |step| move |source| ProgramError::Host { step, source };
-        let state = State { stage: Stage::Opening, stopping: None, queues: QueueWatch::default() };
+        let state =
+            State { stage: Stage::Opening, stopping: None, queues: QueueWatch::default(), space: None };
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), stop });
         let mut signals =
             Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(failed("setting signal handlers up"))?;
@@ -75,9 +80,9 @@ impl Shutdown {
     }
 
     /// The disk is open: from now on a signal waits for a clean end.
-    pub fn serving(&self, queues: QueueWatch) {
+    pub fn serving(&self, queues: QueueWatch, space: SpaceWatch) {
         let mut state = self.state();
-        (state.stage, state.queues) = (Stage::Serving, queues);
+        (state.stage, state.queues, state.space) = (Stage::Serving, queues, Some(space));
     }
 
     /// The last session has ended, and the image is being closed.
@@ -96,6 +101,10 @@ impl Shutdown {
     fn begin(&self, state: &mut State) {
         if state.stopping.is_none() {
             state.stopping = Some(Instant::now());
+            // What waits for space could keep its queue from ending for ever.
+            if let Some(space) = &state.space {
+                space.give_up();
+            }
             self.shared.changed.notify_all();
             notify::send(notify::STOPPING);
         }
