@@ -427,12 +427,12 @@ fn claimants(preemptions: Option<usize>, ranges: [(usize, usize); 3]) {
 
 #[test]
 fn three_claims_on_one_cluster_take_turns() {
-    claimants(None, [(0, 0), (0, 0), (0, 0)]);
+    claimants(Some(3), [(0, 0), (0, 0), (0, 0)]);
 }
 
 #[test]
 fn three_claims_in_a_chain_take_turns() {
-    claimants(None, [(0, 1), (1, 2), (2, 2)]);
+    claimants(Some(3), [(0, 1), (1, 2), (2, 2)]);
 }
 
 #[test]
