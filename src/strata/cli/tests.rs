@@ -50,6 +50,8 @@ fn serve_takes_every_option() {
     assert_eq!((options.socket_mode, options.socket_group.as_deref()), (Some(0o660), Some("kvm")));
     assert_eq!(&options.serial.expect("given").0, b"abc\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
     assert_eq!(serve("strata serve --blk-file a --fd 3").fd, Some(3));
+    let waits = serve("strata serve --blk-file a --fd 3 --on-enospc wait");
+    assert_eq!((options.on_enospc, waits.on_enospc), (OnEnospc::Report, OnEnospc::Wait));
 }
 
 #[test]
