@@ -5,6 +5,7 @@
 
 use anyhow::{Result, bail};
 use clap::Parser;
+use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 use strata_integration::daemon::workspace;
 use strata_integration::guest::GuestKit;
@@ -13,7 +14,7 @@ use strata_integration::picture;
 use strata_integration::steps::Steps;
 use strata_integration::{command, setup};
 
-/// Checks everything: format, clippy, all tests, the VM tests. Installs what it needs (as root, on Debian).
+/// Checks everything: format, clippy, all tests, the VM tests, the loom models. Installs what it needs (as root, on Debian).
 #[derive(Parser)]
 #[command(name = "cargo verify")]
 struct Options {
@@ -75,7 +76,18 @@ fn run(options: &Options, steps: &mut Steps) -> Result<()> {
             cargo(options, &["test", "--workspace", "--all-targets", "--no-fail-fast"])
         })?;
     }
-    steps.run("documentation tests", |_| cargo(options, &["test", "--quiet", "--workspace", "--doc"]))
+    steps.run("documentation tests", |_| cargo(options, &["test", "--quiet", "--workspace", "--doc"]))?;
+    steps.run("interleavings (loom)", |_| interleavings(options))
+}
+
+/// The engine's models of its lock-free and waiting parts (src/engine/loom_tests.rs): bounded, some ten seconds once
+/// they are built. The build is another than everyone else's, so it has a target directory of its own.
+fn interleavings(options: &Options) -> Result<()> {
+    let target =
+        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from);
+    let mut cargo = cargo_command(options, &["test", "--package", "engine", "--release", "--lib", "loom"]);
+    cargo.env("RUSTFLAGS", "--cfg loom").env("CARGO_TARGET_DIR", target.join("loom"));
+    run_through(cargo)
 }
 
 fn nextest_works() -> bool {
@@ -86,12 +98,20 @@ fn nextest_works() -> bool {
 
 /// Runs cargo with its output on ours: a failing test's words are what a person needs.
 fn cargo(options: &Options, arguments: &[&str]) -> Result<()> {
+    run_through(cargo_command(options, arguments))
+}
+
+fn cargo_command(options: &Options, arguments: &[&str]) -> Command {
     let mut cargo = Command::new("cargo");
     cargo.args(arguments).current_dir(workspace());
     cargo.env("STRATA_REQUIRE_TOOLS", "1").env("STRATA_TEST_BACKEND", options.backend.to_string());
-    let status = cargo.status()?;
+    cargo
+}
+
+fn run_through(mut command: Command) -> Result<()> {
+    let status = command.status()?;
     if !status.success() {
-        bail!("{} ended with {status}", command::shown(&cargo));
+        bail!("{} ended with {status}", command::shown(&command));
     }
     Ok(())
 }
