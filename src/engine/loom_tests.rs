@@ -295,6 +295,31 @@ fn requests_that_end_out_of_order_keep_the_oldest() {
     });
 }
 
+/// Requests of three epochs at once: when the oldest ends, the middle one's epoch is published, not the newest.
+#[test]
+fn of_three_epochs_the_middle_one_is_published_next() {
+    explore(Some(3), || {
+        let mut bench = Bench::new(1);
+        let worker = bench.epochs.register();
+        let worker = bench.worker(worker, |worker, map, host| {
+            let first = worker.enter();
+            let second = worker.enter();
+            let old = map.lookup(GuestCluster(0)) == word(0);
+            let third = worker.enter();
+            worker.exit(first);
+            if old {
+                host.with(|_| ());
+            }
+            worker.exit(second);
+            worker.exit(third);
+        });
+        // A cut that covers no unlink.
+        bench.epochs.advance();
+        bench.reclaim();
+        worker.join().expect("worker");
+    });
+}
+
 #[test]
 fn two_workers_are_both_waited_for() {
     explore(Some(3), || {
