@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crash::tally::Tally;
-use crash::trial::{starts, trial};
+use crash::trial::{Tactic, starts, trial};
 use crash::walk::Walker;
 use crash::{number, threads};
 
@@ -25,7 +25,8 @@ fn no_crash_of_a_random_run_loses_what_was_flushed() {
                 let mut walker = Walker::new(&tally);
                 while !tally.is_over() {
                     let seed = next.fetch_add(1, Ordering::Relaxed);
-                    if let Err(finding) = trial(&starts, seed, &mut walker, |count| tally.count_run(count)) {
+                    let count = |requests| tally.count_run(requests);
+                    if let Err(finding) = trial(&starts, seed, Tactic::Any, &mut walker, count) {
                         tally.found(finding);
                     }
                     if only.is_some() {

@@ -52,6 +52,8 @@ pub enum Op {
     Flush,
     /// Nothing is asked for so many milliseconds; what is in flight ends first.
     Pause(u64),
+    /// The next request's first I/O takes so many milliseconds longer.
+    Late(u64),
 }
 
 impl Op {
@@ -67,14 +69,14 @@ impl Op {
             | Op::Write { sector, count, .. }
             | Op::Zeroes { sector, count, .. }
             | Op::Discard { sector, count } => sector..sector + count,
-            Op::Flush | Op::Pause(_) => 0..0,
+            Op::Flush | Op::Pause(_) | Op::Late(_) => 0..0,
         }
     }
 
     /// The sectors that it changes.
     fn changed(&self, shape: &Shape) -> Range<u64> {
         match *self {
-            Op::Read { .. } | Op::Flush | Op::Pause(_) => 0..0,
+            Op::Read { .. } | Op::Flush | Op::Pause(_) | Op::Late(_) => 0..0,
             Op::Write { .. } | Op::Zeroes { .. } => self.sectors(),
             Op::Discard { .. } if shape.discards_nothing() => 0..0,
             Op::Discard { sector, count } => {

@@ -2,11 +2,12 @@
 //! was promised.
 //!
 //! `shape` makes images, `rig` runs a disk, `journal` is the oracle, `walk` makes the crash states of a run and compares,
-//! `examine` looks at one, `second` has QEMU look at a sample, `tally` counts. `sequences` are all the short runs, and a
-//! `trial` is a long random one that a number stands for.
+//! `examine` looks at one, `second` has QEMU look at a sample, `tally` counts. `sequences` are all the short runs, a
+//! `trial` is a long random one that a number stands for, and `faulty` is one in which the host fails.
 #![allow(dead_code, reason = "each test target uses its own part of the machine")]
 
 pub mod examine;
+pub mod faulty;
 pub mod journal;
 pub mod memory;
 pub mod rig;

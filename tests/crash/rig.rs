@@ -7,7 +7,7 @@ use std::time::Duration;
 use disk::{Completed, Disk, DiskQueue, Keeper, OpenError, Request, RequestError, RequestId};
 use engine::EngineStatus;
 use storage::GuestSlice;
-use storage::sim::{Moment, Random, SimOptions, SimStorage, SimWorld};
+use storage::sim::{Fault, Moment, Outcome, Random, SimOptions, SimStorage, SimWorld};
 
 use super::journal::{Journal, Op};
 use super::memory::{SLOTS, gather, memory, scatter};
@@ -20,6 +20,8 @@ const QUEUES: usize = 2;
 const VAIN_TURNS_MAX: u32 = 300;
 /// How long, by the simulated clock, nothing may end before that counts as a hang.
 const HANG: Duration = Duration::from_secs(60);
+/// How long an I/O hangs, if one hangs.
+const PATIENCE: Duration = Duration::from_secs(20);
 /// Time that passes at once where nothing else does.
 const TICK: Duration = Duration::from_millis(50);
 
@@ -41,6 +43,8 @@ pub struct Rig {
     random: Random,
     quiet: Vec<Moment>,
     stalled: Duration,
+    /// By how much the next request's first I/O is late.
+    late: Option<Duration>,
 }
 
 /// A request in flight.
@@ -108,6 +112,7 @@ impl Rig {
             random: Random::new(seed ^ 0x71d),
             quiet,
             stalled: Duration::ZERO,
+            late: None,
             world,
         })
     }
@@ -143,6 +148,7 @@ impl Rig {
             if may_submit && (at_once == 1 || self.random.chance(1, 3)) {
                 match ops[next] {
                     Op::Pause(milliseconds) => self.pause(Duration::from_millis(milliseconds)),
+                    Op::Late(milliseconds) => self.late = Some(Duration::from_millis(milliseconds)),
                     op => self.submit(op),
                 }
                 next += 1;
@@ -170,6 +176,9 @@ impl Rig {
         }
         let queue = self.random.below(QUEUES as u64) as usize;
         let index = self.journal.submit(op, write, self.world.moment());
+        if let Some(late) = self.late.take() {
+            self.world.inject(Fault::nth(0, Outcome::Delay(late)));
+        }
         self.flying[slot] = Some(Flight { index, slices: slices.clone() });
         self.queues[queue].submit(RequestId(slot as u32), request(op), &slices);
     }
@@ -179,8 +188,9 @@ impl Rig {
         let done = match self.random.below(QUEUES as u64 * 2 + 4) {
             0 => self.turn_keeper(),
             number if number <= 2 * QUEUES as u64 => self.turn_queue(number as usize % QUEUES),
+            // A little time, so that what is late stays late: the next thing to happen may be far away.
             _ => {
-                self.world.step();
+                self.world.pass(Duration::from_nanos(1 << (10 + self.random.below(12))));
                 0
             }
         };
@@ -204,6 +214,9 @@ impl Rig {
         if self.world.is_idle() && self.random.chance(1, 8) {
             self.world.pass(TICK);
             self.stalled += TICK;
+        }
+        if self.stalled > PATIENCE {
+            self.world.release_hung();
         }
         assert!(self.stalled < HANG, "requests hang: {}", self.hanging());
     }
@@ -273,7 +286,7 @@ impl Rig {
         }
     }
 
-    /// Nothing is asked for a while.
+    /// Nothing is asked for a while; what hangs, hangs no longer than that.
     fn pause(&mut self, time: Duration) {
         let end = self.world.now() + time;
         loop {
@@ -283,6 +296,8 @@ impl Rig {
             }
             self.world.pass(TICK.min(end - self.world.now()));
         }
+        self.world.release_hung();
+        self.exhaust();
         self.note_quiet();
     }
 
@@ -298,9 +313,21 @@ impl Rig {
         self.pause(Duration::from_millis(12_000));
     }
 
+    /// Whether a write and a flush are done now.
+    pub fn probe(&mut self) -> (bool, bool) {
+        self.play(&[Op::write(0, 1), Op::Flush], 1);
+        let entries = self.journal.entries();
+        let last = entries.len() - 2;
+        let done = (entries[last].done, entries[last + 1].done);
+        // That these fail is what was asked.
+        self.failures.retain(|(index, _)| *index < last);
+        done
+    }
+
     /// Closes the disk cleanly; nothing is in flight.
     pub fn finish(mut self) -> Finished {
         assert_eq!(self.in_flight(), 0, "requests are waited for");
+        self.world.release_hung();
         self.exhaust();
         self.queues.clear();
         self.keeper = None;
@@ -317,6 +344,8 @@ impl Rig {
 
     /// Stops without closing, as a crash does; nothing is in flight.
     pub fn abandon(self) -> Finished {
+        // The housekeeper ends what it is about when it is dropped.
+        self.world.release_hung();
         let closed = Ok(());
         Finished {
             world: self.world.clone(),
@@ -341,6 +370,6 @@ fn request(op: Op) -> Request {
             Request::Discard { offset: bytes(sector), length: bytes(count), write_through: false }
         }
         Op::Flush => Request::Flush,
-        Op::Pause(_) => panic!("a pause is no request"),
+        Op::Pause(_) | Op::Late(_) => panic!("{op:?} is no request"),
     }
 }

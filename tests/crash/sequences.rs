@@ -6,7 +6,7 @@
 use super::journal::Op;
 use super::rig::Rig;
 use super::shape::{Below, Past, Shape, Start};
-use super::trial::{Manner, play};
+use super::trial::{Manner, judge_answers, play};
 use super::walk::{Choice, Walker};
 
 /// The longest sequences.
@@ -75,6 +75,7 @@ pub fn sequence(shape: &Shape, length: u32, number: u64) -> Vec<Op> {
 pub fn exhaust(start: &Start, ops: &[Op], together: bool, walker: &mut Walker) -> Result<(), String> {
     let manner = Manner { at_once: if together { ops.len() } else { 1 }, rest: true, clean: true, seed: 7 };
     let run = play(start, ops, manner)?;
+    judge_answers(&run)?;
     let from = if together { 0 } else { ops.len() - 1 };
     walker.crash(&run, start, &Choice::everything(run.journal.submitted_at(from)), 7)?;
     walker.closed(&run, start)

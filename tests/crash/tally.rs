@@ -71,6 +71,11 @@ impl Tally {
         self.distinct.lock().expect("no panic under this lock").len()
     }
 
+    /// States compared so far.
+    pub fn compared(&self) -> u64 {
+        self.compared.load(Ordering::Relaxed)
+    }
+
     /// What was found wrong.
     pub fn findings(&self) -> Vec<String> {
         self.findings.lock().expect("no panic under this lock").clone()

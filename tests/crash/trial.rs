@@ -7,6 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use storage::sim::Random;
 
 use super::examine::panic_text;
+use super::faulty::{self, Trouble};
 use super::journal::Op;
 use super::memory::SECTORS_MAX;
 use super::rig::{Finished, Rig};
@@ -20,8 +21,9 @@ const GENERATIONS: u64 = 3;
 pub fn shapes() -> Vec<Shape> {
     vec![
         Shape::new(9, 64),
+        Shape::new(9, 384),
         Shape::new(9, 96).past(Past::Written),
-        Shape::new(9, 96).over(Below::Raw),
+        Shape::new(9, 448).over(Below::Raw),
         Shape::new(9, 96).over(Below::Qcow2).past(Past::Written),
         Shape::new(10, 99).past(Past::Written),
         Shape::new(12, 128).past(Past::Written),
@@ -64,6 +66,60 @@ impl<'r> Author<'r> {
     /// A script.
     pub fn script(&mut self, length: usize) -> Vec<Op> {
         (0..length).map(|_| self.op()).collect()
+    }
+
+    /// A script that frees and takes clusters all the time, so that windows run out and what was freed is used again.
+    pub fn churn(&mut self, length: usize) -> Vec<Op> {
+        (0..length).map(|_| self.churning_op()).collect()
+    }
+
+    /// A script in which clusters are discarded while they are still written and read, and their space soon used again.
+    pub fn overtaken(&mut self) -> Vec<Op> {
+        let unit = self.shape.cluster_sectors();
+        let clusters = (self.shape.sectors / unit).min(SECTORS_MAX / unit).min(48);
+        let count = clusters * unit;
+        // Until what was reserved at first is used up, and then some.
+        let geometry = self.shape.geometry();
+        let window = geometry.refblock_entries().min((1 << 20) / geometry.cluster_size());
+        let mut ops = vec![Op::write(0, count)];
+        for _ in 0..4 {
+            // What was late has arrived. Nothing else is in flight, so that what follows goes straight to the host and
+            // holds nobody up.
+            ops.extend([Op::Pause(0), Op::Read { sector: 0, count }]);
+            ops.push(Op::Pause(0));
+            for _ in 0..2 {
+                let sector = self.random.below(count);
+                ops.push(Op::Late(64 << self.random.below(4)));
+                ops.push(if self.random.chance(3, 4) {
+                    Op::write(sector, 1)
+                } else {
+                    Op::Read { sector, count: 1 }
+                });
+            }
+            for _ in 0..2 + window / clusters {
+                // In two parts, so that clusters come to hold other places of the disk than before.
+                let first = (1 + self.random.below(clusters - 1)) * unit;
+                ops.extend([Op::Discard { sector: 0, count }, Op::Flush]);
+                ops.extend([Op::write(first, count - first), Op::write(0, first)]);
+            }
+        }
+        ops.extend([Op::Pause(0), Op::Read { sector: 0, count }]);
+        ops
+    }
+
+    fn churning_op(&mut self) -> Op {
+        let unit = self.shape.cluster_sectors();
+        let clusters = (self.busy.end - self.busy.start).div_ceil(unit);
+        let sector = self.busy.start + self.random.below(clusters) * unit;
+        let most = (self.busy.end - sector).min(SECTORS_MAX);
+        let count = (unit * (1 + self.random.below(6))).min(most);
+        match self.random.below(16) {
+            0..6 => Op::write(sector, count),
+            6..8 => Op::write(sector, unit.min(most)),
+            8..12 => Op::Discard { sector, count },
+            12..14 => Op::Read { sector, count },
+            _ => Op::Flush,
+        }
     }
 
     fn op(&mut self) -> Op {
@@ -136,18 +192,8 @@ pub fn play(start: &Start, script: &[Op], manner: Manner) -> Result<Finished, St
         }
         Ok(if manner.clean { rig.finish() } else { rig.abandon() })
     };
-    let finished = catch_unwind(AssertUnwindSafe(run))
-        .unwrap_or_else(|panic| Err(format!("the run panicked: {}", panic_text(&*panic))))?;
-    if let Some(misread) = &finished.misread {
-        return Err(misread.clone());
-    }
-    if let Some((index, error)) = finished.failures.first() {
-        return Err(format!("request {index} failed without a fault: {error}"));
-    }
-    if let Err(error) = &finished.closed {
-        return Err(format!("the close failed: {error}"));
-    }
-    Ok(finished)
+    catch_unwind(AssertUnwindSafe(run))
+        .unwrap_or_else(|panic| Err(format!("the run panicked: {}", panic_text(&*panic))))
 }
 
 /// What is needed to see a violation again.
@@ -159,31 +205,112 @@ pub fn describe(start: &Start, script: &[Op], manner: &str, wrong: &str) -> Stri
     text
 }
 
+/// What a trial is to try.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tactic {
+    /// Now this, now that.
+    Any,
+    /// In every run an I/O fails.
+    Failures,
+    /// In every run I/O is late, on clusters that are freed meanwhile.
+    Overtaken,
+}
+
 /// Does the trial that a number stands for.
 ///
 /// # Errors
 /// The first violation, with all that is needed to see it again.
-pub fn trial(starts: &[Start], seed: u64, walker: &mut Walker, count: impl Fn(usize)) -> Result<(), String> {
+pub fn trial(
+    starts: &[Start],
+    seed: u64,
+    tactic: Tactic,
+    walker: &mut Walker,
+    count: impl Fn(usize),
+) -> Result<(), String> {
     let mut random = Random::new(seed);
     let mut start = starts[random.below(starts.len() as u64) as usize].clone();
     for generation in 0..GENERATIONS {
         let length = 4 + random.below(40) as usize;
-        let script = Author::new(&mut random, start.shape).script(length);
-        let at_once = 1 + random.below(7) as usize;
+        let kind = if tactic == Tactic::Overtaken { 0 } else { random.below(16) };
+        let mut author = Author::new(&mut random, start.shape);
+        let script = match kind {
+            0 => author.overtaken(),
+            1..5 => author.churn(2 * length),
+            _ => author.script(length),
+        };
+        let at_once = if kind == 0 { 7 } else { 1 + random.below(7) as usize };
         let (rest, clean) = (random.chance(1, 4), random.chance(1, 2));
         let manner = Manner { at_once, rest, clean, seed: random.next_bits() };
         count(script.len());
-        let tried = play(&start, &script, manner).and_then(|run| {
-            walker.crash(&run, &start, &Choice::sample(4), manner.seed)?;
-            if clean {
-                walker.closed(&run, &start)?;
+        let tried = match random.below(4) {
+            _ if tactic == Tactic::Failures => with_failure(&start, &script, manner, &mut random, walker),
+            0 => with_failure(&start, &script, manner, &mut random, walker),
+            1 => {
+                let delays = (0..6).map(|_| Trouble::delay(&mut random)).collect();
+                with_delays(&start, &script, manner, delays, walker)
             }
-            walker.some_crash(&run, &start, manner.seed)
-        });
+            _ => play(&start, &script, manner).and_then(|run| judge(&run, &start, manner, walker)),
+        };
         start = tried.map_err(|wrong| {
             let manner = format!("seed {seed}, generation {generation}, {manner:?}");
             describe(&start, &script, &manner, &wrong)
         })?;
     }
     Ok(())
+}
+
+/// What must be true of a run in which nothing failed.
+///
+/// # Errors
+/// What is not.
+pub fn judge_answers(run: &Finished) -> Result<(), String> {
+    if let Some(misread) = &run.misread {
+        return Err(misread.clone());
+    }
+    if let Some((index, error)) = run.failures.first() {
+        return Err(format!("request {index} failed without a fault: {error}"));
+    }
+    run.closed.as_ref().map_err(|error| format!("the close failed: {error}")).copied()
+}
+
+/// A run in which nothing fails; some crash of it.
+fn judge(run: &Finished, start: &Start, manner: Manner, walker: &mut Walker) -> Result<Start, String> {
+    judge_answers(run)?;
+    walker.crash(run, start, &Choice::sample_of(run), manner.seed)?;
+    if manner.clean {
+        walker.closed(run, start)?;
+    }
+    walker.some_crash(run, start, manner.seed)
+}
+
+/// A run in which an I/O fails; some crash of it.
+fn with_failure(
+    start: &Start,
+    script: &[Op],
+    manner: Manner,
+    random: &mut Random,
+    walker: &mut Walker,
+) -> Result<Start, String> {
+    let trouble = Trouble::random(random);
+    let name = |wrong: String| format!("{wrong}\nwith {trouble:?}");
+    let aftermath = faulty::play(start, script, manner, &[trouble]).map_err(name)?;
+    aftermath.judge(&trouble, start, walker, manner).map_err(name)?;
+    match &aftermath.run {
+        Some(run) => walker.some_crash(run, start, manner.seed).map_err(name),
+        None => Ok(start.clone()),
+    }
+}
+
+/// A run in which some I/Os are late; some crash of it.
+fn with_delays(
+    start: &Start,
+    script: &[Op],
+    manner: Manner,
+    delays: Vec<Trouble>,
+    walker: &mut Walker,
+) -> Result<Start, String> {
+    let name = |wrong: String| format!("{wrong}\nwith {delays:?}");
+    let aftermath = faulty::play(start, script, manner, &delays).map_err(name)?;
+    let run = aftermath.run.ok_or("it does not open".to_owned()).map_err(name)?;
+    judge(&run, start, manner, walker).map_err(name)
 }

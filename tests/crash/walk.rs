@@ -34,6 +34,11 @@ impl Choice {
         Choice { from, one_in: 1, limits: CrashLimits::default(), states_max: usize::MAX }
     }
 
+    /// A sample of a run, about as large whether it is long or short.
+    pub fn sample_of(run: &Finished) -> Self {
+        Choice::sample((run.world.moment().0 as u64 / 160).max(4))
+    }
+
     /// A sample all over the run.
     pub fn sample(one_in: u64) -> Self {
         let limits = CrashLimits { exhaustive: 5, samples: 16, tears: 8 };

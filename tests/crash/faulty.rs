@@ -1,0 +1,205 @@
+//! Runs in which the host fails: one I/O, with a given errno, in part, late, or not at all for a while.
+//!
+//! Owns what must be true afterwards besides the oracle: who was told, whether the disk goes on or refuses all writes for
+//! good, and that nothing is lost or half linked once the host is well again.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Duration;
+
+use disk::RequestError;
+use storage::Errno;
+use storage::sim::{Fault, FaultId, Outcome, Random, SimWorld, Verb};
+
+use super::examine::panic_text;
+use super::journal::Op;
+use super::rig::{Finished, Rig, host};
+use super::shape::{FIRST_WRITE, Start};
+use super::trial::Manner;
+use super::walk::{Choice, Walker};
+
+/// An I/O that goes wrong: the n-th of its kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Trouble {
+    /// Which kind.
+    pub verb: Verb,
+    /// How many of them are spared first.
+    pub nth: u64,
+    /// And all that come after it.
+    pub lasting: bool,
+    /// What becomes of it.
+    pub outcome: Outcome,
+}
+
+/// The ways in which an I/O fails for good.
+pub const FAILURES: [Outcome; 5] = [
+    Outcome::Fail(Errno::EIO),
+    Outcome::Fail(Errno::ENOSPC),
+    Outcome::Fail(Errno::EDQUOT),
+    Outcome::Short(Errno::EIO),
+    Outcome::Short(Errno::ENOSPC),
+];
+
+impl Trouble {
+    /// Some failure.
+    pub fn random(random: &mut Random) -> Trouble {
+        let verbs =
+            [Verb::Write, Verb::Write, Verb::Sync, Verb::Read, Verb::Punch, Verb::Allocate, Verb::SetLength];
+        let verb = verbs[random.below(verbs.len() as u64) as usize];
+        let outcome = FAILURES[random.below(FAILURES.len() as u64) as usize];
+        let most = if matches!(verb, Verb::Write | Verb::Read) { 60 } else { 12 };
+        Trouble { verb, nth: random.below(most), lasting: random.chance(1, 4), outcome }
+    }
+
+    /// Something that is late, by far or until everybody waits for it.
+    pub fn delay(random: &mut Random) -> Trouble {
+        let verb = [Verb::Write, Verb::Write, Verb::Read, Verb::Sync, Verb::Punch][random.below(5) as usize];
+        let outcome = match random.below(4) {
+            0 => Outcome::Hang,
+            _ => Outcome::Delay(Duration::from_millis(1 << random.below(12))),
+        };
+        Trouble { verb, nth: random.below(40), lasting: false, outcome }
+    }
+
+    fn inject(&self, world: &SimWorld) -> FaultId {
+        let fault = Fault::nth(self.nth, self.outcome).of(self.verb);
+        world.inject(if self.lasting { fault.lasting() } else { fault })
+    }
+
+    /// The errno with which it fails.
+    fn errno(&self) -> Option<Errno> {
+        match self.outcome {
+            Outcome::Fail(errno) | Outcome::Short(errno) => Some(errno),
+            Outcome::Hang | Outcome::Delay(_) => None,
+        }
+    }
+
+    fn is_no_space(&self) -> bool {
+        matches!(self.errno(), Some(Errno::ENOSPC | Errno::EDQUOT))
+    }
+}
+
+/// How a run with a failure ended.
+pub struct Aftermath {
+    /// The run; none if the image could not even be opened.
+    pub run: Option<Finished>,
+    /// The failure came before the probe.
+    hit_before_probe: bool,
+    /// It came at all.
+    hit: bool,
+    /// What became of a write and a flush when the host was well again.
+    probe: Option<(bool, bool)>,
+}
+
+/// Plays a script while one I/O fails, then, if that has happened by then, probes the disk with the host well again.
+///
+/// # Errors
+/// If the run panicked or hangs.
+pub fn play(start: &Start, script: &[Op], manner: Manner, trouble: &[Trouble]) -> Result<Aftermath, String> {
+    let work = || {
+        let world = SimWorld::from_image(start.image.clone(), manner.seed, host(manner.seed));
+        // Opening and closing wait for every I/O: nothing may hang there.
+        let hangs = |trouble: &&Trouble| trouble.outcome == Outcome::Hang;
+        let faults: Vec<FaultId> =
+            trouble.iter().filter(|trouble| !hangs(trouble)).map(|trouble| trouble.inject(&world)).collect();
+        let hit = |world: &SimWorld| faults.iter().any(|fault| world.hits(*fault) > 0);
+        let Ok(mut rig) = Rig::open_numbered(start, world.clone(), manner.seed, FIRST_WRITE + 1000) else {
+            return Aftermath { run: None, hit_before_probe: true, hit: hit(&world), probe: None };
+        };
+        for trouble in trouble.iter().filter(hangs) {
+            trouble.inject(&world);
+        }
+        rig.play(script, manner.at_once);
+        if manner.rest {
+            rig.rest();
+        }
+        if trouble.iter().any(|trouble| hangs(&trouble)) {
+            world.withdraw_faults();
+        }
+        let hit_before_probe = hit(&world);
+        let probe = hit_before_probe.then(|| {
+            world.withdraw_faults();
+            rig.probe()
+        });
+        let run = if manner.clean { rig.finish() } else { rig.abandon() };
+        Aftermath { hit_before_probe, hit: hit(&world), run: Some(run), probe }
+    };
+    catch_unwind(AssertUnwindSafe(work)).map_err(|panic| format!("the run panicked: {}", panic_text(&*panic)))
+}
+
+impl Aftermath {
+    /// What must be true after one failure.
+    ///
+    /// # Errors
+    /// What is not.
+    pub fn judge(
+        &self,
+        trouble: &Trouble,
+        start: &Start,
+        walker: &mut Walker,
+        manner: Manner,
+    ) -> Result<(), String> {
+        let Some(run) = &self.run else {
+            return if self.hit { Ok(()) } else { Err("it does not open, without a failure".to_owned()) };
+        };
+        if let Some(misread) = &run.misread {
+            return Err(misread.clone());
+        }
+        if !self.hit && (!run.failures.is_empty() || run.closed.is_err()) {
+            return Err(format!("something failed, without a failure: {:?}, {:?}", run.failures, run.closed));
+        }
+        self.judge_statuses(trouble, run, manner)?;
+        let choice = Choice { states_max: 6, ..Choice::sample(6) };
+        let seed = manner.seed ^ (trouble.nth << 8 | trouble.verb as u64) << 32;
+        walker.crash(run, start, &choice, seed)?;
+        if manner.clean && run.closed.is_ok() {
+            walker.closed(run, start)?;
+        }
+        walker.some_crash(run, start, seed).map(drop)
+    }
+
+    /// Whether the disk still takes writes, or must not, and who was told.
+    fn judge_statuses(&self, trouble: &Trouble, run: &Finished, manner: Manner) -> Result<(), String> {
+        let Some((wrote, flushed)) = self.probe else { return Ok(()) };
+        if wrote != flushed {
+            return Err(format!("afterwards a write ends {wrote} and a flush {flushed}"));
+        }
+        let told = |what: &str| {
+            let is =
+                |error: &RequestError| matches!(error, RequestError::Io { what: name, .. } if *name == what);
+            run.failures.iter().any(|(_, error)| is(error))
+        };
+        let refuses = !wrote;
+        let must_refuse = match trouble.verb {
+            _ if trouble.errno().is_none() => false,
+            Verb::Sync => true,
+            Verb::Write if !trouble.is_no_space() => {
+                // Either it was a guest's data, who was told, or metadata; if more than one failed, both may be.
+                if told("writing") == refuses && !(trouble.lasting && refuses) {
+                    return Err(format!("a failed write: refuses writes {refuses}, told {:?}", run.failures));
+                }
+                refuses
+            }
+            _ => false,
+        };
+        if refuses != must_refuse {
+            return Err(format!(
+                "after {trouble:?} the disk refuses writes: {refuses}, told {:?}",
+                run.failures
+            ));
+        }
+        if manner.clean && run.closed.is_err() != refuses {
+            return Err(format!(
+                "after {trouble:?}, refusing writes {refuses}, the close ends {:?}",
+                run.closed
+            ));
+        }
+        if !refuses && !trouble.lasting && manner.at_once == 1 && run.failures.len() > 1 {
+            return Err(format!(
+                "one failure, and {} requests failed: {:?}",
+                run.failures.len(),
+                run.failures
+            ));
+        }
+        Ok(())
+    }
+}

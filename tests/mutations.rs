@@ -1,0 +1,87 @@
+//! Shows that the crash machine notices: each deliberate breakage of the write order, the quarantine and the cut is found,
+//! and how long that takes is printed.
+//!
+//! Needs the feature `mutations`: `cargo test -p strata-tests --features mutations --test mutations -- --nocapture`;
+//! `STRATA_MUTATION=ReuseAtOnce` for one alone.
+
+mod crash;
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use crash::shape::Start;
+use crash::tally::Tally;
+use crash::trial::{Tactic, starts, trial};
+use crash::walk::Walker;
+use crash::{number, threads};
+use engine::mutation::{self, Mutation};
+
+/// How a breakage was noticed.
+struct Catch {
+    time: Duration,
+    trials: u64,
+    states: u64,
+    how: String,
+}
+
+/// Does trials of all kinds by turns until one notices; none if the time is over first.
+fn hunt(mutation: Mutation, starts: &[Start], time: Duration) -> Option<Catch> {
+    let tally = Tally::new(time);
+    let mut walker = Walker::new(&tally);
+    let started = Instant::now();
+    for seed in 1.. {
+        if tally.is_over() {
+            break;
+        }
+        let count = |requests| tally.count_run(requests);
+        let tactic = match seed % 8 {
+            0 => Tactic::Overtaken,
+            2 | 5 => Tactic::Failures,
+            _ => Tactic::Any,
+        };
+        let tried = mutation::with(mutation, || trial(starts, seed, tactic, &mut walker, count));
+        if let Err(how) = tried {
+            let how = how.lines().take(2).map(str::trim).collect::<Vec<_>>().join(" ");
+            return Some(Catch { time: started.elapsed(), trials: seed, states: tally.compared(), how });
+        }
+    }
+    None
+}
+
+#[test]
+fn every_deliberate_breakage_is_noticed() {
+    let starts = starts();
+    let only = std::env::var("STRATA_MUTATION").ok();
+    let wanted = |mutation: &&Mutation| only.as_ref().is_none_or(|only| format!("{mutation:?}") == *only);
+    let mutations: Vec<Mutation> = Mutation::ALL.iter().filter(wanted).copied().collect();
+    assert!(!mutations.is_empty(), "there is no mutation {only:?}");
+    let time = Duration::from_secs(number("STRATA_CRASH_SECONDS").unwrap_or(60));
+    let (next, lines) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    std::thread::scope(|scope| {
+        for _ in 0..threads() {
+            scope.spawn(|| {
+                while let Some(mutation) = mutations.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let line = match hunt(*mutation, &starts, time) {
+                        None => (false, format!("{mutation:?}: NOT NOTICED in {} s", time.as_secs())),
+                        Some(Catch { time, trials, states, how }) => {
+                            let (seconds, name) = (time.as_secs_f64(), format!("{mutation:?}"));
+                            let how: String = how.chars().take(110).collect();
+                            let text = format!(
+                                "{name:24} {seconds:7.3} s {trials:6} trials {states:8} states  {how}"
+                            );
+                            (true, text)
+                        }
+                    };
+                    println!("{}", line.1);
+                    lines.lock().expect("no panic under this lock").push(line);
+                }
+            });
+        }
+    });
+    let lines = lines.into_inner().expect("no panic under this lock");
+    let missed: Vec<&str> =
+        lines.iter().filter(|(caught, _)| !caught).map(|(_, line)| line.as_str()).collect();
+    assert_eq!(lines.len(), mutations.len());
+    assert!(missed.is_empty(), "{} of {} not noticed:\n{}", missed.len(), lines.len(), missed.join("\n"));
+}
