@@ -11,7 +11,7 @@
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64 as Unmodelled;
-use std::task::Poll;
+use std::task::{Poll, Waker};
 
 use loom::cell::UnsafeCell;
 use loom::future::block_on;
@@ -472,5 +472,27 @@ fn two_threads_claim_again_and_again() {
         claim_and_change(&claims, &clusters, 0, 1);
         claim_and_change(&claims, &clusters, 1, 2);
         other.join().expect("claimant");
+    });
+}
+
+/// A request that is polled by another task than before is woken there.
+#[test]
+fn the_last_waker_left_is_woken() {
+    explore(None, || {
+        let claims = Arc::new(Claims::default());
+        let first = claims.add(0, 0);
+        let other = {
+            let claims = Arc::clone(&claims);
+            thread::spawn(move || claims.release(first))
+        };
+        let second = claims.add(0, 0);
+        claims.held(second, Waker::noop());
+        block_on(poll_fn(
+            |context| {
+                if claims.held(second, context.waker()) { Poll::Ready(()) } else { Poll::Pending }
+            },
+        ));
+        claims.release(second);
+        other.join().expect("first claimant");
     });
 }
