@@ -14,6 +14,7 @@ use crash::shape::Start;
 use crash::tally::Tally;
 use crash::trial::{Tactic, starts, trial};
 use crash::walk::Walker;
+use crash::windows;
 use crash::{number, threads};
 use engine::mutation::{self, Mutation};
 
@@ -47,6 +48,24 @@ fn hunt(mutation: Mutation, starts: &[Start], time: Duration) -> Option<Catch> {
         }
     }
     None
+}
+
+/// The named tests of QEMU's two mistakes must notice just these, in every way of freeing a cluster.
+#[test]
+fn early_reuse_is_noticed_by_the_tests_of_the_windows() {
+    let start = windows::start();
+    // Another address's data; and the count lowered while the link is still there, which comes before that.
+    let signs =
+        [(Mutation::ReuseAtOnce, "to SECTOR"), (Mutation::ReuseBeforeUnlink, "disagrees with refcount 0")];
+    for (mutation, sign) in signs {
+        for free in [windows::discard(), windows::unmap(), windows::written_anew()] {
+            let tally = Tally::new(Duration::from_secs(60));
+            let mut walker = Walker::new(&tally);
+            let wrong = mutation::with(mutation, || windows::try_all(&start, &free, &mut walker));
+            let seen = wrong.iter().any(|wrong| wrong.contains(sign));
+            assert!(seen, "{mutation:?} shows no \"{sign}\": {:?}", wrong.first());
+        }
+    }
 }
 
 #[test]

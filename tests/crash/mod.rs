@@ -3,7 +3,8 @@
 //!
 //! `shape` makes images, `rig` runs a disk, `journal` is the oracle, `walk` makes the crash states of a run and compares,
 //! `examine` looks at one, `second` has QEMU look at a sample, `tally` counts. `sequences` are all the short runs, a
-//! `trial` is a long random one that a number stands for, and `faulty` is one in which the host fails.
+//! `trial` is a long random one that a number stands for, and `faulty` is one in which the host fails;
+//! `windows` are the two mistakes of QEMU.
 #![allow(dead_code, reason = "each test target uses its own part of the machine")]
 
 pub mod examine;
@@ -18,6 +19,7 @@ pub mod stamp;
 pub mod tally;
 pub mod trial;
 pub mod walk;
+pub mod windows;
 
 /// A number in the environment.
 pub fn number(name: &str) -> Option<u64> {

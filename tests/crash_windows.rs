@@ -1,0 +1,33 @@
+//! The crash windows in which QEMU 10 loses flushed data, by name (docs/durability.md, "Freed clusters").
+
+mod crash;
+
+use std::time::Duration;
+
+use crash::journal::Op;
+use crash::tally::Tally;
+use crash::walk::Walker;
+use crash::windows::{discard, start, try_all, unmap, written_anew};
+
+fn check(name: &str, free: &[Op]) {
+    let tally = Tally::new(Duration::from_secs(600));
+    for finding in try_all(&start(), free, &mut Walker::new(&tally)) {
+        tally.found(finding);
+    }
+    tally.conclude(name);
+}
+
+#[test]
+fn a_freed_cluster_is_not_reused_before_its_unlink_is_durable_after_discard() {
+    check("after a discard", &discard());
+}
+
+#[test]
+fn a_freed_cluster_is_not_reused_before_its_unlink_is_durable_after_write_zeroes_with_unmap() {
+    check("after write zeroes with unmap", &unmap());
+}
+
+#[test]
+fn a_freed_cluster_is_not_reused_before_its_unlink_is_durable_after_it_was_written_anew() {
+    check("after the address was written anew", &written_anew());
+}
