@@ -5,7 +5,7 @@ use std::path::Path;
 
 use disk::check::{Report, check};
 use disk::{Completed, Disk, Request, RequestId};
-use qcow2::Header;
+use qcow2::{Header, Incompatible};
 use storage::sim::{Image, SimOptions, SimWorld};
 
 use super::memory::{WINDOW, gather, memory};
@@ -22,6 +22,8 @@ pub struct Seen {
     /// Clusters past the end of the file that have a refcount: the file's length was lost, and they will be leaks when
     /// it grows again.
     pub hidden_leaks: u64,
+    /// It was marked dirty: its refcounts are rebuilt by opening it, and were looked at after that.
+    pub dirty: bool,
     /// Why the image is not what a crash may leave, whatever was promised.
     pub wrong: Option<String>,
 }
@@ -45,12 +47,31 @@ pub fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
 
 fn look(image: &Image, shape: &Shape) -> Result<Seen, String> {
     let world = SimWorld::from_image(image.clone(), 1, SimOptions::calm());
-    let report = check(&world.storage(), Path::new(TOP), &shape.options())
-        .map_err(|error| format!("the checker could not look: {error}"))?;
-    let wrong = (report.corruptions > 0).then(|| findings(&report));
+    let look = |world: &SimWorld| {
+        check(&world.storage(), Path::new(TOP), &shape.options())
+            .map_err(|error| format!("the checker could not look: {error}"))
+    };
+    let dirty = header(image)?.incompatible.contains(Incompatible::DIRTY);
+    let before = if dirty { None } else { Some(look(&world)?) };
     let values = read_all(&world, shape)?;
-    let hidden_leaks = counted_past_end(image)?;
-    Ok(Seen { values, leaks: report.leaked_clusters, hidden_leaks, wrong })
+    let report = match before {
+        Some(report) => report,
+        None => look(&world)?,
+    };
+    let wrong = (report.corruptions > 0).then(|| findings(&report));
+    let hidden_leaks = counted_past_end(&world.image())?;
+    Ok(Seen { values, leaks: report.leaked_clusters, hidden_leaks, dirty, wrong })
+}
+
+/// The top image's header.
+fn header(image: &Image) -> Result<Header, String> {
+    let contents = image.file(Path::new(TOP)).ok_or("there is no image")?;
+    let unreadable = |error| format!("the header: {error}");
+    let mut prefix = vec![0; Header::PREFIX_MAX];
+    contents.read(0, &mut prefix);
+    let mut area = vec![0; Header::cluster_size_hint(&prefix).map_err(unreadable)? as usize];
+    contents.read(0, &mut area);
+    Header::parse(&area, contents.length()).map_err(unreadable)
 }
 
 /// Clusters past the end of the file that have a refcount.
@@ -61,10 +82,7 @@ fn counted_past_end(image: &Image) -> Result<u64, String> {
         contents.read(offset, &mut bytes);
         bytes
     };
-    let unreadable = |error| format!("the header: {error}");
-    let prefix = read(0, Header::PREFIX_MAX as u64);
-    let area = read(0, Header::cluster_size_hint(&prefix).map_err(unreadable)?);
-    let header = Header::parse(&area, contents.length()).map_err(unreadable)?;
+    let header = header(image)?;
     let geometry = header.geometry();
     let (cluster, entries) = (geometry.cluster_size(), geometry.refblock_entries());
     let table = read(header.refcount_table_offset.0, u64::from(header.refcount_table_clusters) * cluster);

@@ -25,6 +25,8 @@ pub fn shapes() -> Vec<Shape> {
         Shape::new(12, 64).over(Below::Qcow2).past(Past::Written).short_of_memory(),
         Shape::new(9, 80).over(Below::Qcow2),
         Shape::new(16, 640).past(Past::Written),
+        Shape::new(9, 80).past(Past::Dirty),
+        Shape::new(10, 96).over(Below::Raw).past(Past::Dirty),
     ]
 }
 

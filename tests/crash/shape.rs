@@ -39,6 +39,8 @@ pub enum Past {
     Fresh,
     /// Much of it was written, and closed cleanly.
     Written,
+    /// As written, but marked dirty, with refcounts that are wrong in both ways: opening it rebuilds them.
+    Dirty,
     /// It is new, but its file is so long that a few more clusters need a larger refcount table.
     Long,
 }
@@ -168,10 +170,11 @@ impl Shape {
             }
         }
         world.add_file(TOP, &self.empty(below));
-        if self.past == Past::Written {
+        if matches!(self.past, Past::Written | Past::Dirty) {
             (world, values) = self.written(world, values);
         }
-        Start { shape: *self, image: world.image(), values, leaks: 0 }
+        let image = if self.past == Past::Dirty { self.dirtied(&world.image()) } else { world.image() };
+        Start { shape: *self, image, values, leaks: 0 }
     }
 
     /// The bytes of an empty top image.
@@ -193,6 +196,27 @@ impl Shape {
             bytes.resize((clusters * geometry.cluster_size()) as usize, 0);
         }
         bytes
+    }
+
+    /// Marks an image dirty, lowers every third refcount of its first refblock to 0 and raises as many that are 0.
+    fn dirtied(&self, image: &Image) -> Image {
+        let mut bytes = image.file(Path::new(TOP)).expect("the image").to_bytes();
+        bytes[qcow2::position::INCOMPATIBLE + 7] |= 1;
+        let geometry = self.geometry();
+        let cluster = geometry.cluster_size() as usize;
+        // A new image has its refcount table in cluster 1.
+        let block = qcow2::entry(&bytes[cluster..], 0) as usize;
+        let counts = &mut bytes[block..block + cluster];
+        for index in (1..geometry.refblock_entries() as usize).step_by(3) {
+            let count = u64::from(qcow2::refcount(geometry.refcount_order, counts, index) == 0);
+            qcow2::set_refcount(geometry.refcount_order, counts, index, count);
+        }
+        let world = SimWorld::new(1, SimOptions::calm());
+        for path in image.paths().filter(|path| *path != Path::new(TOP)) {
+            world.add_file(path, &image.file(path).expect("it is listed").to_bytes());
+        }
+        world.add_file(TOP, &bytes);
+        world.image()
     }
 
     /// A raw file three quarters as long as the disk, with a gap in each eight sectors.

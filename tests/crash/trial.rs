@@ -38,6 +38,8 @@ pub fn shapes() -> Vec<Shape> {
         Shape::new(9, 400).v2().past(Past::Long).short_of_memory(),
         Shape::new(16, 1024).past(Past::Written),
         Shape::new(16, 768).over(Below::Raw),
+        Shape::new(9, 96).past(Past::Dirty),
+        Shape::new(12, 128).over(Below::Raw).past(Past::Dirty),
     ]
 }
 
