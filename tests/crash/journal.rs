@@ -105,6 +105,8 @@ pub struct Entry {
     pub op: Op,
     /// The number of a write.
     pub write: u32,
+    /// It is acknowledged only when durable.
+    through: bool,
     submitted: Point,
     ended: Option<Point>,
     /// It was acknowledged as done.
@@ -136,14 +138,14 @@ impl Journal {
         Point { order: self.order, moment }
     }
 
-    /// A request is about to be submitted; its name.
-    pub fn submit(&mut self, op: Op, write: u32, moment: Moment) -> usize {
+    /// A request is about to be submitted, to be acknowledged only when durable if `through`; its name.
+    pub fn submit(&mut self, op: Op, write: u32, through: bool, moment: Moment) -> usize {
         let index = self.entries.len();
         for sector in op.changed(&self.shape) {
             self.touched[sector as usize].push(index as u32);
         }
         let submitted = self.point(moment);
-        self.entries.push(Entry { op, write, submitted, ended: None, done: false, settled: None });
+        self.entries.push(Entry { op, write, through, submitted, ended: None, done: false, settled: None });
         index
     }
 
@@ -155,10 +157,10 @@ impl Journal {
         if !done {
             return;
         }
-        match entry.op {
-            Op::Write { through: true, .. } => entry.settled = Some(moment),
-            Op::Flush => self.settle(index),
-            _ => {}
+        if entry.through {
+            entry.settled = Some(moment);
+        } else if entry.op == Op::Flush {
+            self.settle(index);
         }
     }
 

@@ -149,7 +149,11 @@ impl Rig {
                 match ops[next] {
                     Op::Pause(milliseconds) => self.pause(Duration::from_millis(milliseconds)),
                     Op::Late(milliseconds) => self.late = Some(Duration::from_millis(milliseconds)),
-                    op => self.submit(op),
+                    op => {
+                        // Alone, a sequence is to be just what it says.
+                        let through = at_once > 1 && self.random.chance(1, 10);
+                        self.submit(op, through);
+                    }
                 }
                 next += 1;
             } else {
@@ -158,8 +162,13 @@ impl Rig {
         }
     }
 
-    /// Submits a request to some queue.
-    fn submit(&mut self, op: Op) {
+    /// Submits a request to some queue, write-through if asked for here or in the operation.
+    fn submit(&mut self, op: Op, through: bool) {
+        let through = match op {
+            Op::Write { through: always, .. } => through || always,
+            Op::Zeroes { .. } | Op::Discard { .. } => through,
+            _ => false,
+        };
         let slot = self.flying.iter().position(Option::is_none).expect("a free slot");
         let write = self.next_write;
         self.next_write += 1;
@@ -175,12 +184,12 @@ impl Rig {
             scatter(&bytes, &slices);
         }
         let queue = self.random.below(QUEUES as u64) as usize;
-        let index = self.journal.submit(op, write, self.world.moment());
+        let index = self.journal.submit(op, write, through, self.world.moment());
         if let Some(late) = self.late.take() {
             self.world.inject(Fault::nth(0, Outcome::Delay(late)));
         }
         self.flying[slot] = Some(Flight { index, slices: slices.clone() });
-        self.queues[queue].submit(RequestId(slot as u32), request(op), &slices);
+        self.queues[queue].submit(RequestId(slot as u32), request(op, through), &slices);
     }
 
     /// Lets somebody do something.
@@ -358,16 +367,16 @@ impl Rig {
     }
 }
 
-fn request(op: Op) -> Request {
+fn request(op: Op, write_through: bool) -> Request {
     let bytes = |sectors: u64| sectors * SECTOR;
     match op {
         Op::Read { sector, .. } => Request::Read { offset: bytes(sector) },
-        Op::Write { sector, through, .. } => Request::Write { offset: bytes(sector), write_through: through },
+        Op::Write { sector, .. } => Request::Write { offset: bytes(sector), write_through },
         Op::Zeroes { sector, count, unmap } => {
-            Request::WriteZeroes { offset: bytes(sector), length: bytes(count), unmap, write_through: false }
+            Request::WriteZeroes { offset: bytes(sector), length: bytes(count), unmap, write_through }
         }
         Op::Discard { sector, count } => {
-            Request::Discard { offset: bytes(sector), length: bytes(count), write_through: false }
+            Request::Discard { offset: bytes(sector), length: bytes(count), write_through }
         }
         Op::Flush => Request::Flush,
         Op::Pause(_) | Op::Late(_) => panic!("{op:?} is no request"),
