@@ -149,7 +149,10 @@ impl Tables {
     /// Waits for a load in progress.
     pub fn wait_load(&mut self, id: TableId, waker: &Waker) {
         if let Some(Slot::Loading(waiters)) = self.slots.get_mut(&id) {
-            waiters.push(waker.clone());
+            // Once each: a task that waits for several slices asks again after every one of them.
+            if !waiters.iter().any(|waiting| waiting.will_wake(waker)) {
+                waiters.push(waker.clone());
+            }
         }
     }
 
