@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
+use engine::WakeFlag;
 use slab::Slab;
 use smallvec::SmallVec;
 use storage::{AlignedBuf, BufferPool, Completion, Errno, IoQueue, Notifier, Operation, Part, Parts, Token};
@@ -158,9 +159,12 @@ impl<Q: IoQueue> Driver<Q> {
         .await;
     }
 
-    /// Wakes a task at a time, or soon after.
+    /// Wakes a task at a time, or soon after. A task that was woken before that time asks for it again.
     pub fn wake_at(&self, until: Instant, waker: &Waker) {
-        self.timers.borrow_mut().push((until, waker.clone()));
+        let mut timers = self.timers.borrow_mut();
+        if !timers.iter().any(|(set, waiting)| *set == until && waiting.will_wake(waker)) {
+            timers.push((until, waker.clone()));
+        }
     }
 
     /// Sends what was pushed, takes in what completed, runs tasks, until there is nothing more to do at once. The
@@ -220,17 +224,17 @@ impl<Q: IoQueue> Driver<Q> {
         if !self.executor.borrow().has_ready() {
             return false;
         }
-        let mut ready = self.executor.borrow_mut().take_ready();
-        while let Some(number) = ready.pop_front() {
+        let tasks = self.executor.borrow_mut().take_ready();
+        let mut round = Round { executor: &self.executor, tasks, polled: None };
+        while let Some(number) = round.tasks.pop_front() {
             let taken = self.executor.borrow_mut().take(number);
             if let Some((task, waker)) = taken {
-                let forget = Forget { executor: &self.executor, number };
+                round.polled = Some(number);
                 let left = poll_once(task, &waker);
-                std::mem::forget(forget);
+                round.polled = None;
                 self.executor.borrow_mut().put_back(number, left);
             }
         }
-        self.executor.borrow_mut().give_back(ready);
         true
     }
 
@@ -251,46 +255,51 @@ impl<Q: IoQueue> Driver<Q> {
     /// Runs a future to its end on this thread, with whatever else the driver has to do.
     pub fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
         let mut future = pin!(future);
-        let flag =
-            Arc::new(Flag { set: std::sync::atomic::AtomicBool::new(true), notifier: self.notifier() });
+        let flag = Arc::new(Flag { woken: WakeFlag::new(true), notifier: self.notifier() });
         let waker = Waker::from(Arc::clone(&flag));
         loop {
-            if flag.set.swap(false, std::sync::atomic::Ordering::AcqRel)
+            if flag.woken.lower()
                 && let Poll::Ready(value) = future.as_mut().poll(&mut Context::from_waker(&waker))
             {
                 return value;
             }
             self.turn(|_| panic!("no fast path here"));
-            if !flag.set.load(std::sync::atomic::Ordering::Acquire) {
+            if !flag.woken.is_raised() {
                 self.wait(None);
             }
         }
     }
 }
 
-/// Forgets a task whose poll panics, so that nobody waits for its end.
-struct Forget<'a> {
+/// The tasks being polled. If a poll panics, its task is forgotten, so that nobody waits for its end, and the others
+/// stay ready.
+struct Round<'a> {
     executor: &'a RefCell<Executor>,
-    number: usize,
+    tasks: VecDeque<usize>,
+    polled: Option<usize>,
 }
 
-impl Drop for Forget<'_> {
+impl Drop for Round<'_> {
     fn drop(&mut self) {
-        self.executor.borrow_mut().put_back(self.number, None);
+        let mut executor = self.executor.borrow_mut();
+        if let Some(number) = self.polled {
+            executor.put_back(number, None);
+        }
+        executor.give_back(std::mem::take(&mut self.tasks));
     }
 }
 
 /// The waker of [`Driver::block_on`].
 struct Flag {
-    /// The future is to be polled. Set with release by a wake, taken with acquire before a poll.
-    set: std::sync::atomic::AtomicBool,
+    woken: WakeFlag,
     notifier: Arc<dyn Notifier>,
 }
 
 impl std::task::Wake for Flag {
     fn wake(self: Arc<Self>) {
-        self.set.store(true, std::sync::atomic::Ordering::Release);
-        self.notifier.notify();
+        if self.woken.raise() {
+            self.notifier.notify();
+        }
     }
 }
 

@@ -9,6 +9,7 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 
+use engine::WakeFlag;
 use slab::Slab;
 use storage::Notifier;
 
@@ -17,6 +18,8 @@ type Task = Pin<Box<dyn Future<Output = ()>>>;
 struct Entry {
     /// Taken out while it is polled.
     task: Option<Task>,
+    wake: Arc<TaskWaker>,
+    /// The same, as the task gets it.
     waker: Waker,
 }
 
@@ -37,6 +40,8 @@ struct TaskWaker {
     ready: Arc<Ready>,
     /// The task's number. It may be another task's by the time of the wake, which that one survives.
     task: usize,
+    /// Raised while the number is in the queue, or in the round that is being polled.
+    queued: WakeFlag,
 }
 
 impl Wake for TaskWaker {
@@ -45,8 +50,10 @@ impl Wake for TaskWaker {
     }
 
     fn wake_by_ref(self: &Arc<Self>) {
-        self.ready.queue.lock().expect("no panic under this lock").push_back(self.task);
-        self.ready.notifier.notify();
+        if self.queued.raise() {
+            self.ready.queue.lock().expect("no panic under this lock").push_back(self.task);
+            self.ready.notifier.notify();
+        }
     }
 }
 
@@ -60,8 +67,10 @@ impl Executor {
     pub fn spawn(&mut self, task: Task) {
         let entry = self.tasks.vacant_entry();
         let number = entry.key();
-        let waker = Waker::from(Arc::new(TaskWaker { ready: Arc::clone(&self.ready), task: number }));
-        entry.insert(Entry { task: Some(task), waker });
+        let ready = Arc::clone(&self.ready);
+        let wake = Arc::new(TaskWaker { ready, task: number, queued: WakeFlag::new(true) });
+        let waker = Waker::from(Arc::clone(&wake));
+        entry.insert(Entry { task: Some(task), wake, waker });
         self.ready.queue.lock().expect("no panic under this lock").push_back(number);
     }
 
@@ -81,16 +90,21 @@ impl Executor {
         std::mem::replace(&mut *queue, std::mem::take(&mut self.spare))
     }
 
-    /// Gives the emptied queue of a round back.
-    pub fn give_back(&mut self, mut queue: VecDeque<usize>) {
-        queue.clear();
-        self.spare = queue;
+    /// Gives the queue of a round back; what is left in it comes first in the next.
+    pub fn give_back(&mut self, mut round: VecDeque<usize>) {
+        if !round.is_empty() {
+            let mut queue = self.ready.queue.lock().expect("no panic under this lock");
+            round.append(&mut queue);
+            std::mem::swap(&mut *queue, &mut round);
+        }
+        self.spare = round;
     }
 
     /// Takes a task out to poll it without a borrow of the executor.
     pub fn take(&mut self, number: usize) -> Option<(Task, Waker)> {
         let entry = self.tasks.get_mut(number)?;
         let task = entry.task.take()?;
+        entry.wake.queued.lower();
         Some((task, entry.waker.clone()))
     }
 
@@ -108,5 +122,75 @@ pub(crate) fn poll_once(mut task: Task, waker: &Waker) -> Option<Task> {
     match task.as_mut().poll(&mut Context::from_waker(waker)) {
         Poll::Ready(()) => None,
         Poll::Pending => Some(task),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+    use std::future::poll_fn;
+    use std::rc::Rc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Bells(AtomicUsize);
+
+    impl Notifier for Bells {
+        fn notify(&self) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Polls what is ready in one round; the numbers of the tasks.
+    fn round(executor: &mut Executor) -> Vec<usize> {
+        let mut tasks = executor.take_ready();
+        let numbers: Vec<usize> = tasks.drain(..).collect();
+        for number in &numbers {
+            let (task, waker) = executor.take(*number).expect("only live tasks are woken here");
+            let left = poll_once(task, &waker);
+            executor.put_back(*number, left);
+        }
+        executor.give_back(tasks);
+        numbers
+    }
+
+    #[test]
+    fn a_task_woken_many_times_is_polled_once() {
+        let bells = Arc::new(Bells::default());
+        let mut executor = Executor::new(Arc::clone(&bells) as Arc<dyn Notifier>);
+        let left: Rc<RefCell<Option<Waker>>> = Rc::default();
+        let leave = Rc::clone(&left);
+        executor.spawn(Box::pin(poll_fn(move |context| {
+            // A wake during the poll itself makes another poll.
+            if leave.replace(Some(context.waker().clone())).is_none() {
+                context.waker().wake_by_ref();
+                context.waker().wake_by_ref();
+            }
+            Poll::Pending
+        })));
+        assert_eq!(round(&mut executor), [0]);
+        assert_eq!(round(&mut executor), [0]);
+        assert!(!executor.has_ready());
+        let waker = left.borrow().clone().expect("the task has left its waker");
+        for _ in 0..3 {
+            waker.wake_by_ref();
+        }
+        assert_eq!(round(&mut executor), [0]);
+        assert_eq!(bells.0.load(Ordering::Relaxed), 2, "the thread is woken once for each round");
+    }
+
+    #[test]
+    fn what_a_round_leaves_comes_first_in_the_next() {
+        let mut executor = Executor::new(Arc::new(Bells::default()));
+        for _ in 0..3 {
+            executor.spawn(Box::pin(std::future::pending()));
+        }
+        let mut tasks = executor.take_ready();
+        assert_eq!(tasks.pop_front(), Some(0));
+        executor.spawn(Box::pin(std::future::pending()));
+        executor.give_back(tasks);
+        assert_eq!(round(&mut executor), [1, 2, 3]);
     }
 }

@@ -5,8 +5,9 @@
 
 use std::future::poll_fn;
 use std::sync::Mutex;
-use std::task::{Poll, Waker};
+use std::task::Poll;
 
+use engine::Waiters;
 use qcow2::position::Patch;
 use storage::{AlignedBuf, IoQueue, Kind, Operation, Part};
 
@@ -26,7 +27,7 @@ struct Inner {
     bytes: Box<[u8; SECTOR]>,
     /// Somebody has the right to write it.
     taken: bool,
-    waiters: Vec<Waker>,
+    waiters: Waiters,
 }
 
 /// The right to change the sector, until dropped: after the write of the change has ended.
@@ -43,7 +44,7 @@ impl HeaderSector {
         result.map_err(|source| OpenError::Io { path, structure: "header", offset: 0, source })?;
         let mut bytes = Box::new([0; SECTOR]);
         bytes.copy_from_slice(buffer.as_slice());
-        Ok(HeaderSector { inner: Mutex::new(Inner { bytes, taken: false, waiters: Vec::new() }) })
+        Ok(HeaderSector { inner: Mutex::new(Inner { bytes, taken: false, waiters: Waiters::default() }) })
     }
 
     /// Waits for the right to change the sector.
@@ -51,7 +52,7 @@ impl HeaderSector {
         poll_fn(|context| {
             let mut inner = self.inner.lock().expect("no panic under this lock");
             if inner.taken {
-                inner.waiters.push(context.waker().clone());
+                inner.waiters.add(context.waker());
                 return Poll::Pending;
             }
             inner.taken = true;
@@ -105,11 +106,9 @@ impl Drop for HeaderChange<'_> {
         let waiters = {
             let mut inner = self.sector.inner.lock().expect("no panic under this lock");
             inner.taken = false;
-            std::mem::take(&mut inner.waiters)
+            inner.waiters.take()
         };
-        for waiter in waiters {
-            waiter.wake();
-        }
+        waiters.wake();
     }
 }
 

@@ -4,12 +4,12 @@
 //! memory) → free again, and that last step only when the unlink is durable and all I/O begun before it has ended.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::task::Waker;
 
 use qcow2::HostCluster;
 
 use crate::epoch::Epoch;
 use crate::mutation::{Mutation, active};
+use crate::waiters::Waiters;
 
 /// The most bytes that a window reserves.
 const WINDOW_BYTES_MAX: u64 = 16 << 20;
@@ -63,7 +63,7 @@ pub(crate) struct Allocator {
     /// The longest that this session found or made the file, in bytes.
     pub file_length: u64,
     /// Somebody reserves: who waits for it.
-    pub reserving: Option<Vec<Waker>>,
+    pub reserving: Option<Waiters>,
     /// Somebody reclaims.
     pub reclaiming: bool,
     /// Refblock slices before this cluster have been searched for free clusters.

@@ -1,7 +1,5 @@
 //! What a plan may answer instead of a plan: load these tables, wait, or do another job first.
 
-use std::task::Waker;
-
 use qcow2::HostOffset;
 
 use crate::tables::TableId;
@@ -59,19 +57,3 @@ macro_rules! ready {
     };
 }
 pub(crate) use ready;
-
-/// Wakers to be woken when the engine's lock is released.
-#[derive(Default)]
-pub(crate) struct WakeList(Vec<Waker>);
-
-impl WakeList {
-    pub fn add_all(&mut self, wakers: impl IntoIterator<Item = Waker>) {
-        self.0.extend(wakers);
-    }
-
-    pub fn wake(self) {
-        for waker in self.0 {
-            waker.wake();
-        }
-    }
-}

@@ -5,13 +5,13 @@ use std::task::Waker;
 
 use qcow2::{Geometry, HostOffset, L1Entry};
 
-use crate::answer::WakeList;
 use crate::epoch::{Epoch, Epochs};
 use crate::error::EngineError;
 use crate::mutation::{Mutation, active};
 use crate::refcounts::{encode_entries, table_block_entries};
 use crate::state::State;
 use crate::tables::{Dirt, TableId};
+use crate::waiters::{Waiters, WakeList};
 
 /// The most bytes of neighbouring table slices written as one.
 const WRITE_BYTES_MAX: usize = 1 << 20;
@@ -83,7 +83,7 @@ pub(crate) struct FlushState {
     /// The last durable cut.
     completed: u64,
     running: Option<Running>,
-    waiters: Vec<Waker>,
+    waiters: Waiters,
 }
 
 /// What the running cut took, to be given back if it fails.
@@ -99,7 +99,7 @@ struct Running {
 
 impl FlushState {
     pub fn new() -> Self {
-        FlushState { next: 1, completed: 0, running: None, waiters: Vec::new() }
+        FlushState { next: 1, completed: 0, running: None, waiters: Waiters::default() }
     }
 
     /// The cut that will hold a change made now.
@@ -133,7 +133,7 @@ impl State {
             return Ok(FlushStep::Done);
         }
         if flush.running.is_some() {
-            flush.waiters.push(waker.clone());
+            flush.waiters.add(waker);
             return Ok(FlushStep::Wait);
         }
         self.take_cut(epochs).map(FlushStep::Lead)
@@ -231,7 +231,7 @@ impl State {
         assert_eq!(running.number, cut.number, "one cut at a time");
         write.flush.completed = running.number;
         write.alloc.cut_is_durable(running.number, running.epoch);
-        wakes.add_all(write.flush.waiters.drain(..));
+        wakes.append(write.flush.waiters.take());
         for (id, _) in running.slices {
             self.tables.written(id);
         }
@@ -243,7 +243,7 @@ impl State {
         let write = self.write.as_mut().expect("a writable image");
         let running = write.flush.running.take().expect("a cut is running");
         assert_eq!(running.number, cut.number, "one cut at a time");
-        wakes.add_all(write.flush.waiters.drain(..));
+        wakes.append(write.flush.waiters.take());
         write.l1_dirty.extend(running.l1_blocks);
         write.refcounts.header_stale |= running.header_was_stale;
         write.refcounts.dirty.extend(running.table_blocks);

@@ -23,7 +23,8 @@ use crate::alloc::Allocator;
 use crate::claims::Claims;
 use crate::epoch::{Epochs, WorkerEpochs};
 use crate::map::{ChainMap, MapWriter, SLICE_WORDS, SliceIndex};
-use crate::sync::{Mutex, Ordering};
+use crate::sync::{AtomicU64, Mutex, Ordering};
+use crate::waiters::WakeFlag;
 use crate::word::{FileIndex, Word};
 
 /// Runs a model in all its interleavings that preempt threads at most so often (`None`: in all).
@@ -494,5 +495,45 @@ fn the_last_waker_left_is_woken() {
         ));
         claims.release(second);
         other.join().expect("first claimant");
+    });
+}
+
+// Wake-ups: one flag a task, so that many wakes make one poll.
+
+/// Two threads that each do something for a task and then wake it, and the thread that polls it. When all is quiet, the
+/// last poll has seen what both did, and the task never stood in the queue twice.
+#[test]
+fn no_wake_is_lost_between_two_polls() {
+    explore(None, || {
+        let task = Arc::new((WakeFlag::new(false), Mutex::new(0)));
+        // Relaxed throughout: only the flag makes a poll see what was done before a wake.
+        let work = Arc::new([AtomicU64::new(0), AtomicU64::new(0)]);
+        let wake = |own: usize| {
+            let (task, work) = (Arc::clone(&task), Arc::clone(&work));
+            thread::spawn(move || {
+                work[own].store(1, Ordering::Relaxed);
+                if task.0.raise() {
+                    *task.1.lock().expect("no panic under this lock") += 1;
+                }
+            })
+        };
+        let mut seen = 0;
+        let mut poll = || {
+            let queued = std::mem::take(&mut *task.1.lock().expect("no panic under this lock"));
+            assert!(queued <= 1, "once in the queue, however often it is woken");
+            if queued == 1 {
+                assert!(task.0.lower(), "what is in the queue was woken");
+                seen = work.iter().map(|done| done.load(Ordering::Relaxed)).sum();
+            }
+        };
+        let wakers = [wake(0), wake(1)];
+        poll();
+        poll();
+        for waker in wakers {
+            waker.join().expect("waker");
+        }
+        poll();
+        assert_eq!(seen, 2, "a wake was lost");
+        assert!(!task.0.is_raised(), "a raised flag stands for a place in the queue");
     });
 }

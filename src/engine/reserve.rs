@@ -8,11 +8,12 @@ use std::task::Waker;
 use qcow2::{HostCluster, HostOffset};
 
 use crate::alloc::{FreeRun, Run};
-use crate::answer::{Answer, WakeList, ready};
+use crate::answer::{Answer, ready};
 use crate::error::EngineError;
 use crate::refcounts::{Refcounts, TABLE_BYTES_MAX};
 use crate::state::{State, WriteState};
 use crate::tables::{Dirt, TableId};
+use crate::waiters::{Waiters, WakeList};
 
 /// The largest file: an offset in a table has 56 bits.
 const FILE_BYTES_MAX: u64 = 1 << 56;
@@ -53,7 +54,7 @@ impl State {
             return Ok(Answer::Ready(None));
         }
         if let Some(waiters) = &mut write.alloc.reserving {
-            waiters.push(waker.clone());
+            waiters.add(waker);
             return Ok(Answer::Wait);
         }
         if let Some(free) = write.alloc.first_free() {
@@ -85,7 +86,7 @@ impl State {
         for id in &plan.pins {
             self.tables.pin(*id);
         }
-        self.write.as_mut().expect("a plan was made").alloc.reserving = Some(Vec::new());
+        self.write.as_mut().expect("a plan was made").alloc.reserving = Some(Waiters::default());
         plan
     }
 
@@ -213,7 +214,7 @@ impl State {
         write.alloc.file_length = write.alloc.file_length.max(plan.file_length.unwrap_or(0));
         write.alloc.end = write.alloc.end.max(run.start.0 + run.count);
         write.alloc.add_window(plan.window);
-        wakes.add_all(write.alloc.reserving.take().expect("this plan reserves"));
+        wakes.append(write.alloc.reserving.take().expect("this plan reserves").take());
     }
 
     fn commit_growth(&mut self, growth: &Growth) {
@@ -252,7 +253,7 @@ impl State {
         if plan.file_length.is_none() {
             write.alloc.add_free(plan.window);
         }
-        wakes.add_all(write.alloc.reserving.take().expect("this plan reserves"));
+        wakes.append(write.alloc.reserving.take().expect("this plan reserves").take());
     }
 }
 

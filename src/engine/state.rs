@@ -15,6 +15,7 @@ use crate::map::{MapWriter, SliceIndex};
 use crate::refcounts::Refcounts;
 use crate::resolve::FillJob;
 use crate::tables::{Found, TableId, Tables};
+use crate::waiters::Waiters;
 
 /// The most table slices one answer asks for.
 const LOADS_MAX: usize = 256;
@@ -41,7 +42,7 @@ pub(crate) struct WriteState {
     pub guard: MetadataGuard,
     pub flush: FlushState,
     /// L2 tables being made the top image's own, and who waits for each.
-    pub table_jobs: HashMap<TableSlot, Vec<Waker>>,
+    pub table_jobs: HashMap<TableSlot, Waiters>,
     /// Where the L1 table lies.
     pub l1_offset: HostOffset,
     /// L1 blocks that differ from the disk.

@@ -6,13 +6,14 @@ use std::task::Waker;
 
 use qcow2::{HostCluster, HostOffset, L1Entry};
 
-use crate::answer::{Answer, TableSlot, WakeList, ready};
+use crate::answer::{Answer, TableSlot, ready};
 use crate::error::EngineError;
 use crate::flush::l1_block_of;
 use crate::layers::Qcow2Layer;
 use crate::mutation::{Mutation, active};
 use crate::state::State;
 use crate::tables::{Dirt, TableId};
+use crate::waiters::{Waiters, WakeList};
 
 /// A cluster that is to become an L2 table. Have the host allocate it, then commit; or abort.
 #[derive(Debug)]
@@ -46,14 +47,14 @@ impl State {
         };
         ready!(self.may_dirty());
         if let Some(waiters) = self.write_state()?.table_jobs.get_mut(&slot) {
-            waiters.push(waker.clone());
+            waiters.add(waker);
             return Ok(Answer::Wait);
         }
         let ids = if copy_of.is_some() { slices(self.top_qcow2(), slot) } else { Vec::new() };
         ready!(self.need_tables(ids.iter().copied(), waker)?);
         let write = self.write_state()?;
         let Some(taken) = write.alloc.take(1) else { return Ok(Answer::Reserve) };
-        write.table_jobs.insert(slot, Vec::new());
+        write.table_jobs.insert(slot, Waiters::default());
         for id in ids {
             self.tables.pin(id);
         }
@@ -85,7 +86,7 @@ impl State {
             write.guard.remove(old, 1);
             write.alloc.free_later(old, write.flush.next_cut());
         }
-        wakes.add_all(write.table_jobs.remove(&plan.slot).expect("the job was noted"));
+        wakes.append(write.table_jobs.remove(&plan.slot).expect("the job was noted").take());
     }
 
     pub fn abort_table(&mut self, plan: TablePlan, wakes: &mut WakeList) {
@@ -97,6 +98,6 @@ impl State {
         let write = self.write.as_mut().expect("a plan was made");
         // Nothing durable names it, but something may have been written there: it goes the way of a freed cluster.
         write.alloc.free_later(plan.host, 0);
-        wakes.add_all(write.table_jobs.remove(&plan.slot).expect("the job was noted"));
+        wakes.append(write.table_jobs.remove(&plan.slot).expect("the job was noted").take());
     }
 }

@@ -7,7 +7,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::task::Waker;
 
-use crate::answer::WakeList;
+use crate::waiters::{Waiters, WakeList};
 
 /// The most bytes of a table that are cached as one piece.
 pub(crate) const SLICE_BYTES_MAX: u64 = 4096;
@@ -63,7 +63,7 @@ pub(crate) struct Table {
 }
 
 enum Slot {
-    Loading(Vec<Waker>),
+    Loading(Waiters),
     Ready(Table),
 }
 
@@ -142,24 +142,21 @@ impl Tables {
 
     /// Notes that somebody loads this slice now.
     pub fn begin_load(&mut self, id: TableId) {
-        let before = self.slots.insert(id, Slot::Loading(Vec::new()));
+        let before = self.slots.insert(id, Slot::Loading(Waiters::default()));
         assert!(before.is_none(), "one load per table at a time");
     }
 
     /// Waits for a load in progress.
     pub fn wait_load(&mut self, id: TableId, waker: &Waker) {
         if let Some(Slot::Loading(waiters)) = self.slots.get_mut(&id) {
-            // Once each: a task that waits for several slices asks again after every one of them.
-            if !waiters.iter().any(|waiting| waiting.will_wake(waker)) {
-                waiters.push(waker.clone());
-            }
+            waiters.add(waker);
         }
     }
 
     /// Ends a load; `None` if it failed. What was loaded on the chance that it is needed has no time of grace.
     pub fn end_load(&mut self, id: TableId, bytes: Option<Box<[u8]>>, ahead: bool, wakes: &mut WakeList) {
         match self.slots.remove(&id) {
-            Some(Slot::Loading(waiters)) => wakes.add_all(waiters),
+            Some(Slot::Loading(mut waiters)) => wakes.append(waiters.take()),
             _ => panic!("{id:?} was not loading"),
         }
         if let Some(bytes) = bytes {
