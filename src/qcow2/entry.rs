@@ -7,6 +7,8 @@ use thiserror::Error;
 
 use crate::address::HostOffset;
 use crate::geometry::{Geometry, Version};
+use crate::subcluster::{HostPlace, SubclusterSet, Subclusters};
+use crate::table::{entry, set_entry};
 
 /// Bit 63 of an L1 or L2 entry: the cluster's refcount is exactly one, so it may be written in place.
 pub const COPIED: u64 = 1 << 63;
@@ -49,6 +51,24 @@ pub enum EntryError {
     OffsetTooLarge {
         /// The entry.
         raw: u64,
+    },
+    /// A subcluster cannot both hold data and read as zeros.
+    #[error("entry {raw:#018x}: its bitmap {bitmap:#018x} has subclusters that are both allocated and zero")]
+    SubclusterTwice {
+        /// The entry.
+        raw: u64,
+        /// Its bitmap of subclusters.
+        bitmap: u64,
+    },
+    /// A subcluster holds data, but there is no host cluster for it.
+    #[error(
+        "entry {raw:#018x}: its bitmap {bitmap:#018x} has allocated subclusters, but there is no host cluster"
+    )]
+    SubclusterNowhere {
+        /// The entry.
+        raw: u64,
+        /// Its bitmap of subclusters.
+        bitmap: u64,
     },
 }
 
@@ -97,8 +117,51 @@ impl L1Entry {
     }
 }
 
-/// An L2 entry: what one guest cluster holds. With extended L2 this is the first of the entry's two words, and which
-/// subclusters are allocated or zero is in the second.
+/// An L2 entry as it is in the file.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct RawL2Entry {
+    /// The descriptor of the cluster; all of the entry without extended L2.
+    pub descriptor: u64,
+    /// With extended L2: which subclusters are allocated (bits 0 to 31) and which read as zeros (bits 32 to 63). Means
+    /// nothing where the cluster is compressed.
+    pub bitmap: u64,
+}
+
+impl From<u64> for RawL2Entry {
+    /// An entry without extended L2.
+    fn from(descriptor: u64) -> Self {
+        RawL2Entry { descriptor, bitmap: 0 }
+    }
+}
+
+impl RawL2Entry {
+    /// The entry at `index` of a table, or of a part of one.
+    ///
+    /// # Panics
+    /// If there is no such entry: a programmer error.
+    pub fn load(table: &[u8], index: usize, geometry: &Geometry) -> RawL2Entry {
+        if geometry.extended_l2 {
+            RawL2Entry { descriptor: entry(table, 2 * index), bitmap: entry(table, 2 * index + 1) }
+        } else {
+            entry(table, index).into()
+        }
+    }
+
+    /// Stores the entry at `index` of a table, or of a part of one.
+    ///
+    /// # Panics
+    /// As for [`RawL2Entry::load`].
+    pub fn store(self, table: &mut [u8], index: usize, geometry: &Geometry) {
+        if geometry.extended_l2 {
+            set_entry(table, 2 * index, self.descriptor);
+            set_entry(table, 2 * index + 1, self.bitmap);
+        } else {
+            set_entry(table, index, self.descriptor);
+        }
+    }
+}
+
+/// An L2 entry: what one guest cluster holds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum L2Entry {
     /// Nothing here: the backing file's data, or zeros if there is none.
@@ -126,22 +189,27 @@ pub enum L2Entry {
         /// How many 512-byte sectors the data touches, the one of its first byte included. It can claim two clusters.
         sectors: u64,
     },
+    /// With extended L2 only: subclusters that are not all alike.
+    Subclusters(Subclusters),
 }
 
 impl L2Entry {
     /// Understands a raw entry. The compressed bit is looked at before the zero bit.
     ///
     /// # Errors
-    /// If the offset is not the start of a cluster or too large, the zero flag is set in version 2, or it is flagged
-    /// as data at offset 0.
-    pub fn decode(raw: u64, geometry: &Geometry) -> Result<L2Entry, EntryError> {
+    /// If the offset is not the start of a cluster or too large, the zero flag is set in version 2, it is flagged
+    /// as data at offset 0, or its subclusters make no sense.
+    pub fn decode(raw: impl Into<RawL2Entry>, geometry: &Geometry) -> Result<L2Entry, EntryError> {
+        let RawL2Entry { descriptor: raw, bitmap } = raw.into();
         if raw & COMPRESSED != 0 {
             return decode_compressed(raw, geometry);
         }
+        if geometry.extended_l2 {
+            return decode_subclusters(raw, bitmap, geometry);
+        }
         let offset = HostOffset(raw & OFFSET_MASK);
         let copied = raw & COPIED != 0;
-        // With extended L2 entries bit 0 is reserved: the second word says what is zero.
-        let zero = raw & ZERO != 0 && !geometry.extended_l2;
+        let zero = raw & ZERO != 0;
         if zero && geometry.version == Version::V2 {
             return Err(EntryError::ZeroFlagInV2 { raw });
         }
@@ -158,14 +226,36 @@ impl L2Entry {
         }
     }
 
+    /// The host cluster that a standard cluster has, in use or kept for later.
+    pub const fn host(self) -> Option<HostPlace> {
+        match self {
+            L2Entry::ZeroAllocated { offset, copied } | L2Entry::Data { offset, copied } => {
+                Some(HostPlace { offset, copied })
+            }
+            L2Entry::Subclusters(subclusters) => subclusters.host,
+            L2Entry::Unallocated | L2Entry::Zero | L2Entry::Compressed { .. } => None,
+        }
+    }
+
     /// The raw entry.
     ///
     /// # Panics
     /// On what the format cannot say, a programmer error: an offset that is 0, not the start of a cluster or too large,
-    /// a zero cluster in version 2 or with extended L2, a compressed length out of range.
-    pub fn encode(self, geometry: &Geometry) -> u64 {
+    /// a zero cluster in version 2, subclusters without extended L2 or that make no sense, a compressed length out of
+    /// range.
+    pub fn encode(self, geometry: &Geometry) -> RawL2Entry {
+        if geometry.extended_l2
+            && let Some(subclusters) = Subclusters::of(self)
+        {
+            return encode_subclusters(subclusters, geometry);
+        }
+        self.encode_descriptor(geometry).into()
+    }
+
+    fn encode_descriptor(self, geometry: &Geometry) -> u64 {
         match self {
             L2Entry::Unallocated => 0,
+            L2Entry::Subclusters(_) => panic!("subclusters need extended L2"),
             L2Entry::Zero => zero_flag(geometry),
             L2Entry::ZeroAllocated { offset, copied } => {
                 cluster_field(offset, geometry) | copied_flag(copied) | zero_flag(geometry)
@@ -227,6 +317,35 @@ fn decode_compressed(raw: u64, geometry: &Geometry) -> Result<L2Entry, EntryErro
     Ok(L2Entry::Compressed { offset: HostOffset(offset), sectors: ((raw >> shift) & length_mask) + 1 })
 }
 
+/// With extended L2 entries bit 0 of the descriptor is reserved: the bitmap says what is zero.
+fn decode_subclusters(raw: u64, bitmap: u64, geometry: &Geometry) -> Result<L2Entry, EntryError> {
+    let (offset, copied) = (HostOffset(raw & OFFSET_MASK), raw & COPIED != 0);
+    let (allocated, zero) = (SubclusterSet(bitmap as u32), SubclusterSet((bitmap >> 32) as u32));
+    if !geometry.is_aligned(offset.0) {
+        return Err(EntryError::Unaligned { raw });
+    }
+    if !allocated.common(zero).is_empty() {
+        return Err(EntryError::SubclusterTwice { raw, bitmap });
+    }
+    let host = (offset.0 != 0).then_some(HostPlace { offset, copied });
+    if host.is_none() && !allocated.is_empty() {
+        return Err(EntryError::SubclusterNowhere { raw, bitmap });
+    }
+    // As in images without subclusters: nothing of it may fall through to the backing file.
+    if host.is_none() && copied && zero != SubclusterSet::ALL {
+        return Err(EntryError::DataAtOffsetZero { raw });
+    }
+    Ok(Subclusters { host, allocated, zero }.entry())
+}
+
+fn encode_subclusters(subclusters: Subclusters, geometry: &Geometry) -> RawL2Entry {
+    let Subclusters { host, allocated, zero } = subclusters;
+    assert!(allocated.common(zero).is_empty(), "a subcluster is data or zero: {subclusters:?}");
+    assert!(host.is_some() || allocated.is_empty(), "data has a host cluster: {subclusters:?}");
+    let descriptor = host.map_or(0, |host| cluster_field(host.offset, geometry) | copied_flag(host.copied));
+    RawL2Entry { descriptor, bitmap: subclusters.bitmap() }
+}
+
 /// Where the length field of a compressed entry begins, in bits, and its mask once shifted down (spec: "Compressed
 /// Clusters Descriptor").
 fn compressed_fields(geometry: &Geometry) -> (u32, u64) {
@@ -241,8 +360,7 @@ fn cluster_field(offset: HostOffset, geometry: &Geometry) -> u64 {
 }
 
 fn zero_flag(geometry: &Geometry) -> u64 {
-    let known = geometry.version == Version::V3 && !geometry.extended_l2;
-    assert!(known, "the zero flag needs version 3 without extended L2");
+    assert!(geometry.version == Version::V3, "the zero flag needs version 3");
     ZERO
 }
 
@@ -312,11 +430,71 @@ mod tests {
     }
 
     #[test]
+    fn extended_entries() {
+        let extended = Geometry { extended_l2: true, ..v3() };
+        let (offset, all) = (HostOffset(0x5_0000), 0xffff_ffff_u64);
+        let some = |host: Option<bool>, allocated, zero| {
+            let host = host.map(|copied| HostPlace { offset, copied });
+            let (allocated, zero) = (SubclusterSet(allocated), SubclusterSet(zero));
+            Ok(L2Entry::Subclusters(Subclusters { host, allocated, zero }))
+        };
+        let twice = |raw, bitmap| Err(EntryError::SubclusterTwice { raw, bitmap });
+        let nowhere = |raw, bitmap| Err(EntryError::SubclusterNowhere { raw, bitmap });
+        for (descriptor, bitmap, expected) in [
+            (0, 0, Ok(L2Entry::Unallocated)),
+            (0, all << 32, Ok(L2Entry::Zero)),
+            (COPIED, all << 32, Ok(L2Entry::Zero)),
+            (0, 1 << 32, some(None, 0, 1)),
+            (0x5_0000, all, Ok(L2Entry::Data { offset, copied: false })),
+            (COPIED | 0x5_0000, all, Ok(L2Entry::Data { offset, copied: true })),
+            (COPIED | 0x5_0000, all << 32, Ok(L2Entry::ZeroAllocated { offset, copied: true })),
+            (COPIED | 0x5_0000, 0x8000_0000_0000_0005, some(Some(true), 5, 1 << 31)),
+            (0x5_0000, 0, some(Some(false), 0, 0)),
+            (0x5_0000, 1 << 32 | 1, twice(0x5_0000, 1 << 32 | 1)),
+            (0, 1 << 32 | 1, twice(0, 1 << 32 | 1)),
+            (0, 1 << 31, nowhere(0, 1 << 31)),
+            (COPIED, 0, Err(EntryError::DataAtOffsetZero { raw: COPIED })),
+            (COPIED, 1 << 32, Err(EntryError::DataAtOffsetZero { raw: COPIED })),
+            (0x5_0200, 0, Err(EntryError::Unaligned { raw: 0x5_0200 })),
+        ] {
+            let raw = RawL2Entry { descriptor, bitmap };
+            assert_eq!(L2Entry::decode(raw, &extended), expected, "{raw:x?}");
+            if let Ok(entry) = expected {
+                let kept = if entry == L2Entry::Zero { 0 } else { descriptor };
+                assert_eq!(entry.encode(&extended), RawL2Entry { descriptor: kept, bitmap });
+            }
+        }
+    }
+
+    #[test]
     fn with_extended_l2_the_zero_flag_is_reserved() {
         let extended = Geometry { extended_l2: true, ..v3() };
         assert_eq!(L2Entry::decode(1, &extended), Ok(L2Entry::Unallocated));
+        let raw = RawL2Entry { descriptor: 0x5_0001, bitmap: 0xffff_ffff };
         let data = L2Entry::Data { offset: HostOffset(0x5_0000), copied: false };
-        assert_eq!(L2Entry::decode(0x5_0001, &extended), Ok(data));
+        assert_eq!(L2Entry::decode(raw, &extended), Ok(data));
+        assert_eq!(data.encode(&extended), RawL2Entry { descriptor: 0x5_0000, ..raw });
+    }
+
+    #[test]
+    fn a_compressed_entry_has_no_subclusters() {
+        let extended = Geometry { extended_l2: true, ..v3() };
+        let raw = RawL2Entry { descriptor: COMPRESSED | 0x5_0001, bitmap: u64::MAX };
+        let entry = L2Entry::Compressed { offset: HostOffset(0x5_0001), sectors: 1 };
+        assert_eq!(L2Entry::decode(raw, &extended), Ok(entry));
+        assert_eq!(entry.encode(&extended), RawL2Entry { bitmap: 0, ..raw });
+    }
+
+    #[test]
+    fn entries_have_their_place_in_a_table() {
+        let extended = Geometry { extended_l2: true, ..v3() };
+        let mut table = [0xee; 64];
+        RawL2Entry { descriptor: 1, bitmap: 2 }.store(&mut table, 1, &extended);
+        assert_eq!([entry(&table, 1), entry(&table, 2), entry(&table, 3)], [0xeeee_eeee_eeee_eeee, 1, 2]);
+        assert_eq!(RawL2Entry::load(&table, 1, &extended), RawL2Entry { descriptor: 1, bitmap: 2 });
+        RawL2Entry::from(7).store(&mut table, 4, &v3());
+        assert_eq!([entry(&table, 4), entry(&table, 5)], [7, 0xeeee_eeee_eeee_eeee]);
+        assert_eq!(RawL2Entry::load(&table, 4, &v3()), 7.into());
     }
 
     #[test]
@@ -336,7 +514,7 @@ mod tests {
             let sectors = 2 * geometry.cluster_size() / COMPRESSED_SECTOR_SIZE;
             let entry = L2Entry::Compressed { offset: HostOffset(offset), sectors };
             assert_eq!(L2Entry::decode(raw, &geometry), Ok(entry), "{cluster_bits} bits");
-            assert_eq!(entry.encode(&geometry), raw);
+            assert_eq!(entry.encode(&geometry), raw.into());
             let next = L2Entry::decode(raw + 1, &geometry);
             if offset_bits > 56 {
                 assert_eq!(next, Err(EntryError::OffsetTooLarge { raw: raw + 1 }));
@@ -372,9 +550,17 @@ mod tests {
     fn what_the_format_cannot_say_is_refused() {
         let v2 = geometry(Version::V2, 16);
         let at = HostOffset;
-        let cases: [(L2Entry, Geometry); 8] = [
+        let extended = Geometry { extended_l2: true, ..v3() };
+        let host = Some(HostPlace { offset: at(0x5_0000), copied: true });
+        let some = |host, allocated, zero| {
+            let (allocated, zero) = (SubclusterSet(allocated), SubclusterSet(zero));
+            L2Entry::Subclusters(Subclusters { host, allocated, zero })
+        };
+        let cases: [(L2Entry, Geometry); 10] = [
             (L2Entry::Zero, v2),
-            (L2Entry::Zero, Geometry { extended_l2: true, ..v3() }),
+            (some(host, 1, 2), v3()),
+            (some(host, 3, 2), extended),
+            (some(None, 1, 2), extended),
             (L2Entry::Data { offset: at(0), copied: true }, v3()),
             (L2Entry::Data { offset: at(0x200), copied: true }, v3()),
             (L2Entry::ZeroAllocated { offset: at(1 << 56), copied: true }, v3()),

@@ -4,6 +4,7 @@
 //! [`Header`](crate::Header) is within the format's limits, and one made by hand must be.
 
 use crate::address::{GuestCluster, GuestOffset, HostCluster, HostOffset};
+use crate::subcluster::SUBCLUSTERS;
 
 /// The smallest cluster: 512 bytes.
 pub const CLUSTER_BITS_MIN: u32 = 9;
@@ -54,6 +55,12 @@ impl Geometry {
     /// Bytes in a cluster.
     pub const fn cluster_size(&self) -> u64 {
         1 << self.cluster_bits
+    }
+
+    /// Bytes of the least part of a cluster that can be allocated by itself: a subcluster with extended L2 entries, else
+    /// the cluster.
+    pub const fn granule_size(&self) -> u64 {
+        if self.extended_l2 { self.cluster_size() / SUBCLUSTERS as u64 } else { self.cluster_size() }
     }
 
     /// Bytes in an L2 entry: 8, or 16 with extended L2 entries.
@@ -183,6 +190,7 @@ mod tests {
         assert_eq!(large.refblock_entries(), 1 << 20);
         let extended = Geometry { extended_l2: true, ..geometry(16, 0) };
         assert_eq!((extended.l2_entry_size(), extended.l2_entries()), (16, 4096));
+        assert_eq!((extended.granule_size(), large.granule_size()), (2048, 2 << 20));
     }
 
     #[test]

@@ -6,8 +6,8 @@ use proptest::prelude::*;
 use qcow2::extension::{BACKING_FORMAT, BITMAPS, ENCRYPTION_HEADER};
 use qcow2::geometry::{REFCOUNT_ORDER_MAX, REFCOUNT_ORDER_V2};
 use qcow2::{
-    Extension, Geometry, Header, HostOffset, Incompatible, L1Entry, L2Entry, NewImage, Version,
-    refblock_offset,
+    Extension, Geometry, Header, HostOffset, HostPlace, Incompatible, L1Entry, L2Entry, NewImage, RawL2Entry,
+    Subcluster, SubclusterSet, Subclusters, Version, refblock_offset,
 };
 
 fn version() -> impl Strategy<Value = Version> {
@@ -24,6 +24,18 @@ fn geometry() -> impl Strategy<Value = Geometry> {
             size,
         },
     )
+}
+
+/// Bitmaps of subclusters, most of which make sense.
+fn bitmap() -> impl Strategy<Value = u64> {
+    let some = |(allocated, zero): (u32, u32)| u64::from(zero & !allocated) << 32 | u64::from(allocated);
+    prop_oneof![
+        4 => any::<(u32, u32)>().prop_map(some),
+        1 => any::<u64>(),
+        1 => Just(u64::from(u32::MAX)),
+        1 => Just(u64::from(u32::MAX) << 32),
+        1 => Just(0),
+    ]
 }
 
 fn extension() -> impl Strategy<Value = Extension> {
@@ -118,18 +130,58 @@ proptest! {
     }
 
     #[test]
-    fn l2_entries_keep_all_but_reserved_bits(raw in any::<u64>(), low in 0..4_u64, geometry in geometry()) {
-        for raw in [raw, (raw & !((1 << geometry.cluster_bits) - 1)) | low] {
+    fn l2_entries_keep_all_but_reserved_bits(
+        raw in any::<u64>(),
+        low in 0..4_u64,
+        bitmap in bitmap(),
+        geometry in geometry(),
+    ) {
+        for descriptor in [raw, (raw & !((1 << geometry.cluster_bits) - 1)) | low, 0] {
+            let bitmap = if geometry.extended_l2 { bitmap } else { 0 };
+            let raw = RawL2Entry { descriptor, bitmap };
             let Ok(entry) = L2Entry::decode(raw, &geometry) else { continue };
             let encoded = entry.encode(&geometry);
             prop_assert_eq!(L2Entry::decode(encoded, &geometry), Ok(entry));
+            // The zero flag is one of the reserved bits with extended L2 entries.
+            let reserved = 0x3f00_0000_0000_01fe | u64::from(geometry.extended_l2);
+            let kept = RawL2Entry { descriptor: descriptor & !reserved, bitmap };
             match entry {
-                L2Entry::Compressed { .. } => prop_assert_eq!(encoded, raw & !(1 << 63)),
-                L2Entry::Data { .. } => prop_assert_eq!(encoded, raw & !0x3f00_0000_0000_01ff),
-                L2Entry::ZeroAllocated { .. } => prop_assert_eq!(encoded, raw & !0x3f00_0000_0000_01fe),
+                L2Entry::Compressed { .. } => {
+                    prop_assert_eq!(encoded, RawL2Entry::from(descriptor & !(1 << 63)));
+                }
+                L2Entry::Subclusters(_) if descriptor == 0 => {
+                    prop_assert_eq!(encoded, RawL2Entry { descriptor: 0, bitmap });
+                }
+                L2Entry::Data { .. } | L2Entry::ZeroAllocated { .. } | L2Entry::Subclusters(_) => {
+                    prop_assert_eq!(encoded, kept);
+                }
                 L2Entry::Unallocated | L2Entry::Zero => {}
             }
         }
+    }
+
+    #[test]
+    fn the_runs_of_subclusters_are_what_the_bits_say(allocated in any::<u32>(), zero in any::<u32>()) {
+        let host = Some(HostPlace { offset: HostOffset(1 << 21), copied: true });
+        let zero = zero & !allocated;
+        let subclusters =
+            Subclusters { host, allocated: SubclusterSet(allocated), zero: SubclusterSet(zero) };
+        let mut at = 0;
+        while at < 32 {
+            let (what, run) = subclusters.at(at);
+            prop_assert!(run > 0 && at + run <= 32);
+            for bit in at..at + run {
+                let expected = match (allocated >> bit & 1, zero >> bit & 1) {
+                    (1, _) => Subcluster::Data,
+                    (_, 1) => Subcluster::Zero,
+                    _ => Subcluster::Unallocated,
+                };
+                prop_assert_eq!(what, expected);
+            }
+            at += run;
+            prop_assert!(at == 32 || subclusters.at(at).0 != what);
+        }
+        prop_assert_eq!(Subclusters::of(subclusters.entry()), Some(subclusters));
     }
 
     #[test]

@@ -1,0 +1,218 @@
+//! Subclusters: the 32 equal parts of a cluster in an image with extended L2 entries, and the bitmap that says what
+//! each of them is.
+//!
+//! Owns the bitmap's bits (spec: "Extended L2 Entries") and what a cluster is whose parts differ. A cluster whose parts
+//! are all alike has an entry of the ordinary kind; see [`Subclusters::entry`].
+
+use std::ops::Range;
+
+use crate::address::HostOffset;
+use crate::entry::L2Entry;
+
+/// Subclusters in a cluster.
+pub const SUBCLUSTERS: u32 = 32;
+
+/// Some of the subclusters of one cluster; bit 0 is the first.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct SubclusterSet(pub u32);
+
+impl SubclusterSet {
+    /// None.
+    pub const EMPTY: SubclusterSet = SubclusterSet(0);
+    /// All 32.
+    pub const ALL: SubclusterSet = SubclusterSet(u32::MAX);
+
+    /// A range of them; what is past the last is none.
+    pub const fn range(range: Range<u32>) -> SubclusterSet {
+        SubclusterSet(below(range.end) & !below(range.start))
+    }
+
+    /// True if there are none.
+    pub const fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// True if `index` is one of them.
+    pub const fn contains(self, index: u32) -> bool {
+        index < SUBCLUSTERS && self.0 >> index & 1 != 0
+    }
+
+    /// True if all of `others` are among them.
+    pub const fn covers(self, others: SubclusterSet) -> bool {
+        others.0 & !self.0 == 0
+    }
+
+    /// These and `others`.
+    #[must_use]
+    pub const fn with(self, others: SubclusterSet) -> SubclusterSet {
+        SubclusterSet(self.0 | others.0)
+    }
+
+    /// These without `others`.
+    #[must_use]
+    pub const fn without(self, others: SubclusterSet) -> SubclusterSet {
+        SubclusterSet(self.0 & !others.0)
+    }
+
+    /// Those that are in both.
+    #[must_use]
+    pub const fn common(self, others: SubclusterSet) -> SubclusterSet {
+        SubclusterSet(self.0 & others.0)
+    }
+
+    /// From the first to the last of them; an empty range if there are none.
+    pub const fn hull(self) -> Range<u32> {
+        if self.0 == 0 { 0..0 } else { self.0.trailing_zeros()..SUBCLUSTERS - self.0.leading_zeros() }
+    }
+
+    /// How many subclusters from `index` on are, as it is, all in the set or all not.
+    pub const fn run(self, index: u32) -> u32 {
+        if index >= SUBCLUSTERS {
+            return 0;
+        }
+        let alike = if self.contains(index) { self.0 } else { !self.0 };
+        let run = (alike >> index).trailing_ones();
+        let left = SUBCLUSTERS - index;
+        if run < left { run } else { left }
+    }
+}
+
+/// The bits below one.
+const fn below(bit: u32) -> u32 {
+    if bit >= SUBCLUSTERS { u32::MAX } else { (1 << bit) - 1 }
+}
+
+/// Where a cluster lies.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct HostPlace {
+    /// Where the host cluster begins.
+    pub offset: HostOffset,
+    /// True if its refcount is one.
+    pub copied: bool,
+}
+
+/// What one subcluster holds.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Subcluster {
+    /// Nothing here: the backing file's data, or zeros if there is none.
+    Unallocated,
+    /// Reads as zeros.
+    Zero,
+    /// Its part of the host cluster.
+    Data,
+}
+
+/// A cluster by its subclusters. `allocated` and `zero` have none in common, and `allocated` has none without a host
+/// cluster.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Subclusters {
+    /// The host cluster, whose parts each subcluster has at its own place.
+    pub host: Option<HostPlace>,
+    /// Those that hold data.
+    pub allocated: SubclusterSet,
+    /// Those that read as zeros.
+    pub zero: SubclusterSet,
+}
+
+impl Subclusters {
+    /// What one of them holds, and how many from it on hold the same.
+    ///
+    /// # Panics
+    /// If there is no such subcluster: a programmer error.
+    pub const fn at(&self, index: u32) -> (Subcluster, u32) {
+        assert!(index < SUBCLUSTERS, "a cluster has 32 subclusters");
+        let what = if self.allocated.contains(index) {
+            Subcluster::Data
+        } else if self.zero.contains(index) {
+            Subcluster::Zero
+        } else {
+            Subcluster::Unallocated
+        };
+        let (data, zero) = (self.allocated.run(index), self.zero.run(index));
+        (what, if data < zero { data } else { zero })
+    }
+
+    /// Those that hold nothing.
+    pub const fn unallocated(&self) -> SubclusterSet {
+        SubclusterSet::ALL.without(self.allocated).without(self.zero)
+    }
+
+    /// The entry that says this: of an ordinary kind if all 32 are alike.
+    pub fn entry(self) -> L2Entry {
+        match self.host {
+            Some(HostPlace { offset, copied }) if self.allocated == SubclusterSet::ALL => {
+                L2Entry::Data { offset, copied }
+            }
+            Some(HostPlace { offset, copied }) if self.zero == SubclusterSet::ALL => {
+                L2Entry::ZeroAllocated { offset, copied }
+            }
+            None if self.zero == SubclusterSet::ALL => L2Entry::Zero,
+            None if self.zero.is_empty() => L2Entry::Unallocated,
+            _ => L2Entry::Subclusters(self),
+        }
+    }
+
+    /// The subclusters of an entry; none of a compressed cluster.
+    pub fn of(entry: L2Entry) -> Option<Subclusters> {
+        let (none, all) = (SubclusterSet::EMPTY, SubclusterSet::ALL);
+        let (allocated, zero) = match entry {
+            L2Entry::Unallocated => (none, none),
+            L2Entry::Zero | L2Entry::ZeroAllocated { .. } => (none, all),
+            L2Entry::Data { .. } => (all, none),
+            L2Entry::Subclusters(subclusters) => return Some(subclusters),
+            L2Entry::Compressed { .. } => return None,
+        };
+        Some(Subclusters { host: entry.host(), allocated, zero })
+    }
+
+    /// The bitmap: what is allocated in its lower half, what is zero in its upper.
+    pub const fn bitmap(&self) -> u64 {
+        (self.zero.0 as u64) << 32 | self.allocated.0 as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sets_are_ranges_and_runs() {
+        assert_eq!(SubclusterSet::range(0..32), SubclusterSet::ALL);
+        assert_eq!(SubclusterSet::range(3..5), SubclusterSet(0b11000));
+        assert_eq!(SubclusterSet::range(31..40), SubclusterSet(1 << 31));
+        assert_eq!(SubclusterSet::range(5..5), SubclusterSet::EMPTY);
+        assert_eq!(SubclusterSet(0b101000).hull(), 3..6);
+        assert_eq!((SubclusterSet::EMPTY.hull(), SubclusterSet::ALL.hull()), (0..0, 0..32));
+        let set = SubclusterSet(0x8000_0018);
+        assert_eq!([0, 3, 4, 5, 31, 32].map(|index| set.run(index)), [3, 2, 1, 26, 1, 0]);
+        assert_eq!((SubclusterSet::ALL.run(0), SubclusterSet::EMPTY.run(7)), (32, 25));
+        assert!(set.contains(31) && !set.contains(30) && !set.contains(32));
+        assert!(set.covers(SubclusterSet(8)) && !set.covers(SubclusterSet(9)));
+    }
+
+    #[test]
+    fn clusters_whose_parts_are_alike_have_ordinary_entries() {
+        let host = Some(HostPlace { offset: HostOffset(0x5_0000), copied: true });
+        let (offset, copied) = (HostOffset(0x5_0000), true);
+        let (none, all) = (SubclusterSet::EMPTY, SubclusterSet::ALL);
+        for (host, allocated, zero, entry) in [
+            (host, all, none, L2Entry::Data { offset, copied }),
+            (host, none, all, L2Entry::ZeroAllocated { offset, copied }),
+            (None, none, all, L2Entry::Zero),
+            (None, none, none, L2Entry::Unallocated),
+        ] {
+            let subclusters = Subclusters { host, allocated, zero };
+            assert_eq!(subclusters.entry(), entry);
+            assert_eq!(Subclusters::of(entry), Some(subclusters));
+        }
+        let mixed = Subclusters { host, allocated: SubclusterSet(6), zero: SubclusterSet(1) };
+        assert_eq!(mixed.entry(), L2Entry::Subclusters(mixed));
+        assert_eq!(mixed.at(0), (Subcluster::Zero, 1));
+        assert_eq!(mixed.at(1), (Subcluster::Data, 2));
+        assert_eq!(mixed.at(3), (Subcluster::Unallocated, 29));
+        assert_eq!(mixed.bitmap(), 0x1_0000_0006);
+        // A host cluster of which nothing is used is not the same as none.
+        let kept = Subclusters { host, allocated: none, zero: none };
+        assert_eq!(kept.entry(), L2Entry::Subclusters(kept));
+    }
+}
