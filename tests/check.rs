@@ -104,6 +104,20 @@ fn filled(size: u64, cluster_size: u64) -> ImageSpec {
         .with(pattern(size - 512, 512, 3))
 }
 
+/// With subclusters of every kind.
+fn subclusters(spec: ImageSpec) -> ImageSpec {
+    let part = spec.cluster_size / 32;
+    let base = 12 * spec.cluster_size;
+    let zeroes = |offset, length, unmap| Content::Zeroes { offset, length, unmap };
+    spec.extended()
+        .with(pattern(base + part, 3 * part, 4))
+        .with(zeroes(base + 3 * part, 4 * part, false))
+        .with(zeroes(base + 64 * part, part, true))
+        .with(zeroes(0, 2 * part, false))
+        .with(zeroes(6 * 32 * part, 32 * part, false))
+        .with(pattern(6 * 32 * part + 31 * part, part, 5))
+}
+
 fn with_refcount_bits(mut spec: ImageSpec, bits: u8) -> ImageSpec {
     spec.refcount_bits = bits;
     spec
@@ -133,7 +147,13 @@ fn it_agrees_on_sound_images() {
             specs.push((format!("{how:?}, clusters of {cluster_size}"), spec));
         }
     }
+    for bits in 14..=21 {
+        let cluster_size = 1 << bits;
+        let spec = subclusters(filled((24 * cluster_size).max(4 * M), cluster_size));
+        specs.push((format!("subclusters, {bits} bits"), spec));
+    }
     let compressed = Content::Compressed { offset: M, length: M, byte: 9 };
+    specs.push(("compressed, subclusters".into(), filled(4 * M, 64 * K).extended().with(compressed)));
     specs.push(("compressed".into(), filled(4 * M, 64 * K).with(compressed).with(pattern(M, 100, 1))));
     specs.push(("empty".into(), ImageSpec::qcow2(0)));
     specs.push(("a large empty disk".into(), ImageSpec::qcow2(1 << 46).cluster_size(2 * M)));
@@ -193,6 +213,7 @@ fn victims(qemu: &Qemu, folder: &Path) -> Vec<(String, Vec<u8>)> {
         ("v3, 512 B, 8-bit refcounts", with_refcount_bits(filled(M, 512), 8)),
         ("v3, 64 KiB, 1-bit refcounts", with_refcount_bits(filled(8 * M, 64 * K), 1)),
         ("v3, 4 KiB, 64-bit refcounts", with_refcount_bits(filled(4 * M, 4 * K), 64)),
+        ("subclusters of 2 KiB", subclusters(filled(8 * M, 64 * K))),
     ];
     for (name, spec) in specs {
         let image = folder.join("victim.qcow2");

@@ -233,7 +233,9 @@ fn what_is_not_supported_is_refused_by_name() {
         assert!(message.contains(word), "{message:?} says nothing of {word:?}");
         assert!(message.contains(&image.display().to_string()), "{message:?} does not name the file");
     };
-    named(&create("ext.qcow2", "extended_l2=on"), &options(), "extended L2");
+    let extended = create("ext.qcow2", "extended_l2=on");
+    named(&extended, &options(), "extended L2");
+    Rig::open(&extended, &DiskOptions { read_only: true, ..options() }).expect("reading subclusters").close();
     named(&create("zstd.qcow2", "compression_type=zstd"), &options(), "zstd");
     let data = format!("data_file={},data_file_raw=on", path("data.raw").display());
     named(&create("data.qcow2", &data), &options(), "external data file");

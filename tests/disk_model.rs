@@ -65,6 +65,22 @@ fn cases() -> Vec<Case> {
             })],
         },
     ];
+    cases.push(Case {
+        name: "over subclusters",
+        chain: vec![parts(6 * M, 64 * K), over(Format::Qcow2, 6 * M)],
+    });
+    cases.push(Case {
+        name: "small clusters over subclusters over large",
+        chain: vec![
+            base().cluster_size(256 * K),
+            over(Format::Qcow2, 5 * M).cluster_size(128 * K).extended().with(pattern(M + 4 * K, 8 * K, 4)),
+            over(Format::Qcow2, 6 * M).cluster_size(4 * K),
+        ],
+    });
+    cases.push(Case {
+        name: "large clusters over subclusters",
+        chain: vec![parts(6 * M, 16 * K), over(Format::Qcow2, 6 * M).cluster_size(256 * K)],
+    });
     for bits in [9, 10, 12, 14, 18, 21] {
         let cluster = 1u64 << bits;
         let size = (cluster * 40).clamp(64 * K, 24 * M) + 512;
@@ -80,6 +96,21 @@ fn cases() -> Vec<Case> {
         cases.push(Case { name, chain: vec![below, over(Format::Qcow2, size).cluster_size(cluster)] });
     }
     cases
+}
+
+/// An image with subclusters of every kind, from the second cluster on.
+fn parts(size: u64, cluster: u64) -> ImageSpec {
+    let part = cluster / 32;
+    let zeroes = |offset, length, unmap| Content::Zeroes { offset, length, unmap };
+    ImageSpec::qcow2(size)
+        .cluster_size(cluster)
+        .extended()
+        .with(pattern(cluster + part, 5 * part, 1))
+        .with(zeroes(cluster + 2 * part, part, false))
+        .with(pattern(3 * cluster - part, 2 * part, 2))
+        .with(pattern(5 * cluster, 2 * cluster, 3))
+        .with(zeroes(5 * cluster, 33 * part, false))
+        .with(zeroes(8 * cluster + part, 3 * part, true))
 }
 
 fn geometry(top: &ImageSpec) -> Geometry {

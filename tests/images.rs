@@ -195,6 +195,13 @@ impl ImageSpec {
         self
     }
 
+    /// Gives it extended L2 entries, with subclusters.
+    #[must_use]
+    pub fn extended(mut self) -> Self {
+        self.extended_l2 = true;
+        self
+    }
+
     /// Sets what is allocated at once.
     #[must_use]
     pub fn preallocation(mut self, preallocation: Preallocation) -> Self {

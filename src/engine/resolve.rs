@@ -4,7 +4,7 @@
 
 use std::task::Waker;
 
-use qcow2::{GuestCluster, GuestOffset, HostOffset, L1Entry, L2Entry};
+use qcow2::{GuestCluster, GuestOffset, HostOffset, HostPlace, L1Entry, L2Entry, Subcluster, Subclusters};
 
 use crate::answer::{Answer, ready};
 use crate::error::EngineError;
@@ -300,10 +300,32 @@ impl State {
                     return Ok((Some(source), length));
                 }
                 Some(L2Entry::Compressed { .. }) => return Err(compressed(layer, cluster)),
+                Some(L2Entry::Subclusters(subclusters)) => {
+                    let (source, alike) = subcluster_source(layer, &subclusters, within);
+                    length = length.min(alike);
+                    if let Some(source) = source {
+                        return Ok((Some(source), length));
+                    }
+                }
             }
         }
         Ok((Some(Source::Zero), length))
     }
+}
+
+/// What a cluster of subclusters gives for the byte `within` it, and for how many bytes; nothing where it has nothing.
+fn subcluster_source(layer: &Qcow2Layer, subclusters: &Subclusters, within: u64) -> (Option<Source>, u64) {
+    let size = layer.geometry.granule_size();
+    let index = within / size;
+    let (what, run) = subclusters.at(index as u32);
+    let source = match (what, subclusters.host) {
+        (Subcluster::Data, Some(host)) => {
+            Some(Source::Data { file: layer.file, offset: HostOffset(host.offset.0 + within) })
+        }
+        (Subcluster::Zero, _) => Some(Source::Zero),
+        _ => None,
+    };
+    (source, (index + u64::from(run)) * size - within)
 }
 
 fn compressed(layer: &Qcow2Layer, cluster: GuestCluster) -> EngineError {
@@ -323,7 +345,7 @@ fn entry_of(
     }
     let place = layer.entry_place(cluster);
     let Some(bytes) = resident(tables, place.table, missing) else { return Ok(None) };
-    decode_l2(layer, qcow2::entry(bytes, place.index), cluster.0).map(Some)
+    decode_l2(layer, bytes, place.index, cluster.0).map(Some)
 }
 
 fn resident<'a>(tables: &'a mut Tables, id: TableId, missing: &mut Missing) -> Option<&'a [u8]> {
@@ -368,13 +390,32 @@ fn qcow2_step(
         Some(L2Entry::Unallocated) => Step::Below,
         Some(L2Entry::Zero | L2Entry::ZeroAllocated { .. }) => Step::Answer(Word::ZERO),
         Some(L2Entry::Data { offset, copied }) => {
+            let in_place = may_be_written(layer, HostPlace { offset, copied }, guard);
             let place = HostOffset(offset.0 + geometry.in_cluster(span.start));
-            let own = copied && layer.number == 0;
-            let in_place = own && guard.is_some_and(|guard| !guard.contains(geometry.host_cluster(offset)));
             Step::Answer(Word::data(layer.file, place, in_place))
         }
         Some(L2Entry::Compressed { .. }) => Step::Answer(Word::MIXED),
+        Some(L2Entry::Subclusters(subclusters)) => {
+            // The span may be a part of a cluster that is larger than the top image's.
+            let within = geometry.in_cluster(span.start);
+            let (source, alike) = subcluster_source(layer, &subclusters, within);
+            match source {
+                _ if alike < span.end - span.start => Step::Answer(Word::MIXED),
+                Some(Source::Zero) => Step::Answer(Word::ZERO),
+                Some(Source::Data { file, offset }) => {
+                    let in_place = subclusters.host.is_some_and(|host| may_be_written(layer, host, guard));
+                    Step::Answer(Word::data(file, offset, in_place))
+                }
+                None => Step::Below,
+            }
+        }
     })
+}
+
+/// True if a host cluster may be written where it is: the top image's own, and no metadata.
+fn may_be_written(layer: &Qcow2Layer, host: HostPlace, guard: Option<&MetadataGuard>) -> bool {
+    let own = host.copied && layer.number == 0;
+    own && guard.is_some_and(|guard| !guard.contains(layer.geometry.host_cluster(host.offset)))
 }
 
 /// Notes which tables of a layer are not resident that these spans will need if it is asked for them.

@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::task::Waker;
 
-use qcow2::{HostCluster, HostOffset, L1Entry, L2Entry};
+use qcow2::{HostCluster, HostOffset, L1Entry, L2Entry, RawL2Entry};
 
 use crate::alloc::Allocator;
 use crate::answer::{Answer, TableLoad, TableSlot};
@@ -194,10 +194,8 @@ impl State {
 
     /// Refuses an L2 entry of the top image that names metadata: nothing may be written or freed there.
     pub fn guard_entry(&self, entry: L2Entry, cluster: u64) -> Result<(), EngineError> {
-        let (L2Entry::Data { offset, .. } | L2Entry::ZeroAllocated { offset, .. }) = entry else {
-            return Ok(());
-        };
-        let host = self.top_qcow2().geometry.host_cluster(offset);
+        let Some(host) = entry.host() else { return Ok(()) };
+        let host = self.top_qcow2().geometry.host_cluster(host.offset);
         if self.write.as_ref().is_some_and(|write| write.guard.contains(host)) {
             return Err(EngineError::Overlap { structure: Structure::L2, index: cluster, cluster: host.0 });
         }
@@ -206,19 +204,24 @@ impl State {
 
     /// The decoded L2 entry at a resident place of the top image.
     pub fn top_entry(&self, place: EntryPlace, cluster: u64) -> Result<L2Entry, EngineError> {
-        let raw = qcow2::entry(self.tables.bytes(place.table), place.index);
-        decode_l2(self.top_qcow2(), raw, cluster)
+        decode_l2(self.top_qcow2(), self.tables.bytes(place.table), place.index, cluster)
     }
 
     /// Changes an L2 entry of the top image at a resident place.
     pub fn set_top_entry(&mut self, place: EntryPlace, entry: L2Entry) {
-        let raw = entry.encode(&self.top_qcow2().geometry);
-        qcow2::set_entry(self.tables.change(place.table), place.index, raw);
+        let geometry = self.top_qcow2().geometry;
+        entry.encode(&geometry).store(self.tables.change(place.table), place.index, &geometry);
     }
 }
 
-/// Decodes an L2 entry, naming it in the error.
-pub(crate) fn decode_l2(layer: &Qcow2Layer, raw: u64, cluster: u64) -> Result<L2Entry, EngineError> {
+/// Decodes the L2 entry at an index of a slice, naming it in the error.
+pub(crate) fn decode_l2(
+    layer: &Qcow2Layer,
+    slice: &[u8],
+    index: usize,
+    cluster: u64,
+) -> Result<L2Entry, EngineError> {
+    let raw = RawL2Entry::load(slice, index, &layer.geometry);
     L2Entry::decode(raw, &layer.geometry).map_err(|source| EngineError::BadEntry {
         layer: usize::from(layer.number),
         structure: Structure::L2,

@@ -193,11 +193,8 @@ impl State {
 
     /// Puts the host cluster that an entry names, if any, into quarantine: the entry is about to change.
     pub fn release_old(&mut self, place: EntryPlace, guest: GuestCluster) {
-        let host = match self.top_entry(place, guest.0) {
-            Ok(L2Entry::Data { offset, .. } | L2Entry::ZeroAllocated { offset, .. }) => offset,
-            _ => return,
-        };
-        let host = self.top_qcow2().geometry.host_cluster(host);
+        let Some(host) = self.top_entry(place, guest.0).ok().and_then(L2Entry::host) else { return };
+        let host = self.top_qcow2().geometry.host_cluster(host.offset);
         let write = self.write.as_mut().expect("a plan was made");
         write.alloc.free_later(host, write.flush.next_cut());
     }

@@ -164,6 +164,7 @@ impl State {
                 Change::Set(L2Entry::ZeroAllocated { offset, copied: true }, false)
             }
             (L2Entry::Data { .. }, _) => Change::Set(empty, true),
+            (L2Entry::Subclusters(_), _) => Change::Data,
             (L2Entry::Compressed { .. }, _) => {
                 return Err(EngineError::Compressed { layer: 0, cluster: guest.0 });
             }

@@ -87,8 +87,8 @@ pub enum Unsupported {
     ExternalDataFile,
     /// L2 entries have 128 bits.
     #[error(
-        "the image has extended L2 entries, which are not supported: convert it with \
-        qemu-img convert -o extended_l2=off"
+        "the image has extended L2 entries, and such images are not written yet: open it read-only, or convert it \
+        with qemu-img convert -o extended_l2=off"
     )]
     ExtendedL2,
     /// Anything may be wrong.

@@ -101,13 +101,16 @@ impl Header {
         if self.compression_type != 0 {
             return Some(Unsupported::Compression { compression_type: self.compression_type });
         }
-        self.incompatible.contains(Incompatible::EXTENDED_L2).then_some(Unsupported::ExtendedL2)
+        None
     }
 
     /// The first thing, if any, that keeps Strata from writing to an image that it could serve read-only.
     pub fn write_refusal(&self) -> Option<Unsupported> {
         if self.incompatible.contains(Incompatible::CORRUPT) {
             return Some(Unsupported::Corrupt);
+        }
+        if self.incompatible.contains(Incompatible::EXTENDED_L2) {
+            return Some(Unsupported::ExtendedL2);
         }
         (self.snapshots > 0).then_some(Unsupported::InternalSnapshots { count: self.snapshots })
     }

@@ -52,7 +52,12 @@ impl Raw {
 
     /// Where the L2 entry of one of the first guest clusters is.
     fn l2_entry(&self, index: u64) -> u64 {
-        self.l2 + index * 8
+        self.l2 + index * self.geometry.l2_entry_size()
+    }
+
+    /// Changes bits in the bitmap of subclusters of an L2 entry; false if there is none.
+    fn flip_subclusters(&mut self, index: u64, bits: u64) -> bool {
+        self.geometry.extended_l2 && self.flip(self.l2_entry(index) + 8, bits)
     }
 
     /// The host cluster of one of the first guest clusters.
@@ -132,6 +137,13 @@ pub const MAPPING: &[Damage] = &[
     ("compressed and COPIED", |i| i.flip(i.l2_entry(0), COMPRESSED)),
     ("compressed far behind the file", |i| i.put(i.l2_entry(0), FAR | COMPRESSED)),
     ("the zero flag on data", |i| i.version_3() && i.flip(i.l2_entry(0), 1)),
+    ("a subcluster both allocated and zero", |i| i.flip_subclusters(3, 1 << 40)),
+    ("a subcluster of an empty cluster allocated", |i| i.flip_subclusters(60, 1 << 3)),
+    ("a subcluster of an empty cluster both", |i| i.flip_subclusters(60, 1 << 63 | 1 << 31)),
+    ("a subcluster of an empty cluster zero", |i| i.flip_subclusters(60, 1 << 63)),
+    ("a subcluster of an allocated cluster not allocated", |i| i.flip_subclusters(3, 1 << 31)),
+    ("no subcluster of an allocated cluster allocated", |i| i.flip_subclusters(3, 0xffff_ffff)),
+    ("compressed with subclusters", |i| i.geometry.extended_l2 && i.flip(i.l2_entry(3), COMPRESSED | COPIED)),
     ("an L1 entry cleared", |i| i.put(i.l1, 0)),
     ("an L1 entry without offset but COPIED", |i| i.put(i.l1, COPIED)),
     ("reserved bit 0 of an L1 entry", |i| i.flip(i.l1, 1)),

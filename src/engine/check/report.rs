@@ -89,6 +89,14 @@ pub enum FindingKind {
         /// The entry.
         raw: u64,
     },
+    /// A compressed cluster has no subclusters, but its entry has a bitmap of them.
+    #[error("compressed cluster, entry {raw:#018x}, with a bitmap of subclusters {bitmap:#018x}")]
+    CompressedSubclusters {
+        /// The entry.
+        raw: u64,
+        /// Its bitmap.
+        bitmap: u64,
+    },
     /// An entry has bits set that the format reserves.
     #[error("{part} entry {raw:#018x} has reserved bits set")]
     ReservedBits {

@@ -8,7 +8,7 @@ use qcow2::entry::{COMPRESSED, COPIED, OFFSET_MASK, compressed_length};
 use qcow2::extension;
 use qcow2::feature::AUTOCLEAR_BITMAPS;
 use qcow2::header::L1_TABLE_SIZE_MAX;
-use qcow2::{EntryError, Geometry, Header, HostOffset, L1Entry, L2Entry, Version};
+use qcow2::{EntryError, Geometry, Header, HostOffset, L1Entry, L2Entry, RawL2Entry, Version};
 
 use super::CLUSTERS_MAX;
 use super::counts::Counts;
@@ -315,17 +315,24 @@ impl Walk {
     /// Entries of an L2 table, which lie at `offset`.
     pub fn l2(&mut self, offset: u64, bytes: &[u8], times: L2Use) {
         let (part, size) = (Part::L2, self.geometry.cluster_size());
-        for (entry, _, raw) in entries(offset, 0, bytes) {
+        for (entry, whole) in l2_entries(self.geometry, offset, bytes) {
+            let raw = whole.descriptor;
             if raw & COMPRESSED == 0 && raw & L2_RESERVED != 0 {
                 self.report.add(entry, FindingKind::ReservedBits { part, raw });
             }
             if raw & COMPRESSED != 0 && raw & COPIED != 0 {
                 self.report.add(entry, FindingKind::CopiedCompressed { raw });
             }
-            let (target, length) = match L2Entry::decode(raw, &self.geometry) {
-                Ok(L2Entry::Unallocated | L2Entry::Zero) => continue,
-                Ok(L2Entry::Data { offset, .. } | L2Entry::ZeroAllocated { offset, .. }) => (offset, size),
-                Ok(L2Entry::Compressed { offset, sectors }) => (offset, compressed_length(offset, sectors)),
+            if raw & COMPRESSED != 0 && whole.bitmap != 0 {
+                self.report.add(entry, FindingKind::CompressedSubclusters { raw, bitmap: whole.bitmap });
+            }
+            let decoded = L2Entry::decode(whole, &self.geometry);
+            let (target, length) = match decoded.map(|entry| (entry, entry.host())) {
+                Ok((_, Some(host))) => (host.offset, size),
+                Ok((L2Entry::Compressed { offset, sectors }, _)) => {
+                    (offset, compressed_length(offset, sectors))
+                }
+                Ok(_) => continue,
                 Err(source) => {
                     self.report.add(entry, FindingKind::BadEntry { part, source });
                     continue;
@@ -350,12 +357,10 @@ impl Walk {
 
     /// Compares the flags of entries of an L2 table.
     pub fn flags_in_l2(&mut self, offset: u64, bytes: &[u8]) {
-        for (entry, _, raw) in entries(offset, 0, bytes) {
-            if let Ok(
-                L2Entry::Data { offset: target, copied } | L2Entry::ZeroAllocated { offset: target, copied },
-            ) = L2Entry::decode(raw, &self.geometry)
-            {
-                self.flag(entry, raw, Part::L2, target, copied);
+        for (entry, raw) in l2_entries(self.geometry, offset, bytes) {
+            let decoded = L2Entry::decode(raw, &self.geometry);
+            if let Some(host) = decoded.ok().and_then(L2Entry::host) {
+                self.flag(entry, raw.descriptor, Part::L2, host.offset, host.copied);
             }
         }
     }
@@ -402,6 +407,19 @@ impl Walk {
             + (self.snapshot_l1.0.held_bytes() + self.snapshot_l1.1.held_bytes())
             + l2
     }
+}
+
+/// The entries of a piece of an L2 table that are not zero, and their places in the file. Where the end of the file
+/// cuts an entry, its bitmap is zero.
+fn l2_entries(geometry: Geometry, offset: u64, bytes: &[u8]) -> impl Iterator<Item = (u64, RawL2Entry)> {
+    let size = geometry.l2_entry_size();
+    let extended = geometry.extended_l2;
+    bytes.chunks(size as usize).enumerate().filter_map(move |(n, bytes)| {
+        let words = bytes.as_chunks::<8>().0;
+        let word = |n: usize| words.get(n).map_or(0, |word| u64::from_be_bytes(*word));
+        let raw = RawL2Entry { descriptor: word(0), bitmap: if extended { word(1) } else { 0 } };
+        (raw != RawL2Entry::default()).then_some((offset + n as u64 * size, raw))
+    })
 }
 
 /// The entries of a piece of a table that are not zero: place in the file, index, and the entry.

@@ -147,7 +147,8 @@ fn features_are_read() {
     let header = qemu.header();
     assert!(header.geometry().extended_l2);
     assert_eq!(u64::from(header.l1_entries), header.geometry().l1_entries());
-    assert_eq!(header.unsupported(), Some(Unsupported::ExtendedL2));
+    assert_eq!(header.unsupported(), None);
+    assert_eq!(header.write_refusal(), Some(Unsupported::ExtendedL2));
 
     qemu.create("data_file=data.raw", &["image", "1M"]);
     assert_eq!(qemu.header().unsupported(), Some(Unsupported::ExternalDataFile));
