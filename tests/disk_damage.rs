@@ -211,3 +211,38 @@ fn a_write_of_whole_clusters_needs_nothing_from_below() {
     assert!(rig.try_one(&write(64 * K, 512, 3)).is_err(), "a part of a compressed cluster must be copied");
     rig.close();
 }
+
+#[test]
+fn a_cluster_that_two_entries_name_is_not_handed_out_twice() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let image = folder.path().join("twice.qcow2");
+    let spec = ImageSpec::qcow2(64 * M).cluster_size(4 * K).with(pattern(0, 8 * K, 7));
+    qemu.create(&image, &spec).expect("an image");
+    let (_, l2, _) = tables(&image);
+    patch(&image, l2 + 8, &word(&image, l2).to_be_bytes());
+    let mut rig = Rig::open(&image, &options()).expect("opens");
+    let discard = |n: u64| Operation::Discard { offset: n * 4 * K, length: 4 * K };
+    let settle = |rig: &Rig| {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while rig.disk().status().quarantined_clusters > 0 && word(&image, 72) & 2 == 0 {
+            assert!(Instant::now() < deadline, "reclaim hangs: {:?}", rig.disk().status());
+            std::thread::yield_now();
+        }
+    };
+    rig.try_one(&discard(0)).expect("the first that names it");
+    rig.try_one(&Operation::Flush).expect("a flush");
+    settle(&rig);
+    // The cluster is free, and freed again; meanwhile it becomes an L2 table.
+    rig.try_one(&discard(1)).expect("the second that names it");
+    let mut model = ByteModel::new(64 * M, 4 * K, DiscardRule::ZeroesClusters);
+    rig.run(&[write(8 * M, 4 * K, 1)], &mut model);
+    rig.try_one(&Operation::Flush).expect("a flush");
+    settle(&rig);
+    let message = rig.try_one(&write(16 * M, 4 * K, 2)).expect_err("the damage was found").to_string();
+    assert!(message.contains("refuses writes"), "{message}");
+    drop(rig);
+    assert_eq!(word(&image, 72) & 2, 2, "the image is marked corrupt");
+    let mut rig = Rig::open(&image, &DiskOptions { read_only: true, ..options() }).expect("reading");
+    model.compare_all(&rig.read_all()).expect("the new table is whole");
+}

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 
 use qcow2::{Geometry, HostCluster, HostOffset, L1Entry};
 
+use crate::alloc::Run;
 use crate::error::{EngineError, Structure};
 use crate::refcounts::Refcounts;
 
@@ -92,6 +93,11 @@ impl MetadataGuard {
         self.overlap(cluster.0, cluster.0 + 1).is_some()
     }
 
+    /// A cluster of a run that holds metadata, if there is one.
+    pub fn within(&self, run: Run) -> Option<u64> {
+        self.overlap(run.start.0, run.start.0 + run.count)
+    }
+
     /// The first cluster past all metadata.
     pub fn end(&self) -> u64 {
         self.runs.last_key_value().map_or(0, |(_, past)| *past)
@@ -122,6 +128,8 @@ mod tests {
         assert_eq!(guard.add(HostCluster(2), 2), Err(3));
         assert_eq!(guard.add(HostCluster(7), 9), Err(7));
         assert!(!guard.contains(HostCluster(2)) && guard.contains(HostCluster(3)));
+        let within = |start, count| guard.within(Run { start: HostCluster(start), count });
+        assert_eq!([within(1, 2), within(1, 3), within(7, 4), within(8, 4)], [None, Some(3), Some(7), None]);
         assert_eq!(guard.end(), 8);
         guard.remove(HostCluster(4), 2);
         assert_eq!(guard.runs.iter().map(|(a, b)| (*a, *b)).collect::<Vec<_>>(), [(0, 1), (3, 4), (6, 8)]);

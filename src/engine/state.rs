@@ -5,7 +5,7 @@ use std::task::Waker;
 
 use qcow2::{HostCluster, HostOffset, L1Entry, L2Entry, RawL2Entry};
 
-use crate::alloc::Allocator;
+use crate::alloc::{Allocator, FreeRun};
 use crate::answer::{Answer, TableLoad, TableSlot};
 use crate::error::{EngineError, Structure};
 use crate::flush::FlushState;
@@ -47,6 +47,20 @@ pub(crate) struct WriteState {
     pub l1_offset: HostOffset,
     /// L1 blocks that differ from the disk.
     pub l1_dirty: BTreeSet<u64>,
+}
+
+impl WriteState {
+    /// Takes up to `want` clusters in one run out of the reserved windows; nothing if none are reserved.
+    ///
+    /// # Errors
+    /// If one of them holds metadata: two entries of a damaged image named it, so that it became free while in use.
+    pub fn take(&mut self, want: u64) -> Result<Option<FreeRun>, EngineError> {
+        let Some(taken) = self.alloc.take(want) else { return Ok(None) };
+        match self.guard.within(taken.run) {
+            Some(cluster) => Err(EngineError::RefcountZero { cluster }),
+            None => Ok(Some(taken)),
+        }
+    }
 }
 
 /// Table slices that a plan lacks.

@@ -53,7 +53,8 @@ impl State {
         let ids = if copy_of.is_some() { slices(self.top_qcow2(), slot) } else { Vec::new() };
         ready!(self.need_tables(ids.iter().copied(), waker)?);
         let write = self.write_state()?;
-        let Some(taken) = write.alloc.take(1) else { return Ok(Answer::Reserve) };
+        let Some(taken) = write.take(1)? else { return Ok(Answer::Reserve) };
+        write.guard.add(taken.run.start, 1).expect("a cluster that was handed out holds no metadata");
         write.table_jobs.insert(slot, Waiters::default());
         for id in ids {
             self.tables.pin(id);
@@ -81,7 +82,6 @@ impl State {
         if !active(Mutation::LinkForgotten) {
             write.l1_dirty.insert(block);
         }
-        write.guard.add(plan.host, 1).expect("a cluster that was handed out holds no metadata");
         if let Some(old) = old {
             write.guard.remove(old, 1);
             write.alloc.free_later(old, write.flush.next_cut());
@@ -96,6 +96,7 @@ impl State {
             }
         }
         let write = self.write.as_mut().expect("a plan was made");
+        write.guard.remove(plan.host, 1);
         // Nothing durable names it, but something may have been written there: it goes the way of a freed cluster.
         write.alloc.free_later(plan.host, 0);
         wakes.append(write.table_jobs.remove(&plan.slot).expect("the job was noted").take());

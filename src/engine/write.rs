@@ -100,7 +100,7 @@ impl State {
                 (geometry.host_cluster(host), known_zero, run, true)
             }
             Standing::New => {
-                let Some(taken) = self.write_state()?.alloc.take(run) else { return Ok(Answer::Reserve) };
+                let Some(taken) = self.write_state()?.take(run)? else { return Ok(Answer::Reserve) };
                 let known_zero = taken.known_zero || active(Mutation::StaleTakenForZero);
                 (taken.run.start, known_zero, taken.run.count, false)
             }
