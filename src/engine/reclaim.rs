@@ -16,6 +16,8 @@ use crate::tables::TableId;
 
 /// The most runs reclaimed in one go.
 const RUNS_MAX: usize = 1024;
+/// The most clusters of them: each is counted under the engine's lock.
+const CLUSTERS_MAX: u64 = 16 << 10;
 /// The most refblock slices that one go may need: few against what the cache holds.
 const SLICES_MAX: usize = 64;
 
@@ -44,8 +46,10 @@ impl State {
         if write.alloc.reclaiming {
             return Ok(Answer::Ready(None));
         }
-        write.alloc.split_first_unlinked(SLICES_MAX as u64 / 2 * write.refcounts.slice_entries());
+        let most = CLUSTERS_MAX.min(SLICES_MAX as u64 / 2 * write.refcounts.slice_entries());
+        write.alloc.split_first_unlinked(most);
         let mut batch: Vec<Unlinked> = Vec::new();
+        let mut clusters = 0;
         let mut pins = BTreeSet::new();
         for unlinked in &write.alloc.unlinked {
             let passed = epochs.passed(unlinked.epoch) || active(Mutation::ReuseWhileInUse);
@@ -53,7 +57,8 @@ impl State {
                 break;
             }
             let slices = write.refcounts.slices_of(unlinked.run.start, unlinked.run.count)?;
-            if !batch.is_empty() && pins.len() + slices.len() > SLICES_MAX {
+            clusters += unlinked.run.count;
+            if !batch.is_empty() && (pins.len() + slices.len() > SLICES_MAX || clusters > CLUSTERS_MAX) {
                 break;
             }
             pins.extend(slices);

@@ -20,6 +20,8 @@ const FILE_BYTES_MAX: u64 = 1 << 56;
 
 /// Refblock slices searched for free clusters in one go.
 const SCAN_SLICES: u64 = 8;
+/// The most clusters looked at in one go: narrow refcounts put many into a slice.
+const SCAN_CLUSTERS: u64 = 16 << 10;
 
 /// Clusters about to be reserved. Set the file's length, allocate the metadata on the host, then commit; or abort.
 #[derive(Debug)]
@@ -97,7 +99,7 @@ impl State {
         if from >= end {
             return Ok(Answer::Ready(()));
         }
-        let to = end.min(from + SCAN_SLICES * write.refcounts.slice_entries());
+        let to = end.min(from + SCAN_CLUSTERS.min(SCAN_SLICES * write.refcounts.slice_entries()));
         let slices = write.refcounts.slices_of(HostCluster(from), to - from)?;
         ready!(self.need_tables(slices, waker)?);
         let State { tables, write, .. } = self;
