@@ -381,6 +381,29 @@ fn run(version: Version, bits: &[u32], size: u64, sessions: &[Vec<Operation>], b
     }
 }
 
+#[test]
+fn a_vast_disk_is_served_beyond_what_the_map_keeps() {
+    let (size, far) = (1 << 60, 1 << 42);
+    let mut bench = Bench::open(Files(vec![image(Version::V3, 21, size, false)]));
+    let mut written = Vec::new();
+    for n in 0..1200 {
+        let at = n * far + 4096;
+        assert_eq!(bench.read(at, 512), [0; 512], "{at:#x}");
+        if n % 400 == 399 {
+            let data = contents(n as u32, at, 512);
+            bench.write(at, &data).expect("a write");
+            written.push((at, data));
+        }
+    }
+    bench.flush().expect("flush");
+    let mut bench = Bench::open(bench.files);
+    for (at, data) in written {
+        assert_eq!(bench.read(at, 512), data, "{at:#x}");
+        bench.zero(at, 512, ZeroMode::Unmap).expect("zeroes");
+        assert_eq!(bench.read(at, 512), [0; 512], "{at:#x}");
+    }
+}
+
 macro_rules! model_test {
     ($name:ident, $version:expr, $bits:expr, $size:expr) => {
         proptest! {

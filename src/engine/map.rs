@@ -16,6 +16,10 @@ pub const SLICE_WORDS: u64 = if cfg!(loom) { 2 } else { 512 };
 /// Directory entries in a leaf of the directory.
 const LEAF_ENTRIES: u64 = if cfg!(loom) { 4 } else { 4096 };
 
+/// The most leaves that are made, of 32 KiB each: enough for 2^31 clusters, so that a disk of some 2^60 bytes, which an
+/// image of a few clusters may claim, does not cost more. What lies in no leaf is resolved anew each time.
+const LEAVES_MAX: usize = if cfg!(loom) { 4 } else { 1024 };
+
 /// A slice of the guest's clusters, by number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct SliceIndex(pub u64);
@@ -112,6 +116,8 @@ pub(crate) struct MapWriter {
     /// For each frame: the slice it holds and the generation of this use.
     owners: Vec<Owner>,
     hand: usize,
+    /// Leaves made so far.
+    leaves: usize,
 }
 
 #[derive(Clone, Copy)]
@@ -122,12 +128,24 @@ struct Owner {
 
 impl MapWriter {
     pub fn new(map: &ChainMap) -> Self {
-        MapWriter { owners: vec![Owner { slice: None, generation: 0 }; map.frames.len()], hand: 0 }
+        MapWriter { owners: vec![Owner { slice: None, generation: 0 }; map.frames.len()], hand: 0, leaves: 0 }
     }
 
-    /// Makes a slice resident with these words (at most [`SLICE_WORDS`]), evicting another if the map is full.
+    /// True if a slice can be made resident.
+    pub fn has_room(&self, map: &ChainMap, slice: SliceIndex) -> bool {
+        self.leaves < LEAVES_MAX || map.slot(slice).is_some()
+    }
+
+    /// Makes a slice resident with these words (at most [`SLICE_WORDS`]), evicting another if the map is full; unless
+    /// there is no room for it.
     pub fn fill(&mut self, map: &ChainMap, slice: SliceIndex, words: &[Word]) {
+        if !self.has_room(map, slice) {
+            return;
+        }
         let Some(leaf) = map.directory.get((slice.0 / LEAF_ENTRIES) as usize) else { return };
+        if leaf.get().is_none() {
+            self.leaves += 1;
+        }
         let leaf = leaf.get_or_init(|| (0..LEAF_ENTRIES).map(|_| AtomicU64::new(0)).collect());
         let slot = &leaf[(slice.0 % LEAF_ENTRIES) as usize];
         let present = Entry(slot.load(Ordering::Relaxed)).frame();
@@ -207,6 +225,20 @@ mod tests {
         writer.publish(&map, GuestCluster(9999), Word::ZERO);
         assert_eq!(map.lookup(GuestCluster(5)), Word::ZERO);
         assert_eq!(map.lookup(GuestCluster(9999)), Word::UNRESOLVED);
+    }
+
+    #[test]
+    fn a_vast_disk_makes_few_leaves() {
+        let leaf = LEAF_ENTRIES * SLICE_WORDS;
+        let map = ChainMap::new(1 << 40, 3);
+        let mut writer = MapWriter::new(&map);
+        for n in 0..2 * LEAVES_MAX as u64 {
+            writer.fill(&map, SliceIndex::of(GuestCluster(n * leaf)), &slice_words(n));
+        }
+        assert_eq!(map.directory.iter().filter(|leaf| leaf.get().is_some()).count(), LEAVES_MAX);
+        assert_eq!(map.lookup(GuestCluster(leaf * 2 * LEAVES_MAX as u64)), Word::UNRESOLVED);
+        writer.fill(&map, SliceIndex(1), &slice_words(1));
+        assert_eq!(map.lookup(SliceIndex(1).first()), word(SLICE_WORDS), "what has a leaf is kept");
     }
 
     #[test]

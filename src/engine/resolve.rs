@@ -179,7 +179,7 @@ impl State {
         }
     }
 
-    /// The word of a cluster, filling its slice if need be.
+    /// The word of a cluster, filling its slice if need be; unresolved if the map has no room for it.
     pub fn word(
         &mut self,
         map: &ChainMap,
@@ -191,7 +191,11 @@ impl State {
         if word != Word::UNRESOLVED {
             return Ok(Answer::Ready(word));
         }
-        ready!(self.fill(map, unit, SliceIndex::of(cluster), waker)?);
+        let slice = SliceIndex::of(cluster);
+        if !self.map_writer.has_room(map, slice) {
+            return Ok(Answer::Ready(word));
+        }
+        ready!(self.fill(map, unit, slice, waker)?);
         Ok(Answer::Ready(map.lookup(cluster)))
     }
 
