@@ -131,6 +131,26 @@ fn a_fresh_image_is_left_as_it_was() {
 }
 
 #[test]
+fn a_file_of_small_clusters_grows_by_whole_blocks() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let image = folder.path().join("small.qcow2");
+    // Five clusters of metadata, so that the first window begins inside a block.
+    qemu.create(&image, &ImageSpec::qcow2(256 * M).cluster_size(2 * K)).expect("an image");
+    let mut rig = Rig::open(&image, &options()).expect("opens");
+    let block = u64::from(rig.disk().files().next().expect("a file").block_size);
+    let mut model = ByteModel::new(256 * M, 2 * K, DiscardRule::ZeroesClusters);
+    for n in 0..24 {
+        rig.run(&[write(n * M, 400 * K, n as u32 + 1)], &mut model);
+        let length = std::fs::metadata(&image).expect("image").len();
+        assert_eq!(length % block, 0, "{length} bytes end inside a block of the file system");
+    }
+    rig.close();
+    assert_eq!(qemu.check(&image).expect("check"), Check::Clean);
+    model.compare_all(&qemu.read_all(&image, Format::Qcow2).expect("read")).expect("contents");
+}
+
+#[test]
 fn raw_images_equal_the_model() {
     let folder = tempfile::tempdir().expect("a folder");
     let image = folder.path().join("raw.img");

@@ -21,9 +21,14 @@ impl<S: Storage> Worker<S> {
     }
 
     async fn reserve_window(&self) -> Result<(), RequestError> {
-        let Some(plan) = self.ask(|engine, waker| engine.plan_reserve(waker)).await? else { return Ok(()) };
+        let Some(mut plan) = self.ask(|engine, waker| engine.plan_reserve(waker)).await? else {
+            return Ok(());
+        };
         let top = self.shared.top_file();
         let mut result = Ok(());
+        // The file always ends with a block of its file system: see `fill_last_block`.
+        let block = u64::from(self.shared.files[0].info.block_size.max(1));
+        plan.file_length = plan.file_length.map(|length| length.next_multiple_of(block));
         if let Some(length) = plan.file_length {
             result = self.grow_file(length).await;
         }
