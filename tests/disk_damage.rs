@@ -120,11 +120,15 @@ fn two_tables_in_one_place_are_refused_for_writing() {
     qemu.create(&image, &spec).expect("an image");
     let (l1, _, _) = tables(&image);
     patch(&image, l1 + 8, &word(&image, l1).to_be_bytes());
+    // An autoclear bit that nobody knows.
+    patch(&image, 88, &(1u64 << 40).to_be_bytes());
+    let before = std::fs::read(&image).expect("image");
     let message = match Rig::open(&image, &options()) {
         Ok(_) => panic!("opens"),
         Err(error) => error.to_string(),
     };
     assert!(message.contains("L1 table, entry 1"), "{message}");
+    assert!(std::fs::read(&image).expect("image") == before, "what is refused is not written to");
     Rig::open(&image, &DiskOptions { read_only: true, ..options() }).expect("reading").close();
 }
 

@@ -92,8 +92,9 @@ impl<S: Storage> Disk<S> {
     /// Opens the chain whose top image is at `path`.
     ///
     /// # Errors
-    /// Names the file, the structure and the offset that are in the way. Nothing has been written then, but for the
-    /// autoclear bits of a writable image.
+    /// Names the file, the structure and the offset that are in the way. A writable image may have been changed by then
+    /// all the same, but not in what it holds: new refcounts for one marked dirty, its autoclear bits, the end of its
+    /// file.
     pub fn open(storage: S, path: &Path, options: &DiskOptions) -> Result<Self, OpenError> {
         let mut disk = Self::open_unkept(storage, path, options)?;
         if disk.needs_keeping() {
@@ -109,18 +110,8 @@ impl<S: Storage> Disk<S> {
     pub fn open_unkept(storage: S, path: &Path, options: &DiskOptions) -> Result<Self, OpenError> {
         let driver = Driver::new(storage.queue(SIDE_QUEUE_DEPTH)?);
         let chain = driver.block_on(open_chain(&driver, &storage, path, options))?;
-        let header = match (&chain.top, &chain.layers[0].header) {
-            (Some(_), Some(top)) => {
-                let sector = driver.block_on(HeaderSector::load(&driver, &chain.files[0]))?;
-                driver.block_on(open::fill_last_block(&driver, &chain.files[0]))?;
-                if top.autoclear != 0 {
-                    let patch = qcow2::position::patch_autoclear(0);
-                    driver.block_on(sector.patch_and_sync(&driver, &chain.files[0], patch))?;
-                }
-                Some(sector)
-            }
-            _ => None,
-        };
+        let keeps_header = chain.top.is_some();
+        // Before anything is written: it may refuse the image.
         let engine = Engine::new(EngineSpec {
             layers: chain.specs,
             writable: !options.read_only,
@@ -131,6 +122,18 @@ impl<S: Storage> Disk<S> {
         });
         let engine =
             engine.map_err(|error| OpenError::Request { path: path.to_owned(), source: error.into() })?;
+        let header = match &chain.layers[0].header {
+            Some(top) if keeps_header => {
+                let sector = driver.block_on(HeaderSector::load(&driver, &chain.files[0]))?;
+                driver.block_on(open::fill_last_block(&driver, &chain.files[0]))?;
+                if top.autoclear != 0 {
+                    let patch = qcow2::position::patch_autoclear(0);
+                    driver.block_on(sector.patch_and_sync(&driver, &chain.files[0], patch))?;
+                }
+                Some(sector)
+            }
+            _ => None,
+        };
         let shared = Arc::new(Shared {
             storage,
             engine,
