@@ -9,10 +9,18 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::fs::OFlags;
+use rustix::fs::{FileType, OFlags};
 use vmm_sys_util::eventfd::EventFd;
 
-/// The frontend's kick descriptor as an eventfd. Any other kind of file may hide behind it: reads of it may fail.
+/// True if the descriptor may be an eventfd: of those kinds that have no name in any file system, and so no file type.
+/// What has one is refused, for a read or a write of it may last for ever (FUSE, a network's file system) and nothing
+/// ends it, or never wait at all (a file, /dev/zero).
+pub(crate) fn may_be_event(file: &File) -> bool {
+    rustix::fs::fstat(file).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Unknown)
+}
+
+/// The frontend's kick descriptor as an eventfd. Another descriptor without a name may hide behind it (a timer, an
+/// epoll): reads of it may fail, but they can be ended.
 pub(crate) fn eventfd_from(file: File) -> EventFd {
     // SAFETY: the descriptor is owned by `file`, which gives it up, so the EventFd is its only owner.
     unsafe { EventFd::from_raw_fd(file.into_raw_fd()) }
@@ -152,6 +160,20 @@ mod tests {
         slot.set(None);
         view.raise();
         assert!(event.read().is_err());
+    }
+
+    #[test]
+    fn what_has_a_name_is_no_event() {
+        let event = EventFd::new(0).expect("an eventfd");
+        let copy = rustix::io::fcntl_dupfd_cloexec(borrow(&event), 3).expect("a copy");
+        assert!(may_be_event(&File::from(copy)));
+        let (pipe, _) = std::io::pipe().expect("a pipe");
+        let memory = rustix::fs::memfd_create("x", rustix::fs::MemfdFlags::CLOEXEC).expect("a memfd");
+        let (socket, _) = std::os::unix::net::UnixStream::pair().expect("a pair");
+        let zero = File::open("/dev/zero").expect("/dev/zero");
+        for file in [OwnedFd::from(pipe).into(), memory.into(), OwnedFd::from(socket).into(), zero] {
+            assert!(!may_be_event(&file), "{file:?}");
+        }
     }
 
     #[test]

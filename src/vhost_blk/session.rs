@@ -19,7 +19,7 @@ use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut
 use crate::config::{self, FLUSH, PROTOCOL_FEATURES, WRITEBACK_OFFSET};
 use crate::device::{BlockDevice, DeviceProfile};
 use crate::error::MemoryError;
-use crate::fd::eventfd_from;
+use crate::fd::{eventfd_from, may_be_event};
 use crate::memory::{MAX_MEMORY_SLOTS, MemoryTable, RegionInfo};
 use crate::message::Peeked;
 use crate::server::ServeOptions;
@@ -39,6 +39,8 @@ enum Refusal {
     Base { base: u32 },
     #[error("a queue without a kick descriptor (polling) is not supported")]
     Polling,
+    #[error("the descriptor of queue {index} is no eventfd")]
+    NotAnEvent { index: u8 },
     #[error("bytes {offset}.. of the configuration space cannot be written")]
     ConfigWrite { offset: u32 },
     #[error("bytes {offset}..{offset}+{size} are not in the configuration space")]
@@ -130,6 +132,15 @@ impl<D: BlockDevice> Session<D> {
             Some(whole) if whole != u64::from(index) => self.refuse(Refusal::Queue { index: whole }),
             _ => self.check_queue(u32::from(index)),
         }
+    }
+
+    /// The queue of a message that brings an event's descriptor, and the descriptor if it can be one.
+    fn check_event(&mut self, index: u8, file: Option<File>) -> Result<(usize, Option<File>)> {
+        let queue = self.check_cut_queue(index)?;
+        if file.as_ref().is_some_and(|file| !may_be_event(file)) {
+            return self.refuse(Refusal::NotAnEvent { index });
+        }
+        Ok((queue, file))
     }
 
     /// Starts queue `index` if everything for it is there.
@@ -315,7 +326,7 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
     }
 
     fn set_vring_kick(&mut self, index: u8, file: Option<File>) -> Result<()> {
-        let queue = self.check_cut_queue(index)?;
+        let (queue, file) = self.check_event(index, file)?;
         let polling = file.is_none();
         self.vrings[queue].set_kick(file.map(eventfd_from));
         if polling {
@@ -326,7 +337,7 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
     }
 
     fn set_vring_call(&mut self, index: u8, file: Option<File>) -> Result<()> {
-        let queue = self.check_cut_queue(index)?;
+        let (queue, file) = self.check_event(index, file)?;
         let vring = &self.vrings[queue];
         vring.call.set(file);
         // The worker may just have raised the one before.
@@ -337,7 +348,7 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
     }
 
     fn set_vring_err(&mut self, index: u8, file: Option<File>) -> Result<()> {
-        let queue = self.check_cut_queue(index)?;
+        let (queue, file) = self.check_event(index, file)?;
         self.vrings[queue].error.set(file);
         Ok(())
     }

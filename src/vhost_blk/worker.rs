@@ -27,6 +27,11 @@ use crate::ring::{Chain, Ring, Used};
 
 /// The most chains taken before what is done is handed back.
 const BATCH: u16 = 128;
+/// Waits in a row that an idle queue may be woken from for nothing. More are no accident: a guest or a frontend that
+/// kicks without end.
+const IDLE_WAKES_MAX: u32 = 64;
+/// What each wake for nothing costs beyond that.
+const IDLE_WAKE_PAUSE: Duration = Duration::from_millis(1);
 /// A stop that takes longer than this is worth a line in the log, and another for each time it passes again.
 const SLOW_STOP: Duration = Duration::from_secs(30);
 
@@ -234,6 +239,7 @@ fn run<D: BlockDevice>(setup: WorkerSetup<D>, control: &Control, started: &Start
         error: setup.error,
         metrics: setup.metrics.queue(setup.index),
         poll: PollBudget::new(setup.poll_max),
+        idle_wakes: 0,
         seen: setup.shared.changes.load(Ordering::Acquire),
         memory: setup.memory,
         retired: Vec::new(),
@@ -261,6 +267,8 @@ struct Running<'a, Q: BlockQueue> {
     error: Arc<SignalSlot>,
     metrics: &'a QueueMetrics,
     poll: PollBudget,
+    /// Waits since the last chain that ended with nothing to do and nothing in flight.
+    idle_wakes: u32,
     seen: u32,
     memory: Arc<GuestMemory>,
     /// Memory of before that requests in flight may still use.
@@ -308,6 +316,7 @@ impl<Q: BlockQueue> Running<'_, Q> {
         if waiting == 0 {
             return Ok(false);
         }
+        self.idle_wakes = 0;
         // After the available index was loaded: a chain may be in memory that was added before it was made available.
         self.refresh_memory();
         let write_through = self.shared.write_through.load(Ordering::Relaxed);
@@ -401,9 +410,22 @@ impl<Q: BlockQueue> Running<'_, Q> {
         if !self.ring.enable_kicks(&self.memory)? && !self.control.stopping() {
             self.metrics.sleep();
             self.queue.wait(None);
+            self.pace();
             self.poll.slept(began.elapsed());
         }
         self.ring.disable_kicks(&self.memory)
+    }
+
+    /// Keeps whoever kicks for nothing from taking a whole processor: a flood of them, or a descriptor that is always
+    /// readable. Not while requests are in flight, whose steps end waits as well.
+    fn pace(&mut self) {
+        if !self.in_flight.is_empty() {
+            return;
+        }
+        self.idle_wakes = self.idle_wakes.saturating_add(1);
+        if self.idle_wakes > IDLE_WAKES_MAX {
+            std::thread::sleep(IDLE_WAKE_PAUSE);
+        }
     }
 
     fn refresh_memory(&mut self) {

@@ -5,7 +5,7 @@ mod kit;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kit::TestServer;
 use kit::disk::{MemoryDisk, Shared};
@@ -110,6 +110,27 @@ fn an_idle_queue_sleeps() {
     until("it sleeps", || sleeps() > 0);
     let before = sleeps();
     assert!(never(|| sleeps() > before + 1), "and stays asleep");
+    guest.read(queue, 0, 512);
+}
+
+#[test]
+fn kicks_for_nothing_are_paced() {
+    let disk = MemoryDisk::new(64);
+    let server = start(&disk);
+    let mut guest = Guest::connect(&server.path, ALL);
+    let queue = guest.add_queue(16);
+    let wakes = |count: u64| {
+        let goal = server.options.metrics.total().sleeps + count;
+        until("it is woken", || {
+            guest.kick(queue);
+            server.options.metrics.total().sleeps >= goal
+        });
+    };
+    wakes(100);
+    let began = Instant::now();
+    wakes(50);
+    // Each but the first and the last certainly pauses for a millisecond.
+    assert!(began.elapsed() >= Duration::from_millis(48), "{:?}", began.elapsed());
     guest.read(queue, 0, 512);
 }
 
