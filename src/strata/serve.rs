@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use disk::{Disk, DiskOptions, SpaceStatus};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use signal_hook::consts::SIGXFSZ;
 use storage::host::HostStorage;
 use tracing::{debug, info, warn};
 use vhost_blk::{Metrics, ServeOptions, StopHandle};
@@ -28,6 +29,7 @@ type HostDevice = DiskDevice<HostStorage>;
 pub fn run(options: &ServeArgs) -> Result<(), ProgramError> {
     let image = options.blk_file.as_deref().expect("clap wants an image where there is something to serve");
     raise_file_limit();
+    outlive_size_limit()?;
     let place = Place::choose(options)?;
     let stop =
         StopHandle::new().map_err(|source| ProgramError::Host { step: "making an eventfd", source })?;
@@ -128,6 +130,14 @@ fn tell_totals(image: &Path, metrics: &Metrics, space: SpaceStatus) {
         image_bytes,
         "totals"
     );
+}
+
+/// A write past the limit of file sizes (`ulimit -f`, a unit's LimitFSIZE) is to fail with EFBIG. Left alone, its signal
+/// would end the daemon, and any guest that fills its disk could bring that about.
+fn outlive_size_limit() -> Result<(), ProgramError> {
+    // Nobody asks whether it came: the failed write says so.
+    let ignored = signal_hook::flag::register(SIGXFSZ, Arc::default());
+    ignored.map(drop).map_err(|source| ProgramError::Host { step: "setting signal handlers up", source })
 }
 
 /// A file a layer, several descriptors a queue: the soft limit of 1,024 that most have is soon reached.

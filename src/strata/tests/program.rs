@@ -4,6 +4,7 @@
 
 mod kit;
 
+use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
@@ -256,6 +257,20 @@ fn a_raw_image_is_served() {
     assert!(daemon.log().contains("1 MiB, raw, up to 64 queues"), "{}", daemon.log());
     daemon.stop();
     assert_eq!(std::fs::read(bench.path("disk.img")).expect("read"), vec![0; 1 << 20]);
+}
+
+#[test]
+fn a_limit_of_file_sizes_is_an_error_and_not_the_end() {
+    let bench = Bench::new();
+    bench.image("disk.qcow2");
+    // Its last block is filled up at the start, which grows the file past the limit.
+    let mut image =
+        std::fs::OpenOptions::new().append(true).open(bench.path("disk.qcow2")).expect("the image");
+    image.write_all(&[0; 100]).expect("written");
+    let mut limited = Command::new("sh");
+    limited.args(["-c", "ulimit -f 0 && exec \"$0\" \"$@\"", PROGRAM, "serve"]);
+    limited.arg("--blk-file").arg(bench.path("disk.qcow2")).arg("--socket-path").arg(bench.socket());
+    refused(&mut limited, 1, &["disk.qcow2", "File too large"]);
 }
 
 #[test]
