@@ -137,7 +137,7 @@ impl Space {
             let path = self.path.display();
             warn!(%path, "the host has no space: requests that need some wait for it, others go on");
         }
-        Waiting { space: self, driver, key, began, seen, listen: true, pause: PAUSE_MIN }
+        Waiting { space: self, driver, key, began, seen, listen: true, pause: PAUSE_MIN, given_up: false }
     }
 }
 
@@ -154,6 +154,8 @@ pub(crate) struct Waiting<'a, Q: IoQueue> {
     /// wake itself without end.
     listen: bool,
     pause: Duration,
+    /// It waits no more although there is no space.
+    given_up: bool,
 }
 
 impl<Q: IoQueue> Waiting<'_, Q> {
@@ -181,6 +183,7 @@ impl<Q: IoQueue> Waiting<'_, Q> {
         .await;
         self.listen = !reclaimed;
         self.pause = (self.pause * 2).min(PAUSE_MAX);
+        self.given_up = !go_on;
         go_on
     }
 }
@@ -190,15 +193,14 @@ impl<Q: IoQueue> Drop for Waiting<'_, Q> {
         let mut state = self.space.lock();
         state.waiters.remove(self.key);
         let tell = state.waiters.is_empty() && std::mem::take(&mut state.telling);
-        let stopping = state.stopping;
         drop(state);
         if !tell {
             return;
         }
         let path = self.space.path.display();
         let waited = self.driver.now().saturating_duration_since(self.began);
-        if stopping {
-            warn!(%path, ?waited, "the disk is being stopped: requests that waited for space fail");
+        if self.given_up {
+            warn!(%path, ?waited, "the disk or the queue is being stopped: requests that waited for space fail");
         } else {
             info!(%path, ?waited, "no request waits for space on the host any more");
         }

@@ -152,6 +152,10 @@ impl<S: Storage> BlockQueue for DeviceQueue<S> {
         self.queue.wait(timeout);
     }
 
+    fn give_up(&mut self) {
+        self.queue.give_up();
+    }
+
     fn watch(&mut self, event: EventFd) {
         self.queue.watch(event);
     }

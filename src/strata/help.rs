@@ -43,8 +43,9 @@ as its machine's num-queues says, and --num-queues is only the most that may be.
 No space on the host: with --on-enospc report (the default) a request that needs space fails, and the guest sees an I/O
 error. With --on-enospc wait it is held and tried again, at least once a second, until there is space; reads and writes
 that need none go on. To the guest the disk is just slow: mind its timeouts. A flush that finds no space for metadata
-waits likewise. The log says when requests begin to wait and when none does any more. Stopping the daemon fails those
-that wait. A machine that pauses or leaves meanwhile keeps the daemon until there is space, or until it is stopped.
+waits likewise. The log says when requests begin to wait and when none does any more. What stops the disk's queues fails those
+that wait, and the guest sees an I/O error: a machine that is paused, reset or migrated, or that leaves, and a daemon
+that is stopped. So leave the machine running, and make space.
 
 Stopping: SIGTERM or SIGINT finishes the requests in hand, brings everything to disk, closes the image cleanly and
 exits 0. A machine may leave and another attach at any time; the daemon stays.

@@ -124,6 +124,12 @@ pub trait BlockQueue {
     /// timeout passed. May return early without reason.
     fn wait(&mut self, timeout: Option<Duration>);
 
+    /// The ring is being stopped: from now on no request of this queue waits for anybody's help, such as for space on the
+    /// host. One that does, and one that would, is done with an error, and the next turns tell of it; a request that
+    /// only takes its time goes on. Called once the ring has been told to stop or turned out to be corrupt, and before
+    /// the queue is drained: the frontend waits for that.
+    fn give_up(&mut self);
+
     /// From now on a signal on `event` ends [`BlockQueue::wait`]. The queue reads (resets) the eventfd itself.
     fn watch(&mut self, event: EventFd);
 

@@ -78,9 +78,14 @@ impl InFlight {
         None
     }
 
+    /// True if [`InFlight::next_segment`] has one.
+    pub(crate) fn may_submit(&self) -> bool {
+        self.segments < SEGMENT_SLOTS && !self.waiting.is_empty()
+    }
+
     /// The next segment that may be submitted.
     pub(crate) fn next_segment(&mut self) -> Option<(Tag, Request)> {
-        if self.segments == SEGMENT_SLOTS {
+        if !self.may_submit() {
             return None;
         }
         let (chain, request) = self.waiting.pop_front()?;

@@ -362,7 +362,8 @@ impl<Q: BlockQueue> Running<'_, Q> {
         }
     }
 
-    /// Lets the disk work, and hands back what is done, with one interrupt at most.
+    /// Lets the disk work, and hands back what is done, with one interrupt at most. False if there is nothing more to do
+    /// until something happens.
     fn finish(&mut self) -> Result<bool, RingError> {
         while let Some((tag, request)) = self.in_flight.next_segment() {
             self.queue.submit(tag, request, &[]);
@@ -377,7 +378,7 @@ impl<Q: BlockQueue> Running<'_, Q> {
             }
         }
         if self.used.is_empty() {
-            return Ok(false);
+            return Ok(self.in_flight.may_submit());
         }
         let pushed = self.ring.push_used(&self.memory, &self.used);
         self.used.clear();
@@ -441,22 +442,27 @@ impl<Q: BlockQueue> Running<'_, Q> {
     }
 
     /// Finishes every request that the disk has; true if the ring was lost meanwhile. The guest may then miss answers,
-    /// but the disk is drained all the same.
+    /// but the disk is drained all the same. Requests that wait for help fail (docs/concurrency.md, "Stopping a ring").
     fn drain(&mut self) -> bool {
+        self.queue.give_up();
         let mut lost = false;
         loop {
-            match self.finish() {
-                Ok(_) => {}
+            let idle = match self.finish() {
+                Ok(busy) => !busy,
                 Err(error) => {
                     lost = true;
                     self.used.clear();
                     self.report(error);
+                    false
                 }
-            }
+            };
             if self.in_flight.is_empty() {
                 break;
             }
-            self.queue.wait(None);
+            // Not after something was done: segments in line may go to the disk now, and nothing else would end the wait.
+            if idle {
+                self.queue.wait(None);
+            }
         }
         // Whoever takes over should find a ring that kicks. It looks at the ring first anyway.
         let _ = self.ring.enable_kicks(&self.memory);

@@ -44,6 +44,10 @@ pub struct MemoryDisk {
     pub submitted: AtomicU64,
     /// The next submit panics.
     pub trap: AtomicBool,
+    /// There is no space: whatever is no read or flush is held until there is some, or its queue gives up.
+    pub full: AtomicBool,
+    /// Requests held.
+    pub held: AtomicU64,
     later: bool,
 }
 
@@ -67,6 +71,8 @@ impl MemoryDisk {
             gate: Arc::default(),
             submitted: AtomicU64::new(0),
             trap: AtomicBool::new(false),
+            full: AtomicBool::new(false),
+            held: AtomicU64::new(0),
             later,
         })
     }
@@ -141,6 +147,8 @@ impl BlockDevice for Shared {
             depth: depth as usize,
             ready: Vec::new(),
             pending: Vec::new(),
+            held: Vec::new(),
+            leaving: false,
             send: Some(send),
             receive,
             helper: Some(helper),
@@ -156,6 +164,9 @@ pub struct MemoryQueue {
     depth: usize,
     ready: Vec<Done>,
     pending: Vec<(Tag, Request, Vec<GuestSlice>)>,
+    /// Those that there is no space for.
+    held: Vec<(Tag, Request, Vec<GuestSlice>)>,
+    leaving: bool,
     send: Option<Sender<Tag>>,
     receive: Receiver<Tag>,
     helper: Option<JoinHandle<()>>,
@@ -170,13 +181,33 @@ impl MemoryQueue {
         let (tag, request, slices) = self.pending.swap_remove(at);
         Done { tag, status: self.disk.perform(request, &slices) }
     }
+
+    fn hold(&mut self, tag: Tag, request: Request, slices: &[GuestSlice]) {
+        if self.leaving {
+            return self.ready.push(Done { tag, status: Status::IoError });
+        }
+        self.held.push((tag, request, slices.to_vec()));
+        assert!(self.held.len() <= self.depth, "more requests than were announced");
+        self.disk.held.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Ends what is held, well or not.
+    fn let_go(&mut self, end: impl Fn(&MemoryDisk, Request, &[GuestSlice]) -> Status) {
+        for (tag, request, slices) in std::mem::take(&mut self.held) {
+            self.ready.push(Done { tag, status: end(&self.disk, request, &slices) });
+            self.disk.held.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
 }
 
 impl BlockQueue for MemoryQueue {
     fn submit(&mut self, tag: Tag, request: Request, slices: &[GuestSlice]) {
         assert!(!self.disk.trap.swap(false, Ordering::SeqCst), "a trap of the test");
         assert!(self.pending.iter().all(|entry| entry.0 != tag), "a tag that is in flight");
-        if self.disk.later {
+        let needs_space = !matches!(request, Request::Read { .. } | Request::Flush);
+        if needs_space && self.disk.full.load(Ordering::SeqCst) {
+            self.hold(tag, request, slices);
+        } else if self.disk.later {
             self.pending.push((tag, request, slices.to_vec()));
             assert!(self.pending.len() <= self.depth, "more requests than were announced");
             self.send.as_ref().expect("until drop").send(tag).expect("the helper lives");
@@ -188,6 +219,9 @@ impl BlockQueue for MemoryQueue {
     }
 
     fn turn(&mut self, done: &mut Vec<Done>) {
+        if !self.disk.full.load(Ordering::SeqCst) {
+            self.let_go(MemoryDisk::perform);
+        }
         done.append(&mut self.ready);
         while let Ok(tag) = self.receive.try_recv() {
             let finished = self.complete(tag);
@@ -207,6 +241,11 @@ impl BlockQueue for MemoryQueue {
         }
     }
 
+    fn give_up(&mut self) {
+        self.leaving = true;
+        self.let_go(|_, _, _| Status::IoError);
+    }
+
     fn watch(&mut self, event: EventFd) {
         let interest = EpollEvent::new(EventSet::IN, 1);
         self.epoll.ctl(ControlOperation::Add, event.as_raw_fd(), interest).expect("a kick descriptor");
@@ -223,6 +262,7 @@ impl BlockQueue for MemoryQueue {
 
 impl Drop for MemoryQueue {
     fn drop(&mut self) {
+        self.give_up();
         drop(self.send.take());
         if let Some(helper) = self.helper.take() {
             let _ = helper.join();
