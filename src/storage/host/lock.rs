@@ -176,9 +176,10 @@ fn fcntl_lock(file: &File, command: libc::c_int, lock: &mut libc::flock) -> io::
     }
 }
 
-/// What file systems and old kernels answer that have no locks of this kind.
+/// What file systems and old kernels answer that have no locks of this kind. ENOLCK is none of it: there are locks, but
+/// whoever keeps them (an NFS server) does not answer, and another host may hold the image.
 fn is_unsupported(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP | libc::ENOLCK))
+    matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP))
 }
 
 #[cfg(test)]

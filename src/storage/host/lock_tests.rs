@@ -168,3 +168,14 @@ fn the_message_names_file_and_permission() {
     assert!(error.contains(path.to_str().expect("a plain name")), "{error}");
     assert!(error.contains("uses the permission \"write\""), "{error}");
 }
+
+#[test]
+fn locks_that_fail_are_told_from_locks_that_are_not_there() {
+    let unsupported = |errno| super::is_unsupported(&std::io::Error::from_raw_os_error(errno));
+    for absent in [libc::EINVAL, libc::ENOSYS, libc::EOPNOTSUPP] {
+        assert!(unsupported(absent), "{absent}");
+    }
+    for failed in [libc::ENOLCK, libc::EIO, libc::EBADF, libc::EACCES] {
+        assert!(!unsupported(failed), "{failed}");
+    }
+}
