@@ -58,6 +58,9 @@ impl MetadataGuard {
     /// # Errors
     /// The first of its clusters that is in another run.
     pub fn add(&mut self, start: HostCluster, count: u64) -> Result<(), u64> {
+        if count == 0 {
+            return Ok(());
+        }
         let (mut start, mut end) = (start.0, start.0 + count);
         if let Some(cluster) = self.overlap(start, end) {
             return Err(cluster);
@@ -123,7 +126,7 @@ mod tests {
 
     #[test]
     fn runs_join_overlap_and_split() {
-        let mut guard = guard(&[(0, 1), (5, 2), (3, 2), (7, 1)]);
+        let mut guard = guard(&[(0, 1), (4, 0), (5, 2), (3, 2), (7, 1)]);
         assert_eq!(guard.runs.iter().map(|(a, b)| (*a, *b)).collect::<Vec<_>>(), [(0, 1), (3, 8)]);
         assert_eq!(guard.add(HostCluster(2), 2), Err(3));
         assert_eq!(guard.add(HostCluster(7), 9), Err(7));
