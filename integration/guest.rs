@@ -1,4 +1,4 @@
-//! The tiny guest: Debian's cloud kernel and an initramfs with busybox, fio and the ext4 tools.
+//! The tiny guest: Debian's cloud kernel and an initramfs with busybox, fio, util-linux's disk tools and the ext4 tools.
 //!
 //! Owns the cache of prepared guests (`$STRATA_CACHE_DIR`, else `~/.cache/strata`) and what is in an initramfs.
 //! Nothing of it is installed on the host. What a guest does when it is up is a script: see [`crate::machine`].
@@ -29,7 +29,9 @@ pub struct GuestKit {
 const LAYOUT: u32 = 1;
 
 /// Programs of the host that the guest has too, under `/bin`.
-const PROGRAMS: [&str; 3] = ["fio", "mkfs.ext4", "e2fsck"];
+/// busybox's own fallocate punches no holes, which on a disk are zeroes that may unmap; its blkdiscard refuses a disk
+/// that is mounted.
+const PROGRAMS: [&str; 5] = ["fio", "mkfs.ext4", "e2fsck", "fallocate", "blkdiscard"];
 
 /// The package that stands for the newest kernel made for virtual machines.
 const KERNEL_META: &str = "linux-image-cloud-amd64";

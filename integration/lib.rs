@@ -1,18 +1,22 @@
 //! Strata as real processes: what the demo, the whole check, the VM tests and the benchmarks share.
 //!
 //! Owns: preparing a machine ([`setup`]), the tiny guest ([`guest`], [`cpio`]), virtual machines ([`machine`]),
-//! block daemons ([`daemon`]), disk images ([`image`]), the guest's jobs ([`scenario`]) and what a person sees of
+//! block daemons ([`daemon`]), disk images ([`image`]), the guest's jobs ([`scenario`], and where the daemon is killed
+//! [`crash`], [`areas`]) and what a person sees of
 //! them ([`steps`], [`picture`]). It never links Strata's own crates: a daemon is a program with a socket here.
 #![forbid(unsafe_code)]
 
+pub mod areas;
 pub mod command;
 pub mod cpio;
+pub mod crash;
 pub mod daemon;
 pub mod guest;
 pub mod image;
 pub mod kernel;
 pub mod machine;
 pub mod picture;
+pub mod random;
 pub mod scenario;
 pub mod setup;
 pub mod stand;

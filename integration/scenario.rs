@@ -2,7 +2,7 @@
 //!
 //! Owns the scripts' parameters and every judgement about a visit. It never starts a process itself.
 
-use crate::image::{self, Health};
+use crate::image;
 use crate::stand::{Checkpoint, Stand, Visit};
 use anyhow::{Context, Result, bail, ensure};
 use std::collections::BTreeMap;
@@ -110,7 +110,7 @@ pub fn first_visit(
 }
 
 /// A guest that takes the disk for write-through sends no flush, and then nothing here would try one.
-fn expect_write_back(visit: &Visit) -> Result<()> {
+pub fn expect_write_back(visit: &Visit) -> Result<()> {
     let cache = visit.fact("disk.cache")?;
     ensure!(cache == "write back", "the guest takes the disk for {cache}: it would never flush");
     Ok(())
@@ -182,47 +182,6 @@ fn same_files(
     let extra: Vec<&String> = found.keys().filter(|name| !expected.contains_key(*name)).collect();
     ensure!(extra.is_empty(), "{place}: files that should not be there: {extra:?}");
     Ok(())
-}
-
-/// One round of the crash scenario.
-#[derive(Clone, Debug)]
-pub struct CrashRound {
-    /// The state of the image right after the kill.
-    pub health: Health,
-    /// Files that were synced, all rounds so far.
-    pub synced: BTreeMap<String, String>,
-}
-
-/// SIGKILL of the daemon while the guest writes, after `files` fsyncs of this round; then both start again. What was
-/// synced in this round and in `before` must be there.
-pub fn crash_round(
-    stand: &Stand,
-    round: u32,
-    files: usize,
-    before: &BTreeMap<String, String>,
-) -> Result<CrashRound> {
-    let make = u32::from(before.is_empty());
-    let script = format!("MAKE={make}\nROUND=r{round}\n{}", include_str!("guest/crash_writer.sh"));
-    let enough = |visit: &Visit| visit.facts.iter().filter(|(key, _)| key == "synced").count() >= files;
-    let visit = stand.crash(&format!("crash-{round}"), &script, &enough)?;
-    expect_write_back(&visit)?;
-    let mut synced = before.clone();
-    synced.extend(visit.sums("synced"));
-    let health = image::check(&stand.serve.image)?;
-    if let Health::Broken(words) = &health {
-        bail!("round {round}: the image is damaged after the kill:\n{words}");
-    }
-    let after =
-        stand.visit(&format!("after-crash-{round}"), include_str!("guest/crash_check.sh"), &mut |_| {})?;
-    let found = after.sums("file");
-    for (name, sum) in &synced {
-        ensure!(
-            found.get(name) == Some(sum),
-            "round {round}: {name} was synced with {sum}, after the crash it has {:?}",
-            found.get(name)
-        );
-    }
-    Ok(CrashRound { health, synced })
 }
 
 #[cfg(test)]

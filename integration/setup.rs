@@ -19,7 +19,7 @@ pub struct Tool {
 }
 
 /// Everything that must be installed. busybox and the guest's kernel are only unpacked: see [`crate::kernel`].
-const TOOLS: [Tool; 8] = [
+const TOOLS: [Tool; 10] = [
     Tool { program: "qemu-system-x86_64", package: "qemu-system-x86" },
     Tool { program: "qemu-img", package: "qemu-utils" },
     Tool { program: "qemu-io", package: "qemu-utils" },
@@ -27,6 +27,8 @@ const TOOLS: [Tool; 8] = [
     Tool { program: "mkfs.ext4", package: "e2fsprogs" },
     Tool { program: "e2fsck", package: "e2fsprogs" },
     Tool { program: "debugfs", package: "e2fsprogs" },
+    Tool { program: "fallocate", package: "util-linux" },
+    Tool { program: "blkdiscard", package: "util-linux" },
     Tool { program: "ldd", package: "libc-bin" },
 ];
 
@@ -295,7 +297,10 @@ mod tests {
         let plan = plan(&TOOLS, &Versions::default(), &bookworm());
         assert_eq!(plan.target_release, None);
         assert!(!plan.backports);
-        assert_eq!(plan.packages, ["e2fsprogs", "fio", "libc-bin", "qemu-system-x86", "qemu-utils"]);
+        assert_eq!(
+            plan.packages,
+            ["e2fsprogs", "fio", "libc-bin", "qemu-system-x86", "qemu-utils", "util-linux"]
+        );
     }
 
     #[test]

@@ -160,32 +160,30 @@ impl Stand {
         Ok(visit)
     }
 
-    /// A visit that ends in a crash: when `enough` says so of what was reported, the daemon gets SIGKILL, then the
-    /// machine is cut off. What the guest had reported by then is in the result.
-    pub fn crash(&self, name: &str, script: &str, enough: &dyn Fn(&Visit) -> bool) -> Result<Visit> {
+    /// A visit that ends in a crash: when `enough` says so of what was reported, the daemon gets SIGKILL, then
+    /// the machine is cut off. The result has all that the guest had said by the daemon's end. The script has to
+    /// answer each line that it is sent with `alive`.
+    ///
+    /// # Errors
+    /// That of `enough` too, which then has the ends of the logs with it.
+    pub fn crash(&self, name: &str, script: &str, enough: &dyn Fn(&Visit) -> Result<bool>) -> Result<Visit> {
         let folder = self.folder.join(name);
         std::fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
         let daemon = Daemon::start(&self.program, &self.serve, &folder.join("daemon.log"))?;
         let mut vm = Vm::boot(&self.kit, &self.machine(script), &folder)?;
         let mut visit = Visit::default();
         let deadline = Instant::now() + PATIENCE;
-        while !enough(&visit) {
-            match vm.next_report(deadline).with_context(|| daemon.log_tail())? {
-                Some(Report::Fact { key, value }) => visit.note(key, value),
-                Some(Report::Checkpoint { .. }) => vm.proceed()?,
-                Some(Report::Exit { code }) => {
-                    bail!("the script ended early ({code})\n{}\n{}", vm.post_mortem(), daemon.log_tail())
-                }
-                None => bail!("QEMU ended early\n{}\n{}", vm.post_mortem(), daemon.log_tail()),
-            }
+        while !enough(&visit).with_context(|| format!("{}\n{}", vm.post_mortem(), daemon.log_tail()))? {
+            hear(&mut vm, &mut visit, deadline).with_context(|| daemon.log_tail())?;
         }
         daemon.kill()?;
-        // whatever the guest could still report was acknowledged to it before
-        for report in vm.kill()? {
-            if let Report::Fact { key, value } = report {
-                visit.note(key, value);
-            }
+        // The serial port keeps the order: before this answer comes whatever was said while the daemon lived.
+        let said = visit.facts.len();
+        vm.proceed()?;
+        while !visit.facts[said..].iter().any(|(key, _)| key == "alive") {
+            hear(&mut vm, &mut visit, deadline).context("after the daemon was killed")?;
         }
+        vm.kill()?;
         Ok(visit)
     }
 
@@ -230,6 +228,17 @@ impl Stand {
             None => bail!("the guest ended before its script did\n{}", vm.post_mortem()),
         }
     }
+}
+
+/// Takes in the next report of a guest that is not to end by itself.
+fn hear(vm: &mut Vm, visit: &mut Visit, deadline: Instant) -> Result<()> {
+    match vm.next_report(deadline)? {
+        Some(Report::Fact { key, value }) => visit.note(key, value),
+        Some(Report::Checkpoint { .. }) => vm.proceed()?,
+        Some(Report::Exit { code }) => bail!("the script ended early ({code})\n{}", vm.post_mortem()),
+        None => bail!("QEMU ended early\n{}", vm.post_mortem()),
+    }
+    Ok(())
 }
 
 /// A folder for one stand whose socket path is short enough for a socket (108 bytes).

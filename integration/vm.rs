@@ -1,18 +1,20 @@
 //! Real guests on real daemons. Every test ends with `qemu-img check` and, where the guest left the disk orderly, a
 //! compare of what the guest read with what QEMU's tools read.
 //!
-//! `STRATA_TEST_BACKEND` says which daemon (default strata), `STRATA_REQUIRE_TOOLS=1` turns a skip into a failure.
+//! `STRATA_TEST_BACKEND` says which daemon (default strata), `STRATA_REQUIRE_TOOLS=1` turns a skip into a failure,
+//! `STRATA_GUEST_KILLS` how often the daemon under a guest is killed (3), `STRATA_KILL_SEED` at which other moments.
 //! `cargo verify` or `cargo demo` prepares the machine; these tests install nothing.
 
-use anyhow::Result;
-use std::collections::BTreeMap;
+use anyhow::{Context, Result, bail};
 use std::io::Write;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use strata_integration::crash::{self, Moment, Record};
 use strata_integration::daemon::{Backend, Profile, ServeSpec};
 use strata_integration::guest::GuestKit;
 use strata_integration::image::{self, Backing};
 use strata_integration::machine::Accelerator;
+use strata_integration::random::Random;
 use strata_integration::scenario::{self, Work};
 use strata_integration::stand::{self, Stand};
 use strata_integration::{picture, setup};
@@ -27,6 +29,14 @@ static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 fn alone() -> MutexGuard<'static, ()> {
     ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A number from the environment.
+fn setting(name: &str, fallback: u64) -> Result<u64> {
+    match std::env::var(name) {
+        Ok(text) => text.parse().with_context(|| format!("{name} is a number, not {text}")),
+        Err(_) => Ok(fallback),
+    }
 }
 
 /// The guest, or why there is none.
@@ -133,21 +143,30 @@ fn a_file_system_lives_on_a_chain_of_four() -> Result<()> {
 }
 
 #[test]
-fn what_was_synced_survives_a_killed_daemon() -> Result<()> {
-    with_stand("what_was_synced_survives_a_killed_daemon", |stand, folder| {
-        let base = folder.join("base.raw");
-        image::create(&base, "raw", DISK_MIB * MIB, None, "")?;
-        image::write_pattern(&base, "raw", 0, 64 * MIB, 0x5a)?;
+fn what_was_synced_survives_killed_daemons() -> Result<()> {
+    with_stand("what_was_synced_survives_killed_daemons", |stand, folder| {
+        let kills = setting("STRATA_GUEST_KILLS", 3)?;
+        let seed = setting("STRATA_KILL_SEED", 1)?;
+        // half of what fio writes lies over the base
+        let (base, base_mib, byte) = (folder.join("base.raw"), crash::FILES_MIB + 24, 0x5a);
+        image::create(&base, "raw", base_mib * MIB, None, "")?;
+        image::write_pattern(&base, "raw", 0, base_mib * MIB, byte)?;
         let below = Backing { image: &base, format: "raw" };
-        image::create(&stand.serve.image, "qcow2", DISK_MIB * MIB, Some(below), "")?;
-        let mut synced = BTreeMap::new();
-        for (round, files) in [(1, 7), (2, 23)] {
-            let result = scenario::crash_round(stand, round, files, &synced)?;
-            synced = result.synced;
-            println!("round {round}: {} synced files there, image {:?}", synced.len(), result.health);
+        image::create(&stand.serve.image, "qcow2", crash::DISK_MIB * MIB, Some(below), "")?;
+        let mut random = Random::new(seed);
+        let mut record = Record::new(base_mib, byte);
+        for kill in 1..=kills {
+            let moment = Moment { passes: 2 + random.below(3) as usize, files: random.below(24) as usize };
+            let crash = record.life(stand, moment, folder).with_context(|| format!("seed {seed}"))?;
+            let (files, passes) = crash.synced;
+            println!(
+                "kill {kill} of {kills}, seed {seed}: {files} files and {passes} passes of fio synced, {:?}, image {:?}",
+                crash.found, crash.health,
+            );
         }
+        record.last_look(stand).with_context(|| format!("seed {seed}"))?;
         match image::check(&stand.serve.image)? {
-            image::Health::Broken(words) => anyhow::bail!("the image is damaged at the end:\n{words}"),
+            image::Health::Broken(words) => bail!("seed {seed}: the image is damaged at the end:\n{words}"),
             image::Health::Clean | image::Health::Leaks(_) => Ok(()),
         }
     })

@@ -5,6 +5,7 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
+use strata_integration::random::Random;
 use strata_tests::client::{
     Client, ClientError, Command, Completion, Queue, SECTOR, SEGMENT_BYTES, Segment, Slot, Status, UNMAP,
 };
@@ -16,25 +17,6 @@ use super::stamp::{Value, fill};
 const HANG: Duration = Duration::from_secs(30);
 /// Bytes of a read of the whole disk's sweep.
 const SWEEP_BYTES: usize = 128 << 10;
-
-/// A small generator (splitmix64).
-pub struct Random(u64);
-
-impl Random {
-    /// The same seed gives the same numbers.
-    pub fn new(seed: u64) -> Self {
-        Self(seed)
-    }
-
-    /// A number below `limit`.
-    pub fn below(&mut self, limit: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((u128::from(z ^ (z >> 31)) * u128::from(limit)) >> 64) as u64
-    }
-}
 
 /// What was asked and answered.
 #[derive(Clone, Copy, Debug, Default)]
