@@ -313,6 +313,18 @@ fn freed_space_ends_a_wait_at_once() {
     rig.conclude();
 }
 
+#[test]
+fn freed_space_is_there_for_the_next_write() {
+    for on_enospc in [OnEnospc::Report, OnEnospc::Wait] {
+        let mut rig = full(Setup::new(on_enospc));
+        rig.run(Operation::Discard { offset: 0, length: 2 * CLUSTER });
+        rig.run(write(10, 1, 2));
+        assert_eq!(rig.space(), SpaceStatus::default());
+        rig.leave_space(PLENTY);
+        rig.conclude();
+    }
+}
+
 /// A cluster of which the host has allocated the first sectors only.
 fn sparse(on_enospc: OnEnospc) -> Rig {
     let mut rig = Setup::new(on_enospc).open();

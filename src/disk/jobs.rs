@@ -7,20 +7,19 @@ use crate::error::RequestError;
 use crate::worker::Worker;
 
 impl<S: Storage> Worker<S> {
-    /// Reserves a window of clusters. Where the host has no space, what was freed is made ready first, and then once
-    /// more.
-    pub async fn reserve(&self) -> Result<(), RequestError> {
-        match self.reserve_window().await {
-            Err(error) if error.is_no_space() => {
-                self.flush().await?;
-                while self.reclaim_some().await? {}
-                self.reserve_window().await
-            }
-            other => other,
+    /// Where the host has no space: makes ready what was freed; false if there is nothing of that. The caller is in no
+    /// epoch, as that would hold the freed clusters up.
+    pub async fn make_space(&self) -> bool {
+        if self.engine().status().quarantined_clusters == 0 || self.flush().await.is_err() {
+            return false;
         }
+        // What fails, or what the housekeeper has taken on, shows when the request is tried again.
+        while let Ok(true) = self.reclaim_some().await {}
+        true
     }
 
-    async fn reserve_window(&self) -> Result<(), RequestError> {
+    /// Reserves a window of clusters.
+    pub async fn reserve(&self) -> Result<(), RequestError> {
         let Some(mut plan) = self.ask(|engine, waker| engine.plan_reserve(waker)).await? else {
             return Ok(());
         };

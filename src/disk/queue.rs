@@ -368,9 +368,13 @@ fn report(id: RequestId, result: &Result<(), RequestError>) {
 }
 
 impl<S: Storage> Worker<S> {
-    /// Serves a request off the fast path, and again when it finds no space, if it is to wait for it.
+    /// Serves a request off the fast path. When it finds no space, once more after what was freed is made ready, and
+    /// again and again if it is to wait for it.
     async fn serve(&self, epoch: Epoch, request: Request, slices: &[GuestSlice]) -> Result<(), RequestError> {
         let mut result = self.carry_out(epoch, request, slices).await;
+        if self.lacks_space(&request, &result) && self.make_space().await {
+            result = self.carry_out(self.enter(), request, slices).await;
+        }
         if self.waits_after(&request, &result) {
             let mut waiting = self.shared.space.begin(&self.driver);
             while self.waits_after(&request, &result) && waiting.pause(|| self.leaving.get()).await {
@@ -418,10 +422,15 @@ impl<S: Storage> Worker<S> {
         result
     }
 
-    /// Whether a request that ended so is to be tried again.
-    fn waits_after(&self, request: &Request, result: &Result<(), RequestError>) -> bool {
+    /// Whether a request that ended so may succeed once there is space.
+    fn lacks_space(&self, request: &Request, result: &Result<(), RequestError>) -> bool {
         let no_space = result.as_ref().is_err_and(RequestError::is_no_space);
         let reads = matches!(request, Request::Read { .. });
-        no_space && !reads && self.shared.space.waits() && !self.engine().has_failed()
+        no_space && !reads && !self.engine().has_failed()
+    }
+
+    /// Whether a request that ended so is to wait for space.
+    fn waits_after(&self, request: &Request, result: &Result<(), RequestError>) -> bool {
+        self.shared.space.waits() && self.lacks_space(request, result)
     }
 }
