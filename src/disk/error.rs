@@ -150,7 +150,7 @@ impl RequestError {
     }
 }
 
-/// True for what the host says where there is no space, or none left for this user.
+/// True for what the host says where there is no space, or none left for this user, or for this file.
 pub(crate) fn is_no_space(errno: Errno) -> bool {
-    errno == Errno::ENOSPC || errno == Errno::EDQUOT
+    matches!(errno, Errno::ENOSPC | Errno::EDQUOT | Errno::EFBIG)
 }

@@ -10,7 +10,7 @@ use engine::{FlushCut, FlushStep, HeaderSwitch, Stage, TableWrite};
 use storage::{Errno, Kind, Operation, Part, Storage};
 use tracing::error;
 
-use crate::error::RequestError;
+use crate::error::{RequestError, is_no_space};
 use crate::worker::Worker;
 
 /// Table writes in flight at a time.
@@ -26,10 +26,10 @@ enum Failure {
 
 impl Failure {
     fn of_write(stage: Stage, source: Errno) -> Self {
-        match source {
-            Errno::ENOSPC | Errno::EDQUOT => Failure::NoSpace(stage, source),
-            _ if active(Mutation::FailedWriteForgiven) => Failure::NoSpace(stage, source),
-            _ => Failure::Fatal("writing metadata", source),
+        if is_no_space(source) || active(Mutation::FailedWriteForgiven) {
+            Failure::NoSpace(stage, source)
+        } else {
+            Failure::Fatal("writing metadata", source)
         }
     }
 }

@@ -10,6 +10,7 @@ mod close;
 mod driver;
 mod error;
 mod executor;
+mod failures;
 mod flush;
 mod header;
 mod housekeeping;

@@ -12,7 +12,6 @@ use slab::Slab;
 use smallvec::SmallVec;
 use storage::buffer::{GuestSlices, fill_guest_zero, guest_len, subrange};
 use storage::{Errno, GuestSlice, IoQueue, Kind, Notifier, Storage, Token};
-use tracing::warn;
 
 use crate::Shared;
 use crate::driver::Driver;
@@ -271,7 +270,7 @@ impl<S: Storage> DiskQueue<S> {
         if ended.writes && self.worker.engine().has_failed() {
             result = result.and(Err(engine::EngineError::Failed.into()));
         }
-        report(ended.id, &result);
+        self.worker.failures.note(ended.id, &result, || self.driver.now());
         self.done.borrow_mut().push(Completed { id: ended.id, result });
     }
 
@@ -279,7 +278,7 @@ impl<S: Storage> DiskQueue<S> {
         let (worker, done, slices) = (Rc::clone(&self.worker), Rc::clone(&self.done), owned(slices));
         self.driver.spawn(async move {
             let result = worker.serve(epoch, request, &slices).await;
-            report(id, &result);
+            worker.failures.note(id, &result, || worker.driver.now());
             done.borrow_mut().push(Completed { id, result });
         });
     }
@@ -357,13 +356,6 @@ fn follows(last: &Run, target: Target) -> bool {
             file == next && offset.0 + last.length == at.0
         }
         _ => false,
-    }
-}
-
-/// The guest gets no reason; the log does.
-fn report(id: RequestId, result: &Result<(), RequestError>) {
-    if let Err(error) = result {
-        warn!(request = id.0, %error, "a request failed");
     }
 }
 

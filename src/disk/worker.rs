@@ -13,6 +13,7 @@ use tracing::error;
 use crate::Shared;
 use crate::driver::Driver;
 use crate::error::RequestError;
+use crate::failures::FailureLog;
 
 /// One thread's way to a disk. Its async functions are the slow path.
 pub(crate) struct Worker<S: Storage> {
@@ -21,13 +22,15 @@ pub(crate) struct Worker<S: Storage> {
     epochs: RefCell<WorkerEpochs>,
     /// Its queue is being stopped: no request of it waits for space any more.
     pub leaving: Cell<bool>,
+    pub failures: FailureLog,
 }
 
 impl<S: Storage> Worker<S> {
     /// `None` if the disk has all the workers it can have.
     pub fn new(shared: Arc<Shared<S>>, driver: Rc<Driver<S::Queue>>) -> Option<Rc<Self>> {
         let epochs = RefCell::new(shared.engine.epochs().register()?);
-        Some(Rc::new(Worker { shared, driver, epochs, leaving: Cell::new(false) }))
+        let (leaving, failures) = (Cell::new(false), FailureLog::default());
+        Some(Rc::new(Worker { shared, driver, epochs, leaving, failures }))
     }
 
     pub fn engine(&self) -> &Engine {

@@ -120,6 +120,8 @@ impl Errno {
     pub const EINVAL: Errno = Errno(libc::EINVAL);
     /// EDQUOT.
     pub const EDQUOT: Errno = Errno(libc::EDQUOT);
+    /// EFBIG: past what the file system, or the process's limit, lets a file have.
+    pub const EFBIG: Errno = Errno(libc::EFBIG);
 }
 
 impl std::fmt::Display for Errno {

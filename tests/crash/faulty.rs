@@ -31,10 +31,11 @@ pub struct Trouble {
 }
 
 /// The ways in which an I/O fails for good.
-pub const FAILURES: [Outcome; 5] = [
+pub const FAILURES: [Outcome; 6] = [
     Outcome::Fail(Errno::EIO),
     Outcome::Fail(Errno::ENOSPC),
     Outcome::Fail(Errno::EDQUOT),
+    Outcome::Fail(Errno::EFBIG),
     Outcome::Short(Errno::EIO),
     Outcome::Short(Errno::ENOSPC),
 ];
@@ -74,7 +75,7 @@ impl Trouble {
     }
 
     fn is_no_space(&self) -> bool {
-        matches!(self.errno(), Some(Errno::ENOSPC | Errno::EDQUOT))
+        matches!(self.errno(), Some(Errno::ENOSPC | Errno::EDQUOT | Errno::EFBIG))
     }
 }
 

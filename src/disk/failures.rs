@@ -1,0 +1,81 @@
+//! The log of failed requests: the guest gets no reason, the log does.
+//!
+//! A guest decides how many requests fail once some do, and must not fill the host's disk with lines: it tells so many
+//! in a period, and of the others only how many there were. It has no clock of its own.
+
+use std::cell::Cell;
+use std::time::{Duration, Instant};
+
+use tracing::warn;
+
+use crate::error::RequestError;
+use crate::queue::RequestId;
+
+/// The most lines in a period.
+const LINES_MAX: u32 = 20;
+const PERIOD: Duration = Duration::from_secs(10);
+
+/// What one thread has told.
+#[derive(Default)]
+pub(crate) struct FailureLog {
+    /// When the period began.
+    began: Cell<Option<Instant>>,
+    /// Lines in it.
+    lines: Cell<u32>,
+    /// Failures since the last line.
+    untold: Cell<u64>,
+}
+
+impl FailureLog {
+    /// Takes note of how a request ended.
+    pub fn note(&self, id: RequestId, result: &Result<(), RequestError>, now: impl FnOnce() -> Instant) {
+        let Err(error) = result else { return };
+        match self.line(now()) {
+            Some(0) => warn!(request = id.0, %error, "a request failed"),
+            Some(untold) => warn!(request = id.0, %error, untold, "a request failed, as did others untold"),
+            None => {}
+        }
+    }
+
+    /// Whether another line is due, and if so, how many failures were not told before it.
+    fn line(&self, now: Instant) -> Option<u64> {
+        if self.began.get().is_none_or(|began| now.duration_since(began) >= PERIOD) {
+            self.began.set(Some(now));
+            self.lines.set(0);
+        }
+        if self.lines.get() == LINES_MAX {
+            self.untold.set(self.untold.get() + 1);
+            return None;
+        }
+        self.lines.set(self.lines.get() + 1);
+        Some(self.untold.take())
+    }
+}
+
+impl Drop for FailureLog {
+    fn drop(&mut self) {
+        let untold = self.untold.get();
+        if untold > 0 {
+            warn!(untold, "requests failed");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flood_of_failures_is_counted_and_not_told() {
+        let log = FailureLog::default();
+        let start = Instant::now();
+        for _ in 0..LINES_MAX {
+            assert_eq!(log.line(start), Some(0));
+        }
+        for _ in 0..1000 {
+            assert_eq!(log.line(start + PERIOD / 2), None);
+        }
+        assert_eq!(log.line(start + PERIOD), Some(1000));
+        assert_eq!(log.line(start + PERIOD), Some(0));
+    }
+}
