@@ -155,6 +155,7 @@ fn it_agrees_on_sound_images() {
     let compressed = Content::Compressed { offset: M, length: M, byte: 9 };
     specs.push(("compressed, subclusters".into(), filled(4 * M, 64 * K).extended().with(compressed)));
     specs.push(("compressed".into(), filled(4 * M, 64 * K).with(compressed).with(pattern(M, 100, 1))));
+    specs.push(("compressed by zstd".into(), filled(4 * M, 4 * K).zstd().with(compressed)));
     specs.push(("empty".into(), ImageSpec::qcow2(0)));
     specs.push(("a large empty disk".into(), ImageSpec::qcow2(1 << 46).cluster_size(2 * M)));
     for (name, spec) in specs {

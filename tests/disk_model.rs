@@ -25,6 +25,20 @@ fn over(format: Format, size: u64) -> ImageSpec {
     ImageSpec::qcow2(size).backing(PathBuf::new(), format)
 }
 
+/// Compressed content of a new image: whole clusters.
+fn squeeze(offset: u64, length: u64, byte: u8) -> Content {
+    Content::Compressed { offset, length, byte }
+}
+
+/// An image with compressed clusters, some of them written over.
+fn squeezed(cluster_size: u64) -> ImageSpec {
+    ImageSpec::qcow2(6 * M)
+        .cluster_size(cluster_size)
+        .with(squeeze(0, 4 * M, 1))
+        .with(pattern(2 * M + 512, M + 1024, 2))
+        .with(squeeze(4 * M, M, 3))
+}
+
 fn cases() -> Vec<Case> {
     let base = || ImageSpec::qcow2(6 * M).with(pattern(0, M, 1)).with(pattern(3 * M + 512, M + 1024, 2));
     let middle = || {
@@ -55,6 +69,24 @@ fn cases() -> Vec<Case> {
         Case {
             name: "large clusters over small",
             chain: vec![base().cluster_size(4 * K), over(Format::Qcow2, 6 * M).cluster_size(128 * K)],
+        },
+        Case { name: "compressed", chain: vec![squeezed(64 * K)] },
+        Case { name: "compressed, v2", chain: vec![squeezed(64 * K).version(2)] },
+        Case { name: "compressed, zstd", chain: vec![squeezed(64 * K).zstd()] },
+        Case {
+            name: "compressed over compressed",
+            chain: vec![
+                squeezed(16 * K),
+                over(Format::Qcow2, 6 * M).cluster_size(64 * K).zstd().with(squeeze(M, M, 11)),
+            ],
+        },
+        Case {
+            name: "small clusters over large compressed ones",
+            chain: vec![squeezed(2 * M).zstd(), over(Format::Qcow2, 6 * M).cluster_size(4 * K)],
+        },
+        Case {
+            name: "v2 over compressed",
+            chain: vec![squeezed(64 * K), over(Format::Qcow2, 6 * M).version(2).with(squeeze(0, M, 11))],
         },
         Case {
             name: "preallocated zero clusters",
@@ -93,7 +125,12 @@ fn cases() -> Vec<Case> {
             _ => "clusters of 2 MiB",
         };
         let below = ImageSpec::qcow2(size).cluster_size(cluster).with(pattern(cluster / 2, cluster * 3, 5));
-        cases.push(Case { name, chain: vec![below, over(Format::Qcow2, size).cluster_size(cluster)] });
+        // Compressed in two runs, so that clusters of the file are shared.
+        let above = over(Format::Qcow2, size)
+            .cluster_size(cluster)
+            .with(squeeze(cluster * 2, cluster * 5, 6))
+            .with(squeeze(cluster * 9, cluster * 3, 8));
+        cases.push(Case { name, chain: vec![below, above] });
     }
     cases
 }

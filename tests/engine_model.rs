@@ -188,6 +188,7 @@ impl Bench {
         for extent in self.extents(offset, length) {
             match extent.source {
                 Source::Zero => bytes.resize(bytes.len() + extent.length as usize, 0),
+                Source::Compressed { .. } => panic!("nothing here is compressed"),
                 Source::Data { file, offset } => bytes.extend(self.files.read(file, offset.0, extent.length)),
             }
         }

@@ -152,6 +152,8 @@ pub struct ImageSpec {
     pub refcount_bits: u8,
     /// Extended L2 entries, with subclusters.
     pub extended_l2: bool,
+    /// Compressed clusters are zstd, else deflate.
+    pub zstd: bool,
     /// What is allocated at once.
     pub preallocation: Preallocation,
     /// The file below, as the header is to name it (relative to the image), and its format.
@@ -170,6 +172,7 @@ impl ImageSpec {
             cluster_size: 65536,
             refcount_bits: 16,
             extended_l2: false,
+            zstd: false,
             preallocation: Preallocation::Off,
             backing: None,
             contents: Vec::new(),
@@ -199,6 +202,13 @@ impl ImageSpec {
     #[must_use]
     pub fn extended(mut self) -> Self {
         self.extended_l2 = true;
+        self
+    }
+
+    /// Compresses with zstd.
+    #[must_use]
+    pub fn zstd(mut self) -> Self {
+        self.zstd = true;
         self
     }
 
@@ -238,6 +248,9 @@ impl ImageSpec {
         }
         if self.extended_l2 {
             options += ",extended_l2=on";
+        }
+        if self.zstd {
+            options += ",compression_type=zstd";
         }
         options
     }

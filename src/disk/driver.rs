@@ -6,7 +6,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
@@ -21,6 +21,8 @@ use crate::executor::{Executor, poll_once};
 
 /// Bytes of buffers that requests of one thread may hold at a time.
 const BUFFER_BYTES: usize = 16 << 20;
+/// Bytes that clusters being inflated by one thread's requests may take at a time: their data and what becomes of it.
+const INFLATING_BYTES: usize = 16 << 20;
 /// Bytes of free buffers kept for the next.
 const POOL_BYTES: usize = 8 << 20;
 /// Marks the tokens of operations that a future waits for.
@@ -28,6 +30,9 @@ const FUTURE: u64 = 1 << 63;
 
 /// What became of an operation, and its memory.
 pub(crate) type Outcome = (Result<(), Errno>, Parts);
+
+/// One of several pieces of work that run side by side.
+pub(crate) type Strand<'a, E> = Pin<Box<dyn Future<Output = Result<(), E>> + 'a>>;
 
 enum Waiting {
     For(Option<Waker>),
@@ -41,7 +46,8 @@ pub(crate) struct Driver<Q> {
     scratch: RefCell<Vec<Completion>>,
     timers: RefCell<Vec<(Instant, Waker)>>,
     pub pool: BufferPool,
-    budget: Budget,
+    buffers: Budget,
+    inflating: Budget,
 }
 
 impl<Q: IoQueue> Driver<Q> {
@@ -54,7 +60,8 @@ impl<Q: IoQueue> Driver<Q> {
             scratch: RefCell::new(Vec::new()),
             timers: RefCell::new(Vec::new()),
             pool: BufferPool::new(POOL_BYTES),
-            budget: Budget { free: Cell::new(BUFFER_BYTES), waiters: RefCell::new(VecDeque::new()) },
+            buffers: Budget::new(BUFFER_BYTES),
+            inflating: Budget::new(INFLATING_BYTES),
         })
     }
 
@@ -95,6 +102,25 @@ impl<Q: IoQueue> Driver<Q> {
                 Waiting::For(_) => unreachable!("looked at above"),
             }
         })
+    }
+
+    /// Runs futures side by side until all have ended. The first error, if any.
+    pub async fn run_together<E>(&self, mut futures: Vec<Strand<'_, E>>) -> Result<(), E> {
+        let mut result = Ok(());
+        poll_fn(|context| {
+            futures.retain_mut(|future| match future.as_mut().poll(context) {
+                Poll::Pending => true,
+                Poll::Ready(ended) => {
+                    if result.is_ok() {
+                        result = ended;
+                    }
+                    false
+                }
+            });
+            if futures.is_empty() { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+        result
     }
 
     /// Runs an operation that moves no memory.
@@ -140,10 +166,13 @@ impl<Q: IoQueue> Driver<Q> {
     /// Waits until the thread's requests hold so little buffer memory that `bytes` more may be taken. More than the
     /// whole budget counts as the whole.
     pub async fn reserve_buffers(&self, bytes: usize) -> BufferPermit<'_> {
-        let bytes = bytes.min(BUFFER_BYTES);
-        let mut number = None;
-        poll_fn(|context| self.budget.poll_take(bytes, &mut number, context.waker())).await;
-        BufferPermit { budget: &self.budget, bytes }
+        self.buffers.take(bytes).await
+    }
+
+    /// The same for the memory that inflating takes. A budget of its own, as it is taken while buffers are held, and whoever
+    /// holds some of it waits for no buffers.
+    pub async fn reserve_inflating(&self, bytes: usize) -> BufferPermit<'_> {
+        self.inflating.take(bytes).await
     }
 
     /// Lets the thread's other work go on for a moment.
@@ -303,13 +332,26 @@ impl std::task::Wake for Flag {
     }
 }
 
-/// Bounds the buffer memory of one thread, first come first served.
+/// Bounds the memory that one thread's requests use for something, first come first served.
 struct Budget {
+    bytes: usize,
     free: Cell<usize>,
     waiters: RefCell<VecDeque<(u64, Waker)>>,
 }
 
 impl Budget {
+    fn new(bytes: usize) -> Self {
+        Budget { bytes, free: Cell::new(bytes), waiters: RefCell::new(VecDeque::new()) }
+    }
+
+    /// More than the whole counts as the whole.
+    async fn take(&self, bytes: usize) -> BufferPermit<'_> {
+        let bytes = bytes.min(self.bytes);
+        let mut number = None;
+        poll_fn(|context| self.poll_take(bytes, &mut number, context.waker())).await;
+        BufferPermit { budget: self, bytes }
+    }
+
     fn poll_take(&self, bytes: usize, number: &mut Option<u64>, waker: &Waker) -> Poll<()> {
         let mut waiters = self.waiters.borrow_mut();
         let first = waiters.front().is_none_or(|(front, _)| Some(*front) == *number);

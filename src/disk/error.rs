@@ -8,6 +8,7 @@ use storage::{Errno, StorageError};
 use thiserror::Error;
 
 use crate::check::CheckError;
+use crate::inflate::InflateError;
 
 /// Why a disk could not be opened or closed.
 #[derive(Debug, Error)]
@@ -135,6 +136,18 @@ pub enum RequestError {
         what: &'static str,
         /// What the host said.
         source: Errno,
+    },
+    /// A compressed cluster cannot be inflated. Others can be served.
+    #[error("{}: compressed cluster at offset {offset:#x}, {length} bytes: {source}", path.display())]
+    Compressed {
+        /// The image.
+        path: PathBuf,
+        /// Where its data begins in the file.
+        offset: u64,
+        /// Bytes of the data.
+        length: u64,
+        /// What is wrong with it.
+        source: InflateError,
     },
 }
 

@@ -10,6 +10,7 @@ use std::task::{Poll, Waker};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use engine::FileIndex;
 use engine::mutation::{Mutation, active};
 use storage::{Errno, Kind, Operation, Storage};
 use tracing::warn;
@@ -239,6 +240,10 @@ impl<S: Storage> Worker<S> {
         let Some(plan) = self.ask(|engine, waker| engine.plan_reclaim(waker)).await? else {
             return Ok(false);
         };
+        for (offset, length) in &plan.punches {
+            // No request is left that could put it back: those that knew it as compressed have ended.
+            self.shared.inflated.forget(FileIndex(0), *offset, *length);
+        }
         let mut punched = Vec::with_capacity(plan.punches.len());
         for some in plan.punches.chunks(PUNCHES_AT_ONCE) {
             let started: Vec<_> =

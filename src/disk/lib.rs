@@ -7,6 +7,7 @@
 
 pub mod check;
 mod close;
+mod compressed;
 mod driver;
 mod error;
 mod executor;
@@ -14,6 +15,7 @@ mod failures;
 mod flush;
 mod header;
 mod housekeeping;
+mod inflate;
 mod jobs;
 mod layer;
 mod open;
@@ -26,6 +28,7 @@ mod zero;
 
 pub use error::{OpenError, RequestError};
 pub use housekeeping::Keeper;
+pub use inflate::InflateError;
 pub use layer::Layer;
 pub use open::{CHAIN_LAYERS_MAX, DiskOptions, Format};
 pub use queue::{Completed, DiskQueue, Request, RequestId};
@@ -71,6 +74,10 @@ pub(crate) struct Shared<S: Storage> {
     pub corrupt_marked: AtomicBool,
     /// Requests that wait for space on the host.
     pub space: Arc<Space>,
+    /// Compressed clusters that were inflated lately.
+    pub inflated: inflate::Cache,
+    /// Who inflates them.
+    pub inflaters: inflate::Pool,
 }
 
 impl<S: Storage> Shared<S> {
@@ -145,6 +152,8 @@ impl<S: Storage> Disk<S> {
             bell: Arc::default(),
             corrupt_marked: AtomicBool::new(false),
             space: Space::new(options.on_enospc, path),
+            inflated: inflate::Cache::new(options.inflated_bytes),
+            inflaters: inflate::Pool::new(options.inflate_threads),
         });
         Ok(Disk { shared, housekeeper: None })
     }

@@ -22,6 +22,9 @@ use crate::space::OnEnospc;
 /// The most layers of a chain (the bound for what opens fast in little memory).
 pub const CHAIN_LAYERS_MAX: usize = 1000;
 
+/// The most threads of a disk that inflate, unless more are asked for.
+const INFLATE_THREADS: usize = 4;
+
 /// The format of an image file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
@@ -48,6 +51,10 @@ pub struct DiskOptions {
     pub map_bytes: usize,
     /// The most bytes of clean L2 tables and refblocks to keep.
     pub table_bytes: usize,
+    /// The most bytes of inflated clusters to keep.
+    pub inflated_bytes: usize,
+    /// The most threads that inflate; with none, whoever wants a cluster inflates it on its own thread.
+    pub inflate_threads: usize,
     /// What becomes of a request that finds no space on the host.
     pub on_enospc: OnEnospc,
 }
@@ -62,6 +69,8 @@ impl Default for DiskOptions {
             lock_timeout: Duration::from_secs(5),
             map_bytes: 32 << 20,
             table_bytes: 16 << 20,
+            inflated_bytes: 16 << 20,
+            inflate_threads: std::thread::available_parallelism().map_or(1, usize::from).min(INFLATE_THREADS),
             on_enospc: OnEnospc::Report,
         }
     }

@@ -1,11 +1,12 @@
-//! Reads that the fast path does not serve: unresolved or mixed clusters, and memory that needs a bounce buffer.
+//! Reads that the fast path does not serve: unresolved, mixed or compressed clusters, and memory that needs a bounce buffer.
 
-use engine::{Extent, Source};
+use engine::{CompressedCluster, Extent, Source};
 use qcow2::{GuestOffset, HostOffset};
 use smallvec::SmallVec;
 use storage::buffer::{GuestSlices, copy_to_guest, fill_guest_zero, guest_len, subrange};
 use storage::{AlignedBuf, GuestSlice, Kind, Operation, Part, Storage};
 
+use crate::driver::Strand;
 use crate::error::RequestError;
 use crate::worker::Worker;
 
@@ -21,6 +22,7 @@ impl<S: Storage> Worker<S> {
             let at = GuestOffset(offset + done);
             let extents = self.some_extents(at, length - done).await?;
             let mut direct: SmallVec<[Operation; 4]> = SmallVec::new();
+            let mut compressed = Vec::new();
             for extent in extents {
                 let memory = subrange(slices, done as usize, extent.length as usize);
                 done += extent.length;
@@ -34,10 +36,31 @@ impl<S: Storage> Worker<S> {
                             self.read_bounced(file.id, offset, &memory).await?;
                         }
                     }
+                    Source::Compressed { cluster, within } => compressed.push((cluster, within, memory)),
                 }
             }
-            self.driver.run_all(direct).await.map_err(RequestError::io("reading"))?;
+            let direct = async { self.driver.run_all(direct).await.map_err(RequestError::io("reading")) };
+            if compressed.is_empty() {
+                direct.await?;
+                continue;
+            }
+            let mut all: Vec<Strand<'_, _>> = vec![Box::pin(direct)];
+            for (cluster, within, memory) in compressed {
+                all.push(Box::pin(self.read_compressed(cluster, within, memory)));
+            }
+            self.driver.run_together(all).await?;
         }
+        Ok(())
+    }
+
+    async fn read_compressed(
+        &self,
+        cluster: CompressedCluster,
+        within: u64,
+        memory: GuestSlices,
+    ) -> Result<(), RequestError> {
+        let bytes = self.inflated(cluster).await?;
+        copy_to_guest(&bytes, within as usize, &memory);
         Ok(())
     }
 
@@ -66,7 +89,7 @@ impl<S: Storage> Worker<S> {
             let operation = Operation::bare(file, Kind::Read, offset.0 + done as u64);
             let (result, buffer) = self.driver.run_buffer(operation, self.buffer(piece)).await;
             result.map_err(RequestError::io("reading"))?;
-            copy_to_guest(&buffer, 0, &subrange(memory, done, piece));
+            copy_to_guest(buffer.as_slice(), 0, &subrange(memory, done, piece));
             self.driver.pool.give(buffer);
             done += piece;
         }
@@ -94,12 +117,20 @@ impl<S: Storage> Worker<S> {
         let mut at = 0;
         for extent in extents {
             let piece = extent.length as usize;
-            if let Source::Data { file, offset } = extent.source {
-                let operation = Operation::bare(self.shared.file(file).id, Kind::Read, offset.0);
-                let (result, buffer) = self.driver.run_buffer(operation, self.buffer(piece)).await;
-                result.map_err(RequestError::io("reading what is copied on write"))?;
-                whole.as_mut_slice()[at..at + piece].copy_from_slice(buffer.as_slice());
-                self.driver.pool.give(buffer);
+            let target = &mut whole.as_mut_slice()[at..at + piece];
+            match extent.source {
+                Source::Zero => {}
+                Source::Data { file, offset } => {
+                    let operation = Operation::bare(self.shared.file(file).id, Kind::Read, offset.0);
+                    let (result, buffer) = self.driver.run_buffer(operation, self.buffer(piece)).await;
+                    result.map_err(RequestError::io("reading what is copied on write"))?;
+                    target.copy_from_slice(buffer.as_slice());
+                    self.driver.pool.give(buffer);
+                }
+                Source::Compressed { cluster, within } => {
+                    let bytes = self.inflated(cluster).await?;
+                    target.copy_from_slice(&bytes[within as usize..][..piece]);
+                }
             }
             at += piece;
         }

@@ -48,14 +48,6 @@ pub enum EngineError {
         /// Host cluster number.
         cluster: u64,
     },
-    /// A guest cluster needs a feature that is not built yet.
-    #[error("layer {layer}: guest cluster {cluster:#x} is compressed, which is not supported yet")]
-    Compressed {
-        /// 0 is the top image.
-        layer: usize,
-        /// Guest cluster number in that layer.
-        cluster: u64,
-    },
     /// The refcount table would grow past its limit of 8 MiB.
     #[error("the refcount table cannot grow past 8 MiB: the image file is as large as its format allows")]
     RefcountTableFull,

@@ -42,7 +42,7 @@ pub use layers::{LayerFormat, LayerSpec};
 pub use map::SLICE_WORDS;
 pub use reclaim::ReclaimPlan;
 pub use reserve::ReservePlan;
-pub use resolve::{Extent, Source, push_extent};
+pub use resolve::{CompressedCluster, Extent, Source, push_extent};
 pub use table_job::TablePlan;
 pub use tables::TableId;
 pub use waiters::{Waiters, WakeFlag, WakeList};
@@ -239,7 +239,7 @@ impl Engine {
     /// Where a prefix of a range comes from.
     ///
     /// # Errors
-    /// A bad table entry or a compressed cluster.
+    /// A bad table entry.
     pub fn plan_read(
         &self,
         offset: GuestOffset,

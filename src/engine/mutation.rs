@@ -52,6 +52,12 @@ pub enum Mutation {
     AbortedTakenForZero,
     /// A discard shows what lies below.
     DiscardBaresBacking,
+    /// Compressed data is released only in the first of the host clusters that it touches.
+    CompressedTailKept,
+    /// Compressed data is released twice.
+    CompressedReleasedTwice,
+    /// A cluster is free when one of those who share it is gone.
+    SharedTakenForFree,
     /// A clean close cuts a cluster in use off the end of the file.
     CloseCutsTooMuch,
 }
@@ -82,6 +88,9 @@ impl Mutation {
         Mutation::ZeroClusterTakenForZero,
         Mutation::AbortedTakenForZero,
         Mutation::DiscardBaresBacking,
+        Mutation::CompressedTailKept,
+        Mutation::CompressedReleasedTwice,
+        Mutation::SharedTakenForFree,
         Mutation::CloseCutsTooMuch,
     ];
 }

@@ -71,7 +71,8 @@ impl State {
         ready!(self.may_dirty());
         ready!(self.need_tables(pins.iter().copied(), waker)?);
         let counts = self.decremented(&batch)?;
-        let runs = runs_of(counts.iter().filter(|(_, count)| **count == 0).map(|(cluster, _)| *cluster));
+        let free = |count| count == 0 || active(Mutation::SharedTakenForFree);
+        let runs = runs_of(counts.iter().filter(|(_, count)| free(**count)).map(|(cluster, _)| *cluster));
         let write = self.write_state()?;
         // Two entries of a damaged image named it: the first made it free, and it was handed out since.
         if let Some(cluster) = runs.iter().find_map(|run| write.guard.within(*run)) {

@@ -4,6 +4,7 @@
 
 use std::task::Waker;
 
+use qcow2::entry::compressed_length;
 use qcow2::{GuestCluster, GuestOffset, HostOffset, HostPlace, L1Entry, L2Entry, Subcluster, Subclusters};
 
 use crate::answer::{Answer, ready};
@@ -33,6 +34,27 @@ pub enum Source {
         /// Where the run begins.
         offset: HostOffset,
     },
+    /// It is part of a compressed cluster, once that is inflated.
+    Compressed {
+        /// The cluster.
+        cluster: CompressedCluster,
+        /// Where the run begins in the inflated cluster, in bytes.
+        within: u64,
+    },
+}
+
+/// Where the data of a compressed cluster lies. What lies past the end of the file reads as zero, and the stream may end
+/// before the data does: the next one's begins in the same sector.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct CompressedCluster {
+    /// The layer that it belongs to, 0 for the top image: which compression, and how large the cluster is.
+    pub layer: u16,
+    /// The file.
+    pub file: FileIndex,
+    /// The first byte, aligned to nothing.
+    pub offset: HostOffset,
+    /// Bytes that the stream may take: up to two clusters.
+    pub length: u64,
 }
 
 /// A run of guest bytes from one source.
@@ -51,6 +73,9 @@ pub fn push_extent(extents: &mut Vec<Extent>, source: Source, length: u64) {
             (Source::Zero, Source::Zero) => true,
             (Source::Data { file, offset }, Source::Data { file: next, offset: at }) => {
                 file == next && offset.0.checked_add(last.length) == Some(at.0)
+            }
+            (Source::Compressed { cluster, within }, Source::Compressed { cluster: next, within: at }) => {
+                cluster == next && within + last.length == at
             }
             _ => false,
         };
@@ -303,7 +328,12 @@ impl State {
                     let source = Source::Data { file: layer.file, offset: HostOffset(offset.0 + within) };
                     return Ok((Some(source), length));
                 }
-                Some(L2Entry::Compressed { .. }) => return Err(compressed(layer, cluster)),
+                Some(L2Entry::Compressed { offset, sectors }) => {
+                    let (layer, file) = (layer.number, layer.file);
+                    let data = compressed_length(offset, sectors);
+                    let cluster = CompressedCluster { layer, file, offset, length: data };
+                    return Ok((Some(Source::Compressed { cluster, within }), length));
+                }
                 Some(L2Entry::Subclusters(subclusters)) => {
                     let (source, alike) = subcluster_source(layer, &subclusters, within);
                     length = length.min(alike);
@@ -330,10 +360,6 @@ fn subcluster_source(layer: &Qcow2Layer, subclusters: &Subclusters, within: u64)
         _ => None,
     };
     (source, (index + u64::from(run)) * size - within)
-}
-
-fn compressed(layer: &Qcow2Layer, cluster: GuestCluster) -> EngineError {
-    EngineError::Compressed { layer: usize::from(layer.number), cluster: cluster.0 }
 }
 
 /// A layer's L2 entry for one of its own clusters; `None` if its table is missing.
@@ -410,6 +436,7 @@ fn qcow2_step(
                     let in_place = subclusters.host.is_some_and(|host| may_be_written(layer, host, guard));
                     Step::Answer(Word::data(file, offset, in_place))
                 }
+                Some(Source::Compressed { .. }) => Step::Answer(Word::MIXED),
                 None => Step::Below,
             }
         }

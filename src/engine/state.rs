@@ -208,12 +208,14 @@ impl State {
 
     /// Refuses an L2 entry of the top image that names metadata: nothing may be written or freed there.
     pub fn guard_entry(&self, entry: L2Entry, cluster: u64) -> Result<(), EngineError> {
-        let Some(host) = entry.host() else { return Ok(()) };
-        let host = self.top_qcow2().geometry.host_cluster(host.offset);
-        if self.write.as_ref().is_some_and(|write| write.guard.contains(host)) {
-            return Err(EngineError::Overlap { structure: Structure::L2, index: cluster, cluster: host.0 });
+        let Some((first, count)) = entry.host_clusters(&self.top_qcow2().geometry) else { return Ok(()) };
+        let Some(write) = &self.write else { return Ok(()) };
+        match (first.0..first.0 + count).find(|host| write.guard.contains(HostCluster(*host))) {
+            Some(host) => {
+                Err(EngineError::Overlap { structure: Structure::L2, index: cluster, cluster: host })
+            }
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// The decoded L2 entry at a resident place of the top image.

@@ -132,9 +132,7 @@ impl State {
         Ok(match entry {
             L2Entry::Data { offset, copied: true } => Standing::InPlace(offset),
             L2Entry::ZeroAllocated { offset, copied: true } => Standing::Reuse(offset),
-            L2Entry::Compressed { .. } => {
-                return Err(EngineError::Compressed { layer: 0, cluster: first.0 + at });
-            }
+            // Compressed data is never written over: it shares its host clusters.
             _ => Standing::New,
         })
     }
@@ -191,11 +189,19 @@ impl State {
         }
     }
 
-    /// Puts the host cluster that an entry names, if any, into quarantine: the entry is about to change.
+    /// Puts the host clusters that an entry counts in, if any, into quarantine: the entry is about to change. Each loses
+    /// one reference; those that others count in, too, are free only when the last is gone.
     pub fn release_old(&mut self, place: EntryPlace, guest: GuestCluster) {
-        let Some(host) = self.top_entry(place, guest.0).ok().and_then(L2Entry::host) else { return };
-        let host = self.top_qcow2().geometry.host_cluster(host.offset);
+        let Ok(entry) = self.top_entry(place, guest.0) else { return };
+        let Some((first, count)) = entry.host_clusters(&self.top_qcow2().geometry) else { return };
+        let compressed = matches!(entry, L2Entry::Compressed { .. });
+        let count = if compressed && active(Mutation::CompressedTailKept) { 1 } else { count };
         let write = self.write.as_mut().expect("a plan was made");
-        write.alloc.free_later(host, write.flush.next_cut());
+        for host in first.0..first.0 + count {
+            write.alloc.free_later(HostCluster(host), write.flush.next_cut());
+            if compressed && active(Mutation::CompressedReleasedTwice) {
+                write.alloc.free_later(HostCluster(host), write.flush.next_cut());
+            }
+        }
     }
 }

@@ -159,15 +159,17 @@ impl State {
             (L2Entry::Zero, _) => Change::Nothing,
             (L2Entry::ZeroAllocated { .. }, ZeroMode::Keep) => Change::Nothing,
             (L2Entry::ZeroAllocated { .. }, _) => Change::Set(empty, true),
-            (L2Entry::Data { .. }, _) if v2 && (mode == ZeroMode::Keep || hides_backing) => Change::Data,
+            (L2Entry::Data { .. } | L2Entry::Compressed { .. }, _)
+                if v2 && (mode == ZeroMode::Keep || hides_backing) =>
+            {
+                Change::Data
+            }
             (L2Entry::Data { offset, copied: true }, ZeroMode::Keep) => {
                 Change::Set(L2Entry::ZeroAllocated { offset, copied: true }, false)
             }
-            (L2Entry::Data { .. }, _) => Change::Set(empty, true),
+            // Compressed data cannot be kept for a write to come.
+            (L2Entry::Data { .. } | L2Entry::Compressed { .. }, _) => Change::Set(empty, true),
             (L2Entry::Subclusters(_), _) => Change::Data,
-            (L2Entry::Compressed { .. }, _) => {
-                return Err(EngineError::Compressed { layer: 0, cluster: guest.0 });
-            }
         }))
     }
 }

@@ -5,7 +5,7 @@
 
 use thiserror::Error;
 
-use crate::address::HostOffset;
+use crate::address::{HostCluster, HostOffset};
 use crate::geometry::{Geometry, Version};
 use crate::subcluster::{HostPlace, SubclusterSet, Subclusters};
 use crate::table::{entry, set_entry};
@@ -234,6 +234,19 @@ impl L2Entry {
             }
             L2Entry::Subclusters(subclusters) => subclusters.host,
             L2Entry::Unallocated | L2Entry::Zero | L2Entry::Compressed { .. } => None,
+        }
+    }
+
+    /// The host clusters that count a reference by this entry: the first, and how many. Compressed data counts in every
+    /// cluster that it touches, and shares them with other such data.
+    pub fn host_clusters(self, geometry: &Geometry) -> Option<(HostCluster, u64)> {
+        match self {
+            L2Entry::Compressed { offset, sectors } => {
+                let first = geometry.host_cluster(offset);
+                let past = geometry.clusters_for(offset.0 + compressed_length(offset, sectors));
+                Some((first, past - first.0))
+            }
+            _ => self.host().map(|host| (geometry.host_cluster(host.offset), 1)),
         }
     }
 

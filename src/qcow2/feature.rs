@@ -55,6 +55,15 @@ pub const AUTOCLEAR_BITMAPS: u64 = 1;
 /// Autoclear feature bit 1: the external data file is a raw image of its own.
 pub const AUTOCLEAR_RAW_DATA_FILE: u64 = 1 << 1;
 
+/// How compressed clusters are compressed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Compression {
+    /// A deflate stream without a header, written with a window of 4 KiB.
+    Deflate,
+    /// Zstandard: a frame, or several.
+    Zstd,
+}
+
 /// A valid feature of an image that keeps Strata from serving or from writing it.
 #[derive(Clone, PartialEq, Eq, Debug, Error)]
 pub enum Unsupported {
@@ -73,9 +82,11 @@ pub enum Unsupported {
         /// The header's crypt method.
         method: u32,
     },
-    /// Clusters are compressed by something other than deflate.
-    #[error("compression type {compression_type} ({}) is not supported: convert the image with \
-        qemu-img convert -o compression_type=zlib", compression_name(*compression_type))]
+    /// Clusters are compressed by something other than deflate or zstd.
+    #[error(
+        "compression type {compression_type} is not known: convert the image with \
+        qemu-img convert -o compression_type=zstd"
+    )]
     Compression {
         /// The header's compression type.
         compression_type: u8,
@@ -113,14 +124,6 @@ fn method_name(method: u32) -> &'static str {
     }
 }
 
-fn compression_name(compression_type: u8) -> &'static str {
-    match compression_type {
-        0 => "zlib",
-        1 => "zstd",
-        _ => "unknown",
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -143,6 +146,6 @@ mod tests {
         let unnamed = Unsupported::IncompatibleFeature { bit: 7, name: None };
         assert!(unnamed.to_string().contains("the image gives it no name"));
         assert!(Unsupported::Encryption { method: 2 }.to_string().contains("LUKS"));
-        assert!(Unsupported::Compression { compression_type: 1 }.to_string().contains("zstd"));
+        assert!(Unsupported::Compression { compression_type: 2 }.to_string().contains("type 2 is not known"));
     }
 }

@@ -7,7 +7,7 @@ use std::borrow::Cow;
 
 use crate::address::HostOffset;
 use crate::extension::{self, Extension};
-use crate::feature::{Incompatible, Unsupported};
+use crate::feature::{Compression, Incompatible, Unsupported};
 use crate::geometry::{Geometry, Version};
 
 /// The first four bytes of every image: "QFI" and 0xfb.
@@ -86,6 +86,15 @@ impl Header {
         }
     }
 
+    /// How compressed clusters are compressed, if this crate knows the way.
+    pub fn compression(&self) -> Option<Compression> {
+        match self.compression_type {
+            0 => Some(Compression::Deflate),
+            1 => Some(Compression::Zstd),
+            _ => None,
+        }
+    }
+
     /// The first feature, if any, that keeps Strata from serving the image at all.
     pub fn unsupported(&self) -> Option<Unsupported> {
         if let Some(bit) = self.incompatible.unknown_bit() {
@@ -98,7 +107,7 @@ impl Header {
         if self.incompatible.contains(Incompatible::DATA_FILE) {
             return Some(Unsupported::ExternalDataFile);
         }
-        if self.compression_type != 0 {
+        if self.compression().is_none() {
             return Some(Unsupported::Compression { compression_type: self.compression_type });
         }
         None

@@ -251,15 +251,15 @@ pub fn copy_from_guest(slices: &[GuestSlice], buffer: &mut AlignedBuf, offset: u
     }
 }
 
-/// Fills all of the slices with the buffer's bytes from `offset` on.
+/// Fills all of the slices with bytes, from `offset` on.
 ///
 /// # Panics
-/// When the buffer is too short.
-pub fn copy_to_guest(buffer: &AlignedBuf, offset: usize, slices: &[GuestSlice]) {
-    let mut source = buffer.as_slice().get(offset..).expect("the offset is inside the buffer");
+/// When there are too few.
+pub fn copy_to_guest(bytes: &[u8], offset: usize, slices: &[GuestSlice]) {
+    let mut source = bytes.get(offset..).expect("the offset is inside the buffer");
     for slice in slices {
         let (head, rest) =
-            source.split_at_checked(slice.len()).expect("the buffer holds what the slices take");
+            source.split_at_checked(slice.len()).expect("there are as many bytes as the slices take");
         slice.copy_from(head);
         source = rest;
     }
@@ -336,7 +336,7 @@ mod tests {
         for (at, byte) in buffer.as_mut_slice().iter_mut().enumerate() {
             *byte = (at % 251) as u8;
         }
-        copy_to_guest(&buffer, 100, &slices);
+        copy_to_guest(buffer.as_slice(), 100, &slices);
         let cut = subrange(&slices, 2, 4000);
         assert_eq!(cut.iter().map(|slice| slice.len()).collect::<Vec<_>>(), [1, 10, 3989]);
         let mut back = AlignedBuf::new(4001);

@@ -4,10 +4,10 @@
 
 use qcow2::extension::{BACKING_FORMAT, BITMAPS, ENCRYPTION_HEADER, FEATURE_NAMES};
 use qcow2::header::HEADER_LENGTH_V3;
+use qcow2::{Compression, Geometry, NewImage, position};
 use qcow2::{
     FormatError, FormatErrorKind, Header, HostOffset, Incompatible, Structure, Unsupported, Version,
 };
-use qcow2::{Geometry, NewImage, position};
 
 const CLUSTER: u64 = 1 << 16;
 const I64_MAX: u64 = i64::MAX as u64;
@@ -346,7 +346,10 @@ fn compression_type_and_its_feature_bit_agree() {
         parse(&bytes)
     };
     let bit = Incompatible::COMPRESSION.0;
-    for compression_type in [1, 2, 255] {
+    assert_eq!(with_type(0, 0, 112).expect("valid").compression(), Some(Compression::Deflate));
+    let zstd = with_type(1, bit, 112).expect("valid");
+    assert_eq!((zstd.unsupported(), zstd.compression()), (None, Some(Compression::Zstd)));
+    for compression_type in [2, 255] {
         let header = with_type(compression_type, bit, 112).expect("valid");
         assert_eq!(header.unsupported(), Some(Unsupported::Compression { compression_type }));
     }

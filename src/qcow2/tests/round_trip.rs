@@ -185,6 +185,31 @@ proptest! {
     }
 
     #[test]
+    fn compressed_descriptors_follow_the_specs_formula(raw in any::<u64>(), geometry in geometry()) {
+        let raw = raw | 1 << 62;
+        // Spec: with x = 62 - (cluster_bits - 8), bits 0 to x-1 are the host offset and bits x to 61 the number of
+        // additional sectors of 512 bytes.
+        let x = 62 - (geometry.cluster_bits - 8);
+        let (low, high) = (raw % (1 << x), (raw % (1 << 62)) >> x);
+        match L2Entry::decode(raw, &geometry) {
+            Ok(L2Entry::Compressed { offset, sectors }) => {
+                prop_assert_eq!((offset.0, sectors), (low, high + 1));
+                let length = qcow2::entry::compressed_length(offset, sectors);
+                // To the end of the last sector, and never more than two clusters.
+                prop_assert_eq!(offset.0 + length, (offset.0 / 512 + sectors) * 512);
+                prop_assert!(length > 0 && length <= 2 * geometry.cluster_size());
+                let touched = Some((
+                    qcow2::HostCluster(offset.0 / geometry.cluster_size()),
+                    (offset.0 + length - 1) / geometry.cluster_size() - offset.0 / geometry.cluster_size() + 1,
+                ));
+                let entry = L2Entry::Compressed { offset, sectors };
+                prop_assert_eq!(entry.host_clusters(&geometry), touched);
+            }
+            other => prop_assert!(low >= 1 << 56 && other.is_err(), "{other:?}"),
+        }
+    }
+
+    #[test]
     fn refblock_offsets_are_aligned_and_within_a_file(raw in any::<u64>(), geometry in geometry()) {
         for raw in [raw, raw & !((1 << geometry.cluster_bits) - 1)] {
             if let Ok(Some(offset)) = refblock_offset(raw, &geometry) {

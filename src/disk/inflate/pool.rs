@@ -1,0 +1,300 @@
+//! The threads that inflate, so that a ring's thread goes on serving others meanwhile.
+//!
+//! Few, started when there is work for one more, gone when there has been none for a while. With none allowed, whoever
+//! asks inflates on its own thread: for a simulator, in which all must happen in one order.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::task::{Poll, Waker};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use qcow2::Compression;
+use storage::AlignedBuf;
+use tracing::warn;
+
+use super::InflateError;
+use super::decode::Decoder;
+
+/// A thread without work ends after this.
+const IDLE: Duration = Duration::from_secs(10);
+
+pub(crate) struct Pool {
+    shared: Arc<Shared>,
+    threads_max: usize,
+}
+
+struct Shared {
+    /// Leaf lock.
+    state: Mutex<State>,
+    /// There is work, or the pool is being dropped.
+    work: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    jobs: VecDeque<Job>,
+    /// Threads that have not made up their minds to end.
+    running: usize,
+    /// Those of them that wait for work.
+    idle: usize,
+    threads: Vec<JoinHandle<()>>,
+    stopping: bool,
+}
+
+/// A cluster to be inflated. Dropped undone, it tells so.
+struct Job {
+    compressed: Option<Compressed>,
+    answer: Option<Arc<Answer>>,
+}
+
+/// The data of a compressed cluster.
+pub(crate) struct Compressed {
+    pub compression: Compression,
+    /// What was read.
+    pub buffer: AlignedBuf,
+    /// Where in it the data is.
+    pub data: Range<usize>,
+    /// Bytes that it is to become.
+    pub cluster_size: usize,
+}
+
+type Result<T> = std::result::Result<T, InflateError>;
+
+#[derive(Default)]
+struct Answer {
+    /// Leaf lock.
+    state: Mutex<AnswerState>,
+}
+
+#[derive(Default)]
+struct AnswerState {
+    result: Option<(Result<Vec<u8>>, Option<AlignedBuf>)>,
+    waker: Option<Waker>,
+}
+
+impl Pool {
+    /// A pool of at most so many threads.
+    pub fn new(threads_max: usize) -> Self {
+        let shared = Shared { state: Mutex::default(), work: Condvar::new() };
+        Pool { shared: Arc::new(shared), threads_max }
+    }
+
+    /// Inflates a cluster; gives the buffer back, unless a thread was lost with it.
+    pub async fn inflate(&self, compressed: Compressed) -> (Result<Vec<u8>>, Option<AlignedBuf>) {
+        if self.threads_max == 0 {
+            return compressed.inflate(&mut Decoder::new());
+        }
+        let answer = Arc::<Answer>::default();
+        self.push(Job { compressed: Some(compressed), answer: Some(Arc::clone(&answer)) });
+        std::future::poll_fn(|context| {
+            let mut state = answer.lock();
+            if let Some(result) = state.result.take() {
+                return Poll::Ready(result);
+            }
+            state.waker = Some(context.waker().clone());
+            Poll::Pending
+        })
+        .await
+    }
+
+    fn push(&self, job: Job) {
+        let mut state = self.shared.lock();
+        state.jobs.push_back(job);
+        if state.jobs.len() <= state.idle {
+            drop(state);
+            return self.shared.work.notify_one();
+        }
+        if state.running >= self.threads_max {
+            return;
+        }
+        state.threads.retain(|thread| !thread.is_finished());
+        let shared = Arc::clone(&self.shared);
+        let thread = std::thread::Builder::new().name("strata-inflate".into()).spawn(move || shared.work());
+        match thread {
+            Ok(thread) => {
+                state.running += 1;
+                state.threads.push(thread);
+            }
+            Err(error) if state.running == 0 => {
+                warn!(%error, "the host refused a thread: a cluster is inflated without one");
+                let job = state.jobs.pop_back();
+                drop(state);
+                job.into_iter().for_each(|job| job.run(&mut Decoder::new()));
+            }
+            // There are others.
+            Err(_) => {}
+        }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        let mut state = self.shared.lock();
+        state.stopping = true;
+        let threads = std::mem::take(&mut state.threads);
+        drop(state);
+        self.shared.work.notify_all();
+        for thread in threads {
+            if thread.join().is_err() {
+                warn!("a thread that inflated ended in a panic");
+            }
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no panic under this lock")
+    }
+
+    /// What a thread does.
+    fn work(&self) {
+        let mut decoder = Decoder::new();
+        while let Some(job) = self.next() {
+            // Whoever waits is told when the job is dropped.
+            if catch_unwind(AssertUnwindSafe(|| job.run(&mut decoder))).is_err() {
+                decoder = Decoder::new();
+            }
+        }
+    }
+
+    /// The next job; none if the thread is to end, which it then must.
+    fn next(&self) -> Option<Job> {
+        let mut state = self.lock();
+        loop {
+            if let Some(job) = state.jobs.pop_front() {
+                return Some(job);
+            }
+            if state.stopping {
+                state.running -= 1;
+                return None;
+            }
+            state.idle += 1;
+            let (woken, waited) = self.work.wait_timeout(state, IDLE).expect("no panic under this lock");
+            state = woken;
+            state.idle -= 1;
+            if waited.timed_out() && state.jobs.is_empty() {
+                state.running -= 1;
+                return None;
+            }
+        }
+    }
+}
+
+impl Job {
+    fn run(mut self, decoder: &mut Decoder) {
+        let compressed = self.compressed.take().expect("a job is run once");
+        let result = compressed.inflate(decoder);
+        if let Some(answer) = self.answer.take() {
+            answer.give(result);
+        }
+    }
+}
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        if let Some(answer) = self.answer.take() {
+            answer.give((Err(InflateError::BrokenOff), None));
+        }
+    }
+}
+
+impl Compressed {
+    fn inflate(self, decoder: &mut Decoder) -> (Result<Vec<u8>>, Option<AlignedBuf>) {
+        let mut output = vec![0; self.cluster_size];
+        let data = &self.buffer.as_slice()[self.data];
+        let result = decoder.inflate(self.compression, data, &mut output);
+        (result.map(|()| output), Some(self.buffer))
+    }
+}
+
+impl Answer {
+    fn lock(&self) -> MutexGuard<'_, AnswerState> {
+        self.state.lock().expect("no panic under this lock")
+    }
+
+    fn give(&self, result: (Result<Vec<u8>>, Option<AlignedBuf>)) {
+        let mut state = self.lock();
+        state.result = Some(result);
+        let waker = state.waker.take();
+        drop(state);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::task::{Context, Wake};
+    use std::thread::{self, Thread};
+
+    use super::*;
+
+    struct Unpark(Thread);
+
+    impl Wake for Unpark {
+        fn wake(self: Arc<Self>) {
+            self.0.unpark();
+        }
+    }
+
+    fn block_on<T>(future: impl Future<Output = T>) -> T {
+        let waker = Waker::from(Arc::new(Unpark(thread::current())));
+        let mut future = std::pin::pin!(future);
+        loop {
+            if let Poll::Ready(value) = future.as_mut().poll(&mut Context::from_waker(&waker)) {
+                return value;
+            }
+            thread::park();
+        }
+    }
+
+    /// A stored block of deflate that holds these bytes, behind some that do not belong to it.
+    fn stored(bytes: &[u8]) -> Compressed {
+        let length = bytes.len() as u16;
+        let mut data = vec![0xee; 3];
+        data.push(1);
+        data.extend(length.to_le_bytes());
+        data.extend((!length).to_le_bytes());
+        data.extend(bytes);
+        let mut buffer = AlignedBuf::new(data.len());
+        buffer.as_mut_slice().copy_from_slice(&data);
+        let (compression, data) = (Compression::Deflate, 3..data.len());
+        Compressed { compression, buffer, data, cluster_size: bytes.len() }
+    }
+
+    #[test]
+    fn every_job_is_answered_however_many_threads_there_are() {
+        for threads_max in 0..4 {
+            let pool = Pool::new(threads_max);
+            thread::scope(|scope| {
+                for asker in 0..6_u8 {
+                    let pool = &pool;
+                    scope.spawn(move || {
+                        for round in 0..100_u8 {
+                            let bytes = vec![asker ^ round; 512];
+                            let (result, buffer) = block_on(pool.inflate(stored(&bytes)));
+                            assert_eq!(result, Ok(bytes));
+                            assert!(buffer.is_some());
+                        }
+                    });
+                }
+            });
+            assert!(pool.shared.lock().running <= threads_max);
+        }
+    }
+
+    #[test]
+    fn a_job_that_breaks_off_is_answered_and_the_thread_goes_on() {
+        let pool = Pool::new(1);
+        let mut broken = stored(&[7; 512]);
+        broken.data = 3..1 << 20;
+        let (result, buffer) = block_on(pool.inflate(broken));
+        assert_eq!((result, buffer.is_none()), (Err(InflateError::BrokenOff), true));
+        assert_eq!(block_on(pool.inflate(stored(&[8; 512]))).0, Ok(vec![8; 512]));
+    }
+}
