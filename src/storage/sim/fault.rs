@@ -58,7 +58,7 @@ pub enum Outcome {
     /// It never completes, unless [`SimWorld::release_hung`](super::SimWorld::release_hung) is called. Its effect may
     /// happen or not.
     Hang,
-    /// It takes that much longer.
+    /// It begins that much later: all that others do meanwhile comes before its effect.
     Delay(Duration),
 }
 

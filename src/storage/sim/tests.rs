@@ -441,6 +441,25 @@ fn what_is_delayed_comes_late_and_what_hangs_comes_when_released() {
 }
 
 #[test]
+fn what_is_delayed_acts_after_all_that_others_do_meanwhile() {
+    for seed in 0..50 {
+        let (world, _storage, file, mut queue) = open(seed, SimOptions::default(), &[0; 512]);
+        world.inject(Fault::nth(0, Outcome::Delay(Duration::from_secs(60))));
+        queue.push(Token(0), write(file, 0, 512, 1));
+        let mut done = Vec::new();
+        for byte in 2..20 {
+            queue.push(Token(byte), write(file, 0, 512, byte as u8));
+            queue.wait(None);
+            queue.reap(&mut done);
+            assert_eq!(contents(&world), [byte as u8; 512]);
+        }
+        done.extend(run_all(&mut queue));
+        assert_eq!(done.last().map(|completion| completion.token), Some(Token(0)));
+        assert_eq!(contents(&world), [1; 512]);
+    }
+}
+
+#[test]
 fn a_queue_that_ends_waits_for_what_is_in_flight_but_not_for_what_hangs() {
     let (world, storage, file, mut queue) = open(1, SimOptions::default(), &[0; 4096]);
     world.inject(Fault::nth(2, Outcome::Hang));

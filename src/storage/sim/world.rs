@@ -268,10 +268,10 @@ impl World {
         let shuffle = self.options.shuffle;
         let bits = LATENCY_BITS_MIN + random.below(LATENCY_BITS_MAX - LATENCY_BITS_MIN);
         let nanoseconds = if shuffle { (1 << bits) + random.below(1 << bits) } else { 1 << LATENCY_BITS_MIN };
-        let mut latency = Duration::from_nanos(nanoseconds);
+        let mut delay = Duration::ZERO;
         match flight.doom {
             None => {}
-            Some(Outcome::Delay(time)) => latency += time,
+            Some(Outcome::Delay(time)) => delay = time,
             Some(Outcome::Fail(_)) => flight.acts = false,
             Some(Outcome::Hang) => flight.acts = random.chance(1, 2),
             Some(Outcome::Short(_)) => {
@@ -287,9 +287,11 @@ impl World {
             }
         }
         let (acts, hangs) = (flight.acts, flight.doom == Some(Outcome::Hang));
-        let end = self.clock + latency;
+        // What is late acts late, too: after all that others do meanwhile.
+        let begin = self.clock + delay;
+        let end = begin + Duration::from_nanos(nanoseconds);
         if acts && shuffle && !random.chance(1, 4) {
-            let mut moment = || self.clock + Duration::from_nanos(random.below(nanoseconds));
+            let mut moment = || begin + Duration::from_nanos(random.below(nanoseconds));
             let (one, other) = (moment(), moment());
             if random.chance(1, 3) {
                 self.schedule(one.min(other), Due::SomeEffect(number));
