@@ -8,7 +8,7 @@ mod crash;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use crash::sequences::{LENGTH_MAX, count, exhaust, exhaust_opening, sequence, shapes};
+use crash::sequences::{LENGTH_MAX, count, exhaust, exhaust_hanging, exhaust_opening, sequence, shapes};
 use crash::shape::{Shape, Start};
 use crash::tally::Tally;
 use crash::trial::describe;
@@ -91,4 +91,17 @@ fn no_crash_in_opening_and_closing_loses_what_was_there() {
         tally.count_run(0);
     }
     tally.conclude("openings");
+}
+
+#[test]
+fn no_crash_while_an_io_hangs_in_opening_or_closing_loses_what_was_there() {
+    let tally = Tally::new(Duration::from_secs(600));
+    let mut walker = Walker::new(&tally);
+    for start in shapes().iter().map(Shape::make) {
+        match exhaust_hanging(&start, &mut walker) {
+            Ok(runs) => (0..runs).for_each(|_| tally.count_run(3)),
+            Err(wrong) => tally.found(describe(&start, &[], "an I/O hangs", &wrong)),
+        }
+    }
+    tally.conclude("hanging I/O");
 }

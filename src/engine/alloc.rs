@@ -124,6 +124,11 @@ impl Allocator {
         }
     }
 
+    /// Clusters in the windows.
+    pub fn reserved_clusters(&self) -> u64 {
+        self.windows.iter().map(|window| window.run.count).sum()
+    }
+
     /// What the windows hold now: at a clean end it is given back.
     pub fn windows(&self) -> Vec<FreeRun> {
         self.windows.iter().copied().collect()

@@ -121,6 +121,8 @@ pub struct EngineStatus {
     pub quarantined_clusters: u64,
     /// Some of them only wait to be reclaimed.
     pub reclaimable: bool,
+    /// Clusters that are counted as used and are not used yet: what a crash leaks besides what was not flushed.
+    pub reserved_clusters: u64,
     /// Cuts that became durable.
     pub cuts: u64,
 }
@@ -426,6 +428,7 @@ impl Engine {
             EngineStatus {
                 dirty_bytes,
                 quarantined_clusters: write.alloc.quarantined,
+                reserved_clusters: write.alloc.reserved_clusters(),
                 reclaimable: !write.alloc.unlinked.is_empty(),
                 cuts: write.flush.completed(),
             }

@@ -58,6 +58,10 @@ pub enum Mutation {
     CompressedReleasedTwice,
     /// A cluster is free when one of those who share it is gone.
     SharedTakenForFree,
+    /// A data cluster that a snapshot shares is written in place.
+    SharedTakenForOwn,
+    /// An L2 table that a snapshot shares is changed in place.
+    SharedTableTakenForOwn,
     /// A clean close cuts a cluster in use off the end of the file.
     CloseCutsTooMuch,
 }
@@ -91,6 +95,8 @@ impl Mutation {
         Mutation::CompressedTailKept,
         Mutation::CompressedReleasedTwice,
         Mutation::SharedTakenForFree,
+        Mutation::SharedTakenForOwn,
+        Mutation::SharedTableTakenForOwn,
         Mutation::CloseCutsTooMuch,
     ];
 }

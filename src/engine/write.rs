@@ -78,7 +78,8 @@ impl State {
         let cluster_size = geometry.cluster_size();
         let first = geometry.guest_cluster(offset);
         let slot = TableSlot(geometry.l1_index(first));
-        if !matches!(top.l1_entry(slot.0)?, L1Entry::Table { copied: true, .. }) {
+        let own = |copied| copied || active(Mutation::SharedTableTakenForOwn);
+        if !matches!(top.l1_entry(slot.0)?, L1Entry::Table { copied, .. } if own(copied)) {
             return Ok(Answer::Table(slot));
         }
         let place = top.entry_place(first);
@@ -130,7 +131,9 @@ impl State {
         let entry = self.top_entry(place, first.0 + at)?;
         self.guard_entry(entry, first.0 + at)?;
         Ok(match entry {
-            L2Entry::Data { offset, copied: true } => Standing::InPlace(offset),
+            L2Entry::Data { offset, copied } if copied || active(Mutation::SharedTakenForOwn) => {
+                Standing::InPlace(offset)
+            }
             L2Entry::ZeroAllocated { offset, copied: true } => Standing::Reuse(offset),
             // Compressed data is never written over: it shares its host clusters.
             _ => Standing::New,

@@ -4,12 +4,12 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use disk::check::{Report, check};
-use disk::{Completed, Disk, Request, RequestId};
+use disk::{Completed, Disk, DiskOptions, Request, RequestId};
 use qcow2::{Header, Incompatible};
 use storage::sim::{Image, SimOptions, SimWorld};
 
 use super::memory::{WINDOW, gather, memory};
-use super::shape::{Shape, TOP};
+use super::shape::{Shape, Start, TOP};
 use super::stamp::{SECTOR, Value, read_stamps};
 
 /// What is in an image.
@@ -17,20 +17,24 @@ use super::stamp::{SECTOR, Value, read_stamps};
 pub struct Seen {
     /// By sector; empty if it could not be read.
     pub values: Vec<Value>,
+    /// What a hidden snapshot holds, by sector.
+    pub snapshot: Option<Vec<Value>>,
     /// Clusters leaked, as the checker counts them.
     pub leaks: u64,
     /// Clusters past the end of the file that have a refcount: the file's length was lost, and they will be leaks when
     /// it grows again.
     pub hidden_leaks: u64,
+    /// Clusters of the refcount table.
+    pub table_clusters: u64,
     /// It was marked dirty: its refcounts are rebuilt by opening it, and were looked at after that.
     pub dirty: bool,
     /// Why the image is not what a crash may leave, whatever was promised.
     pub wrong: Option<String>,
 }
 
-/// Looks at an image. What panics counts as wrong.
-pub fn examine(image: &Image, shape: &Shape) -> Seen {
-    let looked = catch_unwind(AssertUnwindSafe(|| look(image, shape)));
+/// Looks at an image that came of `start`. What panics counts as wrong.
+pub fn examine(image: &Image, start: &Start) -> Seen {
+    let looked = catch_unwind(AssertUnwindSafe(|| look(image, start)));
     let wrong = match looked {
         Ok(Ok(seen)) => return seen,
         Ok(Err(wrong)) => wrong,
@@ -45,22 +49,43 @@ pub fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
     text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default()
 }
 
-fn look(image: &Image, shape: &Shape) -> Result<Seen, String> {
+fn look(image: &Image, start: &Start) -> Result<Seen, String> {
+    let shape = &start.shape;
     let world = SimWorld::from_image(image.clone(), 1, SimOptions::calm());
-    let look = |world: &SimWorld| {
-        check(&world.storage(), Path::new(TOP), &shape.options())
-            .map_err(|error| format!("the checker could not look: {error}"))
-    };
+    if !shape.is_qcow2() {
+        return Ok(Seen { values: read_all(&world, &shape.options(), shape)?, ..Seen::default() });
+    }
     let dirty = header(image)?.incompatible.contains(Incompatible::DIRTY);
-    let before = if dirty { None } else { Some(look(&world)?) };
-    let values = read_all(&world, shape)?;
+    let before = if dirty { None } else { Some(report(image, start)?) };
+    let values = read_all(&world, &shape.options(), shape)?;
     let report = match before {
         Some(report) => report,
-        None => look(&world)?,
+        None => report(&world.image(), start)?,
     };
     let wrong = (report.corruptions > 0).then(|| findings(&report));
     let hidden_leaks = counted_past_end(&world.image())?;
-    Ok(Seen { values, leaks: report.leaked_clusters, hidden_leaks, dirty, wrong })
+    let snapshot = start.hidden.as_ref().map(|hidden| {
+        let world = SimWorld::from_image(hidden.as_it_was(image), 1, SimOptions::calm());
+        let options = DiskOptions { read_only: true, ..shape.options() };
+        read_all(&world, &options, shape).map_err(|error| format!("the snapshot: {error}"))
+    });
+    let table_clusters = u64::from(header(image)?.refcount_table_clusters);
+    Ok(Seen {
+        values,
+        snapshot: snapshot.transpose()?,
+        leaks: report.leaked_clusters,
+        hidden_leaks,
+        table_clusters,
+        dirty,
+        wrong,
+    })
+}
+
+/// The checker's report, which knows of a hidden snapshot.
+fn report(image: &Image, start: &Start) -> Result<Report, String> {
+    let world = SimWorld::from_image(start.revealed(image), 1, SimOptions::calm());
+    check(&world.storage(), Path::new(TOP), &start.shape.options())
+        .map_err(|error| format!("the checker could not look: {error}"))
 }
 
 /// The top image's header.
@@ -105,9 +130,10 @@ fn findings(report: &Report) -> String {
     format!("the checker finds {} corruptions:{}", report.corruptions, lines.concat())
 }
 
-/// Opens the disk for writing, so that whatever a dirty image needs is done, and reads all of it.
-fn read_all(world: &SimWorld, shape: &Shape) -> Result<Vec<Value>, String> {
-    let disk = Disk::open_unkept(world.storage(), Path::new(TOP), &shape.options())
+/// Opens the disk (for writing, if the options say no other, so that whatever a dirty image needs is done), and reads all
+/// of it.
+fn read_all(world: &SimWorld, options: &DiskOptions, shape: &Shape) -> Result<Vec<Value>, String> {
+    let disk = Disk::open_unkept(world.storage(), Path::new(TOP), options)
         .map_err(|error| format!("it does not open: {error}"))?;
     let mut queue = disk.queue(64).map_err(|error| format!("no queue: {error}"))?;
     let mut values = Vec::with_capacity(shape.sectors as usize);

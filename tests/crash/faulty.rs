@@ -61,9 +61,9 @@ impl Trouble {
         Trouble { verb, nth: random.below(40), lasting: false, outcome }
     }
 
-    fn inject(&self, world: &SimWorld) -> FaultId {
+    fn fault(&self) -> Fault {
         let fault = Fault::nth(self.nth, self.outcome).of(self.verb);
-        world.inject(if self.lasting { fault.lasting() } else { fault })
+        if self.lasting { fault.lasting() } else { fault }
     }
 
     /// The errno with which it fails.
@@ -98,30 +98,38 @@ pub struct Aftermath {
 pub fn play(start: &Start, script: &[Op], manner: Manner, trouble: &[Trouble]) -> Result<Aftermath, String> {
     let work = || {
         let world = SimWorld::from_image(start.image.clone(), manner.seed, host(manner.seed));
-        // Opening and closing wait for every I/O: nothing may hang there.
-        let hangs = |trouble: &&Trouble| trouble.outcome == Outcome::Hang;
-        let faults: Vec<FaultId> =
-            trouble.iter().filter(|trouble| !hangs(trouble)).map(|trouble| trouble.inject(&world)).collect();
-        let hit = |world: &SimWorld| faults.iter().any(|fault| world.hits(*fault) > 0);
-        let Ok(mut rig) = Rig::open_numbered(start, world.clone(), manner.seed, FIRST_WRITE + 1000) else {
-            return Aftermath { run: None, hit_before_probe: true, hit: hit(&world), probe: None };
-        };
-        for trouble in trouble.iter().filter(hangs) {
-            trouble.inject(&world);
+        let (hangs, others): (Vec<&Trouble>, Vec<&Trouble>) =
+            trouble.iter().partition(|trouble| trouble.outcome == Outcome::Hang);
+        let faults: Vec<FaultId> = others.iter().map(|trouble| world.inject(trouble.fault())).collect();
+        for trouble in &hangs {
+            world.inject(trouble.fault());
         }
+        let hit = |world: &SimWorld| faults.iter().any(|fault| world.hits(*fault) > 0);
+        let opened = Rig::open_or_hang(start, &world, manner.seed, FIRST_WRITE + 1000);
+        let mut rig = match opened {
+            Ok(Ok(rig)) => rig,
+            Ok(Err(_)) => {
+                return Aftermath { run: None, hit_before_probe: true, hit: hit(&world), probe: None };
+            }
+            Err(run) => {
+                let hit = hit(&world);
+                return Aftermath { run: Some(*run), hit_before_probe: hit, hit, probe: None };
+            }
+        };
         rig.play(script, manner.at_once);
         if manner.rest {
             rig.rest();
-        }
-        if trouble.iter().any(|trouble| hangs(&trouble)) {
-            world.withdraw_faults();
         }
         let hit_before_probe = hit(&world);
         let probe = hit_before_probe.then(|| {
             world.withdraw_faults();
             rig.probe()
         });
-        let run = if manner.clean { rig.finish() } else { rig.abandon() };
+        // What did not hang before may hang in the close, which does not end then.
+        let again: Vec<Fault> =
+            hangs.iter().map(|trouble| Fault { nth: trouble.nth % 8, ..trouble.fault() }).collect();
+        let mut run = if manner.clean { rig.finish_with(&again) } else { rig.abandon() };
+        run.tried_again = others.iter().any(|trouble| trouble.is_no_space());
         Aftermath { hit_before_probe, hit: hit(&world), run: Some(run), probe }
     };
     catch_unwind(AssertUnwindSafe(work)).map_err(|panic| format!("the run panicked: {}", panic_text(&*panic)))
@@ -152,7 +160,7 @@ impl Aftermath {
         let choice = Choice { states_max: 6, ..Choice::sample(6) };
         let seed = manner.seed ^ (trouble.nth << 8 | trouble.verb as u64) << 32;
         walker.crash(run, start, &choice, seed)?;
-        if manner.clean && run.closed.is_ok() {
+        if manner.clean && run.closed.is_ok() && !run.hung {
             walker.closed(run, start)?;
         }
         walker.some_crash(run, start, seed).map(drop)
@@ -188,7 +196,7 @@ impl Aftermath {
                 run.failures
             ));
         }
-        if manner.clean && run.closed.is_err() != refuses {
+        if manner.clean && !run.hung && run.closed.is_err() != refuses {
             return Err(format!(
                 "after {trouble:?}, refusing writes {refuses}, the close ends {:?}",
                 run.closed

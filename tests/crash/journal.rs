@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use storage::sim::Moment;
 
-use super::shape::Shape;
+use super::shape::{Past, Shape};
 use super::stamp::Value;
 
 /// What is asked of a disk. Places and lengths are in sectors.
@@ -222,8 +222,10 @@ impl Journal {
         settled: impl Fn(&Entry) -> bool,
     ) -> Vec<Value> {
         let touching = || self.touched[sector].iter().map(|index| &self.entries[*index as usize]);
-        // Whatever ended before this is overwritten for good.
-        let horizon = touching().filter(|entry| settled(entry)).map(|entry| entry.submitted.order).max();
+        // Whatever ended before this is overwritten for good. A raw image's discard is a hint to the host, no more.
+        let is_hint = |entry: &Entry| !self.shape.is_qcow2() && matches!(entry.op, Op::Discard { .. });
+        let lasting = |entry: &&Entry| settled(entry) && !is_hint(entry);
+        let horizon = touching().filter(lasting).map(|entry| entry.submitted.order).max();
         let mut values = Vec::with_capacity(2);
         if horizon.is_none() {
             values.push(self.start[sector]);
@@ -255,15 +257,43 @@ impl Journal {
         values
     }
 
-    /// Clusters that requests submitted from `from` on and before `to` are about, at most.
-    pub fn clusters_between(&self, from: Moment, to: Moment) -> u64 {
-        let unit = self.shape.cluster_sectors();
-        let within =
-            |entry: &&Entry| entry.submitted.moment < to && entry.ended.is_none_or(|end| end.moment >= from);
-        let touched = |entry: &Entry| match entry.op.changed(&self.shape) {
-            range if range.is_empty() => 0,
-            range => (range.end - 1) / unit - range.start / unit + 1,
-        };
-        self.entries.iter().filter(within).map(touched).sum()
+    /// Clusters that may be counted at an instant though nothing durable leads to them: those that requests have taken
+    /// which are not settled, and those that were freed since `quiet`, when everything freed had been given back.
+    pub fn unsettled_clusters(&self, quiet: Moment, moment: Moment) -> Unsettled {
+        let mut unsettled = Unsettled::default();
+        for entry in self.entries.iter().filter(|entry| entry.submitted.moment < moment) {
+            let (data, tables) = self.reach(entry);
+            if entry.settled.is_none_or(|at| at > moment) {
+                // A discard never needs a cluster for data.
+                let takes_data = !matches!(entry.op, Op::Discard { .. });
+                unsettled.taken += tables + if takes_data { data } else { 0 };
+            }
+            let shared = self.shape.past == Past::Shared;
+            let frees = shared || !matches!(entry.op, Op::Write { .. });
+            if frees && entry.ended.is_none_or(|end| end.moment >= quiet) {
+                unsettled.freed += data + if shared { tables } else { 0 };
+            }
+        }
+        unsettled
     }
+
+    /// Clusters of the disk that a request changes, and L2 tables that map them.
+    fn reach(&self, entry: &Entry) -> (u64, u64) {
+        let changed = entry.op.changed(&self.shape);
+        if changed.is_empty() {
+            return (0, 0);
+        }
+        let (unit, per_table) = (self.shape.cluster_sectors(), self.shape.geometry().l2_entries());
+        let (first, last) = (changed.start / unit, (changed.end - 1) / unit);
+        (last - first + 1, last / per_table - first / per_table + 1)
+    }
+}
+
+/// Clusters that a crash may leak because of what was asked.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Unsettled {
+    /// Taken, and not durably linked.
+    pub taken: u64,
+    /// Unlinked, and not durably free.
+    pub freed: u64,
 }

@@ -1,7 +1,7 @@
 //! The crash machine: runs whole disks on a simulated host, crashes them everywhere, and compares what is left with what
 //! was promised.
 //!
-//! `shape` makes images, `rig` runs a disk, `journal` is the oracle, `walk` makes the crash states of a run and compares,
+//! `shape` makes images, `hidden` shares their clusters with a snapshot, `rig` runs a disk, `journal` is the oracle, `walk` makes the crash states of a run and compares,
 //! `examine` looks at one, `second` has QEMU look at a sample, `tally` counts. `sequences` are all the short runs, a
 //! `trial` is a long random one that a number stands for, and `faulty` is one in which the host fails;
 //! `windows` are the two mistakes of QEMU.
@@ -9,6 +9,7 @@
 
 pub mod examine;
 pub mod faulty;
+pub mod hidden;
 pub mod journal;
 pub mod memory;
 pub mod rig;

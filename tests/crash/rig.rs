@@ -1,13 +1,14 @@
 //! A whole disk in one thread on a simulated host: two queues and the housekeeper, turned in an order that follows from
 //! a seed. The code under test is the production code; here is who runs when, and how much time passes.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use std::time::Duration;
 
 use disk::{Completed, Disk, DiskQueue, Keeper, OpenError, Request, RequestError, RequestId};
 use engine::EngineStatus;
 use storage::GuestSlice;
-use storage::sim::{Fault, Moment, Outcome, Random, SimOptions, SimStorage, SimWorld};
+use storage::sim::{Fault, Hung, Moment, Outcome, Random, SimOptions, SimStorage, SimWorld};
 
 use super::journal::{Journal, Op};
 use super::memory::{SLOTS, gather, memory, scatter};
@@ -45,6 +46,7 @@ pub struct Rig {
     stalled: Duration,
     /// By how much the next request's first I/O is late.
     late: Option<Duration>,
+    reserved: Vec<(Moment, u64)>,
 }
 
 /// A request in flight.
@@ -67,9 +69,39 @@ pub struct Finished {
     pub quiet: Vec<Moment>,
     /// How the clean close ended.
     pub closed: Result<(), OpenError>,
+    /// An I/O of the opening or of the close never ended, and so neither did these.
+    pub hung: bool,
+    /// The most that was reserved and not used so far, and when that was seen, in order.
+    pub reserved: Vec<(Moment, u64)>,
+    /// Requests may have found no space, and were tried once more.
+    pub tried_again: bool,
+}
+
+/// What `work` gives; nothing if it waits for an I/O that a fault made hang, as a process does until the machine crashes.
+fn until_hung<T>(work: impl FnOnce() -> T) -> Option<T> {
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(value) => Some(value),
+        Err(panic) if panic.is::<Hung>() => None,
+        Err(panic) => resume_unwind(panic),
+    }
 }
 
 impl Finished {
+    /// A run that did not get past its opening.
+    fn hung_in_opening(start: &Start, world: SimWorld) -> Finished {
+        Finished {
+            world,
+            journal: Journal::new(start.shape, start.values.clone()),
+            failures: Vec::new(),
+            misread: None,
+            quiet: Vec::new(),
+            closed: Ok(()),
+            hung: true,
+            reserved: Vec::new(),
+            tried_again: false,
+        }
+    }
+
     /// What each sector holds, if nothing overlapped in time.
     pub fn settled_values(&self) -> Vec<Value> {
         self.journal.settled_values()
@@ -98,7 +130,7 @@ impl Rig {
     ) -> Result<Rig, OpenError> {
         let disk = Disk::open_unkept(world.storage(), Path::new(TOP), &start.shape.options())?;
         let queues = (0..QUEUES).map(|_| disk.queue(32)).collect::<Result<Vec<_>, _>>()?;
-        let keeper = Some(disk.keeper()?);
+        let keeper = start.shape.is_qcow2().then(|| disk.keeper()).transpose()?;
         let quiet = vec![world.moment()];
         Ok(Rig {
             journal: Journal::new(start.shape, start.values.clone()),
@@ -113,8 +145,20 @@ impl Rig {
             quiet,
             stalled: Duration::ZERO,
             late: None,
+            reserved: Vec::new(),
             world,
         })
+    }
+
+    /// As [`Rig::open_numbered`]; what there is to see of a run whose opening hangs.
+    pub fn open_or_hang(
+        start: &Start,
+        world: &SimWorld,
+        seed: u64,
+        first_write: u32,
+    ) -> Result<Result<Rig, OpenError>, Box<Finished>> {
+        let open = || Rig::open_numbered(start, world.clone(), seed, first_write);
+        until_hung(open).ok_or_else(|| Box::new(Finished::hung_in_opening(start, world.clone())))
     }
 
     /// The engine's numbers.
@@ -242,13 +286,22 @@ impl Rig {
             // As its thread would; it answers a wake, and lets no time pass.
             keeper.wait(Some(Duration::ZERO));
         }
+        self.note_reserved();
         0
+    }
+
+    fn note_reserved(&mut self) {
+        let reserved = self.status().reserved_clusters;
+        if self.reserved.last().map_or(0, |(_, most)| *most) < reserved {
+            self.reserved.push((self.world.moment(), reserved));
+        }
     }
 
     fn turn_queue(&mut self, queue: usize) -> usize {
         let mut done = Vec::new();
         self.queues[queue].turn(&mut done);
         self.queues[queue].wait(Some(Duration::ZERO));
+        self.note_reserved();
         let count = done.len();
         for completed in done {
             self.complete(completed);
@@ -334,20 +387,34 @@ impl Rig {
     }
 
     /// Closes the disk cleanly; nothing is in flight.
-    pub fn finish(mut self) -> Finished {
+    pub fn finish(self) -> Finished {
+        self.finish_with(&[])
+    }
+
+    /// As [`Rig::finish`], with faults from the beginning of the close on.
+    pub fn finish_with(mut self, faults: &[Fault]) -> Finished {
         assert_eq!(self.in_flight(), 0, "requests are waited for");
         self.world.release_hung();
         self.exhaust();
-        self.queues.clear();
-        self.keeper = None;
-        let closed = self.disk.close();
+        for fault in faults {
+            self.world.inject(fault.clone());
+        }
+        let Rig { queues, keeper, disk, .. } = self;
+        let closed = until_hung(|| {
+            drop(queues);
+            drop(keeper);
+            disk.close()
+        });
         Finished {
             world: self.world,
             journal: self.journal,
             failures: self.failures,
             misread: self.misread,
             quiet: self.quiet,
-            closed,
+            hung: closed.is_none(),
+            closed: closed.unwrap_or(Ok(())),
+            reserved: self.reserved,
+            tried_again: false,
         }
     }
 
@@ -363,6 +430,9 @@ impl Rig {
             misread: self.misread,
             quiet: self.quiet,
             closed,
+            hung: false,
+            reserved: self.reserved,
+            tried_again: false,
         }
     }
 }

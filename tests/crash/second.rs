@@ -9,7 +9,7 @@ use strata_tests::Qemu;
 use strata_tests::images::{Check, Format};
 
 use super::examine::Seen;
-use super::shape::{BASE, TOP};
+use super::shape::{BASE, Start, TOP};
 use super::stamp::read_stamps;
 
 /// One state in so many distinct ones is sampled.
@@ -32,13 +32,15 @@ impl SecondOpinion {
     ///
     /// # Errors
     /// Where the two differ.
-    pub fn ask(&self, image: &Image, seen: &Seen) -> Result<(), String> {
-        let Some(qemu) = self.qemu.as_ref().filter(|_| !seen.dirty) else { return Ok(()) };
+    pub fn ask(&self, image: &Image, start: &Start, seen: &Seen) -> Result<(), String> {
+        let Some(qemu) = self.qemu.as_ref().filter(|_| !seen.dirty && start.shape.is_qcow2()) else {
+            return Ok(());
+        };
         if !self.offered.fetch_add(1, Ordering::Relaxed).is_multiple_of(ONE_IN) {
             return Ok(());
         }
         self.given.fetch_add(1, Ordering::Relaxed);
-        compare(qemu, image, seen)
+        compare(qemu, &start.revealed(image), seen)
     }
 }
 

@@ -3,6 +3,9 @@
 //! A sequence's crashes are tried from its last operation on: what comes before is the end of a shorter sequence, which
 //! plays the same as it has the same seed.
 
+use storage::sim::{Outcome, Verb};
+
+use super::faulty::{self, Trouble};
 use super::journal::Op;
 use super::rig::Rig;
 use super::shape::{Below, Past, Shape, Start};
@@ -27,6 +30,9 @@ pub fn shapes() -> Vec<Shape> {
         Shape::new(16, 640).past(Past::Written),
         Shape::new(9, 80).past(Past::Dirty),
         Shape::new(10, 96).over(Below::Raw).past(Past::Dirty),
+        Shape::new(9, 80).past(Past::Shared),
+        Shape::new(10, 96).v2().over(Below::Raw).past(Past::Shared),
+        Shape::raw(80).past(Past::Written),
     ]
 }
 
@@ -81,6 +87,35 @@ pub fn exhaust(start: &Start, ops: &[Op], together: bool, walker: &mut Walker) -
     let from = if together { 0 } else { ops.len() - 1 };
     walker.crash(&run, start, &Choice::everything(run.journal.submitted_at(from)), 7)?;
     walker.closed(&run, start)
+}
+
+/// Opens, changes a little and closes, while each I/O in turn hangs until the machine crashes (one that a request needs:
+/// until it has been waited for long enough), and tries crashes in that.
+///
+/// # Errors
+/// The first violation.
+pub fn exhaust_hanging(start: &Start, walker: &mut Walker) -> Result<usize, String> {
+    let unit = start.shape.cluster_sectors();
+    let script =
+        [Op::write(unit / 2, unit), Op::Discard { sector: 0, count: unit }, Op::write(4 * unit, unit)];
+    let manner = Manner { at_once: 1, rest: false, clean: true, seed: 7 };
+    let calm = play(start, &script, manner)?;
+    let (mut runs, mut hung) = (0, 0);
+    for verb in Verb::ALL {
+        for nth in 0..calm.world.count(verb) {
+            let trouble = Trouble { verb, nth, lasting: false, outcome: Outcome::Hang };
+            let tried = faulty::play(start, &script, manner, &[trouble]).and_then(|aftermath| {
+                let run = aftermath.run.as_ref().ok_or("it does not open")?;
+                hung += usize::from(run.hung);
+                judge_answers(run)?;
+                let choice = Choice { states_max: 8, ..Choice::everything(storage::sim::Moment(0)) };
+                walker.crash(run, start, &choice, nth)
+            });
+            tried.map_err(|wrong| format!("{wrong}\nwith {trouble:?}"))?;
+            runs += 1;
+        }
+    }
+    if hung == 0 { Err("nothing hung in the opening or the close".to_owned()) } else { Ok(runs) }
 }
 
 /// Opens and closes, and tries every crash in that.

@@ -4,10 +4,11 @@
 
 use std::path::Path;
 
-use disk::DiskOptions;
+use disk::{DiskOptions, Format};
 use qcow2::{Geometry, NewImage, Version};
 use storage::sim::{Image, SimOptions, SimWorld};
 
+use super::hidden::{self, Hidden};
 use super::journal::Op;
 use super::rig::Rig;
 use super::stamp::{SECTOR, Value, stamp};
@@ -41,6 +42,8 @@ pub enum Past {
     Written,
     /// As written, but marked dirty, with refcounts that are wrong in both ways: opening it rebuilds them.
     Dirty,
+    /// As written, and then an internal snapshot was taken that the disk does not know of: all of it is shared.
+    Shared,
     /// It is new, but its file is so long that a few more clusters need a larger refcount table.
     Long,
 }
@@ -48,6 +51,8 @@ pub enum Past {
 /// A kind of image to start from.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
+    /// The top image's format. A raw one has clusters of a sector, and nothing below it.
+    pub format: Format,
     /// Version of the format: 2 or 3.
     pub version: u32,
     /// Bytes of a cluster, as a power of two.
@@ -75,12 +80,15 @@ pub struct Start {
     pub values: Vec<Value>,
     /// Clusters leaked already.
     pub leaks: u64,
+    /// The snapshot that shares the image's clusters.
+    pub hidden: Option<Hidden>,
 }
 
 impl Shape {
     /// A new image of version 3 without a backing file.
     pub const fn new(cluster_bits: u32, sectors: u64) -> Shape {
         Shape {
+            format: Format::Qcow2,
             version: 3,
             cluster_bits,
             refcount_order: 4,
@@ -89,6 +97,11 @@ impl Shape {
             past: Past::Fresh,
             table_bytes: 1 << 20,
         }
+    }
+
+    /// A raw file of zeros.
+    pub const fn raw(sectors: u64) -> Shape {
+        Shape { format: Format::Raw, ..Shape::new(9, sectors) }
     }
 
     /// Over a backing file.
@@ -126,6 +139,11 @@ impl Shape {
         self.cluster_bytes() / SECTOR
     }
 
+    /// It has metadata.
+    pub fn is_qcow2(&self) -> bool {
+        self.format == Format::Qcow2
+    }
+
     /// A discard leaves everything as it is: version 2 cannot hide what lies below.
     pub fn discards_nothing(&self) -> bool {
         self.version == 2 && self.below != Below::Nothing
@@ -145,6 +163,7 @@ impl Shape {
     /// How the disk is opened.
     pub fn options(&self) -> DiskOptions {
         DiskOptions {
+            format: self.format,
             lock_timeout: std::time::Duration::ZERO,
             map_bytes: 64 << 10,
             table_bytes: self.table_bytes,
@@ -169,12 +188,21 @@ impl Shape {
                 world.add_file(BASE, &bytes);
             }
         }
-        world.add_file(TOP, &self.empty(below));
-        if matches!(self.past, Past::Written | Past::Dirty) {
+        let top = if self.is_qcow2() { self.empty(below) } else { vec![0; (self.sectors * SECTOR) as usize] };
+        world.add_file(TOP, &top);
+        if matches!(self.past, Past::Written | Past::Dirty | Past::Shared) {
             (world, values) = self.written(world, values);
         }
-        let image = if self.past == Past::Dirty { self.dirtied(&world.image()) } else { world.image() };
-        Start { shape: *self, image, values, leaks: 0 }
+        let (mut image, mut leaks, mut hidden) = (world.image(), 0, None);
+        match self.past {
+            Past::Dirty => (image, leaks) = self.dirtied(&image),
+            Past::Shared => {
+                let (shared, snapshot) = hidden::hide(&image, &values);
+                (image, hidden) = (shared, Some(snapshot));
+            }
+            Past::Fresh | Past::Written | Past::Long => {}
+        }
+        Start { shape: *self, image, values, leaks, hidden }
     }
 
     /// The bytes of an empty top image.
@@ -198,25 +226,24 @@ impl Shape {
         bytes
     }
 
-    /// Marks an image dirty, lowers every third refcount of its first refblock to 0 and raises as many that are 0.
-    fn dirtied(&self, image: &Image) -> Image {
+    /// Marks an image dirty, lowers every third refcount of its first refblock to 0 and raises as many that are 0; how
+    /// many of these are past the end of the file: no repair looks there, and they are leaks when the file grows.
+    fn dirtied(&self, image: &Image) -> (Image, u64) {
         let mut bytes = image.file(Path::new(TOP)).expect("the image").to_bytes();
         bytes[qcow2::position::INCOMPATIBLE + 7] |= 1;
         let geometry = self.geometry();
         let cluster = geometry.cluster_size() as usize;
         // A new image has its refcount table in cluster 1.
         let block = qcow2::entry(&bytes[cluster..], 0) as usize;
+        let end = geometry.clusters_for(bytes.len() as u64);
+        let mut past_end = 0;
         let counts = &mut bytes[block..block + cluster];
         for index in (1..geometry.refblock_entries() as usize).step_by(3) {
             let count = u64::from(qcow2::refcount(geometry.refcount_order, counts, index) == 0);
             qcow2::set_refcount(geometry.refcount_order, counts, index, count);
+            past_end += if index as u64 >= end { count } else { 0 };
         }
-        let world = SimWorld::new(1, SimOptions::calm());
-        for path in image.paths().filter(|path| *path != Path::new(TOP)) {
-            world.add_file(path, &image.file(path).expect("it is listed").to_bytes());
-        }
-        world.add_file(TOP, &bytes);
-        world.image()
+        (image.with(Path::new(TOP), 0, &bytes), past_end)
     }
 
     /// A raw file three quarters as long as the disk, with a gap in each eight sectors.
@@ -245,7 +272,8 @@ impl Shape {
             .step_by(step as usize)
             .map(|at| Op::write(at, self.cluster_sectors().min(end - at)))
             .collect();
-        let start = Start { shape: base, image: world.image(), values: values.clone(), leaks: 0 };
+        let start =
+            Start { shape: base, image: world.image(), values: values.clone(), leaks: 0, hidden: None };
         let rig = Rig::open_numbered(&start, world, 1, BASE_WRITE).expect("a new image opens");
         let finished = rig.play_alone(&ops);
         *values = finished.settled_values();
@@ -263,7 +291,7 @@ impl Shape {
 
     /// Plays a past: data in some clusters, zeros in others, something given back.
     fn written(&self, world: SimWorld, values: Vec<Value>) -> (SimWorld, Vec<Value>) {
-        let start = Start { shape: *self, image: world.image(), values, leaks: 0 };
+        let start = Start { shape: *self, image: world.image(), values, leaks: 0, hidden: None };
         let unit = self.cluster_sectors();
         let clusters = self.sectors / unit;
         let mut ops = Vec::new();
@@ -278,6 +306,13 @@ impl Shape {
         let finished = rig.play_alone(&ops);
         let values = finished.settled_values();
         (finished.world, values)
+    }
+}
+
+impl Start {
+    /// An image that came of this one, as one sees it who knows of its snapshot.
+    pub fn revealed(&self, image: &Image) -> Image {
+        self.hidden.as_ref().map_or_else(|| image.clone(), |hidden| hidden.revealed(image))
     }
 }
 

@@ -40,6 +40,13 @@ pub fn shapes() -> Vec<Shape> {
         Shape::new(16, 768).over(Below::Raw),
         Shape::new(9, 96).past(Past::Dirty),
         Shape::new(12, 128).over(Below::Raw).past(Past::Dirty),
+        Shape::new(9, 96).past(Past::Shared),
+        Shape::new(9, 80).v2().over(Below::Raw).past(Past::Shared),
+        Shape::new(9, 144).wide_refcounts().past(Past::Shared).short_of_memory(),
+        Shape::new(12, 131).over(Below::Qcow2).past(Past::Shared),
+        Shape::new(16, 1024).past(Past::Shared),
+        Shape::raw(200),
+        Shape::raw(96).past(Past::Written),
     ]
 }
 
@@ -279,7 +286,7 @@ pub fn judge_answers(run: &Finished) -> Result<(), String> {
 fn judge(run: &Finished, start: &Start, manner: Manner, walker: &mut Walker) -> Result<Start, String> {
     judge_answers(run)?;
     walker.crash(run, start, &Choice::sample_of(run), manner.seed)?;
-    if manner.clean {
+    if manner.clean && !run.hung {
         walker.closed(run, start)?;
     }
     walker.some_crash(run, start, manner.seed)

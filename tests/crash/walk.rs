@@ -7,8 +7,9 @@ use std::rc::Rc;
 use storage::sim::{CrashLimits, CrashPlan, CrashScope, Image, Moment, Random, Replay};
 
 use super::examine::{Seen, examine};
+use super::journal::Unsettled;
 use super::rig::Finished;
-use super::shape::{Shape, Start};
+use super::shape::Start;
 use super::stamp::Value;
 use super::tally::Tally;
 
@@ -62,17 +63,17 @@ impl<'t> Walker<'t> {
     ///
     /// # Errors
     /// What is wrong with it, whatever was promised.
-    pub fn look(&mut self, image: &Image, shape: &Shape) -> Result<Rc<Seen>, String> {
+    pub fn look(&mut self, image: &Image, start: &Start) -> Result<Rc<Seen>, String> {
         let hash = image.hash();
         self.tally.count_state(hash);
         if let Some(seen) = self.seen.get(&hash) {
             return Ok(Rc::clone(seen));
         }
-        let seen = examine(image, shape);
+        let seen = examine(image, start);
         if let Some(wrong) = seen.wrong {
             return Err(wrong);
         }
-        self.tally.second.ask(image, &seen)?;
+        self.tally.second.ask(image, start, &seen)?;
         if self.seen.len() >= MEMORY_MAX {
             self.seen.clear();
         }
@@ -101,7 +102,7 @@ impl<'t> Walker<'t> {
             promise.move_to(replay.moment());
             for plan in &plans {
                 let image = replay.image(plan);
-                let compared = self.look(&image, &start.shape).and_then(|seen| promise.compare(&seen));
+                let compared = self.look(&image, start).and_then(|seen| promise.compare(&seen));
                 compared.map_err(|wrong| format!("{wrong}\n{}", replay.describe(plan)))?;
             }
             if self.tally.is_over() {
@@ -123,12 +124,18 @@ impl<'t> Walker<'t> {
         let mut plans = replay.plans(&Choice::sample(1).limits, CrashScope::All, &mut random);
         thin(&mut plans, 1, &mut random);
         let image = plans.first().map_or_else(|| replay.durable().clone(), |plan| replay.image(plan));
-        let seen = self.look(&image, &start.shape)?;
+        let seen = self.look(&image, start)?;
         let mut promise = Promise::new(run, start);
         promise.move_to(replay.moment());
         promise.compare(&seen)?;
         let leaks = seen.leaks + seen.hidden_leaks;
-        Ok(Start { shape: start.shape, image, values: seen.values.clone(), leaks })
+        Ok(Start {
+            shape: start.shape,
+            image,
+            values: seen.values.clone(),
+            leaks,
+            hidden: start.hidden.clone(),
+        })
     }
 
     /// What a clean close left: nothing open, nothing leaked, and the last values.
@@ -139,7 +146,7 @@ impl<'t> Walker<'t> {
         let history = run.world.history();
         let mut replay = Replay::new(&history);
         replay.advance_to(history.end());
-        let seen = self.look(replay.durable(), &start.shape)?;
+        let seen = self.look(replay.durable(), start)?;
         let mut promise = Promise::new(run, start);
         promise.move_to(history.end());
         promise.compare(&seen).map_err(|wrong| format!("after a clean close: {wrong}"))?;
@@ -197,20 +204,28 @@ impl<'r> Promise<'r> {
         self.leaks_max = self.leaks_at(moment);
     }
 
-    /// Leaks are bounded by what was asked for since all was quiet, and by what is reserved.
+    /// What a crash may leak (docs/durability.md, "What a crash leaks"), but for a refcount table that is moved.
     fn leaks_at(&self, moment: Moment) -> u64 {
         let quiet = self.run.quiet.iter().rev().find(|quiet| **quiet <= moment).copied();
-        let shape = &self.start.shape;
-        let geometry = shape.geometry();
-        // Each may take a cluster, free another, and need a table.
-        let asked = 3 * self.run.journal.clusters_between(quiet.unwrap_or(Moment(0)), moment);
-        let window = geometry.refblock_entries().min((16 << 20) / geometry.cluster_size());
-        // Refblocks, and a refcount table that was moved.
-        let structure = 16;
-        self.start.leaks + asked + 2 * window + structure
+        let Unsettled { taken, freed } =
+            self.run.journal.unsettled_clusters(quiet.unwrap_or(Moment(0)), moment);
+        // What it took at first goes the way of what is freed.
+        let taken = if self.run.tried_again { 2 * taken } else { taken };
+        // It was seen at some moment after it was reserved.
+        let samples = &self.run.reserved;
+        let seen = samples.partition_point(|(at, _)| *at < moment);
+        let reserved = samples.get(seen).or(samples.last()).map_or(0, |(_, most)| *most);
+        let refblocks = (taken + reserved) / self.start.shape.geometry().refblock_entries() + 1;
+        self.start.leaks + taken + freed + reserved + refblocks
     }
 
     fn compare(&self, seen: &Seen) -> Result<(), String> {
+        if let (Some(hidden), Some(found)) = (&self.start.hidden, &seen.snapshot)
+            && let Some(at) = hidden.values.iter().zip(found).position(|(held, found)| held != found)
+        {
+            let (held, found) = (hidden.values[at], found[at]);
+            return Err(format!("the snapshot held {held} in sector {at}, and now {found}"));
+        }
         let wrong = |(_, (value, allowed)): &(usize, (&Value, &Vec<Value>))| !allowed.contains(value);
         let mut bad = seen.values.iter().zip(&self.allowed).enumerate().filter(wrong).peekable();
         if bad.peek().is_some() {
@@ -224,7 +239,9 @@ impl<'r> Promise<'r> {
         if seen.values.len() != self.allowed.len() {
             return Err(format!("the disk has {} sectors", seen.values.len()));
         }
-        let (leaks, most) = (seen.leaks + seen.hidden_leaks, self.leaks_max);
+        // The old table and the new one, which is half as large again.
+        let table = seen.table_clusters + seen.table_clusters / 2 + 2;
+        let (leaks, most) = (seen.leaks + seen.hidden_leaks, self.leaks_max + table);
         if leaks > most {
             return Err(format!("{leaks} clusters leak, and at most {most} may at {:?}", self.moment));
         }

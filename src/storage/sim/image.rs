@@ -35,6 +35,20 @@ impl Image {
         self.files.iter().map(|file| &*file.path)
     }
 
+    /// The same image with these bytes in a file of it, which grows where they go past its end.
+    ///
+    /// # Panics
+    /// If there is no such file.
+    #[must_use]
+    pub fn with(&self, path: &Path, offset: u64, bytes: &[u8]) -> Image {
+        let mut image = self.clone();
+        let file = image.files.iter_mut().find(|file| &*file.path == path);
+        let contents = &mut file.unwrap_or_else(|| panic!("there is no {}", path.display())).contents;
+        contents.write(offset, bytes);
+        contents.grow(offset + bytes.len() as u64);
+        image
+    }
+
     /// A hash of all paths, lengths and bytes, the same in every run: two images with the same hash are the same state,
     /// but for a chance in 2^64.
     pub fn hash(&self) -> u64 {
@@ -86,6 +100,14 @@ mod tests {
         let hashes: std::collections::BTreeSet<u64> = images.iter().map(Image::hash).collect();
         assert_eq!(hashes.len(), images.len());
         assert_eq!(image(&[("a", b"x")]).hash(), images[1].hash());
+    }
+
+    #[test]
+    fn a_changed_image_leaves_the_one_that_it_was_made_of() {
+        let old = image(&[("a", b"0123"), ("b", b"x")]);
+        let new = old.with(Path::new("a"), 2, b"abc");
+        assert_eq!(new.hash(), image(&[("a", b"01abc"), ("b", b"x")]).hash());
+        assert_eq!(old.hash(), image(&[("a", b"0123"), ("b", b"x")]).hash());
     }
 
     #[test]

@@ -27,7 +27,7 @@ pub use crash::{CrashLimits, CrashPlan, CrashScope};
 pub use fault::{Fault, FaultId, Outcome, Verb};
 pub use history::{History, Moment};
 pub use image::Image;
-pub use queue::{SimQueue, SimStorage};
+pub use queue::{Hung, SimQueue, SimStorage};
 pub use random::Random;
 pub use ranges::Ranges;
 pub use replay::Replay;

@@ -148,7 +148,7 @@ fn check_lock(world: &World, file: usize, path: &Path, writable: bool) -> Result
 ///
 /// [`IoQueue::wait`] lets the world go on by one completion, of any queue, or moves the clock to the next time that a
 /// waiting queue has asked for. It panics, with a list of what hangs, when all queues wait and nothing will ever
-/// happen.
+/// happen: with a [`Hung`], and without a word, if that is a fault's doing.
 pub struct SimQueue {
     open: Arc<OpenFiles>,
     /// Index into the world's queues.
@@ -160,6 +160,10 @@ pub struct SimQueue {
     /// Over the watched eventfds, once there is one.
     poll: Option<Epoll>,
 }
+
+/// What a wait panics with that never ends because a fault has made an operation hang: what hangs.
+#[derive(Debug)]
+pub struct Hung(pub String);
 
 /// Sets a flag that the world looks at.
 struct SimNotifier(Arc<AtomicBool>);
@@ -243,8 +247,11 @@ impl IoQueue for SimQueue {
             world.rest(self.index, timeout)
         };
         // Not under the lock, which those who clean up after the panic need.
-        if let Rest::Deadlock(report) = rest {
-            panic!("{report}");
+        match rest {
+            Rest::Over => {}
+            // Quietly: whoever made something hang is told, and nobody else.
+            Rest::Deadlock { report, meant: true } => std::panic::resume_unwind(Box::new(Hung(report))),
+            Rest::Deadlock { report, meant: false } => panic!("{report}"),
         }
     }
 

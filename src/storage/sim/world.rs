@@ -127,8 +127,8 @@ enum Due {
 pub(super) enum Rest {
     /// Look again.
     Over,
-    /// Nothing will ever happen; says what hangs.
-    Deadlock(String),
+    /// Nothing will ever happen; says what hangs, and whether a fault made it hang.
+    Deadlock { report: String, meant: bool },
 }
 
 impl World {
@@ -464,7 +464,7 @@ impl World {
         match deadline {
             Some(deadline) if all_wait || vain_waits > WAITS_FOR_OTHERS_MAX => self.move_clock(deadline),
             None if all_wait || vain_waits > VAIN_WAITS_MAX => {
-                return Rest::Deadlock(self.report(queue));
+                return self.deadlock(queue);
             }
             _ => {}
         }
@@ -505,6 +505,11 @@ impl World {
         }
         self.flights.retain(|_, flight| flight.queue != queue);
         self.stir();
+    }
+
+    fn deadlock(&self, queue: usize) -> Rest {
+        let meant = self.flights.values().any(|flight| flight.started && flight.doom == Some(Outcome::Hang));
+        Rest::Deadlock { report: self.report(queue), meant }
     }
 
     fn report(&self, queue: usize) -> String {
