@@ -253,9 +253,6 @@ fn what_is_not_supported_is_refused_by_name() {
         assert!(message.contains(word), "{message:?} says nothing of {word:?}");
         assert!(message.contains(&image.display().to_string()), "{message:?} does not name the file");
     };
-    let extended = create("ext.qcow2", "extended_l2=on");
-    named(&extended, &options(), "extended L2");
-    Rig::open(&extended, &DiskOptions { read_only: true, ..options() }).expect("reading subclusters").close();
     let data = format!("data_file={},data_file_raw=on", path("data.raw").display());
     named(&create("data.qcow2", &data), &options(), "external data file");
     let corrupt = create("corrupt.qcow2", "compat=1.1");
@@ -401,22 +398,39 @@ fn unknown_autoclear_bits_are_cleared_on_a_writable_open_only() {
 fn what_is_shared_is_copied_before_it_changes() {
     let Some(qemu) = Qemu::find() else { return };
     let folder = tempfile::tempdir().expect("a folder");
-    for (name, cluster) in [("small", 4 * K), ("large", 64 * K)] {
+    for (name, cluster, parts) in [("small", 4 * K, false), ("large", 64 * K, false), ("parts", 64 * K, true)]
+    {
         let image = folder.path().join(format!("{name}.qcow2"));
-        let spec = ImageSpec::qcow2(8 * M)
+        let mut spec = ImageSpec::qcow2(8 * M)
             .cluster_size(cluster)
             .with(Content::Pattern { offset: 0, length: 3 * M, byte: 5 })
             .with(Content::Zeroes { offset: 2 * M, length: 512 * K, unmap: false })
             .with(Content::Compressed { offset: 3 * M, length: M, byte: 6 });
+        spec.extended_l2 = parts;
+        for n in 0..6 {
+            // Some subclusters of a cluster, some of them zero.
+            let offset = 6 * M + n * 64 * K;
+            spec = spec
+                .with(Content::Pattern { offset: offset + 6 * K, length: 20 * K, byte: 6 })
+                .with(Content::Zeroes { offset: offset + 12 * K, length: 4 * K, unmap: false });
+        }
         qemu.create(&image, &spec).expect("an image");
         let text = image.display().to_string();
         qemu.img(["snapshot", "-c", "kept", &text]).expect("a snapshot");
         let before = qemu.read_all(&image, Format::Qcow2).expect("read");
         let count = std::fs::read(&image).expect("image")[60..64].to_vec();
         patch(&image, 60, &[0; 4]);
-        let mut model = ByteModel::with_contents(&before, 8 * M, cluster, DiscardRule::ZeroesClusters);
+        let mut model =
+            ByteModel::with_contents(&before, 8 * M, spec.granule_size(), DiscardRule::ZeroesClusters);
         let mut rig = Rig::open(&image, &options()).expect("opens");
         let operations = [
+            // Parts: one that is allocated, one that is not, one that is zero; the last by what covers two clusters.
+            write(6 * M + 8 * K, 2 * K, 7),
+            write(6 * M + 64 * K + 40 * K + 512, 1024, 8),
+            write(6 * M + 2 * 64 * K + 12 * K, 4 * K, 9),
+            write(6 * M + 4 * 64 * K - 50 * K, 70 * K, 10),
+            Operation::WriteZeroes { offset: 6 * M + 4 * 64 * K + 8 * K, length: 2 * K, unmap: false },
+            Operation::Discard { offset: 6 * M + 5 * 64 * K + 4 * K, length: 30 * K },
             write(512, 1024, 1),
             write(cluster * 3 + 512, 2 * cluster, 2),
             Operation::Flush,
@@ -433,6 +447,8 @@ fn what_is_shared_is_copied_before_it_changes() {
             Operation::WriteZeroes { offset: 3 * M + 768 * K, length: 128 * K, unmap: false },
             Operation::Flush,
             write(3 * M + 512 * K, 64 * K, 8),
+            write(6 * M + 4 * 64 * K + 8 * K, 512, 11),
+            write(6 * M + 5 * 64 * K + 4 * K, 512, 12),
         ];
         rig.run(&operations, &mut model);
         model.compare_all(&rig.read_all()).expect("contents");

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
-use strata_tests::images::{Check, Content, Format, ImageSpec};
-use strata_tests::model::{DiscardRule, Geometry, Operation, sequences};
+use strata_tests::images::{Check, Content, Format, ImageSpec, Preallocation};
+use strata_tests::model::{DiscardRule, Geometry, Operation, sequences, sequences_of_parts};
 use strata_tests::{ByteModel, Qemu};
 
 use crate::rig::{K, M, Rig, options, pattern};
@@ -113,6 +113,38 @@ fn cases() -> Vec<Case> {
         name: "large clusters over subclusters",
         chain: vec![parts(6 * M, 16 * K), over(Format::Qcow2, 6 * M).cluster_size(256 * K)],
     });
+    cases.push(Case { name: "subclusters", chain: vec![ImageSpec::qcow2(6 * M + 512).extended()] });
+    cases.push(Case { name: "subclusters with a past", chain: vec![parts(6 * M, 64 * K)] });
+    cases.push(Case {
+        name: "subclusters over subclusters",
+        chain: vec![parts(6 * M, 32 * K), over(Format::Qcow2, 6 * M).extended()],
+    });
+    cases.push(Case {
+        name: "subclusters over a shorter raw",
+        chain: vec![
+            ImageSpec::raw(2 * M + 512).with(pattern(0, 2 * M + 512, 7)),
+            over(Format::Raw, 4 * M + 1024).cluster_size(128 * K).extended(),
+        ],
+    });
+    cases.push(Case {
+        name: "preallocated subclusters",
+        chain: vec![ImageSpec::qcow2(4 * M).extended().preallocation(Preallocation::Metadata)],
+    });
+    for bits in [14, 16, 18, 21] {
+        let cluster = 1u64 << bits;
+        let size = (cluster * 40).min(24 * M) + 512;
+        let name = match bits {
+            14 => "subclusters of 512",
+            16 => "subclusters of 2 KiB",
+            18 => "subclusters of 8 KiB",
+            _ => "subclusters of 64 KiB",
+        };
+        let below = ImageSpec::qcow2(size).cluster_size(4 * K).with(pattern(cluster / 2, cluster * 3, 5));
+        cases.push(Case {
+            name,
+            chain: vec![below, over(Format::Qcow2, size).cluster_size(cluster).extended()],
+        });
+    }
     for bits in [9, 10, 12, 14, 18, 21] {
         let cluster = 1u64 << bits;
         let size = (cluster * 40).clamp(64 * K, 24 * M) + 512;
@@ -155,6 +187,15 @@ fn geometry(top: &ImageSpec) -> Geometry {
     Geometry { size, cluster_size: top.cluster_size, transfer_max: (4 * top.cluster_size).min(512 * K) }
 }
 
+/// Random operations on an image.
+fn operations_on(top: &ImageSpec) -> BoxedStrategy<Vec<Operation>> {
+    if top.extended_l2 {
+        sequences_of_parts(geometry(top), top.granule_size(), 80).boxed()
+    } else {
+        sequences(geometry(top), 60).boxed()
+    }
+}
+
 /// Two sessions of random operations on a fresh chain; after each the image is checked and read by QEMU.
 fn run_case(qemu: &Qemu, folder: &Path, case: &Case, sessions: &[Vec<Operation>]) {
     let top = case.chain.last().expect("a chain has a top");
@@ -168,7 +209,7 @@ fn run_case(qemu: &Qemu, folder: &Path, case: &Case, sessions: &[Vec<Operation>]
     let initial = qemu.read_all(image, Format::Qcow2).expect("qemu-img reads the chain");
     let backing: Vec<_> =
         paths[..paths.len() - 1].iter().map(|path| std::fs::read(path).expect("backing")).collect();
-    let mut model = ByteModel::with_contents(&initial, geometry(top).size, top.cluster_size, rule);
+    let mut model = ByteModel::with_contents(&initial, geometry(top).size, top.granule_size(), rule);
     for operations in sessions {
         let mut rig = Rig::open(image, &options()).expect("the image opens");
         rig.run(operations, &mut model);
@@ -191,14 +232,14 @@ fn random_sequences_equal_the_model() {
     let Some(qemu) = Qemu::find() else { return };
     let folder = tempfile::tempdir().expect("a folder");
     for case in cases() {
-        let geometry = geometry(case.chain.last().expect("a top"));
+        let top = case.chain.last().expect("a top");
         let mut runner = TestRunner::new(ProptestConfig {
             cases: cases_per_chain(),
             max_shrink_iters: 200,
             failure_persistence: None,
             ..ProptestConfig::default()
         });
-        let sessions = proptest::collection::vec(sequences(geometry, 60), 2);
+        let sessions = proptest::collection::vec(operations_on(top), 2);
         let number = std::cell::Cell::new(0);
         let result = runner.run(&sessions, |sessions| {
             number.set(number.get() + 1);

@@ -9,9 +9,9 @@ use engine::{
     Source, TableSlot, TopSpec, WritePlan, ZeroMode, Zeroed,
 };
 use proptest::prelude::*;
-use qcow2::{GuestOffset, Header, HostCluster, HostOffset, L1Entry, L2Entry, NewImage, Version};
+use qcow2::{GuestOffset, Header, HostCluster, HostOffset, L1Entry, L2Entry, NewImage, RawL2Entry, Version};
 use strata_tests::ByteModel;
-use strata_tests::model::{DiscardRule, Geometry, Operation, contents, sequences};
+use strata_tests::model::{DiscardRule, Geometry, Operation, contents, sequences, sequences_of_parts};
 
 /// A chain as byte vectors; the top image is file 0.
 #[derive(Clone)]
@@ -36,9 +36,37 @@ impl Files {
     }
 }
 
+/// What the clusters of a layer are.
+#[derive(Clone, Copy)]
+struct Kind {
+    cluster_bits: u32,
+    extended_l2: bool,
+}
+
+/// Clusters of so many bits.
+const fn whole(cluster_bits: u32) -> Kind {
+    Kind { cluster_bits, extended_l2: false }
+}
+
+/// Clusters of so many bits, with subclusters.
+const fn parts(cluster_bits: u32) -> Kind {
+    Kind { cluster_bits, extended_l2: true }
+}
+
+impl Kind {
+    fn cluster_size(self) -> u64 {
+        1 << self.cluster_bits
+    }
+
+    fn granule_size(self) -> u64 {
+        if self.extended_l2 { self.cluster_size() / 32 } else { self.cluster_size() }
+    }
+}
+
 /// An empty image, or an overlay.
-fn image(version: Version, cluster_bits: u32, size: u64, overlay: bool) -> Vec<u8> {
-    let geometry = qcow2::Geometry { version, cluster_bits, refcount_order: 4, extended_l2: false, size };
+fn image(version: Version, kind: Kind, size: u64, overlay: bool) -> Vec<u8> {
+    let Kind { cluster_bits, extended_l2 } = kind;
+    let geometry = qcow2::Geometry { version, cluster_bits, refcount_order: 4, extended_l2, size };
     let mut image = NewImage::new(geometry);
     if overlay {
         image.backing_file = Some(b"below".to_vec());
@@ -240,7 +268,7 @@ impl Bench {
     }
 
     fn zero(&mut self, offset: u64, length: u64, mode: ZeroMode) -> Result<(), EngineError> {
-        let unit = self.engine.unit();
+        let unit = self.engine.granule();
         let end = offset + length;
         let start = offset.next_multiple_of(unit);
         let whole_end = if end == self.engine.size() { end } else { end / unit * unit };
@@ -291,6 +319,7 @@ impl Bench {
 fn check_references(bytes: &[u8]) {
     let header = header(bytes);
     let geometry = header.geometry();
+    let whole = Files(vec![bytes.to_vec()]);
     let mut references = vec![0u64; geometry.clusters_for(bytes.len() as u64) as usize + 1];
     let mut refer = |offset: HostOffset, length: u64| {
         for cluster in 0..geometry.clusters_for(length) {
@@ -312,11 +341,11 @@ fn check_references(bytes: &[u8]) {
             continue;
         };
         refer(offset, geometry.cluster_size());
-        for raw in table(bytes, offset.0, geometry.l2_entries()) {
-            if let L2Entry::Data { offset, .. } | L2Entry::ZeroAllocated { offset, .. } =
-                L2Entry::decode(raw, &geometry).expect("aligned")
-            {
-                refer(offset, 1);
+        let table = whole.read(FileIndex(0), offset.0, geometry.cluster_size());
+        for index in 0..geometry.l2_entries() as usize {
+            let raw = RawL2Entry::load(&table, index, &geometry);
+            if let Some(host) = L2Entry::decode(raw, &geometry).expect("sound").host() {
+                refer(host.offset, 1);
             }
         }
     }
@@ -341,31 +370,35 @@ fn reopen_and_compare(files: &Files, flushed: &ByteModel) {
     flushed.compare_all(&found).unwrap_or_else(|difference| panic!("reopened after a flush: {difference}"));
 }
 
-/// A chain: bits of a cluster, and whether the top is version 2, from the top down.
-fn run(version: Version, bits: &[u32], size: u64, sessions: &[Vec<Operation>], below: &[Operation]) {
-    let cluster = 1 << bits[0];
-    let layer = |bits: u32, version, overlay| image(version, bits, size, overlay);
+/// A chain: the kinds of its layers from the top down, and the version of the top.
+fn run(version: Version, kinds: &[Kind], size: u64, sessions: &[Vec<Operation>], below: &[Operation]) {
+    let granule = kinds[0].granule_size();
+    let layer = |kind: Kind, version, overlay| image(version, kind, size, overlay);
     let mut chain: Vec<Vec<u8>> = Vec::new();
-    let mut model = ByteModel::new(size, cluster, DiscardRule::ZeroesClusters);
+    let mut model = ByteModel::new(size, granule, DiscardRule::ZeroesClusters);
     // The layers below, from the base up, each written through an engine of its own.
-    for (depth, bits) in bits.iter().enumerate().skip(1).rev() {
-        let mut files = vec![layer(*bits, Version::V3, !chain.is_empty())];
+    for (depth, kind) in kinds.iter().enumerate().skip(1).rev() {
+        let mut files = vec![layer(*kind, Version::V3, !chain.is_empty())];
         files.extend(chain);
         let mut bench = Bench::open(Files(files));
-        let mut own =
-            ByteModel::with_contents(&bench.read(0, size), size, 1 << bits, DiscardRule::ZeroesClusters);
+        let mut own = ByteModel::with_contents(
+            &bench.read(0, size),
+            size,
+            kind.granule_size(),
+            DiscardRule::ZeroesClusters,
+        );
         for operation in below.iter().skip(depth - 1) {
             bench.apply(operation, &mut own);
         }
         bench.flush().expect("flush");
         chain = bench.files.0;
-        model = ByteModel::with_contents(&own.read(0, size), size, cluster, DiscardRule::ZeroesClusters);
+        model = ByteModel::with_contents(&own.read(0, size), size, granule, DiscardRule::ZeroesClusters);
     }
     let over = !chain.is_empty();
     if over && version == Version::V2 {
-        model = ByteModel::with_contents(&model.read(0, size), size, cluster, DiscardRule::Nothing);
+        model = ByteModel::with_contents(&model.read(0, size), size, granule, DiscardRule::Nothing);
     }
-    let mut files = vec![layer(bits[0], version, over)];
+    let mut files = vec![layer(kinds[0], version, over)];
     files.extend(chain);
     let mut files = Files(files);
     for operations in sessions {
@@ -406,27 +439,37 @@ fn a_vast_disk_is_served_beyond_what_the_map_keeps() {
 }
 
 macro_rules! model_test {
-    ($name:ident, $version:expr, $bits:expr, $size:expr) => {
+    ($name:ident, $version:expr, $kinds:expr, $size:expr) => {
         proptest! {
             #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
             #[test]
             fn $name(
-                sessions in proptest::collection::vec(sequences(geometry($bits[0], $size), 40), 1..3),
-                below in sequences(geometry($bits[$bits.len() - 1], $size), 12),
+                sessions in proptest::collection::vec(operations($kinds[0], $size, 40), 1..3),
+                below in operations($kinds[$kinds.len() - 1], $size, 12),
             ) {
-                run($version, &$bits, $size, &sessions, &below);
+                run($version, &$kinds, $size, &sessions, &below);
             }
         }
     };
 }
 
-fn geometry(bits: u32, size: u64) -> Geometry {
-    Geometry { size, cluster_size: 1 << bits, transfer_max: 64 << 10 }
+fn operations(kind: Kind, size: u64, count_max: usize) -> BoxedStrategy<Vec<Operation>> {
+    let geometry = Geometry { size, cluster_size: kind.cluster_size(), transfer_max: 64 << 10 };
+    if kind.extended_l2 {
+        sequences_of_parts(geometry, kind.granule_size(), count_max).boxed()
+    } else {
+        sequences(geometry, count_max).boxed()
+    }
 }
 
-model_test!(one_image_of_small_clusters, Version::V3, [9], 300 * 512);
-model_test!(one_image_version_2, Version::V2, [12], 100 * 4096 + 512);
-model_test!(an_overlay, Version::V3, [12, 12], 100 * 4096);
-model_test!(an_overlay_version_2, Version::V2, [12, 12], 100 * 4096);
-model_test!(large_over_small_over_large, Version::V3, [14, 10, 16], 40 * 16384 + 1536);
-model_test!(small_over_large, Version::V3, [9, 14, 12], 20 * 16384);
+model_test!(one_image_of_small_clusters, Version::V3, [whole(9)], 300 * 512);
+model_test!(one_image_version_2, Version::V2, [whole(12)], 100 * 4096 + 512);
+model_test!(an_overlay, Version::V3, [whole(12), whole(12)], 100 * 4096);
+model_test!(an_overlay_version_2, Version::V2, [whole(12), whole(12)], 100 * 4096);
+model_test!(large_over_small_over_large, Version::V3, [whole(14), whole(10), whole(16)], 40 * 16384 + 1536);
+model_test!(small_over_large, Version::V3, [whole(9), whole(14), whole(12)], 20 * 16384);
+model_test!(subclusters, Version::V3, [parts(14)], 12 * 16384 + 512);
+model_test!(subclusters_over_subclusters, Version::V3, [parts(14), parts(14)], 12 * 16384);
+model_test!(subclusters_over_larger_ones, Version::V3, [parts(14), parts(16), whole(12)], 12 * 16384 + 1024);
+model_test!(subclusters_over_smaller_ones, Version::V3, [parts(15), parts(14), whole(16)], 6 * 32768);
+model_test!(clusters_over_subclusters, Version::V3, [whole(10), parts(15)], 5 * 32768);

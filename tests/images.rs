@@ -233,6 +233,11 @@ impl ImageSpec {
         self
     }
 
+    /// Bytes of the least part of the image that can be allocated by itself: a subcluster or a cluster.
+    pub fn granule_size(&self) -> u64 {
+        if self.extended_l2 { self.cluster_size / 32 } else { self.cluster_size }
+    }
+
     fn options(&self) -> String {
         if self.format == Format::Raw {
             return format!("preallocation={}", self.preallocation.name());

@@ -357,6 +357,33 @@ pub fn sequences(geometry: Geometry, count_max: usize) -> impl Strategy<Value = 
     proptest::collection::vec(operations(geometry), 1..=count_max)
 }
 
+/// As [`sequences`], for a disk whose clusters have parts of `granule_size` bytes that can be allocated by themselves:
+/// half of the operations are about clusters, half about such parts.
+pub fn sequences_of_parts(
+    geometry: Geometry,
+    granule_size: u64,
+    count_max: usize,
+) -> impl Strategy<Value = Vec<Operation>> {
+    let parts = Geometry { cluster_size: granule_size, ..geometry };
+    let either = prop_oneof![operations(geometry), operations(parts), near(geometry, granule_size)];
+    proptest::collection::vec(either, 1..=count_max)
+}
+
+/// Operations on up to 40 whole parts in a row, from any part on.
+fn near(geometry: Geometry, granule_size: u64) -> impl Strategy<Value = Operation> + Clone {
+    let Geometry { size, transfer_max, .. } = geometry;
+    let parts = size / granule_size;
+    (0..parts.max(1), 1..=40_u64, 0..6_u8, 0..u32::MAX).prop_map(move |(first, count, kind, seed)| {
+        let offset = first * granule_size;
+        let length = (count * granule_size).min(size - offset);
+        match kind {
+            0 => Operation::Discard { offset, length },
+            1 | 2 => Operation::WriteZeroes { offset, length, unmap: kind == 1 },
+            _ => Operation::Write { offset, length: length.min(transfer_max), seed },
+        }
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

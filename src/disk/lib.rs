@@ -180,6 +180,12 @@ impl<S: Storage> Disk<S> {
         self.shared.is_qcow2().then(|| self.shared.engine.unit())
     }
 
+    /// Bytes of the least part of the disk that is allocated, zeroed or discarded by itself: the top image's subclusters if
+    /// it has some, else its clusters; none for a raw image.
+    pub fn granule_size(&self) -> Option<u64> {
+        self.shared.is_qcow2().then(|| self.shared.engine.granule())
+    }
+
     /// True if nothing may be written.
     pub fn is_read_only(&self) -> bool {
         self.shared.read_only

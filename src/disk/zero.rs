@@ -1,4 +1,4 @@
-//! Discard and write zeroes: whole clusters by metadata, their ragged ends as data.
+//! Discard and write zeroes: whole clusters and subclusters by metadata, their ragged ends as data.
 
 use engine::{Source, ZeroMode, Zeroed};
 use qcow2::GuestOffset;
@@ -12,17 +12,17 @@ use crate::write::Payload;
 const ROUNDS_AT_ONCE: u32 = 16;
 
 impl<S: Storage> Worker<S> {
-    /// Discards a range: whole clusters only, the rest keeps its contents.
+    /// Discards a range: whole granules only, the rest keeps its contents.
     pub async fn discard(&self, offset: u64, length: u64) -> Result<(), RequestError> {
         if !self.shared.is_qcow2() {
             return self.raw_discard(offset, length).await;
         }
-        let (start, end) = self.whole_clusters(offset, length);
+        let (start, end) = self.whole_granules(offset, length);
         if start >= end {
             return self.check_writable();
         }
         let _claim = self.claim(start, end - start).await;
-        self.zero_clusters(start, end, ZeroMode::Discard).await
+        self.zero_granules(start, end, ZeroMode::Discard).await
     }
 
     /// Makes a range read as zero, exactly.
@@ -31,25 +31,25 @@ impl<S: Storage> Worker<S> {
             return self.raw_zeroes(offset, length, unmap).await;
         }
         let _claim = self.claim(offset, length).await;
-        let (start, end) = self.whole_clusters(offset, length);
+        let (start, end) = self.whole_granules(offset, length);
         if start >= end {
             return self.zero_piece(offset, length).await;
         }
         self.zero_piece(offset, start - offset).await?;
         let mode = if unmap { ZeroMode::Unmap } else { ZeroMode::Keep };
-        self.zero_clusters(start, end, mode).await?;
+        self.zero_granules(start, end, mode).await?;
         self.zero_piece(end, (offset + length).saturating_sub(end)).await
     }
 
-    /// The whole clusters in a range; the last cluster of the disk is whole where the disk ends.
-    fn whole_clusters(&self, offset: u64, length: u64) -> (u64, u64) {
-        let unit = self.engine().unit();
+    /// The whole granules (clusters or subclusters) in a range; the last of the disk is whole where the disk ends.
+    fn whole_granules(&self, offset: u64, length: u64) -> (u64, u64) {
+        let granule = self.engine().granule();
         let end = offset + length;
-        let whole_end = if end == self.engine().size() { end } else { end / unit * unit };
-        (offset.next_multiple_of(unit), whole_end)
+        let whole_end = if end == self.engine().size() { end } else { end / granule * granule };
+        (offset.next_multiple_of(granule), whole_end)
     }
 
-    async fn zero_clusters(&self, start: u64, end: u64, mode: ZeroMode) -> Result<(), RequestError> {
+    async fn zero_granules(&self, start: u64, end: u64, mode: ZeroMode) -> Result<(), RequestError> {
         let mut at = start;
         let mut rounds = 0_u32;
         while at < end {
@@ -71,7 +71,7 @@ impl<S: Storage> Worker<S> {
         Ok(())
     }
 
-    /// Zeroes part of a cluster by writing zeros, unless it reads as zero.
+    /// Zeroes part of a granule by writing zeros, unless it reads as zero.
     async fn zero_piece(&self, offset: u64, length: u64) -> Result<(), RequestError> {
         if length == 0 {
             return Ok(());

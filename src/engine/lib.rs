@@ -61,7 +61,7 @@ use crate::alloc::Allocator;
 use crate::claims::Claims;
 use crate::flush::FlushState;
 use crate::guard::MetadataGuard;
-use crate::layers::Layer;
+use crate::layers::{Layer, Qcow2Layer};
 use crate::map::{ChainMap, MapWriter};
 use crate::refcounts::Refcounts;
 use crate::state::{State, WriteState};
@@ -105,6 +105,8 @@ pub struct Engine {
     map: ChainMap,
     /// Bytes that a word of the map stands for, as a shift.
     unit_bits: u32,
+    /// As [`Engine::granule`], as a shift.
+    granule_bits: u32,
     size: u64,
     epochs: Arc<Epochs>,
     claims: Claims,
@@ -139,10 +141,15 @@ impl Engine {
         let layers: Vec<Layer> =
             spec.layers.into_iter().enumerate().map(|(n, layer)| Layer::new(n, layer)).collect();
         let top = layers.first().expect("a chain has a top");
-        let (unit, size) = match top {
-            // Larger for a huge image, so that the map's directory stays small.
-            Layer::Raw { size, .. } => (RAW_UNIT.max((size >> 35).next_power_of_two()), *size),
-            Layer::Qcow2(layer) => (layer.geometry.cluster_size(), layer.geometry.size),
+        let (unit, granule, size) = match top {
+            Layer::Raw { size, .. } => {
+                // Larger for a huge image, so that the map's directory stays small.
+                let unit = RAW_UNIT.max((size >> 35).next_power_of_two());
+                (unit, unit, *size)
+            }
+            Layer::Qcow2(Qcow2Layer { geometry, .. }) => {
+                (geometry.cluster_size(), geometry.granule_size(), geometry.size)
+            }
         };
         let clusters = size.div_ceil(unit);
         let slices = usize::try_from(clusters.div_ceil(SLICE_WORDS)).unwrap_or(usize::MAX);
@@ -169,6 +176,7 @@ impl Engine {
         Ok(Engine {
             map,
             unit_bits: unit.trailing_zeros(),
+            granule_bits: granule.trailing_zeros(),
             size,
             epochs: Epochs::new(spec.workers),
             claims: Claims::default(),
@@ -185,6 +193,12 @@ impl Engine {
     /// Bytes that a word of the map stands for: the top image's cluster size. A power of two.
     pub fn unit(&self) -> u64 {
         1 << self.unit_bits
+    }
+
+    /// Bytes of the least piece of the disk that can be allocated, zeroed or discarded by itself: a subcluster of the top
+    /// image if it has some, else [`Engine::unit`]. A power of two.
+    pub fn granule(&self) -> u64 {
+        1 << self.granule_bits
     }
 
     /// The epochs, for workers to register with.
@@ -299,7 +313,7 @@ impl Engine {
         self.with(|state, _| state.abort_write(done));
     }
 
-    /// Discards or zeroes a prefix of a cluster-aligned range, in memory; the caller holds a claim on it.
+    /// Discards or zeroes a prefix of a range of whole granules, in memory; the caller holds a claim on it.
     ///
     /// # Errors
     /// As for [`Engine::plan_write`].

@@ -62,6 +62,14 @@ pub enum Mutation {
     SharedTakenForOwn,
     /// An L2 table that a snapshot shares is changed in place.
     SharedTableTakenForOwn,
+    /// A write to some subclusters allocates all that are not zero.
+    AllPartsAllocated,
+    /// A write leaves the zero bits of what it wrote.
+    ZeroPartsKept,
+    /// Subclusters of a shared cluster are taken over without their data.
+    SharedPartsForgotten,
+    /// A discard of some subclusters frees the host cluster of others that are in use.
+    PartFreesCluster,
     /// A clean close cuts a cluster in use off the end of the file.
     CloseCutsTooMuch,
 }
@@ -97,6 +105,10 @@ impl Mutation {
         Mutation::SharedTakenForFree,
         Mutation::SharedTakenForOwn,
         Mutation::SharedTableTakenForOwn,
+        Mutation::AllPartsAllocated,
+        Mutation::ZeroPartsKept,
+        Mutation::SharedPartsForgotten,
+        Mutation::PartFreesCluster,
         Mutation::CloseCutsTooMuch,
     ];
 }

@@ -1,8 +1,12 @@
 //! Planning and committing guest writes to a qcow2 top image.
 
+use std::ops::Range;
 use std::task::Waker;
 
-use qcow2::{GuestCluster, GuestOffset, HostCluster, HostOffset, L1Entry, L2Entry};
+use qcow2::{
+    Geometry, GuestCluster, GuestOffset, HostCluster, HostOffset, HostPlace, L1Entry, L2Entry, SUBCLUSTERS,
+    SubclusterSet, Subclusters,
+};
 
 use crate::answer::{Answer, TableSlot, ready};
 use crate::error::EngineError;
@@ -25,41 +29,78 @@ pub enum WritePlan {
         /// Bytes of the guest's range.
         length: u64,
     },
-    /// Write it, and what surrounds it in its clusters, to new clusters; then commit or abort.
+    /// Write it, and what surrounds it in its granules, to where nothing is; then commit or abort.
     Allocate(Allocation),
 }
 
-/// A run of host clusters that is to hold a prefix of a write.
+/// A run of granules of host clusters that is to hold a prefix of a write. A granule is the least part of a cluster that
+/// can be allocated: a subcluster with extended L2 entries, else the cluster.
 #[derive(Debug)]
 #[must_use]
 pub struct Allocation {
     /// The file.
     pub file: FileIndex,
-    /// Where the run of clusters begins in the file.
+    /// Where the run begins in the file.
     pub offset: HostOffset,
     /// The run reads as zero on the host: what is zero need not be written.
     pub known_zero: bool,
-    /// Bytes of the first cluster before the guest's range.
+    /// Bytes of the run before the guest's range.
     pub head: u64,
     /// Bytes of the guest's range.
     pub length: u64,
-    /// Bytes of the last cluster after the guest's range (some may be past the end of the disk).
+    /// Bytes of the run after the guest's range (some may be past the end of the disk).
     pub tail: u64,
     cluster: GuestCluster,
     host: HostCluster,
     clusters: u64,
-    /// The clusters are those that allocated zero clusters have already.
+    /// The granules that the run has, by number from the first of the first cluster.
+    granules: Range<u64>,
+    /// The clusters are those that the entries have already.
     reuse: bool,
     place: EntryPlace,
 }
 
-/// Where the next cluster of a write stands.
+/// Where the next granule of a write stands.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Standing {
+    /// It is allocated, in a host cluster of our own.
     InPlace(HostOffset),
-    /// An allocated zero cluster of our own.
+    /// It has a place in a host cluster of our own, and what is there does not matter.
     Reuse(HostOffset),
+    /// There is no host cluster, or none of which anything must be kept.
     New,
+    /// Other granules of its cluster must be kept, but the host cluster is not our own.
+    Copy,
+}
+
+impl Standing {
+    /// Where a granule stands that is so many bytes further on, if the run goes on.
+    fn further(self, bytes: u64) -> Standing {
+        match self {
+            Standing::InPlace(host) => Standing::InPlace(HostOffset(host.0 + bytes)),
+            Standing::Reuse(host) => Standing::Reuse(HostOffset(host.0 + bytes)),
+            Standing::New | Standing::Copy => self,
+        }
+    }
+}
+
+/// The granules of a write: how they lie in the clusters of the top image.
+#[derive(Clone, Copy)]
+struct Granules {
+    /// Bytes of a granule.
+    size: u64,
+    /// Granules in a cluster: 1 or 32.
+    per_cluster: u64,
+    /// The first that the write touches, in its cluster.
+    first: u64,
+}
+
+impl Granules {
+    fn of(geometry: &Geometry, offset: GuestOffset) -> Self {
+        let size = geometry.granule_size();
+        let per_cluster = geometry.cluster_size() / size;
+        Granules { size, per_cluster, first: geometry.in_cluster(offset.0) / size }
+    }
 }
 
 impl State {
@@ -75,7 +116,6 @@ impl State {
         ready!(self.may_dirty());
         let top = self.top_qcow2();
         let (geometry, file) = (top.geometry, top.file);
-        let cluster_size = geometry.cluster_size();
         let first = geometry.guest_cluster(offset);
         let slot = TableSlot(geometry.l1_index(first));
         let own = |copied| copied || active(Mutation::SharedTableTakenForOwn);
@@ -86,98 +126,182 @@ impl State {
         let entries_left = top.slice_entries() - place.index as u64;
         ready!(self.need_tables([place.table], waker)?);
 
-        let head = geometry.in_cluster(offset.0);
-        let wanted = (head + length).div_ceil(cluster_size).min(entries_left);
-        let standing = self.standing(place, first, 0)?;
-        let run = self.run_like(place, first, wanted, standing)?;
-        let covered = |clusters: u64| (clusters * cluster_size - head).min(length);
-        let (host, known_zero, clusters, reuse) = match standing {
+        let granules = Granules::of(&geometry, offset);
+        let Granules { size, per_cluster, first: begin } = granules;
+        let head = offset.0 % size;
+        let wanted = (head + length).div_ceil(size).min(entries_left * per_cluster - begin);
+        let (standing, run) = self.run_like(place, first, granules, wanted)?;
+        let covered = |end: u64| ((end - begin) * size - head).min(length);
+        let end = begin + run;
+        let (host, known_zero, end, span, reuse) = match standing {
             Standing::InPlace(host) => {
                 let offset = HostOffset(host.0 + head);
-                return Ok(Answer::Ready(WritePlan::InPlace { file, offset, length: covered(run) }));
+                return Ok(Answer::Ready(WritePlan::InPlace { file, offset, length: covered(end) }));
             }
             Standing::Reuse(host) => {
                 let known_zero = active(Mutation::ZeroClusterTakenForZero);
-                (geometry.host_cluster(host), known_zero, run, true)
+                (geometry.host_cluster(host), known_zero, end, begin..end, true)
             }
-            Standing::New => {
-                let Some(taken) = self.write_state()?.take(run)? else { return Ok(Answer::Reserve) };
+            Standing::New | Standing::Copy => {
+                let clusters = end.div_ceil(per_cluster);
+                let Some(taken) = self.write_state()?.take(clusters)? else { return Ok(Answer::Reserve) };
+                let end = end.min(taken.run.count * per_cluster);
+                let span = if standing == Standing::Copy {
+                    self.with_what_is_kept(place, first, granules, end)?
+                } else {
+                    begin..end
+                };
                 let known_zero = taken.known_zero || active(Mutation::StaleTakenForZero);
-                (taken.run.start, known_zero, taken.run.count, false)
+                (taken.run.start, known_zero, end, span, false)
             }
         };
         self.tables.pin(place.table);
-        let length = covered(clusters);
-        let tail = clusters * cluster_size - head - length;
-        let offset = geometry.host_offset(host);
+        let length = covered(end);
+        let head = head + (begin - span.start) * size;
+        let tail = (span.end - span.start) * size - head - length;
         let allocation = Allocation {
             file,
-            offset,
+            offset: HostOffset(geometry.host_offset(host).0 + span.start * size),
             known_zero,
             head,
             length,
             tail,
             cluster: first,
             host,
-            clusters,
+            clusters: span.end.div_ceil(per_cluster),
+            granules: span,
             reuse,
             place,
         };
         Ok(Answer::Ready(WritePlan::Allocate(allocation)))
     }
 
-    fn standing(&self, place: EntryPlace, first: GuestCluster, at: u64) -> Result<Standing, EngineError> {
+    /// Where a granule of a cluster stands, and how many from it on in that cluster stand likewise.
+    fn standing(
+        &self,
+        place: EntryPlace,
+        first: GuestCluster,
+        granules: Granules,
+        number: u64,
+    ) -> Result<(Standing, u64), EngineError> {
+        let Granules { size, per_cluster, .. } = granules;
+        let (at, index) = (number / per_cluster, number % per_cluster);
         let place = EntryPlace { index: place.index + at as usize, ..place };
         let entry = self.top_entry(place, first.0 + at)?;
         self.guard_entry(entry, first.0 + at)?;
-        Ok(match entry {
-            L2Entry::Data { offset, copied } if copied || active(Mutation::SharedTakenForOwn) => {
-                Standing::InPlace(offset)
-            }
-            L2Entry::ZeroAllocated { offset, copied: true } => Standing::Reuse(offset),
+        let left = per_cluster - index;
+        let Some(subclusters) = Subclusters::of(entry) else {
             // Compressed data is never written over: it shares its host clusters.
-            _ => Standing::New,
+            return Ok((if per_cluster > 1 { Standing::Copy } else { Standing::New }, left));
+        };
+        let in_use = subclusters.allocated.contains(index as u32);
+        Ok(match subclusters.host {
+            Some(HostPlace { offset, copied })
+                if copied || (in_use && active(Mutation::SharedTakenForOwn)) =>
+            {
+                let host = HostOffset(offset.0 + index * size);
+                let run = u64::from(subclusters.allocated.run(index as u32)).min(left);
+                if in_use {
+                    (Standing::InPlace(host), run)
+                } else {
+                    (Standing::Reuse(host), run)
+                }
+            }
+            Some(_) if per_cluster > 1 && !subclusters.allocated.is_empty() => (Standing::Copy, left),
+            // A whole cluster is written anew.
+            _ => (Standing::New, left),
         })
     }
 
-    /// How many clusters from the first stand alike and, where they have host clusters, contiguously.
+    /// Where the first granule stands, and how many from it on, at most `wanted`, stand alike and, where they have a
+    /// place on the host, contiguously.
     fn run_like(
         &self,
         place: EntryPlace,
         first: GuestCluster,
+        granules: Granules,
         wanted: u64,
-        like: Standing,
-    ) -> Result<u64, EngineError> {
-        let cluster_size = self.top_qcow2().geometry.cluster_size();
-        let mut run = 1;
+    ) -> Result<(Standing, u64), EngineError> {
+        let (like, mut run) = self.standing(place, first, granules, granules.first)?;
         while run < wanted {
-            let expected = match like {
-                Standing::InPlace(host) => Standing::InPlace(HostOffset(host.0 + run * cluster_size)),
-                Standing::Reuse(host) => Standing::Reuse(HostOffset(host.0 + run * cluster_size)),
-                Standing::New => Standing::New,
-            };
-            if self.standing(place, first, run)? != expected {
+            let (standing, more) = self.standing(place, first, granules, granules.first + run)?;
+            if standing != like.further(run * granules.size) {
                 break;
             }
-            run += 1;
+            run += more;
         }
-        Ok(run)
+        Ok((like, run.min(wanted)))
+    }
+
+    /// Granules to be written if the touched ones, up to `end`, go to new clusters: they and, in the first and the last
+    /// cluster, all that lies around them from the first allocated granule to the last.
+    fn with_what_is_kept(
+        &self,
+        place: EntryPlace,
+        first: GuestCluster,
+        granules: Granules,
+        end: u64,
+    ) -> Result<Range<u64>, EngineError> {
+        let per_cluster = granules.per_cluster;
+        let last = (end - 1) / per_cluster;
+        let kept = |at: u64| {
+            let place = EntryPlace { index: place.index + at as usize, ..place };
+            let subclusters = Subclusters::of(self.top_entry(place, first.0 + at)?);
+            let hull = subclusters.map_or(0..per_cluster as u32, |subclusters| subclusters.allocated.hull());
+            Ok(at * per_cluster + u64::from(hull.start)..at * per_cluster + u64::from(hull.end))
+        };
+        if active(Mutation::SharedPartsForgotten) {
+            return Ok(granules.first..end);
+        }
+        Ok(granules.first.min(kept(0)?.start)..end.max(kept(last)?.end))
     }
 
     /// Publishes an allocation whose bytes have been written.
     pub fn commit_write(&mut self, map: &ChainMap, done: Allocation) {
-        let cluster_size = self.top_qcow2().geometry.cluster_size();
+        let geometry = self.top_qcow2().geometry;
         for at in 0..done.clusters {
             let place = EntryPlace { index: done.place.index + at as usize, ..done.place };
             let guest = GuestCluster(done.cluster.0 + at);
+            let offset = geometry.host_offset(HostCluster(done.host.0 + at));
+            let entry = self.written_entry(place, guest, &done, at, offset);
             if !done.reuse {
                 self.release_old(place, guest);
             }
-            let offset = HostOffset(done.offset.0 + at * cluster_size);
-            self.set_top_entry(place, L2Entry::Data { offset, copied: true });
-            self.publish(map, guest, Word::data(done.file, offset, true));
+            self.set_top_entry(place, entry);
+            let word = match entry {
+                L2Entry::Data { .. } => Word::data(done.file, offset, true),
+                _ => Word::MIXED,
+            };
+            self.publish(map, guest, word);
         }
         self.tables.unpin(done.place.table);
+    }
+
+    /// The entry of a cluster of an allocation whose bytes have been written.
+    fn written_entry(
+        &self,
+        place: EntryPlace,
+        guest: GuestCluster,
+        done: &Allocation,
+        at: u64,
+        offset: HostOffset,
+    ) -> L2Entry {
+        let host = HostPlace { offset, copied: true };
+        if !self.top_qcow2().geometry.extended_l2 {
+            return L2Entry::Data { offset, copied: true };
+        }
+        let of_cluster = u64::from(SUBCLUSTERS);
+        let within = |number: u64| number.saturating_sub(at * of_cluster).min(of_cluster) as u32;
+        let written = SubclusterSet::range(within(done.granules.start)..within(done.granules.end));
+        let old = self.top_entry(place, guest.0).ok().and_then(Subclusters::of);
+        let Subclusters { allocated, zero, .. } = old.unwrap_or(Subclusters::NONE);
+        let stays = done.reuse || active(Mutation::SharedPartsForgotten);
+        let kept = if stays { allocated } else { SubclusterSet::EMPTY };
+        assert!(kept.with(written).covers(allocated), "what was there has been copied");
+        let zero = if active(Mutation::ZeroPartsKept) { zero } else { zero.without(written) };
+        let all = active(Mutation::AllPartsAllocated);
+        let allocated = if all { SubclusterSet::ALL } else { kept.with(written) }.without(zero);
+        Subclusters { host: Some(host), allocated, zero }.entry()
     }
 
     /// Gives up an allocation. What was or may have been written there is no longer known to be zero.

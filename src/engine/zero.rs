@@ -1,11 +1,15 @@
-//! Discard and write zeroes on whole clusters: changes of metadata only, planned and committed in one step.
+//! Discard and write zeroes on whole clusters and subclusters: changes of metadata only, planned and committed in one
+//! step.
 
 use std::task::Waker;
 
-use qcow2::{GuestCluster, GuestOffset, L1Entry, L2Entry, Version};
+use qcow2::{
+    Geometry, GuestCluster, GuestOffset, L1Entry, L2Entry, SUBCLUSTERS, SubclusterSet, Subclusters, Version,
+};
 
 use crate::answer::{Answer, TableSlot, ready};
 use crate::error::EngineError;
+use crate::layers::EntryPlace;
 use crate::map::ChainMap;
 use crate::mutation::{Mutation, active};
 use crate::state::State;
@@ -41,8 +45,44 @@ enum Change {
     Data,
 }
 
+/// A range of the guest's by clusters, the first and the last of which it may cover in part.
+#[derive(Clone, Copy)]
+struct Pieces {
+    geometry: Geometry,
+    /// Bytes of the first cluster before the range.
+    before: u64,
+    length: u64,
+    /// The range goes to the end of the disk, so that its last granule is whole wherever that ends.
+    to_the_end: bool,
+}
+
+impl Pieces {
+    /// Clusters that the range touches.
+    fn clusters(&self) -> u64 {
+        self.geometry.clusters_for(self.before + self.length)
+    }
+
+    /// Bytes of the range in so many clusters from the first on.
+    fn bytes(&self, clusters: u64) -> u64 {
+        (clusters * self.geometry.cluster_size()).saturating_sub(self.before).min(self.length)
+    }
+
+    /// The subclusters of a cluster that are in the range; all in an image that has none.
+    fn subclusters(&self, cluster: u64) -> SubclusterSet {
+        let size = self.geometry.cluster_size();
+        let start = if cluster == 0 { self.before } else { 0 };
+        let end = (self.before + self.length - cluster * size).min(size);
+        if !self.geometry.extended_l2 {
+            return SubclusterSet::ALL;
+        }
+        let part = self.geometry.granule_size();
+        let last = if self.to_the_end && end < size { u64::from(SUBCLUSTERS) } else { end / part };
+        SubclusterSet::range((start / part) as u32..last as u32)
+    }
+}
+
 impl State {
-    /// Zeroes or discards a prefix of a cluster-aligned range, within one L2 slice. The caller holds a claim on it.
+    /// Zeroes or discards a prefix of a range of whole granules, within one L2 slice. The caller holds a claim on it.
     pub fn zero(
         &mut self,
         map: &ChainMap,
@@ -54,10 +94,14 @@ impl State {
         self.write_state()?;
         ready!(self.may_dirty());
         let geometry = self.top_qcow2().geometry;
-        let cluster_size = geometry.cluster_size();
         let first = geometry.guest_cluster(offset);
-        // The last cluster of the disk may be cut short by its end; it is whole all the same.
-        let clusters = geometry.clusters_for(length);
+        let pieces = Pieces {
+            geometry,
+            before: geometry.in_cluster(offset.0),
+            length,
+            to_the_end: offset.0 + length == geometry.size,
+        };
+        let clusters = pieces.clusters();
         if mode == ZeroMode::Discard && geometry.version == Version::V2 && self.has_backing() {
             return Ok(Answer::Ready(Zeroed::Done(length)));
         }
@@ -67,11 +111,11 @@ impl State {
             entry => {
                 let nothing = ready!(self.nothing_to_zero(map, entry, first, clusters, waker)?);
                 if nothing > 0 {
-                    return Ok(Answer::Ready(Zeroed::Done((nothing * cluster_size).min(length))));
+                    return Ok(Answer::Ready(Zeroed::Done(pieces.bytes(nothing))));
                 }
                 return Ok(if geometry.version == Version::V2 && entry == L1Entry::Unallocated {
                     // No zero flag: hide what lies below by data.
-                    Answer::Ready(Zeroed::NeedsData(cluster_size.min(length)))
+                    Answer::Ready(Zeroed::NeedsData(pieces.bytes(1)))
                 } else {
                     Answer::Table(slot)
                 });
@@ -82,27 +126,41 @@ impl State {
         ready!(self.need_tables([place.table], waker)?);
         let mut done = 0;
         while done < clusters.min(left) {
-            let place = crate::layers::EntryPlace { index: place.index + done as usize, ..place };
+            let place = EntryPlace { index: place.index + done as usize, ..place };
             let guest = GuestCluster(first.0 + done);
             // If a table is missing here, what was done so far stands: asked again, it is found to be zero.
             let entry = self.top_entry(place, guest.0)?;
             self.guard_entry(entry, guest.0)?;
-            let change = ready!(self.change(map, entry, guest, mode, waker)?);
+            let touched = pieces.subclusters(done);
+            let change = ready!(self.change(map, entry, touched, guest, mode, waker)?);
             match change {
                 Change::Nothing => {}
                 Change::Data if done > 0 => break,
-                Change::Data => return Ok(Answer::Ready(Zeroed::NeedsData(cluster_size.min(length)))),
+                Change::Data => return Ok(Answer::Ready(Zeroed::NeedsData(pieces.bytes(1)))),
                 Change::Set(entry, frees) => {
                     if frees {
                         self.release_old(place, guest);
                     }
                     self.set_top_entry(place, entry);
-                    self.publish(map, guest, Word::ZERO);
+                    let word = self.zeroed_word(entry, touched);
+                    self.publish(map, guest, word);
                 }
             }
             done += 1;
         }
-        Ok(Answer::Ready(Zeroed::Done((done * cluster_size).min(length))))
+        Ok(Answer::Ready(Zeroed::Done(pieces.bytes(done))))
+    }
+
+    /// The map's word for a cluster that has got this entry, so that the touched subclusters read as zero.
+    fn zeroed_word(&self, entry: L2Entry, touched: SubclusterSet) -> Word {
+        let zero = match entry {
+            _ if touched == SubclusterSet::ALL => true,
+            L2Entry::Zero | L2Entry::ZeroAllocated { .. } => true,
+            L2Entry::Subclusters(subclusters) => !self.has_backing() && subclusters.allocated.is_empty(),
+            L2Entry::Unallocated => !self.has_backing(),
+            L2Entry::Data { .. } | L2Entry::Compressed { .. } => false,
+        };
+        if zero { Word::ZERO } else { Word::MIXED }
     }
 
     /// Where the top image has no table of its own: how many clusters from the first read as zero already.
@@ -137,11 +195,23 @@ impl State {
         &mut self,
         map: &ChainMap,
         entry: L2Entry,
+        touched: SubclusterSet,
         guest: GuestCluster,
         mode: ZeroMode,
         waker: &Waker,
     ) -> Result<Answer<Change>, EngineError> {
         let geometry = self.top_qcow2().geometry;
+        match Subclusters::of(entry) {
+            Some(subclusters) if geometry.extended_l2 => {
+                return self.change_subclusters(map, subclusters, touched, guest, mode, waker);
+            }
+            // A compressed cluster has no parts to give back.
+            None if touched != SubclusterSet::ALL && mode == ZeroMode::Discard => {
+                return Ok(Answer::Ready(Change::Nothing));
+            }
+            None if touched != SubclusterSet::ALL => return Ok(Answer::Ready(Change::Data)),
+            _ => {}
+        }
         let v2 = geometry.version == Version::V2;
         let hides_backing = self.has_backing();
         // What a cluster without space of its own is to be, so that it reads as zero.
@@ -169,7 +239,46 @@ impl State {
             }
             // Compressed data cannot be kept for a write to come.
             (L2Entry::Data { .. } | L2Entry::Compressed { .. }, _) => Change::Set(empty, true),
-            (L2Entry::Subclusters(_), _) => Change::Data,
+            (L2Entry::Subclusters(_), _) => panic!("only images with extended L2 entries have subclusters"),
         }))
+    }
+
+    /// What to do with some subclusters of a cluster.
+    fn change_subclusters(
+        &mut self,
+        map: &ChainMap,
+        old: Subclusters,
+        touched: SubclusterSet,
+        guest: GuestCluster,
+        mode: ZeroMode,
+        waker: &Waker,
+    ) -> Result<Answer<Change>, EngineError> {
+        let bares = mode == ZeroMode::Discard && active(Mutation::DiscardBaresBacking);
+        let hides_backing = self.has_backing() && !bares;
+        let Some(host) = old.host else {
+            if !self.has_backing() || old.zero.covers(touched) {
+                return Ok(Answer::Ready(Change::Nothing));
+            }
+            let unit = self.top_qcow2().geometry.cluster_size();
+            if ready!(self.word(map, unit, guest, waker)?) == Word::ZERO || bares {
+                return Ok(Answer::Ready(Change::Nothing));
+            }
+            let new = Subclusters { zero: old.zero.with(touched), ..old };
+            return Ok(Answer::Ready(Change::Set(new.entry(), false)));
+        };
+        let keeps = mode == ZeroMode::Keep;
+        let allocated = old.allocated.without(touched);
+        // Space kept is space of our own.
+        let frees = allocated.is_empty() && !(keeps && host.copied);
+        let zero = if hides_backing || (keeps && !frees) {
+            old.zero.with(touched)
+        } else if frees && !self.has_backing() {
+            SubclusterSet::EMPTY
+        } else {
+            old.zero.without(touched)
+        };
+        let new = Subclusters { host: (!frees).then_some(host), allocated, zero };
+        let frees = frees || (active(Mutation::PartFreesCluster) && !keeps);
+        Ok(Answer::Ready(if new == old { Change::Nothing } else { Change::Set(new.entry(), frees) }))
     }
 }

@@ -96,12 +96,6 @@ pub enum Unsupported {
         "the image keeps its data in an external data file, which is not supported: convert it with qemu-img convert"
     )]
     ExternalDataFile,
-    /// L2 entries have 128 bits.
-    #[error(
-        "the image has extended L2 entries, and such images are not written yet: open it read-only, or convert it \
-        with qemu-img convert -o extended_l2=off"
-    )]
-    ExtendedL2,
     /// Anything may be wrong.
     #[error("the image is marked corrupt: repair it with qemu-img check -r all, or open it read-only")]
     Corrupt,

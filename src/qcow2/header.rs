@@ -118,9 +118,6 @@ impl Header {
         if self.incompatible.contains(Incompatible::CORRUPT) {
             return Some(Unsupported::Corrupt);
         }
-        if self.incompatible.contains(Incompatible::EXTENDED_L2) {
-            return Some(Unsupported::ExtendedL2);
-        }
         (self.snapshots > 0).then_some(Unsupported::InternalSnapshots { count: self.snapshots })
     }
 

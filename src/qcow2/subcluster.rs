@@ -115,6 +115,10 @@ pub struct Subclusters {
 }
 
 impl Subclusters {
+    /// Nothing at all.
+    pub const NONE: Subclusters =
+        Subclusters { host: None, allocated: SubclusterSet::EMPTY, zero: SubclusterSet::EMPTY };
+
     /// What one of them holds, and how many from it on hold the same.
     ///
     /// # Panics

@@ -92,7 +92,7 @@ impl<S: Storage> BlockDevice for DiskDevice<S> {
 
     fn profile(&self) -> DeviceProfile {
         // At most 2 MiB, so the fallback is never taken.
-        let unit = self.disk.cluster_size().map_or(RAW_UNIT, |size| u32::try_from(size).unwrap_or(RAW_UNIT));
+        let unit = self.disk.granule_size().map_or(RAW_UNIT, |size| u32::try_from(size).unwrap_or(RAW_UNIT));
         let writable = !self.disk.is_read_only();
         DeviceProfile {
             capacity_sectors: self.disk.size() / u64::from(SECTOR),

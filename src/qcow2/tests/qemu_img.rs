@@ -149,7 +149,7 @@ fn features_are_read() {
     assert!(header.geometry().extended_l2);
     assert_eq!(u64::from(header.l1_entries), header.geometry().l1_entries());
     assert_eq!(header.unsupported(), None);
-    assert_eq!(header.write_refusal(), Some(Unsupported::ExtendedL2));
+    assert_eq!(header.write_refusal(), None);
 
     qemu.create("data_file=data.raw", &["image", "1M"]);
     assert_eq!(qemu.header().unsupported(), Some(Unsupported::ExternalDataFile));
