@@ -418,7 +418,7 @@ fn run(version: Version, kinds: &[Kind], size: u64, sessions: &[Vec<Operation>],
 #[test]
 fn a_vast_disk_is_served_beyond_what_the_map_keeps() {
     let (size, far) = (1 << 60, 1 << 42);
-    let mut bench = Bench::open(Files(vec![image(Version::V3, 21, size, false)]));
+    let mut bench = Bench::open(Files(vec![image(Version::V3, whole(21), size, false)]));
     let mut written = Vec::new();
     for n in 0..1200 {
         let at = n * far + 4096;

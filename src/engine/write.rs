@@ -201,11 +201,7 @@ impl State {
             {
                 let host = HostOffset(offset.0 + index * size);
                 let run = u64::from(subclusters.allocated.run(index as u32)).min(left);
-                if in_use {
-                    (Standing::InPlace(host), run)
-                } else {
-                    (Standing::Reuse(host), run)
-                }
+                if in_use { (Standing::InPlace(host), run) } else { (Standing::Reuse(host), run) }
             }
             Some(_) if per_cluster > 1 && !subclusters.allocated.is_empty() => (Standing::Copy, left),
             // A whole cluster is written anew.

@@ -8,6 +8,7 @@
 
 use std::path::Path;
 
+use qcow2::entry::COPIED;
 use qcow2::{Geometry, Header, L1Entry, L2Entry, RawL2Entry, position};
 use storage::sim::Image;
 
@@ -98,16 +99,11 @@ impl Making {
     fn share_table(&mut self, table: usize) {
         for index in 0..self.geometry.l2_entries() as usize {
             let raw = RawL2Entry::load(&self.bytes[table..], index, &self.geometry);
-            let shared = match L2Entry::decode(raw, &self.geometry).expect("an image that was closed") {
-                L2Entry::Data { offset, .. } => L2Entry::Data { offset, copied: false },
-                L2Entry::ZeroAllocated { offset, .. } => L2Entry::ZeroAllocated { offset, copied: false },
-                _ => continue,
-            };
-            let (L2Entry::Data { offset, .. } | L2Entry::ZeroAllocated { offset, .. }) = shared else {
-                continue;
-            };
-            self.count(offset.0);
-            shared.encode(&self.geometry).store(&mut self.bytes[table..], index, &self.geometry);
+            let entry = L2Entry::decode(raw, &self.geometry).expect("an image that was closed");
+            let Some(host) = entry.host() else { continue };
+            self.count(host.offset.0);
+            let shared = RawL2Entry { descriptor: raw.descriptor & !COPIED, ..raw };
+            shared.store(&mut self.bytes[table..], index, &self.geometry);
         }
     }
 

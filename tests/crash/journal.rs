@@ -80,9 +80,9 @@ impl Op {
             Op::Write { .. } | Op::Zeroes { .. } => self.sectors(),
             Op::Discard { .. } if shape.discards_nothing() => 0..0,
             Op::Discard { sector, count } => {
-                let unit = shape.cluster_sectors();
+                let unit = shape.granule_sectors();
                 let end = sector + count;
-                // The last cluster is whole where the disk ends.
+                // The last granule is whole where the disk ends.
                 let whole_end = if end == shape.sectors { end } else { end / unit * unit };
                 let start = sector.next_multiple_of(unit);
                 start..whole_end.max(start)

@@ -33,6 +33,10 @@ pub fn shapes() -> Vec<Shape> {
         Shape::new(9, 80).past(Past::Shared),
         Shape::new(10, 96).v2().over(Below::Raw).past(Past::Shared),
         Shape::raw(80).past(Past::Written),
+        Shape::new(15, 256).subclusters(),
+        Shape::new(15, 384).subclusters().past(Past::Written),
+        Shape::new(15, 256).subclusters().over(Below::Raw).past(Past::Written),
+        Shape::new(15, 256).subclusters().past(Past::Shared),
     ]
 }
 
@@ -50,6 +54,18 @@ pub fn alphabet(shape: &Shape) -> Vec<Op> {
         ops.push(Op::Zeroes { sector, count, unmap: true });
         ops.push(Op::Zeroes { sector, count, unmap: false });
         ops.push(Op::Discard { sector, count });
+    }
+    if shape.extended_l2 {
+        // Parts of a cluster: in one of data, in one with a past of its own or none, and across two.
+        let part = shape.granule_sectors();
+        for sector in [4 * part, unit + 2 * part, 2 * unit - part] {
+            let count = 2 * part;
+            ops.push(Op::write(sector, count));
+            ops.push(Op::write(sector + part / 2, 1));
+            ops.push(Op::Zeroes { sector, count, unmap: true });
+            ops.push(Op::Zeroes { sector, count, unmap: false });
+            ops.push(Op::Discard { sector, count });
+        }
     }
     ops
 }

@@ -61,6 +61,8 @@ pub struct Shape {
     pub refcount_order: u32,
     /// Sectors of the disk.
     pub sectors: u64,
+    /// Its clusters have subclusters.
+    pub extended_l2: bool,
     /// What lies below.
     pub below: Below,
     /// What was before.
@@ -93,6 +95,7 @@ impl Shape {
             cluster_bits,
             refcount_order: 4,
             sectors,
+            extended_l2: false,
             below: Below::Nothing,
             past: Past::Fresh,
             table_bytes: 1 << 20,
@@ -124,6 +127,11 @@ impl Shape {
         Shape { refcount_order: 6, ..self }
     }
 
+    /// With extended L2 entries.
+    pub const fn subclusters(self) -> Shape {
+        Shape { extended_l2: true, ..self }
+    }
+
     /// With hardly any memory for tables, so that they are evicted and flushed all the time.
     pub const fn short_of_memory(self) -> Shape {
         Shape { table_bytes: 6 * 4096, ..self }
@@ -144,6 +152,11 @@ impl Shape {
         self.format == Format::Qcow2
     }
 
+    /// Sectors of the least part of the disk that is allocated, zeroed or discarded by itself.
+    pub fn granule_sectors(&self) -> u64 {
+        self.geometry().granule_size() / SECTOR
+    }
+
     /// A discard leaves everything as it is: version 2 cannot hide what lies below.
     pub fn discards_nothing(&self) -> bool {
         self.version == 2 && self.below != Below::Nothing
@@ -155,7 +168,7 @@ impl Shape {
             version: if self.version == 2 { Version::V2 } else { Version::V3 },
             cluster_bits: self.cluster_bits,
             refcount_order: self.refcount_order,
-            extended_l2: false,
+            extended_l2: self.extended_l2,
             size: self.sectors * SECTOR,
         }
     }
@@ -301,6 +314,19 @@ impl Shape {
         ops.push(Op::Flush);
         for cluster in (0..clusters).filter(|cluster| cluster % 4 == 2) {
             ops.push(Op::Zeroes { sector: cluster * unit, count: unit, unmap: cluster % 8 == 2 });
+        }
+        if self.extended_l2 {
+            // Parts of each kind, in clusters with and without space, and in data.
+            let part = self.granule_sectors();
+            for cluster in (0..clusters).filter(|cluster| cluster % 8 >= 4 || cluster % 2 == 1) {
+                let first = cluster * unit;
+                let count = (self.sectors - first).min(3 * part);
+                ops.push(Op::Zeroes { sector: first, count, unmap: cluster % 8 >= 6 });
+                if cluster * unit + 10 * part <= self.sectors {
+                    ops.push(Op::write(first + 2 * part, 4 * part));
+                    ops.push(Op::Discard { sector: first + 5 * part, count: 5 * part });
+                }
+            }
         }
         let rig = Rig::open_numbered(&start, world, 1, FIRST_WRITE).expect("a new image opens");
         let finished = rig.play_alone(&ops);

@@ -47,6 +47,11 @@ pub fn shapes() -> Vec<Shape> {
         Shape::new(16, 1024).past(Past::Shared),
         Shape::raw(200),
         Shape::raw(96).past(Past::Written),
+        Shape::new(14, 512).subclusters(),
+        Shape::new(14, 384).subclusters().past(Past::Written),
+        Shape::new(15, 519).subclusters().over(Below::Raw),
+        Shape::new(14, 320).subclusters().over(Below::Qcow2).past(Past::Written).short_of_memory(),
+        Shape::new(15, 512).subclusters().past(Past::Shared),
     ]
 }
 
@@ -162,6 +167,8 @@ impl<'r> Author<'r> {
             0 => (0, self.shape.sectors),
             _ => (self.busy.start, self.busy.end),
         };
+        // Of a disk with subclusters, now those, now whole clusters.
+        let unit = if self.random.chance(1, 2) { self.shape.granule_sectors() } else { unit };
         let clusters = (end - first).div_ceil(unit);
         let cluster = first + self.random.below(clusters) * unit;
         let (sector, count) = match self.random.below(8) {
