@@ -33,10 +33,10 @@ pub fn shapes() -> Vec<Shape> {
         Shape::new(9, 80).past(Past::Shared),
         Shape::new(10, 96).v2().over(Below::Raw).past(Past::Shared),
         Shape::raw(80).past(Past::Written),
-        Shape::new(15, 256).subclusters(),
+        Shape::new(15, 352).subclusters(),
         Shape::new(15, 384).subclusters().past(Past::Written),
-        Shape::new(15, 256).subclusters().over(Below::Raw).past(Past::Written),
-        Shape::new(15, 256).subclusters().past(Past::Shared),
+        Shape::new(15, 352).subclusters().over(Below::Raw).past(Past::Written),
+        Shape::new(15, 352).subclusters().past(Past::Shared),
     ]
 }
 
