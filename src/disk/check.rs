@@ -11,7 +11,7 @@ use qcow2::Header;
 use storage::{AlignedBuf, FileId, FileInfo, IoQueue, Kind, OpenOptions, Operation, Storage};
 use thiserror::Error;
 
-pub use engine::check::{Finding, FindingKind, Part, RepairKind, Report, Verdict};
+pub use engine::check::{Finding, FindingKind, Part, Progress, RepairKind, Report, Tally, Verdict};
 
 use crate::driver::Driver;
 use crate::error::OpenError;
@@ -43,6 +43,8 @@ pub enum CheckError {
         path: PathBuf,
         /// Why not.
         source: NotRepairable,
+        /// What the check found.
+        found: Box<Report>,
     },
 }
 
@@ -57,6 +59,15 @@ pub struct Repaired {
     pub writes: u64,
 }
 
+/// Who else may use an image while it is checked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sharing {
+    /// Readers only: a shared lock.
+    Readers,
+    /// Anybody: no lock. What is found may be wrong, as it may have been changing.
+    All,
+}
+
 /// Checks the qcow2 image at `path`, which nobody may be writing (a shared lock). Nothing is written. Of the options,
 /// `direct` and `lock_timeout` matter. The file stays open, and locked, as long as the storage lives: give each check
 /// a storage of its own.
@@ -64,13 +75,31 @@ pub struct Repaired {
 /// # Errors
 /// If the image cannot be opened, read, or checked by name. A damaged image is no error but a [`Report`].
 pub fn check<S: Storage>(storage: &S, path: &Path, options: &DiskOptions) -> Result<Report, CheckError> {
+    check_watched(storage, path, Sharing::Readers, options, &mut |_| {})
+}
+
+/// As [`check`], with the choice of who else may use the image, and with a call before each read.
+///
+/// # Errors
+/// As for [`check`].
+pub fn check_watched<S: Storage>(
+    storage: &S,
+    path: &Path,
+    sharing: Sharing,
+    options: &DiskOptions,
+    watch: &mut dyn FnMut(Progress),
+) -> Result<Report, CheckError> {
     let driver = Driver::new(storage.queue(QUEUE_DEPTH).map_err(OpenError::from)?);
     let how = OpenOptions { writable: false, direct: options.direct, lock_timeout: options.lock_timeout };
-    let (id, info) = storage.open(path, &how).map_err(OpenError::from)?;
+    let opened = match sharing {
+        Sharing::Readers => storage.open(path, &how),
+        Sharing::All => storage.open_shared(path, options.direct),
+    };
+    let (id, info) = opened.map_err(OpenError::from)?;
     driver.block_on(async {
         let image = ImageFile { driver: &driver, id, info: &info };
         let header = image.header(info.length).await?;
-        Ok(image.examine(&header, info.length).await?.into_report())
+        Ok(image.examine(&header, info.length, watch).await?.into_report())
     })
 }
 
@@ -85,6 +114,20 @@ pub fn repair<S: Storage>(
     kind: RepairKind,
     options: &DiskOptions,
 ) -> Result<Repaired, CheckError> {
+    repair_watched(storage, path, kind, options, &mut |_| {})
+}
+
+/// As [`repair`], with a call before each read of its two checks.
+///
+/// # Errors
+/// As for [`repair`].
+pub fn repair_watched<S: Storage>(
+    storage: &S,
+    path: &Path,
+    kind: RepairKind,
+    options: &DiskOptions,
+    watch: &mut dyn FnMut(Progress),
+) -> Result<Repaired, CheckError> {
     let driver = Driver::new(storage.queue(QUEUE_DEPTH).map_err(OpenError::from)?);
     let how = OpenOptions { writable: true, direct: options.direct, lock_timeout: options.lock_timeout };
     let (id, info) = storage.open(path, &how).map_err(OpenError::from)?;
@@ -92,11 +135,11 @@ pub fn repair<S: Storage>(
         return Err(OpenError::WritableBlockDevice { path: path.to_path_buf() }.into());
     }
     driver.block_on(async {
-        let (found, writes) = repair_open(&driver, id, &info, kind).await?;
+        let (found, writes) = repair_open(&driver, id, &info, kind, watch).await?;
         let length = storage.length(id).map_err(OpenError::from)?;
         let image = ImageFile { driver: &driver, id, info: &info };
         let header = image.header(length).await?;
-        let left = image.examine(&header, length).await?.into_report();
+        let left = image.examine(&header, length, watch).await?.into_report();
         Ok(Repaired { found, left, writes })
     })
 }
@@ -108,14 +151,19 @@ pub(crate) async fn repair_open<Q: IoQueue>(
     id: FileId,
     info: &FileInfo,
     kind: RepairKind,
+    watch: &mut dyn FnMut(Progress),
 ) -> Result<(Report, u64), CheckError> {
     let image = ImageFile { driver, id, info };
     let header = image.header(info.length).await?;
-    let checked = image.examine(&header, info.length).await?;
+    let checked = image.examine(&header, info.length, watch).await?;
     let found = checked.report().clone();
-    let repair = checked
-        .plan_repair(kind)
-        .map_err(|source| CheckError::NotRepairable { path: info.path.clone(), source })?;
+    let repair = match checked.plan_repair(kind) {
+        Ok(repair) => repair,
+        Err(source) => {
+            let (path, found) = (info.path.clone(), Box::new(found));
+            return Err(CheckError::NotRepairable { path, source, found });
+        }
+    };
     let mut writes = 0;
     for step in repair {
         match step {
@@ -145,10 +193,16 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
         Header::parse(&area, length).map_err(broken)
     }
 
-    async fn examine(&self, header: &Header, length: u64) -> Result<Checked, CheckError> {
+    async fn examine(
+        &self,
+        header: &Header,
+        length: u64,
+        watch: &mut dyn FnMut(Progress),
+    ) -> Result<Checked, CheckError> {
         let refused = |source| CheckError::Refused { path: self.info.path.clone(), source };
         let mut checker = Checker::new(header, length).map_err(refused)?;
         while let Step::Read { offset, length } = checker.step() {
+            watch(checker.progress());
             checker.feed(&self.read("metadata", offset.0, length as u64).await?);
         }
         Ok(checker.finish())

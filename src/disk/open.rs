@@ -180,7 +180,7 @@ async fn rebuild_refcounts<Q: IoQueue>(
 ) -> Result<(), OpenError> {
     let path = info.path.display();
     warn!(%path, "the image was not closed cleanly: its refcounts are rebuilt");
-    let repaired = repair_open(driver, id, info, RepairKind::All).await;
+    let repaired = repair_open(driver, id, info, RepairKind::All, &mut |_| {}).await;
     let (found, writes) = repaired.map_err(|error| OpenError::Dirty(Box::new(error)))?;
     info!(%path, leaked_clusters = found.leaked_clusters, corruptions = found.corruptions, writes, "rebuilt");
     Ok(())

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod address;
+pub mod bitmap;
 pub mod create;
 mod encode;
 pub mod entry;
@@ -23,6 +24,7 @@ pub mod table;
 mod validate;
 
 pub use address::{GuestCluster, GuestOffset, HostCluster, HostOffset};
+pub use bitmap::{Bitmap, BitmapDirectory, Bitmaps, bitmap_table_entry};
 pub use create::NewImage;
 pub use entry::{EntryError, L1Entry, L2Entry, RawL2Entry, refblock_offset};
 pub use error::{FormatError, FormatErrorKind, Structure};

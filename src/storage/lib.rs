@@ -70,6 +70,13 @@ pub trait Storage: Send + Sync + 'static {
     /// Says which path and which step (open, lock, stat) failed and why.
     fn open(&self, path: &Path, options: &OpenOptions) -> Result<(FileId, FileInfo), StorageError>;
 
+    /// Opens a file read-only, whoever else uses it, and takes no lock: what is read may be changing, and may never
+    /// have been in the file at one time. For looking at an image in use, and nothing else.
+    ///
+    /// # Errors
+    /// As for [`Storage::open`], but for the lock.
+    fn open_shared(&self, path: &Path, direct: bool) -> Result<(FileId, FileInfo), StorageError>;
+
     /// Makes a queue for the calling thread that can hold `depth` operations in flight; more are queued in order.
     ///
     /// # Errors

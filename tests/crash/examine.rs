@@ -62,7 +62,7 @@ fn look(image: &Image, start: &Start) -> Result<Seen, String> {
         Some(report) => report,
         None => report(&world.image(), start)?,
     };
-    let wrong = (report.corruptions > 0).then(|| findings(&report));
+    let wrong = (report.corruptions + report.notes > 0).then(|| findings(&report));
     let hidden_leaks = counted_past_end(&world.image())?;
     let snapshot = start.hidden.as_ref().map(|hidden| {
         let world = SimWorld::from_image(hidden.as_it_was(image), 1, SimOptions::calm());
@@ -127,7 +127,7 @@ fn counted_past_end(image: &Image) -> Result<u64, String> {
 fn findings(report: &Report) -> String {
     let corrupt = report.findings.iter().filter(|finding| !finding.kind.is_leak());
     let lines: Vec<String> = corrupt.take(8).map(|finding| format!("\n    {finding}")).collect();
-    format!("the checker finds {} corruptions:{}", report.corruptions, lines.concat())
+    format!("the checker finds {} corruptions:{}", report.corruptions + report.notes, lines.concat())
 }
 
 /// Opens the disk (for writing, if the options say no other, so that whatever a dirty image needs is done), and reads all

@@ -5,9 +5,12 @@
 //! claims costs nothing: memory is bounded by the clusters of the file (two counts of two bytes each, and what its
 //! tables really hold), and each byte of the file is read a few times at most, however often it is named.
 //!
-//! It says "corrupt" where `qemu-img check` does, and in three more cases that the format forbids: the flag COPIED on
-//! an L2 entry without an offset, the zero flag in version 2, and metadata that something else lies upon though the
-//! refcounts agree with that.
+//! It says "clean", "leaks" or "corrupt" where `qemu-img check` does, with one exception: metadata that something else
+//! lies upon is corrupt even if the refcounts agree with that. Metadata is written in place whatever its refcount says,
+//! so the next change of a mapping would change guest data, or be changed by it. (And `qemu-img check -r all` makes such
+//! refcounts.) Where QEMU gives up, as it cannot read a structure, the answer is "corrupt" too.
+//!
+//! Of an image with an external data file this file's metadata is checked; data in the other has no refcounts.
 
 mod compare;
 mod counts;
@@ -20,11 +23,11 @@ mod tests;
 mod walk;
 
 pub use repair::{NotRepairable, Repair, RepairKind, RepairStep};
-pub use report::{FINDINGS_MAX, Finding, FindingKind, Part, Refusal, Report, Verdict};
+pub use report::{FINDINGS_OF_KIND_MAX, Finding, FindingKind, Part, Refusal, Report, Tally, Verdict};
 
-use qcow2::{Header, HostOffset};
+use qcow2::{BitmapDirectory, Header, HostOffset};
 
-use self::report::FindingKind::BadSnapshot;
+use self::report::FindingKind::{BadBitmap, BadSnapshot};
 use self::snapshots::SnapshotWalk;
 use self::sweep::Sweep;
 use self::walk::{L2Use, Walk};
@@ -49,6 +52,17 @@ pub enum Step {
     Done,
 }
 
+/// How far a check is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// What is being read.
+    pub part: Part,
+    /// Bytes read of it.
+    pub done: u64,
+    /// Bytes to read of it, as far as is known.
+    pub total: u64,
+}
+
 /// A check in progress.
 pub struct Checker {
     walk: Walk,
@@ -67,6 +81,10 @@ enum Phase {
     /// With the first cluster that a refblock counts.
     Refblocks(Sweep<u64>),
     Snapshots(SnapshotWalk),
+    /// None if there are no bitmaps.
+    Bitmaps(Option<BitmapDirectory>),
+    /// With the number of bitmaps that share a piece.
+    BitmapTables(Sweep<u64>),
     ActiveL1(Sweep<()>),
     /// With the number of snapshots that share a piece.
     SnapshotL1(Sweep<u64>),
@@ -95,9 +113,15 @@ impl Checker {
                 | Phase::ActiveL1(sweep)
                 | Phase::FlagsInL1(sweep)
                 | Phase::FlagsInL2(sweep) => sweep.next(),
-                Phase::Refblocks(sweep) | Phase::SnapshotL1(sweep) => sweep.next(),
+                Phase::Refblocks(sweep) | Phase::SnapshotL1(sweep) | Phase::BitmapTables(sweep) => {
+                    sweep.next()
+                }
                 Phase::L2(sweep) => sweep.next(),
                 Phase::Snapshots(walk) => walk.next(),
+                Phase::Bitmaps(None) => None,
+                Phase::Bitmaps(Some(directory)) => {
+                    directory.next_piece().map(|(offset, length)| (offset.0, length))
+                }
                 Phase::Done => return Step::Done,
             };
             if let Some((offset, length)) = wanted {
@@ -125,6 +149,14 @@ impl Checker {
                 sweep.feed(bytes, |piece, bytes| walk.refblock(*piece.tag, piece.within, bytes));
             }
             Phase::Snapshots(table) => table.feed(bytes, |snapshot| walk.snapshot(&snapshot)),
+            Phase::Bitmaps(directory) => {
+                if let Some(directory) = directory {
+                    directory.feed(bytes, |bitmap| walk.bitmap(&bitmap));
+                }
+            }
+            Phase::BitmapTables(sweep) => {
+                sweep.feed(bytes, |piece, bytes| walk.bitmap_table(piece.offset, bytes, *piece.tag));
+            }
             Phase::ActiveL1(sweep) => {
                 let once = L2Use { active: 1, snapshots: 0 };
                 sweep.feed(bytes, |piece, bytes| walk.l1(piece.offset, bytes, Part::ActiveL1, once));
@@ -134,7 +166,7 @@ impl Checker {
                 walk.l1(piece.offset, bytes, Part::SnapshotL1, times);
             }),
             Phase::L2(sweep) => {
-                sweep.feed(bytes, |piece, bytes| walk.l2(piece.offset, bytes, *piece.tag));
+                sweep.feed(bytes, |piece, bytes| walk.l2(piece.offset, piece.within, bytes, *piece.tag));
             }
             Phase::FlagsInL1(sweep) => {
                 sweep.feed(bytes, |piece, bytes| walk.flags_in_l1(piece.offset, bytes));
@@ -157,9 +189,20 @@ impl Checker {
                     let (index, offset) = table.place();
                     walk.report.add(offset, BadSnapshot { index });
                 }
-                walk.count_fixed_places(table.length());
-                Phase::ActiveL1(walk.active_l1_sweep())
+                walk.snapshot_table_length = table.length();
+                let (geometry, length) = (walk.geometry, walk.file_length);
+                let bitmaps = walk.header.bitmaps();
+                Phase::Bitmaps(bitmaps.map(|bitmaps| BitmapDirectory::new(&bitmaps, geometry, length)))
             }
+            Phase::Bitmaps(directory) => {
+                if let Some(directory) = directory.as_ref().filter(|directory| directory.is_broken()) {
+                    let (index, offset) = directory.place();
+                    walk.report.add(offset.0, BadBitmap { index });
+                }
+                walk.count_fixed_places();
+                Phase::BitmapTables(walk.bitmap_table_sweep())
+            }
+            Phase::BitmapTables(_) => Phase::ActiveL1(walk.active_l1_sweep()),
             Phase::ActiveL1(_) => Phase::SnapshotL1(walk.snapshot_l1_sweep()),
             Phase::SnapshotL1(_) => Phase::L2(walk.l2_sweep()),
             Phase::L2(_) => {
@@ -175,6 +218,23 @@ impl Checker {
         };
     }
 
+    /// How far it is.
+    pub fn progress(&self) -> Progress {
+        let (part, (done, total)) = match &self.phase {
+            Phase::RefcountTable(sweep) => (Part::RefcountTable, sweep.progress()),
+            Phase::Refblocks(sweep) => (Part::Refblock, sweep.progress()),
+            Phase::Snapshots(_) => (Part::SnapshotTable, (0, 0)),
+            Phase::Bitmaps(_) => (Part::BitmapDirectory, (0, 0)),
+            Phase::BitmapTables(sweep) => (Part::BitmapTable, sweep.progress()),
+            Phase::ActiveL1(sweep) | Phase::FlagsInL1(sweep) => (Part::ActiveL1, sweep.progress()),
+            Phase::SnapshotL1(sweep) => (Part::SnapshotL1, sweep.progress()),
+            Phase::L2(sweep) => (Part::L2, sweep.progress()),
+            Phase::FlagsInL2(sweep) => (Part::L2, sweep.progress()),
+            Phase::Done => (Part::L2, (0, 0)),
+        };
+        Progress { part, done, total }
+    }
+
     /// Bytes of memory held, about: for tests of its bound.
     pub fn held_bytes(&self) -> usize {
         let phase = match &self.phase {
@@ -182,9 +242,11 @@ impl Checker {
             | Phase::ActiveL1(sweep)
             | Phase::FlagsInL1(sweep)
             | Phase::FlagsInL2(sweep) => sweep.held_bytes(),
-            Phase::Refblocks(sweep) | Phase::SnapshotL1(sweep) => sweep.held_bytes(),
+            Phase::Refblocks(sweep) | Phase::SnapshotL1(sweep) | Phase::BitmapTables(sweep) => {
+                sweep.held_bytes()
+            }
             Phase::L2(sweep) => sweep.held_bytes(),
-            Phase::Snapshots(_) | Phase::Done => 0,
+            Phase::Snapshots(_) | Phase::Bitmaps(_) | Phase::Done => 0,
         };
         phase + self.walk.held_bytes()
     }

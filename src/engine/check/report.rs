@@ -7,8 +7,8 @@ use std::fmt;
 use qcow2::{EntryError, HostOffset, Unsupported};
 use thiserror::Error;
 
-/// The most findings that a report names one by one; it counts them all.
-pub const FINDINGS_MAX: usize = 1000;
+/// The most findings of a kind that a report names one by one; it counts them all.
+pub const FINDINGS_OF_KIND_MAX: u64 = 30;
 
 /// A structure of an image file that a finding is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,6 +29,12 @@ pub enum Part {
     Refblock,
     /// The table of internal snapshots.
     SnapshotTable,
+    /// The directory of persistent bitmaps.
+    BitmapDirectory,
+    /// The table of a persistent bitmap.
+    BitmapTable,
+    /// A part of a persistent bitmap itself.
+    Bitmap,
 }
 
 impl fmt::Display for Part {
@@ -42,6 +48,9 @@ impl fmt::Display for Part {
             Part::RefcountTable => "refcount table",
             Part::Refblock => "refblock",
             Part::SnapshotTable => "snapshot table",
+            Part::BitmapDirectory => "bitmap directory",
+            Part::BitmapTable => "table of a bitmap",
+            Part::Bitmap => "bitmap",
         })
     }
 }
@@ -153,6 +162,31 @@ pub enum FindingKind {
         /// Its place in the table, from 0.
         index: u32,
     },
+    /// Internal snapshots in an image whose data is elsewhere: nothing keeps what they name as it was.
+    #[error("{count} internal snapshot(s) in an image with an external data file")]
+    SnapshotsWithDataFile {
+        /// How many.
+        count: u32,
+    },
+    /// A compressed cluster in an image whose data is elsewhere, where only plain data can be.
+    #[error("compressed cluster, entry {raw:#018x}, in an image with an external data file")]
+    CompressedWithDataFile {
+        /// The entry.
+        raw: u64,
+    },
+    /// An entry of the bitmap directory breaks the format, or there are more or fewer than said: what follows is not
+    /// known.
+    #[error("entry {index} of the bitmap directory is broken, missing or one too many")]
+    BadBitmap {
+        /// Its place in the directory, from 0.
+        index: u32,
+    },
+    /// An entry of a bitmap's table that says nothing sensible.
+    #[error("entry {raw:#018x} of a bitmap's table has reserved bits set or is not aligned")]
+    BadBitmapEntry {
+        /// The entry.
+        raw: u64,
+    },
 }
 
 /// What it takes to mend a finding.
@@ -164,17 +198,54 @@ pub(super) enum Remedy {
     Flag,
     /// A new refcount structure.
     Structure,
+    /// Nothing, as far as refcounts go.
+    NotNeeded,
     /// Guest data may be lost or unreachable: no new refcount mends that.
     None,
 }
 
 impl FindingKind {
+    /// Its name, for counts and for programs.
+    pub fn name(&self) -> &'static str {
+        match self {
+            FindingKind::Leak { .. } => "leak",
+            FindingKind::RefcountTooLow { .. } => "refcount-too-low",
+            FindingKind::RefcountOverflow { .. } => "refcount-overflow",
+            FindingKind::Copied { .. } => "copied-flag",
+            FindingKind::CopiedCompressed { .. } => "copied-compressed",
+            FindingKind::CompressedSubclusters { .. } => "compressed-subclusters",
+            FindingKind::ReservedBits { .. } => "reserved-bits",
+            FindingKind::BadEntry { .. } if self.is_note() => "odd-entry",
+            FindingKind::BadEntry { .. } => "bad-entry",
+            FindingKind::PastEnd { .. } => "past-end",
+            FindingKind::Overlap { .. } => "overlap",
+            FindingKind::BadSnapshot { .. } => "bad-snapshot",
+            FindingKind::BadSnapshotL1 { .. } => "bad-snapshot-l1",
+            FindingKind::IncompleteSnapshot { .. } => "incomplete-snapshot",
+            FindingKind::SnapshotsWithDataFile { .. } => "snapshots-with-data-file",
+            FindingKind::CompressedWithDataFile { .. } => "compressed-with-data-file",
+            FindingKind::BadBitmap { .. } => "bad-bitmap",
+            FindingKind::BadBitmapEntry { .. } => "bad-bitmap-entry",
+        }
+    }
+
     /// True if it costs space only.
     pub fn is_leak(&self) -> bool {
         matches!(self, FindingKind::Leak { .. })
     }
 
+    /// True for what the format forbids and `qemu-img check` lets pass, where nothing else can come to harm by it: the
+    /// flag COPIED on an L2 entry without an offset, which QEMU takes for unallocated, and the zero flag in version 2.
+    /// Strata fails reads of such a guest cluster, QEMU of the latter. It is told, and does not change the verdict.
+    pub fn is_note(&self) -> bool {
+        let FindingKind::BadEntry { part: Part::L2, source } = self else { return false };
+        matches!(source, EntryError::DataAtOffsetZero { .. } | EntryError::ZeroFlagInV2 { .. })
+    }
+
     pub(super) fn remedy(&self) -> Remedy {
+        if self.is_note() {
+            return Remedy::NotNeeded;
+        }
         let refcounts = |part| matches!(part, Part::RefcountTable | Part::Refblock);
         match *self {
             FindingKind::Leak { .. } | FindingKind::RefcountTooLow { .. } => Remedy::Count,
@@ -213,17 +284,36 @@ pub enum Verdict {
     Corrupt,
 }
 
+/// How many findings there are of a kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tally {
+    /// As [`FindingKind::name`] says.
+    pub name: &'static str,
+    /// All of them.
+    pub count: u64,
+}
+
 /// What a check found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report {
-    /// Findings that are not leaks.
+    /// Findings that are neither leaks nor notes.
     pub corruptions: u64,
+    /// Findings that do not change the verdict ([`FindingKind::is_note`]).
+    pub notes: u64,
     /// Clusters with a refcount above their references.
     pub leaked_clusters: u64,
-    /// The first findings, at most [`FINDINGS_MAX`]; `corruptions + leaked_clusters` is their full number.
+    /// The first findings of each kind, at most [`FINDINGS_OF_KIND_MAX`]; the tallies have their full numbers.
     pub findings: Vec<Finding>,
-    /// Guest clusters of the active disk that have a host cluster, compressed ones included.
+    /// Each kind that was found, in the order of their first findings.
+    pub tallies: Vec<Tally>,
+    /// Guest clusters of the active disk.
+    pub total_clusters: u64,
+    /// Those that have a host cluster, compressed ones included.
     pub allocated_clusters: u64,
+    /// Those whose host cluster does not follow that of the one before in their L2 table, and all compressed ones.
+    pub fragmented_clusters: u64,
+    /// Those that are compressed.
+    pub compressed_clusters: u64,
     /// Where the last cluster ends that has a refcount or a reference, in bytes.
     pub image_end_offset: u64,
     /// Findings that new refcounts cannot mend.
@@ -245,17 +335,30 @@ impl Report {
     pub(super) fn add(&mut self, offset: u64, kind: FindingKind) {
         if kind.is_leak() {
             self.leaked_clusters += 1;
+        } else if kind.is_note() {
+            self.notes += 1;
         } else {
             self.corruptions += 1;
         }
         match kind.remedy() {
             Remedy::None => self.beyond_repair += 1,
             Remedy::Structure => self.structure_damaged += 1,
-            Remedy::Count | Remedy::Flag => {}
+            Remedy::Count | Remedy::Flag | Remedy::NotNeeded => {}
         }
-        if self.findings.len() < FINDINGS_MAX {
+        if self.tally(kind.name()) <= FINDINGS_OF_KIND_MAX {
             self.findings.push(Finding { offset: HostOffset(offset), kind });
         }
+    }
+
+    /// Counts one more of a kind; how many there are now.
+    fn tally(&mut self, name: &'static str) -> u64 {
+        let known = self.tallies.iter_mut().find(|tally| tally.name == name);
+        if let Some(tally) = known {
+            tally.count += 1;
+            return tally.count;
+        }
+        self.tallies.push(Tally { name, count: 1 });
+        1
     }
 }
 
@@ -265,9 +368,6 @@ pub enum Refusal {
     /// A feature that is not built yet.
     #[error(transparent)]
     Unsupported(#[from] Unsupported),
-    /// Persistent bitmaps have clusters of their own, which are not walked yet.
-    #[error("the image has persistent bitmaps, which are not checked yet: use qemu-img check")]
-    Bitmaps,
     /// The file has more clusters than a check can count.
     #[error("the file has {clusters} clusters, and at most {max} can be checked: use larger clusters")]
     TooManyClusters {

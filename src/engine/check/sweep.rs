@@ -19,11 +19,14 @@ pub(super) struct Sweep<T> {
     at: usize,
     /// Bytes of the present item that have been read.
     done: u64,
+    /// Bytes of all items, and of those what has been read.
+    total: u64,
+    read: u64,
 }
 
 impl<T> Default for Sweep<T> {
     fn default() -> Self {
-        Sweep { items: Vec::new(), at: 0, done: 0 }
+        Sweep { items: Vec::new(), at: 0, done: 0, total: 0, read: 0 }
     }
 }
 
@@ -33,6 +36,7 @@ impl<T> Sweep<T> {
         let length = length.min(file_length.saturating_sub(offset)).next_multiple_of(8);
         if length > 0 {
             self.items.push(Item { offset, length, tag });
+            self.total += length;
         }
     }
 
@@ -59,11 +63,17 @@ impl<T> Sweep<T> {
             each(&Piece { tag: &item.tag, offset: item.offset + self.done, within: self.done }, here);
             bytes = rest;
             self.done += length;
+            self.read += length;
             if self.done == item.length {
                 self.at += 1;
                 self.done = 0;
             }
         }
+    }
+
+    /// Bytes read, and bytes to read in all.
+    pub fn progress(&self) -> (u64, u64) {
+        (self.read, self.total)
     }
 
     /// Bytes of memory held, about.

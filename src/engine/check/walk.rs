@@ -5,10 +5,11 @@
 use std::collections::BTreeMap;
 
 use qcow2::entry::{COMPRESSED, COPIED, OFFSET_MASK, compressed_length};
-use qcow2::extension;
-use qcow2::feature::AUTOCLEAR_BITMAPS;
 use qcow2::header::L1_TABLE_SIZE_MAX;
-use qcow2::{EntryError, Geometry, Header, HostOffset, L1Entry, L2Entry, RawL2Entry, Version};
+use qcow2::{
+    Bitmap, EntryError, Geometry, Header, HostOffset, Incompatible, L1Entry, L2Entry, RawL2Entry,
+    Unsupported, Version,
+};
 
 use super::CLUSTERS_MAX;
 use super::counts::Counts;
@@ -55,6 +56,13 @@ pub(super) struct FlagFix {
     pub raw: u64,
 }
 
+/// An L2 entry as far as references go, and what is odd about it.
+struct Understood {
+    entry: Result<L2Entry, EntryError>,
+    /// What the format forbids, though the references are plain ([`FindingKind::is_note`]).
+    note: Option<EntryError>,
+}
+
 /// A usable refblock.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Refblock {
@@ -78,6 +86,14 @@ pub(super) struct Walk {
     pub l2: BTreeMap<u64, L2Use>,
     /// The L1 tables of snapshots, in bytes and in clusters.
     snapshot_l1: (Cover, Cover),
+    /// Bytes of the snapshot table.
+    pub snapshot_table_length: u64,
+    /// The tables of bitmaps, likewise in bytes and in clusters.
+    bitmap_tables: (Cover, Cover),
+    /// Guest data is in another file, which has no refcounts.
+    external_data: bool,
+    /// Where the host cluster would begin that follows the last one seen in the present L2 table; 0 at its start.
+    next_contiguous: u64,
     /// Metadata apart from L2 tables and refcounts, which must have its clusters for itself.
     pub places: Vec<Place>,
     /// The refcount table and the refblocks that are in the file.
@@ -88,13 +104,10 @@ pub(super) struct Walk {
 
 impl Walk {
     pub fn new(header: &Header, file_length: u64) -> Result<Self, Refusal> {
-        if let Some(unsupported) = header.unsupported() {
-            return Err(unsupported.into());
-        }
-        let bitmaps = header.extensions.iter().any(|extension| extension.magic == extension::BITMAPS);
-        // Without the autoclear bit the extension means nothing, and its clusters are leaks.
-        if bitmaps && header.autoclear & AUTOCLEAR_BITMAPS != 0 {
-            return Err(Refusal::Bitmaps);
+        match header.unsupported() {
+            // Its metadata is here all the same.
+            None | Some(Unsupported::ExternalDataFile) => {}
+            Some(unsupported) => return Err(unsupported.into()),
         }
         let geometry = header.geometry();
         let clusters = geometry.clusters_for(file_length);
@@ -111,10 +124,18 @@ impl Walk {
             refblocks: Vec::new(),
             l2: BTreeMap::new(),
             snapshot_l1: Default::default(),
+            snapshot_table_length: 0,
+            bitmap_tables: Default::default(),
+            external_data: header.incompatible.contains(Incompatible::DATA_FILE),
+            next_contiguous: 0,
             places: Vec::new(),
             refcount_places: Vec::new(),
             flag_fixes: Vec::new(),
-            report: Report::default(),
+            // QEMU counts whole sectors, as a guest does.
+            report: Report {
+                total_clusters: geometry.clusters_for(header.size / 512 * 512),
+                ..Report::default()
+            },
         })
     }
 
@@ -233,8 +254,8 @@ impl Walk {
         }
     }
 
-    /// Counts what the header names, but for the refcounts; the snapshot table has so many bytes.
-    pub fn count_fixed_places(&mut self, snapshot_table_length: u64) {
+    /// Counts what the header, the snapshot table and the bitmap directory name, but for the refcounts.
+    pub fn count_fixed_places(&mut self) {
         let header = &self.header;
         let [l1_offset, snapshots_offset] = [header.l1_offset.0, header.snapshots_offset.0];
         let l1_length = u64::from(header.l1_entries) * 8;
@@ -243,14 +264,64 @@ impl Walk {
         let places = [
             self.count(0, Part::Header, 0, self.geometry.cluster_size(), 1),
             self.count(l1_field, Part::ActiveL1, l1_offset, l1_length, 1),
-            self.count(snapshots_field, Part::SnapshotTable, snapshots_offset, snapshot_table_length, 1),
+            self.count(snapshots_field, Part::SnapshotTable, snapshots_offset, self.snapshot_table_length, 1),
         ];
         self.places.extend(places.into_iter().flatten());
-        for Covered { start, end, times } in self.snapshot_l1.1.regions() {
+        let (l1, tables) = (self.snapshot_l1.1.regions(), self.bitmap_tables.1.regions());
+        self.count_covered(l1, Part::SnapshotL1);
+        self.count_covered(tables, Part::BitmapTable);
+        if let Some(bitmaps) = self.header.bitmaps() {
+            let (target, length) = (bitmaps.directory_offset.0, bitmaps.directory_size);
+            let place = self.count(0, Part::BitmapDirectory, target, length, 1);
+            self.places.extend(place);
+        }
+        if self.external_data && self.header.snapshots > 0 {
+            let kind = FindingKind::SnapshotsWithDataFile { count: self.header.snapshots };
+            self.report.add(qcow2::position::SNAPSHOTS as u64, kind);
+        }
+    }
+
+    fn count_covered(&mut self, regions: Vec<Covered>, part: Part) {
+        for Covered { start, end, times } in regions {
             for cluster in start..end {
                 self.references.add(cluster, times);
             }
-            self.places.push(Place { first: start, count: end - start, part: Part::SnapshotL1 });
+            self.places.push(Place { first: start, count: end - start, part });
+        }
+    }
+
+    /// Takes note of a bitmap's table.
+    pub fn bitmap(&mut self, bitmap: &Bitmap) {
+        let (target, length) = (bitmap.table_offset, u64::from(bitmap.table_entries) * 8);
+        if self.is_past_end(target.0, length) {
+            let kind = FindingKind::PastEnd { part: Part::BitmapTable, target, length };
+            self.report.add(bitmap.offset.0, kind);
+            return;
+        }
+        let (first, count) = self.clusters_of(target.0, length);
+        let (bytes, clusters) = &mut self.bitmap_tables;
+        bytes.add(target.0, target.0 + length);
+        clusters.add(first, first + count);
+    }
+
+    pub fn bitmap_table_sweep(&self) -> Sweep<u64> {
+        let mut sweep = Sweep::default();
+        for Covered { start, end, times } in self.bitmap_tables.0.regions() {
+            sweep.push(start, end - start, self.file_length, times);
+        }
+        sweep
+    }
+
+    /// Entries of bitmaps' tables, which lie at `offset` and count `times`.
+    pub fn bitmap_table(&mut self, offset: u64, bytes: &[u8], times: u64) {
+        for (entry, _, raw) in entries(offset, 0, bytes) {
+            match qcow2::bitmap_table_entry(raw, &self.geometry) {
+                Ok(None) => {}
+                Ok(Some(target)) => {
+                    self.count(entry, Part::Bitmap, target.0, self.geometry.cluster_size(), times);
+                }
+                Err(raw) => self.report.add(entry, FindingKind::BadBitmapEntry { raw }),
+            }
         }
     }
 
@@ -312,35 +383,91 @@ impl Walk {
         sweep
     }
 
-    /// Entries of an L2 table, which lie at `offset`.
-    pub fn l2(&mut self, offset: u64, bytes: &[u8], times: L2Use) {
-        let (part, size) = (Part::L2, self.geometry.cluster_size());
-        for (entry, whole) in l2_entries(self.geometry, offset, bytes) {
-            let raw = whole.descriptor;
-            if raw & COMPRESSED == 0 && raw & L2_RESERVED != 0 {
-                self.report.add(entry, FindingKind::ReservedBits { part, raw });
+    /// Entries of an L2 table, which lie at `offset`, `within` bytes into it.
+    pub fn l2(&mut self, offset: u64, within: u64, bytes: &[u8], times: L2Use) {
+        if within == 0 {
+            self.next_contiguous = 0;
+        }
+        for (entry, raw) in l2_entries(self.geometry, offset, bytes) {
+            self.l2_flags(entry, raw);
+            let understood = self.understand(raw);
+            if let Some(source) = understood.note {
+                self.report.add(entry, FindingKind::BadEntry { part: Part::L2, source });
             }
-            if raw & COMPRESSED != 0 && raw & COPIED != 0 {
-                self.report.add(entry, FindingKind::CopiedCompressed { raw });
-            }
-            if raw & COMPRESSED != 0 && whole.bitmap != 0 {
-                self.report.add(entry, FindingKind::CompressedSubclusters { raw, bitmap: whole.bitmap });
-            }
-            let decoded = L2Entry::decode(whole, &self.geometry);
-            let (target, length) = match decoded.map(|entry| (entry, entry.host())) {
-                Ok((_, Some(host))) => (host.offset, size),
-                Ok((L2Entry::Compressed { offset, sectors }, _)) => {
-                    (offset, compressed_length(offset, sectors))
+            match understood.entry {
+                Ok(L2Entry::Compressed { offset, sectors }) => {
+                    self.compressed(entry, raw.descriptor, offset, sectors, times);
                 }
-                Ok(_) => continue,
-                Err(source) => {
-                    self.report.add(entry, FindingKind::BadEntry { part, source });
-                    continue;
+                Ok(standard) => {
+                    if let Some(host) = standard.host() {
+                        self.standard(entry, raw.descriptor, host.offset, times);
+                    }
                 }
-            };
-            let allocated = &mut self.report.allocated_clusters;
-            *allocated = allocated.saturating_add(times.active);
-            self.count(entry, Part::Data, target.0, length, times.all());
+                Err(source) => self.report.add(entry, FindingKind::BadEntry { part: Part::L2, source }),
+            }
+        }
+    }
+
+    /// What must not be set in an L2 entry, whatever it names.
+    fn l2_flags(&mut self, entry: u64, RawL2Entry { descriptor: raw, bitmap }: RawL2Entry) {
+        let compressed = raw & COMPRESSED != 0;
+        if !compressed && raw & L2_RESERVED != 0 {
+            self.report.add(entry, FindingKind::ReservedBits { part: Part::L2, raw });
+        }
+        if compressed && raw & COPIED != 0 {
+            self.report.add(entry, FindingKind::CopiedCompressed { raw });
+        }
+        if compressed && bitmap != 0 {
+            self.report.add(entry, FindingKind::CompressedSubclusters { raw, bitmap });
+        }
+    }
+
+    fn compressed(&mut self, entry: u64, raw: u64, target: HostOffset, sectors: u64, times: L2Use) {
+        if self.external_data {
+            self.report.add(entry, FindingKind::CompressedWithDataFile { raw });
+            return;
+        }
+        let report = &mut self.report;
+        for number in
+            [&mut report.allocated_clusters, &mut report.compressed_clusters, &mut report.fragmented_clusters]
+        {
+            *number = number.saturating_add(times.active);
+        }
+        let length = compressed_length(target, sectors);
+        self.count(entry, Part::Data, target.0, length, times.all());
+    }
+
+    fn standard(&mut self, entry: u64, raw: u64, target: HostOffset, times: L2Use) {
+        let size = self.geometry.cluster_size();
+        // In an external data file the offset may be 0.
+        let offset = raw & OFFSET_MASK;
+        let report = &mut self.report;
+        report.allocated_clusters = report.allocated_clusters.saturating_add(times.active);
+        if self.next_contiguous != 0 && offset != self.next_contiguous {
+            report.fragmented_clusters = report.fragmented_clusters.saturating_add(times.active);
+        }
+        self.next_contiguous = offset.saturating_add(size);
+        if !self.external_data {
+            self.count(entry, Part::Data, target.0, size, times.all());
+        }
+    }
+
+    /// Understands an L2 entry as far as references go.
+    fn understand(&self, mut raw: RawL2Entry) -> Understood {
+        let elsewhere = self.external_data && raw.descriptor & (COMPRESSED | COPIED) == COPIED;
+        if elsewhere && raw.descriptor & OFFSET_MASK == 0 {
+            // In another file there may be data at offset 0. Any other place will do, as it is not counted.
+            raw.descriptor |= self.geometry.cluster_size();
+        }
+        match L2Entry::decode(raw, &self.geometry) {
+            Err(source @ EntryError::DataAtOffsetZero { .. }) => {
+                Understood { entry: Ok(L2Entry::Unallocated), note: Some(source) }
+            }
+            Err(source @ EntryError::ZeroFlagInV2 { .. }) => {
+                let later = Geometry { version: Version::V3, ..self.geometry };
+                Understood { entry: L2Entry::decode(raw, &later), note: Some(source) }
+            }
+            entry => Understood { entry, note: None },
         }
     }
 
@@ -358,9 +485,14 @@ impl Walk {
     /// Compares the flags of entries of an L2 table.
     pub fn flags_in_l2(&mut self, offset: u64, bytes: &[u8]) {
         for (entry, raw) in l2_entries(self.geometry, offset, bytes) {
-            let decoded = L2Entry::decode(raw, &self.geometry);
-            if let Some(host) = decoded.ok().and_then(L2Entry::host) {
+            let Some(host) = self.understand(raw).entry.ok().and_then(L2Entry::host) else { continue };
+            if !self.external_data {
                 self.flag(entry, raw.descriptor, Part::L2, host.offset, host.copied);
+            } else if !host.copied {
+                // What is in another file is never shared.
+                let (part, raw) = (Part::L2, raw.descriptor);
+                self.report.add(entry, FindingKind::Copied { part, raw, refcount: 1 });
+                self.flag_fixes.push(FlagFix { offset: entry, raw: raw | COPIED });
             }
         }
     }
@@ -405,6 +537,7 @@ impl Walk {
             + (self.places.capacity() + self.refcount_places.capacity()) * size_of::<Place>()
             + self.flag_fixes.capacity() * size_of::<FlagFix>()
             + (self.snapshot_l1.0.held_bytes() + self.snapshot_l1.1.held_bytes())
+            + (self.bitmap_tables.0.held_bytes() + self.bitmap_tables.1.held_bytes())
             + l2
     }
 }

@@ -160,6 +160,20 @@ fn a_lock_is_waited_for_and_a_failed_attempt_leaves_none_behind() {
 }
 
 #[test]
+fn who_opens_without_a_lock_reads_beside_a_writer_and_hinders_nobody() {
+    let (_folder, path) = image();
+    let writer = HostStorage::new();
+    writer.open(&path, &options(true)).expect("nobody has it");
+    assert!(conflict(&path, false).is_some());
+    let shared = HostStorage::new();
+    let (id, info) = shared.open_shared(&path, false).expect("no lock is asked for");
+    assert!(!info.writable);
+    assert_eq!(shared.length(id).expect("a length"), info.length);
+    drop(writer);
+    assert_eq!(conflict(&path, true), None);
+}
+
+#[test]
 fn the_message_names_file_and_permission() {
     let (_folder, path) = image();
     let storage = HostStorage::new();

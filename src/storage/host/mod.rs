@@ -21,6 +21,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, RwLock};
+use std::time::Duration;
 
 use rustix::fs::{Mode, OFlags};
 
@@ -63,17 +64,20 @@ impl HostStorage {
     fn file(&self, id: FileId) -> Arc<OpenFile> {
         self.files.get(id)
     }
-}
 
-impl Storage for HostStorage {
-    type Queue = UringQueue;
-
-    fn open(&self, path: &Path, options: &OpenOptions) -> Result<(FileId, FileInfo), StorageError> {
+    fn open_file(
+        &self,
+        path: &Path,
+        options: &OpenOptions,
+        locked: bool,
+    ) -> Result<(FileId, FileInfo), StorageError> {
         let file = open_description(path, options)?;
         let mut probed = probe::probe(&file, path)?;
         self.files.refuse_second_writer(path, probed.identity, options.writable)?;
         probe::settle_flags(&file, path, options.direct, &mut probed)?;
-        lock::lock_image(&file, path, options)?;
+        if locked {
+            lock::lock_image(&file, path, options)?;
+        }
         // Only now: before the lock was held, its last holder might still have been changing it.
         let length = probe::length(&file, probed.block_device).map_err(|source| StorageError::File {
             step: Step::Stat,
@@ -98,6 +102,19 @@ impl Storage for HostStorage {
         };
         let id = self.files.add(open)?;
         Ok((id, info))
+    }
+}
+
+impl Storage for HostStorage {
+    type Queue = UringQueue;
+
+    fn open(&self, path: &Path, options: &OpenOptions) -> Result<(FileId, FileInfo), StorageError> {
+        self.open_file(path, options, true)
+    }
+
+    fn open_shared(&self, path: &Path, direct: bool) -> Result<(FileId, FileInfo), StorageError> {
+        let options = OpenOptions { writable: false, direct, lock_timeout: Duration::ZERO };
+        self.open_file(path, &options, false)
     }
 
     fn queue(&self, depth: u32) -> Result<UringQueue, StorageError> {

@@ -60,6 +60,47 @@ impl SimStorage {
     pub fn world(&self) -> &SimWorld {
         &self.open.world
     }
+
+    fn open_file(
+        &self,
+        path: &Path,
+        writable: bool,
+        locked: bool,
+    ) -> Result<(FileId, FileInfo), StorageError> {
+        let mut world = self.open.world.lock();
+        let mut files = self.open.files.write().expect("no panic under this lock");
+        let Some(file) = world.files.iter().position(|file| &*file.path == path) else {
+            let source = std::io::Error::from_raw_os_error(libc::ENOENT);
+            return Err(StorageError::File { step: Step::Open, path: path.into(), source });
+        };
+        let own = files.iter().position(|open| open.file == file && (writable || open.info.writable));
+        if let Some(own) = own {
+            let other = files[own].info.path.clone();
+            return Err(StorageError::AlreadyOpen { path: path.into(), other, file: FileId(own as u16) });
+        }
+        if locked {
+            check_lock(&world, file, path, writable)?;
+        }
+        let id = match u16::try_from(files.len()) {
+            Ok(id) if id < u16::MAX => FileId(id),
+            _ => return Err(StorageError::TooManyFiles { path: path.into() }),
+        };
+        let info = FileInfo {
+            path: path.into(),
+            length: world.files[file].contents.length(),
+            offset_alignment: world.options.offset_alignment,
+            memory_alignment: world.options.memory_alignment,
+            block_size: 512,
+            block_device: false,
+            identity: (1, file as u64 + 1),
+            writable,
+        };
+        if locked {
+            world.files[file].holders.push(Holder { storage: self.open.number, writable });
+        }
+        files.push(OpenFile { file, info: info.clone() });
+        Ok((id, info))
+    }
 }
 
 impl OpenFiles {
@@ -82,36 +123,11 @@ impl Storage for SimStorage {
     type Queue = SimQueue;
 
     fn open(&self, path: &Path, options: &OpenOptions) -> Result<(FileId, FileInfo), StorageError> {
-        let mut world = self.open.world.lock();
-        let mut files = self.open.files.write().expect("no panic under this lock");
-        let Some(file) = world.files.iter().position(|file| &*file.path == path) else {
-            let source = std::io::Error::from_raw_os_error(libc::ENOENT);
-            return Err(StorageError::File { step: Step::Open, path: path.into(), source });
-        };
-        let writable = options.writable;
-        let own = files.iter().position(|open| open.file == file && (writable || open.info.writable));
-        if let Some(own) = own {
-            let other = files[own].info.path.clone();
-            return Err(StorageError::AlreadyOpen { path: path.into(), other, file: FileId(own as u16) });
-        }
-        check_lock(&world, file, path, writable)?;
-        let id = match u16::try_from(files.len()) {
-            Ok(id) if id < u16::MAX => FileId(id),
-            _ => return Err(StorageError::TooManyFiles { path: path.into() }),
-        };
-        let info = FileInfo {
-            path: path.into(),
-            length: world.files[file].contents.length(),
-            offset_alignment: world.options.offset_alignment,
-            memory_alignment: world.options.memory_alignment,
-            block_size: 512,
-            block_device: false,
-            identity: (1, file as u64 + 1),
-            writable,
-        };
-        world.files[file].holders.push(Holder { storage: self.open.number, writable });
-        files.push(OpenFile { file, info: info.clone() });
-        Ok((id, info))
+        self.open_file(path, options.writable, true)
+    }
+
+    fn open_shared(&self, path: &Path, _direct: bool) -> Result<(FileId, FileInfo), StorageError> {
+        self.open_file(path, false, false)
     }
 
     fn queue(&self, depth: u32) -> Result<SimQueue, StorageError> {
