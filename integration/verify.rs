@@ -14,7 +14,7 @@ use strata_integration::picture;
 use strata_integration::steps::Steps;
 use strata_integration::{command, setup};
 
-/// Checks everything: format, clippy, all tests, the VM tests, the loom models. Installs what it needs (as root, on Debian).
+/// Checks everything: format, clippy, all tests, the VM tests, deliberate breakages, the loom models. Installs what it needs (as root, on Debian).
 #[derive(Parser)]
 #[command(name = "cargo verify")]
 struct Options {
@@ -76,6 +76,13 @@ fn run(options: &Options, steps: &mut Steps) -> Result<()> {
             cargo(options, &["test", "--workspace", "--all-targets", "--no-fail-fast"])
         })?;
     }
+    // after the tests: that the crash machine says yes is worth something only if it can say no
+    steps.run("deliberate breakages", |_| {
+        cargo(
+            options,
+            &["test", "--quiet", "-p", "strata-tests", "--features", "mutations", "--test", "mutations"],
+        )
+    })?;
     steps.run("documentation tests", |_| cargo(options, &["test", "--quiet", "--workspace", "--doc"]))?;
     steps.run("interleavings (loom)", |_| interleavings(options))
 }
