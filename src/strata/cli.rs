@@ -46,6 +46,8 @@ pub enum Command {
     Serve(ServeArgs),
     /// Describe an image and its backing chain
     Info(InfoArgs),
+    /// Look for damage in an image, and repair what can be repaired
+    Check(CheckArgs),
 }
 
 /// Options of `strata serve`.
@@ -132,6 +134,44 @@ pub struct InfoArgs {
     /// Print JSON: an array with an object a layer, the image first
     #[arg(long)]
     pub json: bool,
+}
+
+/// Options of `strata check`.
+#[derive(Debug, Args)]
+#[command(after_long_help = help::CHECK)]
+pub struct CheckArgs {
+    /// The image; its backing files are not looked at
+    #[arg(value_name = "FILE")]
+    pub image: PathBuf,
+
+    /// Repair: space that is lost (leaks), or all that refcounts and flags can mend
+    #[arg(short, long, value_name = "WHAT")]
+    pub repair: Option<Repairs>,
+
+    /// Print JSON, with the names of `qemu-img check --output=json`
+    #[arg(long)]
+    pub json: bool,
+
+    /// The image's format; a raw image has nothing to check
+    #[arg(long, value_name = "FORMAT", default_value = "qcow2")]
+    pub format: ImageFormat,
+
+    /// Look at an image that is in use, without a lock; what is found may just have been changing
+    #[arg(short = 'U', long, conflicts_with = "repair")]
+    pub force_share: bool,
+
+    /// Bypass the host's page cache (direct) or go through it (writeback)
+    #[arg(long, value_name = "MODE", default_value = "direct")]
+    pub cache: Cache,
+}
+
+/// What a check repairs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Repairs {
+    /// Refcounts that are too high
+    Leaks,
+    /// Refcounts, flags, and the marks "dirty" and "corrupt"
+    All,
 }
 
 /// How to open a chain of images.
@@ -278,9 +318,33 @@ pub fn arguments(given: impl Iterator<Item = OsString>) -> Vec<OsString> {
     arguments
 }
 
+/// Understands the arguments, or ends the program: after a request for help with exit code 0, else with 2. For `check`
+/// 2 says that the image is corrupt, so there wrong usage is 1, as with `qemu-img check`.
+pub fn parse(given: impl Iterator<Item = OsString>) -> Cli {
+    let arguments = arguments(given);
+    Cli::try_parse_from(&arguments).unwrap_or_else(|error| {
+        // If even that cannot be printed, there is the exit code.
+        let _ = error.print();
+        std::process::exit(usage_exit_code(&error, &arguments))
+    })
+}
+
+fn usage_exit_code(error: &clap::Error, arguments: &[OsString]) -> i32 {
+    let mut words = arguments.iter().skip(1);
+    let mut command = words.next();
+    while command.is_some_and(|word| word.as_encoded_bytes().starts_with(b"-")) {
+        if command.is_some_and(|word| word == "--log-level") {
+            words.next();
+        }
+        command = words.next();
+    }
+    let is_check = command.is_some_and(|word| word == "check");
+    if error.use_stderr() && is_check { 1 } else { error.exit_code() }
+}
+
 /// Ends the program: it was not told what to do.
 pub fn exit_without_command() -> ! {
-    Cli::command().error(ErrorKind::MissingSubcommand, "a command is missing: serve or info").exit()
+    Cli::command().error(ErrorKind::MissingSubcommand, "a command is missing: serve, info or check").exit()
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
 use disk::OpenError;
+use disk::check::CheckError;
 use qcow2::{FormatError, FormatErrorKind};
 use storage::StorageError;
 use storage::error::Step;
@@ -23,6 +24,8 @@ pub enum Purpose {
     Read,
     /// To describe it.
     Describe,
+    /// To check or repair it.
+    Check,
 }
 
 /// Why the program ends with exit code 1.
@@ -37,6 +40,20 @@ pub enum ProgramError {
         purpose: Purpose,
         /// Why not.
         source: OpenError,
+    },
+    /// The image could not be checked or repaired.
+    #[error("{source}")]
+    Check {
+        /// It.
+        image: PathBuf,
+        /// Why not.
+        source: Box<CheckError>,
+    },
+    /// A raw image has no metadata.
+    #[error("{}: a raw image has no metadata, so there is nothing to check", image.display())]
+    NothingToCheck {
+        /// It.
+        image: PathBuf,
     },
     /// The image could not be closed cleanly.
     #[error("the image could not be closed cleanly: {source}")]
@@ -107,8 +124,12 @@ impl ProgramError {
     fn hint(&self) -> Option<String> {
         match self {
             ProgramError::Open { image, purpose, source } => open_hint(image, *purpose, source),
+            ProgramError::Check { image, source } => match source.as_ref() {
+                CheckError::Open(source) => open_hint(image, Purpose::Check, source),
+                _ => None,
+            },
             ProgramError::Close { image, .. } => {
-                Some(format!("look at the image with `qemu-img check {}`", image.display()))
+                Some(format!("look at the image with `strata check {}`", image.display()))
             }
             ProgramError::Session(error) => session_hint(error),
             ProgramError::SocketPathTooLong { .. } => Some(
@@ -162,6 +183,9 @@ fn locked_hint(purpose: Purpose) -> &'static str {
     match purpose {
         Purpose::Write => "two may use one image at a time only if both do with --read-only",
         Purpose::Read => "an image that is being written cannot be read by others, not even with --read-only",
+        Purpose::Check => {
+            "an image in use can be looked at with --force-share, but not repaired; what is found may just have been changing"
+        }
         Purpose::Describe => {
             "what an image says of itself may change at any moment while it is being written"
         }

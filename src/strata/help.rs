@@ -5,10 +5,11 @@ pub const PROGRAM: &str = "\
 Examples:
   strata serve --blk-file vm.qcow2 --socket-path /run/vm.sock
   strata info vm.qcow2
+  strata check vm.qcow2
 
 `strata serve --help` shows how to attach the disk to QEMU and to Cloud Hypervisor.
 
-Exit codes: 0 done, 1 failed (the last line on the standard error says why), 2 wrong usage.";
+Exit codes: 0 done, 1 failed (the last line on the standard error says why), 2 wrong usage. `strata check` has its own.";
 
 /// After `strata serve --help`.
 pub const SERVE: &str = "\
@@ -61,3 +62,21 @@ Examples:
 
 The whole backing chain is opened, read-only, and nothing is changed. An image that is open for writing elsewhere is
 refused: what it says of itself may change at any moment.";
+
+/// After `strata check --help`.
+pub const CHECK: &str = "\
+Examples:
+  strata check vm.qcow2
+  strata check -r leaks vm.qcow2
+  strata check --json vm.qcow2 | jq .corruptions
+
+Exit codes, as of qemu-img check: 0 clean, 1 could not be checked (wrong usage too), 2 corrupt, 3 leaks only. After a
+repair they tell what is left. A note changes none of them.
+
+Without -r nothing is changed, and others may read the image at the same time; -r needs it alone. Every refcount is
+computed anew from the tables of the active disk, of all snapshots and of persistent bitmaps. -r leaks lowers refcounts
+that are too high. -r all makes all refcounts and flags right, and clears the marks \"dirty\" and \"corrupt\"; it refuses
+if tables that lead to data are damaged, as refcounts made from them would give away clusters that are in use. A repair
+that is cut off can be run again. It never moves or changes data.
+
+With -U an image in use is looked at: what is found may be what a program was just changing. Nothing is repaired then.";

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod capabilities;
+mod check;
 mod cli;
 mod device;
 mod error;
@@ -20,12 +21,10 @@ mod text;
 
 use std::process::ExitCode;
 
-use clap::Parser;
-
-use crate::cli::{Cli, Command};
+use crate::cli::Command;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse_from(cli::arguments(std::env::args_os()));
+    let cli = cli::parse(std::env::args_os());
     let asks_capabilities = match &cli.command {
         Some(Command::Serve(serve)) => cli.print_capabilities || serve.print_capabilities,
         _ => cli.print_capabilities,
@@ -34,13 +33,15 @@ fn main() -> ExitCode {
         return capabilities::print();
     }
     log::start(cli.log_level.as_ref());
+    let mut ended_with = ExitCode::SUCCESS;
     let ended = match &cli.command {
         Some(Command::Serve(options)) => serve::run(options),
         Some(Command::Info(options)) => info::run(options),
+        Some(Command::Check(options)) => check::run(options).map(|code| ended_with = code),
         None => cli::exit_without_command(),
     };
     match ended {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => ended_with,
         Err(error) => {
             error::show(&error);
             ExitCode::FAILURE

@@ -125,3 +125,18 @@ fn serials_of_images_are_stable_plain_and_different() {
     assert_eq!(of("/"), "disk");
     assert_eq!(of("é.img").len(), 11);
 }
+
+#[test]
+fn wrong_usage_of_check_is_not_its_exit_code_for_corruption() {
+    let code = |line: &str| {
+        let arguments = arguments(line.split_whitespace().map(OsString::from));
+        let error = Cli::try_parse_from(&arguments).expect_err(line);
+        usage_exit_code(&error, &arguments)
+    };
+    assert_eq!(code("strata check --odd a"), 1);
+    assert_eq!(code("strata --log-level debug check -r most a"), 1);
+    assert_eq!(code("strata check --help"), 0);
+    assert_eq!(code("strata info --odd check"), 2);
+    assert_eq!(code("strata --odd"), 2);
+    assert_eq!(code("strata-blk check"), 2);
+}

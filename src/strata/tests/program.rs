@@ -111,6 +111,76 @@ fn a_second_daemon_on_an_image_is_refused() {
     assert_eq!(output(&mut info).0, Some(0));
 }
 
+/// Sets the refcount of a cluster of one of the bench's images, and makes the file long enough for it.
+fn set_refcount(path: &std::path::Path, cluster: usize, count: u64) {
+    let mut bytes = std::fs::read(path).expect("read");
+    let header = qcow2::Header::parse(&bytes, bytes.len() as u64).expect("a header");
+    let refblock = qcow2::entry(&bytes[header.refcount_table_offset.0 as usize..], 0) as usize;
+    qcow2::set_refcount(header.refcount_order, &mut bytes[refblock..], cluster, count);
+    bytes.resize(bytes.len().max((cluster + 1) << 16), 0);
+    std::fs::write(path, bytes).expect("written");
+}
+
+#[test]
+fn check_has_the_exit_codes_of_qemu_img() {
+    let bench = Bench::new();
+    bench.image("disk.qcow2");
+    let path = bench.path("disk.qcow2");
+    let check = |options: &[&str]| output(Command::new(PROGRAM).arg("check").args(options).arg(&path));
+    let (code, text, errors) = check(&[]);
+    assert_eq!((code, errors.as_str()), (Some(0), ""), "{text}");
+    assert!(text.contains("disk.qcow2: clean, nothing is wrong\n"), "{text}");
+    set_refcount(&path, 9, 1);
+    let (code, text, _) = check(&[]);
+    assert_eq!(code, Some(3), "{text}");
+    assert!(
+        text.contains("leak ") && text.contains("1 leaked cluster:") && text.contains("-r leaks"),
+        "{text}"
+    );
+    let (code, text, _) = check(&["-r", "leaks", "--json"]);
+    let json: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    assert_eq!((code, &json["leaks"], &json["leaks-fixed"]), (Some(0), &0.into(), &1.into()), "{text}");
+    set_refcount(&path, 0, 0);
+    let (code, text, _) = check(&["-r", "leaks"]);
+    assert_eq!(code, Some(2), "{text}");
+    assert!(text.contains("refcount 0 is too low") && text.contains("-r all"), "{text}");
+    let (code, text, _) = check(&["-r", "all"]);
+    assert_eq!(code, Some(0), "{text}");
+    assert!(text.contains("before the repair") && text.contains("clean after the repair"), "{text}");
+    // An L1 entry that names a table far away: no refcount mends that.
+    let mut bytes = std::fs::read(&path).expect("read");
+    let header = qcow2::Header::parse(&bytes, bytes.len() as u64).expect("a header");
+    qcow2::set_entry(&mut bytes[header.l1_offset.0 as usize..], 0, 1 << 40);
+    std::fs::write(&path, &bytes).expect("written");
+    let (code, text, _) = check(&["-r", "all"]);
+    assert_eq!(code, Some(2), "{text}");
+    assert!(text.contains("not repaired: ") && text.contains("past the end"), "{text}");
+    assert_eq!(std::fs::read(&path).expect("read"), bytes);
+}
+
+#[test]
+fn what_cannot_be_checked_is_exit_code_1() {
+    let bench = Bench::new();
+    bench.image("disk.qcow2");
+    let path = bench.path("disk.qcow2");
+    let check = |options: &[&str]| {
+        let mut command = Command::new(PROGRAM);
+        command.arg("check").args(options).arg(&path);
+        command
+    };
+    refused(Command::new(PROGRAM).arg("check").arg(bench.path("gone")), 1, &["gone", "No such file"]);
+    refused(&mut check(&["--format", "raw"]), 1, &["a raw image has no metadata"]);
+    // 2 would say that the image is corrupt.
+    refused(&mut check(&["--no-such-option"]), 1, &["--no-such-option"]);
+    refused(&mut check(&["-U", "-r", "all"]), 1, &["--force-share"]);
+    let daemon = Daemon::start(&mut bench.serve("disk.qcow2"));
+    refused(&mut check(&[]), 1, &["in use by another process", "--force-share"]);
+    refused(&mut check(&["-r", "all"]), 1, &["in use by another process"]);
+    assert_eq!(output(&mut check(&["--force-share"])).0, Some(0));
+    daemon.stop();
+    assert_eq!(output(&mut check(&[])).0, Some(0));
+}
+
 #[test]
 fn readers_share_an_image() {
     let bench = Bench::new();
