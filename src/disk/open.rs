@@ -252,12 +252,16 @@ impl<Q: IoQueue> Reader<'_, Q> {
         Header::parse(&area, self.info.length).map_err(format)
     }
 
-    /// The active L1 table: as much as the file holds of it, and for a writable image all that the size needs.
+    /// The active L1 table: as much as the file holds of it. For a writable image all of its entries, as their tables are
+    /// not to be overwritten; else those that the size needs, as a chain may have 1,000 of them.
     async fn l1(&self, header: &Header, writable: bool) -> Result<Vec<u64>, OpenError> {
-        let mut l1 = self.table("L1 table", header.l1_offset, u64::from(header.l1_entries)).await?;
-        if writable {
-            l1.resize(header.l1_entries as usize, 0);
+        let all = u64::from(header.l1_entries);
+        if !writable {
+            let needed = header.geometry().l1_entries().min(all);
+            return self.table("L1 table", header.l1_offset, needed).await;
         }
+        let mut l1 = self.table("L1 table", header.l1_offset, all).await?;
+        l1.resize(header.l1_entries as usize, 0);
         Ok(l1)
     }
 

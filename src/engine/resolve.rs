@@ -20,7 +20,7 @@ use crate::word::{FileIndex, Mapping, Word};
 const EXTENTS_MAX: usize = 256;
 
 /// The most bytes that are resolved exactly at a time: bounded, as clusters may have 512 bytes.
-const EXACT_BYTES_MAX: u64 = 64 << 10;
+const EXACT_BYTES_MAX: u64 = 128 << 10;
 
 /// Where a run of guest bytes comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -236,17 +236,21 @@ impl State {
         let mut extents = Vec::new();
         let end = offset.0 + length;
         let mut at = offset.0;
+        let mut may_walk = EXACT_BYTES_MAX;
         while at < end && extents.len() < EXTENTS_MAX {
             let within = at % unit;
-            let piece = (unit - within).min(end - at);
+            let mut piece = (unit - within).min(end - at);
             match ready!(self.word(map, unit, GuestCluster(at / unit), waker)?).mapping() {
                 Mapping::Zero => push_extent(&mut extents, Source::Zero, piece),
                 Mapping::Data { file, offset, .. } => {
                     let offset = HostOffset(offset.0 + within);
                     push_extent(&mut extents, Source::Data { file, offset }, piece);
                 }
+                Mapping::Mixed | Mapping::Unresolved if may_walk == 0 => break,
                 Mapping::Mixed | Mapping::Unresolved => {
+                    piece = piece.min(may_walk);
                     ready!(self.walk(at, piece, &mut extents, waker)?);
+                    may_walk -= piece;
                 }
             }
             at += piece;
