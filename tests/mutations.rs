@@ -41,6 +41,7 @@ fn hunt(mutation: Mutation, starts: &[Start], time: Duration) -> Option<Catch> {
         }
         let count = |requests| tally.count_run(requests);
         let tactic = match seed % 8 {
+            _ if only_failures_show(mutation) => Tactic::Failures,
             0 => Tactic::Overtaken,
             2 | 5 => Tactic::Failures,
             _ => Tactic::Any,
@@ -52,6 +53,12 @@ fn hunt(mutation: Mutation, starts: &[Start], time: Duration) -> Option<Catch> {
         }
     }
     None
+}
+
+/// True for a breakage of what is done after a failed I/O.
+fn only_failures_show(mutation: Mutation) -> bool {
+    use Mutation::{AbortedTakenForZero, FailedCutForgotten, FailedSyncIgnored, FailedWriteForgiven};
+    matches!(mutation, FailedSyncIgnored | FailedWriteForgiven | FailedCutForgotten | AbortedTakenForZero)
 }
 
 /// The named tests of QEMU's two mistakes must notice just these, in every way of freeing a cluster.
