@@ -118,6 +118,7 @@ impl Bench {
                 refcount_table_offset: top.refcount_table_offset,
                 refcount_table: table(&files.0[0], top.refcount_table_offset.0, entries),
                 file_length: files.0[0].len() as u64,
+                bitmaps: Vec::new(),
             }),
             // Small, so that slices and tables are evicted all the time.
             map_bytes: 2 * 4096,

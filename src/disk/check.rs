@@ -178,14 +178,14 @@ pub(crate) async fn repair_open<Q: IoQueue>(
 }
 
 /// One open image file.
-struct ImageFile<'a, Q> {
-    driver: &'a Driver<Q>,
-    id: FileId,
-    info: &'a FileInfo,
+pub(crate) struct ImageFile<'a, Q> {
+    pub driver: &'a Driver<Q>,
+    pub id: FileId,
+    pub info: &'a FileInfo,
 }
 
 impl<Q: IoQueue> ImageFile<'_, Q> {
-    async fn header(&self, length: u64) -> Result<Header, OpenError> {
+    pub async fn header(&self, length: u64) -> Result<Header, OpenError> {
         let broken = |source| OpenError::Format { path: self.info.path.clone(), source };
         let prefix = self.read("header", 0, length.min(Header::PREFIX_MAX as u64)).await?;
         let wanted = Header::cluster_size_hint(&prefix).map_err(broken)?;
@@ -214,7 +214,12 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
     }
 
     /// Reads a range of any alignment; zeros past the end of the file.
-    async fn read(&self, structure: &'static str, offset: u64, length: u64) -> Result<Vec<u8>, OpenError> {
+    pub async fn read(
+        &self,
+        structure: &'static str,
+        offset: u64,
+        length: u64,
+    ) -> Result<Vec<u8>, OpenError> {
         let (start, mut buffer) = self.read_around(structure, offset, length).await?;
         let at = (offset - start) as usize;
         buffer.truncate(at + length as usize);
@@ -239,7 +244,7 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
 
     /// Writes bytes at any alignment, with what is around them in their units as it is. A change within a unit is one
     /// write, so that the header is never half changed.
-    async fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), OpenError> {
+    pub async fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), OpenError> {
         let unit = self.unit();
         let length = bytes.len() as u64;
         let (start, mut buffer) = if offset.is_multiple_of(unit) && length.is_multiple_of(unit) {
@@ -255,7 +260,7 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
         result.map_err(|source| OpenError::Io { path, structure: "metadata", offset, source })
     }
 
-    async fn sync(&self) -> Result<(), OpenError> {
+    pub async fn sync(&self) -> Result<(), OpenError> {
         let path = self.info.path.clone();
         let result = self.driver.run_bare(Operation::bare(self.id, Kind::Sync, 0)).await;
         result.map_err(|source| OpenError::Io { path, structure: "metadata (fdatasync)", offset: 0, source })

@@ -7,6 +7,7 @@ use qcow2::{FormatError, Unsupported};
 use storage::{Errno, StorageError};
 use thiserror::Error;
 
+use crate::bitmaps::BadBitmaps;
 use crate::check::CheckError;
 use crate::inflate::InflateError;
 
@@ -49,6 +50,14 @@ pub enum OpenError {
         "the image is marked dirty (it was not closed cleanly), and its refcounts cannot be rebuilt: {0}"
     )]
     Dirty(Box<CheckError>),
+    /// The image's persistent bitmaps break the format.
+    #[error("{}: {source}", path.display())]
+    Bitmaps {
+        /// The image.
+        path: PathBuf,
+        /// What is broken.
+        source: BadBitmaps,
+    },
     /// A writable qcow2 image on a block device.
     #[error(
         "{}: is a block device; a writable qcow2 image must be a regular file (a raw image may be a block device: \

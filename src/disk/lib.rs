@@ -5,6 +5,7 @@
 //! file a request kind. No lock is held across I/O. Knows nothing of vhost-user or virtio.
 #![forbid(unsafe_code)]
 
+mod bitmaps;
 pub mod check;
 mod close;
 mod compressed;
@@ -26,6 +27,7 @@ mod worker;
 mod write;
 mod zero;
 
+pub use bitmaps::BadBitmaps;
 pub use error::{OpenError, RequestError};
 pub use housekeeping::Keeper;
 pub use inflate::InflateError;
@@ -117,7 +119,7 @@ impl<S: Storage> Disk<S> {
     /// As for [`Disk::open`].
     pub fn open_unkept(storage: S, path: &Path, options: &DiskOptions) -> Result<Self, OpenError> {
         let driver = Driver::new(storage.queue(SIDE_QUEUE_DEPTH)?);
-        let chain = driver.block_on(open_chain(&driver, &storage, path, options))?;
+        let mut chain = driver.block_on(open_chain(&driver, &storage, path, options))?;
         let keeps_header = chain.top.is_some();
         // Before anything is written: it may refuse the image.
         let engine = Engine::new(EngineSpec {
@@ -134,10 +136,13 @@ impl<S: Storage> Disk<S> {
             Some(top) if keeps_header => {
                 let sector = driver.block_on(HeaderSector::load(&driver, &chain.files[0]))?;
                 driver.block_on(open::fill_last_block(&driver, &chain.files[0]))?;
-                if top.autoclear != 0 {
-                    let patch = qcow2::position::patch_autoclear(0);
-                    driver.block_on(sector.patch_and_sync(&driver, &chain.files[0], patch))?;
-                }
+                driver.block_on(open::note_writes(
+                    &driver,
+                    &chain.files[0],
+                    top,
+                    &sector,
+                    &mut chain.bitmaps,
+                ))?;
                 Some(sector)
             }
             _ => None,

@@ -9,13 +9,14 @@ use std::time::Duration;
 
 use engine::check::RepairKind;
 use engine::{FileIndex, LayerFormat, LayerSpec, TopSpec};
-use qcow2::{Header, HostOffset, Incompatible};
+use qcow2::{Bitmap, Header, HostOffset, Incompatible};
 use storage::{AlignedBuf, FileId, FileInfo, IoQueue, Kind, OpenOptions, Operation, Part, Storage};
 use tracing::{info, warn};
 
-use crate::check::repair_open;
+use crate::check::{ImageFile, repair_open};
 use crate::driver::Driver;
 use crate::error::OpenError;
+use crate::header::HeaderSector;
 use crate::layer::{DiskFile, Layer};
 use crate::space::OnEnospc;
 
@@ -83,6 +84,8 @@ pub(crate) struct Chain {
     pub specs: Vec<LayerSpec>,
     /// For a writable qcow2 top image.
     pub top: Option<TopSpec>,
+    /// The bitmaps of a writable qcow2 top image.
+    pub bitmaps: Option<Vec<Bitmap>>,
 }
 
 /// Opens the chain whose top is `path`.
@@ -92,7 +95,8 @@ pub(crate) async fn open_chain<S: Storage>(
     path: &Path,
     options: &DiskOptions,
 ) -> Result<Chain, OpenError> {
-    let mut chain = Chain { layers: Vec::new(), files: Vec::new(), specs: Vec::new(), top: None };
+    let mut chain =
+        Chain { layers: Vec::new(), files: Vec::new(), specs: Vec::new(), top: None, bitmaps: None };
     let mut seen = HashSet::new();
     let mut next = Some((path.to_path_buf(), options.format));
     while let Some((path, format)) = next {
@@ -126,7 +130,13 @@ pub(crate) async fn open_chain<S: Storage>(
                 let reader = Reader { driver, id, info: &info };
                 let l1 = reader.l1(header, writable).await?;
                 if writable {
-                    chain.top = Some(reader.top(header).await?);
+                    let mut spec = reader.top(header).await?;
+                    let image = ImageFile { driver, id, info: &info };
+                    if let Some(bitmaps) = image.bitmaps_to_guard(header).await? {
+                        spec.bitmaps = bitmaps.places;
+                        chain.bitmaps = Some(bitmaps.list);
+                    }
+                    chain.top = Some(spec);
                 }
                 LayerFormat::Qcow2 { geometry: header.geometry(), l1 }
             }
@@ -160,6 +170,29 @@ pub(crate) async fn fill_last_block<Q: IoQueue>(
         offset: length,
         source,
     })
+}
+
+/// Tells other programs, durably and before anything else is written, what we do not keep up to date: bitmaps, and
+/// whatever unknown autoclear features stand for.
+pub(crate) async fn note_writes<Q: IoQueue>(
+    driver: &Driver<Q>,
+    file: &DiskFile,
+    header: &Header,
+    sector: &HeaderSector,
+    bitmaps: &mut Option<Vec<Bitmap>>,
+) -> Result<(), OpenError> {
+    let image = ImageFile { driver, id: file.id, info: &file.info };
+    let kept = header.autoclear_kept(bitmaps.is_some());
+    let retired = match bitmaps {
+        Some(bitmaps) => image.retire_bitmaps(bitmaps).await?,
+        None => false,
+    };
+    if kept != header.autoclear {
+        sector.patch_and_sync(driver, file, qcow2::position::patch_autoclear(kept)).await?;
+    } else if retired {
+        image.sync().await?;
+    }
+    Ok(())
 }
 
 fn raw_layer(path: &Path, info: &FileInfo) -> Layer {
@@ -274,6 +307,7 @@ impl<Q: IoQueue> Reader<'_, Q> {
             refcount_table_offset: header.refcount_table_offset,
             refcount_table,
             file_length: self.info.length,
+            bitmaps: Vec::new(),
         })
     }
 

@@ -14,6 +14,8 @@ pub enum Structure {
     RefcountTable,
     /// A refblock.
     Refblock,
+    /// The directory of bitmaps (entry 0), their tables and their clusters.
+    Bitmaps,
 }
 
 impl std::fmt::Display for Structure {
@@ -23,6 +25,7 @@ impl std::fmt::Display for Structure {
             Structure::L2 => "L2 table",
             Structure::RefcountTable => "refcount table",
             Structure::Refblock => "refcount block",
+            Structure::Bitmaps => "bitmaps",
         })
     }
 }

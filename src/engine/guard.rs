@@ -1,4 +1,5 @@
-//! Where the top image has metadata: the header, the L1 table, the refcount table, refblocks and L2 tables.
+//! Where the top image has metadata: the header, the L1 table, the refcount table, refblocks and L2 tables,
+//! and all that belongs to bitmaps.
 //!
 //! No guest data is ever written there and no such cluster is handed out, whatever a damaged or hostile image's entries
 //! and refcounts say.
@@ -28,6 +29,7 @@ impl MetadataGuard {
         l1: &[u64],
         l1_offset: HostOffset,
         refcounts: &Refcounts,
+        bitmaps: &[(HostOffset, u64)],
     ) -> Result<Self, EngineError> {
         let mut guard = MetadataGuard::default();
         let overlap = |structure, index| move |cluster| EngineError::Overlap { structure, index, cluster };
@@ -49,6 +51,10 @@ impl MetadataGuard {
                 let cluster = geometry.host_cluster(offset);
                 guard.add(cluster, 1).map_err(overlap(Structure::L1, index as u64))?;
             }
+        }
+        for (index, (offset, length)) in bitmaps.iter().enumerate() {
+            let (first, clusters) = (geometry.host_cluster(*offset), geometry.clusters_for(*length));
+            guard.add(first, clusters).map_err(overlap(Structure::Bitmaps, index as u64))?;
         }
         Ok(guard)
     }

@@ -98,6 +98,8 @@ pub struct TopSpec {
     pub refcount_table: Vec<u64>,
     /// The file's length in bytes.
     pub file_length: u64,
+    /// What its bitmaps take of the file: offsets, and lengths in bytes.
+    pub bitmaps: Vec<(HostOffset, u64)>,
 }
 
 /// The engine of one disk, shared by all its workers.
@@ -454,7 +456,7 @@ fn write_state(geometry: qcow2::Geometry, l1: &[u64], top: TopSpec) -> Result<Wr
     let refcounts = Refcounts::new(geometry, top.refcount_table, top.refcount_table_offset);
     // Blocks past the end of the file would be in the way of growth: grow from the last of them.
     let last_block = refcounts.table.iter().rposition(|raw| *raw != 0).unwrap_or(0) as u64;
-    let guard = MetadataGuard::of_image(&geometry, l1, top.l1_offset, &refcounts)?;
+    let guard = MetadataGuard::of_image(&geometry, l1, top.l1_offset, &refcounts, &top.bitmaps)?;
     let in_blocks = last_block * geometry.refblock_entries();
     let end = geometry.clusters_for(top.file_length).max(in_blocks).max(guard.end());
     let mut alloc = Allocator::new(end, geometry.cluster_size());

@@ -1,7 +1,7 @@
 //! Persistent bitmaps (spec: "Bitmaps"): where their directory is, a walk over its entries, and the entries of a bitmap's
 //! table.
 //!
-//! Owns the places and the bounds of their fields. What a bitmap's bits mean is not looked at.
+//! Owns the places and the bounds of their fields, and the flags. What a bitmap's bits mean is not looked at.
 
 use crate::address::HostOffset;
 use crate::extension;
@@ -26,6 +26,10 @@ const GRANULARITY_BITS: std::ops::RangeInclusive<u8> = 9..=31;
 const TYPE_DIRTY_TRACKING: u8 = 1;
 /// Flag: the bitmap was being used and not stored, so what it says means nothing.
 const FLAG_IN_USE: u32 = 1;
+/// Flag: whoever writes to the disk must note it in the bitmap.
+const FLAG_AUTO: u32 = 2;
+/// Where an entry has its flags.
+const FLAGS: u64 = 12;
 /// Flags that the format reserves.
 const FLAGS_RESERVED: u32 = !3;
 /// Reserved bits of an entry of a bitmap's table.
@@ -45,7 +49,7 @@ pub struct Bitmaps {
 }
 
 /// A bitmap, as its entry in the directory says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bitmap {
     /// Its place in the directory, from 0.
     pub index: u32,
@@ -55,6 +59,41 @@ pub struct Bitmap {
     pub table_offset: HostOffset,
     /// Entries of its table.
     pub table_entries: u32,
+    /// Its flags; see the functions.
+    flags: u32,
+    /// Binary logarithm of the bytes that a bit stands for, 9 to 31.
+    granularity_bits: u8,
+    /// Its name, which need not be UTF-8.
+    pub name: Vec<u8>,
+}
+
+impl Bitmap {
+    /// True if the bitmap may be out of date and must not be used: whoever kept it up to date did not store it.
+    pub fn is_in_use(&self) -> bool {
+        self.flags & FLAG_IN_USE != 0
+    }
+
+    /// True if whoever writes to the disk must keep the bitmap up to date.
+    pub fn is_auto(&self) -> bool {
+        self.flags & FLAG_AUTO != 0
+    }
+
+    /// Bytes that a bit stands for.
+    pub fn granularity(&self) -> u64 {
+        1 << self.granularity_bits
+    }
+
+    /// Bytes of its table.
+    pub fn table_length(&self) -> u64 {
+        u64::from(self.table_entries) * 8
+    }
+
+    /// Says that the bitmap may be out of date: what is to be written in the file, and where. It never lies across two
+    /// sectors, as entries are aligned.
+    pub fn mark_in_use(&mut self) -> (HostOffset, [u8; 4]) {
+        self.flags |= FLAG_IN_USE;
+        (HostOffset(self.offset.0 + FLAGS), self.flags.to_be_bytes())
+    }
 }
 
 impl Header {
@@ -118,10 +157,11 @@ impl BitmapDirectory {
                 self.broken = to_the_end;
                 return;
             };
-            let Some((bitmap, length)) = self.understand(fixed) else {
+            let Some((mut bitmap, name_length)) = self.understand(fixed) else {
                 self.broken = true;
                 return;
             };
+            let length = (FIXED_LENGTH + name_length).next_multiple_of(8) as u64;
             if self.at + length > self.end {
                 self.broken = true;
                 return;
@@ -130,6 +170,7 @@ impl BitmapDirectory {
             if length > bytes.len() as u64 && !to_the_end {
                 return;
             }
+            bitmap.name = bytes[FIXED_LENGTH..bytes.len().min(FIXED_LENGTH + name_length)].to_vec();
             each(bitmap);
             bytes = bytes.get(length as usize..).unwrap_or_default();
             self.at += length;
@@ -147,8 +188,8 @@ impl BitmapDirectory {
         (self.index, HostOffset(self.at))
     }
 
-    /// The entry that comes next and its length in bytes, if it is right.
-    fn understand(&self, fixed: &[u8; FIXED_LENGTH]) -> Option<(Bitmap, u64)> {
+    /// The entry that comes next, without its name, and the name's length in bytes, if it is right.
+    fn understand(&self, fixed: &[u8; FIXED_LENGTH]) -> Option<(Bitmap, usize)> {
         let (table_offset, table_entries, flags) = (u64_at(fixed, 0), u32_at(fixed, 8), u32_at(fixed, 12));
         let (kind, granularity_bits) = (fixed[16], fixed[17]);
         let (name_length, extra_length) = (u16::from_be_bytes([fixed[18], fixed[19]]), u32_at(fixed, 20));
@@ -164,10 +205,16 @@ impl BitmapDirectory {
             && extra_length == 0
             // One that means nothing need not be as long as the disk.
             && (flags & FLAG_IN_USE != 0 || self.geometry.size <= (size * 8) << granularity_bits);
-        let length = (FIXED_LENGTH as u64 + u64::from(name_length)).next_multiple_of(8);
-        let (index, offset) = (self.index, HostOffset(self.at));
-        let bitmap = Bitmap { index, offset, table_offset: HostOffset(table_offset), table_entries };
-        right.then_some((bitmap, length))
+        let bitmap = Bitmap {
+            index: self.index,
+            offset: HostOffset(self.at),
+            table_offset: HostOffset(table_offset),
+            table_entries,
+            flags,
+            granularity_bits,
+            name: Vec::new(),
+        };
+        right.then_some((bitmap, name_length.into()))
     }
 }
 
@@ -241,6 +288,23 @@ mod tests {
         // The end of the file may cut the last name, but not the last entry.
         assert!(!walk(&directory, 600, 1000).1.is_broken());
         assert!(walk(&directory, 600, 1032).1.is_broken());
+    }
+
+    #[test]
+    fn flags_and_names_are_told() {
+        let entries = [entry(|e| e[15] = 2, "first"), entry(|e| (e[15], e[17]) = (1, 20), "second one")];
+        let (directory_offset, directory_size) = (HostOffset(64), entries.concat().len() as u64);
+        let bitmaps = Bitmaps { count: 2, directory_offset, directory_size };
+        let mut walk = BitmapDirectory::new(&bitmaps, GEOMETRY, 64 + directory_size);
+        let mut seen = Vec::new();
+        assert_eq!(walk.next_piece(), Some((HostOffset(64), directory_size)));
+        walk.feed(&entries.concat(), |bitmap| seen.push(bitmap));
+        assert_eq!([seen[0].name.as_slice(), &seen[1].name], [b"first".as_slice(), b"second one"]);
+        let told = |bitmap: &Bitmap| (bitmap.is_in_use(), bitmap.is_auto(), bitmap.granularity());
+        assert_eq!([told(&seen[0]), told(&seen[1])], [(false, true, 1 << 16), (true, false, 1 << 20)]);
+        assert_eq!(seen[0].mark_in_use(), (HostOffset(64 + 12), [0, 0, 0, 3]));
+        assert!(seen[0].is_in_use());
+        assert_eq!(seen[1].mark_in_use(), (HostOffset(64 + 32 + 12), [0, 0, 0, 1]));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::borrow::Cow;
 
 use crate::address::HostOffset;
 use crate::extension::{self, Extension};
-use crate::feature::{Compression, Incompatible, Unsupported};
+use crate::feature::{AUTOCLEAR_BITMAPS, AUTOCLEAR_RAW_DATA_FILE, Compression, Incompatible, Unsupported};
 use crate::geometry::{Geometry, Version};
 
 /// The first four bytes of every image: "QFI" and 0xfb.
@@ -119,6 +119,18 @@ impl Header {
             return Some(Unsupported::Corrupt);
         }
         (self.snapshots > 0).then_some(Unsupported::InternalSnapshots { count: self.snapshots })
+    }
+
+    /// The autoclear features that stay set while the image is written; `bitmaps`: those of the image are consistent.
+    pub fn autoclear_kept(&self, bitmaps: bool) -> u64 {
+        let mut kept = 0;
+        if bitmaps {
+            kept |= AUTOCLEAR_BITMAPS;
+        }
+        if self.incompatible.contains(Incompatible::DATA_FILE) {
+            kept |= AUTOCLEAR_RAW_DATA_FILE;
+        }
+        self.autoclear & kept
     }
 
     /// The backing file's name for people to read; not for opening it.

@@ -1,0 +1,165 @@
+//! Persistent bitmaps of one image file: reads where they are, and marks those out of date that we do not keep.
+//!
+//! Owns what a writable open does about bitmaps. Those that every writer must keep up to date are marked in use, as a
+//! program would have left them that ended without saving them: nobody takes them for right any more. The others stay
+//! as they are. What bitmaps hold is never read or written.
+
+use qcow2::{Bitmap, BitmapDirectory, Header, HostOffset, bitmap_table_entry};
+use storage::IoQueue;
+use thiserror::Error;
+use tracing::warn;
+
+use crate::check::ImageFile;
+use crate::error::OpenError;
+
+/// Bytes of tables read at a time.
+const PIECE: u64 = 1 << 20;
+/// The most bytes that the tables of all bitmaps may have together. At clusters of 64 KiB they name 512 GiB of bitmaps.
+const TABLE_BYTES_MAX: u64 = 64 << 20;
+
+/// Why the bitmaps of an image cannot be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum BadBitmaps {
+    /// An entry of the directory.
+    #[error("entry {index} of the bitmap directory, at offset {offset}, is broken or missing")]
+    Directory {
+        /// Its place in the directory, from 0.
+        index: u32,
+        /// Where it is.
+        offset: HostOffset,
+    },
+    /// The tables together.
+    #[error("the tables of its bitmaps have {length} bytes together, and at most {max} are looked at")]
+    TooLarge {
+        /// Bytes of them all.
+        length: u64,
+        /// The most there may be.
+        max: u64,
+    },
+    /// An entry of a table.
+    #[error("the bitmap table entry {raw:#018x} at offset {offset} makes no sense")]
+    TableEntry {
+        /// The entry.
+        raw: u64,
+        /// Where it is.
+        offset: HostOffset,
+    },
+    /// A table or a part of a bitmap that is not in the file.
+    #[error("{length} bytes of a bitmap at offset {start} are past the end of the file")]
+    PastEnd {
+        /// Where it is said to be.
+        start: HostOffset,
+        /// Bytes.
+        length: u64,
+    },
+}
+
+/// The bitmaps of an image that is to be written.
+pub(crate) struct Guarded {
+    pub list: Vec<Bitmap>,
+    /// What they take of the file: offsets, and lengths in bytes.
+    pub places: Vec<(HostOffset, u64)>,
+}
+
+impl<Q: IoQueue> ImageFile<'_, Q> {
+    /// The bitmaps that an image has; none if its header says that they mean nothing any more.
+    pub async fn bitmaps(&self, header: &Header) -> Result<Option<Vec<Bitmap>>, OpenError> {
+        let Some(bitmaps) = header.bitmaps() else { return Ok(None) };
+        let mut directory = BitmapDirectory::new(&bitmaps, header.geometry(), self.info.length);
+        let mut list = Vec::new();
+        while let Some((offset, length)) = directory.next_piece() {
+            let bytes = self.read("bitmap directory", offset.0, length).await?;
+            directory.feed(&bytes, |bitmap| list.push(bitmap));
+        }
+        if directory.is_broken() {
+            let (index, offset) = directory.place();
+            return Err(self.bad_bitmaps(BadBitmaps::Directory { index, offset }));
+        }
+        Ok(Some(list))
+    }
+
+    /// As [`ImageFile::bitmaps`], for an image that is to be written. What breaks the format is told, and then the image
+    /// has none: its header is to say so.
+    pub async fn bitmaps_to_guard(&self, header: &Header) -> Result<Option<Guarded>, OpenError> {
+        let found = async {
+            let Some(list) = self.bitmaps(header).await? else { return Ok(None) };
+            let places = self.bitmap_places(header, &list).await?;
+            Ok(Some(Guarded { list, places }))
+        };
+        match found.await {
+            Err(OpenError::Bitmaps { path, source }) => {
+                warn!(path = %path.display(), error = %source,
+                    "the image's bitmaps are damaged: they are given up, and the space they took is leaked");
+                Ok(None)
+            }
+            other => other,
+        }
+    }
+
+    async fn bitmap_places(
+        &self,
+        header: &Header,
+        list: &[Bitmap],
+    ) -> Result<Vec<(HostOffset, u64)>, OpenError> {
+        let length = list.iter().map(Bitmap::table_length).sum();
+        if length > TABLE_BYTES_MAX {
+            return Err(self.bad_bitmaps(BadBitmaps::TooLarge { length, max: TABLE_BYTES_MAX }));
+        }
+        let geometry = header.geometry();
+        let size = geometry.cluster_size();
+        let directory = header.bitmaps().map(|bitmaps| (bitmaps.directory_offset, bitmaps.directory_size));
+        let mut places = Vec::from_iter(directory);
+        for bitmap in list {
+            let (start, length) = (bitmap.table_offset.0, bitmap.table_length());
+            self.bitmap_place(bitmap.table_offset, length, size)?;
+            places.push((bitmap.table_offset, length));
+            let mut done = 0;
+            while done < length {
+                let (at, piece) = (start + done, PIECE.min(length - done));
+                let bytes = self.read("bitmap table", at, piece).await?;
+                for (index, word) in bytes.as_chunks::<8>().0.iter().enumerate() {
+                    let raw = u64::from_be_bytes(*word);
+                    let offset = HostOffset(at + index as u64 * 8);
+                    let cluster = bitmap_table_entry(raw, &geometry)
+                        .map_err(|raw| self.bad_bitmaps(BadBitmaps::TableEntry { raw, offset }))?;
+                    let Some(cluster) = cluster else { continue };
+                    self.bitmap_place(cluster, size, size)?;
+                    match places.last_mut() {
+                        // A table may end inside a cluster: then this is none that follows it.
+                        Some((last, length)) if last.0 + *length == cluster.0 => *length += size,
+                        _ => places.push((cluster, size)),
+                    }
+                }
+                done += piece;
+            }
+        }
+        Ok(places)
+    }
+
+    /// Refuses a place that is not in the file; the last cluster of a file need not be whole.
+    fn bitmap_place(&self, start: HostOffset, length: u64, cluster_size: u64) -> Result<(), OpenError> {
+        let end = self.info.length.next_multiple_of(cluster_size);
+        if start.0.saturating_add(length) <= end {
+            return Ok(());
+        }
+        Err(self.bad_bitmaps(BadBitmaps::PastEnd { start, length }))
+    }
+
+    fn bad_bitmaps(&self, source: BadBitmaps) -> OpenError {
+        OpenError::Bitmaps { path: self.info.path.clone(), source }
+    }
+
+    /// Marks every bitmap that a writer must keep up to date as out of date; true if there was one. To be synced before
+    /// anything else is written.
+    pub async fn retire_bitmaps(&self, list: &mut [Bitmap]) -> Result<bool, OpenError> {
+        let mut any = false;
+        for bitmap in list.iter_mut().filter(|bitmap| bitmap.is_auto() && !bitmap.is_in_use()) {
+            warn!(path = %self.info.path.display(), bitmap = %String::from_utf8_lossy(&bitmap.name).escape_debug(),
+                "the bitmap is marked as out of date: writes are not noted in it");
+            let (at, flags) = bitmap.mark_in_use();
+            self.write(at.0, &flags).await?;
+            any = true;
+        }
+        Ok(any)
+    }
+}
