@@ -272,7 +272,7 @@ fn what_is_not_supported_is_refused_by_name() {
         .close();
     let text = path("text");
     std::fs::write(&text, "no image at all, but long enough to be read as one").expect("a file");
-    named(&text, &options(), "--format raw");
+    named(&text, &options(), "not a qcow2 image");
 }
 
 #[test]
@@ -299,10 +299,22 @@ fn backing_files_are_opened_only_by_plain_name_and_known_format() {
         .close();
     let image = overlay("protocol.qcow2");
     rebase(&image, "nbd://127.0.0.1/x", &["-F", "raw"]);
-    assert!(matches!(refused(&image, &options()), OpenError::BackingNotAFile { .. }));
+    assert!(matches!(refused(&image, &options()), OpenError::BackingName { .. }));
     let image = overlay("json.qcow2");
-    rebase(&image, "json:{\"driver\":\"raw\",\"file\":{\"filename\":\"/etc/passwd\"}}", &["-F", "raw"]);
-    assert!(matches!(refused(&image, &options()), OpenError::BackingNotAFile { .. }));
+    let name = |driver: &str, key: &str| {
+        let base = path("base.raw");
+        let base = base.display();
+        format!(
+            "json:{{\"driver\":\"raw\",{key}\"file\":{{\"driver\":\"{driver}\",\"filename\":\"{base}\"}}}}"
+        )
+    };
+    rebase(&image, &name("host_device", ""), &["-F", "raw"]);
+    assert!(matches!(refused(&image, &options()), OpenError::BackingName { .. }));
+    rebase(&image, &name("file", "\"offset\":512,"), &["-F", "raw"]);
+    let message = refused(&image, &options()).to_string();
+    assert!(message.contains("offset") && message.contains("json.qcow2"), "{message}");
+    rebase(&image, &name("file", ""), &["-F", "raw"]);
+    Rig::open(&image, &options()).expect("a plain description of a file").close();
     let image = overlay("format.qcow2");
     rebase(&image, "base.raw", &["-F", "vmdk"]);
     assert!(matches!(refused(&image, &options()), OpenError::BackingFormatUnknown { .. }));

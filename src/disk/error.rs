@@ -1,12 +1,13 @@
 //! What can go wrong with a disk: opening it, and serving a request.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use engine::EngineError;
 use qcow2::{FormatError, Unsupported};
 use storage::{Errno, StorageError};
 use thiserror::Error;
 
+use crate::backing::BackingNameError;
 use crate::bitmaps::BadBitmaps;
 use crate::check::CheckError;
 use crate::inflate::InflateError;
@@ -88,16 +89,25 @@ pub enum OpenError {
         /// The format in its header.
         format: String,
     },
-    /// A backing name that is no plain file name.
-    #[error(
-        "{}: names the backing file \"{backing}\", which is no plain file name (a protocol or json: name); only files \
-         are opened", path.display()
-    )]
-    BackingNotAFile {
+    /// A backing name that is not taken.
+    #[error("{}: names the backing file \"{backing}\": {source}", path.display())]
+    BackingName {
         /// The overlay.
         path: PathBuf,
         /// The name in its header.
         backing: String,
+        /// Why it is not taken.
+        source: BackingNameError,
+    },
+    /// Something is wrong with a layer below the top image.
+    #[error("{source} (layer {} of the chain {})", chain.len(), chain_in_words(chain))]
+    Backing {
+        /// The layers from the top image down to the one that it is about.
+        chain: Vec<PathBuf>,
+        /// Its overlay says which format that one has.
+        recorded: bool,
+        /// What is wrong.
+        source: Box<OpenError>,
     },
     /// The chain comes back to a file that it has already.
     #[error("{}: is in the chain twice: its backing files form a loop", path.display())]
@@ -130,6 +140,33 @@ pub enum OpenError {
         /// What failed.
         source: RequestError,
     },
+}
+
+impl OpenError {
+    /// What is wrong, without the chain in which it is.
+    pub fn innermost(&self) -> &OpenError {
+        match self {
+            OpenError::Backing { source, .. } => source.innermost(),
+            other => other,
+        }
+    }
+}
+
+/// Layers told by name, at each end of a chain.
+const NAMES_SHOWN: usize = 3;
+
+/// The names of a chain from the top down; of a deep one, those at its ends.
+fn chain_in_words(chain: &[PathBuf]) -> String {
+    let join = |paths: &[PathBuf]| {
+        let names: Vec<String> = paths.iter().map(|path: &PathBuf| Path::display(path).to_string()).collect();
+        names.join(" -> ")
+    };
+    let hidden = chain.len().saturating_sub(2 * NAMES_SHOWN);
+    if hidden <= 1 {
+        return join(chain);
+    }
+    let (first, last) = (&chain[..NAMES_SHOWN], &chain[chain.len() - NAMES_SHOWN..]);
+    format!("{} -> ({hidden} more) -> {}", join(first), join(last))
 }
 
 /// Why a request failed. The guest learns only that it did; the log has this.

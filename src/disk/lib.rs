@@ -5,6 +5,7 @@
 //! file a request kind. No lock is held across I/O. Knows nothing of vhost-user or virtio.
 #![forbid(unsafe_code)]
 
+mod backing;
 mod bitmaps;
 pub mod check;
 mod close;
@@ -27,6 +28,7 @@ mod worker;
 mod write;
 mod zero;
 
+pub use backing::BackingNameError;
 pub use bitmaps::BadBitmaps;
 pub use error::{OpenError, RequestError};
 pub use housekeeping::Keeper;

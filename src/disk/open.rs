@@ -4,7 +4,7 @@
 //! are never guessed. Memory is bounded by what the files hold, not by what their headers claim.
 
 use std::collections::HashSet;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use engine::check::RepairKind;
@@ -13,6 +13,7 @@ use qcow2::{Bitmap, Header, HostOffset, Incompatible};
 use storage::{AlignedBuf, FileId, FileInfo, IoQueue, Kind, OpenOptions, Operation, Part, Storage};
 use tracing::{info, warn};
 
+use crate::backing::{LayerFile, backing_of};
 use crate::check::{ImageFile, repair_open};
 use crate::driver::Driver;
 use crate::error::OpenError;
@@ -97,9 +98,30 @@ pub(crate) async fn open_chain<S: Storage>(
 ) -> Result<Chain, OpenError> {
     let mut chain =
         Chain { layers: Vec::new(), files: Vec::new(), specs: Vec::new(), top: None, bitmaps: None };
+    let mut at = LayerFile { path: path.to_path_buf(), format: options.format, recorded: false };
+    match open_layers(driver, storage, &mut chain, &mut at, options).await {
+        Ok(()) => Ok(chain),
+        Err(error) if chain.layers.is_empty() => Err(error),
+        Err(source) => {
+            let names = chain.layers.into_iter().map(|layer| layer.path).chain([at.path]).collect();
+            Err(OpenError::Backing { chain: names, recorded: at.recorded, source: Box::new(source) })
+        }
+    }
+}
+
+/// Adds all layers to a chain; `at` is the first, and afterwards the last that was tried.
+async fn open_layers<S: Storage>(
+    driver: &Driver<S::Queue>,
+    storage: &S,
+    chain: &mut Chain,
+    at: &mut LayerFile,
+    options: &DiskOptions,
+) -> Result<(), OpenError> {
     let mut seen = HashSet::new();
-    let mut next = Some((path.to_path_buf(), options.format));
-    while let Some((path, format)) = next {
+    let mut next = Some(at.clone());
+    while let Some(file) = next {
+        at.clone_from(&file);
+        let LayerFile { path, format, .. } = file;
         if chain.layers.len() >= CHAIN_LAYERS_MAX {
             return Err(OpenError::ChainTooDeep { path, limit: CHAIN_LAYERS_MAX });
         }
@@ -142,14 +164,14 @@ pub(crate) async fn open_chain<S: Storage>(
             }
         };
         next = match &layer.header {
-            Some(header) => backing_of(&path, header, options)?,
+            Some(header) => backing_of(&path, header, options.backing_format)?,
             None => None,
         };
         chain.specs.push(LayerSpec { file, format });
         chain.files.push(DiskFile { id, info });
         chain.layers.push(layer);
     }
-    Ok(chain)
+    Ok(())
 }
 
 /// Makes a writable file end with a block of its file system. Growing it later from inside a block would go through the
@@ -231,44 +253,6 @@ fn check_supported(info: &FileInfo, header: &Header, writable: bool) -> Result<(
     Ok(())
 }
 
-/// The backing file that a header names: its path and format.
-fn backing_of(
-    overlay: &Path,
-    header: &Header,
-    options: &DiskOptions,
-) -> Result<Option<(PathBuf, Format)>, OpenError> {
-    let Some(raw_name) = &header.backing_file else { return Ok(None) };
-    let path = overlay.to_path_buf();
-    let backing = String::from_utf8_lossy(raw_name).into_owned();
-    let name = plain_file_name(raw_name)
-        .ok_or_else(|| OpenError::BackingNotAFile { path: path.clone(), backing: backing.clone() })?;
-    let format = match (header.backing_format.as_deref(), options.backing_format) {
-        (Some("qcow2"), _) => Format::Qcow2,
-        (Some("raw"), _) => Format::Raw,
-        (Some(format), _) => {
-            return Err(OpenError::BackingFormatUnknown { path, backing, format: format.to_owned() });
-        }
-        (None, Some(format)) => format,
-        (None, None) => return Err(OpenError::BackingFormatMissing { path, backing }),
-    };
-    // A relative name is relative to the overlay's folder; an absolute one replaces it.
-    let folder = overlay.parent().unwrap_or(Path::new(""));
-    Ok(Some((folder.join(name), format)))
-}
-
-/// The file that a backing name means; `None` for protocols and json: names. As in QEMU, a colon before the first
-/// slash makes a protocol, and `file:` is the one that is a file.
-fn plain_file_name(name: &[u8]) -> Option<PathBuf> {
-    use std::os::unix::ffi::OsStrExt;
-    let name = name.strip_prefix(b"file:").unwrap_or(name);
-    let colon = name.iter().position(|byte| *byte == b':');
-    let slash = name.iter().position(|byte| *byte == b'/').unwrap_or(name.len());
-    if name.is_empty() || colon.is_some_and(|colon| colon < slash) {
-        return None;
-    }
-    Some(PathBuf::from(std::ffi::OsStr::from_bytes(name)))
-}
-
 /// Reads the metadata of one file.
 struct Reader<'a, Q> {
     driver: &'a Driver<Q>,
@@ -341,23 +325,5 @@ impl<Q: IoQueue> Reader<'_, Q> {
             }
         }
         Ok(bytes)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn backing_names() {
-        let plain = |name: &str| plain_file_name(name.as_bytes()).map(|path| path.display().to_string());
-        assert_eq!(plain("base.qcow2").as_deref(), Some("base.qcow2"));
-        assert_eq!(plain("/a/b:c").as_deref(), Some("/a/b:c"));
-        assert_eq!(plain("./b:c").as_deref(), Some("./b:c"));
-        assert_eq!(plain("file:base").as_deref(), Some("base"));
-        assert_eq!(plain("file:/x/base").as_deref(), Some("/x/base"));
-        for refused in ["", "json:{}", "nbd://host/x", "nbd:host", "file:json:{}", "http://h/x", "file:"] {
-            assert_eq!(plain(refused), None, "{refused}");
-        }
     }
 }

@@ -85,7 +85,7 @@ impl fmt::Display for Structure {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Error)]
 pub enum FormatErrorKind {
     /// The magic is another's.
-    #[error("not a qcow2 image (magic {magic:#010x}): if it is a raw image, say --format raw")]
+    #[error("not a qcow2 image (magic {magic:#010x})")]
     BadMagic {
         /// The first four bytes.
         magic: u32,

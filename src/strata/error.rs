@@ -148,35 +148,55 @@ impl ProgramError {
 }
 
 fn open_hint(image: &Path, purpose: Purpose, error: &OpenError) -> Option<String> {
-    let is_backing = path_of(error).is_some_and(|path| path != image);
-    let below = |what: &str| Some(format!("it is in the backing chain of {}: {what}", image.display()));
     match error {
+        OpenError::Backing { chain, recorded, source } => Some(backing_hint(chain, *recorded, source)),
         OpenError::Storage(StorageError::File { step: Step::Open, source, .. }) => match source.kind() {
-            io::ErrorKind::NotFound if is_backing => {
-                below("bring it back, or name another with `qemu-img rebase -u -b FILE -F FORMAT`")
-            }
             io::ErrorKind::NotFound => Some(format!(
                 "is the path right? `qemu-img create -f qcow2 {} 10G` makes a new image",
                 image.display()
             )),
-            _ if is_backing => below("this user must be able to read it"),
             _ if purpose == Purpose::Write && std::fs::File::open(image).is_ok() => Some(
                 "it can be read but not written: give --read-only, or make it writable for this user".into(),
             ),
             io::ErrorKind::PermissionDenied => Some("this user must be able to open it".into()),
             _ => None,
         },
-        OpenError::Storage(StorageError::Locked { .. }) if is_backing => {
-            below("a backing file may be read by many, but written by nobody")
-        }
         OpenError::Storage(StorageError::Locked { .. }) => Some(locked_hint(purpose).into()),
-        OpenError::Format { source, .. } if is_backing && is_bad_magic(source) => below(
-            "its overlay (or --backing-format) says that it is qcow2; \
-             `qemu-img rebase -u -b FILE -F raw` on the overlay would say that it is raw",
-        ),
-        _ if is_backing => below("the image cannot be used without it"),
+        OpenError::Format { source, .. } if is_bad_magic(source) => {
+            Some("if it is a raw image, say --format raw".into())
+        }
         _ => None,
     }
+}
+
+/// What to do about a layer below the image; the last name of the chain is its own.
+fn backing_hint(chain: &[PathBuf], recorded: bool, error: &OpenError) -> String {
+    let (image, overlay) = match chain {
+        [image, .., overlay, _] | [image @ overlay, _] => (image.display(), overlay.display()),
+        _ => return "the image cannot be used without it".into(),
+    };
+    let what = match error {
+        OpenError::Storage(StorageError::File { step: Step::Open, source, .. })
+            if source.kind() == io::ErrorKind::NotFound =>
+        {
+            format!("bring it back, or name another with `qemu-img rebase -u -b FILE -F FORMAT {overlay}`")
+        }
+        OpenError::Storage(StorageError::File { step: Step::Open, .. }) => {
+            "this user must be able to read it".into()
+        }
+        OpenError::Storage(StorageError::Locked { .. }) => {
+            "a backing file may be read by many, but written by nobody".into()
+        }
+        OpenError::Format { source, .. } if is_bad_magic(source) && recorded => format!(
+            "its overlay records that it is qcow2; if it is raw, say so with \
+             `qemu-img rebase -u -b FILE -F raw {overlay}`"
+        ),
+        OpenError::Format { source, .. } if is_bad_magic(source) => {
+            "its overlay records no format; if it is raw, say --backing-format raw".into()
+        }
+        _ => "the image cannot be used without it".into(),
+    };
+    format!("it is in the backing chain of {image}: {what}")
 }
 
 fn locked_hint(purpose: Purpose) -> &'static str {
@@ -194,23 +214,6 @@ fn locked_hint(purpose: Purpose) -> &'static str {
 
 fn is_bad_magic(error: &FormatError) -> bool {
     matches!(error.kind, FormatErrorKind::BadMagic { .. })
-}
-
-/// The file of the chain that an error is about.
-fn path_of(error: &OpenError) -> Option<&Path> {
-    match error {
-        OpenError::Storage(
-            StorageError::File { path, .. }
-            | StorageError::NotAnImage { path, .. }
-            | StorageError::Locked { path, .. }
-            | StorageError::AlreadyOpen { path, .. }
-            | StorageError::TooManyFiles { path },
-        ) => Some(path),
-        OpenError::Io { path, .. } | OpenError::Format { path, .. } | OpenError::Unsupported { path, .. } => {
-            Some(path)
-        }
-        _ => None,
-    }
 }
 
 fn session_hint(error: &SessionError) -> Option<String> {
@@ -268,16 +271,17 @@ mod tests {
 
     #[test]
     fn a_backing_file_is_told_from_the_image() {
-        let missing = |path: &str| ProgramError::Open {
-            image: "top".into(),
-            purpose: Purpose::Write,
-            source: OpenError::Storage(StorageError::File {
-                step: Step::Open,
-                path: path.into(),
-                source: io::ErrorKind::NotFound.into(),
-            }),
+        let missing = |path: &str| {
+            let source = io::ErrorKind::NotFound.into();
+            OpenError::Storage(StorageError::File { step: Step::Open, path: path.into(), source })
         };
-        assert!(missing("top").hint().expect("a hint").contains("qemu-img create"));
-        assert!(missing("base").hint().expect("a hint").contains("backing chain of top"));
+        let open = |source| ProgramError::Open { image: "top".into(), purpose: Purpose::Write, source };
+        assert!(open(missing("top")).hint().expect("a hint").contains("qemu-img create"));
+        let chain = ["top", "middle", "base"].map(PathBuf::from).to_vec();
+        let source = Box::new(missing("base"));
+        let below = open(OpenError::Backing { chain, recorded: true, source });
+        assert!(below.to_string().ends_with("(layer 3 of the chain top -> middle -> base)"), "{below}");
+        let hint = below.hint().expect("a hint");
+        assert!(hint.contains("backing chain of top") && hint.contains("FORMAT middle`"), "{hint}");
     }
 }

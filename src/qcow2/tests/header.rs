@@ -89,7 +89,7 @@ fn the_magic_is_checked_first() {
     for (bytes, magic) in [(vec![], 0), (vec![b'Q', b'F'], 0x5146_0000), (vec![0x55; 4096], 0x5555_5555)] {
         assert_error(parse(&bytes), Structure::Header, 0, FormatErrorKind::BadMagic { magic });
         let error = Header::cluster_size_hint(&bytes).expect_err("no qcow2");
-        assert!(error.to_string().ends_with("if it is a raw image, say --format raw"), "{error}");
+        assert!(error.to_string().contains("not a qcow2 image"), "{error}");
     }
 }
 

@@ -93,7 +93,12 @@ fn a_missing_backing_file_is_told_from_the_image() {
     refused(&mut bench.serve("top.qcow2"), 1, &["--backing-format"]);
     std::fs::write(bench.path("gone.raw"), [b'x'; 4096]).expect("written");
     bench.image_over("top.qcow2", Some(("gone.raw", Some("qcow2"))));
-    refused(&mut bench.serve("top.qcow2"), 1, &["gone.raw", "not a qcow2", "its overlay"]);
+    let words = ["gone.raw", "not a qcow2", "its overlay records", "-F raw", "top.qcow2 -> "];
+    let errors = refused(&mut bench.serve("top.qcow2"), 1, &words);
+    assert!(!errors.contains("--format raw"), "{errors}");
+    bench.image_over("top.qcow2", Some(("gone.raw", None)));
+    let words = ["gone.raw", "not a qcow2", "--backing-format raw"];
+    refused(bench.serve("top.qcow2").args(["--backing-format", "qcow2"]), 1, &words);
 }
 
 #[test]

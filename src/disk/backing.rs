@@ -1,0 +1,240 @@
+//! Backing files by the name that a header has for them: which file is meant, and in which format it is.
+//!
+//! Owns what names are taken. Only files are ever meant: plain names, and of QEMU's `json:` names those that say nothing
+//! but a format and a file. Nothing is opened here, and no format is guessed.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use qcow2::Header;
+use serde::Deserialize;
+use thiserror::Error;
+
+use crate::error::OpenError;
+use crate::open::Format;
+
+/// Before QEMU's description of a node in JSON.
+const JSON: &[u8] = b"json:";
+/// Before the name of a file, where one may expect a protocol.
+const FILE: &[u8] = b"file:";
+/// The driver of files.
+const FILE_DRIVER: &str = "file";
+
+/// A file to open as a layer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct LayerFile {
+    pub path: PathBuf,
+    pub format: Format,
+    /// Its overlay says which format it has; else the user does.
+    pub recorded: bool,
+}
+
+/// Why a backing name is not taken.
+#[derive(Debug, Error)]
+pub enum BackingNameError {
+    /// There is none after `file:`.
+    #[error("it is empty")]
+    Empty,
+    /// Not a file.
+    #[error("\"{protocol}\" is a protocol, and only files are opened")]
+    Protocol {
+        /// Its name.
+        protocol: String,
+    },
+    /// JSON that is broken, or says more than a format and a file.
+    #[error(
+        "as a json: name it may hold \"driver\", and \"file\" with \"driver\" and \"filename\", and no more: {0}"
+    )]
+    Json(serde_json::Error),
+    /// JSON without a file, or with two.
+    #[error("its JSON must name one file")]
+    JsonFile,
+    /// A format that is not served.
+    #[error("its JSON has the driver \"{driver}\"; only qcow2 and raw are served")]
+    JsonFormat {
+        /// The driver.
+        driver: String,
+    },
+    /// Something that is no file.
+    #[error("its JSON has the driver \"{driver}\" for the file; only files are opened")]
+    JsonProtocol {
+        /// The driver.
+        driver: String,
+    },
+    /// A name of which nobody can say where it begins.
+    #[error(
+        "its JSON has the relative name \"{filename}\", which QEMU looks for in the folder where it is started; only \
+         a whole path is taken"
+    )]
+    JsonRelative {
+        /// The name.
+        filename: String,
+    },
+    /// The name and the header disagree.
+    #[error("its JSON has the driver \"{driver}\", but the header has the format \"{format}\"")]
+    JsonDisagrees {
+        /// In the name.
+        driver: String,
+        /// In the header.
+        format: String,
+    },
+}
+
+/// A node as QEMU describes one, as far as it is taken. What else it may say would change what is read.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Node {
+    driver: String,
+    file: Option<NodeFile>,
+    #[serde(rename = "file.driver")]
+    file_driver: Option<String>,
+    #[serde(rename = "file.filename")]
+    file_name: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NodeFile {
+    driver: Option<String>,
+    filename: String,
+}
+
+/// The backing file that the header of `overlay` names; `fallback` is the format of one whose format is not recorded.
+pub(crate) fn backing_of(
+    overlay: &Path,
+    header: &Header,
+    fallback: Option<Format>,
+) -> Result<Option<LayerFile>, OpenError> {
+    let Some(name) = &header.backing_file else { return Ok(None) };
+    let path = || overlay.to_path_buf();
+    let backing = || String::from_utf8_lossy(name).into_owned();
+    let refused = |source| OpenError::BackingName { path: path(), backing: backing(), source };
+    let (file, driver) = match name.strip_prefix(JSON) {
+        Some(json) => {
+            let (file, format) = parse_json(json, header.backing_format.as_deref()).map_err(refused)?;
+            (file, Some(format))
+        }
+        None => (plain_file_name(name).map_err(refused)?, None),
+    };
+    let recorded = match (driver, header.backing_format.as_deref()) {
+        (Some(format), _) => Some(format),
+        (None, Some(name)) => match format_called(name) {
+            Some(format) => Some(format),
+            None => {
+                let format = name.to_owned();
+                return Err(OpenError::BackingFormatUnknown { path: path(), backing: backing(), format });
+            }
+        },
+        (None, None) => None,
+    };
+    let Some(format) = recorded.or(fallback) else {
+        return Err(OpenError::BackingFormatMissing { path: path(), backing: backing() });
+    };
+    // A relative name is relative to the overlay's folder; an absolute one replaces it.
+    let folder = overlay.parent().unwrap_or(Path::new(""));
+    Ok(Some(LayerFile { path: folder.join(file), format, recorded: recorded.is_some() }))
+}
+
+fn format_called(name: &str) -> Option<Format> {
+    match name {
+        "qcow2" => Some(Format::Qcow2),
+        "raw" => Some(Format::Raw),
+        _ => None,
+    }
+}
+
+/// The file that a plain name means. As in QEMU, a colon before the first slash makes a protocol.
+fn plain_file_name(name: &[u8]) -> Result<PathBuf, BackingNameError> {
+    let name = name.strip_prefix(FILE).unwrap_or(name);
+    let slash = name.iter().position(|byte| *byte == b'/').unwrap_or(name.len());
+    if let Some(colon) = name[..slash].iter().position(|byte| *byte == b':') {
+        let protocol = String::from_utf8_lossy(&name[..colon]).into_owned();
+        return Err(BackingNameError::Protocol { protocol });
+    }
+    if name.is_empty() {
+        return Err(BackingNameError::Empty);
+    }
+    Ok(PathBuf::from(OsStr::from_bytes(name)))
+}
+
+/// The file and its format that JSON names; `recorded` is the format in the header.
+fn parse_json(json: &[u8], recorded: Option<&str>) -> Result<(PathBuf, Format), BackingNameError> {
+    let node: Node = serde_json::from_slice(json).map_err(BackingNameError::Json)?;
+    let format = format_called(&node.driver)
+        .ok_or_else(|| BackingNameError::JsonFormat { driver: node.driver.clone() })?;
+    if let Some(recorded) = recorded.filter(|recorded| *recorded != node.driver) {
+        let format = recorded.to_owned();
+        return Err(BackingNameError::JsonDisagrees { driver: node.driver, format });
+    }
+    let (driver, filename) = match (node.file, node.file_driver, node.file_name) {
+        (Some(file), None, None) => (file.driver, file.filename),
+        (None, driver, Some(filename)) => (driver, filename),
+        _ => return Err(BackingNameError::JsonFile),
+    };
+    if let Some(driver) = driver.filter(|driver| driver != FILE_DRIVER) {
+        return Err(BackingNameError::JsonProtocol { driver });
+    }
+    // So it has no protocol either.
+    if !filename.starts_with('/') {
+        return Err(BackingNameError::JsonRelative { filename });
+    }
+    Ok((PathBuf::from(filename), format))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plain_names() {
+        let plain = |name: &str| plain_file_name(name.as_bytes()).map(|path| path.display().to_string()).ok();
+        assert_eq!(plain("base.qcow2").as_deref(), Some("base.qcow2"));
+        assert_eq!(plain("/a/b:c").as_deref(), Some("/a/b:c"));
+        assert_eq!(plain("./b:c").as_deref(), Some("./b:c"));
+        assert_eq!(plain("file:base").as_deref(), Some("base"));
+        assert_eq!(plain("file:/x/base").as_deref(), Some("/x/base"));
+        for refused in ["", "nbd://host/x", "nbd:host", "file:json:{}", "http://h/x", "file:"] {
+            assert_eq!(plain(refused), None, "{refused}");
+        }
+    }
+
+    #[test]
+    fn json_names_of_files() {
+        let taken = |json: &str| parse_json(json.as_bytes(), None).expect(json);
+        let nested = r#"{"driver":"qcow2","file":{"driver":"file","filename":"/a/b"}}"#;
+        assert_eq!(taken(nested), ("/a/b".into(), Format::Qcow2));
+        let dotted = r#" {"file.filename": "/a:b", "driver": "raw"} "#;
+        assert_eq!(taken(dotted), ("/a:b".into(), Format::Raw));
+        let dotted = r#"{"driver":"raw","file.driver":"file","file.filename":"/\u0061"}"#;
+        assert_eq!(taken(dotted), ("/a".into(), Format::Raw));
+        parse_json(nested.as_bytes(), Some("qcow2")).expect("what is recorded agrees");
+        let error = parse_json(nested.as_bytes(), Some("raw")).expect_err("they disagree");
+        assert!(matches!(error, BackingNameError::JsonDisagrees { .. }), "{error}");
+    }
+
+    #[test]
+    fn json_names_of_anything_else_are_refused_by_name() {
+        for (json, word) in [
+            ("", "EOF"),
+            ("[]", "invalid"),
+            (r#"{"driver":"qcow2"}"#, "one file"),
+            (r#"{"file.filename":"/a"}"#, "missing field `driver`"),
+            (r#"{"driver":"vmdk","file.filename":"/a"}"#, "vmdk"),
+            (r#"{"driver":"raw","file":"node0"}"#, "node0"),
+            (r#"{"driver":"raw","file":{"driver":"nbd","filename":"/a"}}"#, "nbd"),
+            (r#"{"driver":"raw","file":{"driver":"nbd","host":"h","port":"1"}}"#, "host"),
+            (r#"{"driver":"raw","file.driver":"https","file.filename":"/a"}"#, "https"),
+            (r#"{"driver":"raw","file.filename":"a"}"#, "relative"),
+            (r#"{"driver":"raw","file.filename":"nbd://h/x"}"#, "relative"),
+            (r#"{"driver":"raw","offset":512,"file.filename":"/a"}"#, "offset"),
+            (r#"{"driver":"raw","file.filename":"/a","file.filename":"/b"}"#, "duplicate"),
+            (r#"{"driver":"raw","file":{"filename":"/a"},"file.filename":"/b"}"#, "one file"),
+            (r#"{"driver":"qcow2","file.filename":"/a","data-file":"x"}"#, "data-file"),
+            (r#"{"driver":"raw","file.filename":"/a"} x"#, "trailing"),
+        ] {
+            let error = parse_json(json.as_bytes(), None).expect_err(json).to_string();
+            assert!(error.contains(word), "{json}: {error}");
+        }
+    }
+}
