@@ -31,6 +31,14 @@ pub enum StorageError {
         /// What it is.
         kind: FileKind,
     },
+    /// The file lies where none may be taken from.
+    #[error("{}: lies at {}, outside of the folders of --chain-root", path.display(), place.display())]
+    Outside {
+        /// The file, as it was given to `open`.
+        path: PathBuf,
+        /// Where it is.
+        place: PathBuf,
+    },
     /// Another process (or another open image of this one) holds the image lock.
     #[error(
         "{}: is in use by another process, which {conflict}; stop it first (a virtual machine, or an image tool?)",
@@ -84,6 +92,8 @@ pub enum StorageError {
 pub enum Step {
     /// open(2).
     Open,
+    /// Reading /proc/self/fd.
+    FindPlace,
     /// fstat(2) or statx(2).
     Stat,
     /// fstatfs(2).
@@ -141,6 +151,7 @@ impl std::fmt::Display for Step {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Step::Open => "opening",
+            Step::FindPlace => "asking where the open file is",
             Step::Stat => "asking for the file's attributes",
             Step::StatFileSystem => "asking for the file system's kind",
             Step::ProbeBlockDevice => "asking the block device for its geometry",

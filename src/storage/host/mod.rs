@@ -4,6 +4,7 @@
 //! that carries the image lock and does all the I/O. Nothing is read here. What alignment a file has is found in
 //! `probe`, who else uses it in `lock`, and I/O happens in `uring`.
 
+mod confine;
 mod inline;
 mod lock;
 mod notify;
@@ -18,13 +19,14 @@ mod tests;
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
 use rustix::fs::{Mode, OFlags};
 
+use self::confine::Roots;
 use crate::error::{FileKind, Step, StorageError};
 use crate::{FileId, FileInfo, OpenOptions, Storage};
 
@@ -34,6 +36,8 @@ pub use uring::UringQueue;
 #[derive(Debug, Default)]
 pub struct HostStorage {
     files: Arc<FileTable>,
+    /// None: files may be anywhere.
+    roots: Option<Roots>,
 }
 
 /// The open files by id. It only grows; queues keep their own copy of what they have seen, so that the lock (a leaf:
@@ -61,6 +65,16 @@ impl HostStorage {
         Self::default()
     }
 
+    /// Files are taken only out of these folders and what is below them; see `confine` for what that means. No folders:
+    /// from anywhere.
+    ///
+    /// # Errors
+    /// When a folder cannot be opened.
+    pub fn confined(mut self, folders: &[PathBuf]) -> Result<Self, StorageError> {
+        self.roots = if folders.is_empty() { None } else { Some(Roots::open(folders)?) };
+        Ok(self)
+    }
+
     fn file(&self, id: FileId) -> Arc<OpenFile> {
         self.files.get(id)
     }
@@ -72,6 +86,9 @@ impl HostStorage {
         locked: bool,
     ) -> Result<(FileId, FileInfo), StorageError> {
         let file = open_description(path, options)?;
+        if let Some(roots) = &self.roots {
+            roots.check(&file, path)?;
+        }
         let mut probed = probe::probe(&file, path)?;
         self.files.refuse_second_writer(path, probed.identity, options.writable)?;
         probe::settle_flags(&file, path, options.direct, &mut probed)?;

@@ -1,0 +1,151 @@
+//! The folders outside of which no file is taken.
+//!
+//! Judged on the file that has been opened, not on the name that it was asked for by: the kernel says where the open
+//! file is (/proc/self/fd), with all symlinks followed, and nobody can make that another file any more. A symlink out of
+//! a folder does not help an image, and one into it does no harm. A file is where it was opened: a hard link within a
+//! folder makes a file part of it, and so does a bind mount, as only who may mount can make one.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Mode, OFlags};
+
+use crate::error::{Step, StorageError};
+
+/// Folders, opened when they were named: what comes to lie at their names later is not meant.
+#[derive(Debug)]
+pub(super) struct Roots {
+    folders: Vec<OwnedFd>,
+}
+
+impl Roots {
+    /// Opens the folders.
+    pub fn open(folders: &[PathBuf]) -> Result<Self, StorageError> {
+        let open = |folder: &PathBuf| {
+            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            rustix::fs::open(folder, flags, Mode::empty()).map_err(|errno| StorageError::File {
+                step: Step::Open,
+                path: folder.clone(),
+                source: errno.into(),
+            })
+        };
+        Ok(Roots { folders: folders.iter().map(open).collect::<Result<_, _>>()? })
+    }
+
+    /// Refuses a file, opened as `path`, that lies in none of the folders.
+    pub fn check(&self, file: &File, path: &Path) -> Result<(), StorageError> {
+        let unknown = |source| StorageError::File { step: Step::FindPlace, path: path.into(), source };
+        let place = place_of(file.as_fd()).map_err(unknown)?;
+        for folder in &self.folders {
+            // By whole components: /images2 is not in /images.
+            if place.starts_with(place_of(folder.as_fd()).map_err(unknown)?) {
+                return Ok(());
+            }
+        }
+        Err(StorageError::Outside { path: path.into(), place })
+    }
+}
+
+/// Where an open file is. The kernel marks the name of one that was removed, which a name could also pretend; so the
+/// name must lead to the file.
+fn place_of(file: BorrowedFd<'_>) -> io::Result<PathBuf> {
+    let place = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+    let (named, open) = (rustix::fs::stat(&place)?, rustix::fs::fstat(file)?);
+    if (named.st_dev, named.st_ino) != (open.st_dev, open.st_ino) {
+        return Err(io::Error::new(io::ErrorKind::NotFound, "it was moved or removed"));
+    }
+    Ok(place)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    struct Bench {
+        folder: tempfile::TempDir,
+    }
+
+    impl Bench {
+        /// A folder with the roots `one` and `two` and the folder `one-more`, each with a file `f`.
+        fn new() -> Self {
+            let bench = Bench { folder: tempfile::tempdir().expect("a folder") };
+            for name in ["one", "two", "one-more"] {
+                std::fs::create_dir(bench.path(name)).expect("made");
+                std::fs::write(bench.path(name).join("f"), name).expect("written");
+            }
+            bench
+        }
+
+        fn path(&self, name: &str) -> PathBuf {
+            self.folder.path().join(name)
+        }
+
+        fn roots(&self) -> Roots {
+            Roots::open(&[self.path("one"), self.path("two")]).expect("two folders")
+        }
+
+        fn is_taken(&self, roots: &Roots, name: &str) -> bool {
+            let path = self.path(name);
+            let taken = roots.check(&File::open(&path).expect(name), &path);
+            match &taken {
+                Ok(()) => {}
+                Err(StorageError::Outside { path: asked, .. }) => assert_eq!(*asked, path),
+                Err(error) => panic!("{error}"),
+            }
+            taken.is_ok()
+        }
+    }
+
+    #[test]
+    fn names_with_dots_and_links_count_by_where_they_lead() {
+        let bench = Bench::new();
+        symlink(bench.path("one-more/f"), bench.path("one/out")).expect("a link");
+        symlink("../two/f", bench.path("one/across")).expect("a link");
+        symlink(bench.path("one"), bench.path("alias")).expect("a link");
+        std::fs::hard_link(bench.path("one-more/f"), bench.path("two/hard")).expect("a link");
+        let roots = bench.roots();
+        for taken in ["one/f", "two/f", "two/../one/f", "one/across", "alias/f", "two/hard"] {
+            assert!(bench.is_taken(&roots, taken), "{taken}");
+        }
+        for refused in ["one-more/f", "one/../one-more/f", "one/out"] {
+            assert!(!bench.is_taken(&roots, refused), "{refused}");
+        }
+        let by_alias = Roots::open(&[bench.path("alias")]).expect("a folder");
+        assert!(bench.is_taken(&by_alias, "one/f") && !bench.is_taken(&by_alias, "two/f"));
+    }
+
+    #[test]
+    fn what_is_judged_is_the_open_file() {
+        let bench = Bench::new();
+        let roots = bench.roots();
+        // Opened through a link that then is made to lead elsewhere.
+        symlink(bench.path("one-more/f"), bench.path("one/link")).expect("a link");
+        let file = File::open(bench.path("one/link")).expect("opened");
+        std::fs::remove_file(bench.path("one/link")).expect("removed");
+        symlink(bench.path("one/f"), bench.path("one/link")).expect("a link");
+        let error = roots.check(&file, &bench.path("one/link")).expect_err("it was outside");
+        assert!(error.to_string().contains("one-more/f"), "{error}");
+        // A root that is replaced by another folder of the same name.
+        std::fs::rename(bench.path("one"), bench.path("moved")).expect("renamed");
+        std::fs::rename(bench.path("one-more"), bench.path("one")).expect("renamed");
+        assert!(!bench.is_taken(&roots, "one/f") && bench.is_taken(&roots, "moved/f"));
+    }
+
+    #[test]
+    fn a_file_that_was_removed_is_nowhere() {
+        let bench = Bench::new();
+        let path = bench.path("one/f");
+        let file = File::open(&path).expect("opened");
+        std::fs::remove_file(&path).expect("removed");
+        // As the kernel names the removed one.
+        std::fs::write(bench.path("one/f (deleted)"), "another").expect("written");
+        let error = bench.roots().check(&file, &path).expect_err("it is nowhere");
+        assert!(error.to_string().contains("moved or removed"), "{error}");
+        let missing = Roots::open(&[bench.path("none")]).expect_err("no such folder");
+        assert!(missing.to_string().contains("none"), "{missing}");
+        Roots::open(&[bench.path("two/f")]).expect_err("no folder");
+    }
+}
