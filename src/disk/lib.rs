@@ -10,6 +10,7 @@ mod bitmaps;
 pub mod check;
 mod close;
 mod compressed;
+mod describe;
 mod driver;
 mod error;
 mod executor;
@@ -30,6 +31,7 @@ mod zero;
 
 pub use backing::BackingNameError;
 pub use bitmaps::BadBitmaps;
+pub use describe::{LayerDescription, describe};
 pub use error::{OpenError, RequestError};
 pub use housekeeping::Keeper;
 pub use inflate::InflateError;

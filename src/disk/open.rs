@@ -217,7 +217,7 @@ pub(crate) async fn note_writes<Q: IoQueue>(
     Ok(())
 }
 
-fn raw_layer(path: &Path, info: &FileInfo) -> Layer {
+pub(crate) fn raw_layer(path: &Path, info: &FileInfo) -> Layer {
     let size = info.length / 512 * 512;
     if size != info.length {
         warn!(path = %path.display(), bytes = info.length - size,

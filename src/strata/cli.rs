@@ -131,7 +131,15 @@ pub struct InfoArgs {
     #[command(flatten)]
     pub chain: ChainArgs,
 
-    /// Print JSON: an array with an object a layer, the image first
+    /// Describe the backing files too, all the way down
+    #[arg(long)]
+    pub backing_chain: bool,
+
+    /// Take no lock: also if another program is writing to the image, so that what it says may not fit together
+    #[arg(short = 'U', long)]
+    pub force_share: bool,
+
+    /// Print JSON: an object, or with --backing-chain an array of them, the image first
     #[arg(long)]
     pub json: bool,
 }
@@ -175,7 +183,7 @@ pub enum Repairs {
 }
 
 /// How to open a chain of images.
-#[derive(Clone, Copy, Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct ChainArgs {
     /// The image's format; it is never guessed, as a guest could write a qcow2 header into a raw disk
     #[arg(long, value_name = "FORMAT", default_value = "qcow2")]
@@ -184,6 +192,10 @@ pub struct ChainArgs {
     /// The format of backing files whose overlay does not record it
     #[arg(long, value_name = "FORMAT")]
     pub backing_format: Option<ImageFormat>,
+
+    /// Take the image and its backing files only from this folder and what is below it; may be given several times
+    #[arg(long, value_name = "DIR")]
+    pub chain_root: Vec<PathBuf>,
 
     /// Bypass the host's page cache (direct) or go through it (writeback)
     #[arg(long, value_name = "MODE", default_value = "direct")]

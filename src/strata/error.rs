@@ -41,6 +41,9 @@ pub enum ProgramError {
         /// Why not.
         source: OpenError,
     },
+    /// A folder of the command line cannot be used.
+    #[error("--chain-root {0}")]
+    ChainRoot(StorageError),
     /// The image could not be checked or repaired.
     #[error("{source}")]
     Check {
@@ -162,12 +165,16 @@ fn open_hint(image: &Path, purpose: Purpose, error: &OpenError) -> Option<String
             _ => None,
         },
         OpenError::Storage(StorageError::Locked { .. }) => Some(locked_hint(purpose).into()),
+        OpenError::Storage(StorageError::Outside { .. }) => Some(OUTSIDE_HINT.into()),
         OpenError::Format { source, .. } if is_bad_magic(source) => {
             Some("if it is a raw image, say --format raw".into())
         }
         _ => None,
     }
 }
+
+const OUTSIDE_HINT: &str =
+    "if it is meant to be used, allow its folder too: --chain-root may be given several times";
 
 /// What to do about a layer below the image; the last name of the chain is its own.
 fn backing_hint(chain: &[PathBuf], recorded: bool, error: &OpenError) -> String {
@@ -187,6 +194,7 @@ fn backing_hint(chain: &[PathBuf], recorded: bool, error: &OpenError) -> String 
         OpenError::Storage(StorageError::Locked { .. }) => {
             "a backing file may be read by many, but written by nobody".into()
         }
+        OpenError::Storage(StorageError::Outside { .. }) => OUTSIDE_HINT.into(),
         OpenError::Format { source, .. } if is_bad_magic(source) && recorded => format!(
             "its overlay records that it is qcow2; if it is raw, say so with \
              `qemu-img rebase -u -b FILE -F raw {overlay}`"
@@ -207,7 +215,7 @@ fn locked_hint(purpose: Purpose) -> &'static str {
             "an image in use can be looked at with --force-share, but not repaired; what is found may just have been changing"
         }
         Purpose::Describe => {
-            "what an image says of itself may change at any moment while it is being written"
+            "what an image says of itself may change at any moment while it is being written; -U reads it all the same"
         }
     }
 }

@@ -38,6 +38,16 @@ More ways to serve:
   to machines that run as another user of the group kvm:
     strata serve --blk-file vm.qcow2 --socket-path /run/vm.sock --socket-group kvm --socket-mode 0660
 
+Backing files: an image names its backing file, and whoever can write to an image can have it name any file of this
+host that the daemon may read, and so have a guest read it. --chain-root DIR takes the image and every file below it only
+from DIR and what is below that. It is judged by where the opened file is, with symlinks followed: a symlink out of the
+folder is refused, one into it is fine. A hard link in the folder is a part of it, and so is what is mounted there. Of
+names in the form json:{...} those are taken that hold no more than a format (qcow2 or raw) and a file by its whole path.
+
+Bitmaps: persistent dirty bitmaps that are enabled are marked in use (inconsistent) when an image is opened for writing,
+as writes are not noted in them: QEMU then neither uses nor trusts them, and `qemu-img bitmap --remove` removes them.
+Disabled ones stay as they are.
+
 Queues: a queue is a thread. One for each of the guest's processors is right (QEMU's default); the guest gets as many
 as its machine's num-queues says, and --num-queues is only the most that may be.
 
@@ -58,10 +68,12 @@ Durability: a guest's flush (fsync) returns when the data is on the host's disk,
 pub const INFO: &str = "\
 Examples:
   strata info vm.qcow2
-  strata info --json vm.qcow2 | jq '.[0].\"virtual-size\"'
+  strata info --backing-chain vm.qcow2
+  strata info --json vm.qcow2 | jq '.\"virtual-size\"'
 
-The whole backing chain is opened, read-only, and nothing is changed. An image that is open for writing elsewhere is
-refused: what it says of itself may change at any moment.";
+Files are opened read-only, and nothing is changed; backing files only with --backing-chain. An image is described also
+if it has what cannot be served; `not served` says what. An image that is open for writing elsewhere is refused, as
+what it says of itself may change at any moment; -U (--force-share) reads it all the same.";
 
 /// After `strata check --help`.
 pub const CHECK: &str = "\

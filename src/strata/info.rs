@@ -10,8 +10,9 @@ use std::io::{self, Write as _};
 use std::path::Path;
 use std::time::Duration;
 
-use disk::{Disk, DiskOptions, Layer};
-use qcow2::{Header, Incompatible, Version};
+use disk::check::Sharing;
+use disk::{DiskOptions, LayerDescription, OpenError};
+use qcow2::{Bitmap, Header, Incompatible, Version};
 use serde::Serialize;
 use storage::host::HostStorage;
 
@@ -21,8 +22,6 @@ use crate::info::features::{ExtensionFacts, FeatureFacts};
 
 /// Long enough for the last I/O of a daemon that was just killed, and not so long that one wonders.
 const LOCK_PATIENCE: Duration = Duration::from_millis(500);
-/// Nothing is read through the map.
-const MAP_BYTES: usize = 64 << 10;
 
 /// A layer.
 #[derive(Debug, PartialEq, Serialize)]
@@ -36,6 +35,9 @@ struct LayerFacts {
     actual_size: u64,
     /// The file's length in bytes.
     file_length: u64,
+    /// Why the image cannot be served.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    not_served: Option<String>,
     #[serde(flatten)]
     qcow2: Option<Qcow2Facts>,
 }
@@ -50,7 +52,7 @@ struct Qcow2Facts {
     /// As in the header.
     #[serde(skip_serializing_if = "Option::is_none")]
     backing_filename: Option<String>,
-    /// As it was opened.
+    /// As it is opened.
     #[serde(skip_serializing_if = "Option::is_none")]
     full_backing_filename: Option<String>,
     /// As in the header.
@@ -77,8 +79,27 @@ struct Specifics {
     refcount_bits: u32,
     corrupt: bool,
     extended_l2: bool,
+    /// The name in the header; the file is opened only where the user names it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data_file: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data_file_raw: Option<bool>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    bitmaps: Vec<BitmapFacts>,
+    /// Why the bitmaps cannot be told.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bitmaps_damaged: Option<String>,
     features: FeatureFacts,
     extensions: Vec<ExtensionFacts>,
+}
+
+#[derive(Debug, PartialEq, Serialize)]
+struct BitmapFacts {
+    name: String,
+    /// Bytes that a bit stands for.
+    granularity: u64,
+    /// `in-use`: out of date, not to be trusted. `auto`: enabled, whoever writes must keep it up to date.
+    flags: Vec<&'static str>,
 }
 
 /// Runs the command.
@@ -93,13 +114,18 @@ pub fn run(options: &InfoArgs) -> Result<(), ProgramError> {
         read_only: true,
         direct: options.chain.cache == Cache::Direct,
         lock_timeout: LOCK_PATIENCE,
-        map_bytes: MAP_BYTES,
         ..DiskOptions::default()
     };
+    let storage = HostStorage::new().confined(&options.chain.chain_root).map_err(ProgramError::ChainRoot)?;
+    let sharing = if options.force_share { Sharing::All } else { Sharing::Readers };
     let failed = |source| ProgramError::Open { image: image.to_owned(), purpose: Purpose::Describe, source };
-    let disk = Disk::open(HostStorage::new(), image, &how).map_err(failed)?;
-    let layers = gather(&disk).map_err(failed)?;
-    let text = if options.json { json(&layers) } else { text_form::chain(&layers) };
+    let layers = disk::describe(&storage, image, &how, sharing, options.backing_chain).map_err(failed)?;
+    let layers: Vec<LayerFacts> = layers.iter().map(layer_facts).collect();
+    let text = match (options.json, options.backing_chain) {
+        (true, true) => json(&layers),
+        (true, false) => json(&layers[0]),
+        (false, _) => text_form::chain(&layers),
+    };
     match io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush()) {
         // Whoever reads, as head does, has seen enough.
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(ProgramError::Print(error)),
@@ -107,32 +133,34 @@ pub fn run(options: &InfoArgs) -> Result<(), ProgramError> {
     }
 }
 
-fn gather(disk: &Disk<HostStorage>) -> Result<Vec<LayerFacts>, disk::OpenError> {
-    let layers = disk.layers();
-    let below = layers.iter().skip(1).map(|layer| Some(layer.path.as_path())).chain([None]);
-    let each = layers.iter().zip(below).enumerate();
-    each.map(|(index, (layer, below))| Ok(layer_facts(layer, disk.allocated(index)?, below))).collect()
-}
-
-fn json(layers: &[LayerFacts]) -> String {
-    let mut text = serde_json::to_string_pretty(layers).expect("facts have text keys and no odd values");
+fn json(facts: &impl Serialize) -> String {
+    let mut text = serde_json::to_string_pretty(facts).expect("facts have text keys and no odd values");
     text.push('\n');
     text
 }
 
-fn layer_facts(layer: &Layer, actual_size: u64, below: Option<&Path>) -> LayerFacts {
+fn layer_facts(description: &LayerDescription) -> LayerFacts {
+    let LayerDescription { layer, allocated, unsupported, bitmaps, backing, .. } = description;
+    let backing = backing.as_deref();
     LayerFacts {
         filename: layer.path.display().to_string(),
         format: if layer.header.is_some() { "qcow2" } else { "raw" },
         virtual_size: layer.size,
-        actual_size,
+        actual_size: *allocated,
         file_length: layer.file_length,
-        qcow2: layer.header.as_ref().map(|header| qcow2_facts(header, below)),
+        not_served: unsupported.as_ref().map(ToString::to_string),
+        qcow2: layer.header.as_ref().map(|header| qcow2_facts(header, backing, bitmaps)),
     }
 }
 
-fn qcow2_facts(header: &Header, below: Option<&Path>) -> Qcow2Facts {
+fn qcow2_facts(
+    header: &Header,
+    below: Option<&Path>,
+    bitmaps: &Result<Vec<Bitmap>, OpenError>,
+) -> Qcow2Facts {
     let has = |feature| header.incompatible.contains(feature);
+    let data_file = has(Incompatible::DATA_FILE);
+    let raw = header.autoclear & qcow2::feature::AUTOCLEAR_RAW_DATA_FILE != 0;
     let data = Specifics {
         compat: match header.version {
             Version::V2 => "0.10",
@@ -148,6 +176,10 @@ fn qcow2_facts(header: &Header, below: Option<&Path>) -> Qcow2Facts {
         refcount_bits: 1 << header.refcount_order,
         corrupt: has(Incompatible::CORRUPT),
         extended_l2: has(Incompatible::EXTENDED_L2),
+        data_file: if data_file { features::data_file_name(header) } else { None },
+        data_file_raw: data_file.then_some(raw),
+        bitmaps: bitmaps.iter().flatten().map(bitmap_facts).collect(),
+        bitmaps_damaged: bitmaps.as_ref().err().map(ToString::to_string),
         features: features::features(header),
         extensions: features::extensions(header),
     };
@@ -159,6 +191,15 @@ fn qcow2_facts(header: &Header, below: Option<&Path>) -> Qcow2Facts {
         backing_filename_format: header.backing_format.clone(),
         snapshot_count: header.snapshots,
         format_specific: FormatSpecific { r#type: "qcow2", data },
+    }
+}
+
+fn bitmap_facts(bitmap: &Bitmap) -> BitmapFacts {
+    let flags = [(bitmap.is_in_use(), "in-use"), (bitmap.is_auto(), "auto")];
+    BitmapFacts {
+        name: String::from_utf8_lossy(&bitmap.name).into_owned(),
+        granularity: bitmap.granularity(),
+        flags: flags.into_iter().filter(|(set, _)| *set).map(|(_, name)| name).collect(),
     }
 }
 

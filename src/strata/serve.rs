@@ -60,7 +60,8 @@ fn open(image: &Path, options: &ServeArgs) -> Result<HostDevice, ProgramError> {
         ..DiskOptions::default()
     };
     let purpose = if options.read_only { Purpose::Read } else { Purpose::Write };
-    let disk = Disk::open(HostStorage::new(), image, &how).map_err(|source| ProgramError::Open {
+    let storage = HostStorage::new().confined(&options.chain.chain_root).map_err(ProgramError::ChainRoot)?;
+    let disk = Disk::open(storage, image, &how).map_err(|source| ProgramError::Open {
         image: image.to_owned(),
         purpose,
         source,

@@ -1,6 +1,7 @@
 //! Tries the facts of made-up headers.
 
 use super::*;
+use disk::Layer;
 use qcow2::{Extension, Geometry, NewImage, extension};
 
 /// A header as `NewImage` writes it, then changed.
@@ -23,12 +24,18 @@ fn header(change: impl FnOnce(&mut Header)) -> Header {
 fn facts(header: Header) -> LayerFacts {
     let layer =
         Layer { path: "top.qcow2".into(), size: header.size, header: Some(header), file_length: 262_144 };
-    layer_facts(&layer, 200_704, Some(Path::new("/images/base.raw")))
+    layer_facts(&LayerDescription {
+        layer,
+        allocated: 200_704,
+        unsupported: None,
+        bitmaps: Ok(Vec::new()),
+        backing: Some("/images/base.raw".into()),
+    })
 }
 
 #[test]
 fn json_has_the_keys_of_qemu_img() {
-    let text = json(&[facts(header(|_| {}))]);
+    let text = json(&vec![facts(header(|_| {}))]);
     let value: serde_json::Value = serde_json::from_str(&text).expect("JSON");
     let layer = &value[0];
     assert_eq!(layer["filename"], "top.qcow2");
@@ -50,7 +57,14 @@ fn json_has_the_keys_of_qemu_img() {
 #[test]
 fn a_raw_layer_has_no_qcow2_keys() {
     let layer = Layer { path: "d.img".into(), size: 512, header: None, file_length: 600 };
-    let value = serde_json::to_value(layer_facts(&layer, 4096, None)).expect("JSON");
+    let description = LayerDescription {
+        layer,
+        allocated: 4096,
+        unsupported: None,
+        bitmaps: Ok(Vec::new()),
+        backing: None,
+    };
+    let value = serde_json::to_value(layer_facts(&description)).expect("JSON");
     let keys: Vec<&String> = value.as_object().expect("an object").keys().collect();
     assert_eq!(keys, ["actual-size", "file-length", "filename", "format", "virtual-size"]);
 }

@@ -1,6 +1,6 @@
 //! The facts of a chain as text: one block a layer, names to the left, values in a column.
 
-use crate::info::{LayerFacts, Qcow2Facts};
+use crate::info::{BitmapFacts, LayerFacts, Qcow2Facts};
 use crate::size;
 use crate::text::one_line;
 
@@ -30,6 +30,9 @@ fn describe(layer: &LayerFacts, block: &mut Block) {
     block.line("virtual size", &size::in_words(layer.virtual_size));
     block.line("on the host", &size::in_words(layer.actual_size));
     block.line("file length", &size::in_words(layer.file_length));
+    if let Some(reason) = &layer.not_served {
+        block.line("not served", &one_line(reason));
+    }
     if let Some(qcow2) = &layer.qcow2 {
         describe_qcow2(qcow2, block);
     }
@@ -55,6 +58,16 @@ fn describe_qcow2(qcow2: &Qcow2Facts, block: &mut Block) {
     if qcow2.snapshot_count > 0 {
         block.line("snapshots", &qcow2.snapshot_count.to_string());
     }
+    if let Some(name) = &data.data_file {
+        let raw = if data.data_file_raw == Some(true) { " (raw)" } else { "" };
+        block.line("data file", &format!("{}{raw}", one_line(name)));
+    }
+    for bitmap in &data.bitmaps {
+        block.line("bitmap", &describe_bitmap(bitmap));
+    }
+    if let Some(damage) = &data.bitmaps_damaged {
+        block.line("bitmaps", &one_line(damage));
+    }
     let features = &data.features;
     block.list("incompatible", features.incompatible.iter().map(String::as_str));
     block.list("compatible", features.compatible.iter().map(String::as_str));
@@ -68,6 +81,16 @@ fn describe_qcow2(qcow2: &Qcow2Facts, block: &mut Block) {
         })
         .collect();
     block.list("extensions", extensions.iter().map(String::as_str));
+}
+
+fn describe_bitmap(bitmap: &BitmapFacts) -> String {
+    let has = |flag| bitmap.flags.contains(&flag);
+    let state = match (has("in-use"), has("auto")) {
+        (true, _) => "inconsistent: out of date, not to be used",
+        (false, true) => "enabled",
+        (false, false) => "disabled",
+    };
+    format!("{}, granularity {}, {state}", one_line(&bitmap.name), size::short(bitmap.granularity))
 }
 
 #[derive(Default)]

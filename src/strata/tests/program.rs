@@ -354,7 +354,8 @@ fn info_describes_a_chain() {
     std::fs::write(bench.path("base.raw"), vec![0; 1 << 16]).expect("written");
     bench.image_over("top.qcow2", Some(("base.raw", Some("raw"))));
     let before = std::fs::read(bench.path("top.qcow2")).expect("read");
-    let (status, text, errors) = output(Command::new(PROGRAM).arg("info").arg(bench.path("top.qcow2")));
+    let (status, text, errors) =
+        output(Command::new(PROGRAM).args(["info", "--backing-chain"]).arg(bench.path("top.qcow2")));
     assert_eq!(status, Some(0), "{errors}");
     for line in [
         "layer:            1 of 2, the image",
@@ -363,7 +364,8 @@ fn info_describes_a_chain() {
     ] {
         assert!(text.lines().any(|found| found == line), "{line:?} is missing in:\n{text}");
     }
-    let (_, json, _) = output(Command::new(PROGRAM).args(["info", "--json"]).arg(bench.path("top.qcow2")));
+    let line = ["info", "--backing-chain", "--json"];
+    let (_, json, _) = output(Command::new(PROGRAM).args(line).arg(bench.path("top.qcow2")));
     let value: serde_json::Value = serde_json::from_str(&json).expect("JSON");
     assert_eq!(value.as_array().map(Vec::len), Some(2));
     assert_eq!(value[0]["full-backing-filename"], bench.path("base.raw").display().to_string());

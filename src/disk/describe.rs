@@ -1,0 +1,109 @@
+//! Describes images without serving them: what their headers say, also where they need what is not built.
+//!
+//! Owns the walk down a chain for that. Nothing is written, and of a broken part of an image the rest is told.
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+
+use qcow2::{Bitmap, Unsupported};
+use storage::{OpenOptions, Storage};
+
+use crate::backing::{LayerFile, backing_of};
+use crate::check::{ImageFile, Sharing};
+use crate::driver::Driver;
+use crate::error::OpenError;
+use crate::layer::Layer;
+use crate::open::{CHAIN_LAYERS_MAX, DiskOptions, Format, raw_layer};
+
+/// Operations in flight: reads go one by one.
+const QUEUE_DEPTH: u32 = 8;
+
+/// An image of a chain.
+#[derive(Debug)]
+pub struct LayerDescription {
+    /// Its file, header and size.
+    pub layer: Layer,
+    /// Bytes that the host has allocated for the file.
+    pub allocated: u64,
+    /// What keeps it from being served.
+    pub unsupported: Option<Unsupported>,
+    /// Its persistent bitmaps; an error if their directory cannot be read.
+    pub bitmaps: Result<Vec<Bitmap>, OpenError>,
+    /// Where its backing file is; none also if it is named in a way that is not taken, and not looked for.
+    pub backing: Option<PathBuf>,
+}
+
+/// Describes the image at `path`, and with `whole_chain` every backing file below it. Nothing is written. Of the options,
+/// the formats, `direct` and `lock_timeout` matter. The files stay open, and locked, as long as the storage lives.
+///
+/// # Errors
+/// If a file cannot be opened or read, a header is broken, or a backing file is named in a way that is not taken.
+pub fn describe<S: Storage>(
+    storage: &S,
+    path: &Path,
+    options: &DiskOptions,
+    sharing: Sharing,
+    whole_chain: bool,
+) -> Result<Vec<LayerDescription>, OpenError> {
+    let driver = Driver::new(storage.queue(QUEUE_DEPTH)?);
+    let mut layers: Vec<LayerDescription> = Vec::new();
+    let mut seen = HashSet::new();
+    let mut next = Some(LayerFile { path: path.to_path_buf(), format: options.format, recorded: false });
+    while let Some(at) = next {
+        let described = describe_one(&driver, storage, &at, options, sharing, &mut seen);
+        let described = driver.block_on(described).and_then(|mut layer| {
+            let named = match &layer.layer.header {
+                Some(header) => backing_of(&at.path, header, options.backing_format),
+                None => Ok(None),
+            };
+            // A name that is not taken matters only to who would go there.
+            let named = if whole_chain { named? } else { named.unwrap_or(None) };
+            layer.backing = named.as_ref().map(|file| file.path.clone());
+            Ok((layer, named))
+        });
+        match described {
+            Ok((layer, named)) => {
+                layers.push(layer);
+                next = named.filter(|_| whole_chain);
+            }
+            Err(error) if layers.is_empty() => return Err(error),
+            Err(source) => {
+                let chain = layers.into_iter().map(|above| above.layer.path).chain([at.path]).collect();
+                return Err(OpenError::Backing { chain, recorded: at.recorded, source: Box::new(source) });
+            }
+        }
+    }
+    Ok(layers)
+}
+
+async fn describe_one<S: Storage>(
+    driver: &Driver<S::Queue>,
+    storage: &S,
+    file: &LayerFile,
+    options: &DiskOptions,
+    sharing: Sharing,
+    seen: &mut HashSet<(u64, u64)>,
+) -> Result<LayerDescription, OpenError> {
+    if seen.len() >= CHAIN_LAYERS_MAX {
+        return Err(OpenError::ChainTooDeep { path: file.path.clone(), limit: CHAIN_LAYERS_MAX });
+    }
+    let how = OpenOptions { writable: false, direct: options.direct, lock_timeout: options.lock_timeout };
+    let (id, info) = match sharing {
+        Sharing::Readers => storage.open(&file.path, &how)?,
+        Sharing::All => storage.open_shared(&file.path, options.direct)?,
+    };
+    if !seen.insert(info.identity) {
+        return Err(OpenError::BackingLoop { path: file.path.clone() });
+    }
+    let image = ImageFile { driver, id, info: &info };
+    let (layer, unsupported, bitmaps) = match file.format {
+        Format::Raw => (raw_layer(&file.path, &info), None, Ok(Vec::new())),
+        Format::Qcow2 => {
+            let header = image.header(info.length).await?;
+            let bitmaps = image.bitmaps(&header).await.map(Option::unwrap_or_default);
+            let unsupported = header.unsupported();
+            (Layer::qcow2(file.path.clone(), header, info.length), unsupported, bitmaps)
+        }
+    };
+    Ok(LayerDescription { layer, allocated: storage.allocated(id)?, unsupported, bitmaps, backing: None })
+}
