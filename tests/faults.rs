@@ -66,6 +66,7 @@ fn scenarios() -> Vec<Scenario> {
     let over = written(Shape::new(10, 96).over(Below::Qcow2));
     let old = written(Shape::new(9, 80).v2().over(Below::Raw));
     let parts = written(Shape::new(15, 512).subclusters());
+    let packed = Shape::new(9, 80).past(Past::Compressed(qcow2::Compression::Deflate));
     let long = Shape::new(9, 176).wide_refcounts().past(Past::Long);
     let scenario = |name, shape: Shape, script: Vec<Op>, at_once| Scenario {
         name,
@@ -77,6 +78,7 @@ fn scenarios() -> Vec<Scenario> {
         scenario("clusters of 512 bytes", small, everything(small), 1),
         scenario("clusters of 4 KiB, together", four, everything(four), 4),
         scenario("over qcow2", over, everything(over), 1),
+        scenario("compressed clusters", packed, everything(packed), 1),
         scenario("version 2 over raw", old, everything(old), 1),
         scenario("subclusters", parts, everything(parts), 1),
         scenario("growth", long, growth(long), 1),

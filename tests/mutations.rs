@@ -10,7 +10,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use crash::shape::Start;
+use crash::shape::{Past, Start};
 use crash::tally::Tally;
 use crash::trial::{Tactic, starts, trial};
 use crash::walk::Walker;
@@ -64,15 +64,24 @@ fn only_failures_show(mutation: Mutation) -> bool {
 /// The named tests of QEMU's two mistakes must notice just these, in every way of freeing a cluster.
 #[test]
 fn early_reuse_is_noticed_by_the_tests_of_the_windows() {
-    let start = windows::start();
-    // Another address's data; and the count lowered while the link is still there, which comes before that.
+    let (start, compressed) = (windows::start(), windows::compressed());
+    let ways = [
+        (&start, windows::discard()),
+        (&start, windows::unmap()),
+        (&start, windows::written_anew()),
+        (&compressed, windows::written_over()),
+    ];
+    // Another address's data; and the count lowered while the link is still there, which comes before that. Either way
+    // compressed data is none any more.
     let signs =
         [(Mutation::ReuseAtOnce, "to SECTOR"), (Mutation::ReuseBeforeUnlink, "disagrees with refcount 0")];
     for (mutation, sign) in signs {
-        for free in [windows::discard(), windows::unmap(), windows::written_anew()] {
+        for (start, free) in &ways {
             let tally = Tally::new(Duration::from_secs(600));
             let mut walker = Walker::new(&tally);
-            let wrong = mutation::with(mutation, || windows::try_all(&start, &free, &mut walker));
+            let wrong = mutation::with(mutation, || windows::try_all(start, free, &mut walker));
+            let compressed = matches!(start.shape.past, Past::Compressed(_));
+            let sign = if compressed { "the compressed data is damaged" } else { sign };
             let seen = wrong.iter().any(|wrong| wrong.contains(sign));
             assert!(seen, "{mutation:?} shows no \"{sign}\": {:?}", wrong.first());
         }

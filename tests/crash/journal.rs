@@ -222,8 +222,10 @@ impl Journal {
         settled: impl Fn(&Entry) -> bool,
     ) -> Vec<Value> {
         let touching = || self.touched[sector].iter().map(|index| &self.entries[*index as usize]);
-        // Whatever ended before this is overwritten for good. A raw image's discard is a hint to the host, no more.
-        let is_hint = |entry: &Entry| !self.shape.is_qcow2() && matches!(entry.op, Op::Discard { .. });
+        // Whatever ended before this is overwritten for good.
+        let is_hint = |entry: &Entry| {
+            matches!(entry.op, Op::Discard { .. }) && self.shape.is_hint(&entry.op.sectors(), sector as u64)
+        };
         let lasting = |entry: &&Entry| settled(entry) && !is_hint(entry);
         let horizon = touching().filter(lasting).map(|entry| entry.submitted.order).max();
         let mut values = Vec::with_capacity(2);
@@ -269,8 +271,11 @@ impl Journal {
                 unsettled.taken += tables + if takes_data { data } else { 0 };
             }
             let shared = self.shape.past == Past::Shared;
-            let frees = shared || !matches!(entry.op, Op::Write { .. });
+            let compressed = matches!(self.shape.past, Past::Compressed(_));
+            let frees = shared || compressed || !matches!(entry.op, Op::Write { .. });
             if frees && entry.ended.is_none_or(|end| end.moment >= quiet) {
+                // Compressed data that is a little more than a cluster touches up to three, and shares them.
+                let data = if compressed && data > 0 { 2 * data + 1 } else { data };
                 unsettled.freed += data + if shared { tables } else { 0 };
             }
         }

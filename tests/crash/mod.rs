@@ -7,6 +7,7 @@
 //! `windows` are the two mistakes of QEMU.
 #![allow(dead_code, reason = "each test target uses its own part of the machine")]
 
+pub mod compressed;
 pub mod examine;
 pub mod faulty;
 pub mod hidden;

@@ -3,6 +3,7 @@
 //! A sequence's crashes are tried from its last operation on: what comes before is the end of a shorter sequence, which
 //! plays the same as it has the same seed.
 
+use qcow2::Compression;
 use storage::sim::{Outcome, Verb};
 
 use super::faulty::{self, Trouble};
@@ -29,6 +30,8 @@ pub fn shapes() -> Vec<Shape> {
         Shape::new(9, 80).over(Below::Qcow2),
         Shape::new(16, 640).past(Past::Written),
         Shape::new(9, 80).past(Past::Dirty),
+        Shape::new(9, 80).past(Past::Compressed(Compression::Deflate)),
+        Shape::new(12, 64).over(Below::Raw).past(Past::Compressed(Compression::Zstd)),
         Shape::new(10, 96).over(Below::Raw).past(Past::Dirty),
         Shape::new(9, 80).past(Past::Shared),
         Shape::new(10, 96).v2().over(Below::Raw).past(Past::Shared),

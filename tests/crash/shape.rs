@@ -2,12 +2,14 @@
 //!
 //! All are made in memory; none needs QEMU.
 
+use std::ops::Range;
 use std::path::Path;
 
 use disk::{DiskOptions, Format};
-use qcow2::{Geometry, NewImage, Version};
+use qcow2::{Compression, Geometry, NewImage, Version};
 use storage::sim::{Image, SimOptions, SimWorld};
 
+use super::compressed;
 use super::hidden::{self, Hidden};
 use super::journal::Op;
 use super::rig::Rig;
@@ -44,6 +46,8 @@ pub enum Past {
     Dirty,
     /// As written, and then an internal snapshot was taken that the disk does not know of: all of it is shared.
     Shared,
+    /// A converting tool has filled it with compressed clusters, which share clusters of the file.
+    Compressed(Compression),
     /// It is new, but its file is so long that a few more clusters need a larger refcount table.
     Long,
 }
@@ -157,6 +161,16 @@ impl Shape {
         self.geometry().granule_size() / SECTOR
     }
 
+    /// A discard of these sectors need not make this one zero: a raw image's is a hint to the host, no more, and a
+    /// compressed cluster has no parts that could be zeroed.
+    pub fn is_hint(&self, discarded: &Range<u64>, sector: u64) -> bool {
+        let unit = self.cluster_sectors();
+        let first = sector / unit * unit;
+        let whole = discarded.start <= first && (first + unit).min(self.sectors) <= discarded.end;
+        let compressed = self.extended_l2 && matches!(self.past, Past::Compressed(_));
+        !self.is_qcow2() || (compressed && !whole)
+    }
+
     /// A discard leaves everything as it is: version 2 cannot hide what lies below.
     pub fn discards_nothing(&self) -> bool {
         self.version == 2 && self.below != Below::Nothing
@@ -180,6 +194,10 @@ impl Shape {
             lock_timeout: std::time::Duration::ZERO,
             map_bytes: 64 << 10,
             table_bytes: self.table_bytes,
+            // A few clusters of 512 bytes, and none of the larger.
+            inflated_bytes: 8 << 10,
+            // All on one thread, in one order.
+            inflate_threads: 0,
             ..DiskOptions::default()
         }
     }
@@ -201,7 +219,11 @@ impl Shape {
                 world.add_file(BASE, &bytes);
             }
         }
-        let top = if self.is_qcow2() { self.empty(below) } else { vec![0; (self.sectors * SECTOR) as usize] };
+        let mut top =
+            if self.is_qcow2() { self.empty(below) } else { vec![0; (self.sectors * SECTOR) as usize] };
+        if let Past::Compressed(how) = self.past {
+            top = compressed::fill(self, top, &mut values, how);
+        }
         world.add_file(TOP, &top);
         if matches!(self.past, Past::Written | Past::Dirty | Past::Shared) {
             (world, values) = self.written(world, values);
@@ -213,7 +235,7 @@ impl Shape {
                 let (shared, snapshot) = hidden::hide(&image, &values);
                 (image, hidden) = (shared, Some(snapshot));
             }
-            Past::Fresh | Past::Written | Past::Long => {}
+            Past::Fresh | Past::Written | Past::Compressed(_) | Past::Long => {}
         }
         Start { shape: *self, image, values, leaks, hidden }
     }

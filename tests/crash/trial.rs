@@ -4,6 +4,7 @@
 use std::fmt::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use qcow2::Compression;
 use storage::sim::Random;
 
 use super::examine::panic_text;
@@ -38,6 +39,11 @@ pub fn shapes() -> Vec<Shape> {
         Shape::new(9, 400).v2().past(Past::Long).short_of_memory(),
         Shape::new(16, 1024).past(Past::Written),
         Shape::new(16, 768).over(Below::Raw),
+        Shape::new(9, 96).past(Past::Compressed(Compression::Deflate)),
+        Shape::new(9, 160).wide_refcounts().past(Past::Compressed(Compression::Zstd)),
+        Shape::new(15, 384).subclusters().past(Past::Compressed(Compression::Deflate)),
+        Shape::new(9, 80).v2().over(Below::Raw).past(Past::Compressed(Compression::Deflate)),
+        Shape::new(12, 128).over(Below::Qcow2).past(Past::Compressed(Compression::Zstd)).short_of_memory(),
         Shape::new(9, 96).past(Past::Dirty),
         Shape::new(12, 128).over(Below::Raw).past(Past::Dirty),
         Shape::new(9, 96).past(Past::Shared),

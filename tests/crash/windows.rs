@@ -3,8 +3,10 @@
 //!
 //! How much is reserved when the cluster is freed decides whether it is used again at once, so every amount is tried.
 
+use qcow2::Compression;
+
 use super::journal::Op;
-use super::shape::{Shape, Start};
+use super::shape::{Past, Shape, Start};
 use super::trial::{Manner, describe, judge_answers, play};
 use super::walk::{Choice, Walker};
 
@@ -18,9 +20,17 @@ pub fn start() -> Start {
     Shape::new(9, 112).wide_refcounts().make()
 }
 
-/// Writes and flushes some clusters, takes `taken` others, frees the first by `free`, and writes elsewhere.
-fn script(free: &[Op], taken: u64) -> (Vec<Op>, usize) {
-    let mut ops = vec![Op::write(0, FREED)];
+/// An image whose first clusters are compressed: they are there before anything is written.
+pub fn compressed() -> Start {
+    Shape::new(9, 112).wide_refcounts().past(Past::Compressed(Compression::Deflate)).make()
+}
+
+/// Has some clusters written and flushed, if they are not compressed, takes `taken` others, frees the first by `free`, and writes elsewhere.
+fn script(shape: &Shape, free: &[Op], taken: u64) -> (Vec<Op>, usize) {
+    let mut ops = match shape.past {
+        Past::Compressed(_) => Vec::new(),
+        _ => vec![Op::write(0, FREED)],
+    };
     if taken > 0 {
         ops.push(Op::write(16, taken));
     }
@@ -45,7 +55,7 @@ fn try_one(
     at_once: usize,
     walker: &mut Walker,
 ) -> Result<(), String> {
-    let (ops, from) = script(free, taken);
+    let (ops, from) = script(&start.shape, free, taken);
     let manner = Manner { at_once, rest: at_once == 1, clean: true, seed: taken };
     let tried = play(start, &ops, manner).and_then(|run| {
         judge_answers(&run)?;
@@ -70,4 +80,9 @@ pub fn unmap() -> Vec<Op> {
 /// The same address is written anew, to another place of the file: the old one is freed as it is in a copy on write.
 pub fn written_anew() -> Vec<Op> {
     vec![Op::Zeroes { sector: 0, count: FREED, unmap: true }, Op::write(0, FREED)]
+}
+
+/// Written over: compressed clusters are freed by that.
+pub fn written_over() -> Vec<Op> {
+    vec![Op::write(0, FREED)]
 }
