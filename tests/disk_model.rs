@@ -62,6 +62,11 @@ fn cases() -> Vec<Case> {
                 over(Format::Raw, 4 * M + 1024),
             ],
         },
+        Case { name: "over a longer qcow2", chain: vec![base(), over(Format::Qcow2, 3 * M + 3 * 512)] },
+        Case {
+            name: "over a longer raw",
+            chain: vec![ImageSpec::raw(6 * M).with(pattern(0, 6 * M, 7)), over(Format::Raw, 4 * M + 512)],
+        },
         Case {
             name: "small clusters over large",
             chain: vec![base().cluster_size(256 * K), over(Format::Qcow2, 6 * M).cluster_size(4 * K)],

@@ -97,7 +97,7 @@ pub enum Unsupported {
     )]
     ExternalDataFile,
     /// Anything may be wrong.
-    #[error("the image is marked corrupt: repair it with qemu-img check -r all, or open it read-only")]
+    #[error("the image is marked corrupt: repair it with `strata check -r all`, or open it read-only")]
     Corrupt,
     /// There are internal snapshots.
     #[error(
