@@ -86,7 +86,8 @@ pub fn run(options: &CheckArgs) -> Result<ExitCode, ProgramError> {
     if options.format == ImageFormat::Raw {
         return Err(ProgramError::NothingToCheck { image: options.image.clone() });
     }
-    let outcome = examine(options)
+    let storage = HostStorage::new().confined(&options.chain_root).map_err(ProgramError::ChainRoot)?;
+    let outcome = examine(&storage, options)
         .map_err(|source| ProgramError::Check { image: options.image.clone(), source: Box::new(source) })?;
     let text = if options.json {
         json(&options.image, options.repair, &outcome)
@@ -108,25 +109,24 @@ fn exit_code(verdict: Verdict) -> ExitCode {
     }
 }
 
-fn examine(options: &CheckArgs) -> Result<Outcome, CheckError> {
+fn examine(storage: &HostStorage, options: &CheckArgs) -> Result<Outcome, CheckError> {
     let how = DiskOptions {
         direct: options.cache == Cache::Direct,
         lock_timeout: LOCK_PATIENCE,
         ..DiskOptions::default()
     };
-    let storage = HostStorage::new();
     let mut bar = Bar::new();
     let mut watch = |progress| bar.show(progress);
     let Some(repairs) = options.repair else {
         let sharing = if options.force_share { Sharing::All } else { Sharing::Readers };
-        let report = check_watched(&storage, &options.image, sharing, &how, &mut watch)?;
+        let report = check_watched(storage, &options.image, sharing, &how, &mut watch)?;
         return Ok(Outcome { report, before: None, not_repaired: None });
     };
     let kind = match repairs {
         Repairs::Leaks => RepairKind::Leaks,
         Repairs::All => RepairKind::All,
     };
-    match repair_watched(&storage, &options.image, kind, &how, &mut watch) {
+    match repair_watched(storage, &options.image, kind, &how, &mut watch) {
         Ok(repaired) => {
             let before = (repaired.writes > 0).then_some(repaired.found);
             Ok(Outcome { report: repaired.left, before, not_repaired: None })

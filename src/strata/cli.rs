@@ -168,6 +168,10 @@ pub struct CheckArgs {
     #[arg(short = 'U', long, conflicts_with = "repair")]
     pub force_share: bool,
 
+    /// Take the image only from this folder and what is below it; may be given several times
+    #[arg(long, value_name = "DIR")]
+    pub chain_root: Vec<PathBuf>,
+
     /// Bypass the host's page cache (direct) or go through it (writeback)
     #[arg(long, value_name = "MODE", default_value = "direct")]
     pub cache: Cache,

@@ -190,6 +190,14 @@ fn layers_outside_of_the_roots_are_refused() {
         let mut described = info(&bench, &["--backing-chain", "--chain-root", &root, "tenant/top.qcow2"]);
         assert_eq!(output(&mut described).0, Some(1), "{backing}");
     }
+    let check = |root: &std::path::Path| {
+        let mut command = Command::new(PROGRAM);
+        command.arg("check").arg("--chain-root").arg(root).arg(bench.path("tenant/top.qcow2"));
+        output(&mut command)
+    };
+    assert_eq!(check(&tenant).0, Some(0));
+    let (status, _, errors) = check(&bases);
+    assert!(status == Some(1) && errors.contains("top.qcow2: lies at"), "{errors}");
     let (status, _, errors) = output(&mut serve("../bases/base.raw", &[&bases]));
     assert_eq!(status, Some(1), "the image itself is outside");
     assert!(errors.contains("top.qcow2: lies at"), "{errors}");
