@@ -9,7 +9,9 @@ use engine::{
     Source, TableSlot, TopSpec, WritePlan, ZeroMode, Zeroed,
 };
 use proptest::prelude::*;
-use qcow2::{GuestOffset, Header, HostCluster, HostOffset, L1Entry, L2Entry, NewImage, RawL2Entry, Version};
+use qcow2::{
+    GuestOffset, Header, HostCluster, HostOffset, L1Entry, L2Entry, NewImage, RawL2Entry, Subcluster, Version,
+};
 use strata_tests::ByteModel;
 use strata_tests::model::{DiscardRule, Geometry, Operation, contents, sequences, sequences_of_parts};
 
@@ -232,7 +234,21 @@ impl Bench {
         let found = match self.engine.lookup(GuestOffset(offset)) {
             Mapping::Zero => vec![0; length as usize],
             Mapping::Data { file, offset, .. } => self.files.read(file, offset.0 + within, length),
+            Mapping::Parts => return self.agree_with_parts(offset, within, bytes),
             Mapping::Mixed | Mapping::Unresolved => return,
+        };
+        assert!(found == bytes[..length as usize], "the map and the tables differ at {offset:#x}");
+    }
+
+    /// As [`Bench::agree_with_map`], for the first subcluster.
+    fn agree_with_parts(&self, offset: u64, within: u64, bytes: &[u8]) {
+        let cluster = self.engine.lookup_parts(GuestOffset(offset)).expect("nobody changes the map");
+        let size = self.engine.unit() / 32;
+        let length = (size - within % size).min(bytes.len() as u64);
+        let found = match cluster.parts.at((within / size) as u32).0 {
+            Subcluster::Zero => vec![0; length as usize],
+            Subcluster::Data => self.files.read(cluster.file, cluster.offset.0 + within, length),
+            Subcluster::Unallocated => return,
         };
         assert!(found == bytes[..length as usize], "the map and the tables differ at {offset:#x}");
     }

@@ -6,8 +6,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use engine::{Epoch, FileIndex, Mapping};
-use qcow2::{GuestOffset, HostOffset};
+use engine::{Epoch, FileIndex, Mapping, PartedCluster};
+use qcow2::{GuestOffset, HostOffset, SUBCLUSTERS, Subcluster};
 use slab::Slab;
 use smallvec::SmallVec;
 use storage::buffer::{GuestSlices, fill_guest_zero, guest_len, subrange};
@@ -234,11 +234,17 @@ impl<S: Storage> DiskQueue<S> {
         let (mut at, end) = (offset, offset + length);
         while at < end {
             let within = at & (unit - 1);
-            let piece = (unit - within).min(end - at);
+            let mut piece = (unit - within).min(end - at);
             let target = match engine.lookup(GuestOffset(at)) {
                 Mapping::Zero if !writes => Target::Zero,
                 Mapping::Data { file, offset, in_place } if in_place || !writes => {
                     Target::Data(file, HostOffset(offset.0 + within))
+                }
+                Mapping::Parts => {
+                    let cluster = engine.lookup_parts(GuestOffset(at))?;
+                    let (target, alike) = part(&cluster, unit, within, writes)?;
+                    piece = piece.min(alike);
+                    target
                 }
                 _ => return None,
             };
@@ -347,6 +353,22 @@ fn keep(kept: &mut Vec<Kept>, slot: usize, offset: u64, slices: &[GuestSlice]) {
     place.offset = offset;
     place.slices.clear();
     place.slices.extend_from_slice(slices);
+}
+
+/// Where a byte of a cluster of subclusters lies, and for how many bytes from it on that holds; `None` if that is not
+/// known, or a write may not go there.
+fn part(cluster: &PartedCluster, unit: u64, within: u64, writes: bool) -> Option<(Target, u64)> {
+    let size = unit / u64::from(SUBCLUSTERS);
+    let index = within / size;
+    let (what, run) = cluster.parts.at(index as u32);
+    let target = match what {
+        Subcluster::Zero if !writes => Target::Zero,
+        Subcluster::Data if cluster.in_place || !writes => {
+            Target::Data(cluster.file, HostOffset(cluster.offset.0 + within))
+        }
+        _ => return None,
+    };
+    Some((target, (index + u64::from(run)) * size - within))
 }
 
 fn follows(last: &Run, target: Target) -> bool {

@@ -39,7 +39,7 @@ pub use epoch::{Epoch, Epochs, WorkerEpochs};
 pub use error::{EngineError, Structure};
 pub use flush::{FlushCut, FlushStep, HeaderSwitch, Stage, TableWrite};
 pub use layers::{LayerFormat, LayerSpec};
-pub use map::SLICE_WORDS;
+pub use map::{Parts, SLICE_WORDS};
 pub use reclaim::ReclaimPlan;
 pub use reserve::ReservePlan;
 pub use resolve::{CompressedCluster, Extent, Source, push_extent};
@@ -102,6 +102,19 @@ pub struct TopSpec {
     pub bitmaps: Vec<(HostOffset, u64)>,
 }
 
+/// A cluster of which some subclusters are data in one host cluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PartedCluster {
+    /// The file.
+    pub file: FileIndex,
+    /// Where the host cluster begins in it.
+    pub offset: HostOffset,
+    /// True if what is data may be written there.
+    pub in_place: bool,
+    /// What each of them is.
+    pub parts: Parts,
+}
+
 /// The engine of one disk, shared by all its workers.
 pub struct Engine {
     map: ChainMap,
@@ -155,7 +168,15 @@ impl Engine {
         };
         let clusters = size.div_ceil(unit);
         let slices = usize::try_from(clusters.div_ceil(SLICE_WORDS)).unwrap_or(usize::MAX);
-        let map = ChainMap::new(clusters, slices.min(spec.map_bytes / FRAME_BYTES));
+        // Where any layer's clusters are the map's and have subclusters, the map has a second word for each cluster.
+        let has_parts = layers.iter().any(|layer| match layer {
+            Layer::Qcow2(Qcow2Layer { geometry, .. }) => {
+                geometry.extended_l2 && geometry.cluster_size() == unit
+            }
+            Layer::Raw { .. } => false,
+        });
+        let frame_bytes = if has_parts { 2 * FRAME_BYTES } else { FRAME_BYTES };
+        let map = ChainMap::with_parts(clusters, slices.min(spec.map_bytes / frame_bytes), has_parts);
         // An exact walk needs a slice of each layer at a time, and so may others at once.
         let table_bytes = spec.table_bytes.max(8 * layers.len() * SLICE_BYTES_MAX as usize);
         let write = match top {
@@ -213,6 +234,15 @@ impl Engine {
     #[inline]
     pub fn lookup(&self, offset: GuestOffset) -> Mapping {
         self.map.lookup(GuestCluster(offset.0 >> self.unit_bits)).mapping()
+    }
+
+    /// The subclusters of the cluster at a guest offset where [`Engine::lookup`] says [`Mapping::Parts`]; nothing if that
+    /// has changed meanwhile. The caller is in an epoch, as for [`Engine::lookup`]. No lock.
+    #[inline]
+    pub fn lookup_parts(&self, offset: GuestOffset) -> Option<PartedCluster> {
+        let (word, parts) = self.map.lookup_parts(GuestCluster(offset.0 >> self.unit_bits))?;
+        let (file, offset, in_place) = word.place();
+        Some(PartedCluster { file, offset, in_place, parts })
     }
 
     /// True if the disk has failed: no write may be acknowledged any more.

@@ -22,7 +22,7 @@ use qcow2::{GuestCluster, HostCluster, HostOffset};
 use crate::alloc::Allocator;
 use crate::claims::Claims;
 use crate::epoch::{Epochs, WorkerEpochs};
-use crate::map::{ChainMap, MapWriter, SLICE_WORDS, SliceIndex};
+use crate::map::{ChainMap, MapWriter, Parts, SLICE_WORDS, SliceIndex};
 use crate::sync::{AtomicU64, Mutex, Ordering};
 use crate::waiters::WakeFlag;
 use crate::word::{FileIndex, Word};
@@ -108,6 +108,84 @@ fn two_readers_while_the_clock_turns_over_two_frames() {
     });
 }
 
+/// The words of a cluster of subclusters that lies in host cluster `host`, whose second word names it, too.
+fn parted(host: u64) -> (Word, Parts) {
+    (Word::parts(FileIndex(0), HostOffset(host * 65536), true), Parts(host))
+}
+
+/// A map of some slices and one frame, whose first cluster lies in host cluster 1 in parts.
+fn parted_map(slices: u64) -> (Arc<ChainMap>, MapWriter) {
+    let map = ChainMap::with_parts(slices * SLICE_WORDS, 1, true);
+    let mut writer = MapWriter::new(&map);
+    fill_parted(&mut writer, &map, 0, 1);
+    (Arc::new(map), writer)
+}
+
+fn fill_parted(writer: &mut MapWriter, map: &ChainMap, slice: u64, host: u64) {
+    let (words, parts): (Vec<_>, Vec<_>) = [parted(host), parted(host + 10)].into_iter().unzip();
+    writer.fill_with_parts(map, SliceIndex(slice), &words, &parts);
+}
+
+/// Looks the words of a cluster up in a thread of its own: they are of one host cluster, one of `hosts`.
+fn parted_reader(map: &Arc<ChainMap>, cluster: u64, hosts: &'static [u64]) -> thread::JoinHandle<()> {
+    let map = Arc::clone(map);
+    thread::spawn(move || {
+        let found = map.lookup_parts(GuestCluster(cluster));
+        let known = hosts.iter().any(|host| found == Some(parted(*host)));
+        assert!(found.is_none() || known, "{found:?} for cluster {cluster}");
+    })
+}
+
+#[test]
+fn no_word_is_joined_with_the_second_word_of_another_host_cluster() {
+    explore(None, || {
+        let (map, mut writer) = parted_map(1);
+        let reader = parted_reader(&map, 0, &[1, 2]);
+        let (word, parts) = parted(2);
+        writer.publish(&map, GuestCluster(0), word, parts);
+        reader.join().expect("reader");
+    });
+}
+
+#[test]
+fn a_cluster_that_was_whole_for_a_while_keeps_its_own_second_word() {
+    explore(None, || {
+        let (map, mut writer) = parted_map(1);
+        let reader = parted_reader(&map, 0, &[1, 2]);
+        writer.publish(&map, GuestCluster(0), word(0), Parts::default());
+        let (second, parts) = parted(2);
+        writer.publish(&map, GuestCluster(0), second, parts);
+        reader.join().expect("reader");
+    });
+}
+
+#[test]
+fn second_words_of_two_slices_in_one_frame_are_not_mixed_up() {
+    explore(Some(2), || {
+        let (map, mut writer) = parted_map(2);
+        let reader = parted_reader(&map, 0, &[1]);
+        fill_parted(&mut writer, &map, 1, 5);
+        reader.join().expect("reader");
+    });
+}
+
+#[test]
+fn subclusters_are_published_by_their_word_alone() {
+    explore(None, || {
+        let (map, mut writer) = parted_map(1);
+        let reading = Arc::clone(&map);
+        let reader = thread::spawn(move || {
+            let (word, parts) = reading.lookup_parts(GuestCluster(0)).expect("it is always there");
+            assert!(word == parted(1).0 && (1..=3).contains(&parts.0), "{parts:?}");
+            parts.0
+        });
+        for parts in [2, 3] {
+            writer.publish(&map, GuestCluster(0), parted(1).0, Parts(parts));
+        }
+        reader.join().expect("reader");
+    });
+}
+
 #[test]
 fn a_first_fill_makes_leaf_and_frame_under_a_readers_eyes() {
     explore(None, || {
@@ -157,7 +235,7 @@ fn a_committed_word_brings_its_data_and_stays() {
             })
         };
         data.with_mut(|_| ());
-        writer.publish(&map, GuestCluster(0), new);
+        writer.publish(&map, GuestCluster(0), new, Parts::default());
         writer.fill(&map, SliceIndex(1), &words(1));
         writer.fill(&map, SliceIndex(0), &[new, word(1)]);
         reader.join().expect("reader");
@@ -171,7 +249,7 @@ fn a_commit_into_a_frame_that_went_over_is_not_seen_by_the_slice_before() {
         let (map, mut writer) = map(2, 1, 1);
         let reader = reader(&map, 0);
         writer.fill(&map, SliceIndex(1), &words(1));
-        writer.publish(&map, GuestCluster(SLICE_WORDS), word(77));
+        writer.publish(&map, GuestCluster(SLICE_WORDS), word(77), Parts::default());
         reader.join().expect("reader");
     });
 }
@@ -223,7 +301,7 @@ impl Bench {
     }
 
     fn reclaim(&mut self) {
-        self.writer.publish(&self.map, GuestCluster(0), Word::ZERO);
+        self.writer.publish(&self.map, GuestCluster(0), Word::ZERO, Parts::default());
         let epoch = self.epochs.advance();
         if self.epochs.passed(epoch) {
             self.host.with_mut(|_| ());
@@ -373,7 +451,7 @@ fn a_cluster_in_quarantine_is_reused_after_its_cut_and_its_io() {
             thread::spawn(move || {
                 let mut state = state.lock().expect("lock");
                 let cut = state.next_cut;
-                state.writer.publish(&map, GuestCluster(0), Word::ZERO);
+                state.writer.publish(&map, GuestCluster(0), Word::ZERO, Parts::default());
                 state.alloc.free_later(HostCluster(1), cut);
             })
         };

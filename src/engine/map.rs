@@ -4,8 +4,17 @@
 //! Readers ([`ChainMap::lookup`]) take no lock and count no reference: load the entry, load the word, load the entry
 //! again. Frames are bounded in number, evicted by clock and never freed while the map lives, so a stale read is
 //! harmless and is found out. All changes are made under the engine's one lock, through [`MapWriter`].
+//!
+//! Where images have subclusters, a frame has a second word a cluster: which of them are data in the host cluster that
+//! the first word names ([`Word::has_parts`]), and which read as zero. A reader must join no word with the second word of
+//! another host cluster. It loads the entry, the word, the second word, the word again and the entry again
+//! ([`ChainMap::lookup_parts`]). The writer ([`Frame::put`]) goes from one host cluster to another by way of
+//! [`Word::MIXED`]: whoever got the second word of the new cluster sees that store when it loads the word again, and a
+//! word once gone does not come back while the reader is in its epoch: for that its host cluster would have to be freed
+//! and handed out again (docs/concurrency.md, "Epochs"). Where only the subclusters change, one store of the second word
+//! publishes it.
 
-use qcow2::GuestCluster;
+use qcow2::{GuestCluster, Subcluster, SubclusterSet, Subclusters};
 
 use crate::sync::{AtomicBool, AtomicU64, OnceLock, Ordering, zeroed};
 use crate::word::Word;
@@ -34,10 +43,57 @@ impl SliceIndex {
     }
 }
 
+/// The second word of a cluster: its subclusters, as far as they are known.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Parts(pub(crate) u64);
+
+impl Parts {
+    /// All of them read as zero.
+    pub(crate) const ZERO: Parts = Parts((SubclusterSet::ALL.0 as u64) << 32);
+
+    /// Of these subclusters; those without data of their own read as zero if there is nothing below.
+    pub(crate) fn new(subclusters: &Subclusters, nothing_below: bool) -> Self {
+        let below = if nothing_below { subclusters.unallocated() } else { SubclusterSet::EMPTY };
+        Parts(Subclusters { zero: subclusters.zero.with(below), ..*subclusters }.bitmap())
+    }
+
+    /// What a subcluster is, and how many from it on are the same; [`Subcluster::Unallocated`] is not known.
+    #[inline]
+    pub fn at(self, index: u32) -> (Subcluster, u32) {
+        let (allocated, zero) = (SubclusterSet(self.0 as u32), SubclusterSet((self.0 >> 32) as u32));
+        Subclusters { host: None, allocated, zero }.at(index)
+    }
+}
+
 struct Frame {
     words: [AtomicU64; SLICE_WORDS as usize],
+    /// The second words, where images have subclusters.
+    parts: Option<Box<[AtomicU64; SLICE_WORDS as usize]>>,
     /// Set by readers, cleared by the clock.
     referenced: AtomicBool,
+}
+
+impl Frame {
+    fn new(has_parts: bool) -> Self {
+        let parts = has_parts.then(|| Box::new(zeroed()));
+        Frame { words: zeroed(), parts, referenced: AtomicBool::new(false) }
+    }
+
+    /// Stores what is known of a cluster. The order is that of the module's first lines.
+    fn put(&self, at: usize, word: Word, parts: Parts) {
+        if let (true, Some(seconds)) = (word.has_parts(), &self.parts) {
+            let before = Word(self.words[at].load(Ordering::Relaxed));
+            if before.has_parts() && before != word {
+                self.words[at].store(Word::MIXED.0, Ordering::Release);
+            }
+            // Release, paired with the acquire in `lookup_parts`: who loads this sees the store above.
+            seconds[at].store(parts.0, Ordering::Release);
+            if before == word {
+                return;
+            }
+        }
+        self.words[at].store(word.0, Ordering::Release);
+    }
 }
 
 /// A directory entry: frame number + 1 in the low half (0: no frame), the generation of its use in the high half.
@@ -61,16 +117,24 @@ type Leaf = Box<[AtomicU64]>;
 
 /// The shared side of the map.
 pub(crate) struct ChainMap {
+    has_parts: bool,
     directory: Box<[OnceLock<Leaf>]>,
     frames: Box<[OnceLock<Box<Frame>>]>,
 }
 
 impl ChainMap {
     /// A map for `clusters` guest clusters in at most `frames` frames (4 KiB each, made when first used).
+    #[cfg(test)]
     pub fn new(clusters: u64, frames: usize) -> Self {
+        Self::with_parts(clusters, frames, false)
+    }
+
+    /// As [`ChainMap::new`]; with second words for subclusters (8 KiB a frame) if `has_parts`.
+    pub fn with_parts(clusters: u64, frames: usize, has_parts: bool) -> Self {
         let slices = clusters.div_ceil(SLICE_WORDS);
         let leaves = slices.div_ceil(LEAF_ENTRIES) as usize;
         ChainMap {
+            has_parts,
             directory: (0..leaves).map(|_| OnceLock::new()).collect(),
             frames: (0..frames.max(1)).map(|_| OnceLock::new()).collect(),
         }
@@ -99,6 +163,33 @@ impl ChainMap {
         }
     }
 
+    /// The word and the second word of a cluster of subclusters; nothing if it is none, or not resident. As
+    /// [`ChainMap::lookup`].
+    #[inline]
+    pub fn lookup_parts(&self, cluster: GuestCluster) -> Option<(Word, Parts)> {
+        let slot = self.slot(SliceIndex::of(cluster))?;
+        let at = (cluster.0 % SLICE_WORDS) as usize;
+        loop {
+            let entry = Entry(slot.load(Ordering::Acquire));
+            let frame = self.frames[entry.frame()?].get()?;
+            let word = Word(frame.words[at].load(Ordering::Acquire));
+            if !word.has_parts() {
+                return None;
+            }
+            // Acquire: the loads below see what was stored before this was.
+            let parts = frame.parts.as_ref()?[at].load(Ordering::Acquire);
+            let again = frame.words[at].load(Ordering::Relaxed);
+            if again == word.0 && Entry(slot.load(Ordering::Relaxed)) == entry {
+                return Some((word, Parts(parts)));
+            }
+        }
+    }
+
+    /// True if there are second words.
+    pub fn has_parts(&self) -> bool {
+        self.has_parts
+    }
+
     #[inline]
     fn slot(&self, slice: SliceIndex) -> Option<&AtomicU64> {
         let leaf = self.directory.get((slice.0 / LEAF_ENTRIES) as usize)?.get()?;
@@ -106,8 +197,7 @@ impl ChainMap {
     }
 
     fn frame(&self, frame: usize) -> &Frame {
-        self.frames[frame]
-            .get_or_init(|| Box::new(Frame { words: zeroed(), referenced: AtomicBool::new(false) }))
+        self.frames[frame].get_or_init(|| Box::new(Frame::new(self.has_parts)))
     }
 }
 
@@ -138,7 +228,13 @@ impl MapWriter {
 
     /// Makes a slice resident with these words (at most [`SLICE_WORDS`]), evicting another if the map is full; unless
     /// there is no room for it.
+    #[cfg(test)]
     pub fn fill(&mut self, map: &ChainMap, slice: SliceIndex, words: &[Word]) {
+        self.fill_with_parts(map, slice, words, &[]);
+    }
+
+    /// As [`MapWriter::fill`]; with the second words of those that have some.
+    pub fn fill_with_parts(&mut self, map: &ChainMap, slice: SliceIndex, words: &[Word], parts: &[Parts]) {
         if !self.has_room(map, slice) {
             return;
         }
@@ -151,8 +247,8 @@ impl MapWriter {
         let present = Entry(slot.load(Ordering::Relaxed)).frame();
         let number = present.unwrap_or_else(|| self.take_frame(map));
         let frame = map.frame(number);
-        for (stored, word) in frame.words.iter().zip(words) {
-            stored.store(word.0, Ordering::Release);
+        for (at, word) in words.iter().enumerate() {
+            frame.put(at, *word, parts.get(at).copied().unwrap_or_default());
         }
         for stored in frame.words.iter().skip(words.len()) {
             stored.store(0, Ordering::Release);
@@ -166,11 +262,11 @@ impl MapWriter {
         }
     }
 
-    /// Publishes a cluster's new word, if its slice is resident.
-    pub fn publish(&mut self, map: &ChainMap, cluster: GuestCluster, word: Word) {
+    /// Publishes a cluster's new words, if its slice is resident.
+    pub fn publish(&mut self, map: &ChainMap, cluster: GuestCluster, word: Word, parts: Parts) {
         let Some(slot) = map.slot(SliceIndex::of(cluster)) else { return };
         if let Some(frame) = Entry(slot.load(Ordering::Relaxed)).frame() {
-            map.frame(frame).words[(cluster.0 % SLICE_WORDS) as usize].store(word.0, Ordering::Release);
+            map.frame(frame).put((cluster.0 % SLICE_WORDS) as usize, word, parts);
         }
     }
 
@@ -221,8 +317,8 @@ mod tests {
         assert_eq!(map.lookup(GuestCluster(u64::MAX)), Word::UNRESOLVED);
         writer.fill(&map, SliceIndex(0), &slice_words(0));
         assert_eq!(map.lookup(GuestCluster(5)), word(5));
-        writer.publish(&map, GuestCluster(5), Word::ZERO);
-        writer.publish(&map, GuestCluster(9999), Word::ZERO);
+        writer.publish(&map, GuestCluster(5), Word::ZERO, Parts::default());
+        writer.publish(&map, GuestCluster(9999), Word::ZERO, Parts::default());
         assert_eq!(map.lookup(GuestCluster(5)), Word::ZERO);
         assert_eq!(map.lookup(GuestCluster(9999)), Word::UNRESOLVED);
     }

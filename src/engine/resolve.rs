@@ -11,7 +11,7 @@ use crate::answer::{Answer, ready};
 use crate::error::EngineError;
 use crate::guard::MetadataGuard;
 use crate::layers::{Layer, Qcow2Layer};
-use crate::map::{ChainMap, SLICE_WORDS, SliceIndex};
+use crate::map::{ChainMap, Parts, SLICE_WORDS, SliceIndex};
 use crate::state::{Missing, State, decode_l2};
 use crate::tables::{Found, TableId, Tables};
 use crate::word::{FileIndex, Mapping, Word};
@@ -94,6 +94,8 @@ const FILLS_MAX: usize = 4096;
 /// layer need be in the cache, however deep the chain and whoever else fills.
 pub(crate) struct FillJob {
     words: Vec<Word>,
+    /// The second words, if the map has some.
+    parts: Vec<Parts>,
     /// Clusters (of the slice) that no layer has answered for.
     open: Vec<u16>,
     /// The next layer to ask.
@@ -101,8 +103,17 @@ pub(crate) struct FillJob {
 }
 
 impl FillJob {
-    fn new(count: u64) -> Self {
-        FillJob { words: vec![Word::UNRESOLVED; count as usize], open: (0..count as u16).collect(), layer: 0 }
+    fn new(count: u64, has_parts: bool) -> Self {
+        let parts = if has_parts { vec![Parts::default(); count as usize] } else { Vec::new() };
+        let open = (0..count as u16).collect();
+        FillJob { words: vec![Word::UNRESOLVED; count as usize], parts, open, layer: 0 }
+    }
+
+    fn set(&mut self, at: u16, word: Word, parts: Parts) {
+        self.words[usize::from(at)] = word;
+        if let Some(second) = self.parts.get_mut(usize::from(at)) {
+            *second = parts;
+        }
     }
 }
 
@@ -110,6 +121,8 @@ impl FillJob {
 enum Step {
     /// This layer gives the cluster.
     Answer(Word),
+    /// This layer gives what these words say of its subclusters.
+    Parts(Word, Parts),
     /// This layer gives none of it: ask the next.
     Below,
     /// A table is missing.
@@ -136,7 +149,7 @@ impl State {
         waker: &Waker,
     ) -> Result<Answer<()>, EngineError> {
         let count = self.layers[0].size().div_ceil(unit).saturating_sub(slice.first().0).min(SLICE_WORDS);
-        let mut job = self.fills.remove(&slice).unwrap_or_else(|| FillJob::new(count));
+        let mut job = self.fills.remove(&slice).unwrap_or_else(|| FillJob::new(count, map.has_parts()));
         let missing = self.go_on(&mut job, slice, unit);
         if missing.any() {
             if self.fills.len() >= FILLS_MAX {
@@ -145,7 +158,7 @@ impl State {
             self.fills.insert(slice, job);
             return self.ask_for(missing, waker);
         }
-        self.map_writer.fill(map, slice, &job.words);
+        self.map_writer.fill_with_parts(map, slice, &job.words, &job.parts);
         Ok(Answer::Ready(()))
     }
 
@@ -161,27 +174,31 @@ impl State {
         let State { layers, tables, write, writable, .. } = self;
         let guard = write.as_ref().map(|write| &write.guard);
         while job.layer < layers.len() && !job.open.is_empty() {
-            let FillJob { words, open, layer } = job;
+            let layer = job.layer;
+            let lowest = layer + 1 == layers.len();
+            let mut open = std::mem::take(&mut job.open);
             open.retain(|at| {
-                let step = match &layers[*layer] {
+                let step = match &layers[layer] {
                     Layer::Raw { file, size } => {
-                        Ok(raw_step(*file, *size, span(*at), *writable && *layer == 0))
+                        Ok(raw_step(*file, *size, span(*at), *writable && layer == 0))
                     }
-                    Layer::Qcow2(image) => qcow2_step(image, tables, span(*at), guard, &mut missing),
+                    Layer::Qcow2(image) => qcow2_step(image, tables, span(*at), lowest, guard, &mut missing),
                 };
                 match step {
-                    Ok(Step::Answer(word)) => words[usize::from(*at)] = word,
+                    Ok(Step::Answer(word)) => job.set(*at, word, Parts::default()),
+                    Ok(Step::Parts(word, parts)) => job.set(*at, word, parts),
                     Ok(Step::Below | Step::Unknown) => return true,
                     // One bad entry must not keep its neighbours from being served: the walk names it when it is met.
-                    Err(_) => words[usize::from(*at)] = Word::MIXED,
+                    Err(_) => job.set(*at, Word::MIXED, Parts::default()),
                 }
                 false
             });
+            job.open = open;
             if missing.any() {
                 // What the next layers will probably be asked for is loaded with it.
                 missing.look_ahead();
-                for below in layers.iter().take(2 * *layer + 2).skip(*layer + 1) {
-                    note_tables(below, tables, open.iter().map(|at| span(*at)), &mut missing);
+                for below in layers.iter().take(2 * layer + 2).skip(layer + 1) {
+                    note_tables(below, tables, job.open.iter().map(|at| span(*at)), &mut missing);
                 }
                 return missing;
             }
@@ -193,13 +210,29 @@ impl State {
         missing
     }
 
-    /// Publishes a cluster's new word: in the map if its slice is there, and in a fill of its slice that is under way.
-    pub fn publish(&mut self, map: &ChainMap, cluster: GuestCluster, word: Word) {
-        self.map_writer.publish(map, cluster, word);
+    /// Publishes what a cluster of the top image is now that it has got this entry.
+    pub fn publish_entry(&mut self, map: &ChainMap, cluster: GuestCluster, entry: L2Entry) {
+        let nothing_below = !self.has_backing();
+        let file = self.top_qcow2().file;
+        let (word, parts) = match entry {
+            L2Entry::Data { offset, copied } => (Word::data(file, offset, copied), Parts::default()),
+            L2Entry::Zero | L2Entry::ZeroAllocated { .. } => (Word::ZERO, Parts::default()),
+            L2Entry::Subclusters(subclusters) => {
+                parts_of(file, &subclusters, nothing_below, |host| host.copied)
+            }
+            L2Entry::Unallocated if nothing_below => (Word::ZERO, Parts::default()),
+            L2Entry::Unallocated | L2Entry::Compressed { .. } => (Word::MIXED, Parts::default()),
+        };
+        self.publish(map, cluster, word, parts);
+    }
+
+    /// Publishes a cluster's new words: in the map if its slice is there, and in a fill of its slice that is under way.
+    pub fn publish(&mut self, map: &ChainMap, cluster: GuestCluster, word: Word, parts: Parts) {
+        self.map_writer.publish(map, cluster, word, parts);
         let slice = SliceIndex::of(cluster);
         if let Some(job) = self.fills.get_mut(&slice) {
             let at = (cluster.0 - slice.first().0) as u16;
-            job.words[usize::from(at)] = word;
+            job.set(at, word, parts);
             job.open.retain(|open| *open != at);
         }
     }
@@ -246,8 +279,8 @@ impl State {
                     let offset = HostOffset(offset.0 + within);
                     push_extent(&mut extents, Source::Data { file, offset }, piece);
                 }
-                Mapping::Mixed | Mapping::Unresolved if may_walk == 0 => break,
-                Mapping::Mixed | Mapping::Unresolved => {
+                Mapping::Parts | Mapping::Mixed | Mapping::Unresolved if may_walk == 0 => break,
+                Mapping::Parts | Mapping::Mixed | Mapping::Unresolved => {
                     piece = piece.min(may_walk);
                     ready!(self.walk(at, piece, &mut extents, waker)?);
                     may_walk -= piece;
@@ -405,6 +438,7 @@ fn qcow2_step(
     layer: &Qcow2Layer,
     tables: &mut Tables,
     span: Span,
+    lowest: bool,
     guard: Option<&MetadataGuard>,
     missing: &mut Missing,
 ) -> Result<Step, EngineError> {
@@ -434,6 +468,11 @@ fn qcow2_step(
             let within = geometry.in_cluster(span.start);
             let (source, alike) = subcluster_source(layer, &subclusters, within);
             match source {
+                _ if alike < span.end - span.start && geometry.cluster_size() == span.cluster => {
+                    let own = |host| may_be_written(layer, host, guard);
+                    let (word, parts) = parts_of(layer.file, &subclusters, lowest, own);
+                    Step::Parts(word, parts)
+                }
                 _ if alike < span.end - span.start => Step::Answer(Word::MIXED),
                 Some(Source::Zero) => Step::Answer(Word::ZERO),
                 Some(Source::Data { file, offset }) => {
@@ -445,6 +484,22 @@ fn qcow2_step(
             }
         }
     })
+}
+
+/// The map's words for a cluster whose subclusters are not all alike.
+fn parts_of(
+    file: FileIndex,
+    subclusters: &Subclusters,
+    nothing_below: bool,
+    in_place: impl Fn(HostPlace) -> bool,
+) -> (Word, Parts) {
+    let parts = Parts::new(subclusters, nothing_below);
+    match subclusters.host {
+        _ if parts == Parts::ZERO => (Word::ZERO, Parts::default()),
+        Some(host) => (Word::parts(file, host.offset, in_place(host)), parts),
+        // A few zeros over what lies below.
+        None => (Word::MIXED, Parts::default()),
+    }
 }
 
 /// True if a host cluster may be written where it is: the top image's own, and no metadata.

@@ -24,11 +24,15 @@ pub enum Mapping {
         /// True if the cluster is the top image's own, with a refcount of one: it may be written where it is.
         in_place: bool,
     },
+    /// Subclusters, some of which lie in one host cluster or read as zero; which of them, a second word says: see
+    /// [`crate::Engine::lookup_parts`].
+    Parts,
     /// Pieces from several places: ask the engine for extents.
     Mixed,
 }
 
-/// A [`Mapping`] in 64 bits: kind (63–62), in-place (61), file (60–47), offset in 512-byte units (46–0).
+/// A [`Mapping`] in 64 bits: kind (63–62), in-place (61), file (60–47), offset in 512-byte units (46–0). A mixed word that
+/// has any of the lower fields is one of subclusters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Word(pub u64);
 
@@ -62,17 +66,36 @@ impl Word {
         Word((KIND_DATA << KIND_SHIFT) | place | (u64::from(file.0) << FILE_SHIFT) | units)
     }
 
+    /// The word of [`Mapping::Parts`], for the cluster's place on the host; [`Word::MIXED`] where that has no word.
+    pub fn parts(file: FileIndex, offset: HostOffset, in_place: bool) -> Word {
+        let Word(data) = Word::data(file, offset, in_place);
+        Word(data | Word::MIXED.0)
+    }
+
+    /// True if it is a word of [`Mapping::Parts`].
+    #[inline]
+    pub fn has_parts(self) -> bool {
+        self.0 > Word::MIXED.0
+    }
+
+    /// What a word of data or of subclusters names: the file, where the cluster begins, whether it may be written there.
+    #[inline]
+    pub fn place(self) -> (FileIndex, HostOffset, bool) {
+        let file = FileIndex(((self.0 >> FILE_SHIFT) & FILE_MASK) as u16);
+        (file, HostOffset((self.0 & OFFSET_MASK) * 512), self.0 & IN_PLACE != 0)
+    }
+
     /// What the word says.
     #[inline]
     pub fn mapping(self) -> Mapping {
         match self.0 >> KIND_SHIFT {
             0 => Mapping::Unresolved,
             KIND_ZERO => Mapping::Zero,
-            KIND_DATA => Mapping::Data {
-                file: FileIndex(((self.0 >> FILE_SHIFT) & FILE_MASK) as u16),
-                offset: HostOffset((self.0 & OFFSET_MASK) * 512),
-                in_place: self.0 & IN_PLACE != 0,
-            },
+            KIND_DATA => {
+                let (file, offset, in_place) = self.place();
+                Mapping::Data { file, offset, in_place }
+            }
+            _ if self.has_parts() => Mapping::Parts,
             _ => Mapping::Mixed,
         }
     }
@@ -94,6 +117,11 @@ mod tests {
                     let expected =
                         Mapping::Data { file: FileIndex(file), offset: HostOffset(offset), in_place };
                     assert_eq!(word.mapping(), expected);
+                    let parts = Word::parts(FileIndex(file), HostOffset(offset), in_place);
+                    // At the header's place there is no data, but in a file of its own.
+                    let named = file != 0 || offset != 0 || in_place;
+                    assert_eq!(parts.mapping(), if named { Mapping::Parts } else { Mapping::Mixed });
+                    assert_eq!(parts.place(), (FileIndex(file), HostOffset(offset), in_place));
                 }
             }
         }
@@ -104,5 +132,6 @@ mod tests {
         assert_eq!(Word::data(FileIndex(0), HostOffset(100), true), Word::MIXED);
         assert_eq!(Word::data(FileIndex(0), HostOffset(1 << 56), true), Word::MIXED);
         assert_eq!(Word::data(FileIndex(16384), HostOffset(512), true), Word::MIXED);
+        assert_eq!(Word::parts(FileIndex(0), HostOffset(100), true), Word::MIXED);
     }
 }

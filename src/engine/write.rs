@@ -14,7 +14,7 @@ use crate::layers::EntryPlace;
 use crate::map::ChainMap;
 use crate::mutation::{Mutation, active};
 use crate::state::State;
-use crate::word::{FileIndex, Word};
+use crate::word::FileIndex;
 
 /// What to do for a prefix of a write.
 #[derive(Debug)]
@@ -264,11 +264,7 @@ impl State {
                 self.release_old(place, guest);
             }
             self.set_top_entry(place, entry);
-            let word = match entry {
-                L2Entry::Data { .. } => Word::data(done.file, offset, true),
-                _ => Word::MIXED,
-            };
-            self.publish(map, guest, word);
+            self.publish_entry(map, guest, entry);
         }
         self.tables.unpin(done.place.table);
     }

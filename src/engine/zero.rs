@@ -10,7 +10,7 @@ use qcow2::{
 use crate::answer::{Answer, TableSlot, ready};
 use crate::error::EngineError;
 use crate::layers::EntryPlace;
-use crate::map::ChainMap;
+use crate::map::{ChainMap, Parts};
 use crate::mutation::{Mutation, active};
 use crate::state::State;
 use crate::word::Word;
@@ -142,25 +142,16 @@ impl State {
                         self.release_old(place, guest);
                     }
                     self.set_top_entry(place, entry);
-                    let word = self.zeroed_word(entry, touched);
-                    self.publish(map, guest, word);
+                    if touched == SubclusterSet::ALL {
+                        self.publish(map, guest, Word::ZERO, Parts::default());
+                    } else {
+                        self.publish_entry(map, guest, entry);
+                    }
                 }
             }
             done += 1;
         }
         Ok(Answer::Ready(Zeroed::Done(pieces.bytes(done))))
-    }
-
-    /// The map's word for a cluster that has got this entry, so that the touched subclusters read as zero.
-    fn zeroed_word(&self, entry: L2Entry, touched: SubclusterSet) -> Word {
-        let zero = match entry {
-            _ if touched == SubclusterSet::ALL => true,
-            L2Entry::Zero | L2Entry::ZeroAllocated { .. } => true,
-            L2Entry::Subclusters(subclusters) => !self.has_backing() && subclusters.allocated.is_empty(),
-            L2Entry::Unallocated => !self.has_backing(),
-            L2Entry::Data { .. } | L2Entry::Compressed { .. } => false,
-        };
-        if zero { Word::ZERO } else { Word::MIXED }
     }
 
     /// Where the top image has no table of its own: how many clusters from the first read as zero already.
