@@ -211,8 +211,9 @@ fn a_write_of_whole_clusters_needs_nothing_from_below() {
     let paths = qemu.create_chain(folder.path(), &chain).expect("a chain");
     // The compressed data is gone: none of it can be copied.
     let (_, l2, _) = tables(&paths[0]);
-    let data = word(&paths[0], l2) & 0x003f_ffff_ffff_ffff;
-    patch(&paths[0], data, &[0; 512]);
+    // QEMU compresses both clusters at once: either may come first in the file.
+    let data = [0, 8].map(|at| word(&paths[0], l2 + at) & 0x003f_ffff_ffff_ffff);
+    patch(&paths[0], data[0].min(data[1]), &[0; 512]);
     let mut rig = Rig::open(paths.last().expect("a top"), &options()).expect("opens");
     rig.try_one(&write(0, 64 * K, 1)).expect("the first write");
     rig.try_one(&write(0, 64 * K, 2)).expect("the second write");

@@ -107,8 +107,8 @@ impl<S: Storage> Disk<S> {
     ///
     /// # Errors
     /// Names the file, the structure and the offset that are in the way. A writable image may have been changed by then
-    /// all the same, but not in what it holds: new refcounts for one marked dirty, its autoclear bits, the end of its
-    /// file.
+    /// all the same, but not in what it holds: new refcounts for one marked dirty, its autoclear bits, the
+    /// flags of its bitmaps, the end of its file.
     pub fn open(storage: S, path: &Path, options: &DiskOptions) -> Result<Self, OpenError> {
         let mut disk = Self::open_unkept(storage, path, options)?;
         if disk.needs_keeping() {
