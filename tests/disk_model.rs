@@ -150,6 +150,12 @@ fn cases() -> Vec<Case> {
             chain: vec![below, over(Format::Qcow2, size).cluster_size(cluster).extended()],
         });
     }
+    for bits in [1, 2, 4, 8, 32, 64] {
+        let mut top = over(Format::Qcow2, 2 * M).cluster_size(512);
+        top.refcount_bits = bits;
+        let below = ImageSpec::qcow2(2 * M).with(pattern(K, M, 6));
+        cases.push(Case { name: "refcounts of another width", chain: vec![below, top] });
+    }
     for bits in [9, 10, 12, 14, 18, 21] {
         let cluster = 1u64 << bits;
         let size = (cluster * 40).clamp(64 * K, 24 * M) + 512;

@@ -121,6 +121,7 @@ impl Bench {
                 refcount_table: table(&files.0[0], top.refcount_table_offset.0, entries),
                 file_length: files.0[0].len() as u64,
                 bitmaps: Vec::new(),
+                snapshots: Default::default(),
             }),
             // Small, so that slices and tables are evicted all the time.
             map_bytes: 2 * 4096,

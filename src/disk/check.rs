@@ -209,7 +209,7 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
     }
 
     /// The host's unit of I/O on this file, in bytes.
-    fn unit(&self) -> u64 {
+    pub fn unit(&self) -> u64 {
         SECTOR.max(self.info.offset_alignment.into()).max(self.info.memory_alignment.into())
     }
 

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use engine::EngineError;
-use qcow2::{FormatError, Unsupported};
+use qcow2::{FormatError, HostOffset, Unsupported};
 use storage::{Errno, StorageError};
 use thiserror::Error;
 
@@ -11,6 +11,7 @@ use crate::backing::BackingNameError;
 use crate::bitmaps::BadBitmaps;
 use crate::check::CheckError;
 use crate::inflate::InflateError;
+use crate::snapshot::BadSnapshot;
 
 /// Why a disk could not be opened or closed.
 #[derive(Debug, Error)]
@@ -58,6 +59,53 @@ pub enum OpenError {
         path: PathBuf,
         /// What is broken.
         source: BadBitmaps,
+    },
+    /// The table of internal snapshots breaks the format.
+    #[error("{}: entry {index} of the snapshot table, at offset {offset}, is broken or missing", path.display())]
+    SnapshotTable {
+        /// The image.
+        path: PathBuf,
+        /// The entry's place in the table, from 0.
+        index: u32,
+        /// Where it is.
+        offset: HostOffset,
+    },
+    /// More metadata of snapshots than is watched over while an image is written.
+    #[error(
+        "{}: the L1 tables of its internal snapshots have {length} bytes together, and at most {max} are watched over \
+         while an image is written: delete some snapshots, or open it read-only", path.display()
+    )]
+    SnapshotsTooLarge {
+        /// The image.
+        path: PathBuf,
+        /// Bytes of them all.
+        length: u64,
+        /// The most there may be.
+        max: u64,
+    },
+    /// No snapshot is called so.
+    #[error("{}: has no internal snapshot \"{wanted}\", by ID or by name", path.display())]
+    NoSuchSnapshot {
+        /// The image.
+        path: PathBuf,
+        /// What it was asked for by.
+        wanted: String,
+    },
+    /// A snapshot whose table cannot be used.
+    #[error("{}: the snapshot \"{wanted}\" is damaged: {source}", path.display())]
+    BadSnapshot {
+        /// The image.
+        path: PathBuf,
+        /// What it was asked for by.
+        wanted: String,
+        /// Why not.
+        source: BadSnapshot,
+    },
+    /// A snapshot of an image that can have none.
+    #[error("{}: is a raw image, which has no internal snapshots", path.display())]
+    SnapshotOfRaw {
+        /// The image.
+        path: PathBuf,
     },
     /// A writable qcow2 image on a block device.
     #[error(

@@ -24,6 +24,7 @@ mod layer;
 mod open;
 mod queue;
 mod read;
+pub mod snapshot;
 mod space;
 mod worker;
 mod write;
@@ -122,6 +123,9 @@ impl<S: Storage> Disk<S> {
     /// # Errors
     /// As for [`Disk::open`].
     pub fn open_unkept(storage: S, path: &Path, options: &DiskOptions) -> Result<Self, OpenError> {
+        // A snapshot is what it is.
+        let read_only = options.read_only || options.snapshot.is_some();
+        let options = &DiskOptions { read_only, ..options.clone() };
         let driver = Driver::new(storage.queue(SIDE_QUEUE_DEPTH)?);
         let mut chain = driver.block_on(open_chain(&driver, &storage, path, options))?;
         let keeps_header = chain.top.is_some();

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use engine::check::RepairKind;
 use engine::{FileIndex, LayerFormat, LayerSpec, TopSpec};
-use qcow2::{Bitmap, Header, HostOffset, Incompatible};
+use qcow2::{Bitmap, Geometry, Header, HostOffset, Incompatible};
 use storage::{AlignedBuf, FileId, FileInfo, IoQueue, Kind, OpenOptions, Operation, Part, Storage};
 use tracing::{info, warn};
 
@@ -45,6 +45,8 @@ pub struct DiskOptions {
     pub backing_format: Option<Format>,
     /// Never write to the top image.
     pub read_only: bool,
+    /// The ID or the name of an internal snapshot of the top image to open instead of the active disk: read-only.
+    pub snapshot: Option<String>,
     /// Bypass the host's page cache.
     pub direct: bool,
     /// How long to wait for another process's image lock.
@@ -67,6 +69,7 @@ impl Default for DiskOptions {
             format: Format::Qcow2,
             backing_format: None,
             read_only: false,
+            snapshot: None,
             direct: true,
             lock_timeout: Duration::from_secs(5),
             map_bytes: 32 << 20,
@@ -133,7 +136,7 @@ async fn open_layers<S: Storage>(
             return Err(OpenError::BackingLoop { path });
         }
         let file = FileIndex(chain.files.len() as u16);
-        let layer = match format {
+        let mut layer = match format {
             Format::Raw => raw_layer(&path, &info),
             Format::Qcow2 => {
                 let mut header = Reader { driver, id, info: &info }.header().await?;
@@ -146,9 +149,17 @@ async fn open_layers<S: Storage>(
                 Layer::qcow2(path.clone(), header, info.length)
             }
         };
-        let format = match &layer.header {
-            None => LayerFormat::Raw { size: layer.size },
-            Some(header) => {
+        let snapshot = options.snapshot.as_deref().filter(|_| top);
+        let format = match (&layer.header, snapshot) {
+            (None, None) => LayerFormat::Raw { size: layer.size },
+            (None, Some(_)) => return Err(OpenError::SnapshotOfRaw { path }),
+            (Some(header), Some(wanted)) => {
+                let image = ImageFile { driver, id, info: &info };
+                let (size, l1) = image.snapshot_disk(header, wanted).await?;
+                layer.size = size;
+                LayerFormat::Qcow2 { geometry: Geometry { size, ..header.geometry() }, l1 }
+            }
+            (Some(header), None) => {
                 let reader = Reader { driver, id, info: &info };
                 let l1 = reader.l1(header, writable).await?;
                 if writable {
@@ -286,12 +297,14 @@ impl<Q: IoQueue> Reader<'_, Q> {
         let entries = u64::from(header.refcount_table_clusters) * header.geometry().cluster_size() / 8;
         let mut refcount_table = self.table("refcount table", header.refcount_table_offset, entries).await?;
         refcount_table.resize(entries as usize, 0);
+        let image = ImageFile { driver: self.driver, id: self.id, info: self.info };
         Ok(TopSpec {
             l1_offset: header.l1_offset,
             refcount_table_offset: header.refcount_table_offset,
             refcount_table,
             file_length: self.info.length,
             bitmaps: Vec::new(),
+            snapshots: image.snapshot_places(header).await?,
         })
     }
 

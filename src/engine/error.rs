@@ -16,6 +16,8 @@ pub enum Structure {
     Refblock,
     /// The directory of bitmaps (entry 0), their tables and their clusters.
     Bitmaps,
+    /// The snapshot table (entry 0) and the L1 tables of snapshots.
+    Snapshots,
 }
 
 impl std::fmt::Display for Structure {
@@ -26,6 +28,7 @@ impl std::fmt::Display for Structure {
             Structure::RefcountTable => "refcount table",
             Structure::Refblock => "refcount block",
             Structure::Bitmaps => "bitmaps",
+            Structure::Snapshots => "snapshot table",
         })
     }
 }

@@ -1,8 +1,9 @@
-//! Where the top image has metadata: the header, the L1 table, the refcount table, refblocks and L2 tables,
-//! and all that belongs to bitmaps.
+//! Where the top image has metadata: the header, the L1 table, the refcount table, refblocks and L2 tables, what
+//! internal snapshots have of these, and all that belongs to bitmaps.
 //!
 //! No guest data is ever written there and no such cluster is handed out, whatever a damaged or hostile image's entries
-//! and refcounts say.
+//! and refcounts say. QEMU by default leaves out the L2 tables that only snapshots name, as it would have to read them
+//! again at every write; here they are read once, at open, which bounds how large the L1 tables of snapshots may be.
 
 use std::collections::BTreeMap;
 
@@ -11,12 +12,15 @@ use qcow2::{Geometry, HostCluster, HostOffset, L1Entry};
 use crate::alloc::Run;
 use crate::error::{EngineError, Structure};
 use crate::refcounts::Refcounts;
+use crate::snapshot::{L2Tables, SnapshotPlaces};
 
 /// Runs of clusters that hold metadata.
 #[derive(Default)]
 pub(crate) struct MetadataGuard {
     /// First cluster → first cluster past the run. Runs do not overlap; neighbours are joined.
     runs: BTreeMap<u64, u64>,
+    /// Those of snapshots, many of them the active disk's too.
+    snapshot_l2: L2Tables,
 }
 
 impl MetadataGuard {
@@ -30,6 +34,7 @@ impl MetadataGuard {
         l1_offset: HostOffset,
         refcounts: &Refcounts,
         bitmaps: &[(HostOffset, u64)],
+        snapshots: SnapshotPlaces,
     ) -> Result<Self, EngineError> {
         let mut guard = MetadataGuard::default();
         let overlap = |structure, index| move |cluster| EngineError::Overlap { structure, index, cluster };
@@ -55,6 +60,21 @@ impl MetadataGuard {
         for (index, (offset, length)) in bitmaps.iter().enumerate() {
             let (first, clusters) = (geometry.host_cluster(*offset), geometry.clusters_for(*length));
             guard.add(first, clusters).map_err(overlap(Structure::Bitmaps, index as u64))?;
+        }
+        for (index, (offset, length)) in snapshots.tables.iter().enumerate() {
+            let clusters = geometry.clusters_for(*length);
+            guard
+                .add(geometry.host_cluster(*offset), clusters)
+                .map_err(overlap(Structure::Snapshots, index as u64))?;
+        }
+        guard.snapshot_l2 = snapshots.into_l2_tables();
+        for (index, raw) in l1.iter().enumerate() {
+            // To be changed in place though a snapshot has it too.
+            if let Ok(L1Entry::Table { offset, copied: true }) = L1Entry::decode(*raw, geometry)
+                && guard.snapshot_l2.contains(geometry.host_cluster(offset))
+            {
+                return Err(overlap(Structure::L1, index as u64)(geometry.host_cluster(offset).0));
+            }
         }
         Ok(guard)
     }
@@ -99,7 +119,7 @@ impl MetadataGuard {
 
     /// True if a cluster holds metadata.
     pub fn contains(&self, cluster: HostCluster) -> bool {
-        self.overlap(cluster.0, cluster.0 + 1).is_some()
+        self.overlap(cluster.0, cluster.0 + 1).is_some() || self.snapshot_l2.contains(cluster)
     }
 
     /// A cluster of a run that holds metadata, if there is one.
@@ -109,7 +129,7 @@ impl MetadataGuard {
 
     /// The first cluster past all metadata.
     pub fn end(&self) -> u64 {
-        self.runs.last_key_value().map_or(0, |(_, past)| *past)
+        self.runs.last_key_value().map_or(0, |(_, past)| *past).max(self.snapshot_l2.end())
     }
 
     fn overlap(&self, start: u64, end: u64) -> Option<u64> {

@@ -24,6 +24,7 @@ mod reclaim;
 mod refcounts;
 mod reserve;
 mod resolve;
+pub mod snapshot;
 mod state;
 mod sync;
 mod table_job;
@@ -64,6 +65,7 @@ use crate::guard::MetadataGuard;
 use crate::layers::{Layer, Qcow2Layer};
 use crate::map::{ChainMap, MapWriter};
 use crate::refcounts::Refcounts;
+use crate::snapshot::SnapshotPlaces;
 use crate::state::{State, WriteState};
 use crate::tables::{SLICE_BYTES_MAX, Tables};
 
@@ -100,6 +102,8 @@ pub struct TopSpec {
     pub file_length: u64,
     /// What its bitmaps take of the file: offsets, and lengths in bytes.
     pub bitmaps: Vec<(HostOffset, u64)>,
+    /// What its internal snapshots have of it.
+    pub snapshots: SnapshotPlaces,
 }
 
 /// A cluster of which some subclusters are data in one host cluster.
@@ -486,7 +490,8 @@ fn write_state(geometry: qcow2::Geometry, l1: &[u64], top: TopSpec) -> Result<Wr
     let refcounts = Refcounts::new(geometry, top.refcount_table, top.refcount_table_offset);
     // Blocks past the end of the file would be in the way of growth: grow from the last of them.
     let last_block = refcounts.table.iter().rposition(|raw| *raw != 0).unwrap_or(0) as u64;
-    let guard = MetadataGuard::of_image(&geometry, l1, top.l1_offset, &refcounts, &top.bitmaps)?;
+    let guard =
+        MetadataGuard::of_image(&geometry, l1, top.l1_offset, &refcounts, &top.bitmaps, top.snapshots)?;
     let in_blocks = last_block * geometry.refblock_entries();
     let end = geometry.clusters_for(top.file_length).max(in_blocks).max(guard.end());
     let mut alloc = Allocator::new(end, geometry.cluster_size());

@@ -72,6 +72,12 @@ pub enum Mutation {
     PartFreesCluster,
     /// A clean close cuts a cluster in use off the end of the file.
     CloseCutsTooMuch,
+    /// The header names a snapshot, or its disk, before the refcounts are raised.
+    SnapshotHeaderFirst,
+    /// What a snapshot comes to share stays flagged as nobody else's.
+    SnapshotFlagsKept,
+    /// Refcounts are lowered before the header stops naming what they count.
+    SnapshotLoweredFirst,
 }
 
 impl Mutation {
@@ -110,6 +116,9 @@ impl Mutation {
         Mutation::SharedPartsForgotten,
         Mutation::PartFreesCluster,
         Mutation::CloseCutsTooMuch,
+        Mutation::SnapshotHeaderFirst,
+        Mutation::SnapshotFlagsKept,
+        Mutation::SnapshotLoweredFirst,
     ];
 }
 

@@ -11,7 +11,7 @@ use crate::answer::{Answer, ready};
 use crate::epoch::Epochs;
 use crate::error::EngineError;
 use crate::mutation::{Mutation, active};
-use crate::state::State;
+use crate::state::{State, WriteState};
 use crate::tables::TableId;
 
 /// The most runs reclaimed in one go.
@@ -94,7 +94,7 @@ impl State {
 
     /// What each cluster's count will be.
     fn decremented(&self, batch: &[Unlinked]) -> Result<BTreeMap<u64, u64>, EngineError> {
-        let refcounts = &self.write.as_ref().ok_or(EngineError::ReadOnly)?.refcounts;
+        let WriteState { refcounts, guard, .. } = self.write.as_ref().ok_or(EngineError::ReadOnly)?;
         let mut counts = BTreeMap::new();
         for unlinked in batch {
             let run = unlinked.run;
@@ -104,6 +104,10 @@ impl State {
                 }
                 let count = counts.entry(cluster).or_insert_with(|| self.refcount(cluster));
                 *count = count.checked_sub(1).ok_or(EngineError::RefcountZero { cluster })?;
+                // What was unlinked is in the guard only if a snapshot has it too.
+                if *count == 0 && guard.contains(HostCluster(cluster)) {
+                    return Err(EngineError::RefcountZero { cluster });
+                }
             }
         }
         Ok(counts)

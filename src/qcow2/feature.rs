@@ -99,15 +99,6 @@ pub enum Unsupported {
     /// Anything may be wrong.
     #[error("the image is marked corrupt: repair it with `strata check -r all`, or open it read-only")]
     Corrupt,
-    /// There are internal snapshots.
-    #[error(
-        "the image has {count} internal snapshot(s), and such images are not written yet: delete them with \
-        qemu-img snapshot -d, or open it read-only"
-    )]
-    InternalSnapshots {
-        /// How many.
-        count: u32,
-    },
 }
 
 fn method_name(method: u32) -> &'static str {

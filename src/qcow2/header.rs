@@ -115,10 +115,7 @@ impl Header {
 
     /// The first thing, if any, that keeps Strata from writing to an image that it could serve read-only.
     pub fn write_refusal(&self) -> Option<Unsupported> {
-        if self.incompatible.contains(Incompatible::CORRUPT) {
-            return Some(Unsupported::Corrupt);
-        }
-        (self.snapshots > 0).then_some(Unsupported::InternalSnapshots { count: self.snapshots })
+        self.incompatible.contains(Incompatible::CORRUPT).then_some(Unsupported::Corrupt)
     }
 
     /// The autoclear features that stay set while the image is written; `bitmaps`: those of the image are consistent.

@@ -70,6 +70,33 @@ pub fn patch_refcount_table(offset: HostOffset, clusters: u32) -> Patch<12> {
     Patch { offset: HostOffset(REFCOUNT_TABLE_OFFSET as u64), bytes }
 }
 
+/// Switches to another disk: its size, and the entries and the offset of its active L1 table, at once. Not for an
+/// encrypted image, whose method lies between them.
+pub fn patch_disk(size: u64, l1_entries: u32, l1_offset: HostOffset) -> Patch<24> {
+    let mut bytes = [0; 24];
+    bytes[..8].copy_from_slice(&size.to_be_bytes());
+    bytes[12..16].copy_from_slice(&l1_entries.to_be_bytes());
+    bytes[16..].copy_from_slice(&l1_offset.0.to_be_bytes());
+    Patch { offset: HostOffset(SIZE as u64), bytes }
+}
+
+/// Switches to another snapshot table: number of snapshots and offset at once.
+pub fn patch_snapshots(count: u32, offset: HostOffset) -> Patch<12> {
+    let mut bytes = [0; 12];
+    bytes[..4].copy_from_slice(&count.to_be_bytes());
+    bytes[4..].copy_from_slice(&offset.0.to_be_bytes());
+    Patch { offset: HostOffset(SNAPSHOTS as u64), bytes }
+}
+
+/// Changes all features at once. Version 3 only.
+pub fn patch_features(incompatible: Incompatible, compatible: u64, autoclear: u64) -> Patch<24> {
+    let mut bytes = [0; 24];
+    for (place, features) in bytes.chunks_exact_mut(8).zip([incompatible.0, compatible, autoclear]) {
+        place.copy_from_slice(&features.to_be_bytes());
+    }
+    Patch { offset: HostOffset(INCOMPATIBLE as u64), bytes }
+}
+
 /// Changes the incompatible features. Version 3 only: in version 2 these bytes belong to the extensions.
 pub fn patch_incompatible(features: Incompatible) -> Patch<8> {
     Patch { offset: HostOffset(INCOMPATIBLE as u64), bytes: features.0.to_be_bytes() }
@@ -93,5 +120,15 @@ mod tests {
         let incompatible = patch_incompatible(Incompatible::DIRTY);
         assert_eq!((incompatible.offset.0, incompatible.bytes), (72, [0, 0, 0, 0, 0, 0, 0, 1]));
         assert_eq!(patch_autoclear(2).offset.0, 88);
+        let disk = patch_disk(1 << 40, 7, HostOffset(0x10_0000));
+        assert_eq!((disk.offset.0, disk.bytes[2], disk.bytes[15], disk.bytes[21]), (24, 1, 7, 0x10));
+        assert_eq!(disk.bytes.iter().map(|byte| u32::from(*byte)).sum::<u32>(), 1 + 7 + 0x10);
+        let snapshots = patch_snapshots(3, HostOffset(0x10_0000));
+        assert_eq!((snapshots.offset.0, snapshots.bytes), (60, [0, 0, 0, 3, 0, 0, 0, 0, 0, 0x10, 0, 0]));
+        let features = patch_features(Incompatible::DIRTY, 2, 3);
+        assert_eq!(
+            (features.offset.0, features.bytes[7], features.bytes[15], features.bytes[23]),
+            (72, 1, 2, 3)
+        );
     }
 }

@@ -48,6 +48,8 @@ pub enum Command {
     Info(InfoArgs),
     /// Look for damage in an image, and repair what can be repaired
     Check(CheckArgs),
+    /// List, make, apply or delete the internal snapshots of an image that is not in use
+    Snapshot(SnapshotArgs),
 }
 
 /// Options of `strata serve`.
@@ -83,6 +85,10 @@ pub struct ServeArgs {
     /// Never write to the image: the guest sees a read-only disk, and others may read the image too
     #[arg(long)]
     pub read_only: bool,
+
+    /// Serve this internal snapshot of the image, by its ID or its name, instead of the disk as it is now: read-only
+    #[arg(long, value_name = "NAME_OR_ID")]
+    pub snapshot: Option<String>,
 
     /// How many queues to offer, 1 to 256; those that the guest does not use cost nothing
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=256))]
@@ -171,6 +177,39 @@ pub struct CheckArgs {
     /// Take the image only from this folder and what is below it; may be given several times
     #[arg(long, value_name = "DIR")]
     pub chain_root: Vec<PathBuf>,
+
+    /// Bypass the host's page cache (direct) or go through it (writeback)
+    #[arg(long, value_name = "MODE", default_value = "direct")]
+    pub cache: Cache,
+}
+
+/// Options of `strata snapshot`.
+#[derive(Debug, Args)]
+#[command(after_long_help = help::SNAPSHOT)]
+pub struct SnapshotArgs {
+    /// List the snapshots; so it does if nothing else is asked for
+    #[arg(short = 'l', long, group = "action")]
+    pub list: bool,
+
+    /// Keep the disk as it is now under this name
+    #[arg(short = 'c', long, value_name = "NAME", group = "action")]
+    pub create: Option<String>,
+
+    /// Make the disk what it was; what has been written since is lost
+    #[arg(short = 'a', long, value_name = "NAME_OR_ID", group = "action")]
+    pub apply: Option<String>,
+
+    /// Forget a snapshot
+    #[arg(short = 'd', long, value_name = "NAME_OR_ID", group = "action")]
+    pub delete: Option<String>,
+
+    /// The image, in format qcow2
+    #[arg(value_name = "FILE")]
+    pub image: PathBuf,
+
+    /// Print the list as JSON
+    #[arg(long, conflicts_with_all = ["create", "apply", "delete"])]
+    pub json: bool,
 
     /// Bypass the host's page cache (direct) or go through it (writeback)
     #[arg(long, value_name = "MODE", default_value = "direct")]
@@ -360,7 +399,9 @@ fn usage_exit_code(error: &clap::Error, arguments: &[OsString]) -> i32 {
 
 /// Ends the program: it was not told what to do.
 pub fn exit_without_command() -> ! {
-    Cli::command().error(ErrorKind::MissingSubcommand, "a command is missing: serve, info or check").exit()
+    Cli::command()
+        .error(ErrorKind::MissingSubcommand, "a command is missing: serve, info, check or snapshot")
+        .exit()
 }
 
 #[cfg(test)]

@@ -58,6 +58,9 @@ pub enum ProgramError {
         /// It.
         image: PathBuf,
     },
+    /// A snapshot could not be made, applied or deleted.
+    #[error(transparent)]
+    Snapshot(disk::snapshot::ChangeError),
     /// The image could not be closed cleanly.
     #[error("the image could not be closed cleanly: {source}")]
     Close {

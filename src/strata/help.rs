@@ -6,6 +6,7 @@ Examples:
   strata serve --blk-file vm.qcow2 --socket-path /run/vm.sock
   strata info vm.qcow2
   strata check vm.qcow2
+  strata snapshot -c before-update vm.qcow2
 
 `strata serve --help` shows how to attach the disk to QEMU and to Cloud Hypervisor.
 
@@ -35,6 +36,8 @@ More ways to serve:
     strata serve --blk-file base.qcow2 --read-only --socket-path /run/base.sock
   an overlay whose header does not say what its backing file is:
     strata serve --blk-file overlay.qcow2 --backing-format raw --socket-path /run/vm.sock
+  an internal snapshot, read-only, as the disk was when it was taken:
+    strata serve --blk-file vm.qcow2 --snapshot before-update --socket-path /run/old.sock
   to machines that run as another user of the group kvm:
     strata serve --blk-file vm.qcow2 --socket-path /run/vm.sock --socket-group kvm --socket-mode 0660
 
@@ -92,3 +95,19 @@ if tables that lead to data are damaged, as refcounts made from them would give 
 that is cut off can be run again. It never moves or changes data.
 
 With -U an image in use is looked at: what is found may be what a program was just changing. Nothing is repaired then.";
+
+/// After `strata snapshot --help`.
+pub const SNAPSHOT: &str = "\
+Examples:
+  strata snapshot -l vm.qcow2
+  strata snapshot -c before-update vm.qcow2
+  strata snapshot -a before-update vm.qcow2
+  strata snapshot -d before-update vm.qcow2
+
+No machine may be using the image. A snapshot is called by its ID or by its name; where one's ID is another's name, the
+ID counts, and -d refuses. (`qemu-img snapshot -d` goes by the name alone.) The names of new snapshots are unique.
+
+A crash or a kill at any instant leaves the disk as it was or as it was to become, and every other snapshot as it is.
+
+Each cluster counts by how many it is shared; an image made with refcount_bits=1 can have no snapshot of any data, and
+with the usual 16 bits no cluster can be in more than 65,534 of them. What would pass that is refused.";

@@ -17,6 +17,7 @@ mod notify;
 mod serve;
 mod shutdown;
 mod size;
+mod snapshot;
 mod text;
 
 use std::process::ExitCode;
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
         Some(Command::Serve(options)) => serve::run(options),
         Some(Command::Info(options)) => info::run(options),
         Some(Command::Check(options)) => check::run(options).map(|code| ended_with = code),
+        Some(Command::Snapshot(options)) => snapshot::run(options),
         None => cli::exit_without_command(),
     };
     match ended {

@@ -53,13 +53,15 @@ fn open(image: &Path, options: &ServeArgs) -> Result<HostDevice, ProgramError> {
         format: options.chain.format.into(),
         backing_format: options.chain.backing_format.map(Into::into),
         read_only: options.read_only,
+        snapshot: options.snapshot.clone(),
         direct: options.chain.cache == Cache::Direct,
         // At most 64 GiB, as the command line has it.
         map_bytes: usize::try_from(options.map_cache_size.0).unwrap_or(usize::MAX),
         on_enospc: options.on_enospc.into(),
         ..DiskOptions::default()
     };
-    let purpose = if options.read_only { Purpose::Read } else { Purpose::Write };
+    let purpose =
+        if options.read_only || options.snapshot.is_some() { Purpose::Read } else { Purpose::Write };
     let storage = HostStorage::new().confined(&options.chain.chain_root).map_err(ProgramError::ChainRoot)?;
     let disk = Disk::open(storage, image, &how).map_err(|source| ProgramError::Open {
         image: image.to_owned(),

@@ -5,13 +5,15 @@
 
 use std::collections::HashMap;
 
+use qcow2::Geometry;
+
 /// Clusters in a page.
 const PAGE: u64 = 1024;
 /// In a page: the count is among the large ones.
 const LARGE: u16 = u16::MAX;
 
 /// Counts for the clusters of a file, by number; all begin at 0.
-pub(super) struct Counts {
+pub(crate) struct Counts {
     pages: Vec<Option<Box<[u16; PAGE as usize]>>>,
     large: HashMap<u64, u64>,
     clusters: u64,
@@ -88,6 +90,19 @@ impl Counts {
     pub fn grow(&mut self, clusters: u64) {
         self.clusters = self.clusters.max(clusters);
         self.pages.resize(self.clusters.div_ceil(PAGE) as usize, None);
+    }
+
+    /// The bytes of a refblock, by its index in the refcount table.
+    pub fn refblock(&self, geometry: &Geometry, index: u64) -> Vec<u8> {
+        let mut bytes = vec![0; geometry.cluster_size() as usize];
+        let entries = geometry.refblock_entries();
+        for (n, cluster) in (index * entries..(index + 1) * entries).enumerate() {
+            let count = self.get(cluster);
+            if count > 0 {
+                qcow2::set_refcount(geometry.refcount_order, &mut bytes, n, count);
+            }
+        }
+        bytes
     }
 
     /// Bytes of memory held, about.

@@ -13,22 +13,20 @@
 //! Of an image with an external data file this file's metadata is checked; data in the other has no refcounts.
 
 mod compare;
-mod counts;
+pub(crate) mod counts;
 mod repair;
 mod report;
-mod snapshots;
-mod sweep;
+pub(crate) mod sweep;
 #[cfg(test)]
 mod tests;
-mod walk;
+pub(crate) mod walk;
 
 pub use repair::{NotRepairable, Repair, RepairKind, RepairStep};
 pub use report::{FINDINGS_OF_KIND_MAX, Finding, FindingKind, Part, Refusal, Report, Tally, Verdict};
 
-use qcow2::{BitmapDirectory, Header, HostOffset};
+use qcow2::{BitmapDirectory, Header, HostOffset, SnapshotTable};
 
 use self::report::FindingKind::{BadBitmap, BadSnapshot};
-use self::snapshots::SnapshotWalk;
 use self::sweep::Sweep;
 use self::walk::{L2Use, Walk};
 
@@ -80,7 +78,7 @@ enum Phase {
     RefcountTable(Sweep<()>),
     /// With the first cluster that a refblock counts.
     Refblocks(Sweep<u64>),
-    Snapshots(SnapshotWalk),
+    Snapshots(SnapshotTable),
     /// None if there are no bitmaps.
     Bitmaps(Option<BitmapDirectory>),
     /// With the number of bitmaps that share a piece.
@@ -117,7 +115,7 @@ impl Checker {
                     sweep.next()
                 }
                 Phase::L2(sweep) => sweep.next(),
-                Phase::Snapshots(walk) => walk.next(),
+                Phase::Snapshots(table) => table.next_piece().map(|(offset, length)| (offset.0, length)),
                 Phase::Bitmaps(None) => None,
                 Phase::Bitmaps(Some(directory)) => {
                     directory.next_piece().map(|(offset, length)| (offset.0, length))
@@ -148,7 +146,7 @@ impl Checker {
             Phase::Refblocks(sweep) => {
                 sweep.feed(bytes, |piece, bytes| walk.refblock(*piece.tag, piece.within, bytes));
             }
-            Phase::Snapshots(table) => table.feed(bytes, |snapshot| walk.snapshot(&snapshot)),
+            Phase::Snapshots(table) => table.feed(bytes, |entry| walk.snapshot(&entry)),
             Phase::Bitmaps(directory) => {
                 if let Some(directory) = directory {
                     directory.feed(bytes, |bitmap| walk.bitmap(&bitmap));
@@ -185,9 +183,9 @@ impl Checker {
             Phase::RefcountTable(_) => Phase::Refblocks(walk.refblock_sweep()),
             Phase::Refblocks(_) => Phase::Snapshots(walk.snapshot_walk()),
             Phase::Snapshots(table) => {
-                if table.broken {
+                if table.is_broken() {
                     let (index, offset) = table.place();
-                    walk.report.add(offset, BadSnapshot { index });
+                    walk.report.add(offset.0, BadSnapshot { index });
                 }
                 walk.snapshot_table_length = table.length();
                 let (geometry, length) = (walk.geometry, walk.file_length);

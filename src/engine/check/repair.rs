@@ -123,7 +123,8 @@ impl Iterator for Repair {
             Action::Sync => RepairStep::Sync,
             Action::Bytes { offset, bytes } => RepairStep::Write { offset: HostOffset(offset), bytes },
             Action::Refblock { index, offset } => {
-                RepairStep::Write { offset: HostOffset(offset), bytes: self.refblock(index) }
+                let bytes = self.counts.refblock(&self.geometry, index);
+                RepairStep::Write { offset: HostOffset(offset), bytes }
             }
             Action::Flag(first) => {
                 let mut bytes = first.raw.to_be_bytes().to_vec();
@@ -138,21 +139,6 @@ impl Iterator for Repair {
             }
         };
         Some(step)
-    }
-}
-
-impl Repair {
-    /// A refblock with the new refcounts.
-    fn refblock(&self, index: u64) -> Vec<u8> {
-        let mut bytes = vec![0; self.geometry.cluster_size() as usize];
-        let entries = self.geometry.refblock_entries();
-        for (n, cluster) in (index * entries..(index + 1) * entries).enumerate() {
-            let count = self.counts.get(cluster);
-            if count > 0 {
-                qcow2::set_refcount(self.geometry.refcount_order, &mut bytes, n, count);
-            }
-        }
-        bytes
     }
 }
 

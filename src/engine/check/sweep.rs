@@ -14,7 +14,7 @@ struct Item<T> {
 }
 
 /// Regions of the file to be read in order, each once; neighbours are read together.
-pub(super) struct Sweep<T> {
+pub(crate) struct Sweep<T> {
     items: Vec<Item<T>>,
     at: usize,
     /// Bytes of the present item that have been read.
@@ -42,10 +42,31 @@ impl<T> Sweep<T> {
 
     /// The next piece to read: where, and how many bytes. Nothing if all have been read.
     pub fn next(&self) -> Option<(u64, u64)> {
-        let first = self.items.get(self.at)?;
-        let start = first.offset + self.done;
+        self.piece(self.at, self.done)
+    }
+
+    /// The next pieces, so many at most, each as [`Sweep::next`] will give it in its turn.
+    pub fn ahead(&self, most: usize) -> Vec<(u64, u64)> {
+        let (mut at, mut done) = (self.at, self.done);
+        let mut pieces = Vec::new();
+        while let (true, Some((start, length))) = (pieces.len() < most, self.piece(at, done)) {
+            pieces.push((start, length));
+            let mut left = length;
+            while let (true, Some(item)) = (left > 0, self.items.get(at)) {
+                let here = left.min(item.length - done);
+                left -= here;
+                (at, done) = if done + here == item.length { (at + 1, 0) } else { (at, done + here) };
+            }
+        }
+        pieces
+    }
+
+    /// The piece that begins so far into an item.
+    fn piece(&self, at: usize, done: u64) -> Option<(u64, u64)> {
+        let first = self.items.get(at)?;
+        let start = first.offset + done;
         let mut end = start;
-        for (n, item) in self.items[self.at..].iter().enumerate() {
+        for (n, item) in self.items[at..].iter().enumerate() {
             if (n > 0 && item.offset != end) || end - start == READ_MAX {
                 break;
             }
@@ -83,7 +104,7 @@ impl<T> Sweep<T> {
 }
 
 /// Where a fed part of a region lies.
-pub(super) struct Piece<'a, T> {
+pub(crate) struct Piece<'a, T> {
     pub tag: &'a T,
     /// In the file, in bytes.
     pub offset: u64,
@@ -93,14 +114,14 @@ pub(super) struct Piece<'a, T> {
 
 /// Regions that may lie on top of each other: how many lie on each byte.
 #[derive(Default)]
-pub(super) struct Cover {
+pub(crate) struct Cover {
     /// By how much the number of regions changes at an offset.
     changes: BTreeMap<u64, i64>,
 }
 
 /// A region with the same number of others on each of its bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Covered {
+pub(crate) struct Covered {
     pub start: u64,
     pub end: u64,
     pub times: u64,
@@ -141,8 +162,13 @@ mod tests {
 
     /// Feeds a file in which each byte tells its offset; what came back for each region.
     fn run(sweep: &mut Sweep<char>) -> (Vec<(u64, u64)>, String) {
-        let (mut reads, mut seen) = (Vec::new(), String::new());
+        let (mut reads, mut seen, mut expected) = (Vec::new(), String::new(), Vec::new());
         while let Some((offset, length)) = sweep.next() {
+            let ahead = sweep.ahead(3);
+            assert_eq!(ahead[0], (offset, length));
+            expected.truncate(ahead.len());
+            assert_eq!(ahead[..expected.len()], expected[..]);
+            expected = ahead[1..].to_vec();
             reads.push((offset, length));
             let bytes: Vec<u8> = (offset..offset + length).map(|at| (at / 8) as u8).collect();
             sweep.feed(&bytes, |item, bytes| {

@@ -6,15 +6,15 @@ use std::collections::BTreeMap;
 
 use qcow2::entry::{COMPRESSED, COPIED, OFFSET_MASK, compressed_length};
 use qcow2::header::L1_TABLE_SIZE_MAX;
+use qcow2::snapshot::{EXTRA_LENGTH_V3, TableEntry};
 use qcow2::{
     Bitmap, EntryError, Geometry, Header, HostOffset, Incompatible, L1Entry, L2Entry, RawL2Entry,
-    Unsupported, Version,
+    SnapshotTable, Unsupported, Version,
 };
 
 use super::CLUSTERS_MAX;
 use super::counts::Counts;
 use super::report::{FindingKind, Part, Refusal, Report};
-use super::snapshots::{Snapshot, SnapshotWalk};
 use super::sweep::{Cover, Covered, Sweep};
 
 /// Reserved bits of an L1 entry.
@@ -23,12 +23,10 @@ const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
 const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
 /// Reserved bits of an entry of the refcount table.
 const REFCOUNT_TABLE_RESERVED: u64 = 0x1ff;
-/// Bytes of extra data that version 3 demands of a snapshot.
-const SNAPSHOT_EXTRA_V3: u32 = 16;
 
 /// How often L1 tables name an L2 table.
 #[derive(Clone, Copy, Default, Debug)]
-pub(super) struct L2Use {
+pub(crate) struct L2Use {
     /// The active one.
     pub active: u64,
     /// Those of snapshots.
@@ -43,7 +41,7 @@ impl L2Use {
 
 /// A run of clusters that belong to one structure.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Place {
+pub(crate) struct Place {
     pub first: u64,
     pub count: u64,
     pub part: Part,
@@ -51,7 +49,7 @@ pub(super) struct Place {
 
 /// An entry whose flag COPIED is to change.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct FlagFix {
+pub(crate) struct FlagFix {
     pub offset: u64,
     pub raw: u64,
 }
@@ -65,12 +63,12 @@ struct Understood {
 
 /// A usable refblock.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Refblock {
+pub(crate) struct Refblock {
     pub index: u64,
     pub offset: u64,
 }
 
-pub(super) struct Walk {
+pub(crate) struct Walk {
     pub header: Header,
     pub geometry: Geometry,
     pub file_length: u64,
@@ -231,13 +229,14 @@ impl Walk {
 
     // References.
 
-    pub fn snapshot_walk(&self) -> SnapshotWalk {
-        SnapshotWalk::new(self.header.snapshots_offset, self.header.snapshots, self.file_length)
+    pub fn snapshot_walk(&self) -> SnapshotTable {
+        SnapshotTable::new(self.header.snapshots_offset, self.header.snapshots, self.file_length)
     }
 
-    pub fn snapshot(&mut self, snapshot: &Snapshot) {
-        let &Snapshot { index, offset, l1_offset: target, l1_entries: entries, extra_length } = snapshot;
-        if self.geometry.version == Version::V3 && extra_length < SNAPSHOT_EXTRA_V3 {
+    pub fn snapshot(&mut self, entry: &TableEntry) {
+        let (index, offset, snapshot) = (entry.index, entry.offset.0, &entry.snapshot);
+        let (target, entries) = (snapshot.l1_offset, u64::from(snapshot.l1_entries));
+        if self.geometry.version == Version::V3 && snapshot.extra.len() < EXTRA_LENGTH_V3 {
             self.report.add(offset, FindingKind::IncompleteSnapshot { index });
         }
         let length = entries * 8;

@@ -372,3 +372,39 @@ fn info_describes_a_chain() {
     assert_eq!((&value[1]["format"], &value[1]["virtual-size"]), (&"raw".into(), &65536.into()));
     assert_eq!(std::fs::read(bench.path("top.qcow2")).expect("read"), before);
 }
+
+#[test]
+fn snapshots_are_made_listed_applied_and_deleted() {
+    let bench = Bench::new();
+    bench.image("i");
+    let snapshot = |arguments: &[&str]| {
+        let mut command = Command::new(PROGRAM);
+        command.arg("snapshot").args(arguments).arg(bench.path("i"));
+        command
+    };
+    let done = |arguments: &[&str]| {
+        let (status, printed, errors) = output(&mut snapshot(arguments));
+        assert_eq!((status, errors.as_str()), (Some(0), ""), "{arguments:?}");
+        printed
+    };
+    assert_eq!(done(&["-l"]), "ID  NAME  DATE (UTC)  DISK  VM STATE  VM CLOCK\n");
+    done(&["-c", "before"]);
+    done(&["--create", "after"]);
+    let listed = done(&[]);
+    assert!(listed.contains("1   before  20") && listed.contains("2   after   20"), "{listed}");
+    let json: serde_json::Value = serde_json::from_str(&done(&["--json"])).expect("JSON");
+    let names = [0, 1].map(|index| json[index]["name"].as_str());
+    assert_eq!((names, json[0]["virtual-size"].as_u64()), ([Some("before"), Some("after")], Some(1 << 20)));
+    done(&["-a", "before"]);
+    done(&["-d", "2"]);
+    refused(&mut snapshot(&["-d", "after"]), 1, &["no snapshot", "after"]);
+    refused(&mut snapshot(&["-c", "before"]), 1, &["already"]);
+    refused(&mut snapshot(&["-c", "x", "-d", "before"]), 2, &["cannot be used with"]);
+    refused(&mut snapshot(&["-c", "x", "--json"]), 2, &["cannot be used with"]);
+    let missing = bench.serve("i").args(["--snapshot", "none"]).output().expect("it runs");
+    assert!(String::from_utf8_lossy(&missing.stderr).contains("no internal snapshot \"none\""));
+    let daemon = Daemon::start(bench.serve("i").args(["--snapshot", "before"]));
+    assert_eq!(done(&["-l"]).lines().count(), 2, "a reader bothers no reader");
+    refused(&mut snapshot(&["-d", "before"]), 1, &["in use by another process"]);
+    drop(daemon);
+}

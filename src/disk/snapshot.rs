@@ -1,0 +1,355 @@
+//! Internal snapshots of one image file: lists, makes, applies and deletes them, and reads what an open needs of them.
+//!
+//! Owns the I/O. What the bytes mean, and what is written in which order, is said by the crates below.
+
+use std::future::{Future, poll_fn};
+use std::path::{Path, PathBuf};
+use std::task::Poll;
+
+use engine::check::{RepairKind, Step};
+use engine::snapshot::{Plan, PlanStep, Planner, SnapshotPlaces};
+use qcow2::header::L1_TABLE_SIZE_MAX;
+use qcow2::{Geometry, Header, HostOffset, Incompatible, SnapshotTable};
+use storage::{Errno, FileId, FileInfo, IoQueue, Kind, OpenOptions, Operation, Storage};
+use thiserror::Error;
+use tracing::warn;
+
+pub use engine::snapshot::{Change, SnapshotError};
+pub use qcow2::Snapshot;
+
+use crate::check::{CheckError, ImageFile, repair_open};
+use crate::driver::Driver;
+use crate::error::OpenError;
+use crate::layer::DiskFile;
+use crate::open::{DiskOptions, fill_last_block};
+
+/// Operations in flight, of at most 1 MiB each.
+const QUEUE_DEPTH: u32 = 16;
+/// What a correction changes is in whole sectors of so many bytes.
+const SECTOR: u64 = 512;
+/// Bytes of L1 tables read at a time.
+const PIECE: u64 = 1 << 20;
+/// The most bytes that the L1 tables of the snapshots of a writable image may have together: all are read at open. At
+/// clusters of 64 KiB each is 16 KiB for a TiB of disk.
+const L1_BYTES_MAX: u64 = 64 << 20;
+
+/// The internal snapshots of the qcow2 image at `path`, in the order of its table. Nobody may be writing the image (a
+/// shared lock), and nothing is written. Of the options, `direct` and `lock_timeout` matter.
+///
+/// # Errors
+/// If the image cannot be opened or read, or its snapshot table is broken.
+pub fn list<S: Storage>(storage: &S, path: &Path, options: &DiskOptions) -> Result<Vec<Snapshot>, OpenError> {
+    let driver = Driver::new(storage.queue(QUEUE_DEPTH)?);
+    let how = OpenOptions { writable: false, direct: options.direct, lock_timeout: options.lock_timeout };
+    let (id, info) = storage.open(path, &how)?;
+    driver.block_on(async {
+        let image = ImageFile { driver: &driver, id, info: &info };
+        let header = image.header(info.length).await?;
+        image.snapshots(&header).await
+    })
+}
+
+/// Why a change of the snapshots failed.
+#[derive(Debug, Error)]
+pub enum ChangeError {
+    /// The image could not be opened or read, or is not to be written. Nothing has changed.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// It was not closed cleanly, and could not be repaired.
+    #[error(transparent)]
+    Repair(#[from] CheckError),
+    /// It cannot be done. Nothing has changed.
+    #[error("{}: {source}", path.display())]
+    Refused {
+        /// The image.
+        path: PathBuf,
+        /// Why not.
+        source: SnapshotError,
+    },
+    /// It was not done to the end.
+    #[error(
+        "{source}; the change may be half done: the disk and the other snapshots are as they were, or as they were to \
+         become, and what is left over is repaired when the image is opened for writing, or by `qemu-img check -r all`"
+    )]
+    Interrupted {
+        /// What failed.
+        source: OpenError,
+    },
+}
+
+/// Makes, applies or deletes a snapshot of the qcow2 image at `path`, which nobody else may have open (an exclusive
+/// lock). A crash at any instant leaves the disk as it was or as it was to become, and all other snapshots as they are
+/// (docs/durability.md, "Snapshots"). Of the options, `direct` and `lock_timeout` matter. The file stays open, and locked,
+/// as long as the storage lives: give each change a storage of its own.
+///
+/// # Errors
+/// See [`ChangeError`].
+pub fn change<S: Storage>(
+    storage: &S,
+    path: &Path,
+    change: Change,
+    options: &DiskOptions,
+) -> Result<Snapshot, ChangeError> {
+    let driver = Driver::new(storage.queue(QUEUE_DEPTH).map_err(OpenError::from)?);
+    let how = OpenOptions { writable: true, direct: options.direct, lock_timeout: options.lock_timeout };
+    let (id, info) = storage.open(path, &how).map_err(OpenError::from)?;
+    if info.block_device {
+        return Err(OpenError::WritableBlockDevice { path: path.to_path_buf() }.into());
+    }
+    let changes_the_disk = matches!(change, Change::Apply { .. });
+    driver.block_on(async {
+        let (header, info) = sound_header(storage, &driver, id, info).await?;
+        let file = DiskFile { id, info };
+        let refused = |source| ChangeError::Refused { path: path.to_path_buf(), source };
+        let image = ImageFile { driver: &driver, id, info: &file.info };
+        let mut planner = Planner::new(&header, file.info.length, change).map_err(refused)?;
+        while let Step::Read { offset, length } = planner.step() {
+            let mut pieces = planner.ahead(QUEUE_DEPTH as usize);
+            if pieces.is_empty() {
+                pieces.push((offset, length));
+            }
+            for bytes in read_all(&image, &pieces).await? {
+                planner.feed(&bytes);
+            }
+        }
+        let plan = planner.plan().map_err(refused)?;
+        fill_last_block(&driver, &file).await?;
+        if changes_the_disk && let Some(mut bitmaps) = image.bitmaps(&header).await? {
+            // What they say is about what the disk was.
+            if image.retire_bitmaps(&mut bitmaps).await? {
+                image.sync().await?;
+            }
+        }
+        carry_out(&image, &file, plan).await.map_err(|source| ChangeError::Interrupted { source })
+    })
+}
+
+/// The header of an image that is to be written, once its refcounts are right.
+async fn sound_header<S: Storage>(
+    storage: &S,
+    driver: &Driver<S::Queue>,
+    id: FileId,
+    mut info: FileInfo,
+) -> Result<(Header, FileInfo), ChangeError> {
+    let mut header = ImageFile { driver, id, info: &info }.header(info.length).await?;
+    if let Some(source) = header.unsupported().or_else(|| header.write_refusal()) {
+        return Err(OpenError::Unsupported { path: info.path, source }.into());
+    }
+    if header.incompatible.contains(Incompatible::DIRTY) {
+        repair_open(driver, id, &info, RepairKind::All, &mut |_| {}).await?;
+        info.length = storage.length(id).map_err(OpenError::from)?;
+        header = ImageFile { driver, id, info: &info }.header(info.length).await?;
+    }
+    Ok((header, info))
+}
+
+/// Reads pieces at once.
+async fn read_all<Q: IoQueue>(
+    image: &ImageFile<'_, Q>,
+    pieces: &[(HostOffset, usize)],
+) -> Result<Vec<Vec<u8>>, OpenError> {
+    let reads = pieces.iter().map(|(offset, length)| image.read("metadata", offset.0, *length as u64));
+    all(reads.collect()).await.into_iter().collect()
+}
+
+/// Runs futures side by side to the end of each.
+async fn all<F: Future>(futures: Vec<F>) -> Vec<F::Output> {
+    let mut running: Vec<_> = futures.into_iter().map(|future| (Box::pin(future), None)).collect();
+    poll_fn(|context| {
+        let mut pending = false;
+        for (future, output) in running.iter_mut().filter(|(_, output)| output.is_none()) {
+            match future.as_mut().poll(context) {
+                Poll::Ready(value) => *output = Some(value),
+                Poll::Pending => pending = true,
+            }
+        }
+        if pending { Poll::Pending } else { Poll::Ready(()) }
+    })
+    .await;
+    running.into_iter().map(|(_, output)| output.expect("each has ended")).collect()
+}
+
+async fn carry_out<Q: IoQueue>(
+    image: &ImageFile<'_, Q>,
+    file: &DiskFile,
+    mut plan: Plan,
+) -> Result<Snapshot, OpenError> {
+    let mut punches = true;
+    let mut corrections = Vec::new();
+    let mut step = plan.next_step();
+    while let Some(now) = step {
+        match now {
+            PlanStep::Write { offset, bytes } => image.write(offset.0, &bytes).await?,
+            PlanStep::Sync => image.sync().await?,
+            PlanStep::Correct { offset, length } => corrections.push((offset, length)),
+            PlanStep::Punch { offset, length } => {
+                punches = punches && give_back(image, file, offset, length).await;
+            }
+        }
+        // What is corrected is corrected by one rule until the last of it is done.
+        let whole = corrections.len() >= QUEUE_DEPTH as usize || !plan.corrects_more();
+        if whole && !corrections.is_empty() {
+            correct(image, &plan, &std::mem::take(&mut corrections)).await?;
+        }
+        step = plan.next_step();
+    }
+    Ok(plan.snapshot().clone())
+}
+
+/// Corrects pieces of tables, which lie apart from each other.
+async fn correct<Q: IoQueue>(
+    image: &ImageFile<'_, Q>,
+    plan: &Plan,
+    pieces: &[(HostOffset, usize)],
+) -> Result<(), OpenError> {
+    let mut writes = Vec::new();
+    for ((offset, _), mut bytes) in pieces.iter().zip(read_all(image, pieces).await?) {
+        if let Some(changed) = plan.correct(&mut bytes) {
+            writes.push((offset.0 + changed.start as u64, bytes[changed].to_vec()));
+        }
+    }
+    // Two that change a part of one unit would overtake each other.
+    let at_once = if image.unit() > SECTOR { 1 } else { writes.len().max(1) };
+    for some in writes.chunks(at_once) {
+        let some = some.iter().map(|(offset, bytes)| image.write(*offset, bytes));
+        all(some.collect()).await.into_iter().collect::<Result<(), OpenError>>()?;
+    }
+    Ok(())
+}
+
+/// Gives space back to the host; false if that is no use.
+async fn give_back<Q: IoQueue>(
+    image: &ImageFile<'_, Q>,
+    file: &DiskFile,
+    offset: HostOffset,
+    length: u64,
+) -> bool {
+    let (start, end) = file.whole_blocks(offset.0, length);
+    if start >= end {
+        return true;
+    }
+    let punch = Operation::bare(image.id, Kind::Punch { length: end - start }, start);
+    match image.driver.run_bare(punch).await {
+        Ok(()) => true,
+        Err(Errno::EOPNOTSUPP) => false,
+        Err(error) => {
+            warn!(path = %image.info.path.display(), %error, "space could not be given back to the host");
+            false
+        }
+    }
+}
+
+/// Why a snapshot cannot be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BadSnapshot {
+    /// No L1 table can be there.
+    #[error("its L1 table of {entries} entries cannot be at offset {offset}")]
+    L1Place {
+        /// Where it is said to be.
+        offset: HostOffset,
+        /// Entries that it is said to have.
+        entries: u32,
+    },
+    /// The L1 table cannot map the whole disk.
+    #[error("its L1 table has {entries} entries, but its disk needs {needed}")]
+    TooFewL1Entries {
+        /// Entries of the table.
+        entries: u32,
+        /// Entries needed.
+        needed: u64,
+    },
+}
+
+/// Whether a snapshot's L1 table can be where the entry says.
+fn l1_place(
+    snapshot: &Snapshot,
+    geometry: &Geometry,
+    file_length: u64,
+) -> Result<(HostOffset, u64), BadSnapshot> {
+    let (offset, entries) = (snapshot.l1_offset, snapshot.l1_entries);
+    let length = u64::from(entries) * 8;
+    // One that has no bytes is nowhere.
+    let is_in_file = length == 0 || (offset.0 > 0 && offset.0 < file_length);
+    if length > L1_TABLE_SIZE_MAX || !geometry.is_aligned(offset.0) || !is_in_file {
+        return Err(BadSnapshot::L1Place { offset, entries });
+    }
+    Ok((offset, length))
+}
+
+impl<Q: IoQueue> ImageFile<'_, Q> {
+    /// All entries of the snapshot table.
+    pub async fn snapshots(&self, header: &Header) -> Result<Vec<Snapshot>, OpenError> {
+        Ok(self.snapshot_table(header).await?.0)
+    }
+
+    /// All entries of the snapshot table, and its length in bytes.
+    async fn snapshot_table(&self, header: &Header) -> Result<(Vec<Snapshot>, u64), OpenError> {
+        let mut table = SnapshotTable::new(header.snapshots_offset, header.snapshots, self.info.length);
+        let mut snapshots = Vec::new();
+        while let Some((offset, length)) = table.next_piece() {
+            let bytes = self.read("snapshot table", offset.0, length).await?;
+            table.feed(&bytes, |entry| snapshots.push(entry.snapshot));
+        }
+        if table.is_broken() {
+            let (index, offset) = table.place();
+            return Err(OpenError::SnapshotTable { path: self.info.path.clone(), index, offset });
+        }
+        Ok((snapshots, table.length()))
+    }
+
+    /// What the snapshots have of the file: nothing may be written there.
+    pub async fn snapshot_places(&self, header: &Header) -> Result<SnapshotPlaces, OpenError> {
+        let mut places = SnapshotPlaces::default();
+        if header.snapshots == 0 {
+            return Ok(places);
+        }
+        let (snapshots, length) = self.snapshot_table(header).await?;
+        places.tables.push((header.snapshots_offset, length));
+        let geometry = header.geometry();
+        let path = || self.info.path.clone();
+        for snapshot in &snapshots {
+            match l1_place(snapshot, &geometry, self.info.length) {
+                Ok((_, 0)) => {}
+                Ok(place) => places.tables.push(place),
+                Err(bad) => warn!(path = %path().display(), id = %String::from_utf8_lossy(&snapshot.id),
+                    %bad, "an internal snapshot is damaged: it cannot be used, and is not watched over"),
+            }
+        }
+        let l1_tables = places.tables[1..].to_vec();
+        let length = l1_tables.iter().map(|(_, length)| length).sum();
+        if length > L1_BYTES_MAX {
+            return Err(OpenError::SnapshotsTooLarge { path: path(), length, max: L1_BYTES_MAX });
+        }
+        for (offset, length) in l1_tables {
+            let in_file = length.min(self.info.length.saturating_sub(offset.0)).next_multiple_of(8);
+            for at in (0..in_file).step_by(PIECE as usize) {
+                let bytes =
+                    self.read("L1 table of a snapshot", offset.0 + at, PIECE.min(in_file - at)).await?;
+                places.add_l1(&geometry, &bytes, self.info.length);
+            }
+            places.settle();
+        }
+        Ok(places)
+    }
+
+    /// What the snapshot that is called so is: the bytes of its disk, and its L1 table.
+    pub async fn snapshot_disk(&self, header: &Header, wanted: &str) -> Result<(u64, Vec<u64>), OpenError> {
+        let path = || self.info.path.clone();
+        let snapshots = self.snapshots(header).await?;
+        let found = qcow2::snapshot::find(&snapshots, wanted.as_bytes());
+        let Some(snapshot) = found.map(|index| &snapshots[index]) else {
+            return Err(OpenError::NoSuchSnapshot { path: path(), wanted: wanted.to_owned() });
+        };
+        let bad = |source| OpenError::BadSnapshot { path: path(), wanted: wanted.to_owned(), source };
+        let geometry = Geometry { size: snapshot.disk_size().unwrap_or(header.size), ..header.geometry() };
+        let (offset, length) = l1_place(snapshot, &geometry, self.info.length).map_err(bad)?;
+        let (entries, needed) = (snapshot.l1_entries, geometry.l1_entries());
+        if needed > u64::from(entries) {
+            return Err(bad(BadSnapshot::TooFewL1Entries { entries, needed }));
+        }
+        let in_file = length.min(self.info.length.saturating_sub(offset.0)).next_multiple_of(8);
+        let bytes = self.read("L1 table of the snapshot", offset.0, in_file).await?;
+        let l1 = (0..bytes.len() / 8).map(|index| qcow2::entry(&bytes, index)).collect();
+        Ok((geometry.size, l1))
+    }
+}

@@ -1,0 +1,99 @@
+//! Why a snapshot cannot be made, applied or deleted. Nothing has been written then.
+
+use qcow2::HostOffset;
+use thiserror::Error;
+
+use crate::check::{Finding, Refusal};
+
+/// Why not.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum SnapshotError {
+    /// The image has what the walk of its tables does not know.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// What is in another file cannot be kept.
+    #[error("the image keeps its data in an external data file, of which there can be no snapshots")]
+    DataFile,
+    /// The table of snapshots cannot be read.
+    #[error("entry {index} of the snapshot table, at offset {offset}, is broken or missing")]
+    BadTable {
+        /// The entry's place in the table, from 0.
+        index: u32,
+        /// Where it is.
+        offset: HostOffset,
+    },
+    /// A name that nothing can be called by.
+    #[error("a name has 1 to {max} bytes, and this one has {length}")]
+    NameLength {
+        /// Bytes of the name.
+        length: usize,
+        /// The most there may be.
+        max: usize,
+    },
+    /// There is such a snapshot already.
+    #[error("there is a snapshot with the ID or the name \"{name}\" already")]
+    Exists {
+        /// The name.
+        name: String,
+    },
+    /// There is no such snapshot.
+    #[error("there is no snapshot with the ID or the name \"{wanted}\"")]
+    NotFound {
+        /// What was asked for.
+        wanted: String,
+    },
+    /// Which of two is meant to go is not sure enough.
+    #[error(
+        "\"{wanted}\" is the ID of one snapshot and the name of another: delete the other by its ID first, or this one by \
+         its name"
+    )]
+    Ambiguous {
+        /// What was asked for.
+        wanted: String,
+    },
+    /// As many snapshots as there may be, or as much as the table may hold.
+    #[error("the snapshot table is full: delete a snapshot first")]
+    TableFull,
+    /// A snapshot's L1 table does not map its whole disk.
+    #[error("the snapshot is damaged: its L1 table has {entries} entries, but its disk needs {needed}")]
+    TooFewL1Entries {
+        /// Entries of the table.
+        entries: u64,
+        /// Entries needed.
+        needed: u64,
+    },
+    /// A cluster cannot be shared by more.
+    #[error(
+        "the cluster at offset {offset} would need refcount {needed}, and refcounts of this image end at {max}: delete a \
+         snapshot first, or convert the image with `qemu-img convert -O qcow2 -o refcount_bits=16`"
+    )]
+    RefcountFull {
+        /// Where the cluster is.
+        offset: HostOffset,
+        /// What it would take.
+        needed: u64,
+        /// The largest refcount.
+        max: u64,
+    },
+    /// The tables say what they must not.
+    #[error("the image is damaged, at {0}: `strata check` and `qemu-img check` tell more")]
+    Damaged(Box<Finding>),
+    /// Metadata lies upon something else.
+    #[error("the image is damaged: the cluster of metadata at offset {offset} has something else in it too")]
+    Overlap {
+        /// Where the cluster is.
+        offset: HostOffset,
+    },
+    /// A cluster in use might be given away.
+    #[error(
+        "the image is damaged: the refcount of the cluster at offset {offset} is too low; repair it with \
+         `qemu-img check -r all` first"
+    )]
+    RefcountTooLow {
+        /// Where the cluster is.
+        offset: HostOffset,
+    },
+    /// No place for new metadata.
+    #[error("the file is as large as its format allows")]
+    TooLarge,
+}

@@ -1,0 +1,167 @@
+//! Room for new metadata: free clusters of the file or behind its end, and refblocks and a refcount table that reach so
+//! far.
+//!
+//! Owns which clusters are taken; what is written there is the plan's.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use qcow2::Geometry;
+use qcow2::entry::HOST_OFFSET_LIMIT;
+use qcow2::header::REFCOUNT_TABLE_SIZE_MAX;
+
+use super::error::SnapshotError;
+use crate::check::counts::Counts;
+
+/// A run of clusters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Run {
+    pub first: u64,
+    pub count: u64,
+}
+
+/// The taking of clusters.
+pub(super) struct Room<'a> {
+    /// Every cluster that is taken counts 1 from then on.
+    counts: &'a mut Counts,
+    geometry: Geometry,
+    /// The first cluster behind the file.
+    end: u64,
+    pub taken: Vec<Run>,
+}
+
+/// What the refcount structure needs so that all that is taken has a refcount.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Growth {
+    /// New refblocks: index in the refcount table → cluster.
+    pub blocks: BTreeMap<u64, u64>,
+    /// A larger refcount table.
+    pub table: Option<Run>,
+}
+
+impl<'a> Room<'a> {
+    /// For a file of so many clusters.
+    pub fn new(counts: &'a mut Counts, geometry: Geometry, clusters: u64) -> Self {
+        // The cluster behind the last may be in use, as the last table or data of a file need not be written whole.
+        let end = clusters + u64::from(counts.get(clusters) > 0);
+        Room { counts, geometry, end, taken: Vec::new() }
+    }
+
+    /// Takes neighbouring clusters, the first that are free.
+    pub fn take(&mut self, count: u64) -> Result<Run, SnapshotError> {
+        // The header's is never free.
+        let (mut first, mut at) = (1, 1);
+        while at < self.end && at - first < count {
+            if self.counts.get(at) > 0 {
+                first = at + 1;
+            }
+            at += 1;
+        }
+        let end = first.checked_add(count).ok_or(SnapshotError::TooLarge)?;
+        if end > HOST_OFFSET_LIMIT >> self.geometry.cluster_bits {
+            return Err(SnapshotError::TooLarge);
+        }
+        self.end = self.end.max(end);
+        self.counts.grow(end);
+        for cluster in first..end {
+            self.counts.set(cluster, 1);
+        }
+        let run = Run { first, count };
+        self.taken.push(run);
+        Ok(run)
+    }
+
+    /// Sees to it that all that was taken has a place for its refcount.
+    pub fn grow(&mut self, known: &BTreeSet<u64>, table_entries: u64) -> Result<Growth, SnapshotError> {
+        let (entries, per_cluster) = (self.geometry.refblock_entries(), self.geometry.cluster_size() / 8);
+        let table_clusters_max = REFCOUNT_TABLE_SIZE_MAX >> self.geometry.cluster_bits;
+        let mut growth = Growth::default();
+        let mut seen = 0;
+        loop {
+            // Each new block is taken, too.
+            while let Some(run) = self.taken.get(seen).copied() {
+                seen += 1;
+                for index in run.first / entries..=(run.first + run.count - 1) / entries {
+                    if !known.contains(&index) && !growth.blocks.contains_key(&index) {
+                        let block = self.take(1)?;
+                        growth.blocks.insert(index, block.first);
+                    }
+                }
+            }
+            let highest = growth.blocks.keys().last().copied().unwrap_or(0);
+            let reach = growth.table.map_or(table_entries, |table| table.count * per_cluster);
+            if highest < reach {
+                return Ok(growth);
+            }
+            if let Some(table) = growth.table.take() {
+                for cluster in table.first..table.first + table.count {
+                    self.counts.set(cluster, 0);
+                }
+            }
+            // Half as large again as is needed, so that growth stays rare.
+            let needed = (highest + 1).div_ceil(per_cluster);
+            let wanted = (needed + needed.div_ceil(2)).min(table_clusters_max);
+            if needed > table_clusters_max {
+                return Err(SnapshotError::TooLarge);
+            }
+            growth.table = Some(self.take(wanted)?);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use qcow2::Version;
+
+    fn geometry(refcount_order: u32) -> Geometry {
+        Geometry { version: Version::V3, cluster_bits: 9, refcount_order, extended_l2: false, size: 0 }
+    }
+
+    fn full(clusters: u64) -> Counts {
+        let mut counts = Counts::new(clusters + 1);
+        (0..clusters).for_each(|cluster| counts.set(cluster, 1));
+        counts
+    }
+
+    #[test]
+    fn holes_are_taken_before_the_file_grows() {
+        let mut counts = full(20);
+        for hole in [5, 6, 8, 9, 10, 18, 19] {
+            counts.set(hole, 0);
+        }
+        let mut room = Room::new(&mut counts, geometry(4), 20);
+        let firsts: Vec<u64> = [3, 2, 4, 1].map(|count| room.take(count).expect("room").first).to_vec();
+        assert_eq!(firsts, [8, 5, 18, 22]);
+        assert_eq!(room.taken.len(), 4);
+        assert_eq!((counts.get(21), counts.get(22), counts.get(23)), (1, 1, 0));
+    }
+
+    #[test]
+    fn the_cluster_behind_a_ragged_end_may_be_in_use() {
+        let mut counts = full(4);
+        counts.set(4, 1);
+        assert_eq!(Room::new(&mut counts, geometry(4), 4).take(1).expect("room").first, 5);
+    }
+
+    #[test]
+    fn refblocks_count_themselves() {
+        // 64 counts a block; the second block does not exist.
+        let mut counts = full(63);
+        let mut room = Room::new(&mut counts, geometry(6), 63);
+        room.take(2).expect("room");
+        let growth = room.grow(&BTreeSet::from([0]), 64).expect("growth");
+        assert_eq!(growth, Growth { blocks: BTreeMap::from([(1, 65)]), table: None });
+        assert_eq!(counts.get(65), 1);
+    }
+
+    #[test]
+    fn a_table_that_is_too_short_is_replaced() {
+        let mut counts = full(64 * 64);
+        let known: BTreeSet<u64> = (0..64).collect();
+        let mut room = Room::new(&mut counts, geometry(6), 64 * 64);
+        room.take(1).expect("room");
+        let growth = room.grow(&known, 64).expect("growth");
+        assert_eq!(growth.blocks, BTreeMap::from([(64, 64 * 64 + 1)]));
+        assert_eq!(growth.table, Some(Run { first: 64 * 64 + 2, count: 3 }));
+    }
+}

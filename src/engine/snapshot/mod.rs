@@ -1,0 +1,355 @@
+//! Internal snapshots: what they have of an image file, and how they are made, applied and deleted while nobody uses
+//! the image.
+//!
+//! A [`Planner`] does no I/O. As a check does, it says what it wants to read ([`Planner::step`]) and is given the bytes
+//! ([`Planner::feed`]); it refuses what it cannot do before anything is written ([`Planner::plan`]). The [`Plan`] then
+//! says what to write in which order (docs/durability.md, "Snapshots"). The tables are walked by the checker's own walk,
+//! and only those of the active disk and of the one snapshot that it is about; memory is a few bytes for each cluster in
+//! use and for each L2 table.
+
+mod error;
+mod growth;
+mod places;
+mod plan;
+
+pub use error::SnapshotError;
+pub(crate) use places::L2Tables;
+pub use places::SnapshotPlaces;
+pub use plan::{Plan, PlanStep};
+
+use qcow2::header::{L1_TABLE_SIZE_MAX, SNAPSHOTS_MAX};
+use qcow2::snapshot::TABLE_LENGTH_MAX;
+use qcow2::{Geometry, Header, HostOffset, Incompatible, Snapshot, SnapshotTable};
+
+use crate::check::Part;
+use crate::check::Step;
+use crate::check::sweep::Sweep;
+use crate::check::walk::{L2Use, Walk};
+
+/// The longest name in bytes: what QEMU has room for.
+pub const NAME_LENGTH_MAX: usize = 255;
+
+/// What is to be done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// Keep the disk as it is now under a name.
+    Create {
+        /// The name.
+        name: String,
+        /// Now: seconds since 1970.
+        seconds: u32,
+        /// And nanoseconds.
+        nanoseconds: u32,
+    },
+    /// Make the disk what it was.
+    Apply {
+        /// The snapshot's ID, or its name.
+        wanted: String,
+    },
+    /// Forget a snapshot.
+    Delete {
+        /// The snapshot's ID, or its name.
+        wanted: String,
+    },
+}
+
+/// A tree of tables: an L1 table, the L2 tables that it names, and what these name.
+struct Tree {
+    walk: Walk,
+    part: Part,
+    times: L2Use,
+    /// Entries of the L1 table as on disk.
+    l1: Vec<u64>,
+    /// How many of them belong to the tree.
+    entries: u64,
+    l1_offset: HostOffset,
+}
+
+impl Tree {
+    fn new(header: &Header, file_length: u64, part: Part, times: L2Use) -> Result<Self, SnapshotError> {
+        let walk = Walk::new(header, file_length)?;
+        Ok(Tree { walk, part, times, l1: Vec::new(), entries: 0, l1_offset: HostOffset(0) })
+    }
+
+    fn l1_sweep(&self) -> Sweep<()> {
+        let mut sweep = Sweep::default();
+        sweep.push(self.l1_offset.0, self.entries * 8, self.walk.file_length, ());
+        sweep
+    }
+
+    fn take_l1(&mut self, offset: u64, bytes: &[u8]) {
+        self.l1.extend(bytes.as_chunks::<8>().0.iter().map(|word| u64::from_be_bytes(*word)));
+        self.walk.l1(offset, bytes, self.part, self.times);
+    }
+}
+
+/// What is being read.
+enum Phase {
+    RefcountTable(Sweep<()>),
+    Refblocks(Sweep<u64>),
+    Table(SnapshotTable),
+    ActiveL1(Sweep<()>),
+    TargetL1(Sweep<()>),
+    ActiveL2(Sweep<L2Use>),
+    TargetL2(Sweep<L2Use>),
+    Done,
+}
+
+/// The making of a plan.
+pub struct Planner {
+    change: Change,
+    header: Header,
+    geometry: Geometry,
+    /// The refcounts as the image has them; its references are those of all metadata but L2 tables.
+    base: Walk,
+    /// The active disk.
+    active: Tree,
+    /// The snapshot that is applied or deleted.
+    target: Tree,
+    snapshots: Vec<Snapshot>,
+    table_length: u64,
+    /// Which of the snapshots it is about; for a new one, the last.
+    index: usize,
+    phase: Phase,
+    refusal: Option<SnapshotError>,
+}
+
+impl Planner {
+    /// For the image with this header in a file of so many bytes. The header is not marked dirty.
+    ///
+    /// # Errors
+    /// What can be seen from the header.
+    pub fn new(header: &Header, file_length: u64, change: Change) -> Result<Self, SnapshotError> {
+        if header.incompatible.contains(Incompatible::DATA_FILE) {
+            return Err(SnapshotError::DataFile);
+        }
+        let base = Walk::new(header, file_length)?;
+        let once = L2Use { active: 1, snapshots: 0 };
+        let active = Tree::new(header, file_length, Part::ActiveL1, once)?;
+        let once = L2Use { active: 0, snapshots: 1 };
+        let target = Tree::new(header, file_length, Part::SnapshotL1, once)?;
+        let phase = Phase::RefcountTable(base.refcount_table_sweep());
+        Ok(Planner {
+            change,
+            header: header.clone(),
+            geometry: header.geometry(),
+            base,
+            active,
+            target,
+            snapshots: Vec::new(),
+            table_length: 0,
+            index: 0,
+            phase,
+            refusal: None,
+        })
+    }
+
+    /// What to read next, as for a check. Asking again without [`Planner::feed`] gives the same answer.
+    pub fn step(&mut self) -> Step {
+        loop {
+            let wanted = match &mut self.phase {
+                _ if self.refusal.is_some() => return Step::Done,
+                Phase::RefcountTable(sweep) | Phase::ActiveL1(sweep) | Phase::TargetL1(sweep) => sweep.next(),
+                Phase::Refblocks(sweep) => sweep.next(),
+                Phase::ActiveL2(sweep) | Phase::TargetL2(sweep) => sweep.next(),
+                Phase::Table(table) => table.next_piece().map(|(offset, length)| (offset.0, length)),
+                Phase::Done => return Step::Done,
+            };
+            if let Some((offset, length)) = wanted {
+                return Step::Read { offset: HostOffset(offset), length: length as usize };
+            }
+            if let Err(refusal) = self.advance() {
+                self.refusal = Some(refusal);
+            }
+        }
+    }
+
+    /// What [`Planner::step`] will ask for next and after that, so many pieces at most, as far as it is known.
+    pub fn ahead(&self, most: usize) -> Vec<(HostOffset, usize)> {
+        let pieces = match &self.phase {
+            Phase::RefcountTable(sweep) | Phase::ActiveL1(sweep) | Phase::TargetL1(sweep) => {
+                sweep.ahead(most)
+            }
+            Phase::Refblocks(sweep) => sweep.ahead(most),
+            Phase::ActiveL2(sweep) | Phase::TargetL2(sweep) => sweep.ahead(most),
+            Phase::Table(_) | Phase::Done => Vec::new(),
+        };
+        pieces.into_iter().map(|(offset, length)| (HostOffset(offset), length as usize)).collect()
+    }
+
+    /// Takes in the bytes that [`Planner::step`] asked for, all of them.
+    pub fn feed(&mut self, bytes: &[u8]) {
+        let (base, active, target) = (&mut self.base, &mut self.active, &mut self.target);
+        match &mut self.phase {
+            Phase::RefcountTable(sweep) => {
+                sweep.feed(bytes, |piece, bytes| base.refcount_table(piece.offset, piece.within / 8, bytes));
+            }
+            Phase::Refblocks(sweep) => {
+                sweep.feed(bytes, |piece, bytes| base.refblock(*piece.tag, piece.within, bytes));
+            }
+            Phase::Table(table) => table.feed(bytes, |entry| {
+                base.snapshot(&entry);
+                self.snapshots.push(entry.snapshot);
+            }),
+            Phase::ActiveL1(sweep) => sweep.feed(bytes, |piece, bytes| active.take_l1(piece.offset, bytes)),
+            Phase::TargetL1(sweep) => sweep.feed(bytes, |piece, bytes| target.take_l1(piece.offset, bytes)),
+            Phase::ActiveL2(sweep) => {
+                sweep.feed(bytes, |piece, bytes| {
+                    active.walk.l2(piece.offset, piece.within, bytes, *piece.tag);
+                });
+            }
+            Phase::TargetL2(sweep) => {
+                sweep.feed(bytes, |piece, bytes| {
+                    target.walk.l2(piece.offset, piece.within, bytes, *piece.tag);
+                });
+            }
+            Phase::Done => {}
+        }
+    }
+
+    fn advance(&mut self) -> Result<(), SnapshotError> {
+        self.phase = match &self.phase {
+            Phase::RefcountTable(_) => Phase::Refblocks(self.base.refblock_sweep()),
+            Phase::Refblocks(_) => Phase::Table(self.base.snapshot_walk()),
+            Phase::Table(table) => {
+                if table.is_broken() {
+                    let (index, offset) = table.place();
+                    return Err(SnapshotError::BadTable { index, offset });
+                }
+                self.table_length = table.length();
+                self.base.snapshot_table_length = self.table_length;
+                self.base.count_fixed_places();
+                self.base.count_refcount_structure();
+                self.resolve()?;
+                Phase::ActiveL1(self.active.l1_sweep())
+            }
+            Phase::ActiveL1(_) => Phase::TargetL1(self.target.l1_sweep()),
+            Phase::TargetL1(_) => Phase::ActiveL2(self.active.walk.l2_sweep()),
+            Phase::ActiveL2(_) => Phase::TargetL2(self.target.walk.l2_sweep()),
+            Phase::TargetL2(_) | Phase::Done => Phase::Done,
+        };
+        Ok(())
+    }
+
+    /// Finds what the change is about.
+    fn resolve(&mut self) -> Result<(), SnapshotError> {
+        self.active.l1_offset = self.header.l1_offset;
+        self.active.entries = self.header.l1_entries.into();
+        match &self.change {
+            Change::Create { name, seconds, nanoseconds } => {
+                let (seconds, nanoseconds) = (*seconds, *nanoseconds);
+                let snapshot = Snapshot { seconds, nanoseconds, ..self.new_snapshot(name)? };
+                // What lies behind the disk is an old VM state, if anything: no part of the new snapshot.
+                self.active.entries = self.geometry.l1_entries();
+                self.index = self.snapshots.len();
+                self.snapshots.push(snapshot);
+            }
+            Change::Apply { wanted } => {
+                self.index = self.find(wanted)?;
+                let snapshot = &self.snapshots[self.index];
+                let size = snapshot.disk_size().unwrap_or(self.geometry.size);
+                let needed = Geometry { size, ..self.geometry }.l1_entries();
+                let entries = u64::from(snapshot.l1_entries);
+                if entries < needed || needed > L1_TABLE_SIZE_MAX / 8 {
+                    return Err(SnapshotError::TooFewL1Entries { entries, needed });
+                }
+                // Not the VM state behind the disk.
+                (self.target.l1_offset, self.target.entries) = (snapshot.l1_offset, needed);
+            }
+            Change::Delete { wanted } => {
+                self.index = self.find(wanted)?;
+                let snapshot = &self.snapshots[self.index];
+                let other = |(index, other): (usize, &Snapshot)| {
+                    index != self.index && other.name == wanted.as_bytes() && snapshot.id == wanted.as_bytes()
+                };
+                if self.snapshots.iter().enumerate().any(other) {
+                    return Err(SnapshotError::Ambiguous { wanted: wanted.clone() });
+                }
+                (self.target.l1_offset, self.target.entries) =
+                    (snapshot.l1_offset, snapshot.l1_entries.into());
+            }
+        }
+        Ok(())
+    }
+
+    fn new_snapshot(&self, name: &str) -> Result<Snapshot, SnapshotError> {
+        if name.is_empty() || name.len() > NAME_LENGTH_MAX {
+            return Err(SnapshotError::NameLength { length: name.len(), max: NAME_LENGTH_MAX });
+        }
+        // Nobody could tell the two apart by it.
+        if qcow2::snapshot::find(&self.snapshots, name.as_bytes()).is_some() {
+            return Err(SnapshotError::Exists { name: name.to_owned() });
+        }
+        let id = qcow2::snapshot::next_id(&self.snapshots);
+        let snapshot = Snapshot::new(id, name.as_bytes().to_vec(), self.geometry.size);
+        let length = self.table_length + snapshot.encoded_length() as u64;
+        if self.snapshots.len() as u64 >= u64::from(SNAPSHOTS_MAX) || length > TABLE_LENGTH_MAX {
+            return Err(SnapshotError::TableFull);
+        }
+        Ok(snapshot)
+    }
+
+    fn find(&self, wanted: &str) -> Result<usize, SnapshotError> {
+        let found = qcow2::snapshot::find(&self.snapshots, wanted.as_bytes());
+        found.ok_or_else(|| SnapshotError::NotFound { wanted: wanted.to_owned() })
+    }
+
+    /// The plan; nothing has been written so far.
+    ///
+    /// # Errors
+    /// Why it cannot be done.
+    ///
+    /// # Panics
+    /// If there is more to be read: a programmer error.
+    pub fn plan(self) -> Result<Plan, SnapshotError> {
+        if let Some(refusal) = self.refusal {
+            return Err(refusal);
+        }
+        assert!(matches!(self.phase, Phase::Done), "all has been read");
+        self.examine()?;
+        Plan::new(self)
+    }
+
+    /// Refuses an image whose tables or refcounts are wrong as far as this change goes: what is in use is to keep its
+    /// clusters.
+    fn examine(&self) -> Result<(), SnapshotError> {
+        let (base, active, target) = (&self.base, &self.active.walk, &self.target.walk);
+        for walk in [base, active, target] {
+            if let Some(finding) = walk.report.findings.iter().find(|finding| !finding.kind.is_leak()) {
+                return Err(SnapshotError::Damaged(Box::new(*finding)));
+            }
+        }
+        let size = self.geometry.cluster_size();
+        let damaged = |cluster: u64| SnapshotError::Overlap { offset: HostOffset(cluster * size) };
+        let too_low = |cluster: u64| SnapshotError::RefcountTooLow { offset: HostOffset(cluster * size) };
+        for place in base.places.iter().chain(&base.refcount_places) {
+            for cluster in place.first..place.first + place.count {
+                if base.references.get(cluster) != 1 {
+                    return Err(damaged(cluster));
+                }
+                if base.recorded.get(cluster) == 0 {
+                    return Err(too_low(cluster));
+                }
+            }
+        }
+        for (walk, other) in [(active, target), (target, active)] {
+            for (cluster, times) in &walk.l2 {
+                let shared = other.references.get(*cluster) > 0;
+                let is_table = walk.references.get(*cluster) == 1 && times.all() == 1;
+                if !is_table || (shared && !other.l2.contains_key(cluster)) {
+                    return Err(damaged(*cluster));
+                }
+            }
+        }
+        for cluster in active.references.touched(&target.references) {
+            let references = active.references.get(cluster).saturating_add(target.references.get(cluster));
+            if references > 0 && base.references.get(cluster) > 0 {
+                return Err(damaged(cluster));
+            }
+            if references > base.recorded.get(cluster) {
+                return Err(too_low(cluster));
+            }
+        }
+        Ok(())
+    }
+}

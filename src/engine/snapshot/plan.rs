@@ -1,0 +1,556 @@
+//! The steps of a change, in an order that a crash may end anywhere (docs/durability.md, "Snapshots").
+//!
+//! 1. Everything new is written where nothing is: refblocks, a refcount table, L1 table, snapshot table. Sync. No space is
+//!    found out here, when nothing has changed.
+//! 2. The header is marked dirty, if the version knows that. Sync.
+//! 3. New refblocks are named. Sync.
+//! 4. The flags COPIED of what is to be shared are cleared. Sync.
+//! 5. Refcounts are raised. Sync.
+//! 6. The header names the new L1 table or the new snapshot table: one sector. Sync.
+//! 7. Refcounts are lowered. Sync.
+//! 8. The flags COPIED of what is shared no more are set. Sync.
+//! 9. The header's mark is cleared. Sync.
+//! 10. What nobody uses is given back to the host.
+//!
+//! The steps are made one by one, so that they take little memory.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::ops::Range;
+
+use qcow2::entry::{COPIED, encode_refblock_offset};
+use qcow2::position::{
+    Patch, REFCOUNT_TABLE_OFFSET, patch_disk, patch_features, patch_refcount_table, patch_snapshots,
+};
+use qcow2::{
+    Geometry, Header, HostCluster, HostOffset, HostPlace, Incompatible, L1Entry, L2Entry, RawL2Entry,
+    Snapshot, Version,
+};
+
+use super::error::SnapshotError;
+use super::growth::{Growth, Room, Run};
+use super::{Change, Planner};
+use crate::check::READ_MAX;
+use crate::check::counts::Counts;
+use crate::mutation::{Mutation, active};
+
+/// Bytes by which a write of what was changed within a table is aligned.
+const SECTOR: usize = 512;
+
+/// What to do next.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PlanStep {
+    /// Write these bytes, at most [`READ_MAX`] or a cluster of them. They may lie behind the end of the file, and they
+    /// need not fill sectors: what else is in a sector stays. Between syncs the order does not matter.
+    Write {
+        /// Where.
+        offset: HostOffset,
+        /// What.
+        bytes: Vec<u8>,
+    },
+    /// Read these bytes of a table, hand them to [`Plan::correct`], and write back what it changed.
+    Correct {
+        /// Where.
+        offset: HostOffset,
+        /// How many.
+        length: usize,
+    },
+    /// Make all that was written durable before going on.
+    Sync,
+    /// Nobody uses these bytes any more: the host may have their space.
+    Punch {
+        /// Where.
+        offset: HostOffset,
+        /// How many.
+        length: u64,
+    },
+}
+
+/// Which flags are corrected.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Correction {
+    /// In an L1 table, else in L2 tables.
+    in_l1: bool,
+    /// Flags are set too, else only cleared.
+    sets: bool,
+}
+
+enum Action {
+    Bytes(u64, Vec<u8>),
+    /// Refblocks, by index in the refcount table.
+    Refblocks(VecDeque<u64>),
+    /// Runs of tables: offset and length.
+    Correct(Correction, VecDeque<(u64, u64)>),
+    Sync,
+    Lower,
+}
+
+/// A change, step by step.
+pub struct Plan {
+    actions: VecDeque<Action>,
+    geometry: Geometry,
+    /// The refcounts as they are to be by now.
+    counts: Counts,
+    /// By how much they are lowered later.
+    lower: Counts,
+    /// Refblocks: index in the refcount table, and offset.
+    blocks: Vec<(u64, u64)>,
+    correction: Correction,
+    /// Runs of clusters to be given back.
+    free: VecDeque<Run>,
+    snapshot: Snapshot,
+}
+
+/// What a plan is made of.
+struct Draft {
+    header: Header,
+    geometry: Geometry,
+    counts: Counts,
+    lower: Counts,
+    blocks: Vec<(u64, u64)>,
+    /// Refblocks that exist and whose counts rise.
+    raised: BTreeSet<u64>,
+    /// What is written where nothing is.
+    new: Vec<(u64, Vec<u8>)>,
+    growth: Growth,
+    /// The change of the header.
+    switch: (u64, Vec<u8>),
+    /// L2 tables, and the L1 table if there is one to be changed, whose flags are cleared before and set after.
+    clear: (Vec<u64>, Option<(u64, u64)>),
+    set: (Vec<u64>, Option<(u64, u64)>),
+    autoclear: u64,
+}
+
+impl Plan {
+    pub(super) fn new(planner: Planner) -> Result<Plan, SnapshotError> {
+        let snapshot = planner.snapshots[planner.index].clone();
+        let draft = Draft::new(planner)?;
+        let geometry = draft.geometry;
+        let actions = draft.actions();
+        let correction = Correction { in_l1: false, sets: false };
+        let Draft { counts, lower, blocks, .. } = draft;
+        let free = VecDeque::new();
+        Ok(Plan { actions, geometry, counts, lower, blocks, correction, free, snapshot })
+    }
+
+    /// The snapshot that it is about. The place of a new one's L1 table is not told.
+    pub fn snapshot(&self) -> &Snapshot {
+        &self.snapshot
+    }
+
+    /// What to do next; nothing at the end.
+    pub fn next_step(&mut self) -> Option<PlanStep> {
+        loop {
+            let step = match self.actions.front_mut() {
+                None => return self.punch(),
+                Some(Action::Sync) => {
+                    self.actions.pop_front();
+                    return Some(PlanStep::Sync);
+                }
+                Some(Action::Lower) => {
+                    self.actions.pop_front();
+                    let blocks = self.lower_counts();
+                    self.actions.push_front(Action::Refblocks(blocks));
+                    None
+                }
+                Some(Action::Bytes(offset, bytes)) => take_piece(offset, bytes),
+                Some(Action::Refblocks(indices)) => indices.pop_front().map(|index| {
+                    let at = self.blocks.binary_search_by_key(&index, |block| block.0);
+                    let offset = HostOffset(self.blocks[at.expect("a known refblock")].1);
+                    PlanStep::Write { offset, bytes: self.counts.refblock(&self.geometry, index) }
+                }),
+                Some(Action::Correct(correction, runs)) => {
+                    self.correction = *correction;
+                    take_run(runs)
+                }
+            };
+            match step {
+                Some(step) => return Some(step),
+                None if matches!(self.actions.front(), Some(Action::Refblocks(some)) if !some.is_empty()) => {
+                }
+                None => {
+                    self.actions.pop_front();
+                }
+            }
+        }
+    }
+
+    /// True if [`Plan::next_step`] will give more of the tables that the last [`PlanStep::Correct`] was about. Those may
+    /// be read and corrected together; each must be written before the next step that is something else.
+    pub fn corrects_more(&self) -> bool {
+        matches!(self.actions.front(), Some(Action::Correct(_, runs)) if !runs.is_empty())
+    }
+
+    /// Corrects the flags in bytes that [`PlanStep::Correct`] asked for. The part that changed, if any, in whole sectors
+    /// as far as there are bytes.
+    pub fn correct(&self, bytes: &mut [u8]) -> Option<Range<usize>> {
+        let Correction { in_l1, sets } = self.correction;
+        let entry_size = if in_l1 { 8 } else { self.geometry.l2_entry_size() as usize };
+        let mut changed: Option<Range<usize>> = None;
+        for at in (0..bytes.len()).step_by(entry_size) {
+            let Some(HostPlace { offset, copied }) = self.named(&bytes[at..at + entry_size], in_l1) else {
+                continue;
+            };
+            let sole = self.counts.get(self.geometry.host_cluster(offset).0) == 1;
+            if copied == sole || (sole && !sets) {
+                continue;
+            }
+            let descriptor = qcow2::entry(&bytes[at..], 0);
+            qcow2::set_entry(&mut bytes[at..], 0, descriptor ^ COPIED);
+            let sector = at / SECTOR * SECTOR;
+            let first = changed.map_or(sector, |changed| changed.start);
+            changed = Some(first..(sector + SECTOR).min(bytes.len()));
+        }
+        changed
+    }
+
+    /// The cluster that an entry names and that has a flag, and the flag.
+    fn named(&self, entry: &[u8], in_l1: bool) -> Option<HostPlace> {
+        if entry.iter().all(|byte| *byte == 0) {
+            return None;
+        }
+        if !in_l1 {
+            let raw = RawL2Entry::load(entry, 0, &self.geometry);
+            return L2Entry::decode(raw, &self.geometry).ok().and_then(L2Entry::host);
+        }
+        match L1Entry::decode(qcow2::entry(entry, 0), &self.geometry) {
+            Ok(L1Entry::Table { offset, copied }) => Some(HostPlace { offset, copied }),
+            _ => None,
+        }
+    }
+
+    /// Lowers the counts; the refblocks that change.
+    fn lower_counts(&mut self) -> VecDeque<u64> {
+        let entries = self.geometry.refblock_entries();
+        let mut blocks = BTreeSet::new();
+        for cluster in self.lower.touched(&self.lower) {
+            let less = self.lower.get(cluster);
+            if less == 0 {
+                continue;
+            }
+            self.counts.subtract(cluster, less);
+            blocks.insert(cluster / entries);
+            if self.counts.get(cluster) > 0 {
+                continue;
+            }
+            match self.free.back_mut() {
+                Some(run) if run.first + run.count == cluster => run.count += 1,
+                _ => self.free.push_back(Run { first: cluster, count: 1 }),
+            }
+        }
+        blocks.into_iter().collect()
+    }
+
+    fn punch(&mut self) -> Option<PlanStep> {
+        let Run { first, count } = self.free.pop_front()?;
+        let offset = self.geometry.host_offset(HostCluster(first));
+        Some(PlanStep::Punch { offset, length: count * self.geometry.cluster_size() })
+    }
+}
+
+/// Takes a piece off the front of bytes that are to be written.
+fn take_piece(offset: &mut u64, bytes: &mut Vec<u8>) -> Option<PlanStep> {
+    let length = bytes.len().min(READ_MAX as usize);
+    if length == 0 {
+        return None;
+    }
+    let rest = bytes.split_off(length);
+    let piece = std::mem::replace(bytes, rest);
+    let at = HostOffset(*offset);
+    *offset += length as u64;
+    Some(PlanStep::Write { offset: at, bytes: piece })
+}
+
+/// Takes neighbouring tables off the front.
+fn take_run(runs: &mut VecDeque<(u64, u64)>) -> Option<PlanStep> {
+    let (offset, whole) = runs.pop_front()?;
+    let mut length = whole.min(READ_MAX);
+    if length < whole {
+        runs.push_front((offset + length, whole - length));
+    }
+    while let Some(&(next, more)) = runs.front()
+        && next == offset + length
+        && length + more <= READ_MAX
+    {
+        runs.pop_front();
+        length += more;
+    }
+    Some(PlanStep::Correct { offset: HostOffset(offset), length: length as usize })
+}
+
+impl Draft {
+    fn new(planner: Planner) -> Result<Draft, SnapshotError> {
+        let Planner { change, header, geometry, base, mut active, mut target, .. } = planner;
+        let (snapshots, index) = (planner.snapshots, planner.index);
+        let clusters = base.clusters;
+        let mut blocks: Vec<(u64, u64)> =
+            base.refblocks.iter().map(|block| (block.index, block.offset)).collect();
+        blocks.sort_unstable();
+        let mut draft = Draft {
+            geometry,
+            counts: base.recorded,
+            lower: Counts::new(clusters + 1),
+            blocks,
+            raised: BTreeSet::new(),
+            new: Vec::new(),
+            growth: Growth::default(),
+            switch: (0, Vec::new()),
+            clear: (Vec::new(), None),
+            set: (Vec::new(), None),
+            autoclear: header.autoclear_kept(header.bitmaps().is_some()),
+            header,
+        };
+        let active_l1 = (draft.header.l1_offset.0, u64::from(draft.header.l1_entries) * 8);
+        let active_tables: Vec<u64> = active.walk.l2.keys().copied().collect();
+        match change {
+            Change::Create { .. } => {
+                draft.raise(&active.walk.references)?;
+                draft.clear = (active_tables, Some(active_l1));
+                draft.add_snapshot(snapshots, active.l1, active.entries, clusters)?;
+            }
+            Change::Delete { .. } => {
+                draft.lower = target.walk.references;
+                let l1 = (snapshots[index].l1_offset, u64::from(snapshots[index].l1_entries) * 8);
+                draft.free(l1.0, l1.1);
+                draft.set = (active_tables, Some(active_l1));
+                draft.remove_snapshot(snapshots, index, clusters)?;
+            }
+            Change::Apply { .. } => {
+                // What both have keeps its count all the time.
+                cancel(&mut target.walk.references, &mut active.walk.references);
+                draft.raise(&target.walk.references)?;
+                draft.lower = active.walk.references;
+                draft.free(HostOffset(active_l1.0), active_l1.1);
+                draft.clear.0 = target.walk.l2.keys().copied().collect();
+                let size = snapshots[index].disk_size().unwrap_or(geometry.size);
+                draft.switch_l1(target.l1, size, clusters)?;
+            }
+        }
+        Ok(draft)
+    }
+
+    /// Raises the counts by these references.
+    fn raise(&mut self, references: &Counts) -> Result<(), SnapshotError> {
+        let max = qcow2::refcount_max(self.geometry.refcount_order);
+        let entries = self.geometry.refblock_entries();
+        for cluster in references.touched(references) {
+            let more = references.get(cluster);
+            if more == 0 {
+                continue;
+            }
+            let needed = self.counts.get(cluster).saturating_add(more);
+            if needed > max || needed == u64::MAX {
+                let offset = self.geometry.host_offset(HostCluster(cluster));
+                return Err(SnapshotError::RefcountFull { offset, needed, max });
+            }
+            self.counts.set(cluster, needed);
+            self.raised.insert(cluster / entries);
+        }
+        Ok(())
+    }
+
+    /// The clusters of a table will not be used any more.
+    fn free(&mut self, offset: HostOffset, length: u64) {
+        let first = self.geometry.host_cluster(offset).0;
+        for cluster in first..first + self.geometry.clusters_for(length) {
+            self.lower.add(cluster, 1);
+        }
+    }
+
+    /// Takes room for tables of so many bytes each; where each is to be.
+    fn take_room(&mut self, lengths: &[u64], clusters: u64) -> Result<Vec<u64>, SnapshotError> {
+        let size = self.geometry.cluster_size();
+        let entries = self.geometry.refblock_entries();
+        let known: BTreeSet<u64> = self.blocks.iter().map(|block| block.0).collect();
+        let table_entries = u64::from(self.header.refcount_table_clusters) * (size / 8);
+        let mut room = Room::new(&mut self.counts, self.geometry, clusters);
+        let mut places = Vec::new();
+        for length in lengths {
+            let wanted = self.geometry.clusters_for(*length);
+            places.push(if wanted == 0 { 0 } else { room.take(wanted)?.first * size });
+        }
+        self.growth = room.grow(&known, table_entries)?;
+        for run in &room.taken {
+            self.raised.extend(run.first / entries..=(run.first + run.count - 1) / entries);
+        }
+        self.blocks.extend(self.growth.blocks.iter().map(|(index, cluster)| (*index, cluster * size)));
+        self.blocks.sort_unstable();
+        if self.growth.table.is_some() {
+            self.free(
+                self.header.refcount_table_offset,
+                u64::from(self.header.refcount_table_clusters) * size,
+            );
+        }
+        Ok(places)
+    }
+
+    /// A new table, in whole clusters.
+    fn write_new(&mut self, offset: u64, mut bytes: Vec<u8>) {
+        bytes.resize(bytes.len().next_multiple_of(self.geometry.cluster_size() as usize), 0);
+        self.new.push((offset, bytes));
+    }
+
+    fn add_snapshot(
+        &mut self,
+        mut snapshots: Vec<Snapshot>,
+        l1: Vec<u64>,
+        entries: u64,
+        clusters: u64,
+    ) -> Result<(), SnapshotError> {
+        let old_length = snapshots[..snapshots.len() - 1].iter().map(|old| old.encoded_length() as u64).sum();
+        let new_length = snapshots.iter().map(|snapshot| snapshot.encoded_length() as u64).sum();
+        let places = self.take_room(&[entries * 8, new_length], clusters)?;
+        let new = snapshots.last_mut().expect("the new one is the last");
+        // At most 32 MiB of entries, so it fits.
+        (new.l1_offset, new.l1_entries) = (HostOffset(places[0]), entries as u32);
+        self.write_new(places[0], encode_l1(&l1, entries, |_| false));
+        self.write_new(places[1], qcow2::snapshot::encode_table(&snapshots));
+        self.switch_to(patch_snapshots(snapshots.len() as u32, HostOffset(places[1])));
+        self.free(self.header.snapshots_offset, old_length);
+        Ok(())
+    }
+
+    fn remove_snapshot(
+        &mut self,
+        mut snapshots: Vec<Snapshot>,
+        index: usize,
+        clusters: u64,
+    ) -> Result<(), SnapshotError> {
+        let length = |snapshots: &[Snapshot]| snapshots.iter().map(|one| one.encoded_length() as u64).sum();
+        self.free(self.header.snapshots_offset, length(&snapshots));
+        snapshots.remove(index);
+        let places = self.take_room(&[length(&snapshots)], clusters)?;
+        self.write_new(places[0], qcow2::snapshot::encode_table(&snapshots));
+        self.switch_to(patch_snapshots(snapshots.len() as u32, HostOffset(places[0])));
+        Ok(())
+    }
+
+    fn switch_l1(&mut self, l1: Vec<u64>, size: u64, clusters: u64) -> Result<(), SnapshotError> {
+        // A disk has an entry, whether it needs one or not.
+        let entries = Geometry { size, ..self.geometry }.l1_entries().max(1);
+        let places = self.take_room(&[entries * 8], clusters)?;
+        let (counts, geometry) = (&self.counts, self.geometry);
+        let bytes = encode_l1(&l1, entries, |offset| counts.get(geometry.host_cluster(offset).0) == 1);
+        self.write_new(places[0], bytes);
+        self.switch_to(patch_disk(size, entries as u32, HostOffset(places[0])));
+        Ok(())
+    }
+
+    fn switch_to<const LENGTH: usize>(&mut self, patch: Patch<LENGTH>) {
+        self.switch = (patch.offset.0, patch.bytes.to_vec());
+    }
+
+    /// All that is to be done, in order.
+    fn actions(&self) -> VecDeque<Action> {
+        let mut actions = VecDeque::new();
+        let then_sync = |actions: &mut VecDeque<Action>, some: Vec<Action>| {
+            if !some.is_empty() {
+                actions.extend(some);
+                actions.push_back(Action::Sync);
+            }
+        };
+        then_sync(&mut actions, self.new_structures());
+        then_sync(&mut actions, self.mark(true));
+        let switch = || vec![Action::Bytes(self.switch.0, self.switch.1.clone())];
+        if active(Mutation::SnapshotHeaderFirst) {
+            then_sync(&mut actions, switch());
+        }
+        then_sync(&mut actions, self.name_structures());
+        if !active(Mutation::SnapshotFlagsKept) {
+            then_sync(&mut actions, self.corrections(&self.clear, false));
+        }
+        if active(Mutation::SnapshotLoweredFirst) {
+            then_sync(&mut actions, vec![Action::Lower]);
+        }
+        then_sync(&mut actions, vec![Action::Refblocks(self.raised.iter().copied().collect())]);
+        if !active(Mutation::SnapshotHeaderFirst) {
+            then_sync(&mut actions, switch());
+        }
+        if !active(Mutation::SnapshotLoweredFirst) {
+            then_sync(&mut actions, vec![Action::Lower]);
+        }
+        then_sync(&mut actions, self.corrections(&self.set, true));
+        then_sync(&mut actions, self.mark(false));
+        actions
+    }
+
+    /// Everything that is written where nothing is.
+    fn new_structures(&self) -> Vec<Action> {
+        let mut actions: Vec<Action> =
+            self.new.iter().map(|(offset, bytes)| Action::Bytes(*offset, bytes.clone())).collect();
+        if !self.growth.blocks.is_empty() {
+            actions.push(Action::Refblocks(self.growth.blocks.keys().copied().collect()));
+        }
+        if let Some(table) = self.growth.table {
+            let size = self.geometry.cluster_size();
+            let mut bytes = vec![0; (table.count * size) as usize];
+            for (index, offset) in &self.blocks {
+                let raw = encode_refblock_offset(HostOffset(*offset), &self.geometry);
+                qcow2::set_entry(&mut bytes, *index as usize, raw);
+            }
+            actions.push(Action::Bytes(table.first * size, bytes));
+        }
+        actions
+    }
+
+    /// Names the new refblocks, or the new refcount table.
+    fn name_structures(&self) -> Vec<Action> {
+        let size = self.geometry.cluster_size();
+        if let Some(table) = self.growth.table {
+            // At most 8 MiB of clusters, so it fits.
+            let patch = patch_refcount_table(HostOffset(table.first * size), table.count as u32);
+            debug_assert_eq!(patch.offset.0, REFCOUNT_TABLE_OFFSET as u64);
+            return vec![Action::Bytes(patch.offset.0, patch.bytes.to_vec())];
+        }
+        let name = |(index, cluster): (&u64, &u64)| {
+            let raw = encode_refblock_offset(HostOffset(cluster * size), &self.geometry);
+            Action::Bytes(self.header.refcount_table_offset.0 + index * 8, raw.to_be_bytes().to_vec())
+        };
+        self.growth.blocks.iter().map(name).collect()
+    }
+
+    fn corrections(&self, tables: &(Vec<u64>, Option<(u64, u64)>), sets: bool) -> Vec<Action> {
+        let size = self.geometry.cluster_size();
+        let mut actions = Vec::new();
+        if !tables.0.is_empty() {
+            let runs = tables.0.iter().map(|cluster| (cluster * size, size)).collect();
+            actions.push(Action::Correct(Correction { in_l1: false, sets }, runs));
+            actions.extend(
+                tables.1.map(|l1| Action::Correct(Correction { in_l1: true, sets }, VecDeque::from([l1]))),
+            );
+        }
+        actions
+    }
+
+    /// Marks the image as dirty, or as sound, and keeps no autoclear bit that is not known. Version 2 has no marks.
+    fn mark(&self, dirty: bool) -> Vec<Action> {
+        if self.header.version == Version::V2 {
+            return Vec::new();
+        }
+        let marks = self.header.incompatible.without(Incompatible::DIRTY);
+        let marks = if dirty { marks.with(Incompatible::DIRTY) } else { marks };
+        let patch = patch_features(marks, self.header.compatible, self.autoclear);
+        vec![Action::Bytes(patch.offset.0, patch.bytes.to_vec())]
+    }
+}
+
+/// Takes from both what both have.
+fn cancel(one: &mut Counts, other: &mut Counts) {
+    for cluster in one.touched(one) {
+        let both = one.get(cluster).min(other.get(cluster));
+        if both > 0 {
+            one.subtract(cluster, both);
+            other.subtract(cluster, both);
+        }
+    }
+}
+
+/// The bytes of an L1 table of so many entries; COPIED is set where `sole` says so.
+fn encode_l1(l1: &[u64], entries: u64, sole: impl Fn(HostOffset) -> bool) -> Vec<u8> {
+    let mut bytes = vec![0; entries as usize * 8];
+    for (index, raw) in l1.iter().take(entries as usize).enumerate() {
+        let offset = HostOffset(raw & qcow2::entry::OFFSET_MASK);
+        let flag = if offset.0 > 0 && sole(offset) { COPIED } else { 0 };
+        qcow2::set_entry(&mut bytes, index, raw & !COPIED | flag);
+    }
+    bytes
+}

@@ -1,0 +1,188 @@
+//! `strata snapshot`: lists, makes, applies and deletes the internal snapshots of an image that nobody uses.
+//!
+//! Owns how a snapshot is told, its JSON spelled as in `qemu-img info`. What is done to the image is the disk's.
+
+use std::io::{self, Write as _};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use disk::DiskOptions;
+use disk::snapshot::{Change, Snapshot, change, list};
+use serde::Serialize;
+use storage::host::HostStorage;
+
+use crate::cli::{Cache, SnapshotArgs};
+use crate::error::{ProgramError, Purpose};
+use crate::size;
+use crate::text::one_line;
+
+/// Long enough for the last I/O of a daemon that was just killed, and not so long that one wonders.
+const LOCK_PATIENCE: Duration = Duration::from_millis(500);
+const NANOSECONDS: u64 = 1_000_000_000;
+
+/// A snapshot.
+#[derive(Debug, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct SnapshotFacts {
+    id: String,
+    name: String,
+    /// In bytes.
+    vm_state_size: u64,
+    date_sec: u32,
+    date_nsec: u32,
+    vm_clock_sec: u64,
+    vm_clock_nsec: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    icount: Option<u64>,
+    /// Bytes of the disk when it was taken, if that is recorded.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    virtual_size: Option<u64>,
+}
+
+impl SnapshotFacts {
+    fn new(snapshot: &Snapshot) -> Self {
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        SnapshotFacts {
+            id: text(&snapshot.id),
+            name: text(&snapshot.name),
+            vm_state_size: snapshot.vm_state_size(),
+            date_sec: snapshot.seconds,
+            date_nsec: snapshot.nanoseconds,
+            vm_clock_sec: snapshot.vm_clock_ns / NANOSECONDS,
+            vm_clock_nsec: snapshot.vm_clock_ns % NANOSECONDS,
+            icount: snapshot.icount(),
+            virtual_size: snapshot.disk_size(),
+        }
+    }
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// When the image cannot be used, it cannot be done, or nobody takes what is printed.
+pub fn run(options: &SnapshotArgs) -> Result<(), ProgramError> {
+    let image = &options.image;
+    let how = DiskOptions {
+        direct: options.cache == Cache::Direct,
+        lock_timeout: LOCK_PATIENCE,
+        ..DiskOptions::default()
+    };
+    let Some(wanted) = wanted(options) else {
+        let purpose = Purpose::Describe;
+        let failed = |source| ProgramError::Open { image: image.to_owned(), purpose, source };
+        let snapshots = list(&HostStorage::new(), image, &how).map_err(failed)?;
+        let facts: Vec<SnapshotFacts> = snapshots.iter().map(SnapshotFacts::new).collect();
+        return print(&if options.json { json(&facts) } else { table(&facts) });
+    };
+    match change(&HostStorage::new(), image, wanted, &how) {
+        Ok(_) => Ok(()),
+        Err(disk::snapshot::ChangeError::Open(source)) => {
+            Err(ProgramError::Open { image: image.to_owned(), purpose: Purpose::Write, source })
+        }
+        Err(source) => Err(ProgramError::Snapshot(source)),
+    }
+}
+
+/// What is to be done; nothing for a list.
+fn wanted(options: &SnapshotArgs) -> Option<Change> {
+    if let Some(name) = &options.create {
+        // A clock before 1970 or after 2106 has no place in an image.
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let seconds = u32::try_from(now.as_secs()).unwrap_or(u32::MAX);
+        return Some(Change::Create { name: name.clone(), seconds, nanoseconds: now.subsec_nanos() });
+    }
+    let apply = options.apply.clone().map(|wanted| Change::Apply { wanted });
+    apply.or_else(|| options.delete.clone().map(|wanted| Change::Delete { wanted }))
+}
+
+fn print(text: &str) -> Result<(), ProgramError> {
+    match io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush()) {
+        // Whoever reads, as head does, has seen enough.
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(ProgramError::Print(error)),
+        _ => Ok(()),
+    }
+}
+
+fn json(facts: &[SnapshotFacts]) -> String {
+    let mut text = serde_json::to_string_pretty(facts).expect("numbers and strings");
+    text.push('\n');
+    text
+}
+
+fn table(facts: &[SnapshotFacts]) -> String {
+    let mut rows = vec![["ID", "NAME", "DATE (UTC)", "DISK", "VM STATE", "VM CLOCK"].map(str::to_owned)];
+    rows.extend(facts.iter().map(|one| {
+        let bytes = |bytes: u64| if bytes == 0 { "-".to_owned() } else { size::short(bytes) };
+        [
+            one_line(&one.id),
+            one_line(&one.name),
+            date(one.date_sec),
+            one.virtual_size.map_or("-".to_owned(), size::short),
+            bytes(one.vm_state_size),
+            clock(one.vm_clock_sec, one.vm_clock_nsec),
+        ]
+    }));
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..rows[0].len()).map(width).collect();
+    let mut text = String::new();
+    for row in &rows {
+        let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}"));
+        text += cells.collect::<Vec<_>>().join("  ").trim_end();
+        text.push('\n');
+    }
+    text
+}
+
+fn clock(seconds: u64, nanoseconds: u64) -> String {
+    let (hours, minutes) = (seconds / 3600, seconds / 60 % 60);
+    format!("{hours:02}:{minutes:02}:{:02}.{:03}", seconds % 60, nanoseconds / 1_000_000)
+}
+
+/// Seconds since 1970 as a date of the Gregorian calendar.
+fn date(seconds: u32) -> String {
+    let seconds = u64::from(seconds);
+    let (days, second) = (seconds / 86_400, seconds % 86_400);
+    // Years that begin in March, so that a leap day is the last of its year; day 0 is the first of March of the year 0.
+    let day = days + 719_468;
+    let (era, day_of_era) = (day / 146_097, day % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month_from_march = (5 * day_of_year + 2) / 153;
+    let day_of_month = day_of_year - (153 * month_from_march + 2) / 5 + 1;
+    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
+    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
+    format!("{year:04}-{month:02}-{day_of_month:02} {hour:02}:{minute:02}:{second:02}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates_are_those_of_the_calendar() {
+        for (seconds, text) in [
+            (0, "1970-01-01 00:00:00"),
+            (951_782_399, "2000-02-28 23:59:59"),
+            (951_868_799, "2000-02-29 23:59:59"),
+            (951_868_800, "2000-03-01 00:00:00"),
+            (1_795_272_286, "2026-11-21 14:44:46"),
+            (u32::MAX, "2106-02-07 06:28:15"),
+        ] {
+            assert_eq!(date(seconds), text);
+        }
+    }
+
+    #[test]
+    fn a_table_has_straight_columns_and_no_orders_for_a_terminal() {
+        let mut one = Snapshot::new(b"1".to_vec(), b"before the \x1b[2Jupdate".to_vec(), 10 << 30);
+        one.vm_clock_ns = 3_661_005_000_000;
+        let two = Snapshot { extra: Vec::new(), vm_state_size_short: 4096, ..one.clone() };
+        let facts = [SnapshotFacts::new(&one), SnapshotFacts::new(&two)];
+        let expected = "\
+ID  NAME                       DATE (UTC)           DISK    VM STATE  VM CLOCK
+1   before the \\u{1b}[2Jupdate  1970-01-01 00:00:00  10 GiB  -         01:01:01.005
+1   before the \\u{1b}[2Jupdate  1970-01-01 00:00:00  -       4 KiB     01:01:01.005
+";
+        assert_eq!(table(&facts), expected);
+    }
+}
