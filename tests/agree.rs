@@ -110,3 +110,12 @@ pub fn check_agrees(image: &Path, what: &str) -> Option<Report> {
     }
     Some(ours)
 }
+
+/// Asserts that both checkers find nothing wrong: how a test ends that wrote to an image.
+///
+/// # Panics
+/// If one does.
+pub fn assert_clean(image: &Path, what: &str) {
+    let report = check_agrees(image, what).unwrap_or_else(|| panic!("{what}: the header is broken"));
+    assert_eq!((report.verdict(), report.notes), (Verdict::Clean, 0), "{what}: {report:#?}");
+}

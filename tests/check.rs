@@ -16,8 +16,8 @@ use storage::host::HostStorage;
 use strata_tests::Qemu;
 use strata_tests::images::{Content, Format, ImageSpec, Preallocation, find_tool};
 
-use crate::agree::{check_agrees, is_exception, our_opinion, second_opinion};
-use crate::damage::{Damage, FILE, MAPPING, REFCOUNTS, Raw, SNAPSHOTS};
+use crate::agree::{assert_clean, check_agrees, is_exception, our_opinion, second_opinion};
+use crate::damage::{BITMAPS, Damage, FILE, MAPPING, REFCOUNTS, Raw, SNAPSHOTS};
 
 const K: u64 = 1024;
 const M: u64 = 1024 * K;
@@ -97,13 +97,13 @@ fn it_agrees_on_sound_images() {
     specs.push(("compressed, subclusters".into(), filled(4 * M, 64 * K).extended().with(compressed)));
     specs.push(("compressed".into(), filled(4 * M, 64 * K).with(compressed).with(pattern(M, 100, 1))));
     specs.push(("compressed by zstd".into(), filled(4 * M, 4 * K).zstd().with(compressed)));
+    specs.push(("compressed, zstd".into(), filled(4 * M, 64 * K).zstd().with(compressed)));
     specs.push(("empty".into(), ImageSpec::qcow2(0)));
     specs.push(("a large empty disk".into(), ImageSpec::qcow2(1 << 46).cluster_size(2 * M)));
     for (name, spec) in specs {
         let image = folder.path().join("image.qcow2");
         qemu.create(&image, &spec).expect("an image");
-        let report = check_agrees(&image, &name).expect("a sound header");
-        assert_eq!(report.verdict(), Verdict::Clean, "{name}");
+        assert_clean(&image, &name);
         std::fs::remove_file(&image).expect("gone");
     }
 }
@@ -117,7 +117,7 @@ fn it_agrees_on_chains() {
     let specs =
         [filled(6 * M, 64 * K), over(4 * K).with(pattern(M, M, 5)), over(512).with(pattern(M, 3 * K, 6))];
     for image in qemu.create_chain(folder.path(), &specs).expect("a chain") {
-        assert_eq!(check_agrees(&image, "a layer").expect("a sound header").verdict(), Verdict::Clean);
+        assert_clean(&image, "a layer");
     }
 }
 
@@ -265,6 +265,65 @@ fn it_agrees_on_damaged_snapshots() {
         }
     }
     assert!(done >= 100, "{done} damages done");
+}
+
+/// Makes an image with two persistent bitmaps, the first of which has a cluster, and data.
+fn bitmaps(qemu: &Qemu, image: &Path, cluster_size: u64) {
+    qemu.create(image, &ImageSpec::qcow2(32 * M).cluster_size(cluster_size)).expect("an image");
+    for name in ["one", "two"] {
+        let add = ["bitmap", "--add", "-g", "64K"].map(std::ffi::OsStr::new);
+        qemu.img(add.into_iter().chain([image.as_os_str(), name.as_ref()])).expect("a bitmap");
+    }
+    qemu.write(image, Format::Qcow2, &[pattern(0, M, 7), pattern(20 * M, M, 8)]).expect("written");
+}
+
+#[test]
+fn it_agrees_on_bitmaps_sound_and_damaged() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    for cluster_size in [4 * K, 64 * K] {
+        let image = folder.path().join("bitmaps.qcow2");
+        bitmaps(&qemu, &image, cluster_size);
+        assert_clean(&image, "bitmaps");
+        let bytes = std::fs::read(&image).expect("read");
+        let (done, mended) = damage_all(&qemu, folder.path(), "bitmaps", &bytes, BITMAPS);
+        assert!(done as usize == BITMAPS.len() && mended >= 3, "{done} done, {mended} mended");
+        std::fs::remove_file(&image).expect("gone");
+    }
+}
+
+#[test]
+fn it_agrees_on_images_whose_data_is_in_another_file() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    for more in ["", ",data_file_raw=on", ",extended_l2=on"] {
+        let image = folder.path().join("image.qcow2");
+        let how = format!("data_file={}{more}", folder.path().join("data").display());
+        let create = ["create", "-q", "-f", "qcow2", "-o", &how].map(std::ffi::OsStr::new);
+        qemu.img(create.into_iter().chain([image.as_os_str(), "8M".as_ref()])).expect("an image");
+        let contents = filled(8 * M, 64 * K).contents;
+        qemu.write(&image, Format::Qcow2, &contents).expect("written");
+        assert_clean(&image, &how);
+        let bytes = std::fs::read(&image).expect("read");
+        let name = format!("data elsewhere{more}");
+        let done = damage_all(&qemu, folder.path(), &name, &bytes, MAPPING).0
+            + damage_all(&qemu, folder.path(), &name, &bytes, FILE).0;
+        assert!(done >= 30, "{done} damages done");
+        std::fs::remove_file(&image).expect("gone");
+    }
+}
+
+#[test]
+fn an_encrypted_image_is_refused_by_name() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let image = folder.path().join("image.qcow2");
+    let how = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10";
+    let create = ["create", "-q", "-f", "qcow2", "--object", "secret,id=s,data=abc", "-o", how];
+    qemu.img(create.map(std::ffi::OsStr::new).into_iter().chain([image.as_os_str(), "1M".as_ref()]))
+        .expect("an image");
+    let refused = our_opinion(&image).expect_err("no answer").to_string();
+    assert!(refused.contains("encrypted (LUKS)"), "{refused}");
 }
 
 #[test]

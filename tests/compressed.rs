@@ -1,6 +1,7 @@
 //! Compressed clusters: images made by `qemu-img convert -c`, and streams that are judged as QEMU judges them.
 
 #[allow(dead_code, reason = "each test target uses its own part of the rig")]
+mod agree;
 mod rig;
 
 use std::io::Write as _;
@@ -10,10 +11,11 @@ use disk::DiskOptions;
 use flate2::write::DeflateEncoder;
 use proptest::test_runner::{Config, TestRunner};
 use qcow2::{Geometry, HostOffset, L2Entry, Version};
-use strata_tests::images::{Check, Format, ImageSpec};
+use strata_tests::images::{Format, ImageSpec};
 use strata_tests::model::{DiscardRule, Operation, contents, sequences};
 use strata_tests::{ByteModel, Qemu, model};
 
+use crate::agree::assert_clean;
 use crate::rig::{K, M, Rig, options, patch, pattern, tables, word, write};
 
 /// A disk's bytes in which clusters compress well, badly or not at all, and some are zero.
@@ -73,7 +75,7 @@ fn images_of_every_cluster_size_are_read_written_and_discarded() {
                 rig.run(&operations, &mut model);
                 model.compare_all(&rig.read_all()).expect("as the model");
                 rig.close();
-                assert_eq!(qemu.check(&image).expect("qemu-img check"), Check::Clean);
+                assert_clean(&image, "the closed image");
                 let found = qemu.read_all(&image, Format::Qcow2).expect("qemu-img reads it");
                 model.compare_all(&found).expect("as the model, by qemu-img");
                 Ok(())
@@ -100,7 +102,7 @@ fn the_space_of_compressed_clusters_is_given_back() {
         (0..128).map(|number| Operation::Discard { offset: offset(number), length: 64 * K }).collect();
     rig.run(&operations, &mut model);
     rig.close();
-    assert_eq!(qemu.check(&image).expect("qemu-img check"), Check::Clean);
+    assert_clean(&image, "the closed image");
     assert!(length() <= M, "{} bytes are left", length());
 }
 
@@ -245,7 +247,7 @@ fn damage_to_one_cluster_is_that_clusters_alone() {
         rig.run(&[write(3 * cluster, cluster, 4), Operation::Flush], &mut model);
         model.compare_all(&rig.read_all()).expect("as the model");
         rig.close();
-        assert_eq!(qemu.check(&image).expect("qemu-img check"), Check::Clean);
+        assert_clean(&image, "the closed image");
     }
 }
 
@@ -269,7 +271,7 @@ fn the_file_may_end_inside_the_last_sector() {
         rig.run(&[write(512, 512, 1)], &mut model);
         model.compare_all(&rig.read_all()).expect("as the model");
         rig.close();
-        assert_eq!(qemu.check(&image).expect("qemu-img check"), Check::Clean);
+        assert_clean(&image, "the closed image");
     }
 }
 

@@ -2,6 +2,7 @@
 //! given back, file length over many sessions, refusals by name, raw images, deep chains.
 
 #[allow(dead_code, reason = "each test target uses its own part of the rig")]
+mod agree;
 mod rig;
 
 use std::os::unix::fs::MetadataExt;
@@ -9,10 +10,11 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use disk::{DiskOptions, Format as DiskFormat, OpenError};
-use strata_tests::images::{Check, Content, Format, ImageSpec};
+use strata_tests::images::{Content, Format, ImageSpec};
 use strata_tests::model::{DiscardRule, Operation};
 use strata_tests::{ByteModel, Qemu};
 
+use crate::agree::assert_clean;
 use crate::rig::{K, M, Rig, options, patch, write};
 
 fn refused(path: &Path, options: &DiskOptions) -> OpenError {
@@ -45,7 +47,7 @@ fn the_refcount_table_and_its_blocks_grow() {
             let found = rig.read_all();
             model.compare_all(&found).expect("what was written is read");
             rig.close();
-            assert_eq!(qemu.check(&image).expect("check"), Check::Clean, "clusters of {cluster}");
+            assert_clean(&image, &format!("clusters of {cluster}"));
         }
         let found = qemu.read_all(&image, Format::Qcow2).expect("read");
         model.compare_all(&found).expect("QEMU reads what was written");
@@ -78,7 +80,7 @@ fn discarded_space_goes_back_to_the_host() {
     rig.run(&refill, &mut model);
     rig.close();
     assert!(std::fs::metadata(&image).expect("image").len() <= full + 18 * M);
-    assert_eq!(qemu.check(&image).expect("check"), Check::Clean);
+    assert_clean(&image, "the closed image");
     model.compare_all(&qemu.read_all(&image, Format::Qcow2).expect("read")).expect("contents");
 }
 
@@ -103,7 +105,7 @@ fn the_file_does_not_grow_from_session_to_session() {
             rig.run(&again, &mut model);
         }
         rig.close();
-        assert_eq!(qemu.check(&image).expect("check"), Check::Clean);
+        assert_clean(&image, "the closed image");
         lengths.push(std::fs::metadata(&image).expect("image").len());
     }
     assert!(lengths[7] <= lengths[1], "the file grows: {lengths:?}");
@@ -146,7 +148,7 @@ fn a_file_of_small_clusters_grows_by_whole_blocks() {
         assert_eq!(length % block, 0, "{length} bytes end inside a block of the file system");
     }
     rig.close();
-    assert_eq!(qemu.check(&image).expect("check"), Check::Clean);
+    assert_clean(&image, "the closed image");
     model.compare_all(&qemu.read_all(&image, Format::Qcow2).expect("read")).expect("contents");
 }
 
@@ -233,7 +235,7 @@ fn a_chain_of_64_layers_is_read_and_written() {
     rig.run(&some, &mut model);
     model.compare_all(&rig.read_all()).expect("contents");
     rig.close();
-    assert_eq!(qemu.check(image).expect("check"), Check::Clean);
+    assert_clean(image, "the closed image");
     model.compare_all(&qemu.read_all(image, Format::Qcow2).expect("read")).expect("contents");
 }
 
@@ -378,7 +380,7 @@ fn a_dirty_image_gets_its_refcounts_rebuilt() {
     rig.run(&[write(2 * M, 256 * K, 1), Operation::Flush], &mut model);
     rig.close();
     assert_eq!(std::fs::read(&image).expect("image")[79] & 1, 0, "no longer dirty");
-    assert_eq!(qemu.check(&image).expect("check"), Check::Clean);
+    assert_clean(&image, "the closed image");
     model.compare_all(&qemu.read_all(&image, Format::Qcow2).expect("read")).expect("contents");
 }
 
@@ -456,7 +458,7 @@ fn what_is_shared_is_copied_before_it_changes() {
         rig.run(&operations, &mut model);
         model.compare_all(&rig.read_all()).expect("contents");
         rig.close();
-        assert_eq!(qemu.check(&image).expect("check"), Check::Clean, "clusters of {cluster}");
+        assert_clean(&image, &format!("clusters of {cluster}"));
         model.compare_all(&qemu.read_all(&image, Format::Qcow2).expect("read")).expect("contents");
         let kept = DiskOptions { snapshot: Some("kept".into()), ..options() };
         let mut rig = Rig::open(&image, &kept).expect("the snapshot opens");

@@ -2,16 +2,18 @@
 //! and read by QEMU's tools afterwards.
 
 #[allow(dead_code, reason = "each test target uses its own part of the rig")]
+mod agree;
 mod rig;
 
 use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
-use strata_tests::images::{Check, Content, Format, ImageSpec, Preallocation};
+use strata_tests::images::{Content, Format, ImageSpec, Preallocation};
 use strata_tests::model::{DiscardRule, Geometry, Operation, sequences, sequences_of_parts};
 use strata_tests::{ByteModel, Qemu};
 
+use crate::agree::assert_clean;
 use crate::rig::{K, M, Rig, options, pattern};
 
 /// A chain to be tested, from the base up; the last is the top.
@@ -227,7 +229,7 @@ fn run_case(qemu: &Qemu, folder: &Path, case: &Case, sessions: &[Vec<Operation>]
         let found = rig.read_all();
         model.compare_all(&found).unwrap_or_else(|difference| panic!("{}: {difference}", case.name));
         rig.close();
-        assert_eq!(qemu.check(image).expect("qemu-img check"), Check::Clean, "{}", case.name);
+        assert_clean(image, case.name);
         let found = qemu.read_all(image, Format::Qcow2).expect("qemu-img reads the image");
         model
             .compare_all(&found)

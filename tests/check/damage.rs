@@ -207,6 +207,14 @@ pub const FILE: &[Damage] = &[
     ("the file a byte shorter", |i| cut(i, |length| length - 1)),
     ("the file longer by a little", |i| cut(i, |length| length + 7)),
     ("the file longer by clusters", |i| cut(i, |length| length + (3 << 21) + 7)),
+    ("a short L1 table behind the end, not counted", |i| {
+        let first = i.end();
+        let entry = i.get(i.l1);
+        i.put(position::L1_OFFSET as u64, first)
+            && i.put(i.l1, 0)
+            && entry != 0
+            && i.geometry.l1_entries() * 8 < i.size()
+    }),
     ("the last cluster gone", |i| {
         let end = i.end() - i.size();
         i.bytes.truncate(end as usize);
@@ -252,4 +260,47 @@ pub const SNAPSHOTS: &[Damage] = &[
 
 fn snapshot(image: &Raw) -> u64 {
     HostOffset(image.get(position::SNAPSHOTS_OFFSET as u64)).0
+}
+
+/// Damages of persistent bitmaps.
+pub const BITMAPS: &[Damage] = &[
+    ("a part of a bitmap far behind the file", |i| i.put(bitmap_table(i), FAR)),
+    ("a part of a bitmap right behind the file", |i| i.put(bitmap_table(i), i.end())),
+    ("a part of a bitmap unaligned", |i| i.flip(bitmap_table(i), 512)),
+    ("a part of a bitmap in the L1 table", |i| i.put(bitmap_table(i), i.l1)),
+    ("a part of a bitmap in guest data", |i| i.put(bitmap_table(i), i.data(0) << i.geometry.cluster_bits)),
+    ("a part of a bitmap gone", |i| i.put(bitmap_table(i), 0)),
+    ("a part of a bitmap all ones", |i| i.put(bitmap_table(i), 1)),
+    ("reserved bit 1 of an entry of a bitmap's table", |i| i.flip(bitmap_table(i), 2)),
+    ("reserved bit 63 of an entry of a bitmap's table", |i| i.flip(bitmap_table(i), 1 << 63)),
+    ("a bitmap's table far behind the file", |i| i.put(directory(i), FAR)),
+    ("a bitmap's table in the L2 table", |i| i.put(directory(i), i.l2)),
+    ("a bitmap's table unaligned", |i| i.flip(directory(i), 512)),
+    ("a bitmap's table at offset 0", |i| i.put(directory(i), 0)),
+    ("a bitmap of an unknown type", |i| i.flip(directory(i) + 16, 1 << 57)),
+    ("a bitmap without a name", |i| i.flip(directory(i) + 16, 3 << 32)),
+    ("a bitmap with extra data", |i| i.flip(directory(i) + 16, 8)),
+    ("a bitmap with unknown flags", |i| i.flip(directory(i) + 8, 1 << 7)),
+    ("a bitmap too many", |i| i.put(extension(i) + 8, i.get(extension(i) + 8) + (1 << 32))),
+    ("a bitmap too few", |i| i.put(extension(i) + 8, i.get(extension(i) + 8) - (1 << 32))),
+    ("the bitmap directory longer", |i| i.put(extension(i) + 16, i.get(extension(i) + 16) + 8)),
+    ("the bitmap directory far behind the file", |i| i.put(extension(i) + 24, FAR)),
+    ("the bitmap directory in the L1 table", |i| i.put(extension(i) + 24, i.l1)),
+    ("bitmaps that mean nothing", |i| i.flip(position::AUTOCLEAR as u64, 1)),
+];
+
+/// Where the bitmaps extension begins.
+fn extension(image: &Raw) -> u64 {
+    let magic = qcow2::extension::BITMAPS.to_be_bytes();
+    let words = image.bytes[..512].chunks_exact(8);
+    words.clone().position(|word| word[..4] == magic).expect("an image with bitmaps") as u64 * 8
+}
+
+fn directory(image: &Raw) -> u64 {
+    image.get(extension(image) + 24)
+}
+
+/// Where the table of the first bitmap is, whose first entry names a cluster.
+fn bitmap_table(image: &Raw) -> u64 {
+    image.get(directory(image))
 }

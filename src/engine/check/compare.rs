@@ -46,8 +46,9 @@ impl Walk {
             if references > max {
                 self.report.add(cluster * size, FindingKind::RefcountOverflow { references, max });
             }
-            // The cluster behind the file may be named by a table that ends there, but nobody asks for its refcount.
-            if cluster >= self.clusters || (recorded, references) == (0, 0) {
+            // The cluster behind the file may be named by a table that ends there. If it is not, nobody asks for its
+            // refcount.
+            if references == 0 && (recorded == 0 || cluster >= self.clusters) {
                 continue;
             }
             self.report.image_end_offset = (cluster + 1) * size;

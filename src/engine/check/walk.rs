@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use qcow2::entry::{COMPRESSED, COPIED, OFFSET_MASK, compressed_length};
+use qcow2::entry::{COMPRESSED, COPIED, OFFSET_MASK, ZERO, compressed_length};
 use qcow2::header::L1_TABLE_SIZE_MAX;
 use qcow2::snapshot::{EXTRA_LENGTH_V3, TableEntry};
 use qcow2::{
@@ -453,7 +453,8 @@ impl Walk {
 
     /// Understands an L2 entry as far as references go.
     fn understand(&self, mut raw: RawL2Entry) -> Understood {
-        let elsewhere = self.external_data && raw.descriptor & (COMPRESSED | COPIED) == COPIED;
+        let zero = raw.descriptor & ZERO != 0 && !self.geometry.extended_l2;
+        let elsewhere = self.external_data && raw.descriptor & (COMPRESSED | COPIED) == COPIED && !zero;
         if elsewhere && raw.descriptor & OFFSET_MASK == 0 {
             // In another file there may be data at offset 0. Any other place will do, as it is not counted.
             raw.descriptor |= self.geometry.cluster_size();
