@@ -246,7 +246,8 @@ fn a_cluster_that_two_entries_name_is_not_handed_out_twice() {
     rig.try_one(&discard(1)).expect("the second that names it");
     let mut model = ByteModel::new(64 * M, 4 * K, DiscardRule::ZeroesClusters);
     rig.run(&[write(8 * M, 4 * K, 1)], &mut model);
-    rig.try_one(&Operation::Flush).expect("a flush");
+    // On a slow machine the housekeeper has flushed, and found the damage, before.
+    let _ = rig.try_one(&Operation::Flush);
     settle(&rig);
     let message = rig.try_one(&write(16 * M, 4 * K, 2)).expect_err("the damage was found").to_string();
     assert!(message.contains("refuses writes"), "{message}");
