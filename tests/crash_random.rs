@@ -1,7 +1,7 @@
 //! Long random runs of whole disks on a simulated host, with several requests in flight, crashed at random instants.
 //!
 //! `STRATA_CRASH_SECONDS=7200` for a long run; `STRATA_CRASH_SEED=n` to begin with another seed, `STRATA_CRASH_ONLY=n`
-//! to do the trial of one seed alone.
+//! to do the trial of one seed alone; `STRATA_CRASH_TACTIC=shortages` (or `failures`, `overtaken`) for runs of one kind.
 
 mod crash;
 
@@ -19,6 +19,7 @@ fn no_crash_of_a_random_run_loses_what_was_flushed() {
     let tally = Tally::new(Duration::from_secs(number("STRATA_CRASH_SECONDS").unwrap_or(60)));
     let only = number("STRATA_CRASH_ONLY");
     let next = AtomicU64::new(only.or(number("STRATA_CRASH_SEED")).unwrap_or(1));
+    let tactic = tactic();
     std::thread::scope(|scope| {
         for _ in 0..if only.is_some() { 1 } else { threads() } {
             scope.spawn(|| {
@@ -26,7 +27,7 @@ fn no_crash_of_a_random_run_loses_what_was_flushed() {
                 while !tally.is_over() {
                     let seed = next.fetch_add(1, Ordering::Relaxed);
                     let count = |requests| tally.count_run(requests);
-                    if let Err(finding) = trial(&starts, seed, Tactic::Any, &mut walker, count) {
+                    if let Err(finding) = trial(&starts, seed, tactic, &mut walker, count) {
                         tally.found(finding);
                     }
                     if only.is_some() {
@@ -37,4 +38,15 @@ fn no_crash_of_a_random_run_loses_what_was_flushed() {
         }
     });
     tally.conclude(&format!("random runs up to seed {}", next.load(Ordering::Relaxed)));
+}
+
+/// The kind of runs.
+fn tactic() -> Tactic {
+    match std::env::var("STRATA_CRASH_TACTIC").as_deref() {
+        Err(_) => Tactic::Any,
+        Ok("failures") => Tactic::Failures,
+        Ok("overtaken") => Tactic::Overtaken,
+        Ok("shortages") => Tactic::Shortages,
+        Ok(other) => panic!("STRATA_CRASH_TACTIC={other}: there is no such tactic"),
+    }
 }

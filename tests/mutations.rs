@@ -44,6 +44,7 @@ fn hunt(mutation: Mutation, starts: &[Start], time: Duration) -> Option<Catch> {
             _ if only_failures_show(mutation) => Tactic::Failures,
             0 => Tactic::Overtaken,
             2 | 5 => Tactic::Failures,
+            3 => Tactic::Shortages,
             _ => Tactic::Any,
         };
         let tried = mutation::with(mutation, || trial(starts, seed, tactic, &mut walker, count));

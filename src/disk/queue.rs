@@ -6,6 +6,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use engine::mutation::{Mutation, active};
 use engine::{Epoch, FileIndex, Mapping, PartedCluster};
 use qcow2::{GuestOffset, HostOffset, SUBCLUSTERS, Subcluster};
 use slab::Slab;
@@ -391,7 +392,7 @@ impl<S: Storage> Worker<S> {
         }
         if self.waits_after(&request, &result) {
             let mut waiting = self.shared.space.begin(&self.driver);
-            while self.waits_after(&request, &result) && waiting.pause(|| self.leaving.get()).await {
+            while self.waits_after(&request, &result) && waiting.pause(|| self.gives_up()).await {
                 result = self.carry_out(self.enter(), request, slices).await;
             }
         }
@@ -429,11 +430,16 @@ impl<S: Storage> Worker<S> {
         let mut result = self.flush().await;
         if self.waits_after(&Request::Flush, &result) {
             let mut waiting = self.shared.space.begin(&self.driver);
-            while self.waits_after(&Request::Flush, &result) && waiting.pause(|| self.leaving.get()).await {
+            while self.waits_after(&Request::Flush, &result) && waiting.pause(|| self.gives_up()).await {
                 result = self.flush().await;
             }
         }
         result
+    }
+
+    /// Whether requests wait for space no more, as their queue is being stopped.
+    fn gives_up(&self) -> bool {
+        self.leaving.get() && !active(Mutation::WaitNotGivenUp)
     }
 
     /// Whether a request that ended so may succeed once there is space.

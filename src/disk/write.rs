@@ -37,6 +37,9 @@ pub(crate) struct Claim<'a, S: Storage> {
 
 impl<S: Storage> Drop for Claim<'_, S> {
     fn drop(&mut self) {
+        if active(Mutation::ClaimKeptByLeaver) && self.worker.leaving.get() {
+            return;
+        }
         self.worker.engine().release_claim(self.id);
     }
 }

@@ -78,6 +78,10 @@ pub enum Mutation {
     SnapshotFlagsKept,
     /// Refcounts are lowered before the header stops naming what they count.
     SnapshotLoweredFirst,
+    /// A request that ends on a queue that is being stopped keeps its claim.
+    ClaimKeptByLeaver,
+    /// A request goes on waiting for space although its queue is being stopped.
+    WaitNotGivenUp,
 }
 
 impl Mutation {
@@ -119,6 +123,8 @@ impl Mutation {
         Mutation::SnapshotHeaderFirst,
         Mutation::SnapshotFlagsKept,
         Mutation::SnapshotLoweredFirst,
+        Mutation::ClaimKeptByLeaver,
+        Mutation::WaitNotGivenUp,
     ];
 }
 

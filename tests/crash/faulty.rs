@@ -129,7 +129,7 @@ pub fn play(start: &Start, script: &[Op], manner: Manner, trouble: &[Trouble]) -
         let again: Vec<Fault> =
             hangs.iter().map(|trouble| Fault { nth: trouble.nth % 8, ..trouble.fault() }).collect();
         let mut run = if manner.clean { rig.finish_with(&again) } else { rig.abandon() };
-        run.tried_again = others.iter().any(|trouble| trouble.is_no_space());
+        run.tries = if others.iter().any(|trouble| trouble.is_no_space()) { 2 } else { 1 };
         Aftermath { hit_before_probe, hit: hit(&world), run: Some(run), probe }
     };
     catch_unwind(AssertUnwindSafe(work)).map_err(|panic| format!("the run panicked: {}", panic_text(&*panic)))

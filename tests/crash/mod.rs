@@ -3,7 +3,8 @@
 //!
 //! `shape` makes images, `hidden` shares their clusters with a snapshot, `rig` runs a disk, `journal` is the oracle, `walk` makes the crash states of a run and compares,
 //! `examine` looks at one, `second` has QEMU look at a sample, `tally` counts. `sequences` are all the short runs, a
-//! `trial` is a long random one that a number stands for, and `faulty` is one in which the host fails;
+//! `trial` is a long random one that a number stands for, `faulty` is one in which the host fails,
+//! `scarce` one in which it runs out of space;
 //! `windows` are the two mistakes of QEMU.
 #![allow(dead_code, reason = "each test target uses its own part of the machine")]
 
@@ -14,6 +15,7 @@ pub mod hidden;
 pub mod journal;
 pub mod memory;
 pub mod rig;
+pub mod scarce;
 pub mod second;
 pub mod sequences;
 pub mod shape;

@@ -3,26 +3,31 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use disk::{Completed, Disk, DiskQueue, Keeper, OpenError, Request, RequestError, RequestId};
+use disk::{Completed, Disk, DiskQueue, Keeper, OpenError, Request, RequestError, RequestId, SpaceStatus};
 use engine::EngineStatus;
 use storage::GuestSlice;
 use storage::sim::{Fault, Hung, Moment, Outcome, Random, SimOptions, SimStorage, SimWorld};
 
 use super::journal::{Journal, Op};
 use super::memory::{SLOTS, gather, memory, scatter};
+use super::scarce::Tide;
 use super::shape::{FIRST_WRITE, Start, TOP};
 use super::stamp::{SECTOR, Value, read_stamps, stamp};
 
 /// Queues of a disk.
 const QUEUES: usize = 2;
+/// Operations in flight of each.
+const QUEUE_DEPTH: u32 = 32;
 /// Turns in vain before time passes.
 const VAIN_TURNS_MAX: u32 = 300;
 /// How long, by the simulated clock, nothing may end before that counts as a hang.
 const HANG: Duration = Duration::from_secs(60);
 /// How long an I/O hangs, if one hangs.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// How long, by the simulated clock, a queue that is being stopped may take: as long as its I/O, which is well below.
+const STOP_MAX: Duration = Duration::from_secs(4);
 /// Time that passes at once where nothing else does.
 const TICK: Duration = Duration::from_millis(50);
 
@@ -34,6 +39,8 @@ pub struct Rig {
     pub journal: Journal,
     /// The requests that failed, and why.
     pub failures: Vec<(usize, RequestError)>,
+    /// Those that failed as their queue was being stopped.
+    pub given_up: Vec<(usize, RequestError)>,
     /// A read that found what no read may find.
     pub misread: Option<String>,
     queues: Vec<DiskQueue<SimStorage>>,
@@ -47,11 +54,16 @@ pub struct Rig {
     /// By how much the next request's first I/O is late.
     late: Option<Duration>,
     reserved: Vec<(Moment, u64)>,
+    /// The host's space comes and goes.
+    tide: Option<Tide>,
+    /// A queue that is being stopped, and since when.
+    leaving: Option<(usize, Instant)>,
 }
 
 /// A request in flight.
 struct Flight {
     index: usize,
+    queue: usize,
     slices: Vec<GuestSlice>,
 }
 
@@ -63,6 +75,8 @@ pub struct Finished {
     pub journal: Journal,
     /// The requests that failed, and why.
     pub failures: Vec<(usize, RequestError)>,
+    /// Those that failed as their queue was being stopped.
+    pub given_up: Vec<(usize, RequestError)>,
     /// A read that found what no read may find.
     pub misread: Option<String>,
     /// Instants at which nothing was dirty and nothing in quarantine, in order; the first is the opening.
@@ -73,8 +87,8 @@ pub struct Finished {
     pub hung: bool,
     /// The most that was reserved and not used so far, and when that was seen, in order.
     pub reserved: Vec<(Moment, u64)>,
-    /// Requests may have found no space, and were tried once more.
-    pub tried_again: bool,
+    /// How often a request may have been tried, if it found no space.
+    pub tries: u64,
 }
 
 /// What `work` gives; nothing if it waits for an I/O that a fault made hang, as a process does until the machine crashes.
@@ -93,12 +107,13 @@ impl Finished {
             world,
             journal: Journal::new(start.shape, start.values.clone()),
             failures: Vec::new(),
+            given_up: Vec::new(),
             misread: None,
             quiet: Vec::new(),
             closed: Ok(()),
             hung: true,
             reserved: Vec::new(),
-            tried_again: false,
+            tries: 1,
         }
     }
 
@@ -129,12 +144,13 @@ impl Rig {
         first_write: u32,
     ) -> Result<Rig, OpenError> {
         let disk = Disk::open_unkept(world.storage(), Path::new(TOP), &start.shape.options())?;
-        let queues = (0..QUEUES).map(|_| disk.queue(32)).collect::<Result<Vec<_>, _>>()?;
+        let queues = (0..QUEUES).map(|_| disk.queue(QUEUE_DEPTH)).collect::<Result<Vec<_>, _>>()?;
         let keeper = start.shape.is_qcow2().then(|| disk.keeper()).transpose()?;
         let quiet = vec![world.moment()];
         Ok(Rig {
             journal: Journal::new(start.shape, start.values.clone()),
             failures: Vec::new(),
+            given_up: Vec::new(),
             misread: None,
             queues,
             keeper,
@@ -146,6 +162,8 @@ impl Rig {
             stalled: Duration::ZERO,
             late: None,
             reserved: Vec::new(),
+            tide: None,
+            leaving: None,
             world,
         })
     }
@@ -164,6 +182,52 @@ impl Rig {
     /// The engine's numbers.
     pub fn status(&self) -> EngineStatus {
         self.disk.status()
+    }
+
+    /// The requests that wait for space.
+    pub fn space(&self) -> SpaceStatus {
+        self.disk.space().status()
+    }
+
+    /// From now on the host's space comes and goes, and queues are stopped and started anew meanwhile.
+    pub fn begin_tide(&mut self, tide: Tide) {
+        self.tide = Some(tide);
+    }
+
+    /// There is space for good.
+    pub fn end_tide(&mut self) {
+        self.tide = None;
+        Tide::ebb(&self.world);
+    }
+
+    fn turn_tide(&mut self) {
+        let Some(tide) = &mut self.tide else { return };
+        let stops = tide.turn(&self.world, QUEUES);
+        let Some((queue, since)) = self.leaving else {
+            if let Some(queue) = stops {
+                self.queues[queue].give_up();
+                self.leaving = Some((queue, self.world.now()));
+            }
+            return;
+        };
+        if self.flying.iter().flatten().all(|flight| flight.queue != queue) {
+            self.queues[queue] = self.disk.queue(QUEUE_DEPTH).expect("a queue");
+            self.leaving = None;
+        } else if self.world.now() > since + STOP_MAX {
+            self.hang("a queue cannot be stopped");
+        }
+    }
+
+    fn is_leaving(&self, queue: usize) -> bool {
+        self.leaving.is_some_and(|(leaving, _)| leaving == queue)
+    }
+
+    /// Something takes too long.
+    fn hang(&mut self, what: &str) -> ! {
+        let hanging = self.hanging();
+        // Their drop would wait for what hangs, and end the program.
+        self.queues.drain(..).for_each(std::mem::forget);
+        panic!("{what}: {hanging}");
     }
 
     fn in_flight(&self) -> usize {
@@ -227,17 +291,21 @@ impl Rig {
             }
             scatter(&bytes, &slices);
         }
-        let queue = self.random.below(QUEUES as u64) as usize;
+        let mut queue = self.random.below(QUEUES as u64) as usize;
+        if self.is_leaving(queue) {
+            queue = (queue + 1) % QUEUES;
+        }
         let index = self.journal.submit(op, write, through, self.world.moment());
         if let Some(late) = self.late.take() {
             self.world.inject(Fault::nth(0, Outcome::Delay(late)));
         }
-        self.flying[slot] = Some(Flight { index, slices: slices.clone() });
+        self.flying[slot] = Some(Flight { index, queue, slices: slices.clone() });
         self.queues[queue].submit(RequestId(slot as u32), request(op, through), &slices);
     }
 
     /// Lets somebody do something.
     fn act(&mut self) {
+        self.turn_tide();
         let done = match self.random.below(QUEUES as u64 * 2 + 4) {
             0 => self.turn_keeper(),
             number if number <= 2 * QUEUES as u64 => self.turn_queue(number as usize % QUEUES),
@@ -253,8 +321,8 @@ impl Rig {
         }
         // Long pauses are rare, but the housekeeper's five seconds must come in the midst of things now and then.
         let pass = match self.random.below(2048) {
-            0 => Duration::from_millis(5100),
-            1..4 => TICK,
+            0 if self.leaving.is_none() => Duration::from_millis(5100),
+            0..4 => TICK,
             4..16 => Duration::from_micros(500),
             _ => return self.count_vain_turn(),
         };
@@ -271,7 +339,9 @@ impl Rig {
         if self.stalled > PATIENCE {
             self.world.release_hung();
         }
-        assert!(self.stalled < HANG, "requests hang: {}", self.hanging());
+        if self.stalled >= HANG {
+            self.hang("requests hang");
+        }
     }
 
     fn hanging(&self) -> String {
@@ -315,6 +385,7 @@ impl Rig {
         self.journal.end(flight.index, completed.result.is_ok(), self.world.moment());
         match completed.result {
             Ok(()) => self.compare_read(&flight),
+            Err(error) if self.is_leaving(flight.queue) => self.given_up.push((flight.index, error)),
             Err(error) => self.failures.push((flight.index, error)),
         }
     }
@@ -409,12 +480,13 @@ impl Rig {
             world: self.world,
             journal: self.journal,
             failures: self.failures,
+            given_up: self.given_up,
             misread: self.misread,
             quiet: self.quiet,
             hung: closed.is_none(),
             closed: closed.unwrap_or(Ok(())),
             reserved: self.reserved,
-            tried_again: false,
+            tries: 1,
         }
     }
 
@@ -427,12 +499,13 @@ impl Rig {
             world: self.world.clone(),
             journal: self.journal,
             failures: self.failures,
+            given_up: self.given_up,
             misread: self.misread,
             quiet: self.quiet,
             closed,
             hung: false,
             reserved: self.reserved,
-            tried_again: false,
+            tries: 1,
         }
     }
 }

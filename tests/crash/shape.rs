@@ -5,7 +5,7 @@
 use std::ops::Range;
 use std::path::Path;
 
-use disk::{DiskOptions, Format};
+use disk::{DiskOptions, Format, OnEnospc};
 use qcow2::{Compression, Geometry, NewImage, Version};
 use storage::sim::{Image, SimOptions, SimWorld};
 
@@ -73,6 +73,8 @@ pub struct Shape {
     pub past: Past,
     /// Bytes of tables that the disk may keep, which also bounds what is dirty.
     pub table_bytes: usize,
+    /// What becomes of requests that find no space.
+    pub on_enospc: OnEnospc,
 }
 
 /// A shape, made: the files, and what the guest reads from them.
@@ -103,6 +105,7 @@ impl Shape {
             below: Below::Nothing,
             past: Past::Fresh,
             table_bytes: 1 << 20,
+            on_enospc: OnEnospc::Report,
         }
     }
 
@@ -198,6 +201,7 @@ impl Shape {
             inflated_bytes: 8 << 10,
             // All on one thread, in one order.
             inflate_threads: 0,
+            on_enospc: self.on_enospc,
             ..DiskOptions::default()
         }
     }

@@ -18,6 +18,10 @@ pub struct Tally {
     compared: AtomicU64,
     runs: AtomicU64,
     requests: AtomicU64,
+    /// Requests that waited for space.
+    waited: AtomicU64,
+    /// Requests that failed as their queue was stopped.
+    given_up: AtomicU64,
     findings: Mutex<Vec<String>>,
     /// QEMU's tools, for a sample.
     pub second: SecondOpinion,
@@ -34,6 +38,8 @@ impl Tally {
             compared: AtomicU64::new(0),
             runs: AtomicU64::new(0),
             requests: AtomicU64::new(0),
+            waited: AtomicU64::new(0),
+            given_up: AtomicU64::new(0),
             findings: Mutex::default(),
             second: SecondOpinion::find(),
         }
@@ -54,6 +60,12 @@ impl Tally {
     pub fn count_run(&self, requests: usize) {
         self.runs.fetch_add(1, Ordering::Relaxed);
         self.requests.fetch_add(requests as u64, Ordering::Relaxed);
+    }
+
+    /// Counts the requests of a run that waited for space, and those that were given up.
+    pub fn count_shortage(&self, waited: u64, given_up: u64) {
+        self.waited.fetch_add(waited, Ordering::Relaxed);
+        self.given_up.fetch_add(given_up, Ordering::Relaxed);
     }
 
     /// Notes a violation.
@@ -100,9 +112,11 @@ impl fmt::Display for Tally {
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         write!(
             f,
-            "{} runs, {} requests, {} crash states compared, {} of them distinct by hash, {}, {} findings, in {:.1} s",
+            "{} runs, {} requests ({} waited for space, {} were given up), {} crash states compared, {} of them distinct by hash, {}, {} findings, in {:.1} s",
             load(&self.runs),
             load(&self.requests),
+            load(&self.waited),
+            load(&self.given_up),
             load(&self.compared),
             self.distinct(),
             self.second,

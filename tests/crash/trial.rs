@@ -4,6 +4,7 @@
 use std::fmt::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use disk::OnEnospc;
 use qcow2::Compression;
 use storage::sim::Random;
 
@@ -12,6 +13,7 @@ use super::faulty::{self, Trouble};
 use super::journal::Op;
 use super::memory::SECTORS_MAX;
 use super::rig::{Finished, Rig};
+use super::scarce;
 use super::shape::{Below, Past, Shape, Start};
 use super::walk::{Choice, Walker};
 
@@ -234,6 +236,8 @@ pub enum Tactic {
     Any,
     /// In every run an I/O fails.
     Failures,
+    /// In every run the host runs out of space for a time.
+    Shortages,
     /// In every run I/O is late, on clusters that are freed meanwhile.
     Overtaken,
 }
@@ -264,13 +268,15 @@ pub fn trial(
         let (rest, clean) = (random.chance(1, 4), random.chance(1, 2));
         let manner = Manner { at_once, rest, clean, seed: random.next_bits() };
         count(script.len());
-        let tried = match random.below(4) {
+        let tried = match random.below(5) {
+            _ if tactic == Tactic::Shortages => with_shortages(&start, &script, manner, &mut random, walker),
             _ if tactic == Tactic::Failures => with_failure(&start, &script, manner, &mut random, walker),
             0 => with_failure(&start, &script, manner, &mut random, walker),
             1 => {
                 let delays = (0..6).map(|_| Trouble::delay(&mut random)).collect();
                 with_delays(&start, &script, manner, delays, walker)
             }
+            2 => with_shortages(&start, &script, manner, &mut random, walker),
             _ => play(&start, &script, manner).and_then(|run| judge(&run, &start, manner, walker)),
         };
         start = tried.map_err(|wrong| {
@@ -335,4 +341,27 @@ fn with_delays(
     let aftermath = faulty::play(start, script, manner, &delays).map_err(name)?;
     let run = aftermath.run.ok_or("it does not open".to_owned()).map_err(name)?;
     judge(&run, start, manner, walker).map_err(name)
+}
+
+/// A run in which the host runs out of space for a time; some crash of it.
+fn with_shortages(
+    start: &Start,
+    script: &[Op],
+    manner: Manner,
+    random: &mut Random,
+    walker: &mut Walker,
+) -> Result<Start, String> {
+    let on_enospc = if random.chance(1, 3) { OnEnospc::Report } else { OnEnospc::Wait };
+    let name = |wrong: String| format!("{wrong}\nwith shortages of space, {on_enospc:?}");
+    let before = start.shape;
+    let start = Start { shape: Shape { on_enospc, ..before }, ..start.clone() };
+    let scarce = scarce::play(&start, script, manner).map_err(name)?;
+    scarce.judge(on_enospc).map_err(name)?;
+    walker.count_shortage(scarce.space.waited, scarce.run.given_up.len() as u64);
+    walker.crash(&scarce.run, &start, &Choice::sample_of(&scarce.run), manner.seed).map_err(name)?;
+    if manner.clean {
+        walker.closed(&scarce.run, &start).map_err(name)?;
+    }
+    let left = walker.some_crash(&scarce.run, &start, manner.seed).map_err(name)?;
+    Ok(Start { shape: before, ..left })
 }

@@ -59,6 +59,11 @@ impl<'t> Walker<'t> {
         Walker { tally, seen: HashMap::new() }
     }
 
+    /// Counts the requests of a run that waited for space, and those that were given up.
+    pub fn count_shortage(&self, waited: u64, given_up: u64) {
+        self.tally.count_shortage(waited, given_up);
+    }
+
     /// Looks at an image, or remembers.
     ///
     /// # Errors
@@ -209,8 +214,8 @@ impl<'r> Promise<'r> {
         let quiet = self.run.quiet.iter().rev().find(|quiet| **quiet <= moment).copied();
         let Unsettled { taken, freed } =
             self.run.journal.unsettled_clusters(quiet.unwrap_or(Moment(0)), moment);
-        // What it took at first goes the way of what is freed.
-        let taken = if self.run.tried_again { 2 * taken } else { taken };
+        // What was taken in vain goes the way of what is freed.
+        let taken = taken * self.run.tries;
         // It was seen at some moment after it was reserved.
         let samples = &self.run.reserved;
         let seen = samples.partition_point(|(at, _)| *at < moment);

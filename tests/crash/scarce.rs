@@ -1,0 +1,135 @@
+//! Runs on a host that runs out of space for a time, and again, while queues are stopped and started anew as a session
+//! would: requests that find no space wait for it, or fail.
+//!
+//! Owns when there is how much space, and what must be true of such a run besides the oracle: nothing but what needs
+//! space fails, nothing that waits for it fails unless its queue is stopped, nothing waits for ever, and the disk is
+//! none the worse.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::{Duration, Instant};
+
+use disk::{OnEnospc, SpaceStatus};
+use storage::Errno;
+use storage::sim::{Random, SimWorld};
+
+use super::examine::panic_text;
+use super::journal::Op;
+use super::rig::{Finished, Rig};
+use super::shape::Start;
+use super::trial::Manner;
+
+/// Room for whatever is asked.
+const PLENTY: u64 = 1 << 40;
+/// Times without space in a run, at most: with the longest of them, requests wait less than counts as a hang.
+const SHORTAGES_MAX: u64 = 4;
+/// What space is given in.
+const PAGE: u64 = 4096;
+
+/// The host's space, which comes and goes.
+pub struct Tide {
+    random: Random,
+    /// Shortages still to come.
+    left: u64,
+    short: bool,
+    turns: Option<Instant>,
+}
+
+impl Tide {
+    /// One that a seed stands for; at first there is space.
+    pub fn new(seed: u64) -> Self {
+        let mut random = Random::new(seed ^ 0x71de);
+        Tide { left: 1 + random.below(SHORTAGES_MAX), random, short: false, turns: None }
+    }
+
+    /// Lets it turn if it is time; a queue to be stopped now, if one is.
+    pub fn turn(&mut self, world: &SimWorld, queues: usize) -> Option<usize> {
+        let now = world.now();
+        let turns = *self.turns.get_or_insert_with(|| now + some_time(&mut self.random, 12..28));
+        if now >= turns {
+            self.short = !self.short && self.left > 0;
+            let bits = if self.short { 16..33 } else { 20..31 };
+            self.turns = Some(now + some_time(&mut self.random, bits));
+            match self.short {
+                true => {
+                    self.left -= 1;
+                    let room = self.random.below(3) * self.random.below(8) * PAGE;
+                    let errnos = [Errno::ENOSPC, Errno::ENOSPC, Errno::EDQUOT, Errno::EFBIG];
+                    let errno = errnos[self.random.below(errnos.len() as u64) as usize];
+                    world.set_space(world.allocated() + room, errno);
+                }
+                false => Tide::ebb(world),
+            }
+        }
+        let stops = self.short && self.random.chance(1, 200);
+        stops.then(|| self.random.below(queues as u64) as usize)
+    }
+
+    /// There is space.
+    pub fn ebb(world: &SimWorld) {
+        world.set_space(PLENTY, Errno::ENOSPC);
+    }
+}
+
+/// Nanoseconds of so many bits.
+fn some_time(random: &mut Random, bits: std::ops::Range<u64>) -> Duration {
+    let bits = bits.start + random.below(bits.end - bits.start);
+    Duration::from_nanos((1 << bits) + random.below(1 << bits))
+}
+
+/// A run with shortages.
+pub struct Scarce {
+    /// The run.
+    pub run: Finished,
+    /// How many requests waited.
+    pub space: SpaceStatus,
+    /// What became of a write and a flush when there was space again.
+    probe: (bool, bool),
+}
+
+/// Plays a script while space comes and goes, then probes the disk with space again.
+///
+/// # Errors
+/// If it does not open, panics or hangs.
+pub fn play(start: &Start, script: &[Op], manner: Manner) -> Result<Scarce, String> {
+    let work = || -> Result<Scarce, String> {
+        let mut rig = Rig::open(start, manner.seed).map_err(|error| format!("it does not open: {error}"))?;
+        rig.begin_tide(Tide::new(manner.seed));
+        rig.play(script, manner.at_once);
+        rig.end_tide();
+        if manner.rest {
+            rig.rest();
+        }
+        let probe = rig.probe();
+        let space = rig.space();
+        Ok(Scarce { run: if manner.clean { rig.finish() } else { rig.abandon() }, space, probe })
+    };
+    catch_unwind(AssertUnwindSafe(work))
+        .unwrap_or_else(|panic| Err(format!("the run panicked: {}", panic_text(&*panic))))
+}
+
+impl Scarce {
+    /// What must be true of it.
+    ///
+    /// # Errors
+    /// What is not.
+    pub fn judge(&self, on_enospc: OnEnospc) -> Result<(), String> {
+        if let Some(misread) = &self.run.misread {
+            return Err(misread.clone());
+        }
+        let excused = on_enospc == OnEnospc::Report;
+        let wrong = |error: &disk::RequestError| !(excused && error.is_no_space());
+        if let Some((index, error)) = self.run.failures.iter().find(|(_, error)| wrong(error)) {
+            return Err(format!("request {index} failed: {error}"));
+        }
+        if let Some((index, error)) = self.run.given_up.iter().find(|(_, error)| !error.is_no_space()) {
+            return Err(format!("request {index} of a stopped queue failed: {error}"));
+        }
+        if self.space.waiting != 0 || (excused && self.space.waited != 0) {
+            return Err(format!("with {on_enospc:?}: {:?}", self.space));
+        }
+        if self.probe != (true, true) {
+            return Err(format!("with space again, a write and a flush end {:?}", self.probe));
+        }
+        self.run.closed.as_ref().map_err(|error| format!("the close failed: {error}")).copied()
+    }
+}
