@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use disk::check::check;
@@ -11,12 +12,14 @@ use disk::{
 };
 use qcow2::create::NewImage;
 use qcow2::{Geometry, Version};
-use storage::sim::{Random, SimOptions, SimStorage, SimWorld};
+use storage::sim::{Fault, Outcome, Random, SimOptions, SimStorage, SimWorld};
 use storage::{Errno, GuestSlice};
+use strata_tests::Qemu;
+use strata_tests::images::Check;
 use strata_tests::model::{ByteModel, DiscardRule, Operation, contents};
 
-const TOP: &str = "/top.qcow2";
-const BASE: &str = "/base.raw";
+const TOP: &str = "top.qcow2";
+const BASE: &str = "base.raw";
 /// Bytes of the disk.
 const SIZE: u64 = 4 << 20;
 /// Requests in flight at a time.
@@ -204,11 +207,25 @@ impl Rig {
         let calm = SimWorld::from_image(self.world.image(), 1, SimOptions::calm());
         let report = check(&calm.storage(), Path::new(TOP), &self.setup.options()).expect("a check");
         assert_eq!((report.corruptions, report.leaked_clusters), (0, 0), "{:?}", report.findings);
+        check_by_qemu(&calm);
         let mut again = Rig::open(calm, self.setup, self.model);
         for offset in (0..SIZE).step_by(WINDOW) {
             again.run(Operation::Read { offset, length: WINDOW as u64 });
         }
     }
+}
+
+/// QEMU finds nothing wrong with the image either, if its tools are there.
+fn check_by_qemu(world: &SimWorld) {
+    static QEMU: LazyLock<Option<Qemu>> = LazyLock::new(Qemu::find);
+    let Some(qemu) = &*QEMU else { return };
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let image = world.image();
+    for name in image.paths() {
+        image.export(name, &folder.path().join(name)).expect("an export");
+    }
+    let verdict = qemu.check(&folder.path().join(TOP)).expect("qemu-img check runs");
+    assert_eq!(verdict, Check::Clean);
 }
 
 /// A request's memory, aligned as direct I/O likes it. Leaked, so that the slice may well be 'static.
@@ -420,6 +437,57 @@ fn a_queue_that_is_dropped_waits_no_more() {
     rig.leave_space(PLENTY);
     rig.pass(Duration::from_millis(1100));
     assert!(rig.flying.is_empty());
+    rig.conclude();
+}
+
+#[test]
+fn a_queue_that_gives_up_fails_what_waits_and_nothing_else() {
+    let mut rig = full(Setup::new(OnEnospc::Wait));
+    // By turns the first queue's and the second's.
+    rig.send(write(1, 2, 2));
+    rig.send(write(10, 1, 3));
+    rig.pass(Duration::from_secs(2));
+    assert_eq!(rig.space().waiting, 2);
+    rig.queues[0].give_up();
+    rig.exhaust();
+    let (operation, error) = rig.failed.pop().expect("it ends at once");
+    assert!(operation == write(1, 2, 2) && error.is_no_space(), "{operation:?}: {error}");
+    assert_eq!(rig.space().waiting, 1, "the other queue's waits on");
+    // What it was about is free for others, and its queue still serves what needs no space.
+    rig.run(write(1, 1, 5));
+    run_others(&mut rig, 6);
+    let error = rig.try_one(write(11, 1, 7)).expect("it does not wait").expect_err("there is no space");
+    assert!(error.is_no_space(), "{error}");
+    rig.leave_space(PLENTY);
+    rig.pass(Duration::from_millis(1100));
+    assert!(rig.flying.is_empty(), "{:?}", rig.flying);
+    rig.run(write(1, 2, 9));
+    rig.run(Operation::Discard { offset: CLUSTER, length: CLUSTER });
+    rig.run(Operation::Flush);
+    rig.conclude();
+}
+
+#[test]
+fn a_request_that_is_given_up_in_the_midst_of_a_try_frees_its_claim() {
+    let mut rig = full(Setup::new(OnEnospc::Wait));
+    rig.send(write(20, 1, 2));
+    rig.pass(Duration::from_secs(2));
+    assert_eq!(rig.space().waiting, 1);
+    // The next try is within a second, and its I/O does not end for now.
+    rig.world.inject(Fault::nth(0, Outcome::Hang));
+    rig.pass(Duration::from_millis(1100));
+    rig.send(write(20, 1, 3));
+    rig.pass(Duration::from_millis(500));
+    assert_eq!((rig.flying.len(), rig.space().waiting), (2, 1), "the second is behind the first's claim");
+    rig.queues[0].give_up();
+    rig.world.release_hung();
+    rig.exhaust();
+    let (operation, _) = rig.failed.pop().expect("the first has ended");
+    assert_eq!(operation, write(20, 1, 2));
+    assert_eq!((rig.flying.len(), rig.space().waiting), (1, 1), "now the second has been tried, and waits");
+    rig.leave_space(PLENTY);
+    rig.pass(Duration::from_millis(1100));
+    assert!(rig.flying.is_empty(), "{:?}", rig.flying);
     rig.conclude();
 }
 
