@@ -6,7 +6,7 @@
 use crate::command;
 use anyhow::{Context, Result, bail};
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, Resource, Rlimit, Signal, kill_process, pidfd_open, prlimit};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -186,8 +186,14 @@ const LOOK_AGAIN: Duration = Duration::from_millis(10);
 impl Daemon {
     /// Starts `program` on `spec` and returns when it listens. Its output is appended to `log`.
     pub fn start(program: &Program, spec: &ServeSpec, log: &Path) -> Result<Self> {
+        Self::start_with(program, spec, &[], log)
+    }
+
+    /// As [`Daemon::start`], with more options on its command line.
+    pub fn start_with(program: &Program, spec: &ServeSpec, more: &[&str], log: &Path) -> Result<Self> {
         let output = File::options().create(true).append(true).open(log)?;
         let mut command = program.command(spec);
+        command.args(more);
         if std::env::var_os("RUST_LOG").is_none() {
             command.env("RUST_LOG", "info");
         }
@@ -226,6 +232,13 @@ impl Daemon {
     pub fn kill(mut self) -> Result<()> {
         self.process.kill()?;
         self.process.wait()?;
+        Ok(())
+    }
+
+    /// From now on no file of its may grow past so many bytes, nor be written there; none for no limit.
+    pub fn limit_file_sizes(&self, bytes: Option<u64>) -> Result<()> {
+        let limit = Rlimit { current: bytes, maximum: None };
+        prlimit(Some(self.pid()), Resource::Fsize, limit).context("prlimit")?;
         Ok(())
     }
 
