@@ -40,13 +40,13 @@ fn hunt(mutation: Mutation, starts: &[Start], time: Duration) -> Option<Catch> {
             break;
         }
         let count = |requests| tally.count_run(requests);
-        let tactic = match seed % 8 {
-            _ if only_failures_show(mutation) => Tactic::Failures,
+        let mixed = match seed % 8 {
             0 => Tactic::Overtaken,
             2 | 5 => Tactic::Failures,
-            3 => Tactic::Shortages,
+            4 => Tactic::Shortages,
             _ => Tactic::Any,
         };
+        let tactic = telling(mutation).unwrap_or(mixed);
         let tried = mutation::with(mutation, || trial(starts, seed, tactic, &mut walker, count));
         if let Err(how) = tried {
             let how = how.lines().take(2).map(str::trim).collect::<Vec<_>>().join(" ");
@@ -56,10 +56,16 @@ fn hunt(mutation: Mutation, starts: &[Start], time: Duration) -> Option<Catch> {
     None
 }
 
-/// True for a breakage of what is done after a failed I/O.
-fn only_failures_show(mutation: Mutation) -> bool {
+/// The only kind of runs in which a breakage of what is done after a failed I/O shows, or of what is given up.
+fn telling(mutation: Mutation) -> Option<Tactic> {
     use Mutation::{AbortedTakenForZero, FailedCutForgotten, FailedSyncIgnored, FailedWriteForgiven};
-    matches!(mutation, FailedSyncIgnored | FailedWriteForgiven | FailedCutForgotten | AbortedTakenForZero)
+    match mutation {
+        FailedSyncIgnored | FailedWriteForgiven | FailedCutForgotten | AbortedTakenForZero => {
+            Some(Tactic::Failures)
+        }
+        Mutation::ClaimKeptByLeaver | Mutation::WaitNotGivenUp => Some(Tactic::Shortages),
+        _ => None,
+    }
 }
 
 /// The named tests of QEMU's two mistakes must notice just these, in every way of freeing a cluster.
