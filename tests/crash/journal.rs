@@ -260,15 +260,19 @@ impl Journal {
     }
 
     /// Clusters that may be counted at an instant though nothing durable leads to them: those that requests have taken
-    /// which are not settled, and those that were freed since `quiet`, when everything freed had been given back.
-    pub fn unsettled_clusters(&self, quiet: Moment, moment: Moment) -> Unsettled {
+    /// which are not settled, and those that were freed since `quiet`, when everything freed had been given back. What a
+    /// request took in vain, tried so often at most until it found space, goes the way of what is freed.
+    pub fn unsettled_clusters(&self, quiet: Moment, moment: Moment, tries: u64) -> Unsettled {
         let mut unsettled = Unsettled::default();
         for entry in self.entries.iter().filter(|entry| entry.submitted.moment < moment) {
             let (data, tables) = self.reach(entry);
+            // A discard never needs a cluster for data.
+            let takes = tables + if matches!(entry.op, Op::Discard { .. }) { 0 } else { data };
             if entry.settled.is_none_or(|at| at > moment) {
-                // A discard never needs a cluster for data.
-                let takes_data = !matches!(entry.op, Op::Discard { .. });
-                unsettled.taken += tables + if takes_data { data } else { 0 };
+                unsettled.taken += takes;
+            }
+            if entry.ended.is_none_or(|end| end.moment >= quiet) {
+                unsettled.freed += takes * (tries - 1);
             }
             let shared = self.shape.past == Past::Shared;
             let compressed = matches!(self.shape.past, Past::Compressed(_));

@@ -93,6 +93,7 @@ pub struct Scarce {
 pub fn play(start: &Start, script: &[Op], manner: Manner) -> Result<Scarce, String> {
     let work = || -> Result<Scarce, String> {
         let mut rig = Rig::open(start, manner.seed).map_err(|error| format!("it does not open: {error}"))?;
+        let began = rig.world.now();
         rig.begin_tide(Tide::new(manner.seed));
         rig.play(script, manner.at_once);
         rig.end_tide();
@@ -101,10 +102,21 @@ pub fn play(start: &Start, script: &[Op], manner: Manner) -> Result<Scarce, Stri
         }
         let probe = rig.probe();
         let space = rig.space();
-        Ok(Scarce { run: if manner.clean { rig.finish() } else { rig.abandon() }, space, probe })
+        let mut run = if manner.clean { rig.finish() } else { rig.abandon() };
+        run.tries = tries_max(start.shape.on_enospc, run.world.now() - began);
+        Ok(Scarce { run, space, probe })
     };
     catch_unwind(AssertUnwindSafe(work))
         .unwrap_or_else(|panic| Err(format!("the run panicked: {}", panic_text(&*panic))))
+}
+
+/// How often a request is tried at most that takes so long: at once, after what was freed was made ready, and then after
+/// pauses of up to a second, each perhaps followed by one that freed space ends.
+fn tries_max(on_enospc: OnEnospc, time: Duration) -> u64 {
+    match on_enospc {
+        OnEnospc::Report => 2,
+        OnEnospc::Wait => 2 + 2 * (4 + time.as_secs()),
+    }
 }
 
 impl Scarce {

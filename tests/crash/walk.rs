@@ -213,14 +213,12 @@ impl<'r> Promise<'r> {
     fn leaks_at(&self, moment: Moment) -> u64 {
         let quiet = self.run.quiet.iter().rev().find(|quiet| **quiet <= moment).copied();
         let Unsettled { taken, freed } =
-            self.run.journal.unsettled_clusters(quiet.unwrap_or(Moment(0)), moment);
-        // What was taken in vain goes the way of what is freed.
-        let taken = taken * self.run.tries;
+            self.run.journal.unsettled_clusters(quiet.unwrap_or(Moment(0)), moment, self.run.tries);
         // It was seen at some moment after it was reserved.
         let samples = &self.run.reserved;
         let seen = samples.partition_point(|(at, _)| *at < moment);
         let reserved = samples.get(seen).or(samples.last()).map_or(0, |(_, most)| *most);
-        let refblocks = (taken + reserved) / self.start.shape.geometry().refblock_entries() + 1;
+        let refblocks = (taken + freed + reserved) / self.start.shape.geometry().refblock_entries() + 1;
         self.start.leaks + taken + freed + reserved + refblocks
     }
 
