@@ -1,6 +1,5 @@
 //! Images with persistent bitmaps, in-process: what a writable open does to them, and that nothing else ever does.
 
-#[allow(dead_code, reason = "each test target uses its own part of the rig")]
 mod rig;
 
 use std::path::{Path, PathBuf};

@@ -1,6 +1,5 @@
 //! Compressed clusters: images made by `qemu-img convert -c`, and streams that are judged as QEMU judges them.
 
-#[allow(dead_code, reason = "each test target uses its own part of the rig")]
 mod agree;
 mod rig;
 

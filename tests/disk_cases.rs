@@ -1,7 +1,6 @@
 //! The disk, in-process, in situations that random sequences seldom reach: growth of the refcount structure, space
 //! given back, file length over many sessions, refusals by name, raw images, deep chains.
 
-#[allow(dead_code, reason = "each test target uses its own part of the rig")]
 mod agree;
 mod rig;
 

@@ -1,6 +1,5 @@
 //! The disk on damaged, hostile and awkward images, in-process. Each of these was a bug that a review found.
 
-#[allow(dead_code, reason = "each test target uses its own part of the rig")]
 mod rig;
 
 use std::fs::OpenOptions;

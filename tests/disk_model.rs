@@ -1,7 +1,6 @@
 //! The disk, in-process, against a byte-array model: random sequences over chains and geometries, each image checked
 //! and read by QEMU's tools afterwards.
 
-#[allow(dead_code, reason = "each test target uses its own part of the rig")]
 mod agree;
 mod rig;
 

@@ -1,6 +1,5 @@
 //! What a header has besides the places of tables, in-process: what a writable open keeps, clears and refuses.
 
-#[allow(dead_code, reason = "each test target uses its own part of the rig")]
 mod rig;
 
 use std::path::Path;

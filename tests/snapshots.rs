@@ -1,7 +1,6 @@
 //! Internal snapshots against a model and against `qemu-img snapshot`: each makes, applies and deletes what the other
 //! made; refcounts of every width up to their ends; refusals that leave every byte as it was; images that mean harm.
 
-#[allow(dead_code, reason = "each test target uses its own part of the rig")]
 mod rig;
 
 use std::path::{Path, PathBuf};
