@@ -2,14 +2,16 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::sync::Arc;
 
-use disk::check::{Report, check};
+use disk::check::{Finding, FindingKind, Report, check};
+use disk::snapshot::list;
 use disk::{Completed, Disk, DiskOptions, Request, RequestId};
 use qcow2::{Header, Incompatible};
 use storage::sim::{Image, SimOptions, SimWorld};
 
 use super::memory::{WINDOW, gather, memory};
-use super::shape::{Shape, Start, TOP};
+use super::shape::{Shape, Snapshots, Start, TOP};
 use super::stamp::{SECTOR, Value, read_stamps};
 
 /// What is in an image.
@@ -28,6 +30,10 @@ pub struct Seen {
     pub table_clusters: u64,
     /// It was marked dirty: its refcounts are rebuilt by opening it, and were looked at after that.
     pub dirty: bool,
+    /// By name, in the order of the table.
+    pub snapshots: Snapshots,
+    /// Flags COPIED are clear that could be set: costs a copy, nothing else. Version 2 has no mark for what is under way.
+    pub shy: bool,
     /// Why the image is not what a crash may leave, whatever was promised.
     pub wrong: Option<String>,
 }
@@ -53,21 +59,24 @@ fn look(image: &Image, start: &Start) -> Result<Seen, String> {
     let shape = &start.shape;
     let world = SimWorld::from_image(image.clone(), 1, SimOptions::calm());
     if !shape.is_qcow2() {
-        return Ok(Seen { values: read_all(&world, &shape.options(), shape)?, ..Seen::default() });
+        return Ok(Seen { values: read_all(&world, &shape.options())?, ..Seen::default() });
     }
     let dirty = header(image)?.incompatible.contains(Incompatible::DIRTY);
     let before = if dirty { None } else { Some(report(image, start)?) };
-    let values = read_all(&world, &shape.options(), shape)?;
+    let values = read_all(&world, &shape.options())?;
+    let snapshots = read_snapshots(&world, shape)?;
     let report = match before {
         Some(report) => report,
         None => report(&world.image(), start)?,
     };
-    let wrong = (report.corruptions + report.notes > 0).then(|| findings(&report));
+    let wrong_at_all = report.corruptions + report.notes > 0;
+    let shy = shape.version == 2 && wrong_at_all && report.findings.iter().all(is_shy);
+    let wrong = (wrong_at_all && !shy).then(|| findings(&report));
     let hidden_leaks = counted_past_end(&world.image())?;
     let snapshot = start.hidden.as_ref().map(|hidden| {
         let world = SimWorld::from_image(hidden.as_it_was(image), 1, SimOptions::calm());
         let options = DiskOptions { read_only: true, ..shape.options() };
-        read_all(&world, &options, shape).map_err(|error| format!("the snapshot: {error}"))
+        read_all(&world, &options).map_err(|error| format!("the snapshot: {error}"))
     });
     let table_clusters = u64::from(header(image)?.refcount_table_clusters);
     Ok(Seen {
@@ -77,6 +86,8 @@ fn look(image: &Image, start: &Start) -> Result<Seen, String> {
         hidden_leaks,
         table_clusters,
         dirty,
+        snapshots,
+        shy,
         wrong,
     })
 }
@@ -86,6 +97,35 @@ fn report(image: &Image, start: &Start) -> Result<Report, String> {
     let world = SimWorld::from_image(start.revealed(image), 1, SimOptions::calm());
     check(&world.storage(), Path::new(TOP), &start.shape.options())
         .map_err(|error| format!("the checker could not look: {error}"))
+}
+
+/// A leak, or a clear flag at a cluster that nobody shares.
+fn is_shy(finding: &Finding) -> bool {
+    match finding.kind {
+        FindingKind::Copied { raw, refcount, .. } => raw & qcow2::entry::COPIED == 0 && refcount == 1,
+        kind => kind.is_leak(),
+    }
+}
+
+/// What a disk that nobody has open holds.
+///
+/// # Errors
+/// Why it cannot be read.
+pub fn values_now(image: &Image, shape: &Shape) -> Result<Arc<[Value]>, String> {
+    let world = SimWorld::from_image(image.clone(), 1, SimOptions::calm());
+    read_all(&world, &DiskOptions { read_only: true, ..shape.options() }).map(Arc::from)
+}
+
+fn read_snapshots(world: &SimWorld, shape: &Shape) -> Result<Snapshots, String> {
+    let found = list(&world.storage(), Path::new(TOP), &shape.options())
+        .map_err(|error| format!("its snapshots cannot be listed: {error}"))?;
+    let read = |snapshot: disk::snapshot::Snapshot| {
+        let name = String::from_utf8_lossy(&snapshot.name).into_owned();
+        let options = DiskOptions { snapshot: Some(name.clone()), ..shape.options() };
+        let values = read_all(world, &options).map_err(|error| format!("snapshot {name}: {error}"))?;
+        Ok((name, Arc::from(values)))
+    };
+    found.into_iter().map(read).collect()
 }
 
 /// The top image's header.
@@ -132,15 +172,16 @@ fn findings(report: &Report) -> String {
 
 /// Opens the disk (for writing, if the options say no other, so that whatever a dirty image needs is done), and reads all
 /// of it.
-fn read_all(world: &SimWorld, options: &DiskOptions, shape: &Shape) -> Result<Vec<Value>, String> {
+fn read_all(world: &SimWorld, options: &DiskOptions) -> Result<Vec<Value>, String> {
     let disk = Disk::open_unkept(world.storage(), Path::new(TOP), options)
         .map_err(|error| format!("it does not open: {error}"))?;
     let mut queue = disk.queue(64).map_err(|error| format!("no queue: {error}"))?;
-    let mut values = Vec::with_capacity(shape.sectors as usize);
+    let mut values = Vec::new();
     let most = WINDOW as u64 / SECTOR;
-    while (values.len() as u64) < shape.sectors {
+    let sectors = disk.size() / SECTOR;
+    while (values.len() as u64) < sectors {
         let first = values.len() as u64;
-        let slices = memory(0, most.min(shape.sectors - first), 0);
+        let slices = memory(0, most.min(sectors - first), 0);
         queue.submit(RequestId(0), Request::Read { offset: first * SECTOR }, &slices);
         let mut done: Vec<Completed> = Vec::new();
         loop {

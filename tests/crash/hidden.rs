@@ -2,8 +2,8 @@
 //! that nothing may be written in place before it was copied, and no count falls to 0 while the snapshot still uses the
 //! cluster.
 //!
-//! The disk refuses to write beside a snapshot that the header names. So the header does not count it while the disk is
-//! open, and a crash state is looked at with it (every refcount must be right) and from its own point of view (it must
+//! It shows that the flags and refcounts alone keep a snapshot: the header does not count it while the disk is open, so
+//! no guard knows of it, and a crash state is looked at with it (every refcount must be right) and from its own point of view (it must
 //! hold what it held).
 
 use std::path::Path;

@@ -6,12 +6,36 @@
 //! one had ended. Requests that were in flight together come in either order. A request that failed may have been
 //! done, or not, in any sector, and settles nothing. It never looks at the disk.
 
+use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use storage::sim::Moment;
 
 use super::shape::{Past, Shape};
 use super::stamp::Value;
+
+/// What is done to the snapshots of an image; the disk is closed for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Deed {
+    /// The disk is kept as it is.
+    Create,
+    /// The disk becomes what the oldest snapshot is.
+    Apply,
+    /// The oldest snapshot is forgotten.
+    Delete,
+}
+
+/// A snapshot, and who made and who deleted it: requests by their names.
+#[derive(Clone, Debug)]
+pub struct Kept {
+    /// Its name.
+    pub name: String,
+    /// What it holds, by sector.
+    pub values: Arc<[Value]>,
+    made: Option<usize>,
+    deleted: Option<usize>,
+}
 
 /// What is asked of a disk. Places and lengths are in sectors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +78,8 @@ pub enum Op {
     Pause(u64),
     /// The next request's first I/O takes so many milliseconds longer.
     Late(u64),
+    /// The disk is closed, something is done to its snapshots, and it is opened again; what is in flight ends first.
+    Snapshot(Deed),
 }
 
 impl Op {
@@ -69,14 +95,15 @@ impl Op {
             | Op::Write { sector, count, .. }
             | Op::Zeroes { sector, count, .. }
             | Op::Discard { sector, count } => sector..sector + count,
-            Op::Flush | Op::Pause(_) | Op::Late(_) => 0..0,
+            Op::Flush | Op::Pause(_) | Op::Late(_) | Op::Snapshot(_) => 0..0,
         }
     }
 
     /// The sectors that it changes.
     fn changed(&self, shape: &Shape) -> Range<u64> {
         match *self {
-            Op::Read { .. } | Op::Flush | Op::Pause(_) | Op::Late(_) => 0..0,
+            Op::Snapshot(Deed::Apply) => 0..shape.sectors,
+            Op::Read { .. } | Op::Flush | Op::Pause(_) | Op::Late(_) | Op::Snapshot(_) => 0..0,
             Op::Write { .. } | Op::Zeroes { .. } => self.sectors(),
             Op::Discard { .. } if shape.discards_nothing() => 0..0,
             Op::Discard { sector, count } => {
@@ -124,13 +151,63 @@ pub struct Journal {
     order: u32,
     /// For each sector the requests that change it.
     touched: Vec<Vec<u32>>,
+    /// What the disk becomes by an applied snapshot.
+    applied: HashMap<u32, Arc<[Value]>>,
+    /// Every snapshot that there ever was.
+    pub kept: Vec<Kept>,
 }
 
 impl Journal {
-    /// For a disk whose sectors hold these values.
-    pub fn new(shape: Shape, start: Vec<Value>) -> Self {
+    /// For a disk whose sectors hold these values, and that has these snapshots.
+    pub fn new(shape: Shape, start: Vec<Value>, snapshots: &[(String, Arc<[Value]>)]) -> Self {
         let touched = vec![Vec::new(); start.len()];
-        Journal { shape, start, entries: Vec::new(), order: 0, touched }
+        let kept = |(name, values): &(String, Arc<[Value]>)| Kept {
+            name: name.clone(),
+            values: Arc::clone(values),
+            made: None,
+            deleted: None,
+        };
+        let (applied, kept) = (HashMap::new(), snapshots.iter().map(kept).collect());
+        Journal { shape, start, entries: Vec::new(), order: 0, touched, applied, kept }
+    }
+
+    /// A request is about to make a snapshot of a disk that holds this.
+    pub fn makes(&mut self, request: usize, name: String, values: Arc<[Value]>) {
+        self.kept.push(Kept { name, values, made: Some(request), deleted: None });
+    }
+
+    /// A request is about to apply a snapshot.
+    pub fn applies(&mut self, request: usize, name: &str) {
+        let values = Arc::clone(&self.named(name).values);
+        self.applied.insert(request as u32, values);
+    }
+
+    /// A request is about to delete a snapshot.
+    pub fn deletes(&mut self, request: usize, name: &str) {
+        self.named(name).deleted = Some(request);
+    }
+
+    fn named(&mut self, name: &str) -> &mut Kept {
+        self.kept.iter_mut().find(|kept| kept.name == name).expect("it was made")
+    }
+
+    /// The snapshots that a crash at an instant may leave, and whether it must.
+    pub fn kept_at(&self, moment: Moment) -> Vec<(&Kept, bool)> {
+        let visible = |request: usize| self.entries[request].submitted.moment < moment;
+        let settled = |request: usize| self.entries[request].settled.is_some_and(|at| at <= moment);
+        let may = |kept: &&Kept| kept.made.is_none_or(visible) && !kept.deleted.is_some_and(settled);
+        let must = |kept: &Kept| kept.made.is_none_or(settled) && !kept.deleted.is_some_and(visible);
+        self.kept.iter().filter(may).map(|kept| (kept, must(kept))).collect()
+    }
+
+    /// What a request leaves in a sector that it changes.
+    fn value(&self, request: u32, sector: usize) -> Value {
+        let entry = &self.entries[request as usize];
+        match entry.op {
+            Op::Write { .. } => Value::Write(entry.write),
+            Op::Snapshot(_) => self.applied[&request][sector],
+            _ => Value::Zero,
+        }
     }
 
     fn point(&mut self, moment: Moment) -> Point {
@@ -221,23 +298,20 @@ impl Journal {
         visible: impl Fn(&Entry) -> bool,
         settled: impl Fn(&Entry) -> bool,
     ) -> Vec<Value> {
-        let touching = || self.touched[sector].iter().map(|index| &self.entries[*index as usize]);
+        let touching = || self.touched[sector].iter().map(|index| (*index, &self.entries[*index as usize]));
         // Whatever ended before this is overwritten for good.
         let is_hint = |entry: &Entry| {
             matches!(entry.op, Op::Discard { .. }) && self.shape.is_hint(&entry.op.sectors(), sector as u64)
         };
-        let lasting = |entry: &&Entry| settled(entry) && !is_hint(entry);
-        let horizon = touching().filter(lasting).map(|entry| entry.submitted.order).max();
+        let lasting = |(_, entry): &(u32, &Entry)| settled(entry) && !is_hint(entry);
+        let horizon = touching().filter(lasting).map(|(_, entry)| entry.submitted.order).max();
         let mut values = Vec::with_capacity(2);
         if horizon.is_none() {
             values.push(self.start[sector]);
         }
-        for entry in touching().filter(|entry| visible(entry)) {
+        for (index, entry) in touching().filter(|(_, entry)| visible(entry)) {
             let over = entry.ended.is_some_and(|ended| horizon.is_some_and(|at| ended.order < at));
-            let value = match entry.op {
-                Op::Write { .. } => Value::Write(entry.write),
-                _ => Value::Zero,
-            };
+            let value = self.value(index, sector);
             if !over && !values.contains(&value) {
                 values.push(value);
             }
@@ -248,12 +322,9 @@ impl Journal {
     /// What each sector holds if all requests are done, one after the other.
     pub fn settled_values(&self) -> Vec<Value> {
         let mut values = self.start.clone();
-        for entry in self.entries.iter().filter(|entry| entry.done) {
+        for (index, entry) in self.entries.iter().enumerate().filter(|(_, entry)| entry.done) {
             for sector in entry.op.changed(&self.shape) {
-                values[sector as usize] = match entry.op {
-                    Op::Write { .. } => Value::Write(entry.write),
-                    _ => Value::Zero,
-                };
+                values[sector as usize] = self.value(index as u32, sector as usize);
             }
         }
         values
@@ -274,7 +345,7 @@ impl Journal {
             if entry.ended.is_none_or(|end| end.moment >= quiet) {
                 unsettled.freed += takes * (tries - 1);
             }
-            let shared = self.shape.past == Past::Shared;
+            let shared = self.shape.past == Past::Shared || !self.kept.is_empty();
             let compressed = matches!(self.shape.past, Past::Compressed(_));
             let frees = shared || compressed || !matches!(entry.op, Op::Write { .. });
             if frees && entry.ended.is_none_or(|end| end.moment >= quiet) {
@@ -288,6 +359,11 @@ impl Journal {
 
     /// Clusters of the disk that a request changes, and L2 tables that map them.
     fn reach(&self, entry: &Entry) -> (u64, u64) {
+        if let Op::Snapshot(_) = entry.op {
+            // Each cluster may be counted once too often for a while, and the tables have new places.
+            let clusters = self.shape.sectors.div_ceil(self.shape.cluster_sectors());
+            return (clusters, clusters / self.shape.geometry().l2_entries() + 8);
+        }
         let changed = entry.op.changed(&self.shape);
         if changed.is_empty() {
             return (0, 0);

@@ -5,15 +5,17 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use disk::snapshot::{Change, ChangeError, SnapshotError, change};
 use disk::{Completed, Disk, DiskQueue, Keeper, OpenError, Request, RequestError, RequestId, SpaceStatus};
 use engine::EngineStatus;
 use storage::GuestSlice;
 use storage::sim::{Fault, Hung, Moment, Outcome, Random, SimOptions, SimStorage, SimWorld};
 
-use super::journal::{Journal, Op};
+use super::examine::values_now;
+use super::journal::{Deed, Journal, Op};
 use super::memory::{SLOTS, gather, memory, scatter};
 use super::scarce::Tide;
-use super::shape::{FIRST_WRITE, Start, TOP};
+use super::shape::{FIRST_WRITE, Past, Shape, Start, TOP};
 use super::stamp::{SECTOR, Value, read_stamps, stamp};
 
 /// Queues of a disk.
@@ -45,7 +47,11 @@ pub struct Rig {
     pub misread: Option<String>,
     queues: Vec<DiskQueue<SimStorage>>,
     keeper: Option<Keeper<SimStorage>>,
-    disk: Disk<SimStorage>,
+    /// None only while its snapshots change.
+    disk: Option<Disk<SimStorage>>,
+    shape: Shape,
+    /// The names of the image's snapshots, the oldest first.
+    snapshots: Vec<String>,
     flying: Vec<Option<Flight>>,
     next_write: u32,
     random: Random,
@@ -105,7 +111,7 @@ impl Finished {
     fn hung_in_opening(start: &Start, world: SimWorld) -> Finished {
         Finished {
             world,
-            journal: Journal::new(start.shape, start.values.clone()),
+            journal: Journal::new(start.shape, start.values.clone(), &start.snapshots),
             failures: Vec::new(),
             given_up: Vec::new(),
             misread: None,
@@ -129,6 +135,15 @@ pub fn host(seed: u64) -> SimOptions {
     SimOptions { punch: !random.chance(1, 8), allocate: !random.chance(1, 8), ..SimOptions::default() }
 }
 
+type Opened = (Disk<SimStorage>, Vec<DiskQueue<SimStorage>>, Option<Keeper<SimStorage>>);
+
+fn open(world: &SimWorld, shape: &Shape) -> Result<Opened, OpenError> {
+    let disk = Disk::open_unkept(world.storage(), Path::new(TOP), &shape.options())?;
+    let queues = (0..QUEUES).map(|_| disk.queue(QUEUE_DEPTH)).collect::<Result<Vec<_>, _>>()?;
+    let keeper = shape.is_qcow2().then(|| disk.keeper()).transpose()?;
+    Ok((disk, queues, keeper))
+}
+
 impl Rig {
     /// Opens a disk on a world of its own.
     pub fn open(start: &Start, seed: u64) -> Result<Rig, OpenError> {
@@ -143,18 +158,18 @@ impl Rig {
         seed: u64,
         first_write: u32,
     ) -> Result<Rig, OpenError> {
-        let disk = Disk::open_unkept(world.storage(), Path::new(TOP), &start.shape.options())?;
-        let queues = (0..QUEUES).map(|_| disk.queue(QUEUE_DEPTH)).collect::<Result<Vec<_>, _>>()?;
-        let keeper = start.shape.is_qcow2().then(|| disk.keeper()).transpose()?;
+        let (disk, queues, keeper) = open(&world, &start.shape)?;
         let quiet = vec![world.moment()];
         Ok(Rig {
-            journal: Journal::new(start.shape, start.values.clone()),
+            journal: Journal::new(start.shape, start.values.clone(), &start.snapshots),
+            shape: start.shape,
+            snapshots: start.snapshots.iter().map(|(name, _)| name.clone()).collect(),
             failures: Vec::new(),
             given_up: Vec::new(),
             misread: None,
             queues,
             keeper,
-            disk,
+            disk: Some(disk),
             flying: (0..SLOTS).map(|_| None).collect(),
             next_write: first_write,
             random: Random::new(seed ^ 0x71d),
@@ -181,7 +196,7 @@ impl Rig {
 
     /// The engine's numbers.
     pub fn status(&self) -> EngineStatus {
-        self.disk.status()
+        self.disk.as_ref().expect("it is open").status()
     }
 
     /// The requests that wait for space.
@@ -250,12 +265,13 @@ impl Rig {
         while next < ops.len() || self.in_flight() > 0 {
             let may_submit = match ops.get(next) {
                 None => false,
-                Some(Op::Pause(_)) => self.in_flight() == 0,
+                Some(Op::Pause(_) | Op::Snapshot(_)) => self.in_flight() == 0,
                 Some(_) => self.in_flight() < at_once.min(SLOTS),
             };
             if may_submit && (at_once == 1 || self.random.chance(1, 3)) {
                 match ops[next] {
                     Op::Pause(milliseconds) => self.pause(Duration::from_millis(milliseconds)),
+                    Op::Snapshot(deed) => self.change_snapshots(deed),
                     Op::Late(milliseconds) => self.late = Some(Duration::from_millis(milliseconds)),
                     op => {
                         // Alone, a sequence is to be just what it says.
@@ -268,6 +284,59 @@ impl Rig {
                 self.act();
             }
         }
+    }
+
+    /// Closes the disk, does something to its snapshots, and opens it again.
+    ///
+    /// # Panics
+    /// When any of that fails, but for a refcount that is at its end.
+    fn change_snapshots(&mut self, deed: Deed) {
+        // A snapshot that the image does not know of would not survive.
+        let possible = self.shape.is_qcow2() && self.shape.past != Past::Shared;
+        if !possible || (deed != Deed::Create && self.snapshots.is_empty()) {
+            return;
+        }
+        self.world.release_hung();
+        self.exhaust();
+        self.queues.clear();
+        self.keeper = None;
+        let flush = self.journal.submit(Op::Flush, 0, false, self.world.moment());
+        self.disk.take().expect("it is open").close().expect("a clean close");
+        self.journal.end(flush, true, self.world.moment());
+        let values = values_now(&self.world.image(), &self.shape).expect("a closed disk can be read");
+        let request = self.journal.submit(Op::Snapshot(deed), 0, true, self.world.moment());
+        let oldest = self.snapshots.first().cloned().unwrap_or_default();
+        let wanted = match deed {
+            Deed::Create => {
+                let number =
+                    (1..).find(|n| self.journal.kept.iter().all(|kept| kept.name != format!("taken {n}")));
+                let name = format!("taken {}", number.expect("numbers enough"));
+                self.journal.makes(request, name.clone(), values);
+                Change::Create { name, seconds: 1, nanoseconds: 2 }
+            }
+            Deed::Apply => {
+                self.journal.applies(request, &oldest);
+                Change::Apply { wanted: oldest }
+            }
+            Deed::Delete => {
+                self.journal.deletes(request, &oldest);
+                Change::Delete { wanted: oldest }
+            }
+        };
+        let changed = change(&self.world.storage(), Path::new(TOP), wanted, &self.shape.options());
+        self.journal.end(request, changed.is_ok(), self.world.moment());
+        match (deed, changed) {
+            (Deed::Create, Ok(new)) => self.snapshots.push(String::from_utf8(new.name).expect("our name")),
+            (Deed::Delete, Ok(_)) => {
+                self.snapshots.remove(0);
+            }
+            (_, Ok(_)) => {}
+            (_, Err(ChangeError::Refused { source: SnapshotError::RefcountFull { .. }, .. })) => {}
+            (_, Err(error)) => panic!("{deed:?}: {error}"),
+        }
+        let (disk, queues, keeper) = open(&self.world, &self.shape).expect("it opens again");
+        (self.disk, self.queues, self.keeper) = (Some(disk), queues, keeper);
+        self.note_quiet();
     }
 
     /// Submits a request to some queue, write-through if asked for here or in the operation.
@@ -474,7 +543,7 @@ impl Rig {
         let closed = until_hung(|| {
             drop(queues);
             drop(keeper);
-            disk.close()
+            disk.expect("it is open").close()
         });
         Finished {
             world: self.world,
@@ -522,6 +591,6 @@ fn request(op: Op, write_through: bool) -> Request {
             Request::Discard { offset: bytes(sector), length: bytes(count), write_through }
         }
         Op::Flush => Request::Flush,
-        Op::Pause(_) | Op::Late(_) => panic!("{op:?} is no request"),
+        Op::Pause(_) | Op::Late(_) | Op::Snapshot(_) => panic!("{op:?} is no request"),
     }
 }

@@ -51,12 +51,17 @@ fn compare(qemu: &Qemu, image: &Image, seen: &Seen) -> Result<(), String> {
     if image.file(Path::new(BASE)).is_some() {
         image.export(Path::new(BASE), &folder.path().join(BASE)).expect("an export");
     }
+    if seen.shy {
+        // What version 2 cannot mark, a repair finds.
+        qemu.img(["check", "-q", "-r", "all", "-f", "qcow2", &top.display().to_string()])
+            .map_err(|error| format!("qemu-img check -r all: {error}"))?;
+    }
     let verdict = match qemu.check(&top).map_err(|error| format!("qemu-img check: {error}"))? {
         Check::Clean => 0,
         Check::Leaks(leaks) => leaks,
         Check::Corrupt(text) => return Err(format!("qemu-img check finds errors: {text}")),
     };
-    if verdict != seen.leaks {
+    if verdict != if seen.shy { 0 } else { seen.leaks } {
         return Err(format!("qemu-img check finds {verdict} leaks, and we {}", seen.leaks));
     }
     let bytes = qemu.read_all(&top, Format::Qcow2).map_err(|error| format!("qemu-img convert: {error}"))?;

@@ -7,7 +7,7 @@ use qcow2::Compression;
 use storage::sim::{Outcome, Verb};
 
 use super::faulty::{self, Trouble};
-use super::journal::Op;
+use super::journal::{Deed, Op};
 use super::rig::Rig;
 use super::shape::{Below, Past, Shape, Start};
 use super::trial::{Manner, judge_answers, play};
@@ -29,6 +29,10 @@ pub fn shapes() -> Vec<Shape> {
         Shape::new(12, 64).over(Below::Qcow2).past(Past::Written).short_of_memory(),
         Shape::new(9, 80).over(Below::Qcow2),
         Shape::new(16, 640).past(Past::Written),
+        Shape::new(9, 80).past(Past::Kept),
+        Shape::new(9, 80).v2().past(Past::Kept),
+        Shape::new(10, 96).over(Below::Raw).narrow_refcounts().past(Past::Kept),
+        Shape::new(9, 176).wide_refcounts().past(Past::Kept),
         Shape::new(9, 80).past(Past::Dirty),
         Shape::new(9, 80).past(Past::Compressed(Compression::Deflate)),
         Shape::new(12, 64).over(Below::Raw).past(Past::Compressed(Compression::Zstd)),
@@ -69,6 +73,9 @@ pub fn alphabet(shape: &Shape) -> Vec<Op> {
             ops.push(Op::Zeroes { sector, count, unmap: false });
             ops.push(Op::Discard { sector, count });
         }
+    }
+    if shape.past == Past::Kept {
+        ops.extend([Deed::Create, Deed::Apply, Deed::Delete].map(Op::Snapshot));
     }
     ops
 }

@@ -4,6 +4,7 @@
 
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 use disk::{DiskOptions, Format, OnEnospc};
 use qcow2::{Compression, Geometry, NewImage, Version};
@@ -11,7 +12,7 @@ use storage::sim::{Image, SimOptions, SimWorld};
 
 use super::compressed;
 use super::hidden::{self, Hidden};
-use super::journal::Op;
+use super::journal::{Deed, Op};
 use super::rig::Rig;
 use super::stamp::{SECTOR, Value, stamp};
 
@@ -48,9 +49,14 @@ pub enum Past {
     Shared,
     /// A converting tool has filled it with compressed clusters, which share clusters of the file.
     Compressed(Compression),
+    /// As written, with a snapshot that shares some of it.
+    Kept,
     /// It is new, but its file is so long that a few more clusters need a larger refcount table.
     Long,
 }
+
+/// Snapshots by name, and what each holds by sector.
+pub type Snapshots = Vec<(String, Arc<[Value]>)>;
 
 /// A kind of image to start from.
 #[derive(Clone, Copy, Debug)]
@@ -86,6 +92,8 @@ pub struct Start {
     pub image: Image,
     /// By sector.
     pub values: Vec<Value>,
+    /// Its snapshots by name, and what each holds by sector.
+    pub snapshots: Snapshots,
     /// Clusters leaked already.
     pub leaks: u64,
     /// The snapshot that shares the image's clusters.
@@ -137,6 +145,16 @@ impl Shape {
     /// With extended L2 entries.
     pub const fn subclusters(self) -> Shape {
         Shape { extended_l2: true, ..self }
+    }
+
+    /// With refcounts of 2 bits, so that no cluster can have more than two snapshots.
+    pub const fn narrow_refcounts(self) -> Shape {
+        Shape { refcount_order: 1, ..self }
+    }
+
+    /// With refcounts of so many bits, as a power of two.
+    pub const fn refcounts(self, refcount_order: u32) -> Shape {
+        Shape { refcount_order, ..self }
     }
 
     /// With hardly any memory for tables, so that they are evicted and flushed all the time.
@@ -229,8 +247,9 @@ impl Shape {
             top = compressed::fill(self, top, &mut values, how);
         }
         world.add_file(TOP, &top);
-        if matches!(self.past, Past::Written | Past::Dirty | Past::Shared) {
-            (world, values) = self.written(world, values);
+        let mut snapshots = Vec::new();
+        if matches!(self.past, Past::Written | Past::Dirty | Past::Shared | Past::Kept) {
+            (world, values, snapshots) = self.written(world, values);
         }
         let (mut image, mut leaks, mut hidden) = (world.image(), 0, None);
         match self.past {
@@ -239,9 +258,9 @@ impl Shape {
                 let (shared, snapshot) = hidden::hide(&image, &values);
                 (image, hidden) = (shared, Some(snapshot));
             }
-            Past::Fresh | Past::Written | Past::Compressed(_) | Past::Long => {}
+            Past::Fresh | Past::Written | Past::Compressed(_) | Past::Long | Past::Kept => {}
         }
-        Start { shape: *self, image, values, leaks, hidden }
+        Start { shape: *self, image, values, snapshots, leaks, hidden }
     }
 
     /// The bytes of an empty top image.
@@ -311,8 +330,7 @@ impl Shape {
             .step_by(step as usize)
             .map(|at| Op::write(at, self.cluster_sectors().min(end - at)))
             .collect();
-        let start =
-            Start { shape: base, image: world.image(), values: values.clone(), leaks: 0, hidden: None };
+        let start = base.start(world.image(), values.clone());
         let rig = Rig::open_numbered(&start, world, 1, BASE_WRITE).expect("a new image opens");
         let finished = rig.play_alone(&ops);
         *values = finished.settled_values();
@@ -329,8 +347,8 @@ impl Shape {
     }
 
     /// Plays a past: data in some clusters, zeros in others, something given back.
-    fn written(&self, world: SimWorld, values: Vec<Value>) -> (SimWorld, Vec<Value>) {
-        let start = Start { shape: *self, image: world.image(), values, leaks: 0, hidden: None };
+    fn written(&self, world: SimWorld, values: Vec<Value>) -> (SimWorld, Vec<Value>, Snapshots) {
+        let start = self.start(world.image(), values);
         let unit = self.cluster_sectors();
         let clusters = self.sectors / unit;
         let mut ops = Vec::new();
@@ -354,10 +372,22 @@ impl Shape {
                 }
             }
         }
+        if self.past == Past::Kept {
+            ops.push(Op::Snapshot(Deed::Create));
+            ops.push(Op::write(0, unit));
+            ops.push(Op::Discard { sector: unit, count: unit });
+        }
         let rig = Rig::open_numbered(&start, world, 1, FIRST_WRITE).expect("a new image opens");
         let finished = rig.play_alone(&ops);
         let values = finished.settled_values();
-        (finished.world, values)
+        let kept = finished.journal.kept.iter();
+        let snapshots = kept.map(|kept| (kept.name.clone(), Arc::clone(&kept.values))).collect();
+        (finished.world, values, snapshots)
+    }
+
+    /// An image without snapshots and leaks.
+    fn start(&self, image: Image, values: Vec<Value>) -> Start {
+        Start { shape: *self, image, values, snapshots: Vec::new(), leaks: 0, hidden: None }
     }
 }
 

@@ -10,7 +10,7 @@ use storage::sim::Random;
 
 use super::examine::panic_text;
 use super::faulty::{self, Trouble};
-use super::journal::Op;
+use super::journal::{Deed, Op};
 use super::memory::SECTORS_MAX;
 use super::rig::{Finished, Rig};
 use super::scarce;
@@ -46,6 +46,15 @@ pub fn shapes() -> Vec<Shape> {
         Shape::new(15, 384).subclusters().past(Past::Compressed(Compression::Deflate)),
         Shape::new(9, 80).v2().over(Below::Raw).past(Past::Compressed(Compression::Deflate)),
         Shape::new(12, 128).over(Below::Qcow2).past(Past::Compressed(Compression::Zstd)).short_of_memory(),
+        Shape::new(9, 96).past(Past::Kept),
+        Shape::new(9, 80).v2().past(Past::Kept),
+        Shape::new(9, 96).narrow_refcounts().past(Past::Kept),
+        Shape::new(12, 128).over(Below::Qcow2).past(Past::Kept).short_of_memory(),
+        Shape::new(9, 160).wide_refcounts().past(Past::Kept),
+        Shape::new(9, 96).refcounts(0).past(Past::Written),
+        Shape::new(9, 96).refcounts(2).past(Past::Kept),
+        Shape::new(10, 96).refcounts(3).past(Past::Kept),
+        Shape::new(9, 96).refcounts(5).past(Past::Kept),
         Shape::new(9, 96).past(Past::Dirty),
         Shape::new(12, 128).over(Below::Raw).past(Past::Dirty),
         Shape::new(9, 96).past(Past::Shared),
@@ -60,6 +69,7 @@ pub fn shapes() -> Vec<Shape> {
         Shape::new(15, 519).subclusters().over(Below::Raw),
         Shape::new(14, 320).subclusters().over(Below::Qcow2).past(Past::Written).short_of_memory(),
         Shape::new(15, 512).subclusters().past(Past::Shared),
+        Shape::new(14, 320).subclusters().past(Past::Kept),
     ]
 }
 
@@ -146,7 +156,7 @@ impl<'r> Author<'r> {
 
     fn op(&mut self) -> Op {
         let through = self.random.chance(1, 12);
-        match self.random.below(32) {
+        match self.random.below(34) {
             0..12 => {
                 let (sector, count) = self.place();
                 Op::Write { sector, count, through }
@@ -164,6 +174,7 @@ impl<'r> Author<'r> {
                 Op::Read { sector, count }
             }
             25..31 => Op::Flush,
+            31..33 => Op::Snapshot([Deed::Create, Deed::Apply, Deed::Delete][self.random.below(3) as usize]),
             _ => Op::Pause([60, 200, 5200, 11_000][self.random.below(4) as usize]),
         }
     }
@@ -311,6 +322,11 @@ fn judge(run: &Finished, start: &Start, manner: Manner, walker: &mut Walker) -> 
     walker.some_crash(run, start, manner.seed)
 }
 
+/// What becomes of snapshots where the host fails or hangs is tried by itself, in `crash_snapshots`.
+fn without_snapshots(script: &[Op]) -> Vec<Op> {
+    script.iter().copied().filter(|op| !matches!(op, Op::Snapshot(_))).collect()
+}
+
 /// A run in which an I/O fails; some crash of it.
 fn with_failure(
     start: &Start,
@@ -320,6 +336,7 @@ fn with_failure(
     walker: &mut Walker,
 ) -> Result<Start, String> {
     let trouble = Trouble::random(random);
+    let script = &without_snapshots(script);
     let name = |wrong: String| format!("{wrong}\nwith {trouble:?}");
     let aftermath = faulty::play(start, script, manner, &[trouble]).map_err(name)?;
     aftermath.judge(&trouble, start, walker, manner).map_err(name)?;
@@ -337,6 +354,7 @@ fn with_delays(
     delays: Vec<Trouble>,
     walker: &mut Walker,
 ) -> Result<Start, String> {
+    let script = &without_snapshots(script);
     let name = |wrong: String| format!("{wrong}\nwith {delays:?}");
     let aftermath = faulty::play(start, script, manner, &delays).map_err(name)?;
     let run = aftermath.run.ok_or("it does not open".to_owned()).map_err(name)?;

@@ -7,7 +7,7 @@ use std::rc::Rc;
 use storage::sim::{CrashLimits, CrashPlan, CrashScope, Image, Moment, Random, Replay};
 
 use super::examine::{Seen, examine};
-use super::journal::Unsettled;
+use super::journal::{Kept, Unsettled};
 use super::rig::Finished;
 use super::shape::Start;
 use super::stamp::Value;
@@ -138,6 +138,7 @@ impl<'t> Walker<'t> {
             shape: start.shape,
             image,
             values: seen.values.clone(),
+            snapshots: seen.snapshots.clone(),
             leaks,
             hidden: start.hidden.clone(),
         })
@@ -242,6 +243,7 @@ impl<'r> Promise<'r> {
         if seen.values.len() != self.allowed.len() {
             return Err(format!("the disk has {} sectors", seen.values.len()));
         }
+        self.compare_snapshots(seen)?;
         // The old table and the new one, which is half as large again.
         let table = seen.table_clusters + seen.table_clusters / 2 + 2;
         let (leaks, most) = (seen.leaks + seen.hidden_leaks, self.leaks_max + table);
@@ -249,5 +251,28 @@ impl<'r> Promise<'r> {
             return Err(format!("{leaks} clusters leak, and at most {most} may at {:?}", self.moment));
         }
         Ok(())
+    }
+
+    fn compare_snapshots(&self, seen: &Seen) -> Result<(), String> {
+        let kept = self.run.journal.kept_at(self.moment);
+        for (name, values) in &seen.snapshots {
+            let Some((known, _)) = kept.iter().find(|(kept, _)| kept.name == *name) else {
+                return Err(format!("there is a snapshot \"{name}\" that should not be there"));
+            };
+            let mut pairs = values.iter().zip(known.values.iter()).enumerate();
+            if let Some((sector, (found, was))) = pairs.find(|(_, (found, was))| found != was) {
+                return Err(format!("snapshot \"{name}\": sector {sector} holds {found}, not {was}"));
+            }
+            if values.len() != known.values.len() {
+                return Err(format!("snapshot \"{name}\" has {} sectors", values.len()));
+            }
+        }
+        let missing = |(kept, must): &&(&Kept, bool)| {
+            *must && seen.snapshots.iter().all(|(name, _)| *name != kept.name)
+        };
+        match kept.iter().find(missing) {
+            Some((kept, _)) => Err(format!("the snapshot \"{}\" is gone", kept.name)),
+            None => Ok(()),
+        }
     }
 }
