@@ -10,6 +10,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use crash::changes;
 use crash::shape::{Past, Start};
 use crash::tally::Tally;
 use crash::trial::{Tactic, starts, trial};
@@ -92,6 +93,22 @@ fn early_reuse_is_noticed_by_the_tests_of_the_windows() {
             let seen = wrong.iter().any(|wrong| wrong.contains(sign));
             assert!(seen, "{mutation:?} shows no \"{sign}\": {:?}", wrong.first());
         }
+    }
+}
+
+/// A crash within a change of snapshots shows what is wrong with its order.
+#[test]
+fn every_breakage_of_a_change_of_snapshots_is_noticed() {
+    let starts = changes::starts();
+    for mutation in
+        [Mutation::SnapshotHeaderFirst, Mutation::SnapshotFlagsKept, Mutation::SnapshotLoweredFirst]
+    {
+        let tally = Tally::new(Duration::from_secs(600));
+        let noticed = mutation::with(mutation, || {
+            let all = starts.iter().flat_map(|start| changes::DEEDS.map(|deed| (start, deed)));
+            all.filter_map(|(start, deed)| changes::crash_all(start, deed, &tally).err()).next()
+        });
+        assert!(noticed.is_some(), "{mutation:?} is not noticed");
     }
 }
 

@@ -201,7 +201,7 @@ impl Rig {
 
     /// The requests that wait for space.
     pub fn space(&self) -> SpaceStatus {
-        self.disk.space().status()
+        self.disk.as_ref().expect("it is open").space().status()
     }
 
     /// From now on the host's space comes and goes, and queues are stopped and started anew meanwhile.
@@ -226,7 +226,7 @@ impl Rig {
             return;
         };
         if self.flying.iter().flatten().all(|flight| flight.queue != queue) {
-            self.queues[queue] = self.disk.queue(QUEUE_DEPTH).expect("a queue");
+            self.queues[queue] = self.disk.as_ref().expect("it is open").queue(QUEUE_DEPTH).expect("a queue");
             self.leaving = None;
         } else if self.world.now() > since + STOP_MAX {
             self.hang("a queue cannot be stopped");

@@ -370,6 +370,7 @@ fn with_shortages(
     walker: &mut Walker,
 ) -> Result<Start, String> {
     let on_enospc = if random.chance(1, 3) { OnEnospc::Report } else { OnEnospc::Wait };
+    let script = &without_snapshots(script);
     let name = |wrong: String| format!("{wrong}\nwith shortages of space, {on_enospc:?}");
     let before = start.shape;
     let start = Start { shape: Shape { on_enospc, ..before }, ..start.clone() };
