@@ -179,7 +179,7 @@ mod tests {
         let two = Snapshot { extra: Vec::new(), vm_state_size_short: 4096, ..one.clone() };
         let facts = [SnapshotFacts::new(&one), SnapshotFacts::new(&two)];
         let expected = "\
-ID  NAME                       DATE (UTC)           DISK    VM STATE  VM CLOCK
+ID  NAME                        DATE (UTC)           DISK    VM STATE  VM CLOCK
 1   before the \\u{1b}[2Jupdate  1970-01-01 00:00:00  10 GiB  -         01:01:01.005
 1   before the \\u{1b}[2Jupdate  1970-01-01 00:00:00  -       4 KiB     01:01:01.005
 ";
