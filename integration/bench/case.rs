@@ -181,6 +181,7 @@ pub const CASES: &[Case] = &[
     case("first-4k", Image::Fresh, FIRST, 1, 32),
     case("first-4k-backing", Image::OverFull, FIRST, 1, 32),
     case("first-4k-extended-l2", Image::FreshExtended, FIRST, 1, 32),
+    case("mix-extended-l2", Image::FreshExtended, MIX, 1, 32),
     case("first-64k-seq", Image::Fresh, FIRST_LARGE, 1, 32),
     case("chain-1-depth-1", Image::Chain(1), READ, 1, 1),
     case("chain-1-depth-32", Image::Chain(1), READ, 1, 32),

@@ -10,7 +10,7 @@ use strata_integration::daemon::Program;
 use strata_integration::image::{self, Health};
 
 use super::bare;
-use super::case::{Case, Image, Job, Unit};
+use super::case::{Case, Job, Unit};
 use super::gallery::{Gallery, Specimen};
 use super::measure::{Sample, Times, sample};
 use super::process::machine_seconds;
@@ -70,8 +70,6 @@ pub struct Row {
 pub struct Outcome {
     /// The case.
     pub case: Case,
-    /// Why it was left out, if it was.
-    pub skipped: Option<String>,
     /// The sides.
     pub rows: Vec<Row>,
 }
@@ -79,19 +77,12 @@ pub struct Outcome {
 impl Rules {
     /// Runs a case. `say` hears how it goes.
     pub fn run(&self, gallery: &mut Gallery, case: &Case, say: &mut dyn FnMut(&str)) -> Outcome {
-        let mut outcome = Outcome { case: *case, skipped: None, rows: Vec::new() };
+        let mut outcome = Outcome { case: *case, rows: Vec::new() };
         outcome.rows = self
             .sides(case)
             .into_iter()
             .map(|side| Row { side, samples: Vec::new(), problems: Vec::new() })
             .collect();
-        if case.image == Image::FreshExtended {
-            // A feature of a later day, which must not look like a failure before.
-            if let Err(error) = self.try_to_serve(gallery, case) {
-                outcome.skipped = Some(format!("{error:#}"));
-                return outcome;
-            }
-        }
         for turn in 0..=self.turns {
             if turn > 0 {
                 self.await_quiet(say);
@@ -130,11 +121,6 @@ impl Rules {
         if !self.patience.is_zero() {
             say("others use the machine, and still do after the wait");
         }
-    }
-
-    fn try_to_serve(&self, gallery: &mut Gallery, case: &Case) -> Result<()> {
-        let specimen = gallery.specimen(case)?;
-        Server::of_image(&self.subject, &specimen.path, case)?.stop()
     }
 
     /// Turn 0 is the one that is verified and not counted.

@@ -78,11 +78,6 @@ pub fn table(report: &PlaceReport) -> String {
 
 fn cells(outcome: &Outcome) -> Vec<String> {
     let name = outcome.case.name.to_owned();
-    if outcome.skipped.is_some() {
-        let mut line = vec![name, "skipped".to_owned()];
-        line.resize(HEADINGS.len(), String::new());
-        return line;
-    }
     let unit = outcome.case.unit();
     let value = |side| {
         let summary = outcome.row(side).and_then(|row| row.summary(|sample| Some(sample.value)));
@@ -163,15 +158,12 @@ fn of_own_length_zero(report: &PlaceReport, outcome: &Outcome) -> Option<(&'stat
     Some((zero.case.name, median(outcome)? / median(zero)?))
 }
 
-/// Everything that was not as it should be, a line each; and what was left out.
+/// Everything that was not as it should be, a line each.
 pub fn remarks(report: &PlaceReport) -> Vec<String> {
     let mut lines = Vec::new();
     for outcome in &report.outcomes {
         let place = report.place.name();
         let name = outcome.case.name;
-        if let Some(reason) = &outcome.skipped {
-            lines.push(format!("{place} {name}: SKIPPED: {reason}"));
-        }
         lines.extend(short(outcome).map(|seconds| {
             format!("{place} {name}: the shortest sample has {:.1} ms: look at the extremes", seconds * 1e3)
         }));
@@ -216,7 +208,6 @@ fn outcome_json(outcome: &Outcome) -> Value {
         "unit": unit,
         "queues": outcome.case.queues,
         "depth": outcome.case.depth,
-        "skipped": outcome.skipped,
         "ratio": summary_json(outcome.value_ratio(Side::Rival)),
         "ratio-per-cpu-second": summary_json(outcome.ratio(Side::Subject, Side::Rival, Sample::per_cpu)),
         "ratio-of-bare": summary_json(outcome.value_ratio(Side::Bare)),
