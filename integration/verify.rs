@@ -14,7 +14,7 @@ use strata_integration::picture;
 use strata_integration::steps::Steps;
 use strata_integration::{command, setup};
 
-/// Checks everything: format, clippy, all tests, the VM tests, deliberate breakages, the loom models. Installs what it needs (as root, on Debian).
+/// Checks everything: format, clippy, all tests, the VM tests, deliberate breakages, the fuzz targets, the loom models. Installs what it needs (as root, on Debian).
 #[derive(Parser)]
 #[command(name = "cargo verify")]
 struct Options {
@@ -83,6 +83,7 @@ fn run(options: &Options, steps: &mut Steps) -> Result<()> {
             &["test", "--quiet", "-p", "strata-tests", "--features", "mutations", "--test", "mutations"],
         )
     })?;
+    steps.run("fuzz targets, for a minute", |_| fuzz(options))?;
     steps.run("documentation tests", |_| cargo(options, &["test", "--quiet", "--workspace", "--doc"]))?;
     steps.run("interleavings (loom)", |_| interleavings(options))
 }
@@ -90,11 +91,25 @@ fn run(options: &Options, steps: &mut Steps) -> Result<()> {
 /// The engine's models of its lock-free and waiting parts (src/engine/loom_tests.rs): bounded, some ten seconds once
 /// they are built. The build is another than everyone else's, so it has a target directory of its own.
 fn interleavings(options: &Options) -> Result<()> {
-    let target =
-        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from);
     let mut cargo = cargo_command(options, &["test", "--package", "engine", "--release", "--lib", "loom"]);
-    cargo.env("RUSTFLAGS", "--cfg loom").env("CARGO_TARGET_DIR", target.join("loom"));
+    cargo.env("RUSTFLAGS", "--cfg loom").env("CARGO_TARGET_DIR", target_folder().join("loom"));
     run_through(cargo)
+}
+
+/// The fuzz targets on what chance makes of their seeds (tests/README.md), and that those for cargo-fuzz can be built:
+/// they are in a package of their own, and it needs no libFuzzer for that.
+fn fuzz(options: &Options) -> Result<()> {
+    let mut cargo = cargo_command(options, &["test", "--quiet", "-p", "strata-tests", "--test", "fuzz"]);
+    cargo.args(["--", "--nocapture"]).env("STRATA_FUZZ_SECONDS", "60");
+    run_through(cargo)?;
+    let check = ["check", "--quiet", "--manifest-path", "tests/fuzz/Cargo.toml", "--no-default-features"];
+    let mut cargo = cargo_command(options, &check);
+    cargo.env("CARGO_TARGET_DIR", target_folder().join("fuzz"));
+    run_through(cargo)
+}
+
+fn target_folder() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from)
 }
 
 fn nextest_works() -> bool {

@@ -1,0 +1,138 @@
+//! Every fuzz target, without a fuzzer: on what is in images of QEMU's tools, on inputs that were findings once, and on
+//! what chance makes of both.
+//!
+//! `STRATA_FUZZ_SECONDS=n` for so long, all targets together; `STRATA_FUZZ_ONLY=file` runs one input again, of the target
+//! that its name begins with; `STRATA_FUZZ_CORPUS=folder` writes the seeds there for cargo-fuzz. README.md has more.
+
+mod meter;
+#[path = "fuzz/mutate.rs"]
+mod mutate;
+#[path = "fuzz/seeds.rs"]
+mod seeds;
+#[path = "fuzz/targets/mod.rs"]
+mod targets;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use storage::sim::Random;
+use strata_tests::Qemu;
+
+use crate::targets::{TARGETS, Target, target};
+
+/// Inputs of each target, without a time to fill.
+const RUNS: u64 = 400;
+
+/// A number in the environment.
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().and_then(|text| text.parse().ok())
+}
+
+/// Inputs that were findings once: a folder for each target.
+fn findings(target: &Target) -> Vec<(PathBuf, Vec<u8>)> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/findings").join(target.name);
+    let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
+    let paths = entries.map(|entry| entry.expect("the folder can be listed").path());
+    paths.map(|path| (path.clone(), std::fs::read(path).expect("an input"))).collect()
+}
+
+/// Runs an input, and keeps it if it is a finding. It is in a file meanwhile, as some findings end the program.
+fn run(target: &Target, input: &[u8], what: &str) {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("fuzz");
+    std::fs::create_dir_all(&folder).expect("a folder for findings");
+    let now = folder.join(format!("{}-now-{}", target.name, std::process::id()));
+    std::fs::write(&now, input).expect("an input is kept");
+    let panic = catch_unwind(AssertUnwindSafe(|| target.run(input))).err();
+    if let Some(panic) = panic {
+        let path = folder.join(format!("{}-{:016x}", target.name, hash(input)));
+        std::fs::rename(&now, &path).expect("a finding is kept");
+        eprintln!("{what}: again with STRATA_FUZZ_ONLY={}", path.display());
+        std::panic::resume_unwind(panic);
+    }
+    std::fs::remove_file(&now).expect("it is no finding");
+}
+
+fn hash(input: &[u8]) -> u64 {
+    input
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3))
+}
+
+#[test]
+fn findings_are_mended() {
+    if let Some(path) = std::env::var_os("STRATA_FUZZ_ONLY").map(PathBuf::from) {
+        let name = path.file_name().expect("a file").to_string_lossy().into_owned();
+        let (name, _) = name.split_once('-').unwrap_or((&name, ""));
+        return target(name).run(&std::fs::read(&path).expect("an input"));
+    }
+    for target in TARGETS {
+        for (path, input) in findings(target) {
+            run(target, &input, &path.display().to_string());
+        }
+    }
+}
+
+#[test]
+fn every_target_bears_what_chance_makes_of_its_seeds() {
+    if std::env::var_os("STRATA_FUZZ_ONLY").is_some() {
+        return;
+    }
+    let Some(qemu) = Qemu::find() else { return };
+    let seeds = seeds::all(&qemu);
+    if let Some(folder) = std::env::var_os("STRATA_FUZZ_CORPUS") {
+        return write_corpus(Path::new(&folder), &seeds);
+    }
+    let seconds = number("STRATA_FUZZ_SECONDS");
+    let by_clock = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_secs());
+    // The same inputs every time, unless there is time for more.
+    let seed = number("STRATA_FUZZ_SEED").unwrap_or(if seconds.is_some() { by_clock } else { 1 });
+    let each = seconds.map(|seconds| Duration::from_secs(seconds) / TARGETS.len() as u32);
+    for target in TARGETS {
+        let mut pool: Vec<Vec<u8>> = findings(target).into_iter().map(|(_, input)| input).collect();
+        pool.extend(seeds.iter().filter(|(name, _)| *name == target.name).map(|(_, input)| input.clone()));
+        assert!(!pool.is_empty(), "{} has no seed", target.name);
+        for input in &pool {
+            run(target, input, "a seed");
+        }
+        let runs = mutate_for(target, &pool, &mut Random::new(seed), each);
+        println!("{}: {runs} inputs made of {} seeds, from seed {seed} on", target.name, pool.len());
+    }
+}
+
+/// Runs what is made of the seeds: so many, or as many as there is time for; their number.
+fn mutate_for(target: &Target, pool: &[Vec<u8>], random: &mut Random, time: Option<Duration>) -> u64 {
+    let start = Instant::now();
+    let mut runs = 0;
+    while time.map_or(runs < RUNS, |time| start.elapsed() < time) {
+        let [one, other] = [(); 2].map(|()| &pool[random.below(pool.len() as u64) as usize]);
+        let input = mutate::mutated(one, other, random);
+        run(target, &input, "a mutated seed");
+        runs += 1;
+    }
+    runs
+}
+
+fn write_corpus(folder: &Path, seeds: &seeds::Seeds) {
+    for (name, input) in seeds {
+        let folder = folder.join(name);
+        std::fs::create_dir_all(&folder).expect("a folder");
+        std::fs::write(folder.join(format!("seed-{:016x}", hash(input))), input).expect("a seed");
+    }
+}
+
+#[test]
+fn every_target_is_also_one_of_cargo_fuzz() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz");
+    let manifest = std::fs::read_to_string(folder.join("Cargo.toml")).expect("the package for cargo-fuzz");
+    let manifest: toml::Table = manifest.parse().expect("TOML");
+    let programs = manifest["bin"].as_array().expect("programs").iter();
+    let programs: Vec<&str> = programs.filter_map(|program| program.get("name")?.as_str()).collect();
+    let targets: Vec<&str> = TARGETS.iter().map(|target| target.name).collect();
+    assert_eq!(programs, targets);
+    for name in targets {
+        let program = folder.join(format!("fuzz_targets/{name}.rs"));
+        let text = std::fs::read_to_string(&program).expect("a program");
+        assert!(text.contains(&format!("target(\"{name}\")")), "{} runs another", program.display());
+    }
+}

@@ -1,0 +1,56 @@
+//! A file in a simulated host, and what is done to it while no disk has it open.
+//!
+//! Each look has a storage of its own, as its lock lasts as long.
+
+use std::path::Path;
+use std::time::Duration;
+
+use disk::DiskOptions;
+use disk::check::{CheckError, RepairKind, Repaired, Report, check, repair};
+use storage::sim::{SimOptions, SimStorage, SimWorld};
+
+/// The image's name.
+pub const TOP: &str = "top";
+/// The name of a raw file that images may lie over.
+const BASE: &str = "base";
+
+/// A host on which the image has these bytes.
+pub fn world(bytes: &[u8]) -> SimWorld {
+    let world = SimWorld::new(1, SimOptions::calm());
+    world.add_file(BASE, &[0xba; 16 << 10]);
+    world.add_file(TOP, bytes);
+    world
+}
+
+/// The first bytes of the image, at most so many: a small file that has grown may be as long as a disk can be.
+pub fn bytes(world: &SimWorld, most: u64) -> Vec<u8> {
+    let image = world.image();
+    let contents = image.file(Path::new(TOP)).expect("it was added");
+    let mut bytes = vec![0; contents.length().min(most) as usize];
+    contents.read(0, &mut bytes);
+    bytes
+}
+
+/// How disks are opened here: with caches as users have them, or with the least.
+pub fn options(small: bool) -> DiskOptions {
+    let options = DiskOptions { lock_timeout: Duration::ZERO, inflate_threads: 0, ..DiskOptions::default() };
+    match small {
+        false => options,
+        true => DiskOptions { map_bytes: 4096, table_bytes: 16 << 10, inflated_bytes: 1024, ..options },
+    }
+}
+
+/// What the checker says of it.
+pub fn checked(world: &SimWorld) -> Result<Report, CheckError> {
+    check(&world.storage(), Path::new(TOP), &options(true))
+}
+
+/// Repairs all.
+pub fn repaired(world: &SimWorld) -> Result<Repaired, CheckError> {
+    repair(&world.storage(), Path::new(TOP), RepairKind::All, &options(true))
+}
+
+/// A new process.
+pub fn storage(world: &SimWorld) -> SimStorage {
+    world.storage()
+}

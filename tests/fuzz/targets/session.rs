@@ -1,0 +1,192 @@
+//! A disk that is open on a simulated host, with one request at a time, and a model of what it holds as far as it was
+//! seen: every sector that was read or written must read the same, until it is written again.
+
+use std::cell::OnceCell;
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Duration;
+
+use disk::{Completed, Disk, DiskOptions, DiskQueue, Keeper, OpenError, Request, RequestError, RequestId};
+use storage::GuestSlice;
+use storage::sim::{SimStorage, SimWorld};
+
+use super::host::TOP;
+
+/// Bytes of a sector.
+pub const SECTOR: u64 = 512;
+/// The most bytes that a request moves.
+pub const WINDOW: u64 = 128 << 10;
+/// Turns in vain after which nothing will happen any more.
+const VAIN_TURNS_MAX: u32 = 20_000;
+
+/// What sectors hold, as far as it is known.
+#[derive(Clone, Debug, Default)]
+pub struct Known(BTreeMap<u64, Box<[u8]>>);
+
+impl Known {
+    /// Those that are known.
+    pub fn sectors(&self) -> Vec<u64> {
+        self.0.keys().copied().collect()
+    }
+}
+
+/// An open disk.
+pub struct Session {
+    queue: DiskQueue<SimStorage>,
+    keeper: Option<Keeper<SimStorage>>,
+    disk: Disk<SimStorage>,
+    /// What it must hold; nothing if the image is one of which nothing can be said.
+    pub known: Option<Known>,
+    /// Requests that failed, and why.
+    pub failures: Vec<RequestError>,
+}
+
+thread_local! {
+    /// Leaked, so that its slices may well be 'static, and one a thread, so that little leaks.
+    static MEMORY: OnceCell<GuestSlice> = const { OnceCell::new() };
+}
+
+fn memory(bytes: u64) -> GuestSlice {
+    MEMORY.with(|memory| {
+        let whole = *memory.get_or_init(|| {
+            let bytes = Box::leak(vec![0_u8; 2 * WINDOW as usize].into_boxed_slice());
+            let skip = bytes.as_ptr().align_offset(4096);
+            GuestSlice::from(&mut bytes[skip..skip + WINDOW as usize])
+        });
+        whole.subslice(0, bytes as usize).expect("a request fits")
+    })
+}
+
+impl Session {
+    /// Opens the image; `known` is what it is known to hold.
+    ///
+    /// # Errors
+    /// As for [`Disk::open`].
+    pub fn open(world: &SimWorld, options: &DiskOptions, known: Option<Known>) -> Result<Self, OpenError> {
+        let disk = Disk::open_unkept(world.storage(), Path::new(TOP), options)?;
+        let queue = disk.queue(16)?;
+        let keeper = (!disk.is_read_only()).then(|| disk.keeper()).transpose()?;
+        Ok(Session { queue, keeper, disk, known, failures: Vec::new() })
+    }
+
+    /// Bytes of the disk, in whole sectors.
+    pub fn size(&self) -> u64 {
+        self.disk.size() / SECTOR * SECTOR
+    }
+
+    /// The disk.
+    pub fn disk(&self) -> &Disk<SimStorage> {
+        &self.disk
+    }
+
+    /// Closes it; what it was known to hold.
+    ///
+    /// # Errors
+    /// As for [`Disk::close`].
+    pub fn close(self) -> (Option<Known>, Result<(), OpenError>) {
+        let Session { queue, keeper, disk, known, .. } = self;
+        drop((queue, keeper));
+        (known, disk.close())
+    }
+
+    /// Lets the housekeeper do what is due after so long.
+    pub fn rest(&mut self, world: &SimWorld, time: Duration) {
+        world.pass(time);
+        for _ in 0..64 {
+            let Some(keeper) = &mut self.keeper else { return };
+            keeper.turn();
+            keeper.wait(Some(Duration::ZERO));
+            if !world.step() && world.is_idle() {
+                return;
+            }
+        }
+    }
+
+    fn run(&mut self, request: Request, slices: &[GuestSlice]) -> Result<(), RequestError> {
+        self.queue.submit(RequestId(0), request, slices);
+        let mut done: Vec<Completed> = Vec::new();
+        for _ in 0..VAIN_TURNS_MAX {
+            self.queue.turn(&mut done);
+            if let Some(completed) = done.pop() {
+                return completed.result;
+            }
+            if let Some(keeper) = &mut self.keeper {
+                keeper.turn();
+            }
+            self.queue.wait(Some(Duration::from_millis(1)));
+        }
+        panic!("a request hangs: {:?}", self.disk.status());
+    }
+
+    fn note<T>(&mut self, result: Result<T, RequestError>) -> Option<T> {
+        result.map_err(|error| self.failures.push(error)).ok()
+    }
+
+    /// Reads sectors, and compares them with what is known; false if it fails.
+    pub fn read(&mut self, offset: u64, length: u64) -> Option<Vec<u8>> {
+        let slice = memory(length);
+        let result = self.run(Request::Read { offset }, &[slice]);
+        self.note(result)?;
+        let mut found = vec![0; length as usize];
+        slice.copy_to(&mut found[..]);
+        let Some(Known(known)) = &mut self.known else { return Some(found) };
+        for (sector, bytes) in (offset / SECTOR..).zip(found.chunks_exact(SECTOR as usize)) {
+            let expected = known.entry(sector).or_insert_with(|| bytes.into());
+            assert!(**expected == *bytes, "sector {sector} holds {bytes:x?}, not {expected:x?}");
+        }
+        Some(found)
+    }
+
+    /// Writes sectors of one byte each.
+    pub fn write(&mut self, offset: u64, length: u64, seed: u8, write_through: bool) {
+        let bytes: Vec<u8> = (0..length).map(|at| (at / SECTOR) as u8 ^ seed).collect();
+        let slice = memory(length);
+        slice.copy_from(&bytes[..]);
+        let result = self.run(Request::Write { offset, write_through }, &[slice]);
+        let done = self.note(result).is_some();
+        self.learn(offset, length, |at| done.then(|| bytes[at as usize..(at + SECTOR) as usize].into()));
+    }
+
+    /// Writes zeroes.
+    pub fn zero(&mut self, offset: u64, length: u64, unmap: bool) {
+        let request = Request::WriteZeroes { offset, length, unmap, write_through: false };
+        let result = self.run(request, &[]);
+        let done = self.note(result).is_some();
+        self.learn(offset, length, |_| done.then(|| vec![0; SECTOR as usize].into()));
+    }
+
+    /// Discards: each sector holds what it held, or zeros.
+    pub fn discard(&mut self, offset: u64, length: u64) {
+        let before = self.known.clone();
+        let result = self.run(Request::Discard { offset, length, write_through: false }, &[]);
+        self.note(result);
+        self.learn(offset, length, |_| None);
+        let Some(after) = self.read(offset, length) else { return };
+        let Some(Known(before)) = before else { return };
+        for (sector, bytes) in (offset / SECTOR..).zip(after.chunks_exact(SECTOR as usize)) {
+            let same = before.get(&sector).is_none_or(|old| **old == *bytes);
+            assert!(
+                same || bytes.iter().all(|byte| *byte == 0),
+                "discarded sector {sector} holds {bytes:x?}"
+            );
+        }
+    }
+
+    /// Flushes.
+    pub fn flush(&mut self) {
+        let result = self.run(Request::Flush, &[]);
+        self.note(result);
+    }
+
+    /// Notes what sectors hold now; nothing is known of those for which `now` has nothing.
+    fn learn(&mut self, offset: u64, length: u64, now: impl Fn(u64) -> Option<Box<[u8]>>) {
+        let Some(Known(known)) = &mut self.known else { return };
+        for at in (0..length).step_by(SECTOR as usize) {
+            let sector = (offset + at) / SECTOR;
+            match now(at) {
+                Some(bytes) => known.insert(sector, bytes),
+                None => known.remove(&sector),
+            };
+        }
+    }
+}
