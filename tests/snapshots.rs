@@ -6,7 +6,7 @@ mod rig;
 use std::path::{Path, PathBuf};
 
 use disk::check::Verdict;
-use disk::snapshot::{Change, ChangeError, Snapshot, SnapshotError};
+use disk::snapshot::{Change, ChangeError, ChangeRefusal, Snapshot};
 use disk::{DiskOptions, OpenError};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
@@ -38,7 +38,7 @@ fn list(image: &Path) -> Vec<Snapshot> {
     disk::snapshot::list(&HostStorage::new(), image, &options()).expect("a list")
 }
 
-fn refused(image: &Path, what: Change) -> SnapshotError {
+fn refused(image: &Path, what: Change) -> ChangeRefusal {
     let before = std::fs::read(image).expect("image");
     let error = match change(image, what) {
         Err(ChangeError::Refused { source, .. }) => source,
@@ -275,7 +275,7 @@ fn refcounts_of_every_width_are_used_to_their_end() {
         if max - 1 == fit {
             let error = refused(&bench.image, create("one too many"));
             assert!(
-                matches!(error, SnapshotError::RefcountFull { needed, .. } if needed == max + 1),
+                matches!(error, ChangeRefusal::RefcountFull { needed, .. } if needed == max + 1),
                 "{error}"
             );
         }
@@ -340,19 +340,19 @@ fn names_and_ids_are_told_apart() {
     bench.run(&[write(0, K, 1)]);
     bench.change("-c", "two", true);
     for taken in ["one", "1", "2"] {
-        assert_eq!(refused(&bench.image, create(taken)), SnapshotError::Exists { name: taken.into() });
+        assert_eq!(refused(&bench.image, create(taken)), ChangeRefusal::Exists { name: taken.into() });
     }
     for (name, length) in [(String::new(), 0), ("n".repeat(256), 256)] {
-        assert_eq!(refused(&bench.image, create(&name)), SnapshotError::NameLength { length, max: 255 });
+        assert_eq!(refused(&bench.image, create(&name)), ChangeRefusal::NameLength { length, max: 255 });
     }
-    let missing = SnapshotError::NotFound { wanted: "3".into() };
+    let missing = ChangeRefusal::NotFound { wanted: "3".into() };
     assert_eq!(
         (refused(&bench.image, apply("3")), refused(&bench.image, delete("3"))),
         (missing.clone(), missing)
     );
     // QEMU's tool makes what ours does not: a name that is another's ID.
     bench.change("-c", "1", false);
-    assert_eq!(refused(&bench.image, delete("1")), SnapshotError::Ambiguous { wanted: "1".into() });
+    assert_eq!(refused(&bench.image, delete("1")), ChangeRefusal::Ambiguous { wanted: "1".into() });
     change(&bench.image, apply("1")).expect("the ID goes before the name");
     bench.contents = bench.snapshots[0].1.clone();
     assert!(read(&bench.image, &of_snapshot("1")) == bench.contents);
@@ -494,7 +494,7 @@ fn wrong_refcounts_are_refused() {
     let data = word(&bench.image, l2) & 0x00ff_ffff_ffff_fe00;
     patch(&bench.image, block + data / (64 * K) * 2, &1_u16.to_be_bytes());
     for what in [apply("kept"), delete("kept")] {
-        assert!(matches!(refused(&bench.image, what), SnapshotError::RefcountTooLow { .. }));
+        assert!(matches!(refused(&bench.image, what), ChangeRefusal::RefcountTooLow { .. }));
     }
 }
 

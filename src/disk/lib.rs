@@ -7,6 +7,7 @@
 
 mod backing;
 mod bitmaps;
+pub mod change;
 pub mod check;
 mod close;
 mod compressed;
@@ -24,6 +25,7 @@ mod layer;
 mod open;
 mod queue;
 mod read;
+pub mod resize;
 pub mod snapshot;
 mod space;
 mod worker;
@@ -52,7 +54,7 @@ use crate::driver::Driver;
 use crate::header::HeaderSector;
 use crate::housekeeping::{Bell, Housekeeper};
 use crate::layer::DiskFile;
-use crate::open::open_chain;
+use crate::open::{Chain, open_chain};
 use crate::space::Space;
 
 /// Workers of one disk at a time: queues, the housekeeper, and the thread that closes it.
@@ -127,7 +129,18 @@ impl<S: Storage> Disk<S> {
         let read_only = options.read_only || options.snapshot.is_some();
         let options = &DiskOptions { read_only, ..options.clone() };
         let driver = Driver::new(storage.queue(SIDE_QUEUE_DEPTH)?);
-        let mut chain = driver.block_on(open_chain(&driver, &storage, path, options))?;
+        let chain = driver.block_on(open_chain(&driver, &storage, path, options))?;
+        Self::of_chain(storage, path, options, &driver, chain)
+    }
+
+    /// A disk without a housekeeping thread, of files that are open.
+    fn of_chain(
+        storage: S,
+        path: &Path,
+        options: &DiskOptions,
+        driver: &Driver<S::Queue>,
+        mut chain: Chain,
+    ) -> Result<Self, OpenError> {
         let keeps_header = chain.top.is_some();
         // Before anything is written: it may refuse the image.
         let engine = Engine::new(EngineSpec {
@@ -142,10 +155,10 @@ impl<S: Storage> Disk<S> {
             engine.map_err(|error| OpenError::Request { path: path.to_owned(), source: error.into() })?;
         let header = match &chain.layers[0].header {
             Some(top) if keeps_header => {
-                let sector = driver.block_on(HeaderSector::load(&driver, &chain.files[0]))?;
-                driver.block_on(open::fill_last_block(&driver, &chain.files[0]))?;
+                let sector = driver.block_on(HeaderSector::load(driver, &chain.files[0]))?;
+                driver.block_on(open::fill_last_block(driver, &chain.files[0]))?;
                 driver.block_on(open::note_writes(
-                    &driver,
+                    driver,
                     &chain.files[0],
                     top,
                     &sector,

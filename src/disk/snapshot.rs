@@ -2,31 +2,26 @@
 //!
 //! Owns the I/O. What the bytes mean, and what is written in which order, is said by the crates below.
 
-use std::future::{Future, poll_fn};
-use std::path::{Path, PathBuf};
-use std::task::Poll;
+use std::path::Path;
 
-use engine::check::{RepairKind, Step};
-use engine::snapshot::{Plan, PlanStep, Planner, SnapshotPlaces};
+use engine::change::SnapshotPlaces;
+use engine::check::RepairKind;
 use qcow2::header::L1_TABLE_SIZE_MAX;
 use qcow2::{Geometry, Header, HostOffset, Incompatible, SnapshotTable};
-use storage::{Errno, FileId, FileInfo, IoQueue, Kind, OpenOptions, Operation, Storage};
-use thiserror::Error;
+use storage::{FileId, FileInfo, IoQueue, OpenOptions, Storage};
 use tracing::warn;
 
-pub use engine::snapshot::{Change, SnapshotError};
+pub use engine::change::SnapshotChange as Change;
 pub use qcow2::Snapshot;
 
-use crate::check::{CheckError, ImageFile, repair_open};
+pub use crate::change::{ChangeError, ChangeRefusal};
+use crate::change::{QUEUE_DEPTH, carry_out, plan};
+use crate::check::{ImageFile, repair_open};
 use crate::driver::Driver;
 use crate::error::OpenError;
 use crate::layer::DiskFile;
 use crate::open::{DiskOptions, fill_last_block};
 
-/// Operations in flight, of at most 1 MiB each.
-const QUEUE_DEPTH: u32 = 16;
-/// What a correction changes is in whole sectors of so many bytes.
-const SECTOR: u64 = 512;
 /// Bytes of L1 tables read at a time.
 const PIECE: u64 = 1 << 20;
 /// The most bytes that the L1 tables of the snapshots of a writable image may have together: all are read at open. At
@@ -49,37 +44,9 @@ pub fn list<S: Storage>(storage: &S, path: &Path, options: &DiskOptions) -> Resu
     })
 }
 
-/// Why a change of the snapshots failed.
-#[derive(Debug, Error)]
-pub enum ChangeError {
-    /// The image could not be opened or read, or is not to be written. Nothing has changed.
-    #[error(transparent)]
-    Open(#[from] OpenError),
-    /// It was not closed cleanly, and could not be repaired.
-    #[error(transparent)]
-    Repair(#[from] CheckError),
-    /// It cannot be done. Nothing has changed.
-    #[error("{}: {source}", path.display())]
-    Refused {
-        /// The image.
-        path: PathBuf,
-        /// Why not.
-        source: SnapshotError,
-    },
-    /// It was not done to the end.
-    #[error(
-        "{source}; the change may be half done: the disk and the other snapshots are as they were, or as they were to \
-         become, and what is left over is repaired when the image is opened for writing, or by `qemu-img check -r all`"
-    )]
-    Interrupted {
-        /// What failed.
-        source: OpenError,
-    },
-}
-
 /// Makes, applies or deletes a snapshot of the qcow2 image at `path`, which nobody else may have open (an exclusive
 /// lock). A crash at any instant leaves the disk as it was or as it was to become, and all other snapshots as they are
-/// (docs/durability.md, "Snapshots"). Of the options, `direct` and `lock_timeout` matter. The file stays open, and locked,
+/// (docs/durability.md, "Changes of an image that nobody uses"). Of the options, `direct` and `lock_timeout` matter. The file stays open, and locked,
 /// as long as the storage lives: give each change a storage of its own.
 ///
 /// # Errors
@@ -100,19 +67,8 @@ pub fn change<S: Storage>(
     driver.block_on(async {
         let (header, info) = sound_header(storage, &driver, id, info).await?;
         let file = DiskFile { id, info };
-        let refused = |source| ChangeError::Refused { path: path.to_path_buf(), source };
         let image = ImageFile { driver: &driver, id, info: &file.info };
-        let mut planner = Planner::new(&header, file.info.length, change).map_err(refused)?;
-        while let Step::Read { offset, length } = planner.step() {
-            let mut pieces = planner.ahead(QUEUE_DEPTH as usize);
-            if pieces.is_empty() {
-                pieces.push((offset, length));
-            }
-            for bytes in read_all(&image, &pieces).await? {
-                planner.feed(&bytes);
-            }
-        }
-        let plan = planner.plan().map_err(refused)?;
+        let mut plan = plan(&image, &header, engine::change::Change::Snapshot(change)).await?;
         fill_last_block(&driver, &file).await?;
         if changes_the_disk && let Some(mut bitmaps) = image.bitmaps(&header).await? {
             // What they say is about what the disk was.
@@ -120,7 +76,8 @@ pub fn change<S: Storage>(
                 image.sync().await?;
             }
         }
-        carry_out(&image, &file, plan).await.map_err(|source| ChangeError::Interrupted { source })
+        carry_out(&image, &file, &mut plan).await?;
+        Ok(plan.snapshot().expect("it is about a snapshot").clone())
     })
 }
 
@@ -141,102 +98,6 @@ async fn sound_header<S: Storage>(
         header = ImageFile { driver, id, info: &info }.header(info.length).await?;
     }
     Ok((header, info))
-}
-
-/// Reads pieces at once.
-async fn read_all<Q: IoQueue>(
-    image: &ImageFile<'_, Q>,
-    pieces: &[(HostOffset, usize)],
-) -> Result<Vec<Vec<u8>>, OpenError> {
-    let reads = pieces.iter().map(|(offset, length)| image.read("metadata", offset.0, *length as u64));
-    all(reads.collect()).await.into_iter().collect()
-}
-
-/// Runs futures side by side to the end of each.
-async fn all<F: Future>(futures: Vec<F>) -> Vec<F::Output> {
-    let mut running: Vec<_> = futures.into_iter().map(|future| (Box::pin(future), None)).collect();
-    poll_fn(|context| {
-        let mut pending = false;
-        for (future, output) in running.iter_mut().filter(|(_, output)| output.is_none()) {
-            match future.as_mut().poll(context) {
-                Poll::Ready(value) => *output = Some(value),
-                Poll::Pending => pending = true,
-            }
-        }
-        if pending { Poll::Pending } else { Poll::Ready(()) }
-    })
-    .await;
-    running.into_iter().map(|(_, output)| output.expect("each has ended")).collect()
-}
-
-async fn carry_out<Q: IoQueue>(
-    image: &ImageFile<'_, Q>,
-    file: &DiskFile,
-    mut plan: Plan,
-) -> Result<Snapshot, OpenError> {
-    let mut punches = true;
-    let mut corrections = Vec::new();
-    let mut step = plan.next_step();
-    while let Some(now) = step {
-        match now {
-            PlanStep::Write { offset, bytes } => image.write(offset.0, &bytes).await?,
-            PlanStep::Sync => image.sync().await?,
-            PlanStep::Correct { offset, length } => corrections.push((offset, length)),
-            PlanStep::Punch { offset, length } => {
-                punches = punches && give_back(image, file, offset, length).await;
-            }
-        }
-        // What is corrected is corrected by one rule until the last of it is done.
-        let whole = corrections.len() >= QUEUE_DEPTH as usize || !plan.corrects_more();
-        if whole && !corrections.is_empty() {
-            correct(image, &plan, &std::mem::take(&mut corrections)).await?;
-        }
-        step = plan.next_step();
-    }
-    Ok(plan.snapshot().clone())
-}
-
-/// Corrects pieces of tables, which lie apart from each other.
-async fn correct<Q: IoQueue>(
-    image: &ImageFile<'_, Q>,
-    plan: &Plan,
-    pieces: &[(HostOffset, usize)],
-) -> Result<(), OpenError> {
-    let mut writes = Vec::new();
-    for ((offset, _), mut bytes) in pieces.iter().zip(read_all(image, pieces).await?) {
-        if let Some(changed) = plan.correct(&mut bytes) {
-            writes.push((offset.0 + changed.start as u64, bytes[changed].to_vec()));
-        }
-    }
-    // Two that change a part of one unit would overtake each other.
-    let at_once = if image.unit() > SECTOR { 1 } else { writes.len().max(1) };
-    for some in writes.chunks(at_once) {
-        let some = some.iter().map(|(offset, bytes)| image.write(*offset, bytes));
-        all(some.collect()).await.into_iter().collect::<Result<(), OpenError>>()?;
-    }
-    Ok(())
-}
-
-/// Gives space back to the host; false if that is no use.
-async fn give_back<Q: IoQueue>(
-    image: &ImageFile<'_, Q>,
-    file: &DiskFile,
-    offset: HostOffset,
-    length: u64,
-) -> bool {
-    let (start, end) = file.whole_blocks(offset.0, length);
-    if start >= end {
-        return true;
-    }
-    let punch = Operation::bare(image.id, Kind::Punch { length: end - start }, start);
-    match image.driver.run_bare(punch).await {
-        Ok(()) => true,
-        Err(Errno::EOPNOTSUPP) => false,
-        Err(error) => {
-            warn!(path = %image.info.path.display(), %error, "space could not be given back to the host");
-            false
-        }
-    }
 }
 
 /// Why a snapshot cannot be used.

@@ -10,9 +10,9 @@ use std::collections::BTreeMap;
 use qcow2::{Geometry, HostCluster, HostOffset, L1Entry};
 
 use crate::alloc::Run;
+use crate::change::{L2Tables, SnapshotPlaces};
 use crate::error::{EngineError, Structure};
 use crate::refcounts::Refcounts;
-use crate::snapshot::{L2Tables, SnapshotPlaces};
 
 /// Runs of clusters that hold metadata.
 #[derive(Default)]

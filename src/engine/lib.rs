@@ -9,6 +9,7 @@
 
 mod alloc;
 mod answer;
+pub mod change;
 pub mod check;
 mod claims;
 mod epoch;
@@ -24,7 +25,6 @@ mod reclaim;
 mod refcounts;
 mod reserve;
 mod resolve;
-pub mod snapshot;
 mod state;
 mod sync;
 mod table_job;
@@ -59,13 +59,13 @@ use std::task::Waker;
 use qcow2::{GuestCluster, GuestOffset, HostOffset};
 
 use crate::alloc::Allocator;
+use crate::change::SnapshotPlaces;
 use crate::claims::Claims;
 use crate::flush::FlushState;
 use crate::guard::MetadataGuard;
 use crate::layers::{Layer, Qcow2Layer};
 use crate::map::{ChainMap, MapWriter};
 use crate::refcounts::Refcounts;
-use crate::snapshot::SnapshotPlaces;
 use crate::state::{State, WriteState};
 use crate::tables::{SLICE_BYTES_MAX, Tables};
 

@@ -78,6 +78,12 @@ pub enum Mutation {
     SnapshotFlagsKept,
     /// Refcounts are lowered before the header stops naming what they count.
     SnapshotLoweredFirst,
+    /// What is past the new end of a disk is given back, and stays named in the L2 table across that end.
+    ResizeKeepsLinks,
+    /// What the cluster across the old end of a disk has behind that end shows when the disk grows.
+    ResizeKeepsTail,
+    /// The backing file shows in the new part of a disk.
+    ResizeBaresBacking,
     /// A request that ends on a queue that is being stopped keeps its claim.
     ClaimKeptByLeaver,
     /// A request goes on waiting for space although its queue is being stopped.

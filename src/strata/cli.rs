@@ -12,7 +12,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
 use crate::help;
 use crate::log::LogLevel;
-use crate::size::Size;
+use crate::size::{Size, SizeChange};
 
 /// Called by this name (a link to it), the program is `strata serve`: a management layer that follows QEMU's conventions
 /// for backend programs calls a program with options only.
@@ -50,6 +50,8 @@ pub enum Command {
     Check(CheckArgs),
     /// List, make, apply or delete the internal snapshots of an image that is not in use
     Snapshot(SnapshotArgs),
+    /// Give the disk of an image that is not in use another size
+    Resize(ResizeArgs),
 }
 
 /// Options of `strata serve`.
@@ -214,6 +216,27 @@ pub struct SnapshotArgs {
     /// Bypass the host's page cache (direct) or go through it (writeback)
     #[arg(long, value_name = "MODE", default_value = "direct")]
     pub cache: Cache,
+}
+
+/// Options of `strata resize`.
+#[derive(Debug, Args)]
+#[command(after_long_help = help::RESIZE)]
+pub struct ResizeArgs {
+    #[command(flatten)]
+    pub chain: ChainArgs,
+
+    /// The disk may become smaller: what lies behind its new end is lost
+    #[arg(long)]
+    pub shrink: bool,
+
+    /// The image
+    #[arg(value_name = "FILE")]
+    pub image: PathBuf,
+
+    /// The disk's new size in bytes, or with K, M, G or T (powers of 1024); +SIZE is so much more than now, -SIZE so much
+    /// less
+    #[arg(value_name = "[+-]SIZE", allow_hyphen_values = true)]
+    pub size: SizeChange,
 }
 
 /// What a check repairs.
@@ -400,7 +423,7 @@ fn usage_exit_code(error: &clap::Error, arguments: &[OsString]) -> i32 {
 /// Ends the program: it was not told what to do.
 pub fn exit_without_command() -> ! {
     Cli::command()
-        .error(ErrorKind::MissingSubcommand, "a command is missing: serve, info, check or snapshot")
+        .error(ErrorKind::MissingSubcommand, "a command is missing: serve, info, check, snapshot or resize")
         .exit()
 }
 

@@ -61,6 +61,9 @@ pub enum ProgramError {
     /// A snapshot could not be made, applied or deleted.
     #[error(transparent)]
     Snapshot(disk::snapshot::ChangeError),
+    /// The disk has not got another size.
+    #[error(transparent)]
+    Resize(disk::resize::ResizeError),
     /// The image could not be closed cleanly.
     #[error("the image could not be closed cleanly: {source}")]
     Close {

@@ -7,6 +7,7 @@ Examples:
   strata info vm.qcow2
   strata check vm.qcow2
   strata snapshot -c before-update vm.qcow2
+  strata resize vm.qcow2 +10G
 
 `strata serve --help` shows how to attach the disk to QEMU and to Cloud Hypervisor.
 
@@ -111,3 +112,20 @@ A crash or a kill at any instant leaves the disk as it was or as it was to becom
 
 Each cluster counts by how many it is shared; an image made with refcount_bits=1 can have no snapshot of any data, and
 with the usual 16 bits no cluster can be in more than 65,534 of them. What would pass that is refused.";
+
+/// After `strata resize --help`.
+pub const RESIZE: &str = "\
+Examples:
+  strata resize vm.qcow2 40G
+  strata resize vm.qcow2 +10G
+  strata resize --shrink vm.qcow2 -10G
+  strata resize --format raw disk.img 40G
+
+No machine may be using the image. A size is a multiple of 512 bytes. The new part of a disk reads as zero, also where a
+backing file is longer. What lies behind the end of a disk that is made smaller is lost: make its partitions and file
+systems smaller first, in the guest.
+
+Snapshots keep their size (in version 2 they cannot, so there an image with snapshots is refused). Persistent bitmaps fit
+one size only, so an image with bitmaps is refused.
+
+A crash or a kill at any instant leaves the disk with its old size or with its new one.";

@@ -14,6 +14,7 @@ mod info;
 mod listen;
 mod log;
 mod notify;
+mod resize;
 mod serve;
 mod shutdown;
 mod size;
@@ -40,6 +41,7 @@ fn main() -> ExitCode {
         Some(Command::Info(options)) => info::run(options),
         Some(Command::Check(options)) => check::run(options).map(|code| ended_with = code),
         Some(Command::Snapshot(options)) => snapshot::run(options),
+        Some(Command::Resize(options)) => resize::run(options),
         None => cli::exit_without_command(),
     };
     match ended {

@@ -39,6 +39,31 @@ impl FromStr for Size {
     }
 }
 
+/// A size in bytes, or by how much one changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SizeChange {
+    /// Written without a sign.
+    To(Size),
+    /// Written with a `+`.
+    More(Size),
+    /// Written with a `-`.
+    Less(Size),
+}
+
+impl FromStr for SizeChange {
+    type Err = SizeError;
+
+    fn from_str(text: &str) -> Result<Self, SizeError> {
+        if let Some(more) = text.strip_prefix('+') {
+            return more.parse().map(SizeChange::More);
+        }
+        match text.strip_prefix('-') {
+            Some(less) => less.parse().map(SizeChange::Less),
+            None => text.parse().map(SizeChange::To),
+        }
+    }
+}
+
 /// A number of bytes for people: `10 GiB (10737418240 bytes)`.
 pub fn in_words(bytes: u64) -> String {
     let short = short(bytes);
@@ -84,6 +109,16 @@ mod tests {
             assert_eq!(read(large), Err(SizeError::TooLarge), "{large:?}");
         }
         assert_eq!(read("16777215T"), Ok(16_777_215 << 40));
+    }
+
+    #[test]
+    fn a_sign_makes_a_change() {
+        assert_eq!("+1G".parse(), Ok(SizeChange::More(Size(1 << 30))));
+        assert_eq!("-512".parse(), Ok(SizeChange::Less(Size(512))));
+        assert_eq!("3M".parse(), Ok(SizeChange::To(Size(3 << 20))));
+        for wrong in ["+", "-", "++1", "+-1", "- 1", "--shrink"] {
+            assert_eq!(wrong.parse::<SizeChange>(), Err(SizeError::Syntax), "{wrong:?}");
+        }
     }
 
     #[test]

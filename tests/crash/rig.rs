@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use disk::snapshot::{Change, ChangeError, SnapshotError, change};
+use disk::snapshot::{Change, ChangeError, ChangeRefusal, change};
 use disk::{Completed, Disk, DiskQueue, Keeper, OpenError, Request, RequestError, RequestId, SpaceStatus};
 use engine::EngineStatus;
 use storage::GuestSlice;
@@ -331,7 +331,7 @@ impl Rig {
                 self.snapshots.remove(0);
             }
             (_, Ok(_)) => {}
-            (_, Err(ChangeError::Refused { source: SnapshotError::RefcountFull { .. }, .. })) => {}
+            (_, Err(ChangeError::Refused { source: ChangeRefusal::RefcountFull { .. }, .. })) => {}
             (_, Err(error)) => panic!("{deed:?}: {error}"),
         }
         let (disk, queues, keeper) = open(&self.world, &self.shape).expect("it opens again");

@@ -79,11 +79,35 @@ fn wrong_usage_is_refused() {
         (&format!("{whole} --socket-mode +77"), "octal"),
         (&format!("{whole} --log-level loud"), "level"),
         ("strata info", "FILE"),
+        ("strata resize a", "SIZE"),
+        ("strata resize a 1X", "K, M, G"),
+        ("strata resize a --size", "K, M, G"),
         ("strata serv", "serve"),
     ] {
         let said = refused(line);
         assert!(said.contains(says), "{line}: {said}");
     }
+}
+
+#[test]
+fn resize_takes_a_size_with_a_sign_wherever_the_option_stands() {
+    let resize = |line: &str| match parse(line).expect(line).command {
+        Some(Command::Resize(resize)) => resize,
+        other => panic!("{other:?}"),
+    };
+    let less = SizeChange::Less(Size(1 << 30));
+    for line in [
+        "strata resize --shrink a -1G",
+        "strata resize a --shrink -1G",
+        "strata resize --format raw --shrink a -1G",
+    ] {
+        let options = resize(line);
+        assert_eq!((options.shrink, options.size, options.image.as_path()), (true, less, Path::new("a")));
+    }
+    assert_eq!(resize("strata resize a -1G").size, less);
+    assert!(!resize("strata resize a +512").shrink);
+    assert_eq!(resize("strata resize a +512").size, SizeChange::More(Size(512)));
+    assert_eq!(resize("strata resize a 40G").size, SizeChange::To(Size(40 << 30)));
 }
 
 #[test]

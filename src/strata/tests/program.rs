@@ -408,3 +408,32 @@ fn snapshots_are_made_listed_applied_and_deleted() {
     refused(&mut snapshot(&["-d", "before"]), 1, &["in use by another process"]);
     drop(daemon);
 }
+
+#[test]
+fn disks_get_another_size() {
+    let bench = Bench::new();
+    bench.image("i");
+    let resize = |arguments: &[&str]| {
+        let mut command = Command::new(PROGRAM);
+        command.arg("resize").args(&arguments[..arguments.len() - 1]).arg(bench.path("i"));
+        command.arg(arguments[arguments.len() - 1]);
+        command
+    };
+    let done = |arguments: &[&str]| {
+        let (status, printed, errors) = output(&mut resize(arguments));
+        assert_eq!((status, errors.as_str()), (Some(0), ""), "{arguments:?}");
+        printed
+    };
+    assert!(done(&["3M"]).contains("from 1 MiB") && done(&["+1M"]).contains("to 4 MiB"));
+    assert!(done(&["4M"]).contains("already"));
+    refused(&mut resize(&["-2M"]), 1, &["4194304 bytes", "--shrink"]);
+    done(&["--shrink", "-2M"]);
+    refused(&mut resize(&["100"]), 1, &["100 bytes", "512"]);
+    refused(&mut resize(&["most"]), 2, &["K, M, G"]);
+    let daemon = Daemon::start(&mut bench.serve("i"));
+    refused(&mut resize(&["4M"]), 1, &["in use by another process"]);
+    drop(daemon);
+    let (_, json, _) = output(Command::new(PROGRAM).args(["info", "--json"]).arg(bench.path("i")));
+    let value: serde_json::Value = serde_json::from_str(&json).expect("JSON");
+    assert_eq!(value["virtual-size"], 2 << 20);
+}

@@ -1,12 +1,13 @@
-//! The steps of a change, in an order that a crash may end anywhere (docs/durability.md, "Snapshots").
+//! The steps of a change, in an order that a crash may end anywhere (docs/durability.md, "Changes of an image that
+//! nobody uses").
 //!
-//! 1. Everything new is written where nothing is: refblocks, a refcount table, L1 table, snapshot table. Sync. No space is
-//!    found out here, when nothing has changed.
+//! 1. Everything new is written where nothing is: refblocks, a refcount table, L1 table, L2 tables, snapshot table. Sync.
+//!    No space is found out here, when nothing has changed.
 //! 2. The header is marked dirty, if the version knows that. Sync.
 //! 3. New refblocks are named. Sync.
 //! 4. The flags COPIED of what is to be shared are cleared. Sync.
 //! 5. Refcounts are raised. Sync.
-//! 6. The header names the new L1 table or the new snapshot table: one sector. Sync.
+//! 6. The header names the new L1 table, with the disk's size, or the new snapshot table: one sector. Sync.
 //! 7. Refcounts are lowered. Sync.
 //! 8. The flags COPIED of what is shared no more are set. Sync.
 //! 9. The header's mark is cleared. Sync.
@@ -26,9 +27,10 @@ use qcow2::{
     Snapshot, Version,
 };
 
-use super::error::SnapshotError;
 use super::growth::{Growth, Room, Run};
-use super::{Change, Planner};
+use super::refusal::ChangeRefusal;
+use super::resize::NewTables;
+use super::{Change, Planner, SnapshotChange};
 use crate::check::READ_MAX;
 use crate::check::counts::Counts;
 use crate::mutation::{Mutation, active};
@@ -76,6 +78,8 @@ struct Correction {
 
 enum Action {
     Bytes(u64, Vec<u8>),
+    /// L2 tables.
+    Tables(NewTables),
     /// Refblocks, by index in the refcount table.
     Refblocks(VecDeque<u64>),
     /// Runs of tables: offset and length.
@@ -97,7 +101,7 @@ pub struct Plan {
     correction: Correction,
     /// Runs of clusters to be given back.
     free: VecDeque<Run>,
-    snapshot: Snapshot,
+    snapshot: Option<Snapshot>,
 }
 
 /// What a plan is made of.
@@ -111,6 +115,7 @@ struct Draft {
     raised: BTreeSet<u64>,
     /// What is written where nothing is.
     new: Vec<(u64, Vec<u8>)>,
+    tables: Option<NewTables>,
     growth: Growth,
     /// The change of the header.
     switch: (u64, Vec<u8>),
@@ -121,9 +126,10 @@ struct Draft {
 }
 
 impl Plan {
-    pub(super) fn new(planner: Planner) -> Result<Plan, SnapshotError> {
-        let snapshot = planner.snapshots[planner.index].clone();
-        let draft = Draft::new(planner)?;
+    pub(super) fn new(planner: Planner) -> Result<Plan, ChangeRefusal> {
+        let is_resize = matches!(planner.change, Change::Resize(_));
+        let snapshot = (!is_resize).then(|| planner.snapshots[planner.index].clone());
+        let mut draft = Draft::new(planner)?;
         let geometry = draft.geometry;
         let actions = draft.actions();
         let correction = Correction { in_l1: false, sets: false };
@@ -132,9 +138,9 @@ impl Plan {
         Ok(Plan { actions, geometry, counts, lower, blocks, correction, free, snapshot })
     }
 
-    /// The snapshot that it is about. The place of a new one's L1 table is not told.
-    pub fn snapshot(&self) -> &Snapshot {
-        &self.snapshot
+    /// The snapshot that it is about, if it is about one. The place of a new one's L1 table is not told.
+    pub fn snapshot(&self) -> Option<&Snapshot> {
+        self.snapshot.as_ref()
     }
 
     /// What to do next; nothing at the end.
@@ -153,6 +159,9 @@ impl Plan {
                     None
                 }
                 Some(Action::Bytes(offset, bytes)) => take_piece(offset, bytes),
+                Some(Action::Tables(tables)) => tables
+                    .next_piece()
+                    .map(|(offset, bytes)| PlanStep::Write { offset: HostOffset(offset), bytes }),
                 Some(Action::Refblocks(indices)) => indices.pop_front().map(|index| {
                     let at = self.blocks.binary_search_by_key(&index, |block| block.0);
                     let offset = HostOffset(self.blocks[at.expect("a known refblock")].1);
@@ -278,8 +287,8 @@ fn take_run(runs: &mut VecDeque<(u64, u64)>) -> Option<PlanStep> {
 }
 
 impl Draft {
-    fn new(planner: Planner) -> Result<Draft, SnapshotError> {
-        let Planner { change, header, geometry, base, mut active, mut target, .. } = planner;
+    fn new(planner: Planner) -> Result<Draft, ChangeRefusal> {
+        let Planner { change, header, geometry, base, mut active, mut target, cut, .. } = planner;
         let (snapshots, index) = (planner.snapshots, planner.index);
         let clusters = base.clusters;
         let mut blocks: Vec<(u64, u64)> =
@@ -292,6 +301,7 @@ impl Draft {
             blocks,
             raised: BTreeSet::new(),
             new: Vec::new(),
+            tables: None,
             growth: Growth::default(),
             switch: (0, Vec::new()),
             clear: (Vec::new(), None),
@@ -302,19 +312,19 @@ impl Draft {
         let active_l1 = (draft.header.l1_offset.0, u64::from(draft.header.l1_entries) * 8);
         let active_tables: Vec<u64> = active.walk.l2.keys().copied().collect();
         match change {
-            Change::Create { .. } => {
+            Change::Snapshot(SnapshotChange::Create { .. }) => {
                 draft.raise(&active.walk.references)?;
                 draft.clear = (active_tables, Some(active_l1));
                 draft.add_snapshot(snapshots, active.l1, active.entries, clusters)?;
             }
-            Change::Delete { .. } => {
+            Change::Snapshot(SnapshotChange::Delete { .. }) => {
                 draft.lower = target.walk.references;
                 let l1 = (snapshots[index].l1_offset, u64::from(snapshots[index].l1_entries) * 8);
                 draft.free(l1.0, l1.1);
                 draft.set = (active_tables, Some(active_l1));
                 draft.remove_snapshot(snapshots, index, clusters)?;
             }
-            Change::Apply { .. } => {
+            Change::Snapshot(SnapshotChange::Apply { .. }) => {
                 // What both have keeps its count all the time.
                 cancel(&mut target.walk.references, &mut active.walk.references);
                 draft.raise(&target.walk.references)?;
@@ -322,14 +332,23 @@ impl Draft {
                 draft.free(HostOffset(active_l1.0), active_l1.1);
                 draft.clear.0 = target.walk.l2.keys().copied().collect();
                 let size = snapshots[index].disk_size().unwrap_or(geometry.size);
-                draft.switch_l1(target.l1, size, clusters)?;
+                draft.switch_l1(target.l1, size, None, clusters)?;
+            }
+            Change::Resize(resize) => {
+                draft.lower = target.walk.references;
+                draft.free(HostOffset(active_l1.0), active_l1.1);
+                let tables = resize.tables(&cut, &geometry);
+                if let Some(table) = cut.table.filter(|_| tables.length() > 0) {
+                    draft.lower.add(table, 1);
+                }
+                draft.switch_l1(active.l1, resize.size, Some(tables), clusters)?;
             }
         }
         Ok(draft)
     }
 
     /// Raises the counts by these references.
-    fn raise(&mut self, references: &Counts) -> Result<(), SnapshotError> {
+    fn raise(&mut self, references: &Counts) -> Result<(), ChangeRefusal> {
         let max = qcow2::refcount_max(self.geometry.refcount_order);
         let entries = self.geometry.refblock_entries();
         for cluster in references.touched(references) {
@@ -340,7 +359,7 @@ impl Draft {
             let needed = self.counts.get(cluster).saturating_add(more);
             if needed > max || needed == u64::MAX {
                 let offset = self.geometry.host_offset(HostCluster(cluster));
-                return Err(SnapshotError::RefcountFull { offset, needed, max });
+                return Err(ChangeRefusal::RefcountFull { offset, needed, max });
             }
             self.counts.set(cluster, needed);
             self.raised.insert(cluster / entries);
@@ -357,7 +376,7 @@ impl Draft {
     }
 
     /// Takes room for tables of so many bytes each; where each is to be.
-    fn take_room(&mut self, lengths: &[u64], clusters: u64) -> Result<Vec<u64>, SnapshotError> {
+    fn take_room(&mut self, lengths: &[u64], clusters: u64) -> Result<Vec<u64>, ChangeRefusal> {
         let size = self.geometry.cluster_size();
         let entries = self.geometry.refblock_entries();
         let known: BTreeSet<u64> = self.blocks.iter().map(|block| block.0).collect();
@@ -395,7 +414,7 @@ impl Draft {
         l1: Vec<u64>,
         entries: u64,
         clusters: u64,
-    ) -> Result<(), SnapshotError> {
+    ) -> Result<(), ChangeRefusal> {
         let old_length = snapshots[..snapshots.len() - 1].iter().map(|old| old.encoded_length() as u64).sum();
         let new_length = snapshots.iter().map(|snapshot| snapshot.encoded_length() as u64).sum();
         let places = self.take_room(&[entries * 8, new_length], clusters)?;
@@ -414,7 +433,7 @@ impl Draft {
         mut snapshots: Vec<Snapshot>,
         index: usize,
         clusters: u64,
-    ) -> Result<(), SnapshotError> {
+    ) -> Result<(), ChangeRefusal> {
         let length = |snapshots: &[Snapshot]| snapshots.iter().map(|one| one.encoded_length() as u64).sum();
         self.free(self.header.snapshots_offset, length(&snapshots));
         snapshots.remove(index);
@@ -424,10 +443,26 @@ impl Draft {
         Ok(())
     }
 
-    fn switch_l1(&mut self, l1: Vec<u64>, size: u64, clusters: u64) -> Result<(), SnapshotError> {
+    /// Has the disk another size and other L1 entries: these, but for new L2 tables.
+    fn switch_l1(
+        &mut self,
+        mut l1: Vec<u64>,
+        size: u64,
+        mut tables: Option<NewTables>,
+        clusters: u64,
+    ) -> Result<(), ChangeRefusal> {
         // A disk has an entry, whether it needs one or not.
         let entries = Geometry { size, ..self.geometry }.l1_entries().max(1);
-        let places = self.take_room(&[entries * 8], clusters)?;
+        let length = tables.as_ref().map_or(0, NewTables::length);
+        let places = self.take_room(&[entries * 8, length], clusters)?;
+        if let Some(tables) = &mut tables {
+            tables.offset = places[1];
+            l1.resize(entries as usize, 0);
+            for (n, index) in tables.indices.clone().enumerate() {
+                l1[index as usize] = places[1] + n as u64 * self.geometry.cluster_size();
+            }
+        }
+        self.tables = tables;
         let (counts, geometry) = (&self.counts, self.geometry);
         let bytes = encode_l1(&l1, entries, |offset| counts.get(geometry.host_cluster(offset).0) == 1);
         self.write_new(places[0], bytes);
@@ -440,7 +475,7 @@ impl Draft {
     }
 
     /// All that is to be done, in order.
-    fn actions(&self) -> VecDeque<Action> {
+    fn actions(&mut self) -> VecDeque<Action> {
         let mut actions = VecDeque::new();
         let then_sync = |actions: &mut VecDeque<Action>, some: Vec<Action>| {
             if !some.is_empty() {
@@ -474,9 +509,10 @@ impl Draft {
     }
 
     /// Everything that is written where nothing is.
-    fn new_structures(&self) -> Vec<Action> {
+    fn new_structures(&mut self) -> Vec<Action> {
         let mut actions: Vec<Action> =
-            self.new.iter().map(|(offset, bytes)| Action::Bytes(*offset, bytes.clone())).collect();
+            self.new.drain(..).map(|(offset, bytes)| Action::Bytes(offset, bytes)).collect();
+        actions.extend(self.tables.take().map(Action::Tables));
         if !self.growth.blocks.is_empty() {
             actions.push(Action::Refblocks(self.growth.blocks.keys().copied().collect()));
         }

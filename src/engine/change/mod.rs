@@ -1,21 +1,23 @@
-//! Internal snapshots: what they have of an image file, and how they are made, applied and deleted while nobody uses
-//! the image.
+//! Changes of an image that nobody uses: internal snapshots are made, applied and deleted, and the disk gets another
+//! size. And what snapshots have of an image file, for those who write to it.
 //!
 //! A [`Planner`] does no I/O. As a check does, it says what it wants to read ([`Planner::step`]) and is given the bytes
 //! ([`Planner::feed`]); it refuses what it cannot do before anything is written ([`Planner::plan`]). The [`Plan`] then
-//! says what to write in which order (docs/durability.md, "Snapshots"). The tables are walked by the checker's own walk,
-//! and only those of the active disk and of the one snapshot that it is about; memory is a few bytes for each cluster in
-//! use and for each L2 table.
+//! says what to write in which order (docs/durability.md, "Changes of an image that nobody uses"). The tables are walked
+//! by the checker's own walk, and only those of the active disk and of the one snapshot that it is about; memory is a few
+//! bytes for each cluster in use and for each L2 table.
 
-mod error;
 mod growth;
 mod places;
 mod plan;
+mod refusal;
+mod resize;
 
-pub use error::SnapshotError;
 pub(crate) use places::L2Tables;
 pub use places::SnapshotPlaces;
 pub use plan::{Plan, PlanStep};
+pub use refusal::ChangeRefusal;
+pub use resize::Resize;
 
 use qcow2::header::{L1_TABLE_SIZE_MAX, SNAPSHOTS_MAX};
 use qcow2::snapshot::TABLE_LENGTH_MAX;
@@ -26,12 +28,23 @@ use crate::check::Step;
 use crate::check::sweep::Sweep;
 use crate::check::walk::{L2Use, Walk};
 
+use self::resize::Cut;
+
 /// The longest name in bytes: what QEMU has room for.
 pub const NAME_LENGTH_MAX: usize = 255;
 
 /// What is to be done.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
+    /// Make, apply or delete a snapshot.
+    Snapshot(SnapshotChange),
+    /// Give the disk another size. What is past its new end is gone; what is new reads as zero.
+    Resize(Resize),
+}
+
+/// What is to be done about snapshots.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SnapshotChange {
     /// Keep the disk as it is now under a name.
     Create {
         /// The name.
@@ -66,7 +79,7 @@ struct Tree {
 }
 
 impl Tree {
-    fn new(header: &Header, file_length: u64, part: Part, times: L2Use) -> Result<Self, SnapshotError> {
+    fn new(header: &Header, file_length: u64, part: Part, times: L2Use) -> Result<Self, ChangeRefusal> {
         let walk = Walk::new(header, file_length)?;
         Ok(Tree { walk, part, times, l1: Vec::new(), entries: 0, l1_offset: HostOffset(0) })
     }
@@ -104,14 +117,16 @@ pub struct Planner {
     base: Walk,
     /// The active disk.
     active: Tree,
-    /// The snapshot that is applied or deleted.
+    /// The snapshot that is applied or deleted; or what the active disk has past its new end.
     target: Tree,
+    /// Where the active disk is cut in two, if it gets another size.
+    cut: Cut,
     snapshots: Vec<Snapshot>,
     table_length: u64,
     /// Which of the snapshots it is about; for a new one, the last.
     index: usize,
     phase: Phase,
-    refusal: Option<SnapshotError>,
+    refusal: Option<ChangeRefusal>,
 }
 
 impl Planner {
@@ -119,9 +134,13 @@ impl Planner {
     ///
     /// # Errors
     /// What can be seen from the header.
-    pub fn new(header: &Header, file_length: u64, change: Change) -> Result<Self, SnapshotError> {
-        if header.incompatible.contains(Incompatible::DATA_FILE) {
-            return Err(SnapshotError::DataFile);
+    pub fn new(header: &Header, file_length: u64, change: Change) -> Result<Self, ChangeRefusal> {
+        match &change {
+            Change::Resize(resize) => resize.examine(header)?,
+            _ if header.incompatible.contains(Incompatible::DATA_FILE) => {
+                return Err(ChangeRefusal::DataFile);
+            }
+            _ => {}
         }
         let base = Walk::new(header, file_length)?;
         let once = L2Use { active: 1, snapshots: 0 };
@@ -136,6 +155,7 @@ impl Planner {
             base,
             active,
             target,
+            cut: Cut::default(),
             snapshots: Vec::new(),
             table_length: 0,
             index: 0,
@@ -194,8 +214,14 @@ impl Planner {
             Phase::ActiveL1(sweep) => sweep.feed(bytes, |piece, bytes| active.take_l1(piece.offset, bytes)),
             Phase::TargetL1(sweep) => sweep.feed(bytes, |piece, bytes| target.take_l1(piece.offset, bytes)),
             Phase::ActiveL2(sweep) => {
+                let (cut, geometry) = (&mut self.cut, self.geometry);
                 sweep.feed(bytes, |piece, bytes| {
-                    active.walk.l2(piece.offset, piece.within, bytes, *piece.tag);
+                    let (stays, goes) = cut.split(&geometry, piece.offset, piece.within, bytes);
+                    active.walk.l2(piece.offset, piece.within, stays, *piece.tag);
+                    if !goes.is_empty() {
+                        let within = piece.within + stays.len() as u64;
+                        target.walk.l2(piece.offset + stays.len() as u64, within, goes, *piece.tag);
+                    }
                 });
             }
             Phase::TargetL2(sweep) => {
@@ -207,14 +233,14 @@ impl Planner {
         }
     }
 
-    fn advance(&mut self) -> Result<(), SnapshotError> {
+    fn advance(&mut self) -> Result<(), ChangeRefusal> {
         self.phase = match &self.phase {
             Phase::RefcountTable(_) => Phase::Refblocks(self.base.refblock_sweep()),
             Phase::Refblocks(_) => Phase::Table(self.base.snapshot_walk()),
             Phase::Table(table) => {
                 if table.is_broken() {
                     let (index, offset) = table.place();
-                    return Err(SnapshotError::BadTable { index, offset });
+                    return Err(ChangeRefusal::BadTable { index, offset });
                 }
                 self.table_length = table.length();
                 self.base.snapshot_table_length = self.table_length;
@@ -223,7 +249,10 @@ impl Planner {
                 self.resolve()?;
                 Phase::ActiveL1(self.active.l1_sweep())
             }
-            Phase::ActiveL1(_) => Phase::TargetL1(self.target.l1_sweep()),
+            Phase::ActiveL1(_) => {
+                self.cut.find_table(&self.active.l1, &self.geometry);
+                Phase::TargetL1(self.target.l1_sweep())
+            }
             Phase::TargetL1(_) => Phase::ActiveL2(self.active.walk.l2_sweep()),
             Phase::ActiveL2(_) => Phase::TargetL2(self.target.walk.l2_sweep()),
             Phase::TargetL2(_) | Phase::Done => Phase::Done,
@@ -232,11 +261,11 @@ impl Planner {
     }
 
     /// Finds what the change is about.
-    fn resolve(&mut self) -> Result<(), SnapshotError> {
+    fn resolve(&mut self) -> Result<(), ChangeRefusal> {
         self.active.l1_offset = self.header.l1_offset;
         self.active.entries = self.header.l1_entries.into();
         match &self.change {
-            Change::Create { name, seconds, nanoseconds } => {
+            Change::Snapshot(SnapshotChange::Create { name, seconds, nanoseconds }) => {
                 let (seconds, nanoseconds) = (*seconds, *nanoseconds);
                 let snapshot = Snapshot { seconds, nanoseconds, ..self.new_snapshot(name)? };
                 // What lies behind the disk is an old VM state, if anything: no part of the new snapshot.
@@ -244,54 +273,64 @@ impl Planner {
                 self.index = self.snapshots.len();
                 self.snapshots.push(snapshot);
             }
-            Change::Apply { wanted } => {
+            Change::Snapshot(SnapshotChange::Apply { wanted }) => {
                 self.index = self.find(wanted)?;
                 let snapshot = &self.snapshots[self.index];
                 let size = snapshot.disk_size().unwrap_or(self.geometry.size);
                 let needed = Geometry { size, ..self.geometry }.l1_entries();
                 let entries = u64::from(snapshot.l1_entries);
                 if entries < needed || needed > L1_TABLE_SIZE_MAX / 8 {
-                    return Err(SnapshotError::TooFewL1Entries { entries, needed });
+                    return Err(ChangeRefusal::TooFewL1Entries { entries, needed });
                 }
                 // Not the VM state behind the disk.
                 (self.target.l1_offset, self.target.entries) = (snapshot.l1_offset, needed);
             }
-            Change::Delete { wanted } => {
+            Change::Snapshot(SnapshotChange::Delete { wanted }) => {
                 self.index = self.find(wanted)?;
                 let snapshot = &self.snapshots[self.index];
                 let other = |(index, other): (usize, &Snapshot)| {
                     index != self.index && other.name == wanted.as_bytes() && snapshot.id == wanted.as_bytes()
                 };
                 if self.snapshots.iter().enumerate().any(other) {
-                    return Err(SnapshotError::Ambiguous { wanted: wanted.clone() });
+                    return Err(ChangeRefusal::Ambiguous { wanted: wanted.clone() });
                 }
                 (self.target.l1_offset, self.target.entries) =
                     (snapshot.l1_offset, snapshot.l1_entries.into());
+            }
+            Change::Resize(resize) => {
+                resize.examine_snapshots(&self.snapshots)?;
+                self.cut = resize.cut(&self.geometry);
+                // The rest of the table maps what is past the end: of the disk as it was, too.
+                let entries = self.active.entries;
+                self.active.entries = entries.min(self.cut.tables(&self.geometry));
+                let rest = self.header.l1_offset.0 + self.active.entries * 8;
+                (self.target.l1_offset, self.target.entries) =
+                    (HostOffset(rest), entries - self.active.entries);
             }
         }
         Ok(())
     }
 
-    fn new_snapshot(&self, name: &str) -> Result<Snapshot, SnapshotError> {
+    fn new_snapshot(&self, name: &str) -> Result<Snapshot, ChangeRefusal> {
         if name.is_empty() || name.len() > NAME_LENGTH_MAX {
-            return Err(SnapshotError::NameLength { length: name.len(), max: NAME_LENGTH_MAX });
+            return Err(ChangeRefusal::NameLength { length: name.len(), max: NAME_LENGTH_MAX });
         }
         // Nobody could tell the two apart by it.
         if qcow2::snapshot::find(&self.snapshots, name.as_bytes()).is_some() {
-            return Err(SnapshotError::Exists { name: name.to_owned() });
+            return Err(ChangeRefusal::Exists { name: name.to_owned() });
         }
         let id = qcow2::snapshot::next_id(&self.snapshots);
         let snapshot = Snapshot::new(id, name.as_bytes().to_vec(), self.geometry.size);
         let length = self.table_length + snapshot.encoded_length() as u64;
         if self.snapshots.len() as u64 >= u64::from(SNAPSHOTS_MAX) || length > TABLE_LENGTH_MAX {
-            return Err(SnapshotError::TableFull);
+            return Err(ChangeRefusal::TableFull);
         }
         Ok(snapshot)
     }
 
-    fn find(&self, wanted: &str) -> Result<usize, SnapshotError> {
+    fn find(&self, wanted: &str) -> Result<usize, ChangeRefusal> {
         let found = qcow2::snapshot::find(&self.snapshots, wanted.as_bytes());
-        found.ok_or_else(|| SnapshotError::NotFound { wanted: wanted.to_owned() })
+        found.ok_or_else(|| ChangeRefusal::NotFound { wanted: wanted.to_owned() })
     }
 
     /// The plan; nothing has been written so far.
@@ -301,7 +340,7 @@ impl Planner {
     ///
     /// # Panics
     /// If there is more to be read: a programmer error.
-    pub fn plan(self) -> Result<Plan, SnapshotError> {
+    pub fn plan(self) -> Result<Plan, ChangeRefusal> {
         if let Some(refusal) = self.refusal {
             return Err(refusal);
         }
@@ -312,16 +351,16 @@ impl Planner {
 
     /// Refuses an image whose tables or refcounts are wrong as far as this change goes: what is in use is to keep its
     /// clusters.
-    fn examine(&self) -> Result<(), SnapshotError> {
+    fn examine(&self) -> Result<(), ChangeRefusal> {
         let (base, active, target) = (&self.base, &self.active.walk, &self.target.walk);
         for walk in [base, active, target] {
             if let Some(finding) = walk.report.findings.iter().find(|finding| !finding.kind.is_leak()) {
-                return Err(SnapshotError::Damaged(Box::new(*finding)));
+                return Err(ChangeRefusal::Damaged(Box::new(*finding)));
             }
         }
         let size = self.geometry.cluster_size();
-        let damaged = |cluster: u64| SnapshotError::Overlap { offset: HostOffset(cluster * size) };
-        let too_low = |cluster: u64| SnapshotError::RefcountTooLow { offset: HostOffset(cluster * size) };
+        let damaged = |cluster: u64| ChangeRefusal::Overlap { offset: HostOffset(cluster * size) };
+        let too_low = |cluster: u64| ChangeRefusal::RefcountTooLow { offset: HostOffset(cluster * size) };
         for place in base.places.iter().chain(&base.refcount_places) {
             for cluster in place.first..place.first + place.count {
                 if base.references.get(cluster) != 1 {

@@ -1,4 +1,4 @@
-//! Why a snapshot cannot be made, applied or deleted. Nothing has been written then.
+//! Why an image that nobody uses cannot be changed as asked. Nothing has been written then.
 
 use qcow2::HostOffset;
 use thiserror::Error;
@@ -7,7 +7,7 @@ use crate::check::{Finding, Refusal};
 
 /// Why not.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
-pub enum SnapshotError {
+pub enum ChangeRefusal {
     /// The image has what the walk of its tables does not know.
     #[error(transparent)]
     Refused(#[from] Refusal),
@@ -96,4 +96,48 @@ pub enum SnapshotError {
     /// No place for new metadata.
     #[error("the file is as large as its format allows")]
     TooLarge,
+    /// Both files would have to change together.
+    #[error("the image keeps its data in an external data file, with which its size cannot be changed")]
+    ResizeWithDataFile,
+    /// They would say something of a disk of another size.
+    #[error(
+        "the image has {count} persistent bitmaps, which fit a disk of its present size only: remove them with `qemu-img \
+         bitmap --remove` first, or resize the image with `qemu-img resize`"
+    )]
+    ResizeWithBitmaps {
+        /// How many.
+        count: u32,
+    },
+    /// Their size is that of the image.
+    #[error(
+        "the image is of version 2 and has snapshots, which would change their size with it: delete them first, or make it \
+         one of version 3 with `qemu-img amend -o compat=1.1`"
+    )]
+    ResizeWithSnapshotsInV2,
+    /// Its size is that of the image.
+    #[error(
+        "the snapshot with the ID \"{id}\" does not say how large its disk is, and would change its size with the image: \
+         delete it, or have `qemu-img check -r all` add that"
+    )]
+    SnapshotWithoutSize {
+        /// Its ID.
+        id: String,
+    },
+    /// What is new would not read as zero.
+    #[error(
+        "the backing file has {backing_size} bytes, which would show through in the new part of the disk, as version 2 \
+         has no zero clusters: make the image one of version 3 with `qemu-img amend -o compat=1.1`"
+    )]
+    BackingShowsThrough {
+        /// Bytes of the backing file's disk.
+        backing_size: u64,
+    },
+    /// An L1 table cannot be so large.
+    #[error("a disk of {size} bytes is too large: with the cluster size of this image it may have {max}")]
+    DiskTooLarge {
+        /// Bytes of the disk.
+        size: u64,
+        /// The most there may be.
+        max: u64,
+    },
 }

@@ -9,7 +9,7 @@ use qcow2::Geometry;
 use qcow2::entry::HOST_OFFSET_LIMIT;
 use qcow2::header::REFCOUNT_TABLE_SIZE_MAX;
 
-use super::error::SnapshotError;
+use super::refusal::ChangeRefusal;
 use crate::check::counts::Counts;
 
 /// A run of clusters.
@@ -47,7 +47,7 @@ impl<'a> Room<'a> {
     }
 
     /// Takes neighbouring clusters, the first that are free.
-    pub fn take(&mut self, count: u64) -> Result<Run, SnapshotError> {
+    pub fn take(&mut self, count: u64) -> Result<Run, ChangeRefusal> {
         // The header's is never free.
         let (mut first, mut at) = (1, 1);
         while at < self.end && at - first < count {
@@ -56,9 +56,9 @@ impl<'a> Room<'a> {
             }
             at += 1;
         }
-        let end = first.checked_add(count).ok_or(SnapshotError::TooLarge)?;
+        let end = first.checked_add(count).ok_or(ChangeRefusal::TooLarge)?;
         if end > HOST_OFFSET_LIMIT >> self.geometry.cluster_bits {
-            return Err(SnapshotError::TooLarge);
+            return Err(ChangeRefusal::TooLarge);
         }
         self.end = self.end.max(end);
         self.counts.grow(end);
@@ -71,7 +71,7 @@ impl<'a> Room<'a> {
     }
 
     /// Sees to it that all that was taken has a place for its refcount.
-    pub fn grow(&mut self, known: &BTreeSet<u64>, table_entries: u64) -> Result<Growth, SnapshotError> {
+    pub fn grow(&mut self, known: &BTreeSet<u64>, table_entries: u64) -> Result<Growth, ChangeRefusal> {
         let (entries, per_cluster) = (self.geometry.refblock_entries(), self.geometry.cluster_size() / 8);
         let table_clusters_max = REFCOUNT_TABLE_SIZE_MAX >> self.geometry.cluster_bits;
         let mut growth = Growth::default();
@@ -101,7 +101,7 @@ impl<'a> Room<'a> {
             let needed = (highest + 1).div_ceil(per_cluster);
             let wanted = (needed + needed.div_ceil(2)).min(table_clusters_max);
             if needed > table_clusters_max {
-                return Err(SnapshotError::TooLarge);
+                return Err(ChangeRefusal::TooLarge);
             }
             growth.table = Some(self.take(wanted)?);
         }

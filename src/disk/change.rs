@@ -1,0 +1,179 @@
+//! Changes an image that nobody uses: drives the engine's planner and carries its plan out.
+//!
+//! Owns the reading and the writing, many at once where the order does not matter, and the syncs. What may be done, and
+//! what is written in which order, is the engine's to say; what is changed is for `snapshot` and `resize`.
+
+use std::future::{Future, poll_fn};
+use std::path::PathBuf;
+use std::task::Poll;
+
+use engine::change::{Change, Plan, PlanStep, Planner};
+use engine::check::Step;
+use qcow2::{Header, HostOffset};
+use storage::{Errno, IoQueue, Kind, Operation};
+use thiserror::Error;
+use tracing::warn;
+
+pub use engine::change::ChangeRefusal;
+
+use crate::check::{CheckError, ImageFile};
+use crate::error::OpenError;
+use crate::layer::DiskFile;
+
+/// Operations in flight, of at most 1 MiB each.
+pub(crate) const QUEUE_DEPTH: u32 = 16;
+/// What a correction changes is in whole sectors of so many bytes.
+const SECTOR: u64 = 512;
+
+/// Why a change failed.
+#[derive(Debug, Error)]
+pub enum ChangeError {
+    /// The image could not be opened or read, or is not to be written. Nothing has changed.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// It was not closed cleanly, and could not be repaired.
+    #[error(transparent)]
+    Repair(#[from] CheckError),
+    /// It cannot be done. Nothing has changed.
+    #[error("{}: {source}", path.display())]
+    Refused {
+        /// The image.
+        path: PathBuf,
+        /// Why not.
+        source: ChangeRefusal,
+    },
+    /// It was not done to the end.
+    #[error(
+        "{source}; the change may be half done: the disk and the other snapshots are as they were, or as they were to \
+         become, and what is left over is repaired when the image is opened for writing, or by `qemu-img check -r all`"
+    )]
+    Interrupted {
+        /// What failed.
+        source: OpenError,
+    },
+}
+
+/// Plans a change: reads what it takes, and writes nothing.
+pub(crate) async fn plan<Q: IoQueue>(
+    image: &ImageFile<'_, Q>,
+    header: &Header,
+    change: Change,
+) -> Result<Plan, ChangeError> {
+    let refused = |source| ChangeError::Refused { path: image.info.path.clone(), source };
+    let mut planner = Planner::new(header, image.info.length, change).map_err(refused)?;
+    while let Step::Read { offset, length } = planner.step() {
+        let mut pieces = planner.ahead(QUEUE_DEPTH as usize);
+        if pieces.is_empty() {
+            pieces.push((offset, length));
+        }
+        for bytes in read_all(image, &pieces).await? {
+            planner.feed(&bytes);
+        }
+    }
+    planner.plan().map_err(refused)
+}
+
+/// Reads pieces at once.
+async fn read_all<Q: IoQueue>(
+    image: &ImageFile<'_, Q>,
+    pieces: &[(HostOffset, usize)],
+) -> Result<Vec<Vec<u8>>, OpenError> {
+    let reads = pieces.iter().map(|(offset, length)| image.read("metadata", offset.0, *length as u64));
+    all(reads.collect()).await.into_iter().collect()
+}
+
+/// Runs futures side by side to the end of each.
+async fn all<F: Future>(futures: Vec<F>) -> Vec<F::Output> {
+    let mut running: Vec<_> = futures.into_iter().map(|future| (Box::pin(future), None)).collect();
+    poll_fn(|context| {
+        let mut pending = false;
+        for (future, output) in running.iter_mut().filter(|(_, output)| output.is_none()) {
+            match future.as_mut().poll(context) {
+                Poll::Ready(value) => *output = Some(value),
+                Poll::Pending => pending = true,
+            }
+        }
+        if pending { Poll::Pending } else { Poll::Ready(()) }
+    })
+    .await;
+    running.into_iter().map(|(_, output)| output.expect("each has ended")).collect()
+}
+
+/// Carries a plan out; `file` is the image.
+pub(crate) async fn carry_out<Q: IoQueue>(
+    image: &ImageFile<'_, Q>,
+    file: &DiskFile,
+    plan: &mut Plan,
+) -> Result<(), ChangeError> {
+    write_all(image, file, plan).await.map_err(|source| ChangeError::Interrupted { source })
+}
+
+async fn write_all<Q: IoQueue>(
+    image: &ImageFile<'_, Q>,
+    file: &DiskFile,
+    plan: &mut Plan,
+) -> Result<(), OpenError> {
+    let mut punches = true;
+    let mut corrections = Vec::new();
+    let mut step = plan.next_step();
+    while let Some(now) = step {
+        match now {
+            PlanStep::Write { offset, bytes } => image.write(offset.0, &bytes).await?,
+            PlanStep::Sync => image.sync().await?,
+            PlanStep::Correct { offset, length } => corrections.push((offset, length)),
+            PlanStep::Punch { offset, length } => {
+                punches = punches && give_back(image, file, offset, length).await;
+            }
+        }
+        // What is corrected is corrected by one rule until the last of it is done.
+        let whole = corrections.len() >= QUEUE_DEPTH as usize || !plan.corrects_more();
+        if whole && !corrections.is_empty() {
+            correct(image, plan, &std::mem::take(&mut corrections)).await?;
+        }
+        step = plan.next_step();
+    }
+    Ok(())
+}
+
+/// Corrects pieces of tables, which lie apart from each other.
+async fn correct<Q: IoQueue>(
+    image: &ImageFile<'_, Q>,
+    plan: &Plan,
+    pieces: &[(HostOffset, usize)],
+) -> Result<(), OpenError> {
+    let mut writes = Vec::new();
+    for ((offset, _), mut bytes) in pieces.iter().zip(read_all(image, pieces).await?) {
+        if let Some(changed) = plan.correct(&mut bytes) {
+            writes.push((offset.0 + changed.start as u64, bytes[changed].to_vec()));
+        }
+    }
+    // Two that change a part of one unit would overtake each other.
+    let at_once = if image.unit() > SECTOR { 1 } else { writes.len().max(1) };
+    for some in writes.chunks(at_once) {
+        let some = some.iter().map(|(offset, bytes)| image.write(*offset, bytes));
+        all(some.collect()).await.into_iter().collect::<Result<(), OpenError>>()?;
+    }
+    Ok(())
+}
+
+/// Gives space back to the host; false if that is no use.
+async fn give_back<Q: IoQueue>(
+    image: &ImageFile<'_, Q>,
+    file: &DiskFile,
+    offset: HostOffset,
+    length: u64,
+) -> bool {
+    let (start, end) = file.whole_blocks(offset.0, length);
+    if start >= end {
+        return true;
+    }
+    let punch = Operation::bare(image.id, Kind::Punch { length: end - start }, start);
+    match image.driver.run_bare(punch).await {
+        Ok(()) => true,
+        Err(Errno::EOPNOTSUPP) => false,
+        Err(error) => {
+            warn!(path = %image.info.path.display(), %error, "space could not be given back to the host");
+            false
+        }
+    }
+}

@@ -1,0 +1,276 @@
+//! Gives the disk of an image that nobody uses another size.
+//!
+//! Owns which size that is, and the rest of the cluster in which the old end lies, which must read as zero once the disk
+//! goes on behind it. What else becomes of the image, and in which order, is the engine's plan. Backing files are opened
+//! to know how much of them the new part of the disk would show; they are not changed.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use engine::LayerFormat;
+use engine::change::{Change, Resize};
+use engine::mutation::{Mutation, active};
+use storage::{FileId, Kind, Operation, Storage};
+use thiserror::Error;
+
+use crate::change::{ChangeError, carry_out, plan};
+use crate::check::ImageFile;
+use crate::driver::Driver;
+use crate::error::OpenError;
+use crate::layer::DiskFile;
+use crate::open::{Chain, DiskOptions, fill_last_block, open_chain};
+use crate::queue::{Request, RequestId};
+use crate::{Disk, SIDE_QUEUE_DEPTH, Shared, close};
+
+/// What a disk's size is a multiple of, in bytes.
+const SECTOR: u64 = 512;
+
+/// A size, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NewSize {
+    /// This one.
+    Of(u64),
+    /// So much larger.
+    Larger(u64),
+    /// So much smaller.
+    Smaller(u64),
+}
+
+/// What becomes of data that lies past the new end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shrinking {
+    /// A disk is not made smaller.
+    Refused,
+    /// It is lost.
+    Accepted,
+}
+
+/// What was done: the size in bytes before and after.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Resized {
+    /// Before.
+    pub from: u64,
+    /// After.
+    pub to: u64,
+}
+
+/// Why a disk has not got another size.
+#[derive(Debug, Error)]
+pub enum ResizeError {
+    /// The image could not be changed.
+    #[error(transparent)]
+    Change(#[from] ChangeError),
+    /// No size of a disk.
+    #[error("{}: the disk has {from} bytes, and cannot be {by} bytes smaller", path.display())]
+    NothingLeft {
+        /// The image.
+        path: PathBuf,
+        /// The disk's size in bytes.
+        from: u64,
+        /// By how much it was to shrink.
+        by: u64,
+    },
+    /// No size of a disk.
+    #[error("{}: a disk of {size} bytes is none", path.display())]
+    Empty {
+        /// The image.
+        path: PathBuf,
+        /// What was asked for.
+        size: u64,
+    },
+    /// No size that a file can have.
+    #[error("{}: that is larger than any disk can be", path.display())]
+    TooLarge {
+        /// The image.
+        path: PathBuf,
+    },
+    /// A disk has whole sectors.
+    #[error("{}: {size} bytes are no multiple of {SECTOR}, as the size of a disk must be", path.display())]
+    NoSectors {
+        /// The image.
+        path: PathBuf,
+        /// What was asked for.
+        size: u64,
+    },
+    /// It was not said that data may be lost.
+    #[error(
+        "{}: the disk has {from} bytes: with {to} bytes what lies behind is lost; --shrink says that this is meant",
+        path.display()
+    )]
+    WouldShrink {
+        /// The image.
+        path: PathBuf,
+        /// The disk's size in bytes.
+        from: u64,
+        /// What was asked for.
+        to: u64,
+    },
+    /// Its size is its own.
+    #[error("{}: a block device has the size that it has", path.display())]
+    BlockDevice {
+        /// The device.
+        path: PathBuf,
+    },
+}
+
+impl From<OpenError> for ResizeError {
+    fn from(error: OpenError) -> Self {
+        ResizeError::Change(error.into())
+    }
+}
+
+/// Gives the disk of the image at `path`, which nobody else may have open (an exclusive lock), another size. What is new
+/// reads as zero. A crash at any instant leaves the disk as it was or as it was to become, and all snapshots as they are
+/// (docs/durability.md, "Changes of an image that nobody uses"). Of the options, the formats, `direct` and `lock_timeout`
+/// matter.
+///
+/// # Errors
+/// See [`ResizeError`].
+pub fn resize<S: Storage>(
+    storage: S,
+    path: &Path,
+    wanted: NewSize,
+    shrinking: Shrinking,
+    options: &DiskOptions,
+) -> Result<Resized, ResizeError> {
+    let options = &DiskOptions { read_only: false, snapshot: None, ..options.clone() };
+    let driver = Driver::new(storage.queue(SIDE_QUEUE_DEPTH).map_err(OpenError::from)?);
+    let chain = driver.block_on(open_chain(&driver, &storage, path, options))?;
+    let top = &chain.layers[0];
+    let from = if top.header.is_some() { top.size } else { top.file_length };
+    let resized = Resized { from, to: wanted.of(from, path)? };
+    if resized.to < from && shrinking == Shrinking::Refused {
+        return Err(ResizeError::WouldShrink { path: path.to_owned(), from, to: resized.to });
+    }
+    if resized.to == from {
+        return Ok(resized);
+    }
+    if top.header.is_none() {
+        driver.block_on(resize_raw(&driver, &chain.files[0], resized))?;
+    } else {
+        resize_qcow2(storage, path, options, &driver, chain, resized)?;
+    }
+    Ok(resized)
+}
+
+impl NewSize {
+    fn of(self, from: u64, path: &Path) -> Result<u64, ResizeError> {
+        let path = || path.to_owned();
+        let size = match self {
+            NewSize::Of(size) => size,
+            NewSize::Larger(by) => {
+                from.checked_add(by).ok_or_else(|| ResizeError::TooLarge { path: path() })?
+            }
+            NewSize::Smaller(by) => {
+                from.checked_sub(by).ok_or_else(|| ResizeError::NothingLeft { path: path(), from, by })?
+            }
+        };
+        if size == 0 {
+            return Err(ResizeError::Empty { path: path(), size });
+        }
+        if size > i64::MAX as u64 {
+            return Err(ResizeError::TooLarge { path: path() });
+        }
+        if !size.is_multiple_of(SECTOR) {
+            return Err(ResizeError::NoSectors { path: path(), size });
+        }
+        Ok(size)
+    }
+}
+
+async fn resize_raw<Q: storage::IoQueue>(
+    driver: &Driver<Q>,
+    file: &DiskFile,
+    Resized { to, .. }: Resized,
+) -> Result<(), ResizeError> {
+    let path = || file.info.path.clone();
+    if file.info.block_device {
+        return Err(ResizeError::BlockDevice { path: path() });
+    }
+    let failed = |source| OpenError::Io { path: path(), structure: "end of the file", offset: to, source };
+    driver.run_bare(Operation::bare(file.id, Kind::SetLength, to)).await.map_err(failed)?;
+    driver.run_bare(Operation::bare(file.id, Kind::Sync, 0)).await.map_err(failed)?;
+    Ok(())
+}
+
+fn resize_qcow2<S: Storage>(
+    storage: S,
+    path: &Path,
+    options: &DiskOptions,
+    driver: &Driver<S::Queue>,
+    chain: Chain,
+    Resized { from, to }: Resized,
+) -> Result<(), ResizeError> {
+    let header = chain.layers[0].header.as_ref().expect("a qcow2 image has a header");
+    let cluster_size = header.geometry().cluster_size();
+    // Of a raw file also what is no whole sector.
+    let below = chain.layers.get(1);
+    let backing_size =
+        below.map_or(0, |below| below.header.as_ref().map_or(below.file_length, |_| below.size));
+    let backing_size = if active(Mutation::ResizeBaresBacking) { 0 } else { backing_size };
+    let change = Change::Resize(Resize { size: to, backing_size });
+    if to < from || from.is_multiple_of(cluster_size) || active(Mutation::ResizeKeepsTail) {
+        return driver.block_on(carry_out_alone(&storage, driver, &chain.files[0], change));
+    }
+    // What cannot be done is refused before anything is written.
+    let file = &chain.files[0];
+    let image = ImageFile { driver, id: file.id, info: &file.info };
+    driver.block_on(plan(&image, header, change.clone()))?;
+    let shared = zero_tail(storage, path, options, driver, chain, from)?;
+    driver.block_on(carry_out_alone(&shared.storage, driver, &shared.files[0], change))
+}
+
+/// Makes the rest of the cluster in which the disk ends read as zero. No reader of the disk as it is can tell; so this is
+/// done as a disk is written, by one that goes to the end of the cluster, before the engine's plan.
+fn zero_tail<S: Storage>(
+    storage: S,
+    path: &Path,
+    options: &DiskOptions,
+    driver: &Driver<S::Queue>,
+    mut chain: Chain,
+    from: u64,
+) -> Result<Arc<Shared<S>>, OpenError> {
+    let LayerFormat::Qcow2 { geometry, .. } = &mut chain.specs[0].format else {
+        panic!("the engine knows the format that was opened");
+    };
+    let end = from.next_multiple_of(geometry.cluster_size());
+    geometry.size = end;
+    chain.layers[0].size = end;
+    let disk = Disk::of_chain(storage, path, options, driver, chain)?;
+    let mut queue = disk.queue(SIDE_QUEUE_DEPTH)?;
+    let offset = from / SECTOR * SECTOR;
+    let zeroes = Request::WriteZeroes { offset, length: end - offset, unmap: false, write_through: true };
+    queue.submit(RequestId(0), zeroes, &[]);
+    let mut done = Vec::new();
+    loop {
+        queue.turn(&mut done);
+        if !done.is_empty() {
+            break;
+        }
+        queue.wait(None);
+    }
+    drop(queue);
+    for completed in done {
+        completed.result.map_err(|source| OpenError::Request { path: path.to_owned(), source })?;
+    }
+    close::close(&disk.shared)?;
+    Ok(Arc::clone(&disk.shared))
+}
+
+/// Changes an image that is open and that nothing is done to meanwhile.
+async fn carry_out_alone<S: Storage>(
+    storage: &S,
+    driver: &Driver<S::Queue>,
+    file: &DiskFile,
+    change: Change,
+) -> Result<(), ResizeError> {
+    let id: FileId = file.id;
+    let length = storage.length(id).map_err(OpenError::from)?;
+    let info = storage::FileInfo { length, ..file.info.clone() };
+    let file = DiskFile { id, info };
+    let image = ImageFile { driver, id, info: &file.info };
+    let header = image.header(length).await?;
+    let mut plan = plan(&image, &header, change).await?;
+    fill_last_block(driver, &file).await?;
+    Ok(carry_out(&image, &file, &mut plan).await?)
+}

@@ -1,0 +1,180 @@
+//! Another size for the disk: what stays of it, what goes, and the tables that are new.
+//!
+//! Owns where the active disk is cut, and the bytes of new L2 tables. A disk keeps what lies before both of its ends. What
+//! an image has past that (what is cut off; or what an old VM state or some other program's resizing left there) goes, and
+//! what is new reads as zero: it is not allocated, or zero where the backing file would show through. In the cluster that
+//! the old end lies in the rest must have been made zero before.
+
+use std::ops::Range;
+
+use qcow2::header::L1_TABLE_SIZE_MAX;
+use qcow2::{Geometry, Header, HostCluster, Incompatible, L1Entry, L2Entry, Snapshot, Version};
+
+use super::refusal::ChangeRefusal;
+use crate::check::READ_MAX;
+use crate::mutation::{Mutation, active};
+
+/// The size that a disk is to have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Resize {
+    /// In bytes.
+    pub size: u64,
+    /// The size of the disk that the backing file holds, in bytes; 0 if there is none.
+    pub backing_size: u64,
+}
+
+impl Resize {
+    /// Refuses what can be seen from the header.
+    pub(super) fn examine(&self, header: &Header) -> Result<(), ChangeRefusal> {
+        let geometry = header.geometry();
+        if header.incompatible.contains(Incompatible::DATA_FILE) {
+            return Err(ChangeRefusal::ResizeWithDataFile);
+        }
+        if let Some(bitmaps) = header.bitmaps() {
+            return Err(ChangeRefusal::ResizeWithBitmaps { count: bitmaps.count });
+        }
+        if header.version == Version::V2 && header.snapshots > 0 {
+            return Err(ChangeRefusal::ResizeWithSnapshotsInV2);
+        }
+        if header.version == Version::V2 && !self.zeroed(&geometry).is_empty() {
+            return Err(ChangeRefusal::BackingShowsThrough { backing_size: self.backing_size });
+        }
+        let max = (L1_TABLE_SIZE_MAX / 8 * geometry.l2_entries()) << geometry.cluster_bits;
+        if self.size > max {
+            return Err(ChangeRefusal::DiskTooLarge { size: self.size, max });
+        }
+        Ok(())
+    }
+
+    /// Refuses a snapshot that would become as large as the disk.
+    pub(super) fn examine_snapshots(&self, snapshots: &[Snapshot]) -> Result<(), ChangeRefusal> {
+        match snapshots.iter().find(|snapshot| snapshot.disk_size().is_none()) {
+            Some(snapshot) => {
+                let id = String::from_utf8_lossy(&snapshot.id).into_owned();
+                Err(ChangeRefusal::SnapshotWithoutSize { id })
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Where the active disk is cut.
+    pub(super) fn cut(&self, geometry: &Geometry) -> Cut {
+        let clusters = geometry.clusters_for(self.size.min(geometry.size));
+        let in_table = clusters % geometry.l2_entries() * geometry.l2_entry_size();
+        Cut { clusters, in_table, ..Cut::default() }
+    }
+
+    /// The clusters that get an entry which says that they are zero, as the backing file has something there.
+    fn zeroed(&self, geometry: &Geometry) -> Range<u64> {
+        let first = geometry.clusters_for(geometry.size);
+        let end = geometry.clusters_for(self.size.min(self.backing_size));
+        first..end.max(first)
+    }
+
+    /// The L2 tables that are new, of which the first is the one that lies across the cut, if one does and is to change.
+    pub(super) fn tables(&self, cut: &Cut, geometry: &Geometry) -> NewTables {
+        let zeroed = self.zeroed(geometry);
+        let per_table = geometry.l2_entries();
+        let first = cut.clusters / per_table;
+        let end = if !zeroed.is_empty() {
+            zeroed.end.div_ceil(per_table)
+        } else if cut.goes {
+            first + 1
+        } else {
+            first
+        };
+        NewTables { geometry: *geometry, indices: first..end, zeroed, stays: cut.stays.clone(), offset: 0 }
+    }
+}
+
+/// Where the active disk is cut: before it is what stays.
+#[derive(Default)]
+pub(super) struct Cut {
+    /// Clusters of the disk that stay.
+    clusters: u64,
+    /// Where in its L2 table the first that goes has its entry, in bytes; 0 if it is the first of a table.
+    in_table: u64,
+    /// The cluster of that table, if there is one.
+    pub table: Option<u64>,
+    /// The part of that table that stays.
+    stays: Vec<u8>,
+    /// There is something in the other part.
+    goes: bool,
+}
+
+impl Cut {
+    /// L2 tables before the cut, also the one across it.
+    pub fn tables(&self, geometry: &Geometry) -> u64 {
+        self.clusters.div_ceil(geometry.l2_entries())
+    }
+
+    /// Finds the table across the cut, which the last of the entries before the cut names.
+    pub fn find_table(&mut self, l1: &[u64], geometry: &Geometry) {
+        let last = self.tables(geometry).checked_sub(1).filter(|_| self.in_table > 0);
+        let raw = last.and_then(|last| l1.get(last as usize).copied()).unwrap_or(0);
+        self.table = match L1Entry::decode(raw, geometry) {
+            Ok(L1Entry::Table { offset, .. }) => Some(geometry.host_cluster(offset).0),
+            _ => None,
+        };
+    }
+
+    /// Divides a piece of an L2 table of the active disk, which lies at `offset` and begins `within` bytes into its table,
+    /// into what stays and what goes.
+    pub fn split<'b>(
+        &mut self,
+        geometry: &Geometry,
+        offset: u64,
+        within: u64,
+        bytes: &'b [u8],
+    ) -> (&'b [u8], &'b [u8]) {
+        if self.table.is_none_or(|table| geometry.host_offset(HostCluster(table)).0 != offset - within) {
+            return (bytes, &[]);
+        }
+        let staying = self.in_table.saturating_sub(within).min(bytes.len() as u64);
+        let (stays, goes) = bytes.split_at(staying as usize);
+        self.stays.extend_from_slice(if active(Mutation::ResizeKeepsLinks) { bytes } else { stays });
+        self.goes |= goes.iter().any(|byte| *byte != 0);
+        (stays, goes)
+    }
+}
+
+/// L2 tables that are written next to each other.
+#[derive(Debug)]
+pub(super) struct NewTables {
+    geometry: Geometry,
+    /// Which are still to be written: indices in the L1 table.
+    pub indices: Range<u64>,
+    /// The clusters that are zero.
+    zeroed: Range<u64>,
+    /// How the first begins.
+    stays: Vec<u8>,
+    /// Where the next is to be.
+    pub offset: u64,
+}
+
+impl NewTables {
+    /// Bytes of all that are still to be written.
+    pub fn length(&self) -> u64 {
+        (self.indices.end - self.indices.start) << self.geometry.cluster_bits
+    }
+
+    /// The next to be written, as many as are written at once: where, and their bytes.
+    pub fn next_piece(&mut self) -> Option<(u64, Vec<u8>)> {
+        let (size, per_table) = (self.geometry.cluster_size(), self.geometry.l2_entries());
+        let count = (READ_MAX / size).max(1).min(self.indices.end - self.indices.start);
+        if count == 0 {
+            return None;
+        }
+        let first = self.indices.start * per_table;
+        let mut bytes = std::mem::take(&mut self.stays);
+        bytes.resize((count * size) as usize, 0);
+        for cluster in self.zeroed.start.max(first)..self.zeroed.end.min(first + count * per_table) {
+            let zero = L2Entry::Zero.encode(&self.geometry);
+            zero.store(&mut bytes, (cluster - first) as usize, &self.geometry);
+        }
+        let at = self.offset;
+        self.indices.start += count;
+        self.offset += count * size;
+        Some((at, bytes))
+    }
+}

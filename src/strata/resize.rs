@@ -1,0 +1,57 @@
+//! `strata resize`: gives the disk of an image that nobody uses another size.
+//!
+//! Owns what the command line means and what is printed. What is done to the image is the disk's.
+
+use std::io::{self, Write as _};
+use std::time::Duration;
+
+use disk::DiskOptions;
+use disk::change::ChangeError;
+use disk::resize::{NewSize, ResizeError, Resized, Shrinking, resize};
+use storage::host::HostStorage;
+
+use crate::cli::{Cache, ResizeArgs};
+use crate::error::{ProgramError, Purpose};
+use crate::size::{SizeChange, in_words};
+
+/// Long enough for the last I/O of a daemon that was just killed, and not so long that one wonders.
+const LOCK_PATIENCE: Duration = Duration::from_millis(500);
+
+/// Runs the command.
+///
+/// # Errors
+/// When the image cannot be used, it cannot be done, or nobody takes what is printed.
+pub fn run(options: &ResizeArgs) -> Result<(), ProgramError> {
+    let storage = HostStorage::new().confined(&options.chain.chain_root).map_err(ProgramError::ChainRoot)?;
+    let how = DiskOptions {
+        format: options.chain.format.into(),
+        backing_format: options.chain.backing_format.map(Into::into),
+        direct: options.chain.cache == Cache::Direct,
+        lock_timeout: LOCK_PATIENCE,
+        ..DiskOptions::default()
+    };
+    let wanted = match options.size {
+        SizeChange::To(size) => NewSize::Of(size.0),
+        SizeChange::More(by) => NewSize::Larger(by.0),
+        SizeChange::Less(by) => NewSize::Smaller(by.0),
+    };
+    let shrinking = if options.shrink { Shrinking::Accepted } else { Shrinking::Refused };
+    let resized = resize(storage, &options.image, wanted, shrinking, &how).map_err(|error| match error {
+        ResizeError::Change(ChangeError::Open(source)) => {
+            ProgramError::Open { image: options.image.clone(), purpose: Purpose::Write, source }
+        }
+        source => ProgramError::Resize(source),
+    })?;
+    match io::stdout().write_all(told(resized).as_bytes()).and_then(|()| io::stdout().flush()) {
+        // Whoever reads, as head does, has seen enough.
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(ProgramError::Print(error)),
+        _ => Ok(()),
+    }
+}
+
+fn told(Resized { from, to }: Resized) -> String {
+    if from == to {
+        return format!("The disk has {} already.\n", in_words(to));
+    }
+    format!("Image resized from {} to {}.\n", in_words(from), in_words(to))
+}
