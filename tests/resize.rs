@@ -249,7 +249,7 @@ fn what_lies_behind_the_end_goes() {
             if snapshot {
                 bench.keep("all of it");
             }
-            patch(&bench.image, 24, &(size as u64).to_be_bytes());
+            patch(&bench.image, 24, &u64::to_be_bytes(size));
             bench.contents.truncate(size as usize);
             bench.resize(wanted);
             bench.write(3);
