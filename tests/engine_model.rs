@@ -122,6 +122,7 @@ impl Bench {
                 file_length: files.0[0].len() as u64,
                 bitmaps: Vec::new(),
                 snapshots: Default::default(),
+                keep_discarded: false,
             }),
             // Small, so that slices and tables are evicted all the time.
             map_bytes: 2 * 4096,
@@ -301,7 +302,7 @@ impl Bench {
         while at < whole_end {
             let left = whole_end - at;
             at += match self.ask(|engine, waker| engine.zero(GuestOffset(at), left, mode, waker))? {
-                Zeroed::Done(bytes) => bytes,
+                Zeroed::Done { bytes, .. } => bytes,
                 Zeroed::NeedsData(bytes) => {
                     self.write(at, &vec![0; bytes as usize])?;
                     bytes

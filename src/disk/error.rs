@@ -116,6 +116,15 @@ pub enum OpenError {
         /// The device.
         path: PathBuf,
     },
+    /// Discarded clusters are to keep their places in an image that cannot say that they read as zero.
+    #[error(
+        "{}: clusters can keep their places when they are discarded (--discard-no-unref) only in a qcow2 image of \
+         version 3", path.display()
+    )]
+    NoZeroClusters {
+        /// The image.
+        path: PathBuf,
+    },
     /// A backing file is named without its format.
     #[error(
         "{}: names the backing file \"{backing}\" but not its format, and formats are never guessed; give \

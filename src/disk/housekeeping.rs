@@ -26,7 +26,7 @@ const DIRTY_AGE_MAX: Duration = Duration::from_secs(5);
 const RECLAIM_RETRY: Duration = Duration::from_millis(50);
 
 /// Punches in flight at a time.
-const PUNCHES_AT_ONCE: usize = 16;
+pub(crate) const PUNCHES_AT_ONCE: usize = 16;
 
 /// How others wake the housekeeper.
 #[derive(Default)]
@@ -222,7 +222,7 @@ async fn keep<S: Storage>(worker: &Worker<S>) {
 impl<S: Storage> Worker<S> {
     /// Punches the whole file system blocks in a run, if there are any; and whether that is all of it. A punch that
     /// ends inside a block would collide with direct I/O in the same block ([`storage::FileInfo::block_size`]).
-    fn start_punch(&self, offset: u64, length: u64) -> (bool, Option<impl Future<Output = Outcome>>) {
+    pub fn start_punch(&self, offset: u64, length: u64) -> (bool, Option<impl Future<Output = Outcome>>) {
         let (start, end) = self.shared.files[0].whole_blocks(offset, length);
         let whole = (start, end) == (offset, offset + length);
         let punch =

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use qcow2::Header;
+use qcow2::{Header, Version};
 use storage::{FileId, FileInfo};
 
 /// A layer of an open chain.
@@ -25,6 +25,11 @@ impl Layer {
 
     pub(crate) fn qcow2(path: PathBuf, header: Header, file_length: u64) -> Self {
         Layer { path, size: header.size, header: Some(header), file_length }
+    }
+
+    /// True if a cluster can keep its place in the file and read as zero.
+    pub(crate) fn knows_zero_clusters(&self) -> bool {
+        self.header.as_ref().is_some_and(|header| header.version == Version::V3)
     }
 }
 

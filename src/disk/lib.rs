@@ -23,6 +23,7 @@ mod inflate;
 mod jobs;
 mod layer;
 mod open;
+mod policy;
 mod queue;
 mod read;
 pub mod resize;
@@ -40,6 +41,7 @@ pub use housekeeping::Keeper;
 pub use inflate::InflateError;
 pub use layer::Layer;
 pub use open::{CHAIN_LAYERS_MAX, DiskOptions, Format};
+pub use policy::{DetectZeroes, Discards};
 pub use queue::{Completed, DiskQueue, Request, RequestId};
 pub use space::{OnEnospc, SpaceStatus, SpaceWatch};
 
@@ -55,6 +57,7 @@ use crate::header::HeaderSector;
 use crate::housekeeping::{Bell, Housekeeper};
 use crate::layer::DiskFile;
 use crate::open::{Chain, open_chain};
+use crate::policy::ZeroPolicy;
 use crate::space::Space;
 
 /// Workers of one disk at a time: queues, the housekeeper, and the thread that closes it.
@@ -83,6 +86,8 @@ pub(crate) struct Shared<S: Storage> {
     pub corrupt_marked: AtomicBool,
     /// Requests that wait for space on the host.
     pub space: Arc<Space>,
+    /// How zeros and discards are treated.
+    pub policy: ZeroPolicy,
     /// Compressed clusters that were inflated lately.
     pub inflated: inflate::Cache,
     /// Who inflates them.
@@ -178,6 +183,7 @@ impl<S: Storage> Disk<S> {
             bell: Arc::default(),
             corrupt_marked: AtomicBool::new(false),
             space: Space::new(options.on_enospc, path),
+            policy: ZeroPolicy { detect: options.detect_zeroes, discards: options.discards },
             inflated: inflate::Cache::new(options.inflated_bytes),
             inflaters: inflate::Pool::new(options.inflate_threads),
         });

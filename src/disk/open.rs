@@ -19,6 +19,7 @@ use crate::driver::Driver;
 use crate::error::OpenError;
 use crate::header::HeaderSector;
 use crate::layer::{DiskFile, Layer};
+use crate::policy::{DetectZeroes, Discards};
 use crate::space::OnEnospc;
 
 /// The most layers of a chain (the bound for what opens fast in little memory).
@@ -61,6 +62,13 @@ pub struct DiskOptions {
     pub inflate_threads: usize,
     /// What becomes of a request that finds no space on the host.
     pub on_enospc: OnEnospc,
+    /// Whether writes of zeros are made write zeroes.
+    pub detect_zeroes: DetectZeroes,
+    /// What becomes of discards.
+    pub discards: Discards,
+    /// Where the guest discards or zeroes a cluster, its host cluster stays with it, so that the image does not become
+    /// fragmented; its space is given back all the same. Only for a qcow2 image of version 3.
+    pub discard_no_unref: bool,
 }
 
 impl Default for DiskOptions {
@@ -77,6 +85,9 @@ impl Default for DiskOptions {
             inflated_bytes: 16 << 20,
             inflate_threads: std::thread::available_parallelism().map_or(1, usize::from).min(INFLATE_THREADS),
             on_enospc: OnEnospc::Report,
+            detect_zeroes: DetectZeroes::Off,
+            discards: Discards::Unmap,
+            discard_no_unref: false,
         }
     }
 }
@@ -150,6 +161,9 @@ async fn open_layers<S: Storage>(
             }
         };
         let snapshot = options.snapshot.as_deref().filter(|_| top);
+        if writable && options.discard_no_unref && !layer.knows_zero_clusters() {
+            return Err(OpenError::NoZeroClusters { path });
+        }
         let format = match (&layer.header, snapshot) {
             (None, None) => LayerFormat::Raw { size: layer.size },
             (None, Some(_)) => return Err(OpenError::SnapshotOfRaw { path }),
@@ -164,6 +178,7 @@ async fn open_layers<S: Storage>(
                 let l1 = reader.l1(header, writable).await?;
                 if writable {
                     let mut spec = reader.top(header).await?;
+                    spec.keep_discarded = options.discard_no_unref;
                     let image = ImageFile { driver, id, info: &info };
                     if let Some(bitmaps) = image.bitmaps_to_guard(header).await? {
                         spec.bitmaps = bitmaps.places;
@@ -305,6 +320,7 @@ impl<Q: IoQueue> Reader<'_, Q> {
             file_length: self.info.length,
             bitmaps: Vec::new(),
             snapshots: image.snapshot_places(header).await?,
+            keep_discarded: false,
         })
     }
 

@@ -19,7 +19,6 @@ use crate::driver::Driver;
 use crate::error::{OpenError, RequestError, is_no_space};
 use crate::read::{guest_operation, owned};
 use crate::worker::Worker;
-use crate::write::Payload;
 
 /// The most runs that the fast path splits a request into.
 const FAST_RUNS: usize = 8;
@@ -159,7 +158,7 @@ impl<S: Storage> DiskQueue<S> {
         let epoch = self.worker.enter();
         let fast = match request {
             Request::Read { offset } => self.fast(id, epoch, Kind::Read, offset, slices),
-            Request::Write { offset, write_through: false } => {
+            Request::Write { offset, write_through: false } if !self.worker.has_zeroes(offset, slices) => {
                 self.fast(id, epoch, Kind::Write, offset, slices)
             }
             _ => false,
@@ -411,7 +410,7 @@ impl<S: Storage> Worker<S> {
             Request::Read { offset } => self.read(offset, slices).await,
             Request::Write { offset, .. } => {
                 let claim = self.claim(offset, guest_len(slices) as u64).await;
-                let result = self.write(offset, Payload::Guest(slices)).await;
+                let result = self.write_or_zero(offset, slices).await;
                 drop(claim);
                 result
             }

@@ -1,10 +1,14 @@
 //! Discard and write zeroes: whole clusters and subclusters by metadata, their ragged ends as data.
 
+use engine::mutation::{Mutation, active};
 use engine::{Source, ZeroMode, Zeroed};
-use qcow2::GuestOffset;
+use qcow2::{GuestOffset, HostOffset};
 use storage::{Errno, Kind, Operation, Storage};
+use tracing::debug;
 
 use crate::error::RequestError;
+use crate::housekeeping::PUNCHES_AT_ONCE;
+use crate::policy::Discards;
 use crate::worker::Worker;
 use crate::write::Payload;
 
@@ -14,6 +18,9 @@ const ROUNDS_AT_ONCE: u32 = 16;
 impl<S: Storage> Worker<S> {
     /// Discards a range: whole granules only, the rest keeps its contents.
     pub async fn discard(&self, offset: u64, length: u64) -> Result<(), RequestError> {
+        if self.shared.policy.discards == Discards::Ignore {
+            return self.check_writable();
+        }
         if !self.shared.is_qcow2() {
             return self.raw_discard(offset, length).await;
         }
@@ -27,16 +34,24 @@ impl<S: Storage> Worker<S> {
 
     /// Makes a range read as zero, exactly.
     pub async fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> Result<(), RequestError> {
+        let mode = self.shared.policy.mode(unmap);
         if !self.shared.is_qcow2() {
-            return self.raw_zeroes(offset, length, unmap).await;
+            return self.raw_zeroes(offset, length, mode).await;
         }
         let _claim = self.claim(offset, length).await;
+        self.zero_range(offset, length, mode).await
+    }
+
+    /// As [`Worker::write_zeroes`]; the caller holds a claim on the range, unless the top image is raw.
+    pub async fn zero_range(&self, offset: u64, length: u64, mode: ZeroMode) -> Result<(), RequestError> {
+        if !self.shared.is_qcow2() {
+            return self.raw_zeroes(offset, length, mode).await;
+        }
         let (start, end) = self.whole_granules(offset, length);
         if start >= end {
             return self.zero_piece(offset, length).await;
         }
         self.zero_piece(offset, start - offset).await?;
-        let mode = if unmap { ZeroMode::Unmap } else { ZeroMode::Keep };
         self.zero_granules(start, end, mode).await?;
         self.zero_piece(end, (offset + length).saturating_sub(end)).await
     }
@@ -60,7 +75,10 @@ impl<S: Storage> Worker<S> {
             let zeroed =
                 self.ask(|engine, waker| engine.zero(GuestOffset(at), end - at, mode, waker)).await?;
             at += match zeroed {
-                Zeroed::Done(bytes) => bytes,
+                Zeroed::Done { bytes, unused } => {
+                    self.empty(&unused).await;
+                    bytes
+                }
                 Zeroed::NeedsData(bytes) => {
                     self.write(at, Payload::Zeros(bytes)).await?;
                     bytes
@@ -69,6 +87,23 @@ impl<S: Storage> Worker<S> {
             self.shared.touched();
         }
         Ok(())
+    }
+
+    /// Gives the space of clusters back that stay where they are.
+    async fn empty(&self, runs: &[(HostOffset, u64)]) {
+        for some in runs.chunks(PUNCHES_AT_ONCE) {
+            let started: Vec<_> =
+                some.iter().filter_map(|(offset, length)| self.start_punch(offset.0, *length).1).collect();
+            if active(Mutation::EmptiedLate) {
+                continue;
+            }
+            for punch in started {
+                if let (Err(error), _) = punch.await {
+                    // Nothing is wrong but that the space stays in use.
+                    debug!(%error, "the space of discarded clusters could not be given back to the host");
+                }
+            }
+        }
     }
 
     /// Zeroes part of a granule by writing zeros, unless it reads as zero.
@@ -100,7 +135,7 @@ impl<S: Storage> Worker<S> {
     }
 
     /// Zeroes whole file system blocks in the host's way, and what is left by writing zeros.
-    async fn raw_zeroes(&self, offset: u64, length: u64, unmap: bool) -> Result<(), RequestError> {
+    async fn raw_zeroes(&self, offset: u64, length: u64, mode: ZeroMode) -> Result<(), RequestError> {
         self.check_writable()?;
         let (start, end) = self.shared.files[0].whole_blocks(offset, length);
         if start >= end {
@@ -109,6 +144,7 @@ impl<S: Storage> Worker<S> {
         self.write(offset, Payload::Zeros(start - offset)).await?;
         self.write(end, Payload::Zeros(offset + length - end)).await?;
         let (top, length) = (self.shared.top_file(), end - start);
+        let unmap = mode == ZeroMode::Unmap;
         if unmap && self.driver.run_bare(Operation::bare(top, Kind::Punch { length }, start)).await.is_ok() {
             return Ok(());
         }

@@ -104,6 +104,9 @@ pub struct TopSpec {
     pub bitmaps: Vec<(HostOffset, u64)>,
     /// What its internal snapshots have of it.
     pub snapshots: SnapshotPlaces,
+    /// A host cluster stays where it is when the guest discards or zeroes what it holds; only its space is given back.
+    /// Needs version 3.
+    pub keep_discarded: bool,
 }
 
 /// A cluster of which some subclusters are data in one host cluster.
@@ -505,5 +508,6 @@ fn write_state(geometry: qcow2::Geometry, l1: &[u64], top: TopSpec) -> Result<Wr
         table_jobs: HashMap::new(),
         l1_offset: top.l1_offset,
         l1_dirty: BTreeSet::new(),
+        keep_discarded: top.keep_discarded && geometry.version == qcow2::Version::V3,
     })
 }

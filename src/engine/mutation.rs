@@ -70,6 +70,8 @@ pub enum Mutation {
     SharedPartsForgotten,
     /// A discard of some subclusters frees the host cluster of others that are in use.
     PartFreesCluster,
+    /// A discarded cluster that keeps its place is emptied while the next write may be there already.
+    EmptiedLate,
     /// A clean close cuts a cluster in use off the end of the file.
     CloseCutsTooMuch,
     /// The header names a snapshot, or its disk, before the refcounts are raised.
@@ -125,6 +127,7 @@ impl Mutation {
         Mutation::ZeroPartsKept,
         Mutation::SharedPartsForgotten,
         Mutation::PartFreesCluster,
+        Mutation::EmptiedLate,
         Mutation::CloseCutsTooMuch,
         Mutation::SnapshotHeaderFirst,
         Mutation::SnapshotFlagsKept,

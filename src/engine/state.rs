@@ -47,6 +47,8 @@ pub(crate) struct WriteState {
     pub l1_offset: HostOffset,
     /// L1 blocks that differ from the disk.
     pub l1_dirty: BTreeSet<u64>,
+    /// See [`crate::TopSpec`].
+    pub keep_discarded: bool,
 }
 
 impl WriteState {

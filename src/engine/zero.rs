@@ -4,7 +4,8 @@
 use std::task::Waker;
 
 use qcow2::{
-    Geometry, GuestCluster, GuestOffset, L1Entry, L2Entry, SUBCLUSTERS, SubclusterSet, Subclusters, Version,
+    Geometry, GuestCluster, GuestOffset, HostOffset, L1Entry, L2Entry, SUBCLUSTERS, SubclusterSet,
+    Subclusters, Version,
 };
 
 use crate::answer::{Answer, TableSlot, ready};
@@ -27,10 +28,16 @@ pub enum ZeroMode {
 }
 
 /// What became of a prefix of the range.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Zeroed {
-    /// Bytes that are done.
-    Done(u64),
+    /// It is done.
+    Done {
+        /// Bytes of it.
+        bytes: u64,
+        /// Runs of the file (offset and length in bytes) whose clusters stay where they are and whose space may be given
+        /// back at once, while the claim on the range is held: whoever writes there next must find it done.
+        unused: Vec<(HostOffset, u64)>,
+    },
     /// Bytes that must be written as data: this image cannot record zeros there.
     NeedsData(u64),
 }
@@ -39,10 +46,21 @@ pub enum Zeroed {
 enum Change {
     /// Nothing: it reads as it should.
     Nothing,
-    /// Give it this entry; free its old host cluster if the flag says so.
-    Set(L2Entry, bool),
+    /// Give it this entry, and do this with its old host cluster.
+    Set(L2Entry, OldHost),
     /// Write zeros to it.
     Data,
+}
+
+/// What becomes of the host cluster that an entry has.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum OldHost {
+    /// It stays, or there is none.
+    Stays,
+    /// It stays; what is in it is needed no more.
+    Empties,
+    /// It goes back.
+    Goes,
 }
 
 /// A range of the guest's by clusters, the first and the last of which it may cover in part.
@@ -103,7 +121,7 @@ impl State {
         };
         let clusters = pieces.clusters();
         if mode == ZeroMode::Discard && geometry.version == Version::V2 && self.has_backing() {
-            return Ok(Answer::Ready(Zeroed::Done(length)));
+            return Ok(Answer::Ready(done(length)));
         }
         let slot = TableSlot(geometry.l1_index(first));
         match self.top_qcow2().l1_entry(slot.0)? {
@@ -111,7 +129,7 @@ impl State {
             entry => {
                 let nothing = ready!(self.nothing_to_zero(map, entry, first, clusters, waker)?);
                 if nothing > 0 {
-                    return Ok(Answer::Ready(Zeroed::Done(pieces.bytes(nothing))));
+                    return Ok(Answer::Ready(done(pieces.bytes(nothing))));
                 }
                 return Ok(if geometry.version == Version::V2 && entry == L1Entry::Unallocated {
                     // No zero flag: hide what lies below by data.
@@ -125,21 +143,28 @@ impl State {
         let left = self.top_qcow2().slice_entries() - place.index as u64;
         ready!(self.need_tables([place.table], waker)?);
         let mut done = 0;
+        let mut unused = Vec::new();
         while done < clusters.min(left) {
             let place = EntryPlace { index: place.index + done as usize, ..place };
             let guest = GuestCluster(first.0 + done);
             // If a table is missing here, what was done so far stands: asked again, it is found to be zero.
             let entry = self.top_entry(place, guest.0)?;
             self.guard_entry(entry, guest.0)?;
+            if !unused.is_empty() && entry.host().is_none() && self.has_backing() {
+                // What lies below may have to be loaded, and what was emptied would be forgotten meanwhile.
+                break;
+            }
             let touched = pieces.subclusters(done);
             let change = ready!(self.change(map, entry, touched, guest, mode, waker)?);
             match change {
                 Change::Nothing => {}
                 Change::Data if done > 0 => break,
                 Change::Data => return Ok(Answer::Ready(Zeroed::NeedsData(pieces.bytes(1)))),
-                Change::Set(entry, frees) => {
-                    if frees {
-                        self.release_old(place, guest);
+                Change::Set(entry, old) => {
+                    match old {
+                        OldHost::Goes => self.release_old(place, guest),
+                        OldHost::Empties => note_unused(&geometry, entry, &mut unused),
+                        OldHost::Stays => {}
                     }
                     self.set_top_entry(place, entry);
                     if touched == SubclusterSet::ALL {
@@ -151,7 +176,7 @@ impl State {
             }
             done += 1;
         }
-        Ok(Answer::Ready(Zeroed::Done(pieces.bytes(done))))
+        Ok(Answer::Ready(Zeroed::Done { bytes: pieces.bytes(done), unused }))
     }
 
     /// Where the top image has no table of its own: how many clusters from the first read as zero already.
@@ -208,28 +233,31 @@ impl State {
         // What a cluster without space of its own is to be, so that it reads as zero.
         let bares = mode == ZeroMode::Discard && active(Mutation::DiscardBaresBacking);
         let empty = if hides_backing && !bares { L2Entry::Zero } else { L2Entry::Unallocated };
+        let keeps_place = self.write_state()?.keep_discarded;
         Ok(Answer::Ready(match (entry, mode) {
             (L2Entry::Unallocated, _) if !hides_backing => Change::Nothing,
             (L2Entry::Unallocated, _) => {
                 match ready!(self.word(map, geometry.cluster_size(), guest, waker)?) {
                     Word::ZERO => Change::Nothing,
                     _ if v2 => Change::Data,
-                    _ => Change::Set(L2Entry::Zero, false),
+                    _ => Change::Set(L2Entry::Zero, OldHost::Stays),
                 }
             }
             (L2Entry::Zero, _) => Change::Nothing,
             (L2Entry::ZeroAllocated { .. }, ZeroMode::Keep) => Change::Nothing,
-            (L2Entry::ZeroAllocated { .. }, _) => Change::Set(empty, true),
+            (L2Entry::ZeroAllocated { copied: true, .. }, _) if keeps_place => Change::Nothing,
+            (L2Entry::ZeroAllocated { .. }, _) => Change::Set(empty, OldHost::Goes),
             (L2Entry::Data { .. } | L2Entry::Compressed { .. }, _)
                 if v2 && (mode == ZeroMode::Keep || hides_backing) =>
             {
                 Change::Data
             }
-            (L2Entry::Data { offset, copied: true }, ZeroMode::Keep) => {
-                Change::Set(L2Entry::ZeroAllocated { offset, copied: true }, false)
+            (L2Entry::Data { offset, copied: true }, _) if keeps_place || mode == ZeroMode::Keep => {
+                let old = if mode == ZeroMode::Keep { OldHost::Stays } else { OldHost::Empties };
+                Change::Set(L2Entry::ZeroAllocated { offset, copied: true }, old)
             }
-            // Compressed data cannot be kept for a write to come.
-            (L2Entry::Data { .. } | L2Entry::Compressed { .. }, _) => Change::Set(empty, true),
+            // Compressed data cannot be kept for a write to come, nor what others share.
+            (L2Entry::Data { .. } | L2Entry::Compressed { .. }, _) => Change::Set(empty, OldHost::Goes),
             (L2Entry::Subclusters(_), _) => panic!("only images with extended L2 entries have subclusters"),
         }))
     }
@@ -255,9 +283,9 @@ impl State {
                 return Ok(Answer::Ready(Change::Nothing));
             }
             let new = Subclusters { zero: old.zero.with(touched), ..old };
-            return Ok(Answer::Ready(Change::Set(new.entry(), false)));
+            return Ok(Answer::Ready(Change::Set(new.entry(), OldHost::Stays)));
         };
-        let keeps = mode == ZeroMode::Keep;
+        let keeps = mode == ZeroMode::Keep || self.write_state()?.keep_discarded;
         let allocated = old.allocated.without(touched);
         // Space kept is space of our own.
         let frees = allocated.is_empty() && !(keeps && host.copied);
@@ -270,6 +298,26 @@ impl State {
         };
         let new = Subclusters { host: (!frees).then_some(host), allocated, zero };
         let frees = frees || (active(Mutation::PartFreesCluster) && !keeps);
-        Ok(Answer::Ready(if new == old { Change::Nothing } else { Change::Set(new.entry(), frees) }))
+        let empties = mode != ZeroMode::Keep && allocated.is_empty() && !old.allocated.is_empty();
+        let old_host = match () {
+            () if frees => OldHost::Goes,
+            () if empties => OldHost::Empties,
+            () => OldHost::Stays,
+        };
+        Ok(Answer::Ready(if new == old { Change::Nothing } else { Change::Set(new.entry(), old_host) }))
+    }
+}
+
+/// So many bytes are done, and no cluster was emptied.
+fn done(bytes: u64) -> Zeroed {
+    Zeroed::Done { bytes, unused: Vec::new() }
+}
+
+/// Adds the host cluster of an entry to runs of such, joining it with the last where it can.
+fn note_unused(geometry: &Geometry, entry: L2Entry, runs: &mut Vec<(HostOffset, u64)>) {
+    let Some(host) = entry.host() else { return };
+    match runs.last_mut() {
+        Some((start, length)) if start.0 + *length == host.offset.0 => *length += geometry.cluster_size(),
+        _ => runs.push((host.offset, geometry.cluster_size())),
     }
 }

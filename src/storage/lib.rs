@@ -9,6 +9,7 @@ pub mod error;
 pub mod host;
 pub mod operation;
 pub mod sim;
+pub mod zeroes;
 
 pub use buffer::{AlignedBuf, BufferPool, GuestSlices};
 pub use error::StorageError;

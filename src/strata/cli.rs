@@ -39,6 +39,22 @@ pub struct Cli {
     pub command: Option<Command>,
 }
 
+impl Cli {
+    /// Refuses what options say that contradict each other by their values.
+    fn consistent(self) -> Result<Self, clap::Error> {
+        if let Some(Command::Serve(ServeArgs {
+            detect_zeroes: DetectZeroes::Unmap,
+            discard: Discard::Ignore,
+            ..
+        })) = self.command
+        {
+            let why = "--detect-zeroes unmap gives space back, and with --discard ignore nothing does";
+            return Err(Cli::command().error(ErrorKind::ArgumentConflict, why));
+        }
+        Ok(self)
+    }
+}
+
 /// What the program can do.
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -114,6 +130,20 @@ pub struct ServeArgs {
     /// others go on (wait)
     #[arg(long, value_name = "ACTION", default_value = "report")]
     pub on_enospc: OnEnospc,
+
+    /// Writes of zeros: written like any others (off), made write zeroes (on), or made write zeroes that give space back
+    /// (unmap)
+    #[arg(long, value_name = "MODE", default_value = "off")]
+    pub detect_zeroes: DetectZeroes,
+
+    /// What the guest discards: its space is given back (unmap), or nothing happens (ignore)
+    #[arg(long, value_name = "MODE", default_value = "unmap")]
+    pub discard: Discard,
+
+    /// Let clusters keep their places in the image when they are discarded or zeroed, so that it does not become
+    /// fragmented; their space is given back all the same (qcow2 version 3)
+    #[arg(long)]
+    pub discard_no_unref: bool,
 
     /// The socket file's permissions, in octal, such as 0660 [default: by the umask; 0660 with --socket-group]
     #[arg(long, value_name = "OCTAL", value_parser = socket_mode, conflicts_with = "fd")]
@@ -313,6 +343,45 @@ impl From<OnEnospc> for disk::OnEnospc {
     }
 }
 
+/// What becomes of writes of zeros.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DetectZeroes {
+    /// They are written like any others
+    Off,
+    /// They are made write zeroes; space that is there is kept
+    On,
+    /// They are made write zeroes that give space back
+    Unmap,
+}
+
+impl From<DetectZeroes> for disk::DetectZeroes {
+    fn from(mode: DetectZeroes) -> Self {
+        match mode {
+            DetectZeroes::Off => disk::DetectZeroes::Off,
+            DetectZeroes::On => disk::DetectZeroes::On,
+            DetectZeroes::Unmap => disk::DetectZeroes::Unmap,
+        }
+    }
+}
+
+/// What becomes of discards.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Discard {
+    /// Space is given back
+    Unmap,
+    /// Nothing happens, and space is not given back by write zeroes either
+    Ignore,
+}
+
+impl From<Discard> for disk::Discards {
+    fn from(mode: Discard) -> Self {
+        match mode {
+            Discard::Unmap => disk::Discards::Unmap,
+            Discard::Ignore => disk::Discards::Ignore,
+        }
+    }
+}
+
 /// A serial number, padded with zeros.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Serial(pub [u8; SERIAL_MAX]);
@@ -400,7 +469,7 @@ pub fn arguments(given: impl Iterator<Item = OsString>) -> Vec<OsString> {
 /// 2 says that the image is corrupt, so there wrong usage is 1, as with `qemu-img check`.
 pub fn parse(given: impl Iterator<Item = OsString>) -> Cli {
     let arguments = arguments(given);
-    Cli::try_parse_from(&arguments).unwrap_or_else(|error| {
+    Cli::try_parse_from(&arguments).and_then(Cli::consistent).unwrap_or_else(|error| {
         // If even that cannot be printed, there is the exit code.
         let _ = error.print();
         std::process::exit(usage_exit_code(&error, &arguments))

@@ -62,6 +62,12 @@ waits likewise. The log says when requests begin to wait and when none does any 
 that wait, and the guest sees an I/O error: a machine that is paused, reset or migrated, or that leaves, and a daemon
 that is stopped. So leave the machine running, and make space.
 
+Zeros and discards: what the guest discards goes back to the host, unless --discard ignore says that it stays; the guest
+may discard in either case. With --discard-no-unref only the space goes back: the cluster keeps its place in the image and
+is written there again, so that an image that is trimmed often stays in order and its file does not outgrow the disk.
+--detect-zeroes looks at what the guest writes, cluster by cluster: zeros take no space where there is none yet, and with
+unmap they give back what there is. It costs a look at the first bytes of each cluster, and at all of those that are zero.
+
 Stopping: SIGTERM or SIGINT finishes the requests in hand, brings everything to disk, closes the image cleanly and
 exits 0. A machine may leave and another attach at any time; the daemon stays.
 

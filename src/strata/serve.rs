@@ -58,6 +58,9 @@ fn open(image: &Path, options: &ServeArgs) -> Result<HostDevice, ProgramError> {
         // At most 64 GiB, as the command line has it.
         map_bytes: usize::try_from(options.map_cache_size.0).unwrap_or(usize::MAX),
         on_enospc: options.on_enospc.into(),
+        detect_zeroes: options.detect_zeroes.into(),
+        discards: options.discard.into(),
+        discard_no_unref: options.discard_no_unref,
         ..DiskOptions::default()
     };
     let purpose =

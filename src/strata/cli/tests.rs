@@ -3,7 +3,7 @@
 use super::*;
 
 fn parse(line: &str) -> Result<Cli, clap::Error> {
-    Cli::try_parse_from(arguments(line.split_whitespace().map(OsString::from)))
+    Cli::try_parse_from(arguments(line.split_whitespace().map(OsString::from))).and_then(Cli::consistent)
 }
 
 fn serve(line: &str) -> ServeArgs {
@@ -52,6 +52,12 @@ fn serve_takes_every_option() {
     assert_eq!(serve("strata serve --blk-file a --fd 3").fd, Some(3));
     let waits = serve("strata serve --blk-file a --fd 3 --on-enospc wait");
     assert_eq!((options.on_enospc, waits.on_enospc), (OnEnospc::Report, OnEnospc::Wait));
+    assert_eq!((options.detect_zeroes, options.discard), (DetectZeroes::Off, Discard::Unmap));
+    assert!(!options.discard_no_unref);
+    let other =
+        serve("strata serve --blk-file a --fd 3 --detect-zeroes on --discard ignore --discard-no-unref");
+    assert_eq!((other.detect_zeroes, other.discard), (DetectZeroes::On, Discard::Ignore));
+    assert!(other.discard_no_unref);
 }
 
 #[test]
@@ -71,6 +77,8 @@ fn wrong_usage_is_refused() {
         (&format!("{whole} --queue-size 65536"), "power of two"),
         (&format!("{whole} --serial 123456789012345678901"), "at most 20"),
         (&format!("{whole} --serial é"), "ASCII"),
+        (&format!("{whole} --detect-zeroes unmap --discard ignore"), "gives space back"),
+        (&format!("{whole} --discard on"), "ignore"),
         (&format!("{whole} --map-cache-size 32X"), "K, M, G"),
         (&format!("{whole} --map-cache-size 1K"), "64K"),
         (&format!("{whole} --map-cache-size 1T"), "64G"),

@@ -1,0 +1,147 @@
+//! What becomes of zeros and discards before the format has a say: writes of zeros that are taken for what they are, and
+//! discards that are not wanted.
+//!
+//! Owns the options and the search for zeros in what the guest writes. How a range is made zero is in zero.rs.
+
+use std::ops::ControlFlow;
+
+use engine::ZeroMode;
+use smallvec::SmallVec;
+use storage::buffer::{guest_len, subrange};
+use storage::zeroes::zero_pieces;
+use storage::{GuestSlice, Storage};
+
+use crate::error::RequestError;
+use crate::worker::Worker;
+use crate::write::Payload;
+
+/// Zeros are looked for in pieces of a granule, but not of less than this: many small ones would cost more than the space
+/// is worth.
+const PIECE_BYTES_MIN: u64 = 4096;
+
+/// Whether a write of zeros is made a write zeroes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DetectZeroes {
+    /// No: it is written like any other.
+    #[default]
+    Off,
+    /// Yes; space that is there is kept.
+    On,
+    /// Yes, and space may be given back.
+    Unmap,
+}
+
+/// What becomes of the guest's discards, and of its leave to give space back in a write zeroes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Discards {
+    /// Space is given back.
+    #[default]
+    Unmap,
+    /// They are done, and nothing happens.
+    Ignore,
+}
+
+/// How a disk treats zeros.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct ZeroPolicy {
+    pub detect: DetectZeroes,
+    pub discards: Discards,
+}
+
+impl ZeroPolicy {
+    /// How to zero a range of which the guest says that its space may be given back, or not.
+    pub fn mode(&self, unmap: bool) -> ZeroMode {
+        if unmap && self.discards == Discards::Unmap { ZeroMode::Unmap } else { ZeroMode::Keep }
+    }
+
+    /// How to zero what the guest has written as zeros.
+    pub fn mode_of_detected(&self) -> ZeroMode {
+        self.mode(self.detect == DetectZeroes::Unmap)
+    }
+}
+
+/// A run of a write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Run {
+    length: u64,
+    zero: bool,
+    /// It has a piece as large as they come.
+    worthwhile: bool,
+}
+
+impl<S: Storage> Worker<S> {
+    /// Bytes of the pieces in which zeros are looked for.
+    fn piece_bytes(&self) -> u64 {
+        self.engine().granule().max(PIECE_BYTES_MIN)
+    }
+
+    /// Bytes of the first piece of a write: up to where the next begins.
+    fn first_piece(&self, offset: u64) -> usize {
+        (offset.next_multiple_of(self.piece_bytes()) - offset) as usize
+    }
+
+    /// True if a write has zeros that are to be treated as such. Costs nothing if that is not asked for.
+    #[inline]
+    pub fn has_zeroes(&self, offset: u64, slices: &[GuestSlice]) -> bool {
+        self.shared.policy.detect != DetectZeroes::Off && self.finds_zeroes(offset, slices)
+    }
+
+    fn finds_zeroes(&self, offset: u64, slices: &[GuestSlice]) -> bool {
+        let (piece, mut all, mut found) = (self.piece_bytes() as usize, true, false);
+        zero_pieces(slices, self.first_piece(offset), piece, |length, zero| {
+            all &= zero;
+            found = zero && length == piece;
+            if found { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
+        found || (all && guest_len(slices) > 0)
+    }
+
+    /// Writes; what of it is zeros, is made zero if that is asked for. The caller holds a claim on the range.
+    pub async fn write_or_zero(&self, offset: u64, slices: &[GuestSlice]) -> Result<(), RequestError> {
+        if !self.has_zeroes(offset, slices) {
+            return self.write(offset, Payload::Guest(slices)).await;
+        }
+        let mode = self.shared.policy.mode_of_detected();
+        let mut done = 0;
+        for run in self.runs_of_zeroes(offset, slices) {
+            let at = offset + done;
+            if run.zero {
+                self.zero_range(at, run.length, mode).await?;
+            } else {
+                let part = subrange(slices, done as usize, run.length as usize);
+                self.write(at, Payload::Guest(&part)).await?;
+            }
+            done += run.length;
+        }
+        Ok(())
+    }
+
+    /// A write by runs of zeros and of data. A run of zeros without a whole piece counts as data, if there is any.
+    fn runs_of_zeroes(&self, offset: u64, slices: &[GuestSlice]) -> SmallVec<[Run; 4]> {
+        let piece = self.piece_bytes() as usize;
+        let mut runs: SmallVec<[Run; 4]> = SmallVec::new();
+        zero_pieces(slices, self.first_piece(offset), piece, |length, zero| {
+            push_run(&mut runs, Run { length: length as u64, zero, worthwhile: length == piece });
+            ControlFlow::Continue(())
+        });
+        if runs.len() == 1 {
+            return runs;
+        }
+        let mut worthy = SmallVec::new();
+        for run in runs {
+            push_run(&mut worthy, Run { zero: run.zero && run.worthwhile, ..run });
+        }
+        worthy
+    }
+}
+
+/// Adds a run, joining it with the last if they are alike.
+fn push_run(runs: &mut SmallVec<[Run; 4]>, run: Run) {
+    match runs.last_mut() {
+        Some(last) if last.zero == run.zero => {
+            last.length += run.length;
+            last.worthwhile |= run.worthwhile;
+        }
+        _ => runs.push(run),
+    }
+}
