@@ -6,6 +6,7 @@ mod rig;
 
 use std::path::{Path, PathBuf};
 
+use disk::{DetectZeroes, Discards, DiskOptions};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 use strata_tests::images::{Content, Format, ImageSpec, Preallocation};
@@ -209,11 +210,12 @@ fn operations_on(top: &ImageSpec) -> BoxedStrategy<Vec<Operation>> {
 }
 
 /// Two sessions of random operations on a fresh chain; after each the image is checked and read by QEMU.
-fn run_case(qemu: &Qemu, folder: &Path, case: &Case, sessions: &[Vec<Operation>]) {
+fn run_case(qemu: &Qemu, folder: &Path, case: &Case, options: &DiskOptions, sessions: &[Vec<Operation>]) {
     let top = case.chain.last().expect("a chain has a top");
     let paths = qemu.create_chain(folder, &case.chain).expect("qemu-img makes the chain");
     let image = paths.last().expect("a chain has a top");
-    let rule = if top.version == 2 && case.chain.len() > 1 {
+    let ignored = options.discards == Discards::Ignore;
+    let rule = if ignored || (top.version == 2 && case.chain.len() > 1) {
         DiscardRule::Nothing
     } else {
         DiscardRule::ZeroesClusters
@@ -223,7 +225,7 @@ fn run_case(qemu: &Qemu, folder: &Path, case: &Case, sessions: &[Vec<Operation>]
         paths[..paths.len() - 1].iter().map(|path| std::fs::read(path).expect("backing")).collect();
     let mut model = ByteModel::with_contents(&initial, geometry(top).size, top.granule_size(), rule);
     for operations in sessions {
-        let mut rig = Rig::open(image, &options()).expect("the image opens");
+        let mut rig = Rig::open(image, options).expect("the image opens");
         rig.run(operations, &mut model);
         let found = rig.read_all();
         model.compare_all(&found).unwrap_or_else(|difference| panic!("{}: {difference}", case.name));
@@ -241,12 +243,37 @@ fn run_case(qemu: &Qemu, folder: &Path, case: &Case, sessions: &[Vec<Operation>]
 
 #[test]
 fn random_sequences_equal_the_model() {
+    run_cases(cases_per_chain(), |_, _| options());
+}
+
+/// By turns every way of treating zeros and discards, over all chains.
+#[test]
+fn zeros_and_discards_are_treated_in_every_way() {
+    use DetectZeroes::{Off, On, Unmap};
+    let modes = [
+        (Unmap, Discards::Unmap, false),
+        (On, Discards::Unmap, true),
+        (On, Discards::Ignore, false),
+        (Unmap, Discards::Unmap, true),
+        (Off, Discards::Unmap, true),
+        (Off, Discards::Ignore, true),
+        (On, Discards::Unmap, false),
+    ];
+    run_cases(cases_per_chain().div_ceil(2), |number, top| {
+        let (detect_zeroes, discards, keep) = modes[number % modes.len()];
+        DiskOptions { detect_zeroes, discards, discard_no_unref: keep && top.version == 3, ..options() }
+    });
+}
+
+/// Random sessions on every chain, with the options for its number and its top image.
+fn run_cases(tries: u32, options: impl Fn(usize, &ImageSpec) -> DiskOptions) {
     let Some(qemu) = Qemu::find() else { return };
     let folder = tempfile::tempdir().expect("a folder");
-    for case in cases() {
+    for (at, case) in cases().into_iter().enumerate() {
         let top = case.chain.last().expect("a top");
+        let options = options(at, top);
         let mut runner = TestRunner::new(ProptestConfig {
-            cases: cases_per_chain(),
+            cases: tries,
             max_shrink_iters: 200,
             failure_persistence: None,
             ..ProptestConfig::default()
@@ -257,7 +284,7 @@ fn random_sequences_equal_the_model() {
             number.set(number.get() + 1);
             let folder = folder.path().join(format!("{}-{}", case.name.replace(' ', "-"), number.get()));
             std::fs::create_dir_all(&folder).expect("a folder");
-            run_case(&qemu, &folder, &case, &sessions);
+            run_case(&qemu, &folder, &case, &options, &sessions);
             std::fs::remove_dir_all(&folder).expect("the folder goes");
             Ok(())
         });

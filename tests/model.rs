@@ -54,12 +54,32 @@ pub enum Operation {
     Flush,
 }
 
-/// What write number `seed` writes from `offset` on: every sector of every write is different, no sector is zero,
-/// and a sector says where it belongs.
+/// Seeds from here on write zeros in places: up to [`ZERO_SEEDS`] stretches of it, above nothing else.
+pub const GAPPY_SEEDS: u32 = 0xc000_0000;
+/// See [`GAPPY_SEEDS`].
+pub const ZERO_SEEDS: u32 = 0xe000_0000;
+
+/// True if a write has zeros in a sector.
+fn is_gap(seed: u32, sector: u64) -> bool {
+    match seed {
+        ..GAPPY_SEEDS => false,
+        ZERO_SEEDS.. => true,
+        // Stretches of 4 KiB to 64 KiB.
+        _ => {
+            ((sector >> (3 + seed % 5)) ^ u64::from(seed >> 8)).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 63 == 0
+        }
+    }
+}
+
+/// What write number `seed` writes from `offset` on: every sector of every write is different, says where it belongs, and
+/// is not zero, but for the seeds from [`GAPPY_SEEDS`] on.
 pub fn contents(seed: u32, offset: u64, length: u64) -> Vec<u8> {
     let mut bytes = vec![0; usize::try_from(length).expect("a request's length fits in memory")];
     for (index, sector) in bytes.chunks_mut(SECTOR as usize).enumerate() {
         let number = offset / SECTOR + index as u64;
+        if is_gap(seed, number) {
+            continue;
+        }
         let mut state = (number ^ u64::from(seed).rotate_left(40)).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
         for word in sector.chunks_mut(8) {
             // xorshift64*: never 0 from a state that is not 0.

@@ -56,6 +56,13 @@ pub enum Op {
         /// Acknowledged only when durable.
         through: bool,
     },
+    /// A write of stamped sectors and, in every second stretch of the disk ([`Shape::stretch_sectors`]), of zeros.
+    Gappy {
+        /// Where.
+        sector: u64,
+        /// How many.
+        count: u64,
+    },
     /// Write zeroes.
     Zeroes {
         /// Where.
@@ -93,6 +100,7 @@ impl Op {
         match *self {
             Op::Read { sector, count }
             | Op::Write { sector, count, .. }
+            | Op::Gappy { sector, count }
             | Op::Zeroes { sector, count, .. }
             | Op::Discard { sector, count } => sector..sector + count,
             Op::Flush | Op::Pause(_) | Op::Late(_) | Op::Snapshot(_) => 0..0,
@@ -104,7 +112,7 @@ impl Op {
         match *self {
             Op::Snapshot(Deed::Apply) => 0..shape.sectors,
             Op::Read { .. } | Op::Flush | Op::Pause(_) | Op::Late(_) | Op::Snapshot(_) => 0..0,
-            Op::Write { .. } | Op::Zeroes { .. } => self.sectors(),
+            Op::Write { .. } | Op::Gappy { .. } | Op::Zeroes { .. } => self.sectors(),
             Op::Discard { .. } if shape.discards_nothing() => 0..0,
             Op::Discard { sector, count } => {
                 let unit = shape.granule_sectors();
@@ -205,6 +213,7 @@ impl Journal {
         let entry = &self.entries[request as usize];
         match entry.op {
             Op::Write { .. } => Value::Write(entry.write),
+            Op::Gappy { .. } if !self.shape.is_gap(sector as u64) => Value::Write(entry.write),
             Op::Snapshot(_) => self.applied[&request][sector],
             _ => Value::Zero,
         }

@@ -343,20 +343,24 @@ impl Rig {
     fn submit(&mut self, op: Op, through: bool) {
         let through = match op {
             Op::Write { through: always, .. } => through || always,
-            Op::Zeroes { .. } | Op::Discard { .. } => through,
+            Op::Gappy { .. } | Op::Zeroes { .. } | Op::Discard { .. } => through,
             _ => false,
         };
         let slot = self.flying.iter().position(Option::is_none).expect("a free slot");
         let write = self.next_write;
         self.next_write += 1;
         let slices = match op {
-            Op::Read { count, .. } | Op::Write { count, .. } => memory(slot, count, self.random.below(8)),
+            Op::Read { count, .. } | Op::Write { count, .. } | Op::Gappy { count, .. } => {
+                memory(slot, count, self.random.below(8))
+            }
             _ => Vec::new(),
         };
-        if let Op::Write { sector, count, .. } = op {
+        if let Op::Write { sector, count, .. } | Op::Gappy { sector, count } = op {
             let mut bytes = vec![0; (count * SECTOR) as usize];
             for (sector, bytes) in (sector..).zip(bytes.chunks_exact_mut(SECTOR as usize)) {
-                stamp(sector, write, bytes);
+                if !matches!(op, Op::Gappy { .. }) || !self.shape.is_gap(sector) {
+                    stamp(sector, write, bytes);
+                }
             }
             scatter(&bytes, &slices);
         }
@@ -583,7 +587,9 @@ fn request(op: Op, write_through: bool) -> Request {
     let bytes = |sectors: u64| sectors * SECTOR;
     match op {
         Op::Read { sector, .. } => Request::Read { offset: bytes(sector) },
-        Op::Write { sector, .. } => Request::Write { offset: bytes(sector), write_through },
+        Op::Write { sector, .. } | Op::Gappy { sector, .. } => {
+            Request::Write { offset: bytes(sector), write_through }
+        }
         Op::Zeroes { sector, count, unmap } => {
             Request::WriteZeroes { offset: bytes(sector), length: bytes(count), unmap, write_through }
         }

@@ -3,6 +3,7 @@
 //! A sequence's crashes are tried from its last operation on: what comes before is the end of a shorter sequence, which
 //! plays the same as it has the same seed.
 
+use disk::DetectZeroes;
 use qcow2::Compression;
 use storage::sim::{Outcome, Verb};
 
@@ -44,6 +45,10 @@ pub fn shapes() -> Vec<Shape> {
         Shape::new(15, 384).subclusters().past(Past::Written),
         Shape::new(15, 352).subclusters().over(Below::Raw).past(Past::Written),
         Shape::new(15, 352).subclusters().past(Past::Shared),
+        Shape::new(12, 64).past(Past::Written).detecting(DetectZeroes::Unmap),
+        Shape::new(10, 96).over(Below::Raw).past(Past::Written).keeping_places(),
+        Shape::new(12, 64).past(Past::Shared).detecting(DetectZeroes::On).keeping_places(),
+        Shape::new(15, 352).subclusters().past(Past::Written).detecting(DetectZeroes::Unmap).keeping_places(),
     ]
 }
 
@@ -73,6 +78,12 @@ pub fn alphabet(shape: &Shape) -> Vec<Op> {
             ops.push(Op::Zeroes { sector, count, unmap: false });
             ops.push(Op::Discard { sector, count });
         }
+    }
+    if shape.detect != DetectZeroes::Off {
+        let stretch = shape.stretch_sectors();
+        // Zeros only; and data around zeros, from the midst of a stretch to the midst of another.
+        ops.push(Op::Gappy { sector: stretch, count: stretch });
+        ops.push(Op::Gappy { sector: stretch + stretch / 2, count: 3 * stretch });
     }
     if shape.past == Past::Kept {
         ops.extend([Deed::Create, Deed::Apply, Deed::Delete].map(Op::Snapshot));

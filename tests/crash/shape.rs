@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use disk::{DiskOptions, Format, OnEnospc};
+use disk::{DetectZeroes, DiskOptions, Format, OnEnospc};
 use qcow2::{Compression, Geometry, NewImage, Version};
 use storage::sim::{Image, SimOptions, SimWorld};
 
@@ -81,6 +81,10 @@ pub struct Shape {
     pub table_bytes: usize,
     /// What becomes of requests that find no space.
     pub on_enospc: OnEnospc,
+    /// What becomes of writes of zeros.
+    pub detect: DetectZeroes,
+    /// Discarded clusters keep their places.
+    pub keeps_places: bool,
 }
 
 /// A shape, made: the files, and what the guest reads from them.
@@ -114,6 +118,8 @@ impl Shape {
             past: Past::Fresh,
             table_bytes: 1 << 20,
             on_enospc: OnEnospc::Report,
+            detect: DetectZeroes::Off,
+            keeps_places: false,
         }
     }
 
@@ -157,6 +163,16 @@ impl Shape {
         Shape { refcount_order, ..self }
     }
 
+    /// Writes of zeros are looked for.
+    pub const fn detecting(self, detect: DetectZeroes) -> Shape {
+        Shape { detect, ..self }
+    }
+
+    /// Discarded clusters keep their places.
+    pub const fn keeping_places(self) -> Shape {
+        Shape { keeps_places: true, ..self }
+    }
+
     /// With hardly any memory for tables, so that they are evicted and flushed all the time.
     pub const fn short_of_memory(self) -> Shape {
         Shape { table_bytes: 6 * 4096, ..self }
@@ -180,6 +196,16 @@ impl Shape {
     /// Sectors of the least part of the disk that is allocated, zeroed or discarded by itself.
     pub fn granule_sectors(&self) -> u64 {
         self.geometry().granule_size() / SECTOR
+    }
+
+    /// Sectors of a stretch: as much as is looked at for zeros at a time.
+    pub fn stretch_sectors(&self) -> u64 {
+        self.granule_sectors().max(4096 / SECTOR)
+    }
+
+    /// A gappy write has zeros in this sector.
+    pub fn is_gap(&self, sector: u64) -> bool {
+        sector / self.stretch_sectors() % 2 == 1
     }
 
     /// A discard of these sectors need not make this one zero: a raw image's is a hint to the host, no more, and a
@@ -220,6 +246,8 @@ impl Shape {
             // All on one thread, in one order.
             inflate_threads: 0,
             on_enospc: self.on_enospc,
+            detect_zeroes: self.detect,
+            discard_no_unref: self.keeps_places,
             ..DiskOptions::default()
         }
     }

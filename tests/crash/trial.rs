@@ -4,7 +4,7 @@
 use std::fmt::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use disk::OnEnospc;
+use disk::{DetectZeroes, OnEnospc};
 use qcow2::Compression;
 use storage::sim::Random;
 
@@ -70,6 +70,17 @@ pub fn shapes() -> Vec<Shape> {
         Shape::new(14, 320).subclusters().over(Below::Qcow2).past(Past::Written).short_of_memory(),
         Shape::new(15, 512).subclusters().past(Past::Shared),
         Shape::new(14, 320).subclusters().past(Past::Kept),
+        Shape::new(9, 96).past(Past::Written).detecting(DetectZeroes::Unmap),
+        Shape::new(12, 128).past(Past::Written).keeping_places(),
+        Shape::new(16, 768).over(Below::Raw).detecting(DetectZeroes::Unmap).keeping_places(),
+        Shape::new(12, 131)
+            .over(Below::Qcow2)
+            .past(Past::Shared)
+            .detecting(DetectZeroes::On)
+            .keeping_places(),
+        Shape::new(14, 384).subclusters().past(Past::Written).detecting(DetectZeroes::Unmap).keeping_places(),
+        Shape::new(9, 80).v2().past(Past::Written).detecting(DetectZeroes::Unmap),
+        Shape::raw(200).detecting(DetectZeroes::Unmap),
     ]
 }
 
@@ -159,6 +170,9 @@ impl<'r> Author<'r> {
         match self.random.below(34) {
             0..12 => {
                 let (sector, count) = self.place();
+                if self.shape.detect != DetectZeroes::Off && self.random.chance(1, 2) {
+                    return Op::Gappy { sector, count };
+                }
                 Op::Write { sector, count, through }
             }
             12..16 => {
