@@ -102,6 +102,10 @@ impl<S: Storage> Worker<S> {
         {
             self.switch_header(switch).await?;
         }
+        if cut.links_alone {
+            self.write_stage(Stage::Two, &cut.stage2).await?;
+            return self.sync_unless(Mutation::NoSyncAfterLinks).await;
+        }
         if !cut.stage0.is_empty() {
             self.write_stage(Stage::Zero, &cut.stage0).await?;
             self.sync_unless(Mutation::NoSyncAfterRefblocks).await?;

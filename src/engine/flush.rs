@@ -40,7 +40,7 @@ pub struct HeaderSwitch {
 }
 
 /// All the metadata that was dirty at one moment. Write the stages in order, an fdatasync after each that is not empty;
-/// one fdatasync must come after stage 1 in any case, as it also makes the guest's data durable.
+/// one fdatasync must come after stage 1 in any case, as it also makes the guest's data durable, but for links alone.
 #[derive(Debug)]
 #[must_use]
 pub struct FlushCut {
@@ -53,6 +53,8 @@ pub struct FlushCut {
     pub header: Option<HeaderSwitch>,
     /// The links.
     pub stage2: Vec<TableWrite>,
+    /// The links are all there is to write, and need nothing to be durable before them: one fdatasync will do.
+    pub links_alone: bool,
 }
 
 /// What a flush is to do next.
@@ -83,6 +85,8 @@ pub(crate) struct FlushState {
     /// The last durable cut.
     completed: u64,
     running: Option<Running>,
+    /// A link of the next cut may become durable only after the data that it names.
+    ordered: bool,
     waiters: Waiters,
 }
 
@@ -99,7 +103,7 @@ struct Running {
 
 impl FlushState {
     pub fn new() -> Self {
-        FlushState { next: 1, completed: 0, running: None, waiters: Waiters::default() }
+        FlushState { next: 1, completed: 0, running: None, ordered: false, waiters: Waiters::default() }
     }
 
     /// The cut that will hold a change made now.
@@ -113,6 +117,11 @@ impl FlushState {
             Some(running) if active(Mutation::JoinsRunningCut) => running.number,
             _ => self.next,
         }
+    }
+
+    /// The next cut holds a link that may become durable only after the data that it names.
+    pub fn links_follow_data(&mut self) {
+        self.ordered = true;
     }
 
     pub fn completed(&self) -> u64 {
@@ -181,6 +190,7 @@ impl State {
             refcount_table_offset: refcounts.table_offset,
             refcount_table_clusters: refcounts.table_clusters() as u32,
         });
+        let ordered = std::mem::take(&mut write.flush.ordered);
         let number = write.flush.next;
         write.flush.next += 1;
         let epoch = epochs.advance();
@@ -193,11 +203,17 @@ impl State {
             table_was_new,
             header_was_stale,
         });
+        let links_alone = stage0.is_empty()
+            && stage1.is_empty()
+            && header.is_none()
+            && l1_blocks.is_empty()
+            && !stage2.is_empty()
+            && (!ordered || active(Mutation::LinksNeedNoData));
         for block in l1_blocks {
             stage2.push(self.l1_block(block));
         }
         let [stage0, stage1, stage2] = [stage0, stage1, stage2].map(merged);
-        Ok(FlushCut { number, stage0, stage1, header, stage2 })
+        Ok(FlushCut { number, stage0, stage1, header, stage2, links_alone })
     }
 
     /// Where a slice of the top image lies.
@@ -244,6 +260,7 @@ impl State {
         let running = write.flush.running.take().expect("a cut is running");
         assert_eq!(running.number, cut.number, "one cut at a time");
         wakes.append(write.flush.waiters.take());
+        write.flush.links_follow_data();
         write.l1_dirty.extend(running.l1_blocks);
         write.refcounts.header_stale |= running.header_was_stale;
         write.refcounts.dirty.extend(running.table_blocks);

@@ -26,6 +26,10 @@ pub enum Mutation {
     HeaderFirst,
     /// No fdatasync before the links are written.
     NoSyncBeforeLinks,
+    /// Links to any data are taken to need no data before them.
+    LinksNeedNoData,
+    /// A link to a new cluster is taken to need no data before it, whatever lay there before for the guest.
+    LinksForgetBacking,
     /// No fdatasync after new refblocks.
     NoSyncAfterRefblocks,
     /// No fdatasync after the links.
@@ -105,6 +109,8 @@ impl Mutation {
         Mutation::RefblocksWithEntries,
         Mutation::HeaderFirst,
         Mutation::NoSyncBeforeLinks,
+        Mutation::LinksNeedNoData,
+        Mutation::LinksForgetBacking,
         Mutation::NoSyncAfterRefblocks,
         Mutation::NoSyncAfterLinks,
         Mutation::NoSyncOfData,

@@ -227,6 +227,15 @@ impl State {
 
     /// Changes an L2 entry of the top image at a resident place.
     pub fn set_top_entry(&mut self, place: EntryPlace, entry: L2Entry) {
+        if let Some(write) = &mut self.write {
+            write.flush.links_follow_data();
+        }
+        self.set_free_entry(place, entry);
+    }
+
+    /// The same for an entry that may become durable before the data that it names: docs/durability.md, "One fdatasync
+    /// where it is enough".
+    pub fn set_free_entry(&mut self, place: EntryPlace, entry: L2Entry) {
         let geometry = self.top_qcow2().geometry;
         entry.encode(&geometry).store(self.tables.change(place.table), place.index, &geometry);
     }

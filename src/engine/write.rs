@@ -14,7 +14,7 @@ use crate::layers::EntryPlace;
 use crate::map::ChainMap;
 use crate::mutation::{Mutation, active};
 use crate::state::State;
-use crate::word::FileIndex;
+use crate::word::{FileIndex, Word};
 
 /// What to do for a prefix of a write.
 #[derive(Debug)]
@@ -263,7 +263,13 @@ impl State {
             if !done.reuse {
                 self.release_old(place, guest);
             }
-            self.set_top_entry(place, entry);
+            // Until the data is durable the guest may find what it would have found without the write: zeros.
+            let was_zero = map.lookup(guest) == Word::ZERO || active(Mutation::LinksForgetBacking);
+            if done.known_zero && !done.reuse && was_zero {
+                self.set_free_entry(place, entry);
+            } else {
+                self.set_top_entry(place, entry);
+            }
             self.publish_entry(map, guest, entry);
         }
         self.tables.unpin(done.place.table);
