@@ -4,7 +4,7 @@ use engine::{CompressedCluster, Extent, Source};
 use qcow2::{GuestOffset, HostOffset};
 use smallvec::SmallVec;
 use storage::buffer::{GuestSlices, copy_to_guest, fill_guest_zero, guest_len, subrange};
-use storage::{AlignedBuf, GuestSlice, Kind, Operation, Part, Storage};
+use storage::{AlignedBuf, GuestSlice, Kind, Operation, Part, Parts, Storage};
 
 use crate::driver::Strand;
 use crate::error::RequestError;
@@ -111,30 +111,39 @@ impl<S: Storage> Worker<S> {
         Ok(all)
     }
 
-    /// Reads extents into a buffer, which they fill but for what lies past them: that is zero.
-    pub async fn read_extents(&self, extents: &[Extent], length: usize) -> Result<AlignedBuf, RequestError> {
-        let mut whole = self.driver.pool.take_zeroed(length);
-        let mut at = 0;
-        for extent in extents {
-            let piece = extent.length as usize;
-            let target = &mut whole.as_mut_slice()[at..at + piece];
-            match extent.source {
-                Source::Zero => {}
-                Source::Data { file, offset } => {
-                    let operation = Operation::bare(self.shared.file(file).id, Kind::Read, offset.0);
-                    let (result, buffer) = self.driver.run_buffer(operation, self.buffer(piece)).await;
-                    result.map_err(RequestError::io("reading what is copied on write"))?;
-                    target.copy_from_slice(buffer.as_slice());
-                    self.driver.pool.give(buffer);
-                }
-                Source::Compressed { cluster, within } => {
-                    let bytes = self.inflated(cluster).await?;
-                    target.copy_from_slice(&bytes[within as usize..][..piece]);
-                }
-            }
-            at += piece;
+    /// Reads extents into buffers; what lies past them, up to `length` bytes in all, is zero.
+    pub async fn read_extents(&self, extents: &[Extent], length: usize) -> Result<Parts, RequestError> {
+        let mut pieces: Vec<Option<AlignedBuf>> = Vec::new();
+        pieces.resize_with(extents.len(), || None);
+        let reads = pieces.iter_mut().zip(extents).map(|(piece, extent)| -> Strand<'_, RequestError> {
+            Box::pin(async move { self.read_extent(extent).await.map(|buffer| *piece = Some(buffer)) })
+        });
+        self.driver.run_together(reads.collect()).await?;
+        let mut parts: Parts = pieces.into_iter().flatten().map(Part::Owned).collect();
+        let covered: u64 = extents.iter().map(|extent| extent.length).sum();
+        let past = length.saturating_sub(covered as usize);
+        if past > 0 {
+            parts.push(Part::Owned(self.driver.pool.take_zeroed(past)));
         }
-        Ok(whole)
+        Ok(parts)
+    }
+
+    async fn read_extent(&self, extent: &Extent) -> Result<AlignedBuf, RequestError> {
+        let length = extent.length as usize;
+        match extent.source {
+            Source::Zero => Ok(self.driver.pool.take_zeroed(length)),
+            Source::Data { file, offset } => {
+                let operation = Operation::bare(self.shared.file(file).id, Kind::Read, offset.0);
+                let (result, buffer) = self.driver.run_buffer(operation, self.buffer(length)).await;
+                result.map_err(RequestError::io("reading what is copied on write")).map(|()| buffer)
+            }
+            Source::Compressed { cluster, within } => {
+                let bytes = self.inflated(cluster).await?;
+                let mut buffer = self.buffer(length);
+                buffer.as_mut_slice().copy_from_slice(&bytes[within as usize..][..length]);
+                Ok(buffer)
+            }
+        }
     }
 }
 

@@ -1,11 +1,12 @@
 //! Writes that the fast path does not serve: allocation, copy-on-write, and memory that needs a bounce buffer.
 
 use engine::mutation::{Mutation, active};
-use engine::{Allocation, ClaimId, Extent, Mapping, Source, WritePlan};
+use engine::{Allocation, ClaimId, Extent, FileIndex, Mapping, Source, WritePlan};
 use qcow2::{GuestOffset, HostOffset};
 use storage::buffer::{copy_from_guest, guest_len, subrange};
-use storage::{GuestSlice, Kind, Operation, Part, Parts, Storage};
+use storage::{AlignedBuf, GuestSlice, Kind, Operation, Part, Parts, Storage};
 
+use crate::driver::Strand;
 use crate::error::RequestError;
 use crate::read::BOUNCE_BYTES;
 use crate::worker::Worker;
@@ -44,10 +45,37 @@ impl<S: Storage> Drop for Claim<'_, S> {
     }
 }
 
+/// The most of the guest's bytes that are copied and written again from a buffer, so that what lies around them is one
+/// read: copying so much costs less than a second request to the host.
+const COPIED_MAX: u64 = 16 << 10;
+
 /// What goes around the guest's bytes in new clusters.
 struct Fill {
     head: Option<Vec<Extent>>,
     tail: Option<Vec<Extent>>,
+}
+
+/// A range of a file that holds what goes before the guest's bytes and what goes after them, just so far apart.
+#[derive(Clone, Copy)]
+struct Around {
+    file: FileIndex,
+    offset: HostOffset,
+    length: u64,
+}
+
+impl Fill {
+    /// Where both sides can be read at once, around `length` bytes of the guest's.
+    fn around(&self, length: u64) -> Option<Around> {
+        let (Some([head]), Some([tail])) = (self.head.as_deref(), self.tail.as_deref()) else { return None };
+        let (Source::Data { file, offset }, Source::Data { file: other, offset: after }) =
+            (head.source, tail.source)
+        else {
+            return None;
+        };
+        let adjoin = file == other && offset.0 + head.length + length == after.0;
+        let around = Around { file, offset, length: head.length + length + tail.length };
+        (adjoin && length <= COPIED_MAX).then_some(around)
+    }
 }
 
 impl<S: Storage> Worker<S> {
@@ -81,7 +109,7 @@ impl<S: Storage> Worker<S> {
                 self.ask(|engine, waker| engine.plan_write(at, left, waker)).await?
             } else {
                 self.check_writable()?;
-                WritePlan::InPlace { file: engine::FileIndex(0), offset: HostOffset(at.0), length: left }
+                WritePlan::InPlace { file: FileIndex(0), offset: HostOffset(at.0), length: left }
             };
             done += match plan {
                 WritePlan::InPlace { file, offset, length } => {
@@ -179,27 +207,27 @@ impl<S: Storage> Worker<S> {
         done: u64,
     ) -> Result<(), RequestError> {
         let fill = self.plan_fill(new, at).await?;
-        let filled = fill.head.as_ref().map_or(0, |_| new.head) + fill.tail.as_ref().map_or(0, |_| new.tail);
-        let permit = self.payload_permit(payload, done, new.length, filled).await;
+        let (head, tail) =
+            (fill.head.as_ref().map_or(0, |_| new.head), fill.tail.as_ref().map_or(0, |_| new.tail));
+        let around = fill.around(new.length);
+        let more = head + tail + around.map_or(0, |_| new.length);
+        let permit = self.payload_permit(payload, done, new.length, more).await;
+        let whole = match around {
+            Some(source) => self.read_around(new, source, payload, done).await,
+            None => None,
+        };
         // One write for all of it: what comes before, the guest's bytes, what comes after.
-        let mut parts = Parts::new();
-        let mut offset = new.offset.0 + new.head;
-        if let Some(extents) = &fill.head {
-            parts.push(Part::Owned(self.read_extents(extents, new.head as usize).await?));
-            offset = new.offset.0;
-        }
-        parts.extend(self.parts(payload, done, new.length));
-        if let Some(extents) = &fill.tail {
-            match self.read_extents(extents, new.tail as usize).await {
-                Ok(tail) => parts.push(Part::Owned(tail)),
-                Err(error) => {
-                    self.driver.recycle(parts);
-                    return Err(error);
-                }
+        let parts = match whole {
+            Some(buffer) => Parts::from_iter([Part::Owned(buffer)]),
+            None => {
+                let (mut parts, after) = self.read_fill(new, &fill).await?;
+                parts.extend(self.parts(payload, done, new.length));
+                parts.extend(after);
+                parts
             }
-        }
-        let file = self.shared.file(new.file).id;
-        let operation = Operation { file, kind: Kind::Write, offset, parts };
+        };
+        let offset = new.offset.0 + new.head - head;
+        let operation = Operation { file: self.shared.file(new.file).id, kind: Kind::Write, offset, parts };
         if active(Mutation::CommitBeforeData) {
             drop(self.driver.run(operation));
             return Ok(());
@@ -207,6 +235,53 @@ impl<S: Storage> Worker<S> {
         let result = self.driver.run_all([operation]).await.map_err(RequestError::io("writing"));
         drop(permit);
         result
+    }
+
+    /// What comes before the guest's bytes and what comes after them, in buffers.
+    async fn read_fill(&self, new: &Allocation, fill: &Fill) -> Result<(Parts, Parts), RequestError> {
+        let (mut before, mut after) = (Parts::new(), Parts::new());
+        let sides = [(&fill.head, new.head, &mut before), (&fill.tail, new.tail, &mut after)];
+        let mut reads: Vec<Strand<'_, _>> = Vec::new();
+        for (extents, length, parts) in sides {
+            if let Some(extents) = extents {
+                reads.push(Box::pin(async move {
+                    self.read_extents(extents, length as usize).await.map(|read| *parts = read)
+                }));
+            }
+        }
+        self.driver.run_together(reads).await?;
+        Ok((before, after))
+    }
+
+    /// All that an allocation is to hold, in one buffer: one read brings what surrounds the guest's bytes, which then take
+    /// their place. `None` if that cannot be read: perhaps only what is in between cannot.
+    async fn read_around(
+        &self,
+        new: &Allocation,
+        source: Around,
+        payload: Payload<'_>,
+        done: u64,
+    ) -> Option<AlignedBuf> {
+        let (head, length) = (new.head as usize, new.length as usize);
+        let mut buffer = self.buffer(head + length + new.tail as usize);
+        let whole = buffer.len();
+        buffer.truncate(source.length as usize);
+        let operation = Operation::bare(self.shared.file(source.file).id, Kind::Read, source.offset.0);
+        let (result, mut buffer) = self.driver.run_buffer(operation, buffer).await;
+        if result.is_err() {
+            self.driver.pool.give(buffer);
+            return None;
+        }
+        buffer.set_len(whole);
+        // What lies past the end of the disk.
+        buffer.as_mut_slice()[source.length as usize..].fill(0);
+        match payload {
+            Payload::Guest(slices) => {
+                copy_from_guest(&subrange(slices, done as usize, length), &mut buffer, head);
+            }
+            Payload::Zeros(_) => buffer.as_mut_slice()[head..head + length].fill(0),
+        }
+        Some(buffer)
     }
 
     /// What must be written around the guest's bytes; nothing where the host reads as zero and so should the guest.
