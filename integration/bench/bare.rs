@@ -1,4 +1,4 @@
-//! The bare limit: a loop on a raw file by io_uring and O_DIRECT, with no image format and no protocol.
+//! The bare limit: a loop on a file by io_uring and O_DIRECT, with no image format and no protocol.
 //!
 //! fio is that loop: a program that everybody has, and not ours. It spends some CPU on itself, so it is a limit for a
 //! server only as far as that goes; what it says of itself goes with the figures.

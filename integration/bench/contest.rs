@@ -192,9 +192,12 @@ impl Rules {
         Ok(())
     }
 
-    fn bare(&self, gallery: &Gallery, case: &Case) -> Result<Sample> {
+    /// On the very file that the servers work on, or a copy of it, as one file may lie better on its disk than another.
+    /// To the loop it is a file like any other: writes make it useless as an image.
+    fn bare(&self, gallery: &mut Gallery, case: &Case) -> Result<Sample> {
         let write = matches!(case.job, Job::Timed { mix, .. } if mix == Mix::WRITE);
-        let bare = bare::run(gallery.raw(), write, case.depth, self.times.load)?;
+        let specimen = gallery.specimen(case)?;
+        let bare = bare::run(&specimen.path, write, case.depth, self.times.load)?;
         let seconds = self.times.load.as_secs_f64();
         Ok(Sample {
             value: bare.rate,

@@ -89,7 +89,6 @@ pub struct Gallery {
     _owner: File,
     sizes: Sizes,
     full: PathBuf,
-    raw: PathBuf,
     number: u64,
 }
 
@@ -122,8 +121,8 @@ impl Gallery {
         convert.args(["convert", "-S", "0", "-f", "raw", "-O", "qcow2"]).arg(&raw).arg(&full);
         command::output(&mut convert)?;
         settle(&full)?;
-        settle(&raw)?;
-        Ok(Self { folder, _owner: owner, sizes, full, raw, number: 0 })
+        remove_file(&raw).with_context(|| raw.display().to_string())?;
+        Ok(Self { folder, _owner: owner, sizes, full, number: 0 })
     }
 
     /// The kind of file system, as Linux numbers them.
@@ -135,11 +134,6 @@ impl Gallery {
             0x9123_683e => "btrfs".to_owned(),
             other => format!("{other:#x}"),
         })
-    }
-
-    /// The raw file with the contents of the full image: what loops without any image format work on.
-    pub fn raw(&self) -> &Path {
-        &self.raw
     }
 
     /// The image for a turn of a case.
