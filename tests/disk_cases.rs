@@ -254,8 +254,6 @@ fn what_is_not_supported_is_refused_by_name() {
         assert!(message.contains(word), "{message:?} says nothing of {word:?}");
         assert!(message.contains(&image.display().to_string()), "{message:?} does not name the file");
     };
-    let data = format!("data_file={},data_file_raw=on", path("data.raw").display());
-    named(&create("data.qcow2", &data), &options(), "external data file");
     let corrupt = create("corrupt.qcow2", "compat=1.1");
     patch(&corrupt, 72, &2u64.to_be_bytes());
     named(&corrupt, &options(), "corrupt");

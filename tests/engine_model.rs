@@ -107,6 +107,7 @@ impl Bench {
             format: LayerFormat::Qcow2 {
                 geometry: header.geometry(),
                 l1: table(bytes, header.l1_offset.0, u64::from(header.l1_entries)),
+                data_file: None,
             },
         });
         let top = &headers[0];

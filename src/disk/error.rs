@@ -125,6 +125,58 @@ pub enum OpenError {
         /// The image.
         path: PathBuf,
     },
+    /// An image whose data is in an external file, which nobody named.
+    #[error(
+        "{}: keeps its data in an external file{}, and only a file that you name is opened: give {}", image.display(),
+        recorded.as_ref().map(|name| format!(" (its header calls it \"{name}\")")).unwrap_or_default(),
+        if *top { "--data-file FILE".to_owned() } else {
+            format!("--backing-data-file {}=FILE", image.display())
+        }
+    )]
+    DataFileMissing {
+        /// The image.
+        image: PathBuf,
+        /// The name in its header.
+        recorded: Option<String>,
+        /// It is the top image.
+        top: bool,
+    },
+    /// A data file for an image that keeps its data itself.
+    #[error("{}: keeps its data itself, so it cannot be in the data file {}", image.display(), file.display())]
+    DataFileNotWanted {
+        /// The image.
+        image: PathBuf,
+        /// The file that was named for it.
+        file: PathBuf,
+    },
+    /// A data file for an image that is not there.
+    #[error(
+        "no backing file in the chain is called {}, for which --backing-data-file names a data file", layer.display()
+    )]
+    DataFileOfNoLayer {
+        /// The name.
+        layer: PathBuf,
+    },
+    /// A data file that is a file of the chain already.
+    #[error("{}: its data file {} is another file of the chain", image.display(), file.display())]
+    DataFileTwice {
+        /// The image.
+        image: PathBuf,
+        /// The file.
+        file: PathBuf,
+    },
+    /// A data file that cannot grow to the disk's size.
+    #[error(
+        "{}: this block device has {length} bytes, too few for the data of a disk of {disk} bytes", path.display()
+    )]
+    DataFileTooShort {
+        /// The device.
+        path: PathBuf,
+        /// Its bytes.
+        length: u64,
+        /// The disk's.
+        disk: u64,
+    },
     /// A backing file is named without its format.
     #[error(
         "{}: names the backing file \"{backing}\" but not its format, and formats are never guessed; give \

@@ -7,7 +7,7 @@ use std::task::Poll;
 
 use engine::mutation::{Mutation, active};
 use engine::{FlushCut, FlushStep, HeaderSwitch, Stage, TableWrite};
-use storage::{Errno, Kind, Operation, Part, Storage};
+use storage::{Errno, FileId, Kind, Operation, Part, Storage};
 use tracing::error;
 
 use crate::error::{RequestError, is_no_space};
@@ -118,7 +118,11 @@ impl<S: Storage> Worker<S> {
             return Ok(());
         }
         // In any case: it also makes the guest's data durable, before any link to it.
-        self.sync_unless(Mutation::NoSyncBeforeLinks).await?;
+        let (data, tables) = (self.shared.data_file().id, self.shared.top_file());
+        let syncs = [(data, Mutation::DataFileNotSynced), (tables, Mutation::NoSyncBeforeLinks)];
+        // Where the data is in the image's own file, the second is all.
+        let syncs = &syncs[usize::from(!self.shared.has_data_file())..];
+        self.sync(syncs.iter().filter(|(_, unless)| !active(*unless)).map(|(file, _)| *file)).await?;
         if !cut.stage2.is_empty() {
             self.write_stage(Stage::Two, &cut.stage2).await?;
             self.sync_unless(Mutation::NoSyncAfterLinks).await?;
@@ -157,13 +161,13 @@ impl<S: Storage> Worker<S> {
     }
 
     async fn sync_unless(&self, mutation: Mutation) -> Result<(), Failure> {
-        if active(mutation) { Ok(()) } else { self.sync().await }
+        if active(mutation) { Ok(()) } else { self.sync([self.shared.top_file()]).await }
     }
 
     /// After a failed fdatasync nobody knows what is on the disk: the kernel may have dropped what it could not write.
-    async fn sync(&self) -> Result<(), Failure> {
-        let sync = Operation::bare(self.shared.top_file(), Kind::Sync, 0);
-        match self.driver.run_bare(sync).await {
+    async fn sync(&self, files: impl IntoIterator<Item = FileId>) -> Result<(), Failure> {
+        let syncs = files.into_iter().map(|file| Operation::bare(file, Kind::Sync, 0));
+        match self.driver.run_all(syncs).await {
             Err(_) if active(Mutation::FailedSyncIgnored) => Ok(()),
             result => result.map_err(|source| Failure::Fatal("fdatasync", source)),
         }

@@ -17,6 +17,7 @@ use tracing::warn;
 
 use crate::driver::{Driver, Outcome};
 use crate::error::{OpenError, RequestError};
+use crate::layer::DiskFile;
 use crate::worker::Worker;
 use crate::{SIDE_QUEUE_DEPTH, Shared};
 
@@ -222,11 +223,15 @@ async fn keep<S: Storage>(worker: &Worker<S>) {
 impl<S: Storage> Worker<S> {
     /// Punches the whole file system blocks in a run, if there are any; and whether that is all of it. A punch that
     /// ends inside a block would collide with direct I/O in the same block ([`storage::FileInfo::block_size`]).
-    pub fn start_punch(&self, offset: u64, length: u64) -> (bool, Option<impl Future<Output = Outcome>>) {
-        let (start, end) = self.shared.files[0].whole_blocks(offset, length);
+    pub fn start_punch(
+        &self,
+        file: &DiskFile,
+        offset: u64,
+        length: u64,
+    ) -> (bool, Option<impl Future<Output = Outcome>>) {
+        let (start, end) = file.whole_blocks(offset, length);
         let whole = (start, end) == (offset, offset + length);
-        let punch =
-            Operation::bare(self.shared.top_file(), Kind::Punch { length: end.saturating_sub(start) }, start);
+        let punch = Operation::bare(file.id, Kind::Punch { length: end.saturating_sub(start) }, start);
         (whole, (start < end).then(|| self.driver.run(punch)))
     }
 
@@ -244,10 +249,11 @@ impl<S: Storage> Worker<S> {
             // No request is left that could put it back: those that knew it as compressed have ended.
             self.shared.inflated.forget(FileIndex(0), *offset, *length);
         }
+        let top = &self.shared.files[0];
         let mut punched = Vec::with_capacity(plan.punches.len());
         for some in plan.punches.chunks(PUNCHES_AT_ONCE) {
             let started: Vec<_> =
-                some.iter().map(|(offset, length)| self.start_punch(offset.0, *length)).collect();
+                some.iter().map(|(offset, length)| self.start_punch(top, offset.0, *length)).collect();
             for (whole, operation) in started {
                 let result = match operation {
                     // It goes on all the same.

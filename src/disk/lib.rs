@@ -11,6 +11,7 @@ pub mod change;
 pub mod check;
 mod close;
 mod compressed;
+mod data_file;
 mod describe;
 mod driver;
 mod error;
@@ -49,6 +50,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use engine::mutation::{Mutation, active};
 use engine::{Engine, EngineSpec, EngineStatus, FileIndex};
 use storage::{FileId, FileInfo, Storage, StorageError};
 
@@ -76,7 +78,10 @@ pub(crate) struct Shared<S: Storage> {
     pub storage: S,
     pub engine: Engine,
     pub layers: Vec<Layer>,
+    /// Those of the layers in their order, then external data files.
     pub files: Vec<DiskFile>,
+    /// The file that holds the top image's data: its own, or an external one.
+    pub data: FileIndex,
     /// The top image's first sector, for changes of the header; none for a raw or read-only top image.
     pub header: Option<HeaderSector>,
     pub read_only: bool,
@@ -97,6 +102,26 @@ pub(crate) struct Shared<S: Storage> {
 impl<S: Storage> Shared<S> {
     pub fn file(&self, index: FileIndex) -> &DiskFile {
         &self.files[usize::from(index.0)]
+    }
+
+    /// The file that holds the top image's data.
+    pub fn data_file(&self) -> &DiskFile {
+        self.file(self.data)
+    }
+
+    /// The top image's data is in a file of its own.
+    pub fn has_data_file(&self) -> bool {
+        self.data != FileIndex(0)
+    }
+
+    /// The file that holds the top image's data just as the guest sees it, so that it can be read as a raw image: the
+    /// image itself, or an external data file that is flagged so.
+    pub fn raw_file(&self) -> Option<&DiskFile> {
+        let is_raw = match &self.layers[0].header {
+            None => true,
+            Some(header) => header.is_data_file_raw() && !active(Mutation::RawViewForgotten),
+        };
+        is_raw.then(|| self.data_file())
     }
 
     /// The top image's file.
@@ -147,6 +172,7 @@ impl<S: Storage> Disk<S> {
         mut chain: Chain,
     ) -> Result<Self, OpenError> {
         let keeps_header = chain.top.is_some();
+        let data = chain.specs[0].data_file();
         // Before anything is written: it may refuse the image.
         let engine = Engine::new(EngineSpec {
             layers: chain.specs,
@@ -162,6 +188,10 @@ impl<S: Storage> Disk<S> {
             Some(top) if keeps_header => {
                 let sector = driver.block_on(HeaderSector::load(driver, &chain.files[0]))?;
                 driver.block_on(open::fill_last_block(driver, &chain.files[0]))?;
+                if data != FileIndex(0) {
+                    let file = &mut chain.files[usize::from(data.0)];
+                    driver.block_on(data_file::extend(driver, file, top.size))?;
+                }
                 driver.block_on(open::note_writes(
                     driver,
                     &chain.files[0],
@@ -178,6 +208,7 @@ impl<S: Storage> Disk<S> {
             engine,
             layers: chain.layers,
             files: chain.files,
+            data,
             header,
             read_only: options.read_only,
             bell: Arc::default(),
@@ -228,7 +259,7 @@ impl<S: Storage> Disk<S> {
         &self.shared.layers
     }
 
-    /// The open files, in the order of the layers.
+    /// The open files: those of the layers in their order, then external data files.
     pub fn files(&self) -> impl Iterator<Item = &FileInfo> {
         self.shared.files.iter().map(|file| &file.info)
     }

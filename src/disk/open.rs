@@ -4,17 +4,18 @@
 //! are never guessed. Memory is bounded by what the files hold, not by what their headers claim.
 
 use std::collections::HashSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use engine::check::RepairKind;
 use engine::{FileIndex, LayerFormat, LayerSpec, TopSpec};
-use qcow2::{Bitmap, Geometry, Header, HostOffset, Incompatible};
+use qcow2::{Bitmap, Geometry, Header, HostOffset, Incompatible, Unsupported};
 use storage::{AlignedBuf, FileId, FileInfo, IoQueue, Kind, OpenOptions, Operation, Part, Storage};
 use tracing::{info, warn};
 
 use crate::backing::{LayerFile, backing_of};
 use crate::check::{ImageFile, repair_open};
+use crate::data_file::DataFiles;
 use crate::driver::Driver;
 use crate::error::OpenError;
 use crate::header::HeaderSector;
@@ -44,6 +45,10 @@ pub struct DiskOptions {
     pub format: Format,
     /// The format of backing files whose overlay does not record one.
     pub backing_format: Option<Format>,
+    /// The external file that holds the top image's data. The name that the image has for it is not followed.
+    pub data_file: Option<PathBuf>,
+    /// Likewise those of backing files: the backing file, as it is opened, and its data file.
+    pub backing_data_files: Vec<(PathBuf, PathBuf)>,
     /// Never write to the top image.
     pub read_only: bool,
     /// The ID or the name of an internal snapshot of the top image to open instead of the active disk: read-only.
@@ -76,6 +81,8 @@ impl Default for DiskOptions {
         DiskOptions {
             format: Format::Qcow2,
             backing_format: None,
+            data_file: None,
+            backing_data_files: Vec::new(),
             read_only: false,
             snapshot: None,
             direct: true,
@@ -132,6 +139,7 @@ async fn open_layers<S: Storage>(
     options: &DiskOptions,
 ) -> Result<(), OpenError> {
     let mut seen = HashSet::new();
+    let mut data_files = DataFiles::new(options);
     let mut next = Some(at.clone());
     while let Some(file) = next {
         at.clone_from(&file);
@@ -148,10 +156,14 @@ async fn open_layers<S: Storage>(
         }
         let file = FileIndex(chain.files.len() as u16);
         let mut layer = match format {
-            Format::Raw => raw_layer(&path, &info),
+            Format::Raw => {
+                data_files.open(storage, (chain.layers.len(), &path), None, &how, &mut seen)?;
+                raw_layer(&path, &info)
+            }
             Format::Qcow2 => {
                 let mut header = Reader { driver, id, info: &info }.header().await?;
                 check_supported(&info, &header, writable)?;
+                data_files.open(storage, (chain.layers.len(), &path), Some(&header), &how, &mut seen)?;
                 if writable && header.incompatible.contains(Incompatible::DIRTY) {
                     rebuild_refcounts(driver, id, &info).await?;
                     info.length = storage.length(id)?;
@@ -167,11 +179,14 @@ async fn open_layers<S: Storage>(
         let format = match (&layer.header, snapshot) {
             (None, None) => LayerFormat::Raw { size: layer.size },
             (None, Some(_)) => return Err(OpenError::SnapshotOfRaw { path }),
+            (Some(header), Some(_)) if header.has_data_file() => {
+                return Err(OpenError::Unsupported { path, source: Unsupported::SnapshotsWithDataFile });
+            }
             (Some(header), Some(wanted)) => {
                 let image = ImageFile { driver, id, info: &info };
                 let (size, l1) = image.snapshot_disk(header, wanted).await?;
                 layer.size = size;
-                LayerFormat::Qcow2 { geometry: Geometry { size, ..header.geometry() }, l1 }
+                LayerFormat::Qcow2 { geometry: Geometry { size, ..header.geometry() }, l1, data_file: None }
             }
             (Some(header), None) => {
                 let reader = Reader { driver, id, info: &info };
@@ -186,7 +201,7 @@ async fn open_layers<S: Storage>(
                     }
                     chain.top = Some(spec);
                 }
-                LayerFormat::Qcow2 { geometry: header.geometry(), l1 }
+                LayerFormat::Qcow2 { geometry: header.geometry(), l1, data_file: None }
             }
         };
         next = match &layer.header {
@@ -196,6 +211,14 @@ async fn open_layers<S: Storage>(
         chain.specs.push(LayerSpec { file, format });
         chain.files.push(DiskFile { id, info });
         chain.layers.push(layer);
+    }
+    // Behind all the images, so that those have the numbers of their layers.
+    for (layer, file) in data_files.finish()? {
+        let index = FileIndex(chain.files.len() as u16);
+        chain.files.push(file);
+        if let LayerFormat::Qcow2 { data_file, .. } = &mut chain.specs[layer].format {
+            *data_file = Some(index);
+        }
     }
     Ok(())
 }

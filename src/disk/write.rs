@@ -109,20 +109,45 @@ impl<S: Storage> Worker<S> {
                 self.ask(|engine, waker| engine.plan_write(at, left, waker)).await?
             } else {
                 self.check_writable()?;
-                WritePlan::InPlace { file: FileIndex(0), offset: HostOffset(at.0), length: left }
+                WritePlan::InPlace { file: self.shared.data, offset: HostOffset(at.0), length: left }
             };
             done += match plan {
                 WritePlan::InPlace { file, offset, length } => {
-                    let permit = self.payload_permit(payload, done, length, 0).await;
-                    let parts = self.parts(payload, done, length);
-                    let file = self.shared.file(file).id;
-                    let operation = Operation { file, kind: Kind::Write, offset: offset.0, parts };
-                    self.driver.run_all([operation]).await.map_err(RequestError::io("writing"))?;
-                    drop(permit);
+                    self.write_in_place(file, offset, payload, done, length).await?;
                     length
                 }
                 WritePlan::Allocate(allocation) => self.write_new(allocation, at.0, payload, done).await?,
             };
+        }
+        Ok(())
+    }
+
+    /// Writes a part of a payload to where it belongs.
+    async fn write_in_place(
+        &self,
+        file: FileIndex,
+        offset: HostOffset,
+        payload: Payload<'_>,
+        done: u64,
+        length: u64,
+    ) -> Result<(), RequestError> {
+        let permit = self.payload_permit(payload, done, length, 0).await;
+        let parts = self.parts(payload, done, length);
+        let file = self.shared.file(file).id;
+        let operation = Operation { file, kind: Kind::Write, offset: offset.0, parts };
+        let result = self.driver.run_all([operation]).await.map_err(RequestError::io("writing"));
+        drop(permit);
+        result
+    }
+
+    /// Writes zeros to where a file has what the guest sees, whatever tables say.
+    pub async fn write_raw_zeros(&self, offset: u64, length: u64) -> Result<(), RequestError> {
+        let (file, payload) = (self.shared.data, Payload::Zeros(length));
+        let mut done = 0;
+        while done < length {
+            let piece = self.piece(payload, length - done);
+            self.write_in_place(file, HostOffset(offset + done), payload, done, piece).await?;
+            done += piece;
         }
         Ok(())
     }
@@ -134,7 +159,7 @@ impl<S: Storage> Worker<S> {
     /// Bytes to plan for at a time: what must be copied goes in bounded pieces.
     fn piece(&self, payload: Payload<'_>, left: u64) -> u64 {
         let copied = match payload {
-            Payload::Guest(slices) => !self.shared.files[0].takes(slices),
+            Payload::Guest(slices) => !self.shared.data_file().takes(slices),
             Payload::Zeros(_) => true,
         };
         if copied { left.min(BOUNCE_BYTES as u64) } else { left }
@@ -150,7 +175,7 @@ impl<S: Storage> Worker<S> {
     ) -> impl Sized + '_ {
         let copied = match payload {
             Payload::Guest(slices) => {
-                !self.shared.files[0].takes(&subrange(slices, done as usize, length as usize))
+                !self.shared.data_file().takes(&subrange(slices, done as usize, length as usize))
             }
             Payload::Zeros(_) => true,
         };
@@ -163,7 +188,7 @@ impl<S: Storage> Worker<S> {
         match payload {
             Payload::Guest(slices) => {
                 let memory = subrange(slices, done as usize, length as usize);
-                if self.shared.files[0].takes(&memory) {
+                if self.shared.data_file().takes(&memory) {
                     return memory.into_iter().map(Part::Guest).collect();
                 }
                 let mut buffer = self.buffer(length as usize);

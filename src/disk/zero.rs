@@ -8,6 +8,7 @@ use tracing::debug;
 
 use crate::error::RequestError;
 use crate::housekeeping::PUNCHES_AT_ONCE;
+use crate::layer::DiskFile;
 use crate::policy::Discards;
 use crate::worker::Worker;
 use crate::write::Payload;
@@ -28,6 +29,9 @@ impl<S: Storage> Worker<S> {
         if start >= end {
             return self.check_writable();
         }
+        if let Some(file) = self.shared.raw_file() {
+            return self.raw_view_discard(file, start, end - start).await;
+        }
         let _claim = self.claim(start, end - start).await;
         self.zero_granules(start, end, ZeroMode::Discard).await
     }
@@ -35,8 +39,8 @@ impl<S: Storage> Worker<S> {
     /// Makes a range read as zero, exactly.
     pub async fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> Result<(), RequestError> {
         let mode = self.shared.policy.mode(unmap);
-        if !self.shared.is_qcow2() {
-            return self.raw_zeroes(offset, length, mode).await;
+        if let Some(file) = self.shared.raw_file() {
+            return self.raw_zeroes(file, offset, length, mode).await;
         }
         let _claim = self.claim(offset, length).await;
         self.zero_range(offset, length, mode).await
@@ -44,8 +48,8 @@ impl<S: Storage> Worker<S> {
 
     /// As [`Worker::write_zeroes`]; the caller holds a claim on the range, unless the top image is raw.
     pub async fn zero_range(&self, offset: u64, length: u64, mode: ZeroMode) -> Result<(), RequestError> {
-        if !self.shared.is_qcow2() {
-            return self.raw_zeroes(offset, length, mode).await;
+        if let Some(file) = self.shared.raw_file() {
+            return self.raw_zeroes(file, offset, length, mode).await;
         }
         let (start, end) = self.whole_granules(offset, length);
         if start >= end {
@@ -76,7 +80,9 @@ impl<S: Storage> Worker<S> {
                 self.ask(|engine, waker| engine.zero(GuestOffset(at), end - at, mode, waker)).await?;
             at += match zeroed {
                 Zeroed::Done { bytes, unused } => {
-                    self.empty(&unused).await;
+                    if !self.shared.has_data_file() {
+                        self.empty(&unused).await;
+                    }
                     bytes
                 }
                 Zeroed::NeedsData(bytes) => {
@@ -86,14 +92,21 @@ impl<S: Storage> Worker<S> {
             };
             self.shared.touched();
         }
+        if mode != ZeroMode::Keep && self.shared.has_data_file() {
+            // There everything has its place for good.
+            self.empty(&[(HostOffset(start), end - start)]).await;
+        }
         Ok(())
     }
 
     /// Gives the space of clusters back that stay where they are.
     async fn empty(&self, runs: &[(HostOffset, u64)]) {
+        let file = self.shared.data_file();
         for some in runs.chunks(PUNCHES_AT_ONCE) {
-            let started: Vec<_> =
-                some.iter().filter_map(|(offset, length)| self.start_punch(offset.0, *length).1).collect();
+            let started: Vec<_> = some
+                .iter()
+                .filter_map(|(offset, length)| self.start_punch(file, offset.0, *length).1)
+                .collect();
             if active(Mutation::EmptiedLate) {
                 continue;
             }
@@ -122,33 +135,68 @@ impl<S: Storage> Worker<S> {
     /// Punches the whole file system blocks of the range; the rest keeps its contents.
     async fn raw_discard(&self, offset: u64, length: u64) -> Result<(), RequestError> {
         self.check_writable()?;
-        let (start, end) = self.shared.files[0].whole_blocks(offset, length);
-        if start >= end {
+        let (start, end) = self.shared.data_file().whole_blocks(offset, length);
+        self.raw_punch(start, end).await.map(|_| ())
+    }
+
+    /// Discards whole granules in an external data file that can be read as a raw image: they read as zero there too, and
+    /// tables that lead to them may well stay as they are.
+    async fn raw_view_discard(&self, file: &DiskFile, offset: u64, length: u64) -> Result<(), RequestError> {
+        self.check_writable()?;
+        let (start, end) = file.whole_blocks(offset, length);
+        let ends = if start >= end {
+            [(offset, length), (end, 0)]
+        } else if self.raw_punch(start, end).await? {
+            [(offset, start - offset), (end, offset + length - end)]
+        } else {
             return Ok(());
+        };
+        for (offset, length) in ends {
+            match self.write_raw_zeros(offset, length).await {
+                // To need space for that would be a strange discard.
+                Err(error) if error.is_no_space() => return Ok(()),
+                ended => ended?,
+            }
         }
-        let punch = Operation::bare(self.shared.top_file(), Kind::Punch { length: end - start }, start);
+        Ok(())
+    }
+
+    /// Punches a hole for a discard; false where the host cannot. That is a hint, so nothing is lost then.
+    async fn raw_punch(&self, start: u64, end: u64) -> Result<bool, RequestError> {
+        if start >= end {
+            return Ok(true);
+        }
+        let file = self.shared.data_file().id;
+        let punch = Operation::bare(file, Kind::Punch { length: end - start }, start);
         match self.driver.run_bare(punch).await {
-            // A discard is a hint: where the host cannot, nothing is lost.
-            Ok(()) | Err(Errno::EOPNOTSUPP) => Ok(()),
+            Ok(()) => Ok(true),
+            Err(Errno::EOPNOTSUPP) => Ok(false),
             Err(source) => Err(RequestError::Io { what: "punching", source }),
         }
     }
 
     /// Zeroes whole file system blocks in the host's way, and what is left by writing zeros.
-    async fn raw_zeroes(&self, offset: u64, length: u64, mode: ZeroMode) -> Result<(), RequestError> {
+    async fn raw_zeroes(
+        &self,
+        file: &DiskFile,
+        offset: u64,
+        length: u64,
+        mode: ZeroMode,
+    ) -> Result<(), RequestError> {
         self.check_writable()?;
-        let (start, end) = self.shared.files[0].whole_blocks(offset, length);
+        let (start, end) = file.whole_blocks(offset, length);
         if start >= end {
-            return self.write(offset, Payload::Zeros(length)).await;
+            return self.write_raw_zeros(offset, length).await;
         }
-        self.write(offset, Payload::Zeros(start - offset)).await?;
-        self.write(end, Payload::Zeros(offset + length - end)).await?;
-        let (top, length) = (self.shared.top_file(), end - start);
-        let unmap = mode == ZeroMode::Unmap;
-        if unmap && self.driver.run_bare(Operation::bare(top, Kind::Punch { length }, start)).await.is_ok() {
+        self.write_raw_zeros(offset, start - offset).await?;
+        self.write_raw_zeros(end, offset + length - end).await?;
+        let length = end - start;
+        if mode == ZeroMode::Unmap
+            && self.driver.run_bare(Operation::bare(file.id, Kind::Punch { length }, start)).await.is_ok()
+        {
             return Ok(());
         }
-        let zero = Operation::bare(top, Kind::Zero { length }, start);
+        let zero = Operation::bare(file.id, Kind::Zero { length }, start);
         self.driver.run_bare(zero).await.map_err(RequestError::io("writing zeroes"))
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Owns the L1 tables (in memory whole; at most 32 MiB each by the format's limit) and where an L2 slice lies.
 
-use qcow2::{Geometry, GuestCluster, HostOffset, L1Entry};
+use qcow2::{Geometry, GuestCluster, HostOffset, L1Entry, L2Entry, RawL2Entry};
 
 use crate::error::{EngineError, Structure};
 use crate::tables::{SLICE_BYTES_MAX, TableId};
@@ -14,6 +14,16 @@ pub struct LayerSpec {
     pub file: FileIndex,
     /// What is in the file.
     pub format: LayerFormat,
+}
+
+impl LayerSpec {
+    /// The file that holds the layer's data.
+    pub fn data_file(&self) -> FileIndex {
+        match &self.format {
+            LayerFormat::Qcow2 { data_file: Some(file), .. } => *file,
+            _ => self.file,
+        }
+    }
 }
 
 /// The format of a layer.
@@ -29,6 +39,8 @@ pub enum LayerFormat {
         geometry: Geometry,
         /// Its active L1 table, entries as they are on disk; at least as many as the size needs.
         l1: Vec<u64>,
+        /// The file that holds its data, if that is an external one.
+        data_file: Option<FileIndex>,
     },
 }
 
@@ -43,14 +55,17 @@ pub(crate) struct Qcow2Layer {
     pub file: FileIndex,
     pub geometry: Geometry,
     pub l1: Vec<u64>,
+    /// The file that holds the data, if that is another than the image's.
+    pub data_file: Option<FileIndex>,
 }
 
 impl Layer {
     pub fn new(number: usize, spec: LayerSpec) -> Self {
         match spec.format {
             LayerFormat::Raw { size } => Layer::Raw { file: spec.file, size },
-            LayerFormat::Qcow2 { geometry, l1 } => {
-                Layer::Qcow2(Qcow2Layer { number: number as u16, file: spec.file, geometry, l1 })
+            LayerFormat::Qcow2 { geometry, l1, data_file } => {
+                let (number, file) = (number as u16, spec.file);
+                Layer::Qcow2(Qcow2Layer { number, file, geometry, l1, data_file })
             }
         }
     }
@@ -72,6 +87,33 @@ pub(crate) struct EntryPlace {
 }
 
 impl Qcow2Layer {
+    /// The file that holds the data.
+    pub fn data(&self) -> FileIndex {
+        self.data_file.unwrap_or(self.file)
+    }
+
+    /// An L2 entry of this image as it is to be in the file.
+    pub fn encode_entry(&self, entry: L2Entry) -> RawL2Entry {
+        match self.data_file {
+            Some(_) => entry.encode_external(&self.geometry),
+            None => entry.encode(&self.geometry),
+        }
+    }
+
+    /// Understands an L2 entry of this image.
+    pub fn decode_entry(&self, raw: RawL2Entry, cluster: GuestCluster) -> Result<L2Entry, EngineError> {
+        let entry = match self.data_file {
+            Some(_) => L2Entry::decode_external(raw, &self.geometry, cluster),
+            None => L2Entry::decode(raw, &self.geometry),
+        };
+        entry.map_err(|source| EngineError::BadEntry {
+            layer: usize::from(self.number),
+            structure: Structure::L2,
+            index: cluster.0,
+            source,
+        })
+    }
+
     /// Bytes of a cached slice of this image's tables.
     pub fn slice_bytes(&self) -> u64 {
         self.geometry.cluster_size().min(SLICE_BYTES_MAX)

@@ -36,6 +36,10 @@ pub enum Mutation {
     NoSyncAfterLinks,
     /// No fdatasync where no metadata is dirty.
     NoSyncOfData,
+    /// No fdatasync of an external data file.
+    DataFileNotSynced,
+    /// In a data file that is to be read as a raw image, zeros are not written.
+    RawViewForgotten,
     /// A failed fdatasync is taken for a good one.
     FailedSyncIgnored,
     /// A failed metadata write does not stop later writes.

@@ -213,7 +213,7 @@ impl State {
     /// Publishes what a cluster of the top image is now that it has got this entry.
     pub fn publish_entry(&mut self, map: &ChainMap, cluster: GuestCluster, entry: L2Entry) {
         let nothing_below = !self.has_backing();
-        let file = self.top_qcow2().file;
+        let file = self.top_qcow2().data();
         let (word, parts) = match entry {
             L2Entry::Data { offset, copied } => (Word::data(file, offset, copied), Parts::default()),
             L2Entry::Zero | L2Entry::ZeroAllocated { .. } => (Word::ZERO, Parts::default()),
@@ -362,7 +362,7 @@ impl State {
                     return Ok((Some(Source::Zero), length));
                 }
                 Some(L2Entry::Data { offset, .. }) => {
-                    let source = Source::Data { file: layer.file, offset: HostOffset(offset.0 + within) };
+                    let source = Source::Data { file: layer.data(), offset: HostOffset(offset.0 + within) };
                     return Ok((Some(source), length));
                 }
                 Some(L2Entry::Compressed { offset, sectors }) => {
@@ -391,7 +391,7 @@ fn subcluster_source(layer: &Qcow2Layer, subclusters: &Subclusters, within: u64)
     let (what, run) = subclusters.at(index as u32);
     let source = match (what, subclusters.host) {
         (Subcluster::Data, Some(host)) => {
-            Some(Source::Data { file: layer.file, offset: HostOffset(host.offset.0 + within) })
+            Some(Source::Data { file: layer.data(), offset: HostOffset(host.offset.0 + within) })
         }
         (Subcluster::Zero, _) => Some(Source::Zero),
         _ => None,
@@ -460,7 +460,7 @@ fn qcow2_step(
         Some(L2Entry::Data { offset, copied }) => {
             let in_place = may_be_written(layer, HostPlace { offset, copied }, guard);
             let place = HostOffset(offset.0 + geometry.in_cluster(span.start));
-            Step::Answer(Word::data(layer.file, place, in_place))
+            Step::Answer(Word::data(layer.data(), place, in_place))
         }
         Some(L2Entry::Compressed { .. }) => Step::Answer(Word::MIXED),
         Some(L2Entry::Subclusters(subclusters)) => {
@@ -470,7 +470,7 @@ fn qcow2_step(
             match source {
                 _ if alike < span.end - span.start && geometry.cluster_size() == span.cluster => {
                     let own = |host| may_be_written(layer, host, guard);
-                    let (word, parts) = parts_of(layer.file, &subclusters, lowest, own);
+                    let (word, parts) = parts_of(layer.data(), &subclusters, lowest, own);
                     Step::Parts(word, parts)
                 }
                 _ if alike < span.end - span.start => Step::Answer(Word::MIXED),
@@ -505,7 +505,10 @@ fn parts_of(
 /// True if a host cluster may be written where it is: the top image's own, and no metadata.
 fn may_be_written(layer: &Qcow2Layer, host: HostPlace, guard: Option<&MetadataGuard>) -> bool {
     let own = host.copied && layer.number == 0;
-    own && guard.is_some_and(|guard| !guard.contains(layer.geometry.host_cluster(host.offset)))
+    let is_metadata = |guard: &MetadataGuard| {
+        layer.data_file.is_none() && guard.contains(layer.geometry.host_cluster(host.offset))
+    };
+    own && guard.is_some_and(|guard| !is_metadata(guard))
 }
 
 /// Notes which tables of a layer are not resident that these spans will need if it is asked for them.

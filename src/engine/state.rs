@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::task::Waker;
 
-use qcow2::{HostCluster, HostOffset, L1Entry, L2Entry, RawL2Entry};
+use qcow2::{GuestCluster, HostCluster, HostOffset, L1Entry, L2Entry, RawL2Entry};
 
 use crate::alloc::{Allocator, FreeRun};
 use crate::answer::{Answer, TableLoad, TableSlot};
@@ -210,7 +210,7 @@ impl State {
 
     /// Refuses an L2 entry of the top image that names metadata: nothing may be written or freed there.
     pub fn guard_entry(&self, entry: L2Entry, cluster: u64) -> Result<(), EngineError> {
-        let Some((first, count)) = entry.host_clusters(&self.top_qcow2().geometry) else { return Ok(()) };
+        let Some((first, count)) = self.counted_clusters(entry) else { return Ok(()) };
         let Some(write) = &self.write else { return Ok(()) };
         match (first.0..first.0 + count).find(|host| write.guard.contains(HostCluster(*host))) {
             Some(host) => {
@@ -218,6 +218,13 @@ impl State {
             }
             None => Ok(()),
         }
+    }
+
+    /// The clusters of the top image's own file that count a reference by an entry of it: the first, and how many. What
+    /// is in an external data file has no refcounts.
+    pub fn counted_clusters(&self, entry: L2Entry) -> Option<(HostCluster, u64)> {
+        let top = self.top_qcow2();
+        if top.data_file.is_some() { None } else { entry.host_clusters(&top.geometry) }
     }
 
     /// The decoded L2 entry at a resident place of the top image.
@@ -236,8 +243,8 @@ impl State {
     /// The same for an entry that may become durable before the data that it names: docs/durability.md, "One fdatasync
     /// where it is enough".
     pub fn set_free_entry(&mut self, place: EntryPlace, entry: L2Entry) {
-        let geometry = self.top_qcow2().geometry;
-        entry.encode(&geometry).store(self.tables.change(place.table), place.index, &geometry);
+        let (geometry, raw) = (self.top_qcow2().geometry, self.top_qcow2().encode_entry(entry));
+        raw.store(self.tables.change(place.table), place.index, &geometry);
     }
 }
 
@@ -248,11 +255,5 @@ pub(crate) fn decode_l2(
     index: usize,
     cluster: u64,
 ) -> Result<L2Entry, EngineError> {
-    let raw = RawL2Entry::load(slice, index, &layer.geometry);
-    L2Entry::decode(raw, &layer.geometry).map_err(|source| EngineError::BadEntry {
-        layer: usize::from(layer.number),
-        structure: Structure::L2,
-        index: cluster,
-        source,
-    })
+    layer.decode_entry(RawL2Entry::load(slice, index, &layer.geometry), GuestCluster(cluster))
 }

@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::task::Waker;
 
+use qcow2::external::data_file_place;
 use qcow2::{
     Geometry, GuestCluster, GuestOffset, HostCluster, HostOffset, HostPlace, L1Entry, L2Entry, SUBCLUSTERS,
     SubclusterSet, Subclusters,
@@ -15,6 +16,9 @@ use crate::map::ChainMap;
 use crate::mutation::{Mutation, active};
 use crate::state::State;
 use crate::word::{FileIndex, Word};
+
+/// The least unit of I/O in bytes.
+const SECTOR: u64 = 512;
 
 /// What to do for a prefix of a write.
 #[derive(Debug)]
@@ -115,7 +119,7 @@ impl State {
         self.write_state()?;
         ready!(self.may_dirty());
         let top = self.top_qcow2();
-        let (geometry, file) = (top.geometry, top.file);
+        let (geometry, file) = (top.geometry, top.data());
         let first = geometry.guest_cluster(offset);
         let slot = TableSlot(geometry.l1_index(first));
         let own = |copied| copied || active(Mutation::SharedTableTakenForOwn);
@@ -158,7 +162,8 @@ impl State {
         self.tables.pin(place.table);
         let length = covered(end);
         let head = head + (begin - span.start) * size;
-        let tail = (span.end - span.start) * size - head - length;
+        let whole = (span.end - span.start) * size;
+        let tail = whole.min(self.room_after(first, span.start * size)) - head - length;
         let allocation = Allocation {
             file,
             offset: HostOffset(geometry.host_offset(host).0 + span.start * size),
@@ -195,7 +200,7 @@ impl State {
             return Ok((if per_cluster > 1 { Standing::Copy } else { Standing::New }, left));
         };
         let in_use = subclusters.allocated.contains(index as u32);
-        Ok(match subclusters.host {
+        Ok(match subclusters.host.or(self.fixed_place(GuestCluster(first.0 + at))) {
             Some(HostPlace { offset, copied })
                 if copied || (in_use && active(Mutation::SharedTakenForOwn)) =>
             {
@@ -207,6 +212,23 @@ impl State {
             // A whole cluster is written anew.
             _ => (Standing::New, left),
         })
+    }
+
+    /// The place that a cluster has in an external data file, whether or not it is in use.
+    fn fixed_place(&self, cluster: GuestCluster) -> Option<HostPlace> {
+        let top = self.top_qcow2();
+        top.data_file.map(|_| data_file_place(&top.geometry, cluster))
+    }
+
+    /// Bytes that a run may have which begins so many bytes into a cluster. An external data file is as long as the disk,
+    /// in whole sectors: nothing is written behind it.
+    fn room_after(&self, cluster: GuestCluster, within: u64) -> u64 {
+        let top = self.top_qcow2();
+        let start = top.geometry.guest_offset(cluster).0 + within;
+        match top.data_file {
+            Some(_) => top.geometry.size.next_multiple_of(SECTOR) - start,
+            None => u64::MAX,
+        }
     }
 
     /// Where the first granule stands, and how many from it on, at most `wanted`, stand alike and, where they have a
@@ -318,7 +340,7 @@ impl State {
     /// one reference; those that others count in, too, are free only when the last is gone.
     pub fn release_old(&mut self, place: EntryPlace, guest: GuestCluster) {
         let Ok(entry) = self.top_entry(place, guest.0) else { return };
-        let Some((first, count)) = entry.host_clusters(&self.top_qcow2().geometry) else { return };
+        let Some((first, count)) = self.counted_clusters(entry) else { return };
         let compressed = matches!(entry, L2Entry::Compressed { .. });
         let count = if compressed && active(Mutation::CompressedTailKept) { 1 } else { count };
         let write = self.write.as_mut().expect("a plan was made");

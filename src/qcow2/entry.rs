@@ -60,6 +60,22 @@ pub enum EntryError {
         /// Its bitmap of subclusters.
         bitmap: u64,
     },
+    /// Compressed, in an image whose data is in an external file: that has no place for it.
+    #[error("entry {raw:#018x}: it is compressed, which data in an external data file cannot be")]
+    CompressedInDataFile {
+        /// The entry.
+        raw: u64,
+    },
+    /// Data in an external file, but not where it must be.
+    #[error(
+        "entry {raw:#018x}: an external data file has this cluster at the guest's own offset, {expected}"
+    )]
+    DataFileOffset {
+        /// The entry.
+        raw: u64,
+        /// Where.
+        expected: HostOffset,
+    },
     /// A subcluster holds data, but there is no host cluster for it.
     #[error(
         "entry {raw:#018x}: its bitmap {bitmap:#018x} has allocated subclusters, but there is no host cluster"
@@ -333,13 +349,10 @@ fn decode_compressed(raw: u64, geometry: &Geometry) -> Result<L2Entry, EntryErro
 /// With extended L2 entries bit 0 of the descriptor is reserved: the bitmap says what is zero.
 fn decode_subclusters(raw: u64, bitmap: u64, geometry: &Geometry) -> Result<L2Entry, EntryError> {
     let (offset, copied) = (HostOffset(raw & OFFSET_MASK), raw & COPIED != 0);
-    let (allocated, zero) = (SubclusterSet(bitmap as u32), SubclusterSet((bitmap >> 32) as u32));
     if !geometry.is_aligned(offset.0) {
         return Err(EntryError::Unaligned { raw });
     }
-    if !allocated.common(zero).is_empty() {
-        return Err(EntryError::SubclusterTwice { raw, bitmap });
-    }
+    let (allocated, zero) = subclusters_of(raw, bitmap)?;
     let host = (offset.0 != 0).then_some(HostPlace { offset, copied });
     if host.is_none() && !allocated.is_empty() {
         return Err(EntryError::SubclusterNowhere { raw, bitmap });
@@ -349,6 +362,15 @@ fn decode_subclusters(raw: u64, bitmap: u64, geometry: &Geometry) -> Result<L2En
         return Err(EntryError::DataAtOffsetZero { raw });
     }
     Ok(Subclusters { host, allocated, zero }.entry())
+}
+
+/// The subclusters of a bitmap that are allocated, and those that are zero.
+pub(crate) fn subclusters_of(raw: u64, bitmap: u64) -> Result<(SubclusterSet, SubclusterSet), EntryError> {
+    let (allocated, zero) = (SubclusterSet(bitmap as u32), SubclusterSet((bitmap >> 32) as u32));
+    if !allocated.common(zero).is_empty() {
+        return Err(EntryError::SubclusterTwice { raw, bitmap });
+    }
+    Ok((allocated, zero))
 }
 
 fn encode_subclusters(subclusters: Subclusters, geometry: &Geometry) -> RawL2Entry {

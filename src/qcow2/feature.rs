@@ -91,11 +91,15 @@ pub enum Unsupported {
         /// The header's compression type.
         compression_type: u8,
     },
-    /// Guest data is in another file.
+    /// Snapshots of a disk whose data is in another file, where nothing of it can be kept.
     #[error(
-        "the image keeps its data in an external data file, which is not supported: convert it with qemu-img convert"
+        "the image has internal snapshots and keeps its data in an external data file, so that every write would \
+        change the snapshots too: open it read-only"
     )]
-    ExternalDataFile,
+    SnapshotsWithDataFile,
+    /// A disk so large that an external data file has no place for all of it.
+    #[error("the disk is larger than 2^56 bytes, the largest offset of data in an external data file")]
+    DataFileTooLarge,
     /// Anything may be wrong.
     #[error("the image is marked corrupt: repair it with `strata check -r all`, or open it read-only")]
     Corrupt,

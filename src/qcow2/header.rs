@@ -6,6 +6,7 @@
 use std::borrow::Cow;
 
 use crate::address::HostOffset;
+use crate::entry::HOST_OFFSET_LIMIT;
 use crate::extension::{self, Extension};
 use crate::feature::{AUTOCLEAR_BITMAPS, AUTOCLEAR_RAW_DATA_FILE, Compression, Incompatible, Unsupported};
 use crate::geometry::{Geometry, Version};
@@ -104,9 +105,6 @@ impl Header {
         if self.crypt_method != 0 {
             return Some(Unsupported::Encryption { method: self.crypt_method });
         }
-        if self.incompatible.contains(Incompatible::DATA_FILE) {
-            return Some(Unsupported::ExternalDataFile);
-        }
         if self.compression().is_none() {
             return Some(Unsupported::Compression { compression_type: self.compression_type });
         }
@@ -115,7 +113,30 @@ impl Header {
 
     /// The first thing, if any, that keeps Strata from writing to an image that it could serve read-only.
     pub fn write_refusal(&self) -> Option<Unsupported> {
-        self.incompatible.contains(Incompatible::CORRUPT).then_some(Unsupported::Corrupt)
+        if self.incompatible.contains(Incompatible::CORRUPT) {
+            return Some(Unsupported::Corrupt);
+        }
+        if self.has_data_file() && self.snapshots > 0 {
+            return Some(Unsupported::SnapshotsWithDataFile);
+        }
+        (self.has_data_file() && self.size > HOST_OFFSET_LIMIT).then_some(Unsupported::DataFileTooLarge)
+    }
+
+    /// Guest data is in an external file.
+    pub fn has_data_file(&self) -> bool {
+        self.incompatible.contains(Incompatible::DATA_FILE)
+    }
+
+    /// Whoever reads the external data file as a raw image sees what the guest sees, and it is to stay so. With a backing
+    /// file that cannot be, whatever the bit says.
+    pub fn is_data_file_raw(&self) -> bool {
+        self.has_data_file() && self.backing_file.is_none() && self.autoclear & AUTOCLEAR_RAW_DATA_FILE != 0
+    }
+
+    /// The external data file's name for people to read; not for opening it. The last one if there are several.
+    pub fn data_file_name_lossy(&self) -> Option<Cow<'_, str>> {
+        let extension = self.extensions.iter().rfind(|extension| extension.magic == extension::DATA_FILE)?;
+        Some(String::from_utf8_lossy(&extension.data))
     }
 
     /// The autoclear features that stay set while the image is written; `bitmaps`: those of the image are consistent.
@@ -124,7 +145,7 @@ impl Header {
         if bitmaps {
             kept |= AUTOCLEAR_BITMAPS;
         }
-        if self.incompatible.contains(Incompatible::DATA_FILE) {
+        if self.is_data_file_raw() {
             kept |= AUTOCLEAR_RAW_DATA_FILE;
         }
         self.autoclear & kept

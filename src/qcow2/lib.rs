@@ -13,6 +13,7 @@ mod encode;
 pub mod entry;
 pub mod error;
 pub mod extension;
+pub mod external;
 pub mod feature;
 pub mod geometry;
 pub mod header;

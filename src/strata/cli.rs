@@ -100,6 +100,14 @@ pub struct ServeArgs {
     #[command(flatten)]
     pub chain: ChainArgs,
 
+    /// The external file that holds the image's data; the name in the image's header is never followed
+    #[arg(long, value_name = "FILE")]
+    pub data_file: Option<PathBuf>,
+
+    /// Likewise of a backing file: its name as messages have it, =, and its data file; may be given several times
+    #[arg(long, value_name = "BACKING=FILE", value_parser = backing_data_file)]
+    pub backing_data_file: Vec<(PathBuf, PathBuf)>,
+
     /// Never write to the image: the guest sees a read-only disk, and others may read the image too
     #[arg(long)]
     pub read_only: bool,
@@ -432,6 +440,13 @@ impl Serial {
 /// FNV-1a, 32 bits: serials must not change with a compiler's version.
 fn hash(bytes: &[u8]) -> u32 {
     bytes.iter().fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193))
+}
+
+fn backing_data_file(text: &str) -> Result<(PathBuf, PathBuf), String> {
+    match text.split_once('=') {
+        Some((backing, file)) if !backing.is_empty() && !file.is_empty() => Ok((backing.into(), file.into())),
+        _ => Err("it names a backing file and its data file, with = between them".to_owned()),
+    }
 }
 
 fn queue_size(text: &str) -> Result<u16, String> {

@@ -159,12 +159,13 @@ impl ProgramError {
 fn open_hint(image: &Path, purpose: Purpose, error: &OpenError) -> Option<String> {
     match error {
         OpenError::Backing { chain, recorded, source } => Some(backing_hint(chain, *recorded, source)),
-        OpenError::Storage(StorageError::File { step: Step::Open, source, .. }) => match source.kind() {
+        OpenError::Storage(StorageError::File { step: Step::Open, path, source }) => match source.kind() {
+            io::ErrorKind::NotFound if path != image => Some("is the path right?".into()),
             io::ErrorKind::NotFound => Some(format!(
                 "is the path right? `qemu-img create -f qcow2 {} 10G` makes a new image",
                 image.display()
             )),
-            _ if purpose == Purpose::Write && std::fs::File::open(image).is_ok() => Some(
+            _ if purpose == Purpose::Write && std::fs::File::open(path).is_ok() => Some(
                 "it can be read but not written: give --read-only, or make it writable for this user".into(),
             ),
             io::ErrorKind::PermissionDenied => Some("this user must be able to open it".into()),

@@ -39,6 +39,8 @@ More ways to serve:
     strata serve --blk-file overlay.qcow2 --backing-format raw --socket-path /run/vm.sock
   an internal snapshot, read-only, as the disk was when it was taken:
     strata serve --blk-file vm.qcow2 --snapshot before-update --socket-path /run/old.sock
+  an image whose data is in another file; never the one that its header names, unless you name it:
+    strata serve --blk-file vm.qcow2 --data-file vm.data --socket-path /run/vm.sock
   to machines that run as another user of the group kvm:
     strata serve --blk-file vm.qcow2 --socket-path /run/vm.sock --socket-group kvm --socket-mode 0660
 

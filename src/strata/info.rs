@@ -176,7 +176,11 @@ fn qcow2_facts(
         refcount_bits: 1 << header.refcount_order,
         corrupt: has(Incompatible::CORRUPT),
         extended_l2: has(Incompatible::EXTENDED_L2),
-        data_file: if data_file { features::data_file_name(header) } else { None },
+        data_file: if data_file {
+            header.data_file_name_lossy().map(std::borrow::Cow::into_owned)
+        } else {
+            None
+        },
         data_file_raw: data_file.then_some(raw),
         bitmaps: bitmaps.iter().flatten().map(bitmap_facts).collect(),
         bitmaps_damaged: bitmaps.as_ref().err().map(ToString::to_string),

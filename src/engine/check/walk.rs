@@ -8,8 +8,7 @@ use qcow2::entry::{COMPRESSED, COPIED, OFFSET_MASK, ZERO, compressed_length};
 use qcow2::header::L1_TABLE_SIZE_MAX;
 use qcow2::snapshot::{EXTRA_LENGTH_V3, TableEntry};
 use qcow2::{
-    Bitmap, EntryError, Geometry, Header, HostOffset, Incompatible, L1Entry, L2Entry, RawL2Entry,
-    SnapshotTable, Unsupported, Version,
+    Bitmap, EntryError, Geometry, Header, HostOffset, L1Entry, L2Entry, RawL2Entry, SnapshotTable, Version,
 };
 
 use super::CLUSTERS_MAX;
@@ -102,10 +101,8 @@ pub(crate) struct Walk {
 
 impl Walk {
     pub fn new(header: &Header, file_length: u64) -> Result<Self, Refusal> {
-        match header.unsupported() {
-            // Its metadata is here all the same.
-            None | Some(Unsupported::ExternalDataFile) => {}
-            Some(unsupported) => return Err(unsupported.into()),
+        if let Some(unsupported) = header.unsupported() {
+            return Err(unsupported.into());
         }
         let geometry = header.geometry();
         let clusters = geometry.clusters_for(file_length);
@@ -124,7 +121,7 @@ impl Walk {
             snapshot_l1: Default::default(),
             snapshot_table_length: 0,
             bitmap_tables: Default::default(),
-            external_data: header.incompatible.contains(Incompatible::DATA_FILE),
+            external_data: header.has_data_file(),
             next_contiguous: 0,
             places: Vec::new(),
             refcount_places: Vec::new(),

@@ -313,7 +313,7 @@ fn features_that_are_not_built_are_named() {
     assert_eq!(refusal(1 << 9, &names[..95]), Some(Unsupported::IncompatibleFeature { bit: 9, name: None }));
     let last = Unsupported::IncompatibleFeature { bit: 63, name: None };
     assert_eq!(refusal(1 << 63 | Incompatible::DATA_FILE.0, &names), Some(last));
-    assert_eq!(refusal(Incompatible::DATA_FILE.0, &[]), Some(Unsupported::ExternalDataFile));
+    assert_eq!(refusal(Incompatible::DATA_FILE.0, &[]), None);
     assert_eq!(refusal(Incompatible::DIRTY.0, &[]), None);
     for method in [1, 2, 3] {
         let refusal = with32(position::CRYPT_METHOD, method).expect("valid").unsupported();

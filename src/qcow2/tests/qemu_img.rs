@@ -151,8 +151,13 @@ fn features_are_read() {
     assert_eq!(header.unsupported(), None);
     assert_eq!(header.write_refusal(), None);
 
-    qemu.create("data_file=data.raw", &["image", "1M"]);
-    assert_eq!(qemu.header().unsupported(), Some(Unsupported::ExternalDataFile));
+    for (how, raw) in [("data_file=data.raw", false), ("data_file=data.raw,data_file_raw=on", true)] {
+        qemu.create(how, &["image", "1M"]);
+        let header = qemu.header();
+        assert_eq!((header.unsupported(), header.write_refusal()), (None, None));
+        assert_eq!((header.has_data_file(), header.is_data_file_raw()), (true, raw));
+        assert_eq!(header.data_file_name_lossy().as_deref(), Some("data.raw"));
+    }
 
     let key = ["--object", "secret,id=key,data=secret", "image", "1M"];
     qemu.create("encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10", &key);

@@ -50,6 +50,11 @@ fn serve_takes_every_option() {
     assert_eq!((options.socket_mode, options.socket_group.as_deref()), (Some(0o660), Some("kvm")));
     assert_eq!(&options.serial.expect("given").0, b"abc\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
     assert_eq!(serve("strata serve --blk-file a --fd 3").fd, Some(3));
+    let below = "--backing-data-file=b.qcow2=c=d --backing-data-file e=f";
+    let apart = serve(&format!("strata serve --blk-file a --fd 3 --data-file=b.data {below}"));
+    assert_eq!(apart.data_file.as_deref(), Some(Path::new("b.data")));
+    let pairs = [("b.qcow2", "c=d"), ("e", "f")].map(|(layer, file)| (layer.into(), file.into()));
+    assert_eq!(apart.backing_data_file, pairs);
     let waits = serve("strata serve --blk-file a --fd 3 --on-enospc wait");
     assert_eq!((options.on_enospc, waits.on_enospc), (OnEnospc::Report, OnEnospc::Wait));
     assert_eq!((options.detect_zeroes, options.discard), (DetectZeroes::Off, Discard::Unmap));
@@ -82,6 +87,8 @@ fn wrong_usage_is_refused() {
         (&format!("{whole} --map-cache-size 32X"), "K, M, G"),
         (&format!("{whole} --map-cache-size 1K"), "64K"),
         (&format!("{whole} --map-cache-size 1T"), "64G"),
+        (&format!("{whole} --backing-data-file b.qcow2"), "with = between"),
+        (&format!("{whole} --backing-data-file =c"), "with = between"),
         (&format!("{whole} --socket-mode 0888"), "octal"),
         (&format!("{whole} --socket-mode 7777"), "octal"),
         (&format!("{whole} --socket-mode +77"), "octal"),

@@ -79,12 +79,6 @@ fn name_in_image(header: &Header, field: Field, bit: u8) -> Option<String> {
     (!name.is_empty()).then(|| String::from_utf8_lossy(name).into_owned())
 }
 
-/// The name that the header has for the external data file.
-pub fn data_file_name(header: &Header) -> Option<String> {
-    let extension = header.extensions.iter().rfind(|extension| extension.magic == extension::DATA_FILE)?;
-    Some(String::from_utf8_lossy(&extension.data).into_owned())
-}
-
 /// The extensions of a header, in their order.
 pub fn extensions(header: &Header) -> Vec<ExtensionFacts> {
     let facts = |extension: &qcow2::Extension| ExtensionFacts {

@@ -1,0 +1,107 @@
+//! External data files: which image of a chain has its data in which file, by what the operator says and nothing else.
+//!
+//! Owns the choice, the opening and the refusals. The name that a header has for its data file is never followed, only
+//! told: whoever can write to an image could have it name any file of the host.
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+
+use qcow2::Header;
+use storage::{IoQueue, Kind, OpenOptions, Operation, Storage};
+
+use crate::driver::Driver;
+use crate::error::OpenError;
+use crate::layer::DiskFile;
+use crate::open::DiskOptions;
+
+/// The least unit of a disk in bytes.
+const SECTOR: u64 = 512;
+
+/// What the operator said, and what of it has been used.
+pub(crate) struct DataFiles<'a> {
+    /// The top image's.
+    top: Option<&'a Path>,
+    /// By the name of the backing file that it belongs to; and whether that has been met.
+    below: Vec<(&'a Path, &'a Path, bool)>,
+    /// By the number of its layer.
+    opened: Vec<(usize, DiskFile)>,
+}
+
+impl<'a> DataFiles<'a> {
+    pub fn new(options: &'a DiskOptions) -> Self {
+        let below = &options.backing_data_files;
+        DataFiles {
+            top: options.data_file.as_deref(),
+            below: below.iter().map(|(layer, file)| (layer.as_path(), file.as_path(), false)).collect(),
+            opened: Vec::new(),
+        }
+    }
+
+    /// Opens the data file of a layer, locked like the image. `header` is none for a raw image, which has none.
+    pub fn open<S: Storage>(
+        &mut self,
+        storage: &S,
+        layer: (usize, &Path),
+        header: Option<&Header>,
+        how: &OpenOptions,
+        seen: &mut HashSet<(u64, u64)>,
+    ) -> Result<(), OpenError> {
+        let (number, image) = layer;
+        let given = if number == 0 { self.top } else { self.given_below(image) };
+        let has_one = header.is_some_and(Header::has_data_file);
+        let file = match (has_one, given) {
+            (false, None) => return Ok(()),
+            (true, Some(file)) => file,
+            (false, Some(file)) => {
+                return Err(OpenError::DataFileNotWanted { image: image.into(), file: file.into() });
+            }
+            (true, None) => {
+                let recorded = header.and_then(Header::data_file_name_lossy).map(|name| name.into_owned());
+                return Err(OpenError::DataFileMissing { image: image.into(), recorded, top: number == 0 });
+            }
+        };
+        let (id, info) = storage.open(file, how)?;
+        if !seen.insert(info.identity) {
+            return Err(OpenError::DataFileTwice { image: image.into(), file: file.into() });
+        }
+        self.opened.push((number, DiskFile { id, info }));
+        Ok(())
+    }
+
+    fn given_below(&mut self, image: &Path) -> Option<&'a Path> {
+        let (_, file, met) = self.below.iter_mut().find(|(layer, ..)| *layer == image)?;
+        *met = true;
+        Some(file)
+    }
+
+    /// The files, by the number of their layer; an error if one was named for an image that is not in the chain.
+    pub fn finish(self) -> Result<Vec<(usize, DiskFile)>, OpenError> {
+        match self.below.iter().find(|(.., met)| !met) {
+            Some((layer, ..)) => Err(OpenError::DataFileOfNoLayer { layer: PathBuf::from(layer) }),
+            None => Ok(self.opened),
+        }
+    }
+}
+
+/// Makes a data file that is to be written as long as the disk, before anything else is done to it: so it never grows
+/// while it is in use (`FileInfo::block_size`), and who reads it as a raw image finds the whole disk.
+pub(crate) async fn extend<Q: IoQueue>(
+    driver: &Driver<Q>,
+    file: &mut DiskFile,
+    disk: u64,
+) -> Result<(), OpenError> {
+    let length = disk.next_multiple_of(SECTOR);
+    if file.info.length >= length {
+        return Ok(());
+    }
+    let path = || file.info.path.clone();
+    if file.info.block_device {
+        return Err(OpenError::DataFileTooShort { path: path(), length: file.info.length, disk });
+    }
+    let grow = Operation::bare(file.id, Kind::SetLength, length);
+    let failed =
+        |source| OpenError::Io { path: path(), structure: "end of the file", offset: length, source };
+    driver.run_bare(grow).await.map_err(failed)?;
+    file.info.length = length;
+    Ok(())
+}
