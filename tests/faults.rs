@@ -66,6 +66,8 @@ fn scenarios() -> Vec<Scenario> {
     let over = written(Shape::new(10, 96).over(Below::Qcow2));
     let old = written(Shape::new(9, 80).v2().over(Below::Raw));
     let parts = written(Shape::new(15, 512).subclusters());
+    let apart = written(Shape::new(10, 96).apart().over(Below::Raw));
+    let apart_raw = written(Shape::new(9, 96).apart_raw());
     let packed = Shape::new(9, 80).past(Past::Compressed(qcow2::Compression::Deflate));
     let long = Shape::new(9, 176).wide_refcounts().past(Past::Long);
     let scenario = |name, shape: Shape, script: Vec<Op>, at_once| Scenario {
@@ -80,6 +82,8 @@ fn scenarios() -> Vec<Scenario> {
         scenario("over qcow2", over, everything(over), 1),
         scenario("compressed clusters", packed, everything(packed), 1),
         scenario("version 2 over raw", old, everything(old), 1),
+        scenario("data apart", apart, everything(apart), 1),
+        scenario("data apart, raw, together", apart_raw, everything(apart_raw), 4),
         scenario("subclusters", parts, everything(parts), 1),
         scenario("growth", long, growth(long), 1),
         scenario("growth, together", long, growth(long), 4),

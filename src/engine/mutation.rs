@@ -118,6 +118,8 @@ impl Mutation {
         Mutation::NoSyncAfterRefblocks,
         Mutation::NoSyncAfterLinks,
         Mutation::NoSyncOfData,
+        Mutation::DataFileNotSynced,
+        Mutation::RawViewForgotten,
         Mutation::FailedSyncIgnored,
         Mutation::FailedWriteForgiven,
         Mutation::FailedCutForgotten,

@@ -19,6 +19,8 @@ use super::stamp::{SECTOR, Value, read_stamps};
 pub struct Seen {
     /// By sector; empty if it could not be read.
     pub values: Vec<Value>,
+    /// What the external data file shows as a raw image, by sector.
+    pub raw_view: Option<Vec<Value>>,
     /// What a hidden snapshot holds, by sector.
     pub snapshot: Option<Vec<Value>>,
     /// Clusters leaked, as the checker counts them.
@@ -81,6 +83,7 @@ fn look(image: &Image, start: &Start) -> Result<Seen, String> {
     let table_clusters = u64::from(header(image)?.refcount_table_clusters);
     Ok(Seen {
         values,
+        raw_view: shape.raw_view(image),
         snapshot: snapshot.transpose()?,
         leaks: report.leaked_clusters,
         hidden_leaks,

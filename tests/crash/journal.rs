@@ -292,6 +292,12 @@ impl Journal {
         (0..self.start.len()).map(|sector| self.allowed(sector, visible, settled)).collect()
     }
 
+    /// As [`Journal::allowed_at`], of a disk that held this at the start.
+    pub fn allowed_from(&self, start: &[Value], moment: Moment) -> Vec<Vec<Value>> {
+        let began_so = Journal { start: start.to_vec(), ..self.clone() };
+        began_so.allowed_at(moment)
+    }
+
     /// What a read that has just ended may have found in a sector.
     pub fn readable(&self, sector: u64, read: usize) -> Vec<Value> {
         let submitted = self.entries[read].submitted;
@@ -379,7 +385,9 @@ impl Journal {
         }
         let (unit, per_table) = (self.shape.cluster_sectors(), self.shape.geometry().l2_entries());
         let (first, last) = (changed.start / unit, (changed.end - 1) / unit);
-        (last - first + 1, last / per_table - first / per_table + 1)
+        // Data in an external file has no refcounts.
+        let data = if self.shape.has_data_file() { 0 } else { last - first + 1 };
+        (data, last / per_table - first / per_table + 1)
     }
 }
 

@@ -291,8 +291,9 @@ impl Rig {
     /// # Panics
     /// When any of that fails, but for a refcount that is at its end.
     fn change_snapshots(&mut self, deed: Deed) {
-        // A snapshot that the image does not know of would not survive.
-        let possible = self.shape.is_qcow2() && self.shape.past != Past::Shared;
+        // A snapshot that the image does not know of would not survive, and of data elsewhere there are none.
+        let possible =
+            self.shape.is_qcow2() && self.shape.past != Past::Shared && !self.shape.has_data_file();
         if !possible || (deed != Deed::Create && self.snapshots.is_empty()) {
             return;
         }

@@ -1,7 +1,7 @@
 //! A second opinion on a sample of the crash states: they are written to real files, which `qemu-img` checks and reads.
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use storage::sim::Image;
@@ -9,7 +9,7 @@ use strata_tests::Qemu;
 use strata_tests::images::{Check, Format};
 
 use super::examine::Seen;
-use super::shape::{BASE, Start, TOP};
+use super::shape::{BASE, DATA, Start, TOP};
 use super::stamp::read_stamps;
 
 /// One state in so many distinct ones is sampled.
@@ -51,6 +51,16 @@ fn compare(qemu: &Qemu, image: &Image, seen: &Seen) -> Result<(), String> {
     if image.file(Path::new(BASE)).is_some() {
         image.export(Path::new(BASE), &folder.path().join(BASE)).expect("an export");
     }
+    let top = if image.file(Path::new(DATA)).is_some() {
+        let data = folder.path().join(DATA);
+        image.export(Path::new(DATA), &data).expect("an export");
+        // Its header names none.
+        let node = |path: &Path| serde_json::json!({ "driver": "file", "filename": path });
+        let name = serde_json::json!({ "driver": "qcow2", "file": node(&top), "data-file": node(&data) });
+        PathBuf::from(format!("json:{name}"))
+    } else {
+        top
+    };
     if seen.shy {
         // What version 2 cannot mark, a repair finds.
         qemu.img(["check", "-q", "-r", "all", "-f", "qcow2", &top.display().to_string()])

@@ -49,6 +49,10 @@ pub fn shapes() -> Vec<Shape> {
         Shape::new(10, 96).over(Below::Raw).past(Past::Written).keeping_places(),
         Shape::new(12, 64).past(Past::Shared).detecting(DetectZeroes::On).keeping_places(),
         Shape::new(15, 352).subclusters().past(Past::Written).detecting(DetectZeroes::Unmap).keeping_places(),
+        Shape::new(9, 80).apart().past(Past::Written),
+        Shape::new(12, 64).apart().over(Below::Raw).past(Past::Written),
+        Shape::new(12, 64).apart_raw().past(Past::Written),
+        Shape::new(15, 352).subclusters().apart().past(Past::Written),
     ]
 }
 

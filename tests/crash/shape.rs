@@ -7,19 +7,22 @@ use std::path::Path;
 use std::sync::Arc;
 
 use disk::{DetectZeroes, DiskOptions, Format, OnEnospc};
-use qcow2::{Compression, Geometry, NewImage, Version};
+use qcow2::feature::AUTOCLEAR_RAW_DATA_FILE;
+use qcow2::{Compression, Geometry, Incompatible, NewImage, Version};
 use storage::sim::{Image, SimOptions, SimWorld};
 
 use super::compressed;
 use super::hidden::{self, Hidden};
 use super::journal::{Deed, Op};
 use super::rig::Rig;
-use super::stamp::{SECTOR, Value, stamp};
+use super::stamp::{SECTOR, Value, read_stamps, stamp};
 
 /// The top image's name in a world.
 pub const TOP: &str = "top";
 /// The backing file's.
 pub const BASE: &str = "base";
+/// The external data file's.
+pub const DATA: &str = "data";
 /// The number by which the backing file's sectors are stamped.
 pub const BASE_WRITE: u32 = 1;
 /// The number of the first write that a preparation makes; a run's own come after them.
@@ -34,6 +37,17 @@ pub enum Below {
     Raw,
     /// A qcow2 image.
     Qcow2,
+}
+
+/// Where the top image has its data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Data {
+    /// In itself.
+    Within,
+    /// In an external file.
+    Apart,
+    /// In an external file that is to be a raw image, too.
+    ApartRaw,
 }
 
 /// What has happened to the image before.
@@ -73,6 +87,8 @@ pub struct Shape {
     pub sectors: u64,
     /// Its clusters have subclusters.
     pub extended_l2: bool,
+    /// Where its data is.
+    pub data: Data,
     /// What lies below.
     pub below: Below,
     /// What was before.
@@ -114,6 +130,7 @@ impl Shape {
             refcount_order: 4,
             sectors,
             extended_l2: false,
+            data: Data::Within,
             below: Below::Nothing,
             past: Past::Fresh,
             table_bytes: 1 << 20,
@@ -153,6 +170,16 @@ impl Shape {
         Shape { extended_l2: true, ..self }
     }
 
+    /// With its data in an external file.
+    pub const fn apart(self) -> Shape {
+        Shape { data: Data::Apart, ..self }
+    }
+
+    /// With its data in an external file that can be read as a raw image.
+    pub const fn apart_raw(self) -> Shape {
+        Shape { data: Data::ApartRaw, ..self }
+    }
+
     /// With refcounts of 2 bits, so that no cluster can have more than two snapshots.
     pub const fn narrow_refcounts(self) -> Shape {
         Shape { refcount_order: 1, ..self }
@@ -188,6 +215,21 @@ impl Shape {
         self.cluster_bytes() / SECTOR
     }
 
+    /// Its data is in an external file.
+    pub fn has_data_file(&self) -> bool {
+        self.data != Data::Within
+    }
+
+    /// What the external data file shows as a raw image, by sector, if it is to be one.
+    pub fn raw_view(&self, image: &Image) -> Option<Vec<Value>> {
+        if self.data != Data::ApartRaw {
+            return None;
+        }
+        let mut bytes = vec![0; (self.sectors * SECTOR) as usize];
+        image.file(Path::new(DATA))?.read(0, &mut bytes);
+        Some(read_stamps(0, &bytes))
+    }
+
     /// It has metadata.
     pub fn is_qcow2(&self) -> bool {
         self.format == Format::Qcow2
@@ -208,14 +250,14 @@ impl Shape {
         sector / self.stretch_sectors() % 2 == 1
     }
 
-    /// A discard of these sectors need not make this one zero: a raw image's is a hint to the host, no more, and a
-    /// compressed cluster has no parts that could be zeroed.
+    /// A discard of these sectors need not make this one zero: that of a raw image, or of one that can be read as such, is
+    /// a hint to the host, no more, and a compressed cluster has no parts that could be zeroed.
     pub fn is_hint(&self, discarded: &Range<u64>, sector: u64) -> bool {
         let unit = self.cluster_sectors();
         let first = sector / unit * unit;
         let whole = discarded.start <= first && (first + unit).min(self.sectors) <= discarded.end;
         let compressed = self.extended_l2 && matches!(self.past, Past::Compressed(_));
-        !self.is_qcow2() || (compressed && !whole)
+        !self.is_qcow2() || self.data == Data::ApartRaw || (compressed && !whole)
     }
 
     /// A discard leaves everything as it is: version 2 cannot hide what lies below.
@@ -248,6 +290,7 @@ impl Shape {
             on_enospc: self.on_enospc,
             detect_zeroes: self.detect,
             discard_no_unref: self.keeps_places,
+            data_file: self.has_data_file().then(|| DATA.into()),
             ..DiskOptions::default()
         }
     }
@@ -275,6 +318,12 @@ impl Shape {
             top = compressed::fill(self, top, &mut values, how);
         }
         world.add_file(TOP, &top);
+        match self.data {
+            Data::Within => {}
+            // What no entry leads to must never be seen, and it need not be as long as the disk.
+            Data::Apart => world.add_file(DATA, &vec![0xee; (self.sectors * SECTOR * 3 / 4) as usize]),
+            Data::ApartRaw => world.add_file(DATA, &vec![0; (self.sectors * SECTOR) as usize]),
+        }
         let mut snapshots = Vec::new();
         if matches!(self.past, Past::Written | Past::Dirty | Past::Shared | Past::Kept) {
             (world, values, snapshots) = self.written(world, values);
@@ -302,6 +351,12 @@ impl Shape {
         for (offset, piece) in new.layout().expect("a shape is one that the format allows") {
             bytes.resize(offset.0 as usize, 0);
             bytes.extend(piece);
+        }
+        if self.has_data_file() {
+            bytes[qcow2::position::INCOMPATIBLE + 7] |= Incompatible::DATA_FILE.0 as u8;
+        }
+        if self.data == Data::ApartRaw {
+            bytes[qcow2::position::AUTOCLEAR + 7] |= AUTOCLEAR_RAW_DATA_FILE as u8;
         }
         if self.past == Past::Long {
             let geometry = self.geometry();

@@ -81,6 +81,16 @@ pub fn shapes() -> Vec<Shape> {
         Shape::new(14, 384).subclusters().past(Past::Written).detecting(DetectZeroes::Unmap).keeping_places(),
         Shape::new(9, 80).v2().past(Past::Written).detecting(DetectZeroes::Unmap),
         Shape::raw(200).detecting(DetectZeroes::Unmap),
+        Shape::new(9, 96).apart().past(Past::Written),
+        Shape::new(12, 131).apart().over(Below::Raw),
+        Shape::new(12, 128).apart().over(Below::Qcow2).past(Past::Written).short_of_memory(),
+        Shape::new(9, 96).apart().past(Past::Dirty),
+        Shape::new(15, 384).subclusters().apart().past(Past::Written),
+        Shape::new(9, 96).apart_raw(),
+        Shape::new(12, 131).apart_raw().past(Past::Written),
+        Shape::new(15, 384).subclusters().apart_raw(),
+        Shape::new(12, 128).apart().past(Past::Written).detecting(DetectZeroes::Unmap).keeping_places(),
+        Shape::new(12, 128).apart_raw().past(Past::Written).detecting(DetectZeroes::On),
     ]
 }
 

@@ -182,6 +182,10 @@ struct Promise<'r> {
     /// Changes that are past.
     past: usize,
     allowed: Vec<Vec<Value>>,
+    /// What the external data file showed as a raw image at the start, and what it may show besides what the guest may
+    /// see: it may be ahead of that, so it may have begun so.
+    raw_start: Option<Vec<Value>>,
+    raw_allowed: Vec<Vec<Value>>,
     leaks_max: u64,
     moment: Moment,
 }
@@ -195,6 +199,8 @@ impl<'r> Promise<'r> {
             changes,
             past: usize::MAX,
             allowed: Vec::new(),
+            raw_start: start.shape.raw_view(&start.image),
+            raw_allowed: Vec::new(),
             leaks_max: 0,
             moment: Moment(0),
         }
@@ -205,6 +211,9 @@ impl<'r> Promise<'r> {
         if past != self.past {
             self.past = past;
             self.allowed = self.run.journal.allowed_at(moment);
+            if let Some(start) = &self.raw_start {
+                self.raw_allowed = self.run.journal.allowed_from(start, moment);
+            }
         }
         self.moment = moment;
         self.leaks_max = self.leaks_at(moment);
@@ -243,6 +252,7 @@ impl<'r> Promise<'r> {
         if seen.values.len() != self.allowed.len() {
             return Err(format!("the disk has {} sectors", seen.values.len()));
         }
+        self.compare_raw_view(seen)?;
         self.compare_snapshots(seen)?;
         // The old table and the new one, which is half as large again.
         let table = seen.table_clusters + seen.table_clusters / 2 + 2;
@@ -251,6 +261,22 @@ impl<'r> Promise<'r> {
             return Err(format!("{leaks} clusters leak, and at most {most} may at {:?}", self.moment));
         }
         Ok(())
+    }
+
+    fn compare_raw_view(&self, seen: &Seen) -> Result<(), String> {
+        let Some(found) = &seen.raw_view else { return Ok(()) };
+        let may = |sector: usize, value: &Value| {
+            self.allowed[sector].contains(value) || self.raw_allowed[sector].contains(value)
+        };
+        match found.iter().enumerate().find(|(sector, value)| !may(*sector, value)) {
+            Some((sector, value)) => {
+                let guest = seen.values[sector];
+                Err(format!(
+                    "as a raw image, sector {sector} holds {value}, which it may not; the guest sees {guest}"
+                ))
+            }
+            None => Ok(()),
+        }
     }
 
     fn compare_snapshots(&self, seen: &Seen) -> Result<(), String> {
