@@ -3,6 +3,7 @@
 
 mod agree;
 #[path = "check/damage.rs"]
+#[allow(dead_code, unused_imports, reason = "tests/damage.rs uses the rest of the mutator")]
 mod damage;
 
 use std::path::{Path, PathBuf};

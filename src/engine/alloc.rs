@@ -87,8 +87,7 @@ impl Allocator {
             file_length: 0,
             reserving: None,
             reclaiming: false,
-            // Cluster 0 is the header's, whatever its refcount says.
-            scanned: 1,
+            scanned: 0,
             scan_end: end,
         }
     }

@@ -123,6 +123,11 @@ impl State {
                         alloc.add_free(FreeRun { run, known_zero: false });
                     }
                 }
+            } else if let Some(used) =
+                guard.within(Run { start: HostCluster(cluster), count: slice_end - cluster })
+            {
+                // A refblock made for the end of the file would say that nobody uses what lies before it.
+                return Err(EngineError::RefcountZero { cluster: used });
             }
             cluster = slice_end;
         }

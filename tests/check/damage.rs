@@ -2,6 +2,14 @@
 //!
 //! Owns where each thing lies in the bytes of a small image. It judges nothing.
 
+#[path = "damage/compressed.rs"]
+mod compressed;
+#[path = "damage/header.rs"]
+mod header;
+
+pub use compressed::PACKED;
+pub use header::{BACKING, EXTENSIONS, HEADER, LENGTHS};
+
 use qcow2::entry::{COMPRESSED, COPIED, OFFSET_MASK};
 use qcow2::{Geometry, Header, HostOffset, Version, position, set_entry};
 

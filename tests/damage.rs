@@ -1,0 +1,150 @@
+//! Damaged images, one by one: each is refused by name, or served as far as it is whole, in little time and memory. What
+//! becomes of each is in `damage/table.txt`, with what QEMU does beside it.
+//!
+//! `STRATA_DAMAGE_WRITE=1` writes the table anew, which is then to be read: every line is a promise.
+
+#[path = "check/damage.rs"]
+#[allow(dead_code, reason = "the checker's test uses its own part of the mutator")]
+mod damage;
+#[path = "fuzz/targets/host.rs"]
+#[allow(dead_code, reason = "the fuzz targets use their own part")]
+mod host;
+mod meter;
+#[path = "damage/probe.rs"]
+mod probe;
+#[path = "damage/qemu.rs"]
+mod qemu;
+#[path = "damage/reasons.rs"]
+mod reasons;
+#[path = "fuzz/targets/session.rs"]
+#[allow(dead_code, reason = "the fuzz targets use their own part")]
+mod session;
+#[path = "damage/table.rs"]
+mod table;
+#[path = "damage/victims.rs"]
+mod victims;
+
+use std::path::Path;
+use std::time::Duration;
+
+use strata_tests::Qemu;
+
+use crate::damage::{
+    BACKING, BITMAPS, Damage, EXTENSIONS, FILE, HEADER, LENGTHS, MAPPING, PACKED, REFCOUNTS, Raw, SNAPSHOTS,
+};
+use crate::meter::measure;
+use crate::probe::{Opened, Outcome, Read, probe};
+use crate::table::Row;
+use crate::victims::Victim;
+
+/// The longest that all may take that is done to one image.
+const TIME_MAX: Duration = Duration::from_secs(1);
+/// The most heap that may be held meanwhile, in bytes.
+const BYTES_MAX: usize = 64 << 20;
+/// No image is longer.
+const FILE_MAX: usize = 1 << 20;
+/// No fewer images than that.
+const ROWS_MIN: usize = 300;
+/// Images that QEMU is not asked about: it goes down a chain that leads to itself until it has no memory left.
+const ENDLESS: &str = "over itself";
+
+/// Each image that is damaged, and in which ways.
+fn victims() -> Vec<(Victim, Vec<&'static [Damage]>)> {
+    vec![
+        (victims::plain(), vec![HEADER, LENGTHS, EXTENSIONS, BACKING, MAPPING, REFCOUNTS, FILE, PACKED]),
+        (victims::old(), vec![MAPPING]),
+        (victims::subclusters(), vec![MAPPING, FILE]),
+        (victims::snapshot(), vec![SNAPSHOTS, MAPPING]),
+        (victims::bitmap(), vec![BITMAPS]),
+    ]
+}
+
+fn rows() -> Vec<(Row, Victim)> {
+    let mut rows = Vec::new();
+    for (victim, lists) in victims() {
+        let sound = Raw::new(victim.bytes.clone());
+        for (damage, run) in lists.into_iter().flatten() {
+            let mut raw = sound.clone();
+            if run(&mut raw) {
+                let row = Row { victim: victim.name, damage, bytes: raw.bytes };
+                let Victim { name, ref bytes, ref contents, empty } = victim;
+                let victim = Victim { name, bytes: bytes.clone(), contents: contents.clone(), empty };
+                rows.push((row, victim));
+            }
+        }
+    }
+    rows
+}
+
+/// Probes an image within the bounds.
+fn judge(row: &Row, victim: &Victim) -> Outcome {
+    assert!(row.bytes.len() <= FILE_MAX || row.damage.contains("longer"), "{}: not a small file", row.name());
+    let (outcome, cost) = measure(|| probe(&row.bytes, victim));
+    assert!(cost.time <= TIME_MAX, "{}: took {:?}", row.name(), cost.time);
+    assert!(cost.bytes <= BYTES_MAX, "{}: held {} bytes", row.name(), cost.bytes);
+    outcome
+}
+
+#[test]
+fn each_is_refused_by_name_or_served_as_far_as_it_is_whole() {
+    let Some(_) = Qemu::find() else { return };
+    let rows = rows();
+    println!("{} damaged images", rows.len());
+    assert!(rows.len() >= ROWS_MIN, "{} damaged images", rows.len());
+    // Ours first: what is wrong there is seen at once.
+    let outcomes: Vec<Outcome> = rows.iter().map(|(row, victim)| judge(row, victim)).collect();
+    let work: Vec<_> = rows.iter().zip(&outcomes).collect();
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(8);
+    let parts: Vec<String> = std::thread::scope(|scope| {
+        let parts = work.chunks(work.len().div_ceil(threads)).map(|part| scope.spawn(|| describe(part)));
+        let parts: Vec<_> = parts.collect();
+        parts.into_iter().map(|part| part.join().expect("a part of the table")).collect()
+    });
+    let text = parts.concat();
+    table::compare(&text, &Path::new(env!("CARGO_MANIFEST_DIR")).join("damage/table.txt"));
+    for damage in reasons::damages() {
+        let used = text.lines().any(|line| line.ends_with(&format!(": {damage}")));
+        assert!(used, "{damage}: there is no such row, but a reason for it");
+    }
+}
+
+/// The rows of some images: QEMU is asked about them.
+fn describe(part: &[(&(Row, Victim), &Outcome)]) -> String {
+    let folder = tempfile::tempdir().expect("a folder");
+    let row = |((row, victim), ours): &(&(Row, Victim), &Outcome)| {
+        let theirs =
+            (!row.damage.starts_with(ENDLESS)).then(|| qemu::ask(folder.path(), &row.bytes, victim, ours));
+        table::describe(row, ours, theirs.as_ref(), victim)
+    };
+    part.iter().map(row).collect()
+}
+
+#[test]
+fn what_is_not_damaged_is_served_whole() {
+    let Some(_) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    for (victim, _) in victims() {
+        let row = Row { victim: victim.name, damage: "nothing", bytes: victim.bytes.clone() };
+        let ours = judge(&row, &victim);
+        assert_eq!(ours.opened, Opened::Writable, "{}", victim.name);
+        // Cluster 3 of the image with subclusters has two kinds in one.
+        let expected: Vec<_> =
+            victim.contents.iter().map(|(place, byte)| (*place, Read::All(*byte))).collect();
+        assert_eq!(ours.reads.clone().into_iter().collect::<Vec<_>>(), expected, "{}", victim.name);
+        assert!(
+            ours.writes.iter().all(|(_, failed)| failed.is_none()) && ours.changed.is_empty(),
+            "{ours:?}"
+        );
+        assert!(!ours.marked);
+        let theirs = qemu::ask(folder.path(), &victim.bytes, &victim, &ours);
+        assert_eq!((theirs.opened, &theirs.reads), (Opened::Writable, &ours.reads), "{}", victim.name);
+        assert!(theirs.writes.iter().all(|done| *done) && !theirs.marked);
+        std::fs::write(folder.path().join("top"), &victim.bytes).expect("an image");
+        let check = std::process::Command::new("qemu-img")
+            .args(["check", "-f", "qcow2"])
+            .arg(folder.path().join("top"))
+            .output()
+            .expect("runs");
+        assert!(check.status.success(), "{}: {check:?}", victim.name);
+    }
+}

@@ -1,0 +1,150 @@
+//! What becomes of an image that is opened, read, written and closed by us: on a simulated host, in one thread, so that
+//! its time and its memory can be measured.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use disk::DiskOptions;
+use disk::check::{CheckError, Report};
+use storage::sim::SimWorld;
+
+use super::host::{bytes, checked, options, world};
+use super::session::Session;
+use super::victims::{UNIT, Victim};
+
+/// What a place holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Read {
+    /// One byte throughout.
+    All(u8),
+    /// Different bytes.
+    Mixed,
+    /// It cannot be read, and why.
+    Fails(String),
+}
+
+/// How far an image is opened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Opened {
+    /// For writing.
+    Writable,
+    /// For reading only; why not for writing.
+    ReadOnly(String),
+    /// Not at all, and why.
+    Refused(String),
+}
+
+/// What became of it.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// How far it was opened.
+    pub opened: Opened,
+    /// By place.
+    pub reads: BTreeMap<u64, Read>,
+    /// What was written, and why not.
+    pub writes: Vec<(&'static str, Option<String>)>,
+    /// Places that were not written and hold something else now.
+    pub changed: Vec<u64>,
+    /// The corrupt bit is set in the end, and was not before.
+    pub marked: bool,
+}
+
+/// Writes that are tried: name, offset, length. The first is a part of a cluster.
+pub fn writes(victim: &Victim) -> [(&'static str, u64, u64); 3] {
+    let (empty, cluster) = victim.empty;
+    [
+        ("a write to data", 512, 1024),
+        ("a write to an empty cluster", empty, UNIT),
+        ("a discard", cluster, cluster),
+    ]
+}
+
+/// Does all that to an image, which came of a victim. It is read by a disk that is open for reading only, and written by
+/// another, so that nothing has been found damaged before.
+pub fn probe(file: &[u8], victim: &Victim) -> Outcome {
+    let mut outcome = Outcome {
+        opened: Opened::Writable,
+        reads: BTreeMap::new(),
+        writes: Vec::new(),
+        changed: Vec::new(),
+        marked: false,
+    };
+    let options = options(false);
+    let read_only = DiskOptions { read_only: true, ..options.clone() };
+    let to_read = Session::open(&world(file), &read_only, None).map(|mut session| read(&mut session, victim));
+    let world = world(file);
+    let before = checked(&world).ok();
+    let to_write = Session::open(&world, &options, None);
+    match (to_read, to_write) {
+        (Err(why), Err(_)) => outcome.opened = Opened::Refused(why.to_string()),
+        (Err(why), Ok(_)) => panic!("opens for writing, and not for reading: {why}"),
+        (Ok(reads), Err(why)) => {
+            outcome.reads = reads;
+            outcome.opened = Opened::ReadOnly(why.to_string());
+        }
+        (Ok(reads), Ok(session)) => {
+            outcome.reads = reads;
+            let closed = write(&mut outcome, &world, session, victim);
+            let marked = is_marked(&bytes(&world, 512));
+            outcome.marked = marked && !is_marked(file);
+            if let Some(before) = before {
+                judge(&before, checked(&world), marked || !closed, &outcome);
+            }
+        }
+    }
+    outcome
+}
+
+/// An image that was written is no worse than before, or it was found damaged.
+fn judge(before: &Report, after: Result<Report, CheckError>, found: bool, outcome: &Outcome) {
+    let found = found || outcome.writes.iter().any(|(_, failed)| failed.is_some());
+    match after {
+        Ok(after) => {
+            assert!(found || after.verdict() <= before.verdict(), "{before:#?}\nbecame\n{after:#?}");
+        }
+        // Data behind the end of the file was written there, as it is in QEMU, and the file has become too long.
+        Err(CheckError::Refused { .. }) => {}
+        Err(error) => panic!("it can be checked no more: {error}"),
+    }
+}
+
+/// Writes, sees that nothing else has changed, lets the housekeeper do its work, and closes; whether that could be done.
+fn write(outcome: &mut Outcome, world: &SimWorld, mut session: Session, victim: &Victim) -> bool {
+    let size = session.size();
+    for (what, offset, length) in writes(victim).into_iter().filter(|(_, at, length)| at + length <= size) {
+        match what {
+            "a discard" => session.discard(offset, length),
+            _ => session.write(offset, length, 0xa5, false),
+        }
+        outcome.writes.push((what, session.failures.drain(..).next().map(|error| error.to_string())));
+    }
+    session.flush();
+    session.rest(world, Duration::from_secs(6));
+    session.failures.clear();
+    let written = |at: u64| {
+        writes(victim).iter().any(|(_, offset, length)| at + UNIT > *offset && at < offset + length)
+    };
+    let now = read(&mut session, victim);
+    let same = |place: &u64| now[place] == outcome.reads[place];
+    outcome.changed = now.keys().filter(|place| !written(**place) && !same(place)).copied().collect();
+    session.close().1.is_ok()
+}
+
+/// The corrupt bit, of version 3.
+pub fn is_marked(file: &[u8]) -> bool {
+    file.len() > 79 && file[7] == 3 && file[79] & 2 != 0
+}
+
+fn read(session: &mut Session, victim: &Victim) -> BTreeMap<u64, Read> {
+    let size = session.size();
+    let mut reads = BTreeMap::new();
+    for place in victim.contents.keys().filter(|place| **place + UNIT <= size) {
+        let read = match session.read(*place, UNIT) {
+            Some(bytes) if bytes.iter().all(|byte| *byte == bytes[0]) => Read::All(bytes[0]),
+            Some(_) => Read::Mixed,
+            None => Read::Fails(session.failures.pop().expect("why it failed").to_string()),
+        };
+        reads.insert(*place, read);
+    }
+    reads
+}
