@@ -57,7 +57,8 @@ fn hunt(mutation: Mutation, starts: &[Start], time: Duration) -> Option<Catch> {
     None
 }
 
-/// The only kind of runs in which a breakage of what is done after a failed I/O shows, or of what is given up.
+/// The only kind of runs in which a breakage of what is done after a failed I/O shows, or of what is given up, or of what
+/// becomes of a disk that changes its size.
 fn telling(mutation: Mutation) -> Option<Tactic> {
     use Mutation::{AbortedTakenForZero, FailedCutForgotten, FailedSyncIgnored, FailedWriteForgiven};
     match mutation {
@@ -65,6 +66,9 @@ fn telling(mutation: Mutation) -> Option<Tactic> {
             Some(Tactic::Failures)
         }
         Mutation::ClaimKeptByLeaver | Mutation::WaitNotGivenUp => Some(Tactic::Shortages),
+        Mutation::ResizeKeepsLinks | Mutation::ResizeKeepsTail | Mutation::ResizeBaresBacking => {
+            Some(Tactic::Sizes)
+        }
         _ => None,
     }
 }
@@ -96,16 +100,23 @@ fn early_reuse_is_noticed_by_the_tests_of_the_windows() {
     }
 }
 
-/// A crash within a change of snapshots shows what is wrong with its order.
+/// A crash within a change of an image that nobody uses shows what is wrong with its order.
 #[test]
-fn every_breakage_of_a_change_of_snapshots_is_noticed() {
+fn every_breakage_of_a_change_is_noticed() {
     let starts = changes::starts();
-    for mutation in
-        [Mutation::SnapshotHeaderFirst, Mutation::SnapshotFlagsKept, Mutation::SnapshotLoweredFirst]
-    {
+    for mutation in [
+        Mutation::SnapshotHeaderFirst,
+        Mutation::SnapshotFlagsKept,
+        Mutation::SnapshotLoweredFirst,
+        Mutation::ResizeKeepsLinks,
+        Mutation::ResizeKeepsTail,
+        Mutation::ResizeBaresBacking,
+    ] {
         let tally = Tally::new(Duration::from_secs(600));
         let noticed = mutation::with(mutation, || {
-            let all = starts.iter().flat_map(|start| changes::DEEDS.map(|deed| (start, deed)));
+            let all = starts
+                .iter()
+                .flat_map(|start| changes::deeds(start).into_iter().map(move |deed| (start, deed)));
             all.filter_map(|(start, deed)| changes::crash_all(start, deed, &tally).err()).next()
         });
         assert!(noticed.is_some(), "{mutation:?} is not noticed");

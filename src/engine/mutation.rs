@@ -144,6 +144,9 @@ impl Mutation {
         Mutation::SnapshotHeaderFirst,
         Mutation::SnapshotFlagsKept,
         Mutation::SnapshotLoweredFirst,
+        Mutation::ResizeKeepsLinks,
+        Mutation::ResizeKeepsTail,
+        Mutation::ResizeBaresBacking,
         Mutation::ClaimKeptByLeaver,
         Mutation::WaitNotGivenUp,
     ];

@@ -1,25 +1,47 @@
-//! A change of the snapshots of an image by itself: what it makes of an image, and its crashes at every event.
+//! A change of the snapshots or of the size of an image by itself: what it makes of an image, and its crashes at every
+//! event.
 
 use std::path::Path;
 use std::sync::Arc;
 
-use disk::snapshot::{Change, ChangeError, change};
+use disk::resize::{NewSize, Shrinking, resize};
+use disk::snapshot::{Change, change};
+use qcow2::Compression;
 use storage::sim::{CrashLimits, CrashScope, Image, Random, Replay, SimOptions, SimWorld};
 
 use super::examine::examine;
 use super::journal::Deed;
+use super::sequences::sizes;
 use super::shape::{Below, Past, Shape, Snapshots, Start, TOP};
-use super::stamp::Value;
+use super::stamp::{SECTOR, Value};
 use super::tally::Tally;
 
 /// The name of a snapshot that is made.
 const NEW: &str = "new";
-/// All that is done.
-pub const DEEDS: [Deed; 3] = [Deed::Create, Deed::Apply, Deed::Delete];
 
-/// Images with a snapshot.
+/// All that can be done to an image.
+pub fn deeds(start: &Start) -> Vec<Deed> {
+    let mut deeds = Vec::new();
+    if !start.snapshots.is_empty() {
+        deeds.extend([Deed::Create, Deed::Apply, Deed::Delete]);
+    }
+    let shape = &start.shape;
+    if shape.is_resizable() {
+        let now = start.values.len() as u64;
+        // To the end of the cluster, and not so far.
+        let edge = now.next_multiple_of(shape.cluster_sectors());
+        let near = [edge, edge - 1].into_iter().filter(|to| *to > now);
+        // Where zeros cannot hide what lies below, only so far.
+        let most = if shape.discards_nothing() { edge } else { u64::MAX };
+        let far = sizes(shape).into_iter().filter(|to| *to != now && *to <= most);
+        deeds.extend(near.chain(far).map(Deed::Resize));
+    }
+    deeds
+}
+
+/// Images, most of them with a snapshot; some end in the midst of a cluster, with something behind it.
 pub fn starts() -> Vec<Start> {
-    let shapes = [
+    let kept = [
         Shape::new(9, 80),
         Shape::new(9, 80).v2(),
         Shape::new(12, 128),
@@ -28,7 +50,29 @@ pub fn starts() -> Vec<Start> {
         // New refblocks.
         Shape::new(9, 200).wide_refcounts(),
     ];
-    shapes.map(|shape| shape.past(Past::Kept).make()).to_vec()
+    let plain = [
+        // A longer backing file: at the cut a table of the disk, or none.
+        Shape::new(9, 200).over(Below::Raw),
+        Shape::new(12, 128).over(Below::Raw).past(Past::Written),
+        Shape::new(10, 98).v2().over(Below::Qcow2).past(Past::Written),
+        Shape::new(9, 80).v2().past(Past::Written),
+        Shape::new(14, 320).subclusters().over(Below::Raw).past(Past::Written),
+        Shape::new(12, 96).past(Past::Compressed(Compression::Deflate)),
+        Shape::raw(64).past(Past::Written),
+    ];
+    let mut starts: Vec<Start> = kept.map(|shape| shape.past(Past::Kept).make()).to_vec();
+    starts.extend(plain.map(|shape| shape.make()));
+    let smaller: Vec<Start> = starts.iter().filter(|start| start.shape.is_resizable()).map(shrunk).collect();
+    starts.into_iter().chain(smaller).collect()
+}
+
+/// An image whose disk has become smaller.
+fn shrunk(start: &Start) -> Start {
+    let to = Deed::Resize(sizes(&start.shape)[0]);
+    let world = SimWorld::from_image(start.image.clone(), 4, SimOptions::calm());
+    run(&world, start, to).expect("it shrinks");
+    let [_, (values, _)] = states(start, to);
+    Start { image: world.image(), values, ..start.clone() }
 }
 
 /// What an image is: its disk and its snapshots.
@@ -44,6 +88,11 @@ pub fn states(start: &Start, deed: Deed) -> [State; 2] {
         }
         Deed::Apply => (kept[0].1.to_vec(), kept.clone()),
         Deed::Delete => (values.clone(), kept[1..].to_vec()),
+        Deed::Resize(sectors) => {
+            let mut values = values.clone();
+            values.resize(sectors as usize, Value::Zero);
+            (values, kept.clone())
+        }
     };
     [(values, kept), after]
 }
@@ -52,14 +101,20 @@ pub fn states(start: &Start, deed: Deed) -> [State; 2] {
 ///
 /// # Errors
 /// Why it could not be done.
-pub fn run(world: &SimWorld, start: &Start, deed: Deed) -> Result<(), ChangeError> {
-    let oldest = start.snapshots[0].0.clone();
+pub fn run(world: &SimWorld, start: &Start, deed: Deed) -> Result<(), String> {
+    let (storage, options) = (world.storage(), start.shape.options());
+    let oldest = start.snapshots.first().map(|(name, _)| name.clone()).unwrap_or_default();
     let wanted = match deed {
+        Deed::Resize(sectors) => {
+            let size = NewSize::Of(sectors * SECTOR);
+            let resized = resize(storage, Path::new(TOP), size, Shrinking::Accepted, &options);
+            return resized.map(drop).map_err(|error| error.to_string());
+        }
         Deed::Create => Change::Create { name: NEW.into(), seconds: 1, nanoseconds: 2 },
         Deed::Apply => Change::Apply { wanted: oldest },
         Deed::Delete => Change::Delete { wanted: oldest },
     };
-    change(&world.storage(), Path::new(TOP), wanted, &start.shape.options()).map(drop)
+    change(&storage, Path::new(TOP), wanted, &options).map(drop).map_err(|error| error.to_string())
 }
 
 /// Looks at what is left; which of the two states it is.
@@ -90,7 +145,7 @@ pub fn crash_all(start: &Start, deed: Deed, tally: &Tally) -> Result<[u64; 2], S
     let limits = CrashLimits { exhaustive: 5, samples: 12, tears: 6 };
     let states = states(start, deed);
     let world = SimWorld::from_image(start.image.clone(), 5, SimOptions::default());
-    run(&world, start, deed).map_err(|error| error.to_string())?;
+    run(&world, start, deed)?;
     let history = world.history();
     let mut replay = Replay::new(&history);
     let mut random = Random::new(3);

@@ -15,7 +15,7 @@ use storage::sim::Moment;
 use super::shape::{Past, Shape};
 use super::stamp::Value;
 
-/// What is done to the snapshots of an image; the disk is closed for it.
+/// What is done to an image that nobody uses; the disk is closed for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Deed {
     /// The disk is kept as it is.
@@ -24,6 +24,8 @@ pub enum Deed {
     Apply,
     /// The oldest snapshot is forgotten.
     Delete,
+    /// The disk gets so many sectors.
+    Resize(u64),
 }
 
 /// A snapshot, and who made and who deleted it: requests by their names.
@@ -85,8 +87,8 @@ pub enum Op {
     Pause(u64),
     /// The next request's first I/O takes so many milliseconds longer.
     Late(u64),
-    /// The disk is closed, something is done to its snapshots, and it is opened again; what is in flight ends first.
-    Snapshot(Deed),
+    /// The disk is closed, its snapshots or its size change, and it is opened again; what is in flight ends first.
+    Change(Deed),
 }
 
 impl Op {
@@ -103,22 +105,36 @@ impl Op {
             | Op::Gappy { sector, count }
             | Op::Zeroes { sector, count, .. }
             | Op::Discard { sector, count } => sector..sector + count,
-            Op::Flush | Op::Pause(_) | Op::Late(_) | Op::Snapshot(_) => 0..0,
+            Op::Flush | Op::Pause(_) | Op::Late(_) | Op::Change(_) => 0..0,
         }
     }
 
-    /// The sectors that it changes.
-    fn changed(&self, shape: &Shape) -> Range<u64> {
+    /// As much of it as there is on a disk of so many sectors.
+    pub fn clipped(mut self, sectors: u64) -> Op {
+        if let Op::Read { sector, count }
+        | Op::Write { sector, count, .. }
+        | Op::Gappy { sector, count }
+        | Op::Zeroes { sector, count, .. }
+        | Op::Discard { sector, count } = &mut self
+        {
+            *count = (*count).min(sectors.saturating_sub(*sector));
+        }
+        self
+    }
+
+    /// The sectors that it changes on a disk that has so many.
+    fn changed(&self, shape: &Shape, sectors: u64) -> Range<u64> {
         match *self {
-            Op::Snapshot(Deed::Apply) => 0..shape.sectors,
-            Op::Read { .. } | Op::Flush | Op::Pause(_) | Op::Late(_) | Op::Snapshot(_) => 0..0,
+            Op::Change(Deed::Apply) => 0..shape.sectors_max(),
+            Op::Change(Deed::Resize(to)) => sectors.min(to)..sectors.max(to),
+            Op::Read { .. } | Op::Flush | Op::Pause(_) | Op::Late(_) | Op::Change(_) => 0..0,
             Op::Write { .. } | Op::Gappy { .. } | Op::Zeroes { .. } => self.sectors(),
             Op::Discard { .. } if shape.discards_nothing() => 0..0,
             Op::Discard { sector, count } => {
                 let unit = shape.granule_sectors();
                 let end = sector + count;
                 // The last granule is whole where the disk ends.
-                let whole_end = if end == shape.sectors { end } else { end / unit * unit };
+                let whole_end = if end == sectors { end } else { end / unit * unit };
                 let start = sector.next_multiple_of(unit);
                 start..whole_end.max(start)
             }
@@ -140,6 +156,8 @@ pub struct Entry {
     pub op: Op,
     /// The number of a write.
     pub write: u32,
+    /// The sectors of the disk when it was asked.
+    sectors: u64,
     /// It is acknowledged only when durable.
     through: bool,
     submitted: Point,
@@ -154,7 +172,10 @@ pub struct Entry {
 #[derive(Clone)]
 pub struct Journal {
     shape: Shape,
+    /// By sector, of as many as the disk may ever have.
     start: Vec<Value>,
+    /// How many it has.
+    pub sectors: u64,
     entries: Vec<Entry>,
     order: u32,
     /// For each sector the requests that change it.
@@ -168,6 +189,8 @@ pub struct Journal {
 impl Journal {
     /// For a disk whose sectors hold these values, and that has these snapshots.
     pub fn new(shape: Shape, start: Vec<Value>, snapshots: &[(String, Arc<[Value]>)]) -> Self {
+        let sectors = start.len() as u64;
+        let start = padded(&start, &shape);
         let touched = vec![Vec::new(); start.len()];
         let kept = |(name, values): &(String, Arc<[Value]>)| Kept {
             name: name.clone(),
@@ -176,7 +199,7 @@ impl Journal {
             deleted: None,
         };
         let (applied, kept) = (HashMap::new(), snapshots.iter().map(kept).collect());
-        Journal { shape, start, entries: Vec::new(), order: 0, touched, applied, kept }
+        Journal { shape, start, sectors, entries: Vec::new(), order: 0, touched, applied, kept }
     }
 
     /// A request is about to make a snapshot of a disk that holds this.
@@ -186,8 +209,9 @@ impl Journal {
 
     /// A request is about to apply a snapshot.
     pub fn applies(&mut self, request: usize, name: &str) {
-        let values = Arc::clone(&self.named(name).values);
-        self.applied.insert(request as u32, values);
+        let shape = self.shape;
+        let values = padded(&self.named(name).values, &shape);
+        self.applied.insert(request as u32, values.into());
     }
 
     /// A request is about to delete a snapshot.
@@ -214,7 +238,8 @@ impl Journal {
         match entry.op {
             Op::Write { .. } => Value::Write(entry.write),
             Op::Gappy { .. } if !self.shape.is_gap(sector as u64) => Value::Write(entry.write),
-            Op::Snapshot(_) => self.applied[&request][sector],
+            Op::Change(Deed::Resize(to)) if sector as u64 >= to => Value::NoSector,
+            Op::Change(Deed::Apply) => self.applied[&request][sector],
             _ => Value::Zero,
         }
     }
@@ -227,11 +252,21 @@ impl Journal {
     /// A request is about to be submitted, to be acknowledged only when durable if `through`; its name.
     pub fn submit(&mut self, op: Op, write: u32, through: bool, moment: Moment) -> usize {
         let index = self.entries.len();
-        for sector in op.changed(&self.shape) {
+        let sectors = self.sectors;
+        for sector in op.changed(&self.shape, sectors) {
             self.touched[sector as usize].push(index as u32);
         }
         let submitted = self.point(moment);
-        self.entries.push(Entry { op, write, through, submitted, ended: None, done: false, settled: None });
+        self.entries.push(Entry {
+            op,
+            write,
+            sectors,
+            through,
+            submitted,
+            ended: None,
+            done: false,
+            settled: None,
+        });
         index
     }
 
@@ -316,7 +351,8 @@ impl Journal {
         let touching = || self.touched[sector].iter().map(|index| (*index, &self.entries[*index as usize]));
         // Whatever ended before this is overwritten for good.
         let is_hint = |entry: &Entry| {
-            matches!(entry.op, Op::Discard { .. }) && self.shape.is_hint(&entry.op.sectors(), sector as u64)
+            matches!(entry.op, Op::Discard { .. })
+                && self.shape.is_hint(&entry.op.sectors(), sector as u64, entry.sectors)
         };
         let lasting = |(_, entry): &(u32, &Entry)| settled(entry) && !is_hint(entry);
         let horizon = touching().filter(lasting).map(|(_, entry)| entry.submitted.order).max();
@@ -334,14 +370,15 @@ impl Journal {
         values
     }
 
-    /// What each sector holds if all requests are done, one after the other.
+    /// What each sector of the disk holds if all requests are done, one after the other.
     pub fn settled_values(&self) -> Vec<Value> {
         let mut values = self.start.clone();
         for (index, entry) in self.entries.iter().enumerate().filter(|(_, entry)| entry.done) {
-            for sector in entry.op.changed(&self.shape) {
+            for sector in entry.op.changed(&self.shape, entry.sectors) {
                 values[sector as usize] = self.value(index as u32, sector as usize);
             }
         }
+        values.retain(|value| *value != Value::NoSector);
         values
     }
 
@@ -374,12 +411,15 @@ impl Journal {
 
     /// Clusters of the disk that a request changes, and L2 tables that map them.
     fn reach(&self, entry: &Entry) -> (u64, u64) {
-        if let Op::Snapshot(_) = entry.op {
+        if let Op::Change(deed) = entry.op {
             // Each cluster may be counted once too often for a while, and the tables have new places.
-            let clusters = self.shape.sectors.div_ceil(self.shape.cluster_sectors());
-            return (clusters, clusters / self.shape.geometry().l2_entries() + 8);
+            let clusters = self.shape.sectors_max().div_ceil(self.shape.cluster_sectors());
+            // The end of a disk that grows is written by a disk, which reserves clusters.
+            let window = (1 << 20) / self.shape.cluster_bytes();
+            let reserved = if matches!(deed, Deed::Resize(_)) { window } else { 0 };
+            return (clusters, clusters / self.shape.geometry().l2_entries() + 8 + reserved);
         }
-        let changed = entry.op.changed(&self.shape);
+        let changed = entry.op.changed(&self.shape, entry.sectors);
         if changed.is_empty() {
             return (0, 0);
         }
@@ -389,6 +429,12 @@ impl Journal {
         let data = if self.shape.has_data_file() { 0 } else { last - first + 1 };
         (data, last / per_table - first / per_table + 1)
     }
+}
+
+/// As many values as the disk may ever have sectors.
+pub fn padded(values: &[Value], shape: &Shape) -> Vec<Value> {
+    let missing = (shape.sectors_max() as usize).saturating_sub(values.len());
+    [values, &vec![Value::NoSector; missing]].concat()
 }
 
 /// Clusters that a crash may leak because of what was asked.

@@ -3,9 +3,12 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use disk::snapshot::{Change, ChangeError, ChangeRefusal, change};
+use disk::change::{ChangeError, ChangeRefusal};
+use disk::resize::{NewSize, ResizeError, Shrinking, resize};
+use disk::snapshot::{Change, change};
 use disk::{Completed, Disk, DiskQueue, Keeper, OpenError, Request, RequestError, RequestId, SpaceStatus};
 use engine::EngineStatus;
 use storage::GuestSlice;
@@ -47,7 +50,7 @@ pub struct Rig {
     pub misread: Option<String>,
     queues: Vec<DiskQueue<SimStorage>>,
     keeper: Option<Keeper<SimStorage>>,
-    /// None only while its snapshots change.
+    /// None only while the image changes.
     disk: Option<Disk<SimStorage>>,
     shape: Shape,
     /// The names of the image's snapshots, the oldest first.
@@ -265,13 +268,13 @@ impl Rig {
         while next < ops.len() || self.in_flight() > 0 {
             let may_submit = match ops.get(next) {
                 None => false,
-                Some(Op::Pause(_) | Op::Snapshot(_)) => self.in_flight() == 0,
+                Some(Op::Pause(_) | Op::Change(_)) => self.in_flight() == 0,
                 Some(_) => self.in_flight() < at_once.min(SLOTS),
             };
             if may_submit && (at_once == 1 || self.random.chance(1, 3)) {
                 match ops[next] {
                     Op::Pause(milliseconds) => self.pause(Duration::from_millis(milliseconds)),
-                    Op::Snapshot(deed) => self.change_snapshots(deed),
+                    Op::Change(deed) => self.change_image(deed),
                     Op::Late(milliseconds) => self.late = Some(Duration::from_millis(milliseconds)),
                     op => {
                         // Alone, a sequence is to be just what it says.
@@ -286,15 +289,27 @@ impl Rig {
         }
     }
 
-    /// Closes the disk, does something to its snapshots, and opens it again.
+    /// True if something can be done to the image now.
+    fn is_possible(&self, deed: Deed) -> bool {
+        // A snapshot that the image does not know of would not survive.
+        // And of data elsewhere there are none.
+        let may_have_snapshots =
+            self.shape.is_qcow2() && self.shape.past != Past::Shared && !self.shape.has_data_file();
+        match deed {
+            Deed::Create => may_have_snapshots,
+            Deed::Apply | Deed::Delete => may_have_snapshots && !self.snapshots.is_empty(),
+            Deed::Resize(_) => {
+                self.shape.is_resizable() && (self.shape.version == 3 || self.snapshots.is_empty())
+            }
+        }
+    }
+
+    /// Closes the disk, changes its snapshots or its size, and opens it again.
     ///
     /// # Panics
-    /// When any of that fails, but for a refcount that is at its end.
-    fn change_snapshots(&mut self, deed: Deed) {
-        // A snapshot that the image does not know of would not survive, and of data elsewhere there are none.
-        let possible =
-            self.shape.is_qcow2() && self.shape.past != Past::Shared && !self.shape.has_data_file();
-        if !possible || (deed != Deed::Create && self.snapshots.is_empty()) {
+    /// When any of that fails, but for a refcount that is at its end, and what version 2 cannot say.
+    fn change_image(&mut self, deed: Deed) {
+        if !self.is_possible(deed) {
             return;
         }
         self.world.release_hung();
@@ -305,8 +320,32 @@ impl Rig {
         self.disk.take().expect("it is open").close().expect("a clean close");
         self.journal.end(flush, true, self.world.moment());
         let values = values_now(&self.world.image(), &self.shape).expect("a closed disk can be read");
-        let request = self.journal.submit(Op::Snapshot(deed), 0, true, self.world.moment());
+        let request = self.journal.submit(Op::Change(deed), 0, true, self.world.moment());
         let oldest = self.snapshots.first().cloned().unwrap_or_default();
+        let done = match deed {
+            Deed::Resize(sectors) => self.resize(sectors),
+            _ => self.change_snapshots(deed, request, oldest, values),
+        };
+        self.journal.end(request, done, self.world.moment());
+        let (disk, queues, keeper) = open(&self.world, &self.shape).expect("it opens again");
+        self.journal.sectors = disk.size() / SECTOR;
+        (self.disk, self.queues, self.keeper) = (Some(disk), queues, keeper);
+        self.note_quiet();
+    }
+
+    fn resize(&self, sectors: u64) -> bool {
+        let (size, options) = (NewSize::Of(sectors * SECTOR), self.shape.options());
+        match resize(self.world.storage(), Path::new(TOP), size, Shrinking::Accepted, &options) {
+            Ok(_) => true,
+            Err(ResizeError::Change(ChangeError::Refused {
+                source: ChangeRefusal::BackingShowsThrough { .. },
+                ..
+            })) => false,
+            Err(error) => panic!("to {sectors} sectors: {error}"),
+        }
+    }
+
+    fn change_snapshots(&mut self, deed: Deed, request: usize, oldest: String, values: Arc<[Value]>) -> bool {
         let wanted = match deed {
             Deed::Create => {
                 let number =
@@ -323,9 +362,10 @@ impl Rig {
                 self.journal.deletes(request, &oldest);
                 Change::Delete { wanted: oldest }
             }
+            Deed::Resize(_) => panic!("no change of snapshots"),
         };
         let changed = change(&self.world.storage(), Path::new(TOP), wanted, &self.shape.options());
-        self.journal.end(request, changed.is_ok(), self.world.moment());
+        let done = changed.is_ok();
         match (deed, changed) {
             (Deed::Create, Ok(new)) => self.snapshots.push(String::from_utf8(new.name).expect("our name")),
             (Deed::Delete, Ok(_)) => {
@@ -335,13 +375,16 @@ impl Rig {
             (_, Err(ChangeError::Refused { source: ChangeRefusal::RefcountFull { .. }, .. })) => {}
             (_, Err(error)) => panic!("{deed:?}: {error}"),
         }
-        let (disk, queues, keeper) = open(&self.world, &self.shape).expect("it opens again");
-        (self.disk, self.queues, self.keeper) = (Some(disk), queues, keeper);
-        self.note_quiet();
+        done
     }
 
     /// Submits a request to some queue, write-through if asked for here or in the operation.
     fn submit(&mut self, op: Op, through: bool) {
+        let op = op.clipped(self.journal.sectors);
+        if op != Op::Flush && op.sectors().is_empty() {
+            // The disk ends before it.
+            return;
+        }
         let through = match op {
             Op::Write { through: always, .. } => through || always,
             Op::Gappy { .. } | Op::Zeroes { .. } | Op::Discard { .. } => through,
@@ -598,6 +641,6 @@ fn request(op: Op, write_through: bool) -> Request {
             Request::Discard { offset: bytes(sector), length: bytes(count), write_through }
         }
         Op::Flush => Request::Flush,
-        Op::Pause(_) | Op::Late(_) | Op::Snapshot(_) => panic!("{op:?} is no request"),
+        Op::Pause(_) | Op::Late(_) | Op::Change(_) => panic!("{op:?} is no request"),
     }
 }

@@ -90,9 +90,19 @@ pub fn alphabet(shape: &Shape) -> Vec<Op> {
         ops.push(Op::Gappy { sector: stretch + stretch / 2, count: 3 * stretch });
     }
     if shape.past == Past::Kept {
-        ops.extend([Deed::Create, Deed::Apply, Deed::Delete].map(Op::Snapshot));
+        ops.extend([Deed::Create, Deed::Apply, Deed::Delete].map(Op::Change));
+    }
+    if shape.is_resizable() {
+        ops.extend(sizes(shape).map(|sectors| Op::Change(Deed::Resize(sectors))));
     }
     ops
+}
+
+/// Other sizes of the disk: smaller, in the midst of a cluster that has data if there is a past; and larger than ever.
+pub fn sizes(shape: &Shape) -> [u64; 2] {
+    let unit = shape.cluster_sectors();
+    let clusters = shape.sectors / unit;
+    [clusters / 8 * 4 * unit + unit.div_ceil(2), shape.sectors_max()]
 }
 
 /// A write that needs new tables: it begins where the first L2 table ends, if the disk goes so far, and is long enough to

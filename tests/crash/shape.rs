@@ -83,7 +83,7 @@ pub struct Shape {
     pub cluster_bits: u32,
     /// Bits of a refcount, as a power of two; 4 in version 2.
     pub refcount_order: u32,
-    /// Sectors of the disk.
+    /// Sectors of the disk, when it is made.
     pub sectors: u64,
     /// Its clusters have subclusters.
     pub extended_l2: bool,
@@ -230,6 +230,17 @@ impl Shape {
         Some(read_stamps(0, &bytes))
     }
 
+    /// As many sectors as the disk may ever have.
+    pub const fn sectors_max(&self) -> u64 {
+        self.sectors + self.sectors / 2
+    }
+
+    /// Its size may change: where snapshots are hidden from the disk, or version 2 does not record what size they have, it
+    /// may not.
+    pub fn is_resizable(&self) -> bool {
+        self.past != Past::Shared && !self.has_data_file() && (self.version == 3 || self.past != Past::Kept)
+    }
+
     /// It has metadata.
     pub fn is_qcow2(&self) -> bool {
         self.format == Format::Qcow2
@@ -251,11 +262,12 @@ impl Shape {
     }
 
     /// A discard of these sectors need not make this one zero: that of a raw image, or of one that can be read as such, is
-    /// a hint to the host, no more, and a compressed cluster has no parts that could be zeroed.
-    pub fn is_hint(&self, discarded: &Range<u64>, sector: u64) -> bool {
+    /// a hint to the host, no more, and a compressed cluster has no parts that could be zeroed. The disk had so many sectors
+    /// then.
+    pub fn is_hint(&self, discarded: &Range<u64>, sector: u64, sectors: u64) -> bool {
         let unit = self.cluster_sectors();
         let first = sector / unit * unit;
-        let whole = discarded.start <= first && (first + unit).min(self.sectors) <= discarded.end;
+        let whole = discarded.start <= first && (first + unit).min(sectors) <= discarded.end;
         let compressed = self.extended_l2 && matches!(self.past, Past::Compressed(_));
         !self.is_qcow2() || self.data == Data::ApartRaw || (compressed && !whole)
     }
@@ -456,7 +468,7 @@ impl Shape {
             }
         }
         if self.past == Past::Kept {
-            ops.push(Op::Snapshot(Deed::Create));
+            ops.push(Op::Change(Deed::Create));
             ops.push(Op::write(0, unit));
             ops.push(Op::Discard { sector: unit, count: unit });
         }

@@ -24,6 +24,8 @@ pub enum Value {
     },
     /// Nothing that was ever written to a sector of this disk.
     Garbage,
+    /// The disk ends before it.
+    NoSector,
 }
 
 impl fmt::Display for Value {
@@ -33,6 +35,7 @@ impl fmt::Display for Value {
             Value::Write(write) => write!(f, "write {write}"),
             Value::Foreign { sector, write } => write!(f, "write {write} to SECTOR {sector}"),
             Value::Garbage => f.write_str("garbage"),
+            Value::NoSector => f.write_str("no sector"),
         }
     }
 }

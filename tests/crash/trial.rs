@@ -160,6 +160,22 @@ impl<'r> Author<'r> {
         ops
     }
 
+    /// A script in which the disk gets one size after the other, often within its last cluster.
+    pub fn resized(&mut self) -> Vec<Op> {
+        let unit = self.shape.cluster_sectors();
+        let mut ops = Vec::new();
+        for _ in 0..3 {
+            let smaller = 1 + self.random.below(self.shape.sectors);
+            let cluster = smaller / unit * unit;
+            ops.extend([Op::write(cluster, unit.min(SECTORS_MAX)), Op::Change(Deed::Resize(smaller))]);
+            ops.extend(self.script(2));
+            let larger = if self.random.chance(1, 2) { cluster + unit } else { self.size() };
+            ops.push(Op::Change(Deed::Resize(larger.min(self.shape.sectors_max()))));
+            ops.extend(self.script(2));
+        }
+        ops
+    }
+
     fn churning_op(&mut self) -> Op {
         let unit = self.shape.cluster_sectors();
         let clusters = (self.busy.end - self.busy.start).div_ceil(unit);
@@ -198,9 +214,17 @@ impl<'r> Author<'r> {
                 Op::Read { sector, count }
             }
             25..31 => Op::Flush,
-            31..33 => Op::Snapshot([Deed::Create, Deed::Apply, Deed::Delete][self.random.below(3) as usize]),
+            31..33 => Op::Change([Deed::Create, Deed::Apply, Deed::Delete][self.random.below(3) as usize]),
+            33 if self.random.chance(1, 2) => Op::Change(Deed::Resize(self.size())),
             _ => Op::Pause([60, 200, 5200, 11_000][self.random.below(4) as usize]),
         }
+    }
+
+    /// A size of the disk: any, or whole clusters.
+    fn size(&mut self) -> u64 {
+        let (unit, most) = (self.shape.cluster_sectors(), self.shape.sectors_max());
+        let sectors = 1 + self.random.below(most);
+        if self.random.chance(1, 3) { sectors.next_multiple_of(unit).min(most) } else { sectors }
     }
 
     /// A range of sectors: a part of a cluster, a cluster, several, or much.
@@ -275,6 +299,8 @@ pub enum Tactic {
     Shortages,
     /// In every run I/O is late, on clusters that are freed meanwhile.
     Overtaken,
+    /// In every run the disk changes its size.
+    Sizes,
 }
 
 /// Does the trial that a number stands for.
@@ -292,11 +318,16 @@ pub fn trial(
     let mut start = starts[random.below(starts.len() as u64) as usize].clone();
     for generation in 0..GENERATIONS {
         let length = 4 + random.below(40) as usize;
-        let kind = if tactic == Tactic::Overtaken { 0 } else { random.below(16) };
+        let kind = match tactic {
+            Tactic::Overtaken => 0,
+            Tactic::Sizes => 5,
+            _ => random.below(16),
+        };
         let mut author = Author::new(&mut random, start.shape);
         let script = match kind {
             0 => author.overtaken(),
             1..5 => author.churn(2 * length),
+            5 => author.resized(),
             _ => author.script(length),
         };
         let at_once = if kind == 0 { 7 } else { 1 + random.below(7) as usize };
@@ -346,9 +377,9 @@ fn judge(run: &Finished, start: &Start, manner: Manner, walker: &mut Walker) -> 
     walker.some_crash(run, start, manner.seed)
 }
 
-/// What becomes of snapshots where the host fails or hangs is tried by itself, in `crash_snapshots`.
-fn without_snapshots(script: &[Op]) -> Vec<Op> {
-    script.iter().copied().filter(|op| !matches!(op, Op::Snapshot(_))).collect()
+/// What becomes of an image that is changed where the host fails or hangs is tried by itself, in `crash_changes`.
+fn without_changes(script: &[Op]) -> Vec<Op> {
+    script.iter().copied().filter(|op| !matches!(op, Op::Change(_))).collect()
 }
 
 /// A run in which an I/O fails; some crash of it.
@@ -360,7 +391,7 @@ fn with_failure(
     walker: &mut Walker,
 ) -> Result<Start, String> {
     let trouble = Trouble::random(random);
-    let script = &without_snapshots(script);
+    let script = &without_changes(script);
     let name = |wrong: String| format!("{wrong}\nwith {trouble:?}");
     let aftermath = faulty::play(start, script, manner, &[trouble]).map_err(name)?;
     aftermath.judge(&trouble, start, walker, manner).map_err(name)?;
@@ -378,7 +409,7 @@ fn with_delays(
     delays: Vec<Trouble>,
     walker: &mut Walker,
 ) -> Result<Start, String> {
-    let script = &without_snapshots(script);
+    let script = &without_changes(script);
     let name = |wrong: String| format!("{wrong}\nwith {delays:?}");
     let aftermath = faulty::play(start, script, manner, &delays).map_err(name)?;
     let run = aftermath.run.ok_or("it does not open".to_owned()).map_err(name)?;
@@ -394,7 +425,7 @@ fn with_shortages(
     walker: &mut Walker,
 ) -> Result<Start, String> {
     let on_enospc = if random.chance(1, 3) { OnEnospc::Report } else { OnEnospc::Wait };
-    let script = &without_snapshots(script);
+    let script = &without_changes(script);
     let name = |wrong: String| format!("{wrong}\nwith shortages of space, {on_enospc:?}");
     let before = start.shape;
     let start = Start { shape: Shape { on_enospc, ..before }, ..start.clone() };

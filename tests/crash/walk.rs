@@ -7,7 +7,7 @@ use std::rc::Rc;
 use storage::sim::{CrashLimits, CrashPlan, CrashScope, Image, Moment, Random, Replay};
 
 use super::examine::{Seen, examine};
-use super::journal::{Kept, Unsettled};
+use super::journal::{Kept, Unsettled, padded};
 use super::rig::Finished;
 use super::shape::Start;
 use super::stamp::Value;
@@ -240,7 +240,8 @@ impl<'r> Promise<'r> {
             return Err(format!("the snapshot held {held} in sector {at}, and now {found}"));
         }
         let wrong = |(_, (value, allowed)): &(usize, (&Value, &Vec<Value>))| !allowed.contains(value);
-        let mut bad = seen.values.iter().zip(&self.allowed).enumerate().filter(wrong).peekable();
+        let values = padded(&seen.values, &self.start.shape);
+        let mut bad = values.iter().zip(&self.allowed).enumerate().filter(wrong).peekable();
         if bad.peek().is_some() {
             let mut text = String::from("wrong contents:");
             for (sector, (value, allowed)) in bad.take(6) {
@@ -249,7 +250,7 @@ impl<'r> Promise<'r> {
             }
             return Err(text);
         }
-        if seen.values.len() != self.allowed.len() {
+        if values.len() != self.allowed.len() {
             return Err(format!("the disk has {} sectors", seen.values.len()));
         }
         self.compare_raw_view(seen)?;

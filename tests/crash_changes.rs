@@ -1,13 +1,13 @@
-//! A change of the snapshots of an image, crashed at every event, and with every I/O failing in turn: the disk is then
+//! A change of the snapshots or of the size of an image, crashed at every event, and with every I/O failing in turn: the disk is then
 //! what it was or what it was to become, as a whole, and so is the list of snapshots, each with its contents.
 //!
-//! In the midst of other requests snapshots change in `crash_exhaustive` and `crash_random`.
+//! In the midst of other requests images change in `crash_exhaustive` and `crash_random`.
 
 mod crash;
 
 use std::time::Duration;
 
-use crash::changes::{DEEDS, State, crash_all, judge, run, starts, states};
+use crash::changes::{State, crash_all, deeds, judge, run, starts, states};
 use crash::shape::Start;
 use crash::tally::Tally;
 use storage::Errno;
@@ -17,7 +17,7 @@ use storage::sim::{CrashLimits, CrashScope, Fault, Image, Outcome, Random, Repla
 fn no_crash_leaves_a_change_half_done() {
     let tally = Tally::new(Duration::from_secs(600));
     for start in starts() {
-        for deed in DEEDS {
+        for deed in deeds(&start) {
             match crash_all(&start, deed, &tally) {
                 Ok(seen) => assert!(seen[0] > 0 && seen[1] > 0, "{:?}, {deed:?}: {seen:?}", start.shape),
                 Err(wrong) => tally.found(format!("{:?}, {deed:?}: {wrong}", start.shape)),
@@ -33,7 +33,7 @@ fn every_io_of_a_change_may_fail() {
     let tally = Tally::new(Duration::from_secs(600));
     let outcomes = [Outcome::Short(Errno::EIO), Outcome::Fail(Errno::ENOSPC)];
     for start in starts() {
-        for deed in DEEDS {
+        for deed in deeds(&start) {
             let states = states(&start, deed);
             for outcome in outcomes {
                 for nth in 0.. {
