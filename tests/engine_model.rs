@@ -15,7 +15,7 @@ use qcow2::{
 use strata_tests::ByteModel;
 use strata_tests::model::{DiscardRule, Geometry, Operation, contents, sequences, sequences_of_parts};
 
-/// A chain as byte vectors; the top image is file 0.
+/// A chain as byte vectors; the top image is file 0, its external data file, if it has one, the last.
 #[derive(Clone)]
 struct Files(Vec<Vec<u8>>);
 
@@ -29,6 +29,22 @@ impl Files {
         out
     }
 
+    /// The file that holds the top image's data.
+    fn data(&self) -> FileIndex {
+        let last = self.0.len() - 1;
+        FileIndex(if header(&self.0[0]).has_data_file() { last as u16 } else { 0 })
+    }
+
+    /// Writes to the file that holds the top image's data. An external one is as long as the disk, and stays so.
+    fn write_data(&mut self, offset: u64, data: &[u8]) {
+        let file = self.data();
+        if file == FileIndex(0) {
+            return self.write(offset, data);
+        }
+        self.0[usize::from(file.0)][offset as usize..offset as usize + data.len()].copy_from_slice(data);
+    }
+
+    /// Writes to the top image's file.
     fn write(&mut self, offset: u64, data: &[u8]) {
         let end = offset as usize + data.len();
         if self.0[0].len() < end {
@@ -43,16 +59,23 @@ impl Files {
 struct Kind {
     cluster_bits: u32,
     extended_l2: bool,
+    /// The data is in an external file. Of the top image only.
+    apart: bool,
 }
 
 /// Clusters of so many bits.
 const fn whole(cluster_bits: u32) -> Kind {
-    Kind { cluster_bits, extended_l2: false }
+    Kind { cluster_bits, extended_l2: false, apart: false }
 }
 
 /// Clusters of so many bits, with subclusters.
 const fn parts(cluster_bits: u32) -> Kind {
-    Kind { cluster_bits, extended_l2: true }
+    Kind { extended_l2: true, ..whole(cluster_bits) }
+}
+
+/// The same with the data in an external file.
+const fn apart(kind: Kind) -> Kind {
+    Kind { apart: true, ..kind }
 }
 
 impl Kind {
@@ -67,7 +90,7 @@ impl Kind {
 
 /// An empty image, or an overlay.
 fn image(version: Version, kind: Kind, size: u64, overlay: bool) -> Vec<u8> {
-    let Kind { cluster_bits, extended_l2 } = kind;
+    let Kind { cluster_bits, extended_l2, apart } = kind;
     let geometry = qcow2::Geometry { version, cluster_bits, refcount_order: 4, extended_l2, size };
     let mut image = NewImage::new(geometry);
     if overlay {
@@ -78,6 +101,9 @@ fn image(version: Version, kind: Kind, size: u64, overlay: bool) -> Vec<u8> {
     for (offset, piece) in image.layout().expect("a valid image") {
         bytes.resize(offset.0 as usize, 0);
         bytes.extend(piece);
+    }
+    if apart {
+        bytes[qcow2::position::INCOMPATIBLE + 7] |= qcow2::Incompatible::DATA_FILE.0 as u8;
     }
     bytes
 }
@@ -101,13 +127,15 @@ struct Bench {
 
 impl Bench {
     fn open(files: Files) -> Self {
-        let headers: Vec<Header> = files.0.iter().map(|bytes| header(bytes)).collect();
+        let data = Some(files.data()).filter(|data| *data != FileIndex(0));
+        let images = files.0.len() - usize::from(data.is_some());
+        let headers: Vec<Header> = files.0[..images].iter().map(|bytes| header(bytes)).collect();
         let layers = headers.iter().zip(&files.0).enumerate().map(|(file, (header, bytes))| LayerSpec {
             file: FileIndex(file as u16),
             format: LayerFormat::Qcow2 {
                 geometry: header.geometry(),
                 l1: table(bytes, header.l1_offset.0, u64::from(header.l1_entries)),
-                data_file: None,
+                data_file: data.filter(|_| file == 0),
             },
         });
         let top = &headers[0];
@@ -263,8 +291,8 @@ impl Bench {
             let plan = self.ask(|engine, waker| engine.plan_write(GuestOffset(at), left, waker))?;
             match plan {
                 WritePlan::InPlace { file, offset, length } => {
-                    assert_eq!(file, FileIndex(0), "only the top image is written");
-                    self.files.write(offset.0, &data[done..done + length as usize]);
+                    assert_eq!(file, self.files.data(), "only the top image is written");
+                    self.files.write_data(offset.0, &data[done..done + length as usize]);
                     done += length as usize;
                 }
                 WritePlan::Allocate(new) => {
@@ -278,7 +306,8 @@ impl Bench {
                         let there = self.files.read(FileIndex(0), new.offset.0, whole.len() as u64);
                         assert!(there.iter().all(|byte| *byte == 0), "known to be zero, but it is not");
                     }
-                    self.files.write(new.offset.0, &whole);
+                    assert_eq!(new.file, self.files.data(), "only the top image is written");
+                    self.files.write_data(new.offset.0, &whole);
                     done += new.length as usize;
                     self.engine.commit_write(new);
                 }
@@ -303,7 +332,13 @@ impl Bench {
         while at < whole_end {
             let left = whole_end - at;
             at += match self.ask(|engine, waker| engine.zero(GuestOffset(at), left, mode, waker))? {
-                Zeroed::Done { bytes, .. } => bytes,
+                Zeroed::Done { bytes, .. } => {
+                    if mode != ZeroMode::Keep && self.files.data() != FileIndex(0) {
+                        // It may be punched, or hold anything: nothing may lead there.
+                        self.files.write_data(at, &vec![0xee; bytes as usize]);
+                    }
+                    bytes
+                }
                 Zeroed::NeedsData(bytes) => {
                     self.write(at, &vec![0; bytes as usize])?;
                     bytes
@@ -364,6 +399,9 @@ fn check_references(bytes: &[u8]) {
         let table = whole.read(FileIndex(0), offset.0, geometry.cluster_size());
         for index in 0..geometry.l2_entries() as usize {
             let raw = RawL2Entry::load(&table, index, &geometry);
+            if header.has_data_file() {
+                continue;
+            }
             if let Some(host) = L2Entry::decode(raw, &geometry).expect("sound").host() {
                 refer(host.offset, 1);
             }
@@ -420,6 +458,10 @@ fn run(version: Version, kinds: &[Kind], size: u64, sessions: &[Vec<Operation>],
     }
     let mut files = vec![layer(kinds[0], version, over)];
     files.extend(chain);
+    if kinds[0].apart {
+        // What no entry leads to must never be seen.
+        files.push(vec![0xee; size.next_multiple_of(512) as usize]);
+    }
     let mut files = Files(files);
     for operations in sessions {
         let mut bench = Bench::open(files);
@@ -492,4 +534,7 @@ model_test!(subclusters, Version::V3, [parts(14)], 12 * 16384 + 512);
 model_test!(subclusters_over_subclusters, Version::V3, [parts(14), parts(14)], 12 * 16384);
 model_test!(subclusters_over_larger_ones, Version::V3, [parts(14), parts(16), whole(12)], 12 * 16384 + 1024);
 model_test!(subclusters_over_smaller_ones, Version::V3, [parts(15), parts(14), whole(16)], 6 * 32768);
+model_test!(data_apart, Version::V3, [apart(whole(12))], 100 * 4096 + 512);
+model_test!(data_apart_over_clusters, Version::V3, [apart(whole(9)), whole(12)], 300 * 512);
+model_test!(data_apart_in_subclusters, Version::V3, [apart(parts(14)), parts(14)], 12 * 16384 + 1024);
 model_test!(clusters_over_subclusters, Version::V3, [whole(10), parts(15)], 5 * 32768);

@@ -6,7 +6,7 @@ mod kit;
 
 use std::io::Write;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::process::Command;
 
@@ -99,6 +99,38 @@ fn a_missing_backing_file_is_told_from_the_image() {
     bench.image_over("top.qcow2", Some(("gone.raw", None)));
     let words = ["gone.raw", "not a qcow2", "--backing-format raw"];
     refused(bench.serve("top.qcow2").args(["--backing-format", "qcow2"]), 1, &words);
+}
+
+#[test]
+fn a_data_file_is_opened_only_if_it_is_named() {
+    let bench = Bench::new();
+    bench.image("disk.qcow2");
+    let data = bench.path("disk.data");
+    refused(bench.serve("disk.qcow2").arg("--data-file").arg(&data), 1, &["keeps its data itself"]);
+    let image = std::fs::OpenOptions::new().write(true).open(bench.path("disk.qcow2")).expect("the image");
+    image.write_all_at(&[4], 79).expect("its data is elsewhere");
+    refused(&mut bench.serve("disk.qcow2"), 1, &["disk.qcow2", "external file", "--data-file FILE"]);
+    let errors =
+        refused(bench.serve("disk.qcow2").arg("--data-file").arg(&data), 1, &["disk.data", "No such"]);
+    assert!(!errors.contains("qemu-img create"), "{errors}");
+    std::fs::write(&data, []).expect("written");
+    let daemon = Daemon::start(bench.serve("disk.qcow2").arg("--data-file").arg(&data));
+    let mut second = Command::new(PROGRAM);
+    second.args(["serve", "--format", "raw", "--image"]).arg(&data).arg("--socket").arg(bench.path("other"));
+    refused(&mut second, 1, &["disk.data", "in use by another process"]);
+    daemon.stop();
+    assert_eq!(std::fs::metadata(&data).expect("the data file").len(), 1 << 20, "as long as the disk");
+    let elsewhere = bench.path("elsewhere");
+    std::fs::create_dir(&elsewhere).expect("made");
+    let mut confined = bench.serve("disk.qcow2");
+    confined.arg("--data-file").arg(&data).arg("--chain-root").arg(&elsewhere);
+    refused(&mut confined, 1, &["--chain-root"]);
+    let image = bench.path("disk.qcow2").display().to_string();
+    bench.image_over("top.qcow2", Some(("disk.qcow2", Some("qcow2"))));
+    let option = format!("--backing-data-file {image}=FILE");
+    refused(&mut bench.serve("top.qcow2"), 1, &["external file", &option, "layer 2"]);
+    let pair = format!("{image}={}", data.display());
+    Daemon::start(bench.serve("top.qcow2").args(["--backing-data-file", &pair])).stop();
 }
 
 #[test]
