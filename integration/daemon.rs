@@ -150,11 +150,10 @@ impl Program {
                     "driver": "file", "node-name": "file", "filename": spec.image, "aio": "io_uring",
                     "cache": {"direct": true}, "discard": "unmap",
                 });
-                // The backing files take their cache mode from here, not from the file's node: without it only the top image
-                // would bypass the page cache.
+                // The backing files take their cache mode from here, not from the file's node: only the top image bypasses
+                // the page cache. So it is with Strata's defaults.
                 let disk = serde_json::json!({
                     "driver": spec.format, "node-name": "disk", "file": "file", "discard": "unmap",
-                    "cache": {"direct": true},
                 });
                 let mut export = serde_json::json!({
                     "type": "vhost-user-blk", "id": "export", "node-name": "disk", "writable": true,

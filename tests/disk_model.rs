@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use disk::{DetectZeroes, Discards, DiskOptions};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
+use storage::host::{Aio, HostStorage};
 use strata_tests::images::{Content, Format, ImageSpec, Preallocation};
 use strata_tests::model::{DiscardRule, Geometry, Operation, sequences, sequences_of_parts};
 use strata_tests::{ByteModel, Qemu};
@@ -209,7 +210,7 @@ fn operations_on(top: &ImageSpec) -> BoxedStrategy<Vec<Operation>> {
     }
 }
 
-/// Two sessions of random operations on a fresh chain; after each the image is checked and read by QEMU.
+/// Two sessions of random operations on a fresh chain, one by each way to the host; after each the image is checked and read by QEMU.
 fn run_case(qemu: &Qemu, folder: &Path, case: &Case, options: &DiskOptions, sessions: &[Vec<Operation>]) {
     let top = case.chain.last().expect("a chain has a top");
     let paths = qemu.create_chain(folder, &case.chain).expect("qemu-img makes the chain");
@@ -224,8 +225,8 @@ fn run_case(qemu: &Qemu, folder: &Path, case: &Case, options: &DiskOptions, sess
     let backing: Vec<_> =
         paths[..paths.len() - 1].iter().map(|path| std::fs::read(path).expect("backing")).collect();
     let mut model = ByteModel::with_contents(&initial, geometry(top).size, top.granule_size(), rule);
-    for operations in sessions {
-        let mut rig = Rig::open(image, options).expect("the image opens");
+    for (operations, aio) in sessions.iter().zip([Aio::IoUring, Aio::Threads]) {
+        let mut rig = Rig::open_on(HostStorage::new().by(aio), image, options).expect("the image opens");
         rig.run(operations, &mut model);
         let found = rig.read_all();
         model.compare_all(&found).unwrap_or_else(|difference| panic!("{}: {difference}", case.name));

@@ -102,7 +102,7 @@ impl<S: Storage> Worker<S> {
         {
             self.switch_header(switch).await?;
         }
-        if cut.links_alone {
+        if cut.links_alone && !self.shared.has_data_file() {
             self.write_stage(Stage::Two, &cut.stage2).await?;
             return self.sync_unless(Mutation::NoSyncAfterLinks).await;
         }

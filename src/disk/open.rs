@@ -53,8 +53,10 @@ pub struct DiskOptions {
     pub read_only: bool,
     /// The ID or the name of an internal snapshot of the top image to open instead of the active disk: read-only.
     pub snapshot: Option<String>,
-    /// Bypass the host's page cache.
+    /// Bypass the host's page cache, but for backing files.
     pub direct: bool,
+    /// Bypass it for backing files too.
+    pub backing_direct: bool,
     /// How long to wait for another process's image lock.
     pub lock_timeout: Duration,
     /// The most bytes of chain map: 8 bytes a guest cluster while resident.
@@ -86,6 +88,7 @@ impl Default for DiskOptions {
             read_only: false,
             snapshot: None,
             direct: true,
+            backing_direct: false,
             lock_timeout: Duration::from_secs(5),
             map_bytes: 32 << 20,
             table_bytes: 16 << 20,
@@ -149,7 +152,8 @@ async fn open_layers<S: Storage>(
         }
         let top = chain.layers.is_empty();
         let writable = top && !options.read_only;
-        let how = OpenOptions { writable, direct: options.direct, lock_timeout: options.lock_timeout };
+        let direct = if top { options.direct } else { options.backing_direct };
+        let how = OpenOptions { writable, direct, lock_timeout: options.lock_timeout };
         let (id, mut info) = storage.open(&path, &how)?;
         if !seen.insert(info.identity) {
             return Err(OpenError::BackingLoop { path });

@@ -86,6 +86,20 @@ pub enum StorageError {
     },
 }
 
+impl StorageError {
+    /// There can be no io_uring here: the host refuses it, or the process may not lock the memory for one (before Linux
+    /// 5.12).
+    pub(crate) fn names_io_uring(&self) -> bool {
+        match self {
+            StorageError::UringRefused { .. } => true,
+            StorageError::Queue { step: Step::SetUpRing, source } => {
+                source.raw_os_error() == Some(libc::ENOMEM)
+            }
+            _ => false,
+        }
+    }
+}
+
 /// What was being done when a system call failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -106,6 +120,8 @@ pub enum Step {
     Lock,
     /// io_uring_setup(2).
     SetUpRing,
+    /// epoll_create1(2) or epoll_ctl(2).
+    SetUpEpoll,
     /// eventfd(2).
     MakeEventFd,
 }
@@ -158,6 +174,7 @@ impl std::fmt::Display for Step {
             Step::SetFlags => "setting the open file's flags",
             Step::Lock => "taking the image lock",
             Step::SetUpRing => "setting up an io_uring",
+            Step::SetUpEpoll => "setting up an epoll",
             Step::MakeEventFd => "making an eventfd",
         })
     }

@@ -108,6 +108,15 @@ pub struct ServeArgs {
     #[arg(long, value_name = "BACKING=FILE", value_parser = backing_data_file)]
     pub backing_data_file: Vec<(PathBuf, PathBuf)>,
 
+    /// The same for the backing files, which are only read: through the page cache, disks that share one share its cache
+    /// too
+    #[arg(long, value_name = "MODE", default_value = "writeback")]
+    pub backing_cache: Cache,
+
+    /// How calls reach the host: by io_uring, else, if it refuses that, by threads (auto); or by one of these alone
+    #[arg(long, value_name = "WAY", default_value = "auto")]
+    pub aio: Aio,
+
     /// Never write to the image: the guest sees a read-only disk, and others may read the image too
     #[arg(long)]
     pub read_only: bool,
@@ -331,6 +340,28 @@ pub enum Cache {
     Direct,
     /// Through the host's page cache; what the guest flushes is durable all the same
     Writeback,
+}
+
+/// How calls reach the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Aio {
+    /// By io_uring; where the host refuses it, by threads, with a warning
+    Auto,
+    /// By io_uring or not at all
+    #[value(name = "io_uring")]
+    IoUring,
+    /// By threads that make plain system calls
+    Threads,
+}
+
+impl From<Aio> for storage::host::Aio {
+    fn from(aio: Aio) -> Self {
+        match aio {
+            Aio::Auto => storage::host::Aio::Auto,
+            Aio::IoUring => storage::host::Aio::IoUring,
+            Aio::Threads => storage::host::Aio::Threads,
+        }
+    }
 }
 
 /// What becomes of a request that finds no space.

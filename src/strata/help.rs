@@ -54,6 +54,10 @@ Bitmaps: persistent dirty bitmaps that are enabled are marked in use (inconsiste
 as writes are not noted in them: QEMU then neither uses nor trusts them, and `qemu-img bitmap --remove` removes them.
 Disabled ones stay as they are.
 
+The page cache: --cache is for the image (and its data file), --backing-cache for the files below it. Those are only read,
+and many disks may share one: through the page cache it is read once for all of them, and its memory is the host's to take
+back. Where the page cache is not wanted at all, or hosts share files that change, --backing-cache direct bypasses it.
+
 Queues: a queue is a thread. One for each of the guest's processors is right (QEMU's default); the guest gets as many
 as its machine's num-queues says, and --num-queues is only the most that may be.
 
@@ -69,6 +73,9 @@ may discard in either case. With --discard-no-unref only the space goes back: th
 is written there again, so that an image that is trimmed often stays in order and its file does not outgrow the disk.
 --detect-zeroes looks at what the guest writes, cluster by cluster: zeros take no space where there is none yet, and with
 unmap they give back what there is. It costs a look at the first bytes of each cluster, and at all of those that are zero.
+
+io_uring: where the host refuses it (an old kernel, sysctl kernel.io_uring_disabled, a container's seccomp filter), threads
+do the I/O, up to 64 of them, and the log says so. --aio io_uring refuses to serve like that.
 
 Stopping: SIGTERM or SIGINT finishes the requests in hand, brings everything to disk, closes the image cleanly and
 exits 0. A machine may leave and another attach at any time; the daemon stays.

@@ -57,6 +57,7 @@ fn open(image: &Path, options: &ServeArgs) -> Result<HostDevice, ProgramError> {
         read_only: options.read_only,
         snapshot: options.snapshot.clone(),
         direct: options.chain.cache == Cache::Direct,
+        backing_direct: options.backing_cache == Cache::Direct,
         // At most 64 GiB, as the command line has it.
         map_bytes: usize::try_from(options.map_cache_size.0).unwrap_or(usize::MAX),
         on_enospc: options.on_enospc.into(),
@@ -67,7 +68,8 @@ fn open(image: &Path, options: &ServeArgs) -> Result<HostDevice, ProgramError> {
     };
     let purpose =
         if options.read_only || options.snapshot.is_some() { Purpose::Read } else { Purpose::Write };
-    let storage = HostStorage::new().confined(&options.chain.chain_root).map_err(ProgramError::ChainRoot)?;
+    let storage = HostStorage::new().by(options.aio.into());
+    let storage = storage.confined(&options.chain.chain_root).map_err(ProgramError::ChainRoot)?;
     let disk = Disk::open(storage, image, &how).map_err(|source| ProgramError::Open {
         image: image.to_owned(),
         purpose,

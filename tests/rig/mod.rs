@@ -78,7 +78,12 @@ struct Flying {
 impl Rig {
     /// Opens an image.
     pub fn open(path: &Path, options: &DiskOptions) -> Result<Self, OpenError> {
-        let disk = Disk::open(HostStorage::new(), path, options)?;
+        Self::open_on(HostStorage::new(), path, options)
+    }
+
+    /// The same through a storage of the caller's choice.
+    pub fn open_on(storage: HostStorage, path: &Path, options: &DiskOptions) -> Result<Self, OpenError> {
+        let disk = Disk::open(storage, path, options)?;
         let queues = (0..2).map(|_| disk.queue(64)).collect::<Result<Vec<_>, _>>()?;
         let bytes = WINDOW * IN_FLIGHT;
         let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), bytes)]).expect("guest memory");

@@ -8,9 +8,12 @@ mod confine;
 mod inline;
 mod lock;
 mod notify;
+mod pool;
 mod probe;
+mod queue;
 mod ring;
 mod slots;
+mod threads;
 mod uring;
 mod watch;
 
@@ -21,21 +24,42 @@ use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, OnceLock, RwLock};
 use std::time::Duration;
 
 use rustix::fs::{Mode, OFlags};
 
+use tracing::warn;
+
 use self::confine::Roots;
+use self::pool::Pool;
 use crate::error::{FileKind, Step, StorageError};
 use crate::{FileId, FileInfo, OpenOptions, Storage};
 
+pub use queue::HostQueue;
+pub use threads::ThreadQueue;
 pub use uring::UringQueue;
 
-/// Image files of the host, by io_uring.
+/// How calls on files that are not in memory reach the host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Aio {
+    /// By io_uring, and where the host refuses that, by threads.
+    #[default]
+    Auto,
+    /// By io_uring or not at all.
+    IoUring,
+    /// By threads that make plain system calls.
+    Threads,
+}
+
+/// Image files of the host.
 #[derive(Debug, Default)]
 pub struct HostStorage {
     files: Arc<FileTable>,
+    aio: Aio,
+    pool: Arc<Pool>,
+    /// Told once that io_uring is refused.
+    told: OnceLock<()>,
     /// None: files may be anywhere.
     roots: Option<Roots>,
 }
@@ -73,6 +97,12 @@ impl HostStorage {
     pub fn confined(mut self, folders: &[PathBuf]) -> Result<Self, StorageError> {
         self.roots = if folders.is_empty() { None } else { Some(Roots::open(folders)?) };
         Ok(self)
+    }
+
+    /// Calls reach the host by this way.
+    pub fn by(mut self, aio: Aio) -> Self {
+        self.aio = aio;
+        self
     }
 
     fn file(&self, id: FileId) -> Arc<OpenFile> {
@@ -123,7 +153,7 @@ impl HostStorage {
 }
 
 impl Storage for HostStorage {
-    type Queue = UringQueue;
+    type Queue = HostQueue;
 
     fn open(&self, path: &Path, options: &OpenOptions) -> Result<(FileId, FileInfo), StorageError> {
         self.open_file(path, options, true)
@@ -134,8 +164,17 @@ impl Storage for HostStorage {
         self.open_file(path, &options, false)
     }
 
-    fn queue(&self, depth: u32) -> Result<UringQueue, StorageError> {
-        UringQueue::new(Arc::clone(&self.files), depth)
+    fn queue(&self, depth: u32) -> Result<HostQueue, StorageError> {
+        if self.aio != Aio::Threads {
+            match UringQueue::new(Arc::clone(&self.files), depth) {
+                Err(refused) if self.aio == Aio::Auto && refused.names_io_uring() => {
+                    self.told.get_or_init(|| warn!("{refused}. Threads do the I/O now, which is slower"));
+                }
+                other => return other.map(|queue| HostQueue::Uring(Box::new(queue))),
+            }
+        }
+        let queue = ThreadQueue::new(Arc::clone(&self.files), Arc::clone(&self.pool), depth)?;
+        Ok(HostQueue::Threads(Box::new(queue)))
     }
 
     fn length(&self, file: FileId) -> Result<u64, StorageError> {
@@ -150,6 +189,42 @@ impl Storage for HostStorage {
         }
         let stat = rustix::fs::fstat(&open.file).map_err(|errno| open.stat_error(errno.into()))?;
         Ok(u64::try_from(stat.st_blocks).unwrap_or(0).saturating_mul(512))
+    }
+}
+
+/// A queue's own copy of what it has seen of the table.
+struct SeenFiles {
+    table: Arc<FileTable>,
+    files: Vec<Option<Arc<OpenFile>>>,
+}
+
+impl SeenFiles {
+    fn new(table: Arc<FileTable>) -> Self {
+        SeenFiles { table, files: Vec::new() }
+    }
+
+    /// The file with this id, which the storage has opened.
+    #[inline]
+    fn get(&mut self, id: FileId) -> &Arc<OpenFile> {
+        let index = usize::from(id.0);
+        if self.files.get(index).is_none_or(Option::is_none) {
+            self.look_up(id);
+        }
+        self.seen(id)
+    }
+
+    /// The same for one that was looked up before.
+    fn seen(&self, id: FileId) -> &Arc<OpenFile> {
+        self.files[usize::from(id.0)].as_ref().expect("a file is looked up when its operation is pushed")
+    }
+
+    #[cold]
+    fn look_up(&mut self, id: FileId) {
+        let index = usize::from(id.0);
+        if self.files.len() <= index {
+            self.files.resize(index + 1, None);
+        }
+        self.files[index] = Some(self.table.get(id));
     }
 }
 

@@ -127,7 +127,7 @@ impl Abilities {
 mod tests {
     use super::*;
     use crate::Storage;
-    use crate::host::HostStorage;
+    use crate::host::{Aio, HostQueue, HostStorage};
 
     #[test]
     fn a_refusal_says_what_refuses() {
@@ -161,13 +161,17 @@ mod tests {
     }
 
     #[test]
-    fn a_host_that_forbids_io_uring_is_named() {
+    fn where_io_uring_is_forbidden_threads_do_the_work_unless_it_is_demanded() {
         for errno in [libc::EPERM, libc::ENOSYS] {
-            let refused = std::thread::spawn(move || {
+            let queues = std::thread::spawn(move || {
                 forbid_io_uring(errno);
-                HostStorage::new().queue(8).map(|_| ())
+                let instead = HostStorage::new().queue(8).expect("a queue by threads");
+                let is_by_threads = matches!(instead, HostQueue::Threads(_));
+                (is_by_threads, HostStorage::new().by(Aio::IoUring).queue(8).map(|_| ()))
             });
-            match refused.join().expect("no panic") {
+            let (is_by_threads, demanded) = queues.join().expect("no panic");
+            assert!(is_by_threads);
+            match demanded {
                 Err(StorageError::UringRefused { source }) => assert_eq!(source.raw_os_error(), Some(errno)),
                 other => panic!("{other:?}"),
             }

@@ -12,7 +12,7 @@ use rustix::fs::{Mode, OFlags};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::ring::{FLAVOURS, Flavour};
-use super::{HostStorage, UringQueue};
+use super::{Aio, HostQueue, HostStorage, UringQueue};
 use crate::error::{FileKind, StorageError};
 use crate::{
     AlignedBuf, Completion, Errno, FileId, FileInfo, GuestSlice, IoQueue, Kind, OpenOptions, Operation, Part,
@@ -26,16 +26,20 @@ const LONG: Duration = Duration::from_secs(30);
 struct Bench {
     folder: tempfile::TempDir,
     storage: HostStorage,
-    queue: UringQueue,
+    queue: HostQueue,
     file: FileId,
     info: FileInfo,
 }
 
 impl Bench {
     fn new(folder: tempfile::TempDir, direct: bool, contents: &[u8]) -> Self {
+        Self::by(Aio::IoUring, folder, direct, contents)
+    }
+
+    fn by(aio: Aio, folder: tempfile::TempDir, direct: bool, contents: &[u8]) -> Self {
         let path = folder.path().join("image");
         std::fs::write(&path, contents).expect("an image");
-        let storage = HostStorage::new();
+        let storage = HostStorage::new().by(aio);
         let (file, info) = storage.open(&path, &options(true, direct)).expect("it opens");
         let queue = storage.queue(8).expect("a queue");
         Bench { folder, storage, queue, file, info }
@@ -65,6 +69,14 @@ impl Bench {
         }
         assert_eq!((done.len(), self.queue.in_flight()), (count, 0));
         done
+    }
+
+    /// The ring, in a test of what only a ring has.
+    fn ring(&mut self) -> &mut UringQueue {
+        match &mut self.queue {
+            HostQueue::Uring(ring) => ring,
+            HostQueue::Threads(_) => panic!("this test is about io_uring"),
+        }
     }
 
     fn contents(&self) -> Vec<u8> {
@@ -107,14 +119,24 @@ fn in_memory() -> tempfile::TempDir {
     tempfile::tempdir_in("/dev/shm").expect("/dev/shm is there")
 }
 
-/// The same test on each kind of file.
+/// The same test on each kind of file, by each kind of queue.
 fn everywhere(contents: &[u8], test: impl Fn(&mut Bench)) {
-    test(&mut Bench::new(in_memory(), true, contents));
-    for direct in [false, true] {
-        if let Some(folder) = on_disk() {
-            test(&mut Bench::new(folder, direct, contents));
+    for aio in KINDS {
+        test(&mut Bench::by(aio, in_memory(), true, contents));
+        for direct in [false, true] {
+            if let Some(folder) = on_disk() {
+                test(&mut Bench::by(aio, folder, direct, contents));
+            }
         }
     }
+}
+
+/// Each kind of queue.
+const KINDS: [Aio; 2] = [Aio::IoUring, Aio::Threads];
+
+/// A queue of each kind with no file.
+fn queues() -> [HostQueue; 2] {
+    KINDS.map(|aio| HostStorage::new().by(aio).queue(4).expect("a queue"))
 }
 
 fn pattern(len: usize, seed: u8) -> Vec<u8> {
@@ -307,7 +329,9 @@ fn allocating_and_setting_the_length() {
         assert!(bench.storage.allocated(bench.file).expect("the host says") >= 1 << 20);
         assert_eq!(bench.contents()[..4096], pattern(4096, 8));
         for truncate in [true, false] {
-            bench.queue.set_truncate_ability(truncate);
+            if let HostQueue::Uring(ring) = &mut bench.queue {
+                ring.set_truncate_ability(truncate);
+            }
             assert_eq!(bench.bare(Kind::SetLength, 1000), Ok(()));
             assert_eq!(bench.contents(), pattern(4096, 8)[..1000]);
             assert_eq!(bench.bare(Kind::SetLength, 5000), Ok(()));
@@ -364,11 +388,12 @@ fn every_flavour_of_ring_works() {
     let mut bench = Bench::new(folder, true, &pattern(1 << 20, 11));
     for flavour in FLAVOURS {
         for timed_wait in [true, false] {
-            bench.queue =
+            let ring =
                 UringQueue::with_flavours(bench.storage.files.clone(), 4, &[flavour]).expect("it is known");
+            bench.queue = HostQueue::Uring(Box::new(ring));
             // Without the timed wait only kernels before 5.11 are alike, which have the plain flavour alone.
             if flavour == Flavour::Plain {
-                bench.queue.set_timed_wait_ability(timed_wait);
+                bench.ring().set_timed_wait_ability(timed_wait);
             }
             let started = Instant::now();
             bench.queue.wait(Some(Duration::from_millis(30)));
@@ -390,13 +415,13 @@ fn every_flavour_of_ring_works() {
 }
 
 /// Signals from another thread, each of which must end a wait before the next is sent.
-fn signals_arrive(queue: &mut UringQueue, flags: i32, poll_first: bool, rounds: u64) {
+fn signals_arrive(queue: &mut HostQueue, flags: i32, poll_first: bool, rounds: u64) {
     let event = EventFd::new(flags | EFD_CLOEXEC).expect("an eventfd");
     let seen = AtomicU64::new(0);
     let sent = AtomicU64::new(0);
     queue.watch(event.try_clone().expect("a second descriptor"));
-    if poll_first {
-        queue.poll_watches_first();
+    if poll_first && let HostQueue::Uring(ring) = queue {
+        ring.poll_watches_first();
     }
     let started = Instant::now();
     std::thread::scope(|scope| {
@@ -418,7 +443,7 @@ fn signals_arrive(queue: &mut UringQueue, flags: i32, poll_first: bool, rounds: 
 }
 
 /// The same with the notifier.
-fn notifications_arrive(queue: &mut UringQueue, rounds: u64) {
+fn notifications_arrive(queue: &mut HostQueue, rounds: u64) {
     let notifier = queue.notifier();
     let (seen, sent) = (AtomicU64::new(0), AtomicU64::new(0));
     let started = Instant::now();
@@ -442,74 +467,84 @@ fn notifications_arrive(queue: &mut UringQueue, rounds: u64) {
 
 #[test]
 fn watched_events_and_notifications_end_waits() {
-    let mut queue = HostStorage::new().queue(4).expect("a queue");
-    for poll_first in [false, true] {
-        for flags in [0, EFD_NONBLOCK] {
-            signals_arrive(&mut queue, flags, poll_first, 2000);
+    for mut queue in queues() {
+        for poll_first in [false, true] {
+            for flags in [0, EFD_NONBLOCK] {
+                signals_arrive(&mut queue, flags, poll_first, 2000);
+            }
         }
+        notifications_arrive(&mut queue, 20_000);
+        assert!(queue.in_flight() == 0);
     }
-    notifications_arrive(&mut queue, 20_000);
-    assert!(queue.in_flight() == 0);
 }
 
 #[test]
 fn a_signal_taken_while_reaping_ends_the_next_wait() {
-    let mut queue = HostStorage::new().queue(4).expect("a queue");
-    let event = EventFd::new(EFD_NONBLOCK).expect("an eventfd");
-    queue.watch(event.try_clone().expect("a second descriptor"));
-    for _ in 0..10 {
-        queue.submit();
-        event.write(1).expect("it can be signalled");
-        queue.reap(&mut Vec::new());
+    for mut queue in queues() {
+        let event = EventFd::new(EFD_NONBLOCK).expect("an eventfd");
+        queue.watch(event.try_clone().expect("a second descriptor"));
+        for _ in 0..10 {
+            queue.submit();
+            event.write(1).expect("it can be signalled");
+            queue.reap(&mut Vec::new());
+            let started = Instant::now();
+            queue.wait(Some(LONG));
+            assert!(started.elapsed() < LONG / 2);
+        }
+        queue.notifier().notify();
         let started = Instant::now();
         queue.wait(Some(LONG));
         assert!(started.elapsed() < LONG / 2);
     }
-    queue.notifier().notify();
-    let started = Instant::now();
-    queue.wait(Some(LONG));
-    assert!(started.elapsed() < LONG / 2);
 }
 
 #[test]
 fn an_idle_wait_sleeps_until_its_timeout() {
-    let mut queue = HostStorage::new().queue(4).expect("a queue");
-    let event = EventFd::new(EFD_NONBLOCK).expect("an eventfd");
-    queue.watch(event);
-    // The first waits may end early, as the eventfd is found to be a non-blocking one.
-    let started = Instant::now();
-    let mut waits = 0;
-    while started.elapsed() < Duration::from_millis(100) {
-        queue.wait(Some(Duration::from_millis(20)));
-        waits += 1;
+    for mut queue in queues() {
+        let event = EventFd::new(EFD_NONBLOCK).expect("an eventfd");
+        queue.watch(event);
+        // The first waits may end early, as the eventfd is found to be a non-blocking one.
+        let started = Instant::now();
+        let mut waits = 0;
+        while started.elapsed() < Duration::from_millis(100) {
+            queue.wait(Some(Duration::from_millis(20)));
+            waits += 1;
+        }
+        assert!(waits <= 10, "{waits} waits in 100 ms");
+        queue.wait(Some(Duration::ZERO));
     }
-    assert!(waits <= 10, "{waits} waits in 100 ms");
-    queue.wait(Some(Duration::ZERO));
 }
 
 #[test]
 fn what_is_no_eventfd_is_watched_no_more() {
-    let mut queue = HostStorage::new().queue(4).expect("a queue");
-    let null =
-        rustix::fs::open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).expect("it opens");
-    // SAFETY: the descriptor is ours, and its ownership goes to the EventFd.
-    queue.watch(unsafe { EventFd::from_raw_fd(std::os::fd::IntoRawFd::into_raw_fd(null)) });
-    let started = Instant::now();
-    let mut waits = 0;
-    while started.elapsed() < Duration::from_millis(100) {
-        queue.wait(Some(Duration::from_millis(50)));
-        waits += 1;
+    for mut queue in queues() {
+        let null =
+            rustix::fs::open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).expect("it opens");
+        // SAFETY: the descriptor is ours, and its ownership goes to the EventFd.
+        queue.watch(unsafe { EventFd::from_raw_fd(std::os::fd::IntoRawFd::into_raw_fd(null)) });
+        let started = Instant::now();
+        let mut waits = 0;
+        while started.elapsed() < Duration::from_millis(100) {
+            queue.wait(Some(Duration::from_millis(50)));
+            waits += 1;
+        }
+        assert!(waits <= 5, "{waits} waits in 100 ms");
     }
-    assert!(waits <= 5, "{waits} waits in 100 ms");
 }
 
 #[test]
 fn dropping_waits_for_io_in_flight() {
+    for aio in KINDS {
+        drop_with_io_in_flight(aio);
+    }
+}
+
+fn drop_with_io_in_flight(aio: Aio) {
     let Some(folder) = on_disk() else { return };
     let data = pattern(32 << 20, 12);
     let path = folder.path().join("image");
     std::fs::write(&path, &data).expect("an image");
-    let storage = HostStorage::new();
+    let storage = HostStorage::new().by(aio);
     let (file, _) = storage.open(&path, &options(true, true)).expect("it opens");
     let mut queue = storage.queue(32).expect("a queue");
     queue.watch(EventFd::new(EFD_NONBLOCK).expect("an eventfd"));

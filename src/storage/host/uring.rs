@@ -24,9 +24,9 @@ use super::slots::{Slot, Slots, Verdict, answer_at_once};
 use super::watch::{
     TAG_CANCEL, TAG_OPERATION, TAG_WATCH_POLL, TAG_WATCH_READ, Watch, WatchedEvent, user_data,
 };
-use super::{FileTable, OpenFile, inline};
+use super::{FileTable, SeenFiles, inline};
 use crate::error::StorageError;
-use crate::{Completion, Errno, FileId, IoQueue, Kind, Notifier, Operation, Token};
+use crate::{Completion, Errno, IoQueue, Kind, Notifier, Operation, Token};
 
 /// The most operations in flight in one ring. More are queued.
 const DEPTH_MAX: u32 = 4096;
@@ -40,7 +40,6 @@ pub struct UringQueue {
     ring: IoUring,
     state: State,
     abilities: Abilities,
-    table: Arc<FileTable>,
     /// For operations that are done at once.
     scratch: Slot,
     not_send: PhantomData<*const ()>,
@@ -48,8 +47,7 @@ pub struct UringQueue {
 
 /// Everything but the ring itself, so that completions can be taken while the ring is borrowed.
 struct State {
-    /// The files seen so far, by id.
-    files: Vec<Option<Arc<OpenFile>>>,
+    files: SeenFiles,
     slots: Slots,
     /// Operations that wait for room in the ring, oldest first.
     backlog: VecDeque<u32>,
@@ -90,7 +88,7 @@ impl UringQueue {
         let wakeup = Arc::new(Wakeup::new()?);
         debug!(depth, entries = ring.params().sq_entries(), ?abilities, "io_uring set up");
         let mut state = State {
-            files: Vec::new(),
+            files: SeenFiles::new(table),
             slots: Slots::default(),
             backlog: VecDeque::new(),
             due: VecDeque::new(),
@@ -106,7 +104,7 @@ impl UringQueue {
             wakeup: Arc::clone(&wakeup),
         };
         state.add_watch(WatchedEvent::Own(wakeup));
-        Ok(UringQueue { ring, state, abilities, table, scratch: Slot::idle(), not_send: PhantomData })
+        Ok(UringQueue { ring, state, abilities, scratch: Slot::idle(), not_send: PhantomData })
     }
 
     #[cfg(test)]
@@ -125,17 +123,6 @@ impl UringQueue {
         for watch in &mut self.state.watches {
             watch.poll_first = true;
         }
-    }
-
-    fn ensure_file(&mut self, id: FileId) {
-        let index = usize::from(id.0);
-        if self.state.files.get(index).is_some_and(Option::is_some) {
-            return;
-        }
-        if self.state.files.len() <= index {
-            self.state.files.resize(index + 1, None);
-        }
-        self.state.files[index] = Some(self.table.get(id));
     }
 
     /// Moves what is due into the submission queue, as far as there is room.
@@ -209,8 +196,7 @@ impl UringQueue {
 
 impl IoQueue for UringQueue {
     fn push(&mut self, token: Token, operation: Operation) {
-        self.ensure_file(operation.file);
-        let file = file_of(&self.state.files, operation.file);
+        let file = self.state.files.get(operation.file);
         if let Some(result) = answer_at_once(&operation, file) {
             self.state.ready.push(Completion { token, result, parts: operation.parts });
             return;
@@ -369,7 +355,7 @@ impl State {
             return false;
         }
         let slot = self.slots.get(index);
-        let fd = file_of(&self.files, slot.file).raw_fd();
+        let fd = self.files.seen(slot.file).raw_fd();
         let entry = entry_of(&slot.next_call(), fd).user_data(user_data(TAG_OPERATION, index));
         // SAFETY: what the entry points at is owned by the slot (its parts and iovecs) or static, and stays where it is
         // until the completion is taken: a slot is finished only then, and dropping the queue waits for it. The file
@@ -389,7 +375,7 @@ impl State {
 
     fn complete_call(&mut self, index: u32, result: i32) {
         let slot = self.slots.get(index);
-        let verdict = slot.take_result(result, file_of(&self.files, slot.file));
+        let verdict = slot.take_result(result, self.files.seen(slot.file));
         let result = match verdict {
             Verdict::Again if !self.closing => {
                 self.due.push_back(index);
@@ -431,8 +417,4 @@ impl State {
             .map(|target| opcode::AsyncCancel::new(target).build().user_data(user_data(TAG_CANCEL, 0)))
             .collect()
     }
-}
-
-fn file_of(files: &[Option<Arc<OpenFile>>], id: FileId) -> &OpenFile {
-    files[usize::from(id.0)].as_deref().expect("a file is looked up when its operation is pushed")
 }

@@ -32,6 +32,7 @@ fn serve_has_the_defaults_of_the_design() {
     assert_eq!((options.num_queues, options.queue_size, options.read_only), (64, 1024, false));
     assert_eq!(options.map_cache_size, Size(32 << 20));
     assert_eq!((options.chain.format, options.chain.cache), (ImageFormat::Qcow2, Cache::Direct));
+    assert_eq!((options.backing_cache, options.aio), (Cache::Writeback, Aio::Auto));
     assert_eq!((options.chain.backing_format, options.serial, options.socket_mode), (None, None, None));
 }
 
@@ -63,6 +64,8 @@ fn serve_takes_every_option() {
         serve("strata serve --blk-file a --fd 3 --detect-zeroes on --discard ignore --discard-no-unref");
     assert_eq!((other.detect_zeroes, other.discard), (DetectZeroes::On, Discard::Ignore));
     assert!(other.discard_no_unref);
+    let other = serve("strata serve --blk-file a --fd 3 --backing-cache direct --aio threads");
+    assert_eq!((other.backing_cache, other.aio), (Cache::Direct, Aio::Threads));
 }
 
 #[test]

@@ -1,0 +1,155 @@
+//! Threads that make plain system calls, for hosts that refuse io_uring.
+//!
+//! One pool serves all queues of a storage, first come first served. Threads start when there is work for them and end when
+//! there was none for a while. It knows operations, not who asked for them: results go to the job's [`Outbox`].
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tracing::warn;
+
+use super::OpenFile;
+use super::inline;
+use super::notify::Wakeup;
+use super::slots::Slot;
+use crate::{Errno, Notifier};
+
+/// The most threads of one storage: as many calls are on their way at a time.
+const THREADS_MAX: usize = 64;
+/// How long a thread waits for work before it ends.
+const IDLE_MAX: Duration = Duration::from_secs(10);
+
+/// An operation for any thread to carry out.
+pub(super) struct Job {
+    pub(super) slot: Slot,
+    pub(super) file: Arc<OpenFile>,
+    pub(super) outbox: Arc<Outbox>,
+}
+
+// SAFETY: what keeps a job from being `Send` are the addresses in its slot. They name buffers that the slot owns, guest
+// memory, whose maker promised that it outlives the operation (any thread may access it, as it is only ever copied), and
+// the slot's own list of both. One thread at a time has the job.
+unsafe impl Send for Job {}
+
+/// A job that is done, and how it ended.
+pub(super) type Finished = (Job, Result<(), Errno>);
+
+/// Where a queue finds what is done.
+pub(super) struct Outbox {
+    done: Mutex<Vec<Finished>>,
+    emptied: Condvar,
+    pub(super) wakeup: Arc<Wakeup>,
+}
+
+impl Outbox {
+    pub(super) fn new(wakeup: Arc<Wakeup>) -> Self {
+        Outbox { done: Mutex::default(), emptied: Condvar::new(), wakeup }
+    }
+
+    /// Takes everything that is done.
+    pub(super) fn take(&self) -> Vec<Finished> {
+        std::mem::take(&mut *lock(&self.done))
+    }
+
+    /// Waits until something is done, and takes it.
+    pub(super) fn wait(&self) -> Vec<Finished> {
+        let done = self.emptied.wait_while(lock(&self.done), |done| done.is_empty());
+        std::mem::take(&mut *done.unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn put(&self, job: Job, result: Result<(), Errno>) {
+        lock(&self.done).push((job, result));
+        self.emptied.notify_one();
+        self.wakeup.notify();
+    }
+}
+
+/// The threads, and what waits for one.
+#[derive(Default)]
+pub(super) struct Pool {
+    state: Mutex<State>,
+    work: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    jobs: VecDeque<Job>,
+    threads: usize,
+    idle: usize,
+}
+
+impl std::fmt::Debug for Pool {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let state = lock(&self.state);
+        write!(f, "Pool({} jobs, {} threads, {} idle)", state.jobs.len(), state.threads, state.idle)
+    }
+}
+
+impl Pool {
+    /// Has the jobs carried out, in any order.
+    pub(super) fn submit(self: &Arc<Self>, jobs: impl IntoIterator<Item = Job>) {
+        let mut state = lock(&self.state);
+        state.jobs.extend(jobs);
+        let (waiting, idle) = (state.jobs.len(), state.idle);
+        let lacking = waiting.saturating_sub(idle).min(THREADS_MAX.saturating_sub(state.threads));
+        state.threads += lacking;
+        drop(state);
+        for _ in 0..waiting.min(idle) {
+            self.work.notify_one();
+        }
+        for started in 0..lacking {
+            let pool = Arc::clone(self);
+            let thread = std::thread::Builder::new().name("strata-io".to_owned());
+            if let Err(error) = thread.spawn(move || pool.serve()) {
+                warn!(%error, "no further thread for I/O");
+                self.lack(lacking - started);
+                return;
+            }
+        }
+    }
+
+    /// So many threads could not be started. If there are none at all, the caller does the work.
+    fn lack(&self, threads: usize) {
+        let mut state = lock(&self.state);
+        state.threads -= threads;
+        if state.threads == 0 {
+            while let Some(job) = state.jobs.pop_front() {
+                drop(state);
+                carry_out(job);
+                state = lock(&self.state);
+            }
+        }
+    }
+
+    fn serve(&self) {
+        let mut state = lock(&self.state);
+        loop {
+            if let Some(job) = state.jobs.pop_front() {
+                drop(state);
+                carry_out(job);
+                state = lock(&self.state);
+                continue;
+            }
+            state.idle += 1;
+            let waited = self.work.wait_timeout_while(state, IDLE_MAX, |state| state.jobs.is_empty());
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            state.idle -= 1;
+            if state.jobs.is_empty() {
+                state.threads -= 1;
+                return;
+            }
+        }
+    }
+}
+
+fn carry_out(mut job: Job) {
+    let result = inline::run(&mut job.slot, &job.file);
+    let outbox = Arc::clone(&job.outbox);
+    outbox.put(job, result);
+}
+
+/// Nothing panics while it holds one of these locks, so what they guard is whole.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,64 @@
+//! The host's queue, whichever kind it is.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{ThreadQueue, UringQueue};
+use crate::{Completion, IoQueue, Notifier, Operation, Token};
+
+/// One thread's queue of operations on [`HostStorage`](super::HostStorage) files.
+pub enum HostQueue {
+    /// By io_uring.
+    Uring(Box<UringQueue>),
+    /// By threads.
+    Threads(Box<ThreadQueue>),
+}
+
+/// The same call on either.
+macro_rules! either {
+    ($queue:expr, $inner:ident => $call:expr) => {
+        match $queue {
+            HostQueue::Uring($inner) => $call,
+            HostQueue::Threads($inner) => $call,
+        }
+    };
+}
+
+impl IoQueue for HostQueue {
+    #[inline]
+    fn push(&mut self, token: Token, operation: Operation) {
+        either!(self, queue => queue.push(token, operation));
+    }
+
+    #[inline]
+    fn submit(&mut self) {
+        either!(self, queue => queue.submit());
+    }
+
+    #[inline]
+    fn reap(&mut self, done: &mut Vec<Completion>) {
+        either!(self, queue => queue.reap(done));
+    }
+
+    fn wait(&mut self, timeout: Option<Duration>) {
+        either!(self, queue => queue.wait(timeout));
+    }
+
+    fn watch(&mut self, event: EventFd) {
+        either!(self, queue => queue.watch(event));
+    }
+
+    fn notifier(&self) -> Arc<dyn Notifier> {
+        either!(self, queue => queue.notifier())
+    }
+
+    fn in_flight(&self) -> usize {
+        either!(self, queue => queue.in_flight())
+    }
+
+    fn now(&self) -> Instant {
+        either!(self, queue => queue.now())
+    }
+}

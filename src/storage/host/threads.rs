@@ -1,0 +1,176 @@
+//! One thread's queue on hosts that refuse io_uring: operations go to the [`Pool`], and the wait is an epoll.
+//!
+//! It never gives up memory that a call may still use: dropping the queue waits for every job that the pool has.
+
+use std::collections::VecDeque;
+use std::marker::PhantomData;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tracing::warn;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::notify::Wakeup;
+use super::pool::{Finished, Job, Outbox, Pool};
+use super::slots::{Slot, answer_at_once};
+use super::{FileTable, OpenFile, SeenFiles, inline};
+use crate::error::{Step, StorageError};
+use crate::{Completion, IoQueue, Kind, Notifier, Operation, Token};
+
+/// Events taken in one call. More stay for the next.
+const EVENTS: usize = 16;
+
+/// One thread's queue of operations on [`HostStorage`](super::HostStorage) files.
+pub struct ThreadQueue {
+    files: SeenFiles,
+    pool: Arc<Pool>,
+    outbox: Arc<Outbox>,
+    /// Pushed, and not yet handed to the pool, oldest first.
+    backlog: VecDeque<Job>,
+    /// Handed to the pool and not yet taken back, and how many that may be.
+    in_pool: usize,
+    depth: usize,
+    /// Finished and not yet reaped.
+    ready: Vec<Completion>,
+    /// Slots to use again.
+    spare: Vec<Slot>,
+    /// For operations that are done at once.
+    scratch: Slot,
+    epoll: Epoll,
+    /// Kept open; edge-triggered, so that nobody needs to read them.
+    watches: Vec<EventFd>,
+    not_send: PhantomData<*const ()>,
+}
+
+impl ThreadQueue {
+    pub(super) fn new(table: Arc<FileTable>, pool: Arc<Pool>, depth: u32) -> Result<Self, StorageError> {
+        let failed = |source| StorageError::Queue { step: Step::SetUpEpoll, source };
+        let wakeup = Arc::new(Wakeup::new()?);
+        let epoll = Epoll::new().map_err(failed)?;
+        watch(&epoll, &wakeup.event).map_err(failed)?;
+        Ok(ThreadQueue {
+            files: SeenFiles::new(table),
+            pool,
+            outbox: Arc::new(Outbox::new(wakeup)),
+            backlog: VecDeque::new(),
+            in_pool: 0,
+            depth: depth.max(1) as usize,
+            ready: Vec::new(),
+            spare: Vec::new(),
+            scratch: Slot::idle(),
+            epoll,
+            watches: Vec::new(),
+            not_send: PhantomData,
+        })
+    }
+
+    fn take_in(&mut self, done: Vec<Finished>) {
+        self.in_pool -= done.len();
+        for (job, result) in done {
+            let mut slot = job.slot;
+            self.ready.push(slot.finish(result));
+            self.spare.push(slot);
+        }
+    }
+
+    fn drain(&mut self) {
+        if self.in_pool > 0 {
+            let done = self.outbox.take();
+            self.take_in(done);
+        }
+    }
+
+    /// Sleeps until an event or the timeout; with none until an event. Which event does not matter.
+    fn sleep(&self, timeout: Option<Duration>) {
+        let millis = timeout
+            .map_or(-1, |timeout| i32::try_from(timeout.as_micros().div_ceil(1000)).unwrap_or(i32::MAX));
+        let mut events = [EpollEvent::default(); EVENTS];
+        // A wait may end early, as it does when a signal interrupts it.
+        let _ = self.epoll.wait(millis, &mut events);
+    }
+}
+
+/// Edge-triggered: each signal is an event, and none is left behind although the counter is never read.
+fn watch(epoll: &Epoll, event: &EventFd) -> std::io::Result<()> {
+    let wanted = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);
+    epoll.ctl(ControlOperation::Add, event.as_raw_fd(), wanted)
+}
+
+impl IoQueue for ThreadQueue {
+    fn push(&mut self, token: Token, operation: Operation) {
+        let file: &Arc<OpenFile> = self.files.get(operation.file);
+        if let Some(result) = answer_at_once(&operation, file) {
+            self.ready.push(Completion { token, result, parts: operation.parts });
+            return;
+        }
+        if file.memory_backed || operation.kind == Kind::SetLength {
+            self.scratch.begin(token, operation, file);
+            let result = inline::run(&mut self.scratch, file);
+            self.ready.push(self.scratch.finish(result));
+            return;
+        }
+        let mut slot = self.spare.pop().unwrap_or_else(Slot::idle);
+        slot.begin(token, operation, file);
+        let (file, outbox) = (Arc::clone(file), Arc::clone(&self.outbox));
+        self.backlog.push_back(Job { slot, file, outbox });
+    }
+
+    fn submit(&mut self) {
+        let count = self.backlog.len().min(self.depth - self.in_pool);
+        if count > 0 {
+            self.in_pool += count;
+            self.pool.submit(self.backlog.drain(..count));
+        }
+    }
+
+    fn reap(&mut self, done: &mut Vec<Completion>) {
+        self.drain();
+        // Nobody may call submit again for operations that they have submitted already.
+        self.submit();
+        done.append(&mut self.ready);
+    }
+
+    fn wait(&mut self, timeout: Option<Duration>) {
+        self.submit();
+        self.drain();
+        let wakeup = Arc::clone(&self.outbox.wakeup);
+        if timeout == Some(Duration::ZERO) || !self.ready.is_empty() {
+            wakeup.end_sleep();
+        } else if wakeup.begin_sleep() {
+            self.sleep(timeout);
+            wakeup.end_sleep();
+        }
+        self.drain();
+    }
+
+    fn watch(&mut self, event: EventFd) {
+        match watch(&self.epoll, &event) {
+            Ok(()) => self.watches.push(event),
+            Err(error) => warn!(%error, "not watched: it does not behave like an eventfd"),
+        }
+    }
+
+    fn notifier(&self) -> Arc<dyn Notifier> {
+        Arc::clone(&self.outbox.wakeup) as Arc<dyn Notifier>
+    }
+
+    fn in_flight(&self) -> usize {
+        self.backlog.len() + self.in_pool + self.ready.len()
+    }
+
+    fn now(&self) -> Instant {
+        Instant::now()
+    }
+}
+
+impl Drop for ThreadQueue {
+    /// Operations that were not handed to the pool are dropped undone.
+    fn drop(&mut self) {
+        while self.in_pool > 0 {
+            let done = self.outbox.wait();
+            self.take_in(done);
+        }
+    }
+}
