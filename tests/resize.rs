@@ -341,6 +341,49 @@ fn a_dirty_image_is_repaired_first() {
     assert_eq!(word(&bench.image, 72), 0);
 }
 
+/// Data in another file: its length follows, and where it can be read as a raw image it shows the same disk.
+#[test]
+fn external_data_files_get_the_size_of_their_disk() {
+    let Some(qemu) = Qemu::find() else { return };
+    for (raw, backing) in [(true, false), (false, false), (false, true)] {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (image, data) = (folder.path().join("image"), folder.path().join("data"));
+        let base = folder.path().join("base");
+        qemu.create(&base, &ImageSpec::raw(3 * M).with(pattern(0, 3 * M, 3))).expect("a base");
+        let how = format!("data_file={},data_file_raw={}", data.display(), if raw { "on" } else { "off" });
+        let (path, below) = (image.display().to_string(), base.display().to_string());
+        let mut create = vec!["create", "-q", "-f", "qcow2", "-o", &how];
+        if backing {
+            create.extend(["-b", &below, "-F", "raw"]);
+        }
+        create.extend([&path, "1M"]);
+        qemu.img(create).expect("an image");
+        qemu.write(&image, Format::Qcow2, &[pattern(64 * K, M - 64 * K, 5)]).expect("written");
+        let options = DiskOptions { data_file: Some(data.clone()), ..options() };
+        let mut contents = qemu.read_all(&image, Format::Qcow2).expect("read");
+        for size in [512 * K + 512, 520 * K, 600 * K + 1024, 4 * M, 2 * M + 512, 2 * M + 1024, 512, 3 * M] {
+            let size = NewSize::Of(size);
+            let resized = resize(HostStorage::new(), &image, size, Shrinking::Accepted, &options);
+            let to = resized.expect("resized").to;
+            contents.resize(to as usize, 0);
+            let what = format!("raw: {raw}, to {to}");
+            assert_clean(&image, &what);
+            assert!(read(&image, &options) == contents, "{what}: the disk reads otherwise");
+            let theirs = qemu.read_all(&image, Format::Qcow2).expect("read");
+            assert!(theirs == contents, "{what}: qemu-img reads otherwise");
+            let file = std::fs::read(&data).expect("the data file");
+            assert_eq!(file.len() as u64, to, "{what}");
+            assert!(!raw || file == contents, "{what}: the data file reads otherwise as a raw image");
+            // What lies behind the end in that file is no part of the disk.
+            std::fs::write(&data, [file, vec![0xee; 700 * K as usize]].concat()).expect("written");
+            let mut rig = Rig::open(&image, &options).expect("it opens");
+            rig.try_one(&write(to / 1024 * 512, 512, 1)).expect("a write");
+            contents = rig.read_all();
+            rig.close();
+        }
+    }
+}
+
 #[test]
 fn raw_images_get_another_length() {
     let folder = tempfile::tempdir().expect("a folder");

@@ -98,10 +98,35 @@ pub(crate) async fn extend<Q: IoQueue>(
     if file.info.block_device {
         return Err(OpenError::DataFileTooShort { path: path(), length: file.info.length, disk });
     }
-    let grow = Operation::bare(file.id, Kind::SetLength, length);
+    set_length(driver, file, length).await
+}
+
+/// Makes a data file as long as a disk that gets another size. What of it lies behind the old end must have been cut off
+/// if it is to show.
+pub(crate) async fn resize<Q: IoQueue>(
+    driver: &Driver<Q>,
+    file: &mut DiskFile,
+    disk: u64,
+) -> Result<(), OpenError> {
+    if file.info.block_device {
+        // Too short a device is refused; of a longer one the rest is not used.
+        return extend(driver, file, disk).await;
+    }
+    set_length(driver, file, disk).await?;
+    let path = || file.info.path.clone();
+    let failed = |source| OpenError::Io { path: path(), structure: "end of the file", offset: disk, source };
+    driver.run_bare(Operation::bare(file.id, Kind::Sync, 0)).await.map_err(failed)
+}
+
+async fn set_length<Q: IoQueue>(
+    driver: &Driver<Q>,
+    file: &mut DiskFile,
+    length: u64,
+) -> Result<(), OpenError> {
+    let path = || file.info.path.clone();
     let failed =
         |source| OpenError::Io { path: path(), structure: "end of the file", offset: length, source };
-    driver.run_bare(grow).await.map_err(failed)?;
+    driver.run_bare(Operation::bare(file.id, Kind::SetLength, length)).await.map_err(failed)?;
     file.info.length = length;
     Ok(())
 }

@@ -190,7 +190,7 @@ impl<S: Storage> Disk<S> {
                 driver.block_on(open::fill_last_block(driver, &chain.files[0]))?;
                 if data != FileIndex(0) {
                     let file = &mut chain.files[usize::from(data.0)];
-                    driver.block_on(data_file::extend(driver, file, top.size))?;
+                    driver.block_on(data_file::extend(driver, file, chain.layers[0].size))?;
                 }
                 driver.block_on(open::note_writes(
                     driver,

@@ -4,6 +4,7 @@
 //! goes on behind it. What else becomes of the image, and in which order, is the engine's plan. Backing files are opened
 //! to know how much of them the new part of the disk would show; they are not changed.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -15,6 +16,7 @@ use thiserror::Error;
 
 use crate::change::{ChangeError, carry_out, plan};
 use crate::check::ImageFile;
+use crate::data_file;
 use crate::driver::Driver;
 use crate::error::OpenError;
 use crate::layer::DiskFile;
@@ -122,7 +124,7 @@ impl From<OpenError> for ResizeError {
 /// Gives the disk of the image at `path`, which nobody else may have open (an exclusive lock), another size. What is new
 /// reads as zero. A crash at any instant leaves the disk as it was or as it was to become, and all snapshots as they are
 /// (docs/durability.md, "Changes of an image that nobody uses"). Of the options, the formats, `direct` and `lock_timeout`
-/// matter.
+/// matter, and those that name data files.
 ///
 /// # Errors
 /// See [`ResizeError`].
@@ -198,7 +200,7 @@ fn resize_qcow2<S: Storage>(
     path: &Path,
     options: &DiskOptions,
     driver: &Driver<S::Queue>,
-    chain: Chain,
+    mut chain: Chain,
     Resized { from, to }: Resized,
 ) -> Result<(), ResizeError> {
     let header = chain.layers[0].header.as_ref().expect("a qcow2 image has a header");
@@ -209,37 +211,58 @@ fn resize_qcow2<S: Storage>(
         below.map_or(0, |below| below.header.as_ref().map_or(below.file_length, |_| below.size));
     let backing_size = if active(Mutation::ResizeBaresBacking) { 0 } else { backing_size };
     let change = Change::Resize(Resize { size: to, backing_size });
-    if to < from || from.is_multiple_of(cluster_size) || active(Mutation::ResizeKeepsTail) {
-        return driver.block_on(carry_out_alone(&storage, driver, &chain.files[0], change));
+    let is_raw = header.is_data_file_raw();
+    let data = usize::from(chain.specs[0].data_file().0);
+    if to < from {
+        driver.block_on(carry_out_alone(&storage, driver, &chain.files[0], change))?;
+        return match chain.files.get_mut(data).filter(|_| data > 0) {
+            Some(file) => Ok(driver.block_on(data_file::resize(driver, file, to))?),
+            None => Ok(()),
+        };
     }
     // What cannot be done is refused before anything is written.
     let file = &chain.files[0];
     let image = ImageFile { driver, id: file.id, info: &file.info };
     driver.block_on(plan(&image, header, change.clone()))?;
-    let shared = zero_tail(storage, path, options, driver, chain, from)?;
+    if data > 0 {
+        let file = &mut chain.files[data];
+        if is_raw && file.info.block_device {
+            return Err(ResizeError::BlockDevice { path: file.info.path.clone() });
+        }
+        if is_raw {
+            // What it has behind the end would be part of the disk then.
+            driver.block_on(data_file::resize(driver, file, from / SECTOR * SECTOR))?;
+        }
+        driver.block_on(data_file::resize(driver, file, to))?;
+    }
+    if from.is_multiple_of(cluster_size) || active(Mutation::ResizeKeepsTail) {
+        return driver.block_on(carry_out_alone(&storage, driver, &chain.files[0], change));
+    }
+    let end = from.next_multiple_of(cluster_size).min(to);
+    let shared = zero_tail(storage, path, options, driver, chain, from / SECTOR * SECTOR..end)?;
     driver.block_on(carry_out_alone(&shared.storage, driver, &shared.files[0], change))
 }
 
-/// Makes the rest of the cluster in which the disk ends read as zero. No reader of the disk as it is can tell; so this is
-/// done as a disk is written, by one that goes to the end of the cluster, before the engine's plan.
+/// Makes what the cluster in which the disk ends has behind that read as zero, as far as the disk will go on in it. No
+/// reader of the disk as it is can tell; so this is done as a disk is written, by one that goes so far, before the
+/// engine's plan.
 fn zero_tail<S: Storage>(
     storage: S,
     path: &Path,
     options: &DiskOptions,
     driver: &Driver<S::Queue>,
     mut chain: Chain,
-    from: u64,
+    tail: Range<u64>,
 ) -> Result<Arc<Shared<S>>, OpenError> {
     let LayerFormat::Qcow2 { geometry, .. } = &mut chain.specs[0].format else {
         panic!("the engine knows the format that was opened");
     };
-    let end = from.next_multiple_of(geometry.cluster_size());
-    geometry.size = end;
-    chain.layers[0].size = end;
+    geometry.size = tail.end;
+    chain.layers[0].size = tail.end;
     let disk = Disk::of_chain(storage, path, options, driver, chain)?;
     let mut queue = disk.queue(SIDE_QUEUE_DEPTH)?;
-    let offset = from / SECTOR * SECTOR;
-    let zeroes = Request::WriteZeroes { offset, length: end - offset, unmap: false, write_through: true };
+    let (offset, length) = (tail.start, tail.end - tail.start);
+    let zeroes = Request::WriteZeroes { offset, length, unmap: false, write_through: true };
     queue.submit(RequestId(0), zeroes, &[]);
     let mut done = Vec::new();
     loop {

@@ -100,13 +100,8 @@ pub struct ServeArgs {
     #[command(flatten)]
     pub chain: ChainArgs,
 
-    /// The external file that holds the image's data; the name in the image's header is never followed
-    #[arg(long, value_name = "FILE")]
-    pub data_file: Option<PathBuf>,
-
-    /// Likewise of a backing file: its name as messages have it, =, and its data file; may be given several times
-    #[arg(long, value_name = "BACKING=FILE", value_parser = backing_data_file)]
-    pub backing_data_file: Vec<(PathBuf, PathBuf)>,
+    #[command(flatten)]
+    pub data: DataFileArgs,
 
     /// The same for the backing files, which are only read: through the page cache, disks that share one share its cache
     /// too
@@ -272,6 +267,9 @@ pub struct ResizeArgs {
     #[command(flatten)]
     pub chain: ChainArgs,
 
+    #[command(flatten)]
+    pub data: DataFileArgs,
+
     /// The disk may become smaller: what lies behind its new end is lost
     #[arg(long)]
     pub shrink: bool,
@@ -313,6 +311,18 @@ pub struct ChainArgs {
     /// Bypass the host's page cache (direct) or go through it (writeback)
     #[arg(long, value_name = "MODE", default_value = "direct")]
     pub cache: Cache,
+}
+
+/// Which external files have the data of images.
+#[derive(Clone, Debug, Args)]
+pub struct DataFileArgs {
+    /// The external file that holds the image's data; the name in the image's header is never followed
+    #[arg(long, value_name = "FILE")]
+    pub data_file: Option<PathBuf>,
+
+    /// Likewise of a backing file: its name as messages have it, =, and its data file; may be given several times
+    #[arg(long, value_name = "BACKING=FILE", value_parser = backing_data_file)]
+    pub backing_data_file: Vec<(PathBuf, PathBuf)>,
 }
 
 /// A format by its name.

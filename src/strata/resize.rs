@@ -26,6 +26,8 @@ pub fn run(options: &ResizeArgs) -> Result<(), ProgramError> {
     let how = DiskOptions {
         format: options.chain.format.into(),
         backing_format: options.chain.backing_format.map(Into::into),
+        data_file: options.data.data_file.clone(),
+        backing_data_files: options.data.backing_data_file.clone(),
         direct: options.chain.cache == Cache::Direct,
         lock_timeout: LOCK_PATIENCE,
         ..DiskOptions::default()

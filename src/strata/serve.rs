@@ -52,8 +52,8 @@ fn open(image: &Path, options: &ServeArgs) -> Result<HostDevice, ProgramError> {
     let how = DiskOptions {
         format: options.chain.format.into(),
         backing_format: options.chain.backing_format.map(Into::into),
-        data_file: options.data_file.clone(),
-        backing_data_files: options.backing_data_file.clone(),
+        data_file: options.data.data_file.clone(),
+        backing_data_files: options.data.backing_data_file.clone(),
         read_only: options.read_only,
         snapshot: options.snapshot.clone(),
         direct: options.chain.cache == Cache::Direct,

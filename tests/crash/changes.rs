@@ -59,6 +59,8 @@ pub fn starts() -> Vec<Start> {
         Shape::new(14, 320).subclusters().over(Below::Raw).past(Past::Written),
         Shape::new(12, 96).past(Past::Compressed(Compression::Deflate)),
         Shape::raw(64).past(Past::Written),
+        Shape::new(12, 100).apart().over(Below::Raw).past(Past::Written),
+        Shape::new(12, 100).apart_raw().past(Past::Written),
     ];
     let mut starts: Vec<Start> = kept.map(|shape| shape.past(Past::Kept).make()).to_vec();
     starts.extend(plain.map(|shape| shape.make()));

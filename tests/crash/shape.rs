@@ -13,7 +13,7 @@ use storage::sim::{Image, SimOptions, SimWorld};
 
 use super::compressed;
 use super::hidden::{self, Hidden};
-use super::journal::{Deed, Op};
+use super::journal::{Deed, Op, padded};
 use super::rig::Rig;
 use super::stamp::{SECTOR, Value, read_stamps, stamp};
 
@@ -225,9 +225,7 @@ impl Shape {
         if self.data != Data::ApartRaw {
             return None;
         }
-        let mut bytes = vec![0; (self.sectors * SECTOR) as usize];
-        image.file(Path::new(DATA))?.read(0, &mut bytes);
-        Some(read_stamps(0, &bytes))
+        Some(padded(&read_stamps(0, &image.file(Path::new(DATA))?.to_bytes()), self))
     }
 
     /// As many sectors as the disk may ever have.
@@ -238,7 +236,7 @@ impl Shape {
     /// Its size may change: where snapshots are hidden from the disk, or version 2 does not record what size they have, it
     /// may not.
     pub fn is_resizable(&self) -> bool {
-        self.past != Past::Shared && !self.has_data_file() && (self.version == 3 || self.past != Past::Kept)
+        self.past != Past::Shared && (self.version == 3 || self.past != Past::Kept)
     }
 
     /// It has metadata.

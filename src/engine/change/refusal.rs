@@ -96,9 +96,6 @@ pub enum ChangeRefusal {
     /// No place for new metadata.
     #[error("the file is as large as its format allows")]
     TooLarge,
-    /// Both files would have to change together.
-    #[error("the image keeps its data in an external data file, with which its size cannot be changed")]
-    ResizeWithDataFile,
     /// They would say something of a disk of another size.
     #[error(
         "the image has {count} persistent bitmaps, which fit a disk of its present size only: remove them with `qemu-img \

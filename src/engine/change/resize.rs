@@ -7,8 +7,9 @@
 
 use std::ops::Range;
 
+use qcow2::entry::HOST_OFFSET_LIMIT;
 use qcow2::header::L1_TABLE_SIZE_MAX;
-use qcow2::{Geometry, Header, HostCluster, Incompatible, L1Entry, L2Entry, Snapshot, Version};
+use qcow2::{Geometry, Header, HostCluster, L1Entry, L2Entry, Snapshot, Version};
 
 use super::refusal::ChangeRefusal;
 use crate::check::READ_MAX;
@@ -27,9 +28,6 @@ impl Resize {
     /// Refuses what can be seen from the header.
     pub(super) fn examine(&self, header: &Header) -> Result<(), ChangeRefusal> {
         let geometry = header.geometry();
-        if header.incompatible.contains(Incompatible::DATA_FILE) {
-            return Err(ChangeRefusal::ResizeWithDataFile);
-        }
         if let Some(bitmaps) = header.bitmaps() {
             return Err(ChangeRefusal::ResizeWithBitmaps { count: bitmaps.count });
         }
@@ -39,7 +37,8 @@ impl Resize {
         if header.version == Version::V2 && !self.zeroed(&geometry).is_empty() {
             return Err(ChangeRefusal::BackingShowsThrough { backing_size: self.backing_size });
         }
-        let max = (L1_TABLE_SIZE_MAX / 8 * geometry.l2_entries()) << geometry.cluster_bits;
+        let mapped = (L1_TABLE_SIZE_MAX / 8 * geometry.l2_entries()) << geometry.cluster_bits;
+        let max = if header.has_data_file() { mapped.min(HOST_OFFSET_LIMIT) } else { mapped };
         if self.size > max {
             return Err(ChangeRefusal::DiskTooLarge { size: self.size, max });
         }

@@ -53,9 +53,9 @@ fn serve_takes_every_option() {
     assert_eq!(serve("strata serve --blk-file a --fd 3").fd, Some(3));
     let below = "--backing-data-file=b.qcow2=c=d --backing-data-file e=f";
     let apart = serve(&format!("strata serve --blk-file a --fd 3 --data-file=b.data {below}"));
-    assert_eq!(apart.data_file.as_deref(), Some(Path::new("b.data")));
+    assert_eq!(apart.data.data_file.as_deref(), Some(Path::new("b.data")));
     let pairs = [("b.qcow2", "c=d"), ("e", "f")].map(|(layer, file)| (layer.into(), file.into()));
-    assert_eq!(apart.backing_data_file, pairs);
+    assert_eq!(apart.data.backing_data_file, pairs);
     let waits = serve("strata serve --blk-file a --fd 3 --on-enospc wait");
     assert_eq!((options.on_enospc, waits.on_enospc), (OnEnospc::Report, OnEnospc::Wait));
     assert_eq!((options.detect_zeroes, options.discard), (DetectZeroes::Off, Discard::Unmap));
