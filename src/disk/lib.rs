@@ -254,6 +254,11 @@ impl<S: Storage> Disk<S> {
         self.shared.read_only
     }
 
+    /// The external file that holds the top image's data.
+    pub fn data_file(&self) -> Option<&Path> {
+        self.shared.has_data_file().then(|| self.shared.data_file().info.path.as_path())
+    }
+
     /// The layers, the top image first.
     pub fn layers(&self) -> &[Layer] {
         &self.shared.layers

@@ -109,9 +109,12 @@ fn described(device: &HostDevice, offer: &ServeOptions) -> String {
         1 => String::new(),
         count => format!(", a chain of {count} layers"),
     };
+    let data = disk
+        .data_file()
+        .map_or(String::new(), |file| format!(" and its data in {}", one_line(&file.display().to_string())));
     let access = if disk.is_read_only() { ", read-only" } else { "" };
     let queues = offer.num_queues;
-    format!("{}, {format}{layers}{access}, up to {queues} queues", size::short(disk.size()))
+    format!("{}, {format}{data}{layers}{access}, up to {queues} queues", size::short(disk.size()))
 }
 
 fn close(image: &Path, device: Arc<HostDevice>) -> Result<(), ProgramError> {

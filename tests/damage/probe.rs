@@ -10,7 +10,7 @@ use storage::sim::SimWorld;
 
 use super::host::{bytes, checked, options, world};
 use super::session::Session;
-use super::victims::{UNIT, Victim};
+use super::victims::{DATA, UNIT, Victim};
 
 /// What a place holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,7 +69,15 @@ pub fn probe(file: &[u8], victim: &Victim) -> Outcome {
         changed: Vec::new(),
         marked: false,
     };
-    let options = options(false);
+    let data_file = victim.data.as_ref().map(|_| DATA.into());
+    let options = DiskOptions { data_file, ..options(false) };
+    let world = |file: &[u8]| {
+        let world = world(file);
+        if let Some(data) = &victim.data {
+            world.add_file(DATA, data);
+        }
+        world
+    };
     let read_only = DiskOptions { read_only: true, ..options.clone() };
     let to_read = Session::open(&world(file), &read_only, None).map(|mut session| read(&mut session, victim));
     let world = world(file);

@@ -10,7 +10,7 @@ use std::process::Command;
 use strata_tests::images::find_tool;
 
 use super::probe::{Opened, Outcome, Read, is_marked, writes};
-use super::victims::{UNIT, Victim};
+use super::victims::{DATA, UNIT, Victim};
 
 /// What QEMU does, without its words.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,6 +34,9 @@ const STARTS_MAX: usize = 5;
 pub fn ask(folder: &Path, file: &[u8], victim: &Victim, ours: &Outcome) -> Theirs {
     std::fs::write(folder.join(TOP), file).expect("an image");
     std::fs::write(folder.join("base"), [0xba; 16 << 10]).expect("a file below");
+    if let Some(data) = &victim.data {
+        std::fs::write(folder.join(DATA), data).expect("its data");
+    }
     // Read first, which changes nothing.
     let (seen, refused) = reads(folder, &ours.reads);
     let tried = |(name, _, _): &(&str, u64, u64)| ours.writes.iter().any(|(what, _)| what == name);

@@ -104,16 +104,32 @@ const REASONS: &[(&[&str], &str)] = &[
     ),
 ];
 
-/// Why QEMU does otherwise with an image that was damaged so.
+/// The same of an image whose data is in an external file.
+const WITH_DATA_FILE: (&[&str], &str) = (
+    &[
+        "two guest clusters share one",
+        "two L2 entries swapped",
+        "data right behind the file",
+        "data far behind the file",
+        "data at the largest offset",
+        "data in the L1 table",
+        "data in its L2 table",
+        "data in a refblock",
+    ],
+    "such a file has one place for each cluster, and QEMU looks at what an entry says only where it reads",
+);
+
+/// Why QEMU does otherwise with an image that was damaged so, and whose data may be in an external file.
 ///
 /// # Panics
 /// If nobody has said it.
-pub fn of(damage: &str) -> &'static str {
-    let found = REASONS.iter().find(|(damages, _)| damages.contains(&damage));
+pub fn of(damage: &str, has_data_file: bool) -> &'static str {
+    let reasons = has_data_file.then_some(&WITH_DATA_FILE).into_iter().chain(REASONS);
+    let found = reasons.into_iter().find(|(damages, _)| damages.contains(&damage));
     found.unwrap_or_else(|| panic!("{damage}: QEMU does otherwise, and there is no reason")).1
 }
 
 /// Each damage that has one.
 pub fn damages() -> impl Iterator<Item = &'static str> {
-    REASONS.iter().flat_map(|(damages, _)| damages.iter().copied())
+    REASONS.iter().chain([&WITH_DATA_FILE]).flat_map(|(damages, _)| damages.iter().copied())
 }

@@ -48,7 +48,7 @@ pub fn describe(row: &Row, ours: &Outcome, theirs: Option<&Theirs>, victim: &Vic
         line("is marked corrupt".into());
     }
     let unlike = theirs.map_or(vec!["not asked".to_owned()], |theirs| unlike(ours, theirs));
-    let why = (!unlike.is_empty()).then(|| reasons::of(row.damage));
+    let why = (!unlike.is_empty()).then(|| reasons::of(row.damage, victim.data.is_some()));
     for what in unlike {
         line(format!("QEMU: {what}"));
     }

@@ -4,24 +4,30 @@
 
 use std::collections::BTreeMap;
 use std::io::Write as _;
+use std::sync::Arc;
 
 use flate2::write::DeflateEncoder;
 use qcow2::entry::COPIED;
 use qcow2::snapshot::encode_table;
 use qcow2::{
-    Extension, Geometry, Header, HostOffset, L1Entry, L2Entry, NewImage, RawL2Entry, Snapshot, Version,
-    entry, extension, position, set_entry, set_refcount,
+    Extension, Geometry, Header, HostOffset, Incompatible, L1Entry, L2Entry, NewImage, RawL2Entry, Snapshot,
+    Version, entry, extension, position, set_entry, set_refcount,
 };
 
+/// The name of an external data file.
+pub const DATA: &str = "data";
 /// What is read at a time.
 pub const UNIT: u64 = 4096;
 
 /// An image, and what its disk holds.
+#[derive(Clone)]
 pub struct Victim {
     /// What is special about it.
     pub name: &'static str,
     /// The file.
     pub bytes: Vec<u8>,
+    /// The external file that holds its data, if one does.
+    pub data: Option<Arc<[u8]>>,
     /// What is read of the disk: places, and the byte that is there throughout.
     pub contents: BTreeMap<u64, u8>,
     /// A place in an empty cluster, and the length of a cluster.
@@ -32,6 +38,8 @@ pub struct Victim {
 struct Maker {
     geometry: Geometry,
     bytes: Vec<u8>,
+    /// Empty while the data is in the image itself.
+    data: Vec<u8>,
     contents: BTreeMap<u64, u8>,
 }
 
@@ -44,7 +52,7 @@ impl Maker {
             bytes.resize(offset.0 as usize, 0);
             bytes.extend(piece);
         }
-        Maker { geometry, bytes, contents: BTreeMap::new() }
+        Maker { geometry, bytes, data: Vec::new(), contents: BTreeMap::new() }
     }
 
     fn cluster(&self) -> u64 {
@@ -100,9 +108,36 @@ impl Maker {
 
     fn data(&mut self, guest: u64) {
         let byte = 0x10 ^ guest as u8;
-        let offset = self.add(byte, 1);
-        self.set(guest, L2Entry::Data { offset, copied: true }.encode(&self.geometry));
+        let offset = self.place(guest, byte);
+        self.set_standard(guest, L2Entry::Data { offset, copied: true });
         self.holds(guest, byte);
+    }
+
+    /// A host cluster for a guest cluster, with one byte throughout.
+    fn place(&mut self, guest: u64, byte: u8) -> HostOffset {
+        if self.data.is_empty() {
+            return self.add(byte, 1);
+        }
+        let (start, cluster) = (guest * self.cluster(), self.cluster() as usize);
+        self.data[start as usize..][..cluster].fill(byte);
+        HostOffset(start)
+    }
+
+    fn set_standard(&mut self, guest: u64, entry: L2Entry) {
+        let apart = !self.data.is_empty();
+        let raw = if apart { entry.encode_external(&self.geometry) } else { entry.encode(&self.geometry) };
+        self.set(guest, raw);
+    }
+
+    /// The data is in an external file, in which there is something everywhere.
+    fn apart(&mut self) {
+        self.data = vec![0xdd; self.geometry.size as usize];
+        let mut header = self.header();
+        header.incompatible = header.incompatible.with(Incompatible::DATA_FILE);
+        let data = DATA.as_bytes().to_vec();
+        header.extensions.push(Extension { magic: extension::DATA_FILE, data });
+        let bytes = header.encode().expect("a header that the format allows");
+        self.bytes[..bytes.len()].copy_from_slice(&bytes);
     }
 
     /// Some of everything but compressed clusters: 0 to 3 are data, 4 is zero, 5 is zero and keeps its cluster, 8 is
@@ -115,8 +150,8 @@ impl Maker {
         (0..4).for_each(|guest| self.data(guest));
         if self.geometry.version == Version::V3 {
             self.set(4, L2Entry::Zero.encode(&self.geometry));
-            let offset = self.add(0xee, 1);
-            self.set(5, L2Entry::ZeroAllocated { offset, copied: true }.encode(&self.geometry));
+            let offset = self.place(5, 0xee);
+            self.set_standard(5, L2Entry::ZeroAllocated { offset, copied: true });
         }
         [4, 5, 8, 9].iter().for_each(|guest| self.holds(*guest, 0));
         self.data(far);
@@ -202,7 +237,8 @@ impl Maker {
 
     fn done(self, name: &'static str) -> Victim {
         let empty = (8 * self.cluster(), self.cluster());
-        Victim { name, bytes: self.bytes, contents: self.contents, empty }
+        let data = (!self.data.is_empty()).then(|| self.data.into());
+        Victim { name, bytes: self.bytes, data, contents: self.contents, empty }
     }
 }
 
@@ -231,6 +267,14 @@ pub fn snapshot() -> Victim {
     maker.fill();
     maker.snapshot("one");
     maker.done("with a snapshot")
+}
+
+/// With its data in an external file.
+pub fn data_file() -> Victim {
+    let mut maker = Maker::new(Version::V3, 12, false);
+    maker.apart();
+    maker.fill();
+    maker.done("with a data file")
 }
 
 /// With a persistent bitmap.

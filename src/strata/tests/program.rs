@@ -115,6 +115,7 @@ fn a_data_file_is_opened_only_if_it_is_named() {
     assert!(!errors.contains("qemu-img create"), "{errors}");
     std::fs::write(&data, []).expect("written");
     let daemon = Daemon::start(bench.serve("disk.qcow2").arg("--data-file").arg(&data));
+    assert!(daemon.log().contains("clusters of 64 KiB and its data in"), "{}", daemon.log());
     let mut second = Command::new(PROGRAM);
     second.args(["serve", "--format", "raw", "--image"]).arg(&data).arg("--socket").arg(bench.path("other"));
     refused(&mut second, 1, &["disk.data", "in use by another process"]);
