@@ -16,7 +16,6 @@ pub mod image;
 pub mod kernel;
 pub mod machine;
 pub mod picture;
-pub mod random;
 pub mod scenario;
 pub mod setup;
 pub mod stand;

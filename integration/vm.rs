@@ -14,10 +14,10 @@ use strata_integration::daemon::{Backend, Profile, ServeSpec};
 use strata_integration::guest::GuestKit;
 use strata_integration::image::{self, Backing};
 use strata_integration::machine::Accelerator;
-use strata_integration::random::Random;
 use strata_integration::scenario::{self, Work};
 use strata_integration::stand::{self, Stand};
 use strata_integration::{picture, setup};
+use strata_tests::random::Random;
 
 const MIB: u64 = 1 << 20;
 /// The disks' size.

@@ -9,6 +9,7 @@ pub mod images;
 pub mod load;
 pub mod model;
 pub mod play;
+pub mod random;
 pub mod storage_daemon;
 
 pub use client::{Client, ClientError, Options, Request, Status};

@@ -1,5 +1,7 @@
 //! In which order the blocks of a range come.
 
+use crate::random::{Random, mix};
+
 /// The order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Order {
@@ -9,32 +11,6 @@ pub enum Order {
     Random,
     /// At random, every block exactly once before any comes again; the queues share the blocks out.
     RandomOnce,
-}
-
-/// A small fast generator (splitmix64).
-#[derive(Clone, Debug)]
-pub(super) struct Random(u64);
-
-impl Random {
-    pub fn new(seed: u64) -> Self {
-        Self(seed)
-    }
-
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        mix(self.0)
-    }
-
-    /// A number below `limit`, whose bias is far below what a benchmark could see.
-    pub fn below(&mut self, limit: u64) -> u64 {
-        ((u128::from(self.next()) * u128::from(limit)) >> 64) as u64
-    }
-}
-
-pub(super) fn mix(value: u64) -> u64 {
-    let value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    value ^ (value >> 31)
 }
 
 /// A random-looking one-to-one map of `0..count` onto itself, without a table: a four-round Feistel network on the next
@@ -51,7 +27,7 @@ impl Permutation {
     pub fn new(count: u64, seed: u64) -> Self {
         let bits = u64::BITS - count.saturating_sub(1).leading_zeros();
         let mut random = Random::new(seed);
-        let keys = std::array::from_fn(|_| random.next());
+        let keys = std::array::from_fn(|_| random.any());
         Self { count, half_bits: bits.div_ceil(2).max(1), keys }
     }
 

@@ -5,7 +5,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::order::mix;
+use crate::random::mix;
 
 /// 64-bit words in a sector.
 const WORDS: usize = 64;

@@ -3,12 +3,13 @@
 use std::sync::Barrier;
 use std::time::Instant;
 
-use super::order::{Blocks, Random};
+use super::order::Blocks;
 use super::stamp::{check_block, stamp_block};
 use super::{Limit, LoadError, Mix, Report, Spec, Verify};
 use crate::client::{
     ClientError, Command, Completion, Queue, SECTOR, SEGMENT_BYTES, Segment, Slot, Status, UNMAP,
 };
+use crate::random::Random;
 
 /// What a slot is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
