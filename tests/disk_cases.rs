@@ -157,12 +157,12 @@ fn raw_images_equal_the_model() {
     let image = folder.path().join("raw.img");
     let bytes: Vec<u8> = (0..3 * M + 700).map(|n| (n / 512) as u8 | 1).collect();
     std::fs::write(&image, &bytes).expect("an image");
-    let size = 3 * M + 512;
+    let size = 3 * M + 1024;
     let options = DiskOptions { format: DiskFormat::Raw, ..options() };
     // A raw image's discards give back whole blocks of the file system.
     let mut model = ByteModel::with_contents(&bytes, size, 4096, DiscardRule::ZeroesClusters);
     let mut rig = Rig::open(&image, &options).expect("opens");
-    assert_eq!(rig.disk().size(), size, "rounded down to whole sectors");
+    assert_eq!(rig.disk().size(), size, "rounded up to whole sectors");
     let operations = [
         write(0, 4 * K, 1),
         write(65 * K, 100 * K, 2),
@@ -177,8 +177,39 @@ fn raw_images_equal_the_model() {
     model.compare_all(&rig.read_all()).expect("contents");
     rig.close();
     let found = std::fs::read(&image).expect("image");
-    assert_eq!(found.len(), bytes.len(), "the file keeps its length");
-    model.compare_all(&found[..size as usize]).expect("contents of the file");
+    model.compare_all(&found).expect("contents of the file");
+}
+
+/// A file that ends within a sector: that sector is the disk's, and what the file lacks of it is zeros.
+#[test]
+fn a_raw_file_may_end_within_a_sector() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let bytes = strata_tests::model::contents(1, 0, 5 * 512)[..4 * 512 + 100].to_vec();
+    let (raw, over) = (folder.path().join("ragged"), folder.path().join("over.qcow2"));
+    std::fs::write(&raw, &bytes).expect("a raw file");
+    qemu.create(&over, &ImageSpec::qcow2(M).backing("ragged", Format::Raw)).expect("an overlay");
+    let mut model = ByteModel::with_contents(&bytes, M, 64 * K, DiscardRule::ZeroesClusters);
+    let mut rig = Rig::open(&over, &options()).expect("opens");
+    model.compare_all(&rig.read_all()).expect("the overlay shows all of it");
+    rig.run(&[write(3 * 512, 512, 2)], &mut model);
+    rig.close();
+    model
+        .compare_all(&qemu.read_all(&over, Format::Qcow2).expect("read"))
+        .expect("what was around is copied");
+    assert!(std::fs::read(&raw).expect("the raw file") == bytes);
+
+    let how = DiskOptions { format: DiskFormat::Raw, ..options() };
+    let mut model = ByteModel::with_contents(&bytes, 5 * 512, 512, DiscardRule::ZeroesClusters);
+    let mut rig = Rig::open(&raw, &DiskOptions { read_only: true, ..how.clone() }).expect("opens");
+    model.compare_all(&rig.read_all()).expect("the disk");
+    rig.close();
+    assert!(std::fs::read(&raw).expect("the raw file") == bytes);
+    let mut rig = Rig::open(&raw, &how).expect("opens");
+    rig.run(&[write(0, 512, 3), Operation::Read { offset: 3 * 512, length: 1024 }], &mut model);
+    rig.run(&[write(4 * 512, 512, 4)], &mut model);
+    rig.close();
+    model.compare_all(&std::fs::read(&raw).expect("the raw file")).expect("the file is the disk");
 }
 
 #[test]

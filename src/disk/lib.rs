@@ -201,6 +201,11 @@ impl<S: Storage> Disk<S> {
                 ))?;
                 Some(sector)
             }
+            // Of the last sector of a raw image all is there before any of it is written.
+            None if !options.read_only => {
+                driver.block_on(open::lengthen(driver, &chain.files[0], chain.layers[0].size))?;
+                None
+            }
             _ => None,
         };
         let shared = Arc::new(Shared {

@@ -29,6 +29,9 @@ pub const CHAIN_LAYERS_MAX: usize = 1000;
 /// The most threads of a disk that inflate, unless more are asked for.
 const INFLATE_THREADS: usize = 4;
 
+/// Bytes of a sector, the unit of a disk's size.
+const SECTOR: u64 = 512;
+
 /// The format of an image file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
@@ -234,7 +237,16 @@ pub(crate) async fn fill_last_block<Q: IoQueue>(
     file: &DiskFile,
 ) -> Result<(), OpenError> {
     let length = file.info.length.next_multiple_of(u64::from(file.info.block_size.max(1)));
-    if length == file.info.length {
+    lengthen(driver, file, length).await
+}
+
+/// Makes a file longer, if it is shorter.
+pub(crate) async fn lengthen<Q: IoQueue>(
+    driver: &Driver<Q>,
+    file: &DiskFile,
+    length: u64,
+) -> Result<(), OpenError> {
+    if length <= file.info.length {
         return Ok(());
     }
     let grow = Operation::bare(file.id, Kind::SetLength, length);
@@ -270,13 +282,9 @@ pub(crate) async fn note_writes<Q: IoQueue>(
     Ok(())
 }
 
+/// A raw layer. A sector in which its file ends is part of the disk, and what is missing of it reads as zero, as with QEMU.
 pub(crate) fn raw_layer(path: &Path, info: &FileInfo) -> Layer {
-    let size = info.length / 512 * 512;
-    if size != info.length {
-        warn!(path = %path.display(), bytes = info.length - size,
-            "the length of this raw image is no multiple of 512: the last bytes are not part of the disk");
-    }
-    Layer::raw(path.to_path_buf(), size, info.length)
+    Layer::raw(path.to_path_buf(), info.length.next_multiple_of(SECTOR), info.length)
 }
 
 /// An image that was not closed cleanly may have refcounts that are too low: they are rebuilt before anything is

@@ -205,10 +205,7 @@ fn resize_qcow2<S: Storage>(
 ) -> Result<(), ResizeError> {
     let header = chain.layers[0].header.as_ref().expect("a qcow2 image has a header");
     let cluster_size = header.geometry().cluster_size();
-    // Of a raw file also what is no whole sector.
-    let below = chain.layers.get(1);
-    let backing_size =
-        below.map_or(0, |below| below.header.as_ref().map_or(below.file_length, |_| below.size));
+    let backing_size = chain.layers.get(1).map_or(0, |below| below.size);
     let backing_size = if active(Mutation::ResizeBaresBacking) { 0 } else { backing_size };
     let change = Change::Resize(Resize { size: to, backing_size });
     let is_raw = header.is_data_file_raw();
