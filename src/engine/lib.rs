@@ -184,8 +184,14 @@ impl Engine {
         });
         let frame_bytes = if has_parts { 2 * FRAME_BYTES } else { FRAME_BYTES };
         let map = ChainMap::with_parts(clusters, slices.min(spec.map_bytes / frame_bytes), has_parts);
-        // An exact walk needs a slice of each layer at a time, and so may others at once.
-        let table_bytes = spec.table_bytes.max(8 * layers.len() * SLICE_BYTES_MAX as usize);
+        // An exact walk needs a slice of each layer at a time, the copy of an L2 table all of it, and so may others at
+        // once: with less they would drive each other's slices out for ever.
+        let whole_table = match top {
+            Layer::Qcow2(layer) => layer.geometry.cluster_size() as usize,
+            Layer::Raw { .. } => 0,
+        };
+        let table_bytes =
+            spec.table_bytes.max(8 * layers.len() * SLICE_BYTES_MAX as usize).max(4 * whole_table);
         let write = match top {
             Layer::Qcow2(layer) if spec.writable => {
                 let top = spec.top.expect("a writable qcow2 image comes with its own metadata");
