@@ -154,6 +154,10 @@ pub struct ImageSpec {
     pub extended_l2: bool,
     /// Compressed clusters are zstd, else deflate.
     pub zstd: bool,
+    /// Refcounts may be written late.
+    pub lazy_refcounts: bool,
+    /// The external data file that is made with it, by its whole path, and whether it is a raw image of its own.
+    pub data_file: Option<(PathBuf, bool)>,
     /// What is allocated at once.
     pub preallocation: Preallocation,
     /// The file below, as the header is to name it (relative to the image), and its format.
@@ -173,6 +177,8 @@ impl ImageSpec {
             refcount_bits: 16,
             extended_l2: false,
             zstd: false,
+            lazy_refcounts: false,
+            data_file: None,
             preallocation: Preallocation::Off,
             backing: None,
             contents: Vec::new(),
@@ -256,6 +262,13 @@ impl ImageSpec {
         }
         if self.zstd {
             options += ",compression_type=zstd";
+        }
+        if self.lazy_refcounts {
+            options += ",lazy_refcounts=on";
+        }
+        if let Some((path, is_raw)) = &self.data_file {
+            let raw = if *is_raw { "on" } else { "off" };
+            options += &format!(",data_file={},data_file_raw={raw}", path.display());
         }
         options
     }
@@ -371,19 +384,31 @@ impl Qemu {
     /// # Errors
     /// When the tool fails or says that a command did.
     pub fn write(&self, path: &Path, format: Format, contents: &[Content]) -> Result<(), ImageError> {
-        if contents.is_empty() {
-            return Ok(());
-        }
-        let mut command = Command::new(&self.io);
-        command.args(["-f", format.name(), "--discard=unmap"]);
-        for content in contents {
-            command.args(["-c", &content.command()]);
-        }
-        let output = run(command.arg(path))?;
-        // qemu-io reports some failures in its output only.
-        let text = String::from_utf8_lossy(&output.stdout);
-        if text.contains("failed") || text.contains("Error") || text.contains("error") {
-            return Err(ImageError::Failed { command: line(&command), text: text.into_owned() });
+        let commands: Vec<String> = contents.iter().map(|content| content.command()).collect();
+        self.io(path, format, &commands)
+    }
+
+    /// Gives commands to qemu-io, one after the other.
+    ///
+    /// Compressed writes come first in each process. QEMU 10.0 remembers where the last one ended, also when that cluster
+    /// was freed and became another's since, and puts the next there: what is written then is lost now and then.
+    ///
+    /// # Errors
+    /// When the tool fails or says that a command did.
+    pub fn io(&self, path: &Path, format: Format, commands: &[String]) -> Result<(), ImageError> {
+        let is_compressed = |command: &String| command.starts_with("write -c");
+        for batch in commands.chunk_by(|before, after| is_compressed(before) || !is_compressed(after)) {
+            let mut command = Command::new(&self.io);
+            command.args(["-f", format.name(), "--discard=unmap"]);
+            for text in batch {
+                command.args(["-c", text]);
+            }
+            let output = run(command.arg(path))?;
+            // qemu-io reports some failures in its output only.
+            let text = String::from_utf8_lossy(&output.stdout);
+            if text.contains("failed") || text.contains("Error") || text.contains("error") {
+                return Err(ImageError::Failed { command: line(&command), text: text.into_owned() });
+            }
         }
         Ok(())
     }

@@ -1,184 +1,76 @@
 //! Internal snapshots against a model and against `qemu-img snapshot`: each makes, applies and deletes what the other
 //! made; refcounts of every width up to their ends; refusals that leave every byte as it was; images that mean harm.
 
+mod agree;
+mod bench;
 mod rig;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use disk::check::Verdict;
 use disk::snapshot::{Change, ChangeError, ChangeRefusal, Snapshot};
 use disk::{DiskOptions, OpenError};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
-use serde_json::Value;
 use storage::host::HostStorage;
-use strata_tests::images::{Check, Content, Format, ImageSpec, Preallocation};
+use strata_tests::Qemu;
+use strata_tests::images::{Content, Format, ImageSpec, Preallocation};
 use strata_tests::model::{DiscardRule, Geometry, Operation, sequences};
-use strata_tests::{ByteModel, Qemu};
 
+use crate::bench::{Bench, Deed, list};
 use crate::rig::{K, M, Rig, options, patch, pattern, tables, word, write};
 
 fn create(name: &str) -> Change {
-    Change::Create { name: name.into(), seconds: 1_795_272_286, nanoseconds: 123 }
+    Deed::Create.of(name)
 }
 
 fn apply(wanted: &str) -> Change {
-    Change::Apply { wanted: wanted.into() }
+    Deed::Apply.of(wanted)
 }
 
 fn delete(wanted: &str) -> Change {
-    Change::Delete { wanted: wanted.into() }
+    Deed::Delete.of(wanted)
 }
 
 fn change(image: &Path, change: Change) -> Result<Snapshot, ChangeError> {
     disk::snapshot::change(&HostStorage::new(), image, change, &options())
 }
 
-fn list(image: &Path) -> Vec<Snapshot> {
-    disk::snapshot::list(&HostStorage::new(), image, &options()).expect("a list")
-}
-
-fn refused(image: &Path, what: Change) -> ChangeRefusal {
-    let before = std::fs::read(image).expect("image");
-    let error = match change(image, what) {
-        Err(ChangeError::Refused { source, .. }) => source,
-        other => panic!("{other:?}"),
-    };
-    assert!(std::fs::read(image).expect("image") == before, "{error}: a refusal wrote to the image");
-    error
-}
-
 fn of_snapshot(name: &str) -> DiskOptions {
     DiskOptions { snapshot: Some(name.into()), ..options() }
 }
 
-fn read(image: &Path, options: &DiskOptions) -> Vec<u8> {
-    let mut rig = Rig::open(image, options).expect("it opens");
-    let found = rig.read_all();
-    rig.close();
-    found
-}
-
-/// An image, what its disk is to hold, and what each of its snapshots is.
-struct Bench {
-    qemu: Qemu,
-    image: PathBuf,
-    cluster: u64,
-    contents: Vec<u8>,
-    snapshots: Vec<(String, Vec<u8>)>,
-    rule: DiscardRule,
-}
-
-impl Bench {
-    fn new(qemu: &Qemu, folder: &Path, spec: &ImageSpec) -> Self {
-        let image = folder.join("image.qcow2");
-        qemu.create(&image, spec).expect("an image");
-        let contents = qemu.read_all(&image, Format::Qcow2).expect("read");
-        let rule = if spec.version == 2 && spec.backing.is_some() {
-            DiscardRule::Nothing
-        } else {
-            DiscardRule::ZeroesClusters
-        };
-        let (qemu, cluster) = (qemu.clone(), spec.granule_size());
-        Bench { qemu, image, cluster, contents, snapshots: Vec::new(), rule }
-    }
-
-    fn run(&mut self, operations: &[Operation]) {
-        let size = self.contents.len() as u64;
-        let mut model = ByteModel::with_contents(&self.contents, size, self.cluster, self.rule);
-        let mut rig = Rig::open(&self.image, &options()).expect("it opens");
-        rig.run(operations, &mut model);
-        self.contents = rig.read_all();
-        model.compare_all(&self.contents).expect("the disk equals the model");
-        rig.close();
-    }
-
-    /// Does a change by ours or by QEMU's tool.
-    fn change(&mut self, letter: &str, name: &str, ours: bool) {
-        if ours {
-            let what = match letter {
-                "-c" => create(name),
-                "-a" => apply(name),
-                _ => delete(name),
-            };
-            change(&self.image, what).unwrap_or_else(|error| panic!("{letter} {name}: {error}"));
-        } else {
-            self.qemu.img(["snapshot", letter, name, &self.image.display().to_string()]).expect("qemu-img");
-        }
-        let place = self.snapshots.iter().position(|(known, _)| known == name);
-        match (letter, place) {
-            ("-c", _) => self.snapshots.push((name.to_owned(), self.contents.clone())),
-            ("-a", Some(place)) => self.contents = self.snapshots[place].1.clone(),
-            ("-d", Some(place)) => {
-                self.snapshots.remove(place);
-            }
-            _ => panic!("there is no {name}"),
-        }
-    }
-
-    /// Everything is as it should be, as ours and QEMU's see it.
-    fn examine(&self, what: &str) {
-        assert_eq!(self.qemu.check(&self.image).expect("check"), Check::Clean, "{what}");
-        let report = disk::check::check(&HostStorage::new(), &self.image, &options()).expect("check");
-        assert_eq!(report.verdict(), Verdict::Clean, "{what}: {report:?}");
-        self.compare_lists();
-        assert!(read(&self.image, &options()) == self.contents, "{what}: the disk reads otherwise");
-        let theirs = self.qemu.read_all(&self.image, Format::Qcow2).expect("read");
-        assert!(theirs == self.contents, "{what}: qemu-img reads otherwise");
-        for (name, contents) in &self.snapshots {
-            assert!(read(&self.image, &of_snapshot(name)) == *contents, "{what}: {name} reads otherwise");
-        }
-    }
-
-    fn compare_lists(&self) {
-        let image = self.image.display().to_string();
-        let text = self.qemu.img(["info", "--output=json", &image]).expect("info");
-        let json: Value = serde_json::from_str(&text).expect("JSON");
-        let theirs = json.get("snapshots").and_then(Value::as_array).cloned().unwrap_or_default();
-        let ours = list(&self.image);
-        assert_eq!(ours.len(), theirs.len());
-        for ((ours, theirs), (name, _)) in ours.iter().zip(&theirs).zip(&self.snapshots) {
-            let text = |name: &str| theirs[name].as_str().expect("text").as_bytes().to_vec();
-            let number = |name: &str| theirs[name].as_u64().unwrap_or(0);
-            assert_eq!((&ours.id, &ours.name), (&text("id"), &text("name")));
-            assert_eq!(ours.name, name.as_bytes());
-            let date = (u64::from(ours.seconds), u64::from(ours.nanoseconds));
-            assert_eq!(date, (number("date-sec"), number("date-nsec")));
-            assert_eq!(
-                (ours.vm_state_size(), ours.icount().unwrap_or(0)),
-                (number("vm-state-size"), number("icount"))
-            );
-        }
-    }
-
-    /// What QEMU reads of a snapshot.
-    fn theirs(&self, name: &str) -> Vec<u8> {
-        let target = self.image.with_extension("raw");
-        let [image, out] = [&self.image, &target].map(|path| path.display().to_string());
-        let name = format!("snapshot.name={name}");
-        self.qemu.img(["convert", "-l", &name, "-f", "qcow2", "-O", "raw", &image, &out]).expect("convert");
-        std::fs::read(&target).expect("the copy")
-    }
+/// A new image on the bench.
+fn bench(qemu: &Qemu, folder: &Path, spec: &ImageSpec) -> Bench {
+    let image = folder.join("image.qcow2");
+    qemu.create(&image, spec).expect("an image");
+    let contents = qemu.read_all(&image, Format::Qcow2).expect("read");
+    let rule = if spec.version == 2 && spec.backing.is_some() {
+        DiscardRule::Nothing
+    } else {
+        DiscardRule::ZeroesClusters
+    };
+    let (qemu, granule) = (qemu.clone(), spec.granule_size());
+    Bench { qemu, image, options: options(), granule, contents, snapshots: Vec::new(), rule }
 }
 
 /// What a random step does.
 #[derive(Clone, Debug)]
-enum Deed {
+enum Step {
     Run(Vec<Operation>),
     Create { ours: bool },
     Apply { which: usize, ours: bool },
     Delete { which: usize, ours: bool },
 }
 
-fn deeds(geometry: Geometry) -> impl Strategy<Value = Vec<Deed>> {
+fn steps(geometry: Geometry) -> impl Strategy<Value = Vec<Step>> {
     let ours = prop::bool::weighted(0.7);
-    let deed = prop_oneof![
-        3 => sequences(geometry, 12).prop_map(Deed::Run),
-        2 => ours.prop_map(|ours| Deed::Create { ours }),
-        1 => (0..4_usize, ours).prop_map(|(which, ours)| Deed::Apply { which, ours }),
-        1 => (0..4_usize, ours).prop_map(|(which, ours)| Deed::Delete { which, ours }),
+    let step = prop_oneof![
+        3 => sequences(geometry, 12).prop_map(Step::Run),
+        2 => ours.prop_map(|ours| Step::Create { ours }),
+        1 => (0..4_usize, ours).prop_map(|(which, ours)| Step::Apply { which, ours }),
+        1 => (0..4_usize, ours).prop_map(|(which, ours)| Step::Delete { which, ours }),
     ];
-    prop::collection::vec(deed, 10)
+    prop::collection::vec(step, 10)
 }
 
 fn specs() -> Vec<ImageSpec> {
@@ -223,29 +115,29 @@ fn random_changes_equal_the_model_whoever_makes_them() {
             failure_persistence: None,
             ..ProptestConfig::default()
         });
-        let result = runner.run(&deeds(geometry), |deeds| {
+        let result = runner.run(&steps(geometry), |steps| {
             let folder = tempfile::tempdir().expect("a folder");
-            let mut bench = Bench::new(&qemu, folder.path(), &spec);
-            for (number, deed) in deeds.iter().enumerate() {
+            let mut bench = bench(&qemu, folder.path(), &spec);
+            for (number, step) in steps.iter().enumerate() {
                 let chosen = |which: usize| {
                     let count = bench.snapshots.len();
                     (count > 0).then(|| bench.snapshots[which % count].0.clone())
                 };
-                match deed {
-                    Deed::Run(operations) => bench.run(operations),
-                    Deed::Create { ours } => bench.change("-c", &format!("taken at {number}"), *ours),
-                    Deed::Apply { which, ours } => {
+                match step {
+                    Step::Run(operations) => bench.run(operations),
+                    Step::Create { ours } => bench.change(Deed::Create, &format!("taken at {number}"), *ours),
+                    Step::Apply { which, ours } => {
                         if let Some(name) = chosen(*which) {
-                            bench.change("-a", &name, *ours);
+                            bench.change(Deed::Apply, &name, *ours);
                         }
                     }
-                    Deed::Delete { which, ours } => {
+                    Step::Delete { which, ours } => {
                         if let Some(name) = chosen(*which) {
-                            bench.change("-d", &name, *ours);
+                            bench.change(Deed::Delete, &name, *ours);
                         }
                     }
                 }
-                bench.examine(&format!("{spec:?}, step {number} of {deeds:?}"));
+                bench.examine(&format!("{spec:?}, step {number} of {steps:?}"));
             }
             for (name, contents) in &bench.snapshots {
                 assert!(bench.theirs(name) == *contents, "qemu-img reads {name} otherwise");
@@ -265,15 +157,15 @@ fn refcounts_of_every_width_are_used_to_their_end() {
         let folder = tempfile::tempdir().expect("a folder");
         let mut spec = ImageSpec::qcow2(256 * K).cluster_size(512).with(pattern(0, 64 * K, 1));
         spec.refcount_bits = bits;
-        let mut bench = Bench::new(&qemu, folder.path(), &spec);
+        let mut bench = bench(&qemu, folder.path(), &spec);
         // One reference is the disk's own.
         let max = qcow2::refcount_max(bits.trailing_zeros());
         let fit = (max - 1).min(20);
         for number in 0..fit {
-            bench.change("-c", &format!("taken {number}"), true);
+            bench.change(Deed::Create, &format!("taken {number}"), true);
         }
         if max - 1 == fit {
-            let error = refused(&bench.image, create("one too many"));
+            let error = bench.refused(create("one too many"));
             assert!(
                 matches!(error, ChangeRefusal::RefcountFull { needed, .. } if needed == max + 1),
                 "{error}"
@@ -289,11 +181,11 @@ fn refcounts_of_every_width_are_used_to_their_end() {
         bench.examine(&format!("{bits} bits, written"));
         if fit > 0 {
             // QEMU would raise what is at its end already; what both have needs no more.
-            bench.change("-a", "taken 0", true);
+            bench.change(Deed::Apply, "taken 0", true);
             bench.examine(&format!("{bits} bits, applied"));
         }
         while let Some((name, _)) = bench.snapshots.first().cloned() {
-            bench.change("-d", &name, true);
+            bench.change(Deed::Delete, &name, true);
         }
         bench.run(&[write(0, 64 * K, 4)]);
         bench.examine(&format!("{bits} bits, all deleted"));
@@ -308,21 +200,21 @@ fn many_snapshots_come_and_go() {
     // 64 counts a refblock, 64 refblocks in a refcount table of one cluster.
     let mut spec = ImageSpec::qcow2(2 * M).cluster_size(512).with(pattern(0, 1536 * K, 1));
     spec.refcount_bits = 64;
-    let mut bench = Bench::new(&qemu, folder.path(), &spec);
+    let mut bench = bench(&qemu, folder.path(), &spec);
     for number in 0..60 {
-        bench.change("-c", &format!("taken {number}"), true);
+        bench.change(Deed::Create, &format!("taken {number}"), true);
         bench.run(&[write(number * 20 * K, 17 * K, number as u32)]);
     }
     bench.examine("all there");
     assert!(word(&bench.image, 56) >> 32 > 1, "the refcount table has grown");
     let full = std::fs::metadata(&bench.image).expect("image");
     for number in (0..60).step_by(2) {
-        bench.change("-d", &format!("taken {number}"), true);
+        bench.change(Deed::Delete, &format!("taken {number}"), true);
     }
     bench.examine("half of them");
-    bench.change("-a", "taken 1", true);
+    bench.change(Deed::Apply, "taken 1", true);
     for number in (1..60).step_by(2) {
-        bench.change("-d", &format!("taken {number}"), true);
+        bench.change(Deed::Delete, &format!("taken {number}"), true);
     }
     bench.examine("none left");
     use std::os::unix::fs::MetadataExt;
@@ -335,27 +227,24 @@ fn many_snapshots_come_and_go() {
 fn names_and_ids_are_told_apart() {
     let Some(qemu) = Qemu::find() else { return };
     let folder = tempfile::tempdir().expect("a folder");
-    let mut bench = Bench::new(&qemu, folder.path(), &ImageSpec::qcow2(M).with(pattern(0, 64 * K, 1)));
-    bench.change("-c", "one", true);
+    let mut bench = bench(&qemu, folder.path(), &ImageSpec::qcow2(M).with(pattern(0, 64 * K, 1)));
+    bench.change(Deed::Create, "one", true);
     bench.run(&[write(0, K, 1)]);
-    bench.change("-c", "two", true);
+    bench.change(Deed::Create, "two", true);
     for taken in ["one", "1", "2"] {
-        assert_eq!(refused(&bench.image, create(taken)), ChangeRefusal::Exists { name: taken.into() });
+        assert_eq!(bench.refused(create(taken)), ChangeRefusal::Exists { name: taken.into() });
     }
     for (name, length) in [(String::new(), 0), ("n".repeat(256), 256)] {
-        assert_eq!(refused(&bench.image, create(&name)), ChangeRefusal::NameLength { length, max: 255 });
+        assert_eq!(bench.refused(create(&name)), ChangeRefusal::NameLength { length, max: 255 });
     }
     let missing = ChangeRefusal::NotFound { wanted: "3".into() };
-    assert_eq!(
-        (refused(&bench.image, apply("3")), refused(&bench.image, delete("3"))),
-        (missing.clone(), missing)
-    );
+    assert_eq!((bench.refused(apply("3")), bench.refused(delete("3"))), (missing.clone(), missing));
     // QEMU's tool makes what ours does not: a name that is another's ID.
-    bench.change("-c", "1", false);
-    assert_eq!(refused(&bench.image, delete("1")), ChangeRefusal::Ambiguous { wanted: "1".into() });
+    bench.change(Deed::Create, "1", false);
+    assert_eq!(bench.refused(delete("1")), ChangeRefusal::Ambiguous { wanted: "1".into() });
     change(&bench.image, apply("1")).expect("the ID goes before the name");
     bench.contents = bench.snapshots[0].1.clone();
-    assert!(read(&bench.image, &of_snapshot("1")) == bench.contents);
+    assert!(bench::read(&bench.image, &of_snapshot("1")) == bench.contents);
     change(&bench.image, delete("3")).expect("by its ID");
     bench.snapshots.pop();
     bench.examine("told apart");
@@ -370,20 +259,37 @@ fn a_snapshot_of_another_size_brings_its_size_back() {
     let folder = tempfile::tempdir().expect("a folder");
     for cluster in [512, 64 * K] {
         let spec = ImageSpec::qcow2(M).cluster_size(cluster).with(pattern(0, 100 * K, 1));
-        let mut bench = Bench::new(&qemu, folder.path(), &spec);
-        bench.change("-c", "small", true);
+        let mut bench = bench(&qemu, folder.path(), &spec);
+        bench.change(Deed::Create, "small", true);
         let image = bench.image.display().to_string();
         qemu.img(["resize", "-q", "-f", "qcow2", &image, "3M"]).expect("resize");
         bench.contents.resize(3 << 20, 0);
         bench.run(&[write(2 * M, 300 * K, 1), write(0, K, 2)]);
-        bench.change("-c", "large", true);
-        bench.change("-a", "small", true);
+        bench.change(Deed::Create, "large", true);
+        bench.change(Deed::Apply, "small", true);
         bench.examine("small again");
         bench.run(&[write(500 * K, 100 * K, 3)]);
-        bench.change("-a", "large", true);
+        bench.change(Deed::Apply, "large", true);
         bench.examine("large again");
         std::fs::remove_file(&bench.image).expect("gone");
     }
+}
+
+/// Each copy of an L2 table needs all of it in memory, however little there is.
+#[test]
+fn many_shared_tables_are_copied_at_once() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    // A table is four slices of 4 KiB and maps 16 MiB.
+    let spec = (0..16).fold(ImageSpec::qcow2(256 * M).cluster_size(16 * K).extended(), |spec, table| {
+        spec.with(pattern(table * 16 * M, 32 * K, 1 + table as u8))
+    });
+    let mut bench = bench(&qemu, folder.path(), &spec);
+    bench.options = DiskOptions { table_bytes: 4 * 4096, map_bytes: 4096, ..options() };
+    bench.change(Deed::Create, "kept", true);
+    let writes: Vec<_> = (0..32).map(|n| write(n % 16 * 16 * M + n / 16 * 1024, 512, n as u32)).collect();
+    bench.run(&writes);
+    bench.examine("copied");
 }
 
 /// QEMU keeps the VM state behind the disk, in the snapshot's own tables.
@@ -393,7 +299,7 @@ fn vm_state_is_kept_listed_and_deleted() {
     let folder = tempfile::tempdir().expect("a folder");
     let cluster = 4 * K;
     let spec = ImageSpec::qcow2(2 * M).cluster_size(cluster).with(pattern(0, 100 * K, 1));
-    let mut bench = Bench::new(&qemu, folder.path(), &spec);
+    let mut bench = bench(&qemu, folder.path(), &spec);
     // Write it behind the disk, take the snapshot, cut it off the disk.
     let image = bench.image.display().to_string();
     qemu.img(["resize", "-q", "-f", "qcow2", &image, "4M"]).expect("resize");
@@ -404,14 +310,14 @@ fn vm_state_is_kept_listed_and_deleted() {
     patch(&bench.image, entry + 40, &(64 * K).to_be_bytes());
     patch(&bench.image, entry + 48, &(2 * M).to_be_bytes());
     bench.snapshots.push(("running".into(), bench.contents.clone()));
-    assert_eq!(list(&bench.image)[0].vm_state_size(), 64 * K);
+    assert_eq!(list(&bench.image, &options())[0].vm_state_size(), 64 * K);
     bench.examine("with VM state");
     bench.run(&[write(0, 64 * K, 1)]);
-    bench.change("-c", "plain", true);
-    bench.change("-a", "running", true);
+    bench.change(Deed::Create, "plain", true);
+    bench.change(Deed::Apply, "running", true);
     bench.examine("applied");
-    assert_eq!(list(&bench.image)[0].vm_state_size(), 64 * K, "it is still there");
-    bench.change("-d", "running", true);
+    assert_eq!(list(&bench.image, &options())[0].vm_state_size(), 64 * K, "it is still there");
+    bench.change(Deed::Delete, "running", true);
     bench.examine("deleted");
 }
 
@@ -420,16 +326,16 @@ fn vm_state_is_kept_listed_and_deleted() {
 fn unknown_extra_data_is_kept() {
     let Some(qemu) = Qemu::find() else { return };
     let folder = tempfile::tempdir().expect("a folder");
-    let mut bench = Bench::new(&qemu, folder.path(), &ImageSpec::qcow2(M).with(pattern(0, 64 * K, 1)));
-    bench.change("-c", "one", true);
+    let mut bench = bench(&qemu, folder.path(), &ImageSpec::qcow2(M).with(pattern(0, 64 * K, 1)));
+    bench.change(Deed::Create, "one", true);
     let entry = word(&bench.image, 64);
-    let mut known = list(&bench.image)[0].clone();
+    let mut known = list(&bench.image, &options())[0].clone();
     known.extra.extend((0..100).map(|n| n as u8 ^ 0x5a));
     patch(&bench.image, entry, &qcow2::snapshot::encode_table(std::slice::from_ref(&known)));
-    bench.change("-c", "two", true);
-    bench.change("-c", "three", true);
-    bench.change("-d", "two", true);
-    assert_eq!(list(&bench.image)[0], known);
+    bench.change(Deed::Create, "two", true);
+    bench.change(Deed::Create, "three", true);
+    bench.change(Deed::Delete, "two", true);
+    assert_eq!(list(&bench.image, &options())[0], known);
     bench.examine("with unknown data");
 }
 
@@ -439,8 +345,8 @@ fn nothing_of_a_snapshot_is_overwritten_whatever_the_tables_say() {
     let Some(qemu) = Qemu::find() else { return };
     for structure in ["snapshot table", "L1 table", "L2 table"] {
         let folder = tempfile::tempdir().expect("a folder");
-        let mut bench = Bench::new(&qemu, folder.path(), &ImageSpec::qcow2(4 * M).with(pattern(0, M, 1)));
-        bench.change("-c", "kept", true);
+        let mut bench = bench(&qemu, folder.path(), &ImageSpec::qcow2(4 * M).with(pattern(0, M, 1)));
+        bench.change(Deed::Create, "kept", true);
         // From now on the disk has an L2 table of its own.
         bench.run(&[write(0, 64 * K, 1)]);
         let entry = word(&bench.image, 64);
@@ -458,7 +364,7 @@ fn nothing_of_a_snapshot_is_overwritten_whatever_the_tables_say() {
         // A new snapshot has nothing to do with the L2 tables of others, which are not read for it.
         let all = [apply("kept"), delete("kept"), create("more")];
         for change_of in all.into_iter().take(if structure == "L2 table" { 2 } else { 3 }) {
-            let error = refused(&bench.image, change_of);
+            let error = bench.refused(change_of);
             assert!(error.to_string().contains("damaged"), "{error}");
         }
         let mut rig = Rig::open(&bench.image, &options()).expect("it opens");
@@ -473,14 +379,14 @@ fn nothing_of_a_snapshot_is_overwritten_whatever_the_tables_say() {
 fn a_shared_table_that_is_flagged_as_owned_is_refused() {
     let Some(qemu) = Qemu::find() else { return };
     let folder = tempfile::tempdir().expect("a folder");
-    let mut bench = Bench::new(&qemu, folder.path(), &ImageSpec::qcow2(M).with(pattern(0, 64 * K, 1)));
-    bench.change("-c", "kept", true);
+    let mut bench = bench(&qemu, folder.path(), &ImageSpec::qcow2(M).with(pattern(0, 64 * K, 1)));
+    bench.change(Deed::Create, "kept", true);
     let (l1, _, _) = tables(&bench.image);
     assert_eq!(word(&bench.image, l1) >> 63, 0, "it is not flagged");
     patch(&bench.image, l1, &(word(&bench.image, l1) | 1 << 63).to_be_bytes());
     let Err(error) = Rig::open(&bench.image, &options()) else { panic!("it opens for writing") };
     assert!(error.to_string().contains("holds other metadata"), "{error}");
-    assert!(read(&bench.image, &DiskOptions { read_only: true, ..options() }) == bench.contents);
+    assert!(bench::read(&bench.image, &DiskOptions { read_only: true, ..options() }) == bench.contents);
 }
 
 /// A refcount that is too low is found before anything is given away.
@@ -488,13 +394,13 @@ fn a_shared_table_that_is_flagged_as_owned_is_refused() {
 fn wrong_refcounts_are_refused() {
     let Some(qemu) = Qemu::find() else { return };
     let folder = tempfile::tempdir().expect("a folder");
-    let mut bench = Bench::new(&qemu, folder.path(), &ImageSpec::qcow2(M).with(pattern(0, 64 * K, 1)));
-    bench.change("-c", "kept", true);
+    let mut bench = bench(&qemu, folder.path(), &ImageSpec::qcow2(M).with(pattern(0, 64 * K, 1)));
+    bench.change(Deed::Create, "kept", true);
     let (_, l2, block) = tables(&bench.image);
     let data = word(&bench.image, l2) & 0x00ff_ffff_ffff_fe00;
     patch(&bench.image, block + data / (64 * K) * 2, &1_u16.to_be_bytes());
     for what in [apply("kept"), delete("kept")] {
-        assert!(matches!(refused(&bench.image, what), ChangeRefusal::RefcountTooLow { .. }));
+        assert!(matches!(bench.refused(what), ChangeRefusal::RefcountTooLow { .. }));
     }
 }
 
@@ -505,8 +411,8 @@ fn a_dirty_image_with_snapshots_is_rebuilt() {
     for cluster in [512, 64 * K] {
         let folder = tempfile::tempdir().expect("a folder");
         let spec = ImageSpec::qcow2(4 * M).cluster_size(cluster).with(pattern(0, M, 1));
-        let mut bench = Bench::new(&qemu, folder.path(), &spec);
-        bench.change("-c", "kept", true);
+        let mut bench = bench(&qemu, folder.path(), &spec);
+        bench.change(Deed::Create, "kept", true);
         bench.run(&[write(0, 64 * K, 1)]);
         let (l1, l2, block) = tables(&bench.image);
         let shared = l2 + cluster / 8 * 8 - 8;
@@ -523,7 +429,7 @@ fn a_dirty_image_with_snapshots_is_rebuilt() {
         patch(&bench.image, 72, &1_u64.to_be_bytes());
         bench.run(&[write(128 * K, 512, 2)]);
         bench.examine("rebuilt");
-        bench.change("-d", "kept", true);
+        bench.change(Deed::Delete, "kept", true);
         bench.examine("deleted");
     }
 }
@@ -533,11 +439,11 @@ fn a_dirty_image_with_snapshots_is_rebuilt() {
 fn a_change_repairs_a_dirty_image_first() {
     let Some(qemu) = Qemu::find() else { return };
     let folder = tempfile::tempdir().expect("a folder");
-    let mut bench = Bench::new(&qemu, folder.path(), &ImageSpec::qcow2(M).with(pattern(0, 64 * K, 1)));
+    let mut bench = bench(&qemu, folder.path(), &ImageSpec::qcow2(M).with(pattern(0, 64 * K, 1)));
     let (_, _, block) = tables(&bench.image);
     patch(&bench.image, block + 8, &[0; 8]);
     patch(&bench.image, 72, &1_u64.to_be_bytes());
-    bench.change("-c", "kept", true);
+    bench.change(Deed::Create, "kept", true);
     bench.examine("repaired");
     assert_eq!(word(&bench.image, 72), 0);
 }

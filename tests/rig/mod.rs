@@ -4,6 +4,7 @@
 //! aligned and at odd addresses; what the disk then holds is compared with a [`ByteModel`].
 #![allow(dead_code, reason = "each test target uses its own part of the rig")]
 
+use std::cell::RefCell;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -62,6 +63,11 @@ const WINDOW: usize = 1 << 20;
 /// Requests in flight at a time.
 const IN_FLIGHT: usize = 8;
 
+thread_local! {
+    /// Guest memory of rigs that were closed: nobody uses it any more.
+    static MEMORIES: RefCell<Vec<&'static GuestMemoryMmap<()>>> = const { RefCell::new(Vec::new()) };
+}
+
 /// An open disk with two queues.
 pub struct Rig {
     queues: Vec<DiskQueue<HostStorage>>,
@@ -85,16 +91,19 @@ impl Rig {
     pub fn open_on(storage: HostStorage, path: &Path, options: &DiskOptions) -> Result<Self, OpenError> {
         let disk = Disk::open(storage, path, options)?;
         let queues = (0..2).map(|_| disk.queue(64)).collect::<Result<Vec<_>, _>>()?;
-        let bytes = WINDOW * IN_FLIGHT;
-        let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), bytes)]).expect("guest memory");
-        // Leaked, so that the slices may well be 'static.
-        let memory = Box::leak(Box::new(memory));
+        let memory = MEMORIES.with_borrow_mut(Vec::pop).unwrap_or_else(|| {
+            let range = (GuestAddress(0), WINDOW * IN_FLIGHT);
+            let memory = GuestMemoryMmap::<()>::from_ranges(&[range]).expect("guest memory");
+            // Leaked, so that the slices may well be 'static.
+            Box::leak(Box::new(memory))
+        });
         Ok(Rig { queues, disk, memory })
     }
 
     /// Closes the disk cleanly.
     pub fn close(self) {
         drop(self.queues);
+        MEMORIES.with_borrow_mut(|memories| memories.push(self.memory));
         self.disk.close().expect("a clean close");
     }
 
@@ -160,7 +169,11 @@ impl Rig {
             }
             if done.len() == before {
                 idle += 1;
-                assert!(idle < 60_000, "requests hang: {} of {count} are done", done.len());
+                if idle == 60_000 {
+                    // To drop them would be to wait for what hangs.
+                    std::mem::forget(std::mem::take(&mut self.queues));
+                    panic!("requests hang: {} of {count} are done", done.len());
+                }
                 self.queues[idle % 2].wait(Some(Duration::from_millis(1)));
             }
         }

@@ -1,0 +1,207 @@
+//! What is done to an image of the gallery, step by step, and what is compared.
+//!
+//! Owns the steps that follow from a recipe, and when an image is served right. It makes no image.
+
+use disk::OpenError;
+use disk::snapshot::{ChangeError, ChangeRefusal};
+use proptest::strategy::{BoxedStrategy, Strategy, ValueTree};
+use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
+use strata_tests::images::ImageError;
+use strata_tests::model::{Geometry, Operation, sequences, sequences_of_parts};
+use strata_tests::random::Random;
+use thiserror::Error;
+
+use crate::bench::{Bench, Deed};
+use crate::look::{Compression, L2, Look, Recipe, Snapshots};
+use crate::make::{Made, Workshop, granule, size};
+use crate::rig::{K, Rig};
+
+/// One step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// A request of the guest.
+    Do(Operation),
+    /// The disk is closed, examined by all tools, and opened again.
+    Examine,
+    /// A change of a snapshot, by us or by QEMU. `which` is counted round.
+    Change { deed: Deed, which: usize, ours: bool },
+}
+
+/// Why an image did not get as far.
+#[derive(Debug, Error)]
+pub enum TrialError {
+    /// QEMU's tools did not make it.
+    #[error("it could not be made: {0}")]
+    Make(#[from] ImageError),
+    /// It cannot be opened.
+    #[error("it could not be opened: {0}")]
+    Open(#[from] OpenError),
+}
+
+/// All steps that a recipe has, left out or not.
+pub fn steps(recipe: &Recipe) -> Vec<Step> {
+    let look = &recipe.look;
+    let random = &mut Random::new(recipe.seed ^ 0x5354_4550);
+    let mut steps = Vec::new();
+    if look.snapshots == Snapshots::Full {
+        // One more than there is room for.
+        let create = Step::Change { deed: Deed::Create, which: 0, ours: true };
+        steps.extend(std::iter::repeat_n(create, look.refcount.snapshots_max() as usize + 1));
+        steps.push(Step::Examine);
+    }
+    for operation in operations(recipe) {
+        steps.push(Step::Do(operation));
+        let kind = random.below(if look.snapshots == Snapshots::Nothing { 40 } else { 12 });
+        let (which, ours) = (random.below(16) as usize, random.below(10) < 7);
+        let change = |deed| Step::Change { deed, which, ours };
+        match (kind, look.snapshots) {
+            (0, _) => steps.push(Step::Examine),
+            (1, Snapshots::Theirs | Snapshots::Later) => steps.push(change(Deed::Create)),
+            (1 | 2, Snapshots::Full) | (2, Snapshots::Theirs | Snapshots::Later) => {
+                steps.push(change(Deed::Apply));
+            }
+            (3, Snapshots::Theirs | Snapshots::Later | Snapshots::Full) => steps.push(change(Deed::Delete)),
+            _ => {}
+        }
+    }
+    steps
+}
+
+/// The guest's requests.
+fn operations(recipe: &Recipe) -> Vec<Operation> {
+    let look = &recipe.look;
+    let cluster = look.cluster.bytes();
+    let transfer_max = (4 * cluster).min(512 * K);
+    let geometry = Geometry { size: size(look), cluster_size: cluster, transfer_max };
+    let strategy: BoxedStrategy<Vec<Operation>> = match look.l2 {
+        L2::Plain => sequences(geometry, 48).boxed(),
+        L2::Extended => sequences_of_parts(geometry, granule(look), 48).boxed(),
+    };
+    let mut bytes = [0; 32];
+    bytes[..8].copy_from_slice(&recipe.seed.to_le_bytes());
+    let random = TestRng::from_seed(RngAlgorithm::ChaCha, &bytes);
+    let mut runner = TestRunner::new_with_rng(Config::default(), random);
+    let tree = strategy.new_tree(&mut runner).expect("nothing is filtered");
+    let mut operations = tree.current();
+    if look.l2 == L2::Extended && look.compression != Compression::Nothing {
+        operations.iter_mut().for_each(|operation| widen(operation, cluster, geometry.size));
+    }
+    operations
+}
+
+/// A compressed cluster has no parts that could be discarded, and which are compressed the model does not know: whole
+/// clusters are discarded.
+fn widen(operation: &mut Operation, cluster: u64, size: u64) {
+    if let Operation::Discard { offset, length } = operation {
+        let end = (*offset + *length).next_multiple_of(cluster).min(size);
+        *offset -= *offset % cluster;
+        *length = end - *offset;
+    }
+}
+
+/// Makes the image of a recipe, serves it step by step, and compares.
+///
+/// # Errors
+/// When it cannot be made or opened.
+///
+/// # Panics
+/// When something is not as it should be.
+pub fn run(workshop: &Workshop, recipe: &Recipe) -> Result<(), TrialError> {
+    let made = workshop.make(recipe)?;
+    run_on(made, recipe)
+}
+
+/// As [`run`], on an image that is made.
+///
+/// # Errors
+/// When it cannot be opened.
+///
+/// # Panics
+/// When something is not as it should be.
+pub fn run_on(mut made: Made, recipe: &Recipe) -> Result<(), TrialError> {
+    // Nothing of all this is refused.
+    Rig::open(&made.bench.image, &made.bench.options)?.close();
+    let bench = &mut made.bench;
+    // What it holds before anything is done.
+    bench.run(&[]);
+    let mut waiting = Vec::new();
+    let left = steps(recipe).into_iter().enumerate().filter(|(number, _)| !recipe.without.contains(number));
+    for (number, step) in left {
+        if let Step::Do(operation) = step {
+            waiting.push(operation);
+            continue;
+        }
+        if !waiting.is_empty() {
+            bench.run(&waiting);
+            waiting.clear();
+        }
+        match step {
+            Step::Do(_) => {}
+            Step::Examine => bench.examine_disk(&format!("after step {number}")),
+            Step::Change { deed, which, ours } => change(bench, number, deed, which, ours),
+        }
+    }
+    bench.run(&waiting);
+    conclude(&made, &recipe.look);
+    Ok(())
+}
+
+fn change(bench: &mut Bench, number: usize, deed: Deed, which: usize, ours: bool) {
+    let name = match (deed, bench.snapshots.len()) {
+        (Deed::Create, _) => format!("taken at {number}"),
+        (_, 0) => return,
+        (_, count) => bench.snapshots[which % count].0.clone(),
+    };
+    let done = if ours { try_ours(bench, deed, &name) } else { bench.try_theirs_aside(deed, &name).is_ok() };
+    if done {
+        return;
+    }
+    // One has found no room in a refcount. QEMU needs some where we do not: to apply what the disk has already.
+    let other = if ours { bench.try_theirs_aside(deed, &name).is_ok() } else { try_ours(bench, deed, &name) };
+    assert!(
+        !other || (deed == Deed::Apply && !ours),
+        "{deed:?} {name}: ours {ours} refuses, the other does not"
+    );
+}
+
+/// False if there is no room in a refcount.
+fn try_ours(bench: &mut Bench, deed: Deed, name: &str) -> bool {
+    let before = std::fs::read(&bench.image).expect("image");
+    match bench.try_ours(deed, name) {
+        Ok(_) => {
+            bench.note(deed, name);
+            true
+        }
+        Err(ChangeError::Refused { source: ChangeRefusal::RefcountFull { .. }, .. }) => {
+            assert!(std::fs::read(&bench.image).expect("image") == before, "a refusal wrote to the image");
+            false
+        }
+        Err(error) => panic!("{deed:?} {name}: {error}"),
+    }
+}
+
+/// Everything is as it should be at the end.
+fn conclude(made: &Made, look: &Look) {
+    let bench = &made.bench;
+    bench.examine_disk("at the end");
+    let count = bench.snapshots.len();
+    for (number, (name, contents)) in bench.snapshots.iter().enumerate() {
+        // Of very many those at the ends and in the middle.
+        if count > 5 && ![0, 1, count / 2, count - 1].contains(&number) {
+            continue;
+        }
+        assert!(bench.read_snapshot(name) == *contents, "{name} reads otherwise");
+        assert!(bench.theirs(name) == *contents, "qemu-img reads {name} otherwise");
+    }
+    if look.snapshots == Snapshots::Full && look.compression == Compression::Nothing {
+        assert!(count as u64 <= look.refcount.snapshots_max());
+    }
+    for (path, before) in &made.below {
+        assert!(std::fs::read(path).expect("a layer") == *before, "{} was changed", path.display());
+    }
+    if let Some(data) = &made.raw_view {
+        // QEMU makes it as long as the clusters.
+        let found = std::fs::read(data).expect("the data file");
+        assert!(found.starts_with(&bench.contents), "the raw data file is not the disk");
+    }
+}
