@@ -78,6 +78,12 @@ fn samples(qemu: &Qemu, folder: &Path) -> Vec<Sample> {
     }
     qemu.write(&image, Format::Qcow2, &[pattern(16 * K, 8 * K, 5)]).expect("written");
     take(&image);
+    for how in ["", ",data_file_raw=on"] {
+        let how = format!("cluster_size=4k,data_file={}{how}", folder.join("data").display());
+        qemu.img(["create", "-q", "-f", "qcow2", "-o", &how, &text, "256k"]).expect("an image");
+        qemu.write(&image, Format::Qcow2, &[pattern(8 * K, 12 * K, 5)]).expect("written");
+        take(&image);
+    }
     // As if it had not been closed cleanly.
     let mut dirty = samples[0].0.clone();
     dirty[position::INCOMPATIBLE + 7] |= Incompatible::DIRTY.0 as u8;
@@ -120,7 +126,8 @@ pub fn all(qemu: &Qemu) -> Seeds {
     seeds
 }
 
-/// What is done to images, at first: all kinds of requests, a repair, changes of snapshots.
+/// What is done to images, at first: all kinds of requests, a repair, changes of snapshots and of
+/// the size.
 fn scripts() -> Vec<(u8, Vec<[u8; 5]>)> {
     let requests = [
         [0x20, 0, 0, 255, 0],
@@ -136,7 +143,16 @@ fn scripts() -> Vec<(u8, Vec<[u8; 5]>)> {
         [0, 0, 0, 60, 0],
     ];
     let snapshots = [[0, 0, 0, 0, 0], [2, 0, 0, 0, 0], [3, 0, 0, 0, 0], [1, 0, 0, 0, 0]];
-    vec![(0, requests.to_vec()), (1, requests.to_vec()), (4, Vec::new()), (6, snapshots.to_vec())]
+    let sizes = [[0, 0, 200, 0, 0], [1, 1, 3, 0, 0], [2 + 20, 0, 7, 0, 0], [3, 0, 9, 0, 0]];
+    vec![
+        (0, requests.to_vec()),
+        (1, requests.to_vec()),
+        (4, Vec::new()),
+        (6, snapshots.to_vec()),
+        (8, sizes.to_vec()),
+        (10, requests.to_vec()),
+        (26, requests.to_vec()),
+    ]
 }
 
 /// The first entries of the tables, in front of each what the geometry is.

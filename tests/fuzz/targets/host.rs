@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use disk::DiskOptions;
 use disk::check::{CheckError, RepairKind, Repaired, Report, check, repair};
+use qcow2::{Header, Incompatible};
 use storage::sim::{SimOptions, SimStorage, SimWorld};
 
 /// The image's name.
@@ -14,10 +15,14 @@ pub const TOP: &str = "top";
 /// The name of a raw file that images may lie over.
 const BASE: &str = "base";
 
+/// The name of a file that may hold the data of an image.
+const DATA: &str = "elsewhere";
+
 /// A host on which the image has these bytes.
 pub fn world(bytes: &[u8]) -> SimWorld {
     let world = SimWorld::new(1, SimOptions::calm());
     world.add_file(BASE, &[0xba; 16 << 10]);
+    world.add_file(DATA, &[0; 16 << 10]);
     world.add_file(TOP, bytes);
     world
 }
@@ -38,6 +43,14 @@ pub fn options(small: bool) -> DiskOptions {
         false => options,
         true => DiskOptions { map_bytes: 4096, table_bytes: 16 << 10, inflated_bytes: 1024, ..options },
     }
+}
+
+/// As [`options`], with the data file that the image wants, as its operator would.
+pub fn operated(world: &SimWorld, small: bool) -> DiskOptions {
+    let start = bytes(world, 512);
+    let wants =
+        Header::parse(&start, 512).is_ok_and(|header| header.incompatible.contains(Incompatible::DATA_FILE));
+    DiskOptions { data_file: wants.then(|| DATA.into()), ..options(small) }
 }
 
 /// What the checker says of it.

@@ -1,5 +1,5 @@
 //! A whole image: opened, read, written, discarded, flushed, checked, closed and opened again; or repaired; or its
-//! snapshots changed.
+//! snapshots or its size changed.
 //!
 //! Where the checker finds nothing but leaks, everything is asked for: each sector that was seen or written reads the
 //! same, no request finds the image damaged, other snapshots keep what they hold, and the checker finds no more than
@@ -9,15 +9,17 @@
 use std::path::Path;
 use std::time::Duration;
 
-use disk::check::{Report, Verdict};
+use disk::check::Verdict;
+use disk::resize::{NewSize, Shrinking, resize};
 use disk::snapshot::{Change, ChangeError, Snapshot, change, list};
-use disk::{DiskOptions, OpenError, RequestError};
+use disk::{DetectZeroes, DiskOptions, OpenError, RequestError};
 use engine::EngineError;
-use qcow2::Header;
+use qcow2::{EntryError, Header};
 use storage::sim::SimWorld;
 
-use super::host::{TOP, bytes, checked, options, repaired, storage, world};
+use super::host::{TOP, bytes, checked, operated, options, repaired, storage, world};
 use super::session::{Known, SECTOR, Session, WINDOW};
+use super::sound::Sound;
 use super::values::Values;
 
 /// The most bytes of the file that an input stands for.
@@ -36,14 +38,23 @@ pub fn judge(input: &[u8]) {
     let mut values = Values(input);
     let (how, count) = (values.u8(), usize::from(values.u8()) % (OPERATIONS_MAX + 1));
     let script = values.bytes(count * OPERATION_BYTES);
-    let world = world(&decode(&mut values));
-    let strict =
-        checked(&world).ok().filter(|report| report.verdict() != Verdict::Corrupt && report.notes == 0);
-    let small = how & 1 != 0;
-    match how >> 1 & 3 {
-        0 | 1 => serve(&world, &options(small), script, strict.as_ref()),
+    let file = decode(&mut values);
+    let world = world(&file);
+    let strict = Sound::of(&world, &file);
+    let options = operated(&world, how & 1 != 0);
+    match how >> 1 & 7 {
         2 => mend(&world, strict.as_ref()),
-        _ => change_snapshots(&world, script, strict.as_ref()),
+        3 => change_snapshots(&world, script, strict.as_ref()),
+        4 => change_size(&world, &options, script, strict.as_ref()),
+        5 => {
+            let options = DiskOptions {
+                detect_zeroes: DetectZeroes::Unmap,
+                discard_no_unref: how & 16 != 0,
+                ..options
+            };
+            serve(&world, &options, script, strict.as_ref());
+        }
+        _ => serve(&world, &options, script, strict.as_ref()),
     }
 }
 
@@ -97,7 +108,7 @@ pub fn encode(how: u8, script: &[[u8; OPERATION_BYTES]], file: &[u8]) -> Option<
     Some(input)
 }
 
-fn serve(world: &SimWorld, options: &DiskOptions, script: &[u8], strict: Option<&Report>) {
+fn serve(world: &SimWorld, options: &DiskOptions, script: &[u8], strict: Option<&Sound>) {
     let known = strict.map(|_| Known::default());
     let mut session = match Session::open(world, options, known) {
         Ok(session) => session,
@@ -129,15 +140,16 @@ fn serve(world: &SimWorld, options: &DiskOptions, script: &[u8], strict: Option<
             4 => session.discard(offset, length),
             _ => session.write(offset, length, seed, what & 15 == 5),
         }
-        judge_failures(&session, strict);
+        if !judge_failures(&session, strict) {
+            return;
+        }
     }
     let (known, closed) = session.close();
     judge_close(closed, strict);
     let file = bytes(world, CLUSTER_MAX);
     Header::parse(&file, file.len() as u64).expect("a header that could be read can still be read");
-    let Some(before) = strict else { return };
-    let after = checked(world).expect("it can be checked as before");
-    assert!(after.verdict() <= before.verdict() && after.notes == 0, "{before:#?}\nbecame\n{after:#?}");
+    let Some(sound) = strict else { return };
+    sound.judge(world, "served");
     assert_eq!(snapshots_hold(world, options), held, "snapshots keep what they hold");
     let mut session = Session::open(world, &DiskOptions { read_only: true, ..options.clone() }, known)
         .expect("it opens once more");
@@ -145,7 +157,7 @@ fn serve(world: &SimWorld, options: &DiskOptions, script: &[u8], strict: Option<
     for sector in sectors {
         session.read(sector * SECTOR, SECTOR);
     }
-    judge_failures(&session, strict);
+    assert!(judge_failures(&session, strict), "what was read before is read again");
 }
 
 /// Where a request is: near the start, anywhere, or near the end.
@@ -185,13 +197,16 @@ fn snapshots_hold(world: &SimWorld, options: &DiskOptions) -> Vec<(Vec<u8>, Opti
     found.iter().take(4).map(|snapshot| (snapshot.id.clone(), hold(snapshot))).collect()
 }
 
-/// In an image that the checker calls sound nothing is found damaged but data: compressed clusters are not inflated by a
-/// check.
-fn judge_failures(session: &Session, strict: Option<&Report>) {
-    let Some(report) = strict else { return };
+/// In an image that the checker calls sound nothing is found damaged but what a check does not look at: the streams of
+/// compressed clusters, and whether the data in an external file is where it must be. False if the latter is not.
+fn judge_failures(session: &Session, strict: Option<&Sound>) -> bool {
+    let Some(Sound { report, .. }) = strict else { return true };
     for failure in &session.failures {
         let excused = match failure {
             RequestError::Compressed { .. } => true,
+            RequestError::Engine(EngineError::BadEntry {
+                source: EntryError::DataFileOffset { .. }, ..
+            }) => return false,
             RequestError::Engine(error) => matches!(
                 error,
                 EngineError::RefcountTableFull | EngineError::FileTooLarge | EngineError::ReadOnly
@@ -200,15 +215,16 @@ fn judge_failures(session: &Session, strict: Option<&Report>) {
         };
         assert!(excused, "{failure} in an image of which the checker says {report:#?}");
     }
+    true
 }
 
-fn judge_close(closed: Result<(), OpenError>, strict: Option<&Report>) {
-    if let (Err(error), Some(report)) = (closed, strict) {
-        panic!("cannot be closed: {error}; the checker says {report:#?}");
+fn judge_close(closed: Result<(), OpenError>, strict: Option<&Sound>) {
+    if let (Err(error), Some(sound)) = (closed, strict) {
+        panic!("cannot be closed: {error}; the checker says {:#?}", sound.report);
     }
 }
 
-fn mend(world: &SimWorld, strict: Option<&Report>) {
+fn mend(world: &SimWorld, strict: Option<&Sound>) {
     let before = world.image().hash();
     match repaired(world) {
         Ok(repaired) => {
@@ -223,7 +239,7 @@ fn mend(world: &SimWorld, strict: Option<&Report>) {
 }
 
 /// Makes, applies or deletes snapshots.
-fn change_snapshots(world: &SimWorld, script: &[u8], strict: Option<&Report>) {
+fn change_snapshots(world: &SimWorld, script: &[u8], strict: Option<&Sound>) {
     for (number, operation) in script.chunks(OPERATION_BYTES).take(4).enumerate() {
         let Ok(found) = list(&storage(world), Path::new(TOP), &options(true)) else { return };
         let which = operation.get(1).map_or(0, |place| usize::from(*place));
@@ -246,13 +262,55 @@ fn change_snapshots(world: &SimWorld, script: &[u8], strict: Option<&Report>) {
                 "{what:?} was refused, and something was written"
             );
         }
-        if let Some(before) = strict {
+        if let Some(sound) = strict {
             assert!(!matches!(changed, Err(ChangeError::Interrupted { .. })), "{what:?}: {changed:?}");
-            let after = checked(world).expect("it can be checked as before");
-            assert!(
-                after.verdict() <= before.verdict() && after.notes == 0,
-                "{what:?}: {changed:?} {after:#?}"
-            );
+            sound.judge(world, &format!("{what:?}, {changed:?}"));
         }
     }
+}
+
+/// Makes the disk larger and smaller.
+fn change_size(world: &SimWorld, options: &DiskOptions, script: &[u8], strict: Option<&Sound>) {
+    for operation in script.chunks(OPERATION_BYTES).take(4) {
+        let mut values = Values(operation);
+        let (what, by) = (values.u8(), (u64::from(values.u16()) + 1) * SECTOR);
+        let size = match what & 3 {
+            0 => NewSize::Larger(by),
+            1 => NewSize::Smaller(by),
+            2 => NewSize::Larger(by << (what >> 2 & 31)),
+            _ => NewSize::Of(by),
+        };
+        let shrinking = if what & 0x80 == 0 { Shrinking::Accepted } else { Shrinking::Refused };
+        let before = strict.map(|_| ends(world, options, None));
+        let resized = resize(storage(world), Path::new(TOP), size, shrinking, options);
+        let (Some(sound), Some((known, old))) = (strict, before.flatten()) else { continue };
+        let (from, to) = resized.map_or((old, old), |resized| (resized.from, resized.to));
+        sound.judge(world, &format!("{size:?}"));
+        let left = known.below(from.min(to));
+        let (_, new) = ends(world, options, Some(left)).expect("it opens as before");
+        assert_eq!(new, to / SECTOR * SECTOR, "{size:?}");
+        if to > from {
+            let read_only = DiskOptions { read_only: true, ..options.clone() };
+            let mut session = Session::open(world, &read_only, None).expect("it opens as before");
+            let start = from.next_multiple_of(SECTOR);
+            let length = WINDOW.min(new.saturating_sub(start));
+            let zeros = length == 0
+                || session.read(start, length).is_some_and(|found| found.iter().all(|byte| *byte == 0));
+            assert!(zeros, "{size:?}: what is new is not zero");
+        }
+    }
+}
+
+/// Reads the first and the last of a disk that nobody has open, and compares it with what is known; what is known then,
+/// and the disk's size.
+fn ends(world: &SimWorld, options: &DiskOptions, known: Option<Known>) -> Option<(Known, u64)> {
+    let read_only = DiskOptions { read_only: true, ..options.clone() };
+    let mut session = Session::open(world, &read_only, Some(known.unwrap_or_default())).ok()?;
+    let size = session.size();
+    let length = WINDOW.min(size);
+    if length > 0 {
+        session.read(0, length);
+        session.read(size - length, length);
+    }
+    session.known.take().map(|known| (known, size))
 }

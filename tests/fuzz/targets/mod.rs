@@ -12,6 +12,7 @@ mod host;
 mod image;
 mod session;
 mod snapshots;
+mod sound;
 mod tables;
 mod values;
 

@@ -24,6 +24,12 @@ const VAIN_TURNS_MAX: u32 = 20_000;
 pub struct Known(BTreeMap<u64, Box<[u8]>>);
 
 impl Known {
+    /// What is known of a disk that ends there.
+    pub fn below(mut self, end: u64) -> Known {
+        self.0.retain(|sector, _| (sector + 1) * SECTOR <= end);
+        self
+    }
+
     /// Those that are known.
     pub fn sectors(&self) -> Vec<u64> {
         self.0.keys().copied().collect()
