@@ -5,7 +5,7 @@
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
-use qcow2::{Bitmap, Unsupported};
+use qcow2::{Bitmap, Snapshot, Unsupported};
 use storage::{OpenOptions, Storage};
 
 use crate::backing::{LayerFile, backing_of};
@@ -29,6 +29,8 @@ pub struct LayerDescription {
     pub unsupported: Option<Unsupported>,
     /// Its persistent bitmaps; an error if their directory cannot be read.
     pub bitmaps: Result<Vec<Bitmap>, OpenError>,
+    /// Its internal snapshots; an error if their table cannot be read.
+    pub snapshots: Result<Vec<Snapshot>, OpenError>,
     /// Where its backing file is; none also if it is named in a way that is not taken, and not looked for.
     pub backing: Option<PathBuf>,
 }
@@ -96,14 +98,22 @@ async fn describe_one<S: Storage>(
         return Err(OpenError::BackingLoop { path: file.path.clone() });
     }
     let image = ImageFile { driver, id, info: &info };
-    let (layer, unsupported, bitmaps) = match file.format {
-        Format::Raw => (raw_layer(&file.path, &info), None, Ok(Vec::new())),
+    let (layer, unsupported, bitmaps, snapshots) = match file.format {
+        Format::Raw => (raw_layer(&file.path, &info), None, Ok(Vec::new()), Ok(Vec::new())),
         Format::Qcow2 => {
             let header = image.header(info.length).await?;
             let bitmaps = image.bitmaps(&header).await.map(Option::unwrap_or_default);
             let unsupported = header.unsupported();
-            (Layer::qcow2(file.path.clone(), header, info.length), unsupported, bitmaps)
+            let snapshots = image.snapshots(&header).await;
+            (Layer::qcow2(file.path.clone(), header, info.length), unsupported, bitmaps, snapshots)
         }
     };
-    Ok(LayerDescription { layer, allocated: storage.allocated(id)?, unsupported, bitmaps, backing: None })
+    Ok(LayerDescription {
+        layer,
+        allocated: storage.allocated(id)?,
+        unsupported,
+        bitmaps,
+        snapshots,
+        backing: None,
+    })
 }

@@ -7,11 +7,10 @@ mod features;
 mod text_form;
 
 use std::io::{self, Write as _};
-use std::path::Path;
 use std::time::Duration;
 
 use disk::check::Sharing;
-use disk::{DiskOptions, LayerDescription, OpenError};
+use disk::{DiskOptions, LayerDescription};
 use qcow2::{Bitmap, Header, Incompatible, Version};
 use serde::Serialize;
 use storage::host::HostStorage;
@@ -19,6 +18,7 @@ use storage::host::HostStorage;
 use crate::cli::{Cache, InfoArgs};
 use crate::error::{ProgramError, Purpose};
 use crate::info::features::{ExtensionFacts, FeatureFacts};
+use crate::snapshot::SnapshotFacts;
 
 /// Long enough for the last I/O of a daemon that was just killed, and not so long that one wonders.
 const LOCK_PATIENCE: Duration = Duration::from_millis(500);
@@ -59,6 +59,11 @@ struct Qcow2Facts {
     #[serde(skip_serializing_if = "Option::is_none")]
     backing_filename_format: Option<String>,
     snapshot_count: u32,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    snapshots: Vec<SnapshotFacts>,
+    /// Why their table cannot be read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    snapshots_damaged: Option<String>,
     format_specific: FormatSpecific,
 }
 
@@ -140,8 +145,7 @@ fn json(facts: &impl Serialize) -> String {
 }
 
 fn layer_facts(description: &LayerDescription) -> LayerFacts {
-    let LayerDescription { layer, allocated, unsupported, bitmaps, backing, .. } = description;
-    let backing = backing.as_deref();
+    let LayerDescription { layer, allocated, unsupported, .. } = description;
     LayerFacts {
         filename: layer.path.display().to_string(),
         format: if layer.header.is_some() { "qcow2" } else { "raw" },
@@ -149,15 +153,12 @@ fn layer_facts(description: &LayerDescription) -> LayerFacts {
         actual_size: *allocated,
         file_length: layer.file_length,
         not_served: unsupported.as_ref().map(ToString::to_string),
-        qcow2: layer.header.as_ref().map(|header| qcow2_facts(header, backing, bitmaps)),
+        qcow2: layer.header.as_ref().map(|header| qcow2_facts(header, description)),
     }
 }
 
-fn qcow2_facts(
-    header: &Header,
-    below: Option<&Path>,
-    bitmaps: &Result<Vec<Bitmap>, OpenError>,
-) -> Qcow2Facts {
+fn qcow2_facts(header: &Header, description: &LayerDescription) -> Qcow2Facts {
+    let LayerDescription { bitmaps, snapshots, backing, .. } = description;
     let has = |feature| header.incompatible.contains(feature);
     let data_file = has(Incompatible::DATA_FILE);
     let raw = header.autoclear & qcow2::feature::AUTOCLEAR_RAW_DATA_FILE != 0;
@@ -191,9 +192,11 @@ fn qcow2_facts(
         cluster_size: header.geometry().cluster_size(),
         dirty_flag: has(Incompatible::DIRTY),
         backing_filename: header.backing_file_lossy().map(std::borrow::Cow::into_owned),
-        full_backing_filename: below.map(|path| path.display().to_string()),
+        full_backing_filename: backing.as_ref().map(|path| path.display().to_string()),
         backing_filename_format: header.backing_format.clone(),
         snapshot_count: header.snapshots,
+        snapshots: snapshots.iter().flatten().map(SnapshotFacts::new).collect(),
+        snapshots_damaged: snapshots.as_ref().err().map(ToString::to_string),
         format_specific: FormatSpecific { r#type: "qcow2", data },
     }
 }

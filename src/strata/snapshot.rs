@@ -22,7 +22,7 @@ const NANOSECONDS: u64 = 1_000_000_000;
 /// A snapshot.
 #[derive(Debug, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-struct SnapshotFacts {
+pub struct SnapshotFacts {
     id: String,
     name: String,
     /// In bytes.
@@ -39,7 +39,8 @@ struct SnapshotFacts {
 }
 
 impl SnapshotFacts {
-    fn new(snapshot: &Snapshot) -> Self {
+    /// What there is to tell of it.
+    pub fn new(snapshot: &Snapshot) -> Self {
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         SnapshotFacts {
             id: text(&snapshot.id),
@@ -52,6 +53,15 @@ impl SnapshotFacts {
             icount: snapshot.icount(),
             virtual_size: snapshot.disk_size(),
         }
+    }
+
+    /// In a line: `1 before-update, 2026-11-21 14:44:46 UTC, disk of 10 GiB, VM state of 4 KiB`.
+    pub fn in_a_line(&self) -> String {
+        let sized = |what: &str, bytes: u64| format!(", {what} of {}", size::short(bytes));
+        let disk = self.virtual_size.map_or(String::new(), |bytes| sized("disk", bytes));
+        let state =
+            if self.vm_state_size > 0 { sized("VM state", self.vm_state_size) } else { String::new() };
+        format!("{} {}, {} UTC{disk}{state}", one_line(&self.id), one_line(&self.name), date(self.date_sec))
     }
 }
 
@@ -184,5 +194,8 @@ ID  NAME                        DATE (UTC)           DISK    VM STATE  VM CLOCK
 1   before the \\u{1b}[2Jupdate  1970-01-01 00:00:00  -       4 KiB     01:01:01.005
 ";
         assert_eq!(table(&facts), expected);
+        let lines = facts.each_ref().map(SnapshotFacts::in_a_line);
+        assert_eq!(lines[0], "1 before the \\u{1b}[2Jupdate, 1970-01-01 00:00:00 UTC, disk of 10 GiB");
+        assert_eq!(lines[1], "1 before the \\u{1b}[2Jupdate, 1970-01-01 00:00:00 UTC, VM state of 4 KiB");
     }
 }

@@ -29,6 +29,7 @@ fn facts(header: Header) -> LayerFacts {
         allocated: 200_704,
         unsupported: None,
         bitmaps: Ok(Vec::new()),
+        snapshots: Ok(Vec::new()),
         backing: Some("/images/base.raw".into()),
     })
 }
@@ -62,6 +63,7 @@ fn a_raw_layer_has_no_qcow2_keys() {
         allocated: 4096,
         unsupported: None,
         bitmaps: Ok(Vec::new()),
+        snapshots: Ok(Vec::new()),
         backing: None,
     };
     let value = serde_json::to_value(layer_facts(&description)).expect("JSON");

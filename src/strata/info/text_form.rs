@@ -58,6 +58,12 @@ fn describe_qcow2(qcow2: &Qcow2Facts, block: &mut Block) {
     if qcow2.snapshot_count > 0 {
         block.line("snapshots", &qcow2.snapshot_count.to_string());
     }
+    for snapshot in &qcow2.snapshots {
+        block.line("snapshot", &snapshot.in_a_line());
+    }
+    if let Some(damage) = &qcow2.snapshots_damaged {
+        block.line("snapshots", &one_line(damage));
+    }
     if let Some(name) = &data.data_file {
         let raw = if data.data_file_raw == Some(true) { " (raw)" } else { "" };
         block.line("data file", &format!("{}{raw}", one_line(name)));

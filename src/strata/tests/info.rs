@@ -52,6 +52,13 @@ fn compare(ours: &Value, theirs: &Value, at: &str, compared: &mut Vec<String>) {
                 }
             }
         }
+        (Value::Array(ours), Value::Array(theirs)) => {
+            assert_eq!(ours.len(), theirs.len(), "{at}");
+            for (number, (ours, theirs)) in ours.iter().zip(theirs).enumerate() {
+                compare(ours, theirs, &format!("{at}/{number}"), compared);
+            }
+            compared.push(at.to_owned());
+        }
         _ => {
             assert_eq!(ours, theirs, "{at}");
             compared.push(at.to_owned());
@@ -97,7 +104,14 @@ fn json_agrees_with_qemu_img() {
     agrees(&bench, "lazy", &[]);
     create("new", "extended_l2=on,compression_type=zstd");
     qemu_img(&bench, &["snapshot", "-c", "one", "new"]);
-    agrees(&bench, "new", &[]);
+    qemu_img(&bench, &["snapshot", "-c", "two", "new"]);
+    let of_each = ["id", "name", "vm-state-size", "date-sec", "date-nsec", "vm-clock-sec", "vm-clock-nsec"];
+    let names = of_each.map(|name| format!("/snapshots/1/{name}"));
+    agrees(&bench, "new", &names.each_ref().map(String::as_str));
+    let (_, text, _) = output(&mut info(&bench, &["new"]));
+    for line in ["snapshots:        2", "snapshot:         1 one, 20", "UTC, disk of 64 MiB"] {
+        assert!(text.contains(line), "{line} is missing in:\n{text}");
+    }
     create("dirty", "refcount_bits=1");
     let file = std::fs::OpenOptions::new().write(true).open(bench.path("dirty")).expect("the image");
     file.write_all_at(&[3], 79).expect("dirty and corrupt");
