@@ -7,7 +7,8 @@ mod crash;
 
 use std::time::Duration;
 
-use crash::changes::{State, crash_all, deeds, judge, run, starts, states};
+use crash::changes::{State, crash_all, deeds, full, judge, refcount_table_clusters, run, starts, states};
+use crash::journal::Deed;
 use crash::shape::Start;
 use crash::tally::Tally;
 use storage::Errno;
@@ -26,6 +27,19 @@ fn no_crash_leaves_a_change_half_done() {
         }
     }
     tally.conclude("crashed changes");
+}
+
+/// So the crashes above are in that, too.
+#[test]
+fn a_full_refcount_table_is_replaced_by_each_change_that_takes_clusters() {
+    let start = full();
+    assert_eq!(refcount_table_clusters(&start.image), 1);
+    // With its only snapshot an image has no snapshot table any more.
+    for deed in deeds(&start).into_iter().filter(|deed| *deed != Deed::Delete) {
+        let world = SimWorld::from_image(start.image.clone(), 5, SimOptions::calm());
+        run(&world, &start, deed).expect("it is done");
+        assert!(refcount_table_clusters(&world.image()) > 1, "{deed:?}");
+    }
 }
 
 #[test]

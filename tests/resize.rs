@@ -303,6 +303,18 @@ fn what_cannot_be_kept_right_is_refused() {
     qemu.img(["bitmap", "--remove", &text, "first"]).expect("removed");
     run(&bitmaps, NewSize::Of(2 * M)).expect("none is left");
 
+    // A snapshot of another size would bring that size back.
+    let mut bench = Bench::new(&qemu, folder.path(), &ImageSpec::qcow2(M).with(pattern(0, M, 1)));
+    bench.keep("small");
+    bench.resize(2 * M);
+    let text = bench.image.display().to_string();
+    qemu.img(["bitmap", "--add", &text, "first"]).expect("a bitmap");
+    let apply = || Change::Apply { wanted: "small".into() };
+    let error = change(&HostStorage::new(), &bench.image, apply(), &options()).expect_err("refused");
+    assert!(error.to_string().contains("1 persistent bitmaps"), "{error}");
+    qemu.img(["bitmap", "--remove", &text, "first"]).expect("removed");
+    bench.apply("small");
+
     let old = new("old", &ImageSpec::qcow2(M).version(2).with(pattern(0, M, 1)));
     qemu.img(["snapshot", "-c", "kept", &old.display().to_string()]).expect("a snapshot");
     assert_eq!(refusal(&old, 2 * M), ChangeRefusal::ResizeWithSnapshotsInV2);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use disk::resize::{NewSize, Shrinking, resize};
 use disk::snapshot::{Change, change};
-use qcow2::Compression;
+use qcow2::{Compression, Header};
 use storage::sim::{CrashLimits, CrashScope, Image, Random, Replay, SimOptions, SimWorld};
 
 use super::examine::examine;
@@ -64,8 +64,43 @@ pub fn starts() -> Vec<Start> {
     ];
     let mut starts: Vec<Start> = kept.map(|shape| shape.past(Past::Kept).make()).to_vec();
     starts.extend(plain.map(|shape| shape.make()));
+    starts.push(full());
     let smaller: Vec<Start> = starts.iter().filter(|start| start.shape.is_resizable()).map(shrunk).collect();
     starts.into_iter().chain(smaller).collect()
+}
+
+/// An image in which every cluster that its refcount table can count is in use, most of them by nobody: whatever is taken
+/// next needs a larger table.
+pub fn full() -> Start {
+    let start = Shape::new(9, 80).wide_refcounts().past(Past::Kept).make();
+    let geometry = start.shape.geometry();
+    let mut bytes = start.image.file(Path::new(TOP)).expect("the image").to_bytes();
+    let header = Header::parse(&bytes, bytes.len() as u64).expect("an image that was closed");
+    let (size, entries) = (geometry.cluster_size() as usize, geometry.refblock_entries() as usize);
+    let table = header.refcount_table_offset.0 as usize;
+    let blocks = header.refcount_table_clusters as usize * size / 8;
+    bytes.resize(blocks * entries * size, 0);
+    for index in 0..blocks {
+        if qcow2::entry(&bytes[table..], index) == 0 {
+            // Nothing is there yet: the first of the clusters that it counts.
+            qcow2::set_entry(&mut bytes[table..], index, (index * entries * size) as u64);
+        }
+        let block = qcow2::entry(&bytes[table..], index) as usize;
+        for count in 0..entries {
+            let counts = &mut bytes[block..block + size];
+            if qcow2::refcount(geometry.refcount_order, counts, count) == 0 {
+                qcow2::set_refcount(geometry.refcount_order, counts, count, 1);
+            }
+        }
+    }
+    let leaks = (blocks * entries) as u64;
+    Start { image: start.image.with(Path::new(TOP), 0, &bytes), leaks, ..start }
+}
+
+/// Clusters of an image's refcount table.
+pub fn refcount_table_clusters(image: &Image) -> u32 {
+    let bytes = image.file(Path::new(TOP)).expect("the image").to_bytes();
+    Header::parse(&bytes, bytes.len() as u64).expect("an image that was closed").refcount_table_clusters
 }
 
 /// An image whose disk has become smaller.

@@ -282,6 +282,9 @@ impl Planner {
                 if entries < needed || needed > L1_TABLE_SIZE_MAX / 8 {
                     return Err(ChangeRefusal::TooFewL1Entries { entries, needed });
                 }
+                if let Some(bitmaps) = self.header.bitmaps().filter(|_| size != self.geometry.size) {
+                    return Err(ChangeRefusal::ResizeWithBitmaps { count: bitmaps.count });
+                }
                 // Not the VM state behind the disk.
                 (self.target.l1_offset, self.target.entries) = (snapshot.l1_offset, needed);
             }

@@ -112,6 +112,11 @@ fn json_agrees_with_qemu_img() {
     for line in ["snapshots:        2", "snapshot:         1 one, 20", "UTC, disk of 64 MiB"] {
         assert!(text.contains(line), "{line} is missing in:\n{text}");
     }
+    let file = std::fs::OpenOptions::new().write(true).open(bench.path("new")).expect("the image");
+    file.write_all_at(&(1u64 << 40).to_be_bytes(), 64).expect("no snapshot table any more");
+    let (status, text, errors) = output(&mut info(&bench, &["new"]));
+    assert_eq!(status, Some(0), "{errors}");
+    assert!(text.contains("snapshot table") && !text.contains("snapshot: "), "{text}");
     create("dirty", "refcount_bits=1");
     let file = std::fs::OpenOptions::new().write(true).open(bench.path("dirty")).expect("the image");
     file.write_all_at(&[3], 79).expect("dirty and corrupt");
