@@ -7,6 +7,7 @@ use std::sync::Arc;
 use disk::check::{Finding, FindingKind, Report, check};
 use disk::snapshot::list;
 use disk::{Completed, Disk, DiskOptions, Request, RequestId};
+use qcow2::feature::COMPATIBLE_LAZY_REFCOUNTS;
 use qcow2::{Header, Incompatible};
 use storage::sim::{Image, SimOptions, SimWorld};
 
@@ -64,6 +65,9 @@ fn look(image: &Image, start: &Start) -> Result<Seen, String> {
         return Ok(Seen { values: read_all(&world, &shape.options())?, ..Seen::default() });
     }
     let dirty = header(image)?.incompatible.contains(Incompatible::DIRTY);
+    if shape.lazy && header(image)?.compatible & COMPATIBLE_LAZY_REFCOUNTS == 0 {
+        return Err("the flag of lazy refcounts is gone".to_owned());
+    }
     let before = if dirty { None } else { Some(report(image, start)?) };
     let values = read_all(&world, &shape.options())?;
     let snapshots = read_snapshots(&world, shape)?;

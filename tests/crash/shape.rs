@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use disk::{DetectZeroes, DiskOptions, Format, OnEnospc};
-use qcow2::feature::AUTOCLEAR_RAW_DATA_FILE;
+use qcow2::feature::{AUTOCLEAR_RAW_DATA_FILE, COMPATIBLE_LAZY_REFCOUNTS};
 use qcow2::{Compression, Geometry, Incompatible, NewImage, Version};
 use storage::sim::{Image, SimOptions, SimWorld};
 
@@ -101,6 +101,8 @@ pub struct Shape {
     pub detect: DetectZeroes,
     /// Discarded clusters keep their places.
     pub keeps_places: bool,
+    /// Its header allows refcounts to be out of date while it is marked dirty.
+    pub lazy: bool,
 }
 
 /// A shape, made: the files, and what the guest reads from them.
@@ -137,6 +139,7 @@ impl Shape {
             on_enospc: OnEnospc::Report,
             detect: DetectZeroes::Off,
             keeps_places: false,
+            lazy: false,
         }
     }
 
@@ -198,6 +201,11 @@ impl Shape {
     /// Discarded clusters keep their places.
     pub const fn keeping_places(self) -> Shape {
         Shape { keeps_places: true, ..self }
+    }
+
+    /// With the flag of lazy refcounts.
+    pub const fn lazy(self) -> Shape {
+        Shape { lazy: true, ..self }
     }
 
     /// With hardly any memory for tables, so that they are evicted and flushed all the time.
@@ -361,6 +369,9 @@ impl Shape {
         for (offset, piece) in new.layout().expect("a shape is one that the format allows") {
             bytes.resize(offset.0 as usize, 0);
             bytes.extend(piece);
+        }
+        if self.lazy {
+            bytes[qcow2::position::COMPATIBLE + 7] |= COMPATIBLE_LAZY_REFCOUNTS as u8;
         }
         if self.has_data_file() {
             bytes[qcow2::position::INCOMPATIBLE + 7] |= Incompatible::DATA_FILE.0 as u8;
