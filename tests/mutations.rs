@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use crash::changes;
+use crash::overlaps;
 use crash::shape::{Past, Start};
 use crash::tally::Tally;
 use crash::trial::{Tactic, starts, trial};
@@ -36,6 +37,11 @@ fn hunt(mutation: Mutation, starts: &[Start], time: Duration) -> Option<Catch> {
     let tally = Tally::new(time);
     let mut walker = Walker::new(&tally);
     let started = Instant::now();
+    if matches!(mutation, Mutation::GuardBypassed | Mutation::MetadataWhereAimed) {
+        // Shows on damaged images only.
+        let how = mutation::with(mutation, overlaps::try_all).err()?;
+        return Some(Catch { time: started.elapsed(), trials: 1, states: 0, how });
+    }
     for seed in 1..=TRIALS_MAX {
         if tally.is_over() {
             break;

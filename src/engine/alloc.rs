@@ -62,6 +62,8 @@ pub(crate) struct Allocator {
     pub quarantined: u64,
     /// The longest that this session found or made the file, in bytes.
     pub file_length: u64,
+    /// A cluster is needed that was in no use in this session, and no window has one.
+    pub wants_new: bool,
     /// Somebody reserves: who waits for it.
     pub reserving: Option<Waiters>,
     /// Somebody reclaims.
@@ -85,6 +87,7 @@ impl Allocator {
             unlinked: VecDeque::new(),
             quarantined: 0,
             file_length: 0,
+            wants_new: false,
             reserving: None,
             reclaiming: false,
             scanned: 0,
@@ -110,14 +113,44 @@ impl Allocator {
         Some(taken)
     }
 
+    /// Takes a cluster of which `fits` is true off either end of a window; nothing if there is none.
+    pub fn take_where(&mut self, fits: impl Fn(u64) -> bool) -> Option<Run> {
+        for at in 0..self.windows.len() {
+            let run = &mut self.windows[at].run;
+            let (first, last) = (run.start.0, run.start.0 + run.count - 1);
+            let taken = if fits(first) {
+                run.start.0 += 1;
+                first
+            } else if fits(last) {
+                last
+            } else {
+                continue;
+            };
+            run.count -= 1;
+            if run.count == 0 {
+                self.windows.remove(at);
+            }
+            return Some(Run { start: HostCluster(taken), count: 1 });
+        }
+        None
+    }
+
+    /// True if a cluster is in a free run.
+    pub fn is_free(&self, cluster: u64) -> bool {
+        let before = self.free.range(..=cluster).next_back();
+        before.is_some_and(|(_, free)| cluster < free.run.start.0 + free.run.count)
+    }
+
     /// True if a cluster can be taken.
     pub fn has_window(&self) -> bool {
         !self.windows.is_empty()
     }
 
-    /// Adds a window that has been reserved; the next is to be larger.
+    /// Adds a window that has been reserved; the next is to be larger, if it is one in its turn.
     pub fn add_window(&mut self, window: FreeRun) {
-        self.window_clusters = (self.window_clusters * 2).min(self.window_clusters_max);
+        if self.windows.is_empty() {
+            self.window_clusters = (self.window_clusters * 2).min(self.window_clusters_max);
+        }
         if window.run.count > 0 {
             self.windows.push_back(window);
         }
@@ -297,5 +330,25 @@ mod tests {
         assert_eq!(alloc.take(3), Some(run(103, 1, true)));
         assert_eq!(alloc.take(3), Some(run(50, 2, false)));
         assert_eq!(alloc.take(1), None);
+    }
+
+    #[test]
+    fn a_cluster_is_chosen_at_either_end_of_a_window() {
+        let mut alloc = Allocator::new(100, 65536);
+        alloc.add_window(run(10, 4, true));
+        alloc.add_window(run(20, 1, true));
+        let fits = |wanted: u64| move |cluster| cluster >= wanted;
+        let one = |start| Some(Run { start: HostCluster(start), count: 1 });
+        assert_eq!(alloc.take_where(fits(13)), one(13));
+        assert_eq!(alloc.take_where(fits(0)), one(10));
+        assert_eq!(alloc.take_where(fits(13)), one(20));
+        assert_eq!((alloc.take_where(fits(13)), alloc.reserved_clusters()), (None, 2));
+    }
+
+    #[test]
+    fn what_is_free_is_known() {
+        let mut alloc = Allocator::new(100, 65536);
+        alloc.add_free(run(10, 2, true));
+        assert_eq!([9, 10, 11, 12].map(|cluster| alloc.is_free(cluster)), [false, true, true, false]);
     }
 }

@@ -6,6 +6,8 @@ use thiserror::Error;
 /// A structure of a qcow2 file, for messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Structure {
+    /// The header.
+    Header,
     /// The active L1 table.
     L1,
     /// An L2 table.
@@ -18,17 +20,21 @@ pub enum Structure {
     Bitmaps,
     /// The snapshot table (entry 0) and the L1 tables of snapshots.
     Snapshots,
+    /// An L2 table of a snapshot.
+    SnapshotL2,
 }
 
 impl std::fmt::Display for Structure {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
+            Structure::Header => "header",
             Structure::L1 => "L1 table",
             Structure::L2 => "L2 table",
             Structure::RefcountTable => "refcount table",
             Structure::Refblock => "refcount block",
             Structure::Bitmaps => "bitmaps",
             Structure::Snapshots => "snapshot table",
+            Structure::SnapshotL2 => "L2 table of a snapshot",
         })
     }
 }
@@ -49,10 +55,12 @@ pub enum EngineError {
         source: EntryError,
     },
     /// A refcount contradicts the tables: a cluster in use counts zero.
-    #[error("layer 0: cluster {cluster:#x} is in use but its refcount is zero")]
+    #[error("layer 0: cluster {cluster:#x} is in use{} but its refcount is zero", told(*holds))]
     RefcountZero {
         /// Host cluster number.
         cluster: u64,
+        /// The metadata that it holds.
+        holds: Option<Structure>,
     },
     /// The refcount table would grow past its limit of 8 MiB.
     #[error("the refcount table cannot grow past 8 MiB: the image file is as large as its format allows")]
@@ -61,7 +69,9 @@ pub enum EngineError {
     #[error("the image file cannot grow past 2^56 bytes, the largest offset of its format")]
     FileTooLarge,
     /// Two pieces of metadata, or metadata and data, lie in the same place.
-    #[error("layer 0: {structure}, entry {index} names cluster {cluster:#x}, which holds other metadata")]
+    #[error(
+        "layer 0: {structure}, entry {index} names cluster {cluster:#x}, which holds other metadata: {holds}"
+    )]
     Overlap {
         /// The table whose entry it is.
         structure: Structure,
@@ -69,6 +79,8 @@ pub enum EngineError {
         index: u64,
         /// Host cluster number.
         cluster: u64,
+        /// The other.
+        holds: Structure,
     },
     /// An earlier metadata write or flush failed, or the image is corrupt: nothing is written any more.
     #[error("the disk refuses writes since an earlier metadata write or flush failed")]
@@ -78,7 +90,17 @@ pub enum EngineError {
     ReadOnly,
 }
 
+/// What a cluster holds, in brackets.
+fn told(holds: Option<Structure>) -> String {
+    holds.map_or_else(String::new, |holds| format!(" (it holds metadata: {holds})"))
+}
+
 impl EngineError {
+    /// A cluster that counts as free holds metadata.
+    pub(crate) fn free_metadata((cluster, holds): (u64, Structure)) -> Self {
+        EngineError::RefcountZero { cluster, holds: Some(holds) }
+    }
+
     /// True if the top image itself is damaged, so that its corrupt bit is to be set.
     pub fn is_top_corruption(&self) -> bool {
         matches!(

@@ -2,23 +2,32 @@
 //! internal snapshots have of these, and all that belongs to bitmaps.
 //!
 //! No guest data is ever written there and no such cluster is handed out, whatever a damaged or hostile image's entries
-//! and refcounts say. QEMU by default leaves out the L2 tables that only snapshots name, as it would have to read them
+//! and refcounts say. And the other way round: a cluster at which data I/O was aimed in this session never becomes
+//! metadata, as that I/O may be under way, and a word of the map may send more there without a look at this. So neither
+//! lookup nor I/O in place need ask again. docs/durability.md, "The guard", says why each write is covered. QEMU by default leaves out the L2 tables that only snapshots name, as it would have to read them
 //! again at every write; here they are read once, at open, which bounds how large the L1 tables of snapshots may be.
 
 use std::collections::BTreeMap;
 
 use qcow2::{Geometry, HostCluster, HostOffset, L1Entry};
 
+use crate::aimed::Aimed;
 use crate::alloc::Run;
 use crate::change::{L2Tables, SnapshotPlaces};
 use crate::error::{EngineError, Structure};
+use crate::mutation::{Mutation, active};
 use crate::refcounts::Refcounts;
 
-/// Runs of clusters that hold metadata.
+/// A cluster, and the metadata that it holds.
+pub(crate) type Holder = (u64, Structure);
+
+/// Clusters that hold metadata, and those that never will.
 #[derive(Default)]
 pub(crate) struct MetadataGuard {
-    /// First cluster → first cluster past the run. Runs do not overlap; neighbours are joined.
-    runs: BTreeMap<u64, u64>,
+    /// First cluster → first cluster past the run, and what is in it. Runs do not overlap; alike neighbours are joined.
+    runs: BTreeMap<u64, (u64, Structure)>,
+    /// Where data I/O was aimed.
+    aimed: Aimed,
     /// Those of snapshots, many of them the active disk's too.
     snapshot_l2: L2Tables,
 }
@@ -37,34 +46,46 @@ impl MetadataGuard {
         snapshots: SnapshotPlaces,
     ) -> Result<Self, EngineError> {
         let mut guard = MetadataGuard::default();
-        let overlap = |structure, index| move |cluster| EngineError::Overlap { structure, index, cluster };
-        guard.add(HostCluster(0), 1).map_err(overlap(Structure::L1, 0))?;
+        let overlap = |structure, index| {
+            move |(cluster, holds)| EngineError::Overlap { structure, index, cluster, holds }
+        };
+        guard.add(HostCluster(0), 1, Structure::Header).map_err(overlap(Structure::Header, 0))?;
         let l1_clusters = geometry.clusters_for(l1.len() as u64 * 8);
-        guard.add(geometry.host_cluster(l1_offset), l1_clusters).map_err(overlap(Structure::L1, 0))?;
         guard
-            .add(geometry.host_cluster(refcounts.table_offset), refcounts.table_clusters())
+            .add(geometry.host_cluster(l1_offset), l1_clusters, Structure::L1)
+            .map_err(overlap(Structure::L1, 0))?;
+        guard
+            .add(
+                geometry.host_cluster(refcounts.table_offset),
+                refcounts.table_clusters(),
+                Structure::RefcountTable,
+            )
             .map_err(overlap(Structure::RefcountTable, 0))?;
         for index in 0..refcounts.table.len() as u64 {
             if let Some(offset) = refcounts.block_offset(index)? {
                 let cluster = geometry.host_cluster(offset);
-                guard.add(cluster, 1).map_err(overlap(Structure::RefcountTable, index))?;
+                guard
+                    .add(cluster, 1, Structure::Refblock)
+                    .map_err(overlap(Structure::RefcountTable, index))?;
             }
         }
         for (index, raw) in l1.iter().enumerate() {
             // A bad L1 entry is named when its range is used: the rest of the disk can be served.
             if let Ok(L1Entry::Table { offset, .. }) = L1Entry::decode(*raw, geometry) {
                 let cluster = geometry.host_cluster(offset);
-                guard.add(cluster, 1).map_err(overlap(Structure::L1, index as u64))?;
+                guard.add(cluster, 1, Structure::L2).map_err(overlap(Structure::L1, index as u64))?;
             }
         }
         for (index, (offset, length)) in bitmaps.iter().enumerate() {
             let (first, clusters) = (geometry.host_cluster(*offset), geometry.clusters_for(*length));
-            guard.add(first, clusters).map_err(overlap(Structure::Bitmaps, index as u64))?;
+            guard
+                .add(first, clusters, Structure::Bitmaps)
+                .map_err(overlap(Structure::Bitmaps, index as u64))?;
         }
         for (index, (offset, length)) in snapshots.tables.iter().enumerate() {
             let clusters = geometry.clusters_for(*length);
             guard
-                .add(geometry.host_cluster(*offset), clusters)
+                .add(geometry.host_cluster(*offset), clusters, Structure::Snapshots)
                 .map_err(overlap(Structure::Snapshots, index as u64))?;
         }
         guard.snapshot_l2 = snapshots.into_l2_tables();
@@ -73,68 +94,90 @@ impl MetadataGuard {
             if let Ok(L1Entry::Table { offset, copied: true }) = L1Entry::decode(*raw, geometry)
                 && guard.snapshot_l2.contains(geometry.host_cluster(offset))
             {
-                return Err(overlap(Structure::L1, index as u64)(geometry.host_cluster(offset).0));
+                let cluster = geometry.host_cluster(offset).0;
+                return Err(overlap(Structure::L1, index as u64)((cluster, Structure::SnapshotL2)));
             }
         }
         Ok(guard)
     }
 
-    /// Adds a run.
+    /// Adds a run. At open two pieces of metadata may share an L2 table of a snapshot, and nothing else.
     ///
     /// # Errors
     /// The first of its clusters that is in another run.
-    pub fn add(&mut self, start: HostCluster, count: u64) -> Result<(), u64> {
+    pub fn add(&mut self, start: HostCluster, count: u64, holds: Structure) -> Result<(), Holder> {
         if count == 0 {
             return Ok(());
         }
         let (mut start, mut end) = (start.0, start.0 + count);
-        if let Some(cluster) = self.overlap(start, end) {
-            return Err(cluster);
+        if let Some(holder) = self.overlap(start, end) {
+            return Err(holder);
         }
-        if let Some((before, _)) = self.runs.range(..start).next_back().filter(|(_, past)| **past == start) {
+        let joins = |run: &(u64, Structure)| run.1 == holds;
+        if let Some((before, _)) =
+            self.runs.range(..start).next_back().filter(|(_, run)| run.0 == start && joins(run))
+        {
             start = *before;
         }
-        if let Some(past) = self.runs.remove(&end) {
+        if let Some((past, _)) = self.runs.get(&end).copied().filter(joins) {
+            self.runs.remove(&end);
             end = past;
         }
-        self.runs.insert(start, end);
+        self.runs.insert(start, (end, holds));
         Ok(())
     }
 
     /// Forgets a run that holds metadata no more.
     pub fn remove(&mut self, start: HostCluster, count: u64) {
         let (start, end) = (start.0, start.0 + count);
-        let Some((&first, &past)) = self.runs.range(..=start).next_back() else { return };
+        let Some((&first, &(past, holds))) = self.runs.range(..=start).next_back() else { return };
         if past < end {
             return;
         }
         self.runs.remove(&first);
         if first < start {
-            self.runs.insert(first, start);
+            self.runs.insert(first, (start, holds));
         }
         if end < past {
-            self.runs.insert(end, past);
+            self.runs.insert(end, (past, holds));
         }
-    }
-
-    /// True if a cluster holds metadata.
-    pub fn contains(&self, cluster: HostCluster) -> bool {
-        self.overlap(cluster.0, cluster.0 + 1).is_some() || self.snapshot_l2.contains(cluster)
     }
 
     /// A cluster of a run that holds metadata, if there is one.
-    pub fn within(&self, run: Run) -> Option<u64> {
-        self.overlap(run.start.0, run.start.0 + run.count)
+    pub fn within(&self, run: Run) -> Option<Holder> {
+        let end = run.start.0 + run.count;
+        let of_snapshot = self.snapshot_l2.first_in(run.start.0..end);
+        self.overlap(run.start.0, end).or(of_snapshot.map(|cluster| (cluster, Structure::SnapshotL2)))
+    }
+
+    /// Data is about to be written to a run, or the run to be punched, now or later: from now on it does not become
+    /// metadata. To be asked before each such I/O is planned, or a word published that allows it.
+    ///
+    /// # Errors
+    /// One of its clusters that holds metadata.
+    pub fn aim(&mut self, run: Run) -> Result<(), Holder> {
+        if !active(Mutation::GuardBypassed)
+            && let Some(holder) = self.within(run)
+        {
+            return Err(holder);
+        }
+        self.aimed.add(run);
+        Ok(())
+    }
+
+    /// True if data I/O may have been aimed at a cluster in this session.
+    pub fn was_aimed(&self, cluster: u64) -> bool {
+        self.aimed.contains(cluster) && !active(Mutation::MetadataWhereAimed)
     }
 
     /// The first cluster past all metadata.
     pub fn end(&self) -> u64 {
-        self.runs.last_key_value().map_or(0, |(_, past)| *past).max(self.snapshot_l2.end())
+        self.runs.last_key_value().map_or(0, |(_, (past, _))| *past).max(self.snapshot_l2.end())
     }
 
-    fn overlap(&self, start: u64, end: u64) -> Option<u64> {
-        let (&first, &past) = self.runs.range(..end).next_back()?;
-        (past > start && start < end).then(|| first.max(start))
+    fn overlap(&self, start: u64, end: u64) -> Option<Holder> {
+        let (&first, &(past, holds)) = self.runs.range(..end).next_back()?;
+        (past > start && start < end).then(|| (first.max(start), holds))
     }
 }
 
@@ -142,28 +185,59 @@ impl MetadataGuard {
 mod tests {
     use super::*;
 
+    fn run(start: u64, count: u64) -> Run {
+        Run { start: HostCluster(start), count }
+    }
+
     fn guard(runs: &[(u64, u64)]) -> MetadataGuard {
         let mut guard = MetadataGuard::default();
         for (start, count) in runs {
-            guard.add(HostCluster(*start), *count).expect("no overlap");
+            guard.add(HostCluster(*start), *count, Structure::L2).expect("no overlap");
         }
         guard
+    }
+
+    fn runs(guard: &MetadataGuard) -> Vec<(u64, u64)> {
+        guard.runs.iter().map(|(start, (past, _))| (*start, *past)).collect()
     }
 
     #[test]
     fn runs_join_overlap_and_split() {
         let mut guard = guard(&[(0, 1), (4, 0), (5, 2), (3, 2), (7, 1)]);
-        assert_eq!(guard.runs.iter().map(|(a, b)| (*a, *b)).collect::<Vec<_>>(), [(0, 1), (3, 8)]);
-        assert_eq!(guard.add(HostCluster(2), 2), Err(3));
-        assert_eq!(guard.add(HostCluster(7), 9), Err(7));
-        assert!(!guard.contains(HostCluster(2)) && guard.contains(HostCluster(3)));
-        let within = |start, count| guard.within(Run { start: HostCluster(start), count });
+        assert_eq!(runs(&guard), [(0, 1), (3, 8)]);
+        let taken = |cluster| Err((cluster, Structure::L2));
+        assert_eq!(guard.add(HostCluster(2), 2, Structure::L1), taken(3));
+        assert_eq!(guard.add(HostCluster(7), 9, Structure::L1), taken(7));
+        let within = |start, count| guard.within(run(start, count)).map(|(cluster, _)| cluster);
+        assert_eq!([within(2, 1), within(3, 1)], [None, Some(3)]);
         assert_eq!([within(1, 2), within(1, 3), within(7, 4), within(8, 4)], [None, Some(3), Some(7), None]);
         assert_eq!(guard.end(), 8);
         guard.remove(HostCluster(4), 2);
-        assert_eq!(guard.runs.iter().map(|(a, b)| (*a, *b)).collect::<Vec<_>>(), [(0, 1), (3, 4), (6, 8)]);
+        assert_eq!(runs(&guard), [(0, 1), (3, 4), (6, 8)]);
         guard.remove(HostCluster(100), 1);
         guard.remove(HostCluster(7), 5);
         assert_eq!(guard.end(), 8, "what is not wholly there is not removed");
+    }
+
+    #[test]
+    fn each_run_knows_what_it_holds() {
+        let mut guard = guard(&[(4, 2)]);
+        guard.add(HostCluster(6), 2, Structure::Refblock).expect("no overlap");
+        guard.add(HostCluster(3), 1, Structure::Refblock).expect("no overlap");
+        assert_eq!(runs(&guard), [(3, 4), (4, 6), (6, 8)]);
+        let holds = |guard: &MetadataGuard, cluster| guard.within(run(cluster, 1));
+        assert_eq!(holds(&guard, 5), Some((5, Structure::L2)));
+        assert_eq!(holds(&guard, 6), Some((6, Structure::Refblock)));
+        guard.remove(HostCluster(7), 1);
+        assert_eq!((holds(&guard, 6), holds(&guard, 7)), (Some((6, Structure::Refblock)), None));
+    }
+
+    #[test]
+    fn data_and_metadata_exclude_each_other() {
+        let mut guard = guard(&[(4, 2)]);
+        assert_eq!(guard.aim(run(2, 4)), Err((4, Structure::L2)));
+        assert!(!guard.was_aimed(2), "nothing is aimed where something is in the way");
+        assert_eq!(guard.aim(run(2, 2)), Ok(()));
+        assert_eq!([1, 2, 3, 4].map(|cluster| guard.was_aimed(cluster)), [false, true, true, false]);
     }
 }

@@ -7,6 +7,7 @@
 //! wakes the wakers that were left with it, after its lock is released.
 #![forbid(unsafe_code)]
 
+mod aimed;
 mod alloc;
 mod answer;
 pub mod change;

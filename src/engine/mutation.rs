@@ -80,6 +80,10 @@ pub enum Mutation {
     PartFreesCluster,
     /// A discarded cluster that keeps its place is emptied while the next write may be there already.
     EmptiedLate,
+    /// Data is written where metadata is, if an entry says so.
+    GuardBypassed,
+    /// A cluster becomes metadata though data may still be written there.
+    MetadataWhereAimed,
     /// A clean close cuts a cluster in use off the end of the file.
     CloseCutsTooMuch,
     /// The header names a snapshot, or its disk, before the refcounts are raised.
@@ -140,6 +144,8 @@ impl Mutation {
         Mutation::SharedPartsForgotten,
         Mutation::PartFreesCluster,
         Mutation::EmptiedLate,
+        Mutation::GuardBypassed,
+        Mutation::MetadataWhereAimed,
         Mutation::CloseCutsTooMuch,
         Mutation::SnapshotHeaderFirst,
         Mutation::SnapshotFlagsKept,

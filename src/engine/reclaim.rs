@@ -75,8 +75,8 @@ impl State {
         let runs = runs_of(counts.iter().filter(|(_, count)| free(**count)).map(|(cluster, _)| *cluster));
         let write = self.write_state()?;
         // Two entries of a damaged image named it: the first made it free, and it was handed out since.
-        if let Some(cluster) = runs.iter().find_map(|run| write.guard.within(*run)) {
-            return Err(EngineError::RefcountZero { cluster });
+        for run in &runs {
+            write.guard.aim(*run).map_err(EngineError::free_metadata)?;
         }
         for id in &pins {
             self.tables.pin(*id);
@@ -99,14 +99,16 @@ impl State {
         for unlinked in batch {
             let run = unlinked.run;
             for cluster in run.start.0..run.start.0 + run.count {
+                let zero = EngineError::RefcountZero { cluster, holds: None };
                 if refcounts.block_offset(refcounts.block_of(cluster))?.is_none() {
-                    return Err(EngineError::RefcountZero { cluster });
+                    return Err(zero);
                 }
                 let count = counts.entry(cluster).or_insert_with(|| self.refcount(cluster));
-                *count = count.checked_sub(1).ok_or(EngineError::RefcountZero { cluster })?;
+                *count = count.checked_sub(1).ok_or(zero)?;
                 // What was unlinked is in the guard only if a snapshot has it too.
-                if *count == 0 && guard.contains(HostCluster(cluster)) {
-                    return Err(EngineError::RefcountZero { cluster });
+                let holder = guard.within(Run { start: HostCluster(cluster), count: 1 });
+                if let (0, Some(holder)) = (*count, holder) {
+                    return Err(EngineError::free_metadata(holder));
                 }
             }
         }

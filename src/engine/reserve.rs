@@ -9,7 +9,8 @@ use qcow2::{HostCluster, HostOffset};
 
 use crate::alloc::{FreeRun, Run};
 use crate::answer::{Answer, ready};
-use crate::error::EngineError;
+use crate::error::{EngineError, Structure};
+use crate::guard::MetadataGuard;
 use crate::refcounts::{Refcounts, TABLE_BYTES_MAX};
 use crate::state::{State, WriteState};
 use crate::tables::{Dirt, TableId};
@@ -17,6 +18,9 @@ use crate::waiters::{Waiters, WakeList};
 
 /// The largest file: an offset in a table has 56 bits.
 const FILE_BYTES_MAX: u64 = 1 << 56;
+
+/// Clusters that are reserved at a time only because others are not to become metadata.
+const NEW_CLUSTERS: u64 = 16;
 
 /// Refblock slices searched for free clusters in one go.
 const SCAN_SLICES: u64 = 8;
@@ -48,16 +52,35 @@ struct Growth {
     run: Run,
 }
 
+impl Growth {
+    /// Has the guard know of the new metadata.
+    fn guard(&self, guard: &mut MetadataGuard) {
+        let blocks = guard.add(self.run.start, self.blocks.len() as u64, Structure::Refblock);
+        let table =
+            self.table.map_or(Ok(()), |table| guard.add(table.start, table.count, Structure::RefcountTable));
+        blocks.and(table).expect("the file grows past all metadata");
+    }
+}
+
 impl State {
     /// Plans a window; `Ready(None)` if there is one. One is planned at a time; others wait.
     pub fn plan_reserve(&mut self, waker: &Waker) -> Result<Answer<Option<ReservePlan>>, EngineError> {
         let write = self.write_state()?;
-        if write.alloc.has_window() {
+        let wants_new = write.alloc.wants_new;
+        if write.alloc.has_window() && !wants_new {
             return Ok(Answer::Ready(None));
         }
         if let Some(waiters) = &mut write.alloc.reserving {
             waiters.add(waker);
             return Ok(Answer::Wait);
+        }
+        if wants_new {
+            let planned = self.plan_growth(waker);
+            if planned.is_err() {
+                // Others may do with what is free.
+                self.write_state()?.alloc.wants_new = false;
+            }
+            return planned;
         }
         if let Some(free) = write.alloc.first_free() {
             return self.plan_free_window(free, waker);
@@ -117,8 +140,12 @@ impl State {
                         == 0
                     {
                         let run = Run { start: HostCluster(cluster + at), count: 1 };
-                        if guard.contains(run.start) {
-                            return Err(EngineError::RefcountZero { cluster: run.start.0 });
+                        if let Some(holder) = guard.within(run) {
+                            return Err(EngineError::free_metadata(holder));
+                        }
+                        if guard.was_aimed(cluster + at) && !alloc.is_free(cluster + at) {
+                            // An entry names it, and it has not been freed since.
+                            return Err(EngineError::RefcountZero { cluster: cluster + at, holds: None });
                         }
                         alloc.add_free(FreeRun { run, known_zero: false });
                     }
@@ -127,7 +154,7 @@ impl State {
                 guard.within(Run { start: HostCluster(cluster), count: slice_end - cluster })
             {
                 // A refblock made for the end of the file would say that nobody uses what lies before it.
-                return Err(EngineError::RefcountZero { cluster: used });
+                return Err(EngineError::free_metadata(used));
             }
             cluster = slice_end;
         }
@@ -143,12 +170,26 @@ impl State {
         let grows = write.refcounts.block_offset(write.refcounts.block_of(end))?.is_none();
         let growth = if grows { Some(write.refcounts.growth(end)?) } else { None };
         let start = end + growth.as_ref().map_or(0, |growth| growth.run.count);
-        let mut count = write.alloc.window_clusters().min(entries - start % entries);
+        let wanted = write.alloc.window_clusters();
+        let wanted = if write.alloc.wants_new { wanted.min(NEW_CLUSTERS) } else { wanted };
+        let mut count = wanted.min(entries - start % entries);
         let mut pins = Vec::new();
         if growth.is_none() {
             pins = self.refblock_slices(HostCluster(start), count)?;
             ready!(self.need_tables(pins.iter().copied(), waker)?);
             count = (start..start + count).take_while(|cluster| self.refcount(*cluster) == 0).count() as u64;
+        }
+        // A new refblock says that nobody uses what it counts before the end, too. Where that is in the file, it may not
+        // have been searched.
+        let counts_from = if growth.is_some() { end / entries * entries } else { end };
+        let WriteState { guard, alloc, .. } = self.write_state()?;
+        let in_file = alloc.scan_end.min(end).saturating_sub(counts_from);
+        if let Some(holder) = guard.within(Run { start: HostCluster(counts_from), count: in_file }) {
+            return Err(EngineError::free_metadata(holder));
+        }
+        if let Some(cluster) = (counts_from..start + count).find(|cluster| guard.was_aimed(*cluster)) {
+            // An entry names it.
+            return Err(EngineError::RefcountZero { cluster, holds: None });
         }
         let geometry = self.top_qcow2().geometry;
         let past =
@@ -158,6 +199,10 @@ impl State {
             (geometry.host_offset(growth.run.start), growth.run.count * geometry.cluster_size())
         });
         let window = FreeRun { run: Run { start: HostCluster(start), count }, known_zero: true };
+        if let Some(growth) = &growth {
+            // From now on no word may send data there.
+            growth.guard(&mut self.write_state()?.guard);
+        }
         Ok(Answer::Ready(Some(self.start_reserve(ReservePlan {
             file_length,
             metadata,
@@ -221,6 +266,9 @@ impl State {
         write.alloc.file_length = write.alloc.file_length.max(plan.file_length.unwrap_or(0));
         write.alloc.end = write.alloc.end.max(run.start.0 + run.count);
         write.alloc.add_window(plan.window);
+        if plan.file_length.is_some() {
+            write.alloc.wants_new = false;
+        }
         wakes.append(write.alloc.reserving.take().expect("this plan reserves").take());
     }
 
@@ -237,7 +285,6 @@ impl State {
             write.guard.remove(old, clusters);
             write.refcounts.move_table(table);
         }
-        write.guard.add(growth.run.start, growth.run.count).expect("the file grows past all metadata");
         let slice_bytes = write.refcounts.slice_bytes() as usize;
         let slices = write.refcounts.slices_per_block();
         for (block, cluster) in &growth.blocks {
@@ -260,6 +307,11 @@ impl State {
         if plan.file_length.is_none() {
             write.alloc.add_free(plan.window);
         }
+        if let Some(growth) = &plan.growth {
+            write.guard.remove(growth.run.start, growth.blocks.len() as u64);
+            growth.table.iter().for_each(|table| write.guard.remove(table.start, table.count));
+        }
+        write.alloc.wants_new = false;
         wakes.append(write.alloc.reserving.take().expect("this plan reserves").take());
     }
 }

@@ -7,6 +7,7 @@ use std::task::Waker;
 use qcow2::entry::compressed_length;
 use qcow2::{GuestCluster, GuestOffset, HostOffset, HostPlace, L1Entry, L2Entry, Subcluster, Subclusters};
 
+use crate::alloc::Run;
 use crate::answer::{Answer, ready};
 use crate::error::EngineError;
 use crate::guard::MetadataGuard;
@@ -172,7 +173,7 @@ impl State {
         };
         let mut missing = Missing::default();
         let State { layers, tables, write, writable, .. } = self;
-        let guard = write.as_ref().map(|write| &write.guard);
+        let mut guard = write.as_mut().map(|write| &mut write.guard);
         while job.layer < layers.len() && !job.open.is_empty() {
             let layer = job.layer;
             let lowest = layer + 1 == layers.len();
@@ -182,7 +183,9 @@ impl State {
                     Layer::Raw { file, size } => {
                         Ok(raw_step(*file, *size, span(*at), *writable && layer == 0))
                     }
-                    Layer::Qcow2(image) => qcow2_step(image, tables, span(*at), lowest, guard, &mut missing),
+                    Layer::Qcow2(image) => {
+                        qcow2_step(image, tables, span(*at), lowest, guard.as_deref_mut(), &mut missing)
+                    }
                 };
                 match step {
                     Ok(Step::Answer(word)) => job.set(*at, word, Parts::default()),
@@ -439,7 +442,7 @@ fn qcow2_step(
     tables: &mut Tables,
     span: Span,
     lowest: bool,
-    guard: Option<&MetadataGuard>,
+    guard: Option<&mut MetadataGuard>,
     missing: &mut Missing,
 ) -> Result<Step, EngineError> {
     let geometry = &layer.geometry;
@@ -491,7 +494,7 @@ fn parts_of(
     file: FileIndex,
     subclusters: &Subclusters,
     nothing_below: bool,
-    in_place: impl Fn(HostPlace) -> bool,
+    in_place: impl FnOnce(HostPlace) -> bool,
 ) -> (Word, Parts) {
     let parts = Parts::new(subclusters, nothing_below);
     match subclusters.host {
@@ -502,13 +505,16 @@ fn parts_of(
     }
 }
 
-/// True if a host cluster may be written where it is: the top image's own, and no metadata.
-fn may_be_written(layer: &Qcow2Layer, host: HostPlace, guard: Option<&MetadataGuard>) -> bool {
+/// True if a host cluster may be written where it is: the top image's own, and no metadata, which it does not become
+/// from now on.
+fn may_be_written(layer: &Qcow2Layer, host: HostPlace, guard: Option<&mut MetadataGuard>) -> bool {
     let own = host.copied && layer.number == 0;
-    let is_metadata = |guard: &MetadataGuard| {
-        layer.data_file.is_none() && guard.contains(layer.geometry.host_cluster(host.offset))
-    };
-    own && guard.is_some_and(|guard| !is_metadata(guard))
+    if layer.data_file.is_some() {
+        // No metadata is in that file.
+        return own && guard.is_some();
+    }
+    let run = Run { start: layer.geometry.host_cluster(host.offset), count: 1 };
+    own && guard.is_some_and(|guard| guard.aim(run).is_ok())
 }
 
 /// Notes which tables of a layer are not resident that these spans will need if it is asked for them.

@@ -5,7 +5,7 @@ use std::task::Waker;
 
 use qcow2::{GuestCluster, HostCluster, HostOffset, L1Entry, L2Entry, RawL2Entry};
 
-use crate::alloc::{Allocator, FreeRun};
+use crate::alloc::{Allocator, FreeRun, Run};
 use crate::answer::{Answer, TableLoad, TableSlot};
 use crate::error::{EngineError, Structure};
 use crate::flush::FlushState;
@@ -52,16 +52,30 @@ pub(crate) struct WriteState {
 }
 
 impl WriteState {
-    /// Takes up to `want` clusters in one run out of the reserved windows; nothing if none are reserved.
+    /// Takes up to `want` clusters in one run out of the reserved windows, for data; nothing if none are reserved.
     ///
     /// # Errors
     /// If one of them holds metadata: two entries of a damaged image named it, so that it became free while in use.
     pub fn take(&mut self, want: u64) -> Result<Option<FreeRun>, EngineError> {
         let Some(taken) = self.alloc.take(want) else { return Ok(None) };
-        match self.guard.within(taken.run) {
-            Some(cluster) => Err(EngineError::RefcountZero { cluster }),
-            None => Ok(Some(taken)),
-        }
+        self.guard.aim(taken.run).map_err(EngineError::free_metadata)?;
+        Ok(Some(taken))
+    }
+
+    /// Takes a cluster for metadata, one at which no data I/O was aimed in this session; nothing if none such is reserved,
+    /// and then the next reservation brings some.
+    ///
+    /// # Errors
+    /// As for [`WriteState::take`].
+    pub fn take_for(&mut self, holds: Structure) -> Result<Option<Run>, EngineError> {
+        let guard = &self.guard;
+        let Some(taken) = self.alloc.take_where(|cluster| !guard.was_aimed(cluster)) else {
+            // Where none are reserved at all, what is free comes first.
+            self.alloc.wants_new = self.alloc.has_window();
+            return Ok(None);
+        };
+        self.guard.add(taken.start, taken.count, holds).map_err(EngineError::free_metadata)?;
+        Ok(Some(taken))
     }
 }
 
@@ -208,16 +222,17 @@ impl State {
         write.refcounts.slices_of(start, count)
     }
 
-    /// Refuses an L2 entry of the top image that names metadata: nothing may be written or freed there.
-    pub fn guard_entry(&self, entry: L2Entry, cluster: u64) -> Result<(), EngineError> {
-        let Some((first, count)) = self.counted_clusters(entry) else { return Ok(()) };
-        let Some(write) = &self.write else { return Ok(()) };
-        match (first.0..first.0 + count).find(|host| write.guard.contains(HostCluster(*host))) {
-            Some(host) => {
-                Err(EngineError::Overlap { structure: Structure::L2, index: cluster, cluster: host })
-            }
-            None => Ok(()),
-        }
+    /// Refuses an L2 entry of the top image that names metadata: nothing may be written or freed there. Else what it names
+    /// does not become metadata from now on.
+    pub fn guard_entry(&mut self, entry: L2Entry, guest: u64) -> Result<(), EngineError> {
+        let Some((start, count)) = self.counted_clusters(entry) else { return Ok(()) };
+        let Some(write) = &mut self.write else { return Ok(()) };
+        write.guard.aim(Run { start, count }).map_err(|(cluster, holds)| EngineError::Overlap {
+            structure: Structure::L2,
+            index: guest,
+            cluster,
+            holds,
+        })
     }
 
     /// The clusters of the top image's own file that count a reference by an entry of it: the first, and how many. What

@@ -7,7 +7,7 @@ use std::task::Waker;
 use qcow2::{HostCluster, HostOffset, L1Entry};
 
 use crate::answer::{Answer, TableSlot, ready};
-use crate::error::EngineError;
+use crate::error::{EngineError, Structure};
 use crate::flush::l1_block_of;
 use crate::layers::Qcow2Layer;
 use crate::mutation::{Mutation, active};
@@ -53,14 +53,13 @@ impl State {
         let ids = if copy_of.is_some() { slices(self.top_qcow2(), slot) } else { Vec::new() };
         ready!(self.need_tables(ids.iter().copied(), waker)?);
         let write = self.write_state()?;
-        let Some(taken) = write.take(1)? else { return Ok(Answer::Reserve) };
-        write.guard.add(taken.run.start, 1).expect("a cluster that was handed out holds no metadata");
+        let Some(taken) = write.take_for(Structure::L2)? else { return Ok(Answer::Reserve) };
         write.table_jobs.insert(slot, Waiters::default());
         for id in ids {
             self.tables.pin(id);
         }
         let geometry = &self.top_qcow2().geometry;
-        let (host, offset) = (taken.run.start, geometry.host_offset(taken.run.start));
+        let (host, offset) = (taken.start, geometry.host_offset(taken.start));
         Ok(Answer::Ready(Some(TablePlan { slot, host, offset, length: geometry.cluster_size(), copy_of })))
     }
 

@@ -183,7 +183,7 @@ impl State {
 
     /// Where a granule of a cluster stands, and how many from it on in that cluster stand likewise.
     fn standing(
-        &self,
+        &mut self,
         place: EntryPlace,
         first: GuestCluster,
         granules: Granules,
@@ -234,7 +234,7 @@ impl State {
     /// Where the first granule stands, and how many from it on, at most `wanted`, stand alike and, where they have a
     /// place on the host, contiguously.
     fn run_like(
-        &self,
+        &mut self,
         place: EntryPlace,
         first: GuestCluster,
         granules: Granules,

@@ -5,7 +5,8 @@
 //! `examine` looks at one, `second` has QEMU look at a sample, `tally` counts. `sequences` are all the short runs, a
 //! `trial` is a long random one that a number stands for, `faulty` is one in which the host fails,
 //! `scarce` one in which it runs out of space;
-//! `windows` are the two mistakes of QEMU; `changes` are those of images that nobody uses, by themselves.
+//! `windows` are the two mistakes of QEMU; `overlaps` are images on which data and metadata want the same place; `changes`
+//! are those of images that nobody uses, by themselves.
 #![allow(dead_code, reason = "each test target uses its own part of the machine")]
 
 pub mod changes;
@@ -15,6 +16,7 @@ pub mod faulty;
 pub mod hidden;
 pub mod journal;
 pub mod memory;
+pub mod overlaps;
 pub mod rig;
 pub mod scarce;
 pub mod second;

@@ -95,6 +95,10 @@ const REASONS: &[(&[&str], &str)] = &[
     ),
     (&["an L2 table in guest data"], "what is freed must have been counted"),
     (
+        &["data right behind the file", "data not counted"],
+        "an entry names what counts as free: QEMU hands it out all the same",
+    ),
+    (
         &[
             "an L2 entry cleared",
             "an L2 entry without offset but COPIED, zero",

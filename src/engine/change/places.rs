@@ -2,6 +2,8 @@
 //!
 //! Owns the sorted list of the L2 tables that snapshots name. It reads nothing.
 
+use std::ops::Range;
+
 use qcow2::{Geometry, HostCluster, HostOffset, L1Entry};
 
 /// Where internal snapshots have metadata.
@@ -45,6 +47,12 @@ impl SnapshotPlaces {
 pub(crate) struct L2Tables(Box<[u64]>);
 
 impl L2Tables {
+    /// The first of them in a range of clusters.
+    pub fn first_in(&self, range: Range<u64>) -> Option<u64> {
+        let first = self.0.partition_point(|cluster| *cluster < range.start);
+        self.0.get(first).copied().filter(|cluster| *cluster < range.end)
+    }
+
     /// True if a snapshot names the cluster as an L2 table.
     pub fn contains(&self, cluster: HostCluster) -> bool {
         self.0.binary_search(&cluster.0).is_ok()
