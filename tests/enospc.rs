@@ -1,6 +1,8 @@
 //! A host that runs out of space, simulated: requests that need some fail, or wait until there is some, and others go
 //! on; in the end the disk holds what the model does and the image is clean.
 
+mod agree;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::LazyLock;
@@ -15,8 +17,9 @@ use qcow2::{Geometry, Version};
 use storage::sim::{Fault, Outcome, Random, SimOptions, SimStorage, SimWorld};
 use storage::{Errno, GuestSlice};
 use strata_tests::Qemu;
-use strata_tests::images::Check;
 use strata_tests::model::{ByteModel, DiscardRule, Operation, contents};
+
+use crate::agree::assert_clean;
 
 const TOP: &str = "top.qcow2";
 const BASE: &str = "base.raw";
@@ -218,14 +221,15 @@ impl Rig {
 /// QEMU finds nothing wrong with the image either, if its tools are there.
 fn check_by_qemu(world: &SimWorld) {
     static QEMU: LazyLock<Option<Qemu>> = LazyLock::new(Qemu::find);
-    let Some(qemu) = &*QEMU else { return };
+    if QEMU.is_none() {
+        return;
+    }
     let folder = tempfile::tempdir().expect("a temporary folder");
     let image = world.image();
     for name in image.paths() {
         image.export(name, &folder.path().join(name)).expect("an export");
     }
-    let verdict = qemu.check(&folder.path().join(TOP)).expect("qemu-img check runs");
-    assert_eq!(verdict, Check::Clean);
+    assert_clean(&folder.path().join(TOP), "the closed image");
 }
 
 /// A request's memory, aligned as direct I/O likes it. Leaked, so that the slice may well be 'static.

@@ -1,5 +1,6 @@
 //! What a header has besides the places of tables, in-process: what a writable open keeps, clears and refuses.
 
+mod agree;
 mod rig;
 
 use std::path::Path;
@@ -7,10 +8,11 @@ use std::path::Path;
 use disk::DiskOptions;
 use qcow2::feature::COMPATIBLE_LAZY_REFCOUNTS;
 use qcow2::{Extension, Header, Incompatible, extension};
-use strata_tests::images::{Check, Format};
+use strata_tests::images::Format;
 use strata_tests::model::{DiscardRule, Operation};
 use strata_tests::{ByteModel, Qemu};
 
+use crate::agree::assert_clean;
 use crate::rig::{K, M, Rig, options, patch, write};
 
 /// Large enough for the refcount table to grow, with clusters of 512 bytes.
@@ -76,7 +78,7 @@ fn what_is_not_known_outlives_every_change_of_the_header() {
     // From the compatible features on only the autoclear features have changed, and they are in these eight bytes.
     let now = std::fs::read(&image).expect("the image");
     assert!(now[80..88] == bytes[80..88] && now[96..512] == bytes[96..512], "byte for byte");
-    assert_eq!(qemu.check(&image).expect("check"), Check::Clean);
+    assert_clean(&image, "the closed image");
     model.compare_all(&qemu.read_all(&image, Format::Qcow2).expect("read")).expect("contents");
 }
 

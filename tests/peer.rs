@@ -1,6 +1,8 @@
 //! The kit tried on qemu-storage-daemon: if these pass, client, load generator, model and image wrappers are right,
 //! and a failure of Strata under the same kit is Strata's.
 
+mod agree;
+
 use std::path::Path;
 use std::time::Duration;
 
@@ -14,6 +16,8 @@ use strata_tests::storage_daemon::{Export, StorageDaemon};
 use strata_tests::{ClientError, Qemu};
 use tempfile::TempDir;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_T_IN};
+
+use crate::agree::{assert_clean, check_agrees};
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -62,10 +66,8 @@ fn run_sequence(
     client.close()?;
     daemon.stop()?;
     model.compare_all(&bench.qemu.read_all(image, Format::Qcow2)?)?;
-    match bench.qemu.check(image)? {
-        Check::Clean => Ok(()),
-        other => Err(format!("{other:?}").into()),
-    }
+    assert_clean(image, "the closed image");
+    Ok(())
 }
 
 fn try_sequences(specs: &[ImageSpec], cases: u32) {
@@ -275,7 +277,7 @@ fn every_block_written_at_random_verifies() -> Result<(), Failure> {
     );
     client.close()?;
     daemon.stop()?;
-    assert_eq!(bench.qemu.check(&image)?, Check::Clean);
+    assert_clean(&image, "after the load");
     Ok(())
 }
 
@@ -299,11 +301,12 @@ fn the_image_tools_say_what_they_made() -> Result<(), Failure> {
     let map = bench.qemu.map(&chain[1], Format::Qcow2)?;
     assert_eq!((map[0].start, map[0].length, map[0].depth, map[0].data), (0, 8192, 1, true));
     assert!(map[0].offset.is_some());
-    assert_eq!(bench.qemu.check(&chain[1])?, Check::Clean);
+    assert_clean(&chain[1], "the overlay");
     // A disk whose metadata is all there still checks; one with a damaged refcount does not.
     let full = folder.join("full.qcow2");
     bench.qemu.create(&full, &ImageSpec::qcow2(1 << 20).preallocation(Preallocation::Metadata))?;
     assert_eq!(bench.qemu.check(&full)?, Check::Clean);
+    assert_clean(&full, "all allocated");
     let mut bytes = std::fs::read(&full)?;
     // The refcount table is the second cluster, its first block the third: cluster 4 holds the first L2 table or
     // data; a refcount of 0 for it is corruption, a refcount of 1 for a cluster past all others is a leak.
@@ -312,9 +315,11 @@ fn the_image_tools_say_what_they_made() -> Result<(), Failure> {
     bytes.resize((leaked + 1) * 65536, 0);
     std::fs::write(&full, &bytes)?;
     assert_eq!(bench.qemu.check(&full)?, Check::Leaks(1));
+    check_agrees(&full, "a leak");
     bytes[2 * 65536 + 2 * 4 + 1] = 0;
     std::fs::write(&full, &bytes)?;
     assert!(matches!(bench.qemu.check(&full)?, Check::Corrupt(_)));
+    check_agrees(&full, "damaged");
     Ok(())
 }
 
