@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use engine::check::RepairKind;
+use engine::mutation::{Mutation, active};
 use engine::{FileIndex, LayerFormat, LayerSpec, TopSpec};
 use qcow2::{Bitmap, Geometry, Header, HostOffset, Incompatible, Unsupported};
 use storage::{AlignedBuf, FileId, FileInfo, IoQueue, Kind, OpenOptions, Operation, Part, Storage};
@@ -276,7 +277,7 @@ pub(crate) async fn note_writes<Q: IoQueue>(
     };
     if kept != header.autoclear {
         sector.patch_and_sync(driver, file, qcow2::position::patch_autoclear(kept)).await?;
-    } else if retired {
+    } else if retired && !active(Mutation::BitmapsMarkedLate) {
         image.sync().await?;
     }
     Ok(())

@@ -92,6 +92,8 @@ pub enum Mutation {
     SnapshotFlagsKept,
     /// Refcounts are lowered before the header stops naming what they count.
     SnapshotLoweredFirst,
+    /// Writes go on before it is durable that bitmaps are out of date.
+    BitmapsMarkedLate,
     /// What is past the new end of a disk is given back, and stays named in the L2 table across that end.
     ResizeKeepsLinks,
     /// What the cluster across the old end of a disk has behind that end shows when the disk grows.
@@ -150,6 +152,7 @@ impl Mutation {
         Mutation::SnapshotHeaderFirst,
         Mutation::SnapshotFlagsKept,
         Mutation::SnapshotLoweredFirst,
+        Mutation::BitmapsMarkedLate,
         Mutation::ResizeKeepsLinks,
         Mutation::ResizeKeepsTail,
         Mutation::ResizeBaresBacking,

@@ -11,6 +11,7 @@ use qcow2::feature::COMPATIBLE_LAZY_REFCOUNTS;
 use qcow2::{Header, Incompatible};
 use storage::sim::{Image, SimOptions, SimWorld};
 
+use super::bitmap;
 use super::memory::{WINDOW, gather, memory};
 use super::shape::{Shape, Snapshots, Start, TOP};
 use super::stamp::{SECTOR, Value, read_stamps};
@@ -35,6 +36,8 @@ pub struct Seen {
     pub dirty: bool,
     /// By name, in the order of the table.
     pub snapshots: Snapshots,
+    /// It has a bitmap that passes for up to date.
+    pub trusted_bitmap: bool,
     /// Flags COPIED are clear that could be set: costs a copy, nothing else. Version 2 has no mark for what is under way.
     pub shy: bool,
     /// Why the image is not what a crash may leave, whatever was promised.
@@ -64,10 +67,12 @@ fn look(image: &Image, start: &Start) -> Result<Seen, String> {
     if !shape.is_qcow2() {
         return Ok(Seen { values: read_all(&world, &shape.options())?, ..Seen::default() });
     }
-    let dirty = header(image)?.incompatible.contains(Incompatible::DIRTY);
-    if shape.lazy && header(image)?.compatible & COMPATIBLE_LAZY_REFCOUNTS == 0 {
+    let before = header(image)?;
+    let dirty = before.incompatible.contains(Incompatible::DIRTY);
+    if shape.lazy && before.compatible & COMPATIBLE_LAZY_REFCOUNTS == 0 {
         return Err("the flag of lazy refcounts is gone".to_owned());
     }
+    let trusted_bitmap = bitmap::is_trusted(image, &before);
     let before = if dirty { None } else { Some(report(image, start)?) };
     let values = read_all(&world, &shape.options())?;
     let snapshots = read_snapshots(&world, shape)?;
@@ -94,6 +99,7 @@ fn look(image: &Image, start: &Start) -> Result<Seen, String> {
         table_clusters,
         dirty,
         snapshots,
+        trusted_bitmap,
         shy,
         wrong,
     })

@@ -27,18 +27,19 @@ pub struct Hidden {
     pub values: Vec<Value>,
 }
 
-/// The top image while the snapshot is made.
-struct Making {
-    bytes: Vec<u8>,
-    header: Header,
+/// The top image while something is added to it.
+pub struct Making {
+    /// Its bytes.
+    pub bytes: Vec<u8>,
+    /// Its header.
+    pub header: Header,
     geometry: Geometry,
 }
 
 /// Takes a snapshot of the top image, which is whole and closed, and hides it. The image's sectors hold `values`.
 pub fn hide(image: &Image, values: &[Value]) -> (Image, Hidden) {
-    let bytes = image.file(Path::new(TOP)).expect("the image").to_bytes();
-    let header = Header::parse(&bytes, bytes.len() as u64).expect("an image that was closed");
-    let mut making = Making { bytes, geometry: header.geometry(), header: header.clone() };
+    let mut making = Making::of(image);
+    let header = making.header.clone();
     let l1 = making.share();
     let l1_offset = making.append(&l1);
     let table = making.append(&entry(l1_offset, &header));
@@ -76,7 +77,15 @@ fn entry(l1_offset: u64, header: &Header) -> Vec<u8> {
 }
 
 impl Making {
-    fn put(&mut self, at: u64, bytes: &[u8]) {
+    /// The top image, which is whole and closed.
+    pub fn of(image: &Image) -> Making {
+        let bytes = image.file(Path::new(TOP)).expect("the image").to_bytes();
+        let header = Header::parse(&bytes, bytes.len() as u64).expect("an image that was closed");
+        Making { bytes, geometry: header.geometry(), header }
+    }
+
+    /// Puts bytes at an offset.
+    pub fn put(&mut self, at: u64, bytes: &[u8]) {
         self.bytes[at as usize..at as usize + bytes.len()].copy_from_slice(bytes);
     }
 
@@ -121,7 +130,7 @@ impl Making {
     }
 
     /// Adds clusters at the end that hold `bytes`; where.
-    fn append(&mut self, bytes: &[u8]) -> u64 {
+    pub fn append(&mut self, bytes: &[u8]) -> u64 {
         let cluster = self.geometry.cluster_size() as usize;
         let at = self.bytes.len().next_multiple_of(cluster);
         let end = (at + bytes.len()).next_multiple_of(cluster);

@@ -2,13 +2,14 @@
 //! was promised.
 //!
 //! `shape` makes images, `hidden` shares their clusters with a snapshot, `rig` runs a disk, `journal` is the oracle, `walk` makes the crash states of a run and compares,
-//! `examine` looks at one, `second` has QEMU look at a sample, `tally` counts. `sequences` are all the short runs, a
+//! `examine` looks at one, `bitmap` at its bitmap, `second` has QEMU look at a sample, `tally` counts. `sequences` are all the short runs, a
 //! `trial` is a long random one that a number stands for, `faulty` is one in which the host fails,
 //! `scarce` one in which it runs out of space;
 //! `windows` are the two mistakes of QEMU; `overlaps` are images on which data and metadata want the same place; `changes`
 //! are those of images that nobody uses, by themselves.
 #![allow(dead_code, reason = "each test target uses its own part of the machine")]
 
+pub mod bitmap;
 pub mod changes;
 pub mod compressed;
 pub mod examine;

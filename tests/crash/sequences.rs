@@ -35,6 +35,8 @@ pub fn shapes() -> Vec<Shape> {
         Shape::new(10, 96).over(Below::Raw).narrow_refcounts().past(Past::Kept),
         Shape::new(9, 176).wide_refcounts().past(Past::Kept),
         Shape::new(9, 80).past(Past::Dirty),
+        Shape::new(9, 80).past(Past::Bitmap { dirty: false }),
+        Shape::new(10, 96).over(Below::Raw).past(Past::Bitmap { dirty: true }),
         Shape::new(9, 80).past(Past::Compressed(Compression::Deflate)),
         Shape::new(12, 64).over(Below::Raw).past(Past::Compressed(Compression::Zstd)),
         Shape::new(10, 96).over(Below::Raw).past(Past::Dirty),

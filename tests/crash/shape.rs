@@ -11,6 +11,7 @@ use qcow2::feature::{AUTOCLEAR_RAW_DATA_FILE, COMPATIBLE_LAZY_REFCOUNTS};
 use qcow2::{Compression, Geometry, Incompatible, NewImage, Version};
 use storage::sim::{Image, SimOptions, SimWorld};
 
+use super::bitmap;
 use super::compressed;
 use super::hidden::{self, Hidden};
 use super::journal::{Deed, Op, padded};
@@ -65,6 +66,11 @@ pub enum Past {
     Compressed(Compression),
     /// As written, with a snapshot that shares some of it.
     Kept,
+    /// As written, with a bitmap that writers must keep up to date; also marked dirty, as above.
+    Bitmap {
+        /// Marked dirty.
+        dirty: bool,
+    },
     /// It is new, but its file is so long that a few more clusters need a larger refcount table.
     Long,
 }
@@ -241,10 +247,11 @@ impl Shape {
         self.sectors + self.sectors / 2
     }
 
-    /// Its size may change: where snapshots are hidden from the disk, or version 2 does not record what size they have, it
+    /// Its size may change: bitmaps fit one size only; where snapshots are hidden from the disk, or version 2 does not record what size they have, it
     /// may not.
     pub fn is_resizable(&self) -> bool {
-        self.past != Past::Shared && (self.version == 3 || self.past != Past::Kept)
+        let has_bitmap = matches!(self.past, Past::Bitmap { .. });
+        self.past != Past::Shared && !has_bitmap && (self.version == 3 || self.past != Past::Kept)
     }
 
     /// It has metadata.
@@ -343,12 +350,15 @@ impl Shape {
             Data::ApartRaw => world.add_file(DATA, &vec![0; (self.sectors * SECTOR) as usize]),
         }
         let mut snapshots = Vec::new();
-        if matches!(self.past, Past::Written | Past::Dirty | Past::Shared | Past::Kept) {
+        let plays = [Past::Written, Past::Dirty, Past::Shared, Past::Kept];
+        if plays.contains(&self.past) || matches!(self.past, Past::Bitmap { .. }) {
             (world, values, snapshots) = self.written(world, values);
         }
         let (mut image, mut leaks, mut hidden) = (world.image(), 0, None);
         match self.past {
             Past::Dirty => (image, leaks) = self.dirtied(&image),
+            Past::Bitmap { dirty: false } => image = bitmap::add(&image),
+            Past::Bitmap { dirty: true } => (image, leaks) = self.dirtied(&bitmap::add(&image)),
             Past::Shared => {
                 let (shared, snapshot) = hidden::hide(&image, &values);
                 (image, hidden) = (shared, Some(snapshot));

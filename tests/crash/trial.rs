@@ -60,6 +60,8 @@ pub fn shapes() -> Vec<Shape> {
         Shape::new(9, 80).lazy().over(Below::Raw).past(Past::Dirty),
         Shape::new(12, 128).lazy().past(Past::Kept),
         Shape::new(12, 128).over(Below::Raw).past(Past::Dirty),
+        Shape::new(9, 96).past(Past::Bitmap { dirty: false }),
+        Shape::new(12, 128).over(Below::Raw).past(Past::Bitmap { dirty: true }),
         Shape::new(9, 96).past(Past::Shared),
         Shape::new(9, 80).v2().over(Below::Raw).past(Past::Shared),
         Shape::new(9, 144).wide_refcounts().past(Past::Shared).short_of_memory(),

@@ -253,6 +253,9 @@ impl<'r> Promise<'r> {
         if values.len() != self.allowed.len() {
             return Err(format!("the disk has {} sectors", seen.values.len()));
         }
+        if seen.trusted_bitmap && seen.values != self.start.values {
+            return Err("a write was not noted in a bitmap that passes for right".to_owned());
+        }
         self.compare_raw_view(seen)?;
         self.compare_snapshots(seen)?;
         // The old table and the new one, which is half as large again.
