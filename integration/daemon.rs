@@ -12,6 +12,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::str::FromStr;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 /// Which daemon serves.
@@ -77,8 +78,22 @@ pub enum Profile {
     Release,
 }
 
-/// Asks cargo, which is quick when nothing changed and tells where the program is. `STRATA_BIN` names one instead.
+/// Strata's program for what is not measured: whatever was built already, else one for tests.
+pub fn strata() -> Result<PathBuf> {
+    BUILT.get().map_or_else(|| build_strata(Profile::Dev), |path| Ok(path.clone()))
+}
+
+/// The first that was built.
+static BUILT: OnceLock<PathBuf> = OnceLock::new();
+
 fn build_strata(profile: Profile) -> Result<PathBuf> {
+    let path = ask_cargo(profile)?;
+    BUILT.get_or_init(|| path.clone());
+    Ok(path)
+}
+
+/// Asks cargo, which is quick when nothing changed and tells where the program is. `STRATA_BIN` names one instead.
+fn ask_cargo(profile: Profile) -> Result<PathBuf> {
     if let Some(path) = std::env::var_os("STRATA_BIN") {
         return Ok(PathBuf::from(path));
     }

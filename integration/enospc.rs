@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use strata_integration::daemon::{Backend, Daemon, Profile, ServeSpec};
+use strata_integration::image;
 use strata_tests::Qemu;
 use strata_tests::client::{Client, Options, Queue, Request, Session, Status, Ticket};
-use strata_tests::images::{Check, Format, ImageSpec};
+use strata_tests::images::{Format, ImageSpec};
 use tempfile::TempDir;
 
 type Failure = Box<dyn std::error::Error>;
@@ -151,7 +152,7 @@ fn requests_wait_for_space_but_not_for_ever() -> Result<(), Failure> {
     let Scene { daemon, session, queues, allowed, .. } = scene;
     daemon.stop()?;
     drop((session, queues));
-    assert_eq!(qemu.check(&image)?, Check::Clean);
+    image::expect_clean(&image)?;
     compare(&allowed, &qemu.read_all(&image, Format::Qcow2)?);
     Ok(())
 }

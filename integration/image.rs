@@ -1,13 +1,15 @@
 //! Disk images by QEMU's own tools: the judge that is not ours.
 //!
-//! Owns the qemu-img and qemu-io command lines. It never reads qcow2 itself.
+//! Owns the qemu-img and qemu-io command lines, and that of `strata check` beside `qemu-img check`. It never reads qcow2
+//! itself.
 
 use crate::command;
+use crate::daemon;
 use anyhow::{Context, Result, bail};
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 /// The image below another.
@@ -46,7 +48,7 @@ pub fn write_pattern(image: &Path, format: &str, offset: u64, length: u64, byte:
     Ok(())
 }
 
-/// What `qemu-img check` found.
+/// What a check found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Health {
     /// Nothing wrong.
@@ -60,8 +62,39 @@ pub enum Health {
 /// The lock of a process killed a moment ago may outlive it until its last I/O is done.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 
-/// Runs `qemu-img check` on a qcow2 image.
+/// Runs `qemu-img check` and `strata check` on a qcow2 image, which must say the same.
 pub fn check(image: &Path) -> Result<Health> {
+    let theirs = check_by_qemu(image)?;
+    let ours = check_by_strata(image)?;
+    let agree = match (&ours, &theirs) {
+        (Health::Broken(_), Health::Broken(_)) => true,
+        (ours, theirs) => ours == theirs,
+    };
+    if !agree {
+        bail!("{}: strata check says {ours:?}, and qemu-img check {theirs:?}", image.display());
+    }
+    Ok(theirs)
+}
+
+fn check_by_strata(image: &Path) -> Result<Health> {
+    let mut command = Command::new(daemon::strata()?);
+    command.args(["check", "--json"]).arg(image);
+    let output = command::capture(&mut command)?;
+    Ok(health(&command, &output))
+}
+
+/// Both tools have the same exit codes, and name leaks alike in their JSON.
+fn health(command: &Command, output: &Output) -> Health {
+    let result: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+    match output.status.code() {
+        Some(0) => Health::Clean,
+        Some(3) => Health::Leaks(result["leaks"].as_u64().unwrap_or(0)),
+        _ => Health::Broken(command::failure(command, output)),
+    }
+}
+
+/// Runs `qemu-img check` on a qcow2 image.
+pub fn check_by_qemu(image: &Path) -> Result<Health> {
     let deadline = Instant::now() + LOCK_PATIENCE;
     let mut command = Command::new("qemu-img");
     command.args(["check", "-f", "qcow2", "--output=json"]).arg(image);
@@ -73,12 +106,7 @@ pub fn check(image: &Path) -> Result<Health> {
             std::thread::sleep(Duration::from_millis(20));
             continue;
         }
-        let result: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
-        return Ok(match output.status.code() {
-            Some(0) => Health::Clean,
-            Some(3) => Health::Leaks(result["leaks"].as_u64().unwrap_or(0)),
-            _ => Health::Broken(command::failure(&command, &output)),
-        });
+        return Ok(health(&command, &output));
     }
 }
 

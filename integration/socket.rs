@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
 use strata_integration::daemon::{Backend, Daemon, Profile, Program, ServeSpec};
+use strata_integration::image::{self, Health};
 use strata_tests::Qemu;
 use strata_tests::client::{Client, Options};
-use strata_tests::images::{Check, Content, Format, ImageSpec};
+use strata_tests::images::{Content, Format, ImageSpec};
 use strata_tests::model::{self, ByteModel, DiscardRule, Geometry, Operation};
 use strata_tests::play::{manners, perform};
 use tempfile::TempDir;
@@ -78,10 +79,7 @@ fn run_sequence(
     }
     daemon.stop()?;
     model.compare_all(&bench.qemu.read_all(image, Format::Qcow2)?)?;
-    match bench.qemu.check(image)? {
-        Check::Clean => Ok(()),
-        other => Err(format!("{other:?}").into()),
-    }
+    Ok(image::expect_clean(image)?)
 }
 
 fn try_sequences(specs: &[ImageSpec]) {
@@ -155,9 +153,8 @@ fn what_was_flushed_survives_a_kill() -> Result<(), Failure> {
         client.write(scratch, &vec![round as u8 + 1; 65536])?;
         daemon.kill()?;
         client.abandon();
-        match bench.qemu.check(&image)? {
-            Check::Clean | Check::Leaks(_) => {}
-            Check::Corrupt(text) => return Err(text.into()),
+        if let Health::Broken(text) = image::check(&image)? {
+            return Err(text.into());
         }
         let found = bench.qemu.read_all(&image, Format::Qcow2)?;
         model.compare(0, &found[..scratch as usize])?;

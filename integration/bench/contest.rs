@@ -223,7 +223,7 @@ impl Rules {
 
 /// A complaint unless the image is clean: after an orderly end nothing may be lost either.
 fn check(image: &Path) -> Result<Option<String>> {
-    Ok(match image::check(image).context("qemu-img check")? {
+    Ok(match image::check_by_qemu(image).context("qemu-img check")? {
         Health::Clean => None,
         Health::Leaks(clusters) => Some(format!("qemu-img check: {clusters} clusters leaked")),
         Health::Broken(text) => Some(format!("qemu-img check: {text}")),
