@@ -30,7 +30,8 @@ impl PollBudget {
 
     /// The worker looked in vain, slept, and was woken `idle` after it had begun to look.
     pub(crate) fn slept(&mut self, idle: Duration) {
-        self.now = if idle <= self.most {
+        // The sleep and the wake-up are a good part of it, and looking saves them.
+        self.now = if idle <= 2 * self.most {
             (self.now * 2).clamp(FIRST, self.most.max(FIRST)).min(self.most)
         } else if self.now / 2 < LEAST {
             Duration::ZERO

@@ -238,7 +238,7 @@ fn run<D: BlockDevice>(setup: WorkerSetup<D>, control: &Control, started: &Start
         call: SignalView::new(setup.call),
         error: setup.error,
         metrics: setup.metrics.queue(setup.index),
-        poll: PollBudget::new(setup.poll_max),
+        poll: [PollBudget::new(setup.poll_max), PollBudget::new(setup.poll_max)],
         idle_wakes: 0,
         seen: setup.shared.changes.load(Ordering::Acquire),
         memory: setup.memory,
@@ -266,7 +266,9 @@ struct Running<'a, Q: BlockQueue> {
     call: SignalView,
     error: Arc<SignalSlot>,
     metrics: &'a QueueMetrics,
-    poll: PollBudget,
+    /// For waits with nothing in flight, which the guest ends, and for those with something, which the host ends too. The
+    /// one says nothing about the other: a disk may be slow and its guest quick.
+    poll: [PollBudget; 2],
     /// Waits since the last chain that ended with nothing to do and nothing in flight.
     idle_wakes: u32,
     seen: u32,
@@ -397,7 +399,8 @@ impl<Q: BlockQueue> Running<'_, Q> {
     /// session calls.
     fn idle(&mut self) -> Result<(), RingError> {
         let began = Instant::now();
-        let budget = self.poll.get();
+        let kind = usize::from(!self.in_flight.is_empty());
+        let budget = self.poll[kind].get();
         let mut round = 0;
         while !budget.is_zero() && began.elapsed() < budget {
             relax(&mut round);
@@ -412,7 +415,7 @@ impl<Q: BlockQueue> Running<'_, Q> {
             self.metrics.sleep();
             self.queue.wait(None);
             self.pace();
-            self.poll.slept(began.elapsed());
+            self.poll[kind].slept(began.elapsed());
         }
         self.ring.disable_kicks(&self.memory)
     }
