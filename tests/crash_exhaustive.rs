@@ -59,7 +59,7 @@ fn run(starts: &[Start], job: Job, walker: &mut Walker) -> Result<usize, String>
 fn no_crash_in_a_short_sequence_loses_what_was_flushed() {
     let starts: Vec<Start> = shapes().iter().map(Shape::make).collect();
     let jobs = jobs(&starts);
-    let tally = Tally::new(Duration::from_secs(number("STRATA_CRASH_SECONDS").unwrap_or(60)));
+    let tally = Tally::new(Duration::from_secs(number("STRATA_CRASH_SECONDS").unwrap_or(40)));
     let next = AtomicUsize::new(0);
     std::thread::scope(|scope| {
         for _ in 0..threads() {

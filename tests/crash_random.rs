@@ -16,7 +16,7 @@ use crash::{number, threads};
 #[test]
 fn no_crash_of_a_random_run_loses_what_was_flushed() {
     let starts = starts();
-    let tally = Tally::new(Duration::from_secs(number("STRATA_CRASH_SECONDS").unwrap_or(60)));
+    let tally = Tally::new(Duration::from_secs(number("STRATA_CRASH_SECONDS").unwrap_or(40)));
     let only = number("STRATA_CRASH_ONLY");
     let next = AtomicU64::new(only.or(number("STRATA_CRASH_SEED")).unwrap_or(1));
     let tactic = tactic();

@@ -297,5 +297,5 @@ fn run_cases(tries: u32, options: impl Fn(usize, &ImageSpec) -> DiskOptions) {
 
 /// How often each chain is tried; STRATA_MODEL_CASES for a longer run.
 fn cases_per_chain() -> u32 {
-    std::env::var("STRATA_MODEL_CASES").ok().and_then(|text| text.parse().ok()).unwrap_or(3)
+    std::env::var("STRATA_MODEL_CASES").ok().and_then(|text| text.parse().ok()).unwrap_or(2)
 }
