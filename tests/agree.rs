@@ -30,6 +30,8 @@ pub struct Second {
 /// If it is not installed: whoever has an image of QEMU's has looked for it before.
 pub fn second_opinion(image: &Path) -> Second {
     let mut command = Command::new(find_tool("qemu-img").expect("found before"));
+    // Where the names of its other files are looked for.
+    command.current_dir(image.parent().expect("a folder"));
     let output = command.args(["check", "--output=json", "-f", "qcow2"]).arg(image).output().expect("runs");
     let json: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
     let verdict = match output.status.code() {

@@ -3,6 +3,8 @@
 //!
 //! `STRATA_DAMAGE_WRITE=1` writes the table anew, which is then to be read: every line is a promise.
 
+#[allow(dead_code, reason = "here the two need not agree")]
+mod agree;
 #[path = "check/damage.rs"]
 #[allow(dead_code, reason = "the checker's test uses its own part of the mutator")]
 mod damage;

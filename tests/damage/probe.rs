@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use disk::DiskOptions;
-use disk::check::{CheckError, Report};
+use disk::check::{CheckError, Report, Verdict};
 use storage::sim::SimWorld;
 
 use super::host::{bytes, checked, options, world};
@@ -37,6 +37,8 @@ pub enum Opened {
 /// What became of it.
 #[derive(Clone, Debug)]
 pub struct Outcome {
+    /// What the checker said of it before anything was done, and of what kinds its findings are; why it could not check.
+    pub checked: Result<(Verdict, Vec<&'static str>), String>,
     /// How far it was opened.
     pub opened: Opened,
     /// By place.
@@ -63,6 +65,7 @@ pub fn writes(victim: &Victim) -> [(&'static str, u64, u64); 3] {
 /// another, so that nothing has been found damaged before.
 pub fn probe(file: &[u8], victim: &Victim) -> Outcome {
     let mut outcome = Outcome {
+        checked: Err(String::new()),
         opened: Opened::Writable,
         reads: BTreeMap::new(),
         writes: Vec::new(),
@@ -81,7 +84,8 @@ pub fn probe(file: &[u8], victim: &Victim) -> Outcome {
     let read_only = DiskOptions { read_only: true, ..options.clone() };
     let to_read = Session::open(&world(file), &read_only, None).map(|mut session| read(&mut session, victim));
     let world = world(file);
-    let before = checked(&world).ok();
+    let before = checked(&world);
+    outcome.checked = before.as_ref().map(verdict).map_err(ToString::to_string);
     let to_write = Session::open(&world, &options, None);
     match (to_read, to_write) {
         (Err(why), Err(_)) => outcome.opened = Opened::Refused(why.to_string()),
@@ -95,12 +99,19 @@ pub fn probe(file: &[u8], victim: &Victim) -> Outcome {
             let closed = write(&mut outcome, &world, session, victim);
             let marked = is_marked(&bytes(&world, 512));
             outcome.marked = marked && !is_marked(file);
-            if let Some(before) = before {
+            if let Ok(before) = before {
                 judge(&before, checked(&world), marked || !closed, &outcome);
             }
         }
     }
     outcome
+}
+
+fn verdict(report: &Report) -> (Verdict, Vec<&'static str>) {
+    let mut kinds: Vec<_> = report.findings.iter().map(|finding| finding.kind.name()).collect();
+    kinds.sort_unstable();
+    kinds.dedup();
+    (report.verdict(), kinds)
 }
 
 /// An image that was written is no worse than before, or it was found damaged.

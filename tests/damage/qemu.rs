@@ -7,14 +7,18 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
 
+use disk::check::Verdict;
 use strata_tests::images::find_tool;
 
+use super::agree::second_opinion;
 use super::probe::{Opened, Outcome, Read, is_marked, writes};
 use super::victims::{DATA, UNIT, Victim};
 
 /// What QEMU does, without its words.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Theirs {
+    /// What its checker said before anything was done; None if it could not check, or not to the end.
+    pub checked: Option<Verdict>,
     /// How far it opens.
     pub opened: Opened,
     /// By place: whether what we read is there, or that it cannot be read.
@@ -37,6 +41,7 @@ pub fn ask(folder: &Path, file: &[u8], victim: &Victim, ours: &Outcome) -> Their
     if let Some(data) = &victim.data {
         std::fs::write(folder.join(DATA), data).expect("its data");
     }
+    let checked = second_opinion(&folder.join(TOP)).verdict;
     // Read first, which changes nothing.
     let (seen, refused) = reads(folder, &ours.reads);
     let tried = |(name, _, _): &(&str, u64, u64)| ours.writes.iter().any(|(what, _)| what == name);
@@ -58,7 +63,7 @@ pub fn ask(folder: &Path, file: &[u8], victim: &Victim, ours: &Outcome) -> Their
     // It may be long now; its header is not.
     let file_now = File::open(folder.join(TOP)).expect("the image");
     let _ = file_now.read_at(&mut start, 0).expect("its header");
-    Theirs { opened, reads: seen, writes: done, marked: is_marked(&start) && !is_marked(file) }
+    Theirs { checked, opened, reads: seen, writes: done, marked: is_marked(&start) && !is_marked(file) }
 }
 
 /// Why an image was not opened.

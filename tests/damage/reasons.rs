@@ -21,8 +21,13 @@ const REASONS: &[(&[&str], &str)] = &[
         "two structures lie in one place, which we see before anything is written, and QEMU when it writes there",
     ),
     (
-        &["the L1 table at offset 0", "the refcount table at offset 0", "a snapshot at offset 0"],
-        "a table where the header is: there is nothing to read in it",
+        &[
+            "the L1 table at offset 0",
+            "the refcount table at offset 0",
+            "a snapshot at offset 0",
+            "a refcount table of no clusters",
+        ],
+        "a table where the header is, or of no length: there is nothing to read in it",
     ),
     (&["the refblock unaligned"], "all refblocks are looked at before anything is written"),
     (
@@ -83,6 +88,21 @@ const REASONS: &[(&[&str], &str)] = &[
     (&["a name in the last byte of the cluster"], "QEMU ends a name at a zero byte"),
     (&["over a file whose format is not said"], "no format is guessed"),
     (&["over itself", "over itself, as raw"], "QEMU would go down the chain until it has no memory left"),
+    (
+        &[
+            "a name of 1,023 bytes",
+            "over a raw file that is said to be qcow2",
+            "over a format that is not served",
+            "over a file that is not there",
+            "over a server",
+            "over a name with a zero in it",
+            "over a node in JSON",
+            "over a node in broken JSON",
+            "over a protocol in JSON",
+            "over an external command in JSON",
+        ],
+        "an image is checked by itself, whether or not there is a file below it",
+    ),
     (&["over a host's device"], "only files are opened"),
     (&["data at the largest offset"], "the simulated host takes a file of any length"),
     (

@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use disk::check::Verdict;
+
 use super::probe::{Opened, Outcome, Read};
 use super::qemu::Theirs;
 use super::reasons;
@@ -35,6 +37,9 @@ pub fn describe(row: &Row, ours: &Outcome, theirs: Option<&Theirs>, victim: &Vic
         Opened::ReadOnly(why) => line(format!("only read: {why}")),
         Opened::Writable => {}
     }
+    if let Some(said) = said(ours) {
+        line(said);
+    }
     reads(ours, victim).into_iter().for_each(&mut line);
     for (what, failed) in &ours.writes {
         if let Some(why) = failed {
@@ -56,6 +61,24 @@ pub fn describe(row: &Row, ours: &Outcome, theirs: Option<&Theirs>, victim: &Vic
         line(format!("as {why}"));
     }
     text
+}
+
+/// What the checker said, if it says more than the refusal.
+fn said(ours: &Outcome) -> Option<String> {
+    match (&ours.checked, &ours.opened) {
+        (Ok((Verdict::Clean, kinds)), _) if kinds.is_empty() => None,
+        (Ok((verdict, kinds)), _) => Some(format!("check: {}: {}", name(*verdict), kinds.join(", "))),
+        (Err(why), Opened::Refused(same)) if why == same => None,
+        (Err(why), _) => Some(format!("check: {why}")),
+    }
+}
+
+fn name(verdict: Verdict) -> &'static str {
+    match verdict {
+        Verdict::Clean => "clean",
+        Verdict::Leaks => "leaks",
+        Verdict::Corrupt => "corrupt",
+    }
 }
 
 /// What is not as it was in the sound image.
@@ -95,6 +118,20 @@ fn places(places: &[u64]) -> String {
 
 /// What QEMU does otherwise.
 fn unlike(ours: &Outcome, theirs: &Theirs) -> Vec<String> {
+    let mut unlike = Vec::new();
+    let checked = ours.checked.as_ref().ok().map(|(verdict, _)| *verdict);
+    // It gives up where it cannot read a structure, and we go on and say what is wrong.
+    let same = checked == theirs.checked || (checked, theirs.checked) == (Some(Verdict::Corrupt), None);
+    assert!(same || checked.is_none() || theirs.checked.is_none(), "both check, {checked:?}: {theirs:?}");
+    if !same {
+        unlike.push(format!("its check: {}", theirs.checked.map_or("cannot", name)));
+    }
+    unlike.extend(served_unlike(ours, theirs));
+    unlike
+}
+
+/// What QEMU does otherwise when it serves it.
+fn served_unlike(ours: &Outcome, theirs: &Theirs) -> Vec<String> {
     let mut unlike = Vec::new();
     let class = |opened: &Opened| match opened {
         Opened::Writable => "writes it",
