@@ -98,7 +98,7 @@ pub enum ChangeRefusal {
     TooLarge,
     /// They would say something of a disk of another size.
     #[error(
-        "the image has {count} persistent bitmaps, which fit a disk of its present size only: remove them with `qemu-img \
+        "the image has persistent bitmaps ({count}), which fit a disk of its present size only: remove them with `qemu-img \
          bitmap --remove` first, or resize the image with `qemu-img resize`"
     )]
     ResizeWithBitmaps {

@@ -4,10 +4,11 @@
 //! there was none for a while. It knows operations, not who asked for them: results go to the job's [`Outbox`].
 
 use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tracing::warn;
+use tracing::{error, warn};
 
 use super::OpenFile;
 use super::inline;
@@ -143,8 +144,13 @@ impl Pool {
     }
 }
 
+/// A queue waits for every job it has given away, so each comes back, whatever happens.
 fn carry_out(mut job: Job) {
-    let result = inline::run(&mut job.slot, &job.file);
+    let result = catch_unwind(AssertUnwindSafe(|| inline::run(&mut job.slot, &job.file)));
+    let result = result.unwrap_or_else(|_| {
+        error!("a thread for I/O failed; its operation ends with an error");
+        Err(Errno::EIO)
+    });
     let outbox = Arc::clone(&job.outbox);
     outbox.put(job, result);
 }
