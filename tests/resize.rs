@@ -311,7 +311,7 @@ fn what_cannot_be_kept_right_is_refused() {
     qemu.img(["bitmap", "--add", &text, "first"]).expect("a bitmap");
     let apply = || Change::Apply { wanted: "small".into() };
     let error = change(&HostStorage::new(), &bench.image, apply(), &options()).expect_err("refused");
-    assert!(error.to_string().contains("1 persistent bitmaps"), "{error}");
+    assert!(error.to_string().contains("persistent bitmaps (1)"), "{error}");
     qemu.img(["bitmap", "--remove", &text, "first"]).expect("removed");
     bench.apply("small");
 
