@@ -14,6 +14,9 @@ use crate::help;
 use crate::log::LogLevel;
 use crate::size::{Size, SizeChange};
 
+/// The longest that `--poll-max` may say, in microseconds: beyond that a sleep costs nothing in comparison.
+const POLL_US_MAX: u64 = 10_000;
+
 /// Called by this name (a link to it), the program is `strata serve`: a management layer that follows QEMU's conventions
 /// for backend programs calls a program with options only.
 pub const BACKEND_PROGRAM: &str = "strata-blk";
@@ -137,6 +140,11 @@ pub struct ServeArgs {
     /// at a time with clusters of 64 KiB
     #[arg(long, value_name = "SIZE", default_value = "32M", value_parser = map_cache_size)]
     pub map_cache_size: Size,
+
+    /// How long at most an idle queue looks for work before it sleeps, 0 to 10000 microseconds: it saves wake-ups where
+    /// work comes that soon, and looks less where it does not
+    #[arg(long, value_name = "US", default_value_t = 50, value_parser = clap::value_parser!(u64).range(..=POLL_US_MAX))]
+    pub poll_max: u64,
 
     /// What becomes of a request that finds no space on the host: it fails (report), or waits until there is some while
     /// others go on (wait)

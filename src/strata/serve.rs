@@ -3,6 +3,7 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use disk::{Disk, DiskOptions, SpaceStatus};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -37,7 +38,10 @@ pub fn run(options: &ServeArgs) -> Result<(), ProgramError> {
     let device = Arc::new(open(image, options)?);
     let space = device.disk().space();
     shutdown.serving(device.watch(), space.clone());
-    let offer = ServeOptions::new(options.num_queues, options.queue_size);
+    let offer = ServeOptions {
+        poll_max: Duration::from_micros(options.poll_max),
+        ..ServeOptions::new(options.num_queues, options.queue_size)
+    };
     let served = serve(&place, image, &device, &offer, &stop);
     shutdown.closing();
     let closed = close(image, device);

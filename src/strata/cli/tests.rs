@@ -31,6 +31,7 @@ fn serve_has_the_defaults_of_the_design() {
     assert_eq!(options.socket_path.as_deref(), Some(Path::new("s")));
     assert_eq!((options.num_queues, options.queue_size, options.read_only), (64, 1024, false));
     assert_eq!(options.map_cache_size, Size(32 << 20));
+    assert_eq!(options.poll_max, 50);
     assert_eq!((options.chain.format, options.chain.cache), (ImageFormat::Qcow2, Cache::Direct));
     assert_eq!((options.backing_cache, options.aio), (Cache::Writeback, Aio::Auto));
     assert_eq!((options.chain.backing_format, options.serial, options.socket_mode), (None, None, None));
@@ -40,7 +41,7 @@ fn serve_has_the_defaults_of_the_design() {
 fn serve_takes_every_option() {
     let options = serve(
         "strata serve --image=d.img --socket=s --format=raw --backing-format=qcow2 --read-only --num-queues=4 \
-         --queue-size=256 --cache=writeback --serial=abc --map-cache-size=1G --socket-mode=0660 --socket-group=kvm \
+         --queue-size=256 --cache=writeback --serial=abc --map-cache-size=1G --poll-max=0 --socket-mode=0660 --socket-group=kvm \
          --log-level=debug",
     );
     assert_eq!(options.chain.format, ImageFormat::Raw);
@@ -48,6 +49,7 @@ fn serve_takes_every_option() {
     assert_eq!(options.chain.cache, Cache::Writeback);
     assert_eq!((options.num_queues, options.queue_size, options.read_only), (4, 256, true));
     assert_eq!(options.map_cache_size, Size(1 << 30));
+    assert_eq!(options.poll_max, 0);
     assert_eq!((options.socket_mode, options.socket_group.as_deref()), (Some(0o660), Some("kvm")));
     assert_eq!(&options.serial.expect("given").0, b"abc\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
     assert_eq!(serve("strata serve --blk-file a --fd 3").fd, Some(3));
@@ -90,6 +92,7 @@ fn wrong_usage_is_refused() {
         (&format!("{whole} --map-cache-size 32X"), "K, M, G"),
         (&format!("{whole} --map-cache-size 1K"), "64K"),
         (&format!("{whole} --map-cache-size 1T"), "64G"),
+        (&format!("{whole} --poll-max 10001"), "10000"),
         (&format!("{whole} --backing-data-file b.qcow2"), "with = between"),
         (&format!("{whole} --backing-data-file =c"), "with = between"),
         (&format!("{whole} --socket-mode 0888"), "octal"),
