@@ -212,6 +212,40 @@ fn a_raw_file_may_end_within_a_sector() {
     model.compare_all(&std::fs::read(&raw).expect("the raw file")).expect("the file is the disk");
 }
 
+/// A disk that ends within a sector, which only another's program makes: that sector is no part of it, as with QEMU.
+#[test]
+fn a_qcow2_disk_may_end_within_a_sector() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let (base, over) = (folder.path().join("ragged"), folder.path().join("over.qcow2"));
+    let (size, served) = (M - 256, M - 512);
+    let filled = ImageSpec::qcow2(M).with(Content::Pattern { offset: 0, length: M, byte: 1 });
+    qemu.create(&base, &filled).expect("an image");
+    let bytes = qemu.read_all(&base, Format::Qcow2).expect("read")[..served as usize].to_vec();
+    patch(&base, qcow2::position::SIZE as u64, &size.to_be_bytes());
+    qemu.create(&over, &ImageSpec::qcow2(M).backing("ragged", Format::Qcow2)).expect("an overlay");
+
+    let mut model = ByteModel::with_contents(&bytes, M, 64 * K, DiscardRule::ZeroesClusters);
+    let mut rig = Rig::open(&over, &options()).expect("opens");
+    model.compare_all(&rig.read_all()).expect("the overlay shows its whole sectors");
+    rig.run(&[write(served - 8 * K, 512, 2)], &mut model);
+    model.compare_all(&rig.read_all()).expect("what was around is copied");
+    rig.close();
+    model.compare_all(&qemu.read_all(&over, Format::Qcow2).expect("read")).expect("QEMU reads the same");
+
+    let mut model = ByteModel::with_contents(&bytes, served, 64 * K, DiscardRule::ZeroesClusters);
+    let mut rig = Rig::open(&base, &options()).expect("opens");
+    model.compare_all(&rig.read_all()).expect("the disk");
+    let last = served / (64 * K) * (64 * K);
+    // A cluster of unknown contents takes the place of the discarded one.
+    let discard = Operation::Discard { offset: last, length: served - last };
+    rig.run(&[discard, Operation::Flush, write(served - 1024, 1024, 3), write(last, 512, 4)], &mut model);
+    model.compare_all(&rig.read_all()).expect("the disk");
+    rig.close();
+    assert_clean(&base, "a disk that ends within a sector");
+    model.compare_all(&qemu.read_all(&base, Format::Qcow2).expect("read")).expect("QEMU reads the same");
+}
+
 #[test]
 fn a_read_only_disk_reads_and_flushes_and_is_not_touched() {
     let Some(qemu) = Qemu::find() else { return };

@@ -194,7 +194,7 @@ async fn open_layers<S: Storage>(
                 let image = ImageFile { driver, id, info: &info };
                 let (size, l1) = image.snapshot_disk(header, wanted).await?;
                 layer.size = size;
-                LayerFormat::Qcow2 { geometry: Geometry { size, ..header.geometry() }, l1, data_file: None }
+                LayerFormat::Qcow2 { geometry: whole_sectors(header, size), l1, data_file: None }
             }
             (Some(header), None) => {
                 let reader = Reader { driver, id, info: &info };
@@ -209,7 +209,7 @@ async fn open_layers<S: Storage>(
                     }
                     chain.top = Some(spec);
                 }
-                LayerFormat::Qcow2 { geometry: header.geometry(), l1, data_file: None }
+                LayerFormat::Qcow2 { geometry: whole_sectors(header, header.size), l1, data_file: None }
             }
         };
         next = match &layer.header {
@@ -281,6 +281,12 @@ pub(crate) async fn note_writes<Q: IoQueue>(
         image.sync().await?;
     }
     Ok(())
+}
+
+/// What is served of an image with a disk of this size: the sector in which it ends is no part of it, as with QEMU. Guests
+/// have no name for a part of a sector, and direct I/O moves none.
+fn whole_sectors(header: &Header, size: u64) -> Geometry {
+    Geometry { size: size / SECTOR * SECTOR, ..header.geometry() }
 }
 
 /// A raw layer. A sector in which its file ends is part of the disk, and what is missing of it reads as zero, as with QEMU.
