@@ -150,6 +150,8 @@ pub struct EngineStatus {
     pub reserved_clusters: u64,
     /// Cuts that became durable.
     pub cuts: u64,
+    /// Bytes of memory that the chain map has taken so far.
+    pub map_bytes: usize,
 }
 
 impl Engine {
@@ -184,7 +186,7 @@ impl Engine {
             Layer::Raw { .. } => false,
         });
         let frame_bytes = if has_parts { 2 * FRAME_BYTES } else { FRAME_BYTES };
-        let map = ChainMap::with_parts(clusters, slices.min(spec.map_bytes / frame_bytes), has_parts);
+        let map = ChainMap::new(clusters, unit, slices.min(spec.map_bytes / frame_bytes), has_parts);
         // An exact walk needs a slice of each layer at a time, the copy of an L2 table all of it, and so may others at
         // once: with less they would drive each other's slices out for ever.
         let whole_table = match top {
@@ -201,7 +203,7 @@ impl Engine {
             _ => None,
         };
         let state = State {
-            map_writer: MapWriter::new(&map),
+            map_writer: MapWriter::new(),
             fills: HashMap::new(),
             tables: Tables::new(table_bytes),
             layers,
@@ -483,14 +485,17 @@ impl Engine {
     /// Numbers for logs, metrics and housekeeping.
     pub fn status(&self) -> EngineStatus {
         self.with(|state, _| {
-            let dirty_bytes = state.tables.dirty_bytes();
-            let Some(write) = &state.write else { return EngineStatus::default() };
+            let map_bytes = state.map_writer.bytes(&self.map);
+            let Some(write) = &state.write else {
+                return EngineStatus { map_bytes, ..EngineStatus::default() };
+            };
             EngineStatus {
-                dirty_bytes,
+                dirty_bytes: state.tables.dirty_bytes(),
                 quarantined_clusters: write.alloc.quarantined,
                 reserved_clusters: write.alloc.reserved_clusters(),
                 reclaimable: !write.alloc.unlinked.is_empty(),
                 cuts: write.flush.completed(),
+                map_bytes,
             }
         })
     }

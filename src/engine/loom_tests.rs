@@ -8,6 +8,8 @@
 //! orders two SeqCst fences as if the first released to the second, which is more than they promise: a missing acquire or
 //! release that such a pair happens to cover would not be seen.
 
+mod runs;
+
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64 as Unmodelled;
@@ -51,10 +53,13 @@ fn words(slice: u64) -> Vec<Word> {
     (0..SLICE_WORDS).map(|at| word(slice * SLICE_WORDS + at)).collect()
 }
 
+/// Bytes of a cluster for which the words above are no run.
+const APART: u64 = 512;
+
 /// A map of some slices and frames, with the first slices resident.
 fn map(slices: u64, frames: usize, resident: u64) -> (Arc<ChainMap>, MapWriter) {
-    let map = ChainMap::new(slices * SLICE_WORDS, frames);
-    let mut writer = MapWriter::new(&map);
+    let map = ChainMap::new(slices * SLICE_WORDS, APART, frames, false);
+    let mut writer = MapWriter::new();
     for slice in 0..resident {
         writer.fill(&map, SliceIndex(slice), &words(slice));
     }
@@ -115,8 +120,8 @@ fn parted(host: u64) -> (Word, Parts) {
 
 /// A map of some slices and one frame, whose first cluster lies in host cluster 1 in parts.
 fn parted_map(slices: u64) -> (Arc<ChainMap>, MapWriter) {
-    let map = ChainMap::with_parts(slices * SLICE_WORDS, 1, true);
-    let mut writer = MapWriter::new(&map);
+    let map = ChainMap::new(slices * SLICE_WORDS, 65536, 1, true);
+    let mut writer = MapWriter::new();
     fill_parted(&mut writer, &map, 0, 1);
     (Arc::new(map), writer)
 }
@@ -282,7 +287,10 @@ struct Bench {
 
 impl Bench {
     fn new(workers: usize) -> Self {
-        let (map, writer) = map(1, 1, 1);
+        Self::over(map(1, 1, 1), workers)
+    }
+
+    fn over((map, writer): (Arc<ChainMap>, MapWriter), workers: usize) -> Self {
         Bench { map, writer, epochs: Epochs::new(workers), host: Arc::new(UnsafeCell::new(())) }
     }
 

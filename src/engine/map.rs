@@ -1,9 +1,13 @@
 //! The chain map: one word a guest cluster, read without a lock.
 //!
-//! Words lie in frames of [`SLICE_WORDS`]; a directory entry names the frame of a slice of the guest's clusters.
+//! A directory entry says where the words of a slice ([`SLICE_WORDS`] guest clusters) are. Either they follow from the
+//! first of them, and the entry is that word: a *run*, which takes no memory but the entry. So it is where a slice reads as
+//! zero, or its data lies in one piece. Or they lie in a frame, which the entry names.
+//!
 //! Readers ([`ChainMap::lookup`]) take no lock and count no reference: load the entry, load the word, load the entry
 //! again. Frames are bounded in number, evicted by clock and never freed while the map lives, so a stale read is
-//! harmless and is found out. All changes are made under the engine's one lock, through [`MapWriter`].
+//! harmless and is found out. All changes are made under the engine's one lock, through [`MapWriter`]. It turns a slice
+//! into a run as soon as it is one, and back when it is none.
 //!
 //! Where images have subclusters, a frame has a second word a cluster: which of them are data in the host cluster that
 //! the first word names ([`Word::has_parts`]), and which read as zero. A reader must join no word with the second word of
@@ -16,8 +20,9 @@
 
 use qcow2::{GuestCluster, Subcluster, SubclusterSet, Subclusters};
 
+use crate::mutation::{Mutation, active};
 use crate::sync::{AtomicBool, AtomicU64, OnceLock, Ordering, zeroed};
-use crate::word::Word;
+use crate::word::{KIND_SHIFT, Word};
 
 /// Words in a slice: guest clusters that are resolved and evicted together. Few under loom, which follows each word.
 pub const SLICE_WORDS: u64 = if cfg!(loom) { 2 } else { 512 };
@@ -82,7 +87,7 @@ impl Frame {
     /// Stores what is known of a cluster. The order is that of the module's first lines.
     fn put(&self, at: usize, word: Word, parts: Parts) {
         if let (true, Some(seconds)) = (word.has_parts(), &self.parts) {
-            let before = Word(self.words[at].load(Ordering::Relaxed));
+            let before = self.word(at);
             if before.has_parts() && before != word {
                 self.words[at].store(Word::MIXED.0, Ordering::Release);
             }
@@ -94,22 +99,63 @@ impl Frame {
         }
         self.words[at].store(word.0, Ordering::Release);
     }
+
+    /// The word of a cluster, for the writer.
+    fn word(&self, at: usize) -> Word {
+        Word(self.words[at].load(Ordering::Relaxed))
+    }
 }
 
-/// A directory entry: frame number + 1 in the low half (0: no frame), the generation of its use in the high half.
+/// A directory entry. Where its kind bits (63–62) are not 0, it is the word of the slice's first cluster, and the slice is
+/// a run. Else it names a frame, by its number + 1 (bits 27–0; 0: no frame) and the generation of its use (61–28): so many
+/// do not go by while a reader is between two loads.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Entry(u64);
+
+const FRAME_BITS: u32 = 28;
+const GENERATIONS: u64 = 1 << (KIND_SHIFT - FRAME_BITS);
+
+/// The most frames that entries can name.
+const FRAMES_MAX: usize = (1 << FRAME_BITS) - 1;
+
+/// Where the words of a slice are.
+enum Place {
+    Nowhere,
+    /// They follow from this one, the first.
+    Run(Word),
+    /// In this frame.
+    Frame(usize),
+}
 
 impl Entry {
     const ABSENT: Entry = Entry(0);
 
-    fn new(frame: usize, generation: u32) -> Self {
-        Entry((u64::from(generation) << 32) | (frame as u64 + 1))
+    fn of_frame(frame: usize, generation: u64) -> Self {
+        Entry((generation % GENERATIONS) << FRAME_BITS | (frame as u64 + 1))
     }
 
-    fn frame(self) -> Option<usize> {
-        let low = self.0 & u64::from(u32::MAX);
-        (low != 0).then(|| low as usize - 1)
+    fn of_run(first: Word) -> Self {
+        Entry(first.0)
+    }
+
+    /// The first word, if the slice is a run.
+    #[inline]
+    fn run(self) -> Option<Word> {
+        (self.0 >> KIND_SHIFT != 0).then_some(Word(self.0))
+    }
+
+    /// Of an entry that is no run: the number of its frame, or one that no frame has.
+    #[inline]
+    fn frame(self) -> usize {
+        ((self.0 & FRAMES_MAX as u64) as usize).wrapping_sub(1)
+    }
+
+    fn place(self) -> Place {
+        match (self.run(), self) {
+            (Some(first), _) => Place::Run(first),
+            (None, Entry::ABSENT) => Place::Nowhere,
+            (None, _) => Place::Frame(self.frame()),
+        }
     }
 }
 
@@ -117,26 +163,26 @@ type Leaf = Box<[AtomicU64]>;
 
 /// The shared side of the map.
 pub(crate) struct ChainMap {
+    clusters: u64,
+    /// Bytes of a cluster in 512-byte units: from word to word in a run of data.
+    step: u64,
     has_parts: bool,
     directory: Box<[OnceLock<Leaf>]>,
     frames: Box<[OnceLock<Box<Frame>>]>,
 }
 
 impl ChainMap {
-    /// A map for `clusters` guest clusters in at most `frames` frames (4 KiB each, made when first used).
-    #[cfg(test)]
-    pub fn new(clusters: u64, frames: usize) -> Self {
-        Self::with_parts(clusters, frames, false)
-    }
-
-    /// As [`ChainMap::new`]; with second words for subclusters (8 KiB a frame) if `has_parts`.
-    pub fn with_parts(clusters: u64, frames: usize, has_parts: bool) -> Self {
+    /// A map for `clusters` guest clusters of `unit` bytes in at most `frames` frames (4 KiB each, made when first used);
+    /// with second words for subclusters (8 KiB a frame) if `has_parts`.
+    pub fn new(clusters: u64, unit: u64, frames: usize, has_parts: bool) -> Self {
         let slices = clusters.div_ceil(SLICE_WORDS);
         let leaves = slices.div_ceil(LEAF_ENTRIES) as usize;
         ChainMap {
+            clusters,
+            step: unit / 512,
             has_parts,
             directory: (0..leaves).map(|_| OnceLock::new()).collect(),
-            frames: (0..frames.max(1)).map(|_| OnceLock::new()).collect(),
+            frames: (0..frames.clamp(1, FRAMES_MAX)).map(|_| OnceLock::new()).collect(),
         }
     }
 
@@ -146,9 +192,13 @@ impl ChainMap {
         let slice = SliceIndex::of(cluster);
         let Some(slot) = self.slot(slice) else { return Word::UNRESOLVED };
         loop {
-            // Pairs with the release store in `MapWriter::publish_entry`: the frame's words are this slice's.
+            // Pairs with the release store in `MapWriter::publish_entry`: the frame's words are this slice's, and the data
+            // of a run is there.
             let entry = Entry(slot.load(Ordering::Acquire));
-            let Some(frame) = entry.frame().and_then(|frame| self.frames[frame].get()) else {
+            if let Some(first) = entry.run() {
+                return self.word_in_run(first, cluster);
+            }
+            let Some(frame) = self.frames.get(entry.frame()).and_then(OnceLock::get) else {
                 return Word::UNRESOLVED;
             };
             // Acquire, paired with the release of every word store: if this word was stored for another slice, the
@@ -171,7 +221,10 @@ impl ChainMap {
         let at = (cluster.0 % SLICE_WORDS) as usize;
         loop {
             let entry = Entry(slot.load(Ordering::Acquire));
-            let frame = self.frames[entry.frame()?].get()?;
+            if entry.run().is_some() {
+                return None;
+            }
+            let frame = self.frames.get(entry.frame())?.get()?;
             let word = Word(frame.words[at].load(Ordering::Acquire));
             if !word.has_parts() {
                 return None;
@@ -183,6 +236,33 @@ impl ChainMap {
                 return Some((word, Parts(parts)));
             }
         }
+    }
+
+    /// The word of a cluster whose slice is a run. A run ends with the disk.
+    #[inline]
+    fn word_in_run(&self, first: Word, cluster: GuestCluster) -> Word {
+        if cluster.0 < self.clusters {
+            first.in_run(cluster.0 % SLICE_WORDS, self.step)
+        } else {
+            Word::UNRESOLVED
+        }
+    }
+
+    /// How many clusters of the disk a slice has.
+    fn slice_len(&self, slice: SliceIndex) -> usize {
+        self.clusters.saturating_sub(slice.first().0).min(SLICE_WORDS) as usize
+    }
+
+    /// True if a cluster of this word is followed by one of the next word as in a run.
+    fn joins(&self, word: Word, next: Word) -> bool {
+        word.next(self.step) == Some(next)
+    }
+
+    /// How many of its neighbours in a frame a cluster of this word joins.
+    fn joints_at(&self, frame: &Frame, at: usize, word: Word) -> usize {
+        let before = at > 0 && self.joins(frame.word(at - 1), word);
+        let after = at + 1 < frame.words.len() && self.joins(word, frame.word(at + 1));
+        usize::from(before) + usize::from(after)
     }
 
     /// True if there are second words.
@@ -203,8 +283,10 @@ impl ChainMap {
 
 /// The changing side of the map. Lives in the engine's locked state, so there is one writer at a time.
 pub(crate) struct MapWriter {
-    /// For each frame: the slice it holds and the generation of this use.
+    /// For each frame that was ever used: what it holds.
     owners: Vec<Owner>,
+    /// Those of them that hold no slice.
+    free: Vec<usize>,
     hand: usize,
     /// Leaves made so far.
     leaves: usize,
@@ -213,12 +295,21 @@ pub(crate) struct MapWriter {
 #[derive(Clone, Copy)]
 struct Owner {
     slice: Option<SliceIndex>,
-    generation: u32,
+    /// The generation of this use.
+    generation: u64,
+    /// Of the slice's neighbouring clusters: how many pairs go on as in a run. If all do, it is one.
+    joints: usize,
 }
 
 impl MapWriter {
-    pub fn new(map: &ChainMap) -> Self {
-        MapWriter { owners: vec![Owner { slice: None, generation: 0 }; map.frames.len()], hand: 0, leaves: 0 }
+    pub fn new() -> Self {
+        MapWriter { owners: Vec::new(), free: Vec::new(), hand: 0, leaves: 0 }
+    }
+
+    /// Bytes of memory that the map has taken so far.
+    pub fn bytes(&self, map: &ChainMap) -> usize {
+        let frame = SLICE_WORDS as usize * if map.has_parts { 16 } else { 8 };
+        self.leaves * LEAF_ENTRIES as usize * 8 + self.owners.len() * frame
     }
 
     /// True if a slice can be made resident.
@@ -243,8 +334,54 @@ impl MapWriter {
             self.leaves += 1;
         }
         let leaf = leaf.get_or_init(|| (0..LEAF_ENTRIES).map(|_| AtomicU64::new(0)).collect());
-        let slot = &leaf[(slice.0 % LEAF_ENTRIES) as usize];
-        let present = Entry(slot.load(Ordering::Relaxed)).frame();
+        self.set(map, slice, &leaf[(slice.0 % LEAF_ENTRIES) as usize], words, parts);
+    }
+
+    /// Publishes a cluster's new words, if its slice is resident.
+    pub fn publish(&mut self, map: &ChainMap, cluster: GuestCluster, word: Word, parts: Parts) {
+        let slice = SliceIndex::of(cluster);
+        let Some(slot) = map.slot(slice) else { return };
+        let at = (cluster.0 % SLICE_WORDS) as usize;
+        match Entry(slot.load(Ordering::Relaxed)).place() {
+            Place::Nowhere => {}
+            Place::Run(first) if first.in_run(at as u64, map.step) == word || active(Mutation::RunKept) => {}
+            Place::Run(first) => {
+                let count = map.slice_len(slice);
+                let mut words: [Word; SLICE_WORDS as usize] =
+                    std::array::from_fn(|at| first.in_run(at as u64, map.step));
+                let mut seconds = [Parts::default(); SLICE_WORDS as usize];
+                (words[at], seconds[at]) = (word, parts);
+                self.set(map, slice, slot, &words[..count], &seconds[..count]);
+            }
+            Place::Frame(number) => {
+                let frame = map.frame(number);
+                let owner = &mut self.owners[number];
+                let before = frame.word(at);
+                if before != word {
+                    owner.joints -= map.joints_at(frame, at, before);
+                    owner.joints += map.joints_at(frame, at, word);
+                }
+                let joints = owner.joints;
+                frame.put(at, word, parts);
+                let first = frame.word(0);
+                if is_run(first, joints, map.slice_len(slice)) {
+                    self.begin_run(slot, first, Some(number));
+                }
+            }
+        }
+    }
+
+    /// Makes these the words of a slice: as a run if they are one, else in the frame that it has or in another.
+    fn set(&mut self, map: &ChainMap, slice: SliceIndex, slot: &AtomicU64, words: &[Word], parts: &[Parts]) {
+        let present = match Entry(slot.load(Ordering::Relaxed)).place() {
+            Place::Frame(number) => Some(number),
+            Place::Run(_) | Place::Nowhere => None,
+        };
+        let joints = words.windows(2).filter(|pair| map.joins(pair[0], pair[1])).count();
+        let first = words.first().copied().unwrap_or(Word::UNRESOLVED);
+        if is_run(first, joints, map.slice_len(slice)) {
+            return self.begin_run(slot, first, present);
+        }
         let number = present.unwrap_or_else(|| self.take_frame(map));
         let frame = map.frame(number);
         for (at, word) in words.iter().enumerate() {
@@ -253,20 +390,23 @@ impl MapWriter {
         for stored in frame.words.iter().skip(words.len()) {
             stored.store(0, Ordering::Release);
         }
+        let owner = &mut self.owners[number];
+        owner.joints = joints;
         if present.is_none() {
             frame.referenced.store(true, Ordering::Relaxed);
-            let owner = &mut self.owners[number];
             owner.slice = Some(slice);
-            owner.generation = owner.generation.wrapping_add(1);
-            Self::publish_entry(slot, Entry::new(number, owner.generation));
+            owner.generation += 1;
+            // Last: until then, whoever reads the slice finds the run that it was, or nothing.
+            Self::publish_entry(slot, Entry::of_frame(number, owner.generation));
         }
     }
 
-    /// Publishes a cluster's new words, if its slice is resident.
-    pub fn publish(&mut self, map: &ChainMap, cluster: GuestCluster, word: Word, parts: Parts) {
-        let Some(slot) = map.slot(SliceIndex::of(cluster)) else { return };
-        if let Some(frame) = Entry(slot.load(Ordering::Relaxed)).frame() {
-            map.frame(frame).put((cluster.0 % SLICE_WORDS) as usize, word, parts);
+    /// Makes a slice a run; the frame that it had is free from then on.
+    fn begin_run(&mut self, slot: &AtomicU64, first: Word, frame: Option<usize>) {
+        Self::publish_entry(slot, Entry::of_run(first));
+        if let Some(number) = frame {
+            self.owners[number].slice = None;
+            self.free.push(number);
         }
     }
 
@@ -274,8 +414,15 @@ impl MapWriter {
         slot.store(entry.0, Ordering::Release);
     }
 
-    /// A frame for a new slice: one never used, or by clock one that no reader used lately.
+    /// A frame for a slice that has none: one that holds none, or by clock one that no reader used lately.
     fn take_frame(&mut self, map: &ChainMap) -> usize {
+        if let Some(number) = self.free.pop() {
+            return number;
+        }
+        if self.owners.len() < map.frames.len() {
+            self.owners.push(Owner { slice: None, generation: 0, joints: 0 });
+            return self.owners.len() - 1;
+        }
         loop {
             let number = self.hand;
             self.hand = (self.hand + 1) % self.owners.len();
@@ -292,71 +439,28 @@ impl MapWriter {
     }
 }
 
+/// True if a slice of so many clusters, of which the first has this word and so many are followed by the next as in a run,
+/// is one.
+fn is_run(first: Word, joints: usize, clusters: usize) -> bool {
+    first.heads_run() && joints + 1 + usize::from(active(Mutation::GapTakenForRun)) >= clusters
+}
+
 #[cfg(test)]
 #[cfg(not(loom))]
-mod tests {
+mod tests;
+
+#[cfg(test)]
+#[cfg(not(loom))]
+mod races {
     use std::thread;
 
+    use super::tests::{APART, slice_words, word};
     use super::*;
-    use crate::word::FileIndex;
-    use qcow2::HostOffset;
-
-    fn word(n: u64) -> Word {
-        Word::data(FileIndex(0), HostOffset(n * 512), true)
-    }
-
-    fn slice_words(slice: u64) -> Vec<Word> {
-        (0..SLICE_WORDS).map(|i| word(slice * SLICE_WORDS + i)).collect()
-    }
-
-    #[test]
-    fn absent_slices_are_unresolved_and_filled_ones_answer() {
-        let map = ChainMap::new(10_000, 4);
-        let mut writer = MapWriter::new(&map);
-        assert_eq!(map.lookup(GuestCluster(5)), Word::UNRESOLVED);
-        assert_eq!(map.lookup(GuestCluster(u64::MAX)), Word::UNRESOLVED);
-        writer.fill(&map, SliceIndex(0), &slice_words(0));
-        assert_eq!(map.lookup(GuestCluster(5)), word(5));
-        writer.publish(&map, GuestCluster(5), Word::ZERO, Parts::default());
-        writer.publish(&map, GuestCluster(9999), Word::ZERO, Parts::default());
-        assert_eq!(map.lookup(GuestCluster(5)), Word::ZERO);
-        assert_eq!(map.lookup(GuestCluster(9999)), Word::UNRESOLVED);
-    }
-
-    #[test]
-    fn a_vast_disk_makes_few_leaves() {
-        let leaf = LEAF_ENTRIES * SLICE_WORDS;
-        let map = ChainMap::new(1 << 40, 3);
-        let mut writer = MapWriter::new(&map);
-        for n in 0..2 * LEAVES_MAX as u64 {
-            writer.fill(&map, SliceIndex::of(GuestCluster(n * leaf)), &slice_words(n));
-        }
-        assert_eq!(map.directory.iter().filter(|leaf| leaf.get().is_some()).count(), LEAVES_MAX);
-        assert_eq!(map.lookup(GuestCluster(leaf * 2 * LEAVES_MAX as u64)), Word::UNRESOLVED);
-        writer.fill(&map, SliceIndex(1), &slice_words(1));
-        assert_eq!(map.lookup(SliceIndex(1).first()), word(SLICE_WORDS), "what has a leaf is kept");
-    }
-
-    #[test]
-    fn a_full_map_evicts_and_never_mixes_slices() {
-        let map = ChainMap::new(100 * SLICE_WORDS, 3);
-        let mut writer = MapWriter::new(&map);
-        for slice in 0..100 {
-            writer.fill(&map, SliceIndex(slice), &slice_words(slice));
-            for cluster in (0..100 * SLICE_WORDS).step_by(97) {
-                let found = map.lookup(GuestCluster(cluster));
-                assert!(found == Word::UNRESOLVED || found == word(cluster));
-            }
-        }
-        let resident =
-            (0..100).filter(|s| map.lookup(GuestCluster(s * SLICE_WORDS)) != Word::UNRESOLVED).count();
-        assert_eq!(resident, 3);
-    }
 
     #[test]
     fn readers_never_see_another_slices_word_while_frames_are_reused() {
-        let map = ChainMap::new(64 * SLICE_WORDS, 2);
-        let mut writer = MapWriter::new(&map);
+        let map = ChainMap::new(64 * SLICE_WORDS, APART, 2, false);
+        let mut writer = MapWriter::new();
         let stop = AtomicBool::new(false);
         thread::scope(|scope| {
             let readers: Vec<_> = (0..2u64)

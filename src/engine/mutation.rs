@@ -100,6 +100,10 @@ pub enum Mutation {
     ResizeKeepsTail,
     /// The backing file shows in the new part of a disk.
     ResizeBaresBacking,
+    /// A slice of the map that is one run stays one though a cluster of it has changed.
+    RunKept,
+    /// A slice of the map is taken for one run though one cluster of it goes on elsewhere than where the last ends.
+    GapTakenForRun,
     /// A request that ends on a queue that is being stopped keeps its claim.
     ClaimKeptByLeaver,
     /// A request goes on waiting for space although its queue is being stopped.
@@ -156,6 +160,8 @@ impl Mutation {
         Mutation::ResizeKeepsLinks,
         Mutation::ResizeKeepsTail,
         Mutation::ResizeBaresBacking,
+        Mutation::RunKept,
+        Mutation::GapTakenForRun,
         Mutation::ClaimKeptByLeaver,
         Mutation::WaitNotGivenUp,
     ];

@@ -36,7 +36,7 @@ pub enum Mapping {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Word(pub u64);
 
-const KIND_SHIFT: u32 = 62;
+pub(crate) const KIND_SHIFT: u32 = 62;
 const KIND_ZERO: u64 = 1;
 const KIND_DATA: u64 = 2;
 const KIND_MIXED: u64 = 3;
@@ -85,6 +85,30 @@ impl Word {
         (file, HostOffset((self.0 & OFFSET_MASK) * 512), self.0 & IN_PLACE != 0)
     }
 
+    /// The word of the next cluster, if that goes on as this one does: zeros after zeros, pieces after pieces, data where
+    /// this data ends. `step` is the size of a cluster in 512-byte units. Nothing where no word could say so.
+    pub(crate) fn next(self, step: u64) -> Option<Word> {
+        match self.0 >> KIND_SHIFT {
+            KIND_DATA if (self.0 & OFFSET_MASK) + step <= OFFSET_MASK => Some(Word(self.0 + step)),
+            KIND_DATA => None,
+            _ => self.heads_run().then_some(self),
+        }
+    }
+
+    /// True if the words of the clusters behind it can follow from this one ([`Word::next`]). The kind bits of such a word
+    /// are not 0.
+    #[inline]
+    pub(crate) fn heads_run(self) -> bool {
+        self.0 >> KIND_SHIFT != 0 && !self.has_parts()
+    }
+
+    /// The word so many clusters on in a run that this one heads and that is known to reach there: [`Word::next`], done so
+    /// many times.
+    #[inline]
+    pub(crate) fn in_run(self, clusters: u64, step: u64) -> Word {
+        if self.0 >> KIND_SHIFT == KIND_DATA { Word(self.0 + clusters * step) } else { self }
+    }
+
     /// What the word says.
     #[inline]
     pub fn mapping(self) -> Mapping {
@@ -124,6 +148,26 @@ mod tests {
                     assert_eq!(parts.place(), (FileIndex(file), HostOffset(offset), in_place));
                 }
             }
+        }
+    }
+
+    #[test]
+    fn the_next_word_is_that_of_the_next_cluster() {
+        let at = |offset, in_place| Word::data(FileIndex(3), HostOffset(offset), in_place);
+        for in_place in [false, true] {
+            assert_eq!(at(65536, in_place).next(128), Some(at(131072, in_place)));
+            assert_eq!(at(65536, in_place).in_run(7, 128), at(8 * 65536, in_place));
+            let last = (1 << 56) - 65536;
+            assert_eq!(at(last - 65536, in_place).next(128), Some(at(last, in_place)));
+            assert_eq!(at(last, in_place).next(128), None, "it would have no word");
+        }
+        for word in [Word::ZERO, Word::MIXED] {
+            assert!(word.heads_run());
+            assert_eq!((word.next(128), word.in_run(7, 128)), (Some(word), word));
+        }
+        for word in [Word::UNRESOLVED, Word::parts(FileIndex(3), HostOffset(65536), true)] {
+            assert!(!word.heads_run());
+            assert_eq!(word.next(128), None);
         }
     }
 
