@@ -63,7 +63,7 @@ pub struct DiskOptions {
     pub backing_direct: bool,
     /// How long to wait for another process's image lock.
     pub lock_timeout: Duration,
-    /// The most bytes of chain map: 8 bytes a guest cluster while resident.
+    /// The most bytes of chain map: 8 bytes a guest cluster while resident, but for what lies in order.
     pub map_bytes: usize,
     /// The most bytes of clean L2 tables and refblocks to keep.
     pub table_bytes: usize,

@@ -137,7 +137,7 @@ pub struct ServeArgs {
     pub serial: Option<Serial>,
 
     /// The most memory for the map of the disk's clusters, 64K to 64G: 8 bytes map a cluster, so 32M map 256 GiB
-    /// at a time with clusters of 64 KiB
+    /// at a time with clusters of 64 KiB; what lies in order in its image needs almost none
     #[arg(long, value_name = "SIZE", default_value = "32M", value_parser = map_cache_size)]
     pub map_cache_size: Size,
 

@@ -44,11 +44,12 @@ pub fn run(options: &ServeArgs) -> Result<(), ProgramError> {
     };
     let served = serve(&place, image, &device, &offer, &stop);
     shutdown.closing();
+    let map_bytes = device.disk().status().map_bytes;
     let closed = close(image, device);
     shutdown.done();
     served?;
     closed?;
-    tell_totals(image, &offer.metrics, space.status());
+    tell_totals(image, &offer.metrics, space.status(), map_bytes);
     Ok(())
 }
 
@@ -127,7 +128,7 @@ fn close(image: &Path, device: Arc<HostDevice>) -> Result<(), ProgramError> {
 }
 
 /// One line of what was done, as `totals name=number …`; programs read it.
-fn tell_totals(image: &Path, metrics: &Metrics, space: SpaceStatus) {
+fn tell_totals(image: &Path, metrics: &Metrics, space: SpaceStatus, map_bytes: usize) {
     let total = metrics.total();
     // st_blocks counts 512 bytes, whatever the file system's blocks are.
     let image_bytes = std::fs::metadata(image).map_or(0, |metadata| metadata.blocks().saturating_mul(512));
@@ -144,6 +145,7 @@ fn tell_totals(image: &Path, metrics: &Metrics, space: SpaceStatus) {
         malformed = total.malformed,
         ring_errors = total.ring_errors,
         space_waits = space.waited,
+        map_bytes,
         image_bytes,
         "totals"
     );
