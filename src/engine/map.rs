@@ -454,36 +454,66 @@ mod tests;
 mod races {
     use std::thread;
 
-    use super::tests::{APART, slice_words, word};
+    use super::tests::{APART, TOGETHER, slice_words, word};
     use super::*;
 
-    #[test]
-    fn readers_never_see_another_slices_word_while_frames_are_reused() {
-        let map = ChainMap::new(64 * SLICE_WORDS, APART, 2, false);
+    const SLICES: u64 = 64;
+
+    /// Changes a map in two frames while two threads look clusters up, which may be unresolved or have one of their words.
+    fn while_read(
+        unit: u64,
+        may_be: impl Fn(u64, Word) -> bool + Sync,
+        change: impl Fn(&ChainMap, &mut MapWriter),
+    ) {
+        let map = ChainMap::new(SLICES * SLICE_WORDS, unit, 2, false);
         let mut writer = MapWriter::new();
         let stop = AtomicBool::new(false);
         thread::scope(|scope| {
-            let readers: Vec<_> = (0..2u64)
-                .map(|seed| {
-                    let (map, stop) = (&map, &stop);
-                    scope.spawn(move || {
-                        let mut x = seed + 1;
-                        while !stop.load(Ordering::Relaxed) {
-                            x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-                            let cluster = (x >> 33) % (64 * SLICE_WORDS);
-                            let found = map.lookup(GuestCluster(cluster));
-                            assert!(found == Word::UNRESOLVED || found == word(cluster));
-                        }
-                    })
-                })
-                .collect();
-            for round in 0..3000u64 {
-                let slice = round.wrapping_mul(31) % 64;
-                writer.fill(&map, SliceIndex(slice), &slice_words(slice));
+            for seed in 1..3u64 {
+                let (map, stop, may_be) = (&map, &stop, &may_be);
+                scope.spawn(move || {
+                    let mut x = seed;
+                    while !stop.load(Ordering::Relaxed) {
+                        x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                        let cluster = (x >> 33) % (SLICES * SLICE_WORDS);
+                        let found = map.lookup(GuestCluster(cluster));
+                        assert!(
+                            found == Word::UNRESOLVED || may_be(cluster, found),
+                            "{found:?} for {cluster}"
+                        );
+                    }
+                });
             }
+            change(&map, &mut writer);
             stop.store(true, Ordering::Relaxed);
-            for reader in readers {
-                reader.join().expect("reader");
+        });
+    }
+
+    #[test]
+    fn readers_never_see_another_slices_word_while_frames_are_reused() {
+        let own = |cluster, found| found == word(cluster);
+        while_read(APART, own, |map, writer| {
+            for round in 0..3000u64 {
+                let slice = round.wrapping_mul(31) % SLICES;
+                writer.fill(map, SliceIndex(slice), &slice_words(slice));
+            }
+        });
+    }
+
+    #[test]
+    fn readers_never_see_another_slices_word_while_runs_begin_and_end() {
+        let own = |cluster, found| found == word(cluster) || (found == Word::ZERO && cluster % 100 == 7);
+        while_read(TOGETHER, own, |map, writer| {
+            for slice in 0..SLICES {
+                writer.fill(map, SliceIndex(slice), &slice_words(slice));
+            }
+            // Each change begins a run or ends one, and the frames go from slice to slice.
+            for round in 0..3000u64 {
+                let slice = round.wrapping_mul(31) % SLICES;
+                let cluster = (slice * SLICE_WORDS).next_multiple_of(100) + 7;
+                for word in [Word::ZERO, word(cluster)] {
+                    writer.publish(map, GuestCluster(cluster), word, Parts::default());
+                }
             }
         });
     }

@@ -6,7 +6,7 @@ use qcow2::HostOffset;
 
 /// Bytes of a cluster for which the words below are no run, and for which they are.
 pub(super) const APART: u64 = 65536;
-const TOGETHER: u64 = 512;
+pub(super) const TOGETHER: u64 = 512;
 
 pub(super) fn word(n: u64) -> Word {
     Word::data(FileIndex(0), HostOffset(n * 512), true)
