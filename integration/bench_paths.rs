@@ -1,0 +1,136 @@
+//! `cargo bench-paths`: what single operations of the data path cost, in instructions.
+//!
+//! Owns the command line, callgrind and the table. What is measured is in `src/*/benches/paths.rs`, and
+//! `paths/harness.rs` runs it. Times of some nanoseconds mean nothing on a machine that others use as well; the number of
+//! instructions is the same each time.
+#![forbid(unsafe_code)]
+
+use anyhow::{Context, Result, bail};
+use clap::Parser;
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use strata_integration::command;
+use strata_integration::daemon::workspace;
+
+/// The packages with a `paths` benchmark, in the order of a request's way back.
+const PACKAGES: [&str; 3] = ["engine", "disk", "vhost_blk"];
+/// The function of `paths/harness.rs` in which callgrind counts.
+const COUNTED: &str = "counted_run";
+
+/// Counts the instructions of single operations of the data path, under callgrind. For times: cargo bench --bench paths.
+#[derive(Parser)]
+#[command(name = "cargo bench-paths")]
+struct Options {
+    /// Only the operations whose name contains this
+    name: Option<String>,
+    /// How often each is done, in runs of some dozens
+    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
+    runs: u32,
+    /// Leave callgrind's outputs in this folder, for callgrind_annotate
+    #[arg(long, value_name = "FOLDER")]
+    keep: Option<PathBuf>,
+}
+
+fn main() -> Result<()> {
+    let options = Options::parse();
+    let Some(valgrind) = command::find("valgrind") else {
+        println!("SKIPPED: valgrind is not installed (apt-get install valgrind), so nothing can be counted.");
+        println!("Times, for what they are worth: cargo bench --bench paths");
+        return Ok(());
+    };
+    let folder = tempfile::tempdir().context("a folder for callgrind")?;
+    let folder = options.keep.as_deref().unwrap_or(folder.path());
+    println!("| crate | operation | instructions |\n|---|---|---|");
+    for (package, program) in programs()? {
+        for case in cases(&program)? {
+            if options.name.as_ref().is_some_and(|name| !case.name.contains(name)) {
+                continue;
+            }
+            let total = count(&valgrind, &program, &case.name, options.runs, folder)?;
+            let each = total as f64 / (case.operations * u64::from(options.runs)) as f64;
+            println!("| {package} | {} | {each:.0} |", case.name);
+        }
+    }
+    Ok(())
+}
+
+/// A benchmark as its program names it.
+struct Case {
+    name: String,
+    /// How often a run does it.
+    operations: u64,
+}
+
+/// Builds the benchmarks; the program of each package.
+fn programs() -> Result<Vec<(&'static str, PathBuf)>> {
+    let mut cargo = Command::new("cargo");
+    cargo.args([
+        "bench",
+        "--quiet",
+        "--no-run",
+        "--bench",
+        "paths",
+        "--message-format",
+        "json-render-diagnostics",
+    ]);
+    for package in PACKAGES {
+        cargo.args(["--package", package]);
+    }
+    let messages = command::output(cargo.current_dir(workspace()))?;
+    let program = |package: &'static str| {
+        let manifest = workspace().join("src").join(package).join("Cargo.toml");
+        let built =
+            messages.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok()).find(|message| {
+                message["target"]["kind"][0] == "bench"
+                    && message["manifest_path"].as_str().map(Path::new) == Some(&manifest)
+            });
+        let path = built.as_ref().and_then(|message| message["executable"].as_str());
+        Ok((package, PathBuf::from(path.with_context(|| format!("cargo built no benchmark of {package}"))?)))
+    };
+    PACKAGES.into_iter().map(program).collect()
+}
+
+fn cases(program: &Path) -> Result<Vec<Case>> {
+    let listed = command::output(Command::new(program).arg("--cases"))?;
+    let case = |line: &str| {
+        let (operations, name) = line.split_once('\t').context("a line of a number and a name")?;
+        Ok(Case { name: name.to_owned(), operations: operations.parse()? })
+    };
+    listed.lines().map(case).collect()
+}
+
+/// Instructions of all runs of a case.
+fn count(valgrind: &Path, program: &Path, case: &str, runs: u32, folder: &Path) -> Result<u64> {
+    let plain: String = case.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+    let out = folder.join(format!("{plain}.callgrind"));
+    let mut run = Command::new(valgrind);
+    run.args(["--tool=callgrind", &format!("--toggle-collect=*{COUNTED}*")]);
+    run.arg(format!("--callgrind-out-file={}", out.display()));
+    run.arg(program).args(["--count", case, &runs.to_string()]);
+    command::output(&mut run)?;
+    let text = std::fs::read_to_string(&out).with_context(|| out.display().to_string())?;
+    match total(&text) {
+        Some(0) | None => bail!("callgrind counted nothing in {COUNTED} of {}", program.display()),
+        Some(total) => Ok(total),
+    }
+}
+
+/// The sum of an output of callgrind.
+fn total(output: &str) -> Option<u64> {
+    output.lines().find_map(|line| line.strip_prefix("summary:"))?.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_sum_is_found() {
+        let output =
+            "# callgrind format\nevents: Ir\nsummary: 1234\n\nob=(1) /x\nfn=(1) f\n1 1234\n\ntotals: 1234\n";
+        assert_eq!(total(output), Some(1234));
+        assert_eq!(total("events: Ir\n"), None);
+        assert_eq!(total("summary: many\n"), None);
+    }
+}

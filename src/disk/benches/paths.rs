@@ -1,0 +1,304 @@
+//! What the fast path of a disk costs, from a request to operations pushed and from their completions to requests done.
+//! Run by `cargo bench-paths` (docs/performance.md, "What an operation costs").
+//!
+//! The images are on a simulated host. What moves guest memory is answered at once and moves none, so that the host has
+//! no part in the numbers.
+
+#[path = "../../../integration/paths/harness.rs"]
+mod harness;
+
+use std::hint::black_box;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use disk::{Completed, Disk, DiskOptions, DiskQueue, Request, RequestId};
+use qcow2::{Geometry, NewImage, Version};
+use storage::sim::{SimOptions, SimQueue, SimStorage, SimWorld};
+use storage::{
+    Completion, FileId, FileInfo, GuestSlice, IoQueue, Notifier, OpenOptions, Operation, Part, Storage,
+    StorageError, Token,
+};
+use vmm_sys_util::eventfd::EventFd;
+
+use harness::{Case, Named};
+
+/// Requests in a run.
+const REQUESTS: u32 = 64;
+/// Bytes of a cluster, and of the disk.
+const CLUSTER: u64 = 65536;
+const SIZE: u64 = 64 << 20;
+/// Bytes of a block.
+const BLOCK: usize = 4096;
+/// Layers of the deep chain.
+const DEPTH: usize = 64;
+
+const CASES: &[Named] = &[
+    ("submit: read 4 KiB", || submits(single(), Job::read(BLOCK))),
+    ("submit: overwrite 4 KiB", || submits(single(), Job::write(BLOCK))),
+    ("submit: read 4 KiB, extended L2", || submits(parted(), Job::read(BLOCK))),
+    ("submit: read 4 KiB, chain of 64", || submits(chain(), Job::read(BLOCK))),
+    ("submit: read 64 KiB, 2 clusters side by side", || submits(single(), Job::read(1 << 16).across())),
+    ("submit: read 64 KiB, 2 clusters far apart", || submits(scattered(), Job::read(1 << 16).across())),
+    ("submit: read 64 KiB in 16 pieces of memory", || submits(single(), Job::read(1 << 16).in_pages())),
+    ("turn: 4 KiB read", || turns(single(), Job::read(BLOCK))),
+    ("turn: 64 KiB read in 16 pieces of memory", || turns(single(), Job::read(1 << 16).in_pages())),
+];
+
+fn main() {
+    harness::main("disk", CASES);
+}
+
+/// What is asked for again and again.
+#[derive(Clone, Copy)]
+struct Job {
+    writes: bool,
+    bytes: usize,
+    /// Where in its cluster it begins.
+    within: u64,
+    /// Bytes of each piece of guest memory.
+    piece: usize,
+}
+
+impl Job {
+    fn read(bytes: usize) -> Self {
+        Job { writes: false, bytes, within: 0, piece: bytes }
+    }
+
+    fn write(bytes: usize) -> Self {
+        Job { writes: true, ..Self::read(bytes) }
+    }
+
+    /// Half of it in the next cluster.
+    fn across(self) -> Self {
+        Job { within: CLUSTER - self.bytes as u64 / 2, ..self }
+    }
+
+    /// Each page of memory somewhere else, as a guest's page cache has them.
+    fn in_pages(self) -> Self {
+        Job { piece: BLOCK, ..self }
+    }
+
+    fn request(self, number: u32) -> Request {
+        let offset = u64::from(number) * CLUSTER + self.within;
+        if self.writes { Request::Write { offset, write_through: false } } else { Request::Read { offset } }
+    }
+
+    /// Memory for it; leaked, so that it may well be 'static.
+    fn memory(self) -> Vec<GuestSlice> {
+        let pieces = self.bytes / self.piece;
+        let all = guest_memory(2 * self.bytes);
+        let piece = |n| all.subslice(2 * n * self.piece, self.piece).expect("within");
+        (0..pieces).map(piece).collect()
+    }
+}
+
+fn guest_memory(bytes: usize) -> GuestSlice {
+    let all = GuestSlice::from(Vec::leak(vec![0; bytes + BLOCK]));
+    let start = all.ptr_guard().as_ptr().align_offset(BLOCK);
+    all.subslice(start, bytes).expect("within")
+}
+
+/// An open disk and its queue.
+struct Bench {
+    queue: DiskQueue<Host>,
+    _disk: Disk<Host>,
+    done: Vec<Completed>,
+}
+
+impl Bench {
+    /// Opens an image of a world, and writes these clusters in this order, so that they lie in the file like that.
+    fn open(world: &SimWorld, image: &str, clusters: impl Iterator<Item = u64>) -> Self {
+        let options = DiskOptions { inflate_threads: 0, ..DiskOptions::default() };
+        let disk =
+            Disk::open_unkept(Host(world.storage()), Path::new(image), &options).expect("a sound chain");
+        let queue = disk.queue(2 * REQUESTS).expect("a queue");
+        let mut bench = Bench { queue, _disk: disk, done: Vec::new() };
+        let memory = [guest_memory(CLUSTER as usize)];
+        for cluster in clusters {
+            bench.finish(Request::Write { offset: cluster * CLUSTER, write_through: false }, &memory);
+        }
+        bench
+    }
+
+    /// Carries one request out.
+    fn finish(&mut self, request: Request, memory: &[GuestSlice]) {
+        self.queue.submit(RequestId(0), request, memory);
+        self.queue.turn(&mut self.done);
+        while self.done.is_empty() {
+            self.queue.wait(None);
+            self.queue.turn(&mut self.done);
+        }
+        self.clear(1);
+    }
+
+    /// Takes note that so many requests are done.
+    fn clear(&mut self, count: u32) {
+        assert_eq!(self.done.len(), count as usize, "a request was not done at once");
+        assert!(self.done.drain(..).all(|completed| completed.result.is_ok()));
+    }
+
+    fn submit_all(&mut self, job: Job, memory: &[GuestSlice]) {
+        for number in 0..REQUESTS {
+            self.queue.submit(RequestId(number), black_box(job.request(number)), memory);
+        }
+    }
+}
+
+fn submits(mut bench: Bench, job: Job) -> Case {
+    let memory = job.memory();
+    // What is asked for is in the map from now on.
+    (0..REQUESTS).for_each(|number| bench.finish(job.request(number), &memory));
+    let prepare = |(bench, _): &mut (Bench, Vec<_>)| {
+        bench.queue.turn(&mut bench.done);
+        bench.done.clear();
+    };
+    Case::new(REQUESTS.into(), (bench, memory), prepare, move |(bench, memory)| bench.submit_all(job, memory))
+}
+
+fn turns(mut bench: Bench, job: Job) -> Case {
+    let memory = job.memory();
+    (0..REQUESTS).for_each(|number| bench.finish(job.request(number), &memory));
+    let prepare = move |(bench, memory): &mut (Bench, Vec<_>)| {
+        bench.done.clear();
+        bench.submit_all(job, memory);
+    };
+    Case::new(REQUESTS.into(), (bench, memory), prepare, |(bench, _)| {
+        bench.queue.turn(&mut bench.done);
+        assert_eq!(bench.done.len(), REQUESTS as usize, "all are done at once");
+    })
+}
+
+fn world() -> SimWorld {
+    SimWorld::new(1, SimOptions::calm())
+}
+
+fn add_image(world: &SimWorld, name: &str, extended_l2: bool, backing: Option<&str>) {
+    let geometry =
+        Geometry { version: Version::V3, cluster_bits: 16, refcount_order: 4, extended_l2, size: SIZE };
+    let mut image = NewImage::new(geometry);
+    image.backing_file = backing.map(|name| name.as_bytes().to_vec());
+    image.backing_format = backing.map(|_| "qcow2".to_owned());
+    let pieces = image.layout().expect("a sound image");
+    world.add_file(name, &pieces.into_iter().flat_map(|(_, bytes)| bytes).collect::<Vec<_>>());
+}
+
+/// As many clusters as are asked for, and one more.
+fn clusters() -> std::ops::Range<u64> {
+    0..u64::from(REQUESTS) + 1
+}
+
+/// One image, its clusters in order.
+fn single() -> Bench {
+    let world = world();
+    add_image(&world, "image", false, None);
+    Bench::open(&world, "image", clusters())
+}
+
+/// One image, no two clusters side by side in order.
+fn scattered() -> Bench {
+    let world = world();
+    add_image(&world, "image", false, None);
+    Bench::open(&world, "image", clusters().rev())
+}
+
+/// One image of which each cluster is data in half of its subclusters.
+fn parted() -> Bench {
+    let world = world();
+    add_image(&world, "image", true, None);
+    let mut bench = Bench::open(&world, "image", std::iter::empty());
+    let memory = [guest_memory(CLUSTER as usize / 2)];
+    for cluster in clusters() {
+        bench.finish(Request::Write { offset: cluster * CLUSTER, write_through: false }, &memory);
+    }
+    bench
+}
+
+/// Empty layers over one that has the data.
+fn chain() -> Bench {
+    let world = world();
+    let name = |layer| format!("layer-{layer}");
+    add_image(&world, &name(0), false, None);
+    let mut base = Bench::open(&world, &name(0), clusters());
+    base.finish(Request::Flush, &[]);
+    drop(base);
+    for layer in 1..DEPTH {
+        add_image(&world, &name(layer), false, Some(&name(layer - 1)));
+    }
+    Bench::open(&world, &name(DEPTH - 1), std::iter::empty())
+}
+
+/// A simulated host with a queue that answers for guest memory by itself.
+struct Host(SimStorage);
+
+impl Storage for Host {
+    type Queue = HostQueue;
+
+    fn open(&self, path: &Path, options: &OpenOptions) -> Result<(FileId, FileInfo), StorageError> {
+        self.0.open(path, options)
+    }
+
+    fn open_shared(&self, path: &Path, direct: bool) -> Result<(FileId, FileInfo), StorageError> {
+        self.0.open_shared(path, direct)
+    }
+
+    fn queue(&self, depth: u32) -> Result<HostQueue, StorageError> {
+        Ok(HostQueue { metadata: self.0.queue(depth)?, answered: Vec::new() })
+    }
+
+    fn length(&self, file: FileId) -> Result<u64, StorageError> {
+        self.0.length(file)
+    }
+
+    fn allocated(&self, file: FileId) -> Result<u64, StorageError> {
+        self.0.allocated(file)
+    }
+}
+
+struct HostQueue {
+    metadata: SimQueue,
+    answered: Vec<Completion>,
+}
+
+impl IoQueue for HostQueue {
+    fn push(&mut self, token: Token, operation: Operation) {
+        if let Some(Part::Guest(_)) = operation.parts.first() {
+            self.answered.push(Completion { token, result: Ok(()), parts: operation.parts });
+        } else {
+            self.metadata.push(token, operation);
+        }
+    }
+
+    fn submit(&mut self) {
+        if self.metadata.in_flight() > 0 {
+            self.metadata.submit();
+        }
+    }
+
+    fn reap(&mut self, done: &mut Vec<Completion>) {
+        self.metadata.reap(done);
+        done.append(&mut self.answered);
+    }
+
+    fn wait(&mut self, timeout: Option<Duration>) {
+        if self.answered.is_empty() {
+            self.metadata.wait(timeout);
+        }
+    }
+
+    fn watch(&mut self, event: EventFd) {
+        self.metadata.watch(event);
+    }
+
+    fn notifier(&self) -> Arc<dyn Notifier> {
+        self.metadata.notifier()
+    }
+
+    fn in_flight(&self) -> usize {
+        self.metadata.in_flight() + self.answered.len()
+    }
+
+    fn now(&self) -> Instant {
+        self.metadata.now()
+    }
+}

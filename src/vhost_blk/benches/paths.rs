@@ -1,0 +1,216 @@
+//! What the ring and the parsing of a request cost. Run by `cargo bench-paths` (docs/performance.md, "What an operation
+//! costs").
+//!
+//! The ring is nobody's business outside the crate, so it is not exported for this: its modules are compiled into this
+//! program once more, from the same files. The guest is played by hand, and no disk is there.
+#![allow(dead_code, reason = "some of each module is for the session, which is not here")]
+
+#[path = "../config.rs"]
+mod config;
+#[path = "../device.rs"]
+mod device;
+#[path = "../error.rs"]
+mod error;
+#[path = "../../../integration/paths/harness.rs"]
+mod harness;
+#[path = "../memory.rs"]
+mod memory;
+#[path = "../request.rs"]
+mod request;
+#[path = "../ring.rs"]
+mod ring;
+
+use std::hint::black_box;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use vm_memory::{Bytes, GuestAddress};
+
+use device::DeviceProfile;
+use harness::{Case, Named};
+use memory::{GuestMemory, MemoryTable, RegionInfo};
+use request::{Checker, Parsed};
+use ring::{Chain, Ring, RingLayout, Used};
+
+/// Chains in a run.
+const CHAINS: u16 = 64;
+/// Descriptors of the ring: enough for as many chains of three.
+const SIZE: u16 = 256;
+/// Bytes of the guest's memory, in three regions as a machine with a hole below 4 GiB has them.
+const REGION: u64 = 1 << 20;
+const REGIONS: [u64; 3] = [0, 1 << 20, 1 << 32];
+/// Where the parts of the ring are.
+const DESCRIPTORS: u64 = REGIONS[1];
+const AVAILABLE: u64 = DESCRIPTORS + 0x2000;
+const USED: u64 = DESCRIPTORS + 0x3000;
+/// Where indirect tables and headers are, and where data is.
+const HEADERS: u64 = DESCRIPTORS + 0x4000;
+const TABLES: u64 = DESCRIPTORS + 0x8000;
+const DATA: u64 = REGIONS[2];
+/// Bytes of a read.
+const BLOCK: u32 = 4096;
+
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+const INDIRECT: u16 = 4;
+
+const CASES: &[Named] = &[
+    ("pop, 3 descriptors", || pops(Shape::Direct, |_, _| {})),
+    ("pop, indirect table of 3", || pops(Shape::Indirect, |_, _| {})),
+    ("pop and parse, 3 descriptors", || pops(Shape::Direct, parse)),
+    ("pop and parse, indirect table of 3", || pops(Shape::Indirect, parse)),
+    ("push of 1, and whether to notify", || pushes(1)),
+    ("push of 32, and whether to notify", || pushes(32)),
+];
+
+fn main() {
+    harness::main("vhost_blk", CASES);
+}
+
+/// How a read is spread over descriptors: header, data and status, in the ring or in a table of their own.
+#[derive(Clone, Copy)]
+enum Shape {
+    Direct,
+    Indirect,
+}
+
+/// A ring, and the guest at its other end.
+struct Guest {
+    memory: Arc<GuestMemory>,
+    ring: Ring,
+    chain: Chain,
+    checker: Checker,
+    /// What the guest has made available.
+    available: u16,
+    /// Chains to give back.
+    used: Vec<Used>,
+}
+
+impl Guest {
+    fn new(shape: Shape) -> Self {
+        let infos = REGIONS.map(|guest| RegionInfo { guest, size: REGION, user: guest, offset: 0 });
+        let file = || {
+            let file = tempfile::tempfile().expect("a temporary file");
+            file.set_len(REGION).expect("its length");
+            file
+        };
+        let table = MemoryTable::from_regions(&infos, infos.iter().map(|_| file()).collect());
+        let memory = table.expect("sound regions").memory();
+        for chain in 0..CHAINS {
+            lay_out(&memory, shape, chain);
+        }
+        let layout = RingLayout {
+            size: SIZE,
+            descriptors: DESCRIPTORS,
+            available: AVAILABLE,
+            used: USED,
+            base: 0,
+            event_index: true,
+            indirect: true,
+        };
+        let mut ring = Ring::new(&layout, &memory).expect("a sound ring");
+        ring.disable_kicks(&memory).expect("a sound ring");
+        let profile = DeviceProfile {
+            capacity_sectors: 1 << 20,
+            block_size: 512,
+            optimal_io_size: 65536,
+            read_only: false,
+            discard: true,
+            discard_alignment: 65536,
+            write_zeroes: true,
+            serial: [0; 20],
+        };
+        let used = Vec::with_capacity(usize::from(CHAINS));
+        Guest { memory, ring, chain: Chain::default(), checker: Checker::new(profile), available: 0, used }
+    }
+
+    /// Makes all chains available. They name themselves in the available ring once and for all, as its size is a
+    /// multiple of their number.
+    fn offer(&mut self) {
+        self.available = self.available.wrapping_add(CHAINS);
+        let index = GuestAddress(AVAILABLE + 2);
+        self.memory.map().store(self.available, index, Ordering::Release).expect("guest memory");
+    }
+
+    /// Takes all that is available, with something to do for each.
+    fn take(&mut self, mut each: impl FnMut(&Checker, &mut Chain)) {
+        let waiting = self.ring.available(&self.memory).expect("a sound ring");
+        for _ in 0..waiting {
+            self.ring.pop(&self.memory, &mut self.chain).expect("a sound ring");
+            each(&self.checker, &mut self.chain);
+            self.used.push(Used { head: self.chain.head, written: BLOCK + 1 });
+        }
+    }
+
+    /// Gives all chains back, so many at a time. The guest asks to be told of the last.
+    fn give_back(&mut self, batch: usize) {
+        for used in self.used.chunks(batch) {
+            self.ring.push_used(&self.memory, used).expect("a sound ring");
+            black_box(self.ring.needs_notification(&self.memory).expect("a sound ring"));
+        }
+        self.used.clear();
+    }
+}
+
+/// Writes the header and the descriptors of a read.
+fn lay_out(memory: &GuestMemory, shape: Shape, chain: u16) {
+    let write = |bytes: &[u8], address: u64| {
+        memory.map().write_slice(bytes, GuestAddress(address)).expect("guest memory");
+    };
+    let number = u64::from(chain);
+    let header = HEADERS + 32 * number;
+    let sector = 8 * number;
+    write(&[&[0; 8][..], &sector.to_le_bytes()].concat(), header);
+    let descriptor = |address: u64, length: u32, flags: u16, next: u16| {
+        let parts =
+            [&address.to_le_bytes()[..], &length.to_le_bytes(), &flags.to_le_bytes(), &next.to_le_bytes()];
+        parts.concat()
+    };
+    let three = |first: u16| {
+        [
+            descriptor(header, 16, NEXT, first + 1),
+            descriptor(DATA + u64::from(BLOCK) * number, BLOCK, NEXT | WRITE, first + 2),
+            descriptor(header + 16, 1, WRITE, 0),
+        ]
+        .concat()
+    };
+    let head = 3 * chain;
+    let place = DESCRIPTORS + 16 * u64::from(head);
+    match shape {
+        Shape::Direct => write(&three(head), place),
+        Shape::Indirect => {
+            let table = TABLES + 48 * number;
+            write(&three(0), table);
+            write(&descriptor(table, 48, INDIRECT, 0), place);
+        }
+    }
+    for turn in (chain..SIZE).step_by(usize::from(CHAINS)) {
+        write(&head.to_le_bytes(), AVAILABLE + 4 + 2 * u64::from(turn));
+    }
+}
+
+fn parse(checker: &Checker, chain: &mut Chain) {
+    let parsed = checker.parse(chain, false);
+    assert!(matches!(parsed, Parsed::Submit(_)), "a sound request");
+    black_box(parsed);
+}
+
+fn pops(shape: Shape, each: fn(&Checker, &mut Chain)) -> Case {
+    let prepare = |guest: &mut Guest| {
+        guest.give_back(usize::from(CHAINS));
+        guest.offer();
+    };
+    Case::new(u64::from(CHAINS), Guest::new(shape), prepare, move |guest| {
+        guest.take(|checker, chain| each(checker, black_box(chain)));
+    })
+}
+
+fn pushes(batch: u16) -> Case {
+    let prepare = |guest: &mut Guest| {
+        guest.offer();
+        guest.take(|_, _| {});
+    };
+    Case::new(u64::from(CHAINS / batch), Guest::new(Shape::Direct), prepare, move |guest| {
+        guest.give_back(usize::from(batch));
+    })
+}
