@@ -18,9 +18,12 @@ mod in_flight;
 mod memory;
 mod message;
 mod metrics;
+mod part;
 mod poll;
 mod request;
 mod ring;
+#[cfg(test)]
+mod ring_tests;
 mod server;
 mod session;
 mod vring;

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use vhost::vhost_user::message::VhostUserMemoryRegion;
 use vm_memory::{
     Address, ByteValued, Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap,
-    GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+    GuestMemoryRegion, GuestRegionMmap, MmapRegion, VolatileMemory,
 };
 
 use crate::device::GuestSlice;
@@ -49,17 +49,51 @@ impl From<&VhostUserMemoryRegion> for RegionInfo {
 #[derive(Debug)]
 pub struct GuestMemory {
     map: GuestMemoryMmap<()>,
+    /// Where the regions of `map` are, in order: what a request's addresses are looked up in.
+    spans: Vec<Span>,
+}
+
+/// A region of guest memory.
+#[derive(Debug)]
+struct Span {
+    /// Guest address of its first byte.
+    start: u64,
+    mapped: Arc<GuestRegionMmap<()>>,
 }
 
 impl GuestMemory {
     /// Memory with no byte in it.
     pub fn empty() -> Self {
-        GuestMemory { map: GuestMemoryMmap::new() }
+        GuestMemory { map: GuestMemoryMmap::new(), spans: Vec::new() }
     }
 
-    /// The mappings, for virtio-queue.
+    /// The mappings, for what may lie in several of them.
     pub(crate) fn map(&self) -> &GuestMemoryMmap<()> {
         &self.map
+    }
+
+    /// The mapping in which a range lies, and where in it; nothing if it is not in guest memory, or goes on in the next
+    /// region.
+    pub(crate) fn mapping_of(
+        &self,
+        address: u64,
+        length: usize,
+    ) -> Option<(&Arc<GuestRegionMmap<()>>, usize)> {
+        let after = self.spans.partition_point(|span| span.start <= address);
+        let Span { start, mapped } = self.spans.get(after.checked_sub(1)?)?;
+        let within = usize::try_from(address - start).ok()?;
+        let left = mapped.size().checked_sub(within)?;
+        (left > 0 && length <= left).then_some((mapped, within))
+    }
+
+    /// A range as one piece, where [`GuestMemory::mapping_of`] finds it. To be used as what
+    /// [`GuestMemory::translate`] gives.
+    pub(crate) fn whole(&self, address: u64, length: usize) -> Option<GuestSlice> {
+        let (mapped, within) = self.mapping_of(address, length)?;
+        let mapping: &MmapRegion<()> = mapped;
+        let piece = mapping.get_slice(within, length).ok()?;
+        // SAFETY: as in `translate`.
+        Some(unsafe { GuestSlice::new(piece.ptr_guard_mut().as_ptr(), piece.len()) })
     }
 
     /// Checks that a range lies in guest memory, in however many regions. An empty range must still name an address
@@ -69,14 +103,13 @@ impl GuestMemory {
     /// When any byte of it is outside, or its end is no 64-bit number.
     pub fn check(&self, address: u64, length: u64) -> Result<(), BadAddress> {
         let bad = BadAddress { address, length };
+        let bytes = usize::try_from(length).map_err(|_| bad)?;
+        if self.mapping_of(address, bytes).is_some() {
+            return Ok(());
+        }
         // vm-memory lets a walk wrap round to address 0 when it ends exactly at 2^64.
         address.checked_add(length).ok_or(bad)?;
-        let bytes = usize::try_from(length).map_err(|_| bad)?;
-        let sound = if bytes == 0 {
-            self.map.address_in_range(GuestAddress(address))
-        } else {
-            self.map.get_slices(GuestAddress(address), bytes).all(|piece| piece.is_ok())
-        };
+        let sound = bytes > 0 && self.map.get_slices(GuestAddress(address), bytes).all(|piece| piece.is_ok());
         if sound { Ok(()) } else { Err(bad) }
     }
 
@@ -91,9 +124,15 @@ impl GuestMemory {
         length: u32,
         pieces: &mut Vec<GuestSlice>,
     ) -> Result<(), BadAddress> {
+        if let Some(piece) = self.whole(address, length as usize) {
+            if length > 0 {
+                pieces.push(piece);
+            }
+            return Ok(());
+        }
         let bad = BadAddress { address, length: u64::from(length) };
         if length == 0 {
-            return self.check(address, 0);
+            return Err(bad);
         }
         address.checked_add(u64::from(length)).ok_or(bad)?;
         let before = pieces.len();
@@ -205,10 +244,14 @@ impl MemoryTable {
                 return Err(MemoryError::Overlap { guest: pair[1].info.guest });
             }
         }
+        let spans = regions
+            .iter()
+            .map(|region| Span { start: region.info.guest, mapped: Arc::clone(&region.mapped) });
+        let spans = spans.collect();
         let mapped = regions.iter().map(|region| Arc::clone(&region.mapped)).collect();
         let map = GuestMemoryMmap::from_arc_regions(mapped)
             .map_err(|_| MemoryError::Overlap { guest: regions[0].info.guest })?;
-        Ok(MemoryTable { regions, memory: Arc::new(GuestMemory { map }) })
+        Ok(MemoryTable { regions, memory: Arc::new(GuestMemory { map, spans }) })
     }
 }
 

@@ -2,28 +2,36 @@
 //! suppression of notifications both ways.
 //!
 //! Owns the position in both rings and the table of heads in flight. Every descriptor is copied once and only the copy
-//! is used. It never touches what the chains point to. The state is virtio-queue's for now; nothing of it shows in the
-//! interface, so that a ring of our own with cached pointers can take its place.
+//! is used. It never touches what the chains point to.
 
-use std::num::Wrapping;
+use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::virtio_ring::{
     VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
+    VRING_USED_F_NO_NOTIFY,
 };
-use virtio_queue::desc::split::Descriptor;
-use virtio_queue::{Queue, QueueState, QueueT};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::VolatileMemory;
 
 use crate::device::GuestSlice;
 use crate::error::{BadAddress, RingError};
 use crate::memory::GuestMemory;
+use crate::part::Part;
 
-const DESCRIPTOR_BYTES: u32 = 16;
+const DESCRIPTOR_BYTES: usize = size_of::<RawDescriptor>();
+/// Both rings: 16 bits of flags, then the index, then the elements.
+const INDEX: usize = 2;
+const ELEMENTS: usize = 4;
+const AVAILABLE_BYTES: usize = 2;
+const USED_BYTES: usize = 8;
 const NEXT: u16 = VRING_DESC_F_NEXT as u16;
 const WRITE: u16 = VRING_DESC_F_WRITE as u16;
 const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
 const NO_INTERRUPT: u16 = VRING_AVAIL_F_NO_INTERRUPT as u16;
+const NO_NOTIFY: u16 = VRING_USED_F_NO_NOTIFY as u16;
+
+/// The most descriptors of a ring (virtio 1.2, 2.7).
+const SIZE_MAX: u16 = 32768;
 
 /// A chain may have this many descriptors through an indirect table, or as many as the ring if that is more.
 const INDIRECT_CHAIN_LIMIT: usize = 1024;
@@ -82,16 +90,48 @@ pub struct Chain {
 /// A split virtqueue that runs.
 #[derive(Debug)]
 pub struct Ring {
-    queue: Queue,
+    table: Part,
+    available_ring: Part,
+    used_ring: Part,
+    /// Descriptors: a power of two.
     size: u16,
     indirect: bool,
     event_index: bool,
+    /// The index in the available ring of the next chain to take.
+    next_available: u16,
+    /// The index in the used ring of the next chain to give back, and as it was when notification was last asked about.
+    next_used: u16,
+    asked_at: u16,
     in_flight: HeadSet,
     /// The descriptors of the chain at hand; kept to spare the allocation.
     descriptors: Vec<Copied>,
 }
 
+/// A descriptor as it lies in memory, read at once: address, length, flags and next, from the lowest bits up.
+type RawDescriptor = u128;
+
 /// Our copy of a descriptor.
+#[derive(Clone, Copy, Debug)]
+struct Descriptor {
+    address: u64,
+    length: u32,
+    flags: u16,
+    next: u16,
+}
+
+impl Descriptor {
+    fn decode(raw: RawDescriptor) -> Self {
+        let raw = u128::from_le(raw);
+        Descriptor {
+            address: raw as u64,
+            length: (raw >> 64) as u32,
+            flags: (raw >> 96) as u16,
+            next: (raw >> 112) as u16,
+        }
+    }
+}
+
+/// What of a descriptor is kept.
 #[derive(Clone, Copy, Debug)]
 struct Copied {
     address: u64,
@@ -104,59 +144,56 @@ impl Ring {
     ///
     /// # Errors
     /// When the layout is impossible or a part of it is outside guest memory.
-    pub fn new(layout: &RingLayout, memory: &GuestMemory) -> Result<Self, RingError> {
+    pub fn new(layout: &RingLayout, memory: &Arc<GuestMemory>) -> Result<Self, RingError> {
         let RingLayout { size, descriptors, available, used, base, event_index, indirect } = *layout;
-        let slots = u64::from(size);
-        memory.check(descriptors, slots * u64::from(DESCRIPTOR_BYTES))?;
-        memory.check(available, 6 + 2 * slots)?;
-        memory.check(used, 6 + 8 * slots)?;
-        let state = QueueState {
-            max_size: size,
-            next_avail: base,
-            next_used: 0,
-            event_idx_enabled: event_index,
-            size,
-            ready: true,
-            desc_table: descriptors,
-            avail_ring: available,
-            used_ring: used,
-        };
-        let mut queue = Queue::try_from(state).map_err(|_| RingError::Layout { size })?;
-        let used_index = queue.used_idx(memory.map(), Ordering::Acquire).map_err(|_| outside(used))?;
-        queue.set_next_used(used_index.0);
+        let slots = usize::from(size);
+        let aligned = descriptors.is_multiple_of(DESCRIPTOR_BYTES as u64)
+            && available.is_multiple_of(2)
+            && used.is_multiple_of(4);
+        if !size.is_power_of_two() || size > SIZE_MAX || !aligned {
+            return Err(RingError::Layout { size });
+        }
+        // Behind the elements of each ring is the index at which the other side wants to be told.
+        let table = Part::find(memory, descriptors, slots * DESCRIPTOR_BYTES)?;
+        let available_ring = Part::find(memory, available, ELEMENTS + slots * AVAILABLE_BYTES + 2)?;
+        let used_ring = Part::find(memory, used, ELEMENTS + slots * USED_BYTES + 2)?;
+        let next_used = used_ring.load(INDEX, Ordering::Acquire)?;
         Ok(Ring {
-            queue,
+            table,
+            available_ring,
+            used_ring,
             size,
             indirect,
             event_index,
+            next_available: base,
+            next_used,
+            asked_at: next_used,
             in_flight: HeadSet::new(size),
-            descriptors: Vec::with_capacity(usize::from(size)),
+            descriptors: Vec::with_capacity(slots),
         })
     }
 
     /// The index in the available ring of the next chain to take.
     pub fn next_available(&self) -> u16 {
-        self.queue.next_avail()
+        self.next_available
     }
 
     /// True if anything ever passed through the ring.
     pub fn was_used(&self) -> bool {
-        self.queue.next_avail() != 0 || self.queue.next_used() != 0
+        self.next_available != 0 || self.next_used != 0
     }
 
     /// How many chains wait to be taken.
     ///
     /// # Errors
     /// When the guest claims more than the ring can hold.
-    pub fn available(&self, memory: &GuestMemory) -> Result<u16, RingError> {
-        let to = self
-            .queue
-            .avail_idx(memory.map(), Ordering::Acquire)
-            .map_err(|_| outside(self.queue.avail_ring()))?;
-        let from = Wrapping(self.queue.next_avail());
-        let waiting = (to - from).0;
+    pub fn available(&self) -> Result<u16, RingError> {
+        // Acquire, paired with the driver's barrier before it stores the index: the chains are there.
+        let to = self.available_ring.load(INDEX, Ordering::Acquire)?;
+        let from = self.next_available;
+        let waiting = to.wrapping_sub(from);
         if waiting > self.size {
-            return Err(RingError::AvailableJump { from: from.0, to: to.0, size: self.size });
+            return Err(RingError::AvailableJump { from, to, size: self.size });
         }
         Ok(waiting)
     }
@@ -166,16 +203,15 @@ impl Ring {
     /// # Errors
     /// When the ring itself is corrupt; then nothing was taken. What is wrong with a single chain is in its `fault`.
     pub fn pop(&mut self, memory: &GuestMemory, chain: &mut Chain) -> Result<(), RingError> {
-        let next = self.queue.next_avail();
-        let offset = 4 + 2 * u64::from(next % self.size);
-        let head = read_u16(memory, self.queue.avail_ring(), offset)?;
+        let slot = self.slot(self.next_available);
+        let head = self.available_ring.load(ELEMENTS + slot * AVAILABLE_BYTES, Ordering::Relaxed)?;
         if head >= self.size {
             return Err(RingError::HeadOutOfRange { head, size: self.size });
         }
         if !self.in_flight.insert(head) {
             return Err(RingError::HeadInFlight { head });
         }
-        self.queue.set_next_avail(next.wrapping_add(1));
+        self.next_available = self.next_available.wrapping_add(1);
         chain.head = head;
         chain.readable.clear();
         chain.writable.clear();
@@ -190,48 +226,73 @@ impl Ring {
         Ok(())
     }
 
-    /// Gives chains back, in this order.
+    /// Gives chains back, in this order. The guest sees all of them at once.
     ///
     /// # Errors
     /// When the used ring is not where it was.
-    pub fn push_used(&mut self, memory: &GuestMemory, used: &[Used]) -> Result<(), RingError> {
+    pub fn push_used(&mut self, used: &[Used]) -> Result<(), RingError> {
+        let mut next = self.next_used;
         for element in used {
             assert!(self.in_flight.remove(element.head), "a chain that is not in flight was given back");
-            self.queue
-                .add_used(memory.map(), element.head, element.written)
-                .map_err(|_| outside(self.queue.used_ring()))?;
+            // le32 id, le32 len.
+            let raw = u64::from(element.head) | (u64::from(element.written) << 32);
+            self.used_ring.write(raw.to_le(), ELEMENTS + self.slot(next) * USED_BYTES)?;
+            next = next.wrapping_add(1);
         }
-        Ok(())
+        self.next_used = next;
+        // Release: whoever sees the index sees the elements, and what was written to their chains.
+        Ok(self.used_ring.store(next, INDEX, Ordering::Release)?)
     }
 
     /// Whether the guest wants to be told of the chains given back since this was last asked.
     ///
     /// # Errors
     /// When the rings are not where they were.
-    pub fn needs_notification(&mut self, memory: &GuestMemory) -> Result<bool, RingError> {
-        if self.event_index {
-            return self.queue.needs_notification(memory.map()).map_err(|_| outside(self.queue.avail_ring()));
-        }
-        // The used index must be visible before the flag is read: the driver clears the flag, then looks at the index.
+    pub fn needs_notification(&mut self) -> Result<bool, RingError> {
+        // The used index must be visible before the guest's wish is read: the driver says what it wants, then looks at the
+        // index.
         fence(Ordering::SeqCst);
-        Ok(read_u16(memory, self.queue.avail_ring(), 0)? & NO_INTERRUPT == 0)
+        let before = std::mem::replace(&mut self.asked_at, self.next_used);
+        if !self.event_index {
+            return Ok(self.available_ring.load(0, Ordering::Relaxed)? & NO_INTERRUPT == 0);
+        }
+        // Virtio 1.2, 2.7.7.2: when the index passes this. More than one may have been given back since then.
+        let slots = usize::from(self.size);
+        let event = self.available_ring.load(ELEMENTS + slots * AVAILABLE_BYTES, Ordering::Relaxed)?;
+        Ok(self.next_used.wrapping_sub(event).wrapping_sub(1) < self.next_used.wrapping_sub(before))
     }
 
     /// Asks the guest to kick from now on; true if chains are waiting that it may not have kicked for.
     ///
     /// # Errors
     /// When the rings are not where they were, or the available index is impossible.
-    pub fn enable_kicks(&mut self, memory: &GuestMemory) -> Result<bool, RingError> {
-        self.queue.enable_notification(memory.map()).map_err(|_| outside(self.queue.used_ring()))?;
-        Ok(self.available(memory)? > 0)
+    pub fn enable_kicks(&mut self) -> Result<bool, RingError> {
+        if self.event_index {
+            let event = ELEMENTS + usize::from(self.size) * USED_BYTES;
+            self.used_ring.store(self.next_available, event, Ordering::Relaxed)?;
+        } else {
+            self.used_ring.store(0, 0, Ordering::Relaxed)?;
+        }
+        // The wish must be visible before the index is read: the driver stores the index, then looks at the wish.
+        fence(Ordering::SeqCst);
+        Ok(self.available()? > 0)
     }
 
-    /// Tells the guest that it need not kick.
+    /// Tells the guest that it need not kick. With event indexes there is nothing to say: it kicks once for the chain
+    /// that it was asked to kick for, and then for none.
     ///
     /// # Errors
     /// When the used ring is not where it was.
-    pub fn disable_kicks(&mut self, memory: &GuestMemory) -> Result<(), RingError> {
-        self.queue.disable_notification(memory.map()).map_err(|_| outside(self.queue.used_ring()))
+    pub fn disable_kicks(&mut self) -> Result<(), RingError> {
+        if self.event_index {
+            return Ok(());
+        }
+        Ok(self.used_ring.store(NO_NOTIFY, 0, Ordering::Relaxed)?)
+    }
+
+    /// Where an index points in its ring.
+    fn slot(&self, index: u16) -> usize {
+        usize::from(index & (self.size - 1))
     }
 
     /// Copies the descriptors of the chain that starts at `head`, with bounded work whatever they say.
@@ -242,27 +303,30 @@ impl Ring {
             if index >= self.size || self.descriptors.len() >= usize::from(self.size) {
                 return Err(Broken);
             }
-            let descriptor = read_descriptor(memory, self.queue.desc_table(), u32::from(index))?;
-            if descriptor.flags() & INDIRECT != 0 {
+            let descriptor = Descriptor::decode(self.table.read(usize::from(index) * DESCRIPTOR_BYTES)?);
+            if descriptor.flags & INDIRECT != 0 {
                 // Virtio 1.2, 2.7.5.3.1: never together with NEXT; its own WRITE flag is ignored.
-                if !self.indirect || descriptor.flags() & NEXT != 0 {
+                if !self.indirect || descriptor.flags & NEXT != 0 {
                     return Err(Broken);
                 }
-                return self.walk_indirect(memory, descriptor.addr().0, descriptor.len());
+                return self.walk_indirect(memory, descriptor.address, descriptor.length as usize);
             }
             self.copy(&descriptor)?;
-            if descriptor.flags() & NEXT == 0 {
+            if descriptor.flags & NEXT == 0 {
                 return Ok(());
             }
-            index = descriptor.next();
+            index = descriptor.next;
         }
     }
 
-    fn walk_indirect(&mut self, memory: &GuestMemory, table: u64, bytes: u32) -> Result<(), Broken> {
+    fn walk_indirect(&mut self, memory: &GuestMemory, table: u64, bytes: usize) -> Result<(), Broken> {
         if bytes == 0 || !bytes.is_multiple_of(DESCRIPTOR_BYTES) {
             return Err(Broken);
         }
-        memory.check(table, u64::from(bytes)).map_err(|_| Broken)?;
+        let whole = memory.whole(table, bytes);
+        if whole.is_none() {
+            memory.check(table, bytes as u64)?;
+        }
         let entries = bytes / DESCRIPTOR_BYTES;
         let limit = INDIRECT_CHAIN_LIMIT.max(usize::from(self.size));
         let mut index = 0;
@@ -270,25 +334,32 @@ impl Ring {
             if index >= entries || self.descriptors.len() >= limit {
                 return Err(Broken);
             }
-            let descriptor = read_descriptor(memory, table, index)?;
-            if descriptor.flags() & INDIRECT != 0 {
+            let at = index * DESCRIPTOR_BYTES;
+            let raw = match &whole {
+                Some(whole) => whole.get_ref::<RawDescriptor>(at).map_err(|_| Broken)?.load(),
+                // It was checked, so the sum is within 64 bits.
+                None => memory.read(table + at as u64)?,
+            };
+            let descriptor = Descriptor::decode(raw);
+            if descriptor.flags & INDIRECT != 0 {
                 return Err(Broken);
             }
             self.copy(&descriptor)?;
-            if descriptor.flags() & NEXT == 0 {
+            if descriptor.flags & NEXT == 0 {
                 return Ok(());
             }
-            index = u32::from(descriptor.next());
+            index = usize::from(descriptor.next);
         }
     }
 
     fn copy(&mut self, descriptor: &Descriptor) -> Result<(), Broken> {
-        let writable = descriptor.flags() & WRITE != 0;
+        let writable = descriptor.flags & WRITE != 0;
         // Virtio 1.2, 2.7.4.2: everything readable comes before everything writable.
         if !writable && self.descriptors.last().is_some_and(|last| last.writable) {
             return Err(Broken);
         }
-        self.descriptors.push(Copied { address: descriptor.addr().0, length: descriptor.len(), writable });
+        let Descriptor { address, length, .. } = *descriptor;
+        self.descriptors.push(Copied { address, length, writable });
         Ok(())
     }
 
@@ -320,22 +391,6 @@ impl From<BadAddress> for Broken {
     fn from(_: BadAddress) -> Self {
         Broken
     }
-}
-
-fn outside(address: u64) -> RingError {
-    RingError::Address(BadAddress { address, length: 2 })
-}
-
-fn read_u16(memory: &GuestMemory, base: u64, offset: u64) -> Result<u16, RingError> {
-    // The ring was checked when it started, so the sum cannot wrap.
-    let address = GuestAddress(base.wrapping_add(offset));
-    let raw: u16 = memory.map().load(address, Ordering::Relaxed).map_err(|_| outside(address.0))?;
-    Ok(u16::from_le(raw))
-}
-
-fn read_descriptor(memory: &GuestMemory, table: u64, index: u32) -> Result<Descriptor, Broken> {
-    let address = table.checked_add(u64::from(index) * u64::from(DESCRIPTOR_BYTES)).ok_or(Broken)?;
-    Ok(memory.read(address)?)
 }
 
 /// Which heads are in flight: one bit each.

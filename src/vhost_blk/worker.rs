@@ -301,7 +301,7 @@ impl<Q: BlockQueue> Running<'_, Q> {
 
     /// Serves the ring until it is told to stop or the ring turns out to be corrupt.
     fn serve(&mut self) -> Result<(), RingError> {
-        self.ring.disable_kicks(&self.memory)?;
+        self.ring.disable_kicks()?;
         while !self.control.stopping() {
             let took = self.take()?;
             let finished = self.finish()?;
@@ -314,7 +314,7 @@ impl<Q: BlockQueue> Running<'_, Q> {
 
     /// Takes what is available, up to a batch, and gives it to the disk. What needs no disk is answered.
     fn take(&mut self) -> Result<bool, RingError> {
-        let waiting = self.ring.available(&self.memory)?.min(BATCH);
+        let waiting = self.ring.available()?.min(BATCH);
         if waiting == 0 {
             return Ok(false);
         }
@@ -382,10 +382,10 @@ impl<Q: BlockQueue> Running<'_, Q> {
         if self.used.is_empty() {
             return Ok(self.in_flight.may_submit());
         }
-        let pushed = self.ring.push_used(&self.memory, &self.used);
+        let pushed = self.ring.push_used(&self.used);
         self.used.clear();
         pushed?;
-        if self.ring.needs_notification(&self.memory)? {
+        if self.ring.needs_notification()? {
             self.call.raise();
             self.metrics.interrupt();
         }
@@ -404,20 +404,20 @@ impl<Q: BlockQueue> Running<'_, Q> {
         let mut round = 0;
         while !budget.is_zero() && began.elapsed() < budget {
             relax(&mut round);
-            if self.control.stopping() || self.ring.available(&self.memory)? > 0 {
+            if self.control.stopping() || self.ring.available()? > 0 {
                 return Ok(());
             }
             if !self.in_flight.is_empty() && self.finish()? {
                 return Ok(());
             }
         }
-        if !self.ring.enable_kicks(&self.memory)? && !self.control.stopping() {
+        if !self.ring.enable_kicks()? && !self.control.stopping() {
             self.metrics.sleep();
             self.queue.wait(None);
             self.pace();
             self.poll[kind].slept(began.elapsed());
         }
-        self.ring.disable_kicks(&self.memory)
+        self.ring.disable_kicks()
     }
 
     /// Keeps whoever kicks for nothing from taking a whole processor: a flood of them, or a descriptor that is always
@@ -468,7 +468,7 @@ impl<Q: BlockQueue> Running<'_, Q> {
             }
         }
         // Whoever takes over should find a ring that kicks. It looks at the ring first anyway.
-        let _ = self.ring.enable_kicks(&self.memory);
+        let _ = self.ring.enable_kicks();
         lost
     }
 

@@ -15,6 +15,8 @@ mod error;
 mod harness;
 #[path = "../memory.rs"]
 mod memory;
+#[path = "../part.rs"]
+mod part;
 #[path = "../request.rs"]
 mod request;
 #[path = "../ring.rs"]
@@ -109,7 +111,7 @@ impl Guest {
             indirect: true,
         };
         let mut ring = Ring::new(&layout, &memory).expect("a sound ring");
-        ring.disable_kicks(&memory).expect("a sound ring");
+        ring.disable_kicks().expect("a sound ring");
         let profile = DeviceProfile {
             capacity_sectors: 1 << 20,
             block_size: 512,
@@ -134,7 +136,7 @@ impl Guest {
 
     /// Takes all that is available, with something to do for each.
     fn take(&mut self, mut each: impl FnMut(&Checker, &mut Chain)) {
-        let waiting = self.ring.available(&self.memory).expect("a sound ring");
+        let waiting = self.ring.available().expect("a sound ring");
         for _ in 0..waiting {
             self.ring.pop(&self.memory, &mut self.chain).expect("a sound ring");
             each(&self.checker, &mut self.chain);
@@ -145,8 +147,8 @@ impl Guest {
     /// Gives all chains back, so many at a time. The guest asks to be told of the last.
     fn give_back(&mut self, batch: usize) {
         for used in self.used.chunks(batch) {
-            self.ring.push_used(&self.memory, used).expect("a sound ring");
-            black_box(self.ring.needs_notification(&self.memory).expect("a sound ring"));
+            self.ring.push_used(used).expect("a sound ring");
+            black_box(self.ring.needs_notification().expect("a sound ring"));
         }
         self.used.clear();
     }
