@@ -67,12 +67,12 @@ impl Bench {
     }
 
     /// A new image, as `strata` makes it.
-    fn fresh(folder: &Path, map_bytes: usize) -> Self {
+    fn fresh(folder: &Path, extended_l2: bool, map_bytes: usize) -> Self {
         let geometry = Geometry {
             version: Version::V3,
             cluster_bits: CLUSTER.trailing_zeros(),
             refcount_order: 4,
-            extended_l2: false,
+            extended_l2,
             size: SIZE,
         };
         let path = folder.join("fresh.qcow2");
@@ -203,14 +203,16 @@ fn data(offset: u64) -> Mapping {
 #[test]
 fn an_image_written_in_order_is_resident_as_a_whole_in_little_memory() {
     let folder = tempfile::tempdir().expect("a folder");
-    let bench = Bench::fresh(folder.path(), MAP_BYTES);
-    let places = bench.write_in_order(256 << 10, 8);
-    for (cluster, place) in (0..).zip(places) {
-        assert_eq!(bench.mapping(cluster), data(place), "cluster {cluster}");
+    for extended_l2 in [false, true] {
+        let bench = Bench::fresh(folder.path(), extended_l2, MAP_BYTES);
+        let places = bench.write_in_order(256 << 10, 8);
+        for (cluster, place) in (0..).zip(places) {
+            assert_eq!(bench.mapping(cluster), data(place), "cluster {cluster}");
+        }
+        let taken = bench.map_bytes();
+        assert!(taken <= LIMIT, "{taken} bytes of map");
+        println!("{taken} bytes of map for {SIZE} bytes of disk, subclusters: {extended_l2}");
     }
-    let taken = bench.map_bytes();
-    assert!(taken <= LIMIT, "{taken} bytes of map");
-    println!("{taken} bytes of map for {SIZE} bytes of disk");
 }
 
 #[test]
@@ -240,7 +242,7 @@ fn a_preallocated_image_is_resident_as_a_whole_in_little_memory() {
 #[test]
 fn an_image_in_no_order_is_held_to_the_bound() {
     let folder = tempfile::tempdir().expect("a folder");
-    let bench = Bench::fresh(folder.path(), LIMIT);
+    let bench = Bench::fresh(folder.path(), false, LIMIT);
     let slices = SIZE / SLICE;
     let mut places = Vec::new();
     for slice in 0..slices {

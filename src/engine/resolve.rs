@@ -5,7 +5,10 @@
 use std::task::Waker;
 
 use qcow2::entry::compressed_length;
-use qcow2::{GuestCluster, GuestOffset, HostOffset, HostPlace, L1Entry, L2Entry, Subcluster, Subclusters};
+use qcow2::{
+    GuestCluster, GuestOffset, HostOffset, HostPlace, L1Entry, L2Entry, Subcluster, SubclusterSet,
+    Subclusters,
+};
 
 use crate::alloc::Run;
 use crate::answer::{Answer, ready};
@@ -489,7 +492,7 @@ fn qcow2_step(
     })
 }
 
-/// The map's words for a cluster whose subclusters are not all alike.
+/// The map's words for a cluster of subclusters, by its own entry alone.
 fn parts_of(
     file: FileIndex,
     subclusters: &Subclusters,
@@ -499,6 +502,10 @@ fn parts_of(
     let parts = Parts::new(subclusters, nothing_below);
     match subclusters.host {
         _ if parts == Parts::ZERO => (Word::ZERO, Parts::default()),
+        // As a fill has it. So what was written bit by bit ends as a run, too.
+        Some(host) if subclusters.allocated == SubclusterSet::ALL => {
+            (Word::data(file, host.offset, in_place(host)), Parts::default())
+        }
         Some(host) => (Word::parts(file, host.offset, in_place(host)), parts),
         // A few zeros over what lies below.
         None => (Word::MIXED, Parts::default()),
