@@ -563,8 +563,11 @@ impl Rig {
         self.pause(Duration::from_millis(12_000));
     }
 
-    /// Whether a write and a flush are done now.
+    /// Whether a write and a flush are done now. What the housekeeper is about ends before: a failure of its that is still
+    /// under way would come between the two.
     pub fn probe(&mut self) -> (bool, bool) {
+        self.world.release_hung();
+        self.exhaust();
         self.play(&[Op::write(0, 1), Op::Flush], 1);
         let entries = self.journal.entries();
         let last = entries.len() - 2;
