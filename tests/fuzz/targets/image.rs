@@ -280,7 +280,7 @@ fn change_size(world: &SimWorld, options: &DiskOptions, script: &[u8], strict: O
         let size = match what & 3 {
             0 => NewSize::Larger(by),
             1 => NewSize::Smaller(by),
-            2 => NewSize::Larger(by << (what >> 2 & 31)),
+            2 => NewSize::Larger(affordable(world, by << (what >> 2 & 31))),
             _ => NewSize::Of(by),
         };
         let shrinking = if what & 0x80 == 0 { Shrinking::Accepted } else { Shrinking::Refused };
@@ -305,6 +305,17 @@ fn change_size(world: &SimWorld, options: &DiskOptions, script: &[u8], strict: O
             }
         }
     }
+}
+
+/// A number of bytes for a disk to grow by. An L1 table of up to 32 MiB is made for whoever asks for so much, and is held a
+/// few times then: no more is asked for here than a quarter of that, or more than can be had.
+fn affordable(world: &SimWorld, by: u64) -> u64 {
+    let start = bytes(world, SECTOR);
+    let Ok(header) = Header::parse(&start, SECTOR) else { return by };
+    let geometry = header.geometry();
+    let an_entry = geometry.cluster_size() / geometry.l2_entry_size() * geometry.cluster_size();
+    let (most, all) = (an_entry << 20, an_entry << 22);
+    if (most..=all).contains(&by) { most } else { by }
 }
 
 /// Reads the first and the last of a disk that nobody has open, and compares it with what is known; what is known then,
