@@ -21,12 +21,15 @@ use harness::{Case, Named};
 const LOOKUPS: u64 = 1024;
 /// Bytes of a cluster.
 const CLUSTER: u64 = 65536;
-/// Where the one L2 table is, in made-up bytes.
-const L2_TABLE: HostOffset = HostOffset(4 * CLUSTER);
+/// Where the L2 tables are, one behind the other, in made-up bytes.
+const L2_TABLES: HostOffset = HostOffset(4 * CLUSTER);
+/// Where the data is.
+const DATA: HostOffset = HostOffset(1 << 30);
 
 const CASES: &[Named] = &[
-    ("look-up, map of 4 KiB", || lookups(raw(SLICE_WORDS))),
-    ("look-up, map of 16 MiB", || lookups(raw(2 << 20))),
+    ("look-up, all in one piece", || lookups(raw(2 << 20))),
+    ("look-up, map of 4 KiB", || lookups(scattered(SLICE_WORDS))),
+    ("look-up, map of 16 MiB", || lookups(scattered(2 << 20))),
     ("look-up with subclusters", || lookups_of_parts(extended())),
 ];
 
@@ -34,24 +37,53 @@ fn main() {
     harness::main("engine", CASES);
 }
 
-/// An engine over a raw image of so many clusters, all of which are in the map.
+/// An engine over a raw image of so many clusters: in the map it takes 8 bytes a slice.
 fn raw(clusters: u64) -> Engine {
-    resolved(LayerFormat::Raw { size: clusters * CLUSTER })
+    resolved(LayerFormat::Raw { size: clusters * CLUSTER }, |_| panic!("a raw image has no tables"))
+}
+
+/// An engine over an image of so many clusters, of which no two that follow each other do so on the host.
+fn scattered(clusters: u64) -> Engine {
+    image(geometry(clusters, false), |cluster| L2Entry::Data { offset: host(cluster ^ 1), copied: true })
 }
 
 /// An engine over an image with extended L2 entries, each cluster of which is half data and half zeros.
 fn extended() -> Engine {
-    let geometry = extended_geometry();
-    let l1 = vec![L1Entry::Table { offset: L2_TABLE, copied: true }.encode()];
-    resolved(LayerFormat::Qcow2 { geometry, l1, data_file: None })
+    image(geometry(SLICE_WORDS, true), |cluster| {
+        let place = HostPlace { offset: host(cluster), copied: true };
+        L2Entry::Subclusters(Subclusters {
+            host: Some(place),
+            allocated: SubclusterSet(0xffff),
+            zero: SubclusterSet::EMPTY,
+        })
+    })
 }
 
-fn extended_geometry() -> Geometry {
-    let size = SLICE_WORDS * CLUSTER;
-    Geometry { version: Version::V3, cluster_bits: 16, refcount_order: 4, extended_l2: true, size }
+fn geometry(clusters: u64, extended_l2: bool) -> Geometry {
+    let size = clusters * CLUSTER;
+    Geometry { version: Version::V3, cluster_bits: 16, refcount_order: 4, extended_l2, size }
 }
 
-fn resolved(format: LayerFormat) -> Engine {
+fn host(cluster: u64) -> HostOffset {
+    HostOffset(DATA.0 + cluster * CLUSTER)
+}
+
+/// An engine over an image whose clusters have these entries.
+fn image(geometry: Geometry, entry: impl Fn(u64) -> L2Entry) -> Engine {
+    let table = |index| L1Entry::Table { offset: HostOffset(L2_TABLES.0 + index * CLUSTER), copied: true };
+    let l1 = (0..geometry.l1_entries()).map(|index| table(index).encode()).collect();
+    resolved(LayerFormat::Qcow2 { geometry, l1, data_file: None }, |load| {
+        let first = (load.offset.0 - L2_TABLES.0) / geometry.l2_entry_size();
+        let mut bytes = vec![0; load.length];
+        for index in 0..load.length / geometry.l2_entry_size() as usize {
+            entry(first + index as u64).encode(&geometry).store(&mut bytes, index, &geometry);
+        }
+        bytes
+    })
+}
+
+/// An engine that has every cluster in the map.
+fn resolved(format: LayerFormat, read: impl Fn(&TableLoad) -> Vec<u8>) -> Engine {
     let spec = EngineSpec {
         layers: vec![LayerSpec { file: FileIndex(0), format }],
         writable: false,
@@ -62,36 +94,22 @@ fn resolved(format: LayerFormat) -> Engine {
     };
     let engine = Engine::new(spec).expect("sound layers");
     for offset in (0..engine.size()).step_by((SLICE_WORDS * CLUSTER) as usize) {
-        resolve(&engine, GuestOffset(offset));
+        resolve(&engine, GuestOffset(offset), &read);
     }
     engine
 }
 
 /// Lets the engine fill the slice of the map that an offset is in.
-fn resolve(engine: &Engine, offset: GuestOffset) {
+fn resolve(engine: &Engine, offset: GuestOffset, read: impl Fn(&TableLoad) -> Vec<u8>) {
     loop {
         match engine.plan_read(offset, 512, Waker::noop()).expect("sound tables") {
             Answer::Ready(_) => return,
             Answer::Load(loads) => {
-                loads.iter().for_each(|load| engine.table_loaded(load, half_data(load).into()));
+                loads.iter().for_each(|load| engine.table_loaded(load, read(load).into()));
             }
             other => panic!("nobody else is at work: {other:?}"),
         }
     }
-}
-
-/// A piece of an L2 table of extended entries.
-fn half_data(load: &TableLoad) -> Vec<u8> {
-    let first = (load.offset.0 - L2_TABLE.0) / 16;
-    let entry = |index: u64| {
-        let offset = HostOffset(L2_TABLE.0 + (1 + first + index) * CLUSTER);
-        let place = HostPlace { offset, copied: true };
-        let subclusters =
-            Subclusters { host: Some(place), allocated: SubclusterSet(0xffff), zero: SubclusterSet::EMPTY };
-        L2Entry::Subclusters(subclusters).encode(&extended_geometry())
-    };
-    let words = (0..load.length as u64 / 16).map(entry).flat_map(|raw| [raw.descriptor, raw.bitmap]);
-    words.flat_map(u64::to_be_bytes).collect()
 }
 
 /// Offsets all over the disk, in no order.
