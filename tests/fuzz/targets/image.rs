@@ -308,13 +308,13 @@ fn change_size(world: &SimWorld, options: &DiskOptions, script: &[u8], strict: O
 }
 
 /// A number of bytes for a disk to grow by. An L1 table of up to 32 MiB is made for whoever asks for so much, and is held a
-/// few times then: no more is asked for here than a quarter of that, or more than can be had.
+/// few times then: less than a tenth of that is asked for here at a time, or more than can be had.
 fn affordable(world: &SimWorld, by: u64) -> u64 {
     let start = bytes(world, SECTOR);
     let Ok(header) = Header::parse(&start, SECTOR) else { return by };
     let geometry = header.geometry();
     let an_entry = geometry.cluster_size() / geometry.l2_entry_size() * geometry.cluster_size();
-    let (most, all) = (an_entry << 20, an_entry << 22);
+    let (most, all) = (an_entry << 18, an_entry << 22);
     if (most..=all).contains(&by) { most } else { by }
 }
 
