@@ -11,15 +11,17 @@ use engine::{Epoch, FileIndex, Mapping, PartedCluster};
 use qcow2::{GuestOffset, HostOffset, SUBCLUSTERS, Subcluster};
 use slab::Slab;
 use smallvec::SmallVec;
-use storage::buffer::{GuestSlices, fill_guest_zero, guest_len, subrange};
-use storage::{Errno, GuestSlice, IoQueue, Kind, Notifier, Storage, Token};
+use storage::buffer::{GuestSlices, fill_guest_zero, guest_len, subrange_into};
+use storage::{Errno, GuestSlice, IoQueue, Kind, Notifier, Operation, Part, Parts, Storage, Token};
 
 use crate::Shared;
 use crate::driver::Driver;
 use crate::error::{OpenError, RequestError, is_no_space};
-use crate::read::{guest_operation, owned};
+use crate::read::owned;
 use crate::worker::Worker;
 
+/// The most lists of an operation's memory that are kept for the next.
+const SPARE_MAX: usize = 128;
 /// The most runs that the fast path splits a request into.
 const FAST_RUNS: usize = 8;
 
@@ -128,6 +130,10 @@ pub struct DiskQueue<S: Storage> {
     fast: Slab<InFlight>,
     /// By slot in `fast`; empty unless requests wait for space.
     kept: Vec<Kept>,
+    /// Lists of operations that are over, for the next of several pieces of memory; empty, but with room.
+    spare: Vec<Parts>,
+    /// The memory of a run; kept to spare the allocation.
+    part: GuestSlices,
     done: Rc<RefCell<Vec<Completed>>>,
 }
 
@@ -137,7 +143,8 @@ impl<S: Storage> DiskQueue<S> {
         let worker = Worker::new(shared, Rc::clone(&driver))
             .ok_or(OpenError::TooManyQueues { limit: crate::WORKERS_MAX })?;
         let done = Rc::new(RefCell::new(Vec::new()));
-        Ok(DiskQueue { worker, driver, fast: Slab::new(), kept: Vec::new(), done })
+        let (fast, kept, spare, part) = (Slab::new(), Vec::new(), Vec::new(), GuestSlices::new());
+        Ok(DiskQueue { worker, driver, fast, kept, spare, part, done })
     }
 
     /// Starts a request. The slices add up to what it moves and stay valid until it is done.
@@ -204,18 +211,21 @@ impl<S: Storage> DiskQueue<S> {
         }
         let mut at = 0;
         for run in &runs {
-            let part;
             let memory = if runs.len() == 1 {
                 slices
             } else {
-                part = subrange(slices, at as usize, run.length as usize);
-                &part[..]
+                subrange_into(&mut self.part, slices, at as usize, run.length as usize);
+                &self.part[..]
             };
             at += run.length;
             match run.target {
                 Target::Zero => fill_guest_zero(memory),
                 Target::Data(file, offset) => {
-                    let operation = guest_operation(shared.file(file).id, kind, offset, memory);
+                    let mut operation = Operation::bare(shared.file(file).id, kind, offset.0);
+                    if memory.len() > 1 {
+                        operation.parts = self.spare.pop().unwrap_or_default();
+                    }
+                    operation.parts.extend(memory.iter().copied().map(Part::Guest));
                     self.driver.queue().push(Token(slot as u64), operation);
                 }
             }
@@ -297,6 +307,11 @@ impl<S: Storage> DiskQueue<S> {
             let request = &mut self.fast[slot];
             request.pending -= 1;
             request.result = request.result.and(completion.result);
+            let mut parts = completion.parts;
+            if parts.spilled() && self.spare.len() < SPARE_MAX {
+                parts.clear();
+                self.spare.push(parts);
+            }
             if request.pending == 0 {
                 self.finish_fast(slot);
             }

@@ -148,7 +148,7 @@ impl<S: Storage> Worker<S> {
 }
 
 /// An operation on guest memory in place.
-pub(crate) fn guest_operation(
+fn guest_operation(
     file: storage::FileId,
     kind: Kind,
     offset: HostOffset,

@@ -219,6 +219,16 @@ pub fn guest_len(slices: &[GuestSlice]) -> usize {
 /// When the slices hold fewer than `offset + len` bytes.
 pub fn subrange(slices: &[GuestSlice], offset: usize, len: usize) -> GuestSlices {
     let mut out = GuestSlices::new();
+    subrange_into(&mut out, slices, offset, len);
+    out
+}
+
+/// As [`subrange`], in place of what is in `out`, so that its memory is used again.
+///
+/// # Panics
+/// As [`subrange`].
+pub fn subrange_into(out: &mut GuestSlices, slices: &[GuestSlice], offset: usize, len: usize) {
+    out.clear();
     let (mut skip, mut left) = (offset, len);
     for slice in slices {
         if left == 0 {
@@ -234,7 +244,6 @@ pub fn subrange(slices: &[GuestSlice], offset: usize, len: usize) -> GuestSlices
         left -= count;
     }
     assert!(left == 0 && skip <= guest_len(slices), "{len} bytes at {offset} are beyond the guest slices");
-    out
 }
 
 /// Copies all of the slices' bytes into the buffer, from `offset` bytes on. The guest may be changing them meanwhile.

@@ -1,0 +1,207 @@
+//! No allocation per request: what the thread of a queue asks of the allocator once it is warm.
+//!
+//! The daemon's own parts from the ring to the file (session, glue, disk, host storage) in this process; alone in its
+//! program, as it has an allocator of its own. Only the queue's thread is counted.
+
+#[allow(dead_code, reason = "some of the glue is for whoever asks what is in flight")]
+#[path = "../src/strata/device.rs"]
+mod device;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use device::{DeviceQueue, DiskDevice};
+use disk::{Disk, DiskOptions};
+use qcow2::{Geometry, NewImage, Version};
+use storage::host::HostStorage;
+use strata_tests::client::{Command, Queue};
+use strata_tests::{Client, Options};
+use vhost_blk::{BlockDevice, DeviceProfile, ServeOptions, Server, StopHandle};
+
+/// The system's allocator, which takes note of what the queue's thread asks for.
+struct Counting;
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// What was asked for so far.
+static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+
+thread_local! {
+    /// This is the queue's thread.
+    static COUNTED: Cell<bool> = const { Cell::new(false) };
+}
+
+fn note() {
+    if COUNTED.try_with(Cell::get).unwrap_or(false) {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+// SAFETY: every call is handed on as it came; counting allocates nothing.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        note();
+        // SAFETY: the caller's promise is the same.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        note();
+        // SAFETY: the caller's promise is the same.
+        unsafe { System.realloc(pointer, layout, size) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promise is the same.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+/// A disk whose queue's thread is counted.
+struct Watched(DiskDevice<HostStorage>);
+
+impl BlockDevice for Watched {
+    type Queue = DeviceQueue<HostStorage>;
+
+    fn profile(&self) -> DeviceProfile {
+        self.0.profile()
+    }
+
+    fn queue(&self, depth: u32) -> io::Result<Self::Queue> {
+        COUNTED.set(true);
+        self.0.queue(depth)
+    }
+}
+
+const CLUSTER: u64 = 65536;
+const CLUSTERS: u64 = 32;
+/// Requests in flight at a time.
+const BATCH: usize = 16;
+/// Turns of twenty batches that a kind of request may take until it allocates nothing.
+const TURNS: usize = 10;
+
+#[test]
+fn warm_requests_allocate_nothing() {
+    // A file system in memory has another way than the others.
+    for folder in [std::env::temp_dir(), "/dev/shm".into()] {
+        for indirect in [false, true] {
+            check(&folder, indirect);
+        }
+    }
+}
+
+fn check(folder: &Path, indirect: bool) {
+    let folder = tempfile::tempdir_in(folder).expect("a folder");
+    let (image, socket) = (folder.path().join("image"), folder.path().join("socket"));
+    make_image(&image);
+    let disk = Disk::open(HostStorage::new(), &image, &DiskOptions::default()).expect("a sound image");
+    let device = Arc::new(Watched(DiskDevice::new(disk, [0; 20])));
+    let server = Server::bind(&socket).expect("a socket");
+    let stop = StopHandle::new().expect("a stop handle");
+    std::thread::scope(|scope| {
+        // Whatever fails here: the scope waits for its thread.
+        let _stop = StopAtLast(&stop);
+        let serving = scope.spawn(|| server.serve(&device, &ServeOptions::new(1, 512), &stop));
+        let options = Options {
+            data_capacity: CLUSTER as usize,
+            segments: 16,
+            slots_max: BATCH as u16,
+            indirect,
+            queue_size: 512,
+            ..Options::with_queues(1)
+        };
+        let mut client = Client::connect(&socket, &options).expect("a session");
+        exercise(client.queue(0));
+        client.close().expect("a good end");
+        stop.stop();
+        serving.join().expect("no panic").expect("a good end");
+    });
+}
+
+struct StopAtLast<'a>(&'a StopHandle);
+
+impl Drop for StopAtLast<'_> {
+    fn drop(&mut self) {
+        self.0.stop();
+    }
+}
+
+fn exercise(queue: &mut Queue) {
+    let before = ALLOCATIONS.load(Ordering::Relaxed);
+    // From the last to the first, so that no two clusters lie side by side in order.
+    for cluster in (0..CLUSTERS).rev() {
+        run(queue, &[Command::write(cluster * CLUSTER / 512, CLUSTER as u32)]);
+    }
+    let cold = ALLOCATIONS.load(Ordering::Relaxed) - before;
+    assert!(cold >= CLUSTERS, "first writes allocate: if none is seen, none is counted");
+    // The last two are in two clusters.
+    let kinds = [
+        Kind { command: Command::read, length: 4096, within: 0 },
+        Kind { command: Command::write, length: 4096, within: 8192 },
+        Kind { command: Command::read, length: 65536, within: 0 },
+        Kind { command: Command::write, length: 65536, within: 0 },
+        Kind { command: Command::read, length: 65536, within: 32768 },
+        Kind { command: Command::write, length: 65536, within: 32768 },
+    ];
+    // What is kept grows with the deepest moment so far, which chance has a part in. So each kind gets some turns until it
+    // needs no more; what a request allocates by itself would show in every turn.
+    for kind in &kinds {
+        let turn = |queue: &mut Queue| {
+            let before = ALLOCATIONS.load(Ordering::Relaxed);
+            (0..20).for_each(|_| run(queue, &kind.batch()));
+            ALLOCATIONS.load(Ordering::Relaxed) - before
+        };
+        let made: Vec<u64> = (0..TURNS).map(|_| turn(queue)).take_while(|made| *made > 0).collect();
+        let Kind { length, within, .. } = kind;
+        let what = kind.batch()[0].direction;
+        assert!(made.len() < TURNS, "requests of {length} bytes at {within}, {what:?}, allocate: {made:?}");
+    }
+}
+
+/// What is done again and again.
+struct Kind {
+    command: fn(u64, u32) -> Command,
+    length: u32,
+    /// Where in its cluster each begins.
+    within: u64,
+}
+
+impl Kind {
+    fn batch(&self) -> Vec<Command> {
+        let command = |number: u64| (self.command)((number * CLUSTER + self.within) / 512, self.length);
+        (0..BATCH as u64).map(command).collect()
+    }
+}
+
+/// Carries commands out, all in flight together.
+fn run(queue: &mut Queue, commands: &[Command]) {
+    for command in commands {
+        let slot = queue.acquire().expect("a free slot");
+        queue.start(slot, *command);
+    }
+    queue.notify().expect("a kick");
+    let mut done = Vec::new();
+    while done.len() < commands.len() {
+        queue.wait_used(Instant::now() + Duration::from_secs(30)).expect("answers");
+        queue.reap(&mut done).expect("sound answers");
+    }
+    for completion in done {
+        assert!(completion.status.is_ok());
+        queue.release(completion.slot);
+    }
+}
+
+fn make_image(path: &Path) {
+    let size = 2 * CLUSTERS * CLUSTER;
+    let geometry =
+        Geometry { version: Version::V3, cluster_bits: 16, refcount_order: 4, extended_l2: false, size };
+    let pieces = NewImage::new(geometry).layout().expect("a sound image");
+    let bytes: Vec<u8> = pieces.into_iter().flat_map(|(_, bytes)| bytes).collect();
+    std::fs::write(path, bytes).expect("room for an image");
+}
