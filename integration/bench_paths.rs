@@ -41,8 +41,10 @@ fn main() -> Result<()> {
     };
     let folder = tempfile::tempdir().context("a folder for callgrind")?;
     let folder = options.keep.as_deref().unwrap_or(folder.path());
+    eprintln!("building the benchmarks as a release is built: minutes, the first time");
+    let programs = programs()?;
     println!("| crate | operation | instructions |\n|---|---|---|");
-    for (package, program) in programs()? {
+    for (package, program) in programs {
         for case in cases(&program)? {
             if options.name.as_ref().is_some_and(|name| !case.name.contains(name)) {
                 continue;
