@@ -153,7 +153,7 @@ fn header(image: &Image) -> Result<Header, String> {
 }
 
 /// Clusters past the end of the file that have a refcount.
-fn counted_past_end(image: &Image) -> Result<u64, String> {
+pub fn counted_past_end(image: &Image) -> Result<u64, String> {
     let contents = image.file(Path::new(TOP)).ok_or("there is no image")?;
     let read = |offset: u64, length: u64| {
         let mut bytes = vec![0; length as usize];
