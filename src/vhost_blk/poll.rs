@@ -9,27 +9,39 @@ use std::time::Duration;
 const FIRST: Duration = Duration::from_micros(6);
 /// Below this there is no point.
 const LEAST: Duration = Duration::from_micros(3);
+/// So many sleeps in a row, and it looks once for as long as it may. Where wake-ups are slow (a guest as host, a busy host)
+/// a sleep is long although work came soon, which only looking tells.
+const TRIAL_AFTER: u32 = 16;
 
 /// The time to look before sleeping. It doubles when the worker was woken soon after it gave up, and halves when the
-/// sleep was long: an idle queue soon costs nothing at all.
+/// sleep was long: an idle queue soon costs next to nothing.
 #[derive(Clone, Debug)]
 pub(crate) struct PollBudget {
     most: Duration,
     now: Duration,
+    /// Sleeps since looking last found something, or was last tried.
+    sleeps: u32,
 }
 
 impl PollBudget {
     pub(crate) fn new(most: Duration) -> Self {
-        PollBudget { most, now: FIRST.min(most) }
+        PollBudget { most, now: FIRST.min(most), sleeps: 0 }
     }
 
     /// How long to look.
     pub(crate) fn get(&self) -> Duration {
-        self.now
+        if self.sleeps == TRIAL_AFTER { self.most } else { self.now }
+    }
+
+    /// Looking found something after that time.
+    pub(crate) fn found(&mut self, after: Duration) {
+        self.sleeps = 0;
+        self.now = self.now.max((after * 2).clamp(FIRST, self.most.max(FIRST)).min(self.most));
     }
 
     /// The worker looked in vain, slept, and was woken `idle` after it had begun to look.
     pub(crate) fn slept(&mut self, idle: Duration) {
+        self.sleeps = if self.sleeps == TRIAL_AFTER { 0 } else { self.sleeps + 1 };
         // The sleep and the wake-up are a good part of it, and looking saves them.
         self.now = if idle <= 2 * self.most {
             (self.now * 2).clamp(FIRST, self.most.max(FIRST)).min(self.most)
@@ -63,8 +75,30 @@ mod tests {
     }
 
     #[test]
+    fn it_tries_again_where_wakes_are_slow() {
+        let most = Duration::from_micros(50);
+        let mut budget = PollBudget::new(most);
+        let mut looked = Duration::ZERO;
+        for _ in 0..100 {
+            budget.slept(Duration::from_millis(1));
+            looked += budget.get();
+        }
+        assert!(looked >= 4 * most && looked <= 7 * most, "a trial now and then, and no more: {looked:?}");
+        while budget.get() < most {
+            budget.slept(Duration::from_millis(1));
+        }
+        budget.found(Duration::from_micros(20));
+        assert_eq!(budget.get(), Duration::from_micros(40), "what was found is looked for again");
+        budget.found(Duration::from_micros(49));
+        assert_eq!(budget.get(), most);
+        budget.found(Duration::from_micros(1));
+        assert_eq!(budget.get(), most, "one that came at once says nothing of the next");
+    }
+
+    #[test]
     fn it_can_be_turned_off() {
         let mut budget = PollBudget::new(Duration::ZERO);
+        budget.found(Duration::from_micros(1));
         budget.slept(Duration::ZERO);
         budget.slept(Duration::from_secs(1));
         assert_eq!(budget.get(), Duration::ZERO);

@@ -404,10 +404,11 @@ impl<Q: BlockQueue> Running<'_, Q> {
         let mut round = 0;
         while !budget.is_zero() && began.elapsed() < budget {
             relax(&mut round);
-            if self.control.stopping() || self.ring.available()? > 0 {
-                return Ok(());
+            let found = self.ring.available()? > 0 || (!self.in_flight.is_empty() && self.finish()?);
+            if found {
+                self.poll[kind].found(began.elapsed());
             }
-            if !self.in_flight.is_empty() && self.finish()? {
+            if found || self.control.stopping() {
                 return Ok(());
             }
         }
