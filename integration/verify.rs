@@ -93,6 +93,10 @@ fn run(options: &Options, steps: &mut Steps) -> Result<()> {
 fn interleavings(options: &Options) -> Result<()> {
     let mut cargo = cargo_command(options, &["test", "--package", "engine", "--release", "--lib", "loom"]);
     cargo.env("RUSTFLAGS", "--cfg loom").env("CARGO_TARGET_DIR", target_folder().join("loom"));
+    // Optimised, but not to the last: the models take seconds, and a release's build takes minutes.
+    for (name, value) in [("LTO", "off"), ("CODEGEN_UNITS", "16"), ("DEBUG", "false")] {
+        cargo.env(format!("CARGO_PROFILE_RELEASE_{name}"), value);
+    }
     run_through(cargo)
 }
 
