@@ -64,6 +64,11 @@ impl InFlight {
         self.slots.is_empty()
     }
 
+    /// Slots in use.
+    pub(crate) fn len(&self) -> usize {
+        self.slots.len()
+    }
+
     /// Adds a chain. Its only request is to be submitted with the tag; if it has several, they wait, and
     /// [`InFlight::next_segment`] hands them out.
     pub(crate) fn add(&mut self, head: u16, submission: Submission) -> Option<(Tag, Request)> {

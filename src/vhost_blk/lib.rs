@@ -20,6 +20,7 @@ mod message;
 mod metrics;
 mod part;
 mod poll;
+mod portion;
 mod request;
 mod ring;
 #[cfg(test)]

@@ -22,11 +22,10 @@ use crate::in_flight::InFlight;
 use crate::memory::GuestMemory;
 use crate::metrics::{Metrics, QueueMetrics};
 use crate::poll::PollBudget;
+use crate::portion::{self, Portion};
 use crate::request::{Checker, Parsed, write_status};
 use crate::ring::{Chain, Ring, Used};
 
-/// The most chains taken before what is done is handed back.
-const BATCH: u16 = 128;
 /// Waits in a row that an idle queue may be woken from for nothing. More are no accident: a guest or a frontend that
 /// kicks without end.
 const IDLE_WAKES_MAX: u32 = 64;
@@ -232,12 +231,13 @@ fn run<D: BlockDevice>(setup: WorkerSetup<D>, control: &Control, started: &Start
         in_flight: InFlight::new(setup.ring_size),
         checker: Checker::new(setup.device.profile()),
         chain: Chain::default(),
-        used: Vec::with_capacity(usize::from(BATCH)),
-        done: Vec::with_capacity(usize::from(BATCH)),
+        used: Vec::with_capacity(usize::from(portion::MOST)),
+        done: Vec::with_capacity(usize::from(portion::MOST)),
         control,
         call: SignalView::new(setup.call),
         error: setup.error,
         metrics: setup.metrics.queue(setup.index),
+        portion: Portion::new(),
         poll: [PollBudget::new(setup.poll_max), PollBudget::new(setup.poll_max)],
         idle_wakes: 0,
         seen: setup.shared.changes.load(Ordering::Acquire),
@@ -266,6 +266,7 @@ struct Running<'a, Q: BlockQueue> {
     call: SignalView,
     error: Arc<SignalSlot>,
     metrics: &'a QueueMetrics,
+    portion: Portion,
     /// For waits with nothing in flight, which the guest ends, and for those with something, which the host ends too. The
     /// one says nothing about the other: a disk may be slow and its guest quick.
     poll: [PollBudget; 2],
@@ -303,31 +304,37 @@ impl<Q: BlockQueue> Running<'_, Q> {
     fn serve(&mut self) -> Result<(), RingError> {
         self.ring.disable_kicks()?;
         while !self.control.stopping() {
-            let took = self.take()?;
-            let finished = self.finish()?;
-            if !took && !finished {
+            let waiting = self.ring.available()?.min(self.portion.get());
+            let progress = if waiting > 0 { self.serve_portion(waiting)? } else { self.finish()? };
+            if !progress {
                 self.idle()?;
             }
         }
         Ok(())
     }
 
-    /// Takes what is available, up to a batch, and gives it to the disk. What needs no disk is answered.
-    fn take(&mut self) -> Result<bool, RingError> {
-        let waiting = self.ring.available()?.min(BATCH);
-        if waiting == 0 {
-            return Ok(false);
-        }
+    /// Takes so many chains, which are there, and hands back what is done.
+    fn serve_portion(&mut self, chains: u16) -> Result<bool, RingError> {
+        let began = Instant::now();
+        self.take(chains)?;
+        let before = self.in_flight.len();
+        self.finish()?;
+        self.portion.over(chains, before.saturating_sub(self.in_flight.len()), began.elapsed());
+        Ok(true)
+    }
+
+    /// Takes so many chains, which are there, and gives them to the disk. What needs no disk is answered.
+    fn take(&mut self, chains: u16) -> Result<(), RingError> {
         self.idle_wakes = 0;
         // After the available index was loaded: a chain may be in memory that was added before it was made available.
         self.refresh_memory();
         let write_through = self.shared.write_through.load(Ordering::Relaxed);
-        for _ in 0..waiting {
+        for _ in 0..chains {
             self.ring.pop(&self.memory, &mut self.chain)?;
             self.start(write_through);
         }
         self.control.next_available.store(self.ring.next_available(), Ordering::Relaxed);
-        Ok(true)
+        Ok(())
     }
 
     /// Starts the chain at hand.

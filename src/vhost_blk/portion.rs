@@ -1,0 +1,68 @@
+//! How many chains a worker takes before it hands back what is done.
+//!
+//! Pure arithmetic on counts and durations. A disk that carries requests out in the very turn that starts them (a file in
+//! memory, the page cache) is given few at a time, so that the guest works on the first while the worker is at the next;
+//! any other gets all that there is, for one system call.
+
+use std::time::Duration;
+
+/// The most at a time.
+pub(crate) const MOST: u16 = 128;
+/// How long a portion that the disk carries out at once should take.
+const SPAN: Duration = Duration::from_micros(15);
+
+/// The number of chains to take next.
+#[derive(Clone, Debug)]
+pub(crate) struct Portion {
+    now: u16,
+}
+
+impl Portion {
+    pub(crate) fn new() -> Self {
+        Portion { now: MOST }
+    }
+
+    /// How many, at least 1.
+    pub(crate) fn get(&self) -> u16 {
+        self.now
+    }
+
+    /// A portion of `taken` chains went to the disk, `done` requests were over when its turn ended, and both took
+    /// `time`.
+    pub(crate) fn over(&mut self, taken: u16, done: usize, time: Duration) {
+        self.now = if done * 2 < usize::from(taken) {
+            MOST
+        } else {
+            let fit = SPAN.as_nanos() * u128::from(taken) / time.as_nanos().max(1);
+            fit.clamp(1, u128::from(MOST)) as u16
+        };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_that_answers_at_once_gets_few_at_a_time() {
+        let mut portion = Portion::new();
+        assert_eq!(portion.get(), MOST);
+        portion.over(32, 32, Duration::from_micros(32));
+        assert_eq!(portion.get(), 15);
+        portion.over(15, 15, Duration::from_millis(3));
+        assert_eq!(portion.get(), 1, "long ones are handed back one by one");
+        portion.over(1, 1, Duration::ZERO);
+        assert_eq!(portion.get(), MOST, "a clock that stands still says nothing");
+    }
+
+    #[test]
+    fn a_disk_that_takes_its_time_gets_all() {
+        let mut portion = Portion::new();
+        portion.over(8, 8, Duration::from_micros(80));
+        assert_eq!(portion.get(), 1);
+        portion.over(1, 0, Duration::from_micros(2));
+        assert_eq!(portion.get(), MOST);
+        portion.over(10, 4, Duration::from_micros(20));
+        assert_eq!(portion.get(), MOST, "a few that were over at once are no sign");
+    }
+}
