@@ -11,6 +11,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
+use std::str::FromStr;
 use std::time::Duration;
 use strata_integration::command;
 use strata_integration::daemon::{Backend, Profile, Program};
@@ -61,12 +62,42 @@ struct Run {
     /// Leave out the bare loop on the file and the null device
     #[arg(long)]
     no_limits: bool,
-    /// The daemon that is tried; the rival against itself shows how much chance there is in the ratios
+    /// The daemon that is tried: `strata`, `qemu-storage-daemon`, or the path of another build of Strata
     #[arg(long, value_name = "DAEMON", default_value = "strata")]
-    subject: Backend,
+    subject: Contestant,
+    /// The one it is compared with. Another build of Strata shows what a change brought; the same daemon on both sides how
+    /// much chance there is in the ratios
+    #[arg(long, value_name = "DAEMON", default_value = "qemu-storage-daemon")]
+    rival: Contestant,
     /// Write everything to this file as JSON, too
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+}
+
+/// A daemon as the command line names it.
+#[derive(Clone, Debug)]
+enum Contestant {
+    /// By its name: built first, or found among the installed programs.
+    Known(Backend),
+    /// Strata, built elsewhere.
+    Build(PathBuf),
+}
+
+impl FromStr for Contestant {
+    type Err = anyhow::Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        if name.contains('/') { Ok(Self::Build(PathBuf::from(name))) } else { name.parse().map(Self::Known) }
+    }
+}
+
+impl Contestant {
+    fn program(&self) -> Result<Program> {
+        match self {
+            Self::Known(backend) => backend.program(Profile::Release),
+            Self::Build(path) => Ok(Program { backend: Backend::Strata, path: path.clone() }),
+        }
+    }
 }
 
 #[derive(Subcommand)]
@@ -152,8 +183,8 @@ fn run(options: &Run) -> Result<bool> {
     }
     let sizes = options.sizes();
     let rules = Rules {
-        subject: options.subject.program(Profile::Release)?,
-        rival: Backend::QemuStorageDaemon.program(Profile::Release)?,
+        subject: options.subject.program()?,
+        rival: options.rival.program()?,
         turns: usize::from(options.turns),
         times: options.times()?,
         limits: !options.no_limits,
