@@ -137,9 +137,9 @@ impl Where {
 impl Run {
     fn sizes(&self) -> Sizes {
         if self.quick {
-            Sizes { full: 256 << 20, fresh: 1 << 30, sequential: 256 << 20 }
+            Sizes { full: 256 << 20, allocated: 8 << 30, fresh: 1 << 30, sequential: 256 << 20 }
         } else {
-            Sizes { full: 1 << 30, fresh: 4 << 30, sequential: 1 << 30 }
+            Sizes { full: 1 << 30, allocated: 32 << 30, fresh: 4 << 30, sequential: 1 << 30 }
         }
     }
 

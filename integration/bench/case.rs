@@ -16,6 +16,8 @@ pub const CLUSTER_EXTENDED: u64 = 131_072;
 pub enum Image {
     /// Every cluster allocated, in order.
     Full,
+    /// Every cluster allocated and none written: large, for requests that only change tables.
+    Allocated,
     /// Nothing allocated.
     Fresh,
     /// Nothing allocated, extended L2 entries.
@@ -192,7 +194,7 @@ pub const CASES: &[Case] = &[
     case("flush-overwrite", Image::Full, timed(Mix::WRITE, 1), 1, 1),
     case("flush-allocating", Image::Fresh, Job::FirstTouch { flush_every: 1 }, 1, 1),
     case("discard", Image::Full, clusters(DISCARD, true), 1, 32),
-    case("write-zeroes", Image::Full, clusters(ZEROES, false), 1, 32),
+    case("write-zeroes", Image::Allocated, clusters(ZEROES, false), 1, 32),
     case("write-zeroes-unmap", Image::Full, clusters(ZEROES_UNMAP, false), 1, 32),
     case("rss-rest", Image::Full, Job::RestMemory, 2, 32),
     case("rss-rest-chain-64", Image::Chain(64), Job::RestMemory, 2, 32),

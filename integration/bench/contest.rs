@@ -162,7 +162,7 @@ impl Rules {
     }
 
     fn verified(&self, gallery: &mut Gallery, case: &Case, side: Side) -> Result<Vec<String>> {
-        let specimen = gallery.specimen(case)?;
+        let specimen = gallery.specimen_with_data(case)?;
         let server = Server::of_image(self.program(side), &specimen.path, case)?;
         let (mut problems, expectation) = exercise(&server, case)?;
         problems.extend(server.complaints());

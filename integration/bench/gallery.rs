@@ -76,6 +76,8 @@ fn remove_abandoned(parent: &Path) -> Result<()> {
 pub struct Sizes {
     /// Of full images, and of those over them.
     pub full: u64,
+    /// Of images whose clusters are allocated and not written.
+    pub allocated: u64,
     /// Of images with nothing in them.
     pub fresh: u64,
     /// Of images with nothing in them that are written from end to end.
@@ -136,6 +138,11 @@ impl Gallery {
         })
     }
 
+    /// The image for the turn of a case that is verified: one that has data which can be told from the case's.
+    pub fn specimen_with_data(&mut self, case: &Case) -> Result<Specimen> {
+        if case.image == Image::Allocated { self.copy_of_full() } else { self.specimen(case) }
+    }
+
     /// The image for a turn of a case.
     pub fn specimen(&mut self, case: &Case) -> Result<Specimen> {
         let shared = |path: PathBuf| Specimen { path, own: false };
@@ -143,6 +150,7 @@ impl Gallery {
             Image::Full if !case.writes() => Ok(shared(self.full.clone())),
             Image::Chain(layers) => self.chain(layers).map(shared),
             Image::Full => self.copy_of_full(),
+            Image::Allocated => self.fresh(self.sizes.allocated, None, "preallocation=metadata"),
             Image::Fresh if case.block() > super::case::BLOCK => self.fresh(self.sizes.sequential, None, ""),
             Image::Fresh => self.fresh(self.sizes.fresh, None, ""),
             Image::FreshExtended => {

@@ -180,13 +180,13 @@ mod tests {
             return Ok(());
         }
         let rival = Backend::QemuStorageDaemon.program(Profile::Release)?;
-        let sizes = Sizes { full: 16 << 20, fresh: 16 << 20, sequential: 16 << 20 };
+        let sizes = Sizes { full: 16 << 20, allocated: 16 << 20, fresh: 16 << 20, sequential: 16 << 20 };
         let mut gallery = Gallery::open(Place::Disk, sizes)?;
         for name in
             ["overwrite-32", "first-4k", "first-4k-backing", "first-64k-seq", "discard", "write-zeroes"]
         {
             let case = chosen(&[name.to_owned()])[0];
-            let specimen = gallery.specimen(&case)?;
+            let specimen = gallery.specimen_with_data(&case)?;
             let server = Server::of_image(&rival, &specimen.path, &case)?;
             let (problems, expectation) = exercise(&server, &case)?;
             server.stop()?;
@@ -207,7 +207,7 @@ mod tests {
             return Ok(());
         }
         let rival = Backend::QemuStorageDaemon.program(Profile::Release)?;
-        let sizes = Sizes { full: 1 << 20, fresh: 1 << 20, sequential: 1 << 20 };
+        let sizes = Sizes { full: 1 << 20, allocated: 1 << 20, fresh: 1 << 20, sequential: 1 << 20 };
         let mut gallery = Gallery::open(Place::Disk, sizes)?;
         let read = chosen(&["read-32".to_owned()])[0];
         let copy = gallery.specimen(&chosen(&["overwrite-32".to_owned()])[0])?;
