@@ -87,8 +87,10 @@ impl Rules {
             if turn > 0 {
                 self.await_quiet(say);
             }
-            for row in &mut outcome.rows {
-                self.take_turn(gallery, case, turn, row, say);
+            // Whoever comes first finds the disk rested, or the host's caches cold: so each does in its turn.
+            let sides = outcome.rows.len();
+            for side in 0..sides {
+                self.take_turn(gallery, case, turn, &mut outcome.rows[(turn + side) % sides], say);
             }
         }
         outcome

@@ -48,6 +48,8 @@ pub(crate) struct Driver<Q> {
     pub pool: BufferPool,
     buffers: Budget,
     inflating: Budget,
+    /// More requests are about to come.
+    more: Cell<bool>,
 }
 
 impl<Q: IoQueue> Driver<Q> {
@@ -62,6 +64,7 @@ impl<Q: IoQueue> Driver<Q> {
             pool: BufferPool::new(POOL_BYTES),
             buffers: Budget::new(BUFFER_BYTES),
             inflating: Budget::new(INFLATING_BYTES),
+            more: Cell::new(false),
         })
     }
 
@@ -80,6 +83,16 @@ impl<Q: IoQueue> Driver<Q> {
 
     pub fn spawn(&self, task: impl Future<Output = ()> + 'static) {
         self.executor.borrow_mut().spawn(Box::pin(task));
+    }
+
+    /// Whether more requests are about to come.
+    pub fn expect_more(&self, more: bool) {
+        self.more.set(more);
+    }
+
+    /// Whether a task that waits leaves this thread anything to do.
+    pub fn has_other_work(&self) -> bool {
+        self.more.get() || self.executor.borrow().tasks() > 1
     }
 
     /// True if a task has not ended.

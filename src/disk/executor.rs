@@ -74,6 +74,11 @@ impl Executor {
         self.ready.queue.lock().expect("no panic under this lock").push_back(number);
     }
 
+    /// Tasks that have not ended.
+    pub fn tasks(&self) -> usize {
+        self.tasks.len()
+    }
+
     /// True if a task has not ended.
     pub fn has_tasks(&self) -> bool {
         !self.tasks.is_empty()

@@ -299,6 +299,11 @@ impl<S: Storage> DiskQueue<S> {
         });
     }
 
+    /// A hint: whether more requests are at hand, to be submitted once the next turn is over.
+    pub fn expect_more(&mut self, more: bool) {
+        self.driver.expect_more(more);
+    }
+
     /// Sends what was submitted, runs what can run, and moves what is done into `done`. Never blocks.
     pub fn turn(&mut self, done: &mut Vec<Completed>) {
         let driver = Rc::clone(&self.driver);

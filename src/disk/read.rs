@@ -155,7 +155,7 @@ fn guest_operation(
     memory: &[GuestSlice],
 ) -> Operation {
     let parts = memory.iter().copied().map(Part::Guest).collect();
-    Operation { file, kind, offset: offset.0, parts }
+    Operation::new(file, kind, offset.0, parts)
 }
 
 /// A copy of a request's slices, to outlive the call that brought them.

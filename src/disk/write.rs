@@ -134,7 +134,7 @@ impl<S: Storage> Worker<S> {
         let permit = self.payload_permit(payload, done, length, 0).await;
         let parts = self.parts(payload, done, length);
         let file = self.shared.file(file).id;
-        let operation = Operation { file, kind: Kind::Write, offset: offset.0, parts };
+        let operation = Operation::new(file, Kind::Write, offset.0, parts);
         let result = self.driver.run_all([operation]).await.map_err(RequestError::io("writing"));
         drop(permit);
         result
@@ -252,7 +252,9 @@ impl<S: Storage> Worker<S> {
             }
         };
         let offset = new.offset.0 + new.head - head;
-        let operation = Operation { file: self.shared.file(new.file).id, kind: Kind::Write, offset, parts };
+        let mut operation = Operation::new(self.shared.file(new.file).id, Kind::Write, offset, parts);
+        // Where the file is in memory, most of this is the host's search for memory.
+        operation.beside = self.driver.has_other_work();
         if active(Mutation::CommitBeforeData) {
             drop(self.driver.run(operation));
             return Ok(());

@@ -69,6 +69,9 @@ pub struct Operation {
     pub offset: u64,
     /// The memory that a read fills or a write takes; empty for the other kinds.
     pub parts: Parts,
+    /// A hint: the thread has other work meanwhile, and this takes long enough that another processor may well do it,
+    /// where it would otherwise be done on this one.
+    pub beside: bool,
 }
 
 /// A finished operation with its memory.
@@ -100,7 +103,12 @@ impl Part {
 impl Operation {
     /// An operation that moves no memory.
     pub fn bare(file: FileId, kind: Kind, offset: u64) -> Self {
-        Operation { file, kind, offset, parts: Parts::new() }
+        Self::new(file, kind, offset, Parts::new())
+    }
+
+    /// An operation on that memory.
+    pub fn new(file: FileId, kind: Kind, offset: u64, parts: Parts) -> Self {
+        Operation { file, kind, offset, parts, beside: false }
     }
 
     /// Bytes the parts add up to.

@@ -140,6 +140,10 @@ impl<S: Storage> BlockQueue for DeviceQueue<S> {
         self.queue.submit(RequestId(tag.0), translated(request), slices);
     }
 
+    fn expect_more(&mut self, more: bool) {
+        self.queue.expect_more(more);
+    }
+
     fn turn(&mut self, done: &mut Vec<Done>) {
         self.take_done(|completed| {
             // The disk has logged the reason, which the interface has no room for.

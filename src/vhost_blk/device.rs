@@ -117,6 +117,10 @@ pub trait BlockQueue {
     /// address and length. May complete at once: the next [`BlockQueue::turn`] tells.
     fn submit(&mut self, tag: Tag, request: Request, slices: &[GuestSlice]);
 
+    /// A hint: whether more requests are at hand, to be submitted once the next turn is over. What takes long should then
+    /// be done beside this thread, if it can be.
+    fn expect_more(&mut self, _more: bool) {}
+
     /// Sends what was submitted to the host, runs what can run, and moves what is done into `done`. Never blocks.
     fn turn(&mut self, done: &mut Vec<Done>);
 

@@ -304,7 +304,7 @@ impl<Q: BlockQueue> Running<'_, Q> {
     fn serve(&mut self) -> Result<(), RingError> {
         self.ring.disable_kicks()?;
         while !self.control.stopping() {
-            let waiting = self.ring.available()?.min(self.portion.get());
+            let waiting = self.ring.available()?;
             let progress = if waiting > 0 { self.serve_portion(waiting)? } else { self.finish()? };
             if !progress {
                 self.idle()?;
@@ -313,9 +313,11 @@ impl<Q: BlockQueue> Running<'_, Q> {
         Ok(())
     }
 
-    /// Takes so many chains, which are there, and hands back what is done.
-    fn serve_portion(&mut self, chains: u16) -> Result<bool, RingError> {
+    /// Takes a portion of the chains that are waiting, and hands back what is done.
+    fn serve_portion(&mut self, waiting: u16) -> Result<bool, RingError> {
         let began = Instant::now();
+        let chains = waiting.min(self.portion.get());
+        self.queue.expect_more(waiting > chains);
         self.take(chains)?;
         let before = self.in_flight.len();
         self.finish()?;

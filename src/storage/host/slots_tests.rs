@@ -23,7 +23,7 @@ fn file(offset_alignment: u32) -> OpenFile {
 fn begun(kind: Kind, parts: &[usize], file: &OpenFile) -> Slot {
     let parts = parts.iter().map(|len| Part::Owned(filled(*len))).collect();
     let mut slot = Slot::idle();
-    slot.begin(Token(1), Operation { file: FileId(0), kind, offset: 4096, parts }, file);
+    slot.begin(Token(1), Operation::new(FileId(0), kind, 4096, parts), file);
     slot
 }
 

@@ -46,7 +46,7 @@ impl Bench {
     }
 
     fn run(&mut self, kind: Kind, offset: u64, parts: Parts) -> Completion {
-        self.queue.push(Token(77), Operation { file: self.file, kind, offset, parts });
+        self.queue.push(Token(77), Operation::new(self.file, kind, offset, parts));
         self.queue.submit();
         let completion = self.finish(1).pop().expect("one completion");
         assert_eq!(completion.token, Token(77));
@@ -351,7 +351,7 @@ fn a_reader_cannot_write() {
         let (file, info) = bench.storage.open(&path, &options(false, true)).expect("it opens");
         assert!(!info.writable);
         let parts = Parts::from_vec(vec![owned(&[0; 512])]);
-        bench.queue.push(Token(1), Operation { file, kind: Kind::Write, offset: 0, parts });
+        bench.queue.push(Token(1), Operation::new(file, Kind::Write, 0, parts));
         assert_eq!(bench.finish(1)[0].result, Err(Errno(libc::EBADF)));
     });
 }
@@ -362,7 +362,7 @@ fn more_operations_than_depth_are_all_done() {
     everywhere(&data, |bench| {
         for at in 0..400 {
             let parts = Parts::from_vec(vec![Part::Owned(AlignedBuf::new(4096))]);
-            let operation = Operation { file: bench.file, kind: Kind::Read, offset: at * 4096, parts };
+            let operation = Operation::new(bench.file, Kind::Read, at * 4096, parts);
             bench.queue.push(Token(at), operation);
         }
         assert_eq!(bench.queue.in_flight(), 400);
@@ -383,6 +383,36 @@ fn more_operations_than_depth_are_all_done() {
 }
 
 #[test]
+fn large_writes_to_memory_may_be_done_beside() {
+    let mut bench = Bench::new(in_memory(), true, &[]);
+    let beside = |file, at: u64, length: usize| {
+        let parts = Parts::from_vec(vec![owned(&vec![at as u8 + 1; length])]);
+        Operation { beside: true, ..Operation::new(file, Kind::Write, at << 16, parts) }
+    };
+    let mut done = Vec::new();
+    bench.queue.push(Token(0), beside(bench.file, 0, 4096));
+    bench.queue.reap(&mut done);
+    assert_eq!(done.len(), 1, "a small one is done at once");
+    // More than are given away at a time: the rest is done here.
+    let count = 100;
+    for at in 0..count {
+        bench.queue.push(Token(at), beside(bench.file, at, 1 << 16));
+    }
+    done.clear();
+    bench.queue.reap(&mut done);
+    let here = done.len();
+    assert!(here > 0 && here < count as usize, "{here} were done here");
+    bench.queue.submit();
+    done.extend(bench.finish(count as usize - here));
+    assert!(done.iter().all(|completion| completion.result == Ok(())));
+    let contents = bench.contents();
+    assert_eq!(contents.len(), (count as usize) << 16);
+    for (at, cluster) in contents.chunks(1 << 16).enumerate() {
+        assert!(cluster.iter().all(|byte| *byte == at as u8 + 1), "cluster {at}");
+    }
+}
+
+#[test]
 fn every_flavour_of_ring_works() {
     let Some(folder) = on_disk() else { return };
     let mut bench = Bench::new(folder, true, &pattern(1 << 20, 11));
@@ -400,7 +430,7 @@ fn every_flavour_of_ring_works() {
             assert!(started.elapsed() < LONG);
             for at in 0..64 {
                 let parts = Parts::from_vec(vec![Part::Owned(AlignedBuf::new(8192))]);
-                let operation = Operation { file: bench.file, kind: Kind::Read, offset: at * 4096, parts };
+                let operation = Operation::new(bench.file, Kind::Read, at * 4096, parts);
                 bench.queue.push(Token(at), operation);
             }
             for completion in bench.finish(64) {
@@ -551,12 +581,12 @@ fn drop_with_io_in_flight(aio: Aio) {
     let slices: Vec<GuestSlice> = (0..32).map(|_| guest(1 << 20)).collect();
     for (at, slice) in (0..).zip(&slices) {
         let parts = Parts::from_vec(vec![Part::Guest(*slice)]);
-        queue.push(Token(at), Operation { file, kind: Kind::Read, offset: at << 20, parts });
+        queue.push(Token(at), Operation::new(file, Kind::Read, at << 20, parts));
     }
     // These find no room, and never start.
     for at in 32..64 {
         let parts = Parts::from_vec(vec![owned(&[0; 4096])]);
-        queue.push(Token(at), Operation { file, kind: Kind::Write, offset: 0, parts });
+        queue.push(Token(at), Operation::new(file, Kind::Write, 0, parts));
     }
     queue.submit();
     drop(queue);
@@ -576,7 +606,7 @@ fn a_queue_uses_files_opened_later_and_outlives_the_storage() {
     bench.storage = HostStorage::new();
     for (file, byte) in [(later, 2), (bench.file, 1)] {
         let parts = Parts::from_vec(vec![owned(&[0; 512])]);
-        bench.queue.push(Token(0), Operation { file, kind: Kind::Read, offset: 0, parts });
+        bench.queue.push(Token(0), Operation::new(file, Kind::Read, 0, parts));
         assert_eq!(all_bytes(&bench.finish(1)[0].parts), [byte; 512]);
     }
 }

@@ -244,11 +244,7 @@ fn many_at_once_on_many_queues() {
         for round in 0..50u64 {
             for queue in 0..4 {
                 for number in 0..16 {
-                    let header = guest.header(T_OUT, (round * 16 + number) % 4096);
-                    let status = guest.put(&[UNTOUCHED]);
-                    let data = guest.alloc(512);
-                    let head = guest.chain(queue, &[(header, 16, 0), (data, 512, 0), (status, 1, WRITE)]);
-                    guest.make_available(queue, head);
+                    guest.offer_write(queue, (round * 16 + number) % 4096);
                     total += 1;
                 }
                 guest.kick(queue);
@@ -263,4 +259,51 @@ fn many_at_once_on_many_queues() {
         let counted = server.options.metrics.snapshot();
         assert!(counted.iter().all(|queue| queue.writes == total / 4 && queue.errors == 0));
     }
+}
+
+#[test]
+fn what_a_disk_does_at_once_is_handed_back_bit_by_bit() {
+    let disk = MemoryDisk::new(64);
+    let server = serve(&disk);
+    let mut guest = Guest::connect(&server.path, FEATURES);
+    let queue = guest.add_queue(64);
+    disk.slow.store(true, Ordering::SeqCst);
+    guest.write(queue, 0, &[1; 512]);
+    disk.gate.close();
+    for sector in 0..16 {
+        guest.offer_write(queue, sector);
+    }
+    guest.kick(queue);
+    disk.gate.open();
+    for _ in 0..16 {
+        guest.next_used(queue);
+    }
+    let portions = disk.portions.lock().unwrap().clone();
+    assert!(portions.len() == 17 && portions.iter().all(|(requests, _)| *requests == 1), "{portions:?}");
+    // The first two may have been taken before more were there.
+    assert!(portions[2..16].iter().all(|(_, more)| *more) && !portions[16].1, "{portions:?}");
+}
+
+#[test]
+fn a_disk_that_takes_its_time_gets_all_at_once() {
+    let disk = MemoryDisk::later(64);
+    let server = serve(&disk);
+    let mut guest = Guest::connect(&server.path, FEATURES);
+    let queue = guest.add_queue(64);
+    disk.gate.close();
+    for batch in 0..2 {
+        for sector in 0..16 {
+            guest.offer_write(queue, sector);
+        }
+        guest.kick(queue);
+        disk.await_submitted(16 * (batch + 1));
+    }
+    disk.gate.open();
+    for _ in 0..32 {
+        guest.next_used(queue);
+    }
+    // It may be awake and take some of them as they come, but it waits for none.
+    let portions = disk.portions.lock().unwrap().clone();
+    assert_eq!(portions.iter().map(|(requests, _)| requests).sum::<usize>(), 32);
+    assert!(portions.iter().all(|(_, more)| !more), "{portions:?}");
 }

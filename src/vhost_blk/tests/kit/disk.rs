@@ -48,6 +48,10 @@ pub struct MemoryDisk {
     pub full: AtomicBool,
     /// Requests held.
     pub held: AtomicU64,
+    /// A disk that completes at once does so when the gate is open, and takes its time.
+    pub slow: AtomicBool,
+    /// For each turn that came after any: how many requests were submitted for it, and whether more were announced.
+    pub portions: Mutex<Vec<(usize, bool)>>,
     later: bool,
 }
 
@@ -73,6 +77,8 @@ impl MemoryDisk {
             trap: AtomicBool::new(false),
             full: AtomicBool::new(false),
             held: AtomicU64::new(0),
+            slow: AtomicBool::new(false),
+            portions: Mutex::default(),
             later,
         })
     }
@@ -145,6 +151,7 @@ impl BlockDevice for Shared {
         Ok(MemoryQueue {
             disk: Arc::clone(&self.0),
             depth: depth as usize,
+            portion: (0, false),
             ready: Vec::new(),
             pending: Vec::new(),
             held: Vec::new(),
@@ -162,6 +169,8 @@ impl BlockDevice for Shared {
 pub struct MemoryQueue {
     disk: Arc<MemoryDisk>,
     depth: usize,
+    /// Requests since the last turn, and whether more are to come after the next.
+    portion: (usize, bool),
     ready: Vec<Done>,
     pending: Vec<(Tag, Request, Vec<GuestSlice>)>,
     /// Those that there is no space for.
@@ -212,13 +221,26 @@ impl BlockQueue for MemoryQueue {
             assert!(self.pending.len() <= self.depth, "more requests than were announced");
             self.send.as_ref().expect("until drop").send(tag).expect("the helper lives");
         } else {
+            if self.disk.slow.load(Ordering::SeqCst) {
+                self.disk.gate.pass();
+                std::thread::sleep(Duration::from_micros(100));
+            }
             let status = self.disk.perform(request, slices);
             self.ready.push(Done { tag, status });
         }
+        self.portion.0 += 1;
         self.disk.submitted.fetch_add(1, Ordering::SeqCst);
     }
 
+    fn expect_more(&mut self, more: bool) {
+        self.portion.1 = more;
+    }
+
     fn turn(&mut self, done: &mut Vec<Done>) {
+        if self.portion.0 > 0 {
+            self.disk.portions.lock().unwrap().push(self.portion);
+            self.portion.0 = 0;
+        }
         if !self.disk.full.load(Ordering::SeqCst) {
             self.let_go(MemoryDisk::perform);
         }

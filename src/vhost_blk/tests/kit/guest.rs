@@ -321,6 +321,14 @@ impl Guest {
         fence(Ordering::SeqCst);
     }
 
+    /// Makes a write of one sector available, without a kick.
+    pub fn offer_write(&mut self, queue: usize, sector: u64) {
+        let (header, data) = (self.header(T_OUT, sector), self.alloc(512));
+        let status = self.put(&[UNTOUCHED]);
+        let head = self.chain(queue, &[(header, 16, 0), (data, 512, 0), (status, 1, WRITE)]);
+        self.make_available(queue, head);
+    }
+
     /// Kicks, whether the device wants it or not.
     pub fn kick(&self, queue: usize) {
         self.queues[queue].kick.write(1).expect("a kick");
