@@ -2,6 +2,7 @@
 //! vectors. After every flush the bytes are opened anew, as after a crash, and must give what was flushed, with exact
 //! refcounts but for leaks.
 
+use std::sync::atomic::Ordering;
 use std::task::Waker;
 
 use engine::{
@@ -218,6 +219,10 @@ impl Bench {
             }
             self.engine.commit_cut(&cut);
         }
+        let idle = self.engine.sweep_map(0);
+        // As if the host had taken their memory away.
+        idle.pages().flatten().for_each(|word| word.store(0, Ordering::Relaxed));
+        drop(idle);
         while let Some(plan) = self.ask(|engine, waker| engine.plan_reclaim(waker))? {
             // What is punched reads as zero; that some is not must not matter.
             let punched: Vec<bool> = plan.punches.iter().map(|(offset, _)| offset.0 % 3 != 0).collect();

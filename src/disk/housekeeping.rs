@@ -1,6 +1,7 @@
-//! The housekeeper: one thread a disk that flushes metadata which has been dirty for long, and gives freed space back.
+//! The housekeeper: one thread a disk that flushes metadata which has been dirty for long, gives freed space back to the
+//! host, and memory of the map that nobody uses.
 //!
-//! It sleeps while there is nothing of either.
+//! It sleeps while there is nothing of that.
 
 use std::future::{Future, poll_fn};
 use std::rc::Rc;
@@ -8,10 +9,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::task::{Poll, Waker};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use engine::FileIndex;
 use engine::mutation::{Mutation, active};
+use engine::{Engine, FileIndex};
+use storage::buffer::give_back;
 use storage::{Errno, Kind, Operation, Storage};
 use tracing::warn;
 
@@ -26,6 +28,9 @@ const DIRTY_AGE_MAX: Duration = Duration::from_secs(5);
 /// How long to wait before looking again whether freed clusters are out of reach of all I/O.
 const RECLAIM_RETRY: Duration = Duration::from_millis(50);
 
+/// How often the map is looked through: what nobody used for so long, or for twice as long at most, gives its memory back.
+const SWEEP_EVERY: Duration = Duration::from_secs(300);
+
 /// Punches in flight at a time.
 pub(crate) const PUNCHES_AT_ONCE: usize = 16;
 
@@ -35,6 +40,8 @@ pub(crate) struct Bell {
     /// The housekeeper sleeps until it is rung for. Stored (SeqCst) before it looks for work a last time; rung after
     /// the work was made, so one of the two sees the other.
     listening: AtomicBool,
+    /// It sleeps or works with the next sweep of the map in mind: it need not be told that there is something to sweep.
+    sweeping: AtomicBool,
     stop: AtomicBool,
     /// Leaf lock.
     waker: Mutex<Option<Waker>>,
@@ -55,6 +62,11 @@ impl Bell {
         }
     }
 
+    /// There is something to sweep, which was not so when it was last asked for.
+    fn has_sweep<S: Storage>(&self, worker: &Worker<S>) -> bool {
+        !self.sweeping.load(Ordering::SeqCst) && worker.engine().status().map_sweepable_bytes > 0
+    }
+
     fn stopped(&self) -> bool {
         self.stop.load(Ordering::SeqCst)
     }
@@ -71,7 +83,7 @@ impl Bell {
             }
             let rung = listen && !self.listening.load(Ordering::SeqCst);
             let over = until.is_some_and(|until| worker.driver.now() >= until);
-            if self.stopped() || rung || over || (listen && has_work(worker)) {
+            if self.stopped() || rung || over || (listen && (has_work(worker) || self.has_sweep(worker))) {
                 return Poll::Ready(());
             }
             if let Some(until) = until {
@@ -187,14 +199,46 @@ impl<S: Storage> Drop for Keeper<S> {
     }
 }
 
+/// When the map is looked through.
+#[derive(Default)]
+struct Sweeps {
+    next: Option<Instant>,
+}
+
+impl Sweeps {
+    /// Looks through the map if it is time to; how long it is until the next time, if there is something to look through.
+    fn turn<S: Storage>(&mut self, worker: &Worker<S>) -> Option<Duration> {
+        let now = worker.driver.now();
+        if self.next.is_some_and(|next| next <= now) {
+            sweep(worker.engine());
+            self.next = None;
+        }
+        let filled = worker.engine().status().map_sweepable_bytes > 0;
+        worker.shared.bell.sweeping.store(filled, Ordering::SeqCst);
+        self.next = filled.then(|| self.next.unwrap_or(now + SWEEP_EVERY));
+        self.next.map(|next| next.saturating_duration_since(now))
+    }
+}
+
+/// Gives memory of the map back that nobody used since the last time.
+pub(crate) fn sweep(engine: &Engine) {
+    let mut from = Some(0);
+    while let Some(at) = from {
+        let idle = engine.sweep_map(at);
+        idle.pages().for_each(give_back);
+        from = idle.next();
+    }
+}
+
 /// The housekeeper's work.
 async fn keep<S: Storage>(worker: &Worker<S>) {
     let bell = &worker.shared.bell;
-    let mut dirty_since = None;
+    let (mut dirty_since, mut sweeps) = (None, Sweeps::default());
     while !bell.stopped() && !worker.engine().has_failed() {
+        let until_sweep = sweeps.turn(worker);
         if !has_work(worker) {
             dirty_since = None;
-            bell.idle(worker, None, true).await;
+            bell.idle(worker, until_sweep, true).await;
             continue;
         }
         let since = *dirty_since.get_or_insert_with(|| worker.driver.now());
@@ -279,6 +323,13 @@ impl<S: Storage> Shared<S> {
     /// Metadata was changed: the housekeeper is to see to it in time.
     pub(crate) fn touched(&self) {
         self.bell.ring();
+    }
+
+    /// The engine answered a question, for which it may have filled the map.
+    pub(crate) fn asked(&self) {
+        if self.engine.map_was_filled() && !self.bell.sweeping.load(Ordering::SeqCst) {
+            self.bell.ring();
+        }
     }
 
     /// A cut is durable: what it unlinked can be given back.

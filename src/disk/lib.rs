@@ -235,7 +235,7 @@ impl<S: Storage> Disk<S> {
     }
 
     fn needs_keeping(&self) -> bool {
-        !self.shared.read_only && self.shared.is_qcow2()
+        self.shared.is_qcow2()
     }
 
     /// Virtual size in bytes.

@@ -57,7 +57,10 @@ impl<S: Storage> Worker<S> {
             })
             .await;
             match answer {
-                Ok(Answer::Ready(value)) => return Ok(value),
+                Ok(Answer::Ready(value)) => {
+                    self.shared.asked();
+                    return Ok(value);
+                }
                 Ok(Answer::Wait) => {}
                 Ok(Answer::Load(loads)) => self.load_tables(loads).await?,
                 // Boxed: these ask in turn. What they need is never what they were asked for.

@@ -65,9 +65,10 @@ use crate::claims::Claims;
 use crate::flush::FlushState;
 use crate::guard::MetadataGuard;
 use crate::layers::{Layer, Qcow2Layer};
-use crate::map::{ChainMap, MapWriter};
+use crate::map::{ChainMap, MapWriter, Swept};
 use crate::refcounts::Refcounts;
 use crate::state::{State, WriteState};
+use crate::sync::AtomicU64;
 use crate::tables::{SLICE_BYTES_MAX, Tables};
 
 /// The map's unit for a raw top image, in bytes.
@@ -150,8 +151,35 @@ pub struct EngineStatus {
     pub reserved_clusters: u64,
     /// Cuts that became durable.
     pub cuts: u64,
-    /// Bytes of memory that the chain map has taken so far.
+    /// Bytes of memory that the chain map takes.
     pub map_bytes: usize,
+    /// Those of them that [`Engine::sweep_map`] gives back once they are not used.
+    pub map_sweepable_bytes: usize,
+}
+
+/// Memory of the map that nothing names: pages whose memory may be taken away, so that they read as zero afterwards or as
+/// they do. Dropped, it is the map's again.
+pub struct IdleMap<'a> {
+    engine: &'a Engine,
+    swept: Swept,
+}
+
+impl IdleMap<'_> {
+    /// The pages, each of 4 KiB and at a multiple of that.
+    pub fn pages(&self) -> impl Iterator<Item = &[AtomicU64]> {
+        self.swept.frames.iter().flat_map(|frame| self.engine.map.pages(*frame))
+    }
+
+    /// Where to go on, if that was not the end of the map.
+    pub fn next(&self) -> Option<usize> {
+        self.swept.next
+    }
+}
+
+impl Drop for IdleMap<'_> {
+    fn drop(&mut self) {
+        self.engine.with(|state, _| state.map_writer.take_back(&self.swept.frames));
+    }
 }
 
 impl Engine {
@@ -486,8 +514,9 @@ impl Engine {
     pub fn status(&self) -> EngineStatus {
         self.with(|state, _| {
             let map_bytes = state.map_writer.bytes(&self.map);
+            let map_sweepable_bytes = state.map_writer.sweepable_bytes(&self.map);
             let Some(write) = &state.write else {
-                return EngineStatus { map_bytes, ..EngineStatus::default() };
+                return EngineStatus { map_bytes, map_sweepable_bytes, ..EngineStatus::default() };
             };
             EngineStatus {
                 dirty_bytes: state.tables.dirty_bytes(),
@@ -496,8 +525,20 @@ impl Engine {
                 reclaimable: !write.alloc.unlinked.is_empty(),
                 cuts: write.flush.completed(),
                 map_bytes,
+                map_sweepable_bytes,
             }
         })
+    }
+
+    /// Whether the map ever needed memory that [`Engine::sweep_map`] may give back. Takes no lock.
+    pub fn map_was_filled(&self) -> bool {
+        self.map.has_chunks()
+    }
+
+    /// Looks through a part of the map, from `from` on (0, then [`IdleMap::next`]), for memory that was not used since the
+    /// last time that it was looked through. What it stood for is resolved anew when it is needed.
+    pub fn sweep_map(&self, from: usize) -> IdleMap<'_> {
+        IdleMap { engine: self, swept: self.with(|state, _| state.map_writer.sweep(&self.map, from)) }
     }
 }
 

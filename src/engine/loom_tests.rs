@@ -8,6 +8,7 @@
 //! orders two SeqCst fences as if the first released to the second, which is more than they promise: a missing acquire or
 //! release that such a pair happens to cover would not be seen.
 
+mod idle;
 mod runs;
 
 use std::future::poll_fn;

@@ -5,8 +5,8 @@
 //! zero, or its data lies in one piece. Or they lie in a frame, which the entry names.
 //!
 //! Readers ([`ChainMap::lookup`]) take no lock and count no reference: load the entry, load the word, load the entry
-//! again. Frames are bounded in number, evicted by clock and never freed while the map lives, so a stale read is
-//! harmless and is found out. All changes are made under the engine's one lock, through [`MapWriter`]. It turns a slice
+//! again. Frames are bounded in number, evicted by clock and never freed while the map lives (their memory may be:
+//! map/idle.rs), so a stale read is harmless and is found out. All changes are made under the engine's one lock, through [`MapWriter`]. It turns a slice
 //! into a run as soon as it is one, and back when it is none.
 //!
 //! Where images have subclusters, a frame has a second word a cluster: which of them are data in the host cluster that
@@ -17,6 +17,10 @@
 //! word once gone does not come back while the reader is in its epoch: for that its host cluster would have to be freed
 //! and handed out again (docs/concurrency.md, "Epochs"). Where only the subclusters change, one store of the second word
 //! publishes it.
+
+mod idle;
+
+pub(crate) use idle::Swept;
 
 use qcow2::{GuestCluster, Subcluster, SubclusterSet, Subclusters};
 
@@ -70,23 +74,25 @@ impl Parts {
     }
 }
 
-struct Frame {
-    words: [AtomicU64; SLICE_WORDS as usize],
+type Words = [AtomicU64; SLICE_WORDS as usize];
+
+/// The words of a slice, first or second ones: a page of the system's, so that it can have the memory back.
+#[cfg_attr(not(loom), repr(align(4096)))]
+struct Page(Words);
+
+/// Frames that are made together: as each page begins where one of the system's does, single ones would waste as much.
+const CHUNK_FRAMES: usize = if cfg!(loom) { 1 } else { 16 };
+
+struct Frame<'a> {
+    words: &'a Words,
     /// The second words, where images have subclusters.
-    parts: Option<Box<[AtomicU64; SLICE_WORDS as usize]>>,
-    /// Set by readers, cleared by the clock.
-    referenced: AtomicBool,
+    parts: Option<&'a Words>,
 }
 
-impl Frame {
-    fn new(has_parts: bool) -> Self {
-        let parts = has_parts.then(|| Box::new(zeroed()));
-        Frame { words: zeroed(), parts, referenced: AtomicBool::new(false) }
-    }
-
+impl Frame<'_> {
     /// Stores what is known of a cluster. The order is that of the module's first lines.
     fn put(&self, at: usize, word: Word, parts: Parts) {
-        if let (true, Some(seconds)) = (word.has_parts(), &self.parts) {
+        if let (true, Some(seconds)) = (word.has_parts(), self.parts) {
             let before = self.word(at);
             if before.has_parts() && before != word {
                 self.words[at].store(Word::MIXED.0, Ordering::Release);
@@ -168,21 +174,25 @@ pub(crate) struct ChainMap {
     step: u64,
     has_parts: bool,
     directory: Box<[OnceLock<Leaf>]>,
-    frames: Box<[OnceLock<Box<Frame>>]>,
+    chunks: Box<[OnceLock<Box<[Page]>>]>,
+    /// By frame. Set by readers, cleared by the clock and by sweeps.
+    referenced: Box<[AtomicBool]>,
 }
 
 impl ChainMap {
-    /// A map for `clusters` guest clusters of `unit` bytes in at most `frames` frames (4 KiB each, made when first used);
-    /// with second words for subclusters (8 KiB a frame) if `has_parts`.
+    /// A map for `clusters` guest clusters of `unit` bytes in at most `frames` frames (4 KiB each, some of which are made
+    /// when the first is used); with second words for subclusters (8 KiB a frame) if `has_parts`.
     pub fn new(clusters: u64, unit: u64, frames: usize, has_parts: bool) -> Self {
         let slices = clusters.div_ceil(SLICE_WORDS);
         let leaves = slices.div_ceil(LEAF_ENTRIES) as usize;
+        let frames = frames.clamp(1, FRAMES_MAX);
         ChainMap {
             clusters,
             step: unit / 512,
             has_parts,
             directory: (0..leaves).map(|_| OnceLock::new()).collect(),
-            frames: (0..frames.clamp(1, FRAMES_MAX)).map(|_| OnceLock::new()).collect(),
+            chunks: (0..frames.div_ceil(CHUNK_FRAMES)).map(|_| OnceLock::new()).collect(),
+            referenced: (0..frames).map(|_| AtomicBool::new(false)).collect(),
         }
     }
 
@@ -198,15 +208,15 @@ impl ChainMap {
             if let Some(first) = entry.run() {
                 return self.word_in_run(first, cluster);
             }
-            let Some(frame) = self.frames.get(entry.frame()).and_then(OnceLock::get) else {
-                return Word::UNRESOLVED;
-            };
+            let frame = entry.frame();
+            let Some(words) = self.page(frame, 0) else { return Word::UNRESOLVED };
             // Acquire, paired with the release of every word store: if this word was stored for another slice, the
             // store that took the frame away from ours is visible to the load below.
-            let word = frame.words[(cluster.0 % SLICE_WORDS) as usize].load(Ordering::Acquire);
+            let word = words[(cluster.0 % SLICE_WORDS) as usize].load(Ordering::Acquire);
             if Entry(slot.load(Ordering::Relaxed)) == entry {
-                if !frame.referenced.load(Ordering::Relaxed) {
-                    frame.referenced.store(true, Ordering::Relaxed);
+                let referenced = &self.referenced[frame];
+                if !referenced.load(Ordering::Relaxed) {
+                    referenced.store(true, Ordering::Relaxed);
                 }
                 return Word(word);
             }
@@ -224,14 +234,14 @@ impl ChainMap {
             if entry.run().is_some() {
                 return None;
             }
-            let frame = self.frames.get(entry.frame())?.get()?;
-            let word = Word(frame.words[at].load(Ordering::Acquire));
+            let words = self.page(entry.frame(), 0)?;
+            let word = Word(words[at].load(Ordering::Acquire));
             if !word.has_parts() {
                 return None;
             }
             // Acquire: the loads below see what was stored before this was.
-            let parts = frame.parts.as_ref()?[at].load(Ordering::Acquire);
-            let again = frame.words[at].load(Ordering::Relaxed);
+            let parts = self.page(entry.frame(), 1)?[at].load(Ordering::Acquire);
+            let again = words[at].load(Ordering::Relaxed);
             if again == word.0 && Entry(slot.load(Ordering::Relaxed)) == entry {
                 return Some((word, Parts(parts)));
             }
@@ -259,7 +269,7 @@ impl ChainMap {
     }
 
     /// How many of its neighbours in a frame a cluster of this word joins.
-    fn joints_at(&self, frame: &Frame, at: usize, word: Word) -> usize {
+    fn joints_at(&self, frame: &Frame<'_>, at: usize, word: Word) -> usize {
         let before = at > 0 && self.joins(frame.word(at - 1), word);
         let after = at + 1 < frame.words.len() && self.joins(word, frame.word(at + 1));
         usize::from(before) + usize::from(after)
@@ -276,8 +286,31 @@ impl ChainMap {
         leaf.get((slice.0 % LEAF_ENTRIES) as usize)
     }
 
-    fn frame(&self, frame: usize) -> &Frame {
-        self.frames[frame].get_or_init(|| Box::new(Frame::new(self.has_parts)))
+    fn frame_bytes(&self) -> usize {
+        self.pages_a_frame() * SLICE_WORDS as usize * 8
+    }
+
+    fn pages_a_frame(&self) -> usize {
+        1 + usize::from(self.has_parts)
+    }
+
+    /// The words of a frame, or (page 1) its second words; nothing if there are none.
+    #[inline]
+    fn page(&self, frame: usize, page: usize) -> Option<&Words> {
+        let chunk = self.chunks.get(frame / CHUNK_FRAMES)?.get()?;
+        let index = frame % CHUNK_FRAMES * self.pages_a_frame() + page;
+        chunk.get(index).map(|page| &page.0)
+    }
+
+    /// A frame for the writer, made if it is not there.
+    fn frame(&self, frame: usize) -> Frame<'_> {
+        let (first, pages) = (frame / CHUNK_FRAMES, self.pages_a_frame());
+        let chunk = self.chunks[first].get_or_init(|| {
+            let frames = (self.referenced.len() - first * CHUNK_FRAMES).min(CHUNK_FRAMES);
+            (0..frames * pages).map(|_| Page(zeroed())).collect()
+        });
+        let at = frame % CHUNK_FRAMES * pages;
+        Frame { words: &chunk[at].0, parts: self.has_parts.then(|| &chunk[at + 1].0) }
     }
 }
 
@@ -285,8 +318,11 @@ impl ChainMap {
 pub(crate) struct MapWriter {
     /// For each frame that was ever used: what it holds.
     owners: Vec<Owner>,
-    /// Those of them that hold no slice.
+    /// Those of them that hold no slice and have their memory, and those whose memory was given back.
     free: Vec<usize>,
+    bare: Vec<usize>,
+    /// How many are with whoever gives their memory back, and hold no slice either.
+    away: usize,
     hand: usize,
     /// Leaves made so far.
     leaves: usize,
@@ -303,13 +339,12 @@ struct Owner {
 
 impl MapWriter {
     pub fn new() -> Self {
-        MapWriter { owners: Vec::new(), free: Vec::new(), hand: 0, leaves: 0 }
+        MapWriter { owners: Vec::new(), free: Vec::new(), bare: Vec::new(), away: 0, hand: 0, leaves: 0 }
     }
 
-    /// Bytes of memory that the map has taken so far.
+    /// Bytes of memory that the map takes.
     pub fn bytes(&self, map: &ChainMap) -> usize {
-        let frame = SLICE_WORDS as usize * if map.has_parts { 16 } else { 8 };
-        self.leaves * LEAF_ENTRIES as usize * 8 + self.owners.len() * frame
+        self.leaves * LEAF_ENTRIES as usize * 8 + (self.owners.len() - self.bare.len()) * map.frame_bytes()
     }
 
     /// True if a slice can be made resident.
@@ -358,8 +393,8 @@ impl MapWriter {
                 let owner = &mut self.owners[number];
                 let before = frame.word(at);
                 if before != word {
-                    owner.joints -= map.joints_at(frame, at, before);
-                    owner.joints += map.joints_at(frame, at, word);
+                    owner.joints -= map.joints_at(&frame, at, before);
+                    owner.joints += map.joints_at(&frame, at, word);
                 }
                 let joints = owner.joints;
                 frame.put(at, word, parts);
@@ -393,7 +428,7 @@ impl MapWriter {
         let owner = &mut self.owners[number];
         owner.joints = joints;
         if present.is_none() {
-            frame.referenced.store(true, Ordering::Relaxed);
+            map.referenced[number].store(true, Ordering::Relaxed);
             owner.slice = Some(slice);
             owner.generation += 1;
             // Last: until then, whoever reads the slice finds the run that it was, or nothing.
@@ -416,26 +451,31 @@ impl MapWriter {
 
     /// A frame for a slice that has none: one that holds none, or by clock one that no reader used lately.
     fn take_frame(&mut self, map: &ChainMap) -> usize {
-        if let Some(number) = self.free.pop() {
+        if let Some(number) = self.free.pop().or_else(|| self.bare.pop()) {
             return number;
         }
-        if self.owners.len() < map.frames.len() {
+        if self.owners.len() < map.referenced.len() {
             self.owners.push(Owner { slice: None, generation: 0, joints: 0 });
             return self.owners.len() - 1;
         }
         loop {
             let number = self.hand;
             self.hand = (self.hand + 1) % self.owners.len();
-            let Some(slice) = self.owners[number].slice else { return number };
-            if map.frame(number).referenced.swap(false, Ordering::Relaxed) {
-                continue;
+            // One without a slice is away.
+            let Some(slice) = self.owners[number].slice else { continue };
+            if !map.referenced[number].swap(false, Ordering::Relaxed) {
+                self.forget(map, number, slice);
+                return number;
             }
-            if let Some(slot) = map.slot(slice) {
-                Self::publish_entry(slot, Entry::ABSENT);
-            }
-            self.owners[number].slice = None;
-            return number;
         }
+    }
+
+    /// Takes its slice out of a frame.
+    fn forget(&mut self, map: &ChainMap, number: usize, slice: SliceIndex) {
+        if let Some(slot) = map.slot(slice) {
+            Self::publish_entry(slot, Entry::ABSENT);
+        }
+        self.owners[number].slice = None;
     }
 }
 

@@ -7,6 +7,7 @@ use std::alloc::{self, Layout};
 use std::cell::RefCell;
 use std::fmt;
 use std::ptr::NonNull;
+use std::sync::atomic::AtomicU64;
 
 use smallvec::SmallVec;
 
@@ -293,8 +294,25 @@ pub(crate) fn zero_from(slice: &GuestSlice, offset: usize) {
     }
 }
 
+/// Takes memory of the heap away from words that nobody needs: they read as zero afterwards, or, where they do not fill a
+/// page of the system's, as they do now. The memory comes back when they are written.
+pub fn give_back(words: &[AtomicU64]) {
+    let page = rustix::param::page_size();
+    let address = words.as_ptr() as usize;
+    let begin = address.next_multiple_of(page);
+    let end = (address + size_of_val(words)) / page * page;
+    if begin < end {
+        let first = words.as_ptr().wrapping_byte_add(begin - address).cast_mut().cast();
+        // SAFETY: the pages lie within `words`, which are private memory of ours, and which anybody who shares them may
+        // set to zero at any time. If it fails they are as they were.
+        unsafe { libc::madvise(first, end - begin, libc::MADV_DONTNEED) };
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::Ordering;
+
     use super::*;
 
     /// Guest slices over memory that is leaked, so that `'static` holds.
@@ -314,6 +332,22 @@ mod tests {
             buffer.truncate(len);
             assert_eq!(buffer.len(), len / 2);
         }
+    }
+
+    #[test]
+    fn words_given_back_read_as_zero_and_hold_what_is_stored_then() {
+        let words: Vec<AtomicU64> = (1..=5 * 512).map(AtomicU64::new).collect();
+        give_back(&words[100..100 + 3 * 512]);
+        let values = || words.iter().map(|word| word.load(Ordering::Relaxed));
+        let zeros = values().filter(|value| *value == 0).count();
+        assert_eq!(zeros % 512, 0);
+        assert!((2 * 512..=3 * 512).contains(&zeros), "{zeros} words: all pages within the range");
+        assert!(values().zip(1..).all(|(value, before)| value == 0 || value == before));
+        assert!(values().take(100).chain(values().skip(100 + 3 * 512)).all(|value| value != 0));
+        words.iter().zip(7..).for_each(|(word, value)| word.store(value, Ordering::Relaxed));
+        assert!(values().zip(7..).all(|(value, stored)| value == stored));
+        give_back(&words[..3]);
+        assert_eq!(values().next(), Some(7), "less than a page stays");
     }
 
     #[test]

@@ -439,6 +439,8 @@ impl Rig {
         // Long pauses are rare, but the housekeeper's five seconds must come in the midst of things now and then.
         let pass = match self.random.below(2048) {
             0 if self.leaving.is_none() => Duration::from_millis(5100),
+            // Now and then the map is swept.
+            1 if self.leaving.is_none() => Duration::from_secs(301),
             0..4 => TICK,
             4..16 => Duration::from_micros(500),
             _ => return self.count_vain_turn(),

@@ -59,6 +59,71 @@ fn a_full_map_evicts_and_never_mixes_slices() {
     assert_eq!(resident, 3);
 }
 
+/// Sweeps the whole map; what is given is cleared, as if the host had taken its memory, and handed back.
+fn sweep(map: &ChainMap, writer: &mut MapWriter) -> usize {
+    let swept = writer.sweep(map, 0);
+    assert_eq!(swept.next, None);
+    clear(map, &swept.frames);
+    writer.take_back(&swept.frames);
+    swept.frames.len()
+}
+
+fn clear(map: &ChainMap, frames: &[usize]) {
+    let words = frames.iter().flat_map(|frame| map.pages(*frame)).flatten();
+    words.for_each(|word| word.store(0, Ordering::Relaxed));
+}
+
+#[test]
+fn a_sweep_takes_what_nobody_looked_up_since_the_last() {
+    for has_parts in [false, true] {
+        let map = ChainMap::new(100 * SLICE_WORDS, APART, 40, has_parts);
+        let mut writer = MapWriter::new();
+        for slice in 0..30 {
+            writer.fill(&map, SliceIndex(slice), &slice_words(slice));
+        }
+        assert_eq!(sweep(&map, &mut writer), 0, "filling is using");
+        let used = |slice: u64| slice % 3 == 1;
+        (0..30).filter(|slice| used(*slice)).for_each(|slice| {
+            map.lookup(GuestCluster(slice * SLICE_WORDS + 9));
+        });
+        let before = writer.bytes(&map);
+        assert_eq!(sweep(&map, &mut writer), 20);
+        assert_eq!(before - writer.bytes(&map), 20 * map.frame_bytes());
+        for slice in 0..30 {
+            let cluster = slice * SLICE_WORDS + 5;
+            let there = if used(slice) { word(cluster) } else { Word::UNRESOLVED };
+            assert_eq!(map.lookup(GuestCluster(cluster)), there);
+        }
+        assert_eq!((sweep(&map, &mut writer), sweep(&map, &mut writer)), (0, 9), "one stays");
+        assert_eq!(writer.sweepable_bytes(&map), 0);
+        for slice in 0..40 {
+            writer.fill(&map, SliceIndex(slice), &slice_words(slice));
+        }
+        assert_eq!(writer.owners.len(), 40, "frames without memory are used again");
+        (0..40 * SLICE_WORDS).for_each(|at| assert_eq!(map.lookup(GuestCluster(at)), word(at)));
+        assert_eq!(before + 10 * map.frame_bytes(), writer.bytes(&map));
+    }
+}
+
+#[test]
+fn no_slice_gets_a_frame_that_is_away() {
+    let map = ChainMap::new(100 * SLICE_WORDS, APART, 4, false);
+    let mut writer = MapWriter::new();
+    (0..4).for_each(|slice| writer.fill(&map, SliceIndex(slice), &slice_words(slice)));
+    writer.sweep(&map, 0);
+    let swept = writer.sweep(&map, 0);
+    assert_eq!(swept.frames.len(), 3);
+    for slice in 0..100 {
+        writer.fill(&map, SliceIndex(slice), &slice_words(slice));
+        clear(&map, &swept.frames);
+        let first = slice * SLICE_WORDS;
+        (first..first + SLICE_WORDS).for_each(|at| assert_eq!(map.lookup(GuestCluster(at)), word(at)));
+    }
+    writer.take_back(&swept.frames);
+    (0..3).for_each(|slice| writer.fill(&map, SliceIndex(slice), &slice_words(slice)));
+    (0..3 * SLICE_WORDS).for_each(|at| assert_eq!(map.lookup(GuestCluster(at)), word(at)));
+}
+
 /// A map of so many clusters, in two frames, that is a run from end to end.
 fn run(clusters: u64) -> (ChainMap, MapWriter) {
     let map = ChainMap::new(clusters, TOGETHER, 2, false);

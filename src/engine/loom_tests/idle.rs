@@ -1,0 +1,60 @@
+//! Models of frames whose memory is taken away and comes back: "The map without a lock" in docs/concurrency.md.
+
+use super::*;
+
+/// Sweeps the map twice, as the first time it only notes that its slices were filled, and takes away the memory of what
+/// that brings: this thread may be any, and stores zeros as the host does, with no order.
+fn sweep(map: &ChainMap, writer: &mut MapWriter) {
+    writer.sweep(map, 0);
+    let swept = writer.sweep(map, 0);
+    swept.frames.iter().flat_map(|frame| map.pages(*frame)).flatten().for_each(|word| {
+        word.store(0, Ordering::Relaxed);
+    });
+    writer.take_back(&swept.frames);
+}
+
+#[test]
+fn a_frame_loses_its_memory_and_goes_to_another_slice() {
+    explore(Some(3), || {
+        let (map, mut writer) = map(4, 2, 2);
+        let readers = [reader(&map, 0), reader(&map, SLICE_WORDS)];
+        sweep(&map, &mut writer);
+        writer.fill(&map, SliceIndex(2), &words(2));
+        writer.fill(&map, SliceIndex(3), &words(3));
+        readers.into_iter().for_each(|reader| reader.join().expect("reader"));
+    });
+}
+
+#[test]
+fn a_slice_comes_back_without_a_moment_of_another() {
+    explore(Some(3), || {
+        let (map, mut writer) = map(3, 2, 2);
+        let readers = [reader(&map, 0), reader(&map, SLICE_WORDS)];
+        sweep(&map, &mut writer);
+        writer.fill(&map, SliceIndex(1), &words(1));
+        writer.fill(&map, SliceIndex(0), &words(0));
+        readers.into_iter().for_each(|reader| reader.join().expect("reader"));
+    });
+}
+
+/// The second word of a cluster is its own, or says nothing.
+#[test]
+fn second_words_are_their_own_or_say_nothing() {
+    explore(Some(3), || {
+        let map = Arc::new(ChainMap::new(4 * SLICE_WORDS, 65536, 2, true));
+        let mut writer = MapWriter::new();
+        fill_parted(&mut writer, &map, 0, 1);
+        fill_parted(&mut writer, &map, 1, 2);
+        let reading = Arc::clone(&map);
+        let reader = thread::spawn(move || {
+            let found = reading.lookup_parts(GuestCluster(SLICE_WORDS));
+            let (word, parts) = parted(2);
+            let known = [None, Some((word, parts)), Some((word, Parts(0)))].contains(&found);
+            assert!(known, "{found:?}");
+        });
+        sweep(&map, &mut writer);
+        fill_parted(&mut writer, &map, 2, 3);
+        fill_parted(&mut writer, &map, 3, 4);
+        reader.join().expect("reader");
+    });
+}
