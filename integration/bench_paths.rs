@@ -1,21 +1,20 @@
 //! `cargo bench-paths`: what single operations of the data path cost, in instructions.
 //!
-//! Owns the command line, callgrind and the table. What is measured is in `src/*/benches/paths.rs`, and
-//! `paths/harness.rs` runs it. Times of some nanoseconds mean nothing on a machine that others use as well; the number of
-//! instructions is the same each time.
+//! Owns the command line, callgrind and the table. What is measured is in `benches/`, a file for each crate, and
+//! `benches/harness.rs` runs it. Times of some nanoseconds mean nothing on a machine that others use as well; the number
+//! of instructions is the same each time.
 #![forbid(unsafe_code)]
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
-use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use strata_integration::command;
 use strata_integration::daemon::workspace;
 
-/// The packages with a `paths` benchmark, in the order of a request's way back.
-const PACKAGES: [&str; 3] = ["engine", "disk", "vhost_blk"];
-/// The function of `paths/harness.rs` in which callgrind counts.
+/// The crates that have a benchmark, in the order of a request's way back.
+const CRATES: [&str; 3] = ["engine", "disk", "vhost_blk"];
+/// The function of `benches/harness.rs` in which callgrind counts.
 const COUNTED: &str = "counted_run";
 
 /// Counts the instructions of single operations of the data path, under callgrind. For times: cargo bench --bench paths.
@@ -36,7 +35,7 @@ fn main() -> Result<()> {
     let options = Options::parse();
     let Some(valgrind) = command::find("valgrind") else {
         println!("SKIPPED: valgrind is not installed (apt-get install valgrind), so nothing can be counted.");
-        println!("Times, for what they are worth: cargo bench --bench paths");
+        println!("Times, for what they are worth: cargo bench --bench 'paths-*'");
         return Ok(());
     };
     let folder = tempfile::tempdir().context("a folder for callgrind")?;
@@ -44,14 +43,14 @@ fn main() -> Result<()> {
     eprintln!("building the benchmarks as a release is built: minutes, the first time");
     let programs = programs()?;
     println!("| crate | operation | instructions |\n|---|---|---|");
-    for (package, program) in programs {
+    for (name, program) in programs {
         for case in cases(&program)? {
             if options.name.as_ref().is_some_and(|name| !case.name.contains(name)) {
                 continue;
             }
             let total = count(&valgrind, &program, &case.name, options.runs, folder)?;
             let each = total as f64 / (case.operations * u64::from(options.runs)) as f64;
-            println!("| {package} | {} | {each:.0} |", case.name);
+            println!("| {name} | {} | {each:.0} |", case.name);
         }
     }
     Ok(())
@@ -64,33 +63,17 @@ struct Case {
     operations: u64,
 }
 
-/// Builds the benchmarks; the program of each package.
+/// Builds the benchmarks; the program of each crate.
 fn programs() -> Result<Vec<(&'static str, PathBuf)>> {
     let mut cargo = Command::new("cargo");
-    cargo.args([
-        "bench",
-        "--quiet",
-        "--no-run",
-        "--bench",
-        "paths",
-        "--message-format",
-        "json-render-diagnostics",
-    ]);
-    for package in PACKAGES {
-        cargo.args(["--package", package]);
-    }
+    cargo.args(["bench", "--quiet", "--no-run", "--package", "strata-benches", "--bench", "paths-*"]);
+    cargo.args(["--message-format", "json-render-diagnostics"]);
     let messages = command::output(cargo.current_dir(workspace()))?;
-    let program = |package: &'static str| {
-        let manifest = workspace().join("src").join(package).join("Cargo.toml");
-        let built =
-            messages.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok()).find(|message| {
-                message["target"]["kind"][0] == "bench"
-                    && message["manifest_path"].as_str().map(Path::new) == Some(&manifest)
-            });
-        let path = built.as_ref().and_then(|message| message["executable"].as_str());
-        Ok((package, PathBuf::from(path.with_context(|| format!("cargo built no benchmark of {package}"))?)))
+    let program = |name: &'static str| {
+        let built = command::built_program(&messages, "bench", &format!("paths-{name}"));
+        Ok((name, built.with_context(|| format!("cargo built no benchmark of {name}"))?))
     };
-    PACKAGES.into_iter().map(program).collect()
+    CRATES.into_iter().map(program).collect()
 }
 
 fn cases(program: &Path) -> Result<Vec<Case>> {

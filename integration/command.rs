@@ -1,9 +1,10 @@
 //! Runs a program to its end and says what went wrong.
 //!
-//! Owns the wording of "it failed" for every helper program. It never runs anything that stays: see `daemon` and
+//! Owns the wording of "it failed" for every helper program, and where programs are. It never runs anything that stays: see `daemon` and
 //! `machine` for those.
 
 use anyhow::{Context, Result, bail};
+use serde_json::Value;
 use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::process::{Command, Output};
@@ -77,6 +78,17 @@ pub fn find(program: &str) -> Option<PathBuf> {
         .find(|candidate| candidate.is_file())
 }
 
+/// The program of a target, from what cargo says with `--message-format json-render-diagnostics`. A `bin` is the program
+/// itself and not that of its unit tests.
+pub fn built_program(messages: &str, kind: &str, name: &str) -> Option<PathBuf> {
+    let is_it = |message: &Value| {
+        let unit_tests = kind == "bin" && message["profile"]["test"] == true;
+        message["target"]["kind"][0] == kind && message["target"]["name"] == name && !unit_tests
+    };
+    let messages = messages.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    messages.filter(is_it).find_map(|message| message["executable"].as_str().map(PathBuf::from))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -88,6 +100,28 @@ mod tests {
         assert_eq!(shown(&command), r"qemu-io -c 'write -P 0x11 0 64k' 'it'\''s.qcow2'");
         let lines = "qemu-io \\\n    -c 'write -P 0x11 0 64k' 'it'\\''s.qcow2'";
         assert_eq!(shown_in_lines(&command), lines);
+    }
+
+    #[test]
+    fn a_program_is_told_from_its_unit_tests_and_from_others() {
+        let message = |kind: &str, name: &str, test: bool, path: &str| {
+            format!(
+                r#"{{"target":{{"kind":["{kind}"],"name":"{name}"}},"profile":{{"test":{test}}},"executable":{path}}}"#
+            )
+        };
+        let messages = [
+            "no JSON".to_owned(),
+            message("lib", "a", false, "null"),
+            message("bin", "a", true, r#""/deps/a-1""#),
+            message("bin", "b", false, r#""/b""#),
+            message("bin", "a", false, r#""/a""#),
+            message("bench", "c", true, r#""/deps/c-1""#),
+        ]
+        .join("\n");
+        assert_eq!(built_program(&messages, "bin", "a"), Some(PathBuf::from("/a")));
+        assert_eq!(built_program(&messages, "bench", "c"), Some(PathBuf::from("/deps/c-1")));
+        assert_eq!(built_program(&messages, "bin", "c"), None);
+        assert_eq!(built_program(&messages, "lib", "a"), None);
     }
 
     #[test]

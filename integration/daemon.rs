@@ -104,12 +104,7 @@ fn ask_cargo(profile: Profile) -> Result<PathBuf> {
         cargo.arg("--release");
     }
     let messages = command::output(&mut cargo)?;
-    messages
-        .lines()
-        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
-        .filter(|message| message["target"]["name"] == "strata")
-        .find_map(|message| message["executable"].as_str().map(PathBuf::from))
-        .context("cargo built strata but named no executable")
+    command::built_program(&messages, "bin", "strata").context("cargo built strata but named no executable")
 }
 
 /// The root of the checkout this was built from.

@@ -5,21 +5,20 @@
 //! program once more, from the same files. The guest is played by hand, and no disk is there.
 #![allow(dead_code, reason = "some of each module is for the session, which is not here")]
 
-#[path = "../config.rs"]
+#[path = "../src/vhost_blk/config.rs"]
 mod config;
-#[path = "../device.rs"]
+#[path = "../src/vhost_blk/device.rs"]
 mod device;
-#[path = "../error.rs"]
+#[path = "../src/vhost_blk/error.rs"]
 mod error;
-#[path = "../../../integration/paths/harness.rs"]
 mod harness;
-#[path = "../memory.rs"]
+#[path = "../src/vhost_blk/memory.rs"]
 mod memory;
-#[path = "../part.rs"]
+#[path = "../src/vhost_blk/part.rs"]
 mod part;
-#[path = "../request.rs"]
+#[path = "../src/vhost_blk/request.rs"]
 mod request;
-#[path = "../ring.rs"]
+#[path = "../src/vhost_blk/ring.rs"]
 mod ring;
 
 use std::hint::black_box;

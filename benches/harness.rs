@@ -1,8 +1,7 @@
 //! The two ways to run a micro-benchmark: by time, as criterion does, and a fixed number of times, for callgrind to count
 //! its instructions.
 //!
-//! Owns the command line of every `benches/paths.rs`, which takes this file in by its path: a crate under src imports none
-//! outside. What is measured is theirs.
+//! Owns the command line of every benchmark of this package. What is measured is theirs.
 
 use std::hint::black_box;
 use std::process::exit;

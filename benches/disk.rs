@@ -4,7 +4,6 @@
 //! The images are on a simulated host. What moves guest memory is answered at once and moves none, so that the host has
 //! no part in the numbers.
 
-#[path = "../../../integration/paths/harness.rs"]
 mod harness;
 
 use std::hint::black_box;

@@ -2,7 +2,6 @@
 //!
 //! Uses the engine as its workers do, and makes up the tables that it asks for.
 
-#[path = "../../../integration/paths/harness.rs"]
 mod harness;
 
 use std::hint::black_box;
