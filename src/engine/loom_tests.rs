@@ -2,7 +2,7 @@
 //! and for every value that a load may give by the memory model. The arguments are in docs/concurrency.md; each has a
 //! model here, on the engine's own code (sync.rs exchanges the atomics below it, map.rs makes its slices short).
 //!
-//!     RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom cargo test -p engine --release --lib loom
+//!     RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom cargo test -p engine --profile loom --lib loom
 //!
 //! loom takes a SeqCst access for an acquire or a release, so what passes here needs SeqCst of its fences only. It
 //! orders two SeqCst fences as if the first released to the second, which is more than they promise: a missing acquire or

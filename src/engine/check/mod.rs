@@ -17,7 +17,7 @@ pub(crate) mod counts;
 mod repair;
 mod report;
 pub(crate) mod sweep;
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests;
 pub(crate) mod walk;
 
