@@ -1,7 +1,7 @@
 //! Every fuzz target, without a fuzzer: on what is in images of QEMU's tools, on inputs that were findings once, and on
 //! what chance makes of both.
 //!
-//! `STRATA_FUZZ_SECONDS=n` for so long, all targets together; `STRATA_FUZZ_ONLY=file` runs one input again, of the target
+//! `STRATA_FUZZ_SECONDS=n` for so much of the processors' time, all targets together; `STRATA_FUZZ_ONLY=file` runs one input again, of the target
 //! that its name begins with; `STRATA_FUZZ_CORPUS=folder` writes the seeds there for cargo-fuzz. README.md has more.
 
 mod meter;
@@ -14,6 +14,7 @@ mod targets;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::thread::{available_parallelism, current, scope};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use storage::sim::Random;
@@ -41,7 +42,7 @@ fn findings(target: &Target) -> Vec<(PathBuf, Vec<u8>)> {
 fn run(target: &Target, input: &[u8], what: &str) {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("fuzz");
     std::fs::create_dir_all(&folder).expect("a folder for findings");
-    let now = folder.join(format!("{}-now-{}", target.name, std::process::id()));
+    let now = folder.join(format!("{}-now-{}-{:?}", target.name, std::process::id(), current().id()));
     std::fs::write(&now, input).expect("an input is kept");
     let panic = catch_unwind(AssertUnwindSafe(|| target.run(input))).err();
     if let Some(panic) = panic {
@@ -95,16 +96,32 @@ fn every_target_bears_what_chance_makes_of_its_seeds() {
         for input in &pool {
             run(target, input, "a seed");
         }
-        let runs = mutate_for(target, &pool, &mut Random::new(seed), each);
+        let runs = match each {
+            Some(time) => mutate_on_all_processors(target, &pool, seed, time),
+            None => mutate_while(target, &pool, &mut Random::new(seed), |runs| runs < RUNS),
+        };
         println!("{}: {runs} inputs made of {} seeds, from seed {seed} on", target.name, pool.len());
     }
 }
 
-/// Runs what is made of the seeds: so many, or as many as there is time for; their number.
-fn mutate_for(target: &Target, pool: &[Vec<u8>], random: &mut Random, time: Option<Duration>) -> u64 {
-    let start = Instant::now();
+/// Runs what is made of the seeds for so long, which is spread over the processors; the number of inputs.
+fn mutate_on_all_processors(target: &Target, pool: &[Vec<u8>], seed: u64, time: Duration) -> u64 {
+    let threads = available_parallelism().map_or(1, |threads| threads.get() as u32);
+    let until = Instant::now() + time / threads;
+    scope(|scope| {
+        let run = |thread: u32| {
+            let mut random = Random::new(seed ^ (u64::from(thread) << 32));
+            mutate_while(target, pool, &mut random, |_| Instant::now() < until)
+        };
+        let running: Vec<_> = (0..threads).map(|thread| scope.spawn(move || run(thread))).collect();
+        running.into_iter().map(|thread| thread.join().expect("no finding")).sum()
+    })
+}
+
+/// Runs what is made of the seeds as long as it is to, told how often it did; the number of inputs.
+fn mutate_while(target: &Target, pool: &[Vec<u8>], random: &mut Random, more: impl Fn(u64) -> bool) -> u64 {
     let mut runs = 0;
-    while time.map_or(runs < RUNS, |time| start.elapsed() < time) {
+    while more(runs) {
         let [one, other] = [(); 2].map(|()| &pool[random.below(pool.len() as u64) as usize]);
         let input = mutate::mutated(one, other, random);
         run(target, &input, "a mutated seed");
