@@ -3,7 +3,7 @@
 //! Owns the order of the steps and the summary. Steps run one after the other, as each may use every core. It never
 //! goes on after a failed step.
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use clap::Parser;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
@@ -68,47 +68,60 @@ fn run(options: &Options, steps: &mut Steps) -> Result<()> {
     if nextest_works() {
         steps.run("build tests", |_| cargo(options, &["nextest", "run", "--workspace", "--no-run"]))?;
         steps.run("tests and VM tests", |_| {
-            cargo(options, &["nextest", "run", "--workspace", "--no-fail-fast"])
+            all_tests(options, &["nextest", "run", "--workspace", "--no-fail-fast"])
         })?;
     } else {
         steps.run("build tests", |_| cargo(options, &["test", "--quiet", "--workspace", "--no-run"]))?;
         steps.run("tests and VM tests", |_| {
-            cargo(options, &["test", "--workspace", "--all-targets", "--no-fail-fast"])
+            // as `--no-run` built them, and as nextest takes them: no benchmarks, which clippy saw
+            all_tests(options, &["test", "--workspace", "--lib", "--bins", "--tests", "--no-fail-fast"])
         })?;
     }
     // after the tests: that the crash machine says yes is worth something only if it can say no
     steps.run("deliberate breakages", |_| {
-        cargo(
-            options,
-            &["test", "--quiet", "-p", "strata-tests", "--features", "mutations", "--test", "mutations"],
-        )
+        one_test(options, &["--features", "strata-tests/mutations", "--test", "mutations"], &[])
     })?;
     steps.run("fuzz targets, for a minute", |_| fuzz(options))?;
     steps.run("documentation tests", |_| cargo(options, &["test", "--quiet", "--workspace", "--doc"]))?;
     steps.run("interleavings (loom)", |_| interleavings(options))
 }
 
+/// The tests that were built before. Those that run the daemon are told where it is: if they asked cargo for it alone, the
+/// features of what it depends on were others, and most of that would be built once more.
+fn all_tests(options: &Options, arguments: &[&str]) -> Result<()> {
+    let mut build = cargo_command(options, &["test", "--quiet", "--workspace", "--no-run"]);
+    let messages = command::output(build.args(["--message-format", "json-render-diagnostics"]))?;
+    let strata = command::built_program(&messages, "bin", "strata").context("cargo built no daemon")?;
+    let mut cargo = cargo_command(options, arguments);
+    cargo.env("STRATA_BIN", strata);
+    run_through(cargo)
+}
+
+/// One test target of strata-tests. All packages are named, as the features of what they depend on are then those of the
+/// whole, and what is built already is used: for one package alone, most would be built once more.
+fn one_test(options: &Options, arguments: &[&str], environment: &[(&str, &str)]) -> Result<()> {
+    let mut cargo = cargo_command(options, &["test", "--quiet", "--workspace"]);
+    cargo.args(arguments).envs(environment.iter().copied());
+    run_through(cargo)
+}
+
 /// The engine's models of its lock-free and waiting parts (src/engine/loom_tests.rs): bounded, some ten seconds once
 /// they are built. The build is another than everyone else's, so it has a target directory of its own.
 fn interleavings(options: &Options) -> Result<()> {
-    let mut cargo = cargo_command(options, &["test", "--package", "engine", "--release", "--lib", "loom"]);
+    let mut cargo =
+        cargo_command(options, &["test", "--package", "engine", "--profile", "loom", "--lib", "loom"]);
     cargo.env("RUSTFLAGS", "--cfg loom").env("CARGO_TARGET_DIR", target_folder().join("loom"));
-    // Optimised, but not to the last: the models take seconds, and a release's build takes minutes.
-    for (name, value) in [("LTO", "off"), ("CODEGEN_UNITS", "16"), ("DEBUG", "false")] {
-        cargo.env(format!("CARGO_PROFILE_RELEASE_{name}"), value);
-    }
     run_through(cargo)
 }
 
 /// The fuzz targets on what chance makes of their seeds (tests/README.md), and that those for cargo-fuzz can be built:
 /// they are in a package of their own, and it needs no libFuzzer for that.
 fn fuzz(options: &Options) -> Result<()> {
-    let mut cargo = cargo_command(options, &["test", "--quiet", "-p", "strata-tests", "--test", "fuzz"]);
-    cargo.args(["--", "--nocapture"]).env("STRATA_FUZZ_SECONDS", "60");
-    run_through(cargo)?;
+    one_test(options, &["--test", "fuzz", "--", "--nocapture"], &[("STRATA_FUZZ_SECONDS", "60")])?;
     let check = ["check", "--quiet", "--manifest-path", "tests/fuzz/Cargo.toml", "--no-default-features"];
     let mut cargo = cargo_command(options, &check);
-    cargo.env("CARGO_TARGET_DIR", target_folder().join("fuzz"));
+    // Its profile is the workspace's, so what the packages of others gave is there already.
+    cargo.env("CARGO_TARGET_DIR", target_folder());
     run_through(cargo)
 }
 
@@ -131,6 +144,9 @@ fn cargo_command(options: &Options, arguments: &[&str]) -> Command {
     let mut cargo = Command::new("cargo");
     cargo.args(arguments).current_dir(workspace());
     cargo.env("STRATA_REQUIRE_TOOLS", "1").env("STRATA_TEST_BACKEND", options.backend.to_string());
+    // What one build remembers for the next costs time, and a whole check is seldom of a small change. A failed test says
+    // where it failed without the lines of a backtrace.
+    cargo.env("CARGO_INCREMENTAL", "0").env("CARGO_PROFILE_DEV_DEBUG", "0");
     cargo
 }
 
