@@ -22,7 +22,8 @@ const EDGES: &[(&str, &[&str])] = &[
 
 /// Our packages outside src. They may import anything, and no crate under src may import them.
 /// `strata-fuzz` (tests/fuzz) is in no workspace but its own, as it needs nightly.
-const OUTSIDE: &[&str] = &["strata-tests", "strata-integration", "strata-benches", "strata-fuzz"];
+const OUTSIDE: &[&str] =
+    &["strata-tests", "strata-kit", "strata-integration", "strata-benches", "strata-fuzz"];
 
 /// Crates under src that may hold unsafe code.
 const UNSAFE_CRATES: &[&str] = &["storage", "vhost_blk"];

@@ -1,14 +1,12 @@
 //! Images with persistent bitmaps, in-process: what a writable open does to them, and that nothing else ever does.
 
-mod agree;
-mod rig;
-
 use std::path::{Path, PathBuf};
 
 use disk::DiskOptions;
 use disk::check::Verdict;
 use qcow2::{Bitmap, BitmapDirectory, Header, bitmap_table_entry};
 use serde_json::{Value, json};
+use strata_kit::{agree, rig};
 use strata_tests::images::{Format, ImageSpec};
 use strata_tests::model::{DiscardRule, Operation};
 use strata_tests::{ByteModel, Qemu};

@@ -1,7 +1,6 @@
 //! The checker and the repair against `qemu-img check`: on images that QEMU's tools made, on images that were damaged in
 //! one place each, and on images with random bits flipped.
 
-mod agree;
 #[path = "check/damage.rs"]
 #[allow(dead_code, unused_imports, reason = "tests/damage.rs uses the rest of the mutator")]
 mod damage;
@@ -17,6 +16,7 @@ use disk::check::{CheckError, RepairKind, Repaired, Report, Verdict};
 use disk::{DiskOptions, OpenError};
 use qcow2::Header;
 use storage::host::HostStorage;
+use strata_kit::agree;
 use strata_tests::Qemu;
 use strata_tests::images::{Content, Format, ImageSpec, Preallocation, find_tool};
 

@@ -1,8 +1,5 @@
 //! Compressed clusters: images made by `qemu-img convert -c`, and streams that are judged as QEMU judges them.
 
-mod agree;
-mod rig;
-
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
@@ -10,6 +7,7 @@ use disk::DiskOptions;
 use flate2::write::DeflateEncoder;
 use proptest::test_runner::{Config, TestRunner};
 use qcow2::{Geometry, HostOffset, L2Entry, Version};
+use strata_kit::{agree, rig};
 use strata_tests::images::{Format, ImageSpec};
 use strata_tests::model::{DiscardRule, Operation, contents, sequences};
 use strata_tests::{ByteModel, Qemu, model};

@@ -3,8 +3,6 @@
 //!
 //! In the midst of other requests images change in `crash_exhaustive` and `crash_random`.
 
-mod crash;
-
 use std::time::Duration;
 
 use crash::changes::{State, crash_all, deeds, full, judge, refcount_table_clusters, run, starts, states};
@@ -13,6 +11,7 @@ use crash::shape::Start;
 use crash::tally::Tally;
 use storage::Errno;
 use storage::sim::{CrashLimits, CrashScope, Fault, Image, Outcome, Random, Replay, SimOptions, SimWorld};
+use strata_kit::crash;
 
 #[test]
 fn no_crash_leaves_a_change_half_done() {

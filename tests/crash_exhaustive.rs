@@ -3,8 +3,6 @@
 //! `STRATA_CRASH_SECONDS=36000` for all of them; in a shorter time all of one and two operations come first, then a part of
 //! those of three.
 
-mod crash;
-
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -15,6 +13,7 @@ use crash::trial::describe;
 use crash::walk::Walker;
 use crash::{number, threads};
 use storage::sim::Random;
+use strata_kit::crash;
 
 /// A sequence: which image, how long, its number, and whether all its operations are in flight together.
 #[derive(Clone, Copy, Debug)]

@@ -3,8 +3,6 @@
 //! `STRATA_CRASH_SECONDS=7200` for a long run; `STRATA_CRASH_SEED=n` to begin with another seed, `STRATA_CRASH_ONLY=n`
 //! to do the trial of one seed alone; `STRATA_CRASH_TACTIC=shortages` (or `failures`, `overtaken`, `sizes`) for runs of one kind.
 
-mod crash;
-
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -12,6 +10,7 @@ use crash::tally::Tally;
 use crash::trial::{Tactic, starts, trial};
 use crash::walk::Walker;
 use crash::{number, threads};
+use strata_kit::crash;
 
 #[test]
 fn no_crash_of_a_random_run_loses_what_was_flushed() {

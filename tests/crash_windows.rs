@@ -1,7 +1,5 @@
 //! The crash windows in which QEMU 10 loses flushed data, by name (docs/durability.md, "Freed clusters").
 
-mod crash;
-
 use std::time::Duration;
 
 use crash::journal::Op;
@@ -9,6 +7,7 @@ use crash::shape::Start;
 use crash::tally::Tally;
 use crash::walk::Walker;
 use crash::windows::{compressed, discard, start, try_all, unmap, written_anew, written_over};
+use strata_kit::crash;
 
 fn check(name: &str, start: &Start, free: &[Op]) {
     let tally = Tally::new(Duration::from_secs(600));

@@ -3,8 +3,6 @@
 //!
 //! `STRATA_DAMAGE_WRITE=1` writes the table anew, which is then to be read: every line is a promise.
 
-#[allow(dead_code, reason = "here the two need not agree")]
-mod agree;
 #[path = "check/damage.rs"]
 #[allow(dead_code, reason = "the checker's test uses its own part of the mutator")]
 mod damage;
@@ -29,6 +27,7 @@ mod victims;
 use std::path::Path;
 use std::time::Duration;
 
+use strata_kit::agree;
 use strata_tests::Qemu;
 
 use crate::damage::{

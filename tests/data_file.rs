@@ -1,15 +1,13 @@
 //! Images whose data is in an external file: read and written as QEMU does, in the place that the format gives each
 //! cluster, and with the file as a raw image where it is flagged so. And what is refused by name.
 
-mod agree;
-mod rig;
-
 use std::path::{Path, PathBuf};
 
 use disk::{DiskOptions, OpenError};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 use qcow2::entry::{COMPRESSED, COPIED};
+use strata_kit::{agree, rig};
 use strata_tests::images::{Content, Format, ImageSpec};
 use strata_tests::model::{DiscardRule, Geometry, Operation, sequences, sequences_of_parts};
 use strata_tests::{ByteModel, Qemu};

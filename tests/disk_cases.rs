@@ -1,14 +1,12 @@
 //! The disk, in-process, in situations that random sequences seldom reach: growth of the refcount structure, space
 //! given back, file length over many sessions, refusals by name, raw images, deep chains.
 
-mod agree;
-mod rig;
-
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use disk::{DiskOptions, Format as DiskFormat, OpenError};
+use strata_kit::{agree, rig};
 use strata_tests::images::{Content, Format, ImageSpec};
 use strata_tests::model::{DiscardRule, Operation};
 use strata_tests::{ByteModel, Qemu};

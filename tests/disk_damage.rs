@@ -1,12 +1,11 @@
 //! The disk on damaged, hostile and awkward images, in-process. Each of these was a bug that a review found.
 
-mod rig;
-
 use std::fs::OpenOptions;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use disk::DiskOptions;
+use strata_kit::rig;
 use strata_tests::images::{Content, Format, ImageSpec};
 use strata_tests::model::{DiscardRule, Operation};
 use strata_tests::{ByteModel, Qemu};

@@ -1,15 +1,13 @@
 //! The disk, in-process, against a byte-array model: random sequences over chains and geometries, each image checked
 //! and read by QEMU's tools afterwards.
 
-mod agree;
-mod rig;
-
 use std::path::{Path, PathBuf};
 
 use disk::{DetectZeroes, Discards, DiskOptions};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 use storage::host::{Aio, HostStorage};
+use strata_kit::{agree, rig};
 use strata_tests::images::{Content, Format, ImageSpec, Preallocation};
 use strata_tests::model::{DiscardRule, Geometry, Operation, sequences, sequences_of_parts};
 use strata_tests::{ByteModel, Qemu};

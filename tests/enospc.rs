@@ -1,8 +1,6 @@
 //! A host that runs out of space, simulated: requests that need some fail, or wait until there is some, and others go
 //! on; in the end the disk holds what the model does and the image is clean.
 
-mod agree;
-
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::LazyLock;
@@ -16,6 +14,7 @@ use qcow2::create::NewImage;
 use qcow2::{Geometry, Version};
 use storage::sim::{Fault, Outcome, Random, SimOptions, SimStorage, SimWorld};
 use storage::{Errno, GuestSlice};
+use strata_kit::agree;
 use strata_tests::Qemu;
 use strata_tests::model::{ByteModel, DiscardRule, Operation, contents};
 

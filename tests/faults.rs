@@ -3,8 +3,6 @@
 //!
 //! `STRATA_FAULT_SEEDS=n` for so many orders of turns and latencies of each run.
 
-mod crash;
-
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -16,6 +14,7 @@ use crash::trial::{Manner, describe};
 use crash::walk::Walker;
 use crash::{number, threads};
 use storage::sim::Verb;
+use strata_kit::crash;
 
 /// A run whose I/Os fail in turn.
 struct Scenario {

@@ -5,10 +5,6 @@
 //! `STRATA_GALLERY_ONLY="cluster=512 seed=7" cargo test -p strata-tests --test gallery`. `STRATA_GALLERY_SEED` makes
 //! another gallery, `STRATA_GALLERY_IMAGES` a larger one.
 
-mod agree;
-mod bench;
-mod rig;
-
 #[path = "gallery/cover.rs"]
 mod cover;
 #[path = "gallery/kept.rs"]
@@ -30,6 +26,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
+use strata_kit::{bench, rig};
 use strata_tests::Qemu;
 
 use crate::cover::{choose, pairs_of, possible_pairs};

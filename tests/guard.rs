@@ -1,13 +1,11 @@
 //! Damage that shows while an image is in use: metadata is not written over, the image is marked corrupt where QEMU marks
 //! it (qemu-io does the same on a copy), nothing else of the file changes, and what is not damaged can be read.
 
-mod crash;
-mod rig;
-
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use disk::DiskOptions;
+use strata_kit::{crash, rig};
 use strata_tests::images::{Content, Format, ImageSpec, find_tool};
 use strata_tests::model::{DiscardRule, Operation};
 use strata_tests::{ByteModel, Qemu};

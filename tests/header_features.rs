@@ -1,13 +1,11 @@
 //! What a header has besides the places of tables, in-process: what a writable open keeps, clears and refuses.
 
-mod agree;
-mod rig;
-
 use std::path::Path;
 
 use disk::DiskOptions;
 use qcow2::feature::COMPATIBLE_LAZY_REFCOUNTS;
 use qcow2::{Extension, Header, Incompatible, extension};
+use strata_kit::{agree, rig};
 use strata_tests::images::Format;
 use strata_tests::model::{DiscardRule, Operation};
 use strata_tests::{ByteModel, Qemu};

@@ -4,8 +4,6 @@
 //! Needs the feature `mutations`: `cargo test -p strata-tests --features mutations --test mutations -- --nocapture`;
 //! `STRATA_MUTATION=ReuseAtOnce` for one alone.
 
-mod crash;
-
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -19,6 +17,7 @@ use crash::walk::Walker;
 use crash::windows;
 use crash::{number, threads};
 use engine::mutation::{self, Mutation};
+use strata_kit::crash;
 
 /// How a breakage was noticed.
 struct Catch {

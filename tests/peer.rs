@@ -1,12 +1,11 @@
 //! The kit tried on qemu-storage-daemon: if these pass, client, load generator, model and image wrappers are right,
 //! and a failure of Strata under the same kit is Strata's.
 
-mod agree;
-
 use std::path::Path;
 use std::time::Duration;
 
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
+use strata_kit::agree;
 use strata_tests::client::{Client, Options, RawEvent, Request, Session, Status, Ticket};
 use strata_tests::images::{Check, Content, Format, ImageSpec, Preallocation, find_tool};
 use strata_tests::load::{self, Limit, Mix, Order, Spec, Verify};

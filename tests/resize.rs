@@ -1,9 +1,6 @@
 //! Disks that get another size, against a model and by turns with `qemu-img resize`: what stays, that what is new reads as
 //! zero whatever lay there, what snapshots keep; refusals that leave every byte as it was.
 
-mod agree;
-mod rig;
-
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -13,6 +10,7 @@ use disk::snapshot::{Change, change, list};
 use disk::{DiskOptions, Format as DiskFormat};
 use qcow2::snapshot::encode_table;
 use storage::host::HostStorage;
+use strata_kit::{agree, rig};
 use strata_tests::images::{Content, Format, ImageSpec, Preallocation};
 use strata_tests::model::{DiscardRule, Operation};
 use strata_tests::{ByteModel, Qemu};

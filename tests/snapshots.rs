@@ -1,10 +1,6 @@
 //! Internal snapshots against a model and against `qemu-img snapshot`: each makes, applies and deletes what the other
 //! made; refcounts of every width up to their ends; refusals that leave every byte as it was; images that mean harm.
 
-mod agree;
-mod bench;
-mod rig;
-
 use std::path::Path;
 
 use disk::snapshot::{Change, ChangeError, ChangeRefusal, Snapshot};
@@ -12,6 +8,7 @@ use disk::{DiskOptions, OpenError};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 use storage::host::HostStorage;
+use strata_kit::{bench, rig};
 use strata_tests::Qemu;
 use strata_tests::images::{Content, Format, ImageSpec, Preallocation};
 use strata_tests::model::{DiscardRule, Geometry, Operation, sequences};

@@ -1,14 +1,12 @@
 //! Zeros that the guest writes, discards, clusters that keep their places, and images that were allocated beforehand: what
 //! becomes of the mapping, beside what qemu-io makes of the same image by the same options.
 
-mod agree;
-mod rig;
-
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use disk::{DetectZeroes, Discards, DiskOptions, OpenError};
+use strata_kit::{agree, rig};
 use strata_tests::images::{Format, ImageSpec, Preallocation, find_tool};
 use strata_tests::model::{DiscardRule, GAPPY_SEEDS, Operation, ZERO_SEEDS};
 use strata_tests::{ByteModel, Qemu};

@@ -2,7 +2,6 @@
 //!
 //! Owns the changes of snapshots by either tool and what is compared afterwards. It makes no image and chooses no
 //! operation. Whatever is not as it should be panics.
-#![allow(dead_code, reason = "each test target uses its own part of the bench")]
 
 use std::path::{Path, PathBuf};
 

@@ -83,9 +83,7 @@ impl Trouble {
 pub struct Aftermath {
     /// The run; none if the image could not even be opened.
     pub run: Option<Finished>,
-    /// The failure came before the probe.
-    hit_before_probe: bool,
-    /// It came at all.
+    /// The failure came.
     hit: bool,
     /// What became of a write and a flush when the host was well again.
     probe: Option<(bool, bool)>,
@@ -109,19 +107,17 @@ pub fn play(start: &Start, script: &[Op], manner: Manner, trouble: &[Trouble]) -
         let mut rig = match opened {
             Ok(Ok(rig)) => rig,
             Ok(Err(_)) => {
-                return Aftermath { run: None, hit_before_probe: true, hit: hit(&world), probe: None };
+                return Aftermath { run: None, hit: hit(&world), probe: None };
             }
             Err(run) => {
-                let hit = hit(&world);
-                return Aftermath { run: Some(*run), hit_before_probe: hit, hit, probe: None };
+                return Aftermath { run: Some(*run), hit: hit(&world), probe: None };
             }
         };
         rig.play(script, manner.at_once);
         if manner.rest {
             rig.rest();
         }
-        let hit_before_probe = hit(&world);
-        let probe = hit_before_probe.then(|| {
+        let probe = hit(&world).then(|| {
             world.withdraw_faults();
             rig.probe()
         });
@@ -130,7 +126,7 @@ pub fn play(start: &Start, script: &[Op], manner: Manner, trouble: &[Trouble]) -
             hangs.iter().map(|trouble| Fault { nth: trouble.nth % 8, ..trouble.fault() }).collect();
         let mut run = if manner.clean { rig.finish_with(&again) } else { rig.abandon() };
         run.tries = if others.iter().any(|trouble| trouble.is_no_space()) { 2 } else { 1 };
-        Aftermath { hit_before_probe, hit: hit(&world), run: Some(run), probe }
+        Aftermath { hit: hit(&world), run: Some(run), probe }
     };
     catch_unwind(AssertUnwindSafe(work)).map_err(|panic| format!("the run panicked: {}", panic_text(&*panic)))
 }

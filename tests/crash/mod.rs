@@ -7,7 +7,6 @@
 //! `scarce` one in which it runs out of space;
 //! `windows` are the two mistakes of QEMU; `overlaps` are images on which data and metadata want the same place; `changes`
 //! are those of images that nobody uses, by themselves.
-#![allow(dead_code, reason = "each test target uses its own part of the machine")]
 
 pub mod bitmap;
 pub mod changes;

@@ -2,7 +2,6 @@
 //!
 //! Requests that do not touch each other are put in flight together, on both queues by turns, from guest memory at
 //! aligned and at odd addresses; what the disk then holds is compared with a [`ByteModel`].
-#![allow(dead_code, reason = "each test target uses its own part of the rig")]
 
 use std::cell::RefCell;
 use std::fs::{File, OpenOptions};
