@@ -44,7 +44,8 @@ pub(crate) struct Driver<Q> {
     executor: RefCell<Executor>,
     waiting: RefCell<Slab<Waiting>>,
     scratch: RefCell<Vec<Completion>>,
-    timers: RefCell<Vec<(Instant, Waker)>>,
+    /// When whom to wake; nobody any more once that was done.
+    timers: RefCell<Slab<(Instant, Option<Waker>)>>,
     pub pool: BufferPool,
     buffers: Budget,
     inflating: Budget,
@@ -60,7 +61,7 @@ impl<Q: IoQueue> Driver<Q> {
             executor: RefCell::new(executor),
             waiting: RefCell::new(Slab::new()),
             scratch: RefCell::new(Vec::new()),
-            timers: RefCell::new(Vec::new()),
+            timers: RefCell::new(Slab::new()),
             pool: BufferPool::new(POOL_BYTES),
             buffers: Budget::new(BUFFER_BYTES),
             inflating: Budget::new(INFLATING_BYTES),
@@ -201,12 +202,9 @@ impl<Q: IoQueue> Driver<Q> {
         .await;
     }
 
-    /// Wakes a task at a time, or soon after. A task that was woken before that time asks for it again.
-    pub fn wake_at(&self, until: Instant, waker: &Waker) {
-        let mut timers = self.timers.borrow_mut();
-        if !timers.iter().any(|(set, waiting)| *set == until && waiting.will_wake(waker)) {
-            timers.push((until, waker.clone()));
-        }
+    /// An alarm for a time. Until it is asked to wake somebody it is silent.
+    pub fn alarm(&self, until: Instant) -> Alarm<'_, Q> {
+        Alarm { driver: self, until, timer: None }
     }
 
     /// Sends what was pushed, takes in what completed, runs tasks, until there is nothing more to do at once. The
@@ -252,13 +250,13 @@ impl<Q: IoQueue> Driver<Q> {
             return;
         }
         let now = self.now();
-        timers.retain(|(until, waker)| {
-            let waits = *until > now;
-            if !waits {
-                waker.wake_by_ref();
+        for (_, (until, waker)) in timers.iter_mut() {
+            if *until <= now
+                && let Some(waker) = waker.take()
+            {
+                waker.wake();
             }
-            waits
-        });
+        }
     }
 
     /// Polls the tasks that are ready now; true if there were any.
@@ -285,7 +283,10 @@ impl<Q: IoQueue> Driver<Q> {
         if self.executor.borrow().has_ready() {
             return;
         }
-        let next = self.timers.borrow().iter().map(|(until, _)| *until).min();
+        let next = {
+            let timers = self.timers.borrow();
+            timers.iter().filter_map(|(_, (until, waker))| waker.as_ref().map(|_| *until)).min()
+        };
         let next = next.map(|until| until.saturating_duration_since(self.now()));
         let timeout = match (timeout, next) {
             (Some(a), Some(b)) => Some(a.min(b)),
@@ -309,6 +310,39 @@ impl<Q: IoQueue> Driver<Q> {
             if !flag.woken.is_raised() {
                 self.wait(None);
             }
+        }
+    }
+}
+
+/// Wakes a task at a time, or soon after, until it is dropped.
+pub(crate) struct Alarm<'a, Q> {
+    driver: &'a Driver<Q>,
+    until: Instant,
+    /// In the driver's timers, once it was asked to wake somebody.
+    timer: Option<usize>,
+}
+
+impl<Q: IoQueue> Alarm<'_, Q> {
+    /// Whether its time has come.
+    pub fn is_over(&self) -> bool {
+        self.driver.now() >= self.until
+    }
+
+    /// Has this task woken, and none that was named before.
+    pub fn wake(&mut self, waker: &Waker) {
+        let mut timers = self.driver.timers.borrow_mut();
+        let entry = (self.until, Some(waker.clone()));
+        match self.timer {
+            Some(timer) => timers[timer] = entry,
+            None => self.timer = Some(timers.insert(entry)),
+        }
+    }
+}
+
+impl<Q> Drop for Alarm<'_, Q> {
+    fn drop(&mut self) {
+        if let Some(timer) = self.timer {
+            self.driver.timers.borrow_mut().remove(timer);
         }
     }
 }
@@ -406,5 +440,39 @@ impl Drop for BufferPermit<'_> {
         if let Some((_, next)) = self.budget.waiters.borrow().front() {
             next.wake_by_ref();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use storage::Storage;
+    use storage::sim::{SimOptions, SimWorld};
+
+    use super::*;
+
+    #[test]
+    fn an_alarm_wakes_once_and_leaves_nothing_behind() {
+        let world = SimWorld::new(1, SimOptions::calm());
+        let driver = Driver::new(world.storage().queue(1).expect("a queue"));
+        let flag = Arc::new(Flag { woken: WakeFlag::new(false), notifier: driver.notifier() });
+        let waker = Waker::from(Arc::clone(&flag));
+        let mut first = driver.alarm(driver.now() + Duration::from_secs(1));
+        for seconds in 2..1000 {
+            // Whoever waits for something else gives up its alarm.
+            let mut other = driver.alarm(driver.now() + Duration::from_secs(seconds));
+            other.wake(&waker);
+            other.wake(&waker);
+            first.wake(&waker);
+            assert_eq!(driver.timers.borrow().len(), 2);
+        }
+        driver.turn(|_| ());
+        assert!(!flag.woken.is_raised() && !first.is_over());
+        driver.wait(None);
+        driver.turn(|_| ());
+        assert!(flag.woken.lower() && first.is_over());
+        driver.turn(|_| ());
+        assert!(!flag.woken.is_raised(), "once");
+        drop(first);
+        assert!(driver.timers.borrow().is_empty());
     }
 }

@@ -17,7 +17,7 @@ use storage::buffer::give_back;
 use storage::{Errno, Kind, Operation, Storage};
 use tracing::warn;
 
-use crate::driver::{Driver, Outcome};
+use crate::driver::{Alarm, Driver, Outcome};
 use crate::error::{OpenError, RequestError};
 use crate::layer::DiskFile;
 use crate::worker::Worker;
@@ -64,16 +64,16 @@ impl Bell {
 
     /// There is something to sweep, which was not so when it was last asked for.
     fn has_sweep<S: Storage>(&self, worker: &Worker<S>) -> bool {
-        !self.sweeping.load(Ordering::SeqCst) && worker.engine().status().map_sweepable_bytes > 0
+        !self.sweeping.load(Ordering::SeqCst) && worker.engine().map_is_sweepable()
     }
 
     fn stopped(&self) -> bool {
         self.stop.load(Ordering::SeqCst)
     }
 
-    /// Waits until rung (if `listen`), stopped, or the time is over.
-    async fn idle<S: Storage>(&self, worker: &Worker<S>, time: Option<Duration>, listen: bool) {
-        let until = time.map(|time| worker.driver.now() + time);
+    /// Waits until rung (if `listen`), stopped, or the time has come.
+    async fn idle<S: Storage>(&self, worker: &Worker<S>, until: Option<Instant>, listen: bool) {
+        let mut alarm = until.map(|until| worker.driver.alarm(until));
         let mut started = false;
         poll_fn(|context| {
             *self.waker.lock().expect("no panic under this lock") = Some(context.waker().clone());
@@ -82,12 +82,12 @@ impl Bell {
                 self.listening.store(listen, Ordering::SeqCst);
             }
             let rung = listen && !self.listening.load(Ordering::SeqCst);
-            let over = until.is_some_and(|until| worker.driver.now() >= until);
+            let over = alarm.as_ref().is_some_and(Alarm::is_over);
             if self.stopped() || rung || over || (listen && (has_work(worker) || self.has_sweep(worker))) {
                 return Poll::Ready(());
             }
-            if let Some(until) = until {
-                worker.driver.wake_at(until, context.waker());
+            if let Some(alarm) = &mut alarm {
+                alarm.wake(context.waker());
             }
             Poll::Pending
         })
@@ -170,15 +170,15 @@ impl<S: Storage> Keeper<S> {
 }
 
 impl Bell {
-    /// Waits until stopped, the time is over, or a cut after number `cuts` is durable.
-    async fn pause<S: Storage>(&self, worker: &Worker<S>, time: Duration, cuts: u64) {
-        let until = worker.driver.now() + time;
+    /// Waits until stopped, the time has come, or a cut after number `cuts` is durable.
+    async fn pause<S: Storage>(&self, worker: &Worker<S>, until: Instant, cuts: u64) {
+        let mut alarm = worker.driver.alarm(until);
         poll_fn(|context| {
             *self.waker.lock().expect("no panic under this lock") = Some(context.waker().clone());
-            if self.stopped() || worker.driver.now() >= until || worker.engine().status().cuts != cuts {
+            if self.stopped() || alarm.is_over() || worker.engine().status().cuts != cuts {
                 return Poll::Ready(());
             }
-            worker.driver.wake_at(until, context.waker());
+            alarm.wake(context.waker());
             Poll::Pending
         })
         .await;
@@ -206,26 +206,27 @@ struct Sweeps {
 }
 
 impl Sweeps {
-    /// Looks through the map if it is time to; how long it is until the next time, if there is something to look through.
-    fn turn<S: Storage>(&mut self, worker: &Worker<S>) -> Option<Duration> {
+    /// Looks through the map if it is time to. When it is time again, if there is something to look through.
+    fn turn<S: Storage>(&mut self, worker: &Worker<S>) -> Option<Instant> {
+        let bell = &worker.shared.bell;
         let now = worker.driver.now();
         if self.next.is_some_and(|next| next <= now) {
-            sweep(worker.engine());
+            sweep(worker.engine(), || bell.stopped());
             self.next = None;
         }
-        let filled = worker.engine().status().map_sweepable_bytes > 0;
-        worker.shared.bell.sweeping.store(filled, Ordering::SeqCst);
+        let filled = worker.engine().map_is_sweepable();
+        bell.sweeping.store(filled, Ordering::SeqCst);
         self.next = filled.then(|| self.next.unwrap_or(now + SWEEP_EVERY));
-        self.next.map(|next| next.saturating_duration_since(now))
+        self.next
     }
 }
 
 /// Gives memory of the map back that nobody used since the last time.
-pub(crate) fn sweep(engine: &Engine) {
+fn sweep(engine: &Engine, stopped: impl Fn() -> bool) {
     let mut from = Some(0);
-    while let Some(at) = from {
+    while let Some(at) = from.filter(|_| !stopped()) {
         let idle = engine.sweep_map(at);
-        idle.pages().for_each(give_back);
+        give_back(idle.pages());
         from = idle.next();
     }
 }
@@ -235,10 +236,10 @@ async fn keep<S: Storage>(worker: &Worker<S>) {
     let bell = &worker.shared.bell;
     let (mut dirty_since, mut sweeps) = (None, Sweeps::default());
     while !bell.stopped() && !worker.engine().has_failed() {
-        let until_sweep = sweeps.turn(worker);
+        let next_sweep = sweeps.turn(worker);
         if !has_work(worker) {
             dirty_since = None;
-            bell.idle(worker, until_sweep, true).await;
+            bell.idle(worker, next_sweep, true).await;
             continue;
         }
         let since = *dirty_since.get_or_insert_with(|| worker.driver.now());
@@ -251,13 +252,13 @@ async fn keep<S: Storage>(worker: &Worker<S>) {
         }
         if let Err(error) = worker.reclaim_until_stopped().await {
             warn!(%error, "giving freed space back failed");
-            bell.idle(worker, Some(DIRTY_AGE_MAX), false).await;
+            bell.idle(worker, Some(worker.driver.now() + DIRTY_AGE_MAX), false).await;
         }
         let status = worker.engine().status();
         let left = DIRTY_AGE_MAX.saturating_sub(age);
         let pause = if status.reclaimable { RECLAIM_RETRY.min(left) } else { left };
         // A guest's flush ends the pause, so that what it unlinked is given back at once.
-        bell.pause(worker, pause, status.cuts).await;
+        bell.pause(worker, worker.driver.now() + pause, status.cuts).await;
         if worker.engine().status().cuts != status.cuts {
             dirty_since = None;
         }
@@ -327,7 +328,7 @@ impl<S: Storage> Shared<S> {
 
     /// The engine answered a question, for which it may have filled the map.
     pub(crate) fn asked(&self) {
-        if self.engine.map_was_filled() && !self.bell.sweeping.load(Ordering::SeqCst) {
+        if self.engine.map_is_sweepable() && !self.bell.sweeping.load(Ordering::SeqCst) {
             self.bell.ring();
         }
     }

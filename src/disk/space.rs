@@ -161,8 +161,7 @@ pub(crate) struct Waiting<'a, Q: IoQueue> {
 impl<Q: IoQueue> Waiting<'_, Q> {
     /// Waits until it is worth trying again; false if the disk, or the request's queue (`leaving`), is being stopped.
     pub async fn pause(&mut self, leaving: impl Fn() -> bool) -> bool {
-        let until = self.driver.now() + self.pause;
-        let mut armed = false;
+        let mut alarm = self.driver.alarm(self.driver.now() + self.pause);
         let (go_on, reclaimed) = poll_fn(|context| {
             let mut state = self.space.lock();
             state.waiters[self.key] = Some(context.waker().clone());
@@ -170,14 +169,12 @@ impl<Q: IoQueue> Waiting<'_, Q> {
             if state.stopping || leaving() {
                 return Poll::Ready((false, false));
             }
-            if reclaimed || self.driver.now() >= until {
+            if reclaimed || alarm.is_over() {
                 self.seen = state.reclaims;
                 return Poll::Ready((true, reclaimed));
             }
             drop(state);
-            if !std::mem::replace(&mut armed, true) {
-                self.driver.wake_at(until, context.waker());
-            }
+            alarm.wake(context.waker());
             Poll::Pending
         })
         .await;

@@ -294,18 +294,30 @@ pub(crate) fn zero_from(slice: &GuestSlice, offset: usize) {
     }
 }
 
-/// Takes memory of the heap away from words that nobody needs: they read as zero afterwards, or, where they do not fill a
-/// page of the system's, as they do now. The memory comes back when they are written.
-pub fn give_back(words: &[AtomicU64]) {
+/// Takes memory of the heap away from words that nobody needs: they read as zero afterwards, or as they do now where they
+/// and their neighbours among these do not fill a page of the system's. The memory comes back when they are written.
+pub fn give_back<'a>(pieces: impl Iterator<Item = &'a [AtomicU64]>) {
+    let mut spans: Vec<(usize, &[AtomicU64])> =
+        pieces.map(|words| (words.as_ptr() as usize, words)).collect();
+    spans.sort_unstable_by_key(|(address, _)| *address);
+    for together in spans.chunk_by(|(address, words), (next, _)| address + size_of_val(*words) == *next) {
+        let length = together.iter().map(|(_, words)| size_of_val(*words)).sum();
+        let (address, first) = together[0];
+        drop_pages(first.as_ptr().cast_mut().cast(), address, length);
+    }
+}
+
+/// Has the system drop its whole pages within a range of words, which lies in one piece at this address.
+fn drop_pages(start: *mut u8, address: usize, length: usize) {
     let page = rustix::param::page_size();
-    let address = words.as_ptr() as usize;
     let begin = address.next_multiple_of(page);
-    let end = (address + size_of_val(words)) / page * page;
+    let end = (address + length) / page * page;
     if begin < end {
-        let first = words.as_ptr().wrapping_byte_add(begin - address).cast_mut().cast();
-        // SAFETY: the pages lie within `words`, which are private memory of ours, and which anybody who shares them may
-        // set to zero at any time. If it fails they are as they were.
-        unsafe { libc::madvise(first, end - begin, libc::MADV_DONTNEED) };
+        // SAFETY: the pages lie within words that the caller has shared references to, and of which any value is valid at any
+        // time. If the call fails they are as they were.
+        unsafe {
+            libc::madvise(start.wrapping_add(begin - address).cast(), end - begin, libc::MADV_DONTNEED)
+        };
     }
 }
 
@@ -337,7 +349,9 @@ mod tests {
     #[test]
     fn words_given_back_read_as_zero_and_hold_what_is_stored_then() {
         let words: Vec<AtomicU64> = (1..=5 * 512).map(AtomicU64::new).collect();
-        give_back(&words[100..100 + 3 * 512]);
+        // In pieces, of which none has a page to itself, in no order.
+        let pieces = [2, 0, 5, 4, 1, 3].map(|n| &words[100 + n * 256..100 + (n + 1) * 256]);
+        give_back(pieces.into_iter());
         let values = || words.iter().map(|word| word.load(Ordering::Relaxed));
         let zeros = values().filter(|value| *value == 0).count();
         assert_eq!(zeros % 512, 0);
@@ -346,7 +360,7 @@ mod tests {
         assert!(values().take(100).chain(values().skip(100 + 3 * 512)).all(|value| value != 0));
         words.iter().zip(7..).for_each(|(word, value)| word.store(value, Ordering::Relaxed));
         assert!(values().zip(7..).all(|(value, stored)| value == stored));
-        give_back(&words[..3]);
+        give_back([&words[..3], &words[4..5]].into_iter());
         assert_eq!(values().next(), Some(7), "less than a page stays");
     }
 

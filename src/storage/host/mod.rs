@@ -76,7 +76,8 @@ struct FileTable {
 struct OpenFile {
     file: File,
     info: FileInfo,
-    /// Lives in memory (tmpfs): calls on it are done at once, as io_uring would hand them to a kernel thread.
+    /// Lives in memory (tmpfs): calls on it are done at once, as io_uring would hand them to a kernel thread, unless that is
+    /// what is wanted ([`Operation::beside`](crate::Operation::beside)).
     memory_backed: bool,
     /// Set by whichever thread learns that FALLOC_FL_ZERO_RANGE is not supported; it only saves asking again, so
     /// relaxed loads and stores do.
