@@ -530,6 +530,7 @@ fn operations(kind: Kind, size: u64, count_max: usize) -> BoxedStrategy<Vec<Oper
 }
 
 model_test!(one_image_of_small_clusters, Version::V3, [whole(9)], 300 * 512);
+model_test!(one_image_of_several_slices, Version::V3, [whole(9)], 1300 * 512);
 model_test!(one_image_version_2, Version::V2, [whole(12)], 100 * 4096 + 512);
 model_test!(an_overlay, Version::V3, [whole(12), whole(12)], 100 * 4096);
 model_test!(an_overlay_version_2, Version::V2, [whole(12), whole(12)], 100 * 4096);

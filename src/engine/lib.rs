@@ -153,8 +153,6 @@ pub struct EngineStatus {
     pub cuts: u64,
     /// Bytes of memory that the chain map takes.
     pub map_bytes: usize,
-    /// Those of them that [`Engine::sweep_map`] gives back once they are not used.
-    pub map_sweepable_bytes: usize,
 }
 
 /// Memory of the map that nothing names: pages whose memory may be taken away, so that they read as zero afterwards or as
@@ -178,7 +176,7 @@ impl IdleMap<'_> {
 
 impl Drop for IdleMap<'_> {
     fn drop(&mut self) {
-        self.engine.with(|state, _| state.map_writer.take_back(&self.swept.frames));
+        self.engine.with(|state, _| state.map_writer.take_back(&self.engine.map, &self.swept.frames));
     }
 }
 
@@ -514,9 +512,8 @@ impl Engine {
     pub fn status(&self) -> EngineStatus {
         self.with(|state, _| {
             let map_bytes = state.map_writer.bytes(&self.map);
-            let map_sweepable_bytes = state.map_writer.sweepable_bytes(&self.map);
             let Some(write) = &state.write else {
-                return EngineStatus { map_bytes, map_sweepable_bytes, ..EngineStatus::default() };
+                return EngineStatus { map_bytes, ..EngineStatus::default() };
             };
             EngineStatus {
                 dirty_bytes: state.tables.dirty_bytes(),
@@ -525,14 +522,14 @@ impl Engine {
                 reclaimable: !write.alloc.unlinked.is_empty(),
                 cuts: write.flush.completed(),
                 map_bytes,
-                map_sweepable_bytes,
             }
         })
     }
 
-    /// Whether the map ever needed memory that [`Engine::sweep_map`] may give back. Takes no lock.
-    pub fn map_was_filled(&self) -> bool {
-        self.map.has_chunks()
+    /// Whether the map has memory that [`Engine::sweep_map`] gives back once it is not used. Takes no lock; who filled the map
+    /// sees it at once.
+    pub fn map_is_sweepable(&self) -> bool {
+        self.map.is_sweepable()
     }
 
     /// Looks through a part of the map, from `from` on (0, then [`IdleMap::next`]), for memory that was not used since the

@@ -6,8 +6,8 @@
 //!
 //! Readers ([`ChainMap::lookup`]) take no lock and count no reference: load the entry, load the word, load the entry
 //! again. Frames are bounded in number, evicted by clock and never freed while the map lives (their memory may be:
-//! map/idle.rs), so a stale read is harmless and is found out. All changes are made under the engine's one lock, through [`MapWriter`]. It turns a slice
-//! into a run as soon as it is one, and back when it is none.
+//! map/idle.rs), so a stale read is harmless and is found out. All changes are made under the engine's one lock, through
+//! [`MapWriter`]. It turns a slice into a run as soon as it is one, and back when it is none.
 //!
 //! Where images have subclusters, a frame has a second word a cluster: which of them are data in the host cluster that
 //! the first word names ([`Word::has_parts`]), and which read as zero. A reader must join no word with the second word of
@@ -177,6 +177,8 @@ pub(crate) struct ChainMap {
     chunks: Box<[OnceLock<Box<[Page]>>]>,
     /// By frame. Set by readers, cleared by the clock and by sweeps.
     referenced: Box<[AtomicBool]>,
+    /// For [`ChainMap::is_sweepable`].
+    sweepable: AtomicBool,
 }
 
 impl ChainMap {
@@ -193,6 +195,7 @@ impl ChainMap {
             directory: (0..leaves).map(|_| OnceLock::new()).collect(),
             chunks: (0..frames.div_ceil(CHUNK_FRAMES)).map(|_| OnceLock::new()).collect(),
             referenced: (0..frames).map(|_| AtomicBool::new(false)).collect(),
+            sweepable: AtomicBool::new(false),
         }
     }
 
@@ -298,8 +301,8 @@ impl ChainMap {
     #[inline]
     fn page(&self, frame: usize, page: usize) -> Option<&Words> {
         let chunk = self.chunks.get(frame / CHUNK_FRAMES)?.get()?;
-        let index = frame % CHUNK_FRAMES * self.pages_a_frame() + page;
-        chunk.get(index).map(|page| &page.0)
+        let pages = self.pages_a_frame();
+        chunk.get(frame % CHUNK_FRAMES * pages + page).filter(|_| page < pages).map(|page| &page.0)
     }
 
     /// A frame for the writer, made if it is not there.
@@ -451,11 +454,16 @@ impl MapWriter {
 
     /// A frame for a slice that has none: one that holds none, or by clock one that no reader used lately.
     fn take_frame(&mut self, map: &ChainMap) -> usize {
-        if let Some(number) = self.free.pop().or_else(|| self.bare.pop()) {
+        if let Some(number) = self.free.pop() {
+            return number;
+        }
+        if let Some(number) = self.bare.pop() {
+            self.note_sweepable(map);
             return number;
         }
         if self.owners.len() < map.referenced.len() {
             self.owners.push(Owner { slice: None, generation: 0, joints: 0 });
+            self.note_sweepable(map);
             return self.owners.len() - 1;
         }
         loop {
@@ -492,6 +500,7 @@ mod tests;
 #[cfg(test)]
 #[cfg(not(loom))]
 mod races {
+    use std::sync::Mutex;
     use std::thread;
 
     use super::tests::{APART, TOGETHER, slice_words, word};
@@ -499,13 +508,13 @@ mod races {
 
     const SLICES: u64 = 64;
 
-    /// Changes a map in two frames while two threads look clusters up, which may be unresolved or have one of their words.
+    /// Changes a map in few frames while two threads look clusters up, which may be unresolved or have one of their words.
     fn while_read(
-        unit: u64,
+        (unit, frames): (u64, usize),
         may_be: impl Fn(u64, Word) -> bool + Sync,
         change: impl Fn(&ChainMap, &mut MapWriter),
     ) {
-        let map = ChainMap::new(SLICES * SLICE_WORDS, unit, 2, false);
+        let map = ChainMap::new(SLICES * SLICE_WORDS, unit, frames, false);
         let mut writer = MapWriter::new();
         let stop = AtomicBool::new(false);
         thread::scope(|scope| {
@@ -532,7 +541,7 @@ mod races {
     #[test]
     fn readers_never_see_another_slices_word_while_frames_are_reused() {
         let own = |cluster, found| found == word(cluster);
-        while_read(APART, own, |map, writer| {
+        while_read((APART, 2), own, |map, writer| {
             for round in 0..3000u64 {
                 let slice = round.wrapping_mul(31) % SLICES;
                 writer.fill(map, SliceIndex(slice), &slice_words(slice));
@@ -543,7 +552,7 @@ mod races {
     #[test]
     fn readers_never_see_another_slices_word_while_runs_begin_and_end() {
         let own = |cluster, found| found == word(cluster) || (found == Word::ZERO && cluster % 100 == 7);
-        while_read(TOGETHER, own, |map, writer| {
+        while_read((TOGETHER, 2), own, |map, writer| {
             for slice in 0..SLICES {
                 writer.fill(map, SliceIndex(slice), &slice_words(slice));
             }
@@ -555,6 +564,34 @@ mod races {
                     writer.publish(map, GuestCluster(cluster), word, Parts::default());
                 }
             }
+        });
+    }
+
+    #[test]
+    fn readers_never_see_another_slices_word_while_memory_is_taken_away() {
+        let own = |cluster, found| found == word(cluster);
+        while_read((APART, 24), own, |map, writer| {
+            let (writer, filled) = (Mutex::new(writer), AtomicBool::new(false));
+            let lock = || writer.lock().expect("no panic under this lock");
+            thread::scope(|scope| {
+                // As the housekeeper: it has the lock while it sweeps, not while it takes memory away.
+                let sweeper = scope.spawn(|| {
+                    let mut taken = 0;
+                    while !filled.load(Ordering::Relaxed) || taken == 0 {
+                        let swept = lock().sweep(map, 0);
+                        let words = swept.frames.iter().flat_map(|frame| map.pages(*frame)).flatten();
+                        words.for_each(|word| word.store(0, Ordering::Relaxed));
+                        lock().take_back(map, &swept.frames);
+                        taken += swept.frames.len();
+                    }
+                });
+                for round in 0..3000u64 {
+                    let slice = round.wrapping_mul(31) % SLICES;
+                    lock().fill(map, SliceIndex(slice), &slice_words(slice));
+                }
+                filled.store(true, Ordering::Relaxed);
+                sweeper.join().expect("the sweeper");
+            });
         });
     }
 }

@@ -67,6 +67,8 @@ pub fn shapes() -> Vec<Shape> {
         Shape::new(9, 144).wide_refcounts().past(Past::Shared).short_of_memory(),
         Shape::new(12, 131).over(Below::Qcow2).past(Past::Shared),
         Shape::new(16, 1024).past(Past::Shared),
+        // Several slices of the map.
+        Shape::new(9, 1100).past(Past::Written),
         Shape::raw(200),
         Shape::raw(96).past(Past::Written),
         Shape::new(14, 512).subclusters(),

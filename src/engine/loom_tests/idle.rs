@@ -10,7 +10,7 @@ fn sweep(map: &ChainMap, writer: &mut MapWriter) {
     swept.frames.iter().flat_map(|frame| map.pages(*frame)).flatten().for_each(|word| {
         word.store(0, Ordering::Relaxed);
     });
-    writer.take_back(&swept.frames);
+    writer.take_back(map, &swept.frames);
 }
 
 #[test]
@@ -56,5 +56,29 @@ fn second_words_are_their_own_or_say_nothing() {
         fill_parted(&mut writer, &map, 2, 3);
         fill_parted(&mut writer, &map, 3, 4);
         reader.join().expect("reader");
+    });
+}
+
+/// Memory is taken away by one thread while another fills slices, and a third reads.
+#[test]
+fn slices_are_filled_while_a_frame_is_away() {
+    explore(Some(2), || {
+        let (map, mut writer) = map(4, 2, 2);
+        let reader = reader(&map, SLICE_WORDS);
+        writer.sweep(&map, 0);
+        let frames = writer.sweep(&map, 0).frames;
+        let (taking, away) = (Arc::clone(&map), frames.clone());
+        let keeper = thread::spawn(move || {
+            away.iter().flat_map(|frame| taking.pages(*frame)).flatten().for_each(|word| {
+                word.store(0, Ordering::Relaxed);
+            });
+        });
+        writer.fill(&map, SliceIndex(2), &words(2));
+        writer.fill(&map, SliceIndex(3), &words(3));
+        keeper.join().expect("keeper");
+        writer.take_back(&map, &frames);
+        writer.fill(&map, SliceIndex(1), &words(1));
+        reader.join().expect("reader");
+        assert_eq!(map.lookup(GuestCluster(SLICE_WORDS)), word(SLICE_WORDS));
     });
 }

@@ -33,12 +33,8 @@ impl MapWriter {
         let count = self.free.len().min(SWEPT_AT_ONCE).min(self.sweepable());
         let frames = self.free.split_off(self.free.len() - count);
         self.away += count;
+        self.note_sweepable(map);
         Swept { frames, next: (end < self.owners.len()).then_some(end) }
-    }
-
-    /// Bytes that a sweep gives if nobody uses the map.
-    pub fn sweepable_bytes(&self, map: &ChainMap) -> usize {
-        self.sweepable() * map.frame_bytes()
     }
 
     /// Frames with memory, but for one that stays, so that the clock finds one whatever is away.
@@ -47,16 +43,22 @@ impl MapWriter {
     }
 
     /// Frames of a sweep come back, without their memory: it comes back when they are used again.
-    pub fn take_back(&mut self, frames: &[usize]) {
+    pub fn take_back(&mut self, map: &ChainMap, frames: &[usize]) {
         self.away -= frames.len();
         self.bare.extend(frames);
+        self.note_sweepable(map);
+    }
+
+    /// To be called wherever [`MapWriter::sweepable`] may have become 0, or ceased to be.
+    pub(super) fn note_sweepable(&self, map: &ChainMap) {
+        map.sweepable.store(self.sweepable() > 0, Ordering::SeqCst);
     }
 }
 
 impl ChainMap {
-    /// Whether any frame was ever made. The first to be made is the first.
-    pub fn has_chunks(&self) -> bool {
-        self.chunks[0].get().is_some()
+    /// Whether a sweep would give anything if nobody used the map.
+    pub fn is_sweepable(&self) -> bool {
+        self.sweepable.load(Ordering::SeqCst)
     }
 
     /// The pages of a frame.
