@@ -27,6 +27,8 @@ pub(crate) struct Pending {
     pub written: u32,
     /// Requests of it that are not done.
     open: usize,
+    /// The portion that it was taken with.
+    portion: u32,
 }
 
 #[derive(Debug)]
@@ -43,6 +45,8 @@ pub(crate) struct InFlight {
     waiting: VecDeque<(usize, Request)>,
     /// Slots taken by segments.
     segments: usize,
+    /// Counts portions, for [`InFlight::is_of_portion`].
+    portion: u32,
 }
 
 impl InFlight {
@@ -52,6 +56,7 @@ impl InFlight {
             slots: Slab::with_capacity(usize::from(ring_size) + SEGMENT_SLOTS + 1),
             waiting: VecDeque::new(),
             segments: 0,
+            portion: 0,
         }
     }
 
@@ -64,9 +69,14 @@ impl InFlight {
         self.slots.is_empty()
     }
 
-    /// Slots in use.
-    pub(crate) fn len(&self) -> usize {
-        self.slots.len()
+    /// Chains that are added from now on are of another portion than those before.
+    pub(crate) fn begin_portion(&mut self) {
+        self.portion = self.portion.wrapping_add(1);
+    }
+
+    /// True if the chain was added since the last [`InFlight::begin_portion`].
+    pub(crate) fn is_of_portion(&self, pending: &Pending) -> bool {
+        pending.portion == self.portion
     }
 
     /// Adds a chain. Its only request is to be submitted with the tag; if it has several, they wait, and
@@ -74,7 +84,16 @@ impl InFlight {
     pub(crate) fn add(&mut self, head: u16, submission: Submission) -> Option<(Tag, Request)> {
         let Submission { kind, status_byte, requests, bytes, written } = submission;
         let open = requests.len();
-        let pending = Pending { head, kind, status_byte, status: Status::Ok, bytes, written, open };
+        let pending = Pending {
+            head,
+            kind,
+            status_byte,
+            status: Status::Ok,
+            bytes,
+            written,
+            open,
+            portion: self.portion,
+        };
         let slot = self.slots.insert(Slot::Chain(pending));
         if let [request] = requests[..] {
             return Some((tag(slot), request));

@@ -27,8 +27,7 @@ impl Portion {
         self.now
     }
 
-    /// A portion of `taken` chains went to the disk, `done` requests were over when its turn ended, and both took
-    /// `time`.
+    /// A portion of `taken` chains went to the disk, `done` of them were over when its turn ended, and both took `time`.
     pub(crate) fn over(&mut self, taken: u16, done: usize, time: Duration) {
         self.now = if done * 2 < usize::from(taken) {
             MOST

@@ -238,6 +238,7 @@ fn run<D: BlockDevice>(setup: WorkerSetup<D>, control: &Control, started: &Start
         error: setup.error,
         metrics: setup.metrics.queue(setup.index),
         portion: Portion::new(),
+        at_once: 0,
         poll: [PollBudget::new(setup.poll_max), PollBudget::new(setup.poll_max)],
         idle_wakes: 0,
         seen: setup.shared.changes.load(Ordering::Acquire),
@@ -267,6 +268,8 @@ struct Running<'a, Q: BlockQueue> {
     error: Arc<SignalSlot>,
     metrics: &'a QueueMetrics,
     portion: Portion,
+    /// Chains of the present portion that are done.
+    at_once: usize,
     /// For waits with nothing in flight, which the guest ends, and for those with something, which the host ends too. The
     /// one says nothing about the other: a disk may be slow and its guest quick.
     poll: [PollBudget; 2],
@@ -318,10 +321,11 @@ impl<Q: BlockQueue> Running<'_, Q> {
         let began = Instant::now();
         let chains = waiting.min(self.portion.get());
         self.queue.expect_more(waiting > chains);
+        self.in_flight.begin_portion();
         self.take(chains)?;
-        let before = self.in_flight.len();
+        self.at_once = self.used.len();
         self.finish()?;
-        self.portion.over(chains, before.saturating_sub(self.in_flight.len()), began.elapsed());
+        self.portion.over(chains, self.at_once, began.elapsed());
         Ok(true)
     }
 
@@ -382,6 +386,7 @@ impl<Q: BlockQueue> Running<'_, Q> {
         self.queue.turn(&mut self.done);
         for done in self.done.drain(..) {
             if let Some(pending) = self.in_flight.finish(done) {
+                self.at_once += usize::from(self.in_flight.is_of_portion(&pending));
                 write_status(&pending.status_byte, pending.status);
                 self.metrics.request(pending.kind, pending.status, pending.bytes);
                 let written = if pending.status == Status::Ok { pending.written } else { 1 };
