@@ -1,4 +1,4 @@
-//! `cargo bench-peers`: Strata and qemu-storage-daemon by turns, as ratios.
+//! `cargo bench-peers`: Strata and qemu-storage-daemon, or two builds of Strata, by turns, as ratios.
 //!
 //! Owns the command line and the order of places and cases. The client pins nothing: on a machine of two cores it
 //! shares them with the server, as a guest would.
@@ -22,7 +22,7 @@ use bench::gallery::{Gallery, Place, Sizes};
 use bench::measure::Times;
 use bench::report::{self, PlaceReport};
 
-/// Measures Strata against qemu-storage-daemon: the same client, the same images, turn by turn.
+/// Measures Strata against qemu-storage-daemon, or another build of Strata: the same client, the same images, turn by turn.
 #[derive(Parser)]
 #[command(name = "cargo bench-peers", args_conflicts_with_subcommands = true)]
 struct Options {
@@ -185,6 +185,7 @@ fn run(options: &Run) -> Result<bool> {
     let rules = Rules {
         subject: options.subject.program()?,
         rival: options.rival.program()?,
+        judge: Backend::QemuStorageDaemon.program(Profile::Release)?,
         turns: usize::from(options.turns),
         times: options.times()?,
         limits: !options.no_limits,

@@ -40,6 +40,8 @@ pub struct Rules {
     pub subject: Program,
     /// The one it is compared with.
     pub rival: Program,
+    /// Reads back what either wrote: QEMU's, whoever takes part.
+    pub judge: Program,
     /// Turns that count.
     pub turns: usize,
     /// How long to measure.
@@ -87,10 +89,11 @@ impl Rules {
             if turn > 0 {
                 self.await_quiet(say);
             }
-            // Whoever comes first finds the disk rested, or the host's caches cold: so each does in its turn.
+            // Who comes first finds the disk rested, or the host's caches cold: forth in one turn and back in the next.
             let sides = outcome.rows.len();
-            for side in 0..sides {
-                self.take_turn(gallery, case, turn, &mut outcome.rows[(turn + side) % sides], say);
+            for place in 0..sides {
+                let side = if turn % 2 == 0 { place } else { sides - 1 - place };
+                self.take_turn(gallery, case, turn, &mut outcome.rows[side], say);
             }
         }
         outcome
@@ -170,7 +173,7 @@ impl Rules {
         problems.extend(server.complaints());
         server.stop()?;
         problems.extend(check(&specimen.path)?);
-        problems.extend(judge(&self.rival, &specimen.path, case, &expectation)?);
+        problems.extend(judge(&self.judge, &specimen.path, case, &expectation)?);
         Ok(problems.into_iter().map(|problem| format!("turn 0: {problem}")).collect())
     }
 

@@ -1,6 +1,6 @@
 //! Whether the data is right: the turn that is not counted, with contents that describe themselves.
 //!
-//! Reads are checked as they come. What a server wrote is read back by the rival, from the image alone, after the
+//! Reads are checked as they come. What a server wrote is read back by QEMU's, from the image alone, after the
 //! server has ended: nothing in its memory can help it.
 
 use anyhow::{Result, bail};
