@@ -285,7 +285,7 @@ fn what_a_disk_does_at_once_is_handed_back_bit_by_bit() {
 }
 
 #[test]
-fn a_disk_that_takes_its_time_gets_all_at_once() {
+fn a_disk_that_takes_its_time_begins_with_the_first() {
     let disk = MemoryDisk::later(64);
     let server = serve(&disk);
     let mut guest = Guest::connect(&server.path, FEATURES);
@@ -302,8 +302,8 @@ fn a_disk_that_takes_its_time_gets_all_at_once() {
     for _ in 0..32 {
         guest.next_used(queue);
     }
-    // It may be awake and take some of them as they come, but it waits for none.
+    // It had them all while none was done, a few at a time.
     let portions = disk.portions.lock().unwrap().clone();
     assert_eq!(portions.iter().map(|(requests, _)| requests).sum::<usize>(), 32);
-    assert!(portions.iter().all(|(_, more)| !more), "{portions:?}");
+    assert!(portions.iter().all(|(requests, _)| *requests <= 8), "{portions:?}");
 }
