@@ -10,13 +10,13 @@ use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 
 use engine::WakeFlag;
-use slab::Slab;
 use storage::Notifier;
 
 type Task = Pin<Box<dyn Future<Output = ()>>>;
 
+/// A task's place, which keeps its waker for the next task.
 struct Entry {
-    /// Taken out while it is polled.
+    /// Taken out while it is polled, and none once it has ended.
     task: Option<Task>,
     wake: Arc<TaskWaker>,
     /// The same, as the task gets it.
@@ -24,7 +24,10 @@ struct Entry {
 }
 
 pub(crate) struct Executor {
-    tasks: Slab<Entry>,
+    /// By number.
+    tasks: Vec<Entry>,
+    /// Numbers of places that have no task.
+    vacant: Vec<usize>,
     ready: Arc<Ready>,
     /// Emptied queue, kept for its memory.
     spare: VecDeque<usize>,
@@ -38,7 +41,7 @@ struct Ready {
 
 struct TaskWaker {
     ready: Arc<Ready>,
-    /// The task's number. It may be another task's by the time of the wake, which that one survives.
+    /// The task's number. It may be another task's by the time of the wake, which that one survives as one poll more.
     task: usize,
     /// Raised while the number is in the queue, or in the round that is being polled.
     queued: WakeFlag,
@@ -60,28 +63,37 @@ impl Wake for TaskWaker {
 impl Executor {
     pub fn new(notifier: Arc<dyn Notifier>) -> Self {
         let ready = Arc::new(Ready { queue: Mutex::new(VecDeque::new()), notifier });
-        Executor { tasks: Slab::new(), ready, spare: VecDeque::new() }
+        Executor { tasks: Vec::new(), vacant: Vec::new(), ready, spare: VecDeque::new() }
     }
 
     /// Adds a task; it first runs in the next [`Executor::take_ready`] round.
     pub fn spawn(&mut self, task: Task) {
-        let entry = self.tasks.vacant_entry();
-        let number = entry.key();
+        let number = self.vacant.pop().unwrap_or_else(|| self.add_place());
+        let entry = &mut self.tasks[number];
+        entry.task = Some(task);
+        // Else a wake that was meant for the task before has queued it already.
+        if entry.wake.queued.raise() {
+            self.ready.queue.lock().expect("no panic under this lock").push_back(number);
+        }
+    }
+
+    fn add_place(&mut self) -> usize {
+        let number = self.tasks.len();
         let ready = Arc::clone(&self.ready);
-        let wake = Arc::new(TaskWaker { ready, task: number, queued: WakeFlag::new(true) });
+        let wake = Arc::new(TaskWaker { ready, task: number, queued: WakeFlag::new(false) });
         let waker = Waker::from(Arc::clone(&wake));
-        entry.insert(Entry { task: Some(task), wake, waker });
-        self.ready.queue.lock().expect("no panic under this lock").push_back(number);
+        self.tasks.push(Entry { task: None, wake, waker });
+        number
     }
 
     /// Tasks that have not ended.
     pub fn tasks(&self) -> usize {
-        self.tasks.len()
+        self.tasks.len() - self.vacant.len()
     }
 
     /// True if a task has not ended.
     pub fn has_tasks(&self) -> bool {
-        !self.tasks.is_empty()
+        self.tasks() > 0
     }
 
     /// True if a task is to be polled.
@@ -108,8 +120,9 @@ impl Executor {
     /// Takes a task out to poll it without a borrow of the executor.
     pub fn take(&mut self, number: usize) -> Option<(Task, Waker)> {
         let entry = self.tasks.get_mut(number)?;
-        let task = entry.task.take()?;
+        // Also where the task has ended: the number is queued no more, and the next task's has to be again.
         entry.wake.queued.lower();
+        let task = entry.task.take()?;
         Some((task, entry.waker.clone()))
     }
 
@@ -117,7 +130,7 @@ impl Executor {
     pub fn put_back(&mut self, number: usize, task: Option<Task>) {
         match task {
             Some(task) => self.tasks[number].task = Some(task),
-            None => drop(self.tasks.remove(number)),
+            None => self.vacant.push(number),
         }
     }
 }
@@ -184,6 +197,34 @@ mod tests {
         }
         assert_eq!(round(&mut executor), [0]);
         assert_eq!(bells.0.load(Ordering::Relaxed), 2, "the thread is woken once for each round");
+    }
+
+    #[test]
+    fn a_wake_meant_for_the_task_before_does_not_lose_the_next() {
+        // The late wake comes before the next task, after which it waits in the queue, or is found to be for nobody.
+        for found in [false, true] {
+            let mut executor = Executor::new(Arc::new(Bells::default()));
+            let left: Rc<RefCell<Option<Waker>>> = Rc::default();
+            let leave = Rc::clone(&left);
+            executor.spawn(Box::pin(poll_fn(move |context| {
+                leave.replace(Some(context.waker().clone()));
+                Poll::Ready(())
+            })));
+            assert_eq!(round(&mut executor), [0]);
+            assert!(!executor.has_tasks());
+            left.borrow().as_ref().expect("the task has left its waker").wake_by_ref();
+            if found {
+                let mut tasks = executor.take_ready();
+                let number = tasks.pop_front().expect("the wake queued it");
+                assert!(executor.take(number).is_none(), "nobody is there");
+                executor.give_back(tasks);
+            }
+            executor.spawn(Box::pin(std::future::pending()));
+            assert_eq!((round(&mut executor), executor.tasks()), (vec![0], 1));
+            assert!(!executor.has_ready(), "it was queued once");
+            left.borrow().as_ref().expect("the task has left its waker").wake_by_ref();
+            assert_eq!(round(&mut executor), [0], "it can be woken by what the task before has left");
+        }
     }
 
     #[test]

@@ -101,6 +101,10 @@ impl<S: Storage> Worker<S> {
         if !self.has_zeroes(offset, slices) {
             return self.write(offset, Payload::Guest(slices)).await;
         }
+        Box::pin(self.write_with_zeroes(offset, slices)).await
+    }
+
+    async fn write_with_zeroes(&self, offset: u64, slices: &[GuestSlice]) -> Result<(), RequestError> {
         let mode = self.shared.policy.mode_of_detected();
         let mut done = 0;
         for run in self.runs_of_zeroes(offset, slices) {

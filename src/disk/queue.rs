@@ -406,7 +406,7 @@ impl<S: Storage> Worker<S> {
     /// again and again if it is to wait for it.
     async fn serve(&self, epoch: Epoch, request: Request, slices: &[GuestSlice]) -> Result<(), RequestError> {
         let mut result = self.carry_out(epoch, request, slices).await;
-        if self.lacks_space(&request, &result) && self.make_space().await {
+        if self.lacks_space(&request, &result) && Box::pin(self.make_space()).await {
             result = self.carry_out(self.enter(), request, slices).await;
         }
         if self.waits_after(&request, &result) {
@@ -416,7 +416,7 @@ impl<S: Storage> Worker<S> {
             }
         }
         result?;
-        if request.is_through() { self.flush_patiently().await } else { Ok(()) }
+        if request.is_through() { Box::pin(self.flush_patiently()).await } else { Ok(()) }
     }
 
     /// The request itself, not yet durable. The epoch ends when it no longer uses what it looked up.
@@ -427,10 +427,11 @@ impl<S: Storage> Worker<S> {
         slices: &[GuestSlice],
     ) -> Result<(), RequestError> {
         let result = match request {
-            Request::Read { offset } => self.read(offset, slices).await,
+            // Boxed: a future has the size of its largest branch, and is moved as often as it is nested.
+            Request::Read { offset } => Box::pin(self.read(offset, slices)).await,
             Request::Write { offset, .. } => {
                 let claim = self.claim(offset, guest_len(slices) as u64).await;
-                let result = self.write_or_zero(offset, slices).await;
+                let result = Box::pin(self.write_or_zero(offset, slices)).await;
                 drop(claim);
                 result
             }

@@ -62,12 +62,13 @@ impl<S: Storage> Worker<S> {
                     return Ok(value);
                 }
                 Ok(Answer::Wait) => {}
-                Ok(Answer::Load(loads)) => self.load_tables(loads).await?,
-                // Boxed: these ask in turn. What they need is never what they were asked for.
+                // Boxed: these are rare, and every future that asks would have to carry them; the last three ask in
+                // turn. What they need is never what they were asked for.
+                Ok(Answer::Load(loads)) => Box::pin(self.load_tables(loads)).await?,
                 Ok(Answer::Reserve) => Box::pin(self.reserve()).await?,
                 Ok(Answer::Flush) => Box::pin(self.flush()).await?,
                 Ok(Answer::Table(slot)) => Box::pin(self.make_table(slot)).await?,
-                Err(error) => return Err(self.judge(error).await),
+                Err(error) => return Err(Box::pin(self.judge(error)).await),
             }
         }
     }

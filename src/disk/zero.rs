@@ -30,7 +30,7 @@ impl<S: Storage> Worker<S> {
             return self.check_writable();
         }
         if let Some(file) = self.shared.raw_file() {
-            return self.raw_view_discard(file, start, end - start).await;
+            return Box::pin(self.raw_view_discard(file, start, end - start)).await;
         }
         let _claim = self.claim(start, end - start).await;
         self.zero_granules(start, end, ZeroMode::Discard).await
@@ -40,7 +40,7 @@ impl<S: Storage> Worker<S> {
     pub async fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> Result<(), RequestError> {
         let mode = self.shared.policy.mode(unmap);
         if let Some(file) = self.shared.raw_file() {
-            return self.raw_zeroes(file, offset, length, mode).await;
+            return Box::pin(self.raw_zeroes(file, offset, length, mode)).await;
         }
         let _claim = self.claim(offset, length).await;
         self.zero_range(offset, length, mode).await
@@ -49,15 +49,20 @@ impl<S: Storage> Worker<S> {
     /// As [`Worker::write_zeroes`]; the caller holds a claim on the range, unless the top image is raw.
     pub async fn zero_range(&self, offset: u64, length: u64, mode: ZeroMode) -> Result<(), RequestError> {
         if let Some(file) = self.shared.raw_file() {
-            return self.raw_zeroes(file, offset, length, mode).await;
+            return Box::pin(self.raw_zeroes(file, offset, length, mode)).await;
         }
         let (start, end) = self.whole_granules(offset, length);
         if start >= end {
-            return self.zero_piece(offset, length).await;
+            return Box::pin(self.zero_piece(offset, length)).await;
         }
-        self.zero_piece(offset, start - offset).await?;
+        if offset < start {
+            Box::pin(self.zero_piece(offset, start - offset)).await?;
+        }
         self.zero_granules(start, end, mode).await?;
-        self.zero_piece(end, (offset + length).saturating_sub(end)).await
+        match offset + length {
+            after if after > end => Box::pin(self.zero_piece(end, after - end)).await,
+            _ => Ok(()),
+        }
     }
 
     /// The whole granules (clusters or subclusters) in a range; the last of the disk is whole where the disk ends.
@@ -86,7 +91,7 @@ impl<S: Storage> Worker<S> {
                     bytes
                 }
                 Zeroed::NeedsData(bytes) => {
-                    self.write(at, Payload::Zeros(bytes)).await?;
+                    Box::pin(self.write(at, Payload::Zeros(bytes))).await?;
                     bytes
                 }
             };
@@ -121,9 +126,6 @@ impl<S: Storage> Worker<S> {
 
     /// Zeroes part of a granule by writing zeros, unless it reads as zero.
     async fn zero_piece(&self, offset: u64, length: u64) -> Result<(), RequestError> {
-        if length == 0 {
-            return Ok(());
-        }
         self.check_writable()?;
         let extents = self.extents(offset, length).await?;
         if extents.iter().all(|extent| extent.source == Source::Zero) {

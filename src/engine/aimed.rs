@@ -3,9 +3,8 @@
 //! A set that only grows, a bit a cluster where the clusters lie together. Its memory is bounded: beyond that it holds
 //! every cluster up to the last that was added, which is safe, as it is there to keep metadata away.
 
-use std::collections::HashMap;
-
 use crate::alloc::Run;
+use crate::hashed::HashMap;
 
 /// Clusters in a chunk.
 const CHUNK_CLUSTERS: u64 = 512;
@@ -41,7 +40,7 @@ impl Aimed {
             cluster = past;
         }
         if self.chunks.len() > CHUNKS_MAX {
-            self.chunks = HashMap::new();
+            self.chunks = HashMap::default();
             self.below = self.end;
         }
     }

@@ -17,6 +17,7 @@ mod epoch;
 mod error;
 mod flush;
 mod guard;
+mod hashed;
 mod layers;
 #[cfg(all(test, loom))]
 mod loom_tests;
@@ -52,7 +53,7 @@ pub use word::{FileIndex, Mapping, Word};
 pub use write::{Allocation, WritePlan};
 pub use zero::{ZeroMode, Zeroed};
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::Waker;
@@ -64,6 +65,7 @@ use crate::change::SnapshotPlaces;
 use crate::claims::Claims;
 use crate::flush::FlushState;
 use crate::guard::MetadataGuard;
+use crate::hashed::HashMap;
 use crate::layers::{Layer, Qcow2Layer};
 use crate::map::{ChainMap, MapWriter, Swept};
 use crate::refcounts::Refcounts;
@@ -230,7 +232,7 @@ impl Engine {
         };
         let state = State {
             map_writer: MapWriter::new(),
-            fills: HashMap::new(),
+            fills: HashMap::default(),
             tables: Tables::new(table_bytes),
             layers,
             // Dirty slices cannot be evicted: half of the cache is left for clean ones.
@@ -555,7 +557,7 @@ fn write_state(geometry: qcow2::Geometry, l1: &[u64], top: TopSpec) -> Result<Wr
         alloc,
         guard,
         flush: FlushState::new(),
-        table_jobs: HashMap::new(),
+        table_jobs: HashMap::default(),
         l1_offset: top.l1_offset,
         l1_dirty: BTreeSet::new(),
         keep_discarded: top.keep_discarded && geometry.version == qcow2::Version::V3,

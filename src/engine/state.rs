@@ -1,6 +1,6 @@
 //! The engine's locked state, and the questions about tables that every plan asks.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::task::Waker;
 
 use qcow2::{GuestCluster, HostCluster, HostOffset, L1Entry, L2Entry, RawL2Entry};
@@ -10,6 +10,7 @@ use crate::answer::{Answer, TableLoad, TableSlot};
 use crate::error::{EngineError, Structure};
 use crate::flush::FlushState;
 use crate::guard::MetadataGuard;
+use crate::hashed::HashMap;
 use crate::layers::{EntryPlace, Layer, Qcow2Layer};
 use crate::map::{MapWriter, SliceIndex};
 use crate::refcounts::Refcounts;

@@ -4,9 +4,10 @@
 //! evicted; eviction never writes. Slices are named by their place in the format, not by their host offset, so a table
 //! that moves keeps its name.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::task::Waker;
 
+use crate::hashed::HashMap;
 use crate::waiters::{Waiters, WakeList};
 
 /// The most bytes of a table that are cached as one piece.
@@ -87,7 +88,7 @@ pub(crate) struct Tables {
 impl Tables {
     pub fn new(capacity_bytes: usize) -> Self {
         Tables {
-            slots: HashMap::new(),
+            slots: HashMap::default(),
             ring: Vec::new(),
             hand: 0,
             resident_bytes: 0,
