@@ -143,7 +143,7 @@ pub struct ServeArgs {
 
     /// How long at most an idle queue looks for work before it sleeps, 0 to 10000 microseconds: it saves wake-ups where
     /// work comes that soon, and looks less where it does not
-    #[arg(long, value_name = "US", default_value_t = 50, value_parser = clap::value_parser!(u64).range(..=POLL_US_MAX))]
+    #[arg(long, value_name = "US", default_value_t = 100, value_parser = clap::value_parser!(u64).range(..=POLL_US_MAX))]
     pub poll_max: u64,
 
     /// What becomes of a request that finds no space on the host: it fails (report), or waits until there is some while

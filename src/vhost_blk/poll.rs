@@ -12,20 +12,25 @@ const LEAST: Duration = Duration::from_micros(3);
 /// So many sleeps in a row, and it looks once for as long as it may. Where wake-ups are slow (a guest as host, a busy host)
 /// a sleep is long although work came soon, which only looking tells.
 const TRIAL_AFTER: u32 = 16;
+/// So many looks in a row, each as long as may be, that found nothing: work comes later than looking is worth.
+const VAIN_MAX: u32 = 4;
 
 /// The time to look before sleeping. It doubles when the worker was woken soon after it gave up, and halves when the
-/// sleep was long: an idle queue soon costs next to nothing.
+/// sleep was long: an idle queue soon costs next to nothing. What does not help in the end is not done either: a disk
+/// that takes twice as long as may be looked costs one look in a while.
 #[derive(Clone, Debug)]
 pub(crate) struct PollBudget {
     most: Duration,
     now: Duration,
     /// Sleeps since looking last found something, or was last tried.
     sleeps: u32,
+    /// Looks as long as may be since looking last found something.
+    vain: u32,
 }
 
 impl PollBudget {
     pub(crate) fn new(most: Duration) -> Self {
-        PollBudget { most, now: FIRST.min(most), sleeps: 0 }
+        PollBudget { most, now: FIRST.min(most), sleeps: 0, vain: 0 }
     }
 
     /// How long to look.
@@ -35,15 +40,18 @@ impl PollBudget {
 
     /// Looking found something after that time.
     pub(crate) fn found(&mut self, after: Duration) {
-        self.sleeps = 0;
+        (self.sleeps, self.vain) = (0, 0);
         self.now = self.now.max((after * 2).clamp(FIRST, self.most.max(FIRST)).min(self.most));
     }
 
     /// The worker looked in vain, slept, and was woken `idle` after it had begun to look.
     pub(crate) fn slept(&mut self, idle: Duration) {
+        self.vain = (self.vain + u32::from(self.get() == self.most)).min(VAIN_MAX);
         self.sleeps = if self.sleeps == TRIAL_AFTER { 0 } else { self.sleeps + 1 };
         // The sleep and the wake-up are a good part of it, and looking saves them.
-        self.now = if idle <= 2 * self.most {
+        self.now = if self.vain == VAIN_MAX {
+            Duration::ZERO
+        } else if idle <= 2 * self.most {
             (self.now * 2).clamp(FIRST, self.most.max(FIRST)).min(self.most)
         } else if self.now / 2 < LEAST {
             Duration::ZERO
@@ -61,12 +69,12 @@ mod tests {
     fn short_sleeps_raise_it_and_long_ones_end_it() {
         let most = Duration::from_micros(50);
         let mut budget = PollBudget::new(most);
-        for _ in 0..10 {
-            budget.slept(Duration::from_micros(20));
+        for _ in 0..5 {
+            budget.slept(Duration::from_micros(60));
             assert!(budget.get() <= most);
         }
         assert_eq!(budget.get(), most);
-        for _ in 0..10 {
+        for _ in 0..20 {
             budget.slept(Duration::from_millis(5));
         }
         assert_eq!(budget.get(), Duration::ZERO);
@@ -93,6 +101,30 @@ mod tests {
         assert_eq!(budget.get(), most);
         budget.found(Duration::from_micros(1));
         assert_eq!(budget.get(), most, "one that came at once says nothing of the next");
+    }
+
+    #[test]
+    fn it_gives_up_where_work_always_comes_too_late() {
+        let most = Duration::from_micros(100);
+        let late = Duration::from_micros(150);
+        let mut budget = PollBudget::new(most);
+        let mut looked = Duration::ZERO;
+        for _ in 0..1000 {
+            looked += budget.get();
+            budget.slept(late);
+        }
+        assert!(looked <= 1000 * late / 20, "a look in a while: {looked:?} of {:?}", 1000 * late);
+        while budget.get() == Duration::ZERO {
+            budget.slept(late);
+        }
+        budget.found(Duration::from_micros(60));
+        assert_eq!(budget.get(), most, "it came sooner, and is looked for again");
+        for _ in 0..100 {
+            // Half of the looks find something: that is worth it.
+            budget.slept(late);
+            budget.found(Duration::from_micros(60));
+            assert_eq!(budget.get(), most);
+        }
     }
 
     #[test]

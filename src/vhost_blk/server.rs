@@ -51,7 +51,7 @@ impl ServeOptions {
         ServeOptions {
             num_queues,
             queue_size,
-            poll_max: Duration::from_micros(50),
+            poll_max: Duration::from_micros(100),
             metrics: Arc::new(Metrics::new(num_queues)),
         }
     }

@@ -31,7 +31,7 @@ fn serve_has_the_defaults_of_the_design() {
     assert_eq!(options.socket_path.as_deref(), Some(Path::new("s")));
     assert_eq!((options.num_queues, options.queue_size, options.read_only), (64, 1024, false));
     assert_eq!(options.map_cache_size, Size(32 << 20));
-    assert_eq!(options.poll_max, 50);
+    assert_eq!(options.poll_max, 100);
     assert_eq!((options.chain.format, options.chain.cache), (ImageFormat::Qcow2, Cache::Direct));
     assert_eq!((options.backing_cache, options.aio), (Cache::Writeback, Aio::Auto));
     assert_eq!((options.chain.backing_format, options.serial, options.socket_mode), (None, None, None));
