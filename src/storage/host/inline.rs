@@ -19,6 +19,24 @@ pub(super) fn run(slot: &mut Slot, file: &OpenFile) -> Result<(), Errno> {
     }
 }
 
+/// Makes a call that reads, if it need not wait: bytes read. `None` if it has to, or anything is not as it should be: who
+/// makes the call in another way learns what.
+pub(super) fn read_without_waiting(fd: RawFd, call: &Call) -> Option<i32> {
+    let single;
+    let (iovecs, count, offset) = match *call {
+        Call::Read { address, len, offset } => {
+            single = libc::iovec { iov_base: address.cast(), iov_len: len as usize };
+            (&raw const single, 1, offset)
+        }
+        Call::Readv { iovecs, count, offset } => (iovecs, count, offset),
+        _ => return None,
+    };
+    // SAFETY: as in `make_call`.
+    let result =
+        unsafe { libc::preadv2(fd, iovecs, count as libc::c_int, offset as libc::off_t, libc::RWF_NOWAIT) };
+    i32::try_from(result).ok().filter(|result| *result >= 0)
+}
+
 /// Makes one call; bytes moved or a negated errno, as a completion queue entry would say it. Offsets fit i64: that was
 /// checked when the operation was pushed.
 fn make_call(fd: RawFd, call: &Call) -> i32 {

@@ -4,6 +4,7 @@
 //! that carries the image lock and does all the I/O. Nothing is read here. What alignment a file has is found in
 //! `probe`, who else uses it in `lock`, and I/O happens in `uring`.
 
+mod cached;
 mod confine;
 mod inline;
 mod lock;
@@ -79,6 +80,8 @@ struct OpenFile {
     /// Lives in memory (tmpfs): calls on it are done at once, as io_uring would hand them to a kernel thread, unless that is
     /// what is wanted ([`Operation::beside`](crate::Operation::beside)).
     memory_backed: bool,
+    /// Goes through the page cache, and is not in memory as a whole.
+    buffered: bool,
     /// Set by whichever thread learns that FALLOC_FL_ZERO_RANGE is not supported; it only saves asking again, so
     /// relaxed loads and stores do.
     no_zero_range: AtomicBool,
@@ -146,6 +149,7 @@ impl HostStorage {
             file,
             info: info.clone(),
             memory_backed: probed.memory_backed,
+            buffered: probed.buffered,
             no_zero_range: AtomicBool::new(false),
         };
         let id = self.files.add(open)?;

@@ -28,6 +28,8 @@ pub(super) struct Probed {
     pub(super) block_size: u32,
     pub(super) block_device: bool,
     pub(super) memory_backed: bool,
+    /// Goes through the page cache, and is not in memory as a whole: as [`settle_flags`] has left it.
+    pub(super) buffered: bool,
     pub(super) identity: (u64, u64),
     /// What direct I/O needs; [`settle_flags`] replaces both by 1 when the file ends up buffered.
     pub(super) offset_alignment: u32,
@@ -70,6 +72,7 @@ pub(super) fn probe(file: &File, path: &Path) -> Result<Probed, StorageError> {
         block_size,
         block_device,
         memory_backed,
+        buffered: false,
         identity,
         offset_alignment,
         memory_alignment,
@@ -102,6 +105,7 @@ pub(super) fn settle_flags(
         }
     }
     rustix::fs::fcntl_setfl(file, blocking).map_err(failed)?;
+    probed.buffered = !probed.memory_backed;
     probed.offset_alignment = 1;
     probed.memory_alignment = 1;
     Ok(())

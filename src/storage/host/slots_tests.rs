@@ -17,7 +17,7 @@ fn file(offset_alignment: u32) -> OpenFile {
         writable: true,
     };
     let file = tempfile::tempfile().expect("a temporary file");
-    OpenFile { file, info, memory_backed: false, no_zero_range: AtomicBool::new(false) }
+    OpenFile { file, info, memory_backed: false, buffered: false, no_zero_range: AtomicBool::new(false) }
 }
 
 fn begun(kind: Kind, parts: &[usize], file: &OpenFile) -> Slot {

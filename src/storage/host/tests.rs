@@ -1,5 +1,7 @@
 //! The host's queue on real files: on a disk's file system with and without direct I/O, and on tmpfs.
 
+mod cached;
+
 use std::io::{Read, Write};
 use std::os::fd::FromRawFd;
 use std::os::unix::net::UnixListener;

@@ -12,6 +12,7 @@ use tracing::warn;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::cached::CachedReads;
 use super::notify::Wakeup;
 use super::pool::{Finished, Job, Outbox, Pool};
 use super::slots::{Slot, answer_at_once};
@@ -38,6 +39,7 @@ pub struct ThreadQueue {
     spare: Vec<Slot>,
     /// For operations that are done at once.
     scratch: Slot,
+    cached: CachedReads,
     epoll: Epoll,
     /// Kept open; edge-triggered, so that nobody needs to read them.
     watches: Vec<EventFd>,
@@ -60,6 +62,7 @@ impl ThreadQueue {
             ready: Vec::new(),
             spare: Vec::new(),
             scratch: Slot::idle(),
+            cached: CachedReads::default(),
             epoll,
             watches: Vec::new(),
             not_send: PhantomData,
@@ -112,7 +115,13 @@ impl IoQueue for ThreadQueue {
             return;
         }
         let mut slot = self.spare.pop().unwrap_or_else(Slot::idle);
+        let cached = self.cached.tries(&operation, file);
         slot.begin(token, operation, file);
+        if cached && let Some(result) = self.cached.run(&mut slot, file) {
+            self.ready.push(slot.finish(result));
+            self.spare.push(slot);
+            return;
+        }
         let (file, outbox) = (Arc::clone(file), Arc::clone(&self.outbox));
         self.backlog.push_back(Job { slot, file, outbox });
     }

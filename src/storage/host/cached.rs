@@ -1,0 +1,114 @@
+//! Reads of what the page cache holds, served by a plain call that does not wait, where the way through the pool would
+//! cost many times as much. (io_uring does the same by itself when it is handed a read; a call before that only costs.)
+//!
+//! Owns how often that is tried: a file whose reads keep missing is asked less and less, as a miss costs a call more. What
+//! misses, or is there in part, goes the way of all operations.
+
+use super::OpenFile;
+use super::inline::read_without_waiting;
+use super::slots::{Slot, Verdict};
+use crate::{Errno, Kind, Operation};
+
+/// The most reads of a file that are not tried after one that missed.
+const PASSED_MAX: u8 = 63;
+
+/// The most bytes of one that is tried: with more, copying them on several processors pays more than the way costs.
+const BYTES_MAX: u64 = 32 << 10;
+
+/// How the reads of the files fare, by file.
+#[derive(Default)]
+pub(super) struct CachedReads {
+    files: Vec<Luck>,
+}
+
+/// Reads still to pass over, and how many it will be after the next miss.
+#[derive(Clone, Copy, Default)]
+struct Luck {
+    passes: u8,
+    after_miss: u8,
+}
+
+impl CachedReads {
+    /// Whether to try this operation.
+    #[inline]
+    pub(super) fn tries(&mut self, operation: &Operation, file: &OpenFile) -> bool {
+        file.buffered
+            && operation.kind == Kind::Read
+            && operation.parts_len() <= BYTES_MAX
+            && self.is_due(operation.file.0)
+    }
+
+    fn is_due(&mut self, file: u16) -> bool {
+        let luck = self.luck(file);
+        let due = luck.passes == 0;
+        luck.passes = luck.passes.saturating_sub(1);
+        due
+    }
+
+    /// Tries the read in a slot. `None` if it is not over by that; what is read already stays.
+    pub(super) fn run(&mut self, slot: &mut Slot, file: &OpenFile) -> Option<Result<(), Errno>> {
+        let count = read_without_waiting(file.raw_fd(), &slot.next_call());
+        let verdict = count.map(|count| slot.take_result(count, file));
+        let result = match verdict {
+            Some(Verdict::Done(result)) => Some(result),
+            _ => None,
+        };
+        self.note(slot.file.0, result.is_some());
+        result
+    }
+
+    fn note(&mut self, file: u16, hit: bool) {
+        let luck = self.luck(file);
+        if hit {
+            luck.after_miss = 0;
+        } else {
+            luck.passes = luck.after_miss;
+            luck.after_miss = (2 * luck.after_miss + 1).min(PASSED_MAX);
+        }
+    }
+
+    fn luck(&mut self, file: u16) -> &mut Luck {
+        let index = usize::from(file);
+        if self.files.len() <= index {
+            self.files.resize(index + 1, Luck::default());
+        }
+        &mut self.files[index]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_keeps_missing_is_tried_less_and_less() {
+        let mut cached = CachedReads::default();
+        let mut tried = Vec::new();
+        for read in 0..200 {
+            if cached.is_due(3) {
+                tried.push(read);
+                cached.note(3, false);
+            }
+        }
+        assert_eq!(tried, [0, 1, 3, 7, 15, 31, 63, 127, 191], "one in 64 in the end");
+        assert!(cached.is_due(0), "another file is another matter");
+    }
+
+    #[test]
+    fn a_hit_brings_it_back() {
+        let mut cached = CachedReads::default();
+        for _ in 0..1000 {
+            if cached.is_due(0) {
+                cached.note(0, false);
+            }
+        }
+        while !cached.is_due(0) {}
+        cached.note(0, true);
+        for _ in 0..10 {
+            assert!(cached.is_due(0));
+            cached.note(0, true);
+        }
+        cached.note(0, false);
+        assert!(cached.is_due(0), "one miss is none");
+    }
+}
