@@ -66,7 +66,7 @@ impl Executor {
         Executor { tasks: Vec::new(), vacant: Vec::new(), ready, spare: VecDeque::new() }
     }
 
-    /// Adds a task; it first runs in the next [`Executor::take_ready`] round.
+    /// Adds a task, ready to run.
     pub fn spawn(&mut self, task: Task) {
         let number = self.vacant.pop().unwrap_or_else(|| self.add_place());
         let entry = &mut self.tasks[number];

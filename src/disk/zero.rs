@@ -59,10 +59,8 @@ impl<S: Storage> Worker<S> {
             Box::pin(self.zero_piece(offset, start - offset)).await?;
         }
         self.zero_granules(start, end, mode).await?;
-        match offset + length {
-            after if after > end => Box::pin(self.zero_piece(end, after - end)).await,
-            _ => Ok(()),
-        }
+        let left = (offset + length).saturating_sub(end);
+        if left > 0 { Box::pin(self.zero_piece(end, left)).await } else { Ok(()) }
     }
 
     /// The whole granules (clusters or subclusters) in a range; the last of the disk is whole where the disk ends.

@@ -101,7 +101,7 @@ pub trait Storage: Send + Sync + 'static {
 /// as the kernel may still be using the buffers.
 pub trait IoQueue {
     /// Adds an operation, which owns its buffers until it is handed back in its [`Completion`]. It may run at once
-    /// (memory-backed files), be sent with the next [`IoQueue::submit`], or wait for room.
+    /// (what is in memory), be sent with the next [`IoQueue::submit`], or wait for room.
     ///
     /// A read always fills its parts: bytes past the end of the file read as zero. A write is whole or an error.
     /// Short transfers are continued here. Offsets, lengths and addresses must obey the file's alignment; the host

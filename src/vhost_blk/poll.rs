@@ -12,7 +12,7 @@ const LEAST: Duration = Duration::from_micros(3);
 /// So many sleeps in a row, and it looks once for as long as it may. Where wake-ups are slow (a guest as host, a busy host)
 /// a sleep is long although work came soon, which only looking tells.
 const TRIAL_AFTER: u32 = 16;
-/// So many looks in a row, each as long as may be, that found nothing: work comes later than looking is worth.
+/// So many looks in a row, each as long as may be, after which work came soon and yet too late: looking does not pay.
 const VAIN_MAX: u32 = 4;
 
 /// The time to look before sleeping. It doubles when the worker was woken soon after it gave up, and halves when the
@@ -24,7 +24,7 @@ pub(crate) struct PollBudget {
     now: Duration,
     /// Sleeps since looking last found something, or was last tried.
     sleeps: u32,
-    /// Looks as long as may be since looking last found something.
+    /// Looks as long as may be since looking last found something, after which work came soon.
     vain: u32,
 }
 
@@ -46,12 +46,13 @@ impl PollBudget {
 
     /// The worker looked in vain, slept, and was woken `idle` after it had begun to look.
     pub(crate) fn slept(&mut self, idle: Duration) {
-        self.vain = (self.vain + u32::from(self.get() == self.most)).min(VAIN_MAX);
+        let soon = idle <= 2 * self.most;
+        self.vain = (self.vain + u32::from(soon && self.get() == self.most)).min(VAIN_MAX);
         self.sleeps = if self.sleeps == TRIAL_AFTER { 0 } else { self.sleeps + 1 };
         // The sleep and the wake-up are a good part of it, and looking saves them.
         self.now = if self.vain == VAIN_MAX {
             Duration::ZERO
-        } else if idle <= 2 * self.most {
+        } else if soon {
             (self.now * 2).clamp(FIRST, self.most.max(FIRST)).min(self.most)
         } else if self.now / 2 < LEAST {
             Duration::ZERO
@@ -74,7 +75,7 @@ mod tests {
             assert!(budget.get() <= most);
         }
         assert_eq!(budget.get(), most);
-        for _ in 0..20 {
+        for _ in 0..(3 * TRIAL_AFTER + 5) {
             budget.slept(Duration::from_millis(5));
         }
         assert_eq!(budget.get(), Duration::ZERO);

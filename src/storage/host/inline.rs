@@ -1,4 +1,4 @@
-//! Operations done at once by plain system calls, for files that live in memory.
+//! Operations done at once by plain system calls, for files that live in memory, and reads of what the page cache holds.
 //!
 //! io_uring hands calls on tmpfs to a kernel thread, which costs about eight times the call itself. What a call means
 //! is decided in [`slots`](super::slots); here it is only made.
@@ -19,8 +19,9 @@ pub(super) fn run(slot: &mut Slot, file: &OpenFile) -> Result<(), Errno> {
     }
 }
 
-/// Makes a call that reads, if it need not wait: bytes read. `None` if it has to, or anything is not as it should be: who
-/// makes the call in another way learns what.
+/// Makes a call that reads, if the page cache has the bytes: how many it had. `None` if it has none, or anything is not as
+/// it should be: who makes the call in another way learns what. Also at the end of the file, as Linux 5.9 and 5.10 say 0
+/// where they would have to wait (preadv2(2), BUGS).
 pub(super) fn read_without_waiting(fd: RawFd, call: &Call) -> Option<i32> {
     let single;
     let (iovecs, count, offset) = match *call {
@@ -34,7 +35,7 @@ pub(super) fn read_without_waiting(fd: RawFd, call: &Call) -> Option<i32> {
     // SAFETY: as in `make_call`.
     let result =
         unsafe { libc::preadv2(fd, iovecs, count as libc::c_int, offset as libc::off_t, libc::RWF_NOWAIT) };
-    i32::try_from(result).ok().filter(|result| *result >= 0)
+    i32::try_from(result).ok().filter(|result| *result > 0)
 }
 
 /// Makes one call; bytes moved or a negated errno, as a completion queue entry would say it. Offsets fit i64: that was

@@ -1,6 +1,6 @@
 //! One operation on its way: which system call is next, and what its result means.
 //!
-//! A [`Slot`] is driven by the ring or, for files in memory, by plain calls; either way it names the next [`Call`] and
+//! A [`Slot`] is driven by the ring or by plain calls, on the queue's thread or another; either way it names the next [`Call`] and
 //! is told the result, until it is done. It makes no system call itself. Slots are kept and used again with what they
 //! have allocated, so that the steady state allocates nothing.
 
