@@ -69,6 +69,11 @@ impl InFlight {
         self.slots.is_empty()
     }
 
+    /// Requests that the disk has, and chains whose segments it has.
+    pub(crate) fn len(&self) -> usize {
+        self.slots.len()
+    }
+
     /// Chains that are added from now on are of another portion than those before.
     pub(crate) fn begin_portion(&mut self) {
         self.portion = self.portion.wrapping_add(1);

@@ -414,7 +414,9 @@ impl<Q: BlockQueue> Running<'_, Q> {
     fn idle(&mut self) -> Result<(), RingError> {
         let began = Instant::now();
         let kind = usize::from(!self.in_flight.is_empty());
-        let budget = self.poll[kind].get();
+        // Of several requests that the host has, one that waits a moment to be handed back keeps nobody: the host is at the
+        // others meanwhile.
+        let budget = self.poll[kind].get() / self.in_flight.len().max(1) as u32;
         let mut round = 0;
         while !budget.is_zero() && began.elapsed() < budget {
             relax(&mut round);
