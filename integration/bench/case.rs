@@ -2,6 +2,7 @@
 //!
 //! Owns the list. It runs nothing and knows no server.
 
+use super::bare::Pattern;
 use strata_tests::load::{Mix, Order};
 
 /// Bytes of the usual request.
@@ -131,15 +132,23 @@ impl Case {
         if self.image == Image::FreshExtended { CLUSTER_EXTENDED } else { CLUSTER }
     }
 
-    /// Whether a bare loop on the file does comparable work: 4 KiB at random on one queue, no flush.
-    pub fn has_limit(&self) -> bool {
-        let plain = |mix| mix == Mix::READ || mix == Mix::WRITE;
-        self.queues == 1
-            && self.image == Image::Full
-            && matches!(
-                self.job,
-                Job::Timed { mix, order: Order::Random, block: BLOCK, flush_every: 0 } if plain(mix)
-            )
+    /// The bare loop on the file that does comparable work: reads or writes of allocated clusters, no flush.
+    pub fn limit(&self) -> Option<Pattern> {
+        let Job::Timed { mix, order, block, flush_every: 0 } = self.job else { return None };
+        let sequential = match order {
+            Order::Sequential => true,
+            Order::Random => false,
+            _ => return None,
+        };
+        let plain = self.image == Image::Full && (mix == Mix::READ || mix == Mix::WRITE);
+        let write = mix == Mix::WRITE;
+        plain.then_some(Pattern { write, sequential, block, jobs: self.queues, depth: self.depth })
+    }
+
+    /// The same load without a chain, for cases that ask what a chain costs.
+    pub fn without_chain(&self) -> Option<Case> {
+        let chain = matches!(self.image, Image::Chain(_)) && self.unit() == Unit::Rate;
+        chain.then_some(Case { image: Image::Full, ..*self })
     }
 }
 
@@ -247,8 +256,25 @@ mod tests {
     }
 
     #[test]
-    fn limits_belong_to_plain_random_loads_only() {
-        let limited: Vec<&str> = CASES.iter().filter(|case| case.has_limit()).map(|case| case.name).collect();
-        assert_eq!(limited, ["read-1", "read-32", "overwrite-1", "overwrite-32"]);
+    fn limits_belong_to_reads_and_writes_of_what_is_allocated() {
+        let limited: Vec<&str> =
+            CASES.iter().filter(|case| case.limit().is_some()).map(|case| case.name).collect();
+        let random = ["read-1", "read-32", "read-2x32", "overwrite-1", "overwrite-32"];
+        assert_eq!(limited, [&random[..], &["seq-read-128k", "seq-write-128k"]].concat());
+    }
+
+    #[test]
+    fn chains_are_compared_with_the_same_load_without_one() {
+        for case in CASES {
+            let same = CASES.iter().find(|other| {
+                other.image == Image::Full
+                    && other.job == case.job
+                    && other.depth == case.depth
+                    && other.queues == 1
+            });
+            let chain = case.name.starts_with("chain-");
+            assert_eq!(case.without_chain().is_some(), chain, "{}", case.name);
+            assert!(!chain || same.is_some(), "{}", case.name);
+        }
     }
 }

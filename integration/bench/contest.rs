@@ -10,13 +10,12 @@ use strata_integration::daemon::Program;
 use strata_integration::image::{self, Health};
 
 use super::bare;
-use super::case::{Case, Job, Unit};
+use super::case::{BLOCK, Case, Unit};
 use super::gallery::{Gallery, Specimen};
 use super::measure::{Sample, Times, sample};
 use super::process::machine_seconds;
 use super::server::Server;
 use super::verify::{exercise, judge};
-use strata_tests::load::Mix;
 
 /// Cores that others may use on a quiet machine.
 const QUIET: f64 = 0.15;
@@ -28,6 +27,8 @@ pub enum Side {
     Subject,
     /// The one it is compared with.
     Rival,
+    /// The daemon that is tried, without the chain, in cases that have one.
+    Unchained,
     /// A bare loop on the file, where that is comparable.
     Bare,
     /// The null device behind Strata's session, where that is comparable.
@@ -101,10 +102,15 @@ impl Rules {
 
     fn sides(&self, case: &Case) -> Vec<Side> {
         let mut sides = vec![Side::Subject, Side::Rival];
-        if self.limits && case.has_limit() {
-            if bare::available() {
-                sides.push(Side::Bare);
-            }
+        if case.without_chain().is_some() {
+            sides.push(Side::Unchained);
+        }
+        let limit = case.limit().filter(|_| self.limits);
+        if limit.is_some() && bare::available() {
+            sides.push(Side::Bare);
+        }
+        // Larger blocks that are not moved would only be larger numbers.
+        if limit.is_some_and(|pattern| pattern.block == BLOCK) {
             sides.push(Side::Null);
         }
         sides
@@ -144,8 +150,11 @@ impl Rules {
                     None
                 })
             }
-            Side::Subject | Side::Rival => self.measured(gallery, case, row.side).map(Some),
+            // The other sides do what another case verifies, or nothing that could be verified.
             _ if turn == 0 => Ok(None),
+            Side::Subject => self.measured(gallery, case, &self.subject).map(Some),
+            Side::Rival => self.measured(gallery, case, &self.rival).map(Some),
+            Side::Unchained => self.unchained(gallery, case).map(Some),
             Side::Bare => self.bare(gallery, case).map(Some),
             Side::Null => self.null(case).map(Some),
         };
@@ -177,15 +186,20 @@ impl Rules {
         Ok(problems.into_iter().map(|problem| format!("turn 0: {problem}")).collect())
     }
 
-    fn measured(&self, gallery: &mut Gallery, case: &Case, side: Side) -> Result<Sample> {
+    fn measured(&self, gallery: &mut Gallery, case: &Case, program: &Program) -> Result<Sample> {
         let specimen = gallery.specimen(case)?;
-        let mut server = Server::of_image(self.program(side), &specimen.path, case)?;
+        let mut server = Server::of_image(program, &specimen.path, case)?;
         server.set_client_polls(self.client_polls);
         let mut sample = sample(&mut server, case, &specimen.path, self.times)?;
         sample.problems.extend(server.complaints());
         server.stop()?;
         self.look_at(&specimen, case, &mut sample)?;
         Ok(sample)
+    }
+
+    fn unchained(&self, gallery: &mut Gallery, case: &Case) -> Result<Sample> {
+        let same = case.without_chain().context("a case without a chain")?;
+        self.measured(gallery, &same, &self.subject)
     }
 
     fn look_at(&self, specimen: &Specimen, case: &Case, sample: &mut Sample) -> Result<()> {
@@ -200,12 +214,16 @@ impl Rules {
     /// On the very file that the servers work on, or a copy of it, as one file may lie better on its disk than another.
     /// To the loop it is a file like any other: writes make it useless as an image.
     fn bare(&self, gallery: &mut Gallery, case: &Case) -> Result<Sample> {
-        let write = matches!(case.job, Job::Timed { mix, .. } if mix == Mix::WRITE);
+        let pattern = case.limit().context("a case with a limit")?;
         let specimen = gallery.specimen(case)?;
-        let bare = bare::run(&specimen.path, write, case.depth, self.times.load)?;
+        let bare = bare::run(&specimen.path, &pattern, self.times.load)?;
         let seconds = self.times.load.as_secs_f64();
+        let value = match case.unit() {
+            Unit::Throughput => bare.rate * f64::from(pattern.block) / 1e6,
+            _ => bare.rate,
+        };
         Ok(Sample {
-            value: bare.rate,
+            value,
             requests: (bare.rate * seconds) as u64,
             seconds,
             cpu: bare.cpu * seconds,

@@ -6,7 +6,7 @@
 use serde_json::{Value, json};
 use std::fmt::Write;
 
-use super::case::{Case, Image, Unit};
+use super::case::Unit;
 use super::contest::{Outcome, Row, Scale, Side};
 use super::gallery::Place;
 use super::measure::Sample;
@@ -55,7 +55,7 @@ const HEADINGS: [&str; 9] = [
     "CPU s",
     "RSS MiB",
     "host bytes",
-    "of bare, null",
+    "of bare, null, no chain",
 ];
 
 /// The table of a place.
@@ -86,7 +86,8 @@ fn cells(outcome: &Outcome) -> Vec<String> {
     let ratio = outcome.value_ratio(Side::Rival);
     let better = if matches!(unit, Unit::Memory | Unit::Cpu) { " less is better" } else { "" };
     let of_limit = |side| outcome.value_ratio(side).map(|ratio| format!("{:.2}", ratio.median));
-    let limits: Vec<String> = [Side::Bare, Side::Null].into_iter().filter_map(of_limit).collect();
+    let limits: Vec<String> =
+        [Side::Bare, Side::Null, Side::Unchained].into_iter().filter_map(of_limit).collect();
     vec![
         name,
         value(Side::Subject),
@@ -125,37 +126,26 @@ fn pair(outcome: &Outcome, of: impl Fn(&Sample) -> Option<f64>, show: impl Fn(f6
     format!("{} / {}", one(Side::Subject), one(Side::Rival))
 }
 
-/// What the limits did, and how chains compare with no chain.
+/// What the limits did, and what a chain costs.
 fn limits(report: &PlaceReport) -> String {
+    let sides = [
+        (Side::Bare, "bare loop (fio, io_uring)"),
+        (Side::Null, "null device"),
+        (Side::Unchained, "the subject without a chain"),
+    ];
     let mut text = String::new();
     for outcome in &report.outcomes {
-        for (side, name) in [(Side::Bare, "bare loop (fio, io_uring)"), (Side::Null, "null device")] {
+        for (side, name) in sides {
             let summary = outcome.row(side).and_then(|row| row.summary(|sample| Some(sample.value)));
             if let Some(summary) = summary {
                 let figures = with_unit(outcome.case.unit(), summary);
-                let _ = writeln!(text, "{}: {name} {figures}", outcome.case.name);
+                let of =
+                    outcome.value_ratio(side).map_or("none".to_owned(), |ratio| ranged(ratio, two_digits));
+                let _ = writeln!(text, "{}: {name} {figures}, the subject at {of} of it", outcome.case.name);
             }
-        }
-        if let Some((own, ratio)) = of_own_length_zero(report, outcome) {
-            let _ = writeln!(text, "{}: {ratio:.2} of the subject's {own}", outcome.case.name);
         }
     }
     text
-}
-
-/// A chain's median over the same load's without a chain: not turn by turn, as the two are different cases.
-fn of_own_length_zero(report: &PlaceReport, outcome: &Outcome) -> Option<(&'static str, f64)> {
-    let Image::Chain(_) = outcome.case.image else { return None };
-    if outcome.case.unit() != Unit::Rate {
-        return None;
-    }
-    let same = |case: &Case| {
-        case.image == Image::Full && case.job == outcome.case.job && case.depth == outcome.case.depth
-    };
-    let zero = report.outcomes.iter().find(|other| same(&other.case) && other.case.queues == 1)?;
-    let median =
-        |outcome: &Outcome| Some(outcome.row(Side::Subject)?.summary(|sample| Some(sample.value))?.median);
-    Some((zero.case.name, median(outcome)? / median(zero)?))
 }
 
 /// Everything that was not as it should be, a line each.
@@ -212,6 +202,7 @@ fn outcome_json(outcome: &Outcome) -> Value {
         "ratio-per-cpu-second": summary_json(outcome.ratio(Side::Subject, Side::Rival, Sample::per_cpu)),
         "ratio-of-bare": summary_json(outcome.value_ratio(Side::Bare)),
         "ratio-of-null": summary_json(outcome.value_ratio(Side::Null)),
+        "ratio-of-no-chain": summary_json(outcome.value_ratio(Side::Unchained)),
         "sides": rows,
     })
 }
@@ -227,6 +218,7 @@ fn row_json(row: &Row) -> Value {
     let side = match row.side {
         Side::Subject => "subject",
         Side::Rival => "rival",
+        Side::Unchained => "subject-without-chain",
         Side::Bare => "bare-loop",
         Side::Null => "null-device",
     };
