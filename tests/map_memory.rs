@@ -1,25 +1,21 @@
 //! What the chain map takes of memory: an image that lies in order needs next to nothing, the rest is bounded, and what
 //! nobody uses is given back.
 //!
-//! The engine alone, where no data is moved and only metadata is written, to a sparse file; and a disk on a simulated host,
-//! where time passes quickly.
+//! The engine alone, where no data is moved and only metadata is written, to a sparse file. The housekeeper, which has the
+//! memory given back, is in housekeeping.rs.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::task::Waker;
-use std::time::Duration;
 
-use disk::{Completed, Disk, DiskOptions, DiskQueue, Keeper, Request, RequestId};
 use engine::{
     Allocation, Answer, Engine, EngineError, EngineSpec, FileIndex, FlushStep, IdleMap, LayerFormat,
     LayerSpec, Mapping, SLICE_WORDS, Source, TableSlot, TopSpec, WritePlan,
 };
 use qcow2::{Geometry, GuestOffset, Header, HostOffset, NewImage, Version};
-use storage::GuestSlice;
 use storage::buffer::give_back;
-use storage::sim::{SimOptions, SimStorage, SimWorld};
 use strata_tests::Qemu;
 use strata_tests::images::{ImageSpec, Preallocation};
 
@@ -315,119 +311,5 @@ fn what_is_swept_away_is_found_again() {
             assert_eq!(bench.mapping(slice * SLICE_WORDS + 1), Mapping::Zero, "slice {slice}");
         }
         assert_eq!(bench.map_bytes(), before);
-    }
-}
-
-/// How often the housekeeper looks through the map, and a little.
-const SWEEP: Duration = Duration::from_secs(310);
-
-/// A disk on a simulated host, with one queue and its housekeeper.
-struct Still {
-    world: SimWorld,
-    queue: DiskQueue<SimStorage>,
-    keeper: Keeper<SimStorage>,
-    disk: Disk<SimStorage>,
-    memory: GuestSlice,
-}
-
-impl Still {
-    const CLUSTER: u64 = 4096;
-    const SLICE: u64 = SLICE_WORDS * Self::CLUSTER;
-    const SLICES: u64 = 32;
-
-    fn new() -> Self {
-        let geometry = Geometry {
-            version: Version::V3,
-            cluster_bits: Self::CLUSTER.trailing_zeros(),
-            refcount_order: 4,
-            extended_l2: false,
-            size: Self::SLICE * Self::SLICES,
-        };
-        let mut image = Vec::new();
-        for (offset, piece) in NewImage::new(geometry).layout().expect("a valid image") {
-            image.resize(offset.0 as usize, 0);
-            image.extend(piece);
-        }
-        let world = SimWorld::new(1, SimOptions::calm());
-        world.add_file("top.qcow2", &image);
-        let options = DiskOptions { lock_timeout: Duration::ZERO, ..DiskOptions::default() };
-        let disk = Disk::open_unkept(world.storage(), Path::new("top.qcow2"), &options).expect("it opens");
-        let (queue, keeper) = (disk.queue(4).expect("a queue"), disk.keeper().expect("a housekeeper"));
-        let memory = GuestSlice::from(&mut Box::leak(Box::new([0; 4096]))[..]);
-        Still { world, queue, keeper, disk, memory }
-    }
-
-    /// Lets everybody do what can be done without time passing for timers, and some requests end.
-    fn settle(&mut self, requests: usize) {
-        let mut done: Vec<Completed> = Vec::new();
-        loop {
-            self.queue.turn(&mut done);
-            self.queue.wait(Some(Duration::ZERO));
-            self.keeper.turn();
-            self.keeper.wait(Some(Duration::ZERO));
-            if !self.world.step() && self.world.is_idle() {
-                break;
-            }
-        }
-        assert!(done.len() == requests && done.iter().all(|done| done.result.is_ok()), "{done:?}");
-    }
-
-    fn rest(&mut self, time: Duration) {
-        self.settle(0);
-        for _ in 0..time.as_secs() {
-            self.world.pass(Duration::from_secs(1));
-            self.settle(0);
-        }
-    }
-
-    /// Gives one cluster of each slice data of its own, so that no slice is a run.
-    fn write_all(&mut self, round: u8) {
-        for slice in 0..Self::SLICES {
-            let offset = slice * Self::SLICE + 7 * Self::CLUSTER;
-            self.memory.copy_from(&[slice as u8 + round; 4096]);
-            let write = Request::Write { offset, write_through: false };
-            self.queue.submit(RequestId(0), write, &[self.memory]);
-            self.settle(1);
-        }
-    }
-
-    fn assert_slice(&mut self, slice: u64, round: u8) {
-        for (cluster, byte) in [(7, slice as u8 + round), (8, 0)] {
-            let read = Request::Read { offset: slice * Self::SLICE + cluster * Self::CLUSTER };
-            self.queue.submit(RequestId(0), read, &[self.memory]);
-            self.settle(1);
-            let mut found = [0; 4096];
-            self.memory.copy_to(&mut found[..]);
-            assert_eq!(found, [byte; 4096], "cluster {cluster} of slice {slice}");
-        }
-    }
-
-    /// Slices of the map that have memory.
-    fn resident(&self) -> usize {
-        (self.disk.status().map_bytes - LEAF) / FRAME
-    }
-}
-
-#[test]
-fn a_disk_at_rest_gives_memory_of_the_map_back() {
-    let mut still = Still::new();
-    let all = Still::SLICES as usize;
-    for round in 1..4 {
-        still.write_all(round);
-        still.rest(SWEEP);
-        assert_eq!(still.resident(), all, "all were used a while ago");
-        for slice in [0, 5, 6] {
-            still.assert_slice(slice, round);
-        }
-        still.rest(SWEEP);
-        assert_eq!(still.resident(), 3, "what was used lately stays");
-        for slice in [5, 9] {
-            still.assert_slice(slice, round);
-        }
-        still.rest(2 * SWEEP);
-        still.rest(2 * SWEEP);
-        assert_eq!(still.resident(), 1, "at least one stays");
-        (0..Still::SLICES).for_each(|slice| still.assert_slice(slice, round));
-        assert_eq!(still.resident(), all);
     }
 }

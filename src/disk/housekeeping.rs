@@ -23,7 +23,8 @@ use crate::layer::DiskFile;
 use crate::worker::Worker;
 use crate::{SIDE_QUEUE_DEPTH, Shared};
 
-/// How long metadata may stay dirty with no flush from the guest.
+/// How long metadata may stay dirty with no flush from the guest; twice as long where a flush came soon before it got
+/// dirty, as the housekeeper is not told of that.
 const DIRTY_AGE_MAX: Duration = Duration::from_secs(5);
 /// How long to wait before looking again whether freed clusters are out of reach of all I/O.
 const RECLAIM_RETRY: Duration = Duration::from_millis(50);
@@ -257,7 +258,7 @@ async fn keep<S: Storage>(worker: &Worker<S>) {
         let status = worker.engine().status();
         let left = DIRTY_AGE_MAX.saturating_sub(age);
         let pause = if status.reclaimable { RECLAIM_RETRY.min(left) } else { left };
-        // A guest's flush ends the pause, so that what it unlinked is given back at once.
+        // A guest's flush ends the pause if it unlinked anything, so that this is given back at once.
         bell.pause(worker, worker.driver.now() + pause, status.cuts).await;
         if worker.engine().status().cuts != status.cuts {
             dirty_since = None;
@@ -333,8 +334,11 @@ impl<S: Storage> Shared<S> {
         }
     }
 
-    /// A cut is durable: what it unlinked can be given back.
+    /// A cut is durable: what it unlinked can be given back. If there is nothing of that, the housekeeper is left asleep: to
+    /// wake it would cost every flush the wake-up of a thread.
     pub(crate) fn flushed(&self) {
-        self.bell.wake();
+        if self.engine.status().quarantined_clusters > 0 {
+            self.bell.wake();
+        }
     }
 }

@@ -560,9 +560,9 @@ impl Rig {
         }
     }
 
-    /// Long enough for the housekeeper to flush, to give back, and to flush that, too.
+    /// Long enough for the housekeeper to flush, to give back, and to flush that, too: ten seconds each at most.
     pub fn rest(&mut self) {
-        self.pause(Duration::from_millis(12_000));
+        self.pause(Duration::from_millis(22_000));
     }
 
     /// Whether a write and a flush are done now. What the housekeeper is about ends before: a failure of its that is still

@@ -1,0 +1,177 @@
+//! The housekeeper, on a simulated host, where time passes quickly: when dirty metadata reaches the disk without a flush,
+//! when freed space goes back to the host, and when memory of the chain map does.
+
+use std::path::Path;
+use std::time::Duration;
+
+use disk::{Completed, Disk, DiskOptions, DiskQueue, Keeper, Request, RequestId};
+use engine::SLICE_WORDS;
+use qcow2::{Geometry, NewImage, Version};
+use storage::GuestSlice;
+use storage::sim::{SimOptions, SimStorage, SimWorld};
+
+/// Bytes of words that a slice of the map has.
+const FRAME: usize = SLICE_WORDS as usize * 8;
+/// What the map's directory takes where anything is resident.
+const LEAF: usize = 32 << 10;
+
+/// How often the housekeeper looks through the map, and a little.
+const SWEEP: Duration = Duration::from_secs(310);
+
+/// A disk on a simulated host, with one queue and its housekeeper.
+struct Still {
+    world: SimWorld,
+    queue: DiskQueue<SimStorage>,
+    keeper: Keeper<SimStorage>,
+    disk: Disk<SimStorage>,
+    memory: GuestSlice,
+}
+
+impl Still {
+    const CLUSTER: u64 = 4096;
+    const SLICE: u64 = SLICE_WORDS * Self::CLUSTER;
+    const SLICES: u64 = 32;
+
+    fn new() -> Self {
+        let geometry = Geometry {
+            version: Version::V3,
+            cluster_bits: Self::CLUSTER.trailing_zeros(),
+            refcount_order: 4,
+            extended_l2: false,
+            size: Self::SLICE * Self::SLICES,
+        };
+        let mut image = Vec::new();
+        for (offset, piece) in NewImage::new(geometry).layout().expect("a valid image") {
+            image.resize(offset.0 as usize, 0);
+            image.extend(piece);
+        }
+        let world = SimWorld::new(1, SimOptions::calm());
+        world.add_file("top.qcow2", &image);
+        let options = DiskOptions { lock_timeout: Duration::ZERO, ..DiskOptions::default() };
+        let disk = Disk::open_unkept(world.storage(), Path::new("top.qcow2"), &options).expect("it opens");
+        let (queue, keeper) = (disk.queue(4).expect("a queue"), disk.keeper().expect("a housekeeper"));
+        let memory = GuestSlice::from(&mut Box::leak(Box::new([0; 4096]))[..]);
+        Still { world, queue, keeper, disk, memory }
+    }
+
+    /// Lets everybody do what can be done without time passing for timers, and some requests end.
+    fn settle(&mut self, requests: usize) {
+        let mut done: Vec<Completed> = Vec::new();
+        loop {
+            self.queue.turn(&mut done);
+            self.queue.wait(Some(Duration::ZERO));
+            self.keeper.turn();
+            self.keeper.wait(Some(Duration::ZERO));
+            if !self.world.step() && self.world.is_idle() {
+                break;
+            }
+        }
+        assert!(done.len() == requests && done.iter().all(|done| done.result.is_ok()), "{done:?}");
+    }
+
+    fn rest(&mut self, time: Duration) {
+        self.settle(0);
+        for _ in 0..time.as_secs() {
+            self.world.pass(Duration::from_secs(1));
+            self.settle(0);
+        }
+    }
+
+    /// Carries one request out.
+    fn run(&mut self, request: Request) {
+        let memory = [self.memory];
+        let moves = matches!(request, Request::Read { .. } | Request::Write { .. });
+        self.queue.submit(RequestId(0), request, if moves { &memory } else { &[] });
+        self.settle(1);
+    }
+
+    /// Gives one cluster of each slice data of its own, so that no slice is a run.
+    fn write_all(&mut self, round: u8) {
+        for slice in 0..Self::SLICES {
+            let offset = slice * Self::SLICE + 7 * Self::CLUSTER;
+            self.memory.copy_from(&[slice as u8 + round; 4096]);
+            self.run(Request::Write { offset, write_through: false });
+        }
+    }
+
+    fn assert_slice(&mut self, slice: u64, round: u8) {
+        for (cluster, byte) in [(7, slice as u8 + round), (8, 0)] {
+            self.run(Request::Read { offset: slice * Self::SLICE + cluster * Self::CLUSTER });
+            let mut found = [0; 4096];
+            self.memory.copy_to(&mut found[..]);
+            assert_eq!(found, [byte; 4096], "cluster {cluster} of slice {slice}");
+        }
+    }
+
+    /// Slices of the map that have memory.
+    fn resident(&self) -> usize {
+        (self.disk.status().map_bytes - LEAF) / FRAME
+    }
+}
+
+#[test]
+fn a_disk_at_rest_gives_memory_of_the_map_back() {
+    let mut still = Still::new();
+    let all = Still::SLICES as usize;
+    for round in 1..4 {
+        still.write_all(round);
+        still.rest(SWEEP);
+        assert_eq!(still.resident(), all, "all were used a while ago");
+        for slice in [0, 5, 6] {
+            still.assert_slice(slice, round);
+        }
+        still.rest(SWEEP);
+        assert_eq!(still.resident(), 3, "what was used lately stays");
+        for slice in [5, 9] {
+            still.assert_slice(slice, round);
+        }
+        still.rest(2 * SWEEP);
+        still.rest(2 * SWEEP);
+        assert_eq!(still.resident(), 1, "at least one stays");
+        (0..Still::SLICES).for_each(|slice| still.assert_slice(slice, round));
+        assert_eq!(still.resident(), all);
+    }
+}
+
+/// How long metadata may stay dirty with no flush from the guest.
+const AGE: Duration = Duration::from_secs(5);
+
+#[test]
+fn what_stays_dirty_is_flushed_in_time() {
+    let mut still = Still::new();
+    for round in 0..3 {
+        let write = |cluster: u64| Request::Write { offset: cluster * Still::CLUSTER, write_through: false };
+        still.run(write(2 * round));
+        assert!(still.disk.status().dirty_bytes > 0);
+        still.rest(AGE - Duration::from_secs(2));
+        assert!(still.disk.status().dirty_bytes > 0, "the guest may yet flush it");
+        still.run(Request::Flush);
+        assert_eq!(still.disk.status().dirty_bytes, 0);
+        still.run(write(2 * round + 1));
+        still.rest(AGE - Duration::from_secs(1));
+        assert!(still.disk.status().dirty_bytes > 0, "its time is counted anew");
+        still.rest(AGE + Duration::from_secs(1));
+        assert_eq!(still.disk.status().dirty_bytes, 0, "nobody flushed for twice as long");
+    }
+}
+
+#[test]
+fn what_a_flush_unlinks_goes_back_at_once() {
+    let mut still = Still::new();
+    let cluster = |number: u64| (number * Still::CLUSTER, Still::CLUSTER);
+    for number in 0..8 {
+        still.run(Request::Write { offset: cluster(number).0, write_through: false });
+    }
+    still.run(Request::Flush);
+    let full = still.world.allocated();
+    for (freed, number) in (1..).zip([5, 0, 7]) {
+        let (offset, length) = cluster(number);
+        still.run(Request::Discard { offset, length, write_through: false });
+        assert_eq!(still.disk.status().quarantined_clusters, 1, "a crash may still bring it back");
+        still.run(Request::Flush);
+        assert_eq!(still.disk.status().quarantined_clusters, 0);
+        assert_eq!(still.world.allocated(), full - freed * Still::CLUSTER);
+        // Another flush, of nothing, changes nothing.
+        still.run(Request::Flush);
+    }
+}
