@@ -40,6 +40,7 @@ const CASES: &[Named] = &[
     ("submit: read 64 KiB, 2 clusters side by side", || submits(single(), Job::read(1 << 16).across())),
     ("submit: read 64 KiB, 2 clusters far apart", || submits(scattered(), Job::read(1 << 16).across())),
     ("submit: read 64 KiB in 16 pieces of memory", || submits(single(), Job::read(1 << 16).in_pages())),
+    ("submit: write zeroes of a cluster", || zeroes(single())),
     ("turn: 4 KiB read", || turns(single(), Job::read(BLOCK))),
     ("turn: 64 KiB read in 16 pieces of memory", || turns(single(), Job::read(1 << 16).in_pages())),
 ];
@@ -153,6 +154,27 @@ fn submits(mut bench: Bench, job: Job) -> Case {
         bench.done.clear();
     };
     Case::new(REQUESTS.into(), (bench, memory), prepare, move |(bench, memory)| bench.submit_all(job, memory))
+}
+
+/// Zeroes clusters that hold data.
+fn zeroes(bench: Bench) -> Case {
+    let memory = [guest_memory(CLUSTER as usize)];
+    let prepare = move |bench: &mut Bench| {
+        bench.queue.turn(&mut bench.done);
+        bench.done.clear();
+        for number in 0..REQUESTS {
+            let offset = u64::from(number) * CLUSTER;
+            bench.finish(Request::Write { offset, write_through: false }, &memory);
+        }
+    };
+    Case::new(REQUESTS.into(), bench, prepare, |bench| {
+        for number in 0..REQUESTS {
+            let offset = black_box(u64::from(number) * CLUSTER);
+            let request =
+                Request::WriteZeroes { offset, length: CLUSTER, unmap: false, write_through: false };
+            bench.queue.submit(RequestId(number), request, &[]);
+        }
+    })
 }
 
 fn turns(mut bench: Bench, job: Job) -> Case {

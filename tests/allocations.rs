@@ -19,7 +19,7 @@ use device::{DeviceQueue, DiskDevice};
 use disk::{Disk, DiskOptions};
 use qcow2::{Geometry, NewImage, Version};
 use storage::host::HostStorage;
-use strata_tests::client::{Command, Queue};
+use strata_tests::client::{Command, Queue, Slot};
 use strata_tests::{Client, Options};
 use vhost_blk::{BlockDevice, DeviceProfile, ServeOptions, Server, StopHandle};
 
@@ -136,18 +136,19 @@ fn exercise(queue: &mut Queue) {
     let before = ALLOCATIONS.load(Ordering::Relaxed);
     // From the last to the first, so that no two clusters lie side by side in order.
     for cluster in (0..CLUSTERS).rev() {
-        run(queue, &[Command::write(cluster * CLUSTER / 512, CLUSTER as u32)]);
+        run(queue, &[Act { make: write, offset: cluster * CLUSTER, length: CLUSTER as u32 }]);
     }
     let cold = ALLOCATIONS.load(Ordering::Relaxed) - before;
     assert!(cold >= CLUSTERS, "first writes allocate: if none is seen, none is counted");
-    // The last two are in two clusters.
+    // The last two but zeroing are in two clusters.
     let kinds = [
-        Kind { command: Command::read, length: 4096, within: 0 },
-        Kind { command: Command::write, length: 4096, within: 8192 },
-        Kind { command: Command::read, length: 65536, within: 0 },
-        Kind { command: Command::write, length: 65536, within: 0 },
-        Kind { command: Command::read, length: 65536, within: 32768 },
-        Kind { command: Command::write, length: 65536, within: 32768 },
+        Kind { name: "read", make: read, length: 4096, within: 0 },
+        Kind { name: "write", make: write, length: 4096, within: 8192 },
+        Kind { name: "read", make: read, length: 65536, within: 0 },
+        Kind { name: "write", make: write, length: 65536, within: 0 },
+        Kind { name: "read", make: read, length: 65536, within: 32768 },
+        Kind { name: "write", make: write, length: 65536, within: 32768 },
+        Kind { name: "write zeroes", make: write_zeroes, length: 65536, within: 0 },
     ];
     // What is kept grows with the deepest moment so far, which chance has a part in. So each kind gets some turns until it
     // needs no more; what a request allocates by itself would show in every turn.
@@ -158,36 +159,67 @@ fn exercise(queue: &mut Queue) {
             ALLOCATIONS.load(Ordering::Relaxed) - before
         };
         let made: Vec<u64> = (0..TURNS).map(|_| turn(queue)).take_while(|made| *made > 0).collect();
-        let Kind { length, within, .. } = kind;
-        let what = kind.batch()[0].direction;
-        assert!(made.len() < TURNS, "requests of {length} bytes at {within}, {what:?}, allocate: {made:?}");
+        let Kind { name, length, within, .. } = kind;
+        assert!(made.len() < TURNS, "{name} of {length} bytes at {within} allocates: {made:?}");
     }
+}
+
+/// Makes a command in a slot, for so many bytes from an offset on.
+type Make = fn(&Queue, Slot, u64, u32) -> Command;
+
+fn read(_: &Queue, _: Slot, offset: u64, length: u32) -> Command {
+    Command::read(offset / 512, length)
+}
+
+fn write(_: &Queue, _: Slot, offset: u64, length: u32) -> Command {
+    Command::write(offset / 512, length)
+}
+
+fn write_zeroes(queue: &Queue, slot: Slot, offset: u64, length: u32) -> Command {
+    let mut segment = [0; 16];
+    segment[..8].copy_from_slice(&(offset / 512).to_le_bytes());
+    segment[8..12].copy_from_slice(&(length / 512).to_le_bytes());
+    queue.write_data(slot, &segment);
+    Command::write_zeroes(segment.len() as u32)
+}
+
+/// One request.
+struct Act {
+    make: Make,
+    offset: u64,
+    length: u32,
 }
 
 /// What is done again and again.
 struct Kind {
-    command: fn(u64, u32) -> Command,
+    name: &'static str,
+    make: Make,
     length: u32,
     /// Where in its cluster each begins.
     within: u64,
 }
 
 impl Kind {
-    fn batch(&self) -> Vec<Command> {
-        let command = |number: u64| (self.command)((number * CLUSTER + self.within) / 512, self.length);
-        (0..BATCH as u64).map(command).collect()
+    fn batch(&self) -> Vec<Act> {
+        let act = |number: u64| Act {
+            make: self.make,
+            offset: number * CLUSTER + self.within,
+            length: self.length,
+        };
+        (0..BATCH as u64).map(act).collect()
     }
 }
 
-/// Carries commands out, all in flight together.
-fn run(queue: &mut Queue, commands: &[Command]) {
-    for command in commands {
+/// Carries requests out, all in flight together.
+fn run(queue: &mut Queue, acts: &[Act]) {
+    for act in acts {
         let slot = queue.acquire().expect("a free slot");
-        queue.start(slot, *command);
+        let command = (act.make)(queue, slot, act.offset, act.length);
+        queue.start(slot, command);
     }
     queue.notify().expect("a kick");
     let mut done = Vec::new();
-    while done.len() < commands.len() {
+    while done.len() < acts.len() {
         queue.wait_used(Instant::now() + Duration::from_secs(30)).expect("answers");
         queue.reap(&mut done).expect("sound answers");
     }

@@ -120,7 +120,7 @@ impl Executor {
     /// Takes a task out to poll it without a borrow of the executor.
     pub fn take(&mut self, number: usize) -> Option<(Task, Waker)> {
         let entry = self.tasks.get_mut(number)?;
-        // Also where the task has ended: the number is queued no more, and the next task's has to be again.
+        // Also where the task has ended: the number has left the queue, and the place's next task must get it in again.
         entry.wake.queued.lower();
         let task = entry.task.take()?;
         Some((task, entry.waker.clone()))

@@ -219,7 +219,11 @@ impl<S: Storage> Disk<S> {
             bell: Arc::default(),
             corrupt_marked: AtomicBool::new(false),
             space: Space::new(options.on_enospc, path),
-            policy: ZeroPolicy { detect: options.detect_zeroes, discards: options.discards },
+            policy: ZeroPolicy {
+                detect: options.detect_zeroes,
+                discards: options.discards,
+                keeps_place: options.discard_no_unref,
+            },
             inflated: inflate::Cache::new(options.inflated_bytes),
             inflaters: inflate::Pool::new(options.inflate_threads),
         });

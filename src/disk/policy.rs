@@ -46,6 +46,8 @@ pub enum Discards {
 pub(crate) struct ZeroPolicy {
     pub detect: DetectZeroes,
     pub discards: Discards,
+    /// Discarded clusters stay where they are, emptied.
+    pub keeps_place: bool,
 }
 
 impl ZeroPolicy {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use engine::mutation::{Mutation, active};
-use engine::{Epoch, FileIndex, Mapping, PartedCluster};
+use engine::{Epoch, FileIndex, Mapping, PartedCluster, ZeroMode};
 use qcow2::{GuestOffset, HostOffset, SUBCLUSTERS, Subcluster};
 use slab::Slab;
 use smallvec::SmallVec;
@@ -17,8 +17,10 @@ use storage::{Errno, GuestSlice, IoQueue, Kind, Notifier, Operation, Part, Parts
 use crate::Shared;
 use crate::driver::Driver;
 use crate::error::{OpenError, RequestError, is_no_space};
+use crate::policy::Discards;
 use crate::read::owned;
 use crate::worker::Worker;
+use crate::zero::Tried;
 
 /// The most lists of an operation's memory that are kept for the next.
 const SPARE_MAX: usize = 128;
@@ -168,10 +170,39 @@ impl<S: Storage> DiskQueue<S> {
             Request::Write { offset, write_through: false } if !self.worker.has_zeroes(offset, slices) => {
                 self.fast(id, epoch, Kind::Write, offset, slices)
             }
+            Request::Discard { offset, length, write_through: false }
+                if self.worker.shared.policy.discards == Discards::Unmap =>
+            {
+                return self.zero(id, epoch, request, (offset, length, ZeroMode::Discard));
+            }
+            Request::WriteZeroes { offset, length, unmap, write_through: false } => {
+                let mode = self.worker.shared.policy.mode(unmap);
+                return self.zero(id, epoch, request, (offset, length, mode));
+            }
             _ => false,
         };
         if !fast {
             self.slow(id, epoch, request, slices);
+        }
+    }
+
+    /// Zeroes a range at once, or by a task.
+    fn zero(&self, id: RequestId, epoch: Epoch, request: Request, range: (u64, u64, ZeroMode)) {
+        let (offset, length, mode) = range;
+        match self.worker.try_zero(offset, length, mode) {
+            Tried::Done => {
+                self.worker.exit(epoch);
+                self.done.borrow_mut().push(Completed { id, result: Ok(()) });
+            }
+            Tried::Not => self.slow(id, epoch, request, &[]),
+            Tried::Lacks(loads) => {
+                let worker = Rc::clone(&self.worker);
+                self.driver.spawn(async move {
+                    // What cannot be loaded is asked for again by the request, which then fails.
+                    let _ = worker.load_tables(loads).await;
+                });
+                self.slow(id, epoch, request, &[]);
+            }
         }
     }
 

@@ -87,7 +87,7 @@ impl<S: Storage> Worker<S> {
     }
 
     /// Reads the slices and hands them to the engine; every one of them is answered for, whatever fails.
-    async fn load_tables(&self, loads: Vec<TableLoad>) -> Result<(), RequestError> {
+    pub async fn load_tables(&self, loads: Vec<TableLoad>) -> Result<(), RequestError> {
         let mut result = Ok(());
         // In pieces, so that a deep chain does not hold buffers without bound.
         for piece in loads.chunks(64) {

@@ -94,6 +94,12 @@ impl<S: Storage> Worker<S> {
         claim
     }
 
+    /// The same if nobody is in the way.
+    pub fn try_claim(&self, offset: u64, length: u64) -> Option<Claim<'_, S>> {
+        let id = self.engine().try_claim(GuestOffset(offset), length)?;
+        Some(Claim { worker: self, id })
+    }
+
     /// Writes; the caller holds a claim on the range, unless the top image is raw.
     pub async fn write(&self, offset: u64, payload: Payload<'_>) -> Result<(), RequestError> {
         let length = payload.len();

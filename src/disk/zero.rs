@@ -1,7 +1,9 @@
 //! Discard and write zeroes: whole clusters and subclusters by metadata, their ragged ends as data.
 
+use std::task::Waker;
+
 use engine::mutation::{Mutation, active};
-use engine::{Source, ZeroMode, Zeroed};
+use engine::{Answer, Source, TableLoad, ZeroMode, Zeroed};
 use qcow2::{GuestOffset, HostOffset};
 use storage::{Errno, Kind, Operation, Storage};
 use tracing::debug;
@@ -16,7 +18,43 @@ use crate::write::Payload;
 /// L2 slices that a long discard goes through before it lets the thread's other work go on.
 const ROUNDS_AT_ONCE: u32 = 16;
 
+/// How a try to zero a range at once ended.
+pub(crate) enum Tried {
+    /// It is done.
+    Done,
+    /// These tables are to be loaded first; the engine has noted that they will be.
+    Lacks(Vec<TableLoad>),
+    /// It takes more than a try.
+    Not,
+}
+
 impl<S: Storage> Worker<S> {
+    /// Discards or zeroes a range of one cluster by a change of tables that are in memory, without any wait: all of it or
+    /// nothing. More than a cluster might be done in part, and then again after another's write.
+    pub fn try_zero(&self, offset: u64, length: u64, mode: ZeroMode) -> Tried {
+        let unit = self.engine().unit();
+        let one = length > 0 && offset / unit == (offset + length - 1) / unit;
+        // What stays in its place has to be emptied before the claim goes.
+        let empties =
+            mode != ZeroMode::Keep && (self.shared.policy.keeps_place || self.shared.has_data_file());
+        let by_tables = self.shared.is_qcow2() && self.shared.raw_file().is_none() && !empties;
+        if !one || !by_tables || self.whole_granules(offset, length) != (offset, offset + length) {
+            return Tried::Not;
+        }
+        let Some(_claim) = self.try_claim(offset, length) else { return Tried::Not };
+        match self.engine().zero(GuestOffset(offset), length, mode, Waker::noop()) {
+            Ok(Answer::Ready(Zeroed::Done { bytes, unused })) if bytes == length => {
+                debug_assert!(unused.is_empty(), "nothing stays in its place");
+                self.shared.asked();
+                self.shared.touched();
+                Tried::Done
+            }
+            Ok(Answer::Load(loads)) => Tried::Lacks(loads),
+            // Who waits with a waker that does nothing is never woken, and keeps nobody from it.
+            _ => Tried::Not,
+        }
+    }
+
     /// Discards a range: whole granules only, the rest keeps its contents.
     pub async fn discard(&self, offset: u64, length: u64) -> Result<(), RequestError> {
         if self.shared.policy.discards == Discards::Ignore {
@@ -79,9 +117,10 @@ impl<S: Storage> Worker<S> {
             if rounds.is_multiple_of(ROUNDS_AT_ONCE) {
                 self.driver.yield_now().await;
             }
-            let zeroed =
-                self.ask(|engine, waker| engine.zero(GuestOffset(at), end - at, mode, waker)).await?;
-            at += match zeroed {
+            let zeroed = self.ask(|engine, waker| engine.zero(GuestOffset(at), end - at, mode, waker)).await;
+            // Also where it failed: it may have come some way before.
+            self.shared.touched();
+            at += match zeroed? {
                 Zeroed::Done { bytes, unused } => {
                     if !self.shared.has_data_file() {
                         self.empty(&unused).await;
@@ -93,7 +132,6 @@ impl<S: Storage> Worker<S> {
                     bytes
                 }
             };
-            self.shared.touched();
         }
         if mode != ZeroMode::Keep && self.shared.has_data_file() {
             // There everything has its place for good.

@@ -6,6 +6,7 @@
 use std::collections::VecDeque;
 use std::task::Waker;
 
+use crate::mutation::{Mutation, active};
 use crate::sync::Mutex;
 
 /// A claim's name.
@@ -43,15 +44,28 @@ struct Inner {
     claims: VecDeque<Claim>,
 }
 
+impl Inner {
+    fn push(&mut self, first: u64, last: u64, blockers: u32) -> ClaimId {
+        let id = self.next;
+        self.next += 1;
+        self.claims.push_back(Claim { id, first, last, blockers, waker: None });
+        ClaimId(id)
+    }
+}
+
 impl Claims {
     /// Queues a claim on guest clusters `first..=last`.
     pub fn add(&self, first: u64, last: u64) -> ClaimId {
         let mut inner = self.inner.lock().expect("no panic under this lock");
         let blockers = inner.claims.iter().filter(|c| c.first <= last && first <= c.last).count() as u32;
-        let id = inner.next;
-        inner.next += 1;
-        inner.claims.push_back(Claim { id, first, last, blockers, waker: None });
-        ClaimId(id)
+        inner.push(first, last, blockers)
+    }
+
+    /// A claim on guest clusters `first..=last` that is held at once; none if another overlaps it, held or waiting.
+    pub fn try_add(&self, first: u64, last: u64) -> Option<ClaimId> {
+        let mut inner = self.inner.lock().expect("no panic under this lock");
+        let free = !inner.claims.iter().any(|c| c.first <= last && first <= c.last);
+        (free || active(Mutation::ClaimForced)).then(|| inner.push(first, last, 0))
     }
 
     /// True if the claim is held; else `waker` is woken when it is.
@@ -112,5 +126,25 @@ mod tests {
         claims.release(c);
         claims.release(d);
         assert!(claims.held(claims.add(0, 100), waker));
+    }
+
+    #[test]
+    fn a_claim_to_be_held_at_once_overtakes_nobody() {
+        let claims = Claims::default();
+        let waker = Waker::noop();
+        let a = claims.add(0, 9);
+        let b = claims.add(5, 14);
+        assert_eq!(claims.try_add(3, 3), None, "held by a");
+        assert_eq!(claims.try_add(12, 12), None, "b waits for it");
+        let c = claims.try_add(15, 15).expect("nobody's");
+        assert!(claims.held(c, waker));
+        let d = claims.add(15, 20);
+        assert!(!claims.held(d, waker), "it is a claim like any other");
+        claims.release(c);
+        assert!(claims.held(d, waker));
+        for claim in [a, b, d] {
+            claims.release(claim);
+        }
+        assert!(claims.try_add(0, 100).is_some());
     }
 }

@@ -314,8 +314,20 @@ impl Engine {
 
     /// Queues a claim on the clusters that a range touches; see [`Engine::claim_held`].
     pub fn claim(&self, offset: GuestOffset, length: u64) -> ClaimId {
+        let (first, last) = self.units(offset, length);
+        self.claims.add(first, last)
+    }
+
+    /// A claim on the clusters that a range touches that is held at once; none if another is in its way.
+    pub fn try_claim(&self, offset: GuestOffset, length: u64) -> Option<ClaimId> {
+        let (first, last) = self.units(offset, length);
+        self.claims.try_add(first, last)
+    }
+
+    /// The first and the last unit that a range touches.
+    fn units(&self, offset: GuestOffset, length: u64) -> (u64, u64) {
         let last = offset.0 + length.saturating_sub(1);
-        self.claims.add(offset.0 >> self.unit_bits, last >> self.unit_bits)
+        (offset.0 >> self.unit_bits, last >> self.unit_bits)
     }
 
     /// True if the claim is held; else the waker is woken when it is.

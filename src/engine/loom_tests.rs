@@ -23,7 +23,7 @@ use loom::thread;
 use qcow2::{GuestCluster, HostCluster, HostOffset};
 
 use crate::alloc::Allocator;
-use crate::claims::Claims;
+use crate::claims::{ClaimId, Claims};
 use crate::epoch::{Epochs, WorkerEpochs};
 use crate::map::{ChainMap, MapWriter, Parts, SLICE_WORDS, SliceIndex};
 use crate::sync::{AtomicU64, Mutex, Ordering};
@@ -504,6 +504,16 @@ fn claimed() -> Arc<[Claimed; 3]> {
     Arc::new(std::array::from_fn(|_| Claimed { mapping: UnsafeCell::new(()), last: Unmodelled::new(0) }))
 }
 
+/// The holder of a claim changes what it claimed, and lets go.
+fn change_claimed(claims: &Claims, clusters: &[Claimed; 3], id: ClaimId, first: usize, last: usize) {
+    for cluster in &clusters[first..=last] {
+        cluster.mapping.with_mut(|_| ());
+        let before = cluster.last.swap(id.number() + 1, Ordering::Relaxed);
+        assert!(before < id.number() + 1, "claim {} after claim {}", id.number(), before - 1);
+    }
+    claims.release(id);
+}
+
 /// Claims `first..=last`, waits, changes what it claimed, and lets go.
 fn claim_and_change(claims: &Claims, clusters: &[Claimed; 3], first: usize, last: usize) {
     let id = claims.add(first as u64, last as u64);
@@ -512,12 +522,7 @@ fn claim_and_change(claims: &Claims, clusters: &[Claimed; 3], first: usize, last
             if claims.held(id, context.waker()) { Poll::Ready(()) } else { Poll::Pending }
         },
     ));
-    for cluster in &clusters[first..=last] {
-        cluster.mapping.with_mut(|_| ());
-        let before = cluster.last.swap(id.number() + 1, Ordering::Relaxed);
-        assert!(before < id.number() + 1, "claim {} after claim {}", id.number(), before - 1);
-    }
-    claims.release(id);
+    change_claimed(claims, clusters, id, first, last);
 }
 
 fn claimants(preemptions: Option<usize>, ranges: [(usize, usize); 3]) {
@@ -559,6 +564,25 @@ fn two_threads_claim_again_and_again() {
         };
         claim_and_change(&claims, &clusters, 0, 1);
         claim_and_change(&claims, &clusters, 1, 2);
+        other.join().expect("claimant");
+    });
+}
+
+/// A claim that does not wait is held alone like any other, and whoever it comes before is woken.
+#[test]
+fn a_claim_that_does_not_wait_excludes_the_others() {
+    explore(None, || {
+        let claims = Arc::new(Claims::default());
+        let clusters = claimed();
+        let other = {
+            let (claims, clusters) = (Arc::clone(&claims), Arc::clone(&clusters));
+            thread::spawn(move || claim_and_change(&claims, &clusters, 0, 2))
+        };
+        for cluster in [1, 2] {
+            if let Some(id) = claims.try_add(cluster, cluster) {
+                change_claimed(&claims, &clusters, id, cluster as usize, cluster as usize);
+            }
+        }
         other.join().expect("claimant");
     });
 }

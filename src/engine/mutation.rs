@@ -104,6 +104,8 @@ pub enum Mutation {
     RunKept,
     /// A slice of the map is taken for one run though one cluster of it goes on elsewhere than where the last ends.
     GapTakenForRun,
+    /// A claim that is to be held at once is, whoever is in its way.
+    ClaimForced,
     /// A request that ends on a queue that is being stopped keeps its claim.
     ClaimKeptByLeaver,
     /// A request goes on waiting for space although its queue is being stopped.
@@ -162,6 +164,7 @@ impl Mutation {
         Mutation::ResizeBaresBacking,
         Mutation::RunKept,
         Mutation::GapTakenForRun,
+        Mutation::ClaimForced,
         Mutation::ClaimKeptByLeaver,
         Mutation::WaitNotGivenUp,
     ];
