@@ -404,7 +404,10 @@ impl Draft {
 
     /// A new table, in whole clusters.
     fn write_new(&mut self, offset: u64, mut bytes: Vec<u8>) {
-        bytes.resize(bytes.len().next_multiple_of(self.geometry.cluster_size() as usize), 0);
+        let length = bytes.len().next_multiple_of(self.geometry.cluster_size() as usize);
+        // An L1 table may be of 32 MiB, which `resize` alone would have room for twice.
+        bytes.reserve_exact(length - bytes.len());
+        bytes.resize(length, 0);
         self.new.push((offset, bytes));
     }
 
@@ -457,6 +460,7 @@ impl Draft {
         let places = self.take_room(&[entries * 8, length], clusters)?;
         if let Some(tables) = &mut tables {
             tables.offset = places[1];
+            l1.reserve_exact((entries as usize).saturating_sub(l1.len()));
             l1.resize(entries as usize, 0);
             for (n, index) in tables.indices.clone().enumerate() {
                 l1[index as usize] = places[1] + n as u64 * self.geometry.cluster_size();

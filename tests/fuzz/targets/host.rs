@@ -12,6 +12,8 @@ use storage::sim::{SimOptions, SimStorage, SimWorld};
 
 /// The image's name.
 pub const TOP: &str = "top";
+/// The largest cluster.
+pub const CLUSTER_MAX: u64 = 2 << 20;
 /// The name of a raw file that images may lie over.
 const BASE: &str = "base";
 
@@ -36,6 +38,12 @@ pub fn bytes(world: &SimWorld, most: u64) -> Vec<u8> {
     bytes
 }
 
+/// The image's header, if it can be read. It may take up the whole first cluster.
+pub fn header(world: &SimWorld) -> Option<Header> {
+    let start = bytes(world, CLUSTER_MAX);
+    Header::parse(&start, start.len() as u64).ok()
+}
+
 /// How disks are opened here: with caches as users have them, or with the least.
 pub fn options(small: bool) -> DiskOptions {
     let options = DiskOptions { lock_timeout: Duration::ZERO, inflate_threads: 0, ..DiskOptions::default() };
@@ -47,9 +55,7 @@ pub fn options(small: bool) -> DiskOptions {
 
 /// As [`options`], with the data file that the image wants, as its operator would.
 pub fn operated(world: &SimWorld, small: bool) -> DiskOptions {
-    let start = bytes(world, 512);
-    let wants =
-        Header::parse(&start, 512).is_ok_and(|header| header.incompatible.contains(Incompatible::DATA_FILE));
+    let wants = header(world).is_some_and(|header| header.incompatible.contains(Incompatible::DATA_FILE));
     DiskOptions { data_file: wants.then(|| DATA.into()), ..options(small) }
 }
 

@@ -17,15 +17,13 @@ use engine::EngineError;
 use qcow2::{EntryError, Header};
 use storage::sim::SimWorld;
 
-use super::host::{TOP, bytes, checked, operated, options, repaired, storage, world};
+use super::host::{CLUSTER_MAX, TOP, bytes, checked, header, operated, options, repaired, storage, world};
 use super::session::{Known, SECTOR, Session, WINDOW};
 use super::sound::Sound;
 use super::values::Values;
 
 /// The most bytes of the file that an input stands for.
 const FILE_MAX: u64 = 1 << 20;
-/// The largest cluster.
-const CLUSTER_MAX: u64 = 2 << 20;
 /// Pieces of the file begin at multiples of this.
 const PIECE_UNIT: usize = 64;
 /// The unit of a piece's length.
@@ -310,8 +308,7 @@ fn change_size(world: &SimWorld, options: &DiskOptions, script: &[u8], strict: O
 /// A number of bytes for a disk to grow by. An L1 table of up to 32 MiB is made for whoever asks for so much, and is held a
 /// few times then: less than a tenth of that is asked for here at a time, or more than can be had.
 fn affordable(world: &SimWorld, by: u64) -> u64 {
-    let start = bytes(world, SECTOR);
-    let Ok(header) = Header::parse(&start, SECTOR) else { return by };
+    let Some(header) = header(world) else { return by };
     let geometry = header.geometry();
     let an_entry = geometry.cluster_size() / geometry.l2_entry_size() * geometry.cluster_size();
     let (most, all) = (an_entry << 18, an_entry << 22);
