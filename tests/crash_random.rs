@@ -1,7 +1,7 @@
 //! Long random runs of whole disks on a simulated host, with several requests in flight, crashed at random instants.
 //!
 //! `STRATA_CRASH_SECONDS=7200` for a long run; `STRATA_CRASH_SEED=n` to begin with another seed, `STRATA_CRASH_ONLY=n`
-//! to do the trial of one seed alone; `STRATA_CRASH_TACTIC=shortages` (or `failures`, `overtaken`, `sizes`) for runs of one kind.
+//! to do the trial of one seed alone; `STRATA_CRASH_TACTIC=shortages` (or `failures`, `overtaken`, `sizes`, `flushed`) for runs of one kind.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -47,6 +47,7 @@ fn tactic() -> Tactic {
         Ok("overtaken") => Tactic::Overtaken,
         Ok("shortages") => Tactic::Shortages,
         Ok("sizes") => Tactic::Sizes,
+        Ok("flushed") => Tactic::Flushed,
         Ok(other) => panic!("STRATA_CRASH_TACTIC={other}: there is no such tactic"),
     }
 }

@@ -6,8 +6,8 @@ use std::sync::atomic::Ordering;
 use std::task::Waker;
 
 use engine::{
-    Answer, Engine, EngineError, EngineSpec, Extent, FileIndex, FlushStep, LayerFormat, LayerSpec, Mapping,
-    Source, TableSlot, TopSpec, WritePlan, ZeroMode, Zeroed,
+    Allocation, Answer, Engine, EngineError, EngineSpec, Extent, FileIndex, FlushStep, LayerFormat,
+    LayerSpec, Mapping, Source, TableSlot, TopSpec, WritePlan, ZeroMode, Zeroed,
 };
 use proptest::prelude::*;
 use qcow2::{
@@ -124,6 +124,8 @@ fn header(bytes: &[u8]) -> Header {
 struct Bench {
     engine: Engine,
     files: Files,
+    /// Links that were written beside their data.
+    early_links: u32,
 }
 
 impl Bench {
@@ -160,7 +162,7 @@ impl Bench {
             workers: 2,
         })
         .expect("an engine");
-        Bench { engine, files }
+        Bench { engine, files, early_links: 0 }
     }
 
     /// Asks until there is an answer, doing what the engine says.
@@ -223,7 +225,13 @@ impl Bench {
         // As if the host had taken their memory away.
         idle.pages().flatten().for_each(|word| word.store(0, Ordering::Relaxed));
         drop(idle);
+        self.reclaim(|_| {})
+    }
+
+    /// Reclaims all that can be; says what is to be punched before it is.
+    fn reclaim(&mut self, see: impl Fn(&[(HostOffset, u64)])) -> Result<(), EngineError> {
         while let Some(plan) = self.ask(|engine, waker| engine.plan_reclaim(waker))? {
+            see(&plan.punches);
             // What is punched reads as zero; that some is not must not matter.
             let punched: Vec<bool> = plan.punches.iter().map(|(offset, _)| offset.0 % 3 != 0).collect();
             for ((offset, length), punched) in plan.punches.clone().into_iter().zip(&punched) {
@@ -300,7 +308,16 @@ impl Bench {
                     self.files.write_data(offset.0, &data[done..done + length as usize]);
                     done += length as usize;
                 }
-                WritePlan::Allocate(new) => {
+                WritePlan::Allocate(mut new) => {
+                    if let Some(link) = self.engine.link_early(&mut new) {
+                        self.early_links += 1;
+                        self.files.write(link.offset.0, &link.bytes);
+                        check_references(&self.files.0[0]);
+                        if self.early_links.is_multiple_of(3) {
+                            self.fail_linked(new)?;
+                            continue;
+                        }
+                    }
                     let size = self.engine.size();
                     let head = self.read(at - new.head, new.head);
                     let end = at + new.length;
@@ -319,6 +336,18 @@ impl Bench {
             }
         }
         Ok(())
+    }
+
+    /// The data of an allocation could not be written, but its link was.
+    fn fail_linked(&mut self, new: Allocation) -> Result<(), EngineError> {
+        let held = new.offset;
+        self.engine.abort_write(new);
+        // As long as the disk may name the cluster it is not free.
+        self.reclaim(|punches| {
+            let given =
+                |(offset, length): &(HostOffset, u64)| (offset.0..offset.0 + length).contains(&held.0);
+            assert!(!punches.iter().any(given), "what the disk names at {held:?} is given back");
+        })
     }
 
     fn zero(&mut self, offset: u64, length: u64, mode: ZeroMode) -> Result<(), EngineError> {
@@ -505,6 +534,46 @@ fn a_vast_disk_is_served_beyond_what_the_map_keeps() {
     }
 }
 
+#[test]
+fn a_link_is_written_beside_its_data_where_a_flush_follows_each() {
+    let size = 300 << 12;
+    let mut bench = Bench::open(Files(vec![image(Version::V3, whole(12), size, false)]));
+    let mut model = ByteModel::new(size, 1 << 12, DiscardRule::ZeroesClusters);
+    let mut write = |bench: &mut Bench, cluster: u64| {
+        let write = Operation::Write { offset: (cluster << 12) + 512, length: 512, seed: cluster as u32 };
+        bench.apply(&write, &mut model);
+        model.clone()
+    };
+    let mut links = |bench: &mut Bench, flushed: &[u64], then: u64| {
+        for cluster in flushed {
+            let model = write(bench, *cluster);
+            bench.flush().expect("a flush");
+            reopen_and_compare(&bench.files, &model);
+        }
+        let before = bench.early_links;
+        let model = write(bench, then);
+        (bench.early_links - before, model)
+    };
+    assert_eq!(links(&mut bench, &[0], 1).0, 0, "once is no habit");
+    assert_eq!(links(&mut bench, &[2], 3).0, 0, "two writes to a flush");
+    bench.flush().expect("a flush");
+    let (count, model) = links(&mut bench, &[4, 5], 6);
+    assert_eq!(count, 1);
+    // What is on the disk is what has been written, whether or not it was flushed.
+    reopen_and_compare(&bench.files, &model);
+    assert_eq!(links(&mut bench, &[], 7).0, 0, "no flush followed");
+    bench.flush().expect("a flush");
+    assert_eq!(links(&mut bench, &[], 8).0, 0, "two writes to a flush again");
+    bench.flush().expect("a flush");
+    assert_eq!(links(&mut bench, &[9, 10], 2).0, 0, "nothing to link");
+    assert_eq!(bench.early_links, 3, "the first attempt at the data of the last failed");
+    assert_eq!(links(&mut bench, &[], 11).0, 0, "the count of what that gave back is not on the disk");
+    bench.flush().expect("a flush");
+    let (count, model) = links(&mut bench, &[12], 13);
+    assert_eq!(count, 1, "what is overwritten counts for nothing");
+    reopen_and_compare(&bench.files, &model);
+}
+
 macro_rules! model_test {
     ($name:ident, $version:expr, $kinds:expr, $size:expr) => {
         proptest! {
@@ -515,9 +584,18 @@ macro_rules! model_test {
                 below in operations($kinds[$kinds.len() - 1], $size, 12),
             ) {
                 run($version, &$kinds, $size, &sessions, &below);
+                run($version, &$kinds, $size, &each_flushed(&sessions), &below);
             }
         }
     };
+}
+
+/// The same with a flush after each.
+fn each_flushed(sessions: &[Vec<Operation>]) -> Vec<Vec<Operation>> {
+    let flushed = |session: &Vec<Operation>| {
+        session.iter().flat_map(|operation| [*operation, Operation::Flush]).collect()
+    };
+    sessions.iter().map(flushed).collect()
 }
 
 fn operations(kind: Kind, size: u64, count_max: usize) -> BoxedStrategy<Vec<Operation>> {

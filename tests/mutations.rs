@@ -66,8 +66,8 @@ fn hunt(mutation: Mutation, starts: &[Start], time: Duration) -> Option<Catch> {
     None
 }
 
-/// The only kind of runs in which a breakage of what is done after a failed I/O shows, or of what is given up, or of what
-/// becomes of a disk that changes its size.
+/// The only kind of runs in which a breakage of what is done after a failed I/O shows, of what is given up, of links
+/// beside their data, or of what becomes of a disk that changes its size.
 fn telling(mutation: Mutation) -> Option<Tactic> {
     use Mutation::{AbortedTakenForZero, FailedCutForgotten, FailedSyncIgnored, FailedWriteForgiven};
     match mutation {
@@ -77,6 +77,9 @@ fn telling(mutation: Mutation) -> Option<Tactic> {
         Mutation::ClaimKeptByLeaver | Mutation::WaitNotGivenUp => Some(Tactic::Shortages),
         Mutation::ResizeKeepsLinks | Mutation::ResizeKeepsTail | Mutation::ResizeBaresBacking => {
             Some(Tactic::Sizes)
+        }
+        Mutation::EarlyLinksForgetBacking | Mutation::EarlyLinkLeft | Mutation::CutBesideEarlyLink => {
+            Some(Tactic::Flushed)
         }
         _ => None,
     }

@@ -6,10 +6,11 @@ use std::future::poll_fn;
 use std::task::Poll;
 
 use engine::mutation::{Mutation, active};
-use engine::{FlushCut, FlushStep, HeaderSwitch, Stage, TableWrite};
+use engine::{Allocation, FlushCut, FlushStep, HeaderSwitch, Stage, TableWrite};
 use storage::{Errno, FileId, Kind, Operation, Part, Storage};
 use tracing::error;
 
+use crate::driver::Outcome;
 use crate::error::{RequestError, is_no_space};
 use crate::worker::Worker;
 
@@ -140,6 +141,31 @@ impl<S: Storage> Worker<S> {
             result.map_err(|source| Failure::of_write(stage, source))?;
         }
         Ok(())
+    }
+
+    /// Begins to write the links of new clusters, if that is better done beside their data than by the next flush.
+    pub fn start_early_link<'a>(
+        &'a self,
+        new: &mut Allocation,
+    ) -> Option<impl Future<Output = Outcome> + use<'a, S>> {
+        let write = self.engine().link_early(new)?;
+        Some(self.driver.run(self.table_write(&write)))
+    }
+
+    /// Judges how that ended: a failure is one of a flush, but that the data may still be linked by the next one if all
+    /// that lacks is space.
+    pub fn end_early_link(&self, new: &mut Allocation, (ended, parts): Outcome) -> Result<(), RequestError> {
+        self.driver.recycle(parts);
+        let Err(source) = ended else { return Ok(()) };
+        let result = match Failure::of_write(Stage::Two, source) {
+            Failure::NoSpace(..) => Ok(()),
+            Failure::Fatal(what, source) => {
+                self.fail(what, source);
+                Err(RequestError::Io { what, source })
+            }
+        };
+        self.engine().link_failed(new);
+        result
     }
 
     /// Points the header at the refcount table's new place, which is durable already.

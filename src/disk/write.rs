@@ -210,12 +210,12 @@ impl<S: Storage> Worker<S> {
     /// Fills new clusters and publishes them; the guest's bytes that they hold.
     async fn write_new(
         &self,
-        allocation: Allocation,
+        mut allocation: Allocation,
         at: u64,
         payload: Payload<'_>,
         done: u64,
     ) -> Result<u64, RequestError> {
-        match self.fill_new(&allocation, at, payload, done).await {
+        match self.fill_new(&mut allocation, at, payload, done).await {
             Ok(()) => {
                 let length = allocation.length;
                 self.engine().commit_write(allocation);
@@ -232,7 +232,7 @@ impl<S: Storage> Worker<S> {
 
     async fn fill_new(
         &self,
-        new: &Allocation,
+        new: &mut Allocation,
         at: u64,
         payload: Payload<'_>,
         done: u64,
@@ -265,9 +265,13 @@ impl<S: Storage> Worker<S> {
             drop(self.driver.run(operation));
             return Ok(());
         }
+        let link = self.start_early_link(new);
         let result = self.driver.run_all([operation]).await.map_err(RequestError::io("writing"));
         drop(permit);
-        result
+        match link {
+            Some(link) => self.end_early_link(new, link.await).and(result),
+            None => result,
+        }
     }
 
     /// What comes before the guest's bytes and what comes after them, in buffers.

@@ -5,6 +5,7 @@ use std::task::Waker;
 
 use qcow2::{Geometry, HostOffset, L1Entry};
 
+use crate::early::EarlyLinks;
 use crate::epoch::{Epoch, Epochs};
 use crate::error::EngineError;
 use crate::mutation::{Mutation, active};
@@ -87,6 +88,7 @@ pub(crate) struct FlushState {
     running: Option<Running>,
     /// A link of the next cut may become durable only after the data that it names.
     ordered: bool,
+    pub early: EarlyLinks,
     waiters: Waiters,
 }
 
@@ -103,7 +105,8 @@ struct Running {
 
 impl FlushState {
     pub fn new() -> Self {
-        FlushState { next: 1, completed: 0, running: None, ordered: false, waiters: Waiters::default() }
+        let (early, waiters) = (EarlyLinks::default(), Waiters::default());
+        FlushState { next: 1, completed: 0, running: None, ordered: false, early, waiters }
     }
 
     /// The cut that will hold a change made now.
@@ -127,6 +130,16 @@ impl FlushState {
     pub fn completed(&self) -> u64 {
         self.completed
     }
+
+    /// A cut, or a link beside its data, is on its way to the disk: no other may be.
+    pub fn is_busy(&self) -> bool {
+        self.running.is_some() || self.early.is_running()
+    }
+
+    /// Those who wait for what is on its way, to be woken.
+    pub fn take_waiters(&mut self) -> WakeList {
+        self.waiters.take()
+    }
 }
 
 impl State {
@@ -141,7 +154,7 @@ impl State {
         if flush.completed >= ticket {
             return Ok(FlushStep::Done);
         }
-        if flush.running.is_some() {
+        if flush.running.is_some() || (flush.early.is_running() && !active(Mutation::CutBesideEarlyLink)) {
             flush.waiters.add(waker);
             return Ok(FlushStep::Wait);
         }
@@ -191,6 +204,7 @@ impl State {
             refcount_table_clusters: refcounts.table_clusters() as u32,
         });
         let ordered = std::mem::take(&mut write.flush.ordered);
+        write.flush.early.cut();
         let number = write.flush.next;
         write.flush.next += 1;
         let epoch = epochs.advance();
@@ -216,8 +230,19 @@ impl State {
         Ok(FlushCut { number, stage0, stage1, header, stage2, links_alone })
     }
 
+    /// True if anything of the metadata is not as it is on the disk.
+    pub(crate) fn has_dirt(&self) -> bool {
+        let of_writing = self.write.as_ref().is_some_and(|write| {
+            let refcounts = &write.refcounts;
+            let of_refcounts =
+                refcounts.table_is_new || refcounts.header_stale || !refcounts.dirty.is_empty();
+            write.flush.ordered || !write.l1_dirty.is_empty() || of_refcounts
+        });
+        of_writing || self.tables.dirty_bytes() > 0
+    }
+
     /// Where a slice of the top image lies.
-    fn place_on_disk(&self, id: TableId) -> Result<HostOffset, EngineError> {
+    pub(crate) fn place_on_disk(&self, id: TableId) -> Result<HostOffset, EngineError> {
         let top = self.top_qcow2();
         match id {
             TableId::L2 { table, slice, .. } => match top.l1_entry(table)? {
@@ -246,6 +271,7 @@ impl State {
         let running = write.flush.running.take().expect("a cut is running");
         assert_eq!(running.number, cut.number, "one cut at a time");
         write.flush.completed = running.number;
+        write.flush.early.unsynced = false;
         write.alloc.cut_is_durable(running.number, running.epoch);
         wakes.append(write.flush.waiters.take());
         for (id, _) in running.slices {

@@ -13,6 +13,7 @@ mod answer;
 pub mod change;
 pub mod check;
 mod claims;
+mod early;
 mod epoch;
 mod error;
 mod flush;
@@ -63,6 +64,7 @@ use qcow2::{GuestCluster, GuestOffset, HostOffset};
 use crate::alloc::Allocator;
 use crate::change::SnapshotPlaces;
 use crate::claims::Claims;
+use crate::early::Early;
 use crate::flush::FlushState;
 use crate::guard::MetadataGuard;
 use crate::hashed::HashMap;
@@ -143,7 +145,7 @@ pub struct Engine {
 /// Numbers for logs and metrics.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct EngineStatus {
-    /// About how many bytes of metadata differ from the disk.
+    /// About how many bytes of metadata differ from the disk, or are written there and not durable.
     pub dirty_bytes: usize,
     /// Freed clusters that cannot be handed out yet.
     pub quarantined_clusters: u64,
@@ -393,12 +395,27 @@ impl Engine {
 
     /// Publishes an allocation whose bytes are all written.
     pub fn commit_write(&self, done: Allocation) {
-        self.with(|state, _| state.commit_write(&self.map, done));
+        self.with(|state, wakes| state.commit_write(&self.map, done, wakes));
     }
 
     /// Gives an allocation up.
     pub fn abort_write(&self, done: Allocation) {
-        self.with(|state, _| state.abort_write(done));
+        self.with(|state, wakes| state.abort_write(done, wakes));
+    }
+
+    /// To be asked when the data of an allocation is about to be written: what to write beside it, if a flush is expected
+    /// that would write it anyway. That write has ended, too, when the allocation is committed or given up; if it failed,
+    /// [`Engine::link_failed`] comes before.
+    pub fn link_early(&self, new: &mut Allocation) -> Option<TableWrite> {
+        if new.early != Early::Wanted || self.has_failed() {
+            return None;
+        }
+        self.with(|state, _| state.link_early(&self.map, new))
+    }
+
+    /// What [`Engine::link_early`] gave could not be written: the next cut will.
+    pub fn link_failed(&self, new: &mut Allocation) {
+        self.with(|state, wakes| state.forget_early_link(new, wakes));
     }
 
     /// Discards or zeroes a prefix of a range of whole granules, in memory; the caller holds a claim on it.
@@ -530,7 +547,7 @@ impl Engine {
                 return EngineStatus { map_bytes, ..EngineStatus::default() };
             };
             EngineStatus {
-                dirty_bytes: state.tables.dirty_bytes(),
+                dirty_bytes: state.tables.dirty_bytes() + write.flush.early.unsynced_bytes(),
                 quarantined_clusters: write.alloc.quarantined,
                 reserved_clusters: write.alloc.reserved_clusters(),
                 reclaimable: !write.alloc.unlinked.is_empty(),

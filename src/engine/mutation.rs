@@ -106,6 +106,12 @@ pub enum Mutation {
     GapTakenForRun,
     /// A claim that is to be held at once is, whoever is in its way.
     ClaimForced,
+    /// A link is written beside its data whatever the guest had there before.
+    EarlyLinksForgetBacking,
+    /// A link beside its data that was not to be is left on the disk.
+    EarlyLinkLeft,
+    /// A cut is taken while a link is written beside its data.
+    CutBesideEarlyLink,
     /// A request that ends on a queue that is being stopped keeps its claim.
     ClaimKeptByLeaver,
     /// A request goes on waiting for space although its queue is being stopped.
@@ -165,6 +171,9 @@ impl Mutation {
         Mutation::RunKept,
         Mutation::GapTakenForRun,
         Mutation::ClaimForced,
+        Mutation::EarlyLinksForgetBacking,
+        Mutation::EarlyLinkLeft,
+        Mutation::CutBesideEarlyLink,
         Mutation::ClaimKeptByLeaver,
         Mutation::WaitNotGivenUp,
     ];

@@ -256,6 +256,12 @@ impl State {
         self.set_free_entry(place, entry);
     }
 
+    /// The same for an entry that is on the disk already, in a slice that was clean before.
+    pub fn set_linked_entry(&mut self, place: EntryPlace, entry: L2Entry) {
+        let (geometry, raw) = (self.top_qcow2().geometry, self.top_qcow2().encode_entry(entry));
+        raw.store(self.tables.change_as_written(place.table), place.index, &geometry);
+    }
+
     /// The same for an entry that may become durable before the data that it names: docs/durability.md, "One fdatasync
     /// where it is enough".
     pub fn set_free_entry(&mut self, place: EntryPlace, entry: L2Entry) {

@@ -10,11 +10,13 @@ use qcow2::{
 };
 
 use crate::answer::{Answer, TableSlot, ready};
+use crate::early::Early;
 use crate::error::EngineError;
 use crate::layers::EntryPlace;
 use crate::map::ChainMap;
 use crate::mutation::{Mutation, active};
 use crate::state::State;
+use crate::waiters::WakeList;
 use crate::word::{FileIndex, Word};
 
 /// The least unit of I/O in bytes.
@@ -54,14 +56,15 @@ pub struct Allocation {
     pub length: u64,
     /// Bytes of the run after the guest's range (some may be past the end of the disk).
     pub tail: u64,
-    cluster: GuestCluster,
-    host: HostCluster,
-    clusters: u64,
+    pub(crate) cluster: GuestCluster,
+    pub(crate) host: HostCluster,
+    pub(crate) clusters: u64,
     /// The granules that the run has, by number from the first of the first cluster.
     granules: Range<u64>,
     /// The clusters are those that the entries have already.
-    reuse: bool,
-    place: EntryPlace,
+    pub(crate) reuse: bool,
+    pub(crate) place: EntryPlace,
+    pub(crate) early: Early,
 }
 
 /// Where the next granule of a write stands.
@@ -177,6 +180,7 @@ impl State {
             granules: span,
             reuse,
             place,
+            early: self.write_state()?.flush.early.way(),
         };
         Ok(Answer::Ready(WritePlan::Allocate(allocation)))
     }
@@ -275,19 +279,18 @@ impl State {
     }
 
     /// Publishes an allocation whose bytes have been written.
-    pub fn commit_write(&mut self, map: &ChainMap, done: Allocation) {
-        let geometry = self.top_qcow2().geometry;
+    pub fn commit_write(&mut self, map: &ChainMap, done: Allocation, wakes: &mut WakeList) {
+        self.end_early_link(&done, wakes);
         for at in 0..done.clusters {
-            let place = EntryPlace { index: done.place.index + at as usize, ..done.place };
-            let guest = GuestCluster(done.cluster.0 + at);
-            let offset = geometry.host_offset(HostCluster(done.host.0 + at));
-            let entry = self.written_entry(place, guest, &done, at, offset);
+            let (place, guest, entry) = self.link(&done, at);
             if !done.reuse {
                 self.release_old(place, guest);
             }
             // Until the data is durable the guest may find what it would have found without the write: zeros.
             let was_zero = map.lookup(guest) == Word::ZERO || active(Mutation::LinksForgetBacking);
-            if done.known_zero && !done.reuse && was_zero {
+            if done.early == Early::Written {
+                self.set_linked_entry(place, entry);
+            } else if done.known_zero && !done.reuse && was_zero {
                 self.set_free_entry(place, entry);
             } else {
                 self.set_top_entry(place, entry);
@@ -295,10 +298,11 @@ impl State {
             self.publish_entry(map, guest, entry);
         }
         self.tables.unpin(done.place.table);
+        self.write.as_mut().expect("a plan was made").flush.early.allocated(done.early);
     }
 
     /// The entry of a cluster of an allocation whose bytes have been written.
-    fn written_entry(
+    pub(crate) fn written_entry(
         &self,
         place: EntryPlace,
         guest: GuestCluster,
@@ -325,12 +329,15 @@ impl State {
     }
 
     /// Gives up an allocation. What was or may have been written there is no longer known to be zero.
-    pub fn abort_write(&mut self, done: Allocation) {
+    pub fn abort_write(&mut self, mut done: Allocation, wakes: &mut WakeList) {
+        self.forget_early_link(&mut done, wakes);
         self.tables.unpin(done.place.table);
         if done.reuse {
             return;
         }
         let write = self.write.as_mut().expect("a plan was made");
+        // Where the disk may name it all the same, each cut from the end of that write on mends that, and so does the one
+        // after which it is free.
         for at in 0..done.clusters {
             write.alloc.free_later(HostCluster(done.host.0 + at), 0);
         }

@@ -183,6 +183,23 @@ impl<'r> Author<'r> {
         ops
     }
 
+    /// A script in which a flush follows most writes at once, and most writes need one cluster.
+    pub fn flushed(&mut self, length: usize) -> Vec<Op> {
+        let unit = self.shape.cluster_sectors();
+        let mut ops = Vec::new();
+        for _ in 0..length {
+            let sector = self.busy.start + self.random.below(self.busy.end - self.busy.start);
+            let in_cluster = (unit - sector % unit).min(self.busy.end - sector).min(SECTORS_MAX);
+            match self.random.below(16) {
+                0 => ops.push(self.op()),
+                1..3 => ops.push(Op::Discard { sector: self.busy.start, count: 2 * unit }),
+                3 => ops.push(Op::write(sector, in_cluster)),
+                _ => ops.extend([Op::write(sector, 1 + self.random.below(in_cluster)), Op::Flush]),
+            }
+        }
+        ops
+    }
+
     fn churning_op(&mut self) -> Op {
         let unit = self.shape.cluster_sectors();
         let clusters = (self.busy.end - self.busy.start).div_ceil(unit);
@@ -308,6 +325,8 @@ pub enum Tactic {
     Overtaken,
     /// In every run the disk changes its size.
     Sizes,
+    /// In every run a flush follows most writes.
+    Flushed,
 }
 
 /// Does the trial that a number stands for.
@@ -328,6 +347,7 @@ pub fn trial(
         let kind = match tactic {
             Tactic::Overtaken => 0,
             Tactic::Sizes => 5,
+            Tactic::Flushed => 6,
             _ => random.below(16),
         };
         let mut author = Author::new(&mut random, start.shape);
@@ -335,9 +355,14 @@ pub fn trial(
             0 => author.overtaken(),
             1..5 => author.churn(2 * length),
             5 => author.resized(),
+            6..9 => author.flushed(length),
             _ => author.script(length),
         };
-        let at_once = if kind == 0 { 7 } else { 1 + random.below(7) as usize };
+        let at_once = match kind {
+            0 => 7,
+            6..9 => 1 + random.below(4) as usize,
+            _ => 1 + random.below(7) as usize,
+        };
         let (rest, clean) = (random.chance(1, 4), random.chance(1, 2));
         let manner = Manner { at_once, rest, clean, seed: random.next_bits() };
         count(script.len());
