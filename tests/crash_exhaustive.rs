@@ -6,7 +6,9 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use crash::sequences::{LENGTH_MAX, count, exhaust, exhaust_hanging, exhaust_opening, sequence, shapes};
+use crash::sequences::{
+    LENGTH_MAX, count, exhaust, exhaust_failing, exhaust_hanging, exhaust_opening, habit, sequence, shapes,
+};
 use crash::shape::{Shape, Start};
 use crash::tally::Tally;
 use crash::trial::describe;
@@ -15,14 +17,19 @@ use crash::{number, threads};
 use storage::sim::Random;
 use strata_kit::crash;
 
-/// A sequence: which image, how long, its number, and whether all its operations are in flight together.
+/// A sequence: which image, how long, its number, whether all its operations are in flight together, and whether the disk
+/// expects a flush after each write.
 #[derive(Clone, Copy, Debug)]
 struct Job {
     start: usize,
     length: u32,
     number: u64,
     together: bool,
+    habit: bool,
 }
+
+/// The longest sequences of which is tried what they do where the disk expects a flush.
+const HABIT_LENGTH_MAX: u32 = 2;
 
 /// All sequences, the short ones first, those of a length in no order.
 fn jobs(starts: &[Start]) -> Vec<Job> {
@@ -32,11 +39,16 @@ fn jobs(starts: &[Start]) -> Vec<Job> {
         let mut some: Vec<Job> = Vec::new();
         for (index, start) in starts.iter().enumerate() {
             let numbers = 0..count(&start.shape, length);
-            let all = numbers.flat_map(|number| {
-                let manners: &[bool] = if length == 1 { &[false] } else { &[false, true] };
-                manners.iter().map(move |together| Job { start: index, length, number, together: *together })
-            });
-            some.extend(all);
+            let may_expect = length <= HABIT_LENGTH_MAX && !habit(&start.shape).is_empty();
+            let manners = [(false, false), (true, false), (false, true), (true, true)];
+            let possible = manners
+                .into_iter()
+                .filter(|(together, habit)| (length > 1 || !together) && (may_expect || !habit));
+            let possible: Vec<(bool, bool)> = possible.collect();
+            some.extend(numbers.flat_map(|number| {
+                let job = move |(together, habit)| Job { start: index, length, number, together, habit };
+                possible.clone().into_iter().map(job)
+            }));
         }
         for at in (1..some.len()).rev() {
             some.swap(at, random.below(at as u64 + 1) as usize);
@@ -50,8 +62,10 @@ fn run(starts: &[Start], job: Job, walker: &mut Walker) -> Result<usize, String>
     let start = &starts[job.start];
     let ops = sequence(&start.shape, job.length, job.number);
     let manner = format!("{job:?}");
-    exhaust(start, &ops, job.together, walker).map_err(|wrong| describe(start, &ops, &manner, &wrong))?;
-    Ok(ops.len())
+    let before = if job.habit { habit(&start.shape) } else { Vec::new() };
+    exhaust(start, &before, &ops, job.together, walker)
+        .map_err(|wrong| describe(start, &ops, &manner, &wrong))?;
+    Ok(before.len() + ops.len())
 }
 
 #[test]
@@ -103,4 +117,17 @@ fn no_crash_while_an_io_hangs_in_opening_or_closing_loses_what_was_there() {
         }
     }
     tally.conclude("hanging I/O");
+}
+
+#[test]
+fn no_crash_after_a_write_failed_beside_a_link_loses_what_was_flushed() {
+    let tally = Tally::new(Duration::from_secs(600));
+    let mut walker = Walker::new(&tally);
+    for start in shapes().iter().map(Shape::make) {
+        match exhaust_failing(&start, &mut walker) {
+            Ok(runs) => (0..runs).for_each(|_| tally.count_run(6)),
+            Err(wrong) => tally.found(describe(&start, &habit(&start.shape), "a write fails", &wrong)),
+        }
+    }
+    tally.conclude("failing writes");
 }

@@ -6,8 +6,8 @@ use std::sync::atomic::Ordering;
 use std::task::Waker;
 
 use engine::{
-    Allocation, Answer, Engine, EngineError, EngineSpec, Extent, FileIndex, FlushStep, LayerFormat,
-    LayerSpec, Mapping, Source, TableSlot, TopSpec, WritePlan, ZeroMode, Zeroed,
+    Answer, Engine, EngineError, EngineSpec, Extent, FileIndex, FlushStep, LayerFormat, LayerSpec, Mapping,
+    Source, TableSlot, TopSpec, WritePlan, ZeroMode, Zeroed,
 };
 use proptest::prelude::*;
 use qcow2::{
@@ -225,13 +225,7 @@ impl Bench {
         // As if the host had taken their memory away.
         idle.pages().flatten().for_each(|word| word.store(0, Ordering::Relaxed));
         drop(idle);
-        self.reclaim(|_| {})
-    }
-
-    /// Reclaims all that can be; says what is to be punched before it is.
-    fn reclaim(&mut self, see: impl Fn(&[(HostOffset, u64)])) -> Result<(), EngineError> {
         while let Some(plan) = self.ask(|engine, waker| engine.plan_reclaim(waker))? {
-            see(&plan.punches);
             // What is punched reads as zero; that some is not must not matter.
             let punched: Vec<bool> = plan.punches.iter().map(|(offset, _)| offset.0 % 3 != 0).collect();
             for ((offset, length), punched) in plan.punches.clone().into_iter().zip(&punched) {
@@ -298,7 +292,7 @@ impl Bench {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) -> Result<(), EngineError> {
-        let mut done = 0;
+        let (mut done, mut failed) = (0, None);
         while done < data.len() {
             let (at, left) = (offset + done as u64, (data.len() - done) as u64);
             let plan = self.ask(|engine, waker| engine.plan_write(GuestOffset(at), left, waker))?;
@@ -309,12 +303,15 @@ impl Bench {
                     done += length as usize;
                 }
                 WritePlan::Allocate(mut new) => {
+                    assert_ne!(Some(new.offset), failed, "what the disk may name is not free");
                     if let Some(link) = self.engine.link_early(&mut new) {
                         self.early_links += 1;
                         self.files.write(link.offset.0, &link.bytes);
                         check_references(&self.files.0[0]);
                         if self.early_links.is_multiple_of(3) {
-                            self.fail_linked(new)?;
+                            // The data could not be written. It is tried again, and not where the disk may lead.
+                            failed = Some(new.offset);
+                            self.engine.abort_write(new);
                             continue;
                         }
                     }
@@ -336,18 +333,6 @@ impl Bench {
             }
         }
         Ok(())
-    }
-
-    /// The data of an allocation could not be written, but its link was.
-    fn fail_linked(&mut self, new: Allocation) -> Result<(), EngineError> {
-        let held = new.offset;
-        self.engine.abort_write(new);
-        // As long as the disk may name the cluster it is not free.
-        self.reclaim(|punches| {
-            let given =
-                |(offset, length): &(HostOffset, u64)| (offset.0..offset.0 + length).contains(&held.0);
-            assert!(!punches.iter().any(given), "what the disk names at {held:?} is given back");
-        })
     }
 
     fn zero(&mut self, offset: u64, length: u64, mode: ZeroMode) -> Result<(), EngineError> {

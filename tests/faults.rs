@@ -60,9 +60,17 @@ fn scenarios() -> Vec<Scenario> {
             Op::Flush,
         ]
     };
+    // From the third on, links are written beside their data.
+    let each_flushed = |shape: Shape| {
+        let clusters = shape.sectors / shape.cluster_sectors();
+        let writes = (1..7).map(|back| (clusters - back) * shape.cluster_sectors());
+        let script = writes.flat_map(|sector| [Op::write(sector, 1), Op::Flush]);
+        script.chain([Op::Pause(6000), Op::write(0, 1), Op::Flush]).collect()
+    };
     let small = written(Shape::new(9, 96));
     let four = written(Shape::new(12, 128));
     let over = written(Shape::new(10, 96).over(Below::Qcow2));
+    let fresh = Shape::new(12, 128);
     let old = written(Shape::new(9, 80).v2().over(Below::Raw));
     let parts = written(Shape::new(15, 512).subclusters());
     let apart = written(Shape::new(10, 96).apart().over(Below::Raw));
@@ -84,6 +92,8 @@ fn scenarios() -> Vec<Scenario> {
         scenario("data apart", apart, everything(apart), 1),
         scenario("data apart, raw, together", apart_raw, everything(apart_raw), 4),
         scenario("subclusters", parts, everything(parts), 1),
+        scenario("a flush after each", fresh, each_flushed(fresh), 1),
+        scenario("a flush after each, together", fresh, each_flushed(fresh), 4),
         scenario("growth", long, growth(long), 1),
         scenario("growth, together", long, growth(long), 4),
     ]

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use crash::changes;
 use crash::overlaps;
+use crash::sequences::{self, exhaust_failing};
 use crash::shape::{Past, Start};
 use crash::tally::Tally;
 use crash::trial::{Tactic, starts, trial};
@@ -45,6 +46,12 @@ fn hunt(mutation: Mutation, starts: &[Start], time: Duration) -> Option<Catch> {
         let how = mutation::with(mutation, overlaps::try_all).err()?;
         return Some(Catch { time: started.elapsed(), trials: 1, states: 0, how });
     }
+    if matches!(mutation, Mutation::EarlyLinkFailureForgotten | Mutation::EarlyLinkLeft) {
+        // Shows only if nothing else is written to the same table afterwards.
+        let mut fail = |start: &Start| mutation::with(mutation, || exhaust_failing(start, &mut walker)).err();
+        let how = sequences::shapes().iter().find_map(|shape| fail(&shape.make()))?;
+        return Some(Catch { time: started.elapsed(), trials: 1, states: tally.compared(), how });
+    }
     for seed in 1..=TRIALS_MAX {
         if tally.is_over() {
             break;
@@ -78,7 +85,7 @@ fn telling(mutation: Mutation) -> Option<Tactic> {
         Mutation::ResizeKeepsLinks | Mutation::ResizeKeepsTail | Mutation::ResizeBaresBacking => {
             Some(Tactic::Sizes)
         }
-        Mutation::EarlyLinksForgetBacking | Mutation::EarlyLinkLeft | Mutation::CutBesideEarlyLink => {
+        Mutation::EarlyLinkBesideCut | Mutation::EarlyLinkBeforeCounts | Mutation::CutBesideEarlyLink => {
             Some(Tactic::Flushed)
         }
         _ => None,

@@ -154,7 +154,11 @@ impl<S: Storage> Worker<S> {
 
     /// Judges how that ended: a failure is one of a flush, but that the data may still be linked by the next one if all
     /// that lacks is space.
-    pub fn end_early_link(&self, new: &mut Allocation, (ended, parts): Outcome) -> Result<(), RequestError> {
+    pub fn judge_early_link(
+        &self,
+        new: &mut Allocation,
+        (ended, parts): Outcome,
+    ) -> Result<(), RequestError> {
         self.driver.recycle(parts);
         let Err(source) = ended else { return Ok(()) };
         let result = match Failure::of_write(Stage::Two, source) {
@@ -164,7 +168,9 @@ impl<S: Storage> Worker<S> {
                 Err(RequestError::Io { what, source })
             }
         };
-        self.engine().link_failed(new);
+        if !active(Mutation::EarlyLinkFailureForgotten) {
+            self.engine().link_failed(new);
+        }
         result
     }
 

@@ -269,7 +269,8 @@ impl<S: Storage> Worker<S> {
         let result = self.driver.run_all([operation]).await.map_err(RequestError::io("writing"));
         drop(permit);
         match link {
-            Some(link) => self.end_early_link(new, link.await).and(result),
+            // Nothing else is waited for in between: a flush may wait for this.
+            Some(link) => self.judge_early_link(new, link.await).and(result),
             None => result,
         }
     }

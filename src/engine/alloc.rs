@@ -37,7 +37,7 @@ pub(crate) struct FreeRun {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Freed {
     pub run: Run,
-    /// The cut that makes the unlink durable; 0 if nothing durable ever named the run.
+    /// The cut that makes the unlink durable; 0 if it was never linked in memory.
     pub cut: u64,
 }
 

@@ -10,27 +10,27 @@ use crate::layers::EntryPlace;
 use crate::map::ChainMap;
 use crate::mutation::{Mutation, active};
 use crate::state::State;
-use crate::tables::{SLICE_BYTES_MAX, TableId};
+use crate::tables::SLICE_BYTES_MAX;
 use crate::waiters::WakeList;
 use crate::word::Word;
 use crate::write::Allocation;
 
 /// Cuts with one allocation each, after which the next is expected to be such a cut, too. If that is wrong, a table slice
-/// was written once more than needed.
+/// is written once more than needed, and a flush waits for the data of a cluster that it need not wait for.
 const LONE_CUTS: u8 = 2;
 
-/// How the links of an allocation get to the disk.
+/// How the link of an allocation gets to the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Early {
     /// With the next cut.
     No,
     /// Beside the data, if that is safe when it is written.
     Wanted,
-    /// They are on their way, or there; no cut is taken until that has ended.
-    Written,
+    /// It is on its way, or there.
+    Begun,
 }
 
-/// What tells whether a flush follows an allocation at once, and the link on its way if one was written on that chance.
+/// What tells whether a flush follows an allocation at once, and whether a link is on its way on that chance.
 #[derive(Default)]
 pub(crate) struct EarlyLinks {
     /// Allocations that were published since the last cut.
@@ -38,25 +38,36 @@ pub(crate) struct EarlyLinks {
     /// Cuts with one allocation each, since the last one with more.
     lone_cuts: u8,
     /// A link was written beside its data, and no cut since is durable.
-    pub unsynced: bool,
-    /// The slice that a link on its way to the disk is in.
-    running: Option<TableId>,
+    unsynced: bool,
+    /// A link is on its way to the disk.
+    running: bool,
 }
 
 impl EarlyLinks {
+    /// How an allocation that is made now is to be linked.
+    pub fn of_next(&self) -> Early {
+        if self.allocations == 0 && self.lone_cuts >= LONE_CUTS { Early::Wanted } else { Early::No }
+    }
+
     /// An allocation that was linked so is published.
     pub fn allocated(&mut self, linked: Early) {
         self.allocations = self.allocations.saturating_add(1);
-        self.unsynced |= linked == Early::Written;
+        self.unsynced |= linked == Early::Begun;
     }
 
-    /// A cut is taken.
-    pub fn cut(&mut self) {
+    /// A cut is taken, of something that is dirty or of nothing.
+    pub fn cut(&mut self, dirty: bool) {
+        let in_vain = self.unsynced && dirty;
         self.lone_cuts = match std::mem::take(&mut self.allocations) {
             0 => self.lone_cuts,
-            1 => self.lone_cuts.saturating_add(1),
+            1 if !in_vain => self.lone_cuts.saturating_add(1),
             _ => 0,
         };
+    }
+
+    /// A cut is durable.
+    pub fn synced(&mut self) {
+        self.unsynced = false;
     }
 
     /// About how many bytes of tables with such links are not known to be durable.
@@ -66,51 +77,43 @@ impl EarlyLinks {
 
     /// A link is on its way: no cut may be taken.
     pub fn is_running(&self) -> bool {
-        self.running.is_some()
-    }
-
-    /// The next allocation will be followed by a flush, as far as can be seen.
-    fn expects_flush(&self) -> bool {
-        self.allocations == 0 && self.lone_cuts >= LONE_CUTS
-    }
-
-    /// How an allocation that is made now is to be linked.
-    pub fn way(&self) -> Early {
-        if self.expects_flush() { Early::Wanted } else { Early::No }
+        self.running
     }
 }
 
 impl State {
-    /// The table slice with the links of an allocation whose data is about to be written, if it is worth while and safe to
-    /// write it at the same time. Then the allocation is committed, or given up, after that write has ended.
+    /// The table slice with the link of an allocation whose data is about to be written, if it is worth while and safe to
+    /// write it at the same time. Then the allocation is committed, or given up, after that write has ended, and nothing
+    /// else is waited for until then: a flush may wait for that.
     pub fn link_early(&mut self, map: &ChainMap, new: &mut Allocation) -> Option<TableWrite> {
         if !self.may_link_early(map, new) {
             return None;
         }
         let offset = self.place_on_disk(new.place.table).ok()?;
-        let mut bytes = self.tables.bytes(new.place.table).to_vec();
-        for at in 0..new.clusters {
-            let (place, _, entry) = self.link(new, at);
-            self.top_qcow2().encode_entry(entry).store(&mut bytes, place.index, &self.top_qcow2().geometry);
-        }
-        self.tables.begin_writing(new.place.table);
-        self.write.as_mut()?.flush.early.running = Some(new.place.table);
-        new.early = Early::Written;
+        let (place, _, entry) = self.link(new, 0);
+        let mut bytes = self.tables.bytes(place.table).to_vec();
+        let top = self.top_qcow2();
+        top.encode_entry(entry).store(&mut bytes, place.index, &top.geometry);
+        // The slice stays as long as the allocation has it pinned.
+        self.write.as_mut().expect("a plan was made").flush.early.running = true;
+        new.early = Early::Begun;
         Some(TableWrite { offset, bytes })
     }
 
     fn may_link_early(&self, map: &ChainMap, new: &Allocation) -> bool {
         let Some(write) = &self.write else { return false };
-        let was_zero = |at: u64| map.lookup(GuestCluster(new.cluster.0 + at)) == Word::ZERO;
-        write.flush.early.expects_flush()
-            // Nothing that is not durable, but what the guest has written itself: so the refcounts are, too.
-            && !write.flush.is_busy()
-            && !self.has_dirt()
-            // The link may be durable before the data, which the guest then finds to be what it was: zeros.
-            && new.known_zero
-            && !new.reuse
-            && self.top_qcow2().data_file.is_none()
-            && ((0..new.clusters).all(was_zero) || active(Mutation::EarlyLinksForgetBacking))
+        let busy = write.flush.is_busy() && !active(Mutation::EarlyLinkBesideCut);
+        let dirty = self.has_dirt() && !active(Mutation::EarlyLinkBeforeCounts);
+        // Another was made since it was planned.
+        let first = write.flush.early.of_next() == Early::Wanted;
+        first && !busy && !dirty && new.clusters == 1 && self.may_precede_data(map, new, new.cluster)
+    }
+
+    /// The link of a cluster of an allocation may be durable before its data: the guest finds what it would have found
+    /// without the write, zeros.
+    pub(crate) fn may_precede_data(&self, map: &ChainMap, new: &Allocation, guest: GuestCluster) -> bool {
+        let was_zero = map.lookup(guest) == Word::ZERO || active(Mutation::LinksForgetBacking);
+        new.known_zero && !new.reuse && was_zero
     }
 
     /// A cluster of an allocation: the place of its entry, the cluster, and its entry once the data is there.
@@ -121,29 +124,26 @@ impl State {
         (place, guest, self.written_entry(place, guest, new, at, offset))
     }
 
-    /// The write of an allocation's links, if there was one, has ended.
+    /// The write of an allocation's link, if there was one, has ended.
     pub fn end_early_link(&mut self, new: &Allocation, wakes: &mut WakeList) {
-        if new.early != Early::Written {
-            return;
+        if new.early == Early::Begun {
+            let flush = &mut self.write.as_mut().expect("a plan was made").flush;
+            flush.early.running = false;
+            wakes.append(flush.take_waiters());
         }
-        let flush = &mut self.write.as_mut().expect("a plan was made").flush;
-        let table = flush.early.running.take().expect("the link is on its way");
-        wakes.append(flush.take_waiters());
-        self.tables.written(table);
     }
 
-    /// What the disk has of the links of an allocation is not, or may not be, what its entries will say: the slice is
-    /// written anew, and in order.
+    /// The same, but what the disk has of it is not, or may not be, what the entry will say: the slice is written anew, and
+    /// in order.
     pub fn forget_early_link(&mut self, new: &mut Allocation, wakes: &mut WakeList) {
-        if new.early != Early::Written {
+        if new.early != Early::Begun {
             return;
         }
         self.end_early_link(new, wakes);
         new.early = Early::No;
-        if active(Mutation::EarlyLinkLeft) {
-            return;
+        if !active(Mutation::EarlyLinkLeft) {
+            self.tables.change(new.place.table);
+            self.write.as_mut().expect("a plan was made").flush.links_follow_data();
         }
-        self.tables.change(new.place.table);
-        self.write.as_mut().expect("a plan was made").flush.links_follow_data();
     }
 }

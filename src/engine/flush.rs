@@ -162,7 +162,7 @@ impl State {
     }
 
     fn take_cut(&mut self, epochs: &Epochs) -> Result<FlushCut, EngineError> {
-        let mut places = Vec::new();
+        let (dirty, mut places) = (self.has_dirt(), Vec::new());
         for id in self.tables.dirty_ids() {
             places.push(self.place_on_disk(id)?);
         }
@@ -186,6 +186,7 @@ impl State {
             slices.push((id, dirt));
         }
         let write = self.write.as_mut().expect("a writable image");
+        write.flush.early.cut(dirty);
         let l1_blocks = std::mem::take(&mut write.l1_dirty);
         let refcounts = &mut write.refcounts;
         let table_blocks = std::mem::take(&mut refcounts.dirty);
@@ -204,7 +205,6 @@ impl State {
             refcount_table_clusters: refcounts.table_clusters() as u32,
         });
         let ordered = std::mem::take(&mut write.flush.ordered);
-        write.flush.early.cut();
         let number = write.flush.next;
         write.flush.next += 1;
         let epoch = epochs.advance();
@@ -230,13 +230,13 @@ impl State {
         Ok(FlushCut { number, stage0, stage1, header, stage2, links_alone })
     }
 
-    /// True if anything of the metadata is not as it is on the disk.
+    /// True if a cut taken now would have anything to write.
     pub(crate) fn has_dirt(&self) -> bool {
         let of_writing = self.write.as_ref().is_some_and(|write| {
             let refcounts = &write.refcounts;
             let of_refcounts =
                 refcounts.table_is_new || refcounts.header_stale || !refcounts.dirty.is_empty();
-            write.flush.ordered || !write.l1_dirty.is_empty() || of_refcounts
+            !write.l1_dirty.is_empty() || of_refcounts
         });
         of_writing || self.tables.dirty_bytes() > 0
     }
@@ -247,7 +247,7 @@ impl State {
         match id {
             TableId::L2 { table, slice, .. } => match top.l1_entry(table)? {
                 L1Entry::Table { offset, .. } => Ok(top.slice_offset(offset, slice)),
-                L1Entry::Unallocated => panic!("a dirty slice's table exists"),
+                L1Entry::Unallocated => panic!("a changed slice's table exists"),
             },
             TableId::Refblock { block, slice } => {
                 let refcounts = &self.write.as_ref().expect("a writable image").refcounts;
@@ -271,7 +271,7 @@ impl State {
         let running = write.flush.running.take().expect("a cut is running");
         assert_eq!(running.number, cut.number, "one cut at a time");
         write.flush.completed = running.number;
-        write.flush.early.unsynced = false;
+        write.flush.early.synced();
         write.alloc.cut_is_durable(running.number, running.epoch);
         wakes.append(write.flush.waiters.take());
         for (id, _) in running.slices {

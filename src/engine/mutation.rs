@@ -106,8 +106,12 @@ pub enum Mutation {
     GapTakenForRun,
     /// A claim that is to be held at once is, whoever is in its way.
     ClaimForced,
-    /// A link is written beside its data whatever the guest had there before.
-    EarlyLinksForgetBacking,
+    /// A link is written beside its data while a cut is under way.
+    EarlyLinkBesideCut,
+    /// A link is written beside its data though the count of its cluster is not on the disk.
+    EarlyLinkBeforeCounts,
+    /// That a link could not be written beside its data changes nothing.
+    EarlyLinkFailureForgotten,
     /// A link beside its data that was not to be is left on the disk.
     EarlyLinkLeft,
     /// A cut is taken while a link is written beside its data.
@@ -171,7 +175,9 @@ impl Mutation {
         Mutation::RunKept,
         Mutation::GapTakenForRun,
         Mutation::ClaimForced,
-        Mutation::EarlyLinksForgetBacking,
+        Mutation::EarlyLinkBesideCut,
+        Mutation::EarlyLinkBeforeCounts,
+        Mutation::EarlyLinkFailureForgotten,
         Mutation::EarlyLinkLeft,
         Mutation::CutBesideEarlyLink,
         Mutation::ClaimKeptByLeaver,

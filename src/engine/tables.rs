@@ -213,17 +213,12 @@ impl Tables {
         taken
     }
 
-    /// A copy of a clean resident slice, and with it what the slice is about to become, is on its way to the disk.
-    pub fn begin_writing(&mut self, id: TableId) {
-        Self::ready(&mut self.slots, id).writing = true;
-    }
-
     /// Changes a resident slice to what the disk has already: it is no more dirty than it was.
     pub fn change_as_written(&mut self, id: TableId) -> &mut [u8] {
         &mut Self::ready(&mut self.slots, id).bytes
     }
 
-    /// The copy of a slice that a cut took, or a link's, is on disk.
+    /// The copy of a slice that a cut took is on disk.
     pub fn written(&mut self, id: TableId) {
         Self::ready(&mut self.slots, id).writing = false;
     }

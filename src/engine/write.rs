@@ -17,7 +17,7 @@ use crate::map::ChainMap;
 use crate::mutation::{Mutation, active};
 use crate::state::State;
 use crate::waiters::WakeList;
-use crate::word::{FileIndex, Word};
+use crate::word::FileIndex;
 
 /// The least unit of I/O in bytes.
 const SECTOR: u64 = 512;
@@ -180,7 +180,7 @@ impl State {
             granules: span,
             reuse,
             place,
-            early: self.write_state()?.flush.early.way(),
+            early: self.write_state()?.flush.early.of_next(),
         };
         Ok(Answer::Ready(WritePlan::Allocate(allocation)))
     }
@@ -286,11 +286,9 @@ impl State {
             if !done.reuse {
                 self.release_old(place, guest);
             }
-            // Until the data is durable the guest may find what it would have found without the write: zeros.
-            let was_zero = map.lookup(guest) == Word::ZERO || active(Mutation::LinksForgetBacking);
-            if done.early == Early::Written {
+            if done.early == Early::Begun {
                 self.set_linked_entry(place, entry);
-            } else if done.known_zero && !done.reuse && was_zero {
+            } else if self.may_precede_data(map, &done, guest) {
                 self.set_free_entry(place, entry);
             } else {
                 self.set_top_entry(place, entry);
@@ -336,8 +334,8 @@ impl State {
             return;
         }
         let write = self.write.as_mut().expect("a plan was made");
-        // Where the disk may name it all the same, each cut from the end of that write on mends that, and so does the one
-        // after which it is free.
+        // The disk may name it all the same, by a link beside its data; then the slice is dirty since before any cut that
+        // may come to free it, so 0 will do.
         for at in 0..done.clusters {
             write.alloc.free_later(HostCluster(done.host.0 + at), 0);
         }

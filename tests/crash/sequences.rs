@@ -7,7 +7,7 @@ use disk::DetectZeroes;
 use qcow2::Compression;
 use storage::sim::{Outcome, Verb};
 
-use super::faulty::{self, Trouble};
+use super::faulty::{self, FAILURES, Trouble};
 use super::journal::{Deed, Op};
 use super::rig::Rig;
 use super::shape::{Below, Past, Shape, Start};
@@ -128,16 +128,35 @@ pub fn sequence(shape: &Shape, length: u32, number: u64) -> Vec<Op> {
     (0..length).map(|place| ops[(number / base.pow(place) % base) as usize]).collect()
 }
 
-/// Plays a sequence, one operation after the other or all at once, lets the housekeeper do its work, closes, and tries
-/// every crash.
+/// What makes a disk expect a flush after each write: two new clusters, each flushed. Nothing where it could tell nothing.
+pub fn habit(shape: &Shape) -> Vec<Op> {
+    let unit = shape.cluster_sectors();
+    let clusters = shape.sectors / unit;
+    if shape.below != Below::Nothing || shape.has_data_file() || !shape.is_qcow2() {
+        return Vec::new();
+    }
+    // One after the other, whatever comes together later.
+    let flushed = |back| [Op::write((clusters - back) * unit, 1), Op::Pause(0), Op::Flush, Op::Pause(0)];
+    [2, 1].into_iter().flat_map(flushed).collect()
+}
+
+/// Plays a sequence after some operations, one operation after the other or all at once, lets the housekeeper do its work,
+/// closes, and tries every crash.
 ///
 /// # Errors
 /// The first violation.
-pub fn exhaust(start: &Start, ops: &[Op], together: bool, walker: &mut Walker) -> Result<(), String> {
+pub fn exhaust(
+    start: &Start,
+    before: &[Op],
+    ops: &[Op],
+    together: bool,
+    walker: &mut Walker,
+) -> Result<(), String> {
     let manner = Manner { at_once: if together { ops.len() } else { 1 }, rest: true, clean: true, seed: 7 };
-    let run = play(start, ops, manner)?;
+    let run = play(start, &[before, ops].concat(), manner)?;
     judge_answers(&run)?;
-    let from = if together { 0 } else { ops.len() - 1 };
+    let requests = before.iter().filter(|op| !matches!(op, Op::Pause(_))).count();
+    let from = requests + if together { 0 } else { ops.len() - 1 };
     walker.crash(&run, start, &Choice::everything(run.journal.submitted_at(from)), 7)?;
     walker.closed(&run, start)
 }
@@ -180,4 +199,33 @@ pub fn exhaust_opening(start: &Start, walker: &mut Walker) -> Result<(), String>
     let run = rig.finish();
     walker.crash(&run, start, &Choice::everything(storage::sim::Moment(0)), 7)?;
     walker.closed(&run, start)
+}
+
+/// Writes to a new cluster and flushes where a link goes to the disk beside its data, while each write of the host in turn
+/// fails, in every way, and tries crashes after that. How many runs that took.
+///
+/// # Errors
+/// The first violation.
+pub fn exhaust_failing(start: &Start, walker: &mut Walker) -> Result<usize, String> {
+    let mut script = habit(&start.shape);
+    if script.is_empty() {
+        return Ok(0);
+    }
+    // Time enough for whatever is wrong to reach the disk before anything else is written to the same table.
+    script.extend([Op::write(0, 1), Op::Pause(0), Op::Flush, Op::Pause(12_000)]);
+    let manner = Manner { at_once: 1, rest: false, clean: true, seed: 7 };
+    let writes = play(start, &script, manner)?.world.count(Verb::Write);
+    for nth in 0..writes {
+        for outcome in FAILURES {
+            let trouble = Trouble { verb: Verb::Write, nth, lasting: false, outcome };
+            let tried = faulty::play(start, &script, manner, &[trouble]).and_then(|aftermath| {
+                aftermath.judge(&trouble, start, walker, manner)?;
+                let Some(run) = &aftermath.run else { return Ok(()) };
+                let choice = Choice { states_max: 8, ..Choice::everything(storage::sim::Moment(0)) };
+                walker.crash(run, start, &choice, nth)
+            });
+            tried.map_err(|wrong| format!("{wrong}\nwith {trouble:?}"))?;
+        }
+    }
+    Ok(writes as usize * FAILURES.len())
 }
