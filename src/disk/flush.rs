@@ -143,7 +143,7 @@ impl<S: Storage> Worker<S> {
         Ok(())
     }
 
-    /// Begins to write the links of new clusters, if that is better done beside their data than by the next flush.
+    /// Begins to write the link of a new cluster, if that is better done beside its data than by the next flush.
     pub fn start_early_link<'a>(
         &'a self,
         new: &mut Allocation,
@@ -152,8 +152,7 @@ impl<S: Storage> Worker<S> {
         Some(self.driver.run(self.table_write(&write)))
     }
 
-    /// Judges how that ended: a failure is one of a flush, but that the data may still be linked by the next one if all
-    /// that lacks is space.
+    /// Judges how that ended: a failure is what it is in a flush, and if only space is lacking the next flush tries again.
     pub fn judge_early_link(
         &self,
         new: &mut Allocation,
