@@ -24,9 +24,14 @@ mod table;
 #[path = "damage/victims.rs"]
 mod victims;
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Duration;
 
+use disk::{Disk, DiskOptions};
+use qcow2::{Geometry, NewImage, Version};
+use storage::host::HostStorage;
 use strata_kit::agree;
 use strata_tests::Qemu;
 
@@ -44,6 +49,8 @@ const TIME_MAX: Duration = Duration::from_secs(1);
 const BYTES_MAX: usize = 64 << 20;
 /// No image is longer.
 const FILE_MAX: usize = 1 << 20;
+/// The most heap that a chain of images may hold whose tables are holes of their files, in bytes.
+const HOLES_BYTES_MAX: usize = 16 << 20;
 /// No fewer images than that.
 const ROWS_MIN: usize = 300;
 /// Images that QEMU is not asked about: it goes down a chain that leads to itself until it has no memory left.
@@ -117,6 +124,45 @@ fn describe(part: &[(&(Row, Victim), &Outcome)]) -> String {
         table::describe(row, ours, theirs.as_ref(), victim)
     };
     part.iter().map(row).collect()
+}
+
+/// Makes an image whose L1 table has 32 MiB and is a hole of its file.
+fn write_holes(path: &Path, backing: Option<&str>) {
+    let geometry = Geometry {
+        version: Version::V3,
+        size: 1 << 61,
+        cluster_bits: 21,
+        refcount_order: 4,
+        extended_l2: false,
+    };
+    let image = NewImage {
+        geometry,
+        backing_file: backing.map(|name| name.as_bytes().to_vec()),
+        backing_format: backing.map(|_| "qcow2".to_string()),
+    };
+    let file = File::create(path).expect("a file");
+    for (offset, piece) in image.layout().expect("a layout") {
+        file.set_len(offset.0 + piece.len() as u64).expect("a length");
+        let used = piece.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+        file.write_all_at(&piece[..used], offset.0).expect("room");
+    }
+}
+
+#[test]
+fn tables_that_are_holes_take_no_memory() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let name = |layer: u32| format!("l{layer}.qcow2");
+    for layer in 0..4 {
+        write_holes(&folder.path().join(name(layer)), layer.checked_sub(1).map(name).as_deref());
+    }
+    for read_only in [true, false] {
+        let options = DiskOptions { read_only, ..DiskOptions::default() };
+        let open = || Disk::open(HostStorage::new(), &folder.path().join(name(3)), &options);
+        let (disk, cost) = measure(open);
+        let disk = disk.expect("a chain");
+        assert_eq!(disk.layers().len(), 4);
+        assert!(cost.bytes <= HOLES_BYTES_MAX, "read-only {read_only}: held {} bytes", cost.bytes);
+    }
 }
 
 #[test]

@@ -137,7 +137,7 @@ impl Bench {
             file: FileIndex(file as u16),
             format: LayerFormat::Qcow2 {
                 geometry: header.geometry(),
-                l1: table(bytes, header.l1_offset.0, u64::from(header.l1_entries)),
+                l1: table(bytes, header.l1_offset.0, u64::from(header.l1_entries)).into_iter().collect(),
                 data_file: data.filter(|_| file == 0),
             },
         });
@@ -150,7 +150,9 @@ impl Bench {
             top: Some(TopSpec {
                 l1_offset: top.l1_offset,
                 refcount_table_offset: top.refcount_table_offset,
-                refcount_table: table(&files.0[0], top.refcount_table_offset.0, entries),
+                refcount_table: table(&files.0[0], top.refcount_table_offset.0, entries)
+                    .into_iter()
+                    .collect(),
                 file_length: files.0[0].len() as u64,
                 bitmaps: Vec::new(),
                 snapshots: Default::default(),

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::task::Waker;
 
 use engine::{
-    Allocation, Answer, Engine, EngineError, EngineSpec, FileIndex, FlushStep, IdleMap, LayerFormat,
+    Allocation, Answer, Engine, EngineError, EngineSpec, Entries, FileIndex, FlushStep, IdleMap, LayerFormat,
     LayerSpec, Mapping, SLICE_WORDS, Source, TableSlot, TopSpec, WritePlan,
 };
 use qcow2::{Geometry, GuestOffset, Header, HostOffset, NewImage, Version};
@@ -205,7 +205,7 @@ fn bytes(file: &File, offset: u64, length: usize) -> Vec<u8> {
     read
 }
 
-fn table(file: &File, offset: HostOffset, entries: u64) -> Vec<u64> {
+fn table(file: &File, offset: HostOffset, entries: u64) -> Entries {
     let raw = bytes(file, offset.0, entries as usize * 8);
     (0..entries as usize).map(|index| qcow2::entry(&raw, index)).collect()
 }

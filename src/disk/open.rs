@@ -9,9 +9,9 @@ use std::time::Duration;
 
 use engine::check::RepairKind;
 use engine::mutation::{Mutation, active};
-use engine::{FileIndex, LayerFormat, LayerSpec, TopSpec};
+use engine::{Entries, FileIndex, LayerFormat, LayerSpec, TopSpec};
 use qcow2::{Bitmap, Geometry, Header, HostOffset, Incompatible, Unsupported};
-use storage::{AlignedBuf, FileId, FileInfo, IoQueue, Kind, OpenOptions, Operation, Part, Storage};
+use storage::{AlignedBuf, FileId, FileInfo, IoQueue, Kind, OpenOptions, Operation, Storage};
 use tracing::{info, warn};
 
 use crate::backing::{LayerFile, backing_of};
@@ -32,6 +32,8 @@ const INFLATE_THREADS: usize = 4;
 
 /// Bytes of a sector, the unit of a disk's size.
 const SECTOR: u64 = 512;
+/// Bytes of metadata read at a time.
+const PIECE: u64 = 1 << 20;
 
 /// The format of an image file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -337,23 +339,17 @@ impl<Q: IoQueue> Reader<'_, Q> {
         Header::parse(&area, self.info.length).map_err(format)
     }
 
-    /// The active L1 table: as much as the file holds of it. For a writable image all of its entries, as their tables are
-    /// not to be overwritten; else those that the size needs, as a chain may have 1,000 of them.
-    async fn l1(&self, header: &Header, writable: bool) -> Result<Vec<u64>, OpenError> {
+    /// The active L1 table. For a writable image all of its entries, as their tables are not to be overwritten; else those
+    /// that the size needs, as a chain may have 1,000 of them.
+    async fn l1(&self, header: &Header, writable: bool) -> Result<Entries, OpenError> {
         let all = u64::from(header.l1_entries);
-        if !writable {
-            let needed = header.geometry().l1_entries().min(all);
-            return self.table("L1 table", header.l1_offset, needed).await;
-        }
-        let mut l1 = self.table("L1 table", header.l1_offset, all).await?;
-        l1.resize(header.l1_entries as usize, 0);
-        Ok(l1)
+        let entries = if writable { all } else { header.geometry().l1_entries().min(all) };
+        self.table("L1 table", header.l1_offset, entries).await
     }
 
     async fn top(&self, header: &Header) -> Result<TopSpec, OpenError> {
         let entries = u64::from(header.refcount_table_clusters) * header.geometry().cluster_size() / 8;
-        let mut refcount_table = self.table("refcount table", header.refcount_table_offset, entries).await?;
-        refcount_table.resize(entries as usize, 0);
+        let refcount_table = self.table("refcount table", header.refcount_table_offset, entries).await?;
         let image = ImageFile { driver: self.driver, id: self.id, info: self.info };
         Ok(TopSpec {
             l1_offset: header.l1_offset,
@@ -366,35 +362,49 @@ impl<Q: IoQueue> Reader<'_, Q> {
         })
     }
 
-    /// The entries of a table that lie within the file; what is missing is zero.
+    /// The entries of a table; what is past the end of the file is zero.
     async fn table(
         &self,
         what: &'static str,
         offset: HostOffset,
         entries: u64,
-    ) -> Result<Vec<u64>, OpenError> {
-        let bytes = self.read(what, offset.0, entries * 8).await?;
-        Ok((0..bytes.len() / 8).map(|index| qcow2::entry(&bytes, index)).collect())
+    ) -> Result<Entries, OpenError> {
+        let mut table = Entries::new(entries);
+        let length = self.in_file(offset.0, entries * 8);
+        for at in (0..length).step_by(PIECE as usize) {
+            let bytes = self.read_piece(what, offset.0 + at, PIECE.min(length - at)).await?;
+            table.read(at / 8, &bytes);
+        }
+        Ok(table)
     }
 
     /// Reads a range, cut to the end of the file.
     async fn read(&self, structure: &'static str, offset: u64, length: u64) -> Result<Vec<u8>, OpenError> {
-        const PIECE: u64 = 1 << 20;
-        let length = length.min(self.info.length.saturating_sub(offset));
+        let length = self.in_file(offset, length);
         let mut bytes = Vec::with_capacity(length as usize);
-        while (bytes.len() as u64) < length {
-            let at = offset + bytes.len() as u64;
-            let wanted = PIECE.min(length - bytes.len() as u64);
-            let aligned = wanted.next_multiple_of(u64::from(self.info.offset_alignment.max(512)));
-            let mut operation = Operation::bare(self.id, Kind::Read, at);
-            operation.parts.push(Part::Owned(AlignedBuf::new(aligned as usize)));
-            let (result, parts) = self.driver.run(operation).await;
-            let path = self.info.path.clone();
-            result.map_err(|source| OpenError::Io { path, structure, offset: at, source })?;
-            if let Some(Part::Owned(buffer)) = parts.first() {
-                bytes.extend_from_slice(&buffer.as_slice()[..wanted as usize]);
-            }
+        for at in (0..length).step_by(PIECE as usize) {
+            bytes.extend(self.read_piece(structure, offset + at, PIECE.min(length - at)).await?);
         }
         Ok(bytes)
+    }
+
+    /// How many of so many bytes are in the file.
+    fn in_file(&self, offset: u64, length: u64) -> u64 {
+        length.min(self.info.length.saturating_sub(offset))
+    }
+
+    /// Reads at most a piece.
+    async fn read_piece(
+        &self,
+        structure: &'static str,
+        offset: u64,
+        length: u64,
+    ) -> Result<Vec<u8>, OpenError> {
+        let aligned = length.next_multiple_of(u64::from(self.info.offset_alignment.max(512)));
+        let operation = Operation::bare(self.id, Kind::Read, offset);
+        let (result, buffer) = self.driver.run_buffer(operation, AlignedBuf::new(aligned as usize)).await;
+        let path = self.info.path.clone();
+        result.map_err(|source| OpenError::Io { path, structure, offset, source })?;
+        Ok(buffer.as_slice()[..length as usize].to_vec())
     }
 }

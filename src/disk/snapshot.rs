@@ -4,6 +4,7 @@
 
 use std::path::Path;
 
+use engine::Entries;
 use engine::change::SnapshotPlaces;
 use engine::check::RepairKind;
 use qcow2::header::L1_TABLE_SIZE_MAX;
@@ -188,13 +189,12 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
                     self.read("L1 table of a snapshot", offset.0 + at, PIECE.min(in_file - at)).await?;
                 places.add_l1(&geometry, &bytes, self.info.length);
             }
-            places.settle();
         }
         Ok(places)
     }
 
     /// What the snapshot that is called so is: the bytes of its disk, and its L1 table.
-    pub async fn snapshot_disk(&self, header: &Header, wanted: &str) -> Result<(u64, Vec<u64>), OpenError> {
+    pub async fn snapshot_disk(&self, header: &Header, wanted: &str) -> Result<(u64, Entries), OpenError> {
         let path = || self.info.path.clone();
         let snapshots = self.snapshots(header).await?;
         let found = qcow2::snapshot::find(&snapshots, wanted.as_bytes());
@@ -209,8 +209,11 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
             return Err(bad(BadSnapshot::TooFewL1Entries { entries, needed }));
         }
         let in_file = length.min(self.info.length.saturating_sub(offset.0)).next_multiple_of(8);
-        let bytes = self.read("L1 table of the snapshot", offset.0, in_file).await?;
-        let l1 = (0..bytes.len() / 8).map(|index| qcow2::entry(&bytes, index)).collect();
+        let mut l1 = Entries::new(u64::from(entries));
+        for at in (0..in_file).step_by(PIECE as usize) {
+            let bytes = self.read("L1 table of the snapshot", offset.0 + at, PIECE.min(in_file - at)).await?;
+            l1.read(at / 8, &bytes);
+        }
         Ok((geometry.size, l1))
     }
 }

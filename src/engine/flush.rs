@@ -192,7 +192,7 @@ impl State {
         let table_blocks = std::mem::take(&mut refcounts.dirty);
         let table_was_new = std::mem::take(&mut refcounts.table_is_new);
         if table_was_new {
-            let bytes = encode_entries(&refcounts.table, 0, refcounts.table.len() as u64).into_vec();
+            let bytes = encode_entries(&refcounts.table, 0, refcounts.table.len()).into_vec();
             stage0.push(TableWrite { offset: refcounts.table_offset, bytes });
         }
         for block in &table_blocks {
@@ -294,7 +294,7 @@ impl State {
             write.refcounts.table_is_new = true;
         } else if running.table_was_new {
             let entries = table_block_entries(&write.refcounts.geometry);
-            write.refcounts.dirty.extend(0..(write.refcounts.table.len() as u64).div_ceil(entries));
+            write.refcounts.dirty.extend(0..write.refcounts.table.len().div_ceil(entries));
         }
         for (id, dirt) in running.slices {
             if active(Mutation::FailedCutForgotten) {

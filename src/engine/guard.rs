@@ -14,6 +14,7 @@ use qcow2::{Geometry, HostCluster, HostOffset, L1Entry};
 use crate::aimed::Aimed;
 use crate::alloc::Run;
 use crate::change::{L2Tables, SnapshotPlaces};
+use crate::entries::Entries;
 use crate::error::{EngineError, Structure};
 use crate::mutation::{Mutation, active};
 use crate::refcounts::Refcounts;
@@ -39,7 +40,7 @@ impl MetadataGuard {
     /// A bad entry, or two entries that name the same place.
     pub fn of_image(
         geometry: &Geometry,
-        l1: &[u64],
+        l1: &Entries,
         l1_offset: HostOffset,
         refcounts: &Refcounts,
         bitmaps: &[(HostOffset, u64)],
@@ -50,7 +51,7 @@ impl MetadataGuard {
             move |(cluster, holds)| EngineError::Overlap { structure, index, cluster, holds }
         };
         guard.add(HostCluster(0), 1, Structure::Header).map_err(overlap(Structure::Header, 0))?;
-        let l1_clusters = geometry.clusters_for(l1.len() as u64 * 8);
+        let l1_clusters = geometry.clusters_for(l1.len() * 8);
         guard
             .add(geometry.host_cluster(l1_offset), l1_clusters, Structure::L1)
             .map_err(overlap(Structure::L1, 0))?;
@@ -61,7 +62,7 @@ impl MetadataGuard {
                 Structure::RefcountTable,
             )
             .map_err(overlap(Structure::RefcountTable, 0))?;
-        for index in 0..refcounts.table.len() as u64 {
+        for (index, _) in refcounts.table.used() {
             if let Some(offset) = refcounts.block_offset(index)? {
                 let cluster = geometry.host_cluster(offset);
                 guard
@@ -69,11 +70,11 @@ impl MetadataGuard {
                     .map_err(overlap(Structure::RefcountTable, index))?;
             }
         }
-        for (index, raw) in l1.iter().enumerate() {
+        for (index, raw) in l1.used() {
             // A bad L1 entry is named when its range is used: the rest of the disk can be served.
-            if let Ok(L1Entry::Table { offset, .. }) = L1Entry::decode(*raw, geometry) {
+            if let Ok(L1Entry::Table { offset, .. }) = L1Entry::decode(raw, geometry) {
                 let cluster = geometry.host_cluster(offset);
-                guard.add(cluster, 1, Structure::L2).map_err(overlap(Structure::L1, index as u64))?;
+                guard.add(cluster, 1, Structure::L2).map_err(overlap(Structure::L1, index))?;
             }
         }
         for (index, (offset, length)) in bitmaps.iter().enumerate() {
@@ -89,13 +90,13 @@ impl MetadataGuard {
                 .map_err(overlap(Structure::Snapshots, index as u64))?;
         }
         guard.snapshot_l2 = snapshots.into_l2_tables();
-        for (index, raw) in l1.iter().enumerate() {
+        for (index, raw) in l1.used() {
             // To be changed in place though a snapshot has it too.
-            if let Ok(L1Entry::Table { offset, copied: true }) = L1Entry::decode(*raw, geometry)
+            if let Ok(L1Entry::Table { offset, copied: true }) = L1Entry::decode(raw, geometry)
                 && guard.snapshot_l2.contains(geometry.host_cluster(offset))
             {
                 let cluster = geometry.host_cluster(offset).0;
-                return Err(overlap(Structure::L1, index as u64)((cluster, Structure::SnapshotL2)));
+                return Err(overlap(Structure::L1, index)((cluster, Structure::SnapshotL2)));
             }
         }
         Ok(guard)

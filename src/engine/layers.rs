@@ -1,9 +1,10 @@
 //! The layers of a chain as the engine sees them: the top image at 0, then each backing file.
 //!
-//! Owns the L1 tables (in memory whole; at most 32 MiB each by the format's limit) and where an L2 slice lies.
+//! Owns the L1 tables (in memory, but for what is zero; at most 32 MiB each by the format's limit) and where an L2 slice lies.
 
 use qcow2::{Geometry, GuestCluster, HostOffset, L1Entry, L2Entry, RawL2Entry};
 
+use crate::entries::Entries;
 use crate::error::{EngineError, Structure};
 use crate::tables::{SLICE_BYTES_MAX, TableId};
 use crate::word::FileIndex;
@@ -38,7 +39,7 @@ pub enum LayerFormat {
         /// Its geometry.
         geometry: Geometry,
         /// Its active L1 table, entries as they are on disk; at least as many as the size needs.
-        l1: Vec<u64>,
+        l1: Entries,
         /// The file that holds its data, if that is an external one.
         data_file: Option<FileIndex>,
     },
@@ -54,7 +55,7 @@ pub(crate) struct Qcow2Layer {
     pub number: u16,
     pub file: FileIndex,
     pub geometry: Geometry,
-    pub l1: Vec<u64>,
+    pub l1: Entries,
     /// The file that holds the data, if that is another than the image's.
     pub data_file: Option<FileIndex>,
 }
@@ -131,8 +132,7 @@ impl Qcow2Layer {
 
     /// The L1 entry that covers a guest cluster.
     pub fn l1_entry(&self, index: u64) -> Result<L1Entry, EngineError> {
-        let raw = self.l1.get(index as usize).copied().unwrap_or(0);
-        L1Entry::decode(raw, &self.geometry).map_err(|source| EngineError::BadEntry {
+        L1Entry::decode(self.l1.get(index), &self.geometry).map_err(|source| EngineError::BadEntry {
             layer: usize::from(self.number),
             structure: Structure::L1,
             index,

@@ -14,6 +14,7 @@ pub mod change;
 pub mod check;
 mod claims;
 mod early;
+mod entries;
 mod epoch;
 mod error;
 mod flush;
@@ -39,6 +40,7 @@ mod zero;
 
 pub use answer::{Answer, TableLoad, TableSlot};
 pub use claims::ClaimId;
+pub use entries::Entries;
 pub use epoch::{Epoch, Epochs, WorkerEpochs};
 pub use error::{EngineError, Structure};
 pub use flush::{FlushCut, FlushStep, HeaderSwitch, Stage, TableWrite};
@@ -103,7 +105,7 @@ pub struct TopSpec {
     /// The refcount table.
     pub refcount_table_offset: HostOffset,
     /// Its entries as on disk, whole clusters of them.
-    pub refcount_table: Vec<u64>,
+    pub refcount_table: Entries,
     /// The file's length in bytes.
     pub file_length: u64,
     /// What its bitmaps take of the file: offsets, and lengths in bytes.
@@ -570,10 +572,10 @@ impl Engine {
     }
 }
 
-fn write_state(geometry: qcow2::Geometry, l1: &[u64], top: TopSpec) -> Result<WriteState, EngineError> {
+fn write_state(geometry: qcow2::Geometry, l1: &Entries, top: TopSpec) -> Result<WriteState, EngineError> {
     let refcounts = Refcounts::new(geometry, top.refcount_table, top.refcount_table_offset);
     // Blocks past the end of the file would be in the way of growth: grow from the last of them.
-    let last_block = refcounts.table.iter().rposition(|raw| *raw != 0).unwrap_or(0) as u64;
+    let last_block = refcounts.table.used().next_back().map_or(0, |(block, _)| block);
     let guard =
         MetadataGuard::of_image(&geometry, l1, top.l1_offset, &refcounts, &top.bitmaps, top.snapshots)?;
     let in_blocks = last_block * geometry.refblock_entries();

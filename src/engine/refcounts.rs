@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 
 use qcow2::{Geometry, HostCluster, HostOffset};
 
+use crate::entries::Entries;
 use crate::error::{EngineError, Structure};
 use crate::tables::{SLICE_BYTES_MAX, TableId};
 
@@ -20,7 +21,7 @@ pub(crate) const TABLE_BYTES_MAX: u64 = 8 << 20;
 pub(crate) struct Refcounts {
     pub geometry: Geometry,
     /// Entries as on disk; the length is what the table's clusters hold.
-    pub table: Vec<u64>,
+    pub table: Entries,
     pub table_offset: HostOffset,
     /// Blocks of the table (see [`table_block_entries`]) that differ from the disk.
     pub dirty: BTreeSet<u64>,
@@ -38,7 +39,7 @@ pub(crate) struct CountPlace {
 }
 
 impl Refcounts {
-    pub fn new(geometry: Geometry, table: Vec<u64>, table_offset: HostOffset) -> Self {
+    pub fn new(geometry: Geometry, table: Entries, table_offset: HostOffset) -> Self {
         Refcounts {
             geometry,
             table,
@@ -51,17 +52,13 @@ impl Refcounts {
 
     /// Clusters of the table as it is in memory.
     pub fn table_clusters(&self) -> u64 {
-        self.geometry.clusters_for(self.table.len() as u64 * 8)
+        self.geometry.clusters_for(self.table.len() * 8)
     }
 
     /// Where a refblock lies; `None` if it does not exist (all its counts are zero).
     pub fn block_offset(&self, block: u64) -> Result<Option<HostOffset>, EngineError> {
-        let raw = self.table.get(block as usize).copied().unwrap_or(0);
-        qcow2::refblock_offset(raw, &self.geometry).map_err(|source| EngineError::BadEntry {
-            layer: 0,
-            structure: Structure::RefcountTable,
-            index: block,
-            source,
+        qcow2::refblock_offset(self.table.get(block), &self.geometry).map_err(|source| {
+            EngineError::BadEntry { layer: 0, structure: Structure::RefcountTable, index: block, source }
         })
     }
 
@@ -110,7 +107,7 @@ impl Refcounts {
 
     /// Names a new block in the table.
     pub fn set_block(&mut self, block: u64, offset: HostOffset) {
-        self.table[block as usize] = offset.0;
+        self.table.set(block, offset.0);
         if !self.table_is_new {
             self.dirty.insert(block / table_block_entries(&self.geometry));
         }
@@ -126,10 +123,10 @@ impl Refcounts {
 }
 
 /// Entries `first..first + count` as bytes, zeros past the end of the table.
-pub(crate) fn encode_entries(table: &[u64], first: u64, count: u64) -> Box<[u8]> {
+pub(crate) fn encode_entries(table: &Entries, first: u64, count: u64) -> Box<[u8]> {
     let mut bytes = vec![0; count as usize * 8];
-    for (index, raw) in table.iter().skip(first as usize).take(count as usize).enumerate() {
-        qcow2::set_entry(&mut bytes, index, *raw);
+    for index in 0..count {
+        qcow2::set_entry(&mut bytes, index as usize, table.get(first + index));
     }
     bytes.into()
 }

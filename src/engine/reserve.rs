@@ -342,7 +342,7 @@ impl Refcounts {
     fn growth(&self, end: u64) -> Result<Growth, EngineError> {
         let per_cluster = self.geometry.cluster_size() / 8;
         let entries = self.geometry.refblock_entries();
-        let held = self.table.len() as u64;
+        let held = self.table.len();
         let mut blocks = 1;
         loop {
             // The metadata itself, and at least one cluster of a window after it, must be covered.
@@ -390,8 +390,7 @@ impl Refcounts {
 
     /// The table moves to a larger place; what it says stays.
     fn move_table(&mut self, place: Run) {
-        let entries = place.count * self.geometry.cluster_size() / 8;
-        self.table.resize(entries as usize, 0);
+        self.table.grow(place.count * self.geometry.cluster_size() / 8);
         self.table_offset = self.geometry.host_offset(place.start);
         self.table_is_new = true;
         self.header_stale = true;

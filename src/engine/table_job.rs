@@ -66,7 +66,7 @@ impl State {
     pub fn commit_table(&mut self, plan: TablePlan, wakes: &mut WakeList) {
         let top = self.top_qcow2_mut();
         let (ids, slice_bytes) = (slices(top, plan.slot), top.slice_bytes() as usize);
-        top.l1[plan.slot.0 as usize] = L1Entry::Table { offset: plan.offset, copied: true }.encode();
+        top.l1.set(plan.slot.0, L1Entry::Table { offset: plan.offset, copied: true }.encode());
         let block = l1_block_of(&top.geometry, plan.slot.0);
         let old = plan.copy_of.map(|offset| top.geometry.host_cluster(offset));
         for id in ids {

@@ -6,6 +6,9 @@ use std::ops::Range;
 
 use qcow2::{Geometry, HostCluster, HostOffset, L1Entry};
 
+/// Named L2 tables that are not looked through for doubles yet, before it is worth while.
+const UNSETTLED_MIN: usize = 1 << 16;
+
 /// Where internal snapshots have metadata.
 #[derive(Clone, Debug, Default)]
 pub struct SnapshotPlaces {
@@ -13,10 +16,13 @@ pub struct SnapshotPlaces {
     pub tables: Vec<(HostOffset, u64)>,
     /// Clusters of the L2 tables that those L1 tables name, the active disk's too where they are shared.
     l2_tables: Vec<u64>,
+    /// How many of them are sorted and without doubles, at the front.
+    settled: usize,
 }
 
 impl SnapshotPlaces {
-    /// Notes the L2 tables that a piece of an L1 table names, as far as they begin in the file.
+    /// Notes the L2 tables that a piece of an L1 table names, as far as they begin in the file. What snapshots share is
+    /// noted once: the list has at most twice as many items as there are tables, and one piece more.
     pub fn add_l1(&mut self, geometry: &Geometry, bytes: &[u8], file_length: u64) {
         for word in bytes.as_chunks::<8>().0 {
             // What a bad entry was to name nobody knows.
@@ -26,13 +32,17 @@ impl SnapshotPlaces {
                 self.l2_tables.push(geometry.host_cluster(offset).0);
             }
         }
+        // Only when as much has come as was there: so each item is sorted a few times, however many snapshots there are.
+        if self.l2_tables.len() - self.settled >= self.settled.max(UNSETTLED_MIN) {
+            self.settle();
+        }
     }
 
-    /// Sorts the L2 tables and drops those that are named twice: to be done after each L1 table, so that what they share
-    /// takes no memory.
-    pub fn settle(&mut self) {
+    /// Sorts the L2 tables and drops those that are named twice.
+    fn settle(&mut self) {
         self.l2_tables.sort_unstable();
         self.l2_tables.dedup();
+        self.settled = self.l2_tables.len();
     }
 
     /// The clusters of the L2 tables, sorted.
@@ -61,5 +71,56 @@ impl L2Tables {
     /// The first cluster past all of them.
     pub fn end(&self) -> u64 {
         self.0.last().map_or(0, |last| last + 1)
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    fn geometry() -> Geometry {
+        Geometry {
+            version: qcow2::Version::V3,
+            size: 1 << 40,
+            cluster_bits: 9,
+            extended_l2: false,
+            refcount_order: 4,
+        }
+    }
+
+    /// Adds an L1 table that names these L2 tables.
+    fn add(places: &mut SnapshotPlaces, tables: impl Iterator<Item = u64>) {
+        let bytes: Vec<u8> = tables.flat_map(|cluster| (cluster << 9).to_be_bytes()).collect();
+        places.add_l1(&geometry(), &bytes, u64::MAX);
+    }
+
+    /// How often the list was sorted, and the most items that it had, while so many tables of 8,192 entries were added.
+    fn effort(snapshots: u64, table_of: impl Fn(u64, u64) -> u64) -> (usize, usize) {
+        let (mut places, mut sorts, mut most) = (SnapshotPlaces::default(), 0, 0);
+        for snapshot in 0..snapshots {
+            let before = places.settled;
+            add(&mut places, (0..8192).map(|entry| table_of(snapshot, entry)));
+            sorts += usize::from(places.settled != before);
+            most = most.max(places.l2_tables.len());
+        }
+        (sorts, most)
+    }
+
+    #[test]
+    fn snapshots_that_share_nothing_are_sorted_a_few_times() {
+        let (sorts, _) = effort(512, |snapshot, entry| 1 + snapshot + entry * 512);
+        assert!(sorts <= 8, "512 tables of 8,192 entries were sorted {sorts} times");
+    }
+
+    #[test]
+    fn what_snapshots_share_takes_memory_once() {
+        let (_, most) = effort(512, |_, entry| 1 + entry);
+        assert!(most <= 8192 + UNSETTLED_MIN + 8192, "{most} items for 8,192 tables");
+        let mut places = SnapshotPlaces::default();
+        for _ in 0..3 {
+            add(&mut places, [7, 3, 9].into_iter());
+        }
+        let tables = places.into_l2_tables();
+        assert_eq!(tables.0.as_ref(), [3, 7, 9]);
     }
 }

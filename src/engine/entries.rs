@@ -1,0 +1,123 @@
+//! The entries of an L1 table or of a refcount table in memory: pieces that are all zero take none.
+//!
+//! A header may claim a table of 32 MiB that is a hole of its file, and a chain has up to 1,000 images.
+
+/// Entries in a piece: 4 KiB of them.
+const PIECE: usize = 512;
+
+/// The entries of a table, as they are on disk.
+#[derive(Clone, Debug, Default)]
+pub struct Entries {
+    /// As far as there is an entry that is not zero.
+    pieces: Vec<Option<Box<[u64; PIECE]>>>,
+    len: u64,
+}
+
+impl Entries {
+    /// A table of so many entries, all zero.
+    pub fn new(len: u64) -> Self {
+        Entries { pieces: Vec::new(), len }
+    }
+
+    /// How many entries it has.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// True if it has no entries.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// An entry; zero past the end.
+    pub fn get(&self, index: u64) -> u64 {
+        let (piece, at) = split(index);
+        self.pieces.get(piece).and_then(Option::as_ref).map_or(0, |piece| piece[at])
+    }
+
+    /// Changes an entry.
+    ///
+    /// # Panics
+    /// Past the end: a programmer error.
+    pub fn set(&mut self, index: u64, raw: u64) {
+        assert!(index < self.len, "entry {index} of {}", self.len);
+        if raw == 0 && self.get(index) == 0 {
+            return;
+        }
+        let (piece, at) = split(index);
+        if piece >= self.pieces.len() {
+            self.pieces.resize(piece + 1, None);
+        }
+        self.pieces[piece].get_or_insert_with(|| Box::new([0; PIECE]))[at] = raw;
+    }
+
+    /// Takes in entries as they are on disk, from an index on. What is past the end, and half an entry, is left out.
+    pub fn read(&mut self, first: u64, bytes: &[u8]) {
+        for (index, word) in (first..self.len).zip(bytes.as_chunks::<8>().0) {
+            if *word != [0; 8] {
+                self.set(index, u64::from_be_bytes(*word));
+            }
+        }
+    }
+
+    /// Adds zeros at the end, up to so many entries.
+    pub fn grow(&mut self, len: u64) {
+        self.len = self.len.max(len);
+    }
+
+    /// The entries that are not zero, with their indices, in order.
+    pub fn used(&self) -> impl DoubleEndedIterator<Item = (u64, u64)> {
+        let pieces = self.pieces.iter().enumerate().filter_map(|(n, piece)| Some((n, piece.as_ref()?)));
+        pieces.flat_map(|(n, piece)| {
+            let entries = piece.iter().enumerate().filter(|(_, raw)| **raw != 0);
+            entries.map(move |(at, raw)| ((n * PIECE + at) as u64, *raw))
+        })
+    }
+}
+
+impl FromIterator<u64> for Entries {
+    fn from_iter<T: IntoIterator<Item = u64>>(entries: T) -> Self {
+        let mut table = Entries::default();
+        for raw in entries {
+            table.len += 1;
+            table.set(table.len - 1, raw);
+        }
+        table
+    }
+}
+
+fn split(index: u64) -> (usize, usize) {
+    ((index / PIECE as u64) as usize, (index % PIECE as u64) as usize)
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn zeros_take_no_memory() {
+        let mut table = Entries::new(1 << 22);
+        table.read(0, &vec![0; 1 << 20]);
+        table.set(4_000_000, 0);
+        assert_eq!((table.pieces.len(), table.get(4_000_000)), (0, 0));
+        table.set(600, 7);
+        assert_eq!(table.pieces.iter().map(Option::is_some).collect::<Vec<_>>(), [false, true]);
+        table.set(600, 0);
+        assert_eq!((table.get(600), table.used().count()), (0, 0));
+    }
+
+    #[test]
+    fn entries_are_where_they_were_put() {
+        let mut table = Entries::new(1030);
+        table.read(510, &[1u64, 0, 2, 3].map(u64::to_be_bytes).concat());
+        table.read(1028, &[8u64, 9, 10].map(u64::to_be_bytes).concat());
+        let used = [(510, 1), (512, 2), (513, 3), (1028, 8), (1029, 9)];
+        assert_eq!(table.used().collect::<Vec<_>>(), used, "the last is past the end");
+        assert_eq!(table.used().next_back(), Some((1029, 9)));
+        table.grow(2000);
+        table.set(1999, 5);
+        assert_eq!([1030, 1999, 2000].map(|index| table.get(index)), [0, 5, 0]);
+        let same: Entries = (0..2000).map(|index| table.get(index)).collect();
+        assert_eq!((same.len(), same.used().eq(table.used())), (2000, true));
+    }
+}
