@@ -181,6 +181,10 @@ impl Bench {
                         self.engine.table_loaded(&load, bytes.into());
                     }
                 }
+                Answer::Allocate(places) => {
+                    places.iter().for_each(|place| self.engine.table_allocated(place));
+                }
+                Answer::Crowded => self.flush()?,
                 Answer::Reserve => self.reserve()?,
                 Answer::Flush => self.flush()?,
                 Answer::Table(slot) => self.make_table(slot)?,

@@ -1,6 +1,11 @@
 //! A host that runs out of space, simulated: requests that need some fail, or wait until there is some, and others go
 //! on; in the end the disk holds what the model does and the image is clean.
 
+#[path = "enospc/held.rs"]
+mod held;
+#[path = "enospc/mount.rs"]
+mod mount;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::LazyLock;
@@ -41,12 +46,14 @@ struct Setup {
     /// The host can allocate ahead.
     allocate: bool,
     on_enospc: OnEnospc,
+    /// Bytes of the disk.
+    size: u64,
     seed: u64,
 }
 
 impl Setup {
     fn new(on_enospc: OnEnospc) -> Self {
-        Setup { cluster_bits: 16, backing: false, allocate: true, on_enospc, seed: 1 }
+        Setup { cluster_bits: 16, backing: false, allocate: true, on_enospc, size: SIZE, seed: 1 }
     }
 
     fn options(&self) -> DiskOptions {
@@ -56,13 +63,13 @@ impl Setup {
     fn open(self) -> Rig {
         let options = SimOptions { allocate: self.allocate, record: false, ..SimOptions::default() };
         let world = SimWorld::new(self.seed, options);
-        let base = if self.backing { contents(7, 0, SIZE * 3 / 4) } else { Vec::new() };
+        let base = if self.backing { contents(7, 0, self.size * 3 / 4) } else { Vec::new() };
         let geometry = Geometry {
             version: Version::V3,
             cluster_bits: self.cluster_bits,
             refcount_order: 4,
             extended_l2: false,
-            size: SIZE,
+            size: self.size,
         };
         let mut new = NewImage::new(geometry);
         if self.backing {
@@ -77,7 +84,7 @@ impl Setup {
         }
         world.add_file(TOP, &bytes);
         let rule = DiscardRule::ZeroesClusters;
-        let model = ByteModel::with_contents(&base, SIZE, 1 << self.cluster_bits, rule);
+        let model = ByteModel::with_contents(&base, self.size, 1 << self.cluster_bits, rule);
         Rig::open(world, self, model)
     }
 }
@@ -200,6 +207,20 @@ impl Rig {
         self.try_one(operation).expect("it does not wait").expect("it succeeds");
     }
 
+    /// The disk closed, copied to another host with every page of zeros a hole, and opened there.
+    fn copied_with_holes(mut self) -> Self {
+        self.queues.clear();
+        self.keeper = None;
+        self.disk.close().expect("a clean close");
+        let world = SimWorld::new(2, SimOptions { record: false, ..SimOptions::default() });
+        let image = self.world.image();
+        let contents = image.file(Path::new(TOP)).expect("the image");
+        let mut bytes = vec![0; contents.length() as usize];
+        contents.read(0, &mut bytes);
+        world.add_file(TOP, &bytes);
+        Rig::open(world, self.setup, self.model)
+    }
+
     /// Closes the disk; the image is clean and holds what the model does.
     fn conclude(mut self) {
         assert!(self.flying.is_empty() && self.failed.is_empty(), "{:?}, {:?}", self.flying, self.failed);
@@ -211,7 +232,7 @@ impl Rig {
         assert_eq!((report.corruptions, report.leaked_clusters), (0, 0), "{:?}", report.findings);
         check_by_qemu(&calm);
         let mut again = Rig::open(calm, self.setup, self.model);
-        for offset in (0..SIZE).step_by(WINDOW) {
+        for offset in (0..self.setup.size).step_by(WINDOW) {
             again.run(Operation::Read { offset, length: WINDOW as u64 });
         }
     }
@@ -560,6 +581,7 @@ fn random_runs_end_right_in_both_ways() {
                 backing: seed & 2 != 0,
                 allocate: seed & 4 == 0,
                 on_enospc,
+                size: SIZE,
                 seed,
             };
             short += random_run(setup);

@@ -99,6 +99,10 @@ impl Bench {
                         self.engine.table_loaded(&load, read.into());
                     }
                 }
+                Answer::Allocate(places) => {
+                    places.iter().for_each(|place| self.engine.table_allocated(place));
+                }
+                Answer::Crowded => panic!("nothing is freed here"),
                 Answer::Reserve => self.reserve(),
                 Answer::Flush => self.flush(),
                 Answer::Table(slot) => self.make_table(slot),

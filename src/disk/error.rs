@@ -292,6 +292,9 @@ pub enum RequestError {
         /// What the host said.
         source: Errno,
     },
+    /// Too much freed space is held back: the request is to begin anew when some of it was given back. No request ends so.
+    #[error("too much freed space is held back")]
+    Crowded,
     /// A compressed cluster cannot be inflated. Others can be served.
     #[error("{}: compressed cluster at offset {offset:#x}, {length} bytes: {source}", path.display())]
     Compressed {

@@ -43,6 +43,8 @@ pub(crate) struct Bell {
     listening: AtomicBool,
     /// It sleeps or works with the next sweep of the map in mind: it need not be told that there is something to sweep.
     sweeping: AtomicBool,
+    /// So much waits for a cut that one is due at once.
+    hurry: AtomicBool,
     stop: AtomicBool,
     /// Leaf lock.
     waker: Mutex<Option<Waker>>,
@@ -52,6 +54,13 @@ impl Bell {
     /// There is something to do, soon.
     pub fn ring(&self) {
         if self.listening.load(Ordering::SeqCst) && self.listening.swap(false, Ordering::SeqCst) {
+            self.wake();
+        }
+    }
+
+    /// A cut is due at once.
+    fn hurry(&self) {
+        if !self.hurry.load(Ordering::Relaxed) && !self.hurry.swap(true, Ordering::SeqCst) {
             self.wake();
         }
     }
@@ -171,12 +180,13 @@ impl<S: Storage> Keeper<S> {
 }
 
 impl Bell {
-    /// Waits until stopped, the time has come, or a cut after number `cuts` is durable.
-    async fn pause<S: Storage>(&self, worker: &Worker<S>, until: Instant, cuts: u64) {
+    /// Waits until stopped, the time has come, a cut after number `cuts` is durable, or one is due (if that counts).
+    async fn pause<S: Storage>(&self, worker: &Worker<S>, until: Instant, cuts: u64, heeds: bool) {
         let mut alarm = worker.driver.alarm(until);
         poll_fn(|context| {
             *self.waker.lock().expect("no panic under this lock") = Some(context.waker().clone());
-            if self.stopped() || alarm.is_over() || worker.engine().status().cuts != cuts {
+            let due = heeds && self.hurry.load(Ordering::SeqCst);
+            if self.stopped() || due || alarm.is_over() || worker.engine().status().cuts != cuts {
                 return Poll::Ready(());
             }
             alarm.wake(context.waker());
@@ -235,7 +245,7 @@ fn sweep(engine: &Engine, stopped: impl Fn() -> bool) {
 /// The housekeeper's work.
 async fn keep<S: Storage>(worker: &Worker<S>) {
     let bell = &worker.shared.bell;
-    let (mut dirty_since, mut sweeps) = (None, Sweeps::default());
+    let (mut dirty_since, mut sweeps, mut flush_failed) = (None, Sweeps::default(), false);
     while !bell.stopped() && !worker.engine().has_failed() {
         let next_sweep = sweeps.turn(worker);
         if !has_work(worker) {
@@ -245,9 +255,13 @@ async fn keep<S: Storage>(worker: &Worker<S>) {
         }
         let since = *dirty_since.get_or_insert_with(|| worker.driver.now());
         let mut age = worker.driver.now().saturating_duration_since(since);
-        if age >= DIRTY_AGE_MAX {
+        // After a flush that failed the next waits its time.
+        let due = !flush_failed && bell.hurry.swap(false, Ordering::SeqCst) && worker.engine().wants_cut();
+        if age >= DIRTY_AGE_MAX || due {
+            flush_failed = false;
             if let Err(error) = worker.flush().await {
                 warn!(%error, "flushing metadata in the background failed");
+                flush_failed = true;
             }
             (dirty_since, age) = (None, Duration::ZERO);
         }
@@ -259,9 +273,9 @@ async fn keep<S: Storage>(worker: &Worker<S>) {
         let left = DIRTY_AGE_MAX.saturating_sub(age);
         let pause = if status.reclaimable { RECLAIM_RETRY.min(left) } else { left };
         // A guest's flush ends the pause if it unlinked anything, so that this is given back at once.
-        bell.pause(worker, worker.driver.now() + pause, status.cuts).await;
+        bell.pause(worker, worker.driver.now() + pause, status.cuts, !flush_failed).await;
         if worker.engine().status().cuts != status.cuts {
-            dirty_since = None;
+            (dirty_since, flush_failed) = (None, false);
         }
     }
 }
@@ -325,6 +339,9 @@ impl<S: Storage> Shared<S> {
     /// Metadata was changed: the housekeeper is to see to it in time.
     pub(crate) fn touched(&self) {
         self.bell.ring();
+        if self.engine.wants_cut() {
+            self.bell.hurry();
+        }
     }
 
     /// The engine answered a question, for which it may have filled the map.

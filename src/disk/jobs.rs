@@ -1,25 +1,80 @@
 //! Jobs that a plan may need first: reserving clusters and making L2 tables.
 
-use engine::TableSlot;
+use std::future::poll_fn;
+use std::task::{Poll, Waker};
+use std::time::Duration;
+
+use engine::{HeldBack, TablePlace, TableSlot};
 use storage::{Errno, Kind, Operation, Storage};
 
 use crate::error::RequestError;
 use crate::worker::Worker;
 
+/// The first wait before looking again whether freed clusters are out of reach of all I/O; each is twice the one before.
+const GIVE_BACK_PAUSE_MIN: Duration = Duration::from_millis(1);
+/// The longest.
+const GIVE_BACK_PAUSE_MAX: Duration = Duration::from_millis(50);
+
 impl<S: Storage> Worker<S> {
     /// Where the host has no space: makes ready what was freed; false if there is nothing of that. The caller is in no
     /// epoch, as that would hold the freed clusters up.
-    pub async fn make_space(&self) -> bool {
-        if self.engine().status().quarantined_clusters == 0 || self.flush().await.is_err() {
+    /// `all` says whether clusters count that were taken for writes which failed.
+    pub async fn make_space(&self, all: bool) -> bool {
+        let before = self.engine().held_back(Waker::noop());
+        if before.clusters == 0 || (before.freed == 0 && !all) {
             return false;
         }
-        // What fails, or what the housekeeper has taken on, shows when the request is tried again.
-        while let Ok(true) = self.reclaim_some().await {}
-        true
+        let goal = before.given_back + before.clusters;
+        // What fails shows when the request is tried again.
+        let done = |held: &HeldBack| held.given_back >= goal || held.clusters == 0 || self.gives_up();
+        self.give_back_until(done).await.is_ok()
     }
 
-    /// Reserves a window of clusters.
+    /// Gives freed space back until no more is held back than may be. The caller holds nothing: no claim, no epoch.
+    pub async fn relieve(&self) -> Result<(), RequestError> {
+        self.give_back_until(|held| !held.crowded || self.engine().has_failed()).await
+    }
+
+    /// Has cuts made and reclaims, until what is held back is as it is to be.
+    async fn give_back_until(&self, done: impl Fn(&HeldBack) -> bool) -> Result<(), RequestError> {
+        let held_back = || self.engine().held_back(Waker::noop());
+        let mut pause = GIVE_BACK_PAUSE_MIN;
+        while !done(&held_back()) {
+            if held_back().uncut {
+                self.flush().await?;
+            }
+            while self.reclaim_some().await? {}
+            // I/O that began before is under way there, or somebody else reclaims.
+            self.await_reclaim(pause, &done).await;
+            pause = (pause * 2).min(GIVE_BACK_PAUSE_MAX);
+        }
+        Ok(())
+    }
+
+    /// Waits for a moment, or until a reclaim leaves what is held back as it is to be.
+    async fn await_reclaim(&self, pause: Duration, done: impl Fn(&HeldBack) -> bool) {
+        let mut alarm = self.driver.alarm(self.driver.now() + pause);
+        poll_fn(|context| {
+            if done(&self.engine().held_back(context.waker())) || alarm.is_over() {
+                return Poll::Ready(());
+            }
+            alarm.wake(context.waker());
+            Poll::Pending
+        })
+        .await;
+    }
+
+    /// Reserves a window of clusters; a small one where the host has no room for a larger.
     pub async fn reserve(&self) -> Result<(), RequestError> {
+        loop {
+            match self.reserve_window().await {
+                Err(error) if error.is_no_space() && self.engine().shrink_window() => {}
+                ended => return ended,
+            }
+        }
+    }
+
+    async fn reserve_window(&self) -> Result<(), RequestError> {
         let Some(mut plan) = self.ask(|engine, waker| engine.plan_reserve(waker)).await? else {
             return Ok(());
         };
@@ -31,8 +86,11 @@ impl<S: Storage> Worker<S> {
         if let Some(length) = plan.file_length {
             result = self.grow_file(length).await;
         }
-        if let (Ok(()), Some((offset, length))) = (result, plan.metadata) {
-            result = self.allocate(Operation::bare(top, Kind::Allocate { length }, offset.0)).await;
+        for (offset, length) in &plan.metadata {
+            if result.is_ok() {
+                let length = *length;
+                result = self.allocate(Operation::bare(top, Kind::Allocate { length }, offset.0)).await;
+            }
         }
         match result {
             Ok(()) => self.engine().commit_reserve(plan),
@@ -59,14 +117,30 @@ impl<S: Storage> Worker<S> {
         }
     }
 
+    /// Has the host allocate pieces of tables that are about to be changed.
+    pub async fn allocate_tables(&self, places: Vec<TablePlace>) -> Result<(), RequestError> {
+        for place in places {
+            let length = place.length;
+            let allocate = Operation::bare(self.shared.top_file(), Kind::Allocate { length }, place.offset.0);
+            self.allocate(allocate).await.map_err(RequestError::io("allocating a piece of a table"))?;
+            self.engine().table_allocated(&place);
+        }
+        Ok(())
+    }
+
     /// Makes an L2 table the top image's own.
     pub async fn make_table(&self, slot: TableSlot) -> Result<(), RequestError> {
         let Some(plan) = self.ask(|engine, waker| engine.plan_table(slot, waker)).await? else {
             return Ok(());
         };
-        let operation =
-            Operation::bare(self.shared.top_file(), Kind::Allocate { length: plan.length }, plan.offset.0);
-        match self.allocate(operation).await {
+        let mut result = Ok(());
+        for (offset, length) in [plan.link, (plan.offset, plan.length)] {
+            if result.is_ok() {
+                let allocate = Operation::bare(self.shared.top_file(), Kind::Allocate { length }, offset.0);
+                result = self.allocate(allocate).await;
+            }
+        }
+        match result {
             Ok(()) => {
                 self.engine().commit_table(plan);
                 self.shared.touched();

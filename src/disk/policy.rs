@@ -3,6 +3,7 @@
 //!
 //! Owns the options and the search for zeros in what the guest writes. How a range is made zero is in zero.rs.
 
+use std::cell::Cell;
 use std::ops::ControlFlow;
 
 use engine::ZeroMode;
@@ -112,7 +113,7 @@ impl<S: Storage> Worker<S> {
         for run in self.runs_of_zeroes(offset, slices) {
             let at = offset + done;
             if run.zero {
-                self.zero_range(at, run.length, mode).await?;
+                self.zero_range(at, run.length, mode, &Cell::new(0)).await?;
             } else {
                 let part = subrange(slices, done as usize, run.length as usize);
                 self.write(at, Payload::Guest(&part)).await?;

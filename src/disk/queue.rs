@@ -1,7 +1,7 @@
 //! A thread's queue of requests, and the fast path: a request all of whose clusters are in the chain map goes to the
 //! host at once, with no future, no allocation, no lock and no copy.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,6 +26,8 @@ use crate::zero::Tried;
 const SPARE_MAX: usize = 128;
 /// The most runs that the fast path splits a request into.
 const FAST_RUNS: usize = 8;
+/// How often a request that finds no space is tried again at once, as long as others free some.
+const SPACE_TRIES: u32 = 4;
 
 /// The caller's name for a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -437,25 +439,66 @@ impl<S: Storage> Worker<S> {
     /// again and again if it is to wait for it.
     async fn serve(&self, epoch: Epoch, request: Request, slices: &[GuestSlice]) -> Result<(), RequestError> {
         let mut result = self.carry_out(epoch, request, slices).await;
-        if self.lacks_space(&request, &result) && Box::pin(self.make_space()).await {
-            result = self.carry_out(self.enter(), request, slices).await;
-        }
-        if self.waits_after(&request, &result) {
-            let mut waiting = self.shared.space.begin(&self.driver);
-            while self.waits_after(&request, &result) && waiting.pause(|| self.gives_up()).await {
-                result = self.carry_out(self.enter(), request, slices).await;
-            }
+        if self.lacks_space(&request, &result) {
+            result = Box::pin(self.find_space(request, slices, result)).await;
         }
         result?;
         if request.is_through() { Box::pin(self.flush_patiently()).await } else { Ok(()) }
     }
 
-    /// The request itself, not yet durable. The epoch ends when it no longer uses what it looked up.
+    /// Serves a request that found no space: again whenever what was freed meanwhile has been given back, and then when it
+    /// has waited, if it is to.
+    async fn find_space(
+        &self,
+        request: Request,
+        slices: &[GuestSlice],
+        mut result: Result<(), RequestError>,
+    ) -> Result<(), RequestError> {
+        let mut waiting = None;
+        // At first whatever is held back counts. Later what failed writes have left does not: that would be their own.
+        let mut all = true;
+        loop {
+            let mut tries = 0;
+            while self.lacks_space(&request, &result) && tries < SPACE_TRIES && self.make_space(all).await {
+                (tries, all) = (tries + 1, false);
+                result = self.carry_out(self.enter(), request, slices).await;
+            }
+            if !self.waits_after(&request, &result) {
+                return result;
+            }
+            let waiting = waiting.get_or_insert_with(|| self.shared.space.begin(&self.driver));
+            if !waiting.pause(|| self.gives_up()).await {
+                return result;
+            }
+            result = self.carry_out(self.enter(), request, slices).await;
+        }
+    }
+
+    /// The request itself, not yet durable. Where too much freed space is held back it gives up all that it holds until
+    /// there is room, and goes on.
     async fn carry_out(
+        &self,
+        mut epoch: Epoch,
+        request: Request,
+        slices: &[GuestSlice],
+    ) -> Result<(), RequestError> {
+        let done = Cell::new(0);
+        loop {
+            match self.carry_on(epoch, request, slices, &done).await {
+                Err(RequestError::Crowded) => Box::pin(self.relieve()).await?,
+                ended => return ended,
+            }
+            epoch = self.enter();
+        }
+    }
+
+    /// As much of the request as there is room for. The epoch ends when it no longer uses what it looked up.
+    async fn carry_on(
         &self,
         epoch: Epoch,
         request: Request,
         slices: &[GuestSlice],
+        done: &Cell<u64>,
     ) -> Result<(), RequestError> {
         let result = match request {
             // Boxed: a future has the size of its largest branch, and is moved as often as it is nested.
@@ -466,9 +509,9 @@ impl<S: Storage> Worker<S> {
                 drop(claim);
                 result
             }
-            Request::Discard { offset, length, .. } => self.discard(offset, length).await,
+            Request::Discard { offset, length, .. } => self.discard(offset, length, done).await,
             Request::WriteZeroes { offset, length, unmap, .. } => {
-                self.write_zeroes(offset, length, unmap).await
+                self.write_zeroes(offset, length, unmap, done).await
             }
             Request::Flush => Ok(()),
         };
@@ -479,6 +522,11 @@ impl<S: Storage> Worker<S> {
     /// Flushes, and again when there is no space, if that is to be waited for.
     async fn flush_patiently(&self) -> Result<(), RequestError> {
         let mut result = self.flush().await;
+        if self.lacks_space(&Request::Flush, &result) {
+            // What no cut is needed for.
+            while self.reclaim_some().await? {}
+            result = self.flush().await;
+        }
         if self.waits_after(&Request::Flush, &result) {
             let mut waiting = self.shared.space.begin(&self.driver);
             while self.waits_after(&Request::Flush, &result) && waiting.pause(|| self.gives_up()).await {
@@ -489,7 +537,7 @@ impl<S: Storage> Worker<S> {
     }
 
     /// Whether requests wait for space no more, as their queue is being stopped.
-    fn gives_up(&self) -> bool {
+    pub fn gives_up(&self) -> bool {
         self.leaving.get() && !active(Mutation::WaitNotGivenUp)
     }
 

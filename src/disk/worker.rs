@@ -65,6 +65,8 @@ impl<S: Storage> Worker<S> {
                 // Boxed: these are rare, and every future that asks would have to carry them; the last three ask in
                 // turn. What they need is never what they were asked for.
                 Ok(Answer::Load(loads)) => Box::pin(self.load_tables(loads)).await?,
+                Ok(Answer::Allocate(places)) => Box::pin(self.allocate_tables(places)).await?,
+                Ok(Answer::Crowded) => return Err(RequestError::Crowded),
                 Ok(Answer::Reserve) => Box::pin(self.reserve()).await?,
                 Ok(Answer::Flush) => Box::pin(self.flush()).await?,
                 Ok(Answer::Table(slot)) => Box::pin(self.make_table(slot)).await?,

@@ -1,5 +1,6 @@
 //! Discard and write zeroes: whole clusters and subclusters by metadata, their ragged ends as data.
 
+use std::cell::Cell;
 use std::task::Waker;
 
 use engine::mutation::{Mutation, active};
@@ -56,7 +57,8 @@ impl<S: Storage> Worker<S> {
     }
 
     /// Discards a range: whole granules only, the rest keeps its contents.
-    pub async fn discard(&self, offset: u64, length: u64) -> Result<(), RequestError> {
+    /// `done` says how far the range is done, and is moved on.
+    pub async fn discard(&self, offset: u64, length: u64, done: &Cell<u64>) -> Result<(), RequestError> {
         if self.shared.policy.discards == Discards::Ignore {
             return self.check_writable();
         }
@@ -64,6 +66,7 @@ impl<S: Storage> Worker<S> {
             return self.raw_discard(offset, length).await;
         }
         let (start, end) = self.whole_granules(offset, length);
+        let start = start.max(done.get());
         if start >= end {
             return self.check_writable();
         }
@@ -71,21 +74,35 @@ impl<S: Storage> Worker<S> {
             return Box::pin(self.raw_view_discard(file, start, end - start)).await;
         }
         let _claim = self.claim(start, end - start).await;
-        self.zero_granules(start, end, ZeroMode::Discard).await
+        self.zero_granules(start, end, ZeroMode::Discard, done).await
     }
 
-    /// Makes a range read as zero, exactly.
-    pub async fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> Result<(), RequestError> {
+    /// Makes a range read as zero, exactly. `done` says how far it is done, and is moved on.
+    pub async fn write_zeroes(
+        &self,
+        offset: u64,
+        length: u64,
+        unmap: bool,
+        done: &Cell<u64>,
+    ) -> Result<(), RequestError> {
         let mode = self.shared.policy.mode(unmap);
         if let Some(file) = self.shared.raw_file() {
             return Box::pin(self.raw_zeroes(file, offset, length, mode)).await;
         }
-        let _claim = self.claim(offset, length).await;
-        self.zero_range(offset, length, mode).await
+        let start = offset.max(done.get());
+        let left = (offset + length).saturating_sub(start);
+        let _claim = self.claim(start, left).await;
+        self.zero_range(start, left, mode, done).await
     }
 
     /// As [`Worker::write_zeroes`]; the caller holds a claim on the range, unless the top image is raw.
-    pub async fn zero_range(&self, offset: u64, length: u64, mode: ZeroMode) -> Result<(), RequestError> {
+    pub async fn zero_range(
+        &self,
+        offset: u64,
+        length: u64,
+        mode: ZeroMode,
+        done: &Cell<u64>,
+    ) -> Result<(), RequestError> {
         if let Some(file) = self.shared.raw_file() {
             return Box::pin(self.raw_zeroes(file, offset, length, mode)).await;
         }
@@ -96,7 +113,7 @@ impl<S: Storage> Worker<S> {
         if offset < start {
             Box::pin(self.zero_piece(offset, start - offset)).await?;
         }
-        self.zero_granules(start, end, mode).await?;
+        self.zero_granules(start, end, mode, done).await?;
         let left = (offset + length).saturating_sub(end);
         if left > 0 { Box::pin(self.zero_piece(end, left)).await } else { Ok(()) }
     }
@@ -109,7 +126,13 @@ impl<S: Storage> Worker<S> {
         (offset.next_multiple_of(granule), whole_end)
     }
 
-    async fn zero_granules(&self, start: u64, end: u64, mode: ZeroMode) -> Result<(), RequestError> {
+    async fn zero_granules(
+        &self,
+        start: u64,
+        end: u64,
+        mode: ZeroMode,
+        done: &Cell<u64>,
+    ) -> Result<(), RequestError> {
         let mut at = start;
         let mut rounds = 0_u32;
         while at < end {
@@ -132,6 +155,9 @@ impl<S: Storage> Worker<S> {
                     bytes
                 }
             };
+            if !self.shared.has_data_file() {
+                done.set(at);
+            }
         }
         if mode != ZeroMode::Keep && self.shared.has_data_file() {
             // There everything has its place for good.

@@ -3,11 +3,12 @@
 //! A cluster goes round: free → window (its refcount is 1 in memory from then on) → in use → quarantine (unlinked in
 //! memory) → free again, and that last step only when the unlink is durable and all I/O begun before it has ended.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 
 use qcow2::HostCluster;
 
 use crate::epoch::Epoch;
+use crate::free::FreeClusters;
 use crate::mutation::{Mutation, active};
 use crate::waiters::Waiters;
 
@@ -15,6 +16,15 @@ use crate::waiters::Waiters;
 const WINDOW_BYTES_MAX: u64 = 16 << 20;
 /// What the first window reserves; each next one is twice as large.
 const WINDOW_BYTES_MIN: u64 = 1 << 20;
+
+/// The most bytes of freed clusters that are held back, and the most clusters (a run of them takes 24 bytes of memory).
+const QUARANTINE_BYTES_MAX: u64 = 64 << 20;
+const QUARANTINE_CLUSTERS_MAX: u64 = 1 << 16;
+/// Of a small disk, no more than this share of its size, and always at least so many bytes.
+const QUARANTINE_SHARE: u64 = 8;
+const QUARANTINE_BYTES_MIN: u64 = 1 << 20;
+/// A cut is due early once this share of what may be held back waits for one.
+const CUT_SHARE: u64 = 4;
 
 /// A run of host clusters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,13 +55,15 @@ pub(crate) struct Freed {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Unlinked {
     pub run: Run,
+    /// It was in use before, not only taken for a write that failed.
+    pub was_used: bool,
     /// I/O begun in this epoch or before may still touch the run.
     pub epoch: Epoch,
 }
 
 pub(crate) struct Allocator {
     windows: VecDeque<FreeRun>,
-    free: BTreeMap<u64, FreeRun>,
+    pub free: FreeClusters,
     /// The first cluster past all that is or was in use: the file grows from here.
     pub end: u64,
     window_clusters: u64,
@@ -60,6 +72,16 @@ pub(crate) struct Allocator {
     pub unlinked: VecDeque<Unlinked>,
     /// Clusters in quarantine or unlinked.
     pub quarantined: u64,
+    /// Those of them that wait for a cut.
+    uncut: u64,
+    /// Those of them that were in use before.
+    pub freed: u64,
+    /// The most clusters in quarantine or unlinked, before requests that free or allocate have to wait.
+    quarantined_max: u64,
+    /// Clusters that ever left the quarantine.
+    pub given_back: u64,
+    /// Who waits until some leave it.
+    pub held_up: Waiters,
     /// The longest that this session found or made the file, in bytes.
     pub file_length: u64,
     /// A cluster is needed that was in no use in this session, and no window has one.
@@ -75,17 +97,23 @@ pub(crate) struct Allocator {
 }
 
 impl Allocator {
-    /// An allocator for a file whose clusters end at `end`.
-    pub fn new(end: u64, cluster_size: u64) -> Self {
+    /// An allocator for a file whose clusters end at `end`, of a disk of so many bytes.
+    pub fn new(end: u64, cluster_size: u64, disk: u64) -> Self {
+        let held_bytes = (disk / QUARANTINE_SHARE).clamp(QUARANTINE_BYTES_MIN, QUARANTINE_BYTES_MAX);
         Allocator {
             windows: VecDeque::new(),
-            free: BTreeMap::new(),
+            free: FreeClusters::default(),
             end,
             window_clusters: (WINDOW_BYTES_MIN / cluster_size).max(1),
             window_clusters_max: (WINDOW_BYTES_MAX / cluster_size).max(1),
             quarantine: VecDeque::new(),
             unlinked: VecDeque::new(),
             quarantined: 0,
+            uncut: 0,
+            freed: 0,
+            quarantined_max: (held_bytes / cluster_size).clamp(1, QUARANTINE_CLUSTERS_MAX),
+            given_back: 0,
+            held_up: Waiters::default(),
             file_length: 0,
             wants_new: false,
             reserving: None,
@@ -135,10 +163,24 @@ impl Allocator {
         None
     }
 
-    /// True if a cluster is in a free run.
-    pub fn is_free(&self, cluster: u64) -> bool {
-        let before = self.free.range(..=cluster).next_back();
-        before.is_some_and(|(_, free)| cluster < free.run.start.0 + free.run.count)
+    /// True if so much is held back that nobody may free or allocate before some of it is given back.
+    pub fn is_crowded(&self) -> bool {
+        self.quarantined >= self.quarantined_max
+    }
+
+    /// True if so much waits for a cut that one is due.
+    pub fn wants_cut(&self) -> bool {
+        self.uncut > 0 && self.uncut >= self.quarantined_max / CUT_SHARE
+    }
+
+    /// True if anything waits for a cut.
+    pub fn waits_for_cut(&self) -> bool {
+        self.uncut > 0
+    }
+
+    /// The host had no room for a window: the next is to be as small as they come. False if it was that already.
+    pub fn shrink_window(&mut self) -> bool {
+        std::mem::replace(&mut self.window_clusters, 1) > 1
     }
 
     /// True if a cluster can be taken.
@@ -170,74 +212,9 @@ impl Allocator {
         self.windows.clear();
     }
 
-    /// The first free run.
-    pub fn first_free(&self) -> Option<FreeRun> {
-        self.free.values().next().copied()
-    }
-
-    /// Takes up to `count` clusters off the front of the first free run.
-    pub fn take_free(&mut self, count: u64) -> Option<FreeRun> {
-        let mut entry = self.free.first_entry()?;
-        let whole = *entry.get();
-        if whole.run.count <= count {
-            return Some(entry.remove());
-        }
-        let taken = FreeRun { run: Run { start: whole.run.start, count }, known_zero: whole.known_zero };
-        let start = HostCluster(whole.run.start.0 + count);
-        entry.get_mut().run = Run { start, count: whole.run.count - count };
-        let rest = entry.remove();
-        self.free.insert(start.0, rest);
-        Some(taken)
-    }
-
-    /// Adds a free run, merging it with its neighbours. Parts that are free already are left as they are.
-    pub fn add_free(&mut self, added: FreeRun) {
-        let mut start = added.run.start.0;
-        let end = start + added.run.count;
-        while start < end {
-            if let Some((_, before)) = self.free.range(..=start).next_back() {
-                let before_end = before.run.start.0 + before.run.count;
-                if before_end > start {
-                    start = before_end;
-                    continue;
-                }
-            }
-            let next = self.free.range(start..end).next().map_or(end, |(next, _)| *next);
-            let run = Run { start: HostCluster(start), count: next - start };
-            self.insert_free(FreeRun { run, known_zero: added.known_zero });
-            start = next;
-        }
-    }
-
-    /// Inserts a run that overlaps no other.
-    fn insert_free(&mut self, mut added: FreeRun) {
-        let start = added.run.start.0;
-        if let Some((_, before)) = self.free.range(..start).next_back().map(|(k, v)| (*k, *v))
-            && before.run.start.0 + before.run.count == start
-            && before.known_zero == added.known_zero
-        {
-            self.free.remove(&before.run.start.0);
-            added.run = Run { start: before.run.start, count: before.run.count + added.run.count };
-        }
-        let end = added.run.start.0 + added.run.count;
-        if let Some(after) = self.free.get(&end).copied()
-            && after.known_zero == added.known_zero
-        {
-            self.free.remove(&end);
-            added.run.count += after.run.count;
-        }
-        self.free.insert(added.run.start.0, added);
-    }
-
-    /// Forgets free runs at the very end of the file, so that the file can be cut there; the new end.
+    /// Forgets free clusters at the very end of the file, so that the file can be cut there; the new end.
     pub fn trim_end(&mut self) -> u64 {
-        while let Some((_, last)) = self.free.last_key_value() {
-            if last.run.start.0 + last.run.count != self.end {
-                break;
-            }
-            self.end = last.run.start.0;
-            self.free.pop_last();
-        }
+        self.end = self.free.trim(self.end);
         self.end
     }
 
@@ -246,7 +223,8 @@ impl Allocator {
         let mut later = VecDeque::new();
         for freed in self.quarantine.drain(..) {
             if freed.cut <= cut || active(Mutation::ReuseBeforeUnlink) {
-                self.unlinked.push_back(Unlinked { run: freed.run, epoch });
+                self.uncut -= freed.run.count;
+                self.unlinked.push_back(Unlinked { run: freed.run, was_used: freed.cut != 0, epoch });
             } else {
                 later.push_back(freed);
             }
@@ -259,7 +237,7 @@ impl Allocator {
         let Some(first) = self.unlinked.front_mut() else { return };
         if first.run.count > count {
             let rest = Run { start: HostCluster(first.run.start.0 + count), count: first.run.count - count };
-            let rest = Unlinked { run: rest, epoch: first.epoch };
+            let rest = Unlinked { run: rest, ..*first };
             first.run.count = count;
             self.unlinked.insert(1, rest);
         }
@@ -268,12 +246,14 @@ impl Allocator {
     /// Puts a run into quarantine, joining it with the last where it can.
     pub fn free_later(&mut self, cluster: HostCluster, cut: u64) {
         if active(Mutation::ReuseAtOnce) {
-            return self.add_free(FreeRun { run: Run { start: cluster, count: 1 }, known_zero: false });
+            return self.free.add(FreeRun { run: Run { start: cluster, count: 1 }, known_zero: false });
         }
         if cut == 0 && active(Mutation::AbortedTakenForZero) {
-            return self.add_free(FreeRun { run: Run { start: cluster, count: 1 }, known_zero: true });
+            return self.free.add(FreeRun { run: Run { start: cluster, count: 1 }, known_zero: true });
         }
         self.quarantined += 1;
+        self.uncut += 1;
+        self.freed += u64::from(cut != 0);
         if let Some(last) = self.quarantine.back_mut()
             && last.cut == cut
             && last.run.start.0 + last.run.count == cluster.0
@@ -293,37 +273,9 @@ mod tests {
         FreeRun { run: Run { start: HostCluster(start), count }, known_zero }
     }
 
-    fn free(alloc: &Allocator) -> Vec<(u64, u64, bool)> {
-        alloc.free.values().map(|f| (f.run.start.0, f.run.count, f.known_zero)).collect()
-    }
-
-    #[test]
-    fn free_runs_merge_and_never_overlap() {
-        let mut alloc = Allocator::new(1000, 65536);
-        alloc.add_free(run(10, 5, true));
-        alloc.add_free(run(20, 5, true));
-        alloc.add_free(run(15, 5, true));
-        assert_eq!(free(&alloc), [(10, 15, true)]);
-        alloc.add_free(run(5, 30, false));
-        assert_eq!(free(&alloc), [(5, 5, false), (10, 15, true), (25, 10, false)]);
-        assert_eq!(alloc.take_free(3), Some(run(5, 3, false)));
-        assert_eq!(alloc.take_free(100), Some(run(8, 2, false)));
-        assert_eq!(alloc.take_free(100), Some(run(10, 15, true)));
-    }
-
-    #[test]
-    fn the_end_is_trimmed_as_far_as_it_is_free() {
-        let mut alloc = Allocator::new(100, 65536);
-        alloc.add_free(run(90, 10, true));
-        alloc.add_free(run(80, 10, false));
-        alloc.add_free(run(70, 5, false));
-        assert_eq!(alloc.trim_end(), 80);
-        assert_eq!(free(&alloc), [(70, 5, false)]);
-    }
-
     #[test]
     fn windows_are_taken_in_order() {
-        let mut alloc = Allocator::new(100, 65536);
+        let mut alloc = Allocator::new(100, 65536, 1 << 30);
         alloc.add_window(run(100, 4, true));
         alloc.add_window(run(50, 2, false));
         assert_eq!(alloc.take(3), Some(run(100, 3, true)));
@@ -334,7 +286,7 @@ mod tests {
 
     #[test]
     fn a_cluster_is_chosen_at_either_end_of_a_window() {
-        let mut alloc = Allocator::new(100, 65536);
+        let mut alloc = Allocator::new(100, 65536, 1 << 30);
         alloc.add_window(run(10, 4, true));
         alloc.add_window(run(20, 1, true));
         let fits = |wanted: u64| move |cluster| cluster >= wanted;
@@ -345,10 +297,36 @@ mod tests {
         assert_eq!((alloc.take_where(fits(13)), alloc.reserved_clusters()), (None, 2));
     }
 
+    fn freed(alloc: &mut Allocator, clusters: u64, cut: u64) {
+        (0..clusters).for_each(|number| alloc.free_later(HostCluster(1000 + 2 * number), cut));
+    }
+
     #[test]
-    fn what_is_free_is_known() {
-        let mut alloc = Allocator::new(100, 65536);
-        alloc.add_free(run(10, 2, true));
-        assert_eq!([9, 10, 11, 12].map(|cluster| alloc.is_free(cluster)), [false, true, true, false]);
+    fn what_is_held_back_is_bounded_by_bytes_clusters_and_the_disk() {
+        for (disk, cluster, most) in [
+            (1 << 40, 65536, QUARANTINE_BYTES_MAX / 65536),
+            (1 << 40, 512, QUARANTINE_CLUSTERS_MAX),
+            (16 * QUARANTINE_BYTES_MIN, 4096, QUARANTINE_BYTES_MIN * 16 / QUARANTINE_SHARE / 4096),
+            (0, 4096, QUARANTINE_BYTES_MIN / 4096),
+            (0, 2 << 20, 1),
+        ] {
+            let mut alloc = Allocator::new(100, cluster, disk);
+            freed(&mut alloc, most - 1, 1);
+            assert!(!alloc.is_crowded(), "{disk} {cluster}");
+            freed(&mut alloc, 1, 1);
+            assert!(alloc.is_crowded() && alloc.wants_cut(), "{disk} {cluster}");
+        }
+    }
+
+    #[test]
+    fn a_cut_is_due_for_what_it_would_unlink_and_nothing_else() {
+        let mut alloc = Allocator::new(100, 65536, 1 << 40);
+        let due = QUARANTINE_BYTES_MAX / 65536 / CUT_SHARE;
+        freed(&mut alloc, due, 1);
+        assert!(alloc.wants_cut());
+        alloc.cut_is_durable(1, Epoch(1));
+        assert!(!alloc.wants_cut() && !alloc.waits_for_cut() && alloc.quarantined == due);
+        freed(&mut alloc, due - 1, 2);
+        assert!(!alloc.wants_cut() && alloc.waits_for_cut());
     }
 }

@@ -20,6 +20,12 @@ pub enum Answer<T> {
     Reserve,
     /// Too much is dirty: flush, then ask again.
     Flush,
+    /// Have the host allocate these pieces of existing tables, as they are about to be changed and may be holes of the file;
+    /// hand each to [`crate::Engine::table_allocated`], and ask again.
+    Allocate(Vec<TablePlace>),
+    /// So much freed space is held back that no more may be. Give up the claim and the epoch, flush and reclaim until
+    /// [`crate::Engine::held_back`] says that there is room, and begin anew.
+    Crowded,
     /// Make this L2 table the top image's own by [`crate::Engine::plan_table`], then ask again.
     Table(TableSlot),
 }
@@ -27,6 +33,17 @@ pub enum Answer<T> {
 /// An L1 entry of the top image, by index.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct TableSlot(pub u64);
+
+/// Where a piece of a table of the top image lies in its file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TablePlace {
+    /// Which.
+    pub table: TableId,
+    /// Where.
+    pub offset: HostOffset,
+    /// Bytes.
+    pub length: u64,
+}
 
 /// A piece of a table to be read from a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,6 +69,8 @@ macro_rules! ready {
             Answer::Wait => return Ok(Answer::Wait),
             Answer::Reserve => return Ok(Answer::Reserve),
             Answer::Flush => return Ok(Answer::Flush),
+            Answer::Allocate(places) => return Ok(Answer::Allocate(places)),
+            Answer::Crowded => return Ok(Answer::Crowded),
             Answer::Table(slot) => return Ok(Answer::Table(slot)),
         }
     };

@@ -261,8 +261,14 @@ impl State {
         let top = self.top_qcow2();
         let entries = table_block_entries(&top.geometry);
         let bytes = encode_entries(&top.l1, block * entries, entries).into_vec();
+        TableWrite { offset: self.l1_block_place(block).0, bytes }
+    }
+
+    /// Where a block of the L1 table lies, and its bytes.
+    pub(crate) fn l1_block_place(&self, block: u64) -> (HostOffset, u64) {
+        let bytes = table_block_entries(&self.top_qcow2().geometry) * 8;
         let base = self.write.as_ref().expect("a writable image").l1_offset;
-        TableWrite { offset: HostOffset(base.0 + block * entries * 8), bytes }
+        (HostOffset(base.0 + block * bytes), bytes)
     }
 
     /// The cut is durable.

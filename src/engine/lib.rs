@@ -18,6 +18,7 @@ mod entries;
 mod epoch;
 mod error;
 mod flush;
+mod free;
 mod guard;
 mod hashed;
 mod layers;
@@ -38,7 +39,7 @@ mod word;
 mod write;
 mod zero;
 
-pub use answer::{Answer, TableLoad, TableSlot};
+pub use answer::{Answer, TableLoad, TablePlace, TableSlot};
 pub use claims::ClaimId;
 pub use entries::Entries;
 pub use epoch::{Epoch, Epochs, WorkerEpochs};
@@ -141,7 +142,24 @@ pub struct Engine {
     epochs: Arc<Epochs>,
     claims: Claims,
     failed: AtomicBool,
+    /// So much waits for a cut that one is due. Stored under the engine's lock.
+    wants_cut: AtomicBool,
     state: Mutex<State>,
+}
+
+/// What is held back of the freed clusters.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HeldBack {
+    /// Clusters that cannot be handed out yet.
+    pub clusters: u64,
+    /// Those of them that were in use, and were not only taken for writes that failed.
+    pub freed: u64,
+    /// So many that requests which free or allocate have to wait.
+    pub crowded: bool,
+    /// Some of them wait for a cut.
+    pub uncut: bool,
+    /// Clusters that were ever given back.
+    pub given_back: u64,
 }
 
 /// Numbers for logs and metrics.
@@ -252,6 +270,7 @@ impl Engine {
             epochs: Epochs::new(spec.workers),
             claims: Claims::default(),
             failed: AtomicBool::new(false),
+            wants_cut: AtomicBool::new(false),
             state: Mutex::new(state),
         })
     }
@@ -310,6 +329,40 @@ impl Engine {
         let result = f(&mut self.state.lock().expect("no panic under the engine's lock"), &mut wakes);
         wakes.wake();
         result
+    }
+
+    /// As [`Engine::with`], for what changes how much waits for a cut.
+    fn with_freeing<R>(&self, f: impl FnOnce(&mut State, &mut WakeList) -> R) -> R {
+        self.with(|state, wakes| {
+            let result = f(state, wakes);
+            // Orders nothing: who misses it by a moment sees it with the next change.
+            let wants = state.write.as_ref().is_some_and(|write| write.alloc.wants_cut());
+            self.wants_cut.store(wants, Ordering::Relaxed);
+            result
+        })
+    }
+
+    /// True if so much of what was freed waits for a cut that one is due, without any flush of the guest's. No lock.
+    #[inline]
+    pub fn wants_cut(&self) -> bool {
+        self.wants_cut.load(Ordering::Relaxed)
+    }
+
+    /// What is held back of the freed clusters. The waker is woken when some of it has been given back.
+    pub fn held_back(&self, waker: &Waker) -> HeldBack {
+        self.with(|state, _| {
+            let Some(WriteState { alloc, .. }) = &mut state.write else { return HeldBack::default() };
+            if !waker.will_wake(Waker::noop()) {
+                alloc.held_up.add(waker);
+            }
+            HeldBack {
+                clusters: alloc.quarantined,
+                freed: alloc.freed,
+                crowded: alloc.is_crowded(),
+                uncut: alloc.waits_for_cut(),
+                given_back: alloc.given_back,
+            }
+        })
     }
 
     fn check(&self) -> Result<(), EngineError> {
@@ -381,6 +434,11 @@ impl Engine {
         self.with(|state, wakes| state.tables.end_load(load.table, None, load.ahead, wakes));
     }
 
+    /// The host has allocated a piece of a table that [`Answer::Allocate`] named, or cannot allocate ahead at all.
+    pub fn table_allocated(&self, place: &TablePlace) {
+        self.with(|state, _| state.tables.allocated(place.table));
+    }
+
     /// Plans a prefix of a write; the caller holds a claim on the range.
     ///
     /// # Errors
@@ -397,12 +455,12 @@ impl Engine {
 
     /// Publishes an allocation whose bytes are all written.
     pub fn commit_write(&self, done: Allocation) {
-        self.with(|state, wakes| state.commit_write(&self.map, done, wakes));
+        self.with_freeing(|state, wakes| state.commit_write(&self.map, done, wakes));
     }
 
     /// Gives an allocation up.
     pub fn abort_write(&self, done: Allocation) {
-        self.with(|state, wakes| state.abort_write(done, wakes));
+        self.with_freeing(|state, wakes| state.abort_write(done, wakes));
     }
 
     /// To be asked when the data of an allocation is about to be written: what to write beside it, if a flush is expected
@@ -432,7 +490,7 @@ impl Engine {
         waker: &Waker,
     ) -> Result<Answer<Zeroed>, EngineError> {
         self.check()?;
-        self.with(|state, _| state.zero(&self.map, offset, length, mode, waker))
+        self.with_freeing(|state, _| state.zero(&self.map, offset, length, mode, waker))
     }
 
     /// Plans to make an L2 table the top image's own; `Ready(None)` if it is.
@@ -477,6 +535,11 @@ impl Engine {
         self.with(|state, wakes| state.abort_reserve(plan, wakes));
     }
 
+    /// The host had no room for a window: the next is to be as small as they come. False if that one was.
+    pub fn shrink_window(&self) -> bool {
+        self.with(|state, _| state.write.as_mut().is_some_and(|write| write.alloc.shrink_window()))
+    }
+
     /// A flush arrives: everything acknowledged so far is to be durable. The ticket goes to [`Engine::plan_flush`].
     ///
     /// # Errors
@@ -497,7 +560,7 @@ impl Engine {
 
     /// A cut is durable.
     pub fn commit_cut(&self, cut: &FlushCut) {
-        self.with(|state, wakes| state.commit_cut(cut, wakes));
+        self.with_freeing(|state, wakes| state.commit_cut(cut, wakes));
     }
 
     /// A cut found no space: everything in it is dirty again.
@@ -516,7 +579,7 @@ impl Engine {
 
     /// The runs are punched, as far as `punched` says (an item for each).
     pub fn commit_reclaim(&self, plan: ReclaimPlan, punched: &[bool]) {
-        self.with(|state, _| state.commit_reclaim(plan, punched));
+        self.with(|state, wakes| state.commit_reclaim(plan, punched, wakes));
     }
 
     /// At a clean end, with no request in flight: gives reserved clusters back.
@@ -580,7 +643,7 @@ fn write_state(geometry: qcow2::Geometry, l1: &Entries, top: TopSpec) -> Result<
         MetadataGuard::of_image(&geometry, l1, top.l1_offset, &refcounts, &top.bitmaps, top.snapshots)?;
     let in_blocks = last_block * geometry.refblock_entries();
     let end = geometry.clusters_for(top.file_length).max(in_blocks).max(guard.end());
-    let mut alloc = Allocator::new(end, geometry.cluster_size());
+    let mut alloc = Allocator::new(end, geometry.cluster_size(), geometry.size);
     alloc.scan_end = geometry.clusters_for(top.file_length);
     alloc.file_length = top.file_length;
     Ok(WriteState {

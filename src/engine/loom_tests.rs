@@ -448,7 +448,7 @@ struct Locked {
 fn a_cluster_in_quarantine_is_reused_after_its_cut_and_its_io() {
     explore(Some(3), || {
         let Bench { map, writer, epochs, host } = Bench::new(1);
-        let locked = Locked { alloc: Allocator::new(9, 65536), writer, next_cut: 1 };
+        let locked = Locked { alloc: Allocator::new(9, 65536, 1 << 30), writer, next_cut: 1 };
         let state = Arc::new(Mutex::new(locked));
         let mut worker = epochs.register().expect("a slot");
         let doing_io = {

@@ -13,6 +13,7 @@ use crate::error::EngineError;
 use crate::mutation::{Mutation, active};
 use crate::state::{State, WriteState};
 use crate::tables::TableId;
+use crate::waiters::WakeList;
 
 /// The most runs reclaimed in one go.
 const RUNS_MAX: usize = 1024;
@@ -33,6 +34,8 @@ pub struct ReclaimPlan {
     pins: Vec<TableId>,
     /// Clusters that leave the quarantine.
     clusters: u64,
+    /// Those of them that were in use before.
+    freed: u64,
 }
 
 impl State {
@@ -82,14 +85,17 @@ impl State {
             self.tables.pin(*id);
         }
         let write = self.write_state()?;
-        let clusters = write.alloc.unlinked.drain(..batch.len()).map(|unlinked| unlinked.run.count).sum();
+        write.alloc.unlinked.drain(..batch.len());
+        let count = |unlinked: &Unlinked| unlinked.run.count;
+        let clusters = batch.iter().map(count).sum();
+        let freed = batch.iter().filter(|unlinked| unlinked.was_used).map(count).sum();
         write.alloc.reclaiming = true;
         let geometry = write.refcounts.geometry;
         let punches = runs
             .iter()
             .map(|run| (geometry.host_offset(run.start), run.count * geometry.cluster_size()))
             .collect();
-        Ok(Answer::Ready(Some(ReclaimPlan { punches, runs, counts, pins, clusters })))
+        Ok(Answer::Ready(Some(ReclaimPlan { punches, runs, counts, pins, clusters, freed })))
     }
 
     /// What each cluster's count will be.
@@ -116,7 +122,7 @@ impl State {
     }
 
     /// Publishes the new counts; what was punched is known to be zero. `punched` has an item for each run.
-    pub fn commit_reclaim(&mut self, plan: ReclaimPlan, punched: &[bool]) {
+    pub fn commit_reclaim(&mut self, plan: ReclaimPlan, punched: &[bool], wakes: &mut WakeList) {
         for (cluster, count) in plan.counts {
             self.set_refcount(cluster, count);
         }
@@ -126,8 +132,11 @@ impl State {
         let alloc = &mut self.write.as_mut().expect("a plan was made").alloc;
         alloc.reclaiming = false;
         alloc.quarantined -= plan.clusters;
+        alloc.freed -= plan.freed;
+        alloc.given_back += plan.clusters;
+        wakes.append(alloc.held_up.take());
         for (run, punched) in plan.runs.into_iter().zip(punched) {
-            alloc.add_free(FreeRun { run, known_zero: *punched });
+            alloc.free.add(FreeRun { run, known_zero: *punched });
         }
     }
 }

@@ -113,6 +113,15 @@ impl Refcounts {
         }
     }
 
+    /// Where the blocks of the table lie that name some refblocks (in ascending order), and the bytes of each.
+    pub fn table_places(&self, refblocks: impl Iterator<Item = u64>) -> Vec<(HostOffset, u64)> {
+        let entries = table_block_entries(&self.geometry);
+        let mut blocks: Vec<u64> = refblocks.map(|refblock| refblock / entries).collect();
+        blocks.dedup();
+        let bytes = entries * 8;
+        blocks.into_iter().map(|block| (HostOffset(self.table_offset.0 + block * bytes), bytes)).collect()
+    }
+
     /// The bytes of a block of the table, for writing.
     pub fn table_block(&self, block: u64) -> (HostOffset, Box<[u8]>) {
         let entries = table_block_entries(&self.geometry);

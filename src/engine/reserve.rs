@@ -33,9 +33,9 @@ const SCAN_CLUSTERS: u64 = 16 << 10;
 pub struct ReservePlan {
     /// Make the file at least this many bytes long.
     pub file_length: Option<u64>,
-    /// New metadata (offset and length in bytes) to be allocated on the host now, as its writing may not fail for lack
-    /// of space later.
-    pub metadata: Option<(HostOffset, u64)>,
+    /// Metadata (offsets and lengths in bytes), new or about to be changed, to be allocated on the host now, as its writing
+    /// may not fail for lack of space later.
+    pub metadata: Vec<(HostOffset, u64)>,
     window: FreeRun,
     growth: Option<Growth>,
     pins: Vec<TableId>,
@@ -82,11 +82,11 @@ impl State {
             }
             return planned;
         }
-        if let Some(free) = write.alloc.first_free() {
+        if let Some(free) = write.alloc.free.first() {
             return self.plan_free_window(free, waker);
         }
         ready!(self.scan(waker)?);
-        if let Some(free) = self.write_state()?.alloc.first_free() {
+        if let Some(free) = self.write_state()?.alloc.free.first() {
             return self.plan_free_window(free, waker);
         }
         self.plan_growth(waker)
@@ -101,9 +101,10 @@ impl State {
         let wanted = self.write_state()?.alloc.window_clusters().min(free.run.count);
         let pins = self.refblock_slices(free.run.start, wanted)?;
         ready!(self.need_tables(pins.iter().copied(), waker)?);
+        ready!(self.need_space(pins.iter().copied())?);
         let write = self.write_state()?;
-        let window = write.alloc.take_free(wanted).expect("a free run was seen");
-        let plan = ReservePlan { file_length: None, metadata: None, window, growth: None, pins };
+        let window = write.alloc.free.take(wanted).expect("a free run was seen");
+        let plan = ReservePlan { file_length: None, metadata: Vec::new(), window, growth: None, pins };
         Ok(Answer::Ready(Some(self.start_reserve(plan))))
     }
 
@@ -139,15 +140,25 @@ impl State {
                     if qcow2::refcount(refcounts.geometry.refcount_order, bytes, place.index + at as usize)
                         == 0
                     {
+                        if alloc.free.is_full() {
+                            // It is found when there is room again.
+                            alloc.scanned = cluster + at;
+                            return Ok(Answer::Ready(()));
+                        }
                         let run = Run { start: HostCluster(cluster + at), count: 1 };
                         if let Some(holder) = guard.within(run) {
                             return Err(EngineError::free_metadata(holder));
                         }
-                        if guard.was_aimed(cluster + at) && !alloc.is_free(cluster + at) {
+                        let is_known = !guard.was_aimed(cluster + at) || alloc.free.contains(cluster + at);
+                        if !is_known && alloc.free.has_left_out() {
+                            // Either the case below, or it was left out when it was freed.
+                            continue;
+                        }
+                        if !is_known {
                             // An entry names it, and it has not been freed since.
                             return Err(EngineError::RefcountZero { cluster: cluster + at, holds: None });
                         }
-                        alloc.add_free(FreeRun { run, known_zero: false });
+                        alloc.free.add(FreeRun { run, known_zero: false });
                     }
                 }
             } else if let Some(used) =
@@ -177,6 +188,7 @@ impl State {
         if growth.is_none() {
             pins = self.refblock_slices(HostCluster(start), count)?;
             ready!(self.need_tables(pins.iter().copied(), waker)?);
+            ready!(self.need_space(pins.iter().copied())?);
             count = (start..start + count).take_while(|cluster| self.refcount(*cluster) == 0).count() as u64;
         }
         // A new refblock says that nobody uses what it counts before the end, too. Where that is in the file, it may not
@@ -195,9 +207,16 @@ impl State {
         let past =
             (start + count).checked_mul(geometry.cluster_size()).filter(|past| *past <= FILE_BYTES_MAX);
         let file_length = Some(past.ok_or(EngineError::FileTooLarge)?);
-        let metadata = growth.as_ref().map(|growth| {
-            (geometry.host_offset(growth.run.start), growth.run.count * geometry.cluster_size())
-        });
+        let mut metadata = Vec::new();
+        if let Some(growth) = &growth {
+            let length = growth.run.count * geometry.cluster_size();
+            metadata.push((geometry.host_offset(growth.run.start), length));
+            if growth.table.is_none() {
+                metadata.extend(
+                    self.write_state()?.refcounts.table_places(growth.blocks.iter().map(|(block, _)| *block)),
+                );
+            }
+        }
         let window = FreeRun { run: Run { start: HostCluster(start), count }, known_zero: true };
         if let Some(growth) = &growth {
             // From now on no word may send data there.
@@ -305,7 +324,7 @@ impl State {
         }
         let write = self.write.as_mut().expect("a plan was made");
         if plan.file_length.is_none() {
-            write.alloc.add_free(plan.window);
+            write.alloc.free.add(plan.window);
         }
         if let Some(growth) = &plan.growth {
             write.guard.remove(growth.run.start, growth.blocks.len() as u64);
@@ -330,7 +349,7 @@ impl State {
             for cluster in window.run.start.0..window.run.start.0 + window.run.count {
                 self.set_refcount(cluster, 0);
             }
-            self.write_state()?.alloc.add_free(window);
+            self.write_state()?.alloc.free.add(window);
         }
         self.write_state()?.alloc.clear_windows();
         Ok(Answer::Ready(()))

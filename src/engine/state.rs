@@ -6,7 +6,7 @@ use std::task::Waker;
 use qcow2::{GuestCluster, HostCluster, HostOffset, L1Entry, L2Entry, RawL2Entry};
 
 use crate::alloc::{Allocator, FreeRun, Run};
-use crate::answer::{Answer, TableLoad, TableSlot};
+use crate::answer::{Answer, TableLoad, TablePlace, TableSlot};
 use crate::error::{EngineError, Structure};
 use crate::flush::FlushState;
 use crate::guard::MetadataGuard;
@@ -215,6 +215,23 @@ impl State {
             missing.note(id, &found);
         }
         if missing.any() { self.ask_for(missing, waker) } else { Ok(Answer::Ready(())) }
+    }
+
+    /// Makes sure that the host has allocated these resident slices of the top image, which are about to be changed: a cut
+    /// must not need space.
+    pub fn need_space(&self, ids: impl IntoIterator<Item = TableId>) -> Result<Answer<()>, EngineError> {
+        let length = self.top_qcow2().slice_bytes();
+        let mut places = Vec::new();
+        for id in ids.into_iter().filter(|id| self.tables.is_hole(*id)) {
+            places.push(TablePlace { table: id, offset: self.place_on_disk(id)?, length });
+        }
+        Ok(if places.is_empty() { Answer::Ready(()) } else { Answer::Allocate(places) })
+    }
+
+    /// For plans that may put clusters into quarantine: `Crowded` if it has all that it may have.
+    pub fn may_free(&mut self) -> Result<Answer<()>, EngineError> {
+        let crowded = self.write_state()?.alloc.is_crowded();
+        Ok(if crowded { Answer::Crowded } else { Answer::Ready(()) })
     }
 
     /// The refblock slices that hold the counts of a run of clusters; empty where a refblock does not exist.

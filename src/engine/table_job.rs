@@ -25,6 +25,8 @@ pub struct TablePlan {
     pub offset: HostOffset,
     /// Its length in bytes: one cluster.
     pub length: u64,
+    /// Where the L1 block lies that will name it, and how long that is: have the host allocate it, too.
+    pub link: (HostOffset, u64),
     /// The table that it is a copy of; its slices are pinned.
     copy_of: Option<HostOffset>,
 }
@@ -60,7 +62,8 @@ impl State {
         }
         let geometry = &self.top_qcow2().geometry;
         let (host, offset) = (taken.start, geometry.host_offset(taken.start));
-        Ok(Answer::Ready(Some(TablePlan { slot, host, offset, length: geometry.cluster_size(), copy_of })))
+        let (length, link) = (geometry.cluster_size(), self.l1_block_place(l1_block_of(geometry, slot.0)));
+        Ok(Answer::Ready(Some(TablePlan { slot, host, offset, length, link, copy_of })))
     }
 
     pub fn commit_table(&mut self, plan: TablePlan, wakes: &mut WakeList) {

@@ -61,6 +61,8 @@ pub(crate) struct Table {
     fresh: u8,
     /// Used since the clock last came by.
     referenced: bool,
+    /// It was read as zeros, so the file may have a hole there.
+    hole: bool,
 }
 
 enum Slot {
@@ -127,6 +129,18 @@ impl Tables {
         &mut table.bytes
     }
 
+    /// True if a resident slice may be a hole of the file.
+    pub fn is_hole(&self, id: TableId) -> bool {
+        matches!(self.slots.get(&id), Some(Slot::Ready(table)) if table.hole)
+    }
+
+    /// The host has allocated a slice, which may have left the cache meanwhile.
+    pub fn allocated(&mut self, id: TableId) {
+        if let Some(Slot::Ready(table)) = self.slots.get_mut(&id) {
+            table.hole = false;
+        }
+    }
+
     /// Marks a resident slice to be written as `dirt` says (never `Clean`).
     pub fn mark(&mut self, id: TableId, dirt: Dirt) {
         let table = Self::ready(&mut self.slots, id);
@@ -161,7 +175,10 @@ impl Tables {
             _ => panic!("{id:?} was not loading"),
         }
         if let Some(bytes) = bytes {
+            let top = !matches!(id, TableId::L2 { layer: 1.., .. });
+            let hole = top && bytes.iter().all(|byte| *byte == 0);
             self.add(id, bytes, Dirt::Clean, if ahead { 0 } else { GRACE });
+            Self::ready(&mut self.slots, id).hole = hole;
         }
     }
 
@@ -177,7 +194,7 @@ impl Tables {
         if dirt != Dirt::Clean {
             self.dirty.insert(id);
         }
-        let table = Table { bytes, dirt, writing: false, pins: 0, fresh, referenced: true };
+        let table = Table { bytes, dirt, writing: false, pins: 0, fresh, referenced: true, hole: false };
         let before = self.slots.insert(id, Slot::Ready(table));
         assert!(before.is_none(), "{id:?} is resident already");
     }

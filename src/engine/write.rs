@@ -132,6 +132,7 @@ impl State {
         let place = top.entry_place(first);
         let entries_left = top.slice_entries() - place.index as u64;
         ready!(self.need_tables([place.table], waker)?);
+        ready!(self.need_space([place.table])?);
 
         let granules = Granules::of(&geometry, offset);
         let Granules { size, per_cluster, first: begin } = granules;
@@ -150,6 +151,7 @@ impl State {
                 (geometry.host_cluster(host), known_zero, end, begin..end, true)
             }
             Standing::New | Standing::Copy => {
+                ready!(self.may_free()?);
                 let clusters = end.div_ceil(per_cluster);
                 let Some(taken) = self.write_state()?.take(clusters)? else { return Ok(Answer::Reserve) };
                 let end = end.min(taken.run.count * per_cluster);

@@ -161,6 +161,13 @@ impl State {
                 Change::Data if done > 0 => break,
                 Change::Data => return Ok(Answer::Ready(Zeroed::NeedsData(pieces.bytes(1)))),
                 Change::Set(entry, old) => {
+                    ready!(self.need_space([place.table])?);
+                    if old == OldHost::Goes && done > 0 && self.write_state()?.alloc.is_crowded() {
+                        break;
+                    }
+                    if old == OldHost::Goes {
+                        ready!(self.may_free()?);
+                    }
                     match old {
                         OldHost::Goes => self.release_old(place, guest),
                         OldHost::Empties => note_unused(&geometry, entry, &mut unused),

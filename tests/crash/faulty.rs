@@ -13,6 +13,7 @@ use storage::sim::{Fault, FaultId, Outcome, Random, SimWorld, Verb};
 use super::examine::panic_text;
 use super::journal::Op;
 use super::rig::{Finished, Rig, host};
+use super::scarce::TRIES_AT_ONCE;
 use super::shape::{FIRST_WRITE, Start};
 use super::trial::Manner;
 use super::walk::{Choice, Walker};
@@ -125,7 +126,8 @@ pub fn play(start: &Start, script: &[Op], manner: Manner, trouble: &[Trouble]) -
         let again: Vec<Fault> =
             hangs.iter().map(|trouble| Fault { nth: trouble.nth % 8, ..trouble.fault() }).collect();
         let mut run = if manner.clean { rig.finish_with(&again) } else { rig.abandon() };
-        run.tries = if others.iter().any(|trouble| trouble.is_no_space()) { 2 } else { 1 };
+        let scarce = others.iter().any(|trouble| trouble.is_no_space());
+        run.tries = if scarce { TRIES_AT_ONCE } else { 1 };
         Aftermath { hit: hit(&world), run: Some(run), probe }
     };
     catch_unwind(AssertUnwindSafe(work)).map_err(|panic| format!("the run panicked: {}", panic_text(&*panic)))

@@ -110,12 +110,15 @@ pub fn play(start: &Start, script: &[Op], manner: Manner) -> Result<Scarce, Stri
         .unwrap_or_else(|panic| Err(format!("the run panicked: {}", panic_text(&*panic))))
 }
 
-/// How often a request is tried at most that takes so long: at once, after what was freed was made ready, and then after
-/// pauses of up to a second, each perhaps followed by one that freed space ends.
+/// How often a request is tried at once at most, as long as others free space: `SPACE_TRIES` and the first.
+pub const TRIES_AT_ONCE: u64 = 5;
+
+/// How often a request is tried at most that takes so long: at once, and then so often again after each pause of up to a
+/// second, each perhaps followed by one that freed space ends.
 fn tries_max(on_enospc: OnEnospc, time: Duration) -> u64 {
     match on_enospc {
-        OnEnospc::Report => 2,
-        OnEnospc::Wait => 2 + 2 * (4 + time.as_secs()),
+        OnEnospc::Report => TRIES_AT_ONCE,
+        OnEnospc::Wait => TRIES_AT_ONCE * (1 + 2 * (4 + time.as_secs())),
     }
 }
 

@@ -1,0 +1,288 @@
+//! The clusters that nobody uses and that may be handed out again, in bounded memory.
+//!
+//! Most are runs. Where runs are too many, the last of them become bits of chunks, a bit a cluster. Where chunks are too
+//! many as well, clusters are left out: they are not handed out again before the image is next opened.
+
+use std::collections::BTreeMap;
+
+use qcow2::HostCluster;
+
+use crate::alloc::{FreeRun, Run};
+
+/// The most runs: some 2 MiB.
+const RUNS_MAX: usize = 1 << 15;
+/// The most chunks: some 4 MiB.
+const CHUNKS_MAX: usize = 1 << 15;
+/// Clusters in a chunk.
+const CHUNK_CLUSTERS: u64 = 512;
+
+type Chunk = [u64; CHUNK_CLUSTERS as usize / 64];
+
+/// Free clusters, each in a run, in a chunk, or left out.
+#[derive(Default)]
+pub(crate) struct FreeClusters {
+    /// By their first cluster.
+    runs: BTreeMap<u64, FreeRun>,
+    /// By number; none is empty.
+    chunks: BTreeMap<u64, Chunk>,
+    left_out: bool,
+}
+
+impl FreeClusters {
+    /// True if a cluster is known to be free.
+    pub fn contains(&self, cluster: u64) -> bool {
+        let before = self.runs.range(..=cluster).next_back();
+        before.is_some_and(|(_, free)| cluster < free.run.start.0 + free.run.count) || self.has_bit(cluster)
+    }
+
+    /// True if there were clusters that had no room here. So one with a refcount of zero that is not here may be such.
+    pub fn has_left_out(&self) -> bool {
+        self.left_out
+    }
+
+    /// True if a cluster more might have no room.
+    pub fn is_full(&self) -> bool {
+        self.runs.len() >= RUNS_MAX && self.chunks.len() >= CHUNKS_MAX
+    }
+
+    /// The first run of those that are known as runs.
+    pub fn first(&mut self) -> Option<FreeRun> {
+        if self.runs.is_empty()
+            && let Some((number, chunk)) = self.chunks.pop_first()
+        {
+            for run in runs_of(number, &chunk) {
+                self.runs.insert(run.start.0, FreeRun { run, known_zero: false });
+            }
+        }
+        self.runs.values().next().copied()
+    }
+
+    /// Takes up to `count` clusters off the front of the first run.
+    pub fn take(&mut self, count: u64) -> Option<FreeRun> {
+        let whole = self.first()?;
+        self.runs.remove(&whole.run.start.0);
+        if whole.run.count <= count {
+            return Some(whole);
+        }
+        let start = HostCluster(whole.run.start.0 + count);
+        let rest =
+            FreeRun { run: Run { start, count: whole.run.count - count }, known_zero: whole.known_zero };
+        self.runs.insert(start.0, rest);
+        Some(FreeRun { run: Run { start: whole.run.start, count }, known_zero: whole.known_zero })
+    }
+
+    /// Adds a run, merging it with its neighbours. Parts that are free already are left as they are.
+    pub fn add(&mut self, added: FreeRun) {
+        let mut start = added.run.start.0;
+        let end = start + added.run.count;
+        while start < end {
+            if let Some((_, before)) = self.runs.range(..=start).next_back() {
+                let before_end = before.run.start.0 + before.run.count;
+                if before_end > start {
+                    start = before_end;
+                    continue;
+                }
+            }
+            if self.has_bit(start) {
+                start += 1;
+                continue;
+            }
+            let next = self.runs.range(start..end).next().map_or(end, |(next, _)| *next);
+            let next = self.first_bit(start, next);
+            let run = Run { start: HostCluster(start), count: next - start };
+            self.insert(FreeRun { run, known_zero: added.known_zero });
+            start = next;
+        }
+        while self.runs.len() > RUNS_MAX {
+            let (_, last) = self.runs.pop_last().expect("there are some");
+            self.spill(last.run);
+        }
+    }
+
+    /// Inserts a run that overlaps no other.
+    fn insert(&mut self, mut added: FreeRun) {
+        let start = added.run.start.0;
+        if let Some((_, before)) = self.runs.range(..start).next_back().map(|(k, v)| (*k, *v))
+            && before.run.start.0 + before.run.count == start
+            && before.known_zero == added.known_zero
+        {
+            self.runs.remove(&before.run.start.0);
+            added.run = Run { start: before.run.start, count: before.run.count + added.run.count };
+        }
+        let end = added.run.start.0 + added.run.count;
+        if let Some(after) = self.runs.get(&end).copied()
+            && after.known_zero == added.known_zero
+        {
+            self.runs.remove(&end);
+            added.run.count += after.run.count;
+        }
+        self.runs.insert(added.run.start.0, added);
+    }
+
+    /// Makes bits of a run, as far as there is room for chunks.
+    fn spill(&mut self, run: Run) {
+        let (mut cluster, end) = (run.start.0, run.start.0 + run.count);
+        while cluster < end {
+            let number = cluster / CHUNK_CLUSTERS;
+            let past = ((number + 1) * CHUNK_CLUSTERS).min(end);
+            if self.chunks.len() < CHUNKS_MAX || self.chunks.contains_key(&number) {
+                let chunk = self.chunks.entry(number).or_default();
+                (cluster..past).for_each(|cluster| chunk[word_of(cluster)] |= bit_of(cluster));
+            } else {
+                self.left_out = true;
+            }
+            cluster = past;
+        }
+    }
+
+    /// Forgets the free clusters that end at `end`; where what is left ends.
+    pub fn trim(&mut self, mut end: u64) -> u64 {
+        loop {
+            match self.runs.last_key_value() {
+                Some((start, last)) if start + last.run.count == end => {
+                    end = *start;
+                    self.runs.pop_last();
+                }
+                _ if end > 0 && self.has_bit(end - 1) => {
+                    end -= 1;
+                    self.clear_bit(end);
+                }
+                _ => return end,
+            }
+        }
+    }
+
+    fn has_bit(&self, cluster: u64) -> bool {
+        let chunk = self.chunks.get(&(cluster / CHUNK_CLUSTERS));
+        chunk.is_some_and(|chunk| chunk[word_of(cluster)] & bit_of(cluster) != 0)
+    }
+
+    fn clear_bit(&mut self, cluster: u64) {
+        let number = cluster / CHUNK_CLUSTERS;
+        let Some(chunk) = self.chunks.get_mut(&number) else { return };
+        chunk[word_of(cluster)] &= !bit_of(cluster);
+        if chunk.iter().all(|word| *word == 0) {
+            self.chunks.remove(&number);
+        }
+    }
+
+    /// The first cluster of `start..end` that is a bit; `end` if none is.
+    fn first_bit(&self, start: u64, end: u64) -> u64 {
+        for (number, chunk) in self.chunks.range(start / CHUNK_CLUSTERS..end.div_ceil(CHUNK_CLUSTERS)) {
+            let (from, past) = (number * CHUNK_CLUSTERS, (number + 1) * CHUNK_CLUSTERS);
+            let found = (start.max(from)..end.min(past))
+                .find(|cluster| chunk[word_of(*cluster)] & bit_of(*cluster) != 0);
+            if let Some(found) = found {
+                return found;
+            }
+        }
+        end
+    }
+}
+
+fn word_of(cluster: u64) -> usize {
+    (cluster % CHUNK_CLUSTERS / 64) as usize
+}
+
+fn bit_of(cluster: u64) -> u64 {
+    1 << (cluster % 64)
+}
+
+/// The runs of a chunk's bits.
+fn runs_of(number: u64, chunk: &Chunk) -> Vec<Run> {
+    let mut runs: Vec<Run> = Vec::new();
+    let clusters = number * CHUNK_CLUSTERS..(number + 1) * CHUNK_CLUSTERS;
+    for cluster in clusters.filter(|cluster| chunk[word_of(*cluster)] & bit_of(*cluster) != 0) {
+        match runs.last_mut() {
+            Some(last) if last.start.0 + last.count == cluster => last.count += 1,
+            _ => runs.push(Run { start: HostCluster(cluster), count: 1 }),
+        }
+    }
+    runs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(start: u64, count: u64, known_zero: bool) -> FreeRun {
+        FreeRun { run: Run { start: HostCluster(start), count }, known_zero }
+    }
+
+    fn listed(free: &FreeClusters) -> Vec<(u64, u64, bool)> {
+        free.runs.values().map(|f| (f.run.start.0, f.run.count, f.known_zero)).collect()
+    }
+
+    #[test]
+    fn free_runs_merge_and_never_overlap() {
+        let mut free = FreeClusters::default();
+        free.add(run(10, 5, true));
+        free.add(run(20, 5, true));
+        free.add(run(15, 5, true));
+        assert_eq!(listed(&free), [(10, 15, true)]);
+        free.add(run(5, 30, false));
+        assert_eq!(listed(&free), [(5, 5, false), (10, 15, true), (25, 10, false)]);
+        assert_eq!(free.take(3), Some(run(5, 3, false)));
+        assert_eq!(free.take(100), Some(run(8, 2, false)));
+        assert_eq!(free.take(100), Some(run(10, 15, true)));
+    }
+
+    #[test]
+    fn the_end_is_trimmed_as_far_as_it_is_free() {
+        let mut free = FreeClusters::default();
+        free.add(run(90, 10, true));
+        free.add(run(80, 10, false));
+        free.add(run(70, 5, false));
+        assert_eq!(free.trim(100), 80);
+        assert_eq!(listed(&free), [(70, 5, false)]);
+    }
+
+    #[test]
+    fn the_end_is_trimmed_through_bits() {
+        let mut free = FreeClusters::default();
+        free.spill(Run { start: HostCluster(500), count: 20 });
+        free.add(run(520, 4, true));
+        free.add(run(490, 10, false));
+        assert_eq!(free.trim(524), 490);
+        assert!(free.chunks.is_empty() && free.runs.is_empty());
+    }
+
+    #[test]
+    fn what_is_free_is_known() {
+        let mut free = FreeClusters::default();
+        free.add(run(10, 2, true));
+        free.spill(Run { start: HostCluster(12), count: 1 });
+        assert_eq!([9, 10, 12, 13].map(|cluster| free.contains(cluster)), [false, true, true, false]);
+        free.add(run(9, 5, true));
+        assert_eq!(listed(&free), [(9, 3, true), (13, 1, true)]);
+    }
+
+    /// Every second cluster of many: the memory is bounded, all is found again, and each once.
+    #[test]
+    fn scattered_clusters_take_bounded_memory_and_come_back() {
+        let room = RUNS_MAX as u64 + CHUNKS_MAX as u64 * CHUNK_CLUSTERS / 2;
+        let many = room.min(1 << 17);
+        let mut free = FreeClusters::default();
+        (0..many).for_each(|number| free.add(run(2 * number, 1, true)));
+        assert!(free.runs.len() <= RUNS_MAX && free.chunks.len() <= CHUNKS_MAX && !free.has_left_out());
+        let mut seen = vec![false; many as usize];
+        while let Some(taken) = free.take(u64::MAX) {
+            assert!(taken.run.count == 1 && taken.run.start.0.is_multiple_of(2), "{taken:?}");
+            assert!(!std::mem::replace(&mut seen[taken.run.start.0 as usize / 2], true), "{taken:?}");
+        }
+        assert!(seen.iter().all(|seen| *seen));
+    }
+
+    #[test]
+    fn beyond_that_clusters_are_left_out() {
+        let mut free = FreeClusters::default();
+        let far = |number: u64| run(number * CHUNK_CLUSTERS, 1, true);
+        let room = (RUNS_MAX + CHUNKS_MAX) as u64;
+        (0..room).for_each(|number| free.add(far(number)));
+        assert!(free.is_full() && !free.has_left_out());
+        free.add(far(room));
+        assert!(free.has_left_out());
+        let held = (0..=room).filter(|number| free.contains(number * CHUNK_CLUSTERS)).count() as u64;
+        assert_eq!(held, room);
+    }
+}
