@@ -254,6 +254,62 @@ fn kept_clusters_stay_in_order_and_their_space_goes_back() {
     }
 }
 
+/// Places without a written subcluster, and places whose data was zeroed before, are emptied, too.
+#[test]
+fn kept_places_give_their_space_back_whatever_they_held() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let image = folder.path().join("image.qcow2");
+    let zeroes = Operation::WriteZeroes { offset: 0, length: SIZE, unmap: false };
+    let falloc = |spec: ImageSpec| spec.preallocation(Preallocation::Falloc);
+    for (spec, first) in [
+        (falloc(ImageSpec::qcow2(SIZE).extended()), None),
+        (falloc(ImageSpec::qcow2(SIZE).extended()), Some(write(0, M / 2, 1))),
+        (falloc(ImageSpec::qcow2(SIZE)), Some(zeroes)),
+        (ImageSpec::qcow2(SIZE).with(pattern(0, SIZE, 3)), Some(zeroes)),
+    ] {
+        qemu.create(&image, &spec).expect("an image");
+        let before = clusters(&qemu, &image, spec.cluster_size);
+        let how = DiskOptions { discard_no_unref: true, ..options() };
+        let contents = qemu.read_all(&image, Format::Qcow2).expect("read");
+        let granule = spec.granule_size();
+        let mut model = ByteModel::with_contents(&contents, SIZE, granule, DiscardRule::ZeroesClusters);
+        let mut rig = Rig::open(&image, &how).expect("opens");
+        rig.run(&first.into_iter().collect::<Vec<_>>(), &mut model);
+        assert!(rig.disk().allocated(0).expect("the host says") >= SIZE);
+        rig.run(&[Operation::Discard { offset: 0, length: SIZE }, Operation::Flush], &mut model);
+        let left = rig.disk().allocated(0).expect("the host says");
+        assert!(left < M, "{spec:?}: {left} bytes are left");
+        rig.run(&[write(M, M, 2)], &mut model);
+        model.compare_all(&rig.read_all()).expect("contents");
+        rig.close();
+        assert_clean(&image, "emptied places");
+        let places = |map: BTreeMap<u64, (bool, Option<u64>)>| map.into_values().map(|(_, place)| place);
+        let after = clusters(&qemu, &image, spec.cluster_size);
+        assert!(places(after).eq(places(before)), "{spec:?}: every cluster is where it was");
+        std::fs::remove_file(&image).expect("gone");
+    }
+}
+
+/// It has no entry for a place that reads as zero, and QEMU gives such a place back though it was not asked to.
+#[test]
+fn version_2_gives_back_what_is_zeroed() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let image = folder.path().join("old.qcow2");
+    qemu.create(&image, &ImageSpec::qcow2(SIZE).version(2).with(pattern(0, SIZE, 3))).expect("an image");
+    let contents = qemu.read_all(&image, Format::Qcow2).expect("read");
+    let mut model = ByteModel::with_contents(&contents, SIZE, 64 * K, DiscardRule::ZeroesClusters);
+    let mut rig = Rig::open(&image, &options()).expect("opens");
+    let zeroes = Operation::WriteZeroes { offset: 4 * K, length: SIZE - 4 * K, unmap: false };
+    rig.run(&[zeroes, Operation::Flush], &mut model);
+    model.compare_all(&rig.read_all()).expect("contents");
+    rig.close();
+    assert_clean(&image, "zeroed");
+    let left = std::fs::metadata(&image).expect("image").len();
+    assert!(left < M, "the file has {left} bytes");
+}
+
 #[test]
 fn clusters_keep_their_places_only_where_zeros_can_be_recorded() {
     let Some(qemu) = Qemu::find() else { return };

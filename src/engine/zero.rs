@@ -46,6 +46,8 @@ pub enum Zeroed {
 enum Change {
     /// Nothing: it reads as it should.
     Nothing,
+    /// It reads as it should, and what its place in the file holds is needed no more.
+    Empty(L2Entry),
     /// Give it this entry, and do this with its old host cluster.
     Set(L2Entry, OldHost),
     /// Write zeros to it.
@@ -158,6 +160,7 @@ impl State {
             let change = ready!(self.change(map, entry, touched, guest, mode, waker)?);
             match change {
                 Change::Nothing => {}
+                Change::Empty(entry) => note_unused(&geometry, entry, &mut unused),
                 Change::Data if done > 0 => break,
                 Change::Data => return Ok(Answer::Ready(Zeroed::NeedsData(pieces.bytes(1)))),
                 Change::Set(entry, old) => {
@@ -252,14 +255,11 @@ impl State {
             }
             (L2Entry::Zero, _) => Change::Nothing,
             (L2Entry::ZeroAllocated { .. }, ZeroMode::Keep) => Change::Nothing,
-            (L2Entry::ZeroAllocated { copied: true, .. }, _) if keeps_place => Change::Nothing,
+            (L2Entry::ZeroAllocated { copied: true, .. }, _) if keeps_place => Change::Empty(entry),
             (L2Entry::ZeroAllocated { .. }, _) => Change::Set(empty, OldHost::Goes),
-            (L2Entry::Data { .. } | L2Entry::Compressed { .. }, _)
-                if v2 && (mode == ZeroMode::Keep || hides_backing) =>
-            {
-                Change::Data
-            }
-            (L2Entry::Data { offset, copied: true }, _) if keeps_place || mode == ZeroMode::Keep => {
+            (L2Entry::Data { .. } | L2Entry::Compressed { .. }, _) if v2 && hides_backing => Change::Data,
+            // Version 2 has no entry for a place that reads as zero: there the space goes back, as with QEMU.
+            (L2Entry::Data { offset, copied: true }, _) if !v2 && (keeps_place || mode == ZeroMode::Keep) => {
                 let old = if mode == ZeroMode::Keep { OldHost::Stays } else { OldHost::Empties };
                 Change::Set(L2Entry::ZeroAllocated { offset, copied: true }, old)
             }
@@ -305,13 +305,18 @@ impl State {
         };
         let new = Subclusters { host: (!frees).then_some(host), allocated, zero };
         let frees = frees || (active(Mutation::PartFreesCluster) && !keeps);
-        let empties = mode != ZeroMode::Keep && allocated.is_empty() && !old.allocated.is_empty();
+        let empties = mode != ZeroMode::Keep && allocated.is_empty();
         let old_host = match () {
             () if frees => OldHost::Goes,
             () if empties => OldHost::Empties,
             () => OldHost::Stays,
         };
-        Ok(Answer::Ready(if new == old { Change::Nothing } else { Change::Set(new.entry(), old_host) }))
+        Ok(Answer::Ready(match old_host {
+            // A place that was reserved ahead, or from which data was zeroed.
+            OldHost::Empties if new == old => Change::Empty(new.entry()),
+            _ if new == old => Change::Nothing,
+            _ => Change::Set(new.entry(), old_host),
+        }))
     }
 }
 
