@@ -267,6 +267,33 @@ fn the_space_behind_the_new_end_is_given_back() {
     assert!(bytes < 3 * M, "{bytes} bytes are left");
 }
 
+/// The new L1 table was put behind the old end of the file, and may not keep the file so long.
+#[test]
+fn the_file_of_a_smaller_disk_is_short() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    for spec in [
+        ImageSpec::qcow2(MOST),
+        ImageSpec::qcow2(MOST).cluster_size(4 * K),
+        ImageSpec::qcow2(MOST).cluster_size(4 * K).version(2),
+        ImageSpec::qcow2(MOST).extended(),
+    ] {
+        let image = folder.path().join("image.qcow2");
+        // The end lies within a table that has something on both sides.
+        let size = M + 64 * K;
+        let mut contents = vec![7; size as usize];
+        qemu.create(&image, &spec.clone().with(pattern(0, MOST, 7))).expect("an image");
+        run(&image, NewSize::Of(size)).expect("it shrinks");
+        assert_clean(&image, "a smaller disk");
+        let length = std::fs::metadata(&image).expect("the image").len();
+        assert!(length <= size + 10 * spec.cluster_size, "{spec:?}: the file has {length} bytes");
+        run(&image, NewSize::Of(2 * M)).expect("it grows");
+        contents.resize(2 * M as usize, 0);
+        assert!(read(&image, &options()) == contents, "{spec:?}: the contents differ");
+        std::fs::remove_file(&image).expect("gone");
+    }
+}
+
 #[test]
 fn what_cannot_be_kept_right_is_refused() {
     let Some(qemu) = Qemu::find() else { return };

@@ -289,6 +289,28 @@ fn many_shared_tables_are_copied_at_once() {
     bench.examine("copied");
 }
 
+#[test]
+fn a_snapshot_takes_what_its_tables_hold_and_not_whole_clusters() {
+    use std::os::unix::fs::MetadataExt;
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut bench = bench(&qemu, folder.path(), &ImageSpec::qcow2(64 * M).cluster_size(2 * M));
+    bench.run(&[write(0, 64 * K, 1), write(20 * M, 64 * K, 2)]);
+    let allocated = |bench: &Bench| std::fs::metadata(&bench.image).expect("the image").blocks() * 512;
+    let before = allocated(&bench);
+    for n in 1..=4 {
+        bench.change(Deed::Create, &format!("snapshot {n}"), true);
+        let taken = allocated(&bench) - before;
+        assert!(taken <= n * 16 * K, "{n} snapshots take {taken} bytes");
+    }
+    // A table in a cluster that held something else before.
+    bench.change(Deed::Delete, "snapshot 2", true);
+    bench.change(Deed::Create, "again", true);
+    let taken = allocated(&bench) - before;
+    assert!(taken <= 5 * 16 * K, "{taken} bytes are taken");
+    bench.examine("small tables");
+}
+
 /// QEMU keeps the VM state behind the disk, in the snapshot's own tables.
 #[test]
 fn vm_state_is_kept_listed_and_deleted() {
@@ -314,6 +336,17 @@ fn vm_state_is_kept_listed_and_deleted() {
     bench.change(Deed::Apply, "running", true);
     bench.examine("applied");
     assert_eq!(list(&bench.image, &options())[0].vm_state_size(), 64 * K, "it is still there");
+    // The disk has it too, and so has a snapshot that is made of the disk, by whomever.
+    let l1 = |at: u64| word(&bench.image, at + 8) & qcow2::entry::OFFSET_MASK;
+    let vm_state = l1(word(&bench.image, word(&bench.image, 64)));
+    assert_ne!(vm_state, 0);
+    assert_eq!(l1(word(&bench.image, 40)), vm_state, "the active L1 table leads to the VM state");
+    bench.change(Deed::Create, "with it", true);
+    let snapshots = list(&bench.image, &options());
+    let with_it = snapshots.last().expect("the new one");
+    assert_eq!(word(&bench.image, with_it.l1_offset.0 + 8) & qcow2::entry::OFFSET_MASK, vm_state);
+    bench.examine("made with VM state");
+    bench.change(Deed::Delete, "with it", false);
     bench.change(Deed::Delete, "running", true);
     bench.examine("deleted");
 }

@@ -18,7 +18,7 @@ pub use engine::change::ChangeRefusal;
 
 use crate::check::{CheckError, ImageFile};
 use crate::error::OpenError;
-use crate::layer::DiskFile;
+use crate::layer::whole_blocks;
 
 /// Operations in flight, of at most 1 MiB each.
 pub(crate) const QUEUE_DEPTH: u32 = 16;
@@ -99,31 +99,30 @@ async fn all<F: Future>(futures: Vec<F>) -> Vec<F::Output> {
     running.into_iter().map(|(_, output)| output.expect("each has ended")).collect()
 }
 
-/// Carries a plan out; `file` is the image.
+/// Carries a plan out.
 pub(crate) async fn carry_out<Q: IoQueue>(
     image: &ImageFile<'_, Q>,
-    file: &DiskFile,
     plan: &mut Plan,
 ) -> Result<(), ChangeError> {
-    write_all(image, file, plan).await.map_err(|source| ChangeError::Interrupted { source })
+    write_all(image, plan).await.map_err(|source| ChangeError::Interrupted { source })
 }
 
-async fn write_all<Q: IoQueue>(
-    image: &ImageFile<'_, Q>,
-    file: &DiskFile,
-    plan: &mut Plan,
-) -> Result<(), OpenError> {
-    let mut punches = true;
+async fn write_all<Q: IoQueue>(image: &ImageFile<'_, Q>, plan: &mut Plan) -> Result<(), OpenError> {
+    let (mut punches, mut end) = (true, image.info.length);
     let mut corrections = Vec::new();
     let mut step = plan.next_step();
     while let Some(now) = step {
         match now {
-            PlanStep::Write { offset, bytes } => image.write(offset.0, &bytes).await?,
+            PlanStep::Write { offset, bytes } => {
+                end = end.max(offset.0 + bytes.len() as u64);
+                image.write(offset.0, &bytes).await?;
+            }
             PlanStep::Sync => image.sync().await?,
             PlanStep::Correct { offset, length } => corrections.push((offset, length)),
             PlanStep::Punch { offset, length } => {
-                punches = punches && give_back(image, file, offset, length).await;
+                punches = punches && image.give_back(offset.0, length).await;
             }
+            PlanStep::Cut { length } => image.cut(length, end).await,
         }
         // What is corrected is corrected by one rule until the last of it is done.
         let whole = corrections.len() >= QUEUE_DEPTH as usize || !plan.corrects_more();
@@ -156,24 +155,33 @@ async fn correct<Q: IoQueue>(
     Ok(())
 }
 
-/// Gives space back to the host; false if that is no use.
-async fn give_back<Q: IoQueue>(
-    image: &ImageFile<'_, Q>,
-    file: &DiskFile,
-    offset: HostOffset,
-    length: u64,
-) -> bool {
-    let (start, end) = file.whole_blocks(offset.0, length);
-    if start >= end {
-        return true;
+impl<Q: IoQueue> ImageFile<'_, Q> {
+    /// Gives space back to the host; false if that is no use.
+    pub(crate) async fn give_back(&self, offset: u64, length: u64) -> bool {
+        let (start, end) = whole_blocks(self.info, offset, length);
+        if start >= end {
+            return true;
+        }
+        let punch = Operation::bare(self.id, Kind::Punch { length: end - start }, start);
+        match self.driver.run_bare(punch).await {
+            Ok(()) => true,
+            Err(Errno::EOPNOTSUPP) => false,
+            Err(error) => {
+                warn!(path = %self.info.path.display(), %error, "space could not be given back to the host");
+                false
+            }
+        }
     }
-    let punch = Operation::bare(image.id, Kind::Punch { length: end - start }, start);
-    match image.driver.run_bare(punch).await {
-        Ok(()) => true,
-        Err(Errno::EOPNOTSUPP) => false,
-        Err(error) => {
-            warn!(path = %image.info.path.display(), %error, "space could not be given back to the host");
-            false
+
+    /// Ends the file, which is `present` bytes long, behind so many bytes and what is left of their last block.
+    pub(crate) async fn cut(&self, length: u64, present: u64) {
+        let length = length.next_multiple_of(u64::from(self.info.block_size.max(1)));
+        if length >= present {
+            return;
+        }
+        let cut = Operation::bare(self.id, Kind::SetLength, length);
+        if let Err(error) = self.driver.run_bare(cut).await {
+            warn!(path = %self.info.path.display(), %error, "the end of the image file could not be cut off");
         }
     }
 }

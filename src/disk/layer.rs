@@ -42,8 +42,7 @@ pub(crate) struct DiskFile {
 impl DiskFile {
     /// The whole file system blocks in a range: first byte, and first byte past them.
     pub fn whole_blocks(&self, offset: u64, length: u64) -> (u64, u64) {
-        let block = u64::from(self.info.block_size.max(1));
-        (offset.next_multiple_of(block), (offset + length) / block * block)
+        whole_blocks(&self.info, offset, length)
     }
 
     /// True if memory at these addresses and lengths may be used for direct I/O on this file.
@@ -52,4 +51,10 @@ impl DiskFile {
         mask == 0
             || slices.iter().all(|slice| (slice.ptr_guard().as_ptr() as usize | slice.len()) & mask == 0)
     }
+}
+
+/// The whole file system blocks in a range of a file: first byte, and first byte past them.
+pub(crate) fn whole_blocks(info: &FileInfo, offset: u64, length: u64) -> (u64, u64) {
+    let block = u64::from(info.block_size.max(1));
+    (offset.next_multiple_of(block), (offset + length) / block * block)
 }

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use engine::LayerFormat;
 use engine::change::{Change, Resize};
 use engine::mutation::{Mutation, active};
+use qcow2::Header;
 use storage::{FileId, Kind, Operation, Storage};
 use thiserror::Error;
 
@@ -207,11 +208,13 @@ fn resize_qcow2<S: Storage>(
     let cluster_size = header.geometry().cluster_size();
     let backing_size = chain.layers.get(1).map_or(0, |below| below.size);
     let backing_size = if active(Mutation::ResizeBaresBacking) { 0 } else { backing_size };
-    let change = Change::Resize(Resize { size: to, backing_size });
+    let change = Change::Resize(Resize { size: to, backing_size, compacts: false });
     let is_raw = header.is_data_file_raw();
     let data = usize::from(chain.specs[0].data_file().0);
     if to < from {
         driver.block_on(carry_out_alone(&storage, driver, &chain.files[0], change))?;
+        let compacts = Resize { size: to, backing_size, compacts: true };
+        driver.block_on(compact(&storage, driver, &chain.files[0], Change::Resize(compacts)))?;
         return match chain.files.get_mut(data).filter(|_| data > 0) {
             Some(file) => Ok(driver.block_on(data_file::resize(driver, file, to))?),
             None => Ok(()),
@@ -284,13 +287,40 @@ async fn carry_out_alone<S: Storage>(
     file: &DiskFile,
     change: Change,
 ) -> Result<(), ResizeError> {
-    let id: FileId = file.id;
-    let length = storage.length(id).map_err(OpenError::from)?;
-    let info = storage::FileInfo { length, ..file.info.clone() };
-    let file = DiskFile { id, info };
-    let image = ImageFile { driver, id, info: &file.info };
-    let header = image.header(length).await?;
+    let (file, header) = as_it_is(storage, driver, file).await?;
+    let image = ImageFile { driver, id: file.id, info: &file.info };
     let mut plan = plan(&image, &header, change).await?;
     fill_last_block(driver, &file).await?;
-    Ok(carry_out(&image, &file, &mut plan).await?)
+    Ok(carry_out(&image, &mut plan).await?)
+}
+
+/// Moves the tables of a disk that has shrunk to where it had data before, if there is room: they were put behind the end
+/// of the file, when nothing was free yet, and keep it long.
+async fn compact<S: Storage>(
+    storage: &S,
+    driver: &Driver<S::Queue>,
+    file: &DiskFile,
+    change: Change,
+) -> Result<(), ResizeError> {
+    let (file, header) = as_it_is(storage, driver, file).await?;
+    let image = ImageFile { driver, id: file.id, info: &file.info };
+    // The disk has its size: what cannot be moved stays.
+    let Ok(mut plan) = plan(&image, &header, change).await else { return Ok(()) };
+    if plan.new_l1().is_none_or(|place| place.0 > header.l1_offset.0) {
+        return Ok(());
+    }
+    Ok(carry_out(&image, &mut plan).await?)
+}
+
+/// The image file and its header as they are now.
+async fn as_it_is<S: Storage>(
+    storage: &S,
+    driver: &Driver<S::Queue>,
+    file: &DiskFile,
+) -> Result<(DiskFile, Header), OpenError> {
+    let id: FileId = file.id;
+    let length = storage.length(id)?;
+    let file = DiskFile { id, info: storage::FileInfo { length, ..file.info.clone() } };
+    let header = ImageFile { driver, id, info: &file.info }.header(length).await?;
+    Ok((file, header))
 }

@@ -77,7 +77,7 @@ pub fn change<S: Storage>(
                 image.sync().await?;
             }
         }
-        carry_out(&image, &file, &mut plan).await?;
+        carry_out(&image, &mut plan).await?;
         Ok(plan.snapshot().expect("it is about a snapshot").clone())
     })
 }

@@ -8,6 +8,7 @@
 //! bytes for each cluster in use and for each L2 table.
 
 mod growth;
+mod pieces;
 mod places;
 mod plan;
 mod refusal;
@@ -268,8 +269,7 @@ impl Planner {
             Change::Snapshot(SnapshotChange::Create { name, seconds, nanoseconds }) => {
                 let (seconds, nanoseconds) = (*seconds, *nanoseconds);
                 let snapshot = Snapshot { seconds, nanoseconds, ..self.new_snapshot(name)? };
-                // What lies behind the disk is an old VM state, if anything: no part of the new snapshot.
-                self.active.entries = self.geometry.l1_entries();
+                // What lies behind the disk is a VM state, if anything: the new snapshot shares it, as with QEMU.
                 self.index = self.snapshots.len();
                 self.snapshots.push(snapshot);
             }
@@ -279,14 +279,15 @@ impl Planner {
                 let size = snapshot.disk_size().unwrap_or(self.geometry.size);
                 let needed = Geometry { size, ..self.geometry }.l1_entries();
                 let entries = u64::from(snapshot.l1_entries);
+                self.examine_length(entries)?;
                 if entries < needed || needed > L1_TABLE_SIZE_MAX / 8 {
                     return Err(ChangeRefusal::TooFewL1Entries { entries, needed });
                 }
                 if let Some(bitmaps) = self.header.bitmaps().filter(|_| size != self.geometry.size) {
                     return Err(ChangeRefusal::ResizeWithBitmaps { count: bitmaps.count });
                 }
-                // Not the VM state behind the disk.
-                (self.target.l1_offset, self.target.entries) = (snapshot.l1_offset, needed);
+                // With the VM state behind the disk.
+                (self.target.l1_offset, self.target.entries) = (snapshot.l1_offset, entries);
             }
             Change::Snapshot(SnapshotChange::Delete { wanted }) => {
                 self.index = self.find(wanted)?;
@@ -294,6 +295,7 @@ impl Planner {
                 let other = |(index, other): (usize, &Snapshot)| {
                     index != self.index && other.name == wanted.as_bytes() && snapshot.id == wanted.as_bytes()
                 };
+                self.examine_length(snapshot.l1_entries.into())?;
                 if self.snapshots.iter().enumerate().any(other) {
                     return Err(ChangeRefusal::Ambiguous { wanted: wanted.clone() });
                 }
@@ -312,6 +314,11 @@ impl Planner {
             }
         }
         Ok(())
+    }
+
+    /// Refuses an L1 table that is longer than one can be, before it is read.
+    fn examine_length(&self, entries: u64) -> Result<(), ChangeRefusal> {
+        if entries > L1_TABLE_SIZE_MAX / 8 { examine_findings(&self.base) } else { Ok(()) }
     }
 
     fn new_snapshot(&self, name: &str) -> Result<Snapshot, ChangeRefusal> {
@@ -356,11 +363,7 @@ impl Planner {
     /// clusters.
     fn examine(&self) -> Result<(), ChangeRefusal> {
         let (base, active, target) = (&self.base, &self.active.walk, &self.target.walk);
-        for walk in [base, active, target] {
-            if let Some(finding) = walk.report.findings.iter().find(|finding| !finding.kind.is_leak()) {
-                return Err(ChangeRefusal::Damaged(Box::new(*finding)));
-            }
-        }
+        [base, active, target].into_iter().try_for_each(examine_findings)?;
         let size = self.geometry.cluster_size();
         let damaged = |cluster: u64| ChangeRefusal::Overlap { offset: HostOffset(cluster * size) };
         let too_low = |cluster: u64| ChangeRefusal::RefcountTooLow { offset: HostOffset(cluster * size) };
@@ -393,5 +396,13 @@ impl Planner {
             }
         }
         Ok(())
+    }
+}
+
+/// Refuses an image in which a walk has found something wrong.
+fn examine_findings(walk: &Walk) -> Result<(), ChangeRefusal> {
+    match walk.report.findings.iter().find(|finding| !finding.kind.is_leak()) {
+        Some(finding) => Err(ChangeRefusal::Damaged(Box::new(*finding))),
+        None => Ok(()),
     }
 }

@@ -8,10 +8,12 @@
 //! 4. The flags COPIED of what is to be shared are cleared. Sync.
 //! 5. Refcounts are raised. Sync.
 //! 6. The header names the new L1 table, with the disk's size, or the new snapshot table: one sector. Sync.
-//! 7. Refcounts are lowered. Sync.
+//! 7. Refcounts are lowered. Sync. Where the disk does not grow, refblocks that count nothing any more are taken out of
+//!    the refcount table. Sync. Their clusters are counted no more. Sync.
 //! 8. The flags COPIED of what is shared no more are set. Sync.
 //! 9. The header's mark is cleared. Sync.
-//! 10. What nobody uses is given back to the host.
+//! 10. What nobody uses is given back to the host, also what new tables do not fill of their clusters. Where the disk
+//!     gets another size the file is cut behind its last cluster in use.
 //!
 //! The steps are made one by one, so that they take little memory.
 
@@ -27,21 +29,23 @@ use qcow2::{
     Snapshot, Version,
 };
 
-use super::growth::{Growth, Room, Run};
+use super::growth::{Growth, Room};
+use super::pieces::{cancel, encode_l1, take_piece, take_run};
 use super::refusal::ChangeRefusal;
 use super::resize::NewTables;
 use super::{Change, Planner, SnapshotChange};
-use crate::check::READ_MAX;
 use crate::check::counts::Counts;
 use crate::mutation::{Mutation, active};
 
 /// Bytes by which a write of what was changed within a table is aligned.
 const SECTOR: usize = 512;
+/// The least that is written of a new table, in bytes: hosts have blocks of that size, or smaller ones.
+const BLOCK: u64 = 4096;
 
 /// What to do next.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PlanStep {
-    /// Write these bytes, at most [`READ_MAX`] or a cluster of them. They may lie behind the end of the file, and they
+    /// Write these bytes, at most [`crate::check::READ_MAX`] or a cluster of them. They may lie behind the end of the file, and they
     /// need not fill sectors: what else is in a sector stays. Between syncs the order does not matter.
     Write {
         /// Where.
@@ -62,6 +66,11 @@ pub enum PlanStep {
     Punch {
         /// Where.
         offset: HostOffset,
+        /// How many.
+        length: u64,
+    },
+    /// Behind these bytes nobody uses anything: the file may end there, if it is longer.
+    Cut {
         /// How many.
         length: u64,
     },
@@ -86,6 +95,10 @@ enum Action {
     Correct(Correction, VecDeque<(u64, u64)>),
     Sync,
     Lower,
+    /// Takes refblocks that count nothing any more out of the refcount table.
+    DropBlocks,
+    /// Their clusters are not used any more.
+    LowerDropped,
 }
 
 /// A change, step by step.
@@ -98,9 +111,15 @@ pub struct Plan {
     lower: Counts,
     /// Refblocks: index in the refcount table, and offset.
     blocks: Vec<(u64, u64)>,
+    /// Where the refcount table is by the time that the counts are lowered.
+    refcount_table: u64,
     correction: Correction,
-    /// Runs of clusters to be given back.
-    free: VecDeque<Run>,
+    /// What is to be given back: offset and length in bytes.
+    free: VecDeque<(u64, u64)>,
+    /// The file is to be cut in the end.
+    cuts: bool,
+    /// Where the new active L1 table is, if there is one.
+    new_l1: Option<HostOffset>,
     snapshot: Option<Snapshot>,
 }
 
@@ -115,6 +134,9 @@ struct Draft {
     raised: BTreeSet<u64>,
     /// What is written where nothing is.
     new: Vec<(u64, Vec<u8>)>,
+    /// What those do not fill of their clusters.
+    tails: VecDeque<(u64, u64)>,
+    new_l1: Option<HostOffset>,
     tables: Option<NewTables>,
     growth: Growth,
     /// The change of the header.
@@ -123,6 +145,8 @@ struct Draft {
     clear: (Vec<u64>, Option<(u64, u64)>),
     set: (Vec<u64>, Option<(u64, u64)>),
     autoclear: u64,
+    /// The file may become shorter: refblocks that count nothing are not to keep it long.
+    drops_blocks: bool,
 }
 
 impl Plan {
@@ -133,9 +157,24 @@ impl Plan {
         let geometry = draft.geometry;
         let actions = draft.actions();
         let correction = Correction { in_l1: false, sets: false };
-        let Draft { counts, lower, blocks, .. } = draft;
-        let free = VecDeque::new();
-        Ok(Plan { actions, geometry, counts, lower, blocks, correction, free, snapshot })
+        let refcount_table = match draft.growth.table {
+            Some(table) => table.first * geometry.cluster_size(),
+            None => draft.header.refcount_table_offset.0,
+        };
+        let Draft { counts, lower, blocks, tails: free, new_l1, .. } = draft;
+        Ok(Plan {
+            actions,
+            geometry,
+            counts,
+            lower,
+            blocks,
+            refcount_table,
+            correction,
+            free,
+            cuts: is_resize,
+            new_l1,
+            snapshot,
+        })
     }
 
     /// The snapshot that it is about, if it is about one. The place of a new one's L1 table is not told.
@@ -143,11 +182,16 @@ impl Plan {
         self.snapshot.as_ref()
     }
 
+    /// Where the disk's new L1 table is to be, if it gets one.
+    pub fn new_l1(&self) -> Option<HostOffset> {
+        self.new_l1
+    }
+
     /// What to do next; nothing at the end.
     pub fn next_step(&mut self) -> Option<PlanStep> {
         loop {
             let step = match self.actions.front_mut() {
-                None => return self.punch(),
+                None => return self.give_back(),
                 Some(Action::Sync) => {
                     self.actions.pop_front();
                     return Some(PlanStep::Sync);
@@ -155,6 +199,19 @@ impl Plan {
                 Some(Action::Lower) => {
                     self.actions.pop_front();
                     let blocks = self.lower_counts();
+                    self.actions.push_front(Action::Refblocks(blocks));
+                    None
+                }
+                Some(Action::DropBlocks) => {
+                    self.actions.pop_front();
+                    self.drop_blocks();
+                    continue;
+                }
+                Some(Action::LowerDropped) => {
+                    self.actions.pop_front();
+                    // Those that are not in the table any more have nothing to be written to.
+                    let mut blocks = self.lower_counts();
+                    blocks.retain(|index| self.blocks.binary_search_by_key(index, |block| block.0).is_ok());
                     self.actions.push_front(Action::Refblocks(blocks));
                     None
                 }
@@ -229,10 +286,11 @@ impl Plan {
 
     /// Lowers the counts; the refblocks that change.
     fn lower_counts(&mut self) -> VecDeque<u64> {
-        let entries = self.geometry.refblock_entries();
+        let lower = std::mem::take(&mut self.lower);
+        let (entries, size) = (self.geometry.refblock_entries(), self.geometry.cluster_size());
         let mut blocks = BTreeSet::new();
-        for cluster in self.lower.touched(&self.lower) {
-            let less = self.lower.get(cluster);
+        for cluster in lower.touched(&lower) {
+            let less = lower.get(cluster);
             if less == 0 {
                 continue;
             }
@@ -242,48 +300,58 @@ impl Plan {
                 continue;
             }
             match self.free.back_mut() {
-                Some(run) if run.first + run.count == cluster => run.count += 1,
-                _ => self.free.push_back(Run { first: cluster, count: 1 }),
+                Some((offset, length)) if *offset + *length == cluster * size => *length += size,
+                _ => self.free.push_back((cluster * size, size)),
             }
         }
         blocks.into_iter().collect()
     }
 
-    fn punch(&mut self) -> Option<PlanStep> {
-        let Run { first, count } = self.free.pop_front()?;
-        let offset = self.geometry.host_offset(HostCluster(first));
-        Some(PlanStep::Punch { offset, length: count * self.geometry.cluster_size() })
+    /// Plans to take the refblocks out of the refcount table that count nothing but themselves and each other.
+    fn drop_blocks(&mut self) {
+        let (entries, size) = (self.geometry.refblock_entries(), self.geometry.cluster_size());
+        let mut left = self.counts.clone();
+        let mut writes = VecDeque::new();
+        loop {
+            let before = self.blocks.len();
+            self.blocks.retain(|(index, offset)| {
+                let own = offset / size;
+                let mut counted = index * entries..(index + 1) * entries;
+                if counted.any(|cluster| left.get(cluster) != u64::from(cluster == own)) {
+                    return true;
+                }
+                left.subtract(own, 1);
+                self.lower.grow(own + 1);
+                self.lower.set(own, 1);
+                writes.push_back(Action::Bytes(self.refcount_table + index * 8, vec![0; 8]));
+                false
+            });
+            // Another may have counted one of those and nothing else.
+            if self.blocks.len() == before {
+                break;
+            }
+        }
+        if writes.is_empty() {
+            return;
+        }
+        for action in [Action::Sync, Action::LowerDropped, Action::Sync] {
+            writes.push_back(action);
+        }
+        while let Some(action) = writes.pop_back() {
+            self.actions.push_front(action);
+        }
     }
-}
 
-/// Takes a piece off the front of bytes that are to be written.
-fn take_piece(offset: &mut u64, bytes: &mut Vec<u8>) -> Option<PlanStep> {
-    let length = bytes.len().min(READ_MAX as usize);
-    if length == 0 {
-        return None;
+    fn give_back(&mut self) -> Option<PlanStep> {
+        if let Some((offset, length)) = self.free.pop_front() {
+            return Some(PlanStep::Punch { offset: HostOffset(offset), length });
+        }
+        std::mem::take(&mut self.cuts).then(|| {
+            let used = self.counts.touched(&self.counts).filter(|cluster| self.counts.get(*cluster) > 0);
+            let end = used.last().map_or(1, |last| last + 1);
+            PlanStep::Cut { length: end * self.geometry.cluster_size() }
+        })
     }
-    let rest = bytes.split_off(length);
-    let piece = std::mem::replace(bytes, rest);
-    let at = HostOffset(*offset);
-    *offset += length as u64;
-    Some(PlanStep::Write { offset: at, bytes: piece })
-}
-
-/// Takes neighbouring tables off the front.
-fn take_run(runs: &mut VecDeque<(u64, u64)>) -> Option<PlanStep> {
-    let (offset, whole) = runs.pop_front()?;
-    let mut length = whole.min(READ_MAX);
-    if length < whole {
-        runs.push_front((offset + length, whole - length));
-    }
-    while let Some(&(next, more)) = runs.front()
-        && next == offset + length
-        && length + more <= READ_MAX
-    {
-        runs.pop_front();
-        length += more;
-    }
-    Some(PlanStep::Correct { offset: HostOffset(offset), length: length as usize })
 }
 
 impl Draft {
@@ -301,12 +369,15 @@ impl Draft {
             blocks,
             raised: BTreeSet::new(),
             new: Vec::new(),
+            tails: VecDeque::new(),
+            new_l1: None,
             tables: None,
             growth: Growth::default(),
             switch: (0, Vec::new()),
             clear: (Vec::new(), None),
             set: (Vec::new(), None),
             autoclear: header.autoclear_kept(header.bitmaps().is_some()),
+            drops_blocks: matches!(&change, Change::Resize(resize) if resize.size <= geometry.size),
             header,
         };
         let active_l1 = (draft.header.l1_offset.0, u64::from(draft.header.l1_entries) * 8);
@@ -332,7 +403,8 @@ impl Draft {
                 draft.free(HostOffset(active_l1.0), active_l1.1);
                 draft.clear.0 = target.walk.l2.keys().copied().collect();
                 let size = snapshots[index].disk_size().unwrap_or(geometry.size);
-                draft.switch_l1(target.l1, size, None, clusters)?;
+                // With the VM state behind the disk, as QEMU does.
+                draft.switch_l1(target.l1, target.entries, size, None, clusters)?;
             }
             Change::Resize(resize) => {
                 draft.lower = target.walk.references;
@@ -341,7 +413,7 @@ impl Draft {
                 if let Some(table) = cut.table.filter(|_| tables.length() > 0) {
                     draft.lower.add(table, 1);
                 }
-                draft.switch_l1(active.l1, resize.size, Some(tables), clusters)?;
+                draft.switch_l1(active.l1, 0, resize.size, Some(tables), clusters)?;
             }
         }
         Ok(draft)
@@ -402,12 +474,18 @@ impl Draft {
         Ok(places)
     }
 
-    /// A new table, in whole clusters.
+    /// A new table, in whole blocks. What is left of its clusters is not written, and given back in the end: it may hold
+    /// what was there before.
     fn write_new(&mut self, offset: u64, mut bytes: Vec<u8>) {
-        let length = bytes.len().next_multiple_of(self.geometry.cluster_size() as usize);
+        let cluster = self.geometry.cluster_size();
+        let length = bytes.len().next_multiple_of(BLOCK.min(cluster) as usize);
         // An L1 table may be of 32 MiB, which `resize` alone would have room for twice.
         bytes.reserve_exact(length - bytes.len());
         bytes.resize(length, 0);
+        let filled = length as u64;
+        if !filled.is_multiple_of(cluster) {
+            self.tails.push_back((offset + filled, filled.next_multiple_of(cluster) - filled));
+        }
         self.new.push((offset, bytes));
     }
 
@@ -446,16 +524,18 @@ impl Draft {
         Ok(())
     }
 
-    /// Has the disk another size and other L1 entries: these, but for new L2 tables.
+    /// Has the disk another size and other L1 entries: these, but for new L2 tables. So many at least, and all that the size
+    /// needs.
     fn switch_l1(
         &mut self,
         mut l1: Vec<u64>,
+        least: u64,
         size: u64,
         mut tables: Option<NewTables>,
         clusters: u64,
     ) -> Result<(), ChangeRefusal> {
         // A disk has an entry, whether it needs one or not.
-        let entries = Geometry { size, ..self.geometry }.l1_entries().max(1);
+        let entries = Geometry { size, ..self.geometry }.l1_entries().max(least).max(1);
         let length = tables.as_ref().map_or(0, NewTables::length);
         let places = self.take_room(&[entries * 8, length], clusters)?;
         if let Some(tables) = &mut tables {
@@ -470,6 +550,7 @@ impl Draft {
         let (counts, geometry) = (&self.counts, self.geometry);
         let bytes = encode_l1(&l1, entries, |offset| counts.get(geometry.host_cluster(offset).0) == 1);
         self.write_new(places[0], bytes);
+        self.new_l1 = Some(HostOffset(places[0]));
         self.switch_to(patch_disk(size, entries as u32, HostOffset(places[0])));
         Ok(())
     }
@@ -506,6 +587,9 @@ impl Draft {
         }
         if !active(Mutation::SnapshotLoweredFirst) {
             then_sync(&mut actions, vec![Action::Lower]);
+        }
+        if self.drops_blocks {
+            actions.push_back(Action::DropBlocks);
         }
         then_sync(&mut actions, self.corrections(&self.set, true));
         then_sync(&mut actions, self.mark(false));
@@ -571,26 +655,4 @@ impl Draft {
         let patch = patch_features(marks, self.header.compatible, self.autoclear);
         vec![Action::Bytes(patch.offset.0, patch.bytes.to_vec())]
     }
-}
-
-/// Takes from both what both have.
-fn cancel(one: &mut Counts, other: &mut Counts) {
-    for cluster in one.touched(one) {
-        let both = one.get(cluster).min(other.get(cluster));
-        if both > 0 {
-            one.subtract(cluster, both);
-            other.subtract(cluster, both);
-        }
-    }
-}
-
-/// The bytes of an L1 table of so many entries; COPIED is set where `sole` says so.
-fn encode_l1(l1: &[u64], entries: u64, sole: impl Fn(HostOffset) -> bool) -> Vec<u8> {
-    let mut bytes = vec![0; entries as usize * 8];
-    for (index, raw) in l1.iter().take(entries as usize).enumerate() {
-        let offset = HostOffset(raw & qcow2::entry::OFFSET_MASK);
-        let flag = if offset.0 > 0 && sole(offset) { COPIED } else { 0 };
-        qcow2::set_entry(&mut bytes, index, raw & !COPIED | flag);
-    }
-    bytes
 }

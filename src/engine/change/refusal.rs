@@ -15,7 +15,10 @@ pub enum ChangeRefusal {
     #[error("the image keeps its data in an external data file, of which there can be no snapshots")]
     DataFile,
     /// The table of snapshots cannot be read.
-    #[error("entry {index} of the snapshot table, at offset {offset}, is broken or missing")]
+    #[error(
+        "entry {index} of the snapshot table, at offset {offset}, is broken or missing: `strata check -r all` mends the \
+         table if no snapshot is lost by that"
+    )]
     BadTable {
         /// The entry's place in the table, from 0.
         index: u32,
@@ -87,7 +90,7 @@ pub enum ChangeRefusal {
     /// A cluster in use might be given away.
     #[error(
         "the image is damaged: the refcount of the cluster at offset {offset} is too low; repair it with \
-         `qemu-img check -r all` first"
+         `strata check -r all` first"
     )]
     RefcountTooLow {
         /// Where the cluster is.
@@ -114,7 +117,7 @@ pub enum ChangeRefusal {
     /// Its size is that of the image.
     #[error(
         "the snapshot with the ID \"{id}\" does not say how large its disk is, and would change its size with the image: \
-         delete it, or have `qemu-img check -r all` add that"
+         delete it, or have `strata check -r all` add that"
     )]
     SnapshotWithoutSize {
         /// Its ID.

@@ -22,6 +22,9 @@ pub struct Resize {
     pub size: u64,
     /// The size of the disk that the backing file holds, in bytes; 0 if there is none.
     pub backing_size: u64,
+    /// The L2 table that lies across the end is copied though nothing in it changes, so that it can move to a place nearer
+    /// to the file's start, as the L1 table does.
+    pub compacts: bool,
 }
 
 impl Resize {
@@ -77,7 +80,7 @@ impl Resize {
         let first = cut.clusters / per_table;
         let end = if !zeroed.is_empty() {
             zeroed.end.div_ceil(per_table)
-        } else if cut.goes {
+        } else if cut.goes || (self.compacts && cut.table.is_some()) {
             first + 1
         } else {
             first

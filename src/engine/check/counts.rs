@@ -13,6 +13,7 @@ const PAGE: u64 = 1024;
 const LARGE: u16 = u16::MAX;
 
 /// Counts for the clusters of a file, by number; all begin at 0.
+#[derive(Clone, Default)]
 pub(crate) struct Counts {
     pages: Vec<Option<Box<[u16; PAGE as usize]>>>,
     large: HashMap<u64, u64>,

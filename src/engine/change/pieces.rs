@@ -1,0 +1,62 @@
+//! Bytes and runs of a plan, piece by piece, and the references of two trees.
+
+use std::collections::VecDeque;
+
+use qcow2::HostOffset;
+use qcow2::entry::COPIED;
+
+use super::plan::PlanStep;
+use crate::check::READ_MAX;
+use crate::check::counts::Counts;
+
+/// Takes a piece off the front of bytes that are to be written.
+pub(super) fn take_piece(offset: &mut u64, bytes: &mut Vec<u8>) -> Option<PlanStep> {
+    let length = bytes.len().min(READ_MAX as usize);
+    if length == 0 {
+        return None;
+    }
+    let rest = bytes.split_off(length);
+    let piece = std::mem::replace(bytes, rest);
+    let at = HostOffset(*offset);
+    *offset += length as u64;
+    Some(PlanStep::Write { offset: at, bytes: piece })
+}
+
+/// Takes neighbouring tables off the front.
+pub(super) fn take_run(runs: &mut VecDeque<(u64, u64)>) -> Option<PlanStep> {
+    let (offset, whole) = runs.pop_front()?;
+    let mut length = whole.min(READ_MAX);
+    if length < whole {
+        runs.push_front((offset + length, whole - length));
+    }
+    while let Some(&(next, more)) = runs.front()
+        && next == offset + length
+        && length + more <= READ_MAX
+    {
+        runs.pop_front();
+        length += more;
+    }
+    Some(PlanStep::Correct { offset: HostOffset(offset), length: length as usize })
+}
+
+/// Takes from both what both have.
+pub(super) fn cancel(one: &mut Counts, other: &mut Counts) {
+    for cluster in one.touched(one) {
+        let both = one.get(cluster).min(other.get(cluster));
+        if both > 0 {
+            one.subtract(cluster, both);
+            other.subtract(cluster, both);
+        }
+    }
+}
+
+/// The bytes of an L1 table of so many entries; COPIED is set where `sole` says so.
+pub(super) fn encode_l1(l1: &[u64], entries: u64, sole: impl Fn(HostOffset) -> bool) -> Vec<u8> {
+    let mut bytes = vec![0; entries as usize * 8];
+    for (index, raw) in l1.iter().take(entries as usize).enumerate() {
+        let offset = HostOffset(raw & qcow2::entry::OFFSET_MASK);
+        let flag = if offset.0 > 0 && sole(offset) { COPIED } else { 0 };
+        qcow2::set_entry(&mut bytes, index, raw & !COPIED | flag);
+    }
+    bytes
+}
