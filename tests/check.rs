@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use disk::check::{CheckError, RepairKind, Repaired, Report, Verdict};
+use disk::check::{CheckError, NotRepairable, RepairKind, Repaired, Report, Verdict};
 use disk::{DiskOptions, OpenError};
 use qcow2::Header;
 use storage::host::HostStorage;
@@ -188,7 +188,24 @@ fn suffer(qemu: &Qemu, image: &Path, what: &str) -> (Option<Verdict>, bool) {
         assert_eq!(qemu.read_all(image, Format::Qcow2).ok(), contents, "{what}");
         std::fs::write(image, &before).expect("as before");
     }
-    match repair(image, RepairKind::All) {
+    // What is advised is done, and what is refused is not advised.
+    let refusal = report.refusal(RepairKind::All);
+    let repaired = match repair(image, RepairKind::All) {
+        Err(CheckError::NotRepairable { source: source @ NotRepairable::SnapshotsLost, .. }) => {
+            assert_eq!(refusal, Some(source), "{what}");
+            assert_eq!(std::fs::read(image).expect("read"), before, "{what}: not repaired, but written");
+            repair(image, RepairKind::AllDroppingSnapshots)
+        }
+        Err(CheckError::NotRepairable { path, source, found }) => {
+            assert_eq!(refusal, Some(source), "{what}");
+            Err(CheckError::NotRepairable { path, source, found })
+        }
+        other => {
+            assert_eq!(refusal, None, "{what}");
+            other
+        }
+    };
+    match repaired {
         Ok(repaired) => {
             assert_eq!(repaired.found, report, "{what}");
             assert_eq!(repaired.left.verdict(), Verdict::Clean, "{what}: {:#?}", repaired.left);

@@ -6,12 +6,14 @@
 
 use std::path::{Path, PathBuf};
 
-use engine::check::{Checked, Checker, NotRepairable, Refusal, RepairStep, Step};
-use qcow2::Header;
+use engine::check::{Checked, Checker, Refusal, RepairStep, Step};
+use qcow2::{FormatError, Header, Salvaged};
 use storage::{AlignedBuf, FileId, FileInfo, IoQueue, Kind, OpenOptions, Operation, Storage};
 use thiserror::Error;
 
-pub use engine::check::{Finding, FindingKind, Part, Progress, RepairKind, Report, Tally, Verdict};
+pub use engine::check::{
+    Finding, FindingKind, NotRepairable, Part, Progress, RepairKind, Report, Tally, Verdict,
+};
 
 use crate::driver::Driver;
 use crate::error::OpenError;
@@ -98,8 +100,7 @@ pub fn check_watched<S: Storage>(
     let (id, info) = opened.map_err(OpenError::from)?;
     driver.block_on(async {
         let image = ImageFile { driver: &driver, id, info: &info };
-        let header = image.header(info.length).await?;
-        Ok(image.examine(&header, info.length, watch).await?.into_report())
+        Ok(image.examine(info.length, watch).await?.into_report())
     })
 }
 
@@ -138,8 +139,7 @@ pub fn repair_watched<S: Storage>(
         let (found, writes) = repair_open(&driver, id, &info, kind, watch).await?;
         let length = storage.length(id).map_err(OpenError::from)?;
         let image = ImageFile { driver: &driver, id, info: &info };
-        let header = image.header(length).await?;
-        let left = image.examine(&header, length, watch).await?.into_report();
+        let left = image.examine(length, watch).await?.into_report();
         Ok(Repaired { found, left, writes })
     })
 }
@@ -154,8 +154,7 @@ pub(crate) async fn repair_open<Q: IoQueue>(
     watch: &mut dyn FnMut(Progress),
 ) -> Result<(Report, u64), CheckError> {
     let image = ImageFile { driver, id, info };
-    let header = image.header(info.length).await?;
-    let checked = image.examine(&header, info.length, watch).await?;
+    let checked = image.examine(info.length, watch).await?;
     let found = checked.report().clone();
     let repair = match checked.plan_repair(kind) {
         Ok(repair) => repair,
@@ -164,14 +163,19 @@ pub(crate) async fn repair_open<Q: IoQueue>(
             return Err(CheckError::NotRepairable { path, source, found });
         }
     };
-    let mut writes = 0;
+    let (mut writes, mut punches, mut end) = (0, true, info.length);
     for step in repair {
         match step {
             RepairStep::Write { offset, bytes } => {
                 writes += 1;
+                end = end.max(offset.0 + bytes.len() as u64);
                 image.write(offset.0, &bytes).await?;
             }
             RepairStep::Sync => image.sync().await?,
+            RepairStep::Punch { offset, length } => {
+                punches = punches && image.give_back(offset.0, length).await;
+            }
+            RepairStep::Cut { length } => image.cut(length, end).await,
         }
     }
     Ok((found, writes))
@@ -186,21 +190,31 @@ pub(crate) struct ImageFile<'a, Q> {
 
 impl<Q: IoQueue> ImageFile<'_, Q> {
     pub async fn header(&self, length: u64) -> Result<Header, OpenError> {
-        let broken = |source| OpenError::Format { path: self.info.path.clone(), source };
-        let prefix = self.read("header", 0, length.min(Header::PREFIX_MAX as u64)).await?;
-        let wanted = Header::cluster_size_hint(&prefix).map_err(broken)?;
-        let area = self.read("header", 0, wanted.min(length)).await?;
-        Header::parse(&area, length).map_err(broken)
+        let area = self.header_area(length).await?;
+        Header::parse(&area, length).map_err(|source| self.broken(source))
     }
 
-    async fn examine(
-        &self,
-        header: &Header,
-        length: u64,
-        watch: &mut dyn FnMut(Progress),
-    ) -> Result<Checked, CheckError> {
+    /// Likewise, where it may name tables that cannot be.
+    async fn salvaged_header(&self, length: u64) -> Result<Salvaged, OpenError> {
+        let area = self.header_area(length).await?;
+        Header::salvage(&area, length).map_err(|source| self.broken(source))
+    }
+
+    fn broken(&self, source: FormatError) -> OpenError {
+        OpenError::Format { path: self.info.path.clone(), source }
+    }
+
+    /// What of the file the header may take: its first cluster.
+    async fn header_area(&self, length: u64) -> Result<Vec<u8>, OpenError> {
+        let prefix = self.read("header", 0, length.min(Header::PREFIX_MAX as u64)).await?;
+        let wanted = Header::cluster_size_hint(&prefix).map_err(|source| self.broken(source))?;
+        self.read("header", 0, wanted.min(length)).await
+    }
+
+    async fn examine(&self, length: u64, watch: &mut dyn FnMut(Progress)) -> Result<Checked, CheckError> {
         let refused = |source| CheckError::Refused { path: self.info.path.clone(), source };
-        let mut checker = Checker::new(header, length).map_err(refused)?;
+        let salvaged = self.salvaged_header(length).await?;
+        let mut checker = Checker::of_salvaged(&salvaged, length).map_err(refused)?;
         while let Step::Read { offset, length } = checker.step() {
             watch(checker.progress());
             checker.feed(&self.read("metadata", offset.0, length as u64).await?);

@@ -61,7 +61,11 @@ pub enum OpenError {
         source: BadBitmaps,
     },
     /// The table of internal snapshots breaks the format.
-    #[error("{}: entry {index} of the snapshot table, at offset {offset}, is broken or missing", path.display())]
+    #[error(
+        "{}: entry {index} of the snapshot table, at offset {offset}, is broken or missing. The disk itself can be \
+         served: `strata serve --read-only`. `strata check -r all` mends the table if no snapshot is lost by that",
+        path.display()
+    )]
     SnapshotTable {
         /// The image.
         path: PathBuf,

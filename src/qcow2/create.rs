@@ -101,6 +101,7 @@ impl NewImage {
             header_length,
             compression_type: 0,
             unknown_fields: vec![0; unknown_length],
+            damaged_extensions: None,
             backing_file: self.backing_file.clone(),
             backing_format: None,
             extensions: Vec::new(),

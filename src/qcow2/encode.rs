@@ -16,6 +16,10 @@ impl Header {
     /// If the header would not be read again because a value is out of range, or it does not fit in a cluster.
     pub fn encode(&self) -> Result<Vec<u8>, FormatError> {
         self.validate()?;
+        if let Some(damage) = self.damaged_extensions {
+            // What is behind it would be lost.
+            return Err(damage);
+        }
         let extensions_length: usize =
             self.extensions.iter().map(|extension| extension.encoded_length()).sum();
         let extensions_end = self.header_length as usize + extensions_length;

@@ -22,6 +22,12 @@ pub struct FormatError {
 }
 
 impl FormatError {
+    /// What is wrong, without the advice behind the semicolon: for those who can mend it.
+    pub fn without_advice(&self) -> String {
+        let text = self.to_string();
+        text.split("; the image is").next().unwrap_or_default().to_owned()
+    }
+
     pub(crate) fn new(kind: FormatErrorKind, structure: Structure, offset: usize) -> FormatError {
         FormatError { kind, structure, offset: HostOffset(offset as u64) }
     }
@@ -54,6 +60,8 @@ pub enum Structure {
     Bitmaps,
     /// The header extension that points to the encryption header.
     EncryptionHeader,
+    /// The area of the header extensions.
+    Extensions,
     /// Any other header extension.
     Extension {
         /// Its type.
@@ -76,6 +84,7 @@ impl fmt::Display for Structure {
             Structure::BackingFormat => f.write_str("backing format extension"),
             Structure::Bitmaps => f.write_str("bitmaps extension"),
             Structure::EncryptionHeader => f.write_str("encryption header extension"),
+            Structure::Extensions => f.write_str("header extensions"),
             Structure::Extension { magic } => write!(f, "header extension {magic:#010x}"),
         }
     }
@@ -168,6 +177,14 @@ pub enum FormatErrorKind {
     ExtensionTooLong {
         /// Bytes claimed.
         length: u64,
+        /// Bytes left.
+        room: u64,
+    },
+    /// The type and the length of a header extension do not fit in the area left for extensions.
+    #[error(
+        "an extension begins where {room} bytes are left, fewer than its type and its length take; the image is damaged"
+    )]
+    ExtensionCut {
         /// Bytes left.
         room: u64,
     },

@@ -51,14 +51,34 @@ pub(crate) fn structure(magic: u32) -> Structure {
 }
 
 /// Reads the extensions from `start` to the end mark, or to `end`, the first byte that cannot be theirs. `bytes` is
-/// what there is of the header's cluster; nothing is allocated beyond it.
-pub(crate) fn parse_all(bytes: &[u8], start: usize, end: usize) -> Result<Vec<Extension>, FormatError> {
+/// what there is of the header's cluster; nothing is allocated beyond it. If the area is damaged, the extensions before
+/// the damage, and what the damage is.
+pub(crate) fn parse_all(bytes: &[u8], start: usize, end: usize) -> (Vec<Extension>, Option<FormatError>) {
     let mut extensions = Vec::new();
+    let damage = parse_into(&mut extensions, bytes, start, end).err();
+    (extensions, damage)
+}
+
+fn parse_into(
+    extensions: &mut Vec<Extension>,
+    bytes: &[u8],
+    start: usize,
+    end: usize,
+) -> Result<(), FormatError> {
     let mut at = start;
     // Past the end of a short file everything reads as zero, which is an end mark.
-    while at < bytes.len() && end.saturating_sub(at) >= FRAME_LENGTH {
+    while at < bytes.len() && at < end {
+        let room = end - at;
+        if room < FRAME_LENGTH {
+            let rest = &bytes[at..end.min(bytes.len())];
+            if rest.iter().all(|byte| *byte == 0) {
+                break;
+            }
+            let kind = FormatErrorKind::ExtensionCut { room: room as u64 };
+            return Err(FormatError::new(kind, Structure::Extensions, at));
+        }
         let Some((frame, rest)) = bytes[at..].split_first_chunk::<FRAME_LENGTH>() else {
-            return Err(truncated(Structure::Header, at, FRAME_LENGTH, bytes.len()));
+            return Err(truncated(Structure::Extensions, at, FRAME_LENGTH, bytes.len()));
         };
         let [magic, length] =
             [[frame[0], frame[1], frame[2], frame[3]], [frame[4], frame[5], frame[6], frame[7]]]
@@ -66,7 +86,7 @@ pub(crate) fn parse_all(bytes: &[u8], start: usize, end: usize) -> Result<Vec<Ex
         if magic == END {
             break;
         }
-        let room = end - at - FRAME_LENGTH;
+        let room = room - FRAME_LENGTH;
         let length = length as usize;
         if length > room {
             let kind = FormatErrorKind::ExtensionTooLong { length: length as u64, room: room as u64 };
@@ -79,7 +99,7 @@ pub(crate) fn parse_all(bytes: &[u8], start: usize, end: usize) -> Result<Vec<Ex
         // No overflow: the length is at most a cluster.
         at += FRAME_LENGTH + length.next_multiple_of(8);
     }
-    Ok(extensions)
+    Ok(())
 }
 
 fn truncated(structure: Structure, at: usize, length: usize, available: usize) -> FormatError {

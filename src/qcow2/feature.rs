@@ -4,6 +4,8 @@
 
 use thiserror::Error;
 
+use crate::error::FormatError;
+
 /// Incompatible feature bits: an image with one that is unknown must not be opened.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Incompatible(pub u64);
@@ -100,6 +102,12 @@ pub enum Unsupported {
     /// A disk so large that an external data file has no place for all of it.
     #[error("the disk is larger than 2^56 bytes, the largest offset of data in an external data file")]
     DataFileTooLarge,
+    /// What another program keeps in the header is damaged: how writes would go with that is not known.
+    #[error("{source}; what follows it is not known: open the image read-only")]
+    DamagedExtensions {
+        /// What is wrong, and where.
+        source: FormatError,
+    },
     /// Anything may be wrong.
     #[error("the image is marked corrupt: repair it with `strata check -r all`, or open it read-only")]
     Corrupt,

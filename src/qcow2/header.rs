@@ -7,6 +7,7 @@ use std::borrow::Cow;
 
 use crate::address::HostOffset;
 use crate::entry::HOST_OFFSET_LIMIT;
+use crate::error::FormatError;
 use crate::extension::{self, Extension};
 use crate::feature::{AUTOCLEAR_BITMAPS, AUTOCLEAR_RAW_DATA_FILE, Compression, Incompatible, Unsupported};
 use crate::geometry::{Geometry, Version};
@@ -73,6 +74,8 @@ pub struct Header {
     pub backing_format: Option<String>,
     /// All header extensions in their order, that with the backing format included.
     pub extensions: Vec<Extension>,
+    /// Damage in the area of the extensions: what lies behind it is not in `extensions`, and is not known.
+    pub damaged_extensions: Option<FormatError>,
 }
 
 impl Header {
@@ -115,6 +118,9 @@ impl Header {
     pub fn write_refusal(&self) -> Option<Unsupported> {
         if self.incompatible.contains(Incompatible::CORRUPT) {
             return Some(Unsupported::Corrupt);
+        }
+        if let Some(source) = self.damaged_extensions {
+            return Some(Unsupported::DamagedExtensions { source });
         }
         if self.has_data_file() && self.snapshots > 0 {
             return Some(Unsupported::SnapshotsWithDataFile);

@@ -34,6 +34,7 @@ pub use extension::Extension;
 pub use feature::{Compression, Incompatible, Unsupported};
 pub use geometry::{Geometry, Version};
 pub use header::Header;
+pub use parse::Salvaged;
 pub use refcount::{refcount, refcount_max, set_refcount};
 pub use snapshot::{Snapshot, SnapshotTable};
 pub use subcluster::{HostPlace, SUBCLUSTERS, Subcluster, SubclusterSet, Subclusters};

@@ -34,6 +34,34 @@ impl Header {
     /// On every value that breaks the format. Features that are valid but not built yet pass, see
     /// [`Header::unsupported`].
     pub fn parse(first_cluster: &[u8], file_length: u64) -> Result<Header, FormatError> {
+        let header = Self::parse_fields(first_cluster, file_length)?;
+        header.validate()?;
+        Ok(header)
+    }
+
+    /// As [`Header::parse`], for a check: where a refcount table or a snapshot table cannot be what the header says, the
+    /// header is returned without it. Neither is needed to know where the guest's data is.
+    ///
+    /// # Errors
+    /// On every other value that breaks the format.
+    pub fn salvage(first_cluster: &[u8], file_length: u64) -> Result<Salvaged, FormatError> {
+        let mut header = Self::parse_fields(first_cluster, file_length)?;
+        header.validate_sizes()?;
+        let refcount_table = header.validate_refcount_table().err();
+        if refcount_table.is_some() {
+            // The least that is valid; nothing is read there.
+            (header.refcount_table_offset, header.refcount_table_clusters) = (HostOffset(0), 0);
+        }
+        let snapshots = header.validate_snapshots().err();
+        if snapshots.is_some() {
+            (header.snapshots, header.snapshots_offset) = (0, HostOffset(0));
+        }
+        header.validate_rest()?;
+        Ok(Salvaged { header, refcount_table, snapshots })
+    }
+
+    /// Reads the fields, and checks only the lengths by which they are found.
+    fn parse_fields(first_cluster: &[u8], file_length: u64) -> Result<Header, FormatError> {
         let (version, cluster_bits) = parse_prefix(first_cluster)?;
         let cluster_size = 1_usize << cluster_bits;
         let wanted = file_length.min(cluster_size as u64);
@@ -44,13 +72,13 @@ impl Header {
         let header_length = parse_header_length(bytes, version, cluster_size)?;
         let backing = parse_backing_file(bytes, header_length, cluster_size)?;
         let extensions_end = backing.offset.unwrap_or(cluster_size);
-        let extensions = extension::parse_all(bytes, header_length, extensions_end)?;
+        let (extensions, damaged_extensions) = extension::parse_all(bytes, header_length, extensions_end);
 
         let v3 = version == Version::V3;
         let u64_v3 = |at| if v3 { u64_at(bytes, at) } else { 0 };
         // Fields beyond the header's length are absent and count as zero; what follows there are extensions.
         let fields = &bytes[..header_length];
-        let header = Header {
+        Ok(Header {
             version,
             cluster_bits,
             size: u64_at(bytes, position::SIZE),
@@ -71,10 +99,20 @@ impl Header {
             backing_file: backing.name,
             backing_format: extension::backing_format(&extensions),
             extensions,
-        };
-        header.validate()?;
-        Ok(header)
+            damaged_extensions,
+        })
     }
+}
+
+/// A header of which a table may be missing.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Salvaged {
+    /// The header. It has no refcount table, or no snapshots, where the next two say so.
+    pub header: Header,
+    /// Why there can be no refcount table where the header says that it is.
+    pub refcount_table: Option<FormatError>,
+    /// Likewise for the snapshot table.
+    pub snapshots: Option<FormatError>,
 }
 
 /// Reads and checks magic, version and cluster bits.

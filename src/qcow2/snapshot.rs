@@ -92,6 +92,16 @@ impl Snapshot {
         self.extra_field(extra::DISK_SIZE)
     }
 
+    /// Adds the fields that version 3 demands, where they are missing: the disk has so many bytes.
+    pub fn complete(&mut self, disk_size: u64) {
+        if self.extra.len() < EXTRA_LENGTH_V3 {
+            let vm_state_size = self.vm_state_size();
+            self.extra.resize(EXTRA_LENGTH_V3, 0);
+            self.extra[extra::VM_STATE_SIZE..extra::DISK_SIZE].copy_from_slice(&vm_state_size.to_be_bytes());
+            self.extra[extra::DISK_SIZE..].copy_from_slice(&disk_size.to_be_bytes());
+        }
+    }
+
     /// The count of instructions when it was taken, if one was kept.
     pub fn icount(&self) -> Option<u64> {
         self.extra_field(extra::ICOUNT).filter(|count| *count != u64::MAX)

@@ -36,11 +36,16 @@ impl Header {
     /// Checks every field.
     pub(crate) fn validate(&self) -> Result<(), FormatError> {
         self.validate_sizes()?;
+        self.validate_refcount_table()?;
+        self.validate_snapshots()?;
+        self.validate_rest()
+    }
+
+    /// Checks all fields but the sizes, the refcount table and the snapshot table.
+    pub(crate) fn validate_rest(&self) -> Result<(), FormatError> {
         self.validate_version()?;
         self.validate_compression()?;
-        self.validate_refcount_table()?;
         self.validate_l1_table()?;
-        self.validate_snapshots()?;
         self.validate_backing()?;
         let mut at = self.header_length as usize;
         for extension in &self.extensions {
@@ -51,7 +56,7 @@ impl Header {
     }
 
     /// The fields that all arithmetic rests on; must come first.
-    fn validate_sizes(&self) -> Result<(), FormatError> {
+    pub(crate) fn validate_sizes(&self) -> Result<(), FormatError> {
         let extended = self.incompatible.contains(Incompatible::EXTENDED_L2);
         let min = if extended { CLUSTER_BITS_MIN_EXTENDED_L2 } else { CLUSTER_BITS_MIN };
         let bits = range(self.cluster_bits.into(), min.into(), CLUSTER_BITS_MAX.into());
@@ -92,7 +97,7 @@ impl Header {
         Err(FormatError::new(kind, Structure::CompressionType, position::COMPRESSION_TYPE))
     }
 
-    fn validate_refcount_table(&self) -> Result<(), FormatError> {
+    pub(crate) fn validate_refcount_table(&self) -> Result<(), FormatError> {
         let error = |kind, at| FormatError::new(kind, Structure::RefcountTable, at);
         let clusters = u64::from(self.refcount_table_clusters);
         let max = REFCOUNT_TABLE_SIZE_MAX >> self.cluster_bits;
@@ -117,7 +122,7 @@ impl Header {
         place.map_err(|kind| error(kind, position::L1_OFFSET))
     }
 
-    fn validate_snapshots(&self) -> Result<(), FormatError> {
+    pub(crate) fn validate_snapshots(&self) -> Result<(), FormatError> {
         let error = |kind, at| FormatError::new(kind, Structure::SnapshotTable, at);
         let count = u64::from(self.snapshots);
         range(count, 0, SNAPSHOTS_MAX.into()).map_err(|kind| error(kind, position::SNAPSHOTS))?;

@@ -125,6 +125,7 @@ fn examine(storage: &HostStorage, options: &CheckArgs) -> Result<Outcome, CheckE
     let kind = match repairs {
         Repairs::Leaks => RepairKind::Leaks,
         Repairs::All => RepairKind::All,
+        Repairs::DropSnapshots => RepairKind::AllDroppingSnapshots,
     };
     match repair_watched(storage, &options.image, kind, &how, &mut watch) {
         Ok(repaired) => {

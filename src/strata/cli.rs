@@ -297,8 +297,10 @@ pub struct ResizeArgs {
 pub enum Repairs {
     /// Refcounts that are too high
     Leaks,
-    /// Refcounts, flags, and the marks "dirty" and "corrupt"
+    /// Refcounts, flags, the snapshot table, and the marks "dirty" and "corrupt"
     All,
+    /// All, and snapshots that cannot be read are given up: what only they have is freed
+    DropSnapshots,
 }
 
 /// How to open a chain of images.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use disk::OpenError;
 use disk::check::CheckError;
-use qcow2::{FormatError, FormatErrorKind};
+use qcow2::{FormatError, FormatErrorKind, Structure};
 use storage::StorageError;
 use storage::error::Step;
 use thiserror::Error;
@@ -175,6 +175,11 @@ fn open_hint(image: &Path, purpose: Purpose, error: &OpenError) -> Option<String
         OpenError::Storage(StorageError::Outside { .. }) => Some(OUTSIDE_HINT.into()),
         OpenError::Format { source, .. } if is_bad_magic(source) => {
             Some("if it is a raw image, say --format raw".into())
+        }
+        OpenError::Format { source, .. }
+            if matches!(source.structure, Structure::RefcountTable | Structure::SnapshotTable) =>
+        {
+            Some(format!("`strata check {}` tells whether that can be mended", image.display()))
         }
         _ => None,
     }

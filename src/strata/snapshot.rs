@@ -18,6 +18,8 @@ use crate::text::one_line;
 /// Long enough for the last I/O of a daemon that was just killed, and not so long that one wonders.
 const LOCK_PATIENCE: Duration = Duration::from_millis(500);
 const NANOSECONDS: u64 = 1_000_000_000;
+/// The widest column of the table, in characters.
+const COLUMN_MAX: usize = 60;
 
 /// A snapshot.
 #[derive(Debug, PartialEq, Serialize)]
@@ -131,7 +133,10 @@ fn table(facts: &[SnapshotFacts]) -> String {
             clock(one.vm_clock_sec, one.vm_clock_nsec),
         ]
     }));
-    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    // A wider cell does not widen its column: one long name would be paid for in each of 65,536 rows, and a format's
+    // width ends at 65,535.
+    let cell_width = |cell: &String| cell.chars().count().min(COLUMN_MAX);
+    let width = |column: usize| rows.iter().map(|row| cell_width(&row[column])).max().unwrap_or(0);
     let widths: Vec<usize> = (0..rows[0].len()).map(width).collect();
     let mut text = String::new();
     for row in &rows {
@@ -194,6 +199,12 @@ ID  NAME                        DATE (UTC)           DISK    VM STATE  VM CLOCK
 1   before the \\u{1b}[2Jupdate  1970-01-01 00:00:00  -       4 KiB     01:01:01.005
 ";
         assert_eq!(table(&facts), expected);
+        // A name as wide as it can be, which takes more characters than a format's width can say.
+        let wide = Snapshot { name: vec![0x1b; 65_535], ..one.clone() };
+        let facts_wide = [SnapshotFacts::new(&wide), SnapshotFacts::new(&one)];
+        let text = table(&facts_wide);
+        assert_eq!(text.lines().nth(1).expect("its line").chars().filter(|c| *c == '{').count(), 65_535);
+        assert!(text.lines().nth(2).expect("another").len() < 200, "not as wide as the widest");
         let lines = facts.each_ref().map(SnapshotFacts::in_a_line);
         assert_eq!(lines[0], "1 before the \\u{1b}[2Jupdate, 1970-01-01 00:00:00 UTC, disk of 10 GiB");
         assert_eq!(lines[1], "1 before the \\u{1b}[2Jupdate, 1970-01-01 00:00:00 UTC, VM state of 4 KiB");

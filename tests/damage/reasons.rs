@@ -29,6 +29,14 @@ const REASONS: &[(&[&str], &str)] = &[
         ],
         "a table where the header is, or of no length: there is nothing to read in it",
     ),
+    (
+        &[
+            "an extension one byte past the cluster",
+            "an extension of 2^32-1 bytes",
+            "an extension that the name cuts",
+        ],
+        "reading the disk needs no header extensions but those that are found",
+    ),
     (&["the refblock unaligned"], "all refblocks are looked at before anything is written"),
     (
         &["the L1 table in the last cluster that can be", "the refcount table ends at 2^63-1"],

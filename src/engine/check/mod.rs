@@ -14,6 +14,7 @@
 
 mod compare;
 pub(crate) mod counts;
+mod refusal;
 mod repair;
 mod report;
 pub(crate) mod sweep;
@@ -21,10 +22,11 @@ pub(crate) mod sweep;
 mod tests;
 pub(crate) mod walk;
 
-pub use repair::{NotRepairable, Repair, RepairKind, RepairStep};
+pub use refusal::NotRepairable;
+pub use repair::{Repair, RepairKind, RepairStep};
 pub use report::{FINDINGS_OF_KIND_MAX, Finding, FindingKind, Part, Refusal, Report, Tally, Verdict};
 
-use qcow2::{BitmapDirectory, Header, HostOffset, SnapshotTable};
+use qcow2::{BitmapDirectory, Header, HostOffset, Salvaged, SnapshotTable};
 
 use self::report::FindingKind::{BadBitmap, BadSnapshot};
 use self::sweep::Sweep;
@@ -98,9 +100,24 @@ impl Checker {
     /// # Errors
     /// If the image has what cannot be checked yet.
     pub fn new(header: &Header, file_length: u64) -> Result<Self, Refusal> {
-        let walk = Walk::new(header, file_length)?;
+        let mut walk = Walk::new(header, file_length)?;
+        if let Some(source) = header.damaged_extensions {
+            walk.report.add(source.offset.0, FindingKind::BadHeader { source });
+        }
         let phase = Phase::RefcountTable(walk.refcount_table_sweep());
         Ok(Checker { walk, phase })
+    }
+
+    /// Likewise, for an image whose header may name a refcount table or a snapshot table where there can be none.
+    ///
+    /// # Errors
+    /// As for [`Checker::new`].
+    pub fn of_salvaged(salvaged: &Salvaged, file_length: u64) -> Result<Self, Refusal> {
+        let mut checker = Self::new(&salvaged.header, file_length)?;
+        for source in [salvaged.refcount_table, salvaged.snapshots].into_iter().flatten() {
+            checker.walk.report.add(source.offset.0, FindingKind::BadHeader { source });
+        }
+        Ok(checker)
     }
 
     /// What to do next. Asking again without [`Checker::feed`] gives the same answer.
@@ -146,7 +163,10 @@ impl Checker {
             Phase::Refblocks(sweep) => {
                 sweep.feed(bytes, |piece, bytes| walk.refblock(*piece.tag, piece.within, bytes));
             }
-            Phase::Snapshots(table) => table.feed(bytes, |entry| walk.snapshot(&entry)),
+            Phase::Snapshots(table) => table.feed(bytes, |entry| {
+                walk.snapshot(&entry);
+                walk.snapshots.push(entry.snapshot);
+            }),
             Phase::Bitmaps(directory) => {
                 if let Some(directory) = directory {
                     directory.feed(bytes, |bitmap| walk.bitmap(&bitmap));

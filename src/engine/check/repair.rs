@@ -3,27 +3,33 @@
 //! The order (docs/durability.md gives the reasons for the same order in normal service):
 //!
 //! 1. If more than the header is to change, and the version knows it, the header is marked dirty. Sync.
-//! 2. Refcounts. In place where the structure is sound: between the old count and the new one there is nothing that
-//!    was not there before. Else a whole new structure is written behind the end of the file, synced, and only then
-//!    named by the header, in one sector. Sync.
-//! 3. The flags COPIED that disagree with the new refcounts. Sync.
-//! 4. The header's marks "dirty" and "corrupt" are cleared. Sync.
+//! 2. A new snapshot table, if one is needed, behind the end of the file. Sync.
+//! 3. Refcounts, with the old and the new snapshot table. In place where the structure is sound: between the old count
+//!    and the new one there is nothing that was not there before. Else a whole new structure is written behind the end
+//!    of the file, synced, and only then named by the header, in one sector. Sync.
+//! 4. The header names the new snapshot table, in one sector. Sync. The clusters of the old one are counted no more. Sync.
+//! 5. The flags COPIED that disagree with the new refcounts. Sync.
+//! 6. The header's marks "dirty" and "corrupt" are cleared. Sync.
+//! 7. What nobody uses goes back to the host: freed clusters are punched, and the file is cut behind the last in use.
+//!
+//! Before all of these, autoclear bits that we do not know are cleared. Sync.
 //!
 //! So a crash leaves an image that is marked dirty (version 2 has no such mark: one that a check finds as wrong as
 //! before), whose references are untouched, and that can be repaired again; what was written behind the end of the file
 //! is then at worst leaked. The lowering of leaks alone needs no mark, as no refcount is ever too low.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use qcow2::entry::encode_refblock_offset;
-use qcow2::header::REFCOUNT_TABLE_SIZE_MAX;
-use qcow2::position::{Patch, patch_incompatible, patch_refcount_table};
+use qcow2::header::{HEADER_LENGTH_V3, REFCOUNT_TABLE_SIZE_MAX};
+use qcow2::position::{Patch, patch_autoclear, patch_incompatible, patch_refcount_table, patch_snapshots};
 use qcow2::{Geometry, HostOffset, Incompatible, Version};
-use thiserror::Error;
 
 use super::Checked;
 use super::counts::Counts;
-use super::walk::{FlagFix, Walk};
+use super::refusal::NotRepairable;
+use super::report::Part;
+use super::walk::{FlagFix, Place, Walk};
 
 /// The most bytes of neighbouring flags that are written together.
 const FLAGS_MAX: usize = 64 << 10;
@@ -33,28 +39,11 @@ const FLAGS_MAX: usize = 64 << 10;
 pub enum RepairKind {
     /// Refcounts that are too high; ones that are too low stay.
     Leaks,
-    /// All refcounts, flags and marks. What a dirty image needs.
+    /// All refcounts, flags and marks, and the snapshot table. What a dirty image needs. Snapshots that cannot be read
+    /// are dropped only where no cluster can be theirs.
     All,
-}
-
-/// Why new refcounts cannot mend an image.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-pub enum NotRepairable {
-    /// Tables that lead to guest data are damaged: refcounts made from them would give clusters away that are in use.
-    #[error(
-        "{findings} finding(s) are not about refcounts, so new refcounts cannot mend the image: restore it from a \
-         copy, or copy what can be read with qemu-img convert"
-    )]
-    Damaged {
-        /// How many.
-        findings: u64,
-    },
-    /// The refcount structure itself is damaged, which the repair of leaks does not touch.
-    #[error("the refcount structure is damaged: repair all, not the leaks only")]
-    StructureDamaged,
-    /// The refcounts need a larger table than the format allows.
-    #[error("the file is too large for a new refcount table")]
-    TooLarge,
+    /// Likewise, and snapshots that cannot be read are dropped in any case.
+    AllDroppingSnapshots,
 }
 
 /// What a repair does next.
@@ -70,6 +59,18 @@ pub enum RepairStep {
     },
     /// Make all that was written durable before going on.
     Sync,
+    /// Nobody uses these bytes: the host may have their space.
+    Punch {
+        /// Where.
+        offset: HostOffset,
+        /// How many.
+        length: u64,
+    },
+    /// Behind these bytes nobody uses anything: the file may end there, if it is longer.
+    Cut {
+        /// How many.
+        length: u64,
+    },
 }
 
 /// The steps of a repair, made one by one, so that they take little memory.
@@ -78,40 +79,79 @@ pub struct Repair {
     geometry: Geometry,
     /// The new refcounts.
     counts: Counts,
+    /// Those before.
+    recorded: Counts,
+    /// Where refblocks are, by index in the refcount table.
+    blocks: BTreeMap<u64, u64>,
+    /// The first cluster behind all that is in use.
+    end: u64,
 }
 
 enum Action {
-    Refblock { index: u64, offset: u64 },
-    Bytes { offset: u64, bytes: Vec<u8> },
+    Refblock {
+        index: u64,
+        offset: u64,
+    },
+    Bytes {
+        offset: u64,
+        bytes: Vec<u8>,
+    },
     Flag(FlagFix),
     Sync,
+    /// These clusters are not used any more.
+    Release(Vec<Place>),
+    /// What nobody uses goes back to the host.
+    GiveBack,
+    Punch {
+        first: u64,
+        count: u64,
+    },
+    Cut {
+        clusters: u64,
+    },
 }
 
 impl Checked {
     /// Plans the repair. Nothing is to be written to the image between the check and the repair, but by the repair.
     ///
     /// # Errors
-    /// If new refcounts cannot mend what was found.
+    /// If it cannot mend what was found.
     pub fn plan_repair(self, kind: RepairKind) -> Result<Repair, NotRepairable> {
         let mut walk = self.walk;
-        if walk.report.beyond_repair > 0 {
-            return Err(NotRepairable::Damaged { findings: walk.report.beyond_repair });
+        if let Some(refusal) = walk.report.refusal(kind) {
+            return Err(refusal);
         }
-        match kind {
-            RepairKind::Leaks if walk.report.structure_damaged > 0 => Err(NotRepairable::StructureDamaged),
-            RepairKind::Leaks => {
-                lower(&mut walk);
-                let mut actions = in_place(&walk);
-                flags(&mut actions, &walk);
-                Ok(Repair { actions, geometry: walk.geometry, counts: walk.references })
+        let mut actions = VecDeque::new();
+        let mut blocks = walk.refblocks.iter().map(|block| (block.index, block.offset)).collect();
+        let mut end = first_behind(&walk);
+        if kind == RepairKind::Leaks {
+            lower(&mut walk);
+            actions.extend(in_place(&walk));
+            flags(&mut actions, &walk);
+        } else {
+            let table = new_snapshot_table(&mut walk, &mut actions, &mut end);
+            if is_sound(&walk) {
+                actions.extend(in_place(&walk));
+            } else {
+                actions.extend(anew(&mut walk, &mut end, &mut blocks)?);
             }
-            RepairKind::All => {
-                let mut actions = if is_sound(&walk) { in_place(&walk) } else { anew(&mut walk)? };
-                flags(&mut actions, &walk);
-                mark(&mut actions, &walk);
-                Ok(Repair { actions, geometry: walk.geometry, counts: walk.references })
+            if let Some(header) = table {
+                actions.extend([header, Action::Sync]);
+                let old = walk.places.iter().filter(|place| place.part == Part::SnapshotTable);
+                let old: Vec<Place> = old.copied().collect();
+                if !old.is_empty() {
+                    actions.extend([Action::Release(old), Action::Sync]);
+                }
             }
+            flags(&mut actions, &walk);
+            mark(&mut actions, &walk);
         }
+        keep_known_autoclear(&mut actions, &walk);
+        if !actions.is_empty() {
+            actions.push_back(Action::GiveBack);
+        }
+        let Walk { geometry, references, recorded, .. } = walk;
+        Ok(Repair { actions, geometry, counts: references, recorded, blocks, end })
     }
 }
 
@@ -119,26 +159,118 @@ impl Iterator for Repair {
     type Item = RepairStep;
 
     fn next(&mut self) -> Option<RepairStep> {
-        let step = match self.actions.pop_front()? {
-            Action::Sync => RepairStep::Sync,
-            Action::Bytes { offset, bytes } => RepairStep::Write { offset: HostOffset(offset), bytes },
-            Action::Refblock { index, offset } => {
-                let bytes = self.counts.refblock(&self.geometry, index);
-                RepairStep::Write { offset: HostOffset(offset), bytes }
-            }
-            Action::Flag(first) => {
-                let mut bytes = first.raw.to_be_bytes().to_vec();
-                while let Some(Action::Flag(next)) = self.actions.front()
-                    && next.offset == first.offset + bytes.len() as u64
-                    && bytes.len() < FLAGS_MAX
-                {
-                    bytes.extend(next.raw.to_be_bytes());
-                    self.actions.pop_front();
+        let size = self.geometry.cluster_size();
+        loop {
+            let step = match self.actions.pop_front()? {
+                Action::Sync => RepairStep::Sync,
+                Action::Bytes { offset, bytes } => RepairStep::Write { offset: HostOffset(offset), bytes },
+                Action::Refblock { index, offset } => {
+                    let bytes = self.counts.refblock(&self.geometry, index);
+                    RepairStep::Write { offset: HostOffset(offset), bytes }
                 }
-                RepairStep::Write { offset: HostOffset(first.offset), bytes }
+                Action::Flag(first) => self.neighbouring_flags(first),
+                Action::Punch { first, count } => {
+                    RepairStep::Punch { offset: HostOffset(first * size), length: count * size }
+                }
+                Action::Cut { clusters } => RepairStep::Cut { length: clusters * size },
+                Action::Release(places) => {
+                    self.release(&places);
+                    continue;
+                }
+                Action::GiveBack => {
+                    self.give_back();
+                    continue;
+                }
+            };
+            return Some(step);
+        }
+    }
+}
+
+impl Repair {
+    fn neighbouring_flags(&mut self, first: FlagFix) -> RepairStep {
+        let mut bytes = first.raw.to_be_bytes().to_vec();
+        while let Some(Action::Flag(next)) = self.actions.front()
+            && next.offset == first.offset + bytes.len() as u64
+            && bytes.len() < FLAGS_MAX
+        {
+            bytes.extend(next.raw.to_be_bytes());
+            self.actions.pop_front();
+        }
+        RepairStep::Write { offset: HostOffset(first.offset), bytes }
+    }
+
+    /// Lowers the counts of clusters that are used no more, and writes their refblocks next.
+    fn release(&mut self, places: &[Place]) {
+        let clusters = places.iter().flat_map(|place| place.first..place.first + place.count);
+        let mut changed = BTreeSet::new();
+        for cluster in clusters {
+            self.counts.subtract(cluster, 1);
+            changed.insert(cluster / self.geometry.refblock_entries());
+        }
+        for index in changed.into_iter().rev() {
+            // A cluster that was counted has a refblock.
+            self.actions.push_front(Action::Refblock { index, offset: self.blocks[&index] });
+        }
+    }
+
+    /// Plans to give back what had a count before and has none now, and what is behind everything.
+    fn give_back(&mut self) {
+        let freed = self.recorded.touched(&self.recorded);
+        let freed = freed.filter(|cluster| {
+            *cluster < self.end && self.recorded.get(*cluster) > 0 && self.counts.get(*cluster) == 0
+        });
+        let mut runs: Vec<(u64, u64)> = Vec::new();
+        for cluster in freed {
+            match runs.last_mut() {
+                Some((first, count)) if *first + *count == cluster => *count += 1,
+                _ => runs.push((cluster, 1)),
             }
-        };
-        Some(step)
+        }
+        self.actions.extend(runs.into_iter().map(|(first, count)| Action::Punch { first, count }));
+        self.actions.push_back(Action::Cut { clusters: self.end });
+    }
+}
+
+/// The first cluster behind all that anything refers to.
+fn first_behind(walk: &Walk) -> u64 {
+    let used = walk.references.touched(&walk.references).filter(|cluster| walk.references.get(*cluster) > 0);
+    used.last().map_or(1, |last| last + 1)
+}
+
+/// Writes a new snapshot table behind the end of the file, if one is needed: with what can be read of the old one, and
+/// with sizes where version 3 demands them. What names it in the header.
+fn new_snapshot_table(walk: &mut Walk, actions: &mut VecDeque<Action>, end: &mut u64) -> Option<Action> {
+    if walk.report.snapshots_incomplete + walk.report.snapshots_lost == 0 {
+        return None;
+    }
+    let mut snapshots = std::mem::take(&mut walk.snapshots);
+    if walk.header.version == Version::V3 {
+        snapshots.iter_mut().for_each(|snapshot| snapshot.complete(walk.header.size));
+    }
+    if snapshots.is_empty() {
+        return Some(header(patch_snapshots(0, HostOffset(0))));
+    }
+    let size = walk.geometry.cluster_size();
+    let mut bytes = qcow2::snapshot::encode_table(&snapshots);
+    bytes.resize(bytes.len().next_multiple_of(size as usize), 0);
+    let first = walk.clusters.max(*end);
+    let count = bytes.len() as u64 / size;
+    *end = first + count;
+    walk.references.grow(*end);
+    (first..*end).for_each(|cluster| walk.references.add(cluster, 1));
+    actions.push_back(Action::Bytes { offset: first * size, bytes });
+    actions.push_back(Action::Sync);
+    // At most as many as there were.
+    Some(header(patch_snapshots(snapshots.len() as u32, HostOffset(first * size))))
+}
+
+/// Clears the autoclear bits that we do not know before anything else is written, as at any open for writing.
+fn keep_known_autoclear(actions: &mut VecDeque<Action>, walk: &Walk) {
+    let kept = walk.header.autoclear_kept(walk.header.bitmaps().is_some());
+    if kept != walk.header.autoclear {
+        actions.push_front(Action::Sync);
+        actions.push_front(header(patch_autoclear(kept)));
     }
 }
 
@@ -179,7 +311,11 @@ fn in_place(walk: &Walk) -> VecDeque<Action> {
 }
 
 /// Writes a new refcount structure behind the end of the file, then names it. The clusters of the old one become free.
-fn anew(walk: &mut Walk) -> Result<VecDeque<Action>, NotRepairable> {
+fn anew(
+    walk: &mut Walk,
+    end: &mut u64,
+    known: &mut BTreeMap<u64, u64>,
+) -> Result<VecDeque<Action>, NotRepairable> {
     for place in &walk.refcount_places {
         for cluster in place.first..place.first + place.count {
             walk.references.subtract(cluster, 1);
@@ -187,7 +323,7 @@ fn anew(walk: &mut Walk) -> Result<VecDeque<Action>, NotRepairable> {
     }
     let (geometry, size) = (walk.geometry, walk.geometry.cluster_size());
     // A table that ends there may have the cluster behind the last.
-    let start = walk.clusters + u64::from(walk.references.get(walk.clusters) > 0);
+    let start = walk.clusters.max(*end);
     let entries = geometry.refblock_entries();
     let counted = walk.references.touched(&walk.references);
     let counted = counted.filter(|cluster| walk.references.get(*cluster) > 0);
@@ -209,18 +345,20 @@ fn anew(walk: &mut Walk) -> Result<VecDeque<Action>, NotRepairable> {
             break;
         }
     }
-    let end = start + table_clusters + blocks.len() as u64;
-    walk.references.grow(end);
-    for cluster in start..end {
+    *end = start + table_clusters + blocks.len() as u64;
+    walk.references.grow(*end);
+    for cluster in start..*end {
         walk.references.add(cluster, 1);
     }
     let mut table = vec![0; (table_clusters * size) as usize];
     let mut actions = VecDeque::new();
+    known.clear();
     for (n, index) in blocks.iter().enumerate() {
         let offset = (start + table_clusters + n as u64) * size;
         let raw = encode_refblock_offset(HostOffset(offset), &geometry);
         qcow2::set_entry(&mut table, *index as usize, raw);
         actions.push_back(Action::Refblock { index: *index, offset });
+        known.insert(*index, offset);
     }
     actions.push_back(Action::Bytes { offset: start * size, bytes: table });
     actions.push_back(Action::Sync);
@@ -245,7 +383,12 @@ fn mark(actions: &mut VecDeque<Action>, walk: &Walk) {
         return;
     }
     let sound = marked.without(Incompatible::DIRTY).without(Incompatible::CORRUPT);
-    if !actions.is_empty() && !marked.contains(Incompatible::DIRTY) {
+    // A single change of the header leaves nothing half done.
+    let in_header = |action: &Action| match action {
+        Action::Bytes { offset, .. } => *offset < HEADER_LENGTH_V3.into(),
+        _ => matches!(action, Action::Sync),
+    };
+    if !actions.iter().all(in_header) && !marked.contains(Incompatible::DIRTY) {
         actions.push_front(Action::Sync);
         actions.push_front(header(patch_incompatible(marked.with(Incompatible::DIRTY))));
     }

@@ -4,7 +4,7 @@
 
 use std::fmt;
 
-use qcow2::{EntryError, HostOffset, Unsupported};
+use qcow2::{EntryError, FormatError, HostOffset, Structure, Unsupported};
 use thiserror::Error;
 
 /// The most findings of a kind that a report names one by one; it counts them all.
@@ -140,6 +140,12 @@ pub enum FindingKind {
         /// All references to the cluster.
         references: u64,
     },
+    /// A field or a part of the header breaks the format, so that what it describes cannot be read.
+    #[error("{}", source.without_advice())]
+    BadHeader {
+        /// What is wrong.
+        source: FormatError,
+    },
     /// An entry of the snapshot table breaks the format, or the file ends before it: what follows is not known.
     #[error("entry {index} of the snapshot table is broken or missing")]
     BadSnapshot {
@@ -198,6 +204,10 @@ pub(super) enum Remedy {
     Flag,
     /// A new refcount structure.
     Structure,
+    /// A new snapshot table, which says more.
+    Snapshots,
+    /// A new snapshot table, without what cannot be read of the old one.
+    LostSnapshots,
     /// Nothing, as far as refcounts go.
     NotNeeded,
     /// Guest data may be lost or unreachable: no new refcount mends that.
@@ -219,6 +229,11 @@ impl FindingKind {
             FindingKind::BadEntry { .. } => "bad-entry",
             FindingKind::PastEnd { .. } => "past-end",
             FindingKind::Overlap { .. } => "overlap",
+            FindingKind::BadHeader { source } => match source.structure {
+                Structure::RefcountTable => "bad-refcount-table",
+                Structure::SnapshotTable => "bad-snapshot-table",
+                _ => "bad-extension",
+            },
             FindingKind::BadSnapshot { .. } => "bad-snapshot",
             FindingKind::BadSnapshotL1 { .. } => "bad-snapshot-l1",
             FindingKind::IncompleteSnapshot { .. } => "incomplete-snapshot",
@@ -258,6 +273,13 @@ impl FindingKind {
             {
                 Remedy::Structure
             }
+            FindingKind::BadHeader { source } => match source.structure {
+                Structure::RefcountTable => Remedy::Structure,
+                Structure::SnapshotTable => Remedy::LostSnapshots,
+                _ => Remedy::None,
+            },
+            FindingKind::BadSnapshot { .. } => Remedy::LostSnapshots,
+            FindingKind::IncompleteSnapshot { .. } => Remedy::Snapshots,
             _ => Remedy::None,
         }
     }
@@ -316,10 +338,16 @@ pub struct Report {
     pub compressed_clusters: u64,
     /// Where the last cluster ends that has a refcount or a reference, in bytes.
     pub image_end_offset: u64,
-    /// Findings that new refcounts cannot mend.
+    /// Findings that no repair mends.
     pub(super) beyond_repair: u64,
     /// Findings that need a new refcount structure.
     pub(super) structure_damaged: u64,
+    /// Findings that need a new snapshot table, which says more.
+    pub(super) snapshots_incomplete: u64,
+    /// Findings that make snapshots unreadable.
+    pub(super) snapshots_lost: u64,
+    /// The refcounts may be too low: some are, or the image is marked so.
+    pub(super) refcounts_too_low: bool,
 }
 
 impl Report {
@@ -340,9 +368,12 @@ impl Report {
         } else {
             self.corruptions += 1;
         }
+        self.refcounts_too_low |= matches!(kind, FindingKind::RefcountTooLow { .. });
         match kind.remedy() {
             Remedy::None => self.beyond_repair += 1,
             Remedy::Structure => self.structure_damaged += 1,
+            Remedy::Snapshots => self.snapshots_incomplete += 1,
+            Remedy::LostSnapshots => self.snapshots_lost += 1,
             Remedy::Count | Remedy::Flag | Remedy::NotNeeded => {}
         }
         if self.tally(kind.name()) <= FINDINGS_OF_KIND_MAX {

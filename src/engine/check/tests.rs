@@ -7,10 +7,12 @@ use proptest::prelude::*;
 use qcow2::entry::COPIED;
 use qcow2::position;
 use qcow2::{
-    Geometry, Header, HostOffset, Incompatible, L2Entry, NewImage, Version, set_entry, set_refcount,
+    Geometry, Header, HostOffset, Incompatible, L2Entry, NewImage, Salvaged, Version, set_entry, set_refcount,
 };
 
 use super::*;
+
+mod tables;
 
 /// An image file in memory.
 #[derive(Clone)]
@@ -37,9 +39,13 @@ impl Image {
         image
     }
 
-    fn header(&self) -> Header {
+    fn salvaged(&self) -> Salvaged {
         let first = self.bytes.len().min(self.geometry.cluster_size() as usize);
-        Header::parse(&self.bytes[..first], self.bytes.len() as u64).expect("a header")
+        Header::salvage(&self.bytes[..first], self.bytes.len() as u64).expect("a header that can be used")
+    }
+
+    fn header(&self) -> Header {
+        self.salvaged().header
     }
 
     fn entry(&self, offset: u64) -> u64 {
@@ -92,7 +98,7 @@ impl Image {
     }
 
     fn check(&self) -> Checked {
-        let mut checker = Checker::new(&self.header(), self.bytes.len() as u64).expect("a check");
+        let mut checker = Checker::of_salvaged(&self.salvaged(), self.bytes.len() as u64).expect("a check");
         let (mut read, mut held) = (0, 0);
         while let Step::Read { offset, length } = checker.step() {
             assert!(length as u64 <= READ_MAX && length > 0 && offset.0.is_multiple_of(8));
@@ -138,25 +144,41 @@ impl Image {
     }
 
     fn apply(&mut self, step: &RepairStep) {
-        if let RepairStep::Write { offset, bytes } = step {
-            let end = offset.0 as usize + bytes.len();
-            if self.bytes.len() < end {
-                self.bytes.resize(end, 0);
+        match step {
+            RepairStep::Write { offset, bytes } => {
+                let end = offset.0 as usize + bytes.len();
+                if self.bytes.len() < end {
+                    self.bytes.resize(end, 0);
+                }
+                self.bytes[offset.0 as usize..end].copy_from_slice(bytes);
             }
-            self.bytes[offset.0 as usize..end].copy_from_slice(bytes);
+            RepairStep::Punch { offset, length } => {
+                let end = (offset.0 + length).min(self.bytes.len() as u64) as usize;
+                self.bytes[offset.0 as usize..end].fill(0);
+            }
+            RepairStep::Cut { length } => self.bytes.truncate(*length as usize),
+            RepairStep::Sync => {}
         }
     }
 
     /// Repairs, and crashes the repair at every step: between syncs with each write alone done or undone.
     fn repair_everywhere(&mut self, kind: RepairKind) {
         let before = self.contents();
-        let steps: Vec<RepairStep> = self.check().plan_repair(kind).expect("repairable").collect();
+        let mut steps: Vec<RepairStep> = self.check().plan_repair(kind).expect("repairable").collect();
+        // What is given back goes last, when all else is durable.
+        let given = steps.iter().rposition(|step| *step == RepairStep::Sync).map_or(0, |last| last + 1);
+        let given = steps.split_off(given);
+        let is_given = |step: &RepairStep| matches!(step, RepairStep::Punch { .. } | RepairStep::Cut { .. });
+        assert!(given.iter().all(is_given) && !steps.iter().any(is_given));
         let mut durable = self.clone();
         let stages: Vec<&[RepairStep]> = steps.split_inclusive(|step| *step == RepairStep::Sync).collect();
+        let marks = |step: &RepairStep| matches!(step, RepairStep::Write { offset, .. } if offset.0 == position::INCOMPATIBLE as u64);
+        let first_mark = stages.iter().position(|stage| stage.iter().any(marks));
+        let first_mark = first_mark.filter(|_| self.marks() & Incompatible::DIRTY.0 == 0).unwrap_or(0);
         for (number, stage) in stages.iter().enumerate() {
             // From the first mark to the last but one sync a version 3 image must say that it is not sound.
-            let between = number > 0 && number + 1 < stages.len();
-            let marked = kind == RepairKind::All && self.geometry.version == Version::V3 && between;
+            let between = number > first_mark && number + 1 < stages.len();
+            let marked = kind != RepairKind::Leaks && self.geometry.version == Version::V3 && between;
             for missing in 0..=stage.len() {
                 for alone in [false, true] {
                     let mut crashed = durable.clone();
@@ -171,6 +193,10 @@ impl Image {
                 }
             }
             stage.iter().for_each(|step| durable.apply(step));
+        }
+        for step in &given {
+            durable.apply(step);
+            durable.clone().again(&before, kind);
         }
         *self = durable;
         assert_eq!(self.contents(), before);
@@ -299,10 +325,11 @@ fn a_dirty_image_is_marked_until_the_end() {
     let steps: Vec<RepairStep> = image.check().plan_repair(RepairKind::All).expect("a plan").collect();
     let marks = |step: &&RepairStep| match step {
         RepairStep::Write { offset, .. } => offset.0 == position::INCOMPATIBLE as u64,
-        RepairStep::Sync => false,
+        _ => false,
     };
     assert_eq!(steps.iter().filter(marks).count(), 1, "marked already: {steps:?}");
-    assert_eq!(steps.iter().rposition(|step| marks(&step)), Some(steps.len() - 2));
+    let last_sync = steps.iter().rposition(|step| *step == RepairStep::Sync).expect("a sync");
+    assert_eq!(steps.iter().rposition(|step| marks(&step)), Some(last_sync - 1));
     image.repair_everywhere(RepairKind::All);
     assert_eq!((image.verdict(), image.marks()), (Verdict::Clean, 0));
     // Nothing wrong but the marks.

@@ -8,7 +8,8 @@ use qcow2::entry::{COMPRESSED, COPIED, OFFSET_MASK, ZERO, compressed_length};
 use qcow2::header::L1_TABLE_SIZE_MAX;
 use qcow2::snapshot::{EXTRA_LENGTH_V3, TableEntry};
 use qcow2::{
-    Bitmap, EntryError, Geometry, Header, HostOffset, L1Entry, L2Entry, RawL2Entry, SnapshotTable, Version,
+    Bitmap, EntryError, Geometry, Header, HostOffset, Incompatible, L1Entry, L2Entry, RawL2Entry, Snapshot,
+    SnapshotTable, Version,
 };
 
 use super::CLUSTERS_MAX;
@@ -96,6 +97,8 @@ pub(crate) struct Walk {
     /// The refcount table and the refblocks that are in the file.
     pub refcount_places: Vec<Place>,
     pub flag_fixes: Vec<FlagFix>,
+    /// The entries of the snapshot table that can be read.
+    pub snapshots: Vec<Snapshot>,
     pub report: Report,
 }
 
@@ -126,9 +129,11 @@ impl Walk {
             places: Vec::new(),
             refcount_places: Vec::new(),
             flag_fixes: Vec::new(),
+            snapshots: Vec::new(),
             // QEMU counts whole sectors, as a guest does.
             report: Report {
                 total_clusters: geometry.clusters_for(header.size / 512 * 512),
+                refcounts_too_low: header.incompatible.contains(Incompatible::DIRTY),
                 ..Report::default()
             },
         })
@@ -533,6 +538,8 @@ impl Walk {
             + self.refblocks.capacity() * size_of::<Refblock>()
             + (self.places.capacity() + self.refcount_places.capacity()) * size_of::<Place>()
             + self.flag_fixes.capacity() * size_of::<FlagFix>()
+            + self.snapshots.capacity() * size_of::<Snapshot>()
+            + self.snapshot_table_length as usize
             + (self.snapshot_l1.0.held_bytes() + self.snapshot_l1.1.held_bytes())
             + (self.bitmap_tables.0.held_bytes() + self.bitmap_tables.1.held_bytes())
             + l2

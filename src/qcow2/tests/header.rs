@@ -66,6 +66,20 @@ fn with_extensions(
     parse(&bytes)
 }
 
+/// The image can be read, and not written.
+fn assert_damage(
+    parsed: Result<Header, FormatError>,
+    structure: Structure,
+    offset: u64,
+    kind: FormatErrorKind,
+) {
+    let header = parsed.expect("a header that can be used for reading");
+    let source = FormatError { kind, structure, offset: HostOffset(offset) };
+    assert_eq!(header.damaged_extensions, Some(source));
+    assert_eq!(header.write_refusal(), Some(Unsupported::DamagedExtensions { source }));
+    assert_eq!((header.unsupported(), header.encode()), (None, Err(source)));
+}
+
 #[track_caller]
 fn assert_error(
     result: Result<Header, FormatError>,
@@ -413,28 +427,47 @@ fn extensions_end_at_the_mark_the_name_or_the_cluster() {
     assert_eq!(fill(room, |_| {}).map(|header| header.extensions[0].data.len() as u64), Ok(room));
     let too_long = |length, room| FormatErrorKind::ExtensionTooLong { length, room };
     let structure = Structure::Extension { magic: 0xcccc_cccc };
-    assert_error(fill(room + 1, |_| {}), structure, 112, too_long(room + 1, room));
+    assert_damage(fill(room + 1, |_| {}), structure, 112, too_long(room + 1, room));
     let most = u64::from(u32::MAX);
-    assert_error(fill(most, |_| {}), structure, 112, too_long(most, room));
+    assert_damage(fill(most, |_| {}), structure, 112, too_long(most, room));
 
     let name_at_160 = |bytes: &mut Vec<u8>| {
         put64(bytes, position::BACKING_FILE_OFFSET, 160);
         put32(bytes, position::BACKING_FILE_LENGTH, 4);
     };
     assert_eq!(fill(40, name_at_160).map(|header| header.extensions.len()), Ok(1));
-    assert_error(fill(41, name_at_160), structure, 112, too_long(41, 40));
+    assert_damage(fill(41, name_at_160), structure, 112, too_long(41, 40));
 }
 
 #[test]
-fn an_extension_that_the_file_cuts_short_is_refused() {
+fn an_area_too_short_for_another_extension_holds_none() {
+    for room in 1..8_u64 {
+        let mut bytes = valid();
+        put32(&mut bytes, 112, 7);
+        put32(&mut bytes, 116, 8);
+        bytes[128..160].fill(0);
+        put64(&mut bytes, position::BACKING_FILE_OFFSET, 128 + room);
+        put32(&mut bytes, position::BACKING_FILE_LENGTH, 4);
+        bytes[128 + room as usize..][..4].copy_from_slice(b"base");
+        let sound = parse(&bytes).expect("an end mark without its length");
+        assert_eq!((sound.extensions.len(), sound.damaged_extensions), (1, None), "{room}");
+        // The start of a type, or of a type and a length of 0x7fffffff.
+        let start = [0x12, 0x34, 0x56, 0x78, 0x7f, 0xff, 0xff];
+        bytes[128..128 + room as usize].copy_from_slice(&start[..room as usize]);
+        assert_damage(parse(&bytes), Structure::Extensions, 128, FormatErrorKind::ExtensionCut { room });
+    }
+}
+
+#[test]
+fn an_extension_that_the_file_cuts_short_is_damage() {
     let mut bytes = valid();
     put32(&mut bytes, 112, 7);
     put32(&mut bytes, 116, 16);
     assert!(parse(&bytes[..136]).is_ok());
     let kind = FormatErrorKind::Truncated { needed: 136, available: 135 };
-    assert_error(parse(&bytes[..135]), Structure::Extension { magic: 7 }, 112, kind);
+    assert_damage(parse(&bytes[..135]), Structure::Extension { magic: 7 }, 112, kind);
     let kind = FormatErrorKind::Truncated { needed: 120, available: 119 };
-    assert_error(parse(&bytes[..119]), Structure::Header, 112, kind);
+    assert_damage(parse(&bytes[..119]), Structure::Extensions, 112, kind);
 }
 
 #[test]

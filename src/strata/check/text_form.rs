@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use disk::check::{Report, Verdict};
+use disk::check::{RepairKind, Report, Verdict};
 
 use crate::check::{Outcome, severity};
 use crate::cli::Repairs;
@@ -72,14 +72,23 @@ fn verdict(report: &Report, repaired: bool) -> String {
     }
 }
 
-/// What can be done about it, if that was not tried.
-fn advice(report: &Report, repair: Option<Repairs>) -> Option<&'static str> {
-    match (report.verdict(), repair) {
-        (Verdict::Leaks, None) => Some("`strata check -r leaks` gives the space back"),
-        (Verdict::Corrupt, None | Some(Repairs::Leaks)) => Some(
-            "`strata check -r all` mends refcounts and flags, if that is all that is wrong; make a copy of the image first",
-        ),
-        _ => None,
+/// What can be done about it, if that was not tried: never a repair that would be refused.
+fn advice(report: &Report, repair: Option<Repairs>) -> Option<String> {
+    let (kind, advice) = match (report.verdict(), repair) {
+        (Verdict::Leaks, None) => {
+            (RepairKind::Leaks, "`strata check -r leaks` gives the space back to the host")
+        }
+        (Verdict::Corrupt, None | Some(Repairs::Leaks)) => {
+            (RepairKind::All, "`strata check -r all` mends it; make a copy of the image first")
+        }
+        _ => return None,
+    };
+    match report.refusal(kind) {
+        Some(refusal) => {
+            let what = if kind == RepairKind::Leaks { "leaks" } else { "all" };
+            Some(format!("`strata check -r {what}` would refuse it: {refusal}"))
+        }
+        None => Some(advice.to_owned()),
     }
 }
 

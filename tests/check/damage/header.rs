@@ -228,6 +228,11 @@ pub const EXTENSIONS: &[Damage] = &[
         i.put32(AREA, 7);
         i.put32(AREA + 4, u32::MAX)
     }),
+    ("an extension that the name cuts", |i| {
+        i.put32(AREA, 0x1234_5678);
+        i.put32(AREA + 4, 0x7fff_ffff);
+        i.put64(position::BACKING_FILE_OFFSET, AREA as u64 + 4)
+    }),
     ("an end mark with a length", |i| i.put32(AREA + 4, u32::MAX)),
     ("a thousand empty extensions", |i| (0..490).all(|n| i.put32(AREA + 8 * n, 9))),
     ("feature names of an odd length", |i| i.extend(&[(extension::FEATURE_NAMES, b"\x00\x05odd")])),

@@ -30,6 +30,7 @@ pub fn follow(header: &Header) {
             let again = Header::parse(&bytes, bytes.len() as u64);
             assert_eq!(again.as_ref(), Ok(header), "what was written is read again");
         }
+        Err(error) if Some(error) == header.damaged_extensions => {}
         // What was apart in the file, with room between, may not fit in the order in which we write.
         Err(error) => assert!(matches!(error.kind, FormatErrorKind::HeaderFull { .. }), "{error}"),
     }
