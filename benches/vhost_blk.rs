@@ -3,10 +3,16 @@
 //!
 //! The ring is nobody's business outside the crate, so it is not exported for this: its modules are compiled into this
 //! program once more, from the same files. The guest is played by hand, and no disk is there.
-#![allow(dead_code, reason = "some of each module is for the session, which is not here")]
+#![allow(
+    dead_code,
+    unused_imports,
+    reason = "some of each module is for the session or its tests, which are not here"
+)]
 
 #[path = "../src/vhost_blk/config.rs"]
 mod config;
+#[path = "../src/vhost_blk/descriptor.rs"]
+mod descriptor;
 #[path = "../src/vhost_blk/device.rs"]
 mod device;
 #[path = "../src/vhost_blk/error.rs"]

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Why a server could not be set up or had to stop. What one frontend does wrong never shows here: that ends its
 /// session only.
@@ -54,6 +55,27 @@ pub enum SessionError {
         /// What the host said.
         source: io::Error,
     },
+}
+
+/// Why a session ends.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SessionEnd {
+    #[error("the frontend left")]
+    Left,
+    #[error("the server stops")]
+    Stopped,
+    #[error("the frontend left in the middle of a message")]
+    CutOff,
+    #[error("a message was not complete {limit:?} after it began")]
+    Unfinished { limit: Duration },
+    #[error("more than {limit} descriptors beside a message, or too many that cannot be closed")]
+    TooManyDescriptors { limit: usize },
+    #[error("a part of the guest's memory is gone")]
+    MemoryLost,
+    #[error("the socket failed: {0}")]
+    Socket(io::Error),
+    #[error("{0}")]
+    Message(vhost::vhost_user::Error),
 }
 
 /// Why a memory table was refused.

@@ -1,22 +1,32 @@
 //! File descriptors that came from elsewhere: the frontend's eventfds and those a parent process left us.
 //!
-//! Owns the two conversions that the compiler cannot check, and the writing of a signal that never blocks.
+//! Owns the conversions that the compiler cannot check, and the writing of signals. Such a write may block: the counter
+//! is full, and the descriptor blocks or was made to after we looked. The flag is shared with the frontend, so only an
+//! interrupt ends that write for sure (docs/concurrency.md, "Signals to the frontend").
 
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, Once, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::fs::{FileType, OFlags};
+use rustix::fs::OFlags;
 use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+use crate::descriptor::{self, Kind};
+
+/// How often a thread that is stuck in a signal is interrupted.
+pub(crate) const INTERRUPT_EVERY: Duration = Duration::from_millis(5);
 
 /// True if the descriptor may be an eventfd: of those kinds that have no name in any file system, and so no file type.
 /// What has one is refused, for a read or a write of it may last for ever (FUSE, a network's file system) and nothing
 /// ends it, or never wait at all (a file, /dev/zero).
 pub(crate) fn may_be_event(file: &File) -> bool {
-    rustix::fs::fstat(file).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Unknown)
+    descriptor::kind_of(file) == Kind::Anonymous
 }
 
 /// The frontend's kick descriptor as an eventfd. Another descriptor without a name may hide behind it (a timer, an
@@ -51,8 +61,9 @@ impl Signal {
         Signal { file, blocking }
     }
 
-    /// Adds one. A full counter is as good as a signal, and a closed one is the frontend's affair.
-    pub(crate) fn raise(&self) {
+    /// Adds one. A full counter is as good as a signal, and a closed one is the frontend's affair. It may block until
+    /// the thread is interrupted, and then gives up.
+    fn raise(&self) {
         if self.blocking && !self.has_room() {
             return;
         }
@@ -62,6 +73,81 @@ impl Signal {
     fn has_room(&self) -> bool {
         let mut fds = [PollFd::new(&self.file, PollFlags::OUT)];
         matches!(rustix::event::poll(&mut fds, Some(&Timespec::default())), Ok(1))
+    }
+}
+
+/// Tells whoever stops a worker whether it is in the middle of a signal. Relaxed: it orders nothing, and is looked at
+/// several times before anything is done about it.
+#[derive(Debug, Default)]
+pub(crate) struct RaiseMark(AtomicU32);
+
+impl RaiseMark {
+    /// Does so much as one signal. The count is odd meanwhile. Only the worker stores it.
+    fn around(&self, raise: impl FnOnce()) {
+        let before = self.0.load(Ordering::Relaxed);
+        self.0.store(before.wrapping_add(1), Ordering::Relaxed);
+        raise();
+        self.0.store(before.wrapping_add(2), Ordering::Relaxed);
+    }
+
+    /// Whether the worker is in the same signal as when this was last asked. `seen` keeps what was seen.
+    pub(crate) fn is_stuck(&self, seen: &mut u32) -> bool {
+        let now = self.0.load(Ordering::Relaxed);
+        now % 2 == 1 && std::mem::replace(seen, now) == now
+    }
+}
+
+/// Interrupts the signal that a thread is stuck in, if it still is. Other calls of the thread would be interrupted as
+/// well, so this is only for one that was seen to be stuck.
+pub(crate) fn interrupt<T>(thread: &JoinHandle<T>) {
+    let _ = thread.kill(interrupting());
+}
+
+/// The signal that interrupts writes. Its handler does nothing, and does not restart what it interrupted.
+fn interrupting() -> libc::c_int {
+    static INSTALLED: Once = Once::new();
+    extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+    INSTALLED.call_once(|| {
+        if let Err(error) = register_signal_handler(SIGRTMIN(), nothing) {
+            // Nothing but a wrong number could be refused, and an unhandled signal would end the program.
+            panic!("no handler for the first real-time signal: {error}");
+        }
+    });
+    SIGRTMIN()
+}
+
+/// A timer that interrupts the calling thread again and again while it lives.
+struct Interrupter(libc::timer_t);
+
+impl Interrupter {
+    fn new() -> io::Result<Self> {
+        // SAFETY: plain data, for which zeros are a value.
+        let (mut event, mut times) =
+            unsafe { (std::mem::zeroed::<libc::sigevent>(), std::mem::zeroed::<libc::itimerspec>()) };
+        event.sigev_notify = libc::SIGEV_THREAD_ID;
+        event.sigev_signo = interrupting();
+        event.sigev_notify_thread_id = rustix::thread::gettid().as_raw_nonzero().get();
+        times.it_value.tv_nsec = INTERRUPT_EVERY.subsec_nanos().into();
+        times.it_interval = times.it_value;
+        let mut timer = std::ptr::null_mut();
+        // SAFETY: all three point to values of ours, which the calls only use while they last.
+        unsafe {
+            if libc::timer_create(libc::CLOCK_MONOTONIC, &raw mut event, &raw mut timer) != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            let interrupter = Interrupter(timer);
+            if libc::timer_settime(timer, 0, &raw const times, std::ptr::null_mut()) != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            Ok(interrupter)
+        }
+    }
+}
+
+impl Drop for Interrupter {
+    fn drop(&mut self) {
+        // SAFETY: the timer was made by `new`, and is deleted once.
+        let _ = unsafe { libc::timer_delete(self.0) };
     }
 }
 
@@ -86,8 +172,11 @@ impl SignalSlot {
         self.signal.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Raises the signal, on any thread and in bounded time. Costs several system calls.
     pub(crate) fn raise(&self) {
-        if let Some(signal) = self.get() {
+        let Some(signal) = self.get() else { return };
+        // Without a timer nothing could end a write that blocks.
+        if let Ok(_interrupter) = Interrupter::new() {
             signal.raise();
         }
     }
@@ -103,21 +192,22 @@ pub(crate) struct SignalView {
 
 impl SignalView {
     pub(crate) fn new(slot: Arc<SignalSlot>) -> Self {
+        interrupting();
         let seen = slot.changes.load(Ordering::Acquire);
         let signal = slot.get();
         SignalView { slot, seen, signal }
     }
 
-    /// Raises the newest signal. If the session changes it at this very moment, the old one may be raised: the
+    /// Raises the newest signal on the worker's thread, which whoever stops the worker may interrupt (`mark`). If the session changes it at this very moment, the old one may be raised: the
     /// session raises the new one itself after every change.
-    pub(crate) fn raise(&mut self) {
+    pub(crate) fn raise(&mut self, mark: &RaiseMark) {
         let changes = self.slot.changes.load(Ordering::Acquire);
         if changes != self.seen {
             self.seen = changes;
             self.signal = self.slot.get();
         }
         if let Some(signal) = &self.signal {
-            signal.raise();
+            mark.around(|| signal.raise());
         }
     }
 }
@@ -147,18 +237,58 @@ mod tests {
         assert_eq!(event.read().expect("its count"), u64::MAX - 1);
     }
 
+    /// A full counter whose descriptor was made blocking after it had been looked at.
+    fn full_and_blocking_by_surprise() -> (EventFd, File) {
+        let event = EventFd::new(libc::EFD_NONBLOCK).expect("an eventfd");
+        event.write(u64::MAX - 1).expect("fills the counter");
+        let file = File::from(rustix::io::fcntl_dupfd_cloexec(borrow(&event), 3).expect("a copy"));
+        (event, file)
+    }
+
+    #[test]
+    fn a_session_is_not_held_by_a_signal() {
+        let (event, file) = full_and_blocking_by_surprise();
+        let slot = SignalSlot::default();
+        slot.set(Some(file));
+        rustix::fs::fcntl_setfl(borrow(&event), OFlags::empty()).expect("it blocks now");
+        slot.raise();
+        assert_eq!(event.read().expect("its count"), u64::MAX - 1);
+    }
+
+    #[test]
+    fn a_stuck_signal_is_seen_and_interrupted() {
+        let (event, file) = full_and_blocking_by_surprise();
+        let (slot, mark) = (Arc::new(SignalSlot::default()), Arc::new(RaiseMark::default()));
+        slot.set(Some(file));
+        let mut view = SignalView::new(slot);
+        rustix::fs::fcntl_setfl(borrow(&event), OFlags::empty()).expect("it blocks now");
+        let its_mark = Arc::clone(&mark);
+        let thread = std::thread::spawn(move || view.raise(&its_mark));
+        let mut seen = 0;
+        while !thread.is_finished() {
+            std::thread::yield_now();
+            if mark.is_stuck(&mut seen) {
+                interrupt(&thread);
+            }
+        }
+        thread.join().expect("it does not panic");
+        assert!(!mark.is_stuck(&mut seen));
+        assert_eq!(event.read().expect("its count"), u64::MAX - 1);
+    }
+
     #[test]
     fn a_view_follows_its_slot() {
         let slot = Arc::new(SignalSlot::default());
+        let mark = RaiseMark::default();
         let mut view = SignalView::new(Arc::clone(&slot));
-        view.raise();
+        view.raise(&mark);
         let event = EventFd::new(libc::EFD_NONBLOCK).expect("an eventfd");
         let copy = rustix::io::fcntl_dupfd_cloexec(borrow(&event), 3).expect("a copy");
         slot.set(Some(File::from(copy)));
-        view.raise();
+        view.raise(&mark);
         assert_eq!(event.read().expect("its count"), 1);
         slot.set(None);
-        view.raise();
+        view.raise(&mark);
         assert!(event.read().is_err());
     }
 

@@ -9,6 +9,7 @@
 #![deny(unsafe_code)]
 
 mod config;
+mod descriptor;
 pub mod device;
 mod error;
 #[allow(unsafe_code)]
@@ -21,6 +22,7 @@ mod metrics;
 mod part;
 mod poll;
 mod portion;
+mod relay;
 mod request;
 mod ring;
 #[cfg(test)]

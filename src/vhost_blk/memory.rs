@@ -15,6 +15,7 @@ use vm_memory::{
     GuestMemoryRegion, GuestRegionMmap, MmapRegion, VolatileMemory,
 };
 
+use crate::descriptor::{self, Kind};
 use crate::device::GuestSlice;
 use crate::error::{BadAddress, MemoryError};
 
@@ -273,13 +274,14 @@ impl Region {
         if guest.checked_add(size).is_none() || user.checked_add(size).is_none() || end > i64::MAX as u64 {
             return Err(overflow);
         }
-        let metadata =
-            file.metadata().map_err(|source| MemoryError::Host { guest, step: "stat its file", source })?;
-        if !metadata.is_file() {
+        if !matches!(descriptor::kind_of(&file), Kind::Memory | Kind::Local) {
             return Err(MemoryError::NotAFile { guest });
         }
-        if end > metadata.len() {
-            return Err(MemoryError::BeyondFile { guest, end, length: metadata.len() });
+        let length = descriptor::attributes(&file)
+            .map_err(|error| MemoryError::Host { guest, step: "stat its file", source: error.into() })?
+            .stx_size;
+        if end > length {
+            return Err(MemoryError::BeyondFile { guest, end, length });
         }
         let mapping = MmapRegion::<()>::from_file(FileOffset::new(file, offset), bytes)
             .map_err(|error| MemoryError::Host { guest, step: "map it", source: io::Error::other(error) })?;

@@ -1,24 +1,25 @@
-//! A look at the next message before it is taken from the socket.
+//! What a message says of itself, read before `vhost` handles it.
 //!
 //! `vhost` handles a message and tells only whether that failed. Whether the frontend was told, and the bits of a queue
-//! index that `vhost` drops, are in the first bytes; they are looked at here and left where they are. File descriptors
-//! beside them are not touched.
+//! index that `vhost` drops, are in the message's first bytes. Nothing here judges a message.
 
-use std::os::fd::AsFd;
-
-use rustix::net::RecvFlags;
 use vhost::vhost_user::message::FrontendReq;
 
-/// Header (le32 request, flags, size) and the first 64 bits of the payload.
-const LOOK: usize = 20;
-const HEADER: usize = 12;
+/// Bytes of a message's header: request, flags and the payload's size, 32 bits each.
+pub(crate) const HEADER: usize = 12;
 const NEED_REPLY: u32 = 1 << 3;
 /// In the payload of a message about a queue's descriptors: there is none.
 const NO_DESCRIPTOR: u64 = 1 << 8;
 
-/// What could be seen of a message.
+/// How many bytes of payload a whole header announces; none if it is not whole.
+pub(crate) fn payload_bytes(header: &[u8]) -> usize {
+    let size = header.get(8..HEADER).and_then(|size| <[u8; 4]>::try_from(size).ok());
+    size.map_or(0, |size| u32::from_ne_bytes(size) as usize)
+}
+
+/// The parts of a message that the session needs beside what `vhost` tells it.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Peeked {
+pub(crate) struct Envelope {
     request: Option<FrontendReq>,
     /// The frontend wants to know how it went.
     pub needs_reply: bool,
@@ -26,17 +27,9 @@ pub(crate) struct Peeked {
     pub vring_index: Option<u64>,
 }
 
-impl Peeked {
-    /// Looks at what is there, without waiting for more.
-    pub(crate) fn look(socket: impl AsFd) -> Self {
-        let mut bytes = [0; LOOK];
-        match rustix::net::recv(socket, &mut bytes, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
-            Ok((seen, _)) => Self::parse(&bytes[..seen.min(LOOK)]),
-            Err(_) => Self::default(),
-        }
-    }
-
-    fn parse(bytes: &[u8]) -> Self {
+impl Envelope {
+    /// Reads a whole message.
+    pub(crate) fn parse(bytes: &[u8]) -> Self {
         let Some(([r0, r1, r2, r3, f0, f1, f2, f3, ..], payload)) = bytes.split_first_chunk::<HEADER>()
         else {
             return Self::default();
@@ -51,7 +44,7 @@ impl Peeked {
             .first_chunk()
             .filter(|_| about_descriptor)
             .map(|payload| u64::from_ne_bytes(*payload) & !NO_DESCRIPTOR);
-        Peeked { request, needs_reply: flags & NEED_REPLY != 0, vring_index }
+        Envelope { request, needs_reply: flags & NEED_REPLY != 0, vring_index }
     }
 
     /// The message has no reply of its own, so that REPLY_ACK gives it one.
@@ -106,18 +99,25 @@ mod tests {
     #[test]
     fn a_whole_index_is_seen() {
         let kick = FrontendReq::SET_VRING_KICK as u32;
-        assert_eq!(Peeked::parse(&message(kick, 1, 0x203)).vring_index, Some(0x203));
-        assert_eq!(Peeked::parse(&message(kick, 1, 0x103)).vring_index, Some(3));
-        assert_eq!(Peeked::parse(&message(kick, 1, 3)[..19]).vring_index, None);
-        assert_eq!(Peeked::parse(&message(FrontendReq::SET_VRING_NUM as u32, 1, 3)).vring_index, None);
+        assert_eq!(Envelope::parse(&message(kick, 1, 0x203)).vring_index, Some(0x203));
+        assert_eq!(Envelope::parse(&message(kick, 1, 0x103)).vring_index, Some(3));
+        assert_eq!(Envelope::parse(&message(kick, 1, 3)[..19]).vring_index, None);
+        assert_eq!(Envelope::parse(&message(FrontendReq::SET_VRING_NUM as u32, 1, 3)).vring_index, None);
+    }
+
+    #[test]
+    fn a_header_tells_the_size_of_the_payload() {
+        assert_eq!(payload_bytes(&message(1, 1, 0)), 8);
+        assert_eq!(payload_bytes(&[0xff; 12]), u32::MAX as usize);
+        assert_eq!(payload_bytes(&[0xff; 11]), 0);
     }
 
     #[test]
     fn replies_are_told_apart() {
-        let set = Peeked::parse(&message(FrontendReq::SET_FEATURES as u32, 9, 0));
+        let set = Envelope::parse(&message(FrontendReq::SET_FEATURES as u32, 9, 0));
         assert!(set.needs_reply && set.is_acknowledged());
-        let get = Peeked::parse(&message(FrontendReq::GET_VRING_BASE as u32, 9, 0));
+        let get = Envelope::parse(&message(FrontendReq::GET_VRING_BASE as u32, 9, 0));
         assert!(get.needs_reply && !get.is_acknowledged());
-        assert!(!Peeked::parse(&[1, 2, 3]).is_acknowledged());
+        assert!(!Envelope::parse(&[1, 2, 3]).is_acknowledged());
     }
 }

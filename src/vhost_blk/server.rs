@@ -19,10 +19,11 @@ use tracing::{debug, info, warn};
 use vhost::vhost_user::{BackendReqHandler, Error};
 
 use crate::device::BlockDevice;
-use crate::error::SessionError;
+use crate::error::{SessionEnd, SessionError};
 use crate::fd::{copy_inherited, wait_readable};
-use crate::message::Peeked;
+use crate::message::Envelope;
 use crate::metrics::Metrics;
+use crate::relay::{Relay, Wakers};
 use crate::session::Session;
 
 /// `vhost` has 8 bits for a queue in the messages about its descriptors.
@@ -41,6 +42,8 @@ pub struct ServeOptions {
     pub queue_size: u16,
     /// How long at most a queue without work looks for some before it sleeps; zero to sleep at once.
     pub poll_max: Duration,
+    /// How long a message may take from its first byte to its last.
+    pub message_timeout: Duration,
     /// Where the queues count; for at least as many as there are queues.
     pub metrics: Arc<Metrics>,
 }
@@ -52,6 +55,7 @@ impl ServeOptions {
             num_queues,
             queue_size,
             poll_max: Duration::from_micros(100),
+            message_timeout: Duration::from_secs(10),
             metrics: Arc::new(Metrics::new(num_queues)),
         }
     }
@@ -327,8 +331,8 @@ fn run_session<D: BlockDevice>(
     info!("a frontend connected");
     let session = Arc::new(Mutex::new(Session::new(Arc::clone(device), options.clone())));
     match handle_messages(&stream, &session, stop) {
-        Ok(()) | Err(Error::Disconnected) => info!("the frontend left, or has to"),
-        Err(error) => warn!(%error, "the session ends"),
+        SessionEnd::Left | SessionEnd::Stopped => info!("the frontend left, or has to"),
+        end => warn!(error = %end, "the session ends"),
     }
     session.lock().unwrap_or_else(PoisonError::into_inner).close();
     stop.leave();
@@ -337,26 +341,40 @@ fn run_session<D: BlockDevice>(
     debug!("session closed");
 }
 
+/// Handles messages until there is a reason to end the session.
 fn handle_messages<D: BlockDevice>(
     stream: &UnixStream,
     session: &Arc<Mutex<Session<D>>>,
     stop: &StopHandle,
-) -> Result<(), Error> {
-    stop.enter(stream).map_err(Error::SocketError)?;
-    let ours = stream.try_clone().map_err(Error::SocketError)?;
+) -> SessionEnd {
+    let limit = session.lock().unwrap_or_else(PoisonError::into_inner).message_timeout();
+    let set_up = stop.enter(stream).and_then(|()| Relay::new(stream, limit));
+    let (relay, ours) = match set_up {
+        Ok(relay) => relay,
+        Err(error) => return SessionEnd::Socket(error),
+    };
     let mut handler = BackendReqHandler::from_stream(ours, Arc::clone(session));
+    let wakers = Wakers { stop: stop.as_fd(), loss: None };
     loop {
-        let (_, stopped) = wait_readable(stream, stop).map_err(Error::SocketError)?;
-        if stopped {
-            return Ok(());
-        }
+        let message = match relay.receive(&wakers) {
+            Ok(message) => message,
+            Err(_) if stop.is_stopped() => return SessionEnd::Stopped,
+            Err(end) => return end,
+        };
         let lock = || session.lock().unwrap_or_else(PoisonError::into_inner);
-        lock().begin_message(Peeked::look(stream));
-        match handler.handle_request() {
+        lock().begin_message(Envelope::parse(&message.bytes));
+        let handed = relay.hand_over(&message);
+        drop(message);
+        let handled = handed.map_err(Error::SocketError).and_then(|()| handler.handle_request());
+        let passed = relay.pass_replies();
+        match handled {
+            _ if stop.is_stopped() => return SessionEnd::Stopped,
             Ok(()) => {}
-            Err(_) if stop.is_stopped() => return Ok(()),
             Err(error) if lock().survives_failure() => debug!(%error, "the session goes on"),
-            Err(error) => return Err(error),
+            Err(error) => return SessionEnd::Message(error),
+        }
+        if let Err(error) = passed {
+            return SessionEnd::Socket(error);
         }
     }
 }

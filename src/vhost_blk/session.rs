@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tracing::{debug, info, warn};
 use vhost::vhost_user::message::{
@@ -21,7 +22,7 @@ use crate::device::{BlockDevice, DeviceProfile};
 use crate::error::MemoryError;
 use crate::fd::{eventfd_from, may_be_event};
 use crate::memory::{MAX_MEMORY_SLOTS, MemoryTable, RegionInfo};
-use crate::message::Peeked;
+use crate::message::Envelope;
 use crate::server::ServeOptions;
 use crate::vring::{Surroundings, UserAddresses, Vring};
 use crate::worker::Shared;
@@ -64,8 +65,8 @@ pub(crate) struct Session<D: BlockDevice> {
     protocol_features: VhostUserProtocolFeatures,
     /// The `writeback` byte of the configuration space.
     writeback: bool,
-    /// The message at hand, as far as it was there before it was taken.
-    message: Peeked,
+    /// What the message at hand says of itself.
+    message: Envelope,
     /// The message at hand was understood, and refused.
     refused: bool,
 }
@@ -82,13 +83,18 @@ impl<D: BlockDevice> Session<D> {
             features: None,
             protocol_features: VhostUserProtocolFeatures::empty(),
             writeback: true,
-            message: Peeked::default(),
+            message: Envelope::default(),
             refused: false,
         }
     }
 
+    /// How long a message may take from its first byte to its last.
+    pub(crate) fn message_timeout(&self) -> Duration {
+        self.options.message_timeout
+    }
+
     /// To be called before each message is handled.
-    pub(crate) fn begin_message(&mut self, message: Peeked) {
+    pub(crate) fn begin_message(&mut self, message: Envelope) {
         self.message = message;
         self.refused = false;
     }

@@ -17,7 +17,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::device::{BlockDevice, BlockQueue, Done, Request, Status};
 use crate::error::RingError;
-use crate::fd::{SignalSlot, SignalView};
+use crate::fd::{self, RaiseMark, SignalSlot, SignalView};
 use crate::in_flight::InFlight;
 use crate::memory::GuestMemory;
 use crate::metrics::{Metrics, QueueMetrics};
@@ -107,6 +107,7 @@ struct Control {
     command: AtomicU8,
     /// Where the worker is in the available ring, in case it dies. Relaxed: read after a join.
     next_available: AtomicU16,
+    raising: RaiseMark,
 }
 
 impl Control {
@@ -134,6 +135,7 @@ impl Worker {
         let control = Arc::new(Control {
             command: AtomicU8::new(RUN),
             next_available: AtomicU16::new(setup.ring.next_available()),
+            raising: RaiseMark::default(),
         });
         let (started, starting) = mpsc::sync_channel(1);
         let (exited, exit) = mpsc::sync_channel(1);
@@ -164,11 +166,16 @@ impl Worker {
         self.control.command.store(command, Ordering::Release);
         (self.notify)();
         let began = Instant::now();
+        let (mut told, mut seen) = (began, 0);
         let exit = loop {
-            match self.exit.recv_timeout(SLOW_STOP) {
+            match self.exit.recv_timeout(fd::INTERRUPT_EVERY) {
                 Ok(exit) => break exit,
                 Err(RecvTimeoutError::Timeout) => {
-                    warn!(queue = self.index, waited = ?began.elapsed(), "the queue still has requests in flight");
+                    self.interrupt_signal(&mut seen);
+                    if told.elapsed() >= SLOW_STOP {
+                        told = Instant::now();
+                        warn!(queue = self.index, waited = ?began.elapsed(), "the queue still has requests in flight");
+                    }
                 }
                 // The thread sends before it ends, whatever happens: this is not reached.
                 Err(RecvTimeoutError::Disconnected) => {
@@ -181,6 +188,17 @@ impl Worker {
             let _ = thread.join();
         }
         exit
+    }
+}
+
+impl Worker {
+    /// Ends the worker's write to its call descriptor, if it has been in the same one since this was last asked.
+    fn interrupt_signal(&self, seen: &mut u32) {
+        if let Some(thread) = &self.thread
+            && self.control.raising.is_stuck(seen)
+        {
+            fd::interrupt(thread);
+        }
     }
 }
 
@@ -285,7 +303,7 @@ struct Running<'a, Q: BlockQueue> {
 impl<Q: BlockQueue> Running<'_, Q> {
     fn run(mut self, resumed: bool) -> Exit {
         if resumed {
-            self.call.raise();
+            self.call.raise(&self.control.raising);
         }
         let broken = match self.serve() {
             Ok(()) => false,
@@ -400,7 +418,7 @@ impl<Q: BlockQueue> Running<'_, Q> {
         self.used.clear();
         pushed?;
         if self.ring.needs_notification()? {
-            self.call.raise();
+            self.call.raise(&self.control.raising);
             self.metrics.interrupt();
         }
         if self.in_flight.is_empty() {

@@ -5,6 +5,7 @@
 
 pub mod disk;
 pub mod guest;
+pub mod host;
 pub mod raw;
 
 use std::path::PathBuf;
