@@ -18,6 +18,8 @@ mod device;
 #[path = "../src/vhost_blk/error.rs"]
 mod error;
 mod harness;
+#[path = "../src/vhost_blk/loss.rs"]
+mod loss;
 #[path = "../src/vhost_blk/memory.rs"]
 mod memory;
 #[path = "../src/vhost_blk/part.rs"]
@@ -101,7 +103,7 @@ impl Guest {
             file.set_len(REGION).expect("its length");
             file
         };
-        let table = MemoryTable::from_regions(&infos, infos.iter().map(|_| file()).collect());
+        let table = MemoryTable::new().with_regions(&infos, infos.iter().map(|_| file()).collect());
         let memory = table.expect("sound regions").memory();
         for chain in 0..CHAINS {
             lay_out(&memory, shape, chain);

@@ -70,7 +70,7 @@ pub(crate) enum SessionEnd {
     Unfinished { limit: Duration },
     #[error("more than {limit} descriptors beside a message, or too many that cannot be closed")]
     TooManyDescriptors { limit: usize },
-    #[error("a part of the guest's memory is gone")]
+    #[error("a page of the guest's memory is gone")]
     MemoryLost,
     #[error("the socket failed: {0}")]
     Socket(io::Error),
@@ -191,6 +191,9 @@ pub enum RingError {
         /// Descriptors.
         size: u16,
     },
+    /// A page of guest memory is gone, so what is done cannot be reported.
+    #[error("a part of the guest's memory is gone")]
+    MemoryLost,
     /// The same chain twice at the same time.
     #[error("descriptor {head} was made available while it is in flight")]
     HeadInFlight {

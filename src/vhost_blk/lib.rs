@@ -4,7 +4,8 @@
 //! (`session`) does what their messages say to the queues (`vring`) and the memory (`memory`); each started queue has
 //! a thread (`worker`) that takes chains from its ring (`ring`), checks them (`request`) and gives them to the disk.
 //!
-//! Unsafe code is in `memory` (mappings) and `fd` (descriptors that came as numbers), and nowhere else.
+//! Unsafe code is in `memory` (mappings), `loss` (the handler for pages that are gone) and `fd` (descriptors that came as
+//! numbers, and the interruption of writes to them), and nowhere else.
 
 #![deny(unsafe_code)]
 
@@ -15,6 +16,8 @@ mod error;
 #[allow(unsafe_code)]
 mod fd;
 mod in_flight;
+#[allow(unsafe_code)]
+mod loss;
 #[allow(unsafe_code)]
 mod memory;
 mod message;

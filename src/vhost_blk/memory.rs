@@ -3,12 +3,13 @@
 //! This file owns every mapping and is where guest addresses become host addresses. It never decides when a mapping may go:
 //! whoever holds an `Arc<GuestMemory>` keeps it. Nothing here trusts a number of the frontend or the guest.
 //!
-//! Not survived yet: a frontend that truncates a file after it was mapped (SIGBUS).
+//! Guest memory is kept out of core dumps. What happens when a page of it turns out to be gone is in `loss`.
 
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
+use rustix::mm::Advice;
 use vhost::vhost_user::message::VhostUserMemoryRegion;
 use vm_memory::{
     Address, ByteValued, Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap,
@@ -18,6 +19,7 @@ use vm_memory::{
 use crate::descriptor::{self, Kind};
 use crate::device::GuestSlice;
 use crate::error::{BadAddress, MemoryError};
+use crate::loss::{MemoryLoss, Watch};
 
 /// The most regions in a table: what KVM offers too, so no frontend has more.
 pub const MAX_MEMORY_SLOTS: usize = 509;
@@ -49,9 +51,11 @@ impl From<&VhostUserMemoryRegion> for RegionInfo {
 /// The mapped memory of a guest, immutable. A change makes a new one, which shares the mappings that stay.
 #[derive(Debug)]
 pub struct GuestMemory {
-    map: GuestMemoryMmap<()>,
-    /// Where the regions of `map` are, in order: what a request's addresses are looked up in.
+    /// Where the regions of `map` are, in order: what a request's addresses are looked up in. Before `map`: it drops the
+    /// watches first.
     spans: Vec<Span>,
+    map: GuestMemoryMmap<()>,
+    loss: Arc<MemoryLoss>,
 }
 
 /// A region of guest memory.
@@ -59,13 +63,38 @@ pub struct GuestMemory {
 struct Span {
     /// Guest address of its first byte.
     start: u64,
-    mapped: Arc<GuestRegionMmap<()>>,
+    mapped: Mapped,
+}
+
+/// A mapping that the handler for lost pages knows. Whoever holds one lets go of the watch before the mapping: the last
+/// watch is gone before the last mapping is.
+#[derive(Clone, Debug)]
+pub(crate) struct Mapped {
+    watch: Arc<Watch>,
+    region: Arc<GuestRegionMmap<()>>,
+}
+
+impl Mapped {
+    /// The mapping as memory that is addressed by offset.
+    #[inline]
+    pub(crate) fn memory(&self) -> &MmapRegion<()> {
+        &self.region
+    }
 }
 
 impl GuestMemory {
     /// Memory with no byte in it.
     pub fn empty() -> Self {
-        GuestMemory { map: GuestMemoryMmap::new(), spans: Vec::new() }
+        Self::empty_of(Arc::default())
+    }
+
+    fn empty_of(loss: Arc<MemoryLoss>) -> Self {
+        GuestMemory { spans: Vec::new(), map: GuestMemoryMmap::new(), loss }
+    }
+
+    /// Whether some of the session's memory was found to be gone.
+    pub(crate) fn loss(&self) -> &Arc<MemoryLoss> {
+        &self.loss
     }
 
     /// The mappings, for what may lie in several of them.
@@ -75,15 +104,11 @@ impl GuestMemory {
 
     /// The mapping in which a range lies, and where in it; nothing if it is not in guest memory, or goes on in the next
     /// region.
-    pub(crate) fn mapping_of(
-        &self,
-        address: u64,
-        length: usize,
-    ) -> Option<(&Arc<GuestRegionMmap<()>>, usize)> {
+    pub(crate) fn mapping_of(&self, address: u64, length: usize) -> Option<(&Mapped, usize)> {
         let after = self.spans.partition_point(|span| span.start <= address);
         let Span { start, mapped } = self.spans.get(after.checked_sub(1)?)?;
         let within = usize::try_from(address - start).ok()?;
-        let left = mapped.size().checked_sub(within)?;
+        let left = mapped.region.size().checked_sub(within)?;
         (left > 0 && length <= left).then_some((mapped, within))
     }
 
@@ -91,8 +116,7 @@ impl GuestMemory {
     /// [`GuestMemory::translate`] gives.
     pub(crate) fn whole(&self, address: u64, length: usize) -> Option<GuestSlice> {
         let (mapped, within) = self.mapping_of(address, length)?;
-        let mapping: &MmapRegion<()> = mapped;
-        let piece = mapping.get_slice(within, length).ok()?;
+        let piece = mapped.memory().get_slice(within, length).ok()?;
         // SAFETY: as in `translate`.
         Some(unsafe { GuestSlice::new(piece.ptr_guard_mut().as_ptr(), piece.len()) })
     }
@@ -170,13 +194,27 @@ pub struct MemoryTable {
 #[derive(Clone, Debug)]
 struct Region {
     info: RegionInfo,
-    mapped: Arc<GuestRegionMmap<()>>,
+    mapped: Mapped,
 }
 
 impl MemoryTable {
     /// A table with no region.
     pub fn new() -> Self {
-        MemoryTable { regions: Vec::new(), memory: Arc::new(GuestMemory::empty()) }
+        Self::watched(Arc::default())
+    }
+
+    /// A table with no region, of a session that wants to know when a page is gone.
+    pub(crate) fn watched(loss: Arc<MemoryLoss>) -> Self {
+        MemoryTable { regions: Vec::new(), memory: Arc::new(GuestMemory::empty_of(loss)) }
+    }
+
+    /// The first region of which a page was found to be gone.
+    pub(crate) fn lost_region(&self) -> Option<RegionInfo> {
+        self.regions.iter().find(|region| region.mapped.watch.is_lost()).map(|region| region.info)
+    }
+
+    fn loss(&self) -> &Arc<MemoryLoss> {
+        &self.memory.loss
     }
 
     /// The memory as it is now.
@@ -184,27 +222,26 @@ impl MemoryTable {
         Arc::clone(&self.memory)
     }
 
-    /// A table of exactly these regions (SET_MEM_TABLE), in any order.
+    /// A table of exactly these regions (SET_MEM_TABLE), in any order. Nothing of this one is in it.
     ///
     /// # Errors
     /// When a region is impossible, does not fit its file, or overlaps another. Every file is closed then.
-    pub fn from_regions(infos: &[RegionInfo], files: Vec<File>) -> Result<Self, MemoryError> {
+    pub fn with_regions(&self, infos: &[RegionInfo], files: Vec<File>) -> Result<Self, MemoryError> {
         if infos.len() != files.len() {
             return Err(MemoryError::Descriptors { regions: infos.len(), files: files.len() });
         }
-        let regions =
-            infos.iter().zip(files).map(|(info, file)| Region::map(*info, file)).collect::<Result<_, _>>()?;
-        Self::assemble(regions)
+        let regions = infos.iter().zip(files).map(|(info, file)| Region::map(*info, file, self.loss()));
+        self.assemble(regions.collect::<Result<_, _>>()?)
     }
 
     /// This table with one region more (ADD_MEM_REG). The mappings of this one stay in the new one.
     ///
     /// # Errors
-    /// As for [`MemoryTable::from_regions`].
+    /// As for [`MemoryTable::with_regions`].
     pub fn with_region(&self, info: RegionInfo, file: File) -> Result<Self, MemoryError> {
         let mut regions = self.regions.clone();
-        regions.push(Region::map(info, file)?);
-        Self::assemble(regions)
+        regions.push(Region::map(info, file, self.loss())?);
+        self.assemble(regions)
     }
 
     /// This table without one region (REM_MEM_REG), which must be named by its guest and user address and its size.
@@ -220,7 +257,7 @@ impl MemoryTable {
         };
         let mut regions = self.regions.clone();
         regions.remove(found);
-        Self::assemble(regions)
+        self.assemble(regions)
     }
 
     /// The guest address of an address in the frontend's address space.
@@ -231,12 +268,12 @@ impl MemoryTable {
         })
     }
 
-    fn assemble(mut regions: Vec<Region>) -> Result<Self, MemoryError> {
+    fn assemble(&self, mut regions: Vec<Region>) -> Result<Self, MemoryError> {
         if regions.len() > MAX_MEMORY_SLOTS {
             return Err(MemoryError::TooMany { limit: MAX_MEMORY_SLOTS });
         }
         if regions.is_empty() {
-            return Ok(Self::new());
+            return Ok(Self::watched(Arc::clone(self.loss())));
         }
         regions.sort_by_key(|region| region.info.guest);
         for pair in regions.windows(2) {
@@ -245,14 +282,14 @@ impl MemoryTable {
                 return Err(MemoryError::Overlap { guest: pair[1].info.guest });
             }
         }
-        let spans = regions
-            .iter()
-            .map(|region| Span { start: region.info.guest, mapped: Arc::clone(&region.mapped) });
+        let spans =
+            regions.iter().map(|region| Span { start: region.info.guest, mapped: region.mapped.clone() });
         let spans = spans.collect();
-        let mapped = regions.iter().map(|region| Arc::clone(&region.mapped)).collect();
+        let mapped = regions.iter().map(|region| Arc::clone(&region.mapped.region)).collect();
         let map = GuestMemoryMmap::from_arc_regions(mapped)
             .map_err(|_| MemoryError::Overlap { guest: regions[0].info.guest })?;
-        Ok(MemoryTable { regions, memory: Arc::new(GuestMemory { map, spans }) })
+        let loss = Arc::clone(self.loss());
+        Ok(MemoryTable { regions, memory: Arc::new(GuestMemory { spans, map, loss }) })
     }
 }
 
@@ -263,7 +300,7 @@ impl Default for MemoryTable {
 }
 
 impl Region {
-    fn map(info: RegionInfo, file: File) -> Result<Self, MemoryError> {
+    fn map(info: RegionInfo, file: File, loss: &Arc<MemoryLoss>) -> Result<Self, MemoryError> {
         let RegionInfo { guest, size, user, offset } = info;
         if size == 0 {
             return Err(MemoryError::Empty { guest });
@@ -274,20 +311,39 @@ impl Region {
         if guest.checked_add(size).is_none() || user.checked_add(size).is_none() || end > i64::MAX as u64 {
             return Err(overflow);
         }
-        if !matches!(descriptor::kind_of(&file), Kind::Memory | Kind::Local) {
+        let failed = |step, source| MemoryError::Host { guest, step, source };
+        let kind = descriptor::kind_of(&file);
+        if !matches!(kind, Kind::Memory | Kind::Local) {
             return Err(MemoryError::NotAFile { guest });
         }
-        let length = descriptor::attributes(&file)
-            .map_err(|error| MemoryError::Host { guest, step: "stat its file", source: error.into() })?
-            .stx_size;
+        let length =
+            descriptor::attributes(&file).map_err(|error| failed("stat its file", error.into()))?.stx_size;
         if end > length {
             return Err(MemoryError::BeyondFile { guest, end, length });
         }
+        let page = if kind == Kind::Memory { page_bytes(&file) } else { rustix::param::page_size() };
         let mapping = MmapRegion::<()>::from_file(FileOffset::new(file, offset), bytes)
-            .map_err(|error| MemoryError::Host { guest, step: "map it", source: io::Error::other(error) })?;
-        let mapped = GuestRegionMmap::new(mapping, GuestAddress(guest)).ok_or(overflow)?;
-        debug_assert_eq!(mapped.start_addr().raw_value() + mapped.len(), guest + size);
-        Ok(Region { info, mapped: Arc::new(mapped) })
+            .map_err(|error| failed("map it", io::Error::other(error)))?;
+        let start = mapping.as_ptr();
+        // SAFETY: the whole pages of a mapping of ours; what they hold does not change.
+        unsafe { rustix::mm::madvise(start.cast(), bytes.next_multiple_of(page), Advice::LinuxDontDump) }
+            .map_err(|error| failed("keep it out of core dumps", error.into()))?;
+        let region = GuestRegionMmap::new(mapping, GuestAddress(guest)).ok_or(overflow)?;
+        debug_assert_eq!(region.start_addr().raw_value() + region.len(), guest + size);
+        let watch =
+            Watch::new(start, bytes, page, loss).ok_or(MemoryError::TooMany { limit: MAX_MEMORY_SLOTS })?;
+        Ok(Region { info, mapped: Mapped { watch: Arc::new(watch), region: Arc::new(region) } })
+    }
+}
+
+/// Bytes of a page of a file in memory.
+fn page_bytes(file: &File) -> usize {
+    let usual = rustix::param::page_size();
+    match rustix::fs::fstatfs(file) {
+        Ok(found) if found.f_type == libc::HUGETLBFS_MAGIC => {
+            usize::try_from(found.f_bsize).unwrap_or(usual).max(usual)
+        }
+        _ => usual,
     }
 }
 
@@ -309,7 +365,7 @@ mod tests {
 
     fn table(infos: &[RegionInfo]) -> Result<MemoryTable, MemoryError> {
         let files = infos.iter().map(|info| file(info.offset.wrapping_add(info.size) & 0xff_ffff)).collect();
-        MemoryTable::from_regions(infos, files)
+        MemoryTable::new().with_regions(infos, files)
     }
 
     #[test]
@@ -338,12 +394,12 @@ mod tests {
         for (name, infos) in cases {
             assert!(table(infos).is_err(), "{name}");
         }
-        let short = MemoryTable::from_regions(&[info(0, 2 * PAGE, 0, 0)], vec![file(PAGE)]);
+        let short = MemoryTable::new().with_regions(&[info(0, 2 * PAGE, 0, 0)], vec![file(PAGE)]);
         assert!(matches!(short, Err(MemoryError::BeyondFile { .. })));
         let null = File::open("/dev/null").expect("/dev/null");
-        let device = MemoryTable::from_regions(&[info(0, PAGE, 0, 0)], vec![null]);
+        let device = MemoryTable::new().with_regions(&[info(0, PAGE, 0, 0)], vec![null]);
         assert!(matches!(device, Err(MemoryError::NotAFile { .. })));
-        let few = MemoryTable::from_regions(&[info(0, PAGE, 0, 0)], Vec::new());
+        let few = MemoryTable::new().with_regions(&[info(0, PAGE, 0, 0)], Vec::new());
         assert!(matches!(few, Err(MemoryError::Descriptors { .. })));
     }
 
@@ -370,6 +426,18 @@ mod tests {
         let table = table(&[info(0, PAGE, 0, 0), info(top, PAGE, PAGE, 0)]).expect("sound regions");
         assert!(table.memory().check(top, PAGE).is_ok());
         assert!(table.memory().check(top + PAGE, 1).is_err());
+    }
+
+    #[test]
+    fn guest_memory_is_not_dumped() {
+        let table = table(&[info(0, 3 * PAGE, 0, 0)]).expect("sound regions");
+        let (mapped, _) =
+            table.memory().mapping_of(0, 1).map(|(mapped, at)| (mapped.clone(), at)).expect("mapped");
+        let start = mapped.memory().as_ptr().addr();
+        let maps = std::fs::read_to_string("/proc/self/smaps").expect("procfs");
+        let ours = maps.split_once(&format!("{start:x}-")).expect("the mapping").1;
+        let flags = ours.lines().find_map(|line| line.strip_prefix("VmFlags:")).expect("its flags");
+        assert!(flags.split(' ').any(|flag| flag == "dd"), "{flags}");
     }
 
     #[test]

@@ -7,10 +7,10 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 
-use vm_memory::{ByteValued, Bytes, GuestAddress, GuestRegionMmap, MmapRegion, VolatileMemory};
+use vm_memory::{ByteValued, Bytes, GuestAddress, VolatileMemory};
 
 use crate::error::BadAddress;
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, Mapped};
 
 /// Where a part is. It keeps the mappings that it is in.
 #[derive(Debug)]
@@ -23,7 +23,7 @@ pub(crate) struct Part {
 #[derive(Debug)]
 enum Place {
     /// All of it in one mapping, from this byte on.
-    Whole(Arc<GuestRegionMmap<()>>, usize),
+    Whole(Mapped, usize),
     /// In several.
     Spread(Arc<GuestMemory>),
 }
@@ -35,7 +35,7 @@ impl Part {
     /// When some of it is outside guest memory.
     pub(crate) fn find(memory: &Arc<GuestMemory>, base: u64, bytes: usize) -> Result<Self, BadAddress> {
         let place = match memory.mapping_of(base, bytes) {
-            Some((mapped, start)) => Place::Whole(Arc::clone(mapped), start),
+            Some((mapped, start)) => Place::Whole(mapped.clone(), start),
             None => {
                 memory.check(base, bytes as u64)?;
                 Place::Spread(Arc::clone(memory))
@@ -53,7 +53,7 @@ impl Part {
         self.check::<u16>(offset)?;
         let raw = match &self.place {
             Place::Whole(mapped, start) => {
-                mapping(mapped).get_atomic_ref::<AtomicU16>(start + offset).map(|raw| raw.load(order)).ok()
+                mapped.memory().get_atomic_ref::<AtomicU16>(start + offset).map(|raw| raw.load(order)).ok()
             }
             Place::Spread(memory) => memory.map().load(self.address(offset), order).ok(),
         };
@@ -69,7 +69,8 @@ impl Part {
         self.check::<u16>(offset)?;
         let value = value.to_le();
         let stored = match &self.place {
-            Place::Whole(mapped, start) => mapping(mapped)
+            Place::Whole(mapped, start) => mapped
+                .memory()
                 .get_atomic_ref::<AtomicU16>(start + offset)
                 .map(|raw| raw.store(value, order))
                 .ok(),
@@ -87,7 +88,7 @@ impl Part {
         self.check::<T>(offset)?;
         let object = match &self.place {
             Place::Whole(mapped, start) => {
-                mapping(mapped).get_ref::<T>(start + offset).map(|place| place.load()).ok()
+                mapped.memory().get_ref::<T>(start + offset).map(|place| place.load()).ok()
             }
             Place::Spread(memory) => memory.map().read_obj(self.address(offset)).ok(),
         };
@@ -103,7 +104,7 @@ impl Part {
         self.check::<T>(offset)?;
         let written = match &self.place {
             Place::Whole(mapped, start) => {
-                mapping(mapped).get_ref::<T>(start + offset).map(|place| place.store(object)).ok()
+                mapped.memory().get_ref::<T>(start + offset).map(|place| place.store(object)).ok()
             }
             Place::Spread(memory) => memory.map().write_obj(object, self.address(offset)).ok(),
         };
@@ -124,9 +125,4 @@ impl Part {
     fn bad<T>(&self, offset: usize) -> BadAddress {
         BadAddress { address: self.base.wrapping_add(offset as u64), length: size_of::<T>() as u64 }
     }
-}
-
-/// The mapping itself, as memory that is addressed by offset.
-fn mapping(region: &GuestRegionMmap<()>) -> &MmapRegion<()> {
-    region
 }

@@ -15,6 +15,7 @@ use vm_memory::VolatileMemory;
 
 use crate::device::GuestSlice;
 use crate::error::{BadAddress, RingError};
+use crate::loss::MemoryLoss;
 use crate::memory::GuestMemory;
 use crate::part::Part;
 
@@ -103,6 +104,8 @@ pub struct Ring {
     next_used: u16,
     asked_at: u16,
     in_flight: HeadSet,
+    /// Whether chains may still be given back.
+    loss: Arc<MemoryLoss>,
     /// The descriptors of the chain at hand; kept to spare the allocation.
     descriptors: Vec<Copied>,
 }
@@ -169,6 +172,7 @@ impl Ring {
             next_used,
             asked_at: next_used,
             in_flight: HeadSet::new(size),
+            loss: Arc::clone(memory.loss()),
             descriptors: Vec::with_capacity(slots),
         })
     }
@@ -229,7 +233,8 @@ impl Ring {
     /// Gives chains back, in this order. The guest sees all of them at once.
     ///
     /// # Errors
-    /// When the used ring is not where it was.
+    /// When the used ring is not where it was, or some of the guest's memory is gone: the data or the status of these chains
+    /// may have been in it. Then the guest sees none of them.
     pub fn push_used(&mut self, used: &[Used]) -> Result<(), RingError> {
         let mut next = self.next_used;
         for element in used {
@@ -238,6 +243,9 @@ impl Ring {
             let raw = u64::from(element.head) | (u64::from(element.written) << 32);
             self.used_ring.write(raw.to_le(), ELEMENTS + self.slot(next) * USED_BYTES)?;
             next = next.wrapping_add(1);
+        }
+        if self.loss.is_lost() {
+            return Err(RingError::MemoryLost);
         }
         self.next_used = next;
         // Release: whoever sees the index sees the elements, and what was written to their chains.

@@ -26,7 +26,7 @@ fn memory(regions: u64) -> Arc<GuestMemory> {
         file
     };
     let files = infos.iter().map(file).collect();
-    MemoryTable::from_regions(&infos, files).expect("sound regions").memory()
+    MemoryTable::new().with_regions(&infos, files).expect("sound regions").memory()
 }
 
 fn layout(size: u16, descriptors: u64, available: u64, used: u64) -> RingLayout {

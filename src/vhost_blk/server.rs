@@ -15,12 +15,14 @@ use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
-use tracing::{debug, info, warn};
+use tracing::{debug, error, info, warn};
 use vhost::vhost_user::{BackendReqHandler, Error};
 
 use crate::device::BlockDevice;
 use crate::error::{SessionEnd, SessionError};
 use crate::fd::{copy_inherited, wait_readable};
+use crate::loss::MemoryLoss;
+use crate::memory::RegionInfo;
 use crate::message::Envelope;
 use crate::metrics::Metrics;
 use crate::relay::{Relay, Wakers};
@@ -329,9 +331,15 @@ fn run_session<D: BlockDevice>(
     stop: &StopHandle,
 ) {
     info!("a frontend connected");
-    let session = Arc::new(Mutex::new(Session::new(Arc::clone(device), options.clone())));
-    match handle_messages(&stream, &session, stop) {
+    let loss = match MemoryLoss::new() {
+        Ok(loss) => Arc::new(loss),
+        Err(error) => return warn!(%error, "no eventfd for the session; the frontend is turned away"),
+    };
+    let session = Session::new(Arc::clone(device), options.clone(), Arc::clone(&loss));
+    let session = Arc::new(Mutex::new(session));
+    match handle_messages(&stream, &session, &loss, stop) {
         SessionEnd::Left | SessionEnd::Stopped => info!("the frontend left, or has to"),
+        SessionEnd::MemoryLost => tell_loss(&session),
         end => warn!(error = %end, "the session ends"),
     }
     session.lock().unwrap_or_else(PoisonError::into_inner).close();
@@ -341,10 +349,23 @@ fn run_session<D: BlockDevice>(
     debug!("session closed");
 }
 
+fn tell_loss<D: BlockDevice>(session: &Mutex<Session<D>>) {
+    let region = session.lock().unwrap_or_else(PoisonError::into_inner).lost_region();
+    let which = region
+        .map_or("a memory region that was removed".to_owned(), |RegionInfo { guest, size, .. }| {
+            format!("the memory region at {guest:#x} of {size:#x} bytes")
+        });
+    error!(
+        "a page of {which} is gone: its file was truncated, or its file system or the pool of huge pages is full; the \
+         session ends, and requests in flight are not answered"
+    );
+}
+
 /// Handles messages until there is a reason to end the session.
 fn handle_messages<D: BlockDevice>(
     stream: &UnixStream,
     session: &Arc<Mutex<Session<D>>>,
+    loss: &MemoryLoss,
     stop: &StopHandle,
 ) -> SessionEnd {
     let limit = session.lock().unwrap_or_else(PoisonError::into_inner).message_timeout();
@@ -354,7 +375,7 @@ fn handle_messages<D: BlockDevice>(
         Err(error) => return SessionEnd::Socket(error),
     };
     let mut handler = BackendReqHandler::from_stream(ours, Arc::clone(session));
-    let wakers = Wakers { stop: stop.as_fd(), loss: None };
+    let wakers = Wakers { stop: stop.as_fd(), loss: loss.event() };
     loop {
         let message = match relay.receive(&wakers) {
             Ok(message) => message,

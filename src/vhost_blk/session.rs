@@ -21,6 +21,7 @@ use crate::config::{self, FLUSH, PROTOCOL_FEATURES, WRITEBACK_OFFSET};
 use crate::device::{BlockDevice, DeviceProfile};
 use crate::error::MemoryError;
 use crate::fd::{eventfd_from, may_be_event};
+use crate::loss::MemoryLoss;
 use crate::memory::{MAX_MEMORY_SLOTS, MemoryTable, RegionInfo};
 use crate::message::Envelope;
 use crate::server::ServeOptions;
@@ -72,13 +73,13 @@ pub(crate) struct Session<D: BlockDevice> {
 }
 
 impl<D: BlockDevice> Session<D> {
-    pub(crate) fn new(device: Arc<D>, options: ServeOptions) -> Self {
+    pub(crate) fn new(device: Arc<D>, options: ServeOptions, loss: Arc<MemoryLoss>) -> Self {
         Session {
             profile: device.profile(),
             vrings: (0..options.num_queues).map(Vring::new).collect(),
             device,
             options,
-            table: MemoryTable::new(),
+            table: MemoryTable::watched(loss),
             shared: Arc::new(Shared::new()),
             features: None,
             protocol_features: VhostUserProtocolFeatures::empty(),
@@ -91,6 +92,11 @@ impl<D: BlockDevice> Session<D> {
     /// How long a message may take from its first byte to its last.
     pub(crate) fn message_timeout(&self) -> Duration {
         self.options.message_timeout
+    }
+
+    /// The memory region of which a page is gone, if it is still in the table.
+    pub(crate) fn lost_region(&self) -> Option<RegionInfo> {
+        self.table.lost_region()
     }
 
     /// To be called before each message is handled.
@@ -249,7 +255,7 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
         _postcopy: Option<bool>,
     ) -> Result<Option<Vec<u64>>> {
         let infos: Vec<_> = regions.iter().map(RegionInfo::from).collect();
-        match MemoryTable::from_regions(&infos, files) {
+        match self.table.with_regions(&infos, files) {
             Ok(table) => {
                 self.stop_all(false);
                 self.use_table(table);
