@@ -439,21 +439,52 @@ fn an_image_that_qemu_left_dirty_is_rebuilt() {
 fn what_the_format_forbids_and_qemu_lets_pass_is_noted() {
     let Some(qemu) = Qemu::find() else { return };
     let folder = tempfile::tempdir().expect("a folder");
+    let image = folder.path().join("image.qcow2");
+    qemu.create(&image, &ImageSpec::qcow2(4 * M).with(pattern(0, 64 * K, 1))).expect("an image");
+    let mut bytes = std::fs::read(&image).expect("read");
     // The L2 table is the fifth cluster; its second entry is empty.
-    let cases: [(&str, u8, usize, u64); 3] = [
-        ("COPIED without an offset", 3, 0x4_0008, 1 << 63),
-        ("the zero flag in v2", 2, 0x4_0008, 1),
-        ("the zero flag on data in v2", 2, 0x4_0000, 0x8000_0000_0005_0001),
-    ];
-    for (what, version, place, entry) in cases {
+    bytes[0x4_0008..0x4_0010].copy_from_slice(&(1u64 << 63).to_be_bytes());
+    std::fs::write(&image, bytes).expect("written");
+    let report = check_agrees(&image, "COPIED without an offset").expect("a sound header");
+    assert_eq!((report.verdict(), report.notes), (Verdict::Clean, 1));
+}
+
+/// Qemu-img check says nothing of it, and QEMU cannot read it. Without a backing file it is mended.
+#[test]
+fn a_zero_flag_in_version_2_is_found_and_cleared() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    qemu.create(&folder.path().join("base.qcow2"), &ImageSpec::qcow2(4 * M)).expect("a base");
+    for (entry, host, backed) in
+        [(1, 0, false), (1 << 63 | 0x5_0001, 1, false), (1 << 63 | 0x5_0001, 1, true)]
+    {
+        let what = format!("entry {entry:#x}, over a backing file: {backed}");
         let image = folder.path().join("image.qcow2");
-        let spec = ImageSpec::qcow2(4 * M).version(version).with(pattern(0, 64 * K, 1));
+        let mut spec = ImageSpec::qcow2(4 * M).version(2).with(pattern(0, 128 * K, 1));
+        if backed {
+            spec = spec.backing("base.qcow2", Format::Qcow2);
+        }
         qemu.create(&image, &spec).expect("an image");
         let mut bytes = std::fs::read(&image).expect("read");
-        bytes[place..place + 8].copy_from_slice(&entry.to_be_bytes());
-        std::fs::write(&image, bytes).expect("written");
-        let report = check_agrees(&image, what).expect("a sound header");
-        assert_eq!((report.verdict(), report.notes), (Verdict::Clean, 1), "{what}");
+        bytes[0x4_0000..0x4_0008].copy_from_slice(&u64::to_be_bytes(entry));
+        std::fs::write(&image, &bytes).expect("written");
+        let report = check_agrees(&image, &what).expect("a sound header");
+        let found = report.findings.iter().filter(|finding| finding.kind.name() == "zero-flag").count();
+        assert_eq!((report.verdict(), found), (Verdict::Corrupt, 1), "{what}: {report:#?}");
+        let repaired = repair(&image, RepairKind::All);
+        if backed {
+            assert!(matches!(repaired, Err(CheckError::NotRepairable { .. })), "{what}");
+            assert!(report.findings[0].to_string().contains("amend"), "{what}: {report:#?}");
+            assert!(std::fs::read(&image).expect("read") == bytes, "{what}");
+        } else {
+            repaired.unwrap_or_else(|error| panic!("{what}: {error}"));
+            assert_clean(&image, &what);
+            let read = qemu.read_all(&image, Format::Qcow2).expect("read");
+            assert!(read[..64 << 10].iter().all(|byte| *byte == 0), "{what}");
+            assert!(read[64 << 10..128 << 10].iter().all(|byte| *byte == 1), "{what}");
+            let freed = report.allocated_clusters - our_opinion(&image).expect("a report").allocated_clusters;
+            assert_eq!(freed, host, "{what}");
+        }
         std::fs::remove_file(&image).expect("gone");
     }
 }

@@ -1,7 +1,9 @@
 //! The disk on damaged, hostile and awkward images, in-process. Each of these was a bug that a review found.
 
-use std::fs::OpenOptions;
-use std::path::PathBuf;
+use std::fs::{File, OpenOptions};
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use disk::DiskOptions;
@@ -252,4 +254,120 @@ fn a_cluster_that_two_entries_name_is_not_handed_out_twice() {
     let mut rig = Rig::open(&image, &DiskOptions { read_only: true, ..options() }).expect("reading");
     let model = ByteModel::new(64 * M, 4 * K, DiscardRule::ZeroesClusters);
     model.compare_all(&rig.read_all()).expect("both were discarded");
+}
+
+/// A header of version 3, where the L1 table has `l1_entries` and the refcount table, in the second cluster, `clusters`.
+fn header(cluster_bits: u32, size: u64, l1: (u32, u64), clusters: u32, refcount_order: u32) -> Vec<u8> {
+    let mut bytes = b"QFI\xfb".to_vec();
+    bytes.extend(3u32.to_be_bytes());
+    bytes.extend([0; 12]);
+    bytes.extend(cluster_bits.to_be_bytes());
+    bytes.extend(size.to_be_bytes());
+    bytes.extend([0; 4]);
+    bytes.extend(l1.0.to_be_bytes());
+    bytes.extend(l1.1.to_be_bytes());
+    bytes.extend((1u64 << cluster_bits).to_be_bytes());
+    bytes.extend(clusters.to_be_bytes());
+    bytes.extend([0; 12 + 24]);
+    bytes.extend(refcount_order.to_be_bytes());
+    bytes.extend(104u32.to_be_bytes());
+    bytes.extend([0; 8]);
+    bytes
+}
+
+fn entries(values: impl Iterator<Item = u64>) -> Vec<u8> {
+    values.flat_map(u64::to_be_bytes).collect()
+}
+
+/// An image of 512-byte clusters and 64-bit refcounts whose refcount table, of so many clusters, is all in use: the next
+/// allocation needs a larger one.
+fn image_with_full_refcount_table(image: &Path, clusters: u64) {
+    let (blocks_held, size) = (clusters * 64, 64 * M);
+    let l1_entries = size / (64 * 512);
+    let meta = 1 + clusters + (l1_entries * 8).div_ceil(512);
+    let mut blocks = 1;
+    while (meta + blocks + 1).div_ceil(64) > blocks {
+        blocks += 1;
+    }
+    let file = File::create(image).expect("an image");
+    let put = |offset: u64, bytes: &[u8]| file.write_all_at(bytes, offset).expect("written");
+    put(0, &header(9, size, (l1_entries as u32, (1 + clusters) * 512), clusters as u32, 6));
+    put(512, &entries((0..blocks).map(|n| (meta + n) * 512)));
+    put(512 + (blocks_held - 1) * 8, &entries([(meta + blocks) * 512].into_iter()));
+    put(meta * 512, &entries((0..(blocks + 1) * 64).map(|_| 1)));
+    file.set_len(blocks_held * 64 * 512).expect("a length");
+}
+
+#[test]
+fn the_refcount_table_grows_as_far_as_its_format_allows() {
+    let folder = tempfile::tempdir().expect("a folder");
+    // Half as large again is within 8 MiB, past it, and past it by far; the last cannot grow at all.
+    for (clusters, grows) in [(10_000, true), (12_000, true), (15_000, true), (16_384, false)] {
+        let image = folder.path().join(format!("{clusters}.qcow2"));
+        image_with_full_refcount_table(&image, clusters);
+        let mut rig = Rig::open(&image, &options()).expect("opens");
+        let written = rig.try_one(&write(0, 64 * K, 1)).and_then(|()| rig.try_one(&Operation::Flush));
+        let said = format!("{clusters} clusters: {written:?}");
+        match written {
+            Ok(()) => assert!(grows, "{said}"),
+            Err(error) => assert!(!grows && error.to_string().contains("8 MiB"), "{said}"),
+        }
+        rig.close();
+        assert_eq!(word(&image, 72), 0, "{clusters} clusters: no mark");
+    }
+}
+
+/// An image of 4 KiB clusters and 1-bit refcounts, with so many clusters of data, each of which lies alone in a stretch of
+/// 512 host clusters that nobody has searched; the guest clusters at which there are none.
+fn image_of_scattered_clusters(image: &Path, data: u64) -> Range<u64> {
+    const SIZE: u64 = 4096;
+    let l1_entries = (data + 4096).div_ceil(512);
+    let clusters = (data + 128) * 512;
+    let blocks = clusters.div_ceil(SIZE * 8);
+    let table = (blocks * 8).div_ceil(SIZE);
+    let (l1, l2) = ((l1_entries * 8).div_ceil(SIZE), data.div_ceil(512));
+    let at_l1 = 1 + table;
+    let at_blocks = at_l1 + l1;
+    let at_l2 = at_blocks + blocks;
+    let meta = at_l2 + l2;
+    let first = meta.div_ceil(512) + 1;
+    let place = |n: u64| (first + n) * 512 + 256;
+    let mut counts = vec![0u8; (blocks * SIZE) as usize];
+    for cluster in (0..meta).chain((0..data).map(place)) {
+        counts[cluster as usize / 8] |= 1 << (cluster % 8);
+    }
+    let file = File::create(image).expect("an image");
+    let put = |offset: u64, bytes: &[u8]| file.write_all_at(bytes, offset).expect("written");
+    put(0, &header(12, (data + 4096) * SIZE, (l1_entries as u32, at_l1 * SIZE), table as u32, 0));
+    put(SIZE, &entries((0..blocks).map(|n| (at_blocks + n) * SIZE)));
+    put(at_l1 * SIZE, &entries((0..l2).map(|n| ((at_l2 + n) * SIZE) | 1 << 63)));
+    put(at_blocks * SIZE, &counts);
+    put(at_l2 * SIZE, &entries((0..data).map(|n| (place(n) * SIZE) | 1 << 63)));
+    file.set_len((first + data) * 512 * SIZE).expect("a length");
+    data..data + 4096
+}
+
+#[test]
+fn a_sound_image_whose_data_is_scattered_is_not_taken_for_damaged() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let image = folder.path().join("scattered.qcow2");
+    // More than the guard remembers exactly.
+    let data = (1 << 19) + 64;
+    let empty = image_of_scattered_clusters(&image, data);
+    let mut rig = Rig::open(&image, &options()).expect("opens");
+    for offset in (0..data * 4 * K).step_by(2 * M as usize) {
+        rig.try_one(&Operation::Read { offset, length: 512 }).expect("a read");
+    }
+    let operations: Vec<_> =
+        empty.clone().step_by(61).map(|cluster| write(cluster * 4 * K, 4 * K, 1)).collect();
+    let mut model = ByteModel::new((data + 4096) * 4 * K, 4 * K, DiscardRule::Nothing);
+    rig.run(&operations, &mut model);
+    rig.try_one(&Operation::Flush).expect("a flush");
+    rig.close();
+    assert_eq!(word(&image, 72), 0, "no mark");
+    let mut rig = Rig::open(&image, &DiskOptions { read_only: true, ..options() }).expect("opens");
+    let reads: Vec<_> =
+        empty.step_by(61).map(|n| Operation::Read { offset: n * 4 * K, length: 4 * K }).collect();
+    rig.run(&reads, &mut model);
+    rig.close();
 }

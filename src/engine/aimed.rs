@@ -1,56 +1,94 @@
 //! Host clusters at which data I/O was aimed in this session.
 //!
-//! A set that only grows, a bit a cluster where the clusters lie together. Its memory is bounded: beyond that it holds
-//! every cluster up to the last that was added, which is safe, as it is there to keep metadata away.
+//! A set that only grows, a bit a cluster where the clusters lie together. Its memory is bounded: beyond that a bit stands
+//! for 8 neighbours, then for 64, and so on. What is in the set is then no longer known for sure, which is safe where the
+//! set keeps metadata away, and no proof of anything.
 
 use crate::alloc::Run;
+use crate::bounds::{AIMED_CHUNK_BITS, AIMED_CHUNKS_MAX};
 use crate::hashed::HashMap;
 
-/// Clusters in a chunk.
-const CHUNK_CLUSTERS: u64 = 512;
-/// The most chunks: some 50 MiB with the table that they are in, and clusters enough for 16 TiB of 64 KiB each.
-const CHUNKS_MAX: usize = 1 << 19;
+/// Words of a chunk.
+const WORDS: usize = AIMED_CHUNK_BITS as usize / 64;
+/// How many bits become one when memory runs out, as a power of two. More than one at a time, as each time costs a look at
+/// every bit.
+const COARSER_BY: u32 = 3;
+
+/// What is known of a cluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Known {
+    /// It is not in the set.
+    Not,
+    /// It, or a neighbour, is in the set.
+    Perhaps,
+    /// It is in the set.
+    Surely,
+}
 
 #[derive(Default)]
 pub(crate) struct Aimed {
-    chunks: HashMap<u64, [u64; CHUNK_CLUSTERS as usize / 64]>,
-    /// All clusters before this are in the set.
-    below: u64,
-    /// The first cluster past all that were added.
-    end: u64,
+    chunks: HashMap<u64, [u64; WORDS]>,
+    /// A bit stands for 2^this clusters.
+    shift: u32,
 }
 
 impl Aimed {
     /// Adds a run.
     pub fn add(&mut self, run: Run) {
-        let end = run.start.0 + run.count;
-        self.end = self.end.max(end);
-        if self.below > 0 {
-            self.below = self.end;
+        if run.count == 0 {
             return;
         }
-        let mut cluster = run.start.0;
-        while cluster < end {
-            let past = ((cluster / CHUNK_CLUSTERS + 1) * CHUNK_CLUSTERS).min(end);
-            let chunk = self.chunks.entry(cluster / CHUNK_CLUSTERS).or_default();
-            for cluster in cluster..past {
-                let at = cluster % CHUNK_CLUSTERS;
-                chunk[at as usize / 64] |= 1 << (at % 64);
-            }
-            cluster = past;
+        let (first, last) = (run.start.0, run.start.0 + run.count - 1);
+        let mut bit = first >> self.shift;
+        while bit <= last >> self.shift {
+            let past = ((bit / AIMED_CHUNK_BITS + 1) * AIMED_CHUNK_BITS).min((last >> self.shift) + 1);
+            let chunk = self.chunks.entry(bit / AIMED_CHUNK_BITS).or_default();
+            (bit..past).for_each(|bit| set(chunk, bit));
+            bit = past;
         }
-        if self.chunks.len() > CHUNKS_MAX {
-            self.chunks = HashMap::default();
-            self.below = self.end;
+        while self.chunks.len() > AIMED_CHUNKS_MAX {
+            self.coarsen();
         }
     }
 
-    /// True if a cluster is in the set.
-    pub fn contains(&self, cluster: u64) -> bool {
-        let at = cluster % CHUNK_CLUSTERS;
-        let bit = |chunk: &[u64; 8]| chunk[at as usize / 64] >> (at % 64) & 1 == 1;
-        cluster < self.below || self.chunks.get(&(cluster / CHUNK_CLUSTERS)).is_some_and(bit)
+    /// Has each bit stand for more clusters.
+    fn coarsen(&mut self) {
+        let finer = std::mem::take(&mut self.chunks);
+        for (number, bits) in finer {
+            let first = number * AIMED_CHUNK_BITS;
+            for (word, mut left) in (0..).zip(bits) {
+                while left != 0 {
+                    let bit = (first + word * 64 + u64::from(left.trailing_zeros())) >> COARSER_BY;
+                    set(self.chunks.entry(bit / AIMED_CHUNK_BITS).or_default(), bit);
+                    left &= left - 1;
+                }
+            }
+        }
+        self.shift += COARSER_BY;
     }
+
+    /// What is known of a cluster.
+    pub fn knows(&self, cluster: u64) -> Known {
+        let bit = cluster >> self.shift;
+        let at = bit % AIMED_CHUNK_BITS;
+        let chunk = self.chunks.get(&(bit / AIMED_CHUNK_BITS));
+        match chunk.is_some_and(|chunk| chunk[at as usize / 64] >> (at % 64) & 1 == 1) {
+            false => Known::Not,
+            true if self.shift > 0 => Known::Perhaps,
+            true => Known::Surely,
+        }
+    }
+
+    /// The first cluster past those for which the bit of `cluster` stands.
+    pub fn past_neighbours(&self, cluster: u64) -> u64 {
+        ((cluster >> self.shift) + 1) << self.shift
+    }
+}
+
+/// Sets a bit of the chunk that it is in.
+fn set(chunk: &mut [u64; WORDS], bit: u64) {
+    let at = bit % AIMED_CHUNK_BITS;
+    chunk[at as usize / 64] |= 1 << (at % 64);
 }
 
 #[cfg(test)]
@@ -66,25 +104,51 @@ mod tests {
     #[test]
     fn it_holds_what_was_added() {
         let mut aimed = Aimed::default();
-        for (start, count) in [(0, 1), (500, 1100), (1 << 40, 64)] {
+        for (start, count) in [(0, 1), (500, 40), (1 << 40, 64), (7, 0)] {
             aimed.add(run(start, count));
         }
-        let held =
-            [0, 1, 499, 500, 511, 512, 1599, 1600, (1 << 40) - 1, 1 << 40, (1 << 40) + 63, (1 << 40) + 64];
-        let expected = [true, false, false, true, true, true, true, false, false, true, true, false];
-        assert_eq!(held.map(|cluster| aimed.contains(cluster)), expected);
+        let held = [0, 1, 7, 499, 500, 511, 512, 539, 540, 1 << 40, (1 << 40) + 63, (1 << 40) + 64];
+        let expected =
+            [true, false, false, false, true, true, true, true, false, true, true, false].map(|held| {
+                match held {
+                    true => Known::Surely,
+                    false => Known::Not,
+                }
+            });
+        assert_eq!(held.map(|cluster| aimed.knows(cluster)), expected);
     }
 
     #[test]
-    fn scattered_clusters_take_bounded_memory() {
+    fn beyond_its_memory_it_knows_neighbourhoods_and_nothing_for_sure() {
         let mut aimed = Aimed::default();
-        for number in 0..=CHUNKS_MAX as u64 {
-            aimed.add(run(number * CHUNK_CLUSTERS, 1));
+        let far = AIMED_CHUNK_BITS * 1000;
+        for number in 0..=AIMED_CHUNKS_MAX as u64 {
+            aimed.add(run(number * far, 1));
         }
-        assert!(aimed.chunks.is_empty());
-        let last = CHUNKS_MAX as u64 * CHUNK_CLUSTERS;
-        assert!(aimed.contains(1) && aimed.contains(last) && !aimed.contains(last + 1));
-        aimed.add(run(last + 7, 1));
-        assert!(aimed.contains(last + 6) && !aimed.contains(last + 8));
+        assert!(aimed.chunks.len() <= AIMED_CHUNKS_MAX && aimed.shift > 0);
+        let size = 1 << aimed.shift;
+        let last = AIMED_CHUNKS_MAX as u64 * far;
+        for number in [0, far, last] {
+            assert_eq!(aimed.knows(number), Known::Perhaps);
+            assert_eq!(aimed.knows(number + size), Known::Not);
+            assert_eq!(aimed.past_neighbours(number + 1), number / size * size + size);
+        }
+        aimed.add(run(last + size + 1, 2 * size));
+        let around = [last + size, last + 4 * size].map(|cluster| aimed.knows(cluster));
+        assert_eq!(around, [Known::Perhaps, Known::Not]);
+    }
+
+    #[test]
+    fn it_forgets_nothing_when_it_becomes_coarser() {
+        let mut aimed = Aimed::default();
+        let mut added = Vec::new();
+        for n in 0..200 {
+            added.push(n * n * 37 % 100_003);
+            aimed.add(run(added[n as usize], 1));
+            if n % 50 == 49 {
+                aimed.coarsen();
+            }
+            assert!(added.iter().all(|cluster| aimed.knows(*cluster) != Known::Not), "{n}");
+        }
     }
 }

@@ -7,24 +7,14 @@ use std::collections::VecDeque;
 
 use qcow2::HostCluster;
 
+use crate::bounds::{
+    CUT_SHARE, QUARANTINE_BYTES_MAX, QUARANTINE_BYTES_MIN, QUARANTINE_CLUSTERS_MAX, QUARANTINE_SHARE,
+    WINDOW_BYTES_MAX, WINDOW_BYTES_MIN,
+};
 use crate::epoch::Epoch;
 use crate::free::FreeClusters;
 use crate::mutation::{Mutation, active};
 use crate::waiters::Waiters;
-
-/// The most bytes that a window reserves.
-const WINDOW_BYTES_MAX: u64 = 16 << 20;
-/// What the first window reserves; each next one is twice as large.
-const WINDOW_BYTES_MIN: u64 = 1 << 20;
-
-/// The most bytes of freed clusters that are held back, and the most clusters (a run of them takes 24 bytes of memory).
-const QUARANTINE_BYTES_MAX: u64 = 64 << 20;
-const QUARANTINE_CLUSTERS_MAX: u64 = 1 << 16;
-/// Of a small disk, no more than this share of its size, and always at least so many bytes.
-const QUARANTINE_SHARE: u64 = 8;
-const QUARANTINE_BYTES_MIN: u64 = 1 << 20;
-/// A cut is due early once this share of what may be held back waits for one.
-const CUT_SHARE: u64 = 4;
 
 /// A run of host clusters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,12 +5,12 @@
 
 use qcow2::{GuestCluster, HostCluster, L2Entry};
 
+use crate::bounds::TABLE_SLICE_BYTES_MAX;
 use crate::flush::TableWrite;
 use crate::layers::EntryPlace;
 use crate::map::ChainMap;
 use crate::mutation::{Mutation, active};
 use crate::state::State;
-use crate::tables::SLICE_BYTES_MAX;
 use crate::waiters::WakeList;
 use crate::word::Word;
 use crate::write::Allocation;
@@ -72,7 +72,7 @@ impl EarlyLinks {
 
     /// About how many bytes of tables with such links are not known to be durable.
     pub fn unsynced_bytes(&self) -> usize {
-        if self.unsynced { SLICE_BYTES_MAX as usize } else { 0 }
+        if self.unsynced { TABLE_SLICE_BYTES_MAX as usize } else { 0 }
     }
 
     /// A link is on its way: no cut may be taken.

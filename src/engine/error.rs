@@ -42,11 +42,42 @@ impl std::fmt::Display for Structure {
 /// An error of the engine. Clone, because a failed disk repeats its reason.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum EngineError {
-    /// An entry of a table makes no sense.
+    /// An entry of a table makes no sense. What needs it fails, and nothing else.
     #[error("layer {layer}: {structure}, entry {index}: {source}")]
     BadEntry {
         /// 0 is the top image.
         layer: usize,
+        /// The table.
+        structure: Structure,
+        /// The entry's number in the whole table (for L2: the guest cluster).
+        index: u64,
+        /// Why.
+        source: EntryError,
+    },
+    /// The top image is damaged, and this is the proof. Only this has it marked corrupt.
+    #[error(transparent)]
+    Corrupt(#[from] Proof),
+    /// The refcount table would grow past its limit of 8 MiB.
+    #[error("the refcount table cannot grow past 8 MiB: the image file is as large as its format allows")]
+    RefcountTableFull,
+    /// The image file would grow past what an offset in its tables can say.
+    #[error("the image file cannot grow past 2^56 bytes, the largest offset of its format")]
+    FileTooLarge,
+    /// An earlier metadata write or flush failed, or the image is corrupt: nothing is written any more.
+    #[error("the disk refuses writes since an earlier metadata write or flush failed")]
+    Failed,
+    /// The image was opened read-only.
+    #[error("the image is open read-only")]
+    ReadOnly,
+}
+
+/// Proof that the top image is damaged. Each is two facts that contradict each other, both read from the image and both
+/// exact; what only may be so is none. docs/durability.md, "The guard", has the list of the places that find one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum Proof {
+    /// A change needs an entry that makes no sense.
+    #[error("layer 0: {structure}, entry {index}: {source}")]
+    BadEntry {
         /// The table.
         structure: Structure,
         /// The entry's number in the whole table (for L2: the guest cluster).
@@ -62,12 +93,6 @@ pub enum EngineError {
         /// The metadata that it holds.
         holds: Option<Structure>,
     },
-    /// The refcount table would grow past its limit of 8 MiB.
-    #[error("the refcount table cannot grow past 8 MiB: the image file is as large as its format allows")]
-    RefcountTableFull,
-    /// The image file would grow past what an offset in its tables can say.
-    #[error("the image file cannot grow past 2^56 bytes, the largest offset of its format")]
-    FileTooLarge,
     /// Two pieces of metadata, or metadata and data, lie in the same place.
     #[error(
         "layer 0: {structure}, entry {index} names cluster {cluster:#x}, which holds other metadata: {holds}"
@@ -82,12 +107,6 @@ pub enum EngineError {
         /// The other.
         holds: Structure,
     },
-    /// An earlier metadata write or flush failed, or the image is corrupt: nothing is written any more.
-    #[error("the disk refuses writes since an earlier metadata write or flush failed")]
-    Failed,
-    /// The image was opened read-only.
-    #[error("the image is open read-only")]
-    ReadOnly,
 }
 
 /// What a cluster holds, in brackets.
@@ -98,16 +117,28 @@ fn told(holds: Option<Structure>) -> String {
 impl EngineError {
     /// A cluster that counts as free holds metadata.
     pub(crate) fn free_metadata((cluster, holds): (u64, Structure)) -> Self {
-        EngineError::RefcountZero { cluster, holds: Some(holds) }
+        Proof::RefcountZero { cluster, holds: Some(holds) }.into()
+    }
+
+    /// A cluster that an entry names counts as free.
+    pub(crate) fn free_data(cluster: u64) -> Self {
+        Proof::RefcountZero { cluster, holds: None }.into()
+    }
+
+    /// The error of a change, given that of a look: an entry that makes no sense, which a look leaves alone, is proof for
+    /// a change that needs it. A zero flag in version 2 is none: some other program's habit, and no place is in doubt.
+    pub(crate) fn of_change(self) -> Self {
+        match self {
+            EngineError::BadEntry { source: EntryError::ZeroFlagInV2 { .. }, .. } => self,
+            EngineError::BadEntry { layer: 0, structure, index, source } => {
+                Proof::BadEntry { structure, index, source }.into()
+            }
+            other => other,
+        }
     }
 
     /// True if the top image itself is damaged, so that its corrupt bit is to be set.
     pub fn is_top_corruption(&self) -> bool {
-        matches!(
-            self,
-            EngineError::BadEntry { layer: 0, .. }
-                | EngineError::RefcountZero { .. }
-                | EngineError::Overlap { .. }
-        )
+        matches!(self, EngineError::Corrupt(_))
     }
 }

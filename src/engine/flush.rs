@@ -5,6 +5,7 @@ use std::task::Waker;
 
 use qcow2::{Geometry, HostOffset, L1Entry};
 
+use crate::bounds::CUT_WRITE_BYTES_MAX;
 use crate::early::EarlyLinks;
 use crate::epoch::{Epoch, Epochs};
 use crate::error::EngineError;
@@ -13,9 +14,6 @@ use crate::refcounts::{encode_entries, table_block_entries};
 use crate::state::State;
 use crate::tables::{Dirt, TableId};
 use crate::waiters::{Waiters, WakeList};
-
-/// The most bytes of neighbouring table slices written as one.
-const WRITE_BYTES_MAX: usize = 1 << 20;
 
 /// The block of the L1 table (written as one) that an entry is in.
 pub(crate) fn l1_block_of(geometry: &Geometry, index: u64) -> u64 {
@@ -324,7 +322,7 @@ fn merged(mut writes: Vec<TableWrite>) -> Vec<TableWrite> {
         match joined.last_mut() {
             Some(last)
                 if last.offset.0 + last.bytes.len() as u64 == write.offset.0
-                    && last.bytes.len() + write.bytes.len() <= WRITE_BYTES_MAX =>
+                    && last.bytes.len() + write.bytes.len() <= CUT_WRITE_BYTES_MAX =>
             {
                 last.bytes.extend_from_slice(&write.bytes);
             }

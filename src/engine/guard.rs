@@ -11,11 +11,11 @@ use std::collections::BTreeMap;
 
 use qcow2::{Geometry, HostCluster, HostOffset, L1Entry};
 
-use crate::aimed::Aimed;
+use crate::aimed::{Aimed, Known};
 use crate::alloc::Run;
 use crate::change::{L2Tables, SnapshotPlaces};
 use crate::entries::Entries;
-use crate::error::{EngineError, Structure};
+use crate::error::{EngineError, Proof, Structure};
 use crate::mutation::{Mutation, active};
 use crate::refcounts::Refcounts;
 
@@ -47,9 +47,8 @@ impl MetadataGuard {
         snapshots: SnapshotPlaces,
     ) -> Result<Self, EngineError> {
         let mut guard = MetadataGuard::default();
-        let overlap = |structure, index| {
-            move |(cluster, holds)| EngineError::Overlap { structure, index, cluster, holds }
-        };
+        let overlap =
+            |structure, index| move |(cluster, holds)| Proof::Overlap { structure, index, cluster, holds };
         guard.add(HostCluster(0), 1, Structure::Header).map_err(overlap(Structure::Header, 0))?;
         let l1_clusters = geometry.clusters_for(l1.len() * 8);
         guard
@@ -96,7 +95,7 @@ impl MetadataGuard {
                 && guard.snapshot_l2.contains(geometry.host_cluster(offset))
             {
                 let cluster = geometry.host_cluster(offset).0;
-                return Err(overlap(Structure::L1, index)((cluster, Structure::SnapshotL2)));
+                return Err(overlap(Structure::L1, index)((cluster, Structure::SnapshotL2)).into());
             }
         }
         Ok(guard)
@@ -166,9 +165,15 @@ impl MetadataGuard {
         Ok(())
     }
 
-    /// True if data I/O may have been aimed at a cluster in this session.
-    pub fn was_aimed(&self, cluster: u64) -> bool {
-        self.aimed.contains(cluster) && !active(Mutation::MetadataWhereAimed)
+    /// Whether data I/O was aimed at a cluster in this session. Where it was, or may have been, the cluster does not become
+    /// metadata.
+    pub fn aimed(&self, cluster: u64) -> Known {
+        if active(Mutation::MetadataWhereAimed) { Known::Not } else { self.aimed.knows(cluster) }
+    }
+
+    /// The first cluster past those that are told from `cluster` no more.
+    pub fn past_neighbours(&self, cluster: u64) -> u64 {
+        self.aimed.past_neighbours(cluster)
     }
 
     /// The first cluster past all metadata.
@@ -237,8 +242,9 @@ mod tests {
     fn data_and_metadata_exclude_each_other() {
         let mut guard = guard(&[(4, 2)]);
         assert_eq!(guard.aim(run(2, 4)), Err((4, Structure::L2)));
-        assert!(!guard.was_aimed(2), "nothing is aimed where something is in the way");
+        assert_eq!(guard.aimed(2), Known::Not, "nothing is aimed where something is in the way");
         assert_eq!(guard.aim(run(2, 2)), Ok(()));
-        assert_eq!([1, 2, 3, 4].map(|cluster| guard.was_aimed(cluster)), [false, true, true, false]);
+        let aimed = [1, 2, 3, 4].map(|cluster| guard.aimed(cluster));
+        assert_eq!(aimed, [Known::Not, Known::Surely, Known::Surely, Known::Not]);
     }
 }

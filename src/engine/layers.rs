@@ -4,9 +4,10 @@
 
 use qcow2::{Geometry, GuestCluster, HostOffset, L1Entry, L2Entry, RawL2Entry};
 
+use crate::bounds::TABLE_SLICE_BYTES_MAX;
 use crate::entries::Entries;
 use crate::error::{EngineError, Structure};
-use crate::tables::{SLICE_BYTES_MAX, TableId};
+use crate::tables::TableId;
 use crate::word::FileIndex;
 
 /// A layer that a chain is made of.
@@ -117,7 +118,7 @@ impl Qcow2Layer {
 
     /// Bytes of a cached slice of this image's tables.
     pub fn slice_bytes(&self) -> u64 {
-        self.geometry.cluster_size().min(SLICE_BYTES_MAX)
+        self.geometry.cluster_size().min(TABLE_SLICE_BYTES_MAX)
     }
 
     /// L2 entries in a cached slice.

@@ -10,6 +10,7 @@
 mod aimed;
 mod alloc;
 mod answer;
+pub mod bounds;
 pub mod change;
 pub mod check;
 mod claims;
@@ -40,13 +41,14 @@ mod write;
 mod zero;
 
 pub use answer::{Answer, TableLoad, TablePlace, TableSlot};
+pub use bounds::MAP_SLICE_WORDS as SLICE_WORDS;
 pub use claims::ClaimId;
 pub use entries::Entries;
 pub use epoch::{Epoch, Epochs, WorkerEpochs};
-pub use error::{EngineError, Structure};
+pub use error::{EngineError, Proof, Structure};
 pub use flush::{FlushCut, FlushStep, HeaderSwitch, Stage, TableWrite};
 pub use layers::{LayerFormat, LayerSpec};
-pub use map::{Parts, SLICE_WORDS};
+pub use map::Parts;
 pub use reclaim::ReclaimPlan;
 pub use reserve::ReservePlan;
 pub use resolve::{CompressedCluster, Extent, Source, push_extent};
@@ -65,6 +67,7 @@ use std::task::Waker;
 use qcow2::{GuestCluster, GuestOffset, HostOffset};
 
 use crate::alloc::Allocator;
+use crate::bounds::{MAP_BYTES_MAX, TABLE_SLICE_BYTES_MAX, TABLES_BYTES_MAX};
 use crate::change::SnapshotPlaces;
 use crate::claims::Claims;
 use crate::early::Early;
@@ -76,7 +79,7 @@ use crate::map::{ChainMap, MapWriter, Swept};
 use crate::refcounts::Refcounts;
 use crate::state::{State, WriteState};
 use crate::sync::AtomicU64;
-use crate::tables::{SLICE_BYTES_MAX, Tables};
+use crate::tables::Tables;
 
 /// The map's unit for a raw top image, in bytes.
 const RAW_UNIT: u64 = 65536;
@@ -236,15 +239,23 @@ impl Engine {
             Layer::Raw { .. } => false,
         });
         let frame_bytes = if has_parts { 2 * FRAME_BYTES } else { FRAME_BYTES };
-        let map = ChainMap::new(clusters, unit, slices.min(spec.map_bytes / frame_bytes), has_parts);
+        let map = ChainMap::new(
+            clusters,
+            unit,
+            slices.min(spec.map_bytes.min(MAP_BYTES_MAX) / frame_bytes),
+            has_parts,
+        );
         // An exact walk needs a slice of each layer at a time, the copy of an L2 table all of it, and so may others at
         // once: with less they would drive each other's slices out for ever.
         let whole_table = match top {
             Layer::Qcow2(layer) => layer.geometry.cluster_size() as usize,
             Layer::Raw { .. } => 0,
         };
-        let table_bytes =
-            spec.table_bytes.max(8 * layers.len() * SLICE_BYTES_MAX as usize).max(4 * whole_table);
+        let table_bytes = spec
+            .table_bytes
+            .min(TABLES_BYTES_MAX)
+            .max(8 * layers.len() * TABLE_SLICE_BYTES_MAX as usize)
+            .max(4 * whole_table);
         let write = match top {
             Layer::Qcow2(layer) if spec.writable => {
                 let top = spec.top.expect("a writable qcow2 image comes with its own metadata");
@@ -365,6 +376,12 @@ impl Engine {
         })
     }
 
+    /// Plans a change of the top image: what makes no sense to it is proof of damage. Plans of reads never come this way.
+    fn change<T>(&self, plan: impl FnOnce(&mut State) -> Result<T, EngineError>) -> Result<T, EngineError> {
+        self.check()?;
+        self.with(|state, _| plan(state)).map_err(EngineError::of_change)
+    }
+
     fn check(&self) -> Result<(), EngineError> {
         if self.has_failed() { Err(EngineError::Failed) } else { Ok(()) }
     }
@@ -449,8 +466,7 @@ impl Engine {
         length: u64,
         waker: &Waker,
     ) -> Result<Answer<WritePlan>, EngineError> {
-        self.check()?;
-        self.with(|state, _| state.plan_write(offset, length, waker))
+        self.change(|state| state.plan_write(offset, length, waker))
     }
 
     /// Publishes an allocation whose bytes are all written.
@@ -491,6 +507,7 @@ impl Engine {
     ) -> Result<Answer<Zeroed>, EngineError> {
         self.check()?;
         self.with_freeing(|state, _| state.zero(&self.map, offset, length, mode, waker))
+            .map_err(EngineError::of_change)
     }
 
     /// Plans to make an L2 table the top image's own; `Ready(None)` if it is.
@@ -502,8 +519,7 @@ impl Engine {
         slot: TableSlot,
         waker: &Waker,
     ) -> Result<Answer<Option<TablePlan>>, EngineError> {
-        self.check()?;
-        self.with(|state, _| state.plan_table(slot, waker))
+        self.change(|state| state.plan_table(slot, waker))
     }
 
     /// The table's cluster is allocated on the host.
@@ -521,8 +537,7 @@ impl Engine {
     /// # Errors
     /// As for [`Engine::plan_write`], [`EngineError::RefcountTableFull`] and [`EngineError::FileTooLarge`].
     pub fn plan_reserve(&self, waker: &Waker) -> Result<Answer<Option<ReservePlan>>, EngineError> {
-        self.check()?;
-        self.with(|state, _| state.plan_reserve(waker))
+        self.change(|state| state.plan_reserve(waker))
     }
 
     /// The file has the length, and the metadata the space, that the plan named.
@@ -573,8 +588,7 @@ impl Engine {
     /// # Errors
     /// The disk has failed; a refcount that is zero already.
     pub fn plan_reclaim(&self, waker: &Waker) -> Result<Answer<Option<ReclaimPlan>>, EngineError> {
-        self.check()?;
-        self.with(|state, _| state.plan_reclaim(&self.epochs, waker))
+        self.change(|state| state.plan_reclaim(&self.epochs, waker))
     }
 
     /// The runs are punched, as far as `punched` says (an item for each).
@@ -587,8 +601,7 @@ impl Engine {
     /// # Errors
     /// The disk has failed or is read-only.
     pub fn release_windows(&self, waker: &Waker) -> Result<Answer<()>, EngineError> {
-        self.check()?;
-        self.with(|state, _| state.release_windows(waker))
+        self.change(|state| state.release_windows(waker))
     }
 
     /// At a clean end: the length in bytes to cut the file to. None if the file, `present` bytes long, is longer than

@@ -24,19 +24,13 @@ pub(crate) use idle::Swept;
 
 use qcow2::{GuestCluster, Subcluster, SubclusterSet, Subclusters};
 
+use crate::bounds::{
+    MAP_CHUNK_FRAMES as CHUNK_FRAMES, MAP_LEAF_ENTRIES as LEAF_ENTRIES, MAP_LEAVES_MAX as LEAVES_MAX,
+    MAP_SLICE_WORDS as SLICE_WORDS,
+};
 use crate::mutation::{Mutation, active};
 use crate::sync::{AtomicBool, AtomicU64, OnceLock, Ordering, zeroed};
 use crate::word::{KIND_SHIFT, Word};
-
-/// Words in a slice: guest clusters that are resolved and evicted together. Few under loom, which follows each word.
-pub const SLICE_WORDS: u64 = if cfg!(loom) { 2 } else { 512 };
-
-/// Directory entries in a leaf of the directory.
-const LEAF_ENTRIES: u64 = if cfg!(loom) { 4 } else { 4096 };
-
-/// The most leaves that are made, of 32 KiB each: enough for 2^31 clusters, so that a disk of some 2^60 bytes, which an
-/// image of a few clusters may claim, does not cost more. What lies in no leaf is resolved anew each time.
-const LEAVES_MAX: usize = if cfg!(loom) { 4 } else { 1024 };
 
 /// A slice of the guest's clusters, by number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -79,9 +73,6 @@ type Words = [AtomicU64; SLICE_WORDS as usize];
 /// The words of a slice, first or second ones: a page of the system's, so that it can have the memory back.
 #[cfg_attr(not(loom), repr(align(4096)))]
 struct Page(Words);
-
-/// Frames that are made together: as each page begins where one of the system's does, single ones would waste as much.
-const CHUNK_FRAMES: usize = if cfg!(loom) { 1 } else { 16 };
 
 struct Frame<'a> {
     words: &'a Words,

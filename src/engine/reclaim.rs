@@ -8,19 +8,15 @@ use qcow2::{HostCluster, HostOffset};
 
 use crate::alloc::{FreeRun, Run, Unlinked};
 use crate::answer::{Answer, ready};
+use crate::bounds::{
+    RECLAIM_CLUSTERS_MAX as CLUSTERS_MAX, RECLAIM_RUNS_MAX as RUNS_MAX, RECLAIM_SLICES_MAX as SLICES_MAX,
+};
 use crate::epoch::Epochs;
 use crate::error::EngineError;
 use crate::mutation::{Mutation, active};
 use crate::state::{State, WriteState};
 use crate::tables::TableId;
 use crate::waiters::WakeList;
-
-/// The most runs reclaimed in one go.
-const RUNS_MAX: usize = 1024;
-/// The most clusters of them: each is counted under the engine's lock.
-const CLUSTERS_MAX: u64 = 16 << 10;
-/// The most refblock slices that one go may need: few against what the cache holds.
-const SLICES_MAX: usize = 64;
 
 /// Runs of clusters that nobody uses any more. Punch each, then commit, saying which were punched.
 #[derive(Debug)]
@@ -105,7 +101,7 @@ impl State {
         for unlinked in batch {
             let run = unlinked.run;
             for cluster in run.start.0..run.start.0 + run.count {
-                let zero = EngineError::RefcountZero { cluster, holds: None };
+                let zero = EngineError::free_data(cluster);
                 if refcounts.block_offset(refcounts.block_of(cluster))?.is_none() {
                     return Err(zero);
                 }

@@ -6,13 +6,14 @@ use std::collections::BTreeSet;
 
 use qcow2::{Geometry, HostCluster, HostOffset};
 
+use crate::bounds::TABLE_SLICE_BYTES_MAX;
 use crate::entries::Entries;
 use crate::error::{EngineError, Structure};
-use crate::tables::{SLICE_BYTES_MAX, TableId};
+use crate::tables::TableId;
 
 /// Entries of the refcount table that are written together: 4 KiB, or a cluster if that is smaller.
 pub(crate) fn table_block_entries(geometry: &Geometry) -> u64 {
-    geometry.cluster_size().min(SLICE_BYTES_MAX) / 8
+    geometry.cluster_size().min(TABLE_SLICE_BYTES_MAX) / 8
 }
 
 /// The most bytes a refcount table may have (qcow2-rules: 8 MiB, QEMU's limit too).
@@ -73,7 +74,7 @@ impl Refcounts {
     }
 
     pub fn slice_bytes(&self) -> u64 {
-        self.geometry.cluster_size().min(SLICE_BYTES_MAX)
+        self.geometry.cluster_size().min(TABLE_SLICE_BYTES_MAX)
     }
 
     pub fn slices_per_block(&self) -> u32 {

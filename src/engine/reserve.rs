@@ -7,8 +7,10 @@ use std::task::Waker;
 
 use qcow2::{HostCluster, HostOffset};
 
+use crate::aimed::Known;
 use crate::alloc::{FreeRun, Run};
 use crate::answer::{Answer, ready};
+use crate::bounds::{DOUBTS_MAX, NEW_CLUSTERS, SCAN_CLUSTERS, SCAN_SLICES};
 use crate::error::{EngineError, Structure};
 use crate::guard::MetadataGuard;
 use crate::refcounts::{Refcounts, TABLE_BYTES_MAX};
@@ -18,14 +20,6 @@ use crate::waiters::{Waiters, WakeList};
 
 /// The largest file: an offset in a table has 56 bits.
 const FILE_BYTES_MAX: u64 = 1 << 56;
-
-/// Clusters that are reserved at a time only because others are not to become metadata.
-const NEW_CLUSTERS: u64 = 16;
-
-/// Refblock slices searched for free clusters in one go.
-const SCAN_SLICES: u64 = 8;
-/// The most clusters looked at in one go: narrow refcounts put many into a slice.
-const SCAN_CLUSTERS: u64 = 16 << 10;
 
 /// Clusters about to be reserved. Set the file's length, allocate the metadata on the host, then commit; or abort.
 #[derive(Debug)]
@@ -149,16 +143,18 @@ impl State {
                         if let Some(holder) = guard.within(run) {
                             return Err(EngineError::free_metadata(holder));
                         }
-                        let is_known = !guard.was_aimed(cluster + at) || alloc.free.contains(cluster + at);
-                        if !is_known && alloc.free.has_left_out() {
-                            // Either the case below, or it was left out when it was freed.
+                        if alloc.free.contains(cluster + at) {
                             continue;
                         }
-                        if !is_known {
+                        match guard.aimed(cluster + at) {
+                            Known::Not => alloc.free.add(FreeRun { run, known_zero: false }),
                             // An entry names it, and it has not been freed since.
-                            return Err(EngineError::RefcountZero { cluster: cluster + at, holds: None });
+                            Known::Surely if !alloc.free.has_left_out() => {
+                                return Err(EngineError::free_data(cluster + at));
+                            }
+                            // An entry may name it, or it was left out when it was freed: it stays where it is.
+                            Known::Surely | Known::Perhaps => {}
                         }
-                        alloc.free.add(FreeRun { run, known_zero: false });
                     }
                 }
             } else if let Some(used) =
@@ -175,6 +171,18 @@ impl State {
 
     /// A window past the end of the file.
     fn plan_growth(&mut self, waker: &Waker) -> Result<Answer<Option<ReservePlan>>, EngineError> {
+        for _ in 0..DOUBTS_MAX {
+            let plan = ready!(self.plan_growth_here(waker)?);
+            if let Some(plan) = plan {
+                return Ok(Answer::Ready(Some(self.start_reserve(plan))));
+            }
+        }
+        // Entries name so much past the end of the file that the next request is to go on.
+        Err(EngineError::FileTooLarge)
+    }
+
+    /// The same at the present end, which it moves if what comes there would lie where an entry may name data.
+    fn plan_growth_here(&mut self, waker: &Waker) -> Result<Answer<Option<ReservePlan>>, EngineError> {
         ready!(self.skip_used(waker)?);
         let write = self.write_state()?;
         let (end, entries) = (write.alloc.end, write.refcounts.geometry.refblock_entries());
@@ -199,9 +207,17 @@ impl State {
         if let Some(holder) = guard.within(Run { start: HostCluster(counts_from), count: in_file }) {
             return Err(EngineError::free_metadata(holder));
         }
-        if let Some(cluster) = (counts_from..start + count).find(|cluster| guard.was_aimed(*cluster)) {
+        if let Some(cluster) =
+            (counts_from..start + count).find(|cluster| guard.aimed(*cluster) == Known::Surely)
+        {
             // An entry names it.
-            return Err(EngineError::RefcountZero { cluster, holds: None });
+            return Err(EngineError::free_data(cluster));
+        }
+        // What may be named before the end is not handed out by the search either.
+        if let Some(cluster) = (end..start + count).rev().find(|cluster| guard.aimed(*cluster) != Known::Not)
+        {
+            alloc.end = guard.past_neighbours(cluster);
+            return Ok(Answer::Ready(None));
         }
         let geometry = self.top_qcow2().geometry;
         let past =
@@ -222,13 +238,7 @@ impl State {
             // From now on no word may send data there.
             growth.guard(&mut self.write_state()?.guard);
         }
-        Ok(Answer::Ready(Some(self.start_reserve(ReservePlan {
-            file_length,
-            metadata,
-            window,
-            growth,
-            pins,
-        }))))
+        Ok(Answer::Ready(Some(ReservePlan { file_length, metadata, window, growth, pins })))
     }
 
     /// Moves the end of the file past clusters that count as used there: some earlier writer's leaks.
@@ -368,17 +378,17 @@ impl Refcounts {
             let mut table = 0;
             let mut last_block = self.block_of(end + blocks);
             if last_block >= held {
-                // Half as large again as what is needed, so that growth stays rare.
-                let mut wanted = (last_block + 1).max(held + held / 2).div_ceil(per_cluster);
-                last_block = self.block_of(end + blocks + wanted);
-                if last_block >= wanted * per_cluster {
-                    wanted = (last_block + last_block / 8 + 2).div_ceil(per_cluster);
-                    last_block = self.block_of(end + blocks + wanted);
+                // Half as large again as what is needed, so that growth stays rare, as far as the format allows.
+                let most = TABLE_BYTES_MAX / self.geometry.cluster_size();
+                table = (last_block + 1).max(held + held / 2).div_ceil(per_cluster).min(most);
+                last_block = self.block_of(end + blocks + table);
+                if last_block >= table * per_cluster {
+                    table = (last_block + last_block / 8 + 2).div_ceil(per_cluster).min(most);
+                    last_block = self.block_of(end + blocks + table);
                 }
-                if wanted * self.geometry.cluster_size() > TABLE_BYTES_MAX {
+                if last_block >= table * per_cluster {
                     return Err(EngineError::RefcountTableFull);
                 }
-                table = wanted;
             }
             let missing = self.missing_blocks(end / entries, last_block)?;
             if missing.len() as u64 <= blocks {

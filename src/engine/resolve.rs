@@ -12,19 +12,14 @@ use qcow2::{
 
 use crate::alloc::Run;
 use crate::answer::{Answer, ready};
+use crate::bounds::{EXACT_BYTES_MAX, EXTENTS_MAX, FILLS_MAX, MAP_SLICE_WORDS};
 use crate::error::EngineError;
 use crate::guard::MetadataGuard;
 use crate::layers::{Layer, Qcow2Layer};
-use crate::map::{ChainMap, Parts, SLICE_WORDS, SliceIndex};
+use crate::map::{ChainMap, Parts, SliceIndex};
 use crate::state::{Missing, State, decode_l2};
 use crate::tables::{Found, TableId, Tables};
 use crate::word::{FileIndex, Mapping, Word};
-
-/// The most extents one plan gives.
-const EXTENTS_MAX: usize = 256;
-
-/// The most bytes that are resolved exactly at a time: bounded, as clusters may have 512 bytes.
-const EXACT_BYTES_MAX: u64 = 128 << 10;
 
 /// Where a run of guest bytes comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,9 +86,6 @@ pub fn push_extent(extents: &mut Vec<Extent>, source: Source, length: u64) {
     extents.push(Extent { source, length });
 }
 
-/// The most fills under way that are remembered; beyond that they start over.
-const FILLS_MAX: usize = 4096;
-
 /// A fill of a slice under way. What the layers above `layer` gave is settled, so that at any time only the tables of one
 /// layer need be in the cache, however deep the chain and whoever else fills.
 pub(crate) struct FillJob {
@@ -152,7 +144,7 @@ impl State {
         slice: SliceIndex,
         waker: &Waker,
     ) -> Result<Answer<()>, EngineError> {
-        let count = self.layers[0].size().div_ceil(unit).saturating_sub(slice.first().0).min(SLICE_WORDS);
+        let count = self.layers[0].size().div_ceil(unit).saturating_sub(slice.first().0).min(MAP_SLICE_WORDS);
         let mut job = self.fills.remove(&slice).unwrap_or_else(|| FillJob::new(count, map.has_parts()));
         let missing = self.go_on(&mut job, slice, unit);
         if missing.any() {

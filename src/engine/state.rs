@@ -5,9 +5,11 @@ use std::task::Waker;
 
 use qcow2::{GuestCluster, HostCluster, HostOffset, L1Entry, L2Entry, RawL2Entry};
 
+use crate::aimed::Known;
 use crate::alloc::{Allocator, FreeRun, Run};
 use crate::answer::{Answer, TableLoad, TablePlace, TableSlot};
-use crate::error::{EngineError, Structure};
+use crate::bounds::LOADS_MAX;
+use crate::error::{EngineError, Proof, Structure};
 use crate::flush::FlushState;
 use crate::guard::MetadataGuard;
 use crate::hashed::HashMap;
@@ -17,9 +19,6 @@ use crate::refcounts::Refcounts;
 use crate::resolve::FillJob;
 use crate::tables::{Found, TableId, Tables};
 use crate::waiters::Waiters;
-
-/// The most table slices one answer asks for.
-const LOADS_MAX: usize = 256;
 
 /// Everything behind the engine's one lock. Held for memory work only, never across I/O.
 pub(crate) struct State {
@@ -63,14 +62,14 @@ impl WriteState {
         Ok(Some(taken))
     }
 
-    /// Takes a cluster for metadata, one at which no data I/O was aimed in this session; nothing if none such is reserved,
+    /// Takes a cluster for metadata, one at which surely no data I/O was aimed in this session; nothing if none such is reserved,
     /// and then the next reservation brings some.
     ///
     /// # Errors
     /// As for [`WriteState::take`].
     pub fn take_for(&mut self, holds: Structure) -> Result<Option<Run>, EngineError> {
         let guard = &self.guard;
-        let Some(taken) = self.alloc.take_where(|cluster| !guard.was_aimed(cluster)) else {
+        let Some(taken) = self.alloc.take_where(|cluster| guard.aimed(cluster) == Known::Not) else {
             // Where none are reserved at all, what is free comes first.
             self.alloc.wants_new = self.alloc.has_window();
             return Ok(None);
@@ -245,11 +244,8 @@ impl State {
     pub fn guard_entry(&mut self, entry: L2Entry, guest: u64) -> Result<(), EngineError> {
         let Some((start, count)) = self.counted_clusters(entry) else { return Ok(()) };
         let Some(write) = &mut self.write else { return Ok(()) };
-        write.guard.aim(Run { start, count }).map_err(|(cluster, holds)| EngineError::Overlap {
-            structure: Structure::L2,
-            index: guest,
-            cluster,
-            holds,
+        write.guard.aim(Run { start, count }).map_err(|(cluster, holds)| {
+            Proof::Overlap { structure: Structure::L2, index: guest, cluster, holds }.into()
         })
     }
 

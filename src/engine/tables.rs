@@ -7,18 +7,13 @@
 use std::collections::BTreeSet;
 use std::task::Waker;
 
+use crate::bounds::{SWEEP_STEPS, TABLE_SLICE_BYTES_MAX};
 use crate::hashed::HashMap;
 use crate::waiters::{Waiters, WakeList};
-
-/// The most bytes of a table that are cached as one piece.
-pub(crate) const SLICE_BYTES_MAX: u64 = 4096;
 
 /// Passes of the clock that a slice outlives before anybody has looked at it: whoever had it loaded will, unless
 /// another of its loads failed.
 const GRACE: u8 = 8;
-
-/// The most slices that one insertion looks at for one to evict.
-const SWEEP_STEPS: usize = 64;
 
 /// Names a slice of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -214,7 +209,7 @@ impl Tables {
 
     /// About how many bytes are dirty (as if each slice had the full length).
     pub fn dirty_bytes(&self) -> usize {
-        self.dirty.len() * SLICE_BYTES_MAX as usize
+        self.dirty.len() * TABLE_SLICE_BYTES_MAX as usize
     }
 
     /// Takes all dirty slices into a cut: they are clean, and being written, from now on.

@@ -268,7 +268,7 @@ impl State {
     ) -> Result<Range<u64>, EngineError> {
         let per_cluster = granules.per_cluster;
         let last = (end - 1) / per_cluster;
-        let kept = |at: u64| {
+        let kept = |at: u64| -> Result<_, EngineError> {
             let place = EntryPlace { index: place.index + at as usize, ..place };
             let subclusters = Subclusters::of(self.top_entry(place, first.0 + at)?);
             let hull = subclusters.map_or(0..per_cluster as u32, |subclusters| subclusters.allocated.hull());

@@ -40,7 +40,8 @@ pub enum EntryError {
         /// The entry.
         raw: u64,
     },
-    /// Flagged as in use, but at the header's place. Only an external data file may have data there.
+    /// Flagged as in use, but at the header's place. Only an external data file may have data there. A check names it;
+    /// to all others the cluster is unallocated.
     #[error("entry {raw:#018x}: it claims data at offset 0, where the header is")]
     DataAtOffsetZero {
         /// The entry.
@@ -213,8 +214,8 @@ impl L2Entry {
     /// Understands a raw entry. The compressed bit is looked at before the zero bit.
     ///
     /// # Errors
-    /// If the offset is not the start of a cluster or too large, the zero flag is set in version 2, it is flagged
-    /// as data at offset 0, or its subclusters make no sense.
+    /// If the offset is not the start of a cluster or too large, the zero flag is set in version 2, or its subclusters
+    /// make no sense.
     pub fn decode(raw: impl Into<RawL2Entry>, geometry: &Geometry) -> Result<L2Entry, EntryError> {
         let RawL2Entry { descriptor: raw, bitmap } = raw.into();
         if raw & COMPRESSED != 0 {
@@ -235,8 +236,7 @@ impl L2Entry {
         match (zero, offset.0) {
             (true, 0) => Ok(L2Entry::Zero),
             (true, _) => Ok(L2Entry::ZeroAllocated { offset, copied }),
-            // To fall through to the backing file here would show other data than the entry's writer meant.
-            (false, 0) if copied => Err(EntryError::DataAtOffsetZero { raw }),
+            // Whatever its flags, as in QEMU.
             (false, 0) => Ok(L2Entry::Unallocated),
             (false, _) => Ok(L2Entry::Data { offset, copied }),
         }
@@ -357,10 +357,6 @@ fn decode_subclusters(raw: u64, bitmap: u64, geometry: &Geometry) -> Result<L2En
     if host.is_none() && !allocated.is_empty() {
         return Err(EntryError::SubclusterNowhere { raw, bitmap });
     }
-    // As in images without subclusters: nothing of it may fall through to the backing file.
-    if host.is_none() && copied && zero != SubclusterSet::ALL {
-        return Err(EntryError::DataAtOffsetZero { raw });
-    }
     Ok(Subclusters { host, allocated, zero }.entry())
 }
 
@@ -447,7 +443,7 @@ mod tests {
             (0x5_0000, Ok(L2Entry::Data { offset: place, copied: false })),
             (COPIED | 0x5_0000, Ok(L2Entry::Data { offset: place, copied: true })),
             (0x3f00_0000_0005_01fe, Ok(L2Entry::Data { offset: place, copied: false })),
-            (COPIED, Err(EntryError::DataAtOffsetZero { raw: COPIED })),
+            (COPIED, Ok(L2Entry::Unallocated)),
             (0x5_0200, unaligned(0x5_0200)),
             (0x8001, unaligned(0x8001)),
         ] {
@@ -488,14 +484,14 @@ mod tests {
             (0x5_0000, 1 << 32 | 1, twice(0x5_0000, 1 << 32 | 1)),
             (0, 1 << 32 | 1, twice(0, 1 << 32 | 1)),
             (0, 1 << 31, nowhere(0, 1 << 31)),
-            (COPIED, 0, Err(EntryError::DataAtOffsetZero { raw: COPIED })),
-            (COPIED, 1 << 32, Err(EntryError::DataAtOffsetZero { raw: COPIED })),
+            (COPIED, 0, Ok(L2Entry::Unallocated)),
+            (COPIED, 1 << 32, some(None, 0, 1)),
             (0x5_0200, 0, Err(EntryError::Unaligned { raw: 0x5_0200 })),
         ] {
             let raw = RawL2Entry { descriptor, bitmap };
             assert_eq!(L2Entry::decode(raw, &extended), expected, "{raw:x?}");
             if let Ok(entry) = expected {
-                let kept = if entry == L2Entry::Zero { 0 } else { descriptor };
+                let kept = if entry.host().is_none() { 0 } else { descriptor };
                 assert_eq!(entry.encode(&extended), RawL2Entry { descriptor: kept, bitmap });
             }
         }

@@ -37,6 +37,11 @@ const REASONS: &[(&[&str], &str)] = &[
         ],
         "reading the disk needs no header extensions but those that are found",
     ),
+    (&["version 2 instead of 3"], "QEMU's check lets pass what QEMU then cannot read"),
+    (
+        &["a subcluster both allocated and zero", "no subcluster of an allocated cluster allocated"],
+        "a read fails for itself, and only a change that needs the entry marks the image",
+    ),
     (&["the refblock unaligned"], "all refblocks are looked at before anything is written"),
     (
         &["the L1 table in the last cluster that can be", "the refcount table ends at 2^63-1"],

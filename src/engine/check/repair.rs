@@ -3,14 +3,15 @@
 //! The order (docs/durability.md gives the reasons for the same order in normal service):
 //!
 //! 1. If more than the header is to change, and the version knows it, the header is marked dirty. Sync.
-//! 2. A new snapshot table, if one is needed, behind the end of the file. Sync.
-//! 3. Refcounts, with the old and the new snapshot table. In place where the structure is sound: between the old count
+//! 2. Entries that make no sense, and can be cleared without loss, are cleared. Sync.
+//! 3. A new snapshot table, if one is needed, behind the end of the file. Sync.
+//! 4. Refcounts, with the old and the new snapshot table. In place where the structure is sound: between the old count
 //!    and the new one there is nothing that was not there before. Else a whole new structure is written behind the end
 //!    of the file, synced, and only then named by the header, in one sector. Sync.
-//! 4. The header names the new snapshot table, in one sector. Sync. The clusters of the old one are counted no more. Sync.
-//! 5. The flags COPIED that disagree with the new refcounts. Sync.
-//! 6. The header's marks "dirty" and "corrupt" are cleared. Sync.
-//! 7. What nobody uses goes back to the host: freed clusters are punched, and the file is cut behind the last in use.
+//! 5. The header names the new snapshot table, in one sector. Sync. The clusters of the old one are counted no more. Sync.
+//! 6. The flags COPIED that disagree with the new refcounts. Sync.
+//! 7. The header's marks "dirty" and "corrupt" are cleared. Sync.
+//! 8. What nobody uses goes back to the host: freed clusters are punched, and the file is cut behind the last in use.
 //!
 //! Before all of these, autoclear bits that we do not know are cleared. Sync.
 //!
@@ -29,7 +30,7 @@ use super::Checked;
 use super::counts::Counts;
 use super::refusal::NotRepairable;
 use super::report::Part;
-use super::walk::{FlagFix, Place, Walk};
+use super::walk::{Clearing, FlagFix, Place, Walk};
 
 /// The most bytes of neighbouring flags that are written together.
 const FLAGS_MAX: usize = 64 << 10;
@@ -129,6 +130,7 @@ impl Checked {
             actions.extend(in_place(&walk));
             flags(&mut actions, &walk);
         } else {
+            actions.extend(clear(&mut walk));
             let table = new_snapshot_table(&mut walk, &mut actions, &mut end);
             if is_sound(&walk) {
                 actions.extend(in_place(&walk));
@@ -366,6 +368,24 @@ fn anew(
     actions.push_back(header(patch_refcount_table(HostOffset(start * size), table_clusters as u32)));
     actions.push_back(Action::Sync);
     Ok(actions)
+}
+
+/// Clears entries, before the refcounts are lowered that they count in.
+fn clear(walk: &mut Walk) -> Vec<Action> {
+    let clearings = std::mem::take(&mut walk.clearings);
+    let offsets: BTreeSet<u64> = clearings.iter().map(|clearing| clearing.offset).collect();
+    walk.flag_fixes.retain(|fix| !offsets.contains(&fix.offset));
+    for Clearing { host, times, .. } in &clearings {
+        if let Some(host) = host {
+            walk.references.subtract(*host, *times);
+        }
+    }
+    let mut actions: Vec<Action> =
+        offsets.into_iter().map(|offset| Action::Flag(FlagFix { offset, raw: 0 })).collect();
+    if !actions.is_empty() {
+        actions.push(Action::Sync);
+    }
+    actions
 }
 
 /// Corrects flags, after the refcounts.

@@ -122,6 +122,18 @@ pub enum FindingKind {
         /// What is wrong with it.
         source: EntryError,
     },
+    /// The zero flag in version 2, which does not know it: no guest cluster that an entry describes so can be read.
+    #[error("L2 table entry {raw:#018x} has the zero flag, which version 2 does not know{}", if *.has_backing {
+        ": `qemu-img amend -o compat=1.1` makes the image version 3, where it means zeros"
+    } else {
+        ""
+    })]
+    ZeroFlag {
+        /// The entry.
+        raw: u64,
+        /// There is a backing file, so that version 2 has no entry for zeros.
+        has_backing: bool,
+    },
     /// Something is said to lie past the end of the file.
     #[error("{part} of {length} bytes at {target} is past the end of the file")]
     PastEnd {
@@ -202,6 +214,8 @@ pub(super) enum Remedy {
     Count,
     /// Another flag COPIED.
     Flag,
+    /// Another entry in its place.
+    Entry,
     /// A new refcount structure.
     Structure,
     /// A new snapshot table, which says more.
@@ -227,6 +241,7 @@ impl FindingKind {
             FindingKind::ReservedBits { .. } => "reserved-bits",
             FindingKind::BadEntry { .. } if self.is_note() => "odd-entry",
             FindingKind::BadEntry { .. } => "bad-entry",
+            FindingKind::ZeroFlag { .. } => "zero-flag",
             FindingKind::PastEnd { .. } => "past-end",
             FindingKind::Overlap { .. } => "overlap",
             FindingKind::BadHeader { source } => match source.structure {
@@ -250,11 +265,11 @@ impl FindingKind {
     }
 
     /// True for what the format forbids and `qemu-img check` lets pass, where nothing else can come to harm by it: the
-    /// flag COPIED on an L2 entry without an offset, which QEMU takes for unallocated, and the zero flag in version 2.
-    /// Strata fails reads of such a guest cluster, QEMU of the latter. It is told, and does not change the verdict.
+    /// flag COPIED on an L2 entry without an offset, which is taken for unallocated. It is told, and does not change the
+    /// verdict.
     pub fn is_note(&self) -> bool {
         let FindingKind::BadEntry { part: Part::L2, source } = self else { return false };
-        matches!(source, EntryError::DataAtOffsetZero { .. } | EntryError::ZeroFlagInV2 { .. })
+        matches!(source, EntryError::DataAtOffsetZero { .. })
     }
 
     pub(super) fn remedy(&self) -> Remedy {
@@ -265,6 +280,7 @@ impl FindingKind {
         match *self {
             FindingKind::Leak { .. } | FindingKind::RefcountTooLow { .. } => Remedy::Count,
             FindingKind::Copied { .. } => Remedy::Flag,
+            FindingKind::ZeroFlag { has_backing: false, .. } => Remedy::Entry,
             FindingKind::ReservedBits { part, .. }
             | FindingKind::BadEntry { part, .. }
             | FindingKind::PastEnd { part, .. }
@@ -374,7 +390,7 @@ impl Report {
             Remedy::Structure => self.structure_damaged += 1,
             Remedy::Snapshots => self.snapshots_incomplete += 1,
             Remedy::LostSnapshots => self.snapshots_lost += 1,
-            Remedy::Count | Remedy::Flag | Remedy::NotNeeded => {}
+            Remedy::Count | Remedy::Flag | Remedy::Entry | Remedy::NotNeeded => {}
         }
         if self.tally(kind.name()) <= FINDINGS_OF_KIND_MAX {
             self.findings.push(Finding { offset: HostOffset(offset), kind });

@@ -8,8 +8,8 @@ use qcow2::entry::{COMPRESSED, COPIED, OFFSET_MASK, ZERO, compressed_length};
 use qcow2::header::L1_TABLE_SIZE_MAX;
 use qcow2::snapshot::{EXTRA_LENGTH_V3, TableEntry};
 use qcow2::{
-    Bitmap, EntryError, Geometry, Header, HostOffset, Incompatible, L1Entry, L2Entry, RawL2Entry, Snapshot,
-    SnapshotTable, Version,
+    Bitmap, EntryError, Geometry, GuestCluster, Header, HostOffset, HostPlace, Incompatible, L1Entry,
+    L2Entry, RawL2Entry, Snapshot, SnapshotTable, Version,
 };
 
 use super::CLUSTERS_MAX;
@@ -61,6 +61,17 @@ struct Understood {
     note: Option<EntryError>,
 }
 
+/// An L2 entry that is to say nothing any more: without a backing file its guest cluster then reads as zeros.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Clearing {
+    /// Where the entry is in the file.
+    pub offset: u64,
+    /// The cluster that it counts in, if that is in the file.
+    pub host: Option<u64>,
+    /// How often it does.
+    pub times: u64,
+}
+
 /// A usable refblock.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Refblock {
@@ -96,9 +107,13 @@ pub(crate) struct Walk {
     pub places: Vec<Place>,
     /// The refcount table and the refblocks that are in the file.
     pub refcount_places: Vec<Place>,
+    /// Where data is in an external file: clusters of L2 tables, and which of the active L1 table's entries names each.
+    own_tables: BTreeMap<u64, u64>,
     pub flag_fixes: Vec<FlagFix>,
     /// The entries of the snapshot table that can be read.
     pub snapshots: Vec<Snapshot>,
+    /// Entries to be cleared by a repair of all.
+    pub clearings: Vec<Clearing>,
     pub report: Report,
 }
 
@@ -128,8 +143,10 @@ impl Walk {
             next_contiguous: 0,
             places: Vec::new(),
             refcount_places: Vec::new(),
+            own_tables: BTreeMap::new(),
             flag_fixes: Vec::new(),
             snapshots: Vec::new(),
+            clearings: Vec::new(),
             // QEMU counts whole sectors, as a guest does.
             report: Report {
                 total_clusters: geometry.clusters_for(header.size / 512 * 512),
@@ -358,6 +375,9 @@ impl Walk {
                         let known = self.l2.entry(place.first).or_default();
                         known.active = known.active.saturating_add(times.active);
                         known.snapshots = known.snapshots.saturating_add(times.snapshots);
+                        if self.external_data && part == Part::ActiveL1 {
+                            self.own_tables.insert(place.first, (entry - self.header.l1_offset.0) / 8);
+                        }
                     }
                 }
                 Err(source) => self.report.add(entry, FindingKind::BadEntry { part, source }),
@@ -389,9 +409,17 @@ impl Walk {
         if within == 0 {
             self.next_contiguous = 0;
         }
+        let table = self.own_tables.get(&((offset - within) >> self.geometry.cluster_bits)).copied();
         for (entry, raw) in l2_entries(self.geometry, offset, bytes) {
             self.l2_flags(entry, raw);
+            if let Some(table) = table {
+                let at = (within + entry - offset) / self.geometry.l2_entry_size();
+                self.elsewhere(entry, raw, GuestCluster(table * self.geometry.l2_entries() + at));
+            }
             let understood = self.understand(raw);
+            if let Ok(standard) = understood.entry {
+                self.zero_flag(entry, raw, standard, times);
+            }
             if let Some(source) = understood.note {
                 self.report.add(entry, FindingKind::BadEntry { part: Part::L2, source });
             }
@@ -406,6 +434,29 @@ impl Walk {
                 }
                 Err(source) => self.report.add(entry, FindingKind::BadEntry { part: Part::L2, source }),
             }
+        }
+    }
+
+    /// Reports data in an external file elsewhere than at the guest's own offset.
+    fn elsewhere(&mut self, entry: u64, raw: RawL2Entry, guest: GuestCluster) {
+        let decoded = L2Entry::decode_external(raw, &self.geometry, guest);
+        if let Err(source @ EntryError::DataFileOffset { .. }) = decoded {
+            self.report.add(entry, FindingKind::BadEntry { part: Part::L2, source });
+        }
+    }
+
+    /// Reports a zero flag that the version does not know.
+    fn zero_flag(&mut self, entry: u64, raw: RawL2Entry, standard: L2Entry, times: L2Use) {
+        let raw = raw.descriptor;
+        if self.geometry.version != Version::V2 || raw & COMPRESSED != 0 || raw & ZERO == 0 {
+            return;
+        }
+        let has_backing = self.header.backing_file.is_some();
+        self.report.add(entry, FindingKind::ZeroFlag { raw, has_backing });
+        if !has_backing {
+            let cluster = |host: HostPlace| host.offset.0 >> self.geometry.cluster_bits;
+            let host = standard.host().map(cluster).filter(|cluster| *cluster < self.clusters);
+            self.clearings.push(Clearing { offset: entry, host, times: times.all() });
         }
     }
 
@@ -461,13 +512,15 @@ impl Walk {
             // In another file there may be data at offset 0. Any other place will do, as it is not counted.
             raw.descriptor |= self.geometry.cluster_size();
         }
+        let nowhere = raw.descriptor & OFFSET_MASK == 0 && raw.descriptor & COPIED != 0;
         match L2Entry::decode(raw, &self.geometry) {
-            Err(source @ EntryError::DataAtOffsetZero { .. }) => {
-                Understood { entry: Ok(L2Entry::Unallocated), note: Some(source) }
+            Ok(entry @ (L2Entry::Unallocated | L2Entry::Subclusters(_))) if nowhere => {
+                let source = EntryError::DataAtOffsetZero { raw: raw.descriptor };
+                Understood { entry: Ok(entry), note: Some(source) }
             }
-            Err(source @ EntryError::ZeroFlagInV2 { .. }) => {
+            Err(EntryError::ZeroFlagInV2 { .. }) => {
                 let later = Geometry { version: Version::V3, ..self.geometry };
-                Understood { entry: L2Entry::decode(raw, &later), note: Some(source) }
+                Understood { entry: L2Entry::decode(raw, &later), note: None }
             }
             entry => Understood { entry, note: None },
         }
@@ -532,7 +585,8 @@ impl Walk {
 
     pub fn held_bytes(&self) -> usize {
         // A B-tree map takes up to twice its items.
-        let l2 = self.l2.len() * 2 * (size_of::<(u64, L2Use)>());
+        let l2 = self.l2.len() * 2 * size_of::<(u64, L2Use)>()
+            + self.own_tables.len() * 2 * size_of::<(u64, u64)>();
         self.references.held_bytes()
             + self.recorded.held_bytes()
             + self.refblocks.capacity() * size_of::<Refblock>()
@@ -540,6 +594,7 @@ impl Walk {
             + self.flag_fixes.capacity() * size_of::<FlagFix>()
             + self.snapshots.capacity() * size_of::<Snapshot>()
             + self.snapshot_table_length as usize
+            + self.clearings.capacity() * size_of::<Clearing>()
             + (self.snapshot_l1.0.held_bytes() + self.snapshot_l1.1.held_bytes())
             + (self.bitmap_tables.0.held_bytes() + self.bitmap_tables.1.held_bytes())
             + l2

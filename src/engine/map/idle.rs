@@ -6,10 +6,8 @@
 //! subclusters of a second word none is known. No address ever ceases to be valid.
 
 use super::{ChainMap, MapWriter};
+use crate::bounds::MAP_SWEPT_AT_ONCE as SWEPT_AT_ONCE;
 use crate::sync::{AtomicU64, Ordering};
-
-/// Frames that one sweep looks at, and the most that it gives.
-const SWEPT_AT_ONCE: usize = 256;
 
 /// What a sweep found.
 pub(crate) struct Swept {

@@ -7,7 +7,7 @@ use qcow2::{EntryError, HostOffset};
 fn report() -> Report {
     let finding = |offset, kind| Finding { offset: HostOffset(offset), kind };
     let leak = FindingKind::Leak { recorded: 2, references: 1 };
-    let source = EntryError::ZeroFlagInV2 { raw: 1 };
+    let source = EntryError::DataAtOffsetZero { raw: 1 << 63 };
     let odd = FindingKind::BadEntry { part: disk::check::Part::L2, source };
     let low = FindingKind::RefcountTooLow { recorded: 0, references: 1 };
     let mut report = Report::default();
