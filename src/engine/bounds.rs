@@ -1,8 +1,7 @@
 //! Every bound of the engine that decides only how much is done or kept at a time, never what is right.
 //!
-//! Under the feature `tiny-bounds` each is so small that any test goes past it: `cargo verify` runs the model and the crash
-//! tests that way. The product never has the feature (docs/durability.md, "How it is tested"). A model under loom
-//! has bounds of its own.
+//! Under the feature `tiny-bounds` each is so small that a short test goes past it. A model under loom has bounds of its
+//! own.
 
 /// A bound as the product has it, and a tiny one.
 const fn bound(product: u64, tiny: u64) -> u64 {
@@ -14,7 +13,7 @@ const fn loom(product: u64, tiny: u64, loom: u64) -> u64 {
     if cfg!(loom) { loom } else { bound(product, tiny) }
 }
 
-/// True if the bounds are tiny: no program for users may be built that way.
+/// True if the bounds are tiny: no program for users is to be built that way.
 pub const ARE_TINY: bool = cfg!(feature = "tiny-bounds");
 
 /// Bits in a chunk of [`crate::aimed`]; whole words.
