@@ -329,8 +329,11 @@ impl<S: Storage> Worker<S> {
                 punched.push(whole && result.is_ok());
             }
         }
+        let frees = plan.frees();
         self.engine().commit_reclaim(plan, &punched);
-        self.shared.space.reclaimed();
+        if frees {
+            self.shared.space.reclaimed();
+        }
         Ok(true)
     }
 }

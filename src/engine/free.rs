@@ -19,8 +19,9 @@ const CHUNK_CLUSTERS: u64 = 512;
 type Chunk = [u64; CHUNK_CLUSTERS as usize / 64];
 
 /// Free clusters, each in a run, in a chunk, or left out.
-#[derive(Default)]
 pub(crate) struct FreeClusters {
+    runs_max: usize,
+    chunks_max: usize,
     /// By their first cluster.
     runs: BTreeMap<u64, FreeRun>,
     /// By number; none is empty.
@@ -28,7 +29,18 @@ pub(crate) struct FreeClusters {
     left_out: bool,
 }
 
+impl Default for FreeClusters {
+    fn default() -> Self {
+        FreeClusters::with_room(RUNS_MAX, CHUNKS_MAX)
+    }
+}
+
 impl FreeClusters {
+    /// With room for so many runs and chunks.
+    fn with_room(runs_max: usize, chunks_max: usize) -> Self {
+        FreeClusters { runs_max, chunks_max, runs: BTreeMap::new(), chunks: BTreeMap::new(), left_out: false }
+    }
+
     /// True if a cluster is known to be free.
     pub fn contains(&self, cluster: u64) -> bool {
         let before = self.runs.range(..=cluster).next_back();
@@ -42,7 +54,7 @@ impl FreeClusters {
 
     /// True if a cluster more might have no room.
     pub fn is_full(&self) -> bool {
-        self.runs.len() >= RUNS_MAX && self.chunks.len() >= CHUNKS_MAX
+        self.runs.len() >= self.runs_max && self.chunks.len() >= self.chunks_max
     }
 
     /// The first run of those that are known as runs.
@@ -93,7 +105,7 @@ impl FreeClusters {
             self.insert(FreeRun { run, known_zero: added.known_zero });
             start = next;
         }
-        while self.runs.len() > RUNS_MAX {
+        while self.runs.len() > self.runs_max {
             let (_, last) = self.runs.pop_last().expect("there are some");
             self.spill(last.run);
         }
@@ -125,7 +137,7 @@ impl FreeClusters {
         while cluster < end {
             let number = cluster / CHUNK_CLUSTERS;
             let past = ((number + 1) * CHUNK_CLUSTERS).min(end);
-            if self.chunks.len() < CHUNKS_MAX || self.chunks.contains_key(&number) {
+            if self.chunks.len() < self.chunks_max || self.chunks.contains_key(&number) {
                 let chunk = self.chunks.entry(number).or_default();
                 (cluster..past).for_each(|cluster| chunk[word_of(cluster)] |= bit_of(cluster));
             } else {
@@ -215,7 +227,7 @@ mod tests {
 
     #[test]
     fn free_runs_merge_and_never_overlap() {
-        let mut free = FreeClusters::default();
+        let mut free = FreeClusters::with_room(16, 16);
         free.add(run(10, 5, true));
         free.add(run(20, 5, true));
         free.add(run(15, 5, true));
@@ -229,7 +241,7 @@ mod tests {
 
     #[test]
     fn the_end_is_trimmed_as_far_as_it_is_free() {
-        let mut free = FreeClusters::default();
+        let mut free = FreeClusters::with_room(16, 16);
         free.add(run(90, 10, true));
         free.add(run(80, 10, false));
         free.add(run(70, 5, false));
@@ -239,7 +251,7 @@ mod tests {
 
     #[test]
     fn the_end_is_trimmed_through_bits() {
-        let mut free = FreeClusters::default();
+        let mut free = FreeClusters::with_room(16, 16);
         free.spill(Run { start: HostCluster(500), count: 20 });
         free.add(run(520, 4, true));
         free.add(run(490, 10, false));
@@ -249,7 +261,7 @@ mod tests {
 
     #[test]
     fn what_is_free_is_known() {
-        let mut free = FreeClusters::default();
+        let mut free = FreeClusters::with_room(16, 16);
         free.add(run(10, 2, true));
         free.spill(Run { start: HostCluster(12), count: 1 });
         assert_eq!([9, 10, 12, 13].map(|cluster| free.contains(cluster)), [false, true, true, false]);
@@ -260,11 +272,14 @@ mod tests {
     /// Every second cluster of many: the memory is bounded, all is found again, and each once.
     #[test]
     fn scattered_clusters_take_bounded_memory_and_come_back() {
-        let room = RUNS_MAX as u64 + CHUNKS_MAX as u64 * CHUNK_CLUSTERS / 2;
-        let many = room.min(1 << 17);
-        let mut free = FreeClusters::default();
+        let (runs, chunks) = (100, 200);
+        let many = runs + chunks * CHUNK_CLUSTERS / 2;
+        let mut free = FreeClusters::with_room(runs as usize, chunks as usize);
         (0..many).for_each(|number| free.add(run(2 * number, 1, true)));
-        assert!(free.runs.len() <= RUNS_MAX && free.chunks.len() <= CHUNKS_MAX && !free.has_left_out());
+        assert_eq!(
+            (free.runs.len() as u64, free.chunks.len() as u64, free.has_left_out()),
+            (runs, chunks, false)
+        );
         let mut seen = vec![false; many as usize];
         while let Some(taken) = free.take(u64::MAX) {
             assert!(taken.run.count == 1 && taken.run.start.0.is_multiple_of(2), "{taken:?}");
@@ -275,14 +290,23 @@ mod tests {
 
     #[test]
     fn beyond_that_clusters_are_left_out() {
-        let mut free = FreeClusters::default();
+        let (runs, chunks) = (10, 20);
+        let mut free = FreeClusters::with_room(runs, chunks);
         let far = |number: u64| run(number * CHUNK_CLUSTERS, 1, true);
-        let room = (RUNS_MAX + CHUNKS_MAX) as u64;
+        let room = (runs + chunks) as u64;
         (0..room).for_each(|number| free.add(far(number)));
         assert!(free.is_full() && !free.has_left_out());
         free.add(far(room));
         assert!(free.has_left_out());
         let held = (0..=room).filter(|number| free.contains(number * CHUNK_CLUSTERS)).count() as u64;
         assert_eq!(held, room);
+    }
+
+    /// What discarding every second cluster of a disk of 1 TiB would hold, in nodes of which every other place is empty.
+    #[test]
+    fn the_bounds_are_a_few_mebibytes() {
+        let of_runs = RUNS_MAX * size_of::<(u64, FreeRun)>();
+        let of_chunks = CHUNKS_MAX * size_of::<(u64, Chunk)>();
+        assert!(2 * (of_runs + of_chunks) <= 8 << 20, "{of_runs}, {of_chunks}");
     }
 }

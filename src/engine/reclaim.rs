@@ -34,6 +34,13 @@ pub struct ReclaimPlan {
     freed: u64,
 }
 
+impl ReclaimPlan {
+    /// True if any of it was in use before, and not only taken for a write that failed.
+    pub fn frees(&self) -> bool {
+        self.freed > 0
+    }
+}
+
 impl State {
     /// `Ready(None)` if there is nothing to reclaim now, or somebody else does it.
     pub fn plan_reclaim(
