@@ -158,6 +158,11 @@ impl Allocator {
         self.quarantined >= self.quarantined_max
     }
 
+    /// The most clusters that may be held back, but for what is under way.
+    pub fn quarantined_max(&self) -> u64 {
+        self.quarantined_max
+    }
+
     /// True if so much waits for a cut that one is due.
     pub fn wants_cut(&self) -> bool {
         self.uncut > 0 && self.uncut >= self.quarantined_max / CUT_SHARE

@@ -172,6 +172,8 @@ pub struct EngineStatus {
     pub dirty_bytes: usize,
     /// Freed clusters that cannot be handed out yet.
     pub quarantined_clusters: u64,
+    /// How many there may be, but for what is under way.
+    pub quarantined_max: u64,
     /// Some of them only wait to be reclaimed.
     pub reclaimable: bool,
     /// Clusters that are counted as used and are not used yet: what a crash leaks besides what was not flushed.
@@ -627,6 +629,7 @@ impl Engine {
             EngineStatus {
                 dirty_bytes: state.tables.dirty_bytes() + write.flush.early.unsynced_bytes(),
                 quarantined_clusters: write.alloc.quarantined,
+                quarantined_max: write.alloc.quarantined_max(),
                 reserved_clusters: write.alloc.reserved_clusters(),
                 reclaimable: !write.alloc.unlinked.is_empty(),
                 cuts: write.flush.completed(),

@@ -16,7 +16,7 @@ use storage::sim::{Fault, Hung, Moment, Outcome, Random, SimOptions, SimStorage,
 
 use super::examine::values_now;
 use super::journal::{Deed, Journal, Op};
-use super::memory::{SLOTS, gather, memory, scatter};
+use super::memory::{SLOTS, WINDOW, gather, memory, scatter};
 use super::scarce::Tide;
 use super::shape::{FIRST_WRITE, Past, Shape, Start, TOP};
 use super::stamp::{SECTOR, Value, read_stamps, stamp};
@@ -480,7 +480,14 @@ impl Rig {
     }
 
     fn note_reserved(&mut self) {
-        let reserved = self.status().reserved_clusters;
+        let EngineStatus { reserved_clusters: reserved, quarantined_clusters, quarantined_max, .. } =
+            self.status();
+        // A request under way may free two clusters for each that it writes, if they are compressed, and a table.
+        let under_way = SLOTS as u64 * (2 * (WINDOW as u64 >> self.shape.cluster_bits) + 8);
+        assert!(
+            quarantined_clusters <= quarantined_max + under_way,
+            "{quarantined_clusters} clusters are held back, of {quarantined_max}"
+        );
         if self.reserved.last().map_or(0, |(_, most)| *most) < reserved {
             self.reserved.push((self.world.moment(), reserved));
         }
