@@ -41,14 +41,17 @@ pub enum StorageError {
     },
     /// Another process (or another open image of this one) holds the image lock.
     #[error(
-        "{}: is in use by another process, which {conflict}; stop it first (a virtual machine, or an image tool?)",
-        path.display()
+        "{}: is in use by another process{}, which {conflict}; stop it first (a virtual machine, or an image tool?)",
+        path.display(),
+        holder.as_ref().map_or(String::new(), |holder| format!(" ({holder})"))
     )]
     Locked {
         /// The file, as it was given to `open`.
         path: PathBuf,
         /// The first permission in the way.
         conflict: LockConflict,
+        /// The process, if it could be found.
+        holder: Option<Holder>,
     },
     /// This storage has the same file open already, and one of the two is for writing.
     #[error("{}: is already open as {}; a file that is written can be part of a chain only once", path.display(), other.display())]
@@ -152,6 +155,21 @@ pub enum Permission {
     WriteUnchanged,
     /// To change the file's length.
     Resize,
+}
+
+/// A process that holds an image lock.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Holder {
+    /// Its number.
+    pub pid: u32,
+    /// Its program's name, of plain characters.
+    pub program: String,
+}
+
+impl std::fmt::Display for Holder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "pid {}, {}", self.pid, self.program)
+    }
 }
 
 /// How another holder is in the way.

@@ -86,7 +86,7 @@ pub fn run(options: &CheckArgs) -> Result<ExitCode, ProgramError> {
     if options.format == ImageFormat::Raw {
         return Err(ProgramError::NothingToCheck { image: options.image.clone() });
     }
-    let storage = HostStorage::new().confined(&options.chain_root).map_err(ProgramError::ChainRoot)?;
+    let storage = options.lock.storage().confined(&options.chain_root).map_err(ProgramError::ChainRoot)?;
     let outcome = examine(&storage, options)
         .map_err(|source| ProgramError::Check { image: options.image.clone(), source: Box::new(source) })?;
     let text = if options.json {
@@ -112,7 +112,7 @@ fn exit_code(verdict: Verdict) -> ExitCode {
 fn examine(storage: &HostStorage, options: &CheckArgs) -> Result<Outcome, CheckError> {
     let how = DiskOptions {
         direct: options.cache == Cache::Direct,
-        lock_timeout: LOCK_PATIENCE,
+        lock_timeout: options.lock.timeout(LOCK_PATIENCE),
         ..DiskOptions::default()
     };
     let mut bar = Bar::new();

@@ -3,6 +3,8 @@
 //! Owns the spelling of every option and the checks that need nothing but the option's text. What the options mean is
 //! for the commands.
 
+mod lock;
+
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -10,8 +12,10 @@ use std::str::FromStr;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
+pub use self::lock::LockArgs;
 use crate::help;
-use crate::log::LogLevel;
+use crate::listen;
+use crate::log::{LogFormat, LogLevel};
 use crate::size::{Size, SizeChange};
 
 /// The longest that `--poll-max` may say, in microseconds: beyond that a sleep costs nothing in comparison.
@@ -37,6 +41,10 @@ pub struct Cli {
     #[arg(long, global = true, value_name = "LEVEL")]
     pub log_level: Option<LogLevel>,
 
+    /// How log lines look: text, or a JSON object each
+    #[arg(long, global = true, value_name = "FORMAT", default_value = "text")]
+    pub log_format: LogFormat,
+
     /// What to do.
     #[command(subcommand)]
     pub command: Option<Command>,
@@ -53,6 +61,15 @@ impl Cli {
         {
             let why = "--detect-zeroes unmap gives space back, and with --discard ignore nothing does";
             return Err(Cli::command().error(ErrorKind::ArgumentConflict, why));
+        }
+        if let Some(Command::Serve(serve)) = &self.command
+            && !(self.print_capabilities || serve.print_capabilities)
+            && serve.socket_path.is_none()
+            && serve.fd.is_none()
+            && listen::passed_sockets() == 0
+        {
+            let why = "a socket is missing: --socket-path PATH, --fd N, or one that a service manager passes";
+            return Err(Cli::command().error(ErrorKind::MissingRequiredArgument, why));
         }
         Ok(self)
     }
@@ -86,14 +103,9 @@ pub struct ServeArgs {
     )]
     pub blk_file: Option<PathBuf>,
 
-    /// Listen on this unix socket; a stale socket file is replaced, one that somebody listens on is not
-    #[arg(
-        long,
-        visible_alias = "socket",
-        value_name = "PATH",
-        required_unless_present_any = ["fd", "print_capabilities"],
-        conflicts_with = "fd"
-    )]
+    /// Listen on this unix socket; a stale socket file is replaced, one that somebody listens on is not. Neither this nor
+    /// --fd is needed where a service manager passes a listening socket (LISTEN_FDS)
+    #[arg(long, visible_alias = "socket", value_name = "PATH", conflicts_with = "fd")]
     pub socket_path: Option<PathBuf>,
 
     /// Use this inherited file descriptor instead: a unix socket that is listening or connected
@@ -105,6 +117,9 @@ pub struct ServeArgs {
 
     #[command(flatten)]
     pub data: DataFileArgs,
+
+    #[command(flatten)]
+    pub lock: LockArgs,
 
     /// The same for the backing files, which are only read: through the page cache, disks that share one share its cache
     /// too
@@ -132,7 +147,7 @@ pub struct ServeArgs {
     pub queue_size: u16,
 
     /// The disk's serial number in the guest: at most 20 printable ASCII characters [default: made of the image's file
-    /// name]
+    /// name and its path]
     #[arg(long, value_name = "TEXT")]
     pub serial: Option<Serial>,
 
@@ -189,6 +204,9 @@ pub struct InfoArgs {
     #[command(flatten)]
     pub chain: ChainArgs,
 
+    #[command(flatten)]
+    pub lock: LockArgs,
+
     /// Describe the backing files too, all the way down
     #[arg(long)]
     pub backing_chain: bool,
@@ -225,6 +243,9 @@ pub struct CheckArgs {
     /// Look at an image that is in use, without a lock; what is found may just have been changing
     #[arg(short = 'U', long, conflicts_with = "repair")]
     pub force_share: bool,
+
+    #[command(flatten)]
+    pub lock: LockArgs,
 
     /// Take the image only from this folder and what is below it; may be given several times
     #[arg(long, value_name = "DIR")]
@@ -263,6 +284,9 @@ pub struct SnapshotArgs {
     #[arg(long, conflicts_with_all = ["create", "apply", "delete"])]
     pub json: bool,
 
+    #[command(flatten)]
+    pub lock: LockArgs,
+
     /// Bypass the host's page cache (direct) or go through it (writeback)
     #[arg(long, value_name = "MODE", default_value = "direct")]
     pub cache: Cache,
@@ -277,6 +301,9 @@ pub struct ResizeArgs {
 
     #[command(flatten)]
     pub data: DataFileArgs,
+
+    #[command(flatten)]
+    pub lock: LockArgs,
 
     /// The disk may become smaller: what lies behind its new end is lost
     #[arg(long)]
@@ -465,26 +492,28 @@ impl FromStr for Serial {
 }
 
 impl Serial {
-    /// The same for the same file name: the name itself where it is short and plain, else its beginning and a hash. Only
-    /// letters, digits and `.+-_`, so that it stays whole in /dev/disk/by-id.
+    /// The beginning of the file's name and a hash of its path, so that disks of the same name in different folders differ.
+    /// The same for the same path, also where the folder is named in another way. Only letters, digits and `.+-_`, so that
+    /// it stays whole in /dev/disk/by-id.
     pub fn of_image(image: &Path) -> Self {
         let name = image.file_stem().unwrap_or(OsStr::new("disk")).as_encoded_bytes();
         let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b".+-_".contains(byte);
-        let mut bytes = [0; SERIAL_MAX];
-        if name.len() <= SERIAL_MAX && name.iter().all(is_plain) {
-            bytes[..name.len()].copy_from_slice(name);
-            return Serial(bytes);
-        }
-        let hash = format!("-{:08x}", hash(name));
-        let (start, end) = bytes.split_at_mut(SERIAL_MAX - hash.len());
+        let hash = format!("-{:08x}", hash(whole_path(image).as_os_str().as_encoded_bytes()));
         let plain = name.iter().map(|byte| if is_plain(byte) { *byte } else { b'_' });
-        let length = name.len().min(start.len());
-        start.iter_mut().zip(plain).for_each(|(to, from)| *to = from);
-        end.copy_from_slice(hash.as_bytes());
-        // Closes the gap after a short name.
-        bytes.copy_within(SERIAL_MAX - hash.len().., length);
-        bytes[length + hash.len()..].fill(0);
+        let mut bytes = [0; SERIAL_MAX];
+        let serial = plain.take(SERIAL_MAX - hash.len()).chain(hash.bytes());
+        bytes.iter_mut().zip(serial).for_each(|(to, from)| *to = from);
         Serial(bytes)
+    }
+}
+
+/// The path from the root. Symlinks in the folder's name are followed, and a symlink that is the file's own name is not:
+/// what it names changes when a disk gets an overlay.
+fn whole_path(image: &Path) -> PathBuf {
+    let folder = image.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    match (std::fs::canonicalize(folder), image.file_name()) {
+        (Ok(folder), Some(name)) => folder.join(name),
+        _ => std::path::absolute(image).unwrap_or_else(|_| image.to_owned()),
     }
 }
 
@@ -546,7 +575,7 @@ fn usage_exit_code(error: &clap::Error, arguments: &[OsString]) -> i32 {
     let mut words = arguments.iter().skip(1);
     let mut command = words.next();
     while command.is_some_and(|word| word.as_encoded_bytes().starts_with(b"-")) {
-        if command.is_some_and(|word| word == "--log-level") {
+        if command.is_some_and(|word| word == "--log-level" || word == "--log-format") {
             words.next();
         }
         command = words.next();

@@ -12,6 +12,7 @@ use storage::error::Step;
 use thiserror::Error;
 use vhost_blk::SessionError;
 
+use crate::limits;
 use crate::listen::SOCKET_PATH_MAX;
 use crate::text::printable;
 
@@ -109,6 +110,12 @@ pub enum ProgramError {
         /// What the host said.
         source: io::Error,
     },
+    /// The service manager passed another number of sockets than one.
+    #[error("the service manager passed {count} sockets (LISTEN_FDS), and a disk is served on one")]
+    PassedSockets {
+        /// How many.
+        count: u32,
+    },
     /// No such group.
     #[error("the group \"{group}\" of --socket-group is not in /etc/group")]
     NoSuchGroup {
@@ -131,6 +138,10 @@ pub enum ProgramError {
 impl ProgramError {
     /// What to do about it, where the message itself does not say.
     fn hint(&self) -> Option<String> {
+        limits::hint(self).or_else(|| self.own_hint())
+    }
+
+    fn own_hint(&self) -> Option<String> {
         match self {
             ProgramError::Open { image, purpose, source } => open_hint(image, *purpose, source),
             ProgramError::Check { image, source } => match source.as_ref() {
@@ -165,7 +176,7 @@ fn open_hint(image: &Path, purpose: Purpose, error: &OpenError) -> Option<String
                 "is the path right? `qemu-img create -f qcow2 {} 10G` makes a new image",
                 image.display()
             )),
-            _ if purpose == Purpose::Write && std::fs::File::open(path).is_ok() => Some(
+            _ if purpose == Purpose::Write && storage::host::is_readable(path) => Some(
                 "it can be read but not written: give --read-only, or make it writable for this user".into(),
             ),
             io::ErrorKind::PermissionDenied => Some("this user must be able to open it".into()),

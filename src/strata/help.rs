@@ -46,7 +46,7 @@ More ways to serve:
 
 Backing files: an image names its backing file, and whoever can write to an image can have it name any file of this
 host that the daemon may read, and so have a guest read it. --chain-root DIR takes the image and every file below it only
-from DIR and what is below that. It is judged by where the opened file is, with symlinks followed: a symlink out of the
+from DIR and what is below that. It is judged by where the file is, with symlinks followed, before it is opened: a symlink out of the
 folder is refused, one into it is fine. A hard link in the folder is a part of it, and so is what is mounted there. Of
 names in the form json:{...} those are taken that hold no more than a format (qcow2 or raw) and a file by its whole path.
 

@@ -13,7 +13,6 @@ use disk::check::Sharing;
 use disk::{DiskOptions, LayerDescription};
 use qcow2::{Bitmap, Header, Incompatible, Version};
 use serde::Serialize;
-use storage::host::HostStorage;
 
 use crate::cli::{Cache, InfoArgs};
 use crate::error::{ProgramError, Purpose};
@@ -118,10 +117,11 @@ pub fn run(options: &InfoArgs) -> Result<(), ProgramError> {
         backing_format: options.chain.backing_format.map(Into::into),
         read_only: true,
         direct: options.chain.cache == Cache::Direct,
-        lock_timeout: LOCK_PATIENCE,
+        lock_timeout: options.lock.timeout(LOCK_PATIENCE),
         ..DiskOptions::default()
     };
-    let storage = HostStorage::new().confined(&options.chain.chain_root).map_err(ProgramError::ChainRoot)?;
+    let storage =
+        options.lock.storage().confined(&options.chain.chain_root).map_err(ProgramError::ChainRoot)?;
     let sharing = if options.force_share { Sharing::All } else { Sharing::Readers };
     let failed = |source| ProgramError::Open { image: image.to_owned(), purpose: Purpose::Describe, source };
     let layers = disk::describe(&storage, image, &how, sharing, options.backing_chain).map_err(failed)?;

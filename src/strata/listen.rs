@@ -30,6 +30,17 @@ pub enum Place {
     },
     /// An inherited descriptor.
     Descriptor(i32),
+    /// The listening socket of a service manager.
+    Passed,
+}
+
+/// The first descriptor that a service manager passes (sd_listen_fds(3)).
+const PASSED_FIRST: i32 = 3;
+
+/// How many sockets a service manager passes to this process (sd_listen_fds(3)).
+pub fn passed_sockets() -> u32 {
+    let number = |name| std::env::var(name).ok().and_then(|text| text.parse::<u32>().ok());
+    if number("LISTEN_PID") == Some(std::process::id()) { number("LISTEN_FDS").unwrap_or(0) } else { 0 }
 }
 
 impl std::fmt::Display for Place {
@@ -37,6 +48,7 @@ impl std::fmt::Display for Place {
         match self {
             Place::File { path, .. } => path.display().fmt(f),
             Place::Descriptor(number) => write!(f, "file descriptor {number}"),
+            Place::Passed => write!(f, "the service manager's socket"),
         }
     }
 }
@@ -50,7 +62,12 @@ impl Place {
         if let Some(number) = options.fd {
             return Ok(Place::Descriptor(number));
         }
-        let path = options.socket_path.clone().expect("clap wants a path where there is no descriptor");
+        let Some(path) = options.socket_path.clone() else {
+            return match passed_sockets() {
+                1 => Ok(Place::Passed),
+                count => Err(ProgramError::PassedSockets { count }),
+            };
+        };
         let length = path.as_os_str().as_bytes().len();
         if length > SOCKET_PATH_MAX {
             return Err(ProgramError::SocketPathTooLong { path, length });
@@ -68,6 +85,7 @@ impl Place {
     pub fn listen(&self) -> Result<Server, ProgramError> {
         let (path, mode, group) = match self {
             Place::Descriptor(number) => return Ok(Server::from_inherited(*number)?),
+            Place::Passed => return Ok(Server::from_inherited(PASSED_FIRST)?),
             Place::File { path, mode, group } => (path, *mode, *group),
         };
         // Nobody else gets in before the file is as it is to be. No other thread makes files now.

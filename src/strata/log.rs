@@ -2,11 +2,22 @@
 
 use std::io::IsTerminal;
 
+use clap::ValueEnum;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
 
 /// What is logged when nobody says otherwise.
 const DEFAULT: &str = "info";
+
+/// How lines of the log look.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people
+    #[default]
+    Text,
+    /// A JSON object a line
+    Json,
+}
 
 /// A level, or a filter as in `RUST_LOG`: `debug`, `warn,vhost_blk=debug`.
 #[derive(Clone, Debug)]
@@ -34,7 +45,8 @@ impl std::str::FromStr for LogLevel {
 }
 
 /// Sends logs to the standard error, with a time stamp; in colours on a terminal, unless `NO_COLOR` is set.
-pub fn start(level: Option<&LogLevel>) {
+pub fn start(level: Option<&LogLevel>, format: LogFormat) {
+    let _ = format;
     let from_environment = || std::env::var("RUST_LOG").ok().filter(|filter| !filter.is_empty());
     let wanted = level.map(|level| level.0.clone()).or_else(from_environment);
     let parsed = wanted.as_deref().map(|text| EnvFilter::builder().parse(text));

@@ -11,12 +11,14 @@ mod device;
 mod error;
 mod help;
 mod info;
+mod limits;
 mod listen;
 mod log;
 mod notify;
 mod resize;
 mod serve;
 mod shutdown;
+mod signals;
 mod size;
 mod snapshot;
 mod text;
@@ -34,7 +36,11 @@ fn main() -> ExitCode {
     if asks_capabilities {
         return capabilities::print();
     }
-    log::start(cli.log_level.as_ref());
+    log::start(cli.log_level.as_ref(), cli.log_format);
+    if let Err(error) = signals::outlive() {
+        error::show(&error);
+        return ExitCode::FAILURE;
+    }
     let mut ended_with = ExitCode::SUCCESS;
     let ended = match &cli.command {
         Some(Command::Serve(options)) => serve::run(options),

@@ -8,10 +8,10 @@ use std::time::Duration;
 use disk::DiskOptions;
 use disk::change::ChangeError;
 use disk::resize::{NewSize, ResizeError, Resized, Shrinking, resize};
-use storage::host::HostStorage;
 
 use crate::cli::{Cache, ResizeArgs};
 use crate::error::{ProgramError, Purpose};
+use crate::signals;
 use crate::size::{SizeChange, in_words};
 
 /// Long enough for the last I/O of a daemon that was just killed, and not so long that one wonders.
@@ -22,14 +22,15 @@ const LOCK_PATIENCE: Duration = Duration::from_millis(500);
 /// # Errors
 /// When the image cannot be used, it cannot be done, or nobody takes what is printed.
 pub fn run(options: &ResizeArgs) -> Result<(), ProgramError> {
-    let storage = HostStorage::new().confined(&options.chain.chain_root).map_err(ProgramError::ChainRoot)?;
+    let storage =
+        options.lock.storage().confined(&options.chain.chain_root).map_err(ProgramError::ChainRoot)?;
     let how = DiskOptions {
         format: options.chain.format.into(),
         backing_format: options.chain.backing_format.map(Into::into),
         data_file: options.data.data_file.clone(),
         backing_data_files: options.data.backing_data_file.clone(),
         direct: options.chain.cache == Cache::Direct,
-        lock_timeout: LOCK_PATIENCE,
+        lock_timeout: options.lock.timeout(LOCK_PATIENCE),
         ..DiskOptions::default()
     };
     let wanted = match options.size {
@@ -38,6 +39,7 @@ pub fn run(options: &ResizeArgs) -> Result<(), ProgramError> {
         SizeChange::Less(by) => NewSize::Smaller(by.0),
     };
     let shrinking = if options.shrink { Shrinking::Accepted } else { Shrinking::Refused };
+    signals::finish_first()?;
     let resized = resize(storage, &options.image, wanted, shrinking, &how).map_err(|error| match error {
         ResizeError::Change(ChangeError::Open(source)) => {
             ProgramError::Open { image: options.image.clone(), purpose: Purpose::Write, source }

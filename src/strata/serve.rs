@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use disk::{Disk, DiskOptions, SpaceStatus};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use signal_hook::consts::SIGXFSZ;
 use storage::host::HostStorage;
 use tracing::{debug, info, warn};
 use vhost_blk::{Metrics, ServeOptions, StopHandle};
@@ -21,6 +20,9 @@ use crate::shutdown::Shutdown;
 use crate::size;
 use crate::text::one_line;
 
+/// How long to wait for the image's last user: a daemon that is being restarted.
+const LOCK_PATIENCE: Duration = Duration::from_secs(5);
+
 type HostDevice = DiskDevice<HostStorage>;
 
 /// Runs the command.
@@ -30,18 +32,25 @@ type HostDevice = DiskDevice<HostStorage>;
 pub fn run(options: &ServeArgs) -> Result<(), ProgramError> {
     let image = options.blk_file.as_deref().expect("clap wants an image where there is something to serve");
     raise_file_limit();
-    outlive_size_limit()?;
     let place = Place::choose(options)?;
     let stop =
         StopHandle::new().map_err(|source| ProgramError::Host { step: "making an eventfd", source })?;
     let shutdown = Shutdown::start(stop.clone())?;
     let device = Arc::new(open(image, options)?);
     let space = device.disk().space();
-    shutdown.serving(device.watch(), space.clone());
     let offer = ServeOptions {
         poll_max: Duration::from_micros(options.poll_max),
         ..ServeOptions::new(options.num_queues, options.queue_size)
     };
+    let totals = {
+        // Forgotten before the device is closed (`Shutdown::closing`), which needs the last reference to it.
+        let (device, metrics, image) = (Arc::clone(&device), Arc::clone(&offer.metrics), image.to_owned());
+        move || {
+            let disk = device.disk();
+            tell_totals(&image, &metrics, disk.space().status(), disk.status().map_bytes);
+        }
+    };
+    shutdown.serving(device.watch(), space.clone(), totals);
     let served = serve(&place, image, &device, &offer, &stop);
     shutdown.closing();
     let map_bytes = device.disk().status().map_bytes;
@@ -69,11 +78,12 @@ fn open(image: &Path, options: &ServeArgs) -> Result<HostDevice, ProgramError> {
         detect_zeroes: options.detect_zeroes.into(),
         discards: options.discard.into(),
         discard_no_unref: options.discard_no_unref,
+        lock_timeout: options.lock.timeout(LOCK_PATIENCE),
         ..DiskOptions::default()
     };
     let purpose =
         if options.read_only || options.snapshot.is_some() { Purpose::Read } else { Purpose::Write };
-    let storage = HostStorage::new().by(options.aio.into());
+    let storage = options.lock.storage().by(options.aio.into());
     let storage = storage.confined(&options.chain.chain_root).map_err(ProgramError::ChainRoot)?;
     let disk = Disk::open(storage, image, &how).map_err(|source| ProgramError::Open {
         image: image.to_owned(),
@@ -149,14 +159,6 @@ fn tell_totals(image: &Path, metrics: &Metrics, space: SpaceStatus, map_bytes: u
         image_bytes,
         "totals"
     );
-}
-
-/// A write past the limit of file sizes (`ulimit -f`, a unit's LimitFSIZE) is to fail with EFBIG. Left alone, its signal
-/// would end the daemon, and any guest that fills its disk could bring that about.
-fn outlive_size_limit() -> Result<(), ProgramError> {
-    // Nobody asks whether it came: the failed write says so.
-    let ignored = signal_hook::flag::register(SIGXFSZ, Arc::default());
-    ignored.map(drop).map_err(|source| ProgramError::Host { step: "setting signal handlers up", source })
 }
 
 /// A file a layer, several descriptors a queue: the soft limit of 1,024 that most have is soon reached.

@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use disk::SpaceWatch;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU};
 use signal_hook::iterator::Signals;
 use signal_hook::low_level::signal_name;
 use tracing::{info, warn};
@@ -37,6 +37,8 @@ struct State {
     queues: QueueWatch,
     /// Requests that wait for space; none before the disk is open.
     space: Option<SpaceWatch>,
+    /// Logs what was done so far, as long as the disk is served.
+    totals: Option<Box<dyn Fn() + Send>>,
 }
 
 struct Shared {
@@ -54,17 +56,23 @@ pub struct Shutdown {
 }
 
 impl Shutdown {
-    /// Takes over SIGTERM and SIGINT, which from now on use `stop`, and SIGHUP, which does nothing.
+    /// Takes over SIGTERM, SIGINT and SIGXCPU, which from now on use `stop`; SIGUSR1, which logs the totals; and SIGHUP
+    /// and SIGUSR2, which do nothing.
     ///
     /// # Errors
     /// When the host refuses a thread or a handler.
     pub fn start(stop: StopHandle) -> Result<Self, ProgramError> {
         let failed = |step| move |source| ProgramError::Host { step, source };
-        let state =
-            State { stage: Stage::Opening, stopping: None, queues: QueueWatch::default(), space: None };
+        let state = State {
+            stage: Stage::Opening,
+            stopping: None,
+            queues: QueueWatch::default(),
+            space: None,
+            totals: None,
+        };
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), stop });
-        let mut signals =
-            Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(failed("setting signal handlers up"))?;
+        let mut signals = Signals::new([SIGTERM, SIGINT, SIGXCPU, SIGHUP, SIGUSR1, SIGUSR2])
+            .map_err(failed("setting signal handlers up"))?;
         let shutdown = Shutdown { shared };
         let (takes, looks) = (shutdown.clone(), shutdown.clone());
         let spawn = |name: &str, body: Box<dyn FnOnce() + Send>| {
@@ -80,15 +88,17 @@ impl Shutdown {
     }
 
     /// The disk is open: from now on a signal waits for a clean end.
-    pub fn serving(&self, queues: QueueWatch, space: SpaceWatch) {
+    pub fn serving(&self, queues: QueueWatch, space: SpaceWatch, totals: impl Fn() + Send + 'static) {
         let mut state = self.state();
         (state.stage, state.queues, state.space) = (Stage::Serving, queues, Some(space));
+        state.totals = Some(Box::new(totals));
     }
 
     /// The last session has ended, and the image is being closed.
     pub fn closing(&self) {
         let mut state = self.state();
         state.stage = Stage::Closing;
+        state.totals = None;
         self.begin(&mut state);
     }
 
@@ -112,11 +122,15 @@ impl Shutdown {
 
     fn signal(&self, signal: i32) {
         let name = signal_name(signal).unwrap_or("a signal");
-        if signal == SIGHUP {
-            info!("SIGHUP: there is nothing to read anew");
-            return;
-        }
         let mut state = self.state();
+        match (signal, &state.totals) {
+            (SIGHUP, _) => return info!("SIGHUP: there is nothing to read anew"),
+            (SIGUSR1, Some(log_totals)) => return log_totals(),
+            (SIGUSR1 | SIGUSR2, _) => {
+                return info!("{name}: nothing to do; SIGUSR1 logs the totals of a disk in use");
+            }
+            _ => {}
+        }
         if state.stage == Stage::Opening {
             // Nothing was promised to anybody yet. The lock keeps the main thread from going on.
             info!("{name}: stopping before anything is served");

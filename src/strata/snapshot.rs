@@ -8,10 +8,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use disk::DiskOptions;
 use disk::snapshot::{Change, Snapshot, change, list};
 use serde::Serialize;
-use storage::host::HostStorage;
 
 use crate::cli::{Cache, SnapshotArgs};
 use crate::error::{ProgramError, Purpose};
+use crate::signals;
 use crate::size;
 use crate::text::one_line;
 
@@ -75,17 +75,18 @@ pub fn run(options: &SnapshotArgs) -> Result<(), ProgramError> {
     let image = &options.image;
     let how = DiskOptions {
         direct: options.cache == Cache::Direct,
-        lock_timeout: LOCK_PATIENCE,
+        lock_timeout: options.lock.timeout(LOCK_PATIENCE),
         ..DiskOptions::default()
     };
     let Some(wanted) = wanted(options) else {
         let purpose = Purpose::Describe;
         let failed = |source| ProgramError::Open { image: image.to_owned(), purpose, source };
-        let snapshots = list(&HostStorage::new(), image, &how).map_err(failed)?;
+        let snapshots = list(&options.lock.storage(), image, &how).map_err(failed)?;
         let facts: Vec<SnapshotFacts> = snapshots.iter().map(SnapshotFacts::new).collect();
         return print(&if options.json { json(&facts) } else { table(&facts) });
     };
-    match change(&HostStorage::new(), image, wanted, &how) {
+    signals::finish_first()?;
+    match change(&options.lock.storage(), image, wanted, &how) {
         Ok(_) => Ok(()),
         Err(disk::snapshot::ChangeError::Open(source)) => {
             Err(ProgramError::Open { image: image.to_owned(), purpose: Purpose::Write, source })

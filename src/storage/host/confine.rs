@@ -1,11 +1,11 @@
 //! The folders outside of which no file is taken.
 //!
-//! Judged on the file that has been opened, not on the name that it was asked for by: the kernel says where the open
-//! file is (/proc/self/fd), with all symlinks followed, and nobody can make that another file any more. A symlink out of
-//! a folder does not help an image, and one into it does no harm. A file is where it was opened: a hard link within a
-//! folder makes a file part of it, and so does a bind mount, as only who may mount can make one.
+//! Judged on a descriptor that the name has led to, not on the name: the kernel says where that file is
+//! (/proc/self/fd), with all symlinks followed, and nobody can make it another file any more. The descriptor opens nothing
+//! yet (O_PATH). A symlink out of a folder does not help an image, and one into it does no harm. A file is where it was
+//! found: a hard link within a folder makes a file part of it, and so does a bind mount, as only who may mount can make
+//! one.
 
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -34,10 +34,10 @@ impl Roots {
         Ok(Roots { folders: folders.iter().map(open).collect::<Result<_, _>>()? })
     }
 
-    /// Refuses a file, opened as `path`, that lies in none of the folders.
-    pub fn check(&self, file: &File, path: &Path) -> Result<(), StorageError> {
+    /// Refuses a file, found as `path`, that lies in none of the folders.
+    pub fn check(&self, file: BorrowedFd<'_>, path: &Path) -> Result<(), StorageError> {
         let unknown = |source| StorageError::File { step: Step::FindPlace, path: path.into(), source };
-        let place = place_of(file.as_fd()).map_err(unknown)?;
+        let place = place_of(file).map_err(unknown)?;
         for folder in &self.folders {
             // By whole components: /images2 is not in /images.
             if place.starts_with(place_of(folder.as_fd()).map_err(unknown)?) {
@@ -62,6 +62,7 @@ fn place_of(file: BorrowedFd<'_>) -> io::Result<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs::File;
     use std::os::unix::fs::symlink;
 
     struct Bench {
@@ -89,7 +90,7 @@ mod tests {
 
         fn is_taken(&self, roots: &Roots, name: &str) -> bool {
             let path = self.path(name);
-            let taken = roots.check(&File::open(&path).expect(name), &path);
+            let taken = roots.check(File::open(&path).expect(name).as_fd(), &path);
             match &taken {
                 Ok(()) => {}
                 Err(StorageError::Outside { path: asked, .. }) => assert_eq!(*asked, path),
@@ -126,7 +127,7 @@ mod tests {
         let file = File::open(bench.path("one/link")).expect("opened");
         std::fs::remove_file(bench.path("one/link")).expect("removed");
         symlink(bench.path("one/f"), bench.path("one/link")).expect("a link");
-        let error = roots.check(&file, &bench.path("one/link")).expect_err("it was outside");
+        let error = roots.check(file.as_fd(), &bench.path("one/link")).expect_err("it was outside");
         assert!(error.to_string().contains("one-more/f"), "{error}");
         // A root that is replaced by another folder of the same name.
         std::fs::rename(bench.path("one"), bench.path("moved")).expect("renamed");
@@ -142,7 +143,7 @@ mod tests {
         std::fs::remove_file(&path).expect("removed");
         // As the kernel names the removed one.
         std::fs::write(bench.path("one/f (deleted)"), "another").expect("written");
-        let error = bench.roots().check(&file, &path).expect_err("it is nowhere");
+        let error = bench.roots().check(file.as_fd(), &path).expect_err("it is nowhere");
         assert!(error.to_string().contains("moved or removed"), "{error}");
         let missing = Roots::open(&[bench.path("none")]).expect_err("no such folder");
         assert!(missing.to_string().contains("none"), "{missing}");

@@ -14,8 +14,9 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use tracing::{debug, warn};
+use tracing::warn;
 
+use super::holder::{self, LockKey};
 use crate::OpenOptions;
 use crate::error::{LockConflict, Permission, Step, StorageError};
 
@@ -41,29 +42,41 @@ const WRITER: Claim = Claim { used: &ALL, unshared: &[Permission::Write, Permiss
 const READER: Claim =
     Claim { used: &[Permission::ConsistentRead], unshared: &[Permission::Write, Permission::Resize] };
 
-/// Locks the image, trying again until `options.lock_timeout` has passed. Warns and goes on where the file system has
-/// no such locks, as there is nothing better to be had.
-pub(super) fn lock_image(file: &File, path: &Path, options: &OpenOptions) -> Result<(), StorageError> {
+/// Locks the image, trying again until `options.lock_timeout` has passed. Where the file system has no such locks it warns
+/// and goes on, as there is nothing better to be had. Where the lock service does not answer it does so if that is allowed.
+pub(super) fn lock_image(
+    file: &File,
+    path: &Path,
+    options: &OpenOptions,
+    unlocked_allowed: bool,
+) -> Result<(), StorageError> {
     let claim = if options.writable { WRITER } else { READER };
     let deadline = Instant::now().checked_add(options.lock_timeout);
     let mut waited = false;
     loop {
-        let conflict = match claim.attempt(file) {
+        let found = match claim.attempt(file) {
             Ok(None) => return Ok(()),
-            Ok(Some(conflict)) => conflict,
-            Err(source) if is_unsupported(&source) => {
-                warn!(path = %path.display(), %source, "no image lock: the file system has no such locks");
+            Ok(Some(found)) => found,
+            Err(source) if may_go_on(&source, unlocked_allowed) => {
+                warn!(path = %path.display(), %source, "used without an image lock");
                 return Ok(());
             }
             Err(source) => {
                 return Err(StorageError::File { step: Step::Lock, path: path.into(), source });
             }
         };
+        let holder = || found.key.as_ref().and_then(|key| holder::find(file, key, found.byte()));
         if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-            return Err(StorageError::Locked { path: path.into(), conflict });
+            return Err(StorageError::Locked {
+                path: path.into(),
+                conflict: found.conflict,
+                holder: holder(),
+            });
         }
         if !waited {
-            debug!(path = %path.display(), %conflict, "waiting for the image lock");
+            let user = holder().map_or("another process".to_owned(), |holder| holder.to_string());
+            let seconds = options.lock_timeout.as_secs_f64();
+            warn!(path = %path.display(), conflict = %found.conflict, "in use by {user}; waiting up to {seconds} s for it");
             waited = true;
         }
         std::thread::sleep(RETRY_PAUSE.min(options.lock_timeout));
@@ -82,13 +95,32 @@ fn clear(file: &File) -> io::Result<()> {
     Ok(())
 }
 
+/// A conflict, and by what name the kernel lists the file's locks.
+struct Found {
+    conflict: LockConflict,
+    key: Option<LockKey>,
+}
+
+impl Found {
+    /// The byte on which the other holder has a lock.
+    fn byte(&self) -> u64 {
+        let byte = match self.conflict {
+            LockConflict::Uses(permission) => USED_BASE + bit(permission),
+            LockConflict::DoesNotShare(permission) => UNSHARED_BASE + bit(permission),
+        };
+        byte.unsigned_abs()
+    }
+}
+
 impl Claim {
     /// One attempt: all locks set, or none and the reason.
-    fn attempt(&self, file: &File) -> io::Result<Option<LockConflict>> {
+    fn attempt(&self, file: &File) -> io::Result<Option<Found>> {
         let outcome = match self.set(file) {
             Ok(None) => self.conflict(file),
             other => other,
         };
+        let outcome =
+            outcome.map(|found| found.map(|conflict| Found { conflict, key: holder::key_of(file) }));
         if !matches!(outcome, Ok(None)) {
             // Left behind they would keep others out while we wait.
             clear(file)?;
@@ -176,8 +208,13 @@ fn fcntl_lock(file: &File, command: libc::c_int, lock: &mut libc::flock) -> io::
     }
 }
 
-/// What file systems and old kernels answer that have no locks of this kind. ENOLCK is none of it: there are locks, but
-/// whoever keeps them (an NFS server) does not answer, and another host may hold the image.
+/// Whether an image is used without a lock after this failure. ENOLCK says that there are locks, but whoever keeps them (an
+/// NFS server) does not answer: another host may hold the image, so that is for the operator to decide.
+fn may_go_on(error: &io::Error, unlocked_allowed: bool) -> bool {
+    is_unsupported(error) || (unlocked_allowed && error.raw_os_error() == Some(libc::ENOLCK))
+}
+
+/// What file systems and old kernels answer that have no locks of this kind.
 fn is_unsupported(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP))
 }

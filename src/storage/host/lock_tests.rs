@@ -76,7 +76,7 @@ impl Drop for Holder {
 fn conflict(path: &Path, writable: bool) -> Option<LockConflict> {
     match HostStorage::new().open(path, &options(writable)) {
         Ok(_) => None,
-        Err(StorageError::Locked { path: named, conflict }) => {
+        Err(StorageError::Locked { path: named, conflict, .. }) => {
             assert_eq!(named, path);
             Some(conflict)
         }
@@ -181,6 +181,8 @@ fn the_message_names_file_and_permission() {
     let error = HostStorage::new().open(&path, &options(false)).expect_err("it is locked").to_string();
     assert!(error.contains(path.to_str().expect("a plain name")), "{error}");
     assert!(error.contains("uses the permission \"write\""), "{error}");
+    // Both descriptions are of this process; the one without the lock is not taken for the holder.
+    assert!(error.contains(&format!("(pid {}, ", std::process::id())), "{error}");
 }
 
 #[test]
@@ -189,6 +191,9 @@ fn locks_that_fail_are_told_from_locks_that_are_not_there() {
     for absent in [libc::EINVAL, libc::ENOSYS, libc::EOPNOTSUPP] {
         assert!(unsupported(absent), "{absent}");
     }
+    let goes_on = |errno, allowed| super::may_go_on(&std::io::Error::from_raw_os_error(errno), allowed);
+    assert!(!goes_on(libc::ENOLCK, false) && goes_on(libc::ENOLCK, true), "the operator decides");
+    assert!(!goes_on(libc::EIO, true) && goes_on(libc::ENOSYS, false));
     for failed in [libc::ENOLCK, libc::EIO, libc::EBADF, libc::EACCES] {
         assert!(!unsupported(failed), "{failed}");
     }

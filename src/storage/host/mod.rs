@@ -1,14 +1,16 @@
 //! The host's files: opening them safely, and the table that every thread's queue looks them up in.
 //!
-//! A file is opened once, by one system call; its flags are settled on that very description, which is also the one
-//! that carries the image lock and does all the I/O. Nothing is read here. What alignment a file has is found in
-//! `probe`, who else uses it in `lock`, and I/O happens in `uring`.
+//! A file is judged before it is opened (`open`). Its flags are settled on the one open description, which also carries
+//! the image lock and does all the I/O. Nothing is read here. What alignment a file has is found in `probe`, who else
+//! uses it in `lock`, and I/O happens in `uring`.
 
 mod cached;
 mod confine;
+mod holder;
 mod inline;
 mod lock;
 mod notify;
+mod open;
 mod pool;
 mod probe;
 mod queue;
@@ -28,15 +30,14 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock, RwLock};
 use std::time::Duration;
 
-use rustix::fs::{Mode, OFlags};
-
 use tracing::warn;
 
 use self::confine::Roots;
 use self::pool::Pool;
-use crate::error::{FileKind, Step, StorageError};
+use crate::error::{Step, StorageError};
 use crate::{FileId, FileInfo, OpenOptions, Storage};
 
+pub use open::is_readable;
 pub use queue::HostQueue;
 pub use threads::ThreadQueue;
 pub use uring::UringQueue;
@@ -63,6 +64,8 @@ pub struct HostStorage {
     told: OnceLock<()>,
     /// None: files may be anywhere.
     roots: Option<Roots>,
+    /// Files are used without a lock where the lock service does not answer.
+    unlocked_allowed: bool,
 }
 
 /// The open files by id. It only grows; queues keep their own copy of what they have seen, so that the lock (a leaf:
@@ -103,6 +106,13 @@ impl HostStorage {
         Ok(self)
     }
 
+    /// Whether a file is used without an image lock where the file system has locks and whoever keeps them (the server of
+    /// an NFS) does not answer.
+    pub fn unlocked_allowed(mut self, allowed: bool) -> Self {
+        self.unlocked_allowed = allowed;
+        self
+    }
+
     /// Calls reach the host by this way.
     pub fn by(mut self, aio: Aio) -> Self {
         self.aio = aio;
@@ -119,15 +129,12 @@ impl HostStorage {
         options: &OpenOptions,
         locked: bool,
     ) -> Result<(FileId, FileInfo), StorageError> {
-        let file = open_description(path, options)?;
-        if let Some(roots) = &self.roots {
-            roots.check(&file, path)?;
-        }
+        let file = open::open(path, options, self.roots.as_ref())?;
         let mut probed = probe::probe(&file, path)?;
         self.files.refuse_second_writer(path, probed.identity, options.writable)?;
         probe::settle_flags(&file, path, options.direct, &mut probed)?;
         if locked {
-            lock::lock_image(&file, path, options)?;
+            lock::lock_image(&file, path, options, self.unlocked_allowed)?;
         }
         // Only now: before the lock was held, its last holder might still have been changing it.
         let length = probe::length(&file, probed.block_device).map_err(|source| StorageError::File {
@@ -299,27 +306,4 @@ fn refuse_second_writer(
         other: files[at].info.path.clone(),
         file: FileId(u16::try_from(at).unwrap_or(u16::MAX)),
     })
-}
-
-/// The one open(2). Without O_NONBLOCK a named pipe would hang it; O_DIRECT comes later, when it is known whether the
-/// file can do it.
-fn open_description(path: &Path, options: &OpenOptions) -> Result<File, StorageError> {
-    let access = if options.writable { OFlags::RDWR } else { OFlags::RDONLY };
-    let flags = access | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-    match rustix::fs::open(path, flags, Mode::empty()) {
-        Ok(fd) => Ok(File::from(fd)),
-        Err(rustix::io::Errno::ISDIR) => {
-            Err(StorageError::NotAnImage { path: path.into(), kind: FileKind::Directory })
-        }
-        // A socket, or a device without a driver.
-        Err(rustix::io::Errno::NXIO) if is_socket(path) => {
-            Err(StorageError::NotAnImage { path: path.into(), kind: FileKind::Socket })
-        }
-        Err(errno) => Err(StorageError::File { step: Step::Open, path: path.into(), source: errno.into() }),
-    }
-}
-
-fn is_socket(path: &Path) -> bool {
-    rustix::fs::stat(path)
-        .is_ok_and(|stat| rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::Socket)
 }

@@ -151,7 +151,7 @@ fn is_tmpfs(file: &File) -> rustix::io::Result<bool> {
     Ok(u64::try_from(kind) == Ok(TMPFS_MAGIC))
 }
 
-fn file_kind(kind: FileType) -> FileKind {
+pub(super) fn file_kind(kind: FileType) -> FileKind {
     match kind {
         FileType::Directory => FileKind::Directory,
         FileType::Fifo => FileKind::Fifo,

@@ -157,7 +157,7 @@ fn check_lock(world: &World, file: usize, path: &Path, writable: bool) -> Result
     } else {
         return Ok(());
     };
-    Err(StorageError::Locked { path: path.into(), conflict })
+    Err(StorageError::Locked { path: path.into(), conflict, holder: None })
 }
 
 /// A queue of a [`SimStorage`]. Several may be turned by one thread.

@@ -1,5 +1,7 @@
 //! Images made without qemu-img, and the program as a process that is waited for.
 
+#![allow(dead_code, reason = "every test program uses another part")]
+
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Child, ChildStderr, Command, Stdio};
@@ -103,6 +105,18 @@ impl Daemon {
     /// Takes in another line; its length in bytes, 0 at the end.
     fn read_line(&mut self) -> usize {
         self.errors.as_mut().map_or(0, |errors| errors.read_line(&mut self.log).expect("text"))
+    }
+
+    /// Waits until it says this, beyond what it has said so far.
+    pub fn wait_for(&mut self, words: &str) {
+        let from = self.log.len();
+        while !self.log[from..].contains(words) {
+            assert!(self.read_line() > 0, "it ended before it said {words:?}:\n{}", self.log);
+        }
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.process.id()
     }
 
     /// What it has said until it served.

@@ -1,0 +1,110 @@
+//! Opening a file that somebody else has named, without doing harm by it.
+//!
+//! Opening is an act: it starts a watchdog's countdown, rewinds a tape, waits for a pipe's other end. So the name is first
+//! resolved to a descriptor that opens nothing (O_PATH). Its place and its type are judged on that descriptor, and then
+//! that very file is opened, by the descriptor's name in /proc/self/fd. No name is looked up twice.
+
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::{FileType, Mode, OFlags, Stat};
+use rustix::io::Errno;
+
+use super::confine::Roots;
+use super::probe::file_kind;
+use crate::OpenOptions;
+use crate::error::{Step, StorageError};
+
+/// Opens a regular file or a block device that lies in one of the folders, if there are such.
+pub(super) fn open(path: &Path, options: &OpenOptions, roots: Option<&Roots>) -> Result<File, StorageError> {
+    let failed =
+        |step| move |errno: Errno| StorageError::File { step, path: path.into(), source: errno.into() };
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let named = rustix::fs::open(path, flags, Mode::empty()).map_err(failed(Step::Open))?;
+    if let Some(roots) = roots {
+        roots.check(named.as_fd(), path)?;
+    }
+    let stat = rustix::fs::fstat(&named).map_err(failed(Step::Stat))?;
+    match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile | FileType::BlockDevice => {}
+        other => return Err(StorageError::NotAnImage { path: path.into(), kind: file_kind(other) }),
+    }
+    let access = if options.writable { OFlags::RDWR } else { OFlags::RDONLY };
+    // O_NONBLOCK: a drive without a medium does not wait for one. O_DIRECT comes later, when it is known whether the file
+    // can do it.
+    let flags = access | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let opened = match rustix::fs::open(format!("/proc/self/fd/{}", named.as_raw_fd()), flags, Mode::empty())
+    {
+        Err(Errno::NOENT) => open_by_name(path, flags, &stat),
+        other => other,
+    };
+    opened.map(File::from).map_err(failed(Step::Open))
+}
+
+/// Where there is no /proc: by the name once more, which must still lead to the same file.
+fn open_by_name(path: &Path, flags: OFlags, judged: &Stat) -> rustix::io::Result<OwnedFd> {
+    let file = rustix::fs::open(path, flags, Mode::empty())?;
+    let opened = rustix::fs::fstat(&file)?;
+    let same = (opened.st_dev, opened.st_ino) == (judged.st_dev, judged.st_ino);
+    if same { Ok(file) } else { Err(Errno::STALE) }
+}
+
+/// True if the process may read the file; it is not opened for that.
+pub fn is_readable(path: &Path) -> bool {
+    rustix::fs::access(path, rustix::fs::Access::READ_OK).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::FileKind;
+    use rustix::fs::inotify;
+    use std::time::Duration;
+
+    /// Tells whether anybody has opened a file since it was made.
+    struct OpenWatch(OwnedFd);
+
+    impl OpenWatch {
+        fn new(path: &Path) -> Self {
+            let flags = inotify::CreateFlags::NONBLOCK | inotify::CreateFlags::CLOEXEC;
+            let events = inotify::init(flags).expect("an inotify");
+            inotify::add_watch(&events, path, inotify::WatchFlags::OPEN).expect("a watch");
+            OpenWatch(events)
+        }
+
+        fn was_opened(&self) -> bool {
+            rustix::io::read(&self.0, &mut [0u8; 512]).is_ok()
+        }
+    }
+
+    #[test]
+    fn what_is_refused_is_not_opened() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (inside, outside) = (folder.path().join("inside"), folder.path().join("outside"));
+        for folder in [&inside, &outside] {
+            std::fs::create_dir(folder).expect("made");
+            std::fs::write(folder.join("image"), [0; 512]).expect("written");
+            let mode = Mode::RUSR | Mode::WUSR;
+            rustix::fs::mknodat(rustix::fs::CWD, folder.join("pipe"), FileType::Fifo, mode, 0)
+                .expect("a pipe");
+        }
+        let roots = Roots::open(&[inside.clone()]).expect("a folder");
+        for writable in [false, true] {
+            let options = OpenOptions { writable, direct: false, lock_timeout: Duration::ZERO };
+            let open = |path: &Path, roots: Option<&Roots>| {
+                let watch = OpenWatch::new(path);
+                (open(path, &options, roots), watch.was_opened())
+            };
+            let (file, opened) = open(&inside.join("image"), Some(&roots));
+            assert!(file.is_ok() && opened, "the watch sees an open");
+            let (refused, opened) = open(&outside.join("image"), Some(&roots));
+            assert!(matches!(refused, Err(StorageError::Outside { .. })) && !opened);
+            let (refused, opened) = open(&outside.join("pipe"), Some(&roots));
+            assert!(matches!(refused, Err(StorageError::Outside { .. })) && !opened);
+            let (refused, opened) = open(&inside.join("pipe"), None);
+            assert!(matches!(refused, Err(StorageError::NotAnImage { kind: FileKind::Fifo, .. })) && !opened);
+        }
+        assert!(is_readable(&inside.join("image")) && !is_readable(&inside.join("none")));
+    }
+}
