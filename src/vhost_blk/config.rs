@@ -63,6 +63,33 @@ pub(crate) fn features(profile: &DeviceProfile, num_queues: u16) -> u64 {
     features
 }
 
+/// Virtio features by their names in the specification, as far as a block device can have them; others by their bit.
+pub(crate) fn names(features: u64) -> String {
+    const NAMES: [(u32, &str); 14] = [
+        (VIRTIO_BLK_F_SIZE_MAX, "SIZE_MAX"),
+        (VIRTIO_BLK_F_SEG_MAX, "SEG_MAX"),
+        (VIRTIO_BLK_F_RO, "RO"),
+        (VIRTIO_BLK_F_BLK_SIZE, "BLK_SIZE"),
+        (VIRTIO_BLK_F_FLUSH, "FLUSH"),
+        (VIRTIO_BLK_F_TOPOLOGY, "TOPOLOGY"),
+        (VIRTIO_BLK_F_CONFIG_WCE, "CONFIG_WCE"),
+        (VIRTIO_BLK_F_MQ, "MQ"),
+        (VIRTIO_BLK_F_DISCARD, "DISCARD"),
+        (VIRTIO_BLK_F_WRITE_ZEROES, "WRITE_ZEROES"),
+        (VIRTIO_F_ANY_LAYOUT, "ANY_LAYOUT"),
+        (VIRTIO_RING_F_INDIRECT_DESC, "INDIRECT_DESC"),
+        (VIRTIO_RING_F_EVENT_IDX, "EVENT_IDX"),
+        (VIRTIO_F_VERSION_1, "VERSION_1"),
+    ];
+    let name = |bit: u32| match NAMES.iter().find(|(number, _)| *number == bit) {
+        Some((_, name)) => (*name).to_owned(),
+        None if PROTOCOL_FEATURES == 1 << bit => "PROTOCOL_FEATURES".to_owned(),
+        None => format!("bit {bit}"),
+    };
+    let names: Vec<String> = (0..u64::BITS).filter(|bit| features & (1 << bit) != 0).map(name).collect();
+    if names.is_empty() { "none".to_owned() } else { names.join(", ") }
+}
+
 /// The protocol features on offer.
 pub(crate) fn protocol_features() -> VhostUserProtocolFeatures {
     VhostUserProtocolFeatures::MQ
@@ -150,6 +177,18 @@ mod tests {
         assert_eq!([u32_at(36), u32_at(40), u32_at(44)], [1 << 22, 32, 128]);
         assert_eq!([u32_at(48), u32_at(52)], [1 << 22, 1]);
         assert_eq!(space[56..], [1, 0, 0, 0]);
+    }
+
+    #[test]
+    fn features_have_names() {
+        assert_eq!(
+            names(0x1_4000_0044),
+            "SEG_MAX, BLK_SIZE, PROTOCOL_FEATURES, VERSION_1",
+            "bits 2, 6, 30 and 32"
+        );
+        assert_eq!(names(1 << 63 | FLUSH), "FLUSH, bit 63");
+        assert_eq!(names(0), "none");
+        assert!(!names(features(&profile(), 2)).contains("bit "), "what is on offer has a name");
     }
 
     #[test]

@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, Once, PoisonError};
 use std::thread::JoinHandle;
@@ -208,18 +208,6 @@ impl SignalView {
         }
         if let Some(signal) = &self.signal {
             mark.around(|| signal.raise());
-        }
-    }
-}
-
-/// Sleeps until one of two descriptors can be read, or the other end of the first is gone. `(first, second)`.
-pub(crate) fn wait_readable(first: impl AsFd, second: impl AsFd) -> io::Result<(bool, bool)> {
-    let mut fds = [PollFd::new(&first, PollFlags::IN), PollFd::new(&second, PollFlags::IN)];
-    loop {
-        match rustix::event::poll(&mut fds, None) {
-            Ok(_) => return Ok((!fds[0].revents().is_empty(), !fds[1].revents().is_empty())),
-            Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
         }
     }
 }

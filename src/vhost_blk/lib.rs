@@ -12,6 +12,7 @@
 mod config;
 mod descriptor;
 pub mod device;
+mod door;
 mod error;
 #[allow(unsafe_code)]
 mod fd;
@@ -23,6 +24,7 @@ mod memory;
 mod message;
 mod metrics;
 mod part;
+mod peer;
 mod poll;
 mod portion;
 mod relay;
@@ -32,6 +34,7 @@ mod ring;
 mod ring_tests;
 mod server;
 mod session;
+mod socket_file;
 mod vring;
 mod worker;
 

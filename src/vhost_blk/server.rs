@@ -2,38 +2,38 @@
 //!
 //! Owns the socket file. Nothing that a frontend does ends the server: its session ends, and the next one is accepted.
 
-use std::fs;
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
+use rustix::net::{AddressFamily, SocketType, sockopt};
 use tracing::{debug, error, info, warn};
 use vhost::vhost_user::{BackendReqHandler, Error};
 
 use crate::device::BlockDevice;
+use crate::door::{Door, Leaving};
 use crate::error::{SessionEnd, SessionError};
-use crate::fd::{copy_inherited, wait_readable};
+use crate::fd::copy_inherited;
 use crate::loss::MemoryLoss;
 use crate::memory::RegionInfo;
 use crate::message::Envelope;
 use crate::metrics::Metrics;
+use crate::peer::Peer;
 use crate::relay::{Relay, Wakers};
 use crate::session::Session;
+use crate::socket_file::Listening;
 
 /// `vhost` has 8 bits for a queue in the messages about its descriptors.
 const MAX_QUEUES: u16 = 256;
 /// Virtio 1.2, 2.7.
 const MAX_QUEUE_SIZE: u16 = 32768;
-/// When the host cannot accept (no descriptors left), the next try is after so long.
-const ACCEPT_PAUSE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
 /// What a server offers its frontends.
 #[derive(Clone, Debug)]
@@ -111,12 +111,12 @@ impl StopHandle {
         Ok(StopHandle { inner: Arc::new(StopInner { event, stopped, connection }) })
     }
 
-    /// Ends the session at hand, drained, and makes `serve` return. May be called more than once.
+    /// Closes the door, ends the session at hand, drained, and makes `serve` return. May be called more than once.
     pub fn stop(&self) {
         self.inner.stopped.store(true, Ordering::SeqCst);
         let _ = rustix::io::write(&self.inner.event, &1u64.to_ne_bytes());
         if let Some(connection) = &*self.connection() {
-            let _ = connection.shutdown(Shutdown::Both);
+            end_waits(connection);
         }
     }
 
@@ -133,7 +133,7 @@ impl StopHandle {
     fn enter(&self, stream: &UnixStream) -> io::Result<()> {
         *self.connection() = Some(stream.try_clone()?);
         if self.is_stopped() {
-            let _ = stream.shutdown(Shutdown::Both);
+            end_waits(stream);
         }
         Ok(())
     }
@@ -149,6 +149,16 @@ impl AsFd for StopHandle {
     }
 }
 
+/// Ends the session's waits for its frontend, and is no hang-up: that comes when the requests in hand are done.
+fn end_waits(connection: &UnixStream) {
+    let mut fds = [PollFd::new(connection, PollFlags::OUT)];
+    let room = rustix::event::poll(&mut fds, Some(&Timespec::default()));
+    // A frontend that leaves its replies unread may hold the session in a write; hanging up is the only way to end that.
+    // Where there is room, there is enough for the one reply that may still come.
+    let how = if matches!(room, Ok(1)) { Shutdown::Read } else { Shutdown::Both };
+    let _ = connection.shutdown(how);
+}
+
 /// Where frontends come from.
 #[derive(Debug)]
 pub struct Server {
@@ -157,17 +167,10 @@ pub struct Server {
 
 #[derive(Debug)]
 enum Source {
-    /// With the socket file that goes when the server does, if it is ours.
-    Listening { listener: UnixListener, _file: Option<SocketFile> },
+    /// Taken by `serve`, which closes it.
+    Listening(Mutex<Option<Listening>>),
     /// One frontend, and no other after it.
     Connected(UnixStream),
-}
-
-/// A socket file that we made and that we remove, if it is still ours.
-#[derive(Debug)]
-struct SocketFile {
-    path: PathBuf,
-    identity: (u64, u64),
 }
 
 impl Server {
@@ -176,28 +179,8 @@ impl Server {
     /// # Errors
     /// When somebody does, when something else is in the way, or when the host refuses.
     pub fn bind(path: impl AsRef<Path>) -> Result<Self, SessionError> {
-        let path = path.as_ref();
-        let failed = |step, source| SessionError::Socket { path: path.to_owned(), step, source };
-        match fs::symlink_metadata(path) {
-            Ok(metadata) if !metadata.file_type().is_socket() => {
-                return Err(SessionError::NotASocket { path: path.to_owned() });
-            }
-            Ok(_) => {
-                if is_served(path).map_err(|error| failed("look who listens", error))? {
-                    return Err(SessionError::SocketInUse { path: path.to_owned() });
-                }
-                info!("replacing the stale socket {}", path.display());
-                fs::remove_file(path).map_err(|error| failed("remove the stale file", error))?;
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(failed("stat it", error)),
-        }
-        let listener = UnixListener::bind(path).map_err(|error| failed("bind it", error))?;
-        let metadata = fs::symlink_metadata(path).map_err(|error| failed("stat it", error))?;
-        let file = SocketFile { path: path.to_owned(), identity: (metadata.dev(), metadata.ino()) };
-        let server = Server { source: Source::Listening { listener, _file: Some(file) } };
-        server.set_nonblocking().map_err(|error| failed("set it up", error))?;
-        Ok(server)
+        let listening = Listening::bind(path.as_ref())?;
+        Ok(Server { source: Source::Listening(Mutex::new(Some(listening))) })
     }
 
     /// Uses a socket that is listening already, or that one frontend is connected to already.
@@ -211,14 +194,15 @@ impl Server {
         if domain != AddressFamily::UNIX || kind != SocketType::STREAM {
             return Err(wrong(rustix::io::Errno::PROTOTYPE));
         }
-        let source = if sockopt::socket_acceptconn(&fd).map_err(wrong)? {
-            Source::Listening { listener: fd.into(), _file: None }
-        } else {
-            Source::Connected(fd.into())
-        };
-        let server = Server { source };
-        server.set_nonblocking().map_err(|source| SessionError::InheritedFd { source })?;
-        Ok(server)
+        let listens = sockopt::socket_acceptconn(&fd).map_err(wrong)?;
+        let failed = |source| SessionError::InheritedFd { source };
+        if listens {
+            let listening = Listening::inherited(fd.into()).map_err(failed)?;
+            return Ok(Server { source: Source::Listening(Mutex::new(Some(listening))) });
+        }
+        let stream = UnixStream::from(fd);
+        stream.set_nonblocking(false).map_err(failed)?;
+        Ok(Server { source: Source::Connected(stream) })
     }
 
     /// As [`Server::from_fd`], with a descriptor by its number, as a parent process leaves it. It is copied, and stays
@@ -245,24 +229,37 @@ impl Server {
         match &self.source {
             Source::Connected(stream) => {
                 let stream = stream.try_clone().map_err(|source| SessionError::InheritedFd { source })?;
-                run_session(stream, device, options, stop);
+                let peer = Peer::of(&stream);
+                run_session(stream, &peer, None, device, options, stop);
+                Ok(())
             }
-            Source::Listening { listener, .. } => {
-                while let Some(stream) = accept(listener, stop)? {
-                    run_session(stream, device, options, stop);
-                }
+            Source::Listening(listening) => {
+                let taken = listening.lock().unwrap_or_else(PoisonError::into_inner).take();
+                taken.map_or(Ok(()), |listening| serve_all(listening, device, options, stop))
             }
+        }
+    }
+}
+
+/// Serves one frontend after another until the server stops.
+fn serve_all<D: BlockDevice>(
+    listening: Listening,
+    device: &Arc<D>,
+    options: &ServeOptions,
+    stop: &StopHandle,
+) -> Result<(), SessionError> {
+    let failed = |source| SessionError::Wait { step: "set the wait for frontends up", source };
+    let door = Door::new().map_err(failed)?;
+    thread::scope(|scope| {
+        let keep = || door.keep(listening, stop);
+        thread::Builder::new().name("strata-door".to_owned()).spawn_scoped(scope, keep).map_err(failed)?;
+        let _leaving = Leaving(&door);
+        while let Some(visitor) = door.next()? {
+            run_session(visitor.stream, &visitor.peer, Some(&door), device, options, stop);
+            door.left();
         }
         Ok(())
-    }
-
-    /// A listener must not block when a frontend that was there is gone; a connection must block.
-    fn set_nonblocking(&self) -> io::Result<()> {
-        match &self.source {
-            Source::Listening { listener, .. } => listener.set_nonblocking(true),
-            Source::Connected(stream) => stream.set_nonblocking(false),
-        }
-    }
+    })
 }
 
 /// Serves one frontend after another: [`Server::serve`] for those who have no use for the server afterwards.
@@ -278,69 +275,37 @@ pub fn serve<D: BlockDevice>(
     server.serve(&device, options, stop)
 }
 
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        let ours = fs::symlink_metadata(&self.path)
-            .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == self.identity);
-        if ours {
-            let _ = fs::remove_file(&self.path);
-        }
-    }
-}
-
-/// True if somebody listens on the socket file.
-fn is_served(path: &Path) -> io::Result<bool> {
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    match rustix::net::connect(&socket, &SocketAddrUnix::new(path)?) {
-        // AGAIN: the queue of those who wait to be accepted is full.
-        Ok(()) | Err(rustix::io::Errno::AGAIN) => Ok(true),
-        Err(rustix::io::Errno::CONNREFUSED) => Ok(false),
-        Err(error) => Err(error.into()),
-    }
-}
-
-/// Waits for a frontend; `None` on a stop.
-fn accept(listener: &UnixListener, stop: &StopHandle) -> Result<Option<UnixStream>, SessionError> {
-    loop {
-        let (_, stopped) = wait_readable(listener, stop)
-            .map_err(|source| SessionError::Wait { step: "wait for a frontend", source })?;
-        if stopped || stop.is_stopped() {
-            return Ok(None);
-        }
-        match listener.accept() {
-            Ok((stream, _)) => match stream.set_nonblocking(false) {
-                Ok(()) => return Ok(Some(stream)),
-                Err(error) => warn!(%error, "a frontend's socket cannot be set up"),
-            },
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => {
-                warn!(%error, "cannot accept a frontend");
-                let mut fds = [PollFd::new(stop, PollFlags::IN)];
-                let _ = rustix::event::poll(&mut fds, Some(&ACCEPT_PAUSE));
-            }
-        }
-    }
-}
-
 /// Serves one frontend until it leaves, sends what ends a session, or the server stops.
 fn run_session<D: BlockDevice>(
     stream: UnixStream,
+    peer: &Peer,
+    door: Option<&Door>,
     device: &Arc<D>,
     options: &ServeOptions,
     stop: &StopHandle,
 ) {
-    info!("a frontend connected");
+    info!("a frontend connected ({peer})");
+    let began = Instant::now();
     let loss = match MemoryLoss::new() {
         Ok(loss) => Arc::new(loss),
         Err(error) => return warn!(%error, "no eventfd for the session; the frontend is turned away"),
     };
     let session = Session::new(Arc::clone(device), options.clone(), Arc::clone(&loss));
     let session = Arc::new(Mutex::new(session));
-    match handle_messages(&stream, &session, &loss, stop) {
-        SessionEnd::Left | SessionEnd::Stopped => info!("the frontend left, or has to"),
+    let end = handle_messages(&stream, &session, &loss, door, stop);
+    let seconds = began.elapsed().as_secs();
+    match end {
+        SessionEnd::Left | SessionEnd::Stopped => info!("the session of {seconds} s ends ({peer}): {end}"),
         SessionEnd::MemoryLost => tell_loss(&session),
-        end => warn!(error = %end, "the session ends"),
+        _ => warn!("the session of {seconds} s ends ({peer}): {end}"),
+    }
+    if let Some(door) = door {
+        door.ending();
+        if stop.is_stopped() {
+            // First the listener, then the drain, and then the hang-up: a frontend that connects again at once must not get
+            // into a queue that nobody serves any more.
+            door.wait_closed();
+        }
     }
     session.lock().unwrap_or_else(PoisonError::into_inner).close();
     stop.leave();
@@ -366,6 +331,7 @@ fn handle_messages<D: BlockDevice>(
     stream: &UnixStream,
     session: &Arc<Mutex<Session<D>>>,
     loss: &MemoryLoss,
+    door: Option<&Door>,
     stop: &StopHandle,
 ) -> SessionEnd {
     let limit = session.lock().unwrap_or_else(PoisonError::into_inner).message_timeout();
@@ -376,6 +342,7 @@ fn handle_messages<D: BlockDevice>(
     };
     let mut handler = BackendReqHandler::from_stream(ours, Arc::clone(session));
     let wakers = Wakers { stop: stop.as_fd(), loss: loss.event() };
+    let mut heard = false;
     loop {
         let message = match relay.receive(&wakers) {
             Ok(message) => message,
@@ -383,6 +350,9 @@ fn handle_messages<D: BlockDevice>(
             Err(end) => return end,
         };
         let lock = || session.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(door) = door.filter(|_| !std::mem::replace(&mut heard, true)) {
+            door.heard();
+        }
         lock().begin_message(Envelope::parse(&message.bytes));
         let handed = relay.hand_over(&message);
         drop(message);

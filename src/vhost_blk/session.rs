@@ -233,7 +233,10 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
     fn set_features(&mut self, features: u64) -> Result<()> {
         let unknown = features & !self.offered();
         if unknown != 0 {
-            warn!("the frontend sets features that were not offered: {unknown:#x}; they are ignored");
+            warn!(
+                "the frontend sets features that were not offered: {}; they are ignored",
+                config::names(unknown)
+            );
         }
         let features = features & self.offered();
         // Sent again, with only the log bit changed, when a migration begins or ends: rings that run go on.
@@ -241,7 +244,7 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
             return Ok(());
         }
         self.stop_all(false);
-        info!("features in force: {features:#x}");
+        info!("features in force: {} ({features:#x})", config::names(features));
         self.features = Some(features);
         self.update_write_through();
         self.start_all();

@@ -69,7 +69,7 @@ struct Lock<'a> {
     end: u64,
 }
 
-/// A line such as `lock:	1: OFDLCK  ADVISORY  READ -1 fd:01:1234 100 103`; the end may be `EOF`. Locks of whole files
+/// A line such as `lock: 1: OFDLCK  ADVISORY  READ -1 fd:01:1234 100 103`; the end may be `EOF`. Locks of whole files
 /// (FLOCK, LEASE) are none of ours.
 fn lock_of_line(line: &str) -> Option<Lock<'_>> {
     let mut words = line.strip_prefix("lock:")?.split_whitespace().skip(1);

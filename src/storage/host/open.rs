@@ -89,7 +89,7 @@ mod tests {
             rustix::fs::mknodat(rustix::fs::CWD, folder.join("pipe"), FileType::Fifo, mode, 0)
                 .expect("a pipe");
         }
-        let roots = Roots::open(&[inside.clone()]).expect("a folder");
+        let roots = Roots::open(std::slice::from_ref(&inside)).expect("a folder");
         for writable in [false, true] {
             let options = OpenOptions { writable, direct: false, lock_timeout: Duration::ZERO };
             let open = |path: &Path, roots: Option<&Roots>| {

@@ -2,6 +2,7 @@
 //!
 //! No guest here: what a machine does with the disk is tried by the workspace's tests.
 
+#[allow(dead_code, reason = "each test target uses its own part of the kit")]
 mod kit;
 
 use std::io::Write;

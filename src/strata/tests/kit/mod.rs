@@ -1,7 +1,5 @@
 //! Images made without qemu-img, and the program as a process that is waited for.
 
-#![allow(dead_code, reason = "every test program uses another part")]
-
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Child, ChildStderr, Command, Stdio};

@@ -1,0 +1,321 @@
+//! The door: accepts frontends on a thread of its own, lets in one at a time, and sends away who comes meanwhile.
+//!
+//! It closes first when the server stops, before a session is drained or hung up on. A frontend that connects again at once
+//! then finds no listener, and tries until the next daemon has one.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
+use tracing::{debug, warn};
+
+use crate::error::SessionError;
+use crate::peer::Peer;
+use crate::server::StopHandle;
+use crate::socket_file::Listening;
+
+/// A frontend that has not sent a message after so long is dropped.
+const SILENCE_MAX: Duration = Duration::from_secs(10);
+/// When the host cannot accept (no descriptors left), the next try is after so long.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// One process that comes again and again is told of as often.
+const WARN_PAUSE: Duration = Duration::from_secs(60);
+
+/// A frontend that was let in.
+#[derive(Debug)]
+pub(crate) struct Visitor {
+    pub stream: UnixStream,
+    pub peer: Peer,
+}
+
+/// What the door's thread and the session's thread share.
+#[derive(Debug)]
+pub(crate) struct Door {
+    /// A leaf.
+    state: Mutex<State>,
+    changed: Condvar,
+    /// Wakes the door's thread.
+    wake: OwnedFd,
+    silence_max: Duration,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// The frontend that is served.
+    inside: Option<Inside>,
+    /// The one that comes after it.
+    next: Option<Visitor>,
+    /// Nobody comes in any more: somebody wants the door closed.
+    closing: bool,
+    /// The listener is gone.
+    closed: bool,
+    failed: Option<io::Error>,
+}
+
+#[derive(Debug)]
+struct Inside {
+    stream: UnixStream,
+    peer: Peer,
+    /// Until it has sent a message.
+    deadline: Option<Instant>,
+    ending: bool,
+}
+
+impl Inside {
+    /// Whoever comes now can have its place soon.
+    fn is_going(&self) -> bool {
+        let mut fds = [PollFd::new(&self.stream, PollFlags::RDHUP)];
+        let gone = PollFlags::HUP | PollFlags::RDHUP | PollFlags::ERR;
+        let polled = rustix::event::poll(&mut fds, Some(&Timespec::default()));
+        self.ending || (polled.is_ok() && fds[0].revents().intersects(gone))
+    }
+}
+
+impl Door {
+    pub fn new() -> io::Result<Self> {
+        Self::with_silence_max(SILENCE_MAX)
+    }
+
+    fn with_silence_max(silence_max: Duration) -> io::Result<Self> {
+        let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Door { state: Mutex::default(), changed: Condvar::new(), wake, silence_max })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wake(&self) {
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+
+    /// Waits for a frontend; `None` when the door is closed.
+    pub fn next(&self) -> Result<Option<Visitor>, SessionError> {
+        let mut state = self.state();
+        loop {
+            if let Some(source) = state.failed.take() {
+                return Err(SessionError::Wait { step: "wait for a frontend", source });
+            }
+            if state.closed {
+                return Ok(None);
+            }
+            let Some(visitor) = state.next.take() else {
+                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            match visitor.stream.try_clone() {
+                Ok(stream) => {
+                    let (peer, deadline) =
+                        (visitor.peer.clone(), Instant::now().checked_add(self.silence_max));
+                    state.inside = Some(Inside { stream, peer, deadline, ending: false });
+                    drop(state);
+                    self.wake();
+                    return Ok(Some(visitor));
+                }
+                Err(error) => {
+                    warn!(%error, "the frontend ({}) is dropped: no descriptor for it", visitor.peer);
+                }
+            }
+        }
+    }
+
+    /// The frontend inside has sent a message.
+    pub fn heard(&self) {
+        if let Some(inside) = &mut self.state().inside {
+            inside.deadline = None;
+        }
+    }
+
+    /// The session is ending: whoever comes now waits for that.
+    pub fn ending(&self) {
+        if let Some(inside) = &mut self.state().inside {
+            inside.ending = true;
+        }
+    }
+
+    /// The session has ended.
+    pub fn left(&self) {
+        self.state().inside = None;
+    }
+
+    /// Waits until the listener is gone.
+    pub fn wait_closed(&self) {
+        let state = self.state();
+        drop(self.changed.wait_while(state, |state| !state.closed).unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Lets frontends in until the server stops or nobody takes them any more. The socket file and the listener are gone on
+    /// return.
+    pub fn keep(&self, listening: Listening, stop: &StopHandle) {
+        let mut porter = Porter { door: self, failing: false, warned: None };
+        let failed = loop {
+            match porter.wait(&listening, stop) {
+                Ok(true) => porter.answer(&listening),
+                Ok(false) => break None,
+                Err(error) => break Some(error),
+            }
+        };
+        drop(listening);
+        let mut state = self.state();
+        (state.closed, state.failed, state.next) = (true, failed, None);
+        drop(state);
+        self.changed.notify_all();
+    }
+}
+
+/// Closes the door when the session's thread leaves, whatever the reason.
+pub(crate) struct Leaving<'a>(pub &'a Door);
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        self.0.state().closing = true;
+        self.0.wake();
+    }
+}
+
+/// The door's thread.
+struct Porter<'a> {
+    door: &'a Door,
+    /// The host could not accept the last time.
+    failing: bool,
+    /// Who was sent away with a warning, and when.
+    warned: Option<(Peer, Instant)>,
+}
+
+impl Porter<'_> {
+    /// Sleeps until there is something to do. False: the door is to close.
+    fn wait(&self, listening: &Listening, stop: &StopHandle) -> io::Result<bool> {
+        let deadline = self.door.state().inside.as_ref().and_then(|inside| inside.deadline);
+        let until = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let timeout = if self.failing { Some(ACCEPT_PAUSE) } else { until };
+        // A millisecond at least, so that a deadline is over after the wait.
+        let timeout = timeout.map(|timeout| timeout.max(Duration::from_millis(1)));
+        let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
+        let mut fds = [
+            PollFd::new(stop, PollFlags::IN),
+            PollFd::new(&self.door.wake, PollFlags::IN),
+            PollFd::new(&listening.listener, PollFlags::IN),
+        ];
+        let watched = if self.failing { &mut fds[..2] } else { &mut fds[..] };
+        match rustix::event::poll(watched, timeout.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let _ = rustix::io::read(&self.door.wake, &mut [0; 8]);
+        let mut state = self.door.state();
+        drop_silent(&mut state, self.door.silence_max);
+        Ok(!stop.is_stopped() && !state.closing)
+    }
+
+    /// Accepts all who are there.
+    fn answer(&mut self, listening: &Listening) {
+        loop {
+            match listening.listener.accept() {
+                Ok((stream, _)) => self.receive(stream),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                // It is gone already.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+                Err(error) => {
+                    if !self.failing {
+                        warn!(%error, open_files = open_files_limit(), "cannot accept a frontend; trying again");
+                    }
+                    self.failing = true;
+                    return;
+                }
+            }
+        }
+        self.failing = false;
+    }
+
+    fn receive(&mut self, stream: UnixStream) {
+        let peer = Peer::of(&stream);
+        if let Err(error) = stream.set_nonblocking(false) {
+            warn!(%error, "the frontend ({peer}) is dropped: its socket cannot be set up");
+            return;
+        }
+        let mut state = self.door.state();
+        let inside = match &state.inside {
+            _ if state.next.is_some() => "another is waiting already".to_owned(),
+            Some(inside) if !inside.is_going() => format!("the disk serves another ({})", inside.peer),
+            _ => {
+                state.next = Some(Visitor { stream, peer });
+                drop(state);
+                self.door.changed.notify_all();
+                return;
+            }
+        };
+        drop(state);
+        let now = Instant::now();
+        let again = self
+            .warned
+            .as_ref()
+            .is_some_and(|(who, when)| who.is(&peer) && now.saturating_duration_since(*when) < WARN_PAUSE);
+        if again {
+            debug!("refused a frontend ({peer}) again: {inside}");
+            return;
+        }
+        warn!("refused a frontend ({peer}): {inside}. A disk has one frontend at a time");
+        self.warned = Some((peer, now));
+    }
+}
+
+/// Hangs up on a frontend that has said nothing for too long.
+fn drop_silent(state: &mut State, silence_max: Duration) {
+    let Some(inside) = &mut state.inside else { return };
+    if inside.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+        warn!("the frontend ({}) has sent no message for {} s: dropped", inside.peer, silence_max.as_secs());
+        (inside.deadline, inside.ending) = (None, true);
+        let _ = inside.stream.shutdown(std::net::Shutdown::Both);
+    }
+}
+
+/// How many files the process may have open at a time.
+fn open_files_limit() -> Option<u64> {
+    rustix::process::getrlimit(rustix::process::Resource::Nofile).current
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+
+    #[test]
+    fn a_silent_frontend_is_dropped_and_one_that_was_heard_stays() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("s");
+        let listening = Listening::bind(&path).expect("bound");
+        let door = Door::with_silence_max(Duration::from_millis(40)).expect("a door");
+        let stop = StopHandle::new().expect("a stop handle");
+        std::thread::scope(|scope| {
+            scope.spawn(|| door.keep(listening, &stop));
+            let _leaving = Leaving(&door);
+            let enter = || {
+                let mut frontend = UnixStream::connect(&path).expect("connected");
+                frontend.set_read_timeout(Some(Duration::from_secs(20))).expect("a timeout");
+                let visitor = door.next().expect("no failure").expect("a frontend");
+                (move || frontend.read(&mut [0; 1]).expect("hung up on, in time"), visitor)
+            };
+            let (mut read, _visitor) = enter();
+            assert_eq!(read(), 0);
+            door.left();
+            let (read, visitor) = enter();
+            door.heard();
+            // Long enough for the deadline that it would have had.
+            std::thread::scope(|scope| {
+                let reading = scope.spawn(read);
+                let end = Instant::now() + Duration::from_millis(120);
+                while Instant::now() < end {
+                    assert!(!reading.is_finished(), "it was heard");
+                    std::thread::yield_now();
+                }
+                visitor.stream.shutdown(std::net::Shutdown::Both).expect("shut down");
+            });
+            stop.stop();
+            assert!(door.next().expect("no failure").is_none());
+        });
+        assert!(!path.exists());
+    }
+}

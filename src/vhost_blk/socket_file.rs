@@ -1,0 +1,163 @@
+//! The socket file: how it comes to be there, and how it goes.
+//!
+//! Several daemons may be started on one path at the same time. Whoever looks at the file, removes a stale one or makes
+//! one, holds a lock (flock) on the folder meanwhile, so that none removes what another has just made. A file is stale only
+//! if no socket at all belongs to it: a socket that is bound and does not listen yet is in use.
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use tracing::{debug, info};
+
+use crate::error::SessionError;
+
+/// How long to wait for the lock of the folder. Holders need a moment only.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
+/// The pause between two attempts.
+const LOCK_PAUSE: Duration = Duration::from_millis(5);
+
+/// A listening socket, and its file if that is ours.
+#[derive(Debug)]
+pub(crate) struct Listening {
+    /// Dropped first: while somebody listens, nobody else takes the file for stale.
+    _file: Option<SocketFile>,
+    pub listener: UnixListener,
+}
+
+/// A socket file that we made and that we remove, if it is still ours.
+#[derive(Debug)]
+struct SocketFile {
+    path: PathBuf,
+    identity: (u64, u64),
+}
+
+impl Listening {
+    /// Listens on a new socket file. A stale one is replaced.
+    pub fn bind(path: &Path) -> Result<Self, SessionError> {
+        let failed = |step, source| SessionError::Socket { path: path.to_owned(), step, source };
+        let _lock = lock_folder(path, LOCK_TIMEOUT).map_err(|error| failed("lock its folder", error))?;
+        match fs::symlink_metadata(path) {
+            Ok(metadata) if !metadata.file_type().is_socket() => {
+                return Err(SessionError::NotASocket { path: path.to_owned() });
+            }
+            Ok(_) => {
+                if is_in_use(path).map_err(|error| failed("look who listens", error))? {
+                    return Err(SessionError::SocketInUse { path: path.to_owned() });
+                }
+                info!("replacing the stale socket {}", path.display());
+                fs::remove_file(path).map_err(|error| failed("remove the stale file", error))?;
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(failed("stat it", error)),
+        }
+        let listener = UnixListener::bind(path).map_err(|error| failed("bind it", error))?;
+        let metadata = fs::symlink_metadata(path).map_err(|error| failed("stat it", error))?;
+        let file = SocketFile { path: path.to_owned(), identity: (metadata.dev(), metadata.ino()) };
+        let listening = Listening { _file: Some(file), listener };
+        listening.listener.set_nonblocking(true).map_err(|error| failed("set it up", error))?;
+        Ok(listening)
+    }
+
+    /// A socket that somebody else has made.
+    pub fn inherited(listener: UnixListener) -> io::Result<Self> {
+        listener.set_nonblocking(true)?;
+        Ok(Listening { _file: None, listener })
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        // Without the lock too: whoever has it holds it for a moment only, and does not remove a socket that is in use.
+        let _lock = lock_folder(&self.path, Duration::ZERO);
+        let ours = fs::symlink_metadata(&self.path)
+            .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == self.identity);
+        if ours {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Locks the folder of a socket; `None` where that cannot be (a folder that may not be read, a file system without locks).
+fn lock_folder(path: &Path, timeout: Duration) -> io::Result<Option<OwnedFd>> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let folder = match rustix::fs::open(folder, flags, Mode::empty()) {
+        Ok(folder) => folder,
+        Err(error) => {
+            debug!(%error, "the socket's folder cannot be locked");
+            return Ok(None);
+        }
+    };
+    let deadline = Instant::now() + timeout;
+    loop {
+        match rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(Some(folder)),
+            Err(Errno::AGAIN) if Instant::now() < deadline => std::thread::sleep(LOCK_PAUSE),
+            Err(Errno::AGAIN) => return Err(Errno::AGAIN.into()),
+            Err(Errno::INTR) => {}
+            Err(error) => {
+                debug!(%error, "the socket's folder cannot be locked");
+                return Ok(None);
+            }
+        }
+    }
+}
+
+/// True if a socket is bound to the file. The question is asked with a socket of another type: it is refused either way, so
+/// that a daemon that listens there sees no frontend come and go.
+fn is_in_use(path: &Path) -> io::Result<bool> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::DGRAM, flags, None)?;
+    match rustix::net::connect(&socket, &SocketAddrUnix::new(path)?) {
+        Ok(()) | Err(Errno::PROTOTYPE | Errno::AGAIN) => Ok(true),
+        Err(Errno::CONNREFUSED) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_socket_that_does_not_listen_yet_is_in_use() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("s");
+        let flags = SocketFlags::CLOEXEC;
+        let socket =
+            rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).expect("a socket");
+        rustix::net::bind(&socket, &SocketAddrUnix::new(&path).expect("an address")).expect("bound");
+        assert!(matches!(Listening::bind(&path), Err(SessionError::SocketInUse { .. })));
+        drop(socket);
+        drop(Listening::bind(&path).expect("it is stale now"));
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn of_daemons_that_start_on_one_path_one_listens() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("s");
+        for _ in 0..50 {
+            // Each round finds a stale file.
+            drop(UnixListener::bind(&path).expect("bound"));
+            let bound = std::thread::scope(|scope| {
+                let start = || Listening::bind(&path);
+                let starting: Vec<_> = (0..4).map(|_| scope.spawn(start)).collect();
+                let ended = starting.into_iter().map(|thread| thread.join().expect("no panic"));
+                ended.filter_map(Result::ok).collect::<Vec<_>>()
+            });
+            assert_eq!(bound.len(), 1);
+            std::os::unix::net::UnixStream::connect(&path).expect("somebody listens there");
+            drop(bound);
+            assert!(!path.exists());
+        }
+    }
+}

@@ -1,0 +1,114 @@
+//! The door: who gets in while another is served, how a session ends, and in what order a server stops.
+
+mod kit;
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kit::TestServer;
+use kit::disk::{MemoryDisk, Shared};
+use kit::guest::*;
+use vhost_blk::ServeOptions;
+
+fn start(disk: &Arc<MemoryDisk>) -> TestServer {
+    TestServer::start(Arc::new(Shared(Arc::clone(disk))), ServeOptions::new(2, 128))
+}
+
+/// Has the disk hold a read until its gate is opened.
+fn submit_read(disk: &MemoryDisk, guest: &mut Guest, queue: usize) {
+    disk.gate.close();
+    let (header, status, data) = (guest.header(T_IN, 0), guest.put(&[UNTOUCHED]), guest.alloc(512));
+    let head = guest.chain(queue, &[(header, 16, 0), (data, 512, WRITE), (status, 1, WRITE)]);
+    guest.make_available(queue, head);
+    guest.kick(queue);
+    disk.await_submitted(1);
+}
+
+/// GET_FEATURES as bytes.
+const GET_FEATURES: [u8; 12] = [1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0];
+
+/// Whether a frontend gets an answer; false where it is hung up on.
+fn is_answered(stream: &mut UnixStream) -> bool {
+    stream.set_read_timeout(Some(Duration::from_secs(60))).expect("a timeout");
+    let sent = stream.write_all(&GET_FEATURES);
+    let read = stream.read(&mut [0; 20]);
+    assert!(
+        !matches!(&read, Err(error) if error.kind() == std::io::ErrorKind::WouldBlock),
+        "no answer, no end"
+    );
+    sent.is_ok() && read.is_ok_and(|length| length == 20)
+}
+
+#[test]
+fn a_second_frontend_is_refused_at_once() {
+    let disk = MemoryDisk::new(64);
+    let server = start(&disk);
+    let mut first = UnixStream::connect(&server.path).expect("connected");
+    assert!(is_answered(&mut first));
+    for _ in 0..3 {
+        let mut second = UnixStream::connect(&server.path).expect("connected");
+        assert!(!is_answered(&mut second), "the first is still there");
+    }
+    assert!(is_answered(&mut first), "and is not bothered");
+    drop(first);
+    // It has hung up, so the next one waits for the end of its session, however long that takes.
+    let mut next = UnixStream::connect(&server.path).expect("connected");
+    assert!(is_answered(&mut next));
+}
+
+#[test]
+fn who_comes_again_while_its_session_is_drained_waits() {
+    let disk = MemoryDisk::later(64);
+    let server = start(&disk);
+    let mut guest = Guest::connect(&server.path, F_VERSION_1);
+    let queue = guest.add_queue(16);
+    submit_read(&disk, &mut guest, queue);
+    drop(guest);
+    let mut next = UnixStream::connect(&server.path).expect("connected");
+    next.write_all(&GET_FEATURES).expect("there is room");
+    next.set_nonblocking(true).expect("set");
+    let waits = |stream: &mut UnixStream| match stream.read(&mut [0; 20]) {
+        Ok(_) => false,
+        Err(error) => error.kind() == std::io::ErrorKind::WouldBlock,
+    };
+    assert!(never(|| !waits(&mut next)), "it is neither served nor refused");
+    disk.gate.open();
+    next.set_nonblocking(false).expect("set");
+    assert_eq!(next.read(&mut [0; 20]).expect("served"), 20);
+}
+
+#[test]
+fn a_stop_closes_the_listener_then_drains_then_hangs_up() {
+    let disk = MemoryDisk::later(64);
+    let server = start(&disk);
+    let path = server.path.clone();
+    let connection = UnixStream::connect(&path).expect("connected");
+    let mut guest = Guest::negotiate(connection.try_clone().expect("a copy"), F_VERSION_1);
+    let queue = guest.add_queue(16);
+    submit_read(&disk, &mut guest, queue);
+    let is_hung_up = || {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let mut fds = [PollFd::new(&connection, PollFlags::RDHUP)];
+        poll(&mut fds, Some(&Timespec::default())).expect("polled") > 0
+    };
+    server.stop.stop();
+    until("the socket file is gone", || !path.exists());
+    assert!(UnixStream::connect(&path).is_err());
+    assert!(never(is_hung_up), "a request is in flight");
+    disk.gate.open();
+    until("the end of the session", is_hung_up);
+    assert_eq!(guest.next_used(queue).1, 513, "drained before the hang-up");
+    server.finish().expect("a clean end");
+}
+
+#[test]
+fn a_frontend_that_reads_no_replies_does_not_hold_a_stop() {
+    let server = start(&MemoryDisk::new(64));
+    let mut stream = UnixStream::connect(&server.path).expect("connected");
+    stream.set_nonblocking(true).expect("set");
+    // Until the session is stuck in a reply, and takes no more.
+    until("nothing more is taken", || never(|| stream.write(&GET_FEATURES).is_ok_and(|length| length > 0)));
+    server.finish().expect("a clean end");
+}
