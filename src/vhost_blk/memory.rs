@@ -24,6 +24,16 @@ use crate::loss::{MemoryLoss, Watch};
 /// The most regions in a table: what KVM offers too, so no frontend has more.
 pub const MAX_MEMORY_SLOTS: usize = 509;
 
+/// What [`GuestMemory::is_untouched`] looks at: so many regions, in pieces of so many bytes; all of so many bytes at the
+/// beginning of each, and so many pieces further on, each so far from the one before.
+const UNTOUCHED_REGIONS: usize = 8;
+const UNTOUCHED_PIECE: usize = 4096;
+const UNTOUCHED_BEGIN: usize = 1 << 20;
+const UNTOUCHED_PIECES: usize = 1024;
+const UNTOUCHED_STEP: usize = 2 << 20;
+/// Rings whose flags may be in one piece.
+const UNTOUCHED_FLAGS: usize = 8;
+
 /// A region as the frontend describes it: a copy, so that nothing is read twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RegionInfo {
@@ -172,6 +182,27 @@ impl GuestMemory {
             pieces.push(unsafe { GuestSlice::new(piece.ptr_guard_mut().as_ptr(), piece.len()) });
         }
         Ok(())
+    }
+
+    /// Whether there is memory and nobody seems ever to have written to it: the beginning of each region is zero, and so is
+    /// a page at every 2 MiB, where firmware and kernels put their tables and code. Of a guest that runs some are not.
+    pub(crate) fn is_untouched(&self) -> bool {
+        !self.spans.is_empty()
+            && self.spans.iter().take(UNTOUCHED_REGIONS).all(|span| {
+                let memory = span.mapped.memory();
+                let begin = (0..UNTOUCHED_BEGIN).step_by(UNTOUCHED_PIECE);
+                let further = (1..=UNTOUCHED_PIECES).map(|step| step * UNTOUCHED_STEP);
+                begin.chain(further).take_while(|at| *at < memory.size()).all(|at| {
+                    let length = UNTOUCHED_PIECE.min(memory.size() - at);
+                    let mut bytes = [0; UNTOUCHED_PIECE];
+                    memory.get_slice(at, length).is_ok_and(|piece| {
+                        piece.copy_to(&mut bytes[..length]);
+                        // A running ring's NO_NOTIFY, which we wrote there ourselves, is no sign of a guest.
+                        let mut written = bytes.iter().filter(|byte| **byte != 0);
+                        written.clone().count() <= UNTOUCHED_FLAGS && written.all(|byte| *byte == 1)
+                    })
+                })
+            })
     }
 
     /// Copies an object out of guest memory, once.
@@ -364,7 +395,7 @@ mod tests {
     }
 
     fn table(infos: &[RegionInfo]) -> Result<MemoryTable, MemoryError> {
-        let files = infos.iter().map(|info| file(info.offset.wrapping_add(info.size) & 0xff_ffff)).collect();
+        let files = infos.iter().map(|info| file(info.offset.wrapping_add(info.size) & 0xfff_ffff)).collect();
         MemoryTable::new().with_regions(infos, files)
     }
 
@@ -426,6 +457,21 @@ mod tests {
         let table = table(&[info(0, PAGE, 0, 0), info(top, PAGE, PAGE, 0)]).expect("sound regions");
         assert!(table.memory().check(top, PAGE).is_ok());
         assert!(table.memory().check(top + PAGE, 1).is_err());
+    }
+
+    #[test]
+    fn memory_that_somebody_wrote_to_is_told_from_other() {
+        let size = 9 << 20;
+        let table = table(&[info(0, size, 0, 0), info(size, 100 * PAGE, size, 0)]).expect("sound regions");
+        let memory = table.memory();
+        assert!(memory.is_untouched());
+        for at in [0, PAGE - 1, (1 << 20) - 1, 8 << 20, size + 99 * PAGE] {
+            memory.map.write_obj(0x55u8, GuestAddress(at)).expect("in memory");
+            assert!(!memory.is_untouched(), "{at:#x}");
+            memory.map.write_obj(0u8, GuestAddress(at)).expect("in memory");
+        }
+        assert!(memory.is_untouched());
+        assert!(!GuestMemory::empty().is_untouched());
     }
 
     #[test]

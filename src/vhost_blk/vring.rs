@@ -4,6 +4,7 @@
 //! anything that takes one of these away or changes it. It never runs half-configured.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tracing::{debug, info, warn};
@@ -129,6 +130,10 @@ impl Vring {
             (guest(addresses.descriptors), guest(addresses.available), guest(addresses.used))
         else {
             debug!(queue = self.index, ?addresses, "the ring is not in guest memory; it does not start");
+            // Later it may be so for a moment, while the frontend replaces regions.
+            if !surroundings.shared.started.load(Ordering::Relaxed) {
+                surroundings.shared.tell_unshared(self.index);
+            }
             return;
         };
         let layout = RingLayout {
@@ -171,6 +176,7 @@ impl Vring {
         match started {
             Ok(worker) => {
                 info!(queue = self.index, size, base = self.base, "queue started");
+                surroundings.shared.started.store(true, Ordering::Relaxed);
                 self.worker = Some(worker);
             }
             Err(error) => {

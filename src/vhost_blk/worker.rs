@@ -44,6 +44,10 @@ pub(crate) struct Shared {
     changes: AtomicU32,
     /// Guards the memory to use. A leaf: nothing is called with it held.
     memory: Mutex<Arc<GuestMemory>>,
+    /// A ring of this session has started. Only the session's thread uses it.
+    pub started: AtomicBool,
+    /// It was said that the guest's memory is not shared.
+    unshared_told: AtomicBool,
 }
 
 impl Shared {
@@ -52,7 +56,22 @@ impl Shared {
             write_through: AtomicBool::new(true),
             changes: AtomicU32::new(0),
             memory: Mutex::new(Arc::new(GuestMemory::empty())),
+            started: AtomicBool::new(false),
+            unshared_told: AtomicBool::new(false),
         }
+    }
+
+    /// Says once a session that the guest's memory is not shared with us, and what to set.
+    pub(crate) fn tell_unshared(&self, queue: u16) {
+        if self.unshared_told.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        warn!(
+            queue,
+            "the guest uses the disk, but its memory is not shared with this daemon, so its requests cannot be seen and the \
+             guest waits for ever. QEMU: -object memory-backend-memfd,id=mem,size=SIZE,share=on -machine \
+             memory-backend=mem, with the SIZE of -m. Cloud Hypervisor: --memory size=SIZE,shared=on"
+        );
     }
 
     pub(crate) fn set_write_through(&self, write_through: bool) {
@@ -449,10 +468,23 @@ impl<Q: BlockQueue> Running<'_, Q> {
         if !self.ring.enable_kicks()? && !self.control.stopping() {
             self.metrics.sleep();
             self.queue.wait(None);
+            if self.idle_wakes == 0 && !self.ring.was_used() {
+                self.look_for_guest()?;
+            }
             self.pace();
             self.poll[kind].slept(began.elapsed());
         }
         self.ring.disable_kicks()
+    }
+
+    /// A ring that was never used has ended its first sleep, so most likely it was kicked. If nothing was made available
+    /// and nobody ever wrote to the memory, the guest's memory is another.
+    #[cold]
+    fn look_for_guest(&self) -> Result<(), RingError> {
+        if !self.control.stopping() && self.ring.available()? == 0 && self.memory.is_untouched() {
+            self.shared.tell_unshared(self.index);
+        }
+        Ok(())
     }
 
     /// Keeps whoever kicks for nothing from taking a whole processor: a flood of them, or a descriptor that is always

@@ -6,6 +6,7 @@
 pub mod disk;
 pub mod guest;
 pub mod host;
+pub mod log;
 pub mod raw;
 
 use std::path::PathBuf;
