@@ -5,7 +5,9 @@
 
 use std::time::Duration;
 
-use crash::changes::{State, crash_all, deeds, full, judge, refcount_table_clusters, run, starts, states};
+use crash::changes::{
+    State, crash_all, deeds, extent, full, judge, refcount_table_clusters, run, starts, states,
+};
 use crash::journal::Deed;
 use crash::shape::Start;
 use crash::tally::Tally;
@@ -39,6 +41,34 @@ fn a_full_refcount_table_is_replaced_by_each_change_that_takes_clusters() {
         run(&world, &start, deed).expect("it is done");
         assert!(refcount_table_clusters(&world.image()) > 1, "{deed:?}");
     }
+}
+
+/// So are those that take refblocks away, and those that move the new tables once more and cut the file.
+#[test]
+fn a_smaller_disk_has_fewer_refblocks_and_a_shorter_file() {
+    let (mut fewer, mut shorter) = (0, 0);
+    // In a full image nothing is free for what is new.
+    for start in starts().into_iter().filter(|start| start.leaks == 0) {
+        for deed in deeds(&start) {
+            let Deed::Resize(to) = deed else { continue };
+            if to >= start.values.len() as u64 || !start.shape.is_qcow2() {
+                continue;
+            }
+            let world = SimWorld::from_image(start.image.clone(), 5, SimOptions::calm());
+            run(&world, &start, deed).expect("it is done");
+            let (before, after) = (extent(&start.image), extent(&world.image()));
+            assert!(
+                after.1 <= before.1,
+                "{:?}, {deed:?}: the file grew from {} to {}",
+                start.shape,
+                before.1,
+                after.1
+            );
+            fewer += u32::from(after.0 < before.0);
+            shorter += u32::from(after.1 < before.1);
+        }
+    }
+    assert!(fewer > 0 && shorter > 0, "fewer refblocks {fewer} times, a shorter file {shorter} times");
 }
 
 #[test]

@@ -56,6 +56,8 @@ pub fn starts() -> Vec<Start> {
         Shape::new(12, 128).over(Below::Raw).past(Past::Written),
         Shape::new(10, 98).v2().over(Below::Qcow2).past(Past::Written),
         Shape::new(9, 80).v2().past(Past::Written),
+        // Refblocks that count nothing once the disk is smaller.
+        Shape::new(9, 200).wide_refcounts().past(Past::Written),
         Shape::new(14, 320).subclusters().over(Below::Raw).past(Past::Written),
         Shape::new(12, 96).past(Past::Compressed(Compression::Deflate)),
         Shape::raw(64).past(Past::Written),
@@ -101,6 +103,16 @@ pub fn full() -> Start {
 pub fn refcount_table_clusters(image: &Image) -> u32 {
     let bytes = image.file(Path::new(TOP)).expect("the image").to_bytes();
     Header::parse(&bytes, bytes.len() as u64).expect("an image that was closed").refcount_table_clusters
+}
+
+/// How many refblocks an image has, and how long its file is in bytes.
+pub fn extent(image: &Image) -> (usize, usize) {
+    let bytes = image.file(Path::new(TOP)).expect("the image").to_bytes();
+    let header = Header::parse(&bytes, bytes.len() as u64).expect("an image that was closed");
+    let table = &bytes[header.refcount_table_offset.0 as usize..];
+    let entries = u64::from(header.refcount_table_clusters) << header.cluster_bits >> 3;
+    let blocks = (0..entries as usize).filter(|index| qcow2::entry(table, *index) != 0).count();
+    (blocks, bytes.len())
 }
 
 /// An image whose disk has become smaller.

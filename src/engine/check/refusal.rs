@@ -54,6 +54,11 @@ impl Report {
         }
     }
 
+    /// True if snapshots cannot be read, which a repair of all drops from the table.
+    pub fn has_unread_snapshots(&self) -> bool {
+        self.snapshots_lost > 0
+    }
+
     /// True if clusters may belong to snapshots that cannot be read. If all refcounts are right without those snapshots,
     /// none do: what belonged to them would have a refcount and no reference.
     fn may_hide_snapshots(&self) -> bool {

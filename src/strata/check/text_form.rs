@@ -16,6 +16,9 @@ pub(super) fn outcome(image: &Path, repair: Option<Repairs>, outcome: &Outcome) 
     if let Some(before) = &outcome.before {
         findings(before, &mut text);
         text += &format!("{} before the repair.\n\n", counts(before));
+        if before.has_unread_snapshots() {
+            text += "The snapshots that could not be read were dropped from the snapshot table.\n";
+        }
     }
     let report = &outcome.report;
     findings(report, &mut text);
@@ -87,6 +90,9 @@ fn advice(report: &Report, repair: Option<Repairs>) -> Option<String> {
         Some(refusal) => {
             let what = if kind == RepairKind::Leaks { "leaks" } else { "all" };
             Some(format!("`strata check -r {what}` would refuse it: {refusal}"))
+        }
+        None if report.has_unread_snapshots() => {
+            Some(format!("{advice}. It drops the snapshots that cannot be read: no cluster belongs to them"))
         }
         None => Some(advice.to_owned()),
     }

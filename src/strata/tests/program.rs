@@ -197,6 +197,41 @@ fn check_has_the_exit_codes_of_qemu_img() {
     assert_eq!(std::fs::read(&path).expect("read"), bytes);
 }
 
+/// Each step is what the one before says, and the last one is right.
+#[test]
+fn the_advice_for_snapshots_that_cannot_be_read_leads_to_a_sound_image() {
+    let bench = Bench::new();
+    bench.image("image");
+    let path = bench.path("image");
+    let mut bytes = std::fs::read(&path).expect("read");
+    bytes[63] = 1;
+    bytes[64..72].copy_from_slice(&(1_u64 << 40).to_be_bytes());
+    std::fs::write(&path, &bytes).expect("written");
+    let run = |options: &[&str]| output(Command::new(PROGRAM).args(options).arg(&path));
+    let (_, _, errors) = run(&["snapshot", "-c", "new"]);
+    assert!(errors.contains("strata check -r all"), "{errors}");
+    let (code, text, _) = run(&["check"]);
+    assert!(code == Some(2) && text.contains("`strata check -r all` mends it"), "{text}");
+    assert!(text.contains("drops the snapshots that cannot be read"), "{text}");
+    let (code, text, _) = run(&["check", "-r", "all"]);
+    assert!(code == Some(0) && text.contains("were dropped from the snapshot table"), "{text}");
+    assert_eq!(run(&["check"]).0, Some(0));
+    // A cluster that may be a snapshot's.
+    bytes.resize(bytes.len().next_multiple_of(65_536) + 65_536, 7);
+    let last = bytes.len() / 65_536 - 1;
+    std::fs::write(&path, &bytes).expect("written");
+    set_refcount(&path, last, 1);
+    let (_, text, _) = run(&["check"]);
+    assert!(text.contains("`strata check -r all` would refuse it"), "{text}");
+    for kind in ["leaks", "all"] {
+        let (code, text, _) = run(&["check", "-r", kind]);
+        assert!(code == Some(2) && text.contains("not repaired"), "{text}");
+    }
+    assert!(text.contains("serve --read-only") && text.contains("check -r drop-snapshots"), "{text}");
+    assert_eq!(run(&["check", "-r", "drop-snapshots"]).0, Some(0));
+    assert_eq!(run(&["check"]).0, Some(0));
+}
+
 #[test]
 fn what_cannot_be_checked_is_exit_code_1() {
     let bench = Bench::new();
