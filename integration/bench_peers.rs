@@ -59,7 +59,7 @@ struct Run {
     /// machine's cores with the server
     #[arg(long, value_name = "US", default_value_t = 50)]
     client_polls: u32,
-    /// Leave out the bare loop on the file and the null device
+    /// Leave out the bare loop on the file, the stock rust-vmm backend and the null device
     #[arg(long)]
     no_limits: bool,
     /// The daemon that is tried: `strata`, `qemu-storage-daemon`, or the path of another build of Strata
@@ -112,6 +112,16 @@ enum Hidden {
         /// Virtual size in bytes
         bytes: u64,
     },
+    /// Serve a raw file by vhost-user-backend and virtio-queue alone: a peer of this program
+    #[command(hide = true)]
+    StockBackend {
+        /// Where to listen
+        socket: PathBuf,
+        /// The raw file
+        file: PathBuf,
+        /// Queues to offer
+        queues: u16,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -158,6 +168,9 @@ fn main() -> ExitCode {
     let result = match options.hidden {
         Some(Hidden::NullDevice { socket, queues, bytes }) => {
             bench::null::serve(&socket, queues, bytes).map(|()| true)
+        }
+        Some(Hidden::StockBackend { socket, file, queues }) => {
+            strata_integration::stock::serve(&socket, &file, queues).map(|()| true)
         }
         None => run(&options.run),
     };

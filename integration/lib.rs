@@ -20,3 +20,4 @@ pub mod scenario;
 pub mod setup;
 pub mod stand;
 pub mod steps;
+pub mod stock;

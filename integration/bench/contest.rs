@@ -31,6 +31,8 @@ pub enum Side {
     Unchained,
     /// A bare loop on the file, where that is comparable.
     Bare,
+    /// The stock rust-vmm backend on a raw file, where that is comparable.
+    Stock,
     /// The null device behind Strata's session, where that is comparable.
     Null,
 }
@@ -47,7 +49,7 @@ pub struct Rules {
     pub turns: usize,
     /// How long to measure.
     pub times: Times,
-    /// Measure the two limits as well.
+    /// Measure the two limits and the stock backend as well.
     pub limits: bool,
     /// Virtual bytes of the null device.
     pub null_bytes: u64,
@@ -109,6 +111,9 @@ impl Rules {
         if limit.is_some() && bare::available() {
             sides.push(Side::Bare);
         }
+        if limit.is_some() {
+            sides.push(Side::Stock);
+        }
         // Larger blocks that are not moved would only be larger numbers.
         if limit.is_some_and(|pattern| pattern.block == BLOCK) {
             sides.push(Side::Null);
@@ -156,6 +161,7 @@ impl Rules {
             Side::Rival => self.measured(gallery, case, &self.rival).map(Some),
             Side::Unchained => self.unchained(gallery, case).map(Some),
             Side::Bare => self.bare(gallery, case).map(Some),
+            Side::Stock => self.stock(gallery, case).map(Some),
             Side::Null => self.null(case).map(Some),
         };
         let sample = result.unwrap_or_else(|error| {
@@ -233,6 +239,16 @@ impl Rules {
             host_bytes: None,
             problems: Vec::new(),
         })
+    }
+
+    /// The stock backend on a raw file as large as the image's disk.
+    fn stock(&self, gallery: &mut Gallery, case: &Case) -> Result<Sample> {
+        let file = gallery.raw()?;
+        let mut server = Server::of_stock(&file, case)?;
+        server.set_client_polls(self.client_polls);
+        let sample = sample(&mut server, case, &file, self.times)?;
+        server.stop()?;
+        Ok(sample)
     }
 
     fn null(&self, case: &Case) -> Result<Sample> {

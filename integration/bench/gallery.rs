@@ -123,8 +123,16 @@ impl Gallery {
         convert.args(["convert", "-S", "0", "-f", "raw", "-O", "qcow2"]).arg(&raw).arg(&full);
         command::output(&mut convert)?;
         settle(&full)?;
-        remove_file(&raw).with_context(|| raw.display().to_string())?;
+        settle(&raw)?;
         Ok(Self { folder, _owner: owner, sizes, full, number: 0 })
+    }
+
+    /// The raw file with what the full image holds. Every turn that wants it has the same: what was written there before
+    /// changes nothing for the next.
+    pub fn raw(&self) -> Result<PathBuf> {
+        let path = self.folder.path().join("full.raw");
+        settle(&path)?;
+        Ok(path)
     }
 
     /// The kind of file system, as Linux numbers them.

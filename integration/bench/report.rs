@@ -55,7 +55,7 @@ const HEADINGS: [&str; 9] = [
     "CPU s",
     "RSS MiB",
     "host bytes",
-    "of bare, null, no chain",
+    "of bare, stock, null, no chain",
 ];
 
 /// The table of a place.
@@ -87,7 +87,7 @@ fn cells(outcome: &Outcome) -> Vec<String> {
     let better = if matches!(unit, Unit::Memory | Unit::Cpu) { " less is better" } else { "" };
     let of_limit = |side| outcome.value_ratio(side).map(|ratio| format!("{:.2}", ratio.median));
     let limits: Vec<String> =
-        [Side::Bare, Side::Null, Side::Unchained].into_iter().filter_map(of_limit).collect();
+        [Side::Bare, Side::Stock, Side::Null, Side::Unchained].into_iter().filter_map(of_limit).collect();
     vec![
         name,
         value(Side::Subject),
@@ -130,6 +130,7 @@ fn pair(outcome: &Outcome, of: impl Fn(&Sample) -> Option<f64>, show: impl Fn(f6
 fn limits(report: &PlaceReport) -> String {
     let sides = [
         (Side::Bare, "bare loop (fio, io_uring)"),
+        (Side::Stock, "stock rust-vmm backend on a raw file"),
         (Side::Null, "null device"),
         (Side::Unchained, "the subject without a chain"),
     ];
@@ -201,6 +202,7 @@ fn outcome_json(outcome: &Outcome) -> Value {
         "ratio": summary_json(outcome.value_ratio(Side::Rival)),
         "ratio-per-cpu-second": summary_json(outcome.ratio(Side::Subject, Side::Rival, Sample::per_cpu)),
         "ratio-of-bare": summary_json(outcome.value_ratio(Side::Bare)),
+        "ratio-of-stock": summary_json(outcome.value_ratio(Side::Stock)),
         "ratio-of-null": summary_json(outcome.value_ratio(Side::Null)),
         "ratio-of-no-chain": summary_json(outcome.value_ratio(Side::Unchained)),
         "sides": rows,
@@ -220,6 +222,7 @@ fn row_json(row: &Row) -> Value {
         Side::Rival => "rival",
         Side::Unchained => "subject-without-chain",
         Side::Bare => "bare-loop",
+        Side::Stock => "stock-rust-vmm-backend",
         Side::Null => "null-device",
     };
     let samples: Vec<Value> = row.samples.iter().map(sample_json).collect();

@@ -67,6 +67,16 @@ impl Server {
         })
     }
 
+    /// Serves a raw file by the stock rust-vmm backend of this very program.
+    pub fn of_stock(file: &Path, case: &Case) -> Result<Self> {
+        let program = std::env::current_exe().context("this program's path")?;
+        Self::start(false, |socket| {
+            let mut command = Command::new(program);
+            command.arg("stock-backend").args([socket, file]).arg(case.queues.to_string());
+            command
+        })
+    }
+
     fn start(orderly: bool, command_for: impl FnOnce(&Path) -> Command) -> Result<Self> {
         let folder = tempfile::tempdir().context("a folder for a socket")?;
         let mut command = dies_with_us(&command_for(&socket_in(&folder)));

@@ -490,6 +490,7 @@ mod tests;
 
 #[cfg(test)]
 #[cfg(not(loom))]
+#[allow(clippy::disallowed_methods, reason = "readers are threads in these tests")]
 mod races {
     use std::sync::Mutex;
     use std::thread;

@@ -1,6 +1,11 @@
 //! Against qemu-img: its images are read as it made them, and the images made here pass its check.
 //!
 //! Without qemu-img on PATH each test says so and does nothing; where `STRATA_REQUIRE_TOOLS=1` is set it fails instead.
+#![allow(
+    clippy::disallowed_types,
+    clippy::disallowed_methods,
+    reason = "the tests run QEMU's tools on files"
+)]
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
