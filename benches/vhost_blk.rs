@@ -1,33 +1,9 @@
 //! What the ring and the parsing of a request cost. Run by `cargo bench-paths` (docs/performance.md, "What an operation
 //! costs").
 //!
-//! The ring is nobody's business outside the crate, so it is not exported for this: its modules are compiled into this
-//! program once more, from the same files. The guest is played by hand, and no disk is there.
-#![allow(
-    dead_code,
-    unused_imports,
-    reason = "some of each module is for the session or its tests, which are not here"
-)]
+//! The guest is played by hand, and no disk is there.
 
-#[path = "../src/vhost_blk/config.rs"]
-mod config;
-#[path = "../src/vhost_blk/descriptor.rs"]
-mod descriptor;
-#[path = "../src/vhost_blk/device.rs"]
-mod device;
-#[path = "../src/vhost_blk/error.rs"]
-mod error;
 mod harness;
-#[path = "../src/vhost_blk/loss.rs"]
-mod loss;
-#[path = "../src/vhost_blk/memory.rs"]
-mod memory;
-#[path = "../src/vhost_blk/part.rs"]
-mod part;
-#[path = "../src/vhost_blk/request.rs"]
-mod request;
-#[path = "../src/vhost_blk/ring.rs"]
-mod ring;
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -35,11 +11,11 @@ use std::sync::atomic::Ordering;
 
 use vm_memory::{Bytes, GuestAddress};
 
-use device::DeviceProfile;
 use harness::{Case, Named};
-use memory::{GuestMemory, MemoryTable, RegionInfo};
-use request::{Checker, Parsed};
-use ring::{Chain, Ring, RingLayout, Used};
+use vhost_blk::DeviceProfile;
+use vhost_blk::internals::{
+    Chain, Checker, GuestMemory, MemoryTable, Parsed, RegionInfo, Ring, RingLayout, Used,
+};
 
 /// Chains in a run.
 const CHAINS: u16 = 64;
@@ -103,7 +79,7 @@ impl Guest {
             file.set_len(REGION).expect("its length");
             file
         };
-        let table = MemoryTable::new().with_regions(&infos, infos.iter().map(|_| file()).collect());
+        let table = MemoryTable::from_regions(&infos, infos.iter().map(|_| file()).collect());
         let memory = table.expect("sound regions").memory();
         for chain in 0..CHAINS {
             lay_out(&memory, shape, chain);

@@ -17,6 +17,8 @@ use std::path::{Path, PathBuf};
 use std::thread::{available_parallelism, current, scope};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use proptest::prelude::{Just, Strategy, any, prop_oneof};
+use proptest::test_runner::{Config, TestRunner};
 use storage::sim::Random;
 use strata_tests::Qemu;
 
@@ -128,6 +130,40 @@ fn mutate_while(target: &Target, pool: &[Vec<u8>], random: &mut Random, more: im
         runs += 1;
     }
     runs
+}
+
+/// Descriptors of which most are parts of sound chains, as the target `ring` reads them.
+fn descriptors(count: usize) -> impl Strategy<Value = Vec<u8>> {
+    // Flags: 1 for NEXT, 2 for WRITE, 4 for INDIRECT.
+    let flags = prop_oneof![6 => Just(1_u8), 6 => Just(3), 6 => Just(2), 2 => Just(0), 3 => Just(4), 1 => any::<u8>()];
+    let next = prop_oneof![8 => Just(None), 1 => any::<u8>().prop_map(Some)];
+    let one = (0..0x6000_u16, any::<u16>(), flags, next);
+    proptest::collection::vec(one, count).prop_map(|list| {
+        let bytes = list.into_iter().enumerate().map(|(index, (place, length, flags, next))| {
+            let next = next.unwrap_or((index + 1) as u8);
+            [&place.to_be_bytes()[..], &length.to_be_bytes(), &[flags, next]].concat()
+        });
+        bytes.collect::<Vec<_>>().concat()
+    })
+}
+
+#[test]
+fn rings_agree_with_virtio_queue() {
+    let sizes = prop_oneof![Just(2_u8), Just(3), Just(4)];
+    let inputs = (sizes, any::<bool>(), any::<u32>()).prop_flat_map(|(order, event_index, start)| {
+        let rounds = proptest::collection::vec(any::<u8>(), 0..200);
+        (descriptors(2 << order), descriptors(48), rounds).prop_map(move |(ring, tables, rounds)| {
+            let how = order | u8::from(event_index) << 3;
+            [&[how][..], &start.to_be_bytes(), &ring, &tables, &rounds].concat()
+        })
+    });
+    let config = Config { cases: 2000, failure_persistence: None, ..Config::default() };
+    TestRunner::new(config)
+        .run(&inputs, |input| {
+            run(target("ring"), &input, "a generated ring");
+            Ok(())
+        })
+        .unwrap_or_else(|failure| panic!("{failure}"));
 }
 
 fn write_corpus(folder: &Path, seeds: &seeds::Seeds) {

@@ -38,6 +38,16 @@ mod socket_file;
 mod vring;
 mod worker;
 
+/// For this project's own benchmarks and fuzz targets, which look at the ring without a session. Nothing of it is
+/// stable.
+#[doc(hidden)]
+pub mod internals {
+    pub use crate::device::GuestSlice;
+    pub use crate::memory::{GuestMemory, MemoryTable, RegionInfo};
+    pub use crate::request::{Checker, Parsed};
+    pub use crate::ring::{Chain, Fault, Ring, RingLayout, Used};
+}
+
 pub use device::{BlockDevice, BlockQueue, DeviceProfile, Done, GuestSlice, Request, Status, Tag};
 pub use error::SessionError;
 pub use metrics::{Metrics, QueueSnapshot};

@@ -108,7 +108,7 @@ impl GuestMemory {
     }
 
     /// The mappings, for what may lie in several of them.
-    pub(crate) fn map(&self) -> &GuestMemoryMmap<()> {
+    pub fn map(&self) -> &GuestMemoryMmap<()> {
         &self.map
     }
 

@@ -22,7 +22,7 @@ const FLAG_UNMAP: u32 = 1;
 
 /// What a request is, for the counters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub enum Kind {
     Read,
     Write,
     Flush,
@@ -34,7 +34,7 @@ pub(crate) enum Kind {
 
 /// What becomes of a chain.
 #[derive(Debug)]
-pub(crate) enum Parsed {
+pub enum Parsed {
     /// There is no status byte to write: it goes back with a length of 0.
     NoStatus,
     /// The disk is not needed.
@@ -45,7 +45,7 @@ pub(crate) enum Parsed {
 
 /// An answer: write `status` to the status byte and give the chain back with `written` bytes.
 #[derive(Debug)]
-pub(crate) struct Answer {
+pub struct Answer {
     pub kind: Kind,
     pub status_byte: GuestSlice,
     pub status: Status,
@@ -55,7 +55,7 @@ pub(crate) struct Answer {
 
 /// Requests for the disk, all to be done before the chain is.
 #[derive(Debug)]
-pub(crate) struct Submission {
+pub struct Submission {
     pub kind: Kind,
     pub status_byte: GuestSlice,
     pub requests: SmallVec<[Request; 2]>,
@@ -67,7 +67,7 @@ pub(crate) struct Submission {
 
 /// The disk as requests are checked against it.
 #[derive(Debug)]
-pub(crate) struct Checker {
+pub struct Checker {
     profile: DeviceProfile,
     capacity: u64,
 }
@@ -76,14 +76,15 @@ pub(crate) struct Checker {
 type Refusal = Status;
 
 impl Checker {
-    pub(crate) fn new(profile: DeviceProfile) -> Self {
+    /// A checker of requests for a disk with this profile.
+    pub fn new(profile: DeviceProfile) -> Self {
         let capacity = profile.capacity_sectors.saturating_mul(SECTOR);
         Checker { profile, capacity }
     }
 
     /// Parses a chain. What is left in it afterwards is the data: `chain.writable` for a read, `chain.readable` for a
     /// write.
-    pub(crate) fn parse(&self, chain: &mut Chain, write_through: bool) -> Parsed {
+    pub fn parse(&self, chain: &mut Chain, write_through: bool) -> Parsed {
         if chain.fault == Some(Fault::Malformed) {
             return Parsed::NoStatus;
         }
@@ -196,7 +197,7 @@ impl Checker {
 }
 
 /// Writes the status byte.
-pub(crate) fn write_status(byte: &GuestSlice, status: Status) {
+pub fn write_status(byte: &GuestSlice, status: Status) {
     let code = match status {
         Status::Ok => VIRTIO_BLK_S_OK,
         Status::IoError => VIRTIO_BLK_S_IOERR,

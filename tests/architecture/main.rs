@@ -146,7 +146,7 @@ fn files_form_no_circles_without_a_reason() {
 fn the_circle_rule_can_fail() {
     let folder = tempfile::tempdir().expect("a temporary folder can be made");
     let write = |name: &str, text: &str| {
-        std::fs::write(folder.path().join(name), text).expect("a file can be written")
+        std::fs::write(folder.path().join(name), text).expect("a file can be written");
     };
     write("lib.rs", "mod a;\nmod b;\nmod c;\npub use a::A;");
     write("a.rs", "pub struct A;\nfn f(_: crate::b::B) {}\nuse crate::c::C;");

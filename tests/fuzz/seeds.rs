@@ -94,7 +94,7 @@ fn samples(qemu: &Qemu, folder: &Path) -> Vec<Sample> {
 /// The seeds of all targets.
 pub fn all(qemu: &Qemu) -> Seeds {
     let folder = tempfile::tempdir().expect("a folder");
-    let mut seeds = compressed();
+    let mut seeds = [compressed(), rings()].concat();
     for Sample(file) in samples(qemu, folder.path()) {
         let header = Header::parse(&file, file.len() as u64).expect("QEMU's own header");
         seeds.push(("header", file[..file.len().min(1024)].to_vec()));
@@ -170,6 +170,35 @@ fn tagged(geometry: &Geometry, first: u64, second: u64) -> Vec<u8> {
     let how = extended | (geometry.refcount_order as u8) << 2;
     let bits = geometry.cluster_bits as u8 - if geometry.extended_l2 { 14 } else { 9 };
     [&[how, bits][..], &first.to_be_bytes(), &second.to_be_bytes(), &[1]].concat()
+}
+
+/// Rings of some sizes with reads of three descriptors each, in the ring or in a table of their own.
+fn rings() -> Seeds {
+    let descriptor = |place: u16, length: u16, flags: u8, next: u8| {
+        [&place.to_be_bytes()[..], &length.to_be_bytes(), &[flags, next]].concat()
+    };
+    let three = |first: u8| {
+        [
+            descriptor(0x1800, 16, 1, first + 1),
+            descriptor(0x2000, 4096, 3, first + 2),
+            descriptor(0x1810, 1, 2, 0),
+        ]
+        .concat()
+    };
+    let mut seeds = Vec::new();
+    for how in [0x03_u8, 0x0b, 0x05, 0x0d] {
+        let size = 2_usize << (how & 7);
+        let direct: Vec<u8> = (0..size / 3).flat_map(|chain| three(3 * chain as u8)).collect();
+        let indirect: Vec<u8> = (0..size).flat_map(|_| descriptor(0, 48, 4, 0)).collect();
+        for mut table in [direct, indirect] {
+            table.resize(6 * size, 0);
+            let tables: Vec<u8> = (0..48).step_by(3).flat_map(|_| three(0)).collect();
+            let round = |event: u8| [&[2, 0, 0, event][..], &[0, 3, 2, 0, 0, 17, 0, 0, 1]].concat();
+            let rounds: Vec<u8> = (0..4).flat_map(|number| round(2 * number + 1)).collect();
+            seeds.push(("ring", [&[how, 0xff, 0xfe, 0xff, 0xfd][..], &table, &tables, &rounds].concat()));
+        }
+    }
+    seeds
 }
 
 /// Streams of both kinds, for clusters of some sizes.

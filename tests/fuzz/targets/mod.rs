@@ -10,6 +10,7 @@ mod extensions;
 mod header;
 mod host;
 mod image;
+mod ring;
 mod session;
 mod snapshots;
 mod sound;
@@ -44,6 +45,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "bitmaps", judge: bitmaps::judge },
     Target { name: "compressed", judge: compressed::judge },
     Target { name: "image", judge: image::judge },
+    Target { name: "ring", judge: ring::judge },
 ];
 
 impl Target {
