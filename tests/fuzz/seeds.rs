@@ -193,7 +193,7 @@ fn rings() -> Seeds {
         for mut table in [direct, indirect] {
             table.resize(6 * size, 0);
             let tables: Vec<u8> = (0..48).step_by(3).flat_map(|_| three(0)).collect();
-            let round = |event: u8| [&[2, 0, 0, event][..], &[0, 3, 2, 0, 0, 17, 0, 0, 1]].concat();
+            let round = |event: u8| [&[2, 0, event][..], &[0, 3, 2, 0, 0, 17, 0, 0, 1]].concat();
             let rounds: Vec<u8> = (0..4).flat_map(|number| round(2 * number + 1)).collect();
             seeds.push(("ring", [&[how, 0xff, 0xfe, 0xff, 0xfd][..], &table, &tables, &rounds].concat()));
         }
