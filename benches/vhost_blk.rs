@@ -79,7 +79,7 @@ impl Guest {
             file.set_len(REGION).expect("its length");
             file
         };
-        let table = MemoryTable::from_regions(&infos, infos.iter().map(|_| file()).collect());
+        let table = MemoryTable::new().with_regions(&infos, infos.iter().map(|_| file()).collect());
         let memory = table.expect("sound regions").memory();
         for chain in 0..CHAINS {
             lay_out(&memory, shape, chain);

@@ -4,8 +4,12 @@
 //! nothing of qcow2, of plans or of requests. [`Storage`] is the set of open files, shared by all threads;
 //! [`IoQueue`] is one thread's way to them. Two kinds exist: the host's ([`host`]) and, for tests, a simulated one.
 
+#![deny(unsafe_code)]
+
+#[allow(unsafe_code)]
 pub mod buffer;
 pub mod error;
+#[allow(unsafe_code)]
 pub mod host;
 pub mod operation;
 pub mod sim;

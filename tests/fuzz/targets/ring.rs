@@ -58,7 +58,7 @@ fn memory() -> Arc<GuestMemory> {
         file.set_len(REGION).expect("its length can be set");
         file
     });
-    MemoryTable::from_regions(&regions, files.collect()).expect("sound regions").memory()
+    MemoryTable::new().with_regions(&regions, files.collect()).expect("sound regions").memory()
 }
 
 impl Pair {
