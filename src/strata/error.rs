@@ -14,6 +14,7 @@ use vhost_blk::SessionError;
 
 use crate::limits;
 use crate::listen::SOCKET_PATH_MAX;
+use crate::log;
 use crate::text::printable;
 
 /// What a chain was opened for.
@@ -264,9 +265,10 @@ fn session_hint(error: &SessionError) -> Option<String> {
 
 /// Tells people on the standard error, if anybody reads it.
 pub fn show(error: &ProgramError) {
-    let mut text = format!("strata: error: {}\n", printable(&with_causes(error)));
+    let prefix = log::error_prefix();
+    let mut text = format!("{prefix}strata: error: {}\n", printable(&with_causes(error)));
     if let Some(hint) = error.hint() {
-        text += &format!("strata: hint: {}\n", printable(&hint));
+        text += &format!("{prefix}strata: hint: {}\n", printable(&hint));
     }
     let _ = io::stderr().write_all(text.as_bytes());
 }

@@ -3,8 +3,12 @@
 use std::io::IsTerminal;
 
 use clap::ValueEnum;
+use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::registry::LookupSpan;
 
 /// What is logged when nobody says otherwise.
 const DEFAULT: &str = "info";
@@ -44,9 +48,9 @@ impl std::str::FromStr for LogLevel {
     }
 }
 
-/// Sends logs to the standard error, with a time stamp; in colours on a terminal, unless `NO_COLOR` is set.
+/// Sends logs to the standard error. As text they have a time stamp, and on a terminal colours unless `NO_COLOR` is set. The
+/// journal has times itself, and gets priorities.
 pub fn start(level: Option<&LogLevel>, format: LogFormat) {
-    let _ = format;
     let from_environment = || std::env::var("RUST_LOG").ok().filter(|filter| !filter.is_empty());
     let wanted = level.map(|level| level.0.clone()).or_else(from_environment);
     let parsed = wanted.as_deref().map(|text| EnvFilter::builder().parse(text));
@@ -59,15 +63,62 @@ pub fn start(level: Option<&LogLevel>, format: LogFormat) {
         std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|no| no.is_empty());
     // A reader of the log that is gone must not end us: told of its own failure, the subscriber would print that to the
     // standard error in turn, and that panics. The result: nobody else has set a subscriber up.
-    let _ = tracing_subscriber::fmt()
+    let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(colours)
         .with_target(false)
-        .log_internal_errors(false)
-        .try_init();
+        .log_internal_errors(false);
+    let _ = match format {
+        LogFormat::Json => subscriber.json().flatten_event(true).with_ansi(false).try_init(),
+        LogFormat::Text if is_journal() => {
+            let plain = tracing_subscriber::fmt::format().without_time().with_target(false).with_ansi(false);
+            subscriber.event_format(Journal(plain)).try_init()
+        }
+        LogFormat::Text => subscriber.try_init(),
+    };
     if wrong {
         tracing::warn!("RUST_LOG is no filter; logging at level {DEFAULT}");
+    }
+}
+
+/// What a line for people on the standard error begins with: a priority, if the journal reads it.
+pub fn error_prefix() -> &'static str {
+    if is_journal() { "<3>" } else { "" }
+}
+
+/// Whether the standard error is the journal's: it says so by device and inode (systemd.exec(5), JOURNAL_STREAM), as a
+/// program that was started by a service may have another one.
+fn is_journal() -> bool {
+    let Ok(stream) = std::env::var("JOURNAL_STREAM") else { return false };
+    let stat = rustix::fs::fstat(std::io::stderr());
+    stat.is_ok_and(|stat| stream == format!("{}:{}", stat.st_dev, stat.st_ino))
+}
+
+/// Lines with the priorities of sd-daemon(3).
+struct Journal<F>(F);
+
+impl<S, N, F> FormatEvent<S, N> for Journal<F>
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+    F: FormatEvent<S, N>,
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> std::fmt::Result {
+        let mut text = String::new();
+        self.0.format_event(context, Writer::new(&mut text), event)?;
+        let priority = match *event.metadata().level() {
+            Level::ERROR => 3,
+            Level::WARN => 4,
+            Level::INFO => 6,
+            Level::DEBUG | Level::TRACE => 7,
+        };
+        text.lines().try_for_each(|line| writeln!(writer, "<{priority}>{}", line.trim_start()))
     }
 }
 

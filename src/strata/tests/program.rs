@@ -366,6 +366,59 @@ fn an_inherited_connection_is_served_until_it_ends() {
 }
 
 #[test]
+fn a_service_managers_socket_is_served_and_stays() {
+    let bench = Bench::new();
+    bench.image("disk.qcow2");
+    let listener = UnixListener::bind(bench.socket()).expect("bound");
+    rustix::io::fcntl_setfd(&listener, rustix::io::FdFlags::empty()).expect("inheritable");
+    let number = listener.as_raw_fd();
+    let under_manager = |sockets: u32| {
+        let script = format!("exec 3<&{number}; LISTEN_PID=$$ LISTEN_FDS={sockets} exec \"$0\" \"$@\"");
+        let mut command = Command::new("bash");
+        command.args(["-c", &script, PROGRAM, "serve", "--blk-file"]).arg(bench.path("disk.qcow2"));
+        command
+    };
+    let daemon = Daemon::start(&mut under_manager(1));
+    assert!(daemon.log().contains("on the service manager's socket"), "{}", daemon.log());
+    daemon.stop();
+    assert!(bench.socket().exists(), "the socket file is the manager's");
+    UnixStream::connect(bench.socket()).expect("and it still listens");
+    refused(&mut under_manager(2), 1, &["passed 2 sockets"]);
+    let mut of_another = Command::new(PROGRAM);
+    of_another.args(["serve", "--blk-file"]).arg(bench.path("disk.qcow2"));
+    refused(of_another.env("LISTEN_PID", "1").env("LISTEN_FDS", "1"), 2, &["a socket is missing"]);
+}
+
+#[test]
+fn logs_for_programs_and_for_the_journal() {
+    let bench = Bench::new();
+    bench.image("disk.qcow2");
+    let log = bench.path("log");
+    let run = |options: &[&str], journal: bool| {
+        let file = std::fs::File::create(&log).expect("made");
+        let metadata = file.metadata().expect("there");
+        let stream =
+            if journal { format!("{}:{}", metadata.dev(), metadata.ino()) } else { "1:2".to_owned() };
+        let mut command = Command::new(PROGRAM);
+        command.args(["snapshot", "-c", "x", "--allow-unlocked"]).args(options).arg(bench.path("none.qcow2"));
+        command.env("JOURNAL_STREAM", stream).env("RUST_LOG", "a=b=c").stderr(file);
+        assert_eq!(command.status().expect("it runs").code(), Some(1));
+        std::fs::read_to_string(&log).expect("text")
+    };
+    let text = run(&[], true);
+    assert!(text.starts_with("<4>WARN RUST_LOG is no filter"), "{text}");
+    assert!(text.lines().all(|line| line.starts_with("<3>") || line.starts_with("<4>")), "{text}");
+    assert!(!run(&[], false).contains('<'), "the standard error is not the journal's");
+    let text = run(&["--log-format", "json"], false);
+    let line = text.lines().next().expect("a line");
+    let value: serde_json::Value = serde_json::from_str(line).expect("JSON");
+    assert_eq!(
+        (&value["level"], value["message"].as_str().map(|text| &text[..8])),
+        (&"WARN".into(), Some("RUST_LOG"))
+    );
+}
+
+#[test]
 fn a_descriptor_that_is_no_socket_is_refused() {
     let bench = Bench::new();
     bench.image("disk.qcow2");
