@@ -303,6 +303,36 @@ impl L2Entry {
     }
 }
 
+impl Subclusters {
+    /// The L2 entry of this cluster: an ordinary one if all 32 subclusters are of one kind.
+    pub fn entry(self) -> L2Entry {
+        match self.host {
+            Some(HostPlace { offset, copied }) if self.allocated == SubclusterSet::ALL => {
+                L2Entry::Data { offset, copied }
+            }
+            Some(HostPlace { offset, copied }) if self.zero == SubclusterSet::ALL => {
+                L2Entry::ZeroAllocated { offset, copied }
+            }
+            None if self.zero == SubclusterSet::ALL => L2Entry::Zero,
+            None if self.zero.is_empty() => L2Entry::Unallocated,
+            _ => L2Entry::Subclusters(self),
+        }
+    }
+
+    /// The subclusters of an entry; `None` for a compressed cluster.
+    pub fn of(entry: L2Entry) -> Option<Subclusters> {
+        let (none, all) = (SubclusterSet::EMPTY, SubclusterSet::ALL);
+        let (allocated, zero) = match entry {
+            L2Entry::Unallocated => (none, none),
+            L2Entry::Zero | L2Entry::ZeroAllocated { .. } => (none, all),
+            L2Entry::Data { .. } => (all, none),
+            L2Entry::Subclusters(subclusters) => return Some(subclusters),
+            L2Entry::Compressed { .. } => return None,
+        };
+        Some(Subclusters { host: entry.host(), allocated, zero })
+    }
+}
+
 /// Where an entry of the refcount table says that its refblock is; nothing if there is none, which means that all its
 /// refcounts are 0.
 ///
@@ -495,6 +525,28 @@ mod tests {
                 assert_eq!(entry.encode(&extended), RawL2Entry { descriptor: kept, bitmap });
             }
         }
+    }
+
+    #[test]
+    fn a_cluster_of_one_kind_has_an_ordinary_entry() {
+        let (offset, copied) = (HostOffset(0x5_0000), true);
+        let host = Some(HostPlace { offset, copied });
+        let (none, all) = (SubclusterSet::EMPTY, SubclusterSet::ALL);
+        for (host, allocated, zero, entry) in [
+            (host, all, none, L2Entry::Data { offset, copied }),
+            (host, none, all, L2Entry::ZeroAllocated { offset, copied }),
+            (None, none, all, L2Entry::Zero),
+            (None, none, none, L2Entry::Unallocated),
+        ] {
+            let subclusters = Subclusters { host, allocated, zero };
+            assert_eq!(subclusters.entry(), entry);
+            assert_eq!(Subclusters::of(entry), Some(subclusters));
+        }
+        let mixed = Subclusters { host, allocated: SubclusterSet(6), zero: SubclusterSet(1) };
+        assert_eq!(mixed.entry(), L2Entry::Subclusters(mixed));
+        // An unused host cluster differs from no host cluster.
+        let unused = Subclusters { host, allocated: none, zero: none };
+        assert_eq!(unused.entry(), L2Entry::Subclusters(unused));
     }
 
     #[test]

@@ -4,8 +4,9 @@
 //! [`Header`](crate::Header) is within the format's limits, and one made by hand must be.
 
 use crate::address::{GuestCluster, GuestOffset, HostCluster, HostOffset};
-use crate::subcluster::SUBCLUSTERS;
 
+/// Subclusters in a cluster of an image with extended L2 entries.
+pub const SUBCLUSTERS: u32 = 32;
 /// The smallest cluster: 512 bytes.
 pub const CLUSTER_BITS_MIN: u32 = 9;
 /// The largest cluster: 2 MiB.

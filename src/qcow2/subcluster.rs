@@ -1,16 +1,13 @@
-//! Subclusters: the 32 equal parts of a cluster in an image with extended L2 entries, and the bitmap that says what
-//! each of them is.
+//! Subclusters: the 32 equal parts of a cluster in an image with extended L2 entries, and the bitmap that describes
+//! them.
 //!
-//! Owns the bitmap's bits (spec: "Extended L2 Entries") and what a cluster is whose parts differ. A cluster whose parts
-//! are all alike has an entry of the ordinary kind; see [`Subclusters::entry`].
+//! Owns the bitmap's bits (spec: "Extended L2 Entries") and the sets of subclusters of one kind. It knows no L2 entry:
+//! `Subclusters::entry` and `Subclusters::of`, which convert to and from one, are in `entry`.
 
 use std::ops::Range;
 
 use crate::address::HostOffset;
-use crate::entry::L2Entry;
-
-/// Subclusters in a cluster.
-pub const SUBCLUSTERS: u32 = 32;
+use crate::geometry::SUBCLUSTERS;
 
 /// Some of the subclusters of one cluster; bit 0 is the first.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -141,34 +138,6 @@ impl Subclusters {
         SubclusterSet::ALL.without(self.allocated).without(self.zero)
     }
 
-    /// The entry that says this: of an ordinary kind if all 32 are alike.
-    pub fn entry(self) -> L2Entry {
-        match self.host {
-            Some(HostPlace { offset, copied }) if self.allocated == SubclusterSet::ALL => {
-                L2Entry::Data { offset, copied }
-            }
-            Some(HostPlace { offset, copied }) if self.zero == SubclusterSet::ALL => {
-                L2Entry::ZeroAllocated { offset, copied }
-            }
-            None if self.zero == SubclusterSet::ALL => L2Entry::Zero,
-            None if self.zero.is_empty() => L2Entry::Unallocated,
-            _ => L2Entry::Subclusters(self),
-        }
-    }
-
-    /// The subclusters of an entry; none of a compressed cluster.
-    pub fn of(entry: L2Entry) -> Option<Subclusters> {
-        let (none, all) = (SubclusterSet::EMPTY, SubclusterSet::ALL);
-        let (allocated, zero) = match entry {
-            L2Entry::Unallocated => (none, none),
-            L2Entry::Zero | L2Entry::ZeroAllocated { .. } => (none, all),
-            L2Entry::Data { .. } => (all, none),
-            L2Entry::Subclusters(subclusters) => return Some(subclusters),
-            L2Entry::Compressed { .. } => return None,
-        };
-        Some(Subclusters { host: entry.host(), allocated, zero })
-    }
-
     /// The bitmap: what is allocated in its lower half, what is zero in its upper.
     pub const fn bitmap(&self) -> u64 {
         (self.zero.0 as u64) << 32 | self.allocated.0 as u64
@@ -195,28 +164,11 @@ mod tests {
     }
 
     #[test]
-    fn clusters_whose_parts_are_alike_have_ordinary_entries() {
-        let host = Some(HostPlace { offset: HostOffset(0x5_0000), copied: true });
-        let (offset, copied) = (HostOffset(0x5_0000), true);
-        let (none, all) = (SubclusterSet::EMPTY, SubclusterSet::ALL);
-        for (host, allocated, zero, entry) in [
-            (host, all, none, L2Entry::Data { offset, copied }),
-            (host, none, all, L2Entry::ZeroAllocated { offset, copied }),
-            (None, none, all, L2Entry::Zero),
-            (None, none, none, L2Entry::Unallocated),
-        ] {
-            let subclusters = Subclusters { host, allocated, zero };
-            assert_eq!(subclusters.entry(), entry);
-            assert_eq!(Subclusters::of(entry), Some(subclusters));
-        }
-        let mixed = Subclusters { host, allocated: SubclusterSet(6), zero: SubclusterSet(1) };
-        assert_eq!(mixed.entry(), L2Entry::Subclusters(mixed));
+    fn a_run_ends_where_the_kind_changes() {
+        let mixed = Subclusters { host: None, allocated: SubclusterSet(6), zero: SubclusterSet(1) };
         assert_eq!(mixed.at(0), (Subcluster::Zero, 1));
         assert_eq!(mixed.at(1), (Subcluster::Data, 2));
         assert_eq!(mixed.at(3), (Subcluster::Unallocated, 29));
         assert_eq!(mixed.bitmap(), 0x1_0000_0006);
-        // A host cluster of which nothing is used is not the same as none.
-        let kept = Subclusters { host, allocated: none, zero: none };
-        assert_eq!(kept.entry(), L2Entry::Subclusters(kept));
     }
 }
