@@ -185,6 +185,8 @@ impl Program {
 pub struct Daemon {
     process: Child,
     log: PathBuf,
+    /// Where its own part of the log begins: before it others may have used the same.
+    log_start: usize,
     program: String,
 }
 
@@ -204,6 +206,7 @@ impl Daemon {
     /// As [`Daemon::start`], with more options on its command line.
     pub fn start_with(program: &Program, spec: &ServeSpec, more: &[&str], log: &Path) -> Result<Self> {
         let output = File::options().create(true).append(true).open(log)?;
+        let log_start = output.metadata()?.len() as usize;
         let mut command = program.command(spec);
         command.args(more);
         if std::env::var_os("RUST_LOG").is_none() {
@@ -212,7 +215,7 @@ impl Daemon {
         command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
         let process =
             command.spawn().with_context(|| format!("cannot start {}", command::shown(&command)))?;
-        let mut daemon = Self { process, log: log.to_owned(), program: command::shown(&command) };
+        let mut daemon = Self { process, log: log.to_owned(), log_start, program: command::shown(&command) };
         daemon.wait_until_listening(&spec.socket)?;
         Ok(daemon)
     }
@@ -252,6 +255,21 @@ impl Daemon {
         let limit = Rlimit { current: bytes, maximum: None };
         prlimit(Some(self.pid()), Resource::Fsize, limit).context("prlimit")?;
         Ok(())
+    }
+
+    /// Waits at most `patience` until it has said something.
+    pub fn wait_for_log(&self, text: &str, patience: Duration) -> Result<()> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let log = std::fs::read(&self.log)?;
+            if String::from_utf8_lossy(&log[self.log_start..]).contains(text) {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                bail!("{} does not say \"{text}\" after {patience:?}\n{}", self.program, self.log_tail());
+            }
+            std::thread::sleep(LOOK_AGAIN);
+        }
     }
 
     /// The end of what it said.

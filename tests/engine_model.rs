@@ -157,6 +157,7 @@ impl Bench {
                 bitmaps: Vec::new(),
                 snapshots: Default::default(),
                 keep_discarded: false,
+                may_search_leaks: false,
             }),
             // Small, so that slices and tables are evicted all the time.
             map_bytes: 2 * 4096,

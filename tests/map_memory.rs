@@ -63,6 +63,7 @@ impl Bench {
                 bitmaps: Vec::new(),
                 snapshots: Default::default(),
                 keep_discarded: false,
+                may_search_leaks: false,
             }),
             map_bytes,
             table_bytes: 16 << 20,

@@ -30,17 +30,20 @@ async fn finish<S: Storage>(worker: &Worker<S>) -> Result<(), RequestError> {
         worker.flush().await?;
         while worker.reclaim_some().await? {}
         worker.flush().await?;
-        worker.trim_file().await?;
+        let keeps_mark = worker.has_leaks_to_search().await;
+        worker.trim_file(keeps_mark).await?;
     }
     worker.flush().await
 }
 
 impl<S: Storage> Worker<S> {
-    /// Cuts the file behind its last cluster in use.
-    async fn trim_file(&self) -> Result<(), RequestError> {
+    /// Cuts the file behind its last cluster in use, and the free clusters that tell the next writer to search for leaks, if
+    /// it is to.
+    async fn trim_file(&self, keeps_mark: bool) -> Result<(), RequestError> {
         let top = self.shared.top_file();
         let present = self.shared.storage.length(top).unwrap_or(0);
         if let Some(length) = self.engine().trim_end(present)? {
+            let length = length + if keeps_mark { self.engine().mark_bytes() } else { 0 };
             // To the end of a block: see `fill_last_block`.
             let length = length.next_multiple_of(u64::from(self.shared.files[0].info.block_size.max(1)));
             if length >= present {

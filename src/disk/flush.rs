@@ -8,7 +8,7 @@ use std::task::Poll;
 use engine::mutation::{Mutation, active};
 use engine::{Allocation, FlushCut, FlushStep, HeaderSwitch, Stage, TableWrite};
 use storage::{Errno, FileId, Kind, Operation, Part, Storage};
-use tracing::error;
+use tracing::{debug, error};
 
 use crate::driver::Outcome;
 use crate::error::{RequestError, is_no_space};
@@ -103,6 +103,9 @@ impl<S: Storage> Worker<S> {
         {
             self.switch_header(switch).await?;
         }
+        if cut.length_first {
+            self.mark_end(cut.lengthen).await?;
+        }
         if cut.links_alone && !self.shared.has_data_file() {
             self.write_stage(Stage::Two, &cut.stage2).await?;
             return self.sync_unless(Mutation::NoSyncAfterLinks).await;
@@ -129,6 +132,20 @@ impl<S: Storage> Worker<S> {
             self.sync_unless(Mutation::NoSyncAfterLinks).await?;
         }
         Ok(())
+    }
+
+    /// Has the file end with free clusters, durably, as long as it is in use. Where that cannot be, for lack of space or
+    /// past what a file may have, what a crash leaks is not searched for.
+    async fn mark_end(&self, length: Option<u64>) -> Result<(), Failure> {
+        if let Some(length) = length {
+            let block = u64::from(self.shared.files[0].info.block_size.max(1));
+            let length = length.next_multiple_of(block);
+            match self.grow_file(length).await {
+                Ok(()) => self.engine().file_has_length(length),
+                Err(error) => debug!(%error, length, "the image file cannot end with free clusters"),
+            }
+        }
+        self.sync_unless(Mutation::TailNotSynced).await
     }
 
     async fn write_stage(&self, stage: Stage, writes: &[TableWrite]) -> Result<(), Failure> {

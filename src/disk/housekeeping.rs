@@ -3,6 +3,7 @@
 //!
 //! It sleeps while there is nothing of that.
 
+use std::convert::Infallible;
 use std::future::{Future, poll_fn};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -77,7 +78,7 @@ impl Bell {
         !self.sweeping.load(Ordering::SeqCst) && worker.engine().map_is_sweepable()
     }
 
-    fn stopped(&self) -> bool {
+    pub fn stopped(&self) -> bool {
         self.stop.load(Ordering::SeqCst)
     }
 
@@ -244,6 +245,19 @@ fn sweep(engine: &Engine, stopped: impl Fn() -> bool) {
 
 /// The housekeeper's work.
 async fn keep<S: Storage>(worker: &Worker<S>) {
+    let search = async {
+        worker.search_leaks().await;
+        Ok::<(), Infallible>(())
+    };
+    let chores = async {
+        do_chores(worker).await;
+        Ok(())
+    };
+    // All of a thread's tasks in one, so that whoever wakes it wakes both.
+    let _ = worker.driver.run_together(vec![Box::pin(search), Box::pin(chores)]).await;
+}
+
+async fn do_chores<S: Storage>(worker: &Worker<S>) {
     let bell = &worker.shared.bell;
     let (mut dirty_since, mut sweeps, mut flush_failed) = (None, Sweeps::default(), false);
     while !bell.stopped() && !worker.engine().has_failed() {

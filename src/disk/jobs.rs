@@ -99,7 +99,7 @@ impl<S: Storage> Worker<S> {
         result.map_err(RequestError::io("growing the image file"))
     }
 
-    async fn grow_file(&self, length: u64) -> Result<(), Errno> {
+    pub async fn grow_file(&self, length: u64) -> Result<(), Errno> {
         let top = self.shared.top_file();
         // Never shorten: the file may be longer than what is in use (an earlier crash).
         if self.shared.storage.length(top).map_err(|_| Errno::EIO)? >= length {

@@ -23,6 +23,7 @@ mod housekeeping;
 mod inflate;
 mod jobs;
 mod layer;
+mod leaks;
 mod open;
 mod policy;
 mod queue;
@@ -97,6 +98,8 @@ pub(crate) struct Shared<S: Storage> {
     pub inflated: inflate::Cache,
     /// Who inflates them.
     pub inflaters: inflate::Pool,
+    /// What the search for leaks goes by.
+    pub leaks: leaks::Leaks,
 }
 
 impl<S: Storage> Shared<S> {
@@ -173,6 +176,7 @@ impl<S: Storage> Disk<S> {
     ) -> Result<Self, OpenError> {
         let keeps_header = chain.top.is_some();
         let data = chain.specs[0].data_file();
+        let leaks = leaks::Leaks::of(chain.top.as_ref());
         // Before anything is written: it may refuse the image.
         let engine = Engine::new(EngineSpec {
             layers: chain.specs,
@@ -226,6 +230,7 @@ impl<S: Storage> Disk<S> {
             },
             inflated: inflate::Cache::new(options.inflated_bytes),
             inflaters: inflate::Pool::new(options.inflate_threads),
+            leaks,
         });
         Ok(Disk { shared, housekeeper: None })
     }

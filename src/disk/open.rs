@@ -21,6 +21,7 @@ use crate::driver::Driver;
 use crate::error::OpenError;
 use crate::header::HeaderSector;
 use crate::layer::{DiskFile, Layer};
+use crate::leaks::knows_all_owners;
 use crate::policy::{DetectZeroes, Discards};
 use crate::space::OnEnospc;
 
@@ -82,6 +83,8 @@ pub struct DiskOptions {
     /// Where the guest discards or zeroes a cluster, its host cluster stays with it, so that the image does not become
     /// fragmented; its space is given back all the same. Only for a qcow2 image of version 3.
     pub discard_no_unref: bool,
+    /// What a writer that did not close the image left counted and unused is searched for while the disk is in use.
+    pub search_leaks: bool,
 }
 
 impl Default for DiskOptions {
@@ -104,6 +107,7 @@ impl Default for DiskOptions {
             detect_zeroes: DetectZeroes::Off,
             discards: Discards::Unmap,
             discard_no_unref: false,
+            search_leaks: true,
         }
     }
 }
@@ -209,6 +213,9 @@ async fn open_layers<S: Storage>(
                         spec.bitmaps = bitmaps.places;
                         chain.bitmaps = Some(bitmaps.list);
                     }
+                    spec.may_search_leaks = options.search_leaks
+                        && spec.snapshots.is_whole()
+                        && knows_all_owners(header, chain.bitmaps.is_some());
                     chain.top = Some(spec);
                 }
                 LayerFormat::Qcow2 { geometry: whole_sectors(header, header.size), l1, data_file: None }
@@ -359,6 +366,7 @@ impl<Q: IoQueue> Reader<'_, Q> {
             bitmaps: Vec::new(),
             snapshots: image.snapshot_places(header).await?,
             keep_discarded: false,
+            may_search_leaks: false,
         })
     }
 

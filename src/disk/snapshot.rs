@@ -173,8 +173,14 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
             match l1_place(snapshot, &geometry, self.info.length) {
                 Ok((_, 0)) => {}
                 Ok(place) => places.tables.push(place),
-                Err(bad) => warn!(path = %path().display(), id = %String::from_utf8_lossy(&snapshot.id),
-                    %bad, "an internal snapshot is damaged: it cannot be used, and is not watched over"),
+                Err(bad) => {
+                    places.has_unknown();
+                    warn!(path = %path().display(), id = %String::from_utf8_lossy(&snapshot.id),
+                        %bad, "an internal snapshot is damaged: it cannot be used, and is not watched over");
+                }
+            }
+            if snapshot.has_unknown_fields() {
+                places.has_unknown();
             }
         }
         let l1_tables = places.tables[1..].to_vec();

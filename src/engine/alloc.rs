@@ -4,6 +4,7 @@
 //! memory) → free again, and that last step only when the unlink is durable and all I/O begun before it has ended.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 
 use qcow2::HostCluster;
 
@@ -13,6 +14,7 @@ use crate::bounds::{
 };
 use crate::epoch::Epoch;
 use crate::free::FreeClusters;
+use crate::leaks::{TAIL_BYTES, Touched};
 use crate::mutation::{Mutation, active};
 use crate::waiters::Waiters;
 
@@ -84,6 +86,14 @@ pub(crate) struct Allocator {
     pub scanned: u64,
     /// Where the search ends: the end of the file at open.
     pub scan_end: u64,
+    /// The clusters at the end of the file at open that are free if its last writer did not close it.
+    pub tail: Range<u64>,
+    /// No cluster from this on is counted or reserved.
+    pub used_end: u64,
+    /// The file was made longer, and that is not known to be durable.
+    pub length_unsynced: bool,
+    /// What the search for leaks must leave alone; none if it is over.
+    pub touched: Option<Touched>,
 }
 
 impl Allocator {
@@ -110,6 +120,48 @@ impl Allocator {
             reclaiming: false,
             scanned: 0,
             scan_end: end,
+            tail: 0..0,
+            used_end: end,
+            length_unsynced: false,
+            touched: None,
+        }
+    }
+
+    /// The file has so many bytes at open.
+    pub fn opened(&mut self, file_length: u64, cluster_size: u64) {
+        self.scan_end = file_length.div_ceil(cluster_size);
+        self.file_length = file_length;
+        self.tail = file_length.saturating_sub(TAIL_BYTES) / cluster_size..self.scan_end;
+    }
+
+    /// [`Allocator::used_end`] where the tail turns out to be free, and nothing was reserved past it.
+    pub fn used_end_without_tail(&self) -> u64 {
+        if self.used_end == self.scan_end { self.tail.start } else { self.used_end }
+    }
+
+    /// How long the file is to be before counts go to it, so that it ends with free clusters until it is closed; nothing if
+    /// it is.
+    pub fn marked_length(&mut self, cluster_size: u64) -> Option<u64> {
+        if active(Mutation::TailNotMarked) {
+            return None;
+        }
+        let tail = TAIL_BYTES.max(cluster_size);
+        let length = self.used_end.checked_mul(cluster_size).and_then(|end| end.checked_add(tail))?;
+        let grows = length > self.file_length;
+        self.file_length = self.file_length.max(length);
+        self.length_unsynced |= grows;
+        grows.then_some(length)
+    }
+
+    /// The count of a cluster changes, or it loses a reference: it is no leak.
+    pub fn touch(&mut self, cluster: u64) {
+        if active(Mutation::LeakSearchForgetsChanges) {
+            return;
+        }
+        if let Some(touched) = &mut self.touched
+            && !touched.add(cluster)
+        {
+            self.touched = None;
         }
     }
 
@@ -166,6 +218,11 @@ impl Allocator {
     /// True if so much waits for a cut that one is due.
     pub fn wants_cut(&self) -> bool {
         self.uncut > 0 && self.uncut >= self.quarantined_max / CUT_SHARE
+    }
+
+    /// True if leaks may be held back, too, with no request that comes to wait for that.
+    pub fn has_room_for_leaks(&self) -> bool {
+        self.quarantined < (self.quarantined_max / CUT_SHARE).max(1)
     }
 
     /// True if anything waits for a cut.
@@ -240,6 +297,7 @@ impl Allocator {
 
     /// Puts a run into quarantine, joining it with the last where it can.
     pub fn free_later(&mut self, cluster: HostCluster, cut: u64) {
+        self.touch(cluster.0);
         if active(Mutation::ReuseAtOnce) {
             return self.free.add(FreeRun { run: Run { start: cluster, count: 1 }, known_zero: false });
         }

@@ -53,6 +53,13 @@ pub(crate) const RECLAIM_CLUSTERS_MAX: u64 = bound(16 << 10, 3);
 /// The most refblock slices that one go may need: few against what the cache holds.
 pub(crate) const RECLAIM_SLICES_MAX: usize = bound(64, 2) as usize;
 
+/// The most clusters searched for leaks at a time: the references to each take a byte and a bit.
+pub(crate) const LEAK_CLUSTERS_AT_ONCE: u64 = bound(16 << 20, 4096);
+/// The most leaks noted before they are taken back.
+pub(crate) const LEAKS_AT_ONCE: usize = bound(256 << 10, 64) as usize;
+/// The most of anything that the search for leaks asks the engine for, or gives it, at a time.
+pub(crate) const LEAK_PIECE: usize = bound(1024, 2) as usize;
+
 /// The most bytes of neighbouring table slices written as one.
 pub(crate) const CUT_WRITE_BYTES_MAX: usize = bound(1 << 20, 4 << 10) as usize;
 
@@ -66,7 +73,7 @@ pub(crate) const FILLS_MAX: usize = bound(4096, 1) as usize;
 pub(crate) const LOADS_MAX: usize = bound(256, 1) as usize;
 
 /// The most bytes of a table that are cached as one.
-pub(crate) const TABLE_SLICE_BYTES_MAX: u64 = bound(4096, 512);
+pub const TABLE_SLICE_BYTES_MAX: u64 = bound(4096, 512);
 /// The most bytes of tables, and of the map, that are kept whatever the engine was given.
 pub(crate) const TABLES_BYTES_MAX: usize = bound(1 << 40, 4 << 10) as usize;
 pub(crate) const MAP_BYTES_MAX: usize = bound(1 << 40, 256) as usize;

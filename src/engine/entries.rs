@@ -67,7 +67,17 @@ impl Entries {
 
     /// The entries that are not zero, with their indices, in order.
     pub fn used(&self) -> impl DoubleEndedIterator<Item = (u64, u64)> {
-        let pieces = self.pieces.iter().enumerate().filter_map(|(n, piece)| Some((n, piece.as_ref()?)));
+        self.used_in_pieces(0)
+    }
+
+    /// The same from an index on.
+    pub fn used_from(&self, first: u64) -> impl Iterator<Item = (u64, u64)> {
+        self.used_in_pieces(split(first).0).skip_while(move |(index, _)| *index < first)
+    }
+
+    fn used_in_pieces(&self, first: usize) -> impl DoubleEndedIterator<Item = (u64, u64)> {
+        let pieces = self.pieces.iter().enumerate().skip(first);
+        let pieces = pieces.filter_map(|(n, piece)| Some((n, piece.as_ref()?)));
         pieces.flat_map(|(n, piece)| {
             let entries = piece.iter().enumerate().filter(|(_, raw)| **raw != 0);
             entries.map(move |(at, raw)| ((n * PIECE + at) as u64, *raw))

@@ -44,6 +44,10 @@ pub struct HeaderSwitch {
 #[must_use]
 pub struct FlushCut {
     number: u64,
+    /// Make the file as long first, if that is possible, so that it ends with free clusters until it is closed.
+    pub lengthen: Option<u64>,
+    /// The file's length must be durable before anything of this is written.
+    pub length_first: bool,
     /// What nothing durable names, and what stage 1 will name.
     pub stage0: Vec<TableWrite>,
     /// Refcounts, and tables that stage 2 will name.
@@ -185,6 +189,9 @@ impl State {
         }
         let write = self.write.as_mut().expect("a writable image");
         write.flush.early.cut(dirty);
+        let cluster_size = write.refcounts.geometry.cluster_size();
+        let lengthen = if dirty { write.alloc.marked_length(cluster_size) } else { None };
+        let length_first = dirty && std::mem::take(&mut write.alloc.length_unsynced);
         let l1_blocks = std::mem::take(&mut write.l1_dirty);
         let refcounts = &mut write.refcounts;
         let table_blocks = std::mem::take(&mut refcounts.dirty);
@@ -225,7 +232,7 @@ impl State {
             stage2.push(self.l1_block(block));
         }
         let [stage0, stage1, stage2] = [stage0, stage1, stage2].map(merged);
-        Ok(FlushCut { number, stage0, stage1, header, stage2, links_alone })
+        Ok(FlushCut { number, lengthen, length_first, stage0, stage1, header, stage2, links_alone })
     }
 
     /// True if a cut taken now would have anything to write.
@@ -291,6 +298,7 @@ impl State {
         assert_eq!(running.number, cut.number, "one cut at a time");
         wakes.append(write.flush.waiters.take());
         write.flush.links_follow_data();
+        write.alloc.length_unsynced |= cut.length_first;
         write.l1_dirty.extend(running.l1_blocks);
         write.refcounts.header_stale |= running.header_was_stale;
         write.refcounts.dirty.extend(running.table_blocks);

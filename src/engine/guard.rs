@@ -150,6 +150,15 @@ impl MetadataGuard {
         self.overlap(run.start.0, end).or(of_snapshot.map(|cluster| (cluster, Structure::SnapshotL2)))
     }
 
+    /// Runs of metadata that end past a cluster, at most so many, in order: the first cluster, how many, and whether they are
+    /// L2 tables. Those that only snapshots name are left out.
+    pub fn runs_from(&self, cluster: u64, most: usize) -> Vec<(HostCluster, u64, bool)> {
+        let before = self.runs.range(..cluster).next_back().filter(|(_, run)| run.0 > cluster);
+        let runs = before.into_iter().chain(self.runs.range(cluster..)).take(most);
+        runs.map(|(start, (past, holds))| (HostCluster(*start), past - start, *holds == Structure::L2))
+            .collect()
+    }
+
     /// Data is about to be written to a run, or the run to be punched, now or later: from now on it does not become
     /// metadata. To be asked before each such I/O is planned, or a word published that allows it.
     ///

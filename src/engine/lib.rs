@@ -23,6 +23,7 @@ mod free;
 mod guard;
 mod hashed;
 mod layers;
+mod leaks;
 #[cfg(all(test, loom))]
 mod loom_tests;
 mod map;
@@ -48,6 +49,7 @@ pub use epoch::{Epoch, Epochs, WorkerEpochs};
 pub use error::{EngineError, Proof, Structure};
 pub use flush::{FlushCut, FlushStep, HeaderSwitch, Stage, TableWrite};
 pub use layers::{LayerFormat, LayerSpec};
+pub use leaks::{Leak, LeakSearch, LeakSearchEnd, LiveTable, SeenTable};
 pub use map::Parts;
 pub use reclaim::ReclaimPlan;
 pub use reserve::ReservePlan;
@@ -75,6 +77,7 @@ use crate::flush::FlushState;
 use crate::guard::MetadataGuard;
 use crate::hashed::HashMap;
 use crate::layers::{Layer, Qcow2Layer};
+use crate::leaks::Touched;
 use crate::map::{ChainMap, MapWriter, Swept};
 use crate::refcounts::Refcounts;
 use crate::state::{State, WriteState};
@@ -119,6 +122,8 @@ pub struct TopSpec {
     /// A host cluster stays where it is when the guest discards or zeroes what it holds; only its space is given back.
     /// Needs version 3.
     pub keep_discarded: bool,
+    /// All that may have clusters of the file is known, so that leaks may be searched for.
+    pub may_search_leaks: bool,
 }
 
 /// A cluster of which some subclusters are data in one host cluster.
@@ -176,6 +181,8 @@ pub struct EngineStatus {
     pub quarantined_max: u64,
     /// Some of them only wait to be reclaimed.
     pub reclaimable: bool,
+    /// Leaks are being searched for, or may be.
+    pub searching: bool,
     /// Clusters that are counted as used and are not used yet: what a crash leaks besides what was not flushed.
     pub reserved_clusters: u64,
     /// Cuts that became durable.
@@ -619,6 +626,15 @@ impl Engine {
         })
     }
 
+    /// The file was made at least so long.
+    pub fn file_has_length(&self, length: u64) {
+        self.with(|state, _| {
+            if let Some(write) = &mut state.write {
+                write.alloc.file_length = write.alloc.file_length.max(length);
+            }
+        });
+    }
+
     /// Numbers for logs, metrics and housekeeping.
     pub fn status(&self) -> EngineStatus {
         self.with(|state, _| {
@@ -632,6 +648,7 @@ impl Engine {
                 quarantined_max: write.alloc.quarantined_max(),
                 reserved_clusters: write.alloc.reserved_clusters(),
                 reclaimable: !write.alloc.unlinked.is_empty(),
+                searching: write.alloc.touched.is_some(),
                 cuts: write.flush.completed(),
                 map_bytes,
             }
@@ -660,8 +677,9 @@ fn write_state(geometry: qcow2::Geometry, l1: &Entries, top: TopSpec) -> Result<
     let in_blocks = last_block * geometry.refblock_entries();
     let end = geometry.clusters_for(top.file_length).max(in_blocks).max(guard.end());
     let mut alloc = Allocator::new(end, geometry.cluster_size(), geometry.size);
-    alloc.scan_end = geometry.clusters_for(top.file_length);
-    alloc.file_length = top.file_length;
+    alloc.opened(top.file_length, geometry.cluster_size());
+    // From the very beginning: what is touched later is what the search must leave alone.
+    alloc.touched = top.may_search_leaks.then(Touched::default);
     Ok(WriteState {
         refcounts,
         alloc,

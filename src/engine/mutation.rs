@@ -120,6 +120,14 @@ pub enum Mutation {
     ClaimKeptByLeaver,
     /// A request goes on waiting for space although its queue is being stopped.
     WaitNotGivenUp,
+    /// The search for leaks takes back what was reserved or unlinked since the disk was opened.
+    LeakSearchForgetsChanges,
+    /// The search for leaks reads tables from the file though they are in memory.
+    LeakSearchReadsTheDisk,
+    /// The file does not end with free clusters while it is written.
+    TailNotMarked,
+    /// That the file ends with free clusters need not be durable before counts are written.
+    TailNotSynced,
 }
 
 impl Mutation {
@@ -182,6 +190,10 @@ impl Mutation {
         Mutation::CutBesideEarlyLink,
         Mutation::ClaimKeptByLeaver,
         Mutation::WaitNotGivenUp,
+        Mutation::LeakSearchForgetsChanges,
+        Mutation::LeakSearchReadsTheDisk,
+        Mutation::TailNotMarked,
+        Mutation::TailNotSynced,
     ];
 }
 

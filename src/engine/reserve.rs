@@ -13,6 +13,7 @@ use crate::answer::{Answer, ready};
 use crate::bounds::{DOUBTS_MAX, NEW_CLUSTERS, SCAN_CLUSTERS, SCAN_SLICES};
 use crate::error::{EngineError, Structure};
 use crate::guard::MetadataGuard;
+use crate::leaks::TAIL_BYTES;
 use crate::refcounts::{Refcounts, TABLE_BYTES_MAX};
 use crate::state::{State, WriteState};
 use crate::tables::{Dirt, TableId};
@@ -222,7 +223,9 @@ impl State {
         let geometry = self.top_qcow2().geometry;
         let past =
             (start + count).checked_mul(geometry.cluster_size()).filter(|past| *past <= FILE_BYTES_MAX);
-        let file_length = Some(past.ok_or(EngineError::FileTooLarge)?);
+        // With what shows that nobody has closed the file: see `Allocator::marked_length`.
+        let file_length =
+            Some(past.ok_or(EngineError::FileTooLarge)? + TAIL_BYTES.max(geometry.cluster_size()));
         let mut metadata = Vec::new();
         if let Some(growth) = &growth {
             let length = growth.run.count * geometry.cluster_size();
@@ -278,6 +281,9 @@ impl State {
         let refcounts = &self.write.as_ref().expect("writable images only").refcounts;
         let (place, order) = (refcounts.place(cluster), refcounts.geometry.refcount_order);
         qcow2::set_refcount(order, self.tables.change(place.table), place.index, count);
+        if let Some(write) = &mut self.write {
+            write.alloc.touch(cluster);
+        }
     }
 
     pub fn commit_reserve(&mut self, plan: ReservePlan, wakes: &mut WakeList) {
@@ -294,6 +300,8 @@ impl State {
         let write = self.write.as_mut().expect("a plan was made");
         write.alloc.file_length = write.alloc.file_length.max(plan.file_length.unwrap_or(0));
         write.alloc.end = write.alloc.end.max(run.start.0 + run.count);
+        write.alloc.used_end = write.alloc.used_end.max(run.start.0 + run.count);
+        write.alloc.length_unsynced |= plan.file_length.is_some();
         write.alloc.add_window(plan.window);
         if plan.file_length.is_some() {
             write.alloc.wants_new = false;

@@ -106,6 +106,14 @@ impl Tables {
         }
     }
 
+    /// The bytes of a slice, if it is resident; who asks so does not use it.
+    pub fn peek(&self, id: TableId) -> Option<&[u8]> {
+        match self.slots.get(&id) {
+            Some(Slot::Ready(table)) => Some(&table.bytes),
+            _ => None,
+        }
+    }
+
     /// The bytes of a slice that is known to be resident (pinned, or just found).
     pub fn bytes(&self, id: TableId) -> &[u8] {
         match self.slots.get(&id) {

@@ -107,6 +107,11 @@ impl Snapshot {
         self.extra_field(extra::ICOUNT).filter(|count| *count != u64::MAX)
     }
 
+    /// It has fields after those that are known.
+    pub fn has_unknown_fields(&self) -> bool {
+        self.extra.len() > EXTRA_LENGTH_NEW
+    }
+
     fn extra_field(&self, at: usize) -> Option<u64> {
         (self.extra.len() >= at + 8).then(|| u64_at(&self.extra, at))
     }

@@ -341,6 +341,11 @@ impl Journal {
         self.allowed(sector as usize, |_| true, settled)
     }
 
+    /// The image was changed while nobody used it.
+    pub fn has_changes(&self) -> bool {
+        self.entries.iter().any(|entry| matches!(entry.op, Op::Change(_)))
+    }
+
     /// What a sector may hold if the settled requests are durable and the visible ones may be.
     fn allowed(
         &self,

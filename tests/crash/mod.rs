@@ -2,7 +2,7 @@
 //! was promised.
 //!
 //! `shape` makes images, `hidden` shares their clusters with a snapshot, `rig` runs a disk, `journal` is the oracle, `walk` makes the crash states of a run and compares,
-//! `examine` looks at one, `bitmap` at its bitmap, `second` has QEMU look at a sample, `tally` counts. `sequences` are all the short runs, a
+//! `examine` looks at one, `recovery` has its leaks searched for, `bitmap` at its bitmap, `second` has QEMU look at a sample, `tally` counts. `sequences` are all the short runs, a
 //! `trial` is a long random one that a number stands for, `faulty` is one in which the host fails,
 //! `scarce` one in which it runs out of space;
 //! `windows` are the two mistakes of QEMU; `overlaps` are images on which data and metadata want the same place; `changes`
@@ -17,6 +17,7 @@ pub mod hidden;
 pub mod journal;
 pub mod memory;
 pub mod overlaps;
+pub mod recovery;
 pub mod rig;
 pub mod scarce;
 pub mod second;

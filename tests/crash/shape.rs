@@ -315,6 +315,8 @@ impl Shape {
             on_enospc: self.on_enospc,
             detect_zeroes: self.detect,
             discard_no_unref: self.keeps_places,
+            // Of a snapshot that the image does not know of all is a leak.
+            search_leaks: self.past != Past::Shared,
             data_file: self.has_data_file().then(|| DATA.into()),
             ..DiskOptions::default()
         }

@@ -8,11 +8,14 @@ use storage::sim::{CrashLimits, CrashPlan, CrashScope, Image, Moment, Random, Re
 
 use super::examine::{Seen, counted_past_end, examine};
 use super::journal::{Kept, Unsettled, padded};
+use super::recovery::recover;
 use super::rig::Finished;
 use super::shape::Start;
 use super::stamp::Value;
 use super::tally::Tally;
 
+/// One state in so many is served until the search for leaks is over.
+const RECOVERED_ONE_IN: u64 = 8;
 /// Looks at remembered states, at most.
 const MEMORY_MAX: usize = 30_000;
 
@@ -51,12 +54,14 @@ impl Choice {
 pub struct Walker<'t> {
     tally: &'t Tally,
     seen: HashMap<u64, Rc<Seen>>,
+    /// The run has changes of the image, which may take the mark away that leaks are searched by.
+    has_changes: bool,
 }
 
 impl<'t> Walker<'t> {
     /// For a campaign.
     pub fn new(tally: &'t Tally) -> Self {
-        Walker { tally, seen: HashMap::new() }
+        Walker { tally, seen: HashMap::new(), has_changes: false }
     }
 
     /// Counts the requests of a run that waited for space, and those that were given up.
@@ -78,6 +83,9 @@ impl<'t> Walker<'t> {
         if let Some(wrong) = seen.wrong {
             return Err(wrong);
         }
+        if hash.is_multiple_of(RECOVERED_ONE_IN) {
+            recover(image, start, &seen, self.has_changes)?;
+        }
         self.tally.second.ask(image, start, &seen)?;
         if self.seen.len() >= MEMORY_MAX {
             self.seen.clear();
@@ -93,6 +101,7 @@ impl<'t> Walker<'t> {
     /// The first violation: what, where, which crash.
     pub fn crash(&mut self, run: &Finished, start: &Start, choice: &Choice, seed: u64) -> Result<(), String> {
         let history = run.world.history();
+        self.has_changes = run.journal.has_changes();
         let mut replay = Replay::new(&history);
         let mut random = Random::new(seed ^ 0xc4a5);
         let mut promise = Promise::new(run, start);
@@ -123,6 +132,7 @@ impl<'t> Walker<'t> {
     /// If it is not what was promised.
     pub fn some_crash(&mut self, run: &Finished, start: &Start, seed: u64) -> Result<Start, String> {
         let history = run.world.history();
+        self.has_changes = run.journal.has_changes();
         let mut random = Random::new(seed ^ 0x50e);
         let mut replay = Replay::new(&history);
         replay.advance_to(Moment(random.below(history.end().0 as u64 + 1) as usize));
@@ -153,6 +163,7 @@ impl<'t> Walker<'t> {
     /// What is wrong.
     pub fn closed(&mut self, run: &Finished, start: &Start) -> Result<(), String> {
         let history = run.world.history();
+        self.has_changes = run.journal.has_changes();
         let mut replay = Replay::new(&history);
         replay.advance_to(history.end());
         let seen = self.look(replay.durable(), start)?;

@@ -16,6 +16,8 @@ pub struct SnapshotPlaces {
     pub tables: Vec<(HostOffset, u64)>,
     /// Clusters of the L2 tables that those L1 tables name, the active disk's too where they are shared.
     l2_tables: Vec<u64>,
+    /// Something of a snapshot is not where it says, or has what is not known.
+    unknown: bool,
     /// How many of them are sorted and without doubles, at the front.
     settled: usize,
 }
@@ -25,17 +27,29 @@ impl SnapshotPlaces {
     /// noted once: the list has at most twice as many items as there are tables, and one piece more.
     pub fn add_l1(&mut self, geometry: &Geometry, bytes: &[u8], file_length: u64) {
         for word in bytes.as_chunks::<8>().0 {
-            // What a bad entry was to name nobody knows.
-            if let Ok(L1Entry::Table { offset, .. }) = L1Entry::decode(u64::from_be_bytes(*word), geometry)
-                && offset.0 < file_length
-            {
-                self.l2_tables.push(geometry.host_cluster(offset).0);
+            match L1Entry::decode(u64::from_be_bytes(*word), geometry) {
+                Ok(L1Entry::Unallocated) => {}
+                Ok(L1Entry::Table { offset, .. }) if offset.0 < file_length => {
+                    self.l2_tables.push(geometry.host_cluster(offset).0);
+                }
+                // What a bad entry was to name nobody knows.
+                _ => self.unknown = true,
             }
         }
         // Only when as much has come as was there: so each item is sorted a few times, however many snapshots there are.
         if self.l2_tables.len() - self.settled >= self.settled.max(UNSETTLED_MIN) {
             self.settle();
         }
+    }
+
+    /// Notes that a snapshot has something that is not known.
+    pub fn has_unknown(&mut self) {
+        self.unknown = true;
+    }
+
+    /// All that snapshots have of the file is known.
+    pub fn is_whole(&self) -> bool {
+        !self.unknown
     }
 
     /// Sorts the L2 tables and drops those that are named twice.

@@ -1,0 +1,435 @@
+//! The search for leaks after a writer that did not close the image: reads the tables beside the guest's I/O, at a low rate,
+//! and has the engine take back what nothing names.
+//!
+//! Runs on the housekeeper's thread. What is a leak is the engine's to say (docs/concurrency.md, "The search for leaks").
+//! Damage that it meets ends the search and nothing else.
+
+use std::collections::HashSet;
+use std::future::poll_fn;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+use engine::bounds::TABLE_SLICE_BYTES_MAX;
+use engine::{EngineError, LeakSearch, LeakSearchEnd, LiveTable, TopSpec};
+use qcow2::feature::{AUTOCLEAR_BITMAPS, AUTOCLEAR_RAW_DATA_FILE, COMPATIBLE_LAZY_REFCOUNTS};
+use qcow2::{Geometry, Header, HostCluster, HostOffset, extension};
+use storage::{Errno, Kind, Operation, Part, Storage};
+use thiserror::Error;
+use tracing::{info, warn};
+
+use crate::check::ImageFile;
+use crate::driver::Alarm;
+use crate::error::{OpenError, RequestError};
+use crate::worker::Worker;
+
+/// Bytes of a table read at a time.
+const PIECE: u64 = 64 << 10;
+/// Pieces read between two rests.
+const PIECES_AT_ONCE: usize = 16;
+/// Bytes of a snapshot's L1 table read at a time.
+const L1_PIECE: u64 = 1 << 20;
+/// The most L2 tables that snapshots may name.
+const SNAPSHOT_TABLES_MAX: usize = 1 << 20;
+/// A rest is so many times as long as the reading before it, and within these bounds.
+const REST_TIMES: u32 = 2;
+const REST_MIN: Duration = Duration::from_millis(1);
+const REST_MAX: Duration = Duration::from_millis(200);
+
+/// How long to wait until some of what was taken back is free.
+const ROOM_RETRY: Duration = Duration::from_millis(20);
+
+/// What the search of a disk needs to know, and whether there is one.
+#[derive(Debug, Default)]
+pub(crate) struct Leaks {
+    /// The L1 tables of snapshots: offset, and length in bytes.
+    pub snapshot_l1: Vec<(HostOffset, u64)>,
+    /// There is nothing to search, or it was searched as far as it can be.
+    settled: AtomicBool,
+}
+
+impl Leaks {
+    /// Those of a top image.
+    pub fn of(top: Option<&TopSpec>) -> Self {
+        // The first is the snapshot table.
+        let tables = top.map_or(&[][..], |top| &top.snapshots.tables);
+        Leaks { snapshot_l1: tables.iter().skip(1).copied().collect(), settled: AtomicBool::new(false) }
+    }
+}
+
+/// Why a search ends before its end.
+#[derive(Debug, Error)]
+enum End {
+    /// The disk is being closed, or the search is over.
+    #[error("the disk is closed")]
+    Stopped,
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    #[error(transparent)]
+    Search(#[from] LeakSearchEnd),
+    #[error("{0}")]
+    Open(Box<OpenError>),
+    #[error("{0}")]
+    Flush(Box<RequestError>),
+    #[error("reading a table at offset {offset}: {source}")]
+    Io { offset: HostOffset, source: Errno },
+    #[error("the L1 table of a snapshot at offset {0} makes no sense")]
+    SnapshotL1(HostOffset),
+    #[error("snapshots name more than {SNAPSHOT_TABLES_MAX} L2 tables")]
+    ManyTables,
+}
+
+/// True if the header names nothing that may have clusters of which we do not know. `bitmaps`: the image's are known.
+pub(crate) fn knows_all_owners(header: &Header, bitmaps: bool) -> bool {
+    let known = [extension::BACKING_FORMAT, extension::FEATURE_NAMES, extension::DATA_FILE];
+    let has_bitmaps = header.extensions.iter().any(|extension| extension.magic == extension::BITMAPS);
+    let known = |magic| known.contains(&magic) || magic == extension::BITMAPS;
+    header.extensions.iter().all(|extension| known(extension.magic))
+        && (bitmaps || !has_bitmaps)
+        && header.unknown_fields.iter().all(|byte| *byte == 0)
+        && header.compatible & !COMPATIBLE_LAZY_REFCOUNTS == 0
+        && header.autoclear & !(AUTOCLEAR_BITMAPS | AUTOCLEAR_RAW_DATA_FILE) == 0
+}
+
+/// A piece of an L2 table or of a refblock that may change meanwhile.
+#[derive(Clone, Copy)]
+struct Piece {
+    table: LiveTable,
+    /// Its place in the table.
+    number: u64,
+}
+
+impl<S: Storage> Worker<S> {
+    /// True if the last writer left what the search would find, and it has not been searched.
+    pub async fn has_leaks_to_search(&self) -> bool {
+        let leaks = &self.shared.leaks;
+        if leaks.settled.load(Ordering::SeqCst) || !self.engine().status().searching {
+            return false;
+        }
+        Search::new(self).ends_in_free_clusters().await.unwrap_or(false)
+    }
+
+    /// Searches for leaks if the last writer of the image did not close it, until the disk is to be closed.
+    pub async fn search_leaks(&self) {
+        let path = self.shared.layers[0].path.display();
+        if self.engine().status().searching && !self.shared.bell.stopped() {
+            match Search::new(self).run().await {
+                Ok(None) => {}
+                Ok(Some(clusters)) => {
+                    let bytes = clusters * self.engine().unit();
+                    info!(%path, clusters, bytes, "space that an earlier crash left counted is given back");
+                }
+                Err(End::Stopped) => return,
+                Err(error) => warn!(%path, %error,
+                    "the search for space that an earlier crash left counted gives up; \
+                     `strata check -r leaks` gives it back while nobody uses the image"),
+            }
+        }
+        self.shared.leaks.settled.store(true, Ordering::SeqCst);
+        self.engine().end_leak_search();
+    }
+}
+
+struct Search<'a, S: Storage> {
+    worker: &'a Worker<S>,
+    geometry: Geometry,
+    /// When the present stretch of work began.
+    since: Instant,
+    pieces: usize,
+}
+
+impl<'a, S: Storage> Search<'a, S> {
+    fn new(worker: &'a Worker<S>) -> Self {
+        let header = worker.shared.layers[0].header.as_ref().expect("qcow2 images only");
+        Search { worker, geometry: header.geometry(), since: worker.driver.now(), pieces: 0 }
+    }
+
+    /// How many clusters were taken back; nothing if there was no need to search.
+    async fn run(&mut self) -> Result<Option<u64>, End> {
+        if !self.ends_in_free_clusters().await? {
+            return Ok(None);
+        }
+        let path = self.worker.shared.layers[0].path.display();
+        info!(%path, "the image was not closed by its last writer: space that it left counted is searched for");
+        let snapshot_tables = self.snapshot_tables().await?;
+        let (mut taken, mut from) = (0, 0);
+        while let Some(mut search) = self.worker.engine().leak_search(from) {
+            self.count_references(&mut search, &snapshot_tables).await?;
+            self.compare(&mut search).await?;
+            taken += self.give_back(&mut search).await?;
+            from = search.next();
+        }
+        // It may have been called off.
+        if self.worker.engine().status().searching {
+            Ok(Some(taken))
+        } else {
+            Err(LeakSearchEnd::CalledOff.into())
+        }
+    }
+
+    /// Has what was found taken back, in portions for which no request comes to wait.
+    async fn give_back(&mut self, search: &mut LeakSearch) -> Result<u64, End> {
+        let mut taken = 0;
+        loop {
+            taken += self.worker.engine().give_back_leaks(search)?;
+            self.worker.shared.touched();
+            if !search.has_leaks() {
+                return Ok(taken);
+            }
+            if self.worker.engine().wants_cut() {
+                self.worker.flush().await.map_err(|error| End::Flush(Box::new(error)))?;
+            }
+            self.rest(ROOM_RETRY).await?;
+        }
+    }
+
+    /// The sign of a writer that did not close the image.
+    async fn ends_in_free_clusters(&mut self) -> Result<bool, End> {
+        let tail = self.worker.engine().tail_at_open();
+        let mut free: HashSet<u64> = tail.clone().collect();
+        let entries = self.geometry.refblock_entries();
+        let per_piece = self.counts_in_piece();
+        let mut cluster = tail.start;
+        while cluster < tail.end {
+            let first = cluster - cluster % entries % per_piece;
+            let piece = Piece {
+                table: LiveTable::Refblock(cluster / entries),
+                number: cluster % entries / per_piece,
+            };
+            if let Some(bytes) = self.read(piece).await? {
+                let count = |cluster: u64| {
+                    qcow2::refcount(self.geometry.refcount_order, &bytes, (cluster - first) as usize)
+                };
+                free.retain(|cluster| !(first..first + per_piece).contains(cluster) || count(*cluster) == 0);
+            }
+            cluster = first + per_piece;
+        }
+        Ok(self.worker.engine().ends_in_free_clusters(|cluster| free.contains(&cluster)))
+    }
+
+    /// Counts that a piece of a refblock has.
+    fn counts_in_piece(&self) -> u64 {
+        (self.piece_bytes() * 8) >> self.geometry.refcount_order
+    }
+
+    fn piece_bytes(&self) -> u64 {
+        self.geometry.cluster_size().min(PIECE)
+    }
+
+    fn pieces_in_table(&self) -> u64 {
+        self.geometry.cluster_size() / self.piece_bytes()
+    }
+
+    /// The L2 tables that snapshots name, in order, and how many L1 entries name each.
+    async fn snapshot_tables(&mut self) -> Result<Vec<(HostCluster, u64)>, End> {
+        let mut named: Vec<u64> = Vec::new();
+        let mut tables: Vec<(HostCluster, u64)> = Vec::new();
+        let shared = &self.worker.shared;
+        let (file, info) = (&shared.files[0], &shared.files[0].info);
+        let image = ImageFile { driver: &self.worker.driver, id: file.id, info };
+        for (start, length) in &shared.leaks.snapshot_l1 {
+            for at in (0..*length).step_by(L1_PIECE as usize) {
+                let read = image.read("L1 table of a snapshot", start.0 + at, L1_PIECE.min(length - at));
+                let bytes = read.await.map_err(|error| End::Open(Box::new(error)))?;
+                for word in bytes.as_chunks::<8>().0.iter().filter(|word| **word != [0; 8]) {
+                    match qcow2::L1Entry::decode(u64::from_be_bytes(*word), &self.geometry) {
+                        Ok(qcow2::L1Entry::Table { offset, .. }) => {
+                            named.push(self.geometry.host_cluster(offset).0);
+                        }
+                        _ => return Err(End::SnapshotL1(*start)),
+                    }
+                }
+                if named.len() >= SNAPSHOT_TABLES_MAX {
+                    merge(&mut tables, &mut named);
+                    if tables.len() > SNAPSHOT_TABLES_MAX {
+                        return Err(End::ManyTables);
+                    }
+                }
+                self.rest_after(PIECES_AT_ONCE).await?;
+            }
+        }
+        merge(&mut tables, &mut named);
+        Ok(tables)
+    }
+
+    async fn count_references(
+        &mut self,
+        search: &mut LeakSearch,
+        snapshot_tables: &[(HostCluster, u64)],
+    ) -> Result<(), End> {
+        self.exclude_metadata(search);
+        // Tables that are made from now on are in clusters that were reserved since the disk was opened.
+        let mut from = 0;
+        loop {
+            let tables = self.worker.engine().active_tables_from(from)?;
+            let Some((last, _)) = tables.last() else { break };
+            from = last + 1;
+            tables.iter().for_each(|(_, cluster)| search.count(*cluster, true, 1));
+            if !self.worker.shared.has_data_file() {
+                self.count_active(search, tables.iter().map(|(index, _)| *index)).await?;
+            }
+        }
+        for some in snapshot_tables.chunks(PIECES_AT_ONCE) {
+            some.iter().for_each(|(cluster, times)| search.count(*cluster, false, *times));
+            self.count_snapshot_tables(search, some).await?;
+        }
+        Ok(())
+    }
+
+    fn exclude_metadata(&self, search: &mut LeakSearch) {
+        let mut from = search.range().start;
+        loop {
+            let runs = self.worker.engine().metadata_from(from);
+            let Some((start, count, _)) = runs.last() else { break };
+            from = start.0 + count;
+            for (start, count, _) in runs.iter().filter(|(.., is_l2)| !is_l2) {
+                search.exclude(*start, *count);
+            }
+        }
+    }
+
+    async fn count_active(
+        &mut self,
+        search: &mut LeakSearch,
+        indices: impl Iterator<Item = u64>,
+    ) -> Result<(), End> {
+        let per_piece = self.piece_bytes() / self.geometry.l2_entry_size();
+        for index in indices {
+            for number in 0..self.pieces_in_table() {
+                if let Some(bytes) = self.read(Piece { table: LiveTable::L2(index), number }).await? {
+                    let first = index * self.geometry.l2_entries() + number * per_piece;
+                    search.count_l2(first, &bytes, true, 1)?;
+                }
+                self.rest_after(1).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Tables of snapshots stay as they are while the disk is open.
+    async fn count_snapshot_tables(
+        &mut self,
+        search: &mut LeakSearch,
+        tables: &[(HostCluster, u64)],
+    ) -> Result<(), End> {
+        for (cluster, times) in tables {
+            for number in 0..self.pieces_in_table() {
+                let offset = self.geometry.host_offset(*cluster).0 + number * self.piece_bytes();
+                let bytes = self.read_file(HostOffset(offset)).await?;
+                search.count_l2(0, &bytes, false, *times)?;
+                self.rest_after(1).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn compare(&mut self, search: &mut LeakSearch) -> Result<(), End> {
+        let entries = self.geometry.refblock_entries();
+        let per_piece = self.counts_in_piece();
+        let range = search.range();
+        for block in range.start / entries..range.end.div_ceil(entries) {
+            for number in 0..self.pieces_in_table() {
+                let first = block * entries + number * per_piece;
+                if first >= range.end || first + per_piece <= range.start {
+                    continue;
+                }
+                match self.read(Piece { table: LiveTable::Refblock(block), number }).await? {
+                    Some(bytes) => search.compare(first, &bytes)?,
+                    None => break,
+                }
+                self.rest_after(1).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A piece of a table as it is now; nothing if there is no such table.
+    async fn read(&self, piece: Piece) -> Result<Option<Vec<u8>>, End> {
+        // So that the table is not given to anybody else while it is read.
+        let epoch = self.worker.enter();
+        let read = self.read_in_epoch(piece).await;
+        self.worker.exit(epoch);
+        read
+    }
+
+    async fn read_in_epoch(&self, piece: Piece) -> Result<Option<Vec<u8>>, End> {
+        let slice_bytes = self.geometry.cluster_size().min(TABLE_SLICE_BYTES_MAX);
+        let in_piece = (self.piece_bytes() / slice_bytes) as u32;
+        let first = piece.number as u32 * in_piece;
+        let Some(seen) = self.worker.engine().look_at_table(piece.table, first..first + in_piece)? else {
+            return Ok(None);
+        };
+        let mut bytes = if seen.slices.iter().all(Option::is_some) {
+            vec![0; self.piece_bytes() as usize]
+        } else {
+            self.read_file(seen.offset).await?
+        };
+        for (place, slice) in bytes.chunks_mut(seen.slice_bytes).zip(seen.slices) {
+            if let Some(slice) = slice {
+                place.copy_from_slice(&slice);
+            }
+        }
+        Ok(Some(bytes))
+    }
+
+    /// A piece of the file.
+    async fn read_file(&self, offset: HostOffset) -> Result<Vec<u8>, End> {
+        let mut operation = Operation::bare(self.worker.shared.top_file(), Kind::Read, offset.0);
+        operation.parts.push(Part::Owned(self.worker.buffer(self.piece_bytes() as usize)));
+        let (ended, parts) = self.worker.driver.run(operation).await;
+        let read = match (&ended, parts.first()) {
+            (Ok(()), Some(Part::Owned(buffer))) => Ok(buffer.as_slice().to_vec()),
+            _ => Err(End::Io { offset, source: ended.err().unwrap_or(Errno::EIO) }),
+        };
+        self.worker.driver.recycle(parts);
+        read
+    }
+
+    /// So many pieces were read; now and then others get their turn.
+    async fn rest_after(&mut self, pieces: usize) -> Result<(), End> {
+        self.pieces += pieces;
+        if self.pieces < PIECES_AT_ONCE {
+            return Ok(());
+        }
+        self.pieces = 0;
+        let worked = self.worker.driver.now().saturating_duration_since(self.since);
+        let rest = (worked * REST_TIMES).clamp(REST_MIN, REST_MAX);
+        self.rest(rest).await?;
+        self.since = self.worker.driver.now();
+        Ok(())
+    }
+
+    /// Leaves the disk to others for a time.
+    async fn rest(&self, rest: Duration) -> Result<(), End> {
+        let (bell, driver) = (&self.worker.shared.bell, &self.worker.driver);
+        let mut alarm = driver.alarm(driver.now() + rest);
+        poll_fn(|context| {
+            if bell.stopped() || Alarm::is_over(&alarm) {
+                return Poll::Ready(());
+            }
+            alarm.wake(context.waker());
+            Poll::Pending
+        })
+        .await;
+        if bell.stopped() || self.worker.engine().has_failed() {
+            return Err(End::Stopped);
+        }
+        if !self.worker.engine().status().searching {
+            return Err(LeakSearchEnd::CalledOff.into());
+        }
+        Ok(())
+    }
+}
+
+/// Adds clusters, in any order and some of them several times, to those that are counted.
+fn merge(tables: &mut Vec<(HostCluster, u64)>, named: &mut Vec<u64>) {
+    tables.extend(named.drain(..).map(|cluster| (HostCluster(cluster), 1)));
+    tables.sort_unstable_by_key(|(cluster, _)| *cluster);
+    tables.dedup_by(|next, kept| {
+        let same = next.0 == kept.0;
+        if same {
+            kept.1 += next.1;
+        }
+        same
+    });
+}

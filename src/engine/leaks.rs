@@ -1,0 +1,442 @@
+//! The search for leaks: clusters that a crash left counted though nothing names them, found while the disk is in use.
+//!
+//! A [`LeakSearch`] counts references by itself, with no lock; the engine says where the tables are and what of them is in
+//! memory, notes which clusters it touches meanwhile, and takes leaks back as it takes clusters that were unlinked.
+//! docs/concurrency.md, "The search for leaks", says why what is found is a leak.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+
+use qcow2::{EntryError, Geometry, HostCluster, HostOffset, L1Entry, L2Entry, RawL2Entry};
+use thiserror::Error;
+
+use crate::Engine;
+use crate::alloc::Run;
+use crate::bounds::{LEAK_CLUSTERS_AT_ONCE, LEAK_PIECE, LEAKS_AT_ONCE};
+use crate::error::{EngineError, Structure};
+use crate::hashed::HashMap;
+use crate::mutation::{Mutation, active};
+use crate::state::State;
+use crate::tables::TableId;
+
+/// From so many on the references to a cluster are not counted, and it is left alone.
+const REFERENCES_MAX: u8 = u8::MAX;
+/// The most clusters with too low a count noted: more are damage, whatever was written meanwhile.
+const TOO_LOW_MAX: usize = 4096;
+/// Free bytes at the end of a file by which one knows that its last writer did not close it: more than a clean close leaves
+/// to end at a block of the host's file system.
+pub(crate) const TAIL_BYTES: u64 = 64 << 10;
+
+/// Clusters of a chunk of [`Touched`].
+const CHUNK_CLUSTERS: u64 = 512;
+/// The most chunks: clusters enough for 2 TiB of 64 KiB each.
+const CHUNKS_MAX: usize = 1 << 16;
+
+/// The clusters whose count changed, or which lost a reference, since the disk was opened.
+#[derive(Default)]
+pub(crate) struct Touched {
+    chunks: HashMap<u64, [u64; CHUNK_CLUSTERS as usize / 64]>,
+}
+
+impl Touched {
+    /// Adds a cluster; false if that are too many.
+    pub fn add(&mut self, cluster: u64) -> bool {
+        let at = cluster % CHUNK_CLUSTERS;
+        self.chunks.entry(cluster / CHUNK_CLUSTERS).or_default()[at as usize / 64] |= 1 << (at % 64);
+        self.chunks.len() <= CHUNKS_MAX
+    }
+
+    pub fn contains(&self, cluster: u64) -> bool {
+        let at = cluster % CHUNK_CLUSTERS;
+        self.chunks
+            .get(&(cluster / CHUNK_CLUSTERS))
+            .is_some_and(|chunk| chunk[at as usize / 64] >> (at % 64) & 1 == 1)
+    }
+}
+
+/// Why a search for leaks gives up. That says nothing against the disk: it is served on.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum LeakSearchEnd {
+    /// It was called off, or too much was written meanwhile.
+    #[error("it was called off")]
+    CalledOff,
+    /// A table cannot be understood.
+    #[error("{structure}, entry {index}: {source}")]
+    BadEntry {
+        /// The table.
+        structure: Structure,
+        /// The entry's number in it.
+        index: u64,
+        /// Why.
+        source: EntryError,
+    },
+    /// More references than the refcount says, or refcounts that no crash leaves.
+    #[error("the refcount of cluster {cluster:#x} is {refcount}, and {references} references were found")]
+    WrongRefcount {
+        /// Host cluster number.
+        cluster: u64,
+        /// As the image has it.
+        refcount: u64,
+        /// As they were counted.
+        references: u64,
+    },
+    /// A cluster that nothing names is metadata all the same.
+    #[error("cluster {cluster:#x} is named by nothing, and holds metadata: {holds}")]
+    Metadata {
+        /// Host cluster number.
+        cluster: u64,
+        /// What it holds.
+        holds: Structure,
+    },
+}
+
+/// A table of the top image that changes while the disk is in use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LiveTable {
+    /// The L2 table of this entry of the active L1 table.
+    L2(u64),
+    /// The refblock of this entry of the refcount table.
+    Refblock(u64),
+}
+
+/// What the engine knows of a part of a table.
+#[derive(Debug)]
+pub struct SeenTable {
+    /// Where the part is in the file.
+    pub offset: HostOffset,
+    /// Bytes of a slice.
+    pub slice_bytes: usize,
+    /// Its slices: those that are in memory. Of the others the file says what they hold, as long as the caller stays in
+    /// its epoch.
+    pub slices: Vec<Option<Box<[u8]>>>,
+}
+
+/// Counts of a cluster that nothing stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Leak {
+    cluster: u64,
+    /// By how much its count is too high.
+    times: u8,
+    /// Nothing names the cluster.
+    whole: bool,
+}
+
+/// Counts the references to a range of the file's clusters.
+pub struct LeakSearch {
+    geometry: Geometry,
+    range: Range<u64>,
+    /// By cluster; [`REFERENCES_MAX`]: enough.
+    references: Vec<u8>,
+    /// By cluster, a bit: an entry names it that says whether it is shared.
+    flagged: Vec<u64>,
+    leaks: VecDeque<Leak>,
+    /// Clusters with fewer counts than references: damage, unless they were changed meanwhile.
+    too_low: Vec<LeakSearchEnd>,
+    /// Not all leaks were noted: those from this cluster on were not.
+    stopped_at: Option<u64>,
+}
+
+impl LeakSearch {
+    fn new(geometry: Geometry, range: Range<u64>) -> Self {
+        let clusters = (range.end - range.start) as usize;
+        LeakSearch {
+            geometry,
+            range,
+            references: vec![0; clusters],
+            flagged: vec![0; clusters.div_ceil(64)],
+            leaks: VecDeque::new(),
+            too_low: Vec::new(),
+            stopped_at: None,
+        }
+    }
+
+    /// The clusters searched.
+    pub fn range(&self) -> Range<u64> {
+        self.range.clone()
+    }
+
+    /// Where the next search begins.
+    pub fn next(&self) -> u64 {
+        self.stopped_at.unwrap_or(self.range.end)
+    }
+
+    /// Not all that was found is taken back.
+    pub fn has_leaks(&self) -> bool {
+        !self.leaks.is_empty()
+    }
+
+    fn place(&self, cluster: u64) -> Option<usize> {
+        self.range.contains(&cluster).then(|| (cluster - self.range.start) as usize)
+    }
+
+    /// Clusters that hold metadata for good.
+    pub fn exclude(&mut self, start: HostCluster, count: u64) {
+        for cluster in start.0.max(self.range.start)..start.0.saturating_add(count).min(self.range.end) {
+            self.references[(cluster - self.range.start) as usize] = REFERENCES_MAX;
+        }
+    }
+
+    /// A cluster is named so many times; by entries of the active disk that say whether it is shared, or by others.
+    pub fn count(&mut self, cluster: HostCluster, flagged: bool, times: u64) {
+        let Some(at) = self.place(cluster.0) else { return };
+        let times = u8::try_from(times).unwrap_or(REFERENCES_MAX);
+        self.references[at] = self.references[at].saturating_add(times);
+        if flagged {
+            self.flagged[at / 64] |= 1 << (at % 64);
+        }
+    }
+
+    /// A piece of an L2 table, from entry `first` on, which so many L1 entries name; `active`: one of the active disk.
+    ///
+    /// # Errors
+    /// An entry that makes no sense.
+    pub fn count_l2(
+        &mut self,
+        first: u64,
+        bytes: &[u8],
+        active: bool,
+        times: u64,
+    ) -> Result<(), LeakSearchEnd> {
+        let geometry = self.geometry;
+        let entries = bytes.len() as u64 / geometry.l2_entry_size();
+        for index in 0..entries {
+            let raw = RawL2Entry::load(bytes, index as usize, &geometry);
+            if raw == RawL2Entry::default() {
+                continue;
+            }
+            let entry = L2Entry::decode(raw, &geometry).map_err(|source| LeakSearchEnd::BadEntry {
+                structure: Structure::L2,
+                index: first + index,
+                source,
+            })?;
+            let flagged = active && !matches!(entry, L2Entry::Compressed { .. });
+            let Some((start, count)) = entry.host_clusters(&geometry) else { continue };
+            for cluster in start.0..start.0 + count {
+                self.count(HostCluster(cluster), flagged, times);
+            }
+        }
+        Ok(())
+    }
+
+    /// A piece of a refblock, from the count of cluster `first` on.
+    ///
+    /// # Errors
+    /// A count that is too high by more than crashes leave.
+    pub fn compare(&mut self, first: u64, bytes: &[u8]) -> Result<(), LeakSearchEnd> {
+        if self.stopped_at.is_some() {
+            return Ok(());
+        }
+        let order = self.geometry.refcount_order;
+        let entries = ((bytes.len() as u64) << 3) >> order;
+        for index in
+            self.range.start.max(first) - first..self.range.end.min(first + entries).max(first) - first
+        {
+            let cluster = first + index;
+            let at = (cluster - self.range.start) as usize;
+            let references = self.references[at];
+            if references == REFERENCES_MAX {
+                continue;
+            }
+            let refcount = qcow2::refcount(order, bytes, index as usize);
+            let named = u64::from(references);
+            if refcount < named {
+                let wrong = LeakSearchEnd::WrongRefcount { cluster, refcount, references: named };
+                if self.too_low.len() >= TOO_LOW_MAX {
+                    return Err(wrong);
+                }
+                self.too_low.push(wrong);
+            } else if refcount > named {
+                // A count of 1 with a clear flag costs a copy, and QEMU's check takes it for an error.
+                let is_flagged = self.flagged[at / 64] >> (at % 64) & 1 == 1;
+                if references == 1 && is_flagged {
+                    continue;
+                }
+                let times = u8::try_from(refcount - named).map_err(|_| LeakSearchEnd::WrongRefcount {
+                    cluster,
+                    refcount,
+                    references: named,
+                })?;
+                if self.leaks.len() >= LEAKS_AT_ONCE {
+                    self.stopped_at = Some(cluster);
+                    return Ok(());
+                }
+                self.leaks.push_back(Leak { cluster, times, whole: references == 0 });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl State {
+    /// The clusters of the file as it was opened, as far as there are refblocks for them: leaks are searched there.
+    fn searched_end(&self) -> Option<u64> {
+        let write = self.write.as_ref()?;
+        let last = write.refcounts.table.used().next_back().map_or(0, |(block, _)| block + 1);
+        let counted = last.saturating_mul(write.refcounts.geometry.refblock_entries());
+        write.alloc.touched.as_ref().map(|_| write.alloc.scan_end.min(counted))
+    }
+
+    /// A part of a live table; nothing if there is no such table.
+    fn look_at(&self, table: LiveTable, slices: Range<u32>) -> Result<Option<SeenTable>, EngineError> {
+        let write = self.write.as_ref().ok_or(EngineError::ReadOnly)?;
+        let top = self.top_qcow2();
+        let offset = match table {
+            LiveTable::L2(index) => match top.l1_entry(index)? {
+                L1Entry::Table { offset, .. } => Some(offset),
+                L1Entry::Unallocated => None,
+            },
+            LiveTable::Refblock(block) => write.refcounts.block_offset(block)?,
+        };
+        let Some(offset) = offset else { return Ok(None) };
+        let resident = slices.clone().map(|slice| {
+            let id = match table {
+                LiveTable::L2(table) => TableId::L2 { layer: 0, table, slice },
+                LiveTable::Refblock(block) => TableId::Refblock { block, slice },
+            };
+            let bytes = self.tables.peek(id).filter(|_| !active(Mutation::LeakSearchReadsTheDisk));
+            bytes.map(Box::from)
+        });
+        Ok(Some(SeenTable {
+            slices: resident.collect(),
+            offset: top.slice_offset(offset, slices.start),
+            slice_bytes: top.slice_bytes() as usize,
+        }))
+    }
+
+    /// Takes some leaks back; how many clusters.
+    fn give_back(&mut self, leaks: &mut VecDeque<Leak>) -> Result<u64, LeakSearchEnd> {
+        let write = self.write.as_mut().ok_or(LeakSearchEnd::CalledOff)?;
+        let mut taken = 0;
+        for _ in 0..LEAK_PIECE {
+            if !write.alloc.has_room_for_leaks() {
+                break;
+            }
+            let Some(leak) = leaks.pop_front() else { break };
+            let touched = write.alloc.touched.as_ref().ok_or(LeakSearchEnd::CalledOff)?;
+            if touched.contains(leak.cluster) && !active(Mutation::LeakSearchForgetsChanges) {
+                continue;
+            }
+            let run = Run { start: HostCluster(leak.cluster), count: 1 };
+            if leak.whole
+                && let Some((cluster, holds)) = write.guard.within(run)
+            {
+                return Err(LeakSearchEnd::Metadata { cluster, holds });
+            }
+            // Nothing durable names it, so any cut will do.
+            (0..leak.times).for_each(|_| write.alloc.free_later(run.start, 0));
+            taken += u64::from(leak.whole);
+        }
+        Ok(taken)
+    }
+}
+
+impl Engine {
+    /// True if the file ended with free clusters when it was opened ([`Engine::tail_at_open`]), so that its last writer did
+    /// not close it cleanly. `counts_zero` says which of them count zero now.
+    pub fn ends_in_free_clusters(&self, counts_zero: impl Fn(u64) -> bool) -> bool {
+        self.with(|state, _| {
+            let Some(write) = &mut state.write else { return false };
+            let Some(touched) = &write.alloc.touched else { return false };
+            let tail = write.alloc.tail.clone();
+            let free = |cluster: u64| counts_zero(cluster) || touched.contains(cluster);
+            if tail.is_empty() || !tail.clone().all(free) {
+                return false;
+            }
+            if !tail.clone().any(|cluster| touched.contains(cluster)) {
+                write.alloc.used_end = write.alloc.used_end_without_tail();
+            }
+            true
+        })
+    }
+
+    /// Bytes of the free clusters at the end of a file that is in use.
+    pub fn mark_bytes(&self) -> u64 {
+        TAIL_BYTES.max(self.unit())
+    }
+
+    /// The clusters at the end of the file as it was opened that are free if its last writer did not close it.
+    pub fn tail_at_open(&self) -> Range<u64> {
+        self.with(|state, _| state.write.as_ref().map_or(0..0, |write| write.alloc.tail.clone()))
+    }
+
+    /// Begins to count the references to the clusters from one on; nothing if there are no more to search, or nothing is
+    /// to be searched.
+    pub fn leak_search(&self, from: u64) -> Option<LeakSearch> {
+        self.with(|state, _| {
+            let end = state.searched_end()?;
+            let geometry = state.top_qcow2().geometry;
+            (from < end)
+                .then(|| LeakSearch::new(geometry, from..end.min(from.saturating_add(LEAK_CLUSTERS_AT_ONCE))))
+        })
+    }
+
+    /// Metadata from a cluster on, in order and not all of it: where it begins, how many clusters, and whether it is an L2
+    /// table, which references name. None: there is no more.
+    pub fn metadata_from(&self, from: u64) -> Vec<(HostCluster, u64, bool)> {
+        self.with(|state, _| {
+            state.write.as_ref().map_or(Vec::new(), |write| write.guard.runs_from(from, LEAK_PIECE))
+        })
+    }
+
+    /// Tables that the active L1 table names, from an entry on, in order and not all of them: the entry and the cluster.
+    /// None: there are no more.
+    ///
+    /// # Errors
+    /// A bad entry.
+    pub fn active_tables_from(&self, from: u64) -> Result<Vec<(u64, HostCluster)>, LeakSearchEnd> {
+        self.with(|state, _| {
+            let top = state.top_qcow2();
+            let mut tables = Vec::new();
+            for (index, raw) in top.l1.used_from(from).take(LEAK_PIECE) {
+                let bad = |source| LeakSearchEnd::BadEntry { structure: Structure::L1, index, source };
+                match L1Entry::decode(raw, &top.geometry).map_err(bad)? {
+                    L1Entry::Table { offset, .. } => tables.push((index, top.geometry.host_cluster(offset))),
+                    // Nobody knows what such bits mean.
+                    L1Entry::Unallocated => return Err(bad(EntryError::Unaligned { raw })),
+                }
+            }
+            Ok(tables)
+        })
+    }
+
+    /// What the engine knows of some slices of a table; nothing if there is no such table. The caller is in an epoch, and
+    /// stays in it until it has read the others from the file.
+    ///
+    /// # Errors
+    /// A bad entry.
+    pub fn look_at_table(
+        &self,
+        table: LiveTable,
+        slices: Range<u32>,
+    ) -> Result<Option<SeenTable>, EngineError> {
+        self.with(|state, _| state.look_at(table, slices))
+    }
+
+    /// Takes back some of what a search found: as what was unlinked, it is free when a cut is durable. How many clusters.
+    /// The rest, if there is any, when some of it is free.
+    ///
+    /// # Errors
+    /// What was found cannot be: nothing more is to be taken back.
+    pub fn give_back_leaks(&self, search: &mut LeakSearch) -> Result<u64, LeakSearchEnd> {
+        for wrong in std::mem::take(&mut search.too_low) {
+            let LeakSearchEnd::WrongRefcount { cluster, .. } = wrong else { return Err(wrong) };
+            let changed = self.with(|state, _| {
+                let touched = state.write.as_ref().and_then(|write| write.alloc.touched.as_ref());
+                touched.is_none_or(|touched| touched.contains(cluster))
+            });
+            if !changed {
+                return Err(wrong);
+            }
+        }
+        self.with(|state, _| state.give_back(&mut search.leaks))
+    }
+
+    /// The search for leaks is over: what is touched from now on is not noted any more.
+    pub fn end_leak_search(&self) {
+        self.with(|state, _| {
+            if let Some(write) = &mut state.write {
+                write.alloc.touched = None;
+            }
+        });
+    }
+}
