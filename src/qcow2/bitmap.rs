@@ -1,7 +1,6 @@
-//! Persistent bitmaps (spec: "Bitmaps"): where their directory is, a walk over its entries, and the entries of a bitmap's
-//! table.
+//! Persistent bitmaps (spec: "Bitmaps"): their directory, a walk over its entries, and the entries of a bitmap's table.
 //!
-//! Owns the places and the bounds of their fields, and the flags. What a bitmap's bits mean is not looked at.
+//! Owns the offsets and the bounds of their fields, and the flags. It never reads the bits of a bitmap.
 
 use crate::address::HostOffset;
 use crate::extension;
@@ -12,23 +11,23 @@ use crate::parse::{u32_at, u64_at};
 
 /// Bytes of a directory entry before its variable parts.
 const FIXED_LENGTH: usize = 24;
-/// Bytes read at a time: more than the longest entry has.
+/// Bytes read at a time: more than the longest entry.
 const CHUNK: u64 = 256 << 10;
 /// The most entries of a bitmap's table.
 const TABLE_ENTRIES_MAX: u32 = 0x800_0000;
-/// The most bytes that a bitmap may take.
+/// The most bytes of a bitmap.
 const BITMAP_SIZE_MAX: u64 = 512 << 20;
 /// The longest name in bytes.
 const NAME_LENGTH_MAX: u16 = 1023;
-/// The least and the largest binary logarithm of the bytes that a bit stands for.
+/// Range of the binary logarithm of the bytes that a bit stands for.
 const GRANULARITY_BITS: std::ops::RangeInclusive<u8> = 9..=31;
-/// The one type of bitmaps that there is: what was written.
+/// The only type of bitmap: it records which bytes were written.
 const TYPE_DIRTY_TRACKING: u8 = 1;
-/// Flag: the bitmap was being used and not stored, so what it says means nothing.
+/// Flag: a program used the bitmap and did not store it again, so its bits have no meaning.
 const FLAG_IN_USE: u32 = 1;
-/// Flag: whoever writes to the disk must note it in the bitmap.
+/// Flag: every program that writes to the disk must record its writes in the bitmap.
 const FLAG_AUTO: u32 = 2;
-/// Where an entry has its flags.
+/// Offset of the flags in an entry.
 const FLAGS: u64 = 12;
 /// Flags that the format reserves.
 const FLAGS_RESERVED: u32 = !3;
@@ -37,7 +36,7 @@ const TABLE_ENTRY_RESERVED: u64 = 0xff00_0000_0000_01fe;
 /// Bits 9 to 55 of an entry of a bitmap's table: the host offset in bytes.
 const TABLE_ENTRY_OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 
-/// What the bitmaps extension says.
+/// The contents of the bitmaps extension.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bitmaps {
     /// How many bitmaps there are.
@@ -48,10 +47,10 @@ pub struct Bitmaps {
     pub directory_size: u64,
 }
 
-/// A bitmap, as its entry in the directory says.
+/// A bitmap, as its entry in the directory describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bitmap {
-    /// Its place in the directory, from 0.
+    /// The index of its entry in the directory, from 0.
     pub index: u32,
     /// Where its entry is in the file.
     pub offset: HostOffset,
@@ -59,7 +58,7 @@ pub struct Bitmap {
     pub table_offset: HostOffset,
     /// Entries of its table.
     pub table_entries: u32,
-    /// Its flags; see the functions.
+    /// Its flags; see [`Bitmap::is_in_use`] and [`Bitmap::is_auto`].
     flags: u32,
     /// Binary logarithm of the bytes that a bit stands for, 9 to 31.
     granularity_bits: u8,
@@ -68,12 +67,12 @@ pub struct Bitmap {
 }
 
 impl Bitmap {
-    /// True if the bitmap may be out of date and must not be used: whoever kept it up to date did not store it.
+    /// True if the bitmap may be out of date and must not be used: the program that updated it did not store it.
     pub fn is_in_use(&self) -> bool {
         self.flags & FLAG_IN_USE != 0
     }
 
-    /// True if whoever writes to the disk must keep the bitmap up to date.
+    /// True if every program that writes to the disk must update the bitmap.
     pub fn is_auto(&self) -> bool {
         self.flags & FLAG_AUTO != 0
     }
@@ -88,8 +87,8 @@ impl Bitmap {
         u64::from(self.table_entries) * 8
     }
 
-    /// Says that the bitmap may be out of date: what is to be written in the file, and where. It never lies across two
-    /// sectors, as entries are aligned.
+    /// Marks the bitmap as possibly out of date. Returns the bytes to write and their offset in the file. They never
+    /// cross a sector boundary, because entries are aligned.
     pub fn mark_in_use(&mut self) -> (HostOffset, [u8; 4]) {
         self.flags |= FLAG_IN_USE;
         (HostOffset(self.offset.0 + FLAGS), self.flags.to_be_bytes())
@@ -97,11 +96,11 @@ impl Bitmap {
 }
 
 impl Header {
-    /// The persistent bitmaps, if there are any that mean something: without the autoclear bit they do not, as a
-    /// program that knows none has written since.
+    /// The persistent bitmaps, if they are valid. Without the autoclear bit they are not: a program that does not
+    /// support bitmaps has written to the image since.
     pub fn bitmaps(&self) -> Option<Bitmaps> {
         let extension = self.extensions.iter().find(|extension| extension.magic == extension::BITMAPS)?;
-        // The length was looked at when the header was read.
+        // The length was checked when the header was read.
         let data = extension.data.first_chunk::<24>()?;
         (self.autoclear & AUTOCLEAR_BITMAPS != 0).then(|| Bitmaps {
             count: u32_at(data, 0),
@@ -111,7 +110,7 @@ impl Header {
     }
 }
 
-/// A walk over the directory of bitmaps, piece by piece.
+/// A walk over the directory of bitmaps, in pieces.
 #[derive(Debug)]
 pub struct BitmapDirectory {
     geometry: Geometry,
@@ -119,28 +118,28 @@ pub struct BitmapDirectory {
     /// First byte past the directory.
     end: u64,
     file_length: u64,
-    /// The entry that comes next.
+    /// Where the next entry is.
     at: u64,
     index: u32,
     broken: bool,
 }
 
 impl BitmapDirectory {
-    /// A walk over the directory of `bitmaps` in a file of so many bytes.
+    /// A walk over the directory of `bitmaps` in a file of `file_length` bytes.
     pub fn new(bitmaps: &Bitmaps, geometry: Geometry, file_length: u64) -> Self {
         let Bitmaps { count, directory_offset: HostOffset(at), directory_size } = *bitmaps;
         let end = at.saturating_add(directory_size);
         BitmapDirectory { geometry, count, end, file_length, at, index: 0, broken: false }
     }
 
-    /// The next piece to read, where and how many bytes; nothing at the end of the directory, or where it is broken.
-    /// Up to seven bytes may be past the end of the file: they are zeros.
+    /// The offset and the length in bytes of the next piece to read; `None` at the end of the directory, or where it is
+    /// broken. Up to seven bytes of it may be past the end of the file: they count as zeros.
     pub fn next_piece(&mut self) -> Option<(HostOffset, u64)> {
         if self.broken || (self.index == self.count && self.at == self.end) {
             return None;
         }
         let length = CHUNK.min(self.end.min(self.file_length).saturating_sub(self.at)).next_multiple_of(8);
-        // As many entries as the extension says, and nothing behind them.
+        // The directory must have exactly as many entries as the extension says.
         if self.index == self.count || length == 0 {
             self.broken = true;
             return None;
@@ -148,7 +147,7 @@ impl BitmapDirectory {
         Some((HostOffset(self.at), length))
     }
 
-    /// Takes in the bytes that [`BitmapDirectory::next_piece`] named, with a call for each bitmap that lies in them.
+    /// Consumes the bytes that [`BitmapDirectory::next_piece`] named, and calls `each` for every bitmap in them.
     pub fn feed(&mut self, mut bytes: &[u8], mut each: impl FnMut(Bitmap)) {
         let read_to = self.at + bytes.len() as u64;
         let to_the_end = read_to >= self.end || read_to >= self.file_length;
@@ -157,7 +156,7 @@ impl BitmapDirectory {
                 self.broken = to_the_end;
                 return;
             };
-            let Some((mut bitmap, name_length)) = self.understand(fixed) else {
+            let Some((mut bitmap, name_length)) = self.parse_fixed(fixed) else {
                 self.broken = true;
                 return;
             };
@@ -166,7 +165,7 @@ impl BitmapDirectory {
                 self.broken = true;
                 return;
             }
-            // The end of the file may cut a name: its bytes are zeros then, as for every table.
+            // The end of the file may cut a name: the missing bytes count as zeros, as in every table.
             if length > bytes.len() as u64 && !to_the_end {
                 return;
             }
@@ -178,23 +177,23 @@ impl BitmapDirectory {
         }
     }
 
-    /// True if the entry that comes next breaks the format, or is missing.
+    /// True if the next entry breaks the format or is missing.
     pub fn is_broken(&self) -> bool {
         self.broken
     }
 
-    /// The place in the directory of the entry that comes next, and in the file.
+    /// The next entry's index in the directory, and its offset in the file.
     pub fn place(&self) -> (u32, HostOffset) {
         (self.index, HostOffset(self.at))
     }
 
-    /// The entry that comes next, without its name, and the name's length in bytes, if it is right.
-    fn understand(&self, fixed: &[u8; FIXED_LENGTH]) -> Option<(Bitmap, usize)> {
+    /// The next entry without its name, and the name's length in bytes; `None` if the entry breaks the format.
+    fn parse_fixed(&self, fixed: &[u8; FIXED_LENGTH]) -> Option<(Bitmap, usize)> {
         let (table_offset, table_entries, flags) = (u64_at(fixed, 0), u32_at(fixed, 8), u32_at(fixed, 12));
         let (kind, granularity_bits) = (fixed[16], fixed[17]);
         let (name_length, extra_length) = (u16::from_be_bytes([fixed[18], fixed[19]]), u32_at(fixed, 20));
         let size = u64::from(table_entries) << self.geometry.cluster_bits;
-        let right = table_offset != 0
+        let valid = table_offset != 0
             && self.geometry.is_aligned(table_offset)
             && (1..=TABLE_ENTRIES_MAX).contains(&table_entries)
             && size <= BITMAP_SIZE_MAX
@@ -203,7 +202,7 @@ impl BitmapDirectory {
             && GRANULARITY_BITS.contains(&granularity_bits)
             && (1..=NAME_LENGTH_MAX).contains(&name_length)
             && extra_length == 0
-            // One that means nothing need not be as long as the disk.
+            // A bitmap without meaning need not cover the disk.
             && (flags & FLAG_IN_USE != 0 || self.geometry.size <= (size * 8) << granularity_bits);
         let bitmap = Bitmap {
             index: self.index,
@@ -214,15 +213,15 @@ impl BitmapDirectory {
             granularity_bits,
             name: Vec::new(),
         };
-        right.then_some((bitmap, name_length.into()))
+        valid.then_some((bitmap, name_length.into()))
     }
 }
 
-/// Where an entry of a bitmap's table says that a part of the bitmap is: a cluster, or none where all its bits are the
-/// same.
+/// Decodes an entry of a bitmap's table to the cluster that holds this part of the bitmap. `None` means that all bits
+/// of the part are equal.
 ///
 /// # Errors
-/// Gives the entry back if it has reserved bits set or an offset that is not the start of a cluster.
+/// Returns the entry itself if it has reserved bits set or an offset that is not the start of a cluster.
 pub fn bitmap_table_entry(raw: u64, geometry: &Geometry) -> Result<Option<HostOffset>, u64> {
     let offset = raw & TABLE_ENTRY_OFFSET;
     // With an offset, bit 0 (all ones) is reserved too.
@@ -258,7 +257,7 @@ mod tests {
         bytes
     }
 
-    /// Walks a directory at offset 64 that says it has `count` entries; the tables seen.
+    /// Walks a directory at offset 64 for which the extension claims `count` entries. Returns the table offsets found.
     fn walk(directory: &[u8], count: u32, cut: u64) -> (Vec<u64>, BitmapDirectory) {
         let file = [vec![0xee; 64], directory.to_vec()].concat();
         let (directory_offset, directory_size) = (HostOffset(64), directory.len() as u64);
@@ -291,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn flags_and_names_are_told() {
+    fn flags_and_names_are_read() {
         let entries = [entry(|e| e[15] = 2, "first"), entry(|e| (e[15], e[17]) = (1, 20), "second one")];
         let (directory_offset, directory_size) = (HostOffset(64), entries.concat().len() as u64);
         let bitmaps = Bitmaps { count: 2, directory_offset, directory_size };
@@ -333,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn table_entries_are_a_cluster_or_none() {
+    fn a_table_entry_is_a_cluster_or_none() {
         assert_eq!(bitmap_table_entry(0, &GEOMETRY), Ok(None));
         assert_eq!(bitmap_table_entry(1, &GEOMETRY), Ok(None));
         assert_eq!(bitmap_table_entry(0x7_0000, &GEOMETRY), Ok(Some(HostOffset(0x7_0000))));

@@ -1,7 +1,7 @@
 //! A new, empty image as bytes.
 //!
-//! Owns the arrangement header, refcount table, refblocks, L1 table, each right after the other. It writes nothing
-//! itself. Guest data is not allocated: every cluster reads from the backing file, or as zeros.
+//! Owns the order header, refcount table, refblocks, L1 table, without gaps. It writes nothing itself. Guest data is
+//! not allocated: every cluster reads from the backing file, or as zeros.
 
 use crate::address::HostOffset;
 use crate::error::{FormatError, FormatErrorKind, Structure};
@@ -12,18 +12,18 @@ use crate::position;
 use crate::refcount::set_refcount;
 use crate::table::{ENTRY_SIZE, set_entry};
 
-/// An image to be made.
+/// The description of an image to create.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct NewImage {
     /// Version, cluster size, refcount width, L2 entries and size of the disk.
     pub geometry: Geometry,
-    /// Name of the backing file, as it goes in the header.
+    /// Name of the backing file, as in the header.
     pub backing_file: Option<Vec<u8>>,
     /// Format of the backing file.
     pub backing_format: Option<String>,
 }
 
-/// How many clusters each structure takes.
+/// Clusters of each structure.
 struct Clusters {
     refcount_table: u64,
     refblocks: u64,
@@ -36,15 +36,15 @@ impl NewImage {
         NewImage { geometry, backing_file: None, backing_format: None }
     }
 
-    /// What to write where, in ascending order and without gaps. Each piece is a number of whole clusters, so the end
-    /// of the last is the file's length.
+    /// The pieces to write and their offsets, in ascending order and without gaps. Each piece has whole clusters, so
+    /// the end of the last piece is the file's length.
     ///
     /// # Errors
-    /// If the geometry is none that the format allows, or the header does not fit in a cluster.
+    /// If the format does not allow the geometry, or the header does not fit in a cluster.
     pub fn layout(&self) -> Result<Vec<(HostOffset, Vec<u8>)>, FormatError> {
         let geometry = &self.geometry;
         check_sizes(geometry)?;
-        // An L1 table of no entries would be legal for a disk of no size, but every image we make has one.
+        // For a disk of size 0 the format allows an empty L1 table, but every image created here has one entry.
         let l1_entries = geometry.l1_entries().max(1);
         let max = L1_TABLE_SIZE_MAX / ENTRY_SIZE as u64;
         if l1_entries > max {
@@ -63,7 +63,7 @@ impl NewImage {
         for index in 0..clusters.refblocks {
             set_entry(&mut refcount_table, index as usize, refblocks_offset + index * cluster_size);
         }
-        // The refcounts of consecutive refblocks follow each other without a gap, so they are set as one.
+        // Consecutive refblocks have no gap between them, so their refcounts are set as if in one block.
         let mut refblocks = vec![0; (clusters.refblocks * cluster_size) as usize];
         for index in 0..clusters.total() {
             set_refcount(geometry.refcount_order, &mut refblocks, index as usize, 1);
@@ -118,7 +118,7 @@ impl Clusters {
     }
 }
 
-/// The refblocks count themselves and the refcount table, so their number grows until it suffices.
+/// The refblocks count themselves and the refcount table too, so the loop adds refblocks until they suffice.
 fn count_clusters(geometry: &Geometry, l1_entries: u64) -> Clusters {
     let l1_table = geometry.clusters_for(l1_entries * ENTRY_SIZE as u64);
     let mut clusters = Clusters { refcount_table: 1, refblocks: 1, l1_table };
@@ -132,7 +132,7 @@ fn count_clusters(geometry: &Geometry, l1_entries: u64) -> Clusters {
     }
 }
 
-/// What the arithmetic here rests on; the rest is checked when the header is encoded.
+/// Checks the sizes that the arithmetic here depends on; encoding the header checks the rest.
 fn check_sizes(geometry: &Geometry) -> Result<(), FormatError> {
     let bits = (geometry.cluster_bits, CLUSTER_BITS_MIN, CLUSTER_BITS_MAX);
     let order = (geometry.refcount_order, 0, REFCOUNT_ORDER_MAX);

@@ -1,4 +1,4 @@
-//! A [`Header`] to bytes: the fields, the extensions and the backing file's name, as they go at the start of the file.
+//! A [`Header`] to bytes: the fields, the extensions and the backing file's name, as at the start of the file.
 //!
 //! Owns their arrangement: extensions right after the header, then the end mark, then the name. To change one field of
 //! a live image use a patch of [`position`](crate::position) instead, which is atomic.
@@ -10,14 +10,14 @@ use crate::header::{Header, MAGIC};
 use crate::position;
 
 impl Header {
-    /// The header's bytes, to be written at offset 0; at most a cluster. Reading them gives an equal header.
+    /// The header's bytes, to be written at offset 0; at most a cluster. Parsing them gives an equal header.
     ///
     /// # Errors
-    /// If the header would not be read again because a value is out of range, or it does not fit in a cluster.
+    /// If parsing would refuse the header because a value is out of range, or if it does not fit in a cluster.
     pub fn encode(&self) -> Result<Vec<u8>, FormatError> {
         self.validate()?;
         if let Some(damage) = self.damaged_extensions {
-            // What is behind it would be lost.
+            // Extensions behind the damage would be lost.
             return Err(damage);
         }
         let extensions_length: usize =
@@ -32,14 +32,14 @@ impl Header {
             };
             return Err(FormatError::new(kind, Structure::Header, 0));
         }
-        // Where there is no room for the end mark, there is none for another extension either.
+        // Without room for the end mark there is no room for another extension either, so none is needed.
         let end_mark = extensions_end + FRAME_LENGTH + name.len() <= room;
         let name_offset = extensions_end + if end_mark { FRAME_LENGTH } else { 0 };
 
         let mut bytes = self.encode_fields(name_offset);
         for extension in &self.extensions {
             bytes.extend_from_slice(&extension.magic.to_be_bytes());
-            // It fits: its room is at most a cluster.
+            // The cast is exact: the room is at most a cluster.
             bytes.extend_from_slice(&(extension.data.len() as u32).to_be_bytes());
             bytes.extend_from_slice(&extension.data);
             bytes.resize(bytes.len().next_multiple_of(8), 0);
@@ -52,7 +52,7 @@ impl Header {
         Ok(bytes)
     }
 
-    /// The bytes of the header proper, `header_length` of them.
+    /// The bytes of the header without extensions, `header_length` of them.
     fn encode_fields(&self, name_offset: usize) -> Vec<u8> {
         let mut bytes = vec![0; self.header_length as usize];
         let mut put = |at: usize, field: &[u8]| bytes[at..at + field.len()].copy_from_slice(field);

@@ -1,7 +1,7 @@
 //! Entries of the L1 table, the L2 tables and the refcount table: raw 64-bit words to enums and back.
 //!
-//! Owns their bits (spec: "Cluster mapping", "Refcount table"). Reserved bits are ignored when decoding, as only an
-//! image check looks at them, and are zero when encoding. It never looks at a file's length.
+//! Owns their bits (spec: "Cluster mapping", "Refcount table"). Decoding ignores reserved bits, which only an image
+//! check tests; encoding clears them. It never tests an offset against a file's length.
 
 use thiserror::Error;
 
@@ -20,12 +20,12 @@ pub const ZERO: u64 = 1;
 pub const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 /// Bits 9 to 63 of an entry of the refcount table: the refblock's host offset in bytes.
 pub const REFBLOCK_OFFSET_MASK: u64 = !0x1ff;
-/// Host offsets that an entry names are below this, in bytes.
+/// Every host offset in an entry is below this, in bytes.
 pub const HOST_OFFSET_LIMIT: u64 = 1 << 56;
 /// Unit of a compressed cluster's length, in bytes.
 pub const COMPRESSED_SECTOR_SIZE: u64 = 512;
 
-/// Why an entry cannot be understood. `raw` is the entry as it is in the file.
+/// Why an entry cannot be decoded. `raw` is the entry as it is in the file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Error)]
 pub enum EntryError {
     /// The offset is not the start of a cluster.
@@ -35,13 +35,13 @@ pub enum EntryError {
         raw: u64,
     },
     /// Version 2 has no zero clusters.
-    #[error("entry {raw:#018x}: it has the zero flag, which version 2 does not know")]
+    #[error("entry {raw:#018x}: it has the zero flag, which version 2 does not have")]
     ZeroFlagInV2 {
         /// The entry.
         raw: u64,
     },
-    /// Flagged as in use, but at the header's place. Only an external data file may have data there. A check names it;
-    /// to all others the cluster is unallocated.
+    /// The COPIED flag is set, but the offset is 0, the header's. Only an external data file may have data there. A
+    /// check reports it; every other reader takes the cluster for unallocated.
     #[error("entry {raw:#018x}: it claims data at offset 0, where the header is")]
     DataAtOffsetZero {
         /// The entry.
@@ -61,20 +61,20 @@ pub enum EntryError {
         /// Its bitmap of subclusters.
         bitmap: u64,
     },
-    /// Compressed, in an image whose data is in an external file: that has no place for it.
-    #[error("entry {raw:#018x}: it is compressed, which data in an external data file cannot be")]
+    /// A compressed cluster in an image with an external data file, where data cannot be compressed.
+    #[error("entry {raw:#018x}: it is compressed, but an external data file has no compressed clusters")]
     CompressedInDataFile {
         /// The entry.
         raw: u64,
     },
-    /// Data in an external file, but not where it must be.
+    /// Data in an external data file, but not at the guest's own offset.
     #[error(
         "entry {raw:#018x}: an external data file has this cluster at the guest's own offset, {expected}"
     )]
     DataFileOffset {
         /// The entry.
         raw: u64,
-        /// Where.
+        /// The only valid offset.
         expected: HostOffset,
     },
     /// A subcluster holds data, but there is no host cluster for it.
@@ -96,7 +96,7 @@ pub enum L1Entry {
     Unallocated,
     /// There is an L2 table.
     Table {
-        /// Where it is.
+        /// Where the L2 table is.
         offset: HostOffset,
         /// True if its refcount is one.
         copied: bool,
@@ -104,7 +104,7 @@ pub enum L1Entry {
 }
 
 impl L1Entry {
-    /// Understands a raw entry.
+    /// Decodes a raw entry.
     ///
     /// # Errors
     /// If the offset is not the start of a cluster.
@@ -127,7 +127,10 @@ impl L1Entry {
         match self {
             L1Entry::Unallocated => 0,
             L1Entry::Table { offset, copied } => {
-                assert!(offset.0 != 0 && offset.0 & !OFFSET_MASK == 0, "no place for an L2 table: {offset}");
+                assert!(
+                    offset.0 != 0 && offset.0 & !OFFSET_MASK == 0,
+                    "not a valid L2 table offset: {offset}"
+                );
                 offset.0 | copied_flag(copied)
             }
         }
@@ -137,10 +140,10 @@ impl L1Entry {
 /// An L2 entry as it is in the file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct RawL2Entry {
-    /// The descriptor of the cluster; all of the entry without extended L2.
+    /// The descriptor of the cluster; without extended L2 this is the whole entry.
     pub descriptor: u64,
-    /// With extended L2: which subclusters are allocated (bits 0 to 31) and which read as zeros (bits 32 to 63). Means
-    /// nothing where the cluster is compressed.
+    /// With extended L2: which subclusters are allocated (bits 0 to 31) and which read as zeros (bits 32 to 63). It has
+    /// no meaning for a compressed cluster.
     pub bitmap: u64,
 }
 
@@ -181,11 +184,11 @@ impl RawL2Entry {
 /// An L2 entry: what one guest cluster holds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum L2Entry {
-    /// Nothing here: the backing file's data, or zeros if there is none.
+    /// Not in this image: reads give the backing file's data, or zeros without a backing file.
     Unallocated,
     /// Reads as zeros; no host cluster.
     Zero,
-    /// Reads as zeros, but keeps a host cluster whose contents do not matter.
+    /// Reads as zeros; has a host cluster, whose contents are ignored.
     ZeroAllocated {
         /// Where the host cluster is.
         offset: HostOffset,
@@ -201,21 +204,21 @@ pub enum L2Entry {
     },
     /// Compressed data.
     Compressed {
-        /// The first byte of the data, aligned to nothing.
+        /// The first byte of the data; it need not be aligned.
         offset: HostOffset,
-        /// How many 512-byte sectors the data touches, the one of its first byte included. It can claim two clusters.
+        /// How many 512-byte sectors the data touches, the sector of its first byte included. At most two clusters.
         sectors: u64,
     },
-    /// With extended L2 only: subclusters that are not all alike.
+    /// With extended L2 only: subclusters of more than one kind.
     Subclusters(Subclusters),
 }
 
 impl L2Entry {
-    /// Understands a raw entry. The compressed bit is looked at before the zero bit.
+    /// Decodes a raw entry. The compressed bit is tested before the zero bit.
     ///
     /// # Errors
-    /// If the offset is not the start of a cluster or too large, the zero flag is set in version 2, or its subclusters
-    /// make no sense.
+    /// If the offset is not the start of a cluster or is too large, the zero flag is set in version 2, or the
+    /// subcluster bitmap contradicts itself or the offset.
     pub fn decode(raw: impl Into<RawL2Entry>, geometry: &Geometry) -> Result<L2Entry, EntryError> {
         let RawL2Entry { descriptor: raw, bitmap } = raw.into();
         if raw & COMPRESSED != 0 {
@@ -236,7 +239,7 @@ impl L2Entry {
         match (zero, offset.0) {
             (true, 0) => Ok(L2Entry::Zero),
             (true, _) => Ok(L2Entry::ZeroAllocated { offset, copied }),
-            // Whatever its flags, as in QEMU.
+            // Unallocated whatever the flags, as in QEMU.
             (false, 0) => Ok(L2Entry::Unallocated),
             (false, _) => Ok(L2Entry::Data { offset, copied }),
         }
@@ -294,7 +297,7 @@ impl L2Entry {
                 let (shift, length_mask) = compressed_fields(geometry);
                 assert!(
                     offset.0 < HOST_OFFSET_LIMIT.min(1 << shift),
-                    "no place for compressed data: {offset}"
+                    "not a valid offset of compressed data: {offset}"
                 );
                 assert!((1..=length_mask + 1).contains(&sectors), "compressed data of {sectors} sectors");
                 COMPRESSED | (sectors - 1) << shift | offset.0
@@ -333,11 +336,11 @@ impl Subclusters {
     }
 }
 
-/// Where an entry of the refcount table says that its refblock is; nothing if there is none, which means that all its
+/// Decodes an entry of the refcount table to the refblock's offset. `None` means that there is no refblock and all its
 /// refcounts are 0.
 ///
 /// # Errors
-/// If the offset is not the start of a cluster, or past what a file can have (2^63 bytes).
+/// If the offset is not the start of a cluster, or is past the largest offset of a file (2^63 bytes).
 pub fn refblock_offset(raw: u64, geometry: &Geometry) -> Result<Option<HostOffset>, EntryError> {
     let offset = raw & REFBLOCK_OFFSET_MASK;
     if offset == 0 {
@@ -357,11 +360,11 @@ pub fn refblock_offset(raw: u64, geometry: &Geometry) -> Result<Option<HostOffse
 /// # Panics
 /// If the offset is 0 or not the start of a cluster: a programmer error.
 pub fn encode_refblock_offset(offset: HostOffset, geometry: &Geometry) -> u64 {
-    assert!(offset.0 != 0 && geometry.is_aligned(offset.0), "no place for a refblock: {offset}");
+    assert!(offset.0 != 0 && geometry.is_aligned(offset.0), "not a valid refblock offset: {offset}");
     offset.0
 }
 
-/// The bytes of the file that compressed data may touch, from its first byte to the end of its last sector.
+/// The length in bytes of compressed data, from its first byte to the end of its last sector.
 pub fn compressed_length(offset: HostOffset, sectors: u64) -> u64 {
     sectors * COMPRESSED_SECTOR_SIZE - offset.0 % COMPRESSED_SECTOR_SIZE
 }
@@ -369,14 +372,14 @@ pub fn compressed_length(offset: HostOffset, sectors: u64) -> u64 {
 fn decode_compressed(raw: u64, geometry: &Geometry) -> Result<L2Entry, EntryError> {
     let (shift, length_mask) = compressed_fields(geometry);
     let offset = raw & ((1 << shift) - 1);
-    // In small clusters the field is wider than an offset may be, and the upper bits must be zero.
+    // With small clusters the field is wider than an offset may be; the upper bits must be zero.
     if offset >= HOST_OFFSET_LIMIT {
         return Err(EntryError::OffsetTooLarge { raw });
     }
     Ok(L2Entry::Compressed { offset: HostOffset(offset), sectors: ((raw >> shift) & length_mask) + 1 })
 }
 
-/// With extended L2 entries bit 0 of the descriptor is reserved: the bitmap says what is zero.
+/// Decodes an extended entry that is not compressed. Bit 0 of the descriptor is reserved: zeros are in the bitmap.
 fn decode_subclusters(raw: u64, bitmap: u64, geometry: &Geometry) -> Result<L2Entry, EntryError> {
     let (offset, copied) = (HostOffset(raw & OFFSET_MASK), raw & COPIED != 0);
     if !geometry.is_aligned(offset.0) {
@@ -390,7 +393,7 @@ fn decode_subclusters(raw: u64, bitmap: u64, geometry: &Geometry) -> Result<L2En
     Ok(Subclusters { host, allocated, zero }.entry())
 }
 
-/// The subclusters of a bitmap that are allocated, and those that are zero.
+/// Splits a bitmap into the allocated and the zero subclusters.
 pub(crate) fn subclusters_of(raw: u64, bitmap: u64) -> Result<(SubclusterSet, SubclusterSet), EntryError> {
     let (allocated, zero) = (SubclusterSet(bitmap as u32), SubclusterSet((bitmap >> 32) as u32));
     if !allocated.common(zero).is_empty() {
@@ -401,14 +404,14 @@ pub(crate) fn subclusters_of(raw: u64, bitmap: u64) -> Result<(SubclusterSet, Su
 
 fn encode_subclusters(subclusters: Subclusters, geometry: &Geometry) -> RawL2Entry {
     let Subclusters { host, allocated, zero } = subclusters;
-    assert!(allocated.common(zero).is_empty(), "a subcluster is data or zero: {subclusters:?}");
-    assert!(host.is_some() || allocated.is_empty(), "data has a host cluster: {subclusters:?}");
+    assert!(allocated.common(zero).is_empty(), "a subcluster is both data and zero: {subclusters:?}");
+    assert!(host.is_some() || allocated.is_empty(), "data without a host cluster: {subclusters:?}");
     let descriptor = host.map_or(0, |host| cluster_field(host.offset, geometry) | copied_flag(host.copied));
     RawL2Entry { descriptor, bitmap: subclusters.bitmap() }
 }
 
-/// Where the length field of a compressed entry begins, in bits, and its mask once shifted down (spec: "Compressed
-/// Clusters Descriptor").
+/// The first bit of a compressed entry's length field, and the field's mask after the shift (spec: "Compressed Clusters
+/// Descriptor").
 fn compressed_fields(geometry: &Geometry) -> (u32, u64) {
     let length_bits = geometry.cluster_bits - 8;
     (62 - length_bits, (1 << length_bits) - 1)
@@ -416,7 +419,7 @@ fn compressed_fields(geometry: &Geometry) -> (u32, u64) {
 
 fn cluster_field(offset: HostOffset, geometry: &Geometry) -> u64 {
     let fits = offset.0 != 0 && offset.0 < HOST_OFFSET_LIMIT && geometry.is_aligned(offset.0);
-    assert!(fits, "no place for a data cluster: {offset}");
+    assert!(fits, "not a valid data cluster offset: {offset}");
     offset.0
 }
 
@@ -442,7 +445,7 @@ mod tests {
     }
 
     #[test]
-    fn l1_entries() {
+    fn l1_entries_are_decoded() {
         let table = |offset, copied| Ok(L1Entry::Table { offset: HostOffset(offset), copied });
         for (raw, expected) in [
             (0, Ok(L1Entry::Unallocated)),
@@ -460,7 +463,7 @@ mod tests {
     }
 
     #[test]
-    fn l2_entries() {
+    fn l2_entries_are_decoded() {
         let place = HostOffset(0x5_0000);
         let unaligned = |raw| Err(EntryError::Unaligned { raw });
         for (raw, expected) in [
@@ -491,7 +494,7 @@ mod tests {
     }
 
     #[test]
-    fn extended_entries() {
+    fn extended_entries_are_decoded_and_encoded() {
         let extended = Geometry { extended_l2: true, ..v3() };
         let (offset, all) = (HostOffset(0x5_0000), 0xffff_ffff_u64);
         let some = |host: Option<bool>, allocated, zero| {
@@ -569,7 +572,7 @@ mod tests {
     }
 
     #[test]
-    fn entries_have_their_place_in_a_table() {
+    fn a_raw_entry_is_loaded_from_the_index_where_it_was_stored() {
         let extended = Geometry { extended_l2: true, ..v3() };
         let mut table = [0xee; 64];
         RawL2Entry { descriptor: 1, bitmap: 2 }.store(&mut table, 1, &extended);
@@ -581,14 +584,14 @@ mod tests {
     }
 
     #[test]
-    fn the_compressed_bit_is_looked_at_first() {
+    fn the_compressed_bit_is_tested_first() {
         let raw = COMPRESSED | COPIED | 0x5_0001;
         let expected = L2Entry::Compressed { offset: HostOffset(0x5_0001), sectors: 1 };
         assert_eq!(L2Entry::decode(raw, &v3()), Ok(expected));
     }
 
     #[test]
-    fn a_compressed_length_can_claim_two_clusters() {
+    fn compressed_data_can_be_two_clusters_long() {
         for cluster_bits in 9..=21 {
             let geometry = geometry(Version::V3, cluster_bits);
             let offset_bits = 62 - (cluster_bits - 8);
@@ -606,14 +609,14 @@ mod tests {
     }
 
     #[test]
-    fn compressed_data_ends_with_a_sector() {
+    fn compressed_data_ends_at_the_end_of_a_sector() {
         assert_eq!(compressed_length(HostOffset(0x1_0000), 1), 512);
         assert_eq!(compressed_length(HostOffset(0x1_01ff), 1), 1);
         assert_eq!(compressed_length(HostOffset(0x1_01ff), 2), 513);
     }
 
     #[test]
-    fn refcount_table_entries() {
+    fn refcount_table_entries_are_decoded() {
         for (raw, expected) in [
             (0, Ok(None)),
             (0x1ff, Ok(None)),
@@ -630,7 +633,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_format_cannot_say_is_refused() {
+    fn encoding_an_impossible_entry_panics() {
         let v2 = geometry(Version::V2, 16);
         let at = HostOffset;
         let extended = Geometry { extended_l2: true, ..v3() };

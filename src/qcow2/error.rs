@@ -1,6 +1,6 @@
-//! What can be wrong with a header: the kind, the structure and where it is.
+//! Errors of a header: the kind, the structure and the offset.
 //!
-//! Owns [`FormatError`], for values that are broken. A valid feature that is not built yet is no error here but an
+//! Owns [`FormatError`], for broken values. A valid feature that Strata does not support is an
 //! [`Unsupported`](crate::Unsupported), and a broken table entry is an [`EntryError`](crate::EntryError).
 
 use std::fmt;
@@ -9,20 +9,20 @@ use thiserror::Error;
 
 use crate::address::HostOffset;
 
-/// A header that cannot be understood, or not written.
+/// A header that cannot be read or cannot be written.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Error)]
 #[error("{structure} (byte {offset}): {kind}")]
 pub struct FormatError {
-    /// What is wrong.
+    /// The kind of error.
     pub kind: FormatErrorKind,
-    /// With what.
+    /// The structure with the error.
     pub structure: Structure,
     /// Where the structure, or the field that describes it, begins in the image file, in bytes.
     pub offset: HostOffset,
 }
 
 impl FormatError {
-    /// What is wrong, without the advice behind the semicolon: for those who can mend it.
+    /// The error without the advice behind the semicolon, for tools that can repair the image.
     pub fn without_advice(&self) -> String {
         let text = self.to_string();
         text.split("; the image is").next().unwrap_or_default().to_owned()
@@ -38,7 +38,7 @@ impl FormatError {
 pub enum Structure {
     /// The header as a whole.
     Header,
-    /// The field that says how long the header is.
+    /// The field with the header's length.
     HeaderLength,
     /// The field with the cluster size's logarithm.
     ClusterBits,
@@ -90,10 +90,10 @@ impl fmt::Display for Structure {
     }
 }
 
-/// What is wrong with a structure.
+/// The kinds of errors in a structure.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Error)]
 pub enum FormatErrorKind {
-    /// The magic is another's.
+    /// The magic is not qcow2's.
     #[error("not a qcow2 image (magic {magic:#010x})")]
     BadMagic {
         /// The first four bytes.
@@ -101,20 +101,18 @@ pub enum FormatErrorKind {
     },
     /// A version that this crate does not know.
     #[error(
-        "version {version} is not known, only 2 and 3 are: convert the image with qemu-img convert -O qcow2"
+        "version {version} is not known, only versions 2 and 3: convert the image with qemu-img convert -O qcow2"
     )]
     UnknownVersion {
         /// The version.
         version: u32,
     },
-    /// The file, or what the caller read of it, ends within the structure.
-    #[error(
-        "cut short: it needs {needed} bytes and {available} are there; the image is incomplete, copy it anew"
-    )]
+    /// The file, or the part of it that the caller read, ends within the structure.
+    #[error("cut short: it needs {needed} bytes and has {available}; the image is incomplete, copy it again")]
     Truncated {
         /// Bytes from the start of the file that the structure needs.
         needed: u64,
-        /// Bytes that there are.
+        /// Bytes available.
         available: u64,
     },
     /// A value outside its range.
@@ -135,7 +133,7 @@ pub enum FormatErrorKind {
         /// The unit.
         unit: u64,
     },
-    /// A table whose end no file can reach.
+    /// A table that ends past the largest offset of a file.
     #[error(
         "{length} bytes at {start:#x} end past the largest offset of a file; the image is damaged, restore it from a copy"
     )]
@@ -145,8 +143,8 @@ pub enum FormatErrorKind {
         /// Its length in bytes.
         length: u64,
     },
-    /// A table where the header is.
-    #[error("its place is the header's; the image is damaged, restore it from a copy")]
+    /// A table in the header's cluster.
+    #[error("it overlaps the header; the image is damaged, restore it from a copy")]
     OverlapsHeader,
     /// The L1 table cannot map the whole disk.
     #[error(
@@ -159,21 +157,21 @@ pub enum FormatErrorKind {
         needed: u64,
     },
     /// The disk is larger than the largest L1 table can map with this cluster size.
-    #[error("the disk's size needs {needed} entries, at most {max} can be: choose larger clusters")]
+    #[error("the disk's size needs {needed} entries, but at most {max} are possible: choose larger clusters")]
     DiskTooLarge {
         /// Entries needed.
         needed: u64,
         /// The most that a table may have.
         max: u64,
     },
-    /// The compression type and its incompatible feature bit must both say deflate, or both not.
+    /// Of the compression type and its incompatible feature bit, only one means deflate.
     #[error("type {compression_type} disagrees with incompatible feature bit 3; the image is damaged")]
     CompressionMismatch {
         /// The compression type.
         compression_type: u8,
     },
-    /// A header extension that claims more than the area left for extensions.
-    #[error("it claims {length} bytes of data where {room} are left; the image is damaged")]
+    /// A header extension longer than the area left for extensions.
+    #[error("it claims {length} bytes of data, but only {room} are left; the image is damaged")]
     ExtensionTooLong {
         /// Bytes claimed.
         length: u64,
@@ -182,7 +180,7 @@ pub enum FormatErrorKind {
     },
     /// The type and the length of a header extension do not fit in the area left for extensions.
     #[error(
-        "an extension begins where {room} bytes are left, fewer than its type and its length take; the image is damaged"
+        "an extension begins with {room} bytes left, too few for its type and its length; the image is damaged"
     )]
     ExtensionCut {
         /// Bytes left.
@@ -191,18 +189,18 @@ pub enum FormatErrorKind {
     /// A reserved field is in use.
     #[error("a reserved field holds {value:#x} instead of 0; the image is damaged")]
     Reserved {
-        /// What it holds.
+        /// Its value.
         value: u64,
     },
-    /// An encryption header, but no encryption method that has one.
+    /// An encryption header, but an encryption method without one.
     #[error(
-        "crypt method {method} has no such extension; the image is damaged, and is not to be taken for plain"
+        "crypt method {method} has no such extension; the image is damaged, and must not be read as unencrypted"
     )]
     NotEncrypted {
         /// The encryption method in the header.
         method: u32,
     },
-    /// When writing: everything that must be in the first cluster does not fit.
+    /// On writing: the contents of the first cluster do not fit in it.
     #[error(
         "{needed} bytes do not fit in the first cluster of {room}: choose larger clusters or a shorter name"
     )]
@@ -212,7 +210,7 @@ pub enum FormatErrorKind {
         /// Bytes in a cluster.
         room: u64,
     },
-    /// When writing: fields that say the same thing twice disagree, or version 2 cannot say it.
+    /// On writing: two fields for the same fact disagree, or version 2 has no field for it.
     #[error("its fields disagree with each other or with the image's version, so it cannot be written")]
     Inconsistent,
 }

@@ -1,10 +1,11 @@
-//! Header extensions: their framing, and the few whose contents Strata reads (spec: "Header extensions").
+//! Header extensions: their framing, and the contents of the few that Strata reads (spec: "Header extensions").
 //!
-//! All are kept byte for byte, so that what another tool stored survives a rewrite of the header.
+//! Owns the frame of every extension. It never drops or changes an extension's bytes, so that another tool's extensions
+//! survive a rewrite of the header.
 
 use crate::error::{FormatError, FormatErrorKind, Structure};
 
-/// Type of the mark that ends the area.
+/// Type of the mark that ends the area of the extensions.
 pub const END: u32 = 0;
 /// Type of the backing file's format name.
 pub const BACKING_FORMAT: u32 = 0xe279_2aca;
@@ -40,7 +41,7 @@ impl Extension {
     }
 }
 
-/// What an error about an extension names.
+/// The structure that an error about an extension names.
 pub(crate) fn structure(magic: u32) -> Structure {
     match magic {
         BACKING_FORMAT => Structure::BackingFormat,
@@ -50,9 +51,9 @@ pub(crate) fn structure(magic: u32) -> Structure {
     }
 }
 
-/// Reads the extensions from `start` to the end mark, or to `end`, the first byte that cannot be theirs. `bytes` is
-/// what there is of the header's cluster; nothing is allocated beyond it. If the area is damaged, the extensions before
-/// the damage, and what the damage is.
+/// Reads the extensions from `start` to the end mark, or to `end`, the first byte that cannot belong to them. `bytes`
+/// is the available part of the header's cluster; no allocation is larger than it. If the area is damaged, returns the
+/// extensions before the damage, and the damage.
 pub(crate) fn parse_all(bytes: &[u8], start: usize, end: usize) -> (Vec<Extension>, Option<FormatError>) {
     let mut extensions = Vec::new();
     let damage = parse_into(&mut extensions, bytes, start, end).err();
@@ -66,7 +67,7 @@ fn parse_into(
     end: usize,
 ) -> Result<(), FormatError> {
     let mut at = start;
-    // Past the end of a short file everything reads as zero, which is an end mark.
+    // Past the end of a short file all bytes read as zero, which is an end mark.
     while at < bytes.len() && at < end {
         let room = end - at;
         if room < FRAME_LENGTH {

@@ -1,26 +1,25 @@
-//! L2 entries of an image whose data is in an external file (spec: "Standard Cluster Descriptor", where it speaks of
-//! external data files).
+//! L2 entries of an image with an external data file (spec: "Standard Cluster Descriptor", on external data files).
 //!
-//! Owns how they differ from others: each guest cluster has its place in that file at its own offset, and nobody shares
-//! it. So the offset of an entry says nothing but that there is data, offset 0 is a place like any other, and the flag
-//! COPIED tells it from none. There are no refcounts, and no compressed clusters.
+//! Owns how they differ from other L2 entries. Each guest cluster is at its own offset in the data file, and no other
+//! cluster shares it. Offset 0 is therefore valid, and the COPIED flag tells data at offset 0 from an unallocated
+//! cluster. The data file has no refcounts and no compressed clusters.
 
 use crate::address::{GuestCluster, HostOffset};
 use crate::entry::{COMPRESSED, COPIED, EntryError, L2Entry, OFFSET_MASK, RawL2Entry, ZERO, subclusters_of};
 use crate::geometry::Geometry;
 use crate::subcluster::{HostPlace, SubclusterSet, Subclusters};
 
-/// Where an external data file has a guest cluster.
+/// The location of a guest cluster in an external data file.
 pub fn data_file_place(geometry: &Geometry, guest: GuestCluster) -> HostPlace {
     HostPlace { offset: HostOffset(geometry.guest_offset(guest).0), copied: true }
 }
 
 impl L2Entry {
-    /// As [`L2Entry::decode`], of the guest cluster `guest` of an image whose data is in an external file. A host cluster
-    /// counts as flagged, whether it is or not.
+    /// As [`L2Entry::decode`], for guest cluster `guest` of an image with an external data file. A host cluster is
+    /// always decoded as `copied`, whatever its flag.
     ///
     /// # Errors
-    /// As for [`L2Entry::decode`]; and if the cluster is compressed, or its data elsewhere than at its own offset.
+    /// As for [`L2Entry::decode`]; also if the cluster is compressed, or its data is not at the guest's own offset.
     pub fn decode_external(
         raw: impl Into<RawL2Entry>,
         geometry: &Geometry,
@@ -33,7 +32,7 @@ impl L2Entry {
         }
         let reads_as_zero = raw & ZERO != 0 && !geometry.extended_l2;
         let offset = HostOffset(raw & OFFSET_MASK);
-        // As in QEMU, a zero cluster has no place at offset 0.
+        // As in QEMU, a zero cluster with offset 0 has no host cluster.
         if offset.0 == 0 && (raw & COPIED == 0 || reads_as_zero) {
             return L2Entry::decode(entry, geometry);
         }
@@ -49,10 +48,10 @@ impl L2Entry {
         Ok(Subclusters { host: Some(host), allocated, zero }.entry())
     }
 
-    /// As [`L2Entry::encode`], for an image whose data is in an external file.
+    /// As [`L2Entry::encode`], for an image with an external data file.
     ///
     /// # Panics
-    /// As for [`L2Entry::encode`], but not on offset 0; on a compressed cluster.
+    /// As for [`L2Entry::encode`], but offset 0 is valid; also if the cluster is compressed.
     pub fn encode_external(self, geometry: &Geometry) -> RawL2Entry {
         let subclusters = Subclusters::of(self).expect("an external data file has no compressed clusters");
         match (subclusters.host, self) {
@@ -60,7 +59,7 @@ impl L2Entry {
                 RawL2Entry { descriptor: COPIED, bitmap: subclusters.bitmap() }
             }
             (Some(HostPlace { offset: HostOffset(0), .. }), L2Entry::Data { .. }) => COPIED.into(),
-            // It gets its place back when it is written.
+            // A zero cluster at offset 0 cannot be encoded with its host cluster. The next write allocates it again.
             (Some(HostPlace { offset: HostOffset(0), .. }), _) => L2Entry::Zero.encode(geometry),
             _ => self.encode(geometry),
         }
@@ -85,7 +84,7 @@ mod tests {
     }
 
     #[test]
-    fn each_cluster_is_at_its_own_offset() {
+    fn only_the_guests_own_offset_is_accepted() {
         let elsewhere =
             |raw, expected| Err(EntryError::DataFileOffset { raw, expected: HostOffset(expected) });
         let kept = Ok(L2Entry::ZeroAllocated { offset: HostOffset(0x5_0000), copied: true });
@@ -115,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_encoded_is_decoded() {
+    fn an_encoded_entry_is_decoded_to_itself() {
         let extended = Geometry { extended_l2: true, ..V3 };
         for guest in [0, 1, 77].map(GuestCluster) {
             let host = data_file_place(&V3, guest);
@@ -142,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn subclusters_must_make_sense_there_too() {
+    fn contradictory_subclusters_are_refused() {
         let extended = Geometry { extended_l2: true, ..V3 };
         let decode = |descriptor, bitmap, guest| {
             L2Entry::decode_external(RawL2Entry { descriptor, bitmap }, &extended, GuestCluster(guest))

@@ -1,19 +1,19 @@
-//! Feature bits, and the valid features that Strata has not built yet.
+//! Feature bits, and the valid features that Strata does not support.
 //!
-//! Owns the bits' names and the reasons to refuse an image that is not broken. It does not decide when to ask.
+//! Owns the bits' names and the reasons to refuse an image that is not broken. It does not decide when to refuse.
 
 use thiserror::Error;
 
 use crate::error::FormatError;
 
-/// Incompatible feature bits: an image with one that is unknown must not be opened.
+/// Incompatible feature bits: an image with an unknown bit must not be opened.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Incompatible(pub u64);
 
 impl Incompatible {
-    /// Refcounts may be wrong; repair them before use.
+    /// Refcounts may be wrong: repair them before use.
     pub const DIRTY: Incompatible = Incompatible(1);
-    /// Anything may be wrong; do not write.
+    /// Any metadata may be wrong: do not write.
     pub const CORRUPT: Incompatible = Incompatible(1 << 1);
     /// Guest data is in another file.
     pub const DATA_FILE: Incompatible = Incompatible(1 << 2);
@@ -21,7 +21,7 @@ impl Incompatible {
     pub const COMPRESSION: Incompatible = Incompatible(1 << 3);
     /// L2 entries have 128 bits.
     pub const EXTENDED_L2: Incompatible = Incompatible(1 << 4);
-    /// The bits above.
+    /// The bits that this crate knows.
     pub const KNOWN: Incompatible = Incompatible(0x1f);
 
     /// True if all of `features` are set.
@@ -29,13 +29,13 @@ impl Incompatible {
         self.0 & features.0 == features.0
     }
 
-    /// These and `features`.
+    /// The union with `features`.
     #[must_use]
     pub const fn with(self, features: Incompatible) -> Incompatible {
         Incompatible(self.0 | features.0)
     }
 
-    /// These without `features`.
+    /// The bits without `features`.
     #[must_use]
     pub const fn without(self, features: Incompatible) -> Incompatible {
         Incompatible(self.0 & !features.0)
@@ -54,10 +54,10 @@ impl Incompatible {
 pub const COMPATIBLE_LAZY_REFCOUNTS: u64 = 1;
 /// Autoclear feature bit 0: the bitmaps extension is consistent.
 pub const AUTOCLEAR_BITMAPS: u64 = 1;
-/// Autoclear feature bit 1: the external data file is a raw image of its own.
+/// Autoclear feature bit 1: the external data file can be read as a raw image.
 pub const AUTOCLEAR_RAW_DATA_FILE: u64 = 1 << 1;
 
-/// How compressed clusters are compressed.
+/// The compression method of compressed clusters.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Compression {
     /// A deflate stream without a header, written with a window of 4 KiB.
@@ -66,11 +66,11 @@ pub enum Compression {
     Zstd,
 }
 
-/// A valid feature of an image that keeps Strata from serving or from writing it.
+/// A valid feature because of which Strata cannot serve or cannot write an image.
 #[derive(Clone, PartialEq, Eq, Debug, Error)]
 pub enum Unsupported {
     /// An incompatible feature that this crate does not know.
-    #[error("incompatible feature bit {bit} ({}) is not known: use the tool that made the image",
+    #[error("incompatible feature bit {bit} ({}) is not known: use the tool that created the image",
         name.as_deref().unwrap_or("the image gives it no name"))]
     IncompatibleFeature {
         /// Its number, 0 to 63.
@@ -84,7 +84,7 @@ pub enum Unsupported {
         /// The header's crypt method.
         method: u32,
     },
-    /// Clusters are compressed by something other than deflate or zstd.
+    /// The compression type is neither deflate nor zstd.
     #[error(
         "compression type {compression_type} is not known: convert the image with \
         qemu-img convert -o compression_type=zstd"
@@ -93,22 +93,22 @@ pub enum Unsupported {
         /// The header's compression type.
         compression_type: u8,
     },
-    /// Snapshots of a disk whose data is in another file, where nothing of it can be kept.
+    /// Snapshots of a disk with an external data file, which cannot hold data of the past.
     #[error(
         "the image has internal snapshots and keeps its data in an external data file, so that every write would \
         change the snapshots too: open it read-only"
     )]
     SnapshotsWithDataFile,
-    /// A disk so large that an external data file has no place for all of it.
+    /// A disk larger than an external data file can hold.
     #[error("the disk is larger than 2^56 bytes, the largest offset of data in an external data file")]
     DataFileTooLarge,
-    /// What another program keeps in the header is damaged: how writes would go with that is not known.
-    #[error("{source}; what follows it is not known: open the image read-only")]
+    /// A header extension is damaged: what the extensions behind it require of a writer is not known.
+    #[error("{source}; the extensions after it cannot be read: open the image read-only")]
     DamagedExtensions {
-        /// What is wrong, and where.
+        /// The damage and its offset.
         source: FormatError,
     },
-    /// Anything may be wrong.
+    /// The corrupt bit is set: any metadata may be wrong.
     #[error("the image is marked corrupt: repair it with `strata check -r all`, or open it read-only")]
     Corrupt,
 }
@@ -126,7 +126,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bits_are_told_apart() {
+    fn known_and_unknown_bits_are_distinguished() {
         let features = Incompatible::DIRTY.with(Incompatible::EXTENDED_L2);
         assert!(features.contains(Incompatible::DIRTY) && !features.contains(Incompatible::CORRUPT));
         assert!(!features.contains(Incompatible::DIRTY.with(Incompatible::CORRUPT)));

@@ -1,7 +1,7 @@
 //! The sizes that follow from a header: clusters, tables and how an address splits into indices.
 //!
-//! Owns pure arithmetic. It checks nothing about an image: a [`Geometry`] taken from a parsed
-//! [`Header`](crate::Header) is within the format's limits, and one made by hand must be.
+//! Owns pure arithmetic. It checks nothing about an image: the [`Geometry`] of a parsed [`Header`](crate::Header) is
+//! within the format's limits, and a geometry from anywhere else must be.
 
 use crate::address::{GuestCluster, GuestOffset, HostCluster, HostOffset};
 
@@ -11,11 +11,11 @@ pub const SUBCLUSTERS: u32 = 32;
 pub const CLUSTER_BITS_MIN: u32 = 9;
 /// The largest cluster: 2 MiB.
 pub const CLUSTER_BITS_MAX: u32 = 21;
-/// With extended L2 entries the 32 subclusters of a cluster are 512 bytes at least.
+/// The smallest cluster with extended L2 entries: its 32 subclusters have 512 bytes each.
 pub const CLUSTER_BITS_MIN_EXTENDED_L2: u32 = 14;
 /// The widest refcounts: 64 bits.
 pub const REFCOUNT_ORDER_MAX: u32 = 6;
-/// The refcounts of version 2, which cannot say otherwise: 16 bits.
+/// The refcounts of version 2, whose header has no field for it: 16 bits.
 pub const REFCOUNT_ORDER_V2: u32 = 4;
 
 /// The version of the format, as in the header.
@@ -37,7 +37,7 @@ impl Version {
     }
 }
 
-/// What the layout of an image depends on.
+/// The values that the layout of an image depends on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Geometry {
     /// The format's version.
@@ -58,8 +58,8 @@ impl Geometry {
         1 << self.cluster_bits
     }
 
-    /// Bytes of the least part of a cluster that can be allocated by itself: a subcluster with extended L2 entries, else
-    /// the cluster.
+    /// Bytes of a granule, the smallest unit that can be allocated: a subcluster with extended L2 entries, else a
+    /// cluster.
     pub const fn granule_size(&self) -> u64 {
         if self.extended_l2 { self.cluster_size() / SUBCLUSTERS as u64 } else { self.cluster_size() }
     }
@@ -74,7 +74,7 @@ impl Geometry {
         1 << self.l2_bits()
     }
 
-    /// Entries that the L1 table must have for the disk's size.
+    /// Entries that the L1 table needs for the disk's size.
     pub const fn l1_entries(&self) -> u64 {
         self.guest_clusters().div_ceil(self.l2_entries())
     }
@@ -97,7 +97,7 @@ impl Geometry {
     /// Where a guest cluster begins.
     ///
     /// # Panics
-    /// If the cluster lies past 2^64 bytes: it came from no disk, so the caller is wrong.
+    /// If the cluster lies past 2^64 bytes: no disk has it, so this is a programmer error.
     pub const fn guest_offset(&self, cluster: GuestCluster) -> GuestOffset {
         assert!(
             cluster.0 <= u64::MAX >> self.cluster_bits,
@@ -123,8 +123,8 @@ impl Geometry {
         }
     }
 
-    /// Where a host cluster begins in the file, or nothing if that is past 2^64 bytes. The largest refcount table has
-    /// room for such clusters, so whoever walks one must ask here.
+    /// Where a host cluster begins in the file; `None` past 2^64 bytes. The largest refcount table has room for such
+    /// clusters, so code that walks one must use this function.
     pub const fn host_offset_checked(&self, cluster: HostCluster) -> Option<HostOffset> {
         if cluster.0 <= u64::MAX >> self.cluster_bits {
             Some(HostOffset(cluster.0 << self.cluster_bits))
@@ -143,7 +143,7 @@ impl Geometry {
         self.in_cluster(offset) == 0
     }
 
-    /// Clusters that hold so many bytes, rounded up.
+    /// Clusters that hold `bytes`, rounded up.
     pub const fn clusters_for(&self, bytes: u64) -> u64 {
         bytes.div_ceil(self.cluster_size())
     }
@@ -153,17 +153,17 @@ impl Geometry {
         cluster.0 >> self.l2_bits()
     }
 
-    /// The index into its L2 table for a guest cluster.
+    /// A guest cluster's index in its L2 table.
     pub const fn l2_index(&self, cluster: GuestCluster) -> u64 {
         cluster.0 & (self.l2_entries() - 1)
     }
 
-    /// The index into the refcount table for a host cluster: which refblock counts it.
+    /// The index in the refcount table of the refblock that counts a host cluster.
     pub const fn refcount_table_index(&self, cluster: HostCluster) -> u64 {
         cluster.0 / self.refblock_entries()
     }
 
-    /// The index into its refblock for a host cluster.
+    /// A host cluster's index in its refblock.
     pub const fn refblock_index(&self, cluster: HostCluster) -> u64 {
         cluster.0 % self.refblock_entries()
     }

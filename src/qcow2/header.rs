@@ -1,7 +1,7 @@
 //! The image header as a type (spec: "Header", "Additional fields").
 //!
-//! Owns what the fields are and what follows from them. Reading one from bytes is `parse`, writing one is `encode`, and
-//! what makes one valid is `validate`; the byte positions are in [`position`](crate::position).
+//! Owns the fields and the facts that follow from them. `parse` reads a header from bytes, `encode` writes one, and
+//! `validate` checks one; the byte positions are in [`position`](crate::position).
 
 use std::borrow::Cow;
 
@@ -18,7 +18,7 @@ pub const MAGIC: u32 = 0x5146_49fb;
 pub const HEADER_LENGTH_V2: u32 = 72;
 /// The shortest version 3 header in bytes.
 pub const HEADER_LENGTH_V3_MIN: u32 = 104;
-/// The version 3 header with every field that this crate knows, in bytes.
+/// Length of a version 3 header with every field that this crate knows, in bytes.
 pub const HEADER_LENGTH_V3: u32 = 112;
 /// The longest backing file name in bytes.
 pub const BACKING_FILE_LENGTH_MAX: usize = 1023;
@@ -31,7 +31,7 @@ pub const REFCOUNT_TABLE_SIZE_MAX: u64 = 8 << 20;
 /// The most snapshots that an image may have.
 pub const SNAPSHOTS_MAX: u32 = 65_536;
 
-/// An image's header, with everything that its first cluster holds.
+/// An image's header, with everything else in its first cluster: extensions and the backing file's name.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Header {
     /// The format's version.
@@ -52,7 +52,7 @@ pub struct Header {
     pub refcount_table_clusters: u32,
     /// Number of internal snapshots.
     pub snapshots: u32,
-    /// Where the snapshot table is; without meaning if there are no snapshots.
+    /// Where the snapshot table is; without meaning if the image has no snapshots.
     pub snapshots_offset: HostOffset,
     /// Incompatible features; none in version 2.
     pub incompatible: Incompatible,
@@ -66,20 +66,20 @@ pub struct Header {
     pub header_length: u32,
     /// Compression of compressed clusters: 0 is deflate, 1 is zstd.
     pub compression_type: u8,
-    /// The header's bytes after the compression type, which this crate does not know: padding and later fields.
+    /// The header's bytes after the compression type, not interpreted here: padding and later fields.
     pub unknown_fields: Vec<u8>,
     /// Name of the backing file as in the header, which need not be UTF-8; never empty.
     pub backing_file: Option<Vec<u8>>,
     /// Format of the backing file, as in its extension; see [`Header::set_backing_format`].
     pub backing_format: Option<String>,
-    /// All header extensions in their order, that with the backing format included.
+    /// All header extensions in their order, the backing format's included.
     pub extensions: Vec<Extension>,
-    /// Damage in the area of the extensions: what lies behind it is not in `extensions`, and is not known.
+    /// Damage in the area of the extensions. Extensions behind it are not in `extensions`.
     pub damaged_extensions: Option<FormatError>,
 }
 
 impl Header {
-    /// What the layout of the image depends on.
+    /// The values that the layout of the image depends on.
     pub fn geometry(&self) -> Geometry {
         Geometry {
             version: self.version,
@@ -90,7 +90,7 @@ impl Header {
         }
     }
 
-    /// How compressed clusters are compressed, if this crate knows the way.
+    /// The compression method of compressed clusters, if this crate knows it.
     pub fn compression(&self) -> Option<Compression> {
         match self.compression_type {
             0 => Some(Compression::Deflate),
@@ -99,7 +99,7 @@ impl Header {
         }
     }
 
-    /// The first feature, if any, that keeps Strata from serving the image at all.
+    /// The first feature, if any, because of which Strata cannot serve the image at all.
     pub fn unsupported(&self) -> Option<Unsupported> {
         if let Some(bit) = self.incompatible.unknown_bit() {
             let name = extension::incompatible_feature_name(&self.extensions, bit);
@@ -114,7 +114,7 @@ impl Header {
         None
     }
 
-    /// The first thing, if any, that keeps Strata from writing to an image that it could serve read-only.
+    /// The first reason, if any, to serve the image read-only.
     pub fn write_refusal(&self) -> Option<Unsupported> {
         if self.incompatible.contains(Incompatible::CORRUPT) {
             return Some(Unsupported::Corrupt);
@@ -133,19 +133,20 @@ impl Header {
         self.incompatible.contains(Incompatible::DATA_FILE)
     }
 
-    /// Whoever reads the external data file as a raw image sees what the guest sees, and it is to stay so. With a backing
-    /// file that cannot be, whatever the bit says.
+    /// True if the external data file, read as a raw image, must always show the guest's data. With a backing file that
+    /// is impossible, so the bit is ignored then.
     pub fn is_data_file_raw(&self) -> bool {
         self.has_data_file() && self.backing_file.is_none() && self.autoclear & AUTOCLEAR_RAW_DATA_FILE != 0
     }
 
-    /// The external data file's name for people to read; not for opening it. The last one if there are several.
+    /// The external data file's name for display, not for opening it. The last one if there are several.
     pub fn data_file_name_lossy(&self) -> Option<Cow<'_, str>> {
         let extension = self.extensions.iter().rfind(|extension| extension.magic == extension::DATA_FILE)?;
         Some(String::from_utf8_lossy(&extension.data))
     }
 
-    /// The autoclear features that stay set while the image is written; `bitmaps`: those of the image are consistent.
+    /// The autoclear features that stay set while the image is written. `bitmaps` is true if the image's bitmaps are
+    /// consistent.
     pub fn autoclear_kept(&self, bitmaps: bool) -> u64 {
         let mut kept = 0;
         if bitmaps {
@@ -157,12 +158,12 @@ impl Header {
         self.autoclear & kept
     }
 
-    /// The backing file's name for people to read; not for opening it.
+    /// The backing file's name for display, not for opening it.
     pub fn backing_file_lossy(&self) -> Option<Cow<'_, str>> {
         self.backing_file.as_deref().map(String::from_utf8_lossy)
     }
 
-    /// Changes the backing file's format, in the field and in the extensions.
+    /// Changes the backing file's format, both in the field and in the extensions.
     pub fn set_backing_format(&mut self, format: Option<&str>) {
         let format = format.filter(|format| !format.is_empty());
         let place = self.extensions.iter().position(|extension| extension.magic == extension::BACKING_FORMAT);

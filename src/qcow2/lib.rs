@@ -1,9 +1,9 @@
 //! The qcow2 format: bytes to types and back.
 //!
-//! This crate owns every number of the on-disk format: where a field lies, what it may hold and what it means. It does
-//! no I/O, keeps no state and knows nothing of caches, plans or requests. What it decodes is untrusted: a broken value
-//! is a [`FormatError`] or an [`EntryError`], never a panic, and nothing is allocated by what a field claims.
-//! A feature that is valid but not built yet is parsed and then named by [`Header::unsupported`].
+//! This crate owns every number of the on-disk format: where a field is, which values it may have and what they mean.
+//! It does no I/O, has no state and knows nothing of caches, plans or requests. Its input is untrusted: a broken value
+//! is a [`FormatError`] or an [`EntryError`], never a panic, and no field decides how much memory is allocated. A valid
+//! feature that Strata does not support is parsed, and [`Header::unsupported`] names it.
 #![forbid(unsafe_code)]
 
 pub mod address;

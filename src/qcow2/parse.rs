@@ -1,7 +1,7 @@
 //! Header bytes to a [`Header`].
 //!
-//! Owns the order of reading: a length is checked before the bytes that it covers are touched. The bytes are untrusted;
-//! none of them makes this panic or allocate more than there are bytes.
+//! Owns the order of reading: a length is checked before the bytes that it covers are read. The bytes are untrusted: no
+//! input causes a panic, or an allocation larger than the input.
 
 use crate::address::HostOffset;
 use crate::error::{FormatError, FormatErrorKind, Structure};
@@ -15,23 +15,24 @@ use crate::position;
 const PREFIX_NEEDED: usize = position::CLUSTER_BITS + 4;
 
 impl Header {
-    /// Bytes from the start of the file to hand to [`Header::cluster_size_hint`]; fewer if the file is shorter.
+    /// Bytes from the start of the file to pass to [`Header::cluster_size_hint`]; fewer if the file is shorter.
     pub const PREFIX_MAX: usize = 4096;
 
-    /// How many bytes from the start of the file [`Header::parse`] wants: one cluster, or the file if it is shorter.
+    /// How many bytes from the start of the file [`Header::parse`] needs: one cluster, or the file if it is shorter.
     ///
     /// # Errors
-    /// If the magic is not qcow2's, or the version or the cluster size is none that exists.
+    /// If the magic is not qcow2's, or the version or the cluster size is invalid.
     pub fn cluster_size_hint(prefix: &[u8]) -> Result<u64, FormatError> {
         let (_, cluster_bits) = parse_prefix(prefix)?;
         Ok(1 << cluster_bits)
     }
 
-    /// Reads a header from the image's first cluster (or the whole file if it is shorter; more does no harm).
-    /// `file_length` is the file's length in bytes. Tables past the end of the file are no error here.
+    /// Parses a header from the image's first cluster, or from the whole file if it is shorter; bytes behind the
+    /// cluster are ignored. `file_length` is the file's length in bytes. Tables past the end of the file are no error
+    /// here.
     ///
     /// # Errors
-    /// On every value that breaks the format. Features that are valid but not built yet pass, see
+    /// On every value that breaks the format. Valid features that Strata does not support pass; see
     /// [`Header::unsupported`].
     pub fn parse(first_cluster: &[u8], file_length: u64) -> Result<Header, FormatError> {
         let header = Self::parse_fields(first_cluster, file_length)?;
@@ -39,8 +40,8 @@ impl Header {
         Ok(header)
     }
 
-    /// As [`Header::parse`], for a check: where a refcount table or a snapshot table cannot be what the header says, the
-    /// header is returned without it. Neither is needed to know where the guest's data is.
+    /// As [`Header::parse`], for an image check: if the fields of the refcount table or the snapshot table are invalid,
+    /// the header is returned without that table. Neither is needed to find the guest's data.
     ///
     /// # Errors
     /// On every other value that breaks the format.
@@ -49,7 +50,7 @@ impl Header {
         header.validate_sizes()?;
         let refcount_table = header.validate_refcount_table().err();
         if refcount_table.is_some() {
-            // The least that is valid; nothing is read there.
+            // The smallest valid table; it is never read.
             (header.refcount_table_offset, header.refcount_table_clusters) = (HostOffset(0), 0);
         }
         let snapshots = header.validate_snapshots().err();
@@ -76,7 +77,7 @@ impl Header {
 
         let v3 = version == Version::V3;
         let u64_v3 = |at| if v3 { u64_at(bytes, at) } else { 0 };
-        // Fields beyond the header's length are absent and count as zero; what follows there are extensions.
+        // Fields beyond the header's length are absent and count as zero: extensions begin there.
         let fields = &bytes[..header_length];
         Ok(Header {
             version,
@@ -104,14 +105,14 @@ impl Header {
     }
 }
 
-/// A header of which a table may be missing.
+/// A header from which a table may be missing.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Salvaged {
-    /// The header. It has no refcount table, or no snapshots, where the next two say so.
+    /// The header, without the tables for which an error is given below.
     pub header: Header,
-    /// Why there can be no refcount table where the header says that it is.
+    /// The error in the refcount table's fields.
     pub refcount_table: Option<FormatError>,
-    /// Likewise for the snapshot table.
+    /// The error in the snapshot table's fields.
     pub snapshots: Option<FormatError>,
 }
 
@@ -148,7 +149,7 @@ fn parse_prefix(bytes: &[u8]) -> Result<(Version, u32), FormatError> {
     Ok((version, cluster_bits))
 }
 
-/// The header's length, at most a cluster and all of it in `bytes`.
+/// The header's length: at most a cluster, and all of it is in `bytes`.
 fn parse_header_length(bytes: &[u8], version: Version, cluster_size: usize) -> Result<usize, FormatError> {
     let least = match version {
         Version::V2 => HEADER_LENGTH_V2,
@@ -175,7 +176,7 @@ fn parse_header_length(bytes: &[u8], version: Version, cluster_size: usize) -> R
     Ok(length)
 }
 
-/// Where the backing file's name is, which also ends the extensions, and the name.
+/// The backing file's name and its offset, which also ends the area of the extensions.
 struct BackingFile {
     offset: Option<usize>,
     name: Option<Vec<u8>>,
@@ -195,7 +196,7 @@ fn parse_backing_file(
         let kind = FormatErrorKind::OutOfRange { value: offset, min, max };
         return Err(FormatError::new(kind, Structure::BackingFile, position::BACKING_FILE_OFFSET));
     }
-    // Within a cluster, so it fits.
+    // The cast is exact: the offset is within a cluster.
     let offset = offset as usize;
     let length = u32_at(bytes, position::BACKING_FILE_LENGTH) as usize;
     let length_max = BACKING_FILE_LENGTH_MAX.min(cluster_size - offset);
@@ -203,7 +204,7 @@ fn parse_backing_file(
         let kind = FormatErrorKind::OutOfRange { value: length as u64, min: 0, max: length_max as u64 };
         return Err(FormatError::new(kind, Structure::BackingFile, position::BACKING_FILE_LENGTH));
     }
-    // A name cut short by the file's end would be another file's name.
+    // A name cut short by the file's end could be another file's name.
     let Some(name) = bytes.get(offset..offset + length) else {
         return Err(truncated(Structure::BackingFile, offset, (offset + length) as u64, bytes));
     };

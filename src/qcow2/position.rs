@@ -1,7 +1,7 @@
 //! Where the fields of the header are, and the patches that change one fact in a single write.
 //!
-//! Owns the byte positions (spec: "Header"). Each patch lies within the file's first 512 bytes, so that a disk writes
-//! it whole or not at all. The write order around a patch is its caller's.
+//! Owns the byte positions (spec: "Header"). Each patch lies within the file's first 512 bytes, so a disk writes it
+//! whole or not at all. The caller is responsible for the write order around a patch.
 
 use crate::address::HostOffset;
 use crate::feature::Incompatible;
@@ -45,12 +45,12 @@ pub const HEADER_LENGTH: usize = 100;
 /// Compression type, 1 byte, version 3 if the header is longer than 104 bytes.
 pub const COMPRESSION_TYPE: usize = 104;
 
-/// Bytes to write over the header, all in its first 512.
+/// Bytes to write over the header, all within its first 512 bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Patch<const LENGTH: usize> {
-    /// Where in the file.
+    /// Offset in the file.
     pub offset: HostOffset,
-    /// What.
+    /// The bytes to write.
     pub bytes: [u8; LENGTH],
 }
 
@@ -71,7 +71,7 @@ pub fn patch_refcount_table(offset: HostOffset, clusters: u32) -> Patch<12> {
 }
 
 /// Switches to another disk: its size, and the entries and the offset of its active L1 table, at once. Not for an
-/// encrypted image, whose method lies between them.
+/// encrypted image: the encryption method lies between these fields.
 pub fn patch_disk(size: u64, l1_entries: u32, l1_offset: HostOffset) -> Patch<24> {
     let mut bytes = [0; 24];
     bytes[..8].copy_from_slice(&size.to_be_bytes());
@@ -112,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn patches_lie_where_the_fields_are() {
+    fn patches_are_at_the_offsets_of_their_fields() {
         let l1 = patch_l1_table(0x0102_0304, HostOffset(0x10_0000));
         assert_eq!((l1.offset.0, l1.bytes), (36, [1, 2, 3, 4, 0, 0, 0, 0, 0, 0x10, 0, 0]));
         let table = patch_refcount_table(HostOffset(0x10_0000), 0x0102_0304);

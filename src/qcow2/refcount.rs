@@ -1,12 +1,12 @@
 //! Refcounts of 1 to 64 bits in a refblock (spec: "Refcount blocks").
 //!
 //! Owns how they are packed. `order` is the binary logarithm of their width in bits, 0 to 6. Refcounts narrower than a
-//! byte fill it from its least significant bit; wider ones are big-endian.
+//! byte fill it from its least significant bit; wider refcounts are big-endian.
 
 /// The largest value that a refcount of this order holds.
 ///
 /// # Panics
-/// If the order is above 6: a parsed header has none such.
+/// If the order is above 6, which no parsed header has: a programmer error.
 pub const fn refcount_max(order: u32) -> u64 {
     assert!(order <= 6, "refcounts are 64 bits wide at most");
     u64::MAX >> (64 - (1 << order))
@@ -49,7 +49,7 @@ pub fn set_refcount(order: u32, block: &mut [u8], index: usize, value: u64) {
     }
 }
 
-/// For refcounts narrower than a byte: which byte, and how far to the left in it.
+/// The byte and the shift in it of a refcount narrower than a byte.
 fn place_in_byte(order: u32, index: usize) -> (usize, u32) {
     let in_byte_bits = 3 - order;
     let within = index & ((1 << in_byte_bits) - 1);
@@ -67,7 +67,7 @@ mod tests {
     }
 
     #[test]
-    fn narrow_refcounts_fill_a_byte_from_below() {
+    fn narrow_refcounts_fill_a_byte_from_its_lowest_bit() {
         assert_eq!([0, 1, 7, 8].map(|index| refcount(0, &[0b1000_0001, 1], index)), [1, 0, 1, 1]);
         assert_eq!([0, 1, 2, 3].map(|index| refcount(1, &[0b11_10_01_00], index)), [0, 1, 2, 3]);
         assert_eq!([0, 1, 2].map(|index| refcount(2, &[0x5a, 0x0c], index)), [0xa, 0x5, 0xc]);
@@ -83,7 +83,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refcount_changes_no_other() {
+    fn storing_a_refcount_changes_no_other() {
         for order in 0..=6 {
             let count = (64 * 8) >> order;
             let pattern = |index: u64| (index.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 5) & refcount_max(order);

@@ -1,8 +1,7 @@
 //! The table of internal snapshots (spec: "Snapshots"): entries of varying length, one after the other.
 //!
-//! Owns the layout of an entry and of the table, and how a snapshot is found by what a user calls it. [`SnapshotTable`]
-//! walks a table that it is given piece by piece: it judges nothing but the lengths, and holds nothing but what it hands
-//! out. What an entry's L1 table is worth is for whoever uses it.
+//! Owns the layout of an entry and of the table, and the search for a snapshot by ID or name. [`SnapshotTable`] walks a
+//! table in pieces. It checks lengths only: its user must check an entry's L1 table.
 
 use crate::address::HostOffset;
 use crate::parse::{u32_at, u64_at};
@@ -11,16 +10,16 @@ use crate::parse::{u32_at, u64_at};
 const FIXED_LENGTH: usize = 40;
 /// The most extra data that an entry may have, in bytes.
 pub const EXTRA_LENGTH_MAX: usize = 1024;
-/// Bytes of extra data that version 3 demands: the size of the VM state and that of the disk.
+/// Bytes of extra data that version 3 requires: the size of the VM state and the size of the disk.
 pub const EXTRA_LENGTH_V3: usize = 16;
-/// Bytes of extra data of an entry that we make: also an instruction count, which is none.
+/// Bytes of extra data of a new entry: the instruction count too, which is set to "none".
 const EXTRA_LENGTH_NEW: usize = 24;
 /// The most bytes of a snapshot table.
 pub const TABLE_LENGTH_MAX: u64 = 64 << 20;
-/// Bytes read at a time: more than the longest entry has.
+/// Bytes read at a time: more than the longest entry.
 const CHUNK: u64 = 256 << 10;
 
-/// The positions in an entry.
+/// Positions of the fields in an entry.
 mod position {
     pub const L1_OFFSET: usize = 0;
     pub const L1_ENTRIES: usize = 8;
@@ -33,17 +32,17 @@ mod position {
     pub const EXTRA_LENGTH: usize = 36;
 }
 
-/// The positions in an entry's extra data.
+/// Positions of the fields in an entry's extra data.
 mod extra {
     pub const VM_STATE_SIZE: usize = 0;
     pub const DISK_SIZE: usize = 8;
     pub const ICOUNT: usize = 16;
 }
 
-/// An entry of the table, with every byte that it has.
+/// An entry of the table; no byte of it is dropped.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Snapshot {
-    /// Its L1 table.
+    /// Where its L1 table is.
     pub l1_offset: HostOffset,
     /// Entries of its L1 table.
     pub l1_entries: u32,
@@ -55,16 +54,16 @@ pub struct Snapshot {
     pub seconds: u32,
     /// When it was taken: nanoseconds of the second.
     pub nanoseconds: u32,
-    /// How long the guest had been running, in nanoseconds.
+    /// The guest's running time when the snapshot was taken, in nanoseconds.
     pub vm_clock_ns: u64,
-    /// Bytes of VM state as the entry's own field has them; see [`Snapshot::vm_state_size`].
+    /// Bytes of VM state in the entry's own 32-bit field; see [`Snapshot::vm_state_size`].
     pub vm_state_size_short: u32,
-    /// Further fields, of which some may be absent and some not known; kept byte for byte.
+    /// Further fields, byte for byte: some may be absent and some unknown.
     pub extra: Vec<u8>,
 }
 
 impl Snapshot {
-    /// An entry without VM state for a disk of so many bytes.
+    /// An entry without VM state, for a disk of `disk_size` bytes.
     pub fn new(id: Vec<u8>, name: Vec<u8>, disk_size: u64) -> Snapshot {
         let mut further = vec![0; EXTRA_LENGTH_NEW];
         further[extra::DISK_SIZE..extra::ICOUNT].copy_from_slice(&disk_size.to_be_bytes());
@@ -82,17 +81,17 @@ impl Snapshot {
         }
     }
 
-    /// Bytes of VM state; it lies behind the disk in the snapshot's own tables.
+    /// Bytes of VM state, which follows the disk in the snapshot's own tables.
     pub fn vm_state_size(&self) -> u64 {
         self.extra_field(extra::VM_STATE_SIZE).unwrap_or(self.vm_state_size_short.into())
     }
 
-    /// Bytes of the disk when it was taken; if it is not recorded, those of the present disk.
+    /// Bytes of the disk when the snapshot was taken; `None` means the size of the present disk.
     pub fn disk_size(&self) -> Option<u64> {
         self.extra_field(extra::DISK_SIZE)
     }
 
-    /// Adds the fields that version 3 demands, where they are missing: the disk has so many bytes.
+    /// Adds the fields that version 3 requires, where they are missing, for a disk of `disk_size` bytes.
     pub fn complete(&mut self, disk_size: u64) {
         if self.extra.len() < EXTRA_LENGTH_V3 {
             let vm_state_size = self.vm_state_size();
@@ -102,7 +101,7 @@ impl Snapshot {
         }
     }
 
-    /// The count of instructions when it was taken, if one was kept.
+    /// The instruction count when the snapshot was taken, if it was recorded.
     pub fn icount(&self) -> Option<u64> {
         self.extra_field(extra::ICOUNT).filter(|count| *count != u64::MAX)
     }
@@ -116,12 +115,12 @@ impl Snapshot {
         (self.extra.len() >= at + 8).then(|| u64_at(&self.extra, at))
     }
 
-    /// Bytes in the table, with what aligns the next.
+    /// Bytes in the table, with the padding before the next entry.
     pub fn encoded_length(&self) -> usize {
         (FIXED_LENGTH + self.extra.len() + self.id.len() + self.name.len()).next_multiple_of(8)
     }
 
-    /// Adds the entry's bytes to a table.
+    /// Appends the entry's bytes to a table.
     ///
     /// # Panics
     /// If the ID or the name is longer than 65,535 bytes, or the extra data than [`EXTRA_LENGTH_MAX`]: a programmer error.
@@ -155,13 +154,13 @@ pub fn encode_table(snapshots: &[Snapshot]) -> Vec<u8> {
     table
 }
 
-/// The place in a list of the snapshot that is called so: by its ID, else the first by its name.
+/// The index of the snapshot with this ID, else of the first one with this name.
 pub fn find(snapshots: &[Snapshot], wanted: &[u8]) -> Option<usize> {
     let by_id = snapshots.iter().position(|snapshot| snapshot.id == wanted);
     by_id.or_else(|| snapshots.iter().position(|snapshot| snapshot.name == wanted))
 }
 
-/// An ID that none of these has: the next number.
+/// An unused ID: the largest number in use plus one.
 pub fn next_id(snapshots: &[Snapshot]) -> Vec<u8> {
     let number = |snapshot: &Snapshot| {
         let digits = snapshot.id.iter().take_while(|byte| byte.is_ascii_digit());
@@ -177,14 +176,14 @@ pub fn next_id(snapshots: &[Snapshot]) -> Vec<u8> {
     }
 }
 
-/// An entry, and where it is.
+/// An entry and its location.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct TableEntry {
-    /// Its place in the table, from 0.
+    /// Its index in the table, from 0.
     pub index: u32,
     /// Where it is in the file.
     pub offset: HostOffset,
-    /// What it says.
+    /// The entry itself.
     pub snapshot: Snapshot,
 }
 
@@ -192,7 +191,7 @@ pub struct TableEntry {
 #[derive(Clone, Debug)]
 pub struct SnapshotTable {
     start: u64,
-    /// The entry that comes next.
+    /// Where the next entry is.
     at: u64,
     index: u32,
     count: u32,
@@ -201,12 +200,13 @@ pub struct SnapshotTable {
 }
 
 impl SnapshotTable {
-    /// A walk over `count` entries from `start` on, in a file of so many bytes.
+    /// A walk over `count` entries from `start` on, in a file of `file_length` bytes.
     pub fn new(start: HostOffset, count: u32, file_length: u64) -> Self {
         SnapshotTable { start: start.0, at: start.0, index: 0, count, file_length, broken: false }
     }
 
-    /// The next piece to read, where and how many bytes; nothing at the end of the table, or where it is broken.
+    /// The offset and the length in bytes of the next piece to read; `None` at the end of the table, or where it is
+    /// broken.
     pub fn next_piece(&mut self) -> Option<(HostOffset, u64)> {
         if self.index == self.count || self.broken {
             return None;
@@ -219,7 +219,7 @@ impl SnapshotTable {
         Some((HostOffset(self.at), length))
     }
 
-    /// Takes in what [`SnapshotTable::next_piece`] asked for.
+    /// Consumes the bytes that [`SnapshotTable::next_piece`] named.
     pub fn feed(&mut self, mut bytes: &[u8], mut each: impl FnMut(TableEntry)) {
         let to_the_end = self.at + bytes.len() as u64 >= self.file_length;
         while self.index < self.count {
@@ -235,7 +235,7 @@ impl SnapshotTable {
             let short = |at: usize| usize::from(u16::from_be_bytes([bytes[at], bytes[at + 1]]));
             let (id_length, name_length) = (short(position::ID_LENGTH), short(position::NAME_LENGTH));
             let length = FIXED_LENGTH + extra_length + id_length + name_length;
-            // The end of the file may cut the name of the last: its bytes are zeros then, as for every table.
+            // The end of the file may cut the last entry's name: the missing bytes count as zeros, as in every table.
             if length > bytes.len() && !to_the_end {
                 return;
             }
@@ -264,7 +264,7 @@ impl SnapshotTable {
         }
     }
 
-    /// True if the entry that comes next breaks the format or is not in the file.
+    /// True if the next entry breaks the format or is not in the file.
     pub fn is_broken(&self) -> bool {
         self.broken
     }
@@ -274,7 +274,7 @@ impl SnapshotTable {
         self.at - self.start
     }
 
-    /// The place in the table of the entry that comes next, and in the file.
+    /// The next entry's index in the table, and its offset in the file.
     pub fn place(&self) -> (u32, HostOffset) {
         (self.index, HostOffset(self.at))
     }
@@ -315,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn every_byte_of_every_entry_comes_back() {
+    fn every_byte_of_every_entry_survives_a_round_trip() {
         let long = "n".repeat(65_535);
         let snapshots: Vec<Snapshot> =
             (0..9).map(|n| entry(n, n as usize * 128, "1", &long[n as usize..])).collect();
@@ -326,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn fields_lie_where_the_specification_has_them() {
+    fn fields_are_at_the_offsets_of_the_specification() {
         let table = encode_table(&[entry(3, 3, "12", "name")]);
         let mut expected = vec![0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 3, 0, 2, 0, 4];
         expected.extend([1, 2, 3, 4, 5, 6, 7, 8, 0x11, 0x12, 0x13, 0x14, 0x15, 0x16, 0x17, 0x18]);
@@ -337,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn extra_data_says_more_where_there_is_enough() {
+    fn fields_are_read_from_extra_data_that_is_long_enough() {
         let short = entry(1, 7, "1", "");
         assert_eq!((short.vm_state_size(), short.disk_size(), short.icount()), (0x2122_2324, None, None));
         let new = Snapshot::new(b"1".to_vec(), b"one".to_vec(), 77);
@@ -359,7 +359,7 @@ mod tests {
     }
 
     #[test]
-    fn a_table_that_cannot_be_walked_is_broken() {
+    fn a_missing_short_or_oversized_entry_is_broken() {
         let good = encode_table(&[entry(1, 16, "1", "one")]);
         let mut greedy = encode_table(&[entry(1, 0, "", "")]);
         greedy[36..40].copy_from_slice(&1025_u32.to_be_bytes());
@@ -372,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn an_id_goes_before_a_name() {
+    fn an_id_is_found_before_a_name() {
         let list = [entry(1, 0, "1", "two"), entry(2, 0, "2", "1"), entry(3, 0, "7x", "two")];
         assert_eq!(find(&list, b"1"), Some(0));
         assert_eq!(find(&list, b"two"), Some(0));

@@ -9,60 +9,60 @@ use std::ops::Range;
 use crate::address::HostOffset;
 use crate::geometry::SUBCLUSTERS;
 
-/// Some of the subclusters of one cluster; bit 0 is the first.
+/// A set of subclusters of one cluster; bit 0 is the first subcluster.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct SubclusterSet(pub u32);
 
 impl SubclusterSet {
-    /// None.
+    /// The empty set.
     pub const EMPTY: SubclusterSet = SubclusterSet(0);
     /// All 32.
     pub const ALL: SubclusterSet = SubclusterSet(u32::MAX);
 
-    /// A range of them; what is past the last is none.
+    /// The subclusters of a range; indices past the last subcluster are ignored.
     pub const fn range(range: Range<u32>) -> SubclusterSet {
         SubclusterSet(below(range.end) & !below(range.start))
     }
 
-    /// True if there are none.
+    /// True if the set is empty.
     pub const fn is_empty(self) -> bool {
         self.0 == 0
     }
 
-    /// True if `index` is one of them.
+    /// True if subcluster `index` is in the set.
     pub const fn contains(self, index: u32) -> bool {
         index < SUBCLUSTERS && self.0 >> index & 1 != 0
     }
 
-    /// True if all of `others` are among them.
+    /// True if all of `others` are in the set.
     pub const fn covers(self, others: SubclusterSet) -> bool {
         others.0 & !self.0 == 0
     }
 
-    /// These and `others`.
+    /// The union with `others`.
     #[must_use]
     pub const fn with(self, others: SubclusterSet) -> SubclusterSet {
         SubclusterSet(self.0 | others.0)
     }
 
-    /// These without `others`.
+    /// The set without `others`.
     #[must_use]
     pub const fn without(self, others: SubclusterSet) -> SubclusterSet {
         SubclusterSet(self.0 & !others.0)
     }
 
-    /// Those that are in both.
+    /// The intersection with `others`.
     #[must_use]
     pub const fn common(self, others: SubclusterSet) -> SubclusterSet {
         SubclusterSet(self.0 & others.0)
     }
 
-    /// From the first to the last of them; an empty range if there are none.
+    /// The range from the first to the last subcluster of the set; empty for an empty set.
     pub const fn hull(self) -> Range<u32> {
         if self.0 == 0 { 0..0 } else { self.0.trailing_zeros()..SUBCLUSTERS - self.0.leading_zeros() }
     }
 
-    /// How many subclusters from `index` on are, as it is, all in the set or all not.
+    /// The length of the run from `index` on: subclusters that are all in the set, or all outside it.
     pub const fn run(self, index: u32) -> u32 {
         if index >= SUBCLUSTERS {
             return 0;
@@ -74,12 +74,12 @@ impl SubclusterSet {
     }
 }
 
-/// The bits below one.
+/// All bits below `bit`.
 const fn below(bit: u32) -> u32 {
     if bit >= SUBCLUSTERS { u32::MAX } else { (1 << bit) - 1 }
 }
 
-/// Where a cluster lies.
+/// The location of a host cluster.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct HostPlace {
     /// Where the host cluster begins.
@@ -91,32 +91,31 @@ pub struct HostPlace {
 /// What one subcluster holds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Subcluster {
-    /// Nothing here: the backing file's data, or zeros if there is none.
+    /// Not in this image: reads give the backing file's data, or zeros without a backing file.
     Unallocated,
     /// Reads as zeros.
     Zero,
-    /// Its part of the host cluster.
+    /// Data, in its part of the host cluster.
     Data,
 }
 
-/// A cluster by its subclusters. `allocated` and `zero` have none in common, and `allocated` has none without a host
-/// cluster.
+/// A cluster by its subclusters. `allocated` and `zero` are disjoint, and without a host cluster `allocated` is empty.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Subclusters {
-    /// The host cluster, whose parts each subcluster has at its own place.
+    /// The host cluster. A subcluster has the same offset in it as in the guest cluster.
     pub host: Option<HostPlace>,
-    /// Those that hold data.
+    /// The subclusters that hold data.
     pub allocated: SubclusterSet,
-    /// Those that read as zeros.
+    /// The subclusters that read as zeros.
     pub zero: SubclusterSet,
 }
 
 impl Subclusters {
-    /// Nothing at all.
+    /// No host cluster, and every subcluster unallocated.
     pub const NONE: Subclusters =
         Subclusters { host: None, allocated: SubclusterSet::EMPTY, zero: SubclusterSet::EMPTY };
 
-    /// What one of them holds, and how many from it on hold the same.
+    /// The kind of subcluster `index`, and the length of the run of that kind from it on.
     ///
     /// # Panics
     /// If there is no such subcluster: a programmer error.
@@ -133,12 +132,12 @@ impl Subclusters {
         (what, if data < zero { data } else { zero })
     }
 
-    /// Those that hold nothing.
+    /// The subclusters that are neither allocated nor zero.
     pub const fn unallocated(&self) -> SubclusterSet {
         SubclusterSet::ALL.without(self.allocated).without(self.zero)
     }
 
-    /// The bitmap: what is allocated in its lower half, what is zero in its upper.
+    /// The bitmap as in the L2 entry: allocated subclusters in the lower half, zero subclusters in the upper half.
     pub const fn bitmap(&self) -> u64 {
         (self.zero.0 as u64) << 32 | self.allocated.0 as u64
     }
@@ -149,7 +148,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sets_are_ranges_and_runs() {
+    fn sets_have_ranges_hulls_and_runs() {
         assert_eq!(SubclusterSet::range(0..32), SubclusterSet::ALL);
         assert_eq!(SubclusterSet::range(3..5), SubclusterSet(0b11000));
         assert_eq!(SubclusterSet::range(31..40), SubclusterSet(1 << 31));

@@ -1,6 +1,6 @@
 //! Tables of big-endian 64-bit entries in byte slices: L1, L2 and the refcount table.
 //!
-//! Owns the byte order only; what an entry means is in [`entry`](mod@crate::entry).
+//! Owns the byte order only; [`entry`](mod@crate::entry) owns the meaning of an entry.
 
 /// Bytes in an entry of the L1 table and of the refcount table.
 pub const ENTRY_SIZE: usize = 8;
@@ -26,7 +26,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn entries_are_big_endian_and_apart() {
+    fn entries_are_big_endian_and_do_not_overlap() {
         let mut table = [0xee; 24];
         set_entry(&mut table, 1, 0x0102_0304_0506_0708);
         assert_eq!(table[8..16], [1, 2, 3, 4, 5, 6, 7, 8]);
@@ -36,7 +36,7 @@ mod tests {
 
     #[test]
     #[should_panic(expected = "index out of bounds")]
-    fn half_an_entry_is_none() {
+    fn loading_half_an_entry_panics() {
         entry(&[0; 12], 1);
     }
 }

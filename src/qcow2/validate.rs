@@ -1,7 +1,7 @@
-//! What makes a [`Header`] valid: the checks that need no other part of the image.
+//! The checks that make a [`Header`] valid, as far as they need no other part of the image.
 //!
-//! Shared by reading and writing, so that nothing is written that would not be read. It never asks whether a feature is
-//! built yet; that is [`Header::unsupported`].
+//! Reading and writing share them, so that no header is written that reading would refuse. Whether Strata supports a
+//! feature is not checked here but in [`Header::unsupported`].
 
 use crate::address::HostOffset;
 use crate::error::{FormatError, FormatErrorKind, Structure};
@@ -19,7 +19,7 @@ use crate::parse::{u32_at, u64_at};
 use crate::position;
 use crate::table::ENTRY_SIZE;
 
-/// The least that a snapshot takes in the snapshot table, in bytes (spec: "Snapshots").
+/// The shortest entry of the snapshot table, in bytes (spec: "Snapshots").
 const SNAPSHOT_SIZE_MIN: u64 = 40;
 /// The crypt method that has an encryption header.
 const CRYPT_METHOD_LUKS: u32 = 2;
@@ -55,7 +55,7 @@ impl Header {
         Ok(())
     }
 
-    /// The fields that all arithmetic rests on; must come first.
+    /// The fields that all arithmetic depends on; must be checked first.
     pub(crate) fn validate_sizes(&self) -> Result<(), FormatError> {
         let extended = self.incompatible.contains(Incompatible::EXTENDED_L2);
         let min = if extended { CLUSTER_BITS_MIN_EXTENDED_L2 } else { CLUSTER_BITS_MIN };
@@ -65,7 +65,7 @@ impl Header {
         order.map_err(|kind| FormatError::new(kind, Structure::RefcountOrder, position::REFCOUNT_ORDER))
     }
 
-    /// The fields that depend on the version. What is read from bytes always agrees.
+    /// The fields that depend on the version. A parsed header always passes.
     fn validate_version(&self) -> Result<(), FormatError> {
         let unknown_length = self.header_length.saturating_sub(position::COMPRESSION_TYPE as u32 + 1);
         let consistent = match self.version {
@@ -165,7 +165,8 @@ impl Header {
     fn validate_bitmaps(&self, data: &[u8]) -> Result<(), FormatErrorKind> {
         range(data.len() as u64, BITMAPS_LENGTH, BITMAPS_LENGTH)?;
         if self.autoclear & AUTOCLEAR_BITMAPS == 0 {
-            // A program that knows no bitmaps has written to the image since: the contents mean nothing.
+            // Without the bit, a program without support for bitmaps has written to the image: the contents have no
+            // meaning.
             return Ok(());
         }
         range(u32_at(data, 0).into(), 1, BITMAPS_MAX)?;
@@ -178,8 +179,8 @@ impl Header {
         self.validate_place(HostOffset(u64_at(data, 16)), directory_size)
     }
 
-    /// A table of `length` bytes must begin at a cluster, not the header's, and end where a file can. One of no bytes
-    /// may have any aligned offset, as it is never looked at.
+    /// A table of `length` bytes must begin at a cluster other than the header's, and end within the largest file. An
+    /// empty table may have any aligned offset, because it is never read.
     fn validate_place(&self, offset: HostOffset, length: u64) -> Result<(), FormatErrorKind> {
         if !self.geometry().is_aligned(offset.0) {
             return Err(FormatErrorKind::Unaligned { value: offset.0, unit: self.geometry().cluster_size() });

@@ -1,4 +1,4 @@
-//! The header's checks: every limit and one past it, through the public interface only.
+//! The header's checks: every limit and one value past it, through the public interface only.
 //!
 //! Starts from the bytes of a small valid header and changes one field at a time.
 
@@ -49,7 +49,7 @@ fn with64(at: usize, value: u64) -> Result<Header, FormatError> {
     parse(&bytes)
 }
 
-/// A valid header with extensions, each framed here and not by the crate under test.
+/// Parses a valid header with extensions, which are framed here and not by the crate under test.
 fn with_extensions(
     extensions: &[(u32, &[u8])],
     change: impl FnOnce(&mut Vec<u8>),
@@ -66,7 +66,7 @@ fn with_extensions(
     parse(&bytes)
 }
 
-/// The image can be read, and not written.
+/// The header is valid for reading and refuses writes.
 fn assert_damage(
     parsed: Result<Header, FormatError>,
     structure: Structure,
@@ -116,7 +116,7 @@ fn versions_other_than_2_and_3_are_refused() {
 }
 
 #[test]
-fn cluster_bits() {
+fn cluster_bits_are_9_to_21() {
     for bits in 9..=21 {
         let bytes = valid_with(Version::V3, bits);
         assert_eq!(Header::cluster_size_hint(&bytes[..24]), Ok(1 << bits));
@@ -149,7 +149,7 @@ fn extended_l2_needs_clusters_of_16_kib() {
 }
 
 #[test]
-fn header_length() {
+fn the_header_length_is_a_multiple_of_8_from_104_to_a_cluster() {
     for length in [104, 112, 120, CLUSTER as u32] {
         let header = with32(position::HEADER_LENGTH, length).expect("a valid length");
         assert_eq!(header.header_length, length);
@@ -187,12 +187,12 @@ fn a_file_that_ends_in_the_header_is_refused() {
         let kind = FormatErrorKind::Truncated { needed, available: length };
         assert_error(parse(&bytes[..length as usize]), Structure::Header, 0, kind);
     }
-    let header = parse(&bytes[..112]).expect("what is missing reads as zero");
+    let header = parse(&bytes[..112]).expect("missing bytes read as zero");
     assert_eq!(Ok(header), parse(&bytes));
 }
 
 #[test]
-fn a_caller_who_read_too_little_is_told() {
+fn bytes_shorter_than_the_file_and_the_cluster_are_an_error() {
     let bytes = valid();
     let kind = FormatErrorKind::Truncated { needed: CLUSTER, available: 4096 };
     assert_error(Header::parse(&bytes[..4096], CLUSTER + 1), Structure::Header, 0, kind);
@@ -203,7 +203,7 @@ fn a_caller_who_read_too_little_is_told() {
 }
 
 #[test]
-fn refcount_order() {
+fn the_refcount_order_is_at_most_6() {
     for order in 0..=6 {
         assert_eq!(with32(position::REFCOUNT_ORDER, order).map(|header| header.refcount_order), Ok(order));
     }
@@ -214,7 +214,7 @@ fn refcount_order() {
 }
 
 #[test]
-fn refcount_table() {
+fn the_refcount_table_has_a_valid_length_and_offset() {
     for clusters in [1, 128] {
         assert!(with32(position::REFCOUNT_TABLE_CLUSTERS, clusters).is_ok());
     }
@@ -237,7 +237,7 @@ fn refcount_table() {
 }
 
 #[test]
-fn l1_table_length() {
+fn the_l1_table_has_a_valid_length() {
     let max = 4 << 20;
     for entries in [1, 3, max] {
         assert_eq!(with32(position::L1_ENTRIES, entries).map(|header| header.l1_entries), Ok(entries));
@@ -269,7 +269,7 @@ fn the_l1_table_maps_the_whole_disk() {
 }
 
 #[test]
-fn l1_table_place() {
+fn the_l1_table_has_a_valid_offset() {
     let with_offset = |offset| with64(position::L1_OFFSET, offset);
     assert!(with_offset(I64_MAX + 1 - CLUSTER).is_ok(), "three entries fit below");
     let start = I64_MAX + 1;
@@ -284,11 +284,11 @@ fn l1_table_place() {
     put64(&mut bytes, position::SIZE, 0);
     put32(&mut bytes, position::L1_ENTRIES, 0);
     put64(&mut bytes, position::L1_OFFSET, 0);
-    assert!(parse(&bytes).is_ok(), "no disk, no table");
+    assert!(parse(&bytes).is_ok(), "an empty disk needs no table");
 }
 
 #[test]
-fn snapshots() {
+fn the_snapshot_table_has_a_valid_count_and_offset() {
     let with_table = |count, offset| {
         let mut bytes = valid();
         put32(&mut bytes, position::SNAPSHOTS, count);
@@ -313,7 +313,7 @@ fn snapshots() {
 }
 
 #[test]
-fn features_that_are_not_built_are_named() {
+fn unsupported_features_are_named() {
     let refusal = |features: u64, name: &[u8]| {
         with_extensions(&[(FEATURE_NAMES, name)], |bytes| put64(bytes, position::INCOMPATIBLE, features))
             .expect("valid")
@@ -339,7 +339,7 @@ fn features_that_are_not_built_are_named() {
 fn images_that_are_corrupt_are_not_written() {
     for (features, refusal) in [
         (Incompatible(0), None),
-        // Its refcounts are rebuilt first.
+        // The refcounts of a dirty image are rebuilt before it is written.
         (Incompatible::DIRTY, None),
         (Incompatible::CORRUPT, Some(Unsupported::Corrupt)),
         (Incompatible::DIRTY.with(Incompatible::CORRUPT), Some(Unsupported::Corrupt)),
@@ -374,7 +374,7 @@ fn compression_type_and_its_feature_bit_agree() {
 }
 
 #[test]
-fn backing_file_name() {
+fn the_backing_file_name_is_bounded() {
     let with_name = |offset, length| {
         let mut bytes = valid();
         put64(&mut bytes, position::BACKING_FILE_OFFSET, offset);
@@ -386,7 +386,7 @@ fn backing_file_name() {
         |result: Result<Header, FormatError>| result.map(|h| h.backing_file.map(|name| name.len()));
     assert_eq!(name_length(with_name(1024, 1023)), Ok(Some(1023)));
     assert_eq!(name_length(with_name(1024, 0)), Ok(None));
-    assert_eq!(name_length(with_name(0, u32::MAX)), Ok(None), "no offset, no name");
+    assert_eq!(name_length(with_name(0, u32::MAX)), Ok(None), "without an offset there is no name");
     assert_eq!(name_length(with_name(112, 1)), Ok(Some(1)));
     assert_eq!(name_length(with_name(CLUSTER - 1, 1)), Ok(Some(1)));
     for (offset, length, max) in [(1024, 1024, 1023), (1024, u32::MAX, 1023), (CLUSTER - 1, 2, 1)] {
@@ -471,7 +471,7 @@ fn an_extension_that_the_file_cuts_short_is_damage() {
 }
 
 #[test]
-fn backing_format() {
+fn the_backing_format_is_read_from_its_extension() {
     let format = |data: &[u8]| with_extensions(&[(BACKING_FORMAT, data)], |_| {}).map(|h| h.backing_format);
     assert_eq!(format(b"qcow2"), Ok(Some("qcow2".into())));
     assert_eq!(format(b"fifteen-letters"), Ok(Some("fifteen-letters".into())));
@@ -482,7 +482,7 @@ fn backing_format() {
 }
 
 #[test]
-fn bitmaps() {
+fn the_bitmaps_extension_is_bounded() {
     let bitmaps = |count: u32, reserved: u32, size: u64, offset: u64| {
         let mut data = Vec::new();
         data.extend_from_slice(&count.to_be_bytes());
@@ -510,7 +510,7 @@ fn bitmaps() {
         (bitmaps(1, 0, 1, 0), FormatErrorKind::OverlapsHeader),
     ] {
         assert_error(with_bitmaps(&bad, 1), Structure::Bitmaps, 112, kind);
-        assert!(with_bitmaps(&bad, 0).is_ok(), "what is stale means nothing");
+        assert!(with_bitmaps(&bad, 0).is_ok(), "without the autoclear bit the contents are ignored");
     }
     for length in [0, 23, 25, 32] {
         let kind = out_of_range(length, 24, 24);
@@ -538,7 +538,7 @@ fn an_encryption_header_needs_encryption() {
 }
 
 #[test]
-fn what_cannot_be_read_is_not_written() {
+fn a_header_that_cannot_be_parsed_is_not_encoded() {
     let good = parse(&valid()).expect("valid");
     let inconsistent = |change: fn(&mut Header)| {
         let mut header = good.clone();
@@ -569,7 +569,7 @@ fn the_header_must_fit_in_a_cluster() {
 }
 
 #[test]
-fn the_backing_format_is_kept_in_two_places() {
+fn the_backing_format_changes_in_the_field_and_in_the_extensions() {
     let mut header =
         with_extensions(&[(7, b"first"), (BACKING_FORMAT, b"raw"), (8, b"")], |_| {}).expect("valid");
     header.set_backing_format(Some("qcow2"));

@@ -1,6 +1,6 @@
-//! Against qemu-img: its images are read as it made them, and the images made here pass its check.
+//! Against qemu-img: images that it created are parsed correctly, and images created here pass its check.
 //!
-//! Without qemu-img on PATH each test says so and does nothing; where `STRATA_REQUIRE_TOOLS=1` is set it fails instead.
+//! Without qemu-img on PATH each test prints that it is skipped; with `STRATA_REQUIRE_TOOLS=1` it fails instead.
 #![allow(
     clippy::disallowed_types,
     clippy::disallowed_methods,
@@ -16,19 +16,19 @@ use std::process::Command;
 use qcow2::{Compression, Geometry, Header, Incompatible, NewImage, Unsupported, Version};
 use tempfile::TempDir;
 
-/// A scratch folder and the means to run QEMU's tools in it.
+/// A temporary folder in which QEMU's tools run.
 struct Qemu {
     folder: TempDir,
 }
 
 impl Qemu {
-    /// Nothing if QEMU's tools are not installed.
+    /// `None` if QEMU's tools are not installed.
     fn find(test: &str) -> Option<Qemu> {
         for tool in ["qemu-img", "qemu-io"] {
             if Command::new(tool).arg("--version").output().is_err() {
                 let required = std::env::var_os("STRATA_REQUIRE_TOOLS").is_some_and(|value| value == "1");
                 assert!(!required, "STRATA_REQUIRE_TOOLS=1, but {tool} is not installed");
-                // Not by eprintln, which the test harness hides when a test passes.
+                // Not eprintln, whose output the test harness hides when a test passes.
                 let _ = writeln!(std::io::stderr(), "SKIPPED {test}: {tool} is not installed");
                 return None;
             }
@@ -40,10 +40,10 @@ impl Qemu {
         self.folder.path().join(name)
     }
 
-    /// Runs a tool in the folder; what it printed, or the command and what it printed if it failed.
+    /// Runs a tool in the folder. Returns its output; after a failure the command line and the output.
     fn try_run(&self, tool: &str, arguments: &[&str]) -> Result<String, String> {
         let output =
-            Command::new(tool).args(arguments).current_dir(&self.folder).output().expect("it was there");
+            Command::new(tool).args(arguments).current_dir(&self.folder).output().expect("an installed tool");
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         if output.status.success() {
             return Ok(text);
@@ -62,7 +62,8 @@ impl Qemu {
         self.run("qemu-img", &[&["create", "-q", "-f", "qcow2", "-o", options], more].concat());
     }
 
-    /// Parses a header as a program would: prefix, then as much as the hint says. Checks that it is written as read.
+    /// Parses a header as a program would: first the prefix, then as many bytes as the hint requires. Checks that the
+    /// header is encoded to the same bytes.
     #[track_caller]
     fn header(&self) -> Header {
         let path = self.path("image");
@@ -76,8 +77,8 @@ impl Qemu {
         let cluster = read(wanted);
         let header = Header::parse(&cluster, length).expect("a valid image");
         let encoded = header.encode().expect("a valid header");
-        assert!(cluster[..encoded.len()] == encoded, "other bytes than qemu-img's");
-        assert!(cluster[encoded.len()..].iter().all(|byte| *byte == 0), "bytes that were not kept");
+        assert!(cluster[..encoded.len()] == encoded, "the bytes differ from qemu-img's");
+        assert!(cluster[encoded.len()..].iter().all(|byte| *byte == 0), "bytes were dropped");
         header
     }
 
@@ -85,7 +86,7 @@ impl Qemu {
         let file = File::create(self.path("image")).expect("a new file");
         let mut end = 0;
         for (offset, bytes) in image.layout().expect("a valid geometry") {
-            assert_eq!(offset.0, end, "pieces follow each other");
+            assert_eq!(offset.0, end, "there is a gap between two pieces");
             file.write_all_at(&bytes, offset.0).expect("it can be written");
             end += bytes.len() as u64;
         }
@@ -182,7 +183,7 @@ fn the_compression_type_is_read() {
             assert!(header.incompatible.contains(Incompatible::COMPRESSION));
             assert_eq!((header.unsupported(), header.compression()), (None, Some(Compression::Zstd)));
         }
-        // A build of QEMU without zstd.
+        // This build of QEMU has no zstd.
         Err(error) => {
             let _ = writeln!(std::io::stderr(), "SKIPPED a part of the_compression_type_is_read: {error}");
         }
@@ -204,19 +205,19 @@ fn snapshots_and_bitmaps_are_read() {
 }
 
 #[test]
-fn an_unknown_feature_has_the_image_s_name_for_it() {
-    let Some(qemu) = Qemu::find("an_unknown_feature_has_the_image_s_name_for_it") else { return };
+fn an_unknown_feature_has_the_name_from_the_image() {
+    let Some(qemu) = Qemu::find("an_unknown_feature_has_the_name_from_the_image") else { return };
     qemu.create("compat=1.1", &["image", "1M"]);
     let mut header = qemu.header();
     let names = header.extensions.iter_mut().find(|e| e.magic == qcow2::extension::FEATURE_NAMES);
-    // The table names the known bits; its first entry is made to be about another.
-    names.expect("qemu-img writes one").data[1] = 40;
+    // The table names the known bits; its first entry is changed to name another bit.
+    names.expect("qemu-img writes the table").data[1] = 40;
     header.incompatible = header.incompatible.with(Incompatible(1 << 40));
     let name = Some("dirty bit".to_owned());
     assert_eq!(header.unsupported(), Some(Unsupported::IncompatibleFeature { bit: 40, name }));
 }
 
-/// Checks the image by qemu-img, then writes to it by qemu-io and checks it again.
+/// Checks the image with qemu-img, then writes to it with qemu-io and checks it again.
 #[track_caller]
 fn assert_usable(qemu: &Qemu, geometry: &Geometry) {
     let context = format!("{geometry:?}");
@@ -238,7 +239,7 @@ fn assert_usable(qemu: &Qemu, geometry: &Geometry) {
         let output = qemu.run("qemu-io", &commands);
         assert!(!output.contains("failed"), "{context}: {output}");
         if let Err(error) = qemu.try_run("qemu-img", &["check", "-q", "-f", "qcow2", "image"]) {
-            panic!("{context}, written: {error}");
+            panic!("{context}, after writes: {error}");
         }
     }
 }
@@ -319,8 +320,8 @@ fn new_overlays_read_their_backing_file() {
 }
 
 #[test]
-fn a_header_that_was_rewritten_is_still_the_same_image() {
-    let Some(qemu) = Qemu::find("a_header_that_was_rewritten_is_still_the_same_image") else { return };
+fn a_rewritten_header_still_describes_the_same_image() {
+    let Some(qemu) = Qemu::find("a_rewritten_header_still_describes_the_same_image") else { return };
     fn rewrite(path: &Path, header: &Header) {
         let file = File::options().write(true).open(path).expect("an image");
         file.write_all_at(&header.encode().expect("a valid header"), 0).expect("it can be written");

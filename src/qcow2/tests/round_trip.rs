@@ -1,4 +1,5 @@
-//! Round trips of generated values, and hostile bytes: whatever is decoded neither panics nor changes.
+//! Round trips of generated values, and hostile bytes: decoding never panics, and a decoded value survives a round
+//! trip.
 
 use proptest::collection::vec;
 use proptest::option;
@@ -26,7 +27,7 @@ fn geometry() -> impl Strategy<Value = Geometry> {
     )
 }
 
-/// Bitmaps of subclusters, most of which make sense.
+/// Bitmaps of subclusters, most of them valid.
 fn bitmap() -> impl Strategy<Value = u64> {
     let some = |(allocated, zero): (u32, u32)| u64::from(zero & !allocated) << 32 | u64::from(allocated);
     prop_oneof![
@@ -44,7 +45,7 @@ fn extension() -> impl Strategy<Value = Extension> {
         .prop_map(|(magic, data)| Extension { magic, data })
 }
 
-/// Any valid header: one of a new image, with everything else varied.
+/// Any valid header: that of a new image, with all other fields varied.
 fn header() -> impl Strategy<Value = Header> {
     let features = (any::<u64>(), any::<u64>(), any::<u64>(), any::<u8>());
     let tables = (0..100_u32, 1..1_u64 << 20, 1..1_u64 << 20, 0..=65_536_u32, 1..1_u64 << 20);
@@ -84,7 +85,7 @@ fn header() -> impl Strategy<Value = Header> {
 
 proptest! {
     #[test]
-    fn a_header_is_read_as_it_was_written(header in header(), tail in any::<bool>()) {
+    fn a_header_survives_a_round_trip(header in header(), tail in any::<bool>()) {
         let mut bytes = header.encode().expect("a valid header");
         prop_assert!(bytes.len() as u64 <= header.geometry().cluster_size());
         prop_assert_eq!(Header::cluster_size_hint(&bytes), Ok(header.geometry().cluster_size()));
@@ -95,7 +96,7 @@ proptest! {
     }
 
     #[test]
-    fn a_damaged_header_is_refused_or_written_as_it_is_read(
+    fn a_damaged_header_is_refused_or_survives_a_round_trip(
         header in header(),
         damage in vec((0..200_usize, any::<u8>()), 1..6),
         length in option::of(0..600_usize),
@@ -110,7 +111,7 @@ proptest! {
         let _ = Header::cluster_size_hint(&bytes);
         if let Ok(header) = Header::parse(&bytes, bytes.len() as u64) {
             let _ = (header.unsupported(), header.write_refusal(), header.backing_file_lossy());
-            // A header that fills its cluster to the last byte may need more once it is padded.
+            // A header that fills its cluster to the last byte may not fit any more with padding.
             if let Ok(again) = header.encode() {
                 prop_assert_eq!(Header::parse(&again, again.len() as u64), Ok(header));
             }
@@ -118,7 +119,7 @@ proptest! {
     }
 
     #[test]
-    fn l1_entries_keep_all_but_reserved_bits(raw in any::<u64>(), geometry in geometry()) {
+    fn l1_entries_preserve_all_but_reserved_bits(raw in any::<u64>(), geometry in geometry()) {
         for raw in [raw, raw & !((1 << geometry.cluster_bits) - 1)] {
             if let Ok(entry) = L1Entry::decode(raw, &geometry) {
                 prop_assert_eq!(L1Entry::decode(entry.encode(), &geometry), Ok(entry));
@@ -130,7 +131,7 @@ proptest! {
     }
 
     #[test]
-    fn l2_entries_keep_all_but_reserved_bits(
+    fn l2_entries_preserve_all_but_reserved_bits(
         raw in any::<u64>(),
         low in 0..4_u64,
         bitmap in bitmap(),
@@ -142,7 +143,7 @@ proptest! {
             let Ok(entry) = L2Entry::decode(raw, &geometry) else { continue };
             let encoded = entry.encode(&geometry);
             prop_assert_eq!(L2Entry::decode(encoded, &geometry), Ok(entry));
-            // The zero flag is one of the reserved bits with extended L2 entries.
+            // With extended L2 entries the zero flag is a reserved bit.
             let reserved = 0x3f00_0000_0000_01fe | u64::from(geometry.extended_l2);
             let kept = RawL2Entry { descriptor: descriptor & !reserved, bitmap };
             match entry {
@@ -161,7 +162,7 @@ proptest! {
     }
 
     #[test]
-    fn the_runs_of_subclusters_are_what_the_bits_say(allocated in any::<u32>(), zero in any::<u32>()) {
+    fn runs_of_subclusters_match_the_bits(allocated in any::<u32>(), zero in any::<u32>()) {
         let host = Some(HostPlace { offset: HostOffset(1 << 21), copied: true });
         let zero = zero & !allocated;
         let subclusters =
@@ -195,7 +196,7 @@ proptest! {
             Ok(L2Entry::Compressed { offset, sectors }) => {
                 prop_assert_eq!((offset.0, sectors), (low, high + 1));
                 let length = qcow2::entry::compressed_length(offset, sectors);
-                // To the end of the last sector, and never more than two clusters.
+                // The data ends at the end of its last sector, and has at most two clusters.
                 prop_assert_eq!(offset.0 + length, (offset.0 / 512 + sectors) * 512);
                 prop_assert!(length > 0 && length <= 2 * geometry.cluster_size());
                 let touched = Some((
@@ -220,7 +221,7 @@ proptest! {
     }
 
     #[test]
-    fn an_address_is_put_together_again(geometry in geometry(), offset in 0..1_u64 << 60) {
+    fn an_address_is_rebuilt_from_its_indices(geometry in geometry(), offset in 0..1_u64 << 60) {
         let cluster = geometry.guest_cluster(qcow2::GuestOffset(offset));
         prop_assert_eq!(geometry.guest_offset(cluster).0 + geometry.in_cluster(offset), offset);
         let (l1, l2) = (geometry.l1_index(cluster), geometry.l2_index(cluster));
