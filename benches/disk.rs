@@ -13,11 +13,11 @@ use std::time::{Duration, Instant};
 
 use disk::{Completed, Disk, DiskOptions, DiskQueue, Request, RequestId};
 use qcow2::{Geometry, NewImage, Version};
-use storage::sim::{SimOptions, SimQueue, SimStorage, SimWorld};
 use storage::{
     Completion, FileId, FileInfo, GuestSlice, IoQueue, Notifier, OpenOptions, Operation, Part, Storage,
     StorageError, Token,
 };
+use storage_sim::{SimOptions, SimQueue, SimStorage, SimWorld};
 use vmm_sys_util::eventfd::EventFd;
 
 use harness::{Case, Named};

@@ -12,7 +12,7 @@ use crash::journal::Deed;
 use crash::shape::Start;
 use crash::tally::Tally;
 use storage::Errno;
-use storage::sim::{CrashLimits, CrashScope, Fault, Image, Outcome, Random, Replay, SimOptions, SimWorld};
+use storage_sim::{CrashLimits, CrashScope, Fault, Image, Outcome, Random, Replay, SimOptions, SimWorld};
 use strata_kit::crash;
 
 #[test]

@@ -14,7 +14,7 @@ use crash::tally::Tally;
 use crash::trial::describe;
 use crash::walk::Walker;
 use crash::{number, threads};
-use storage::sim::Random;
+use storage_sim::Random;
 use strata_kit::crash;
 
 /// A sequence: which image, how long, its number, whether all its operations are in flight together, and whether the disk

@@ -17,8 +17,8 @@ use disk::{
 };
 use qcow2::create::NewImage;
 use qcow2::{Geometry, Version};
-use storage::sim::{Fault, Outcome, Random, SimOptions, SimStorage, SimWorld};
 use storage::{Errno, GuestSlice};
+use storage_sim::{Fault, Outcome, Random, SimOptions, SimStorage, SimWorld};
 use strata_kit::agree;
 use strata_tests::Qemu;
 use strata_tests::model::{ByteModel, DiscardRule, Operation, contents};

@@ -13,7 +13,7 @@ use crash::tally::Tally;
 use crash::trial::{Manner, describe};
 use crash::walk::Walker;
 use crash::{number, threads};
-use storage::sim::Verb;
+use storage_sim::Verb;
 use strata_kit::crash;
 
 /// A run whose I/Os fail in turn.

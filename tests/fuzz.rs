@@ -19,7 +19,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use proptest::prelude::{Just, Strategy, any, prop_oneof};
 use proptest::test_runner::{Config, TestRunner};
-use storage::sim::Random;
+use storage_sim::Random;
 use strata_tests::Qemu;
 
 use crate::targets::{TARGETS, Target, target};

@@ -8,7 +8,7 @@ use disk::{Completed, Disk, DiskOptions, DiskQueue, Keeper, Request, RequestId};
 use engine::SLICE_WORDS;
 use qcow2::{Geometry, NewImage, Version};
 use storage::GuestSlice;
-use storage::sim::{SimOptions, SimStorage, SimWorld};
+use storage_sim::{SimOptions, SimStorage, SimWorld};
 
 /// Bytes of words that a slice of the map has.
 const FRAME: usize = SLICE_WORDS as usize * 8;

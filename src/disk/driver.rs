@@ -446,7 +446,7 @@ impl Drop for BufferPermit<'_> {
 #[cfg(test)]
 mod tests {
     use storage::Storage;
-    use storage::sim::{SimOptions, SimWorld};
+    use storage_sim::{SimOptions, SimWorld};
 
     use super::*;
 

@@ -2,7 +2,8 @@
 //!
 //! This crate owns every system call on an image file and every buffer while the kernel may touch it. It knows
 //! nothing of qcow2, of plans or of requests. [`Storage`] is the set of open files, shared by all threads;
-//! [`IoQueue`] is one thread's way to them. Two kinds exist: the host's ([`host`]) and, for tests, a simulated one.
+//! [`IoQueue`] is one thread's way to them. [`host`] implements both on real files; the crate `storage_sim` implements
+//! them in memory, for tests.
 
 #![deny(unsafe_code)]
 
@@ -12,7 +13,6 @@ pub mod error;
 #[allow(unsafe_code)]
 pub mod host;
 pub mod operation;
-pub mod sim;
 pub mod zeroes;
 
 pub use buffer::{AlignedBuf, BufferPool, GuestSlices};

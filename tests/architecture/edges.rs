@@ -8,15 +8,18 @@ use toml::{Table, Value};
 use crate::{assert_none, read, root};
 
 /// Which of our crates each crate under src may import, dev-dependencies included. A new edge here is a change to the
-/// architecture and is to be argued for as one.
+/// architecture and is to be argued for as one. `storage_sim` is for tests alone: see [`TESTS_ONLY`].
 pub const EDGES: &[(&str, &[&str])] = &[
     ("qcow2", &[]),
     ("engine", &["qcow2"]),
     ("storage", &[]),
-    ("disk", &["engine", "qcow2", "storage"]),
+    ("storage_sim", &["storage"]),
+    ("disk", &["engine", "qcow2", "storage", "storage_sim"]),
     ("vhost_blk", &[]),
     ("strata", &["disk", "engine", "qcow2", "storage", "vhost_blk"]),
 ];
+/// Crates under src that only dev-dependencies may name, so that the program never contains them.
+const TESTS_ONLY: &[&str] = &["storage_sim"];
 /// Our packages outside src. They may import anything, and no crate under src may import them.
 /// `strata-fuzz` (tests/fuzz) is in no workspace but its own, as it needs nightly.
 const OUTSIDE: &[&str] =
@@ -37,8 +40,8 @@ fn package_of(name: &str, entry: &Value) -> String {
     text("package").or_else(|| by_path().filter(known)).unwrap_or(name).to_owned()
 }
 
-/// Every package that a manifest depends on, in whatever kind of table.
-fn dependencies(manifest: &Table, aliases: &BTreeMap<String, String>) -> Vec<String> {
+/// Every package that a manifest depends on, in whatever kind of table; true where the table is for tests alone.
+fn dependencies(manifest: &Table, aliases: &BTreeMap<String, String>) -> Vec<(String, bool)> {
     let mut tables: Vec<&Table> = vec![manifest];
     if let Some(targets) = manifest.get("target").and_then(Value::as_table) {
         tables.extend(targets.values().filter_map(Value::as_table));
@@ -46,12 +49,12 @@ fn dependencies(manifest: &Table, aliases: &BTreeMap<String, String>) -> Vec<Str
     let kinds = ["dependencies", "dev-dependencies", "build-dependencies"];
     tables
         .iter()
-        .flat_map(|table| kinds.iter().filter_map(|kind| table.get(*kind).and_then(Value::as_table)))
-        .flatten()
-        .map(|(name, entry)| {
+        .flat_map(|table| kinds.iter().filter_map(|kind| Some((*kind, table.get(*kind)?.as_table()?))))
+        .flat_map(|(kind, table)| table.iter().map(move |entry| (kind == "dev-dependencies", entry)))
+        .map(|(for_tests, (name, entry))| {
             let inherited = entry.get("workspace").and_then(Value::as_bool) == Some(true);
             let alias = inherited.then(|| aliases.get(name).cloned()).flatten();
-            alias.unwrap_or_else(|| package_of(name, entry))
+            (alias.unwrap_or_else(|| package_of(name, entry)), for_tests)
         })
         .collect()
 }
@@ -69,10 +72,13 @@ fn edge_complaints(folder: &str, manifest: &str, aliases: &BTreeMap<String, Stri
     if name != Some(folder) {
         complaints.push(format!("src/{folder}: the package is called {name:?}, not as its folder"));
     }
-    for package in dependencies(&manifest, aliases) {
+    for (package, for_tests) in dependencies(&manifest, aliases) {
         let ours = EDGES.iter().any(|(name, _)| *name == package) || OUTSIDE.contains(&package.as_str());
         if ours && !allowed.contains(&package.as_str()) {
             complaints.push(format!("src/{folder}/Cargo.toml: {folder} must not import {package}"));
+        }
+        if TESTS_ONLY.contains(&package.as_str()) && !for_tests {
+            complaints.push(format!("src/{folder}/Cargo.toml: {package} is a dev-dependency or none"));
         }
     }
     complaints
@@ -109,6 +115,8 @@ fn the_edge_rule_can_fail() {
     for text in forbidden {
         assert_eq!(complain("engine", text).len(), 1, "{text}");
     }
+    assert_none(complain("disk", "[dev-dependencies]\nstorage_sim.workspace = true"));
+    assert_eq!(complain("disk", "[dependencies]\nstorage_sim.workspace = true").len(), 1);
     assert_eq!(complain("disk", "[dependencies]\nvhost_blk.workspace = true").len(), 1);
     assert_eq!(complain("vhost_blk", "[dev-dependencies]\ndisk.workspace = true").len(), 1);
     assert_eq!(complain("novelty", "").len(), 1);

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use qcow2::feature::AUTOCLEAR_BITMAPS;
 use qcow2::{Bitmap, BitmapDirectory, Extension, Header, extension};
-use storage::sim::Image;
+use storage_sim::Image;
 
 use super::hidden::Making;
 use super::shape::TOP;

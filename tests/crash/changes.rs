@@ -7,7 +7,7 @@ use std::sync::Arc;
 use disk::resize::{NewSize, Shrinking, resize};
 use disk::snapshot::{Change, change};
 use qcow2::{Compression, Header};
-use storage::sim::{CrashLimits, CrashScope, Image, Random, Replay, SimOptions, SimWorld};
+use storage_sim::{CrashLimits, CrashScope, Image, Random, Replay, SimOptions, SimWorld};
 
 use super::examine::examine;
 use super::journal::Deed;

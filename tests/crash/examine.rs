@@ -9,7 +9,7 @@ use disk::snapshot::list;
 use disk::{Completed, Disk, DiskOptions, Request, RequestId};
 use qcow2::feature::COMPATIBLE_LAZY_REFCOUNTS;
 use qcow2::{Header, Incompatible};
-use storage::sim::{Image, SimOptions, SimWorld};
+use storage_sim::{Image, SimOptions, SimWorld};
 
 use super::bitmap;
 use super::memory::{WINDOW, gather, memory};

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use disk::RequestError;
 use storage::Errno;
-use storage::sim::{Fault, FaultId, Outcome, Random, SimWorld, Verb};
+use storage_sim::{Fault, FaultId, Outcome, Random, SimWorld, Verb};
 
 use super::examine::panic_text;
 use super::journal::Op;

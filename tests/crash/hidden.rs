@@ -10,7 +10,7 @@ use std::path::Path;
 
 use qcow2::entry::COPIED;
 use qcow2::{Geometry, Header, L1Entry, L2Entry, RawL2Entry, position};
-use storage::sim::Image;
+use storage_sim::Image;
 
 use super::shape::TOP;
 use super::stamp::Value;

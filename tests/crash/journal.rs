@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use storage::sim::Moment;
+use storage_sim::Moment;
 
 use super::shape::{Past, Shape};
 use super::stamp::Value;

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use disk::Disk;
-use storage::sim::{Image, SimOptions, SimWorld};
+use storage_sim::{Image, SimOptions, SimWorld};
 
 use super::examine::{Seen, examine};
 use super::shape::{Past, Start, TOP};

@@ -12,7 +12,7 @@ use disk::snapshot::{Change, change};
 use disk::{Completed, Disk, DiskQueue, Keeper, OpenError, Request, RequestError, RequestId, SpaceStatus};
 use engine::EngineStatus;
 use storage::GuestSlice;
-use storage::sim::{Fault, Hung, Moment, Outcome, Random, SimOptions, SimStorage, SimWorld};
+use storage_sim::{Fault, Hung, Moment, Outcome, Random, SimOptions, SimStorage, SimWorld};
 
 use super::examine::values_now;
 use super::journal::{Deed, Journal, Op};

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use disk::{OnEnospc, SpaceStatus};
 use storage::Errno;
-use storage::sim::{Random, SimWorld};
+use storage_sim::{Random, SimWorld};
 
 use super::examine::panic_text;
 use super::journal::Op;

@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use storage::sim::Image;
+use storage_sim::Image;
 use strata_tests::Qemu;
 use strata_tests::images::{Check, Format};
 

@@ -5,7 +5,7 @@
 
 use disk::DetectZeroes;
 use qcow2::Compression;
-use storage::sim::{Outcome, Verb};
+use storage_sim::{Outcome, Verb};
 
 use super::faulty::{self, FAILURES, Trouble};
 use super::journal::{Deed, Op};
@@ -180,7 +180,7 @@ pub fn exhaust_hanging(start: &Start, walker: &mut Walker) -> Result<usize, Stri
                 let run = aftermath.run.as_ref().ok_or("it does not open")?;
                 hung += usize::from(run.hung);
                 judge_answers(run)?;
-                let choice = Choice { states_max: 8, ..Choice::everything(storage::sim::Moment(0)) };
+                let choice = Choice { states_max: 8, ..Choice::everything(storage_sim::Moment(0)) };
                 walker.crash(run, start, &choice, nth)
             });
             tried.map_err(|wrong| format!("{wrong}\nwith {trouble:?}"))?;
@@ -197,7 +197,7 @@ pub fn exhaust_hanging(start: &Start, walker: &mut Walker) -> Result<usize, Stri
 pub fn exhaust_opening(start: &Start, walker: &mut Walker) -> Result<(), String> {
     let rig = Rig::open(start, 7).map_err(|error| format!("it does not open: {error}"))?;
     let run = rig.finish();
-    walker.crash(&run, start, &Choice::everything(storage::sim::Moment(0)), 7)?;
+    walker.crash(&run, start, &Choice::everything(storage_sim::Moment(0)), 7)?;
     walker.closed(&run, start)
 }
 
@@ -221,7 +221,7 @@ pub fn exhaust_failing(start: &Start, walker: &mut Walker) -> Result<usize, Stri
             let tried = faulty::play(start, &script, manner, &[trouble]).and_then(|aftermath| {
                 aftermath.judge(&trouble, start, walker, manner)?;
                 let Some(run) = &aftermath.run else { return Ok(()) };
-                let choice = Choice { states_max: 8, ..Choice::everything(storage::sim::Moment(0)) };
+                let choice = Choice { states_max: 8, ..Choice::everything(storage_sim::Moment(0)) };
                 walker.crash(run, start, &choice, nth)
             });
             tried.map_err(|wrong| format!("{wrong}\nwith {trouble:?}"))?;

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use disk::{DetectZeroes, DiskOptions, Format, OnEnospc};
 use qcow2::feature::{AUTOCLEAR_RAW_DATA_FILE, COMPATIBLE_LAZY_REFCOUNTS};
 use qcow2::{Compression, Geometry, Incompatible, NewImage, Version};
-use storage::sim::{Image, SimOptions, SimWorld};
+use storage_sim::{Image, SimOptions, SimWorld};
 
 use super::bitmap;
 use super::compressed;

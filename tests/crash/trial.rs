@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use disk::{DetectZeroes, OnEnospc};
 use qcow2::Compression;
-use storage::sim::Random;
+use storage_sim::Random;
 
 use super::examine::panic_text;
 use super::faulty::{self, Trouble};

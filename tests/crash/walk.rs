@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fmt::Write;
 use std::rc::Rc;
 
-use storage::sim::{CrashLimits, CrashPlan, CrashScope, Image, Moment, Random, Replay};
+use storage_sim::{CrashLimits, CrashPlan, CrashScope, Image, Moment, Random, Replay};
 
 use super::examine::{Seen, counted_past_end, examine};
 use super::journal::{Kept, Unsettled, padded};

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use disk::DiskOptions;
 use disk::check::{CheckError, Report, Verdict};
-use storage::sim::SimWorld;
+use storage_sim::SimWorld;
 
 use super::host::{bytes, checked, options, world};
 use super::session::Session;

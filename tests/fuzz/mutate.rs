@@ -1,6 +1,6 @@
 //! Changes inputs at random, with a liking for what formats are made of: big-endian numbers, bits, offsets, lengths.
 
-use storage::sim::Random;
+use storage_sim::Random;
 
 /// Numbers at which something ends.
 const EDGES: [u64; 20] = [

@@ -5,7 +5,7 @@ use disk::DiskOptions;
 use qcow2::{
     Geometry, Header, HostOffset, Incompatible, L1Entry, L2Entry, NewImage, Version, set_entry, set_refcount,
 };
-use storage::sim::SimWorld;
+use storage_sim::SimWorld;
 
 use super::host::{options, world};
 use super::session::{Known, SECTOR, Session};

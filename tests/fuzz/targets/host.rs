@@ -8,7 +8,7 @@ use std::time::Duration;
 use disk::DiskOptions;
 use disk::check::{CheckError, RepairKind, Repaired, Report, check, repair};
 use qcow2::{Header, Incompatible};
-use storage::sim::{SimOptions, SimStorage, SimWorld};
+use storage_sim::{SimOptions, SimStorage, SimWorld};
 
 /// The image's name.
 pub const TOP: &str = "top";

@@ -15,7 +15,7 @@ use disk::snapshot::{Change, ChangeError, Snapshot, change, list};
 use disk::{DetectZeroes, DiskOptions, OpenError, RequestError};
 use engine::EngineError;
 use qcow2::{EntryError, Header};
-use storage::sim::SimWorld;
+use storage_sim::SimWorld;
 
 use super::host::{CLUSTER_MAX, TOP, bytes, checked, header, operated, options, repaired, storage, world};
 use super::session::{Known, SECTOR, Session, WINDOW};
@@ -183,7 +183,7 @@ fn look(world: &SimWorld, options: &DiskOptions) {
 /// The first bytes of each snapshot that can be read, by name, as far as an image's snapshots are told apart.
 fn snapshots_hold(world: &SimWorld, options: &DiskOptions) -> Vec<(Vec<u8>, Option<Vec<u8>>)> {
     // A copy, as the disk is open.
-    let world = SimWorld::from_image(world.image(), 1, storage::sim::SimOptions::calm());
+    let world = SimWorld::from_image(world.image(), 1, storage_sim::SimOptions::calm());
     let Ok(found) = list(&storage(&world), Path::new(TOP), options) else { return Vec::new() };
     let hold = |snapshot: &Snapshot| {
         let wanted = String::from_utf8(snapshot.id.clone()).ok()?;

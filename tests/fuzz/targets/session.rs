@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use disk::{Completed, Disk, DiskOptions, DiskQueue, Keeper, OpenError, Request, RequestError, RequestId};
 use storage::GuestSlice;
-use storage::sim::{SimStorage, SimWorld};
+use storage_sim::{SimStorage, SimWorld};
 
 use super::host::TOP;
 

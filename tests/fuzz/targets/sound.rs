@@ -2,7 +2,7 @@
 
 use disk::check::{FindingKind, Report, Verdict};
 use qcow2::{Header, entry, refblock_offset, refcount};
-use storage::sim::SimWorld;
+use storage_sim::SimWorld;
 
 use super::host::checked;
 

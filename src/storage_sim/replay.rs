@@ -12,13 +12,13 @@
 
 use std::ops::Range;
 
-use super::fault::Verb;
-use super::history::{Ending, Event, LengthStep};
-use super::{Contents, CrashPlan, History, Image, Moment, Random, Ranges};
+use crate::fault::Verb;
+use crate::history::{Ending, Event, LengthStep};
+use crate::{Contents, CrashPlan, History, Image, Moment, Random, Ranges};
 
 /// A walk through a run, from one instant to the next.
 pub struct Replay<'h> {
-    pub(super) history: &'h History,
+    pub(crate) history: &'h History,
     at: usize,
     /// What is durable.
     base: Image,
@@ -31,9 +31,9 @@ pub struct Replay<'h> {
     /// Open changes of length that have happened, in their order.
     steps: Vec<Step>,
     /// Where the last [`Replay::advance_to_change`] began.
-    pub(super) since: Moment,
+    pub(crate) since: Moment,
     /// The last change of what is durable.
-    pub(super) base_changed: Moment,
+    pub(crate) base_changed: Moment,
 }
 
 struct Life {
@@ -52,8 +52,8 @@ struct Effect {
 }
 
 #[derive(Clone, Copy)]
-pub(super) struct Step {
-    pub(super) operation: usize,
+pub(crate) struct Step {
+    pub(crate) operation: usize,
     order: usize,
     step: LengthStep,
 }
@@ -237,7 +237,7 @@ impl<'h> Replay<'h> {
     }
 
     /// The operations that have open bytes, in the order of their pushes.
-    pub(super) fn open_operations(&self) -> Vec<usize> {
+    pub(crate) fn open_operations(&self) -> Vec<usize> {
         let open = self.effects.iter().chain(&self.pending).filter(|effect| !effect.bytes.is_empty());
         let mut operations: Vec<usize> = open.map(|effect| effect.operation).collect();
         operations.sort_unstable();
@@ -247,7 +247,7 @@ impl<'h> Replay<'h> {
 
     /// The open changes of length: those that have happened, then those that may still happen, the shortest first, so
     /// that what is kept up to some point can be any of them.
-    pub(super) fn open_steps(&self) -> Vec<Step> {
+    pub(crate) fn open_steps(&self) -> Vec<Step> {
         let mut coming: Vec<Step> = Vec::new();
         for pending in self.pending.iter().filter(|pending| !self.lives[pending.operation].begun) {
             let operation = pending.operation;
@@ -267,7 +267,7 @@ impl<'h> Replay<'h> {
     }
 
     /// True if an operation was pushed since the walk was last moved by [`Replay::advance_to_change`].
-    pub(super) fn is_new(&self, operation: usize) -> bool {
+    pub(crate) fn is_new(&self, operation: usize) -> bool {
         self.lives[operation].pushed_at >= self.since.0
     }
 

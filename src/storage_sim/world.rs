@@ -10,12 +10,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use super::contents::PAGE_BYTES;
-use super::fault::{Faults, Outcome, Verb};
-use super::history::{Ending, Event, History, LengthStep, Recorded};
-use super::image::ImageFile;
-use super::{Contents, Image, Moment, Random, Ranges, SimOptions};
-use crate::{Errno, Token};
+use crate::contents::PAGE_BYTES;
+use crate::fault::{Faults, Outcome, Verb};
+use crate::history::{Ending, Event, History, LengthStep, Recorded};
+use crate::image::ImageFile;
+use crate::{Contents, Image, Moment, Random, Ranges, SimOptions};
+use storage::{Errno, Token};
 
 /// How often a queue may wait for others that do nothing before that counts as a deadlock.
 const VAIN_WAITS_MAX: u32 = 1000;
@@ -27,19 +27,19 @@ const LATENCY_BITS_MIN: u64 = 10;
 const LATENCY_BITS_MAX: u64 = 23;
 
 /// A simulated host.
-pub(super) struct World {
-    pub(super) options: SimOptions,
-    pub(super) random: Random,
-    pub(super) files: Vec<File>,
-    pub(super) queues: Vec<QueueState>,
-    pub(super) faults: Faults,
-    pub(super) history: History,
+pub(crate) struct World {
+    pub(crate) options: SimOptions,
+    pub(crate) random: Random,
+    pub(crate) files: Vec<File>,
+    pub(crate) queues: Vec<QueueState>,
+    pub(crate) faults: Faults,
+    pub(crate) history: History,
     /// Bytes that the file system has room for, all files together.
-    pub(super) space: u64,
+    pub(crate) space: u64,
     /// What an operation gets that finds no room.
-    pub(super) space_errno: Errno,
+    pub(crate) space_errno: Errno,
     /// Storages made so far: their locks are told apart by this.
-    pub(super) storages: u64,
+    pub(crate) storages: u64,
     epoch: Instant,
     clock: Duration,
     flights: BTreeMap<u64, Flight>,
@@ -48,25 +48,25 @@ pub(super) struct World {
 }
 
 /// A file as reads see it.
-pub(super) struct File {
-    pub(super) path: Arc<Path>,
-    pub(super) contents: Contents,
+pub(crate) struct File {
+    pub(crate) path: Arc<Path>,
+    pub(crate) contents: Contents,
     /// Who has it open.
-    pub(super) holders: Vec<Holder>,
+    pub(crate) holders: Vec<Holder>,
 }
 
 /// An open file's image lock.
-pub(super) struct Holder {
-    pub(super) storage: u64,
-    pub(super) writable: bool,
+pub(crate) struct Holder {
+    pub(crate) storage: u64,
+    pub(crate) writable: bool,
 }
 
 /// The world's side of a queue.
-pub(super) struct QueueState {
+pub(crate) struct QueueState {
     /// Rung by notifiers, without the world's lock.
-    pub(super) rung: Arc<AtomicBool>,
+    pub(crate) rung: Arc<AtomicBool>,
     /// Completed, not yet reaped.
-    pub(super) ready: VecDeque<Ended>,
+    pub(crate) ready: VecDeque<Ended>,
     /// Pushed, not yet started.
     staged: VecDeque<u64>,
     started: u32,
@@ -78,21 +78,21 @@ pub(super) struct QueueState {
 }
 
 /// A finished operation.
-pub(super) struct Ended {
-    pub(super) number: u64,
-    pub(super) result: Result<(), Errno>,
+pub(crate) struct Ended {
+    pub(crate) number: u64,
+    pub(crate) result: Result<(), Errno>,
     /// What a read found.
-    pub(super) found: Vec<u8>,
+    pub(crate) found: Vec<u8>,
 }
 
 /// An operation as a queue hands it over.
-pub(super) struct Asked {
-    pub(super) token: Token,
-    pub(super) file: usize,
-    pub(super) verb: Verb,
-    pub(super) offset: u64,
-    pub(super) length: u64,
-    pub(super) bytes: Option<Arc<[u8]>>,
+pub(crate) struct Asked {
+    pub(crate) token: Token,
+    pub(crate) file: usize,
+    pub(crate) verb: Verb,
+    pub(crate) offset: u64,
+    pub(crate) length: u64,
+    pub(crate) bytes: Option<Arc<[u8]>>,
 }
 
 /// An operation pushed and not completed.
@@ -124,7 +124,7 @@ enum Due {
 }
 
 /// What a waiting queue is to do.
-pub(super) enum Rest {
+pub(crate) enum Rest {
     /// Look again.
     Over,
     /// Nothing will ever happen; says what hangs, and whether a fault made it hang.
@@ -132,7 +132,7 @@ pub(super) enum Rest {
 }
 
 impl World {
-    pub(super) fn new(image: Image, seed: u64, options: SimOptions) -> Self {
+    pub(crate) fn new(image: Image, seed: u64, options: SimOptions) -> Self {
         let files = image.files.iter().map(|file| File {
             path: Arc::clone(&file.path),
             contents: file.contents.clone(),
@@ -145,7 +145,7 @@ impl World {
             queues: Vec::new(),
             faults: Faults::default(),
             history: History { start: image, ..History::default() },
-            space: super::SPACE_BYTES,
+            space: crate::SPACE_BYTES,
             space_errno: Errno::ENOSPC,
             storages: 0,
             epoch: Instant::now(),
@@ -156,16 +156,16 @@ impl World {
         }
     }
 
-    pub(super) fn now(&self) -> Instant {
+    pub(crate) fn now(&self) -> Instant {
         self.epoch + self.clock
     }
 
-    pub(super) fn moment(&self) -> Moment {
+    pub(crate) fn moment(&self) -> Moment {
         self.history.end()
     }
 
     /// The files as reads see them.
-    pub(super) fn image(&self) -> Image {
+    pub(crate) fn image(&self) -> Image {
         let files = self
             .files
             .iter()
@@ -173,7 +173,7 @@ impl World {
         Image { files: files.collect() }
     }
 
-    pub(super) fn add_file(&mut self, path: &Path, bytes: &[u8]) {
+    pub(crate) fn add_file(&mut self, path: &Path, bytes: &[u8]) {
         assert!(self.files.iter().all(|file| &*file.path != path), "{} is there already", path.display());
         let path: Arc<Path> = path.into();
         let contents = Contents::from_bytes(bytes);
@@ -182,7 +182,7 @@ impl World {
         self.files.push(File { path, contents, holders: Vec::new() });
     }
 
-    pub(super) fn add_queue(&mut self, depth: u32) -> (usize, Arc<AtomicBool>) {
+    pub(crate) fn add_queue(&mut self, depth: u32) -> (usize, Arc<AtomicBool>) {
         let rung = Arc::new(AtomicBool::new(false));
         self.queues.push(QueueState {
             rung: Arc::clone(&rung),
@@ -198,7 +198,7 @@ impl World {
     }
 
     /// Takes an operation up; its number. With an `answer` it completes at once, without an effect.
-    pub(super) fn push(&mut self, queue: usize, asked: Asked, answer: Option<Result<(), Errno>>) -> u64 {
+    pub(crate) fn push(&mut self, queue: usize, asked: Asked, answer: Option<Result<(), Errno>>) -> u64 {
         self.stir();
         let number = self.next_number();
         if let Some(result) = answer {
@@ -248,7 +248,7 @@ impl World {
     }
 
     /// Starts what was pushed, as far as the queue is deep.
-    pub(super) fn submit(&mut self, queue: usize) {
+    pub(crate) fn submit(&mut self, queue: usize) {
         loop {
             let state = &mut self.queues[queue];
             if state.started >= state.depth {
@@ -314,7 +314,7 @@ impl World {
     }
 
     /// Something has happened or will: whoever waits must look again before that counts as waiting in vain.
-    pub(super) fn stir(&mut self) {
+    pub(crate) fn stir(&mut self) {
         for queue in &mut self.queues {
             queue.parked = None;
             queue.vain_waits = 0;
@@ -322,7 +322,7 @@ impl World {
     }
 
     /// Lets the next thing happen; false if there is none.
-    pub(super) fn step(&mut self) -> bool {
+    pub(crate) fn step(&mut self) -> bool {
         self.happen().is_some()
     }
 
@@ -413,7 +413,7 @@ impl World {
     }
 
     /// Ends what hangs, as soon as anything happens.
-    pub(super) fn release_hung(&mut self) {
+    pub(crate) fn release_hung(&mut self) {
         let hung = |flight: &&mut Flight| flight.started && flight.doom == Some(Outcome::Hang);
         let mut numbers = Vec::new();
         for (number, flight) in &mut self.flights {
@@ -431,7 +431,7 @@ impl World {
 
     /// What a queue's wait does when the queue has nothing to reap: lets the world go on until something completes or
     /// somebody's time is over.
-    pub(super) fn rest(&mut self, queue: usize, timeout: Option<Duration>) -> Rest {
+    pub(crate) fn rest(&mut self, queue: usize, timeout: Option<Duration>) -> Rest {
         let own = timeout.map(|timeout| self.clock.saturating_add(timeout));
         let others =
             self.queues.iter().filter(|queue| queue.alive).filter_map(|queue| queue.parked.flatten());
@@ -477,7 +477,7 @@ impl World {
     }
 
     /// Lets time pass with nothing happening in it but what is due.
-    pub(super) fn pass(&mut self, time: Duration) {
+    pub(crate) fn pass(&mut self, time: Duration) {
         let end = self.clock.saturating_add(time);
         while self.timeline.first_key_value().is_some_and(|((at, _), _)| *at <= end) {
             self.happen();
@@ -486,12 +486,12 @@ impl World {
     }
 
     /// True if nothing is due, nothing waits to be reaped or submitted, and no notifier was used.
-    pub(super) fn is_idle(&self) -> bool {
+    pub(crate) fn is_idle(&self) -> bool {
         self.timeline.is_empty() && !self.queues.iter().any(|queue| queue.alive && queue.has_work())
     }
 
     /// Ends a queue: what it has in flight happens first, but for what hangs.
-    pub(super) fn retire(&mut self, queue: usize) {
+    pub(crate) fn retire(&mut self, queue: usize) {
         self.submit(queue);
         self.queues[queue].alive = false;
         self.queues[queue].ready.clear();
@@ -543,7 +543,7 @@ impl Flight {
 
 impl QueueState {
     /// Its thread has something to do.
-    pub(super) fn has_work(&self) -> bool {
+    pub(crate) fn has_work(&self) -> bool {
         !self.ready.is_empty() || !self.staged.is_empty() || self.rung.load(Ordering::Acquire)
     }
 }

@@ -5,7 +5,7 @@
 use std::borrow::Cow;
 use std::fmt::Write;
 
-use super::{Moment, Random, Ranges, Replay};
+use crate::{Moment, Random, Ranges, Replay};
 
 /// How many crashes to try at an instant.
 #[derive(Clone, Copy, Debug)]
@@ -40,7 +40,7 @@ pub struct CrashPlan {
     /// The operations of which bytes are kept, in the order of their pushes.
     kept: Vec<(usize, Kept)>,
     /// How many of the open changes of length are kept.
-    pub(super) lengths: usize,
+    pub(crate) lengths: usize,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,7 +56,7 @@ impl CrashPlan {
     }
 
     /// The part of an operation's bytes that is kept.
-    pub(super) fn kept_bytes<'a>(&self, operation: usize, bytes: &'a Ranges) -> Option<Cow<'a, Ranges>> {
+    pub(crate) fn kept_bytes<'a>(&self, operation: usize, bytes: &'a Ranges) -> Option<Cow<'a, Ranges>> {
         let at = self.kept.binary_search_by_key(&operation, |(operation, _)| *operation).ok()?;
         let kept = match &self.kept[at].1 {
             Kept::Whole => Cow::Borrowed(bytes),

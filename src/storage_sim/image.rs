@@ -8,20 +8,20 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::Contents;
-use super::random::mix;
+use crate::Contents;
+use crate::random::mix;
 
 /// The files of a world and their bytes.
 #[derive(Clone, Debug, Default)]
 pub struct Image {
-    pub(super) files: Vec<ImageFile>,
+    pub(crate) files: Vec<ImageFile>,
 }
 
 /// One of them.
 #[derive(Clone, Debug)]
-pub(super) struct ImageFile {
-    pub(super) path: Arc<Path>,
-    pub(super) contents: Contents,
+pub(crate) struct ImageFile {
+    pub(crate) path: Arc<Path>,
+    pub(crate) contents: Contents,
 }
 
 impl Image {

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, LazyLock, OnceLock};
 
-use super::random::mix;
+use crate::random::mix;
 
 /// Bytes of a page: the unit in which space is allocated and pages are shared.
 pub const PAGE_BYTES: u64 = 4096;
@@ -81,7 +81,7 @@ impl Contents {
 
     /// Writes bytes. The length stays: whoever writes past the end must set it, or the bytes are lost with the next
     /// [`Contents::set_length`].
-    pub(super) fn write(&mut self, offset: u64, bytes: &[u8]) {
+    pub(crate) fn write(&mut self, offset: u64, bytes: &[u8]) {
         let mut rest = bytes;
         for (index, within) in pages_of(offset..offset.saturating_add(bytes.len() as u64)) {
             let (source, after) = rest.split_at(within.len());
@@ -91,7 +91,7 @@ impl Contents {
     }
 
     /// Zeroes a range of the pages that are there; whole pages among them go if `give_back`. Others stay sparse.
-    pub(super) fn zero(&mut self, range: Range<u64>, give_back: bool) {
+    pub(crate) fn zero(&mut self, range: Range<u64>, give_back: bool) {
         if range.is_empty() {
             return;
         }
@@ -111,7 +111,7 @@ impl Contents {
     }
 
     /// Allocates the pages of a range that are not there, without changing what they read as.
-    pub(super) fn allocate(&mut self, range: Range<u64>) {
+    pub(crate) fn allocate(&mut self, range: Range<u64>) {
         let missing: Vec<u64> = self.missing_pages(range).collect();
         if !missing.is_empty() {
             let pages = Arc::make_mut(&mut self.pages);
@@ -120,19 +120,19 @@ impl Contents {
     }
 
     /// The pages of a range that are not allocated, in order.
-    pub(super) fn missing_pages(&self, range: Range<u64>) -> impl Iterator<Item = u64> + '_ {
+    pub(crate) fn missing_pages(&self, range: Range<u64>) -> impl Iterator<Item = u64> + '_ {
         pages_of(range).map(|(index, _)| index).filter(|index| !self.pages.contains_key(index))
     }
 
     /// Sets the length; whatever lies past it is gone for good.
-    pub(super) fn set_length(&mut self, length: u64) {
+    pub(crate) fn set_length(&mut self, length: u64) {
         self.zero(length..u64::MAX, true);
         // The loop above keeps the page in which the end lies; one that begins at the end is whole, and gone.
         self.length = length;
     }
 
     /// Grows the length to at least `length`.
-    pub(super) fn grow(&mut self, length: u64) {
+    pub(crate) fn grow(&mut self, length: u64) {
         self.length = self.length.max(length);
     }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
-use crate::{
+use storage::{
     AlignedBuf, Completion, FileId, GuestSlice, IoQueue, Kind, OpenOptions, Operation, Part, Storage,
     StorageError, Token,
 };
@@ -290,7 +290,7 @@ fn a_writer_shares_a_file_with_nobody() {
     let refused = other.open(path, &options(false)).expect_err("open for writing elsewhere");
     assert!(matches!(refused, StorageError::Locked { .. }), "{refused}");
     let missing = other.open(Path::new("none"), &options(false)).expect_err("there is none");
-    assert!(matches!(missing, StorageError::File { step: crate::error::Step::Open, .. }), "{missing}");
+    assert!(matches!(missing, StorageError::File { step: storage::error::Step::Open, .. }), "{missing}");
     // A crash leaves no locks.
     let crashed = SimWorld::from_image(world.image(), 2, SimOptions::calm());
     assert!(crashed.storage().open(path, &options(true)).is_ok());

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::*;
-use crate::{AlignedBuf, FileId, IoQueue, Kind, OpenOptions, Operation, Part, Storage, Token};
+use storage::{AlignedBuf, FileId, IoQueue, Kind, OpenOptions, Operation, Part, Storage, Token};
 
 /// A world with one file "a" and a queue.
 struct Rig {

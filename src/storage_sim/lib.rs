@@ -36,7 +36,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use crate::Errno;
+use storage::Errno;
 use world::World;
 
 /// Room for files in a new world: more than any test fills, and little enough that no claim of a file's size costs the

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::{Errno, Kind};
+use storage::{Errno, Kind};
 
 /// The kinds of operations, without what they carry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -55,7 +55,7 @@ pub enum Outcome {
     /// It fails after a random part of its effect has happened, be it none or all of it. As [`Outcome::Fail`] for an
     /// fdatasync.
     Short(Errno),
-    /// It never completes, unless [`SimWorld::release_hung`](super::SimWorld::release_hung) is called. Its effect may
+    /// It never completes, unless [`SimWorld::release_hung`](crate::SimWorld::release_hung) is called. Its effect may
     /// happen or not.
     Hang,
     /// It begins that much later: all that others do meanwhile comes before its effect.
@@ -122,7 +122,7 @@ pub struct FaultId(usize);
 
 /// The faults of a world, and how many operations of each kind it has seen.
 #[derive(Default)]
-pub(super) struct Faults {
+pub(crate) struct Faults {
     armed: Vec<Armed>,
     counts: [u64; Verb::ALL.len()],
 }
@@ -135,27 +135,27 @@ struct Armed {
 }
 
 impl Faults {
-    pub(super) fn add(&mut self, fault: Fault) -> FaultId {
+    pub(crate) fn add(&mut self, fault: Fault) -> FaultId {
         self.armed.push(Armed { fault: Some(fault), seen: 0, hits: 0 });
         FaultId(self.armed.len() - 1)
     }
 
-    pub(super) fn withdraw_all(&mut self) {
+    pub(crate) fn withdraw_all(&mut self) {
         for armed in &mut self.armed {
             armed.fault = None;
         }
     }
 
-    pub(super) fn hits(&self, id: FaultId) -> u64 {
+    pub(crate) fn hits(&self, id: FaultId) -> u64 {
         self.armed[id.0].hits
     }
 
-    pub(super) fn count(&self, verb: Verb) -> u64 {
+    pub(crate) fn count(&self, verb: Verb) -> u64 {
         self.counts[verb as usize]
     }
 
     /// Counts an operation; what is to become of it, by the first fault that hits it.
-    pub(super) fn judge(&mut self, verb: Verb, path: &Path, touched: &Range<u64>) -> Option<Outcome> {
+    pub(crate) fn judge(&mut self, verb: Verb, path: &Path, touched: &Range<u64>) -> Option<Outcome> {
         self.counts[verb as usize] += 1;
         let mut verdict = None;
         for armed in &mut self.armed {

@@ -13,11 +13,11 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::fault::Verb;
-use super::world::{Asked, Holder, Rest, World};
-use super::{SimOptions, SimWorld};
-use crate::error::{LockConflict, Permission, Step};
-use crate::{
+use crate::fault::Verb;
+use crate::world::{Asked, Holder, Rest, World};
+use crate::{SimOptions, SimWorld};
+use storage::error::{LockConflict, Permission, Step};
+use storage::{
     Completion, Errno, FileId, FileInfo, IoQueue, Kind, Notifier, OpenOptions, Operation, Part, Parts,
     Storage, StorageError, Token,
 };
@@ -47,7 +47,7 @@ struct OpenFile {
 }
 
 impl SimStorage {
-    pub(super) fn new(world: SimWorld) -> Self {
+    pub(crate) fn new(world: SimWorld) -> Self {
         let number = {
             let mut state = world.lock();
             state.storages += 1;
@@ -374,6 +374,6 @@ fn scatter(found: &[u8], parts: &mut Parts) {
 }
 
 /// The world's lock, whoever panicked with it: its state is whole between calls, and those who clean up need it.
-pub(super) fn lock_world(world: &Mutex<World>) -> std::sync::MutexGuard<'_, World> {
+pub(crate) fn lock_world(world: &Mutex<World>) -> std::sync::MutexGuard<'_, World> {
     world.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }

@@ -6,7 +6,7 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::{Image, Ranges, Verb};
+use crate::{Image, Ranges, Verb};
 
 /// An instant of a run: so many events have been recorded before it. A crash may happen at any.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -15,26 +15,26 @@ pub struct Moment(pub usize);
 /// A run: where it started, what was asked of the files, and what happened.
 #[derive(Clone, Debug, Default)]
 pub struct History {
-    pub(super) start: Image,
-    pub(super) operations: Vec<Recorded>,
-    pub(super) events: Vec<Event>,
+    pub(crate) start: Image,
+    pub(crate) operations: Vec<Recorded>,
+    pub(crate) events: Vec<Event>,
 }
 
 /// An operation that changes a file, or an fdatasync.
 #[derive(Clone, Debug)]
-pub(super) struct Recorded {
-    pub(super) verb: Verb,
+pub(crate) struct Recorded {
+    pub(crate) verb: Verb,
     /// Index into the image's files.
-    pub(super) file: usize,
-    pub(super) offset: u64,
-    pub(super) length: u64,
+    pub(crate) file: usize,
+    pub(crate) offset: u64,
+    pub(crate) length: u64,
     /// What a write writes.
-    pub(super) bytes: Option<Arc<[u8]>>,
+    pub(crate) bytes: Option<Arc<[u8]>>,
 }
 
 /// Something that happened to an operation, which is named by its index.
 #[derive(Clone, Debug)]
-pub(super) enum Event {
+pub(crate) enum Event {
     /// It was pushed: from here on its effect may be on the disk.
     Pushed(usize),
     /// Bytes of it took effect: reads see them. Where effects overlap, the later one wins.
@@ -45,7 +45,7 @@ pub(super) enum Event {
 
 /// How an operation completed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Ending {
+pub(crate) enum Ending {
     /// Whole.
     Done,
     /// With an error; what has not taken effect never will.
@@ -56,7 +56,7 @@ pub(super) enum Ending {
 
 /// A change of a file's length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum LengthStep {
+pub(crate) enum LengthStep {
     /// At least this long.
     Grow(u64),
     /// Exactly this long; what was past it is gone.
@@ -77,7 +77,7 @@ impl History {
 
 impl Recorded {
     /// The bytes of the file that it changes; none for an fdatasync, an allocation or a change of length.
-    pub(super) fn changes(&self) -> Ranges {
+    pub(crate) fn changes(&self) -> Ranges {
         match self.verb {
             Verb::Write | Verb::Punch | Verb::Zero => Ranges::one(self.range()),
             Verb::Read | Verb::Sync | Verb::Allocate | Verb::SetLength => Ranges::none(),
@@ -89,7 +89,7 @@ impl Recorded {
     }
 
     /// The change of length that it makes if it is done whole on a file that is short enough.
-    pub(super) fn step(&self) -> Option<LengthStep> {
+    pub(crate) fn step(&self) -> Option<LengthStep> {
         match self.verb {
             Verb::Write | Verb::Zero | Verb::Allocate => Some(LengthStep::Grow(self.range().end)),
             Verb::SetLength => Some(LengthStep::Set(self.offset)),

@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use super::Random;
+use crate::Random;
 
 /// Blocks of one tear that are decided one by one; of more, whole runs are.
 const BLOCKS_ONE_BY_ONE_MAX: u64 = 128;
