@@ -350,7 +350,7 @@ fn what_cannot_be_kept_right_is_refused() {
     let mut known = list(&HostStorage::new(), &bare, &options()).expect("a list");
     known[0].extra.clear();
     patch(&bare, word(&bare, 64), &encode_table(&known));
-    assert_eq!(refusal(&bare, 2 * M), ChangeRefusal::SnapshotWithoutSize { id: "1".into() });
+    assert_eq!(refusal(&bare, 2 * M), ChangeRefusal::SnapshotWithoutSize { id: b"1".to_vec() });
 
     new("base", &ImageSpec::raw(4 * M));
     let over = new("over", &ImageSpec::qcow2(M).version(2).backing("base", Format::Raw));

@@ -7,6 +7,7 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use names::{one_line, shown};
 use qcow2::Header;
 use serde::Deserialize;
 use thiserror::Error;
@@ -37,42 +38,48 @@ pub enum BackingNameError {
     #[error("it is empty")]
     Empty,
     /// Not a file.
-    #[error("\"{protocol}\" is a protocol, and only files are opened")]
+    #[error("\"{}\" is a protocol, and only files are opened", shown(protocol))]
     Protocol {
         /// Its name.
-        protocol: String,
+        protocol: Vec<u8>,
     },
     /// JSON that is broken, or says more than a format and a file.
     #[error(
-        "as a json: name it may hold \"driver\", and \"file\" with \"driver\" and \"filename\", and no more: {0}"
+        "as a json: name it may hold \"driver\", and \"file\" with \"driver\" and \"filename\", and no more: {}",
+        one_line(&.0.to_string())
     )]
     Json(serde_json::Error),
     /// JSON without a file, or with two.
     #[error("its JSON must name one file")]
     JsonFile,
     /// A format that is not served.
-    #[error("its JSON has the driver \"{driver}\"; only qcow2 and raw are served")]
+    #[error("its JSON has the driver \"{}\"; only qcow2 and raw are served", shown(driver))]
     JsonFormat {
         /// The driver.
         driver: String,
     },
     /// Something that is no file.
-    #[error("its JSON has the driver \"{driver}\" for the file; only files are opened")]
+    #[error("its JSON has the driver \"{}\" for the file; only files are opened", shown(driver))]
     JsonProtocol {
         /// The driver.
         driver: String,
     },
     /// A name of which nobody can say where it begins.
     #[error(
-        "its JSON has the relative name \"{filename}\", which QEMU looks for in the folder where it is started; only \
-         a whole path is taken"
+        "its JSON has the relative name \"{}\", which QEMU looks for in the folder where it is started; only \
+         a whole path is taken",
+        shown(filename)
     )]
     JsonRelative {
         /// The name.
         filename: String,
     },
     /// The name and the header disagree.
-    #[error("its JSON has the driver \"{driver}\", but the header has the format \"{format}\"")]
+    #[error(
+        "its JSON has the driver \"{}\", but the header has the format \"{}\"",
+        shown(driver),
+        shown(format)
+    )]
     JsonDisagrees {
         /// In the name.
         driver: String,
@@ -108,7 +115,7 @@ pub(crate) fn backing_of(
 ) -> Result<Option<LayerFile>, OpenError> {
     let Some(name) = &header.backing_file else { return Ok(None) };
     let path = || overlay.to_path_buf();
-    let backing = || String::from_utf8_lossy(name).into_owned();
+    let backing = || name.clone();
     let refused = |source| OpenError::BackingName { path: path(), backing: backing(), source };
     let (file, driver) = match name.strip_prefix(JSON) {
         Some(json) => {
@@ -149,7 +156,7 @@ fn plain_file_name(name: &[u8]) -> Result<PathBuf, BackingNameError> {
     let name = name.strip_prefix(FILE).unwrap_or(name);
     let slash = name.iter().position(|byte| *byte == b'/').unwrap_or(name.len());
     if let Some(colon) = name[..slash].iter().position(|byte| *byte == b':') {
-        let protocol = String::from_utf8_lossy(&name[..colon]).into_owned();
+        let protocol = name[..colon].to_vec();
         return Err(BackingNameError::Protocol { protocol });
     }
     if name.is_empty() {

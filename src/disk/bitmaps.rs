@@ -4,6 +4,7 @@
 //! program would have left them that ended without saving them: nobody takes them for right any more. The others stay
 //! as they are. What bitmaps hold is never read or written.
 
+use names::shown;
 use qcow2::{Bitmap, BitmapDirectory, Header, HostOffset, bitmap_table_entry};
 use storage::IoQueue;
 use thiserror::Error;
@@ -88,7 +89,7 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
         };
         match found.await {
             Err(OpenError::Bitmaps { path, source }) => {
-                warn!(path = %path.display(), error = %source,
+                warn!(path = %shown(&path), error = %source,
                     "the image's bitmaps are damaged: they are given up, and the space they took is leaked");
                 Ok(None)
             }
@@ -154,7 +155,7 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
     pub async fn retire_bitmaps(&self, list: &mut [Bitmap]) -> Result<bool, OpenError> {
         let mut any = false;
         for bitmap in list.iter_mut().filter(|bitmap| bitmap.is_auto() && !bitmap.is_in_use()) {
-            warn!(path = %self.info.path.display(), bitmap = %String::from_utf8_lossy(&bitmap.name).escape_debug(),
+            warn!(path = %shown(&self.info.path), bitmap = %shown(&bitmap.name),
                 "the bitmap is marked as out of date: writes are not noted in it");
             let (at, flags) = bitmap.mark_in_use();
             self.write(at.0, &flags).await?;

@@ -9,6 +9,7 @@ use std::task::Poll;
 
 use engine::change::{Change, Plan, PlanStep, Planner};
 use engine::check::Step;
+use names::shown;
 use qcow2::{Header, HostOffset};
 use storage::{Errno, IoQueue, Kind, Operation};
 use thiserror::Error;
@@ -35,7 +36,7 @@ pub enum ChangeError {
     #[error(transparent)]
     Repair(#[from] CheckError),
     /// It cannot be done. Nothing has changed.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {source}", shown(path))]
     Refused {
         /// The image.
         path: PathBuf,
@@ -167,7 +168,7 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
             Ok(()) => true,
             Err(Errno::EOPNOTSUPP) => false,
             Err(error) => {
-                warn!(path = %self.info.path.display(), %error, "space could not be given back to the host");
+                warn!(path = %shown(&self.info.path), %error, "space could not be given back to the host");
                 false
             }
         }
@@ -181,7 +182,7 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
         }
         let cut = Operation::bare(self.id, Kind::SetLength, length);
         if let Err(error) = self.driver.run_bare(cut).await {
-            warn!(path = %self.info.path.display(), %error, "the end of the image file could not be cut off");
+            warn!(path = %shown(&self.info.path), %error, "the end of the image file could not be cut off");
         }
     }
 }

@@ -7,6 +7,7 @@
 use std::path::{Path, PathBuf};
 
 use engine::check::{Checked, Checker, Refusal, RepairStep, Step};
+use names::shown;
 use qcow2::{FormatError, Header, Salvaged};
 use storage::{AlignedBuf, FileId, FileInfo, IoQueue, Kind, OpenOptions, Operation, Storage};
 use thiserror::Error;
@@ -17,6 +18,7 @@ pub use engine::check::{
 
 use crate::driver::Driver;
 use crate::error::OpenError;
+use crate::foreign;
 use crate::open::DiskOptions;
 
 /// Operations in flight: reads go one by one, as each says what is wanted next.
@@ -31,7 +33,7 @@ pub enum CheckError {
     #[error(transparent)]
     Open(#[from] OpenError),
     /// It has what cannot be checked yet.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {source}", shown(path))]
     Refused {
         /// The image.
         path: PathBuf,
@@ -39,7 +41,7 @@ pub enum CheckError {
         source: Refusal,
     },
     /// New refcounts cannot mend it. Nothing was written.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {source}", shown(path))]
     NotRepairable {
         /// The image.
         path: PathBuf,
@@ -207,7 +209,10 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
     /// What of the file the header may take: its first cluster.
     async fn header_area(&self, length: u64) -> Result<Vec<u8>, OpenError> {
         let prefix = self.read("header", 0, length.min(Header::PREFIX_MAX as u64)).await?;
-        let wanted = Header::cluster_size_hint(&prefix).map_err(|source| self.broken(source))?;
+        let wanted = match Header::cluster_size_hint(&prefix) {
+            Ok(wanted) => wanted,
+            Err(source) => return Err(foreign::explain(self, source).await),
+        };
         self.read("header", 0, wanted.min(length)).await
     }
 

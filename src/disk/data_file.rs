@@ -56,7 +56,7 @@ impl<'a> DataFiles<'a> {
                 return Err(OpenError::DataFileNotWanted { image: image.into(), file: file.into() });
             }
             (true, None) => {
-                let recorded = header.and_then(Header::data_file_name_lossy).map(|name| name.into_owned());
+                let recorded = header.and_then(Header::data_file_name).map(<[u8]>::to_vec);
                 return Err(OpenError::DataFileMissing { image: image.into(), recorded, top: number == 0 });
             }
         };

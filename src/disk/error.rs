@@ -1,8 +1,9 @@
 //! What can go wrong with a disk: opening it, and serving a request.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use engine::EngineError;
+use names::shown;
 use qcow2::{FormatError, HostOffset, Unsupported};
 use storage::{Errno, StorageError};
 use thiserror::Error;
@@ -10,6 +11,7 @@ use thiserror::Error;
 use crate::backing::BackingNameError;
 use crate::bitmaps::BadBitmaps;
 use crate::check::CheckError;
+use crate::foreign::Foreign;
 use crate::inflate::InflateError;
 use crate::snapshot::BadSnapshot;
 
@@ -20,7 +22,7 @@ pub enum OpenError {
     #[error(transparent)]
     Storage(#[from] StorageError),
     /// A read or write of the image file failed.
-    #[error("{}: {structure} at offset {offset:#x}: {source}", path.display())]
+    #[error("{}: {structure} at offset {offset:#x}: {source}", shown(path))]
     Io {
         /// The image.
         path: PathBuf,
@@ -32,15 +34,25 @@ pub enum OpenError {
         source: Errno,
     },
     /// The image's bytes break the format.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {source}", shown(path))]
     Format {
         /// The image.
         path: PathBuf,
         /// What is broken and where.
         source: FormatError,
     },
+    /// The file is in another format.
+    #[error("{}: {source}; the file {}", shown(path), foreign.in_words())]
+    NotQcow2 {
+        /// The file.
+        path: PathBuf,
+        /// What is broken and where.
+        source: FormatError,
+        /// What it is.
+        foreign: Foreign,
+    },
     /// The image is valid but needs what is not built.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {source}", shown(path))]
     Unsupported {
         /// The image.
         path: PathBuf,
@@ -53,7 +65,7 @@ pub enum OpenError {
     )]
     Dirty(Box<CheckError>),
     /// The image's persistent bitmaps break the format.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {source}", shown(path))]
     Bitmaps {
         /// The image.
         path: PathBuf,
@@ -64,7 +76,7 @@ pub enum OpenError {
     #[error(
         "{}: entry {index} of the snapshot table, at offset {offset}, is broken or missing. The disk itself can be \
          served: `strata serve --read-only`. `strata check -r all` mends the table if no snapshot is lost by that",
-        path.display()
+        shown(path)
     )]
     SnapshotTable {
         /// The image.
@@ -77,7 +89,8 @@ pub enum OpenError {
     /// More metadata of snapshots than is watched over while an image is written.
     #[error(
         "{}: the L1 tables of its internal snapshots have {length} bytes together, and at most {max} are watched over \
-         while an image is written: delete some snapshots, or open it read-only", path.display()
+         while an image is written: delete some snapshots, or open it read-only",
+        shown(path)
     )]
     SnapshotsTooLarge {
         /// The image.
@@ -88,7 +101,7 @@ pub enum OpenError {
         max: u64,
     },
     /// No snapshot is called so.
-    #[error("{}: has no internal snapshot \"{wanted}\", by ID or by name", path.display())]
+    #[error("{}: has no internal snapshot \"{}\", by ID or by name", shown(path), shown(wanted))]
     NoSuchSnapshot {
         /// The image.
         path: PathBuf,
@@ -96,7 +109,7 @@ pub enum OpenError {
         wanted: String,
     },
     /// A snapshot whose table cannot be used.
-    #[error("{}: the snapshot \"{wanted}\" is damaged: {source}", path.display())]
+    #[error("{}: the snapshot \"{}\" is damaged: {source}", shown(path), shown(wanted))]
     BadSnapshot {
         /// The image.
         path: PathBuf,
@@ -106,15 +119,15 @@ pub enum OpenError {
         source: BadSnapshot,
     },
     /// A snapshot of an image that can have none.
-    #[error("{}: is a raw image, which has no internal snapshots", path.display())]
+    #[error("{}: is a raw image, which has no internal snapshots", shown(path))]
     SnapshotOfRaw {
         /// The image.
         path: PathBuf,
     },
     /// A writable qcow2 image on a block device.
     #[error(
-        "{}: is a block device; a writable qcow2 image must be a regular file (a raw image may be a block device: \
-         --format raw)", path.display()
+        "{}: is a block device; a writable qcow2 image must be a regular file (a raw image may be a block device)",
+        shown(path)
     )]
     WritableBlockDevice {
         /// The device.
@@ -122,8 +135,8 @@ pub enum OpenError {
     },
     /// Discarded clusters are to keep their places in an image that cannot say that they read as zero.
     #[error(
-        "{}: clusters can keep their places when they are discarded (--discard-no-unref) only in a qcow2 image of \
-         version 3", path.display()
+        "{}: clusters can keep their places when they are discarded only in a qcow2 image of version 3",
+        shown(path)
     )]
     NoZeroClusters {
         /// The image.
@@ -131,22 +144,19 @@ pub enum OpenError {
     },
     /// An image whose data is in an external file, which nobody named.
     #[error(
-        "{}: keeps its data in an external file{}, and only a file that you name is opened: give {}", image.display(),
-        recorded.as_ref().map(|name| format!(" (its header calls it \"{name}\")")).unwrap_or_default(),
-        if *top { "--data-file FILE".to_owned() } else {
-            format!("--backing-data-file {}=FILE", image.display())
-        }
+        "{}: keeps its data in an external file{}, and only a file that you name is opened", shown(image),
+        recorded.as_ref().map(|name| format!(" (its header calls it \"{}\")", shown(name))).unwrap_or_default()
     )]
     DataFileMissing {
         /// The image.
         image: PathBuf,
         /// The name in its header.
-        recorded: Option<String>,
+        recorded: Option<Vec<u8>>,
         /// It is the top image.
         top: bool,
     },
     /// A data file for an image that keeps its data itself.
-    #[error("{}: keeps its data itself, so it cannot be in the data file {}", image.display(), file.display())]
+    #[error("{}: keeps its data itself, so it cannot be in the data file {}", shown(image), shown(file))]
     DataFileNotWanted {
         /// The image.
         image: PathBuf,
@@ -155,14 +165,15 @@ pub enum OpenError {
     },
     /// A data file for an image that is not there.
     #[error(
-        "no backing file in the chain is called {}, for which --backing-data-file names a data file", layer.display()
+        "no backing file in the chain is called {}, for which --backing-data-file names a data file",
+        shown(layer)
     )]
     DataFileOfNoLayer {
         /// The name.
         layer: PathBuf,
     },
     /// A data file that is a file of the chain already.
-    #[error("{}: its data file {} is another file of the chain", image.display(), file.display())]
+    #[error("{}: its data file {} is another file of the chain", shown(image), shown(file))]
     DataFileTwice {
         /// The image.
         image: PathBuf,
@@ -171,7 +182,8 @@ pub enum OpenError {
     },
     /// A data file that cannot grow to the disk's size.
     #[error(
-        "{}: this block device has {length} bytes, too few for the data of a disk of {disk} bytes", path.display()
+        "{}: this block device has {length} bytes, too few for the data of a disk of {disk} bytes",
+        shown(path)
     )]
     DataFileTooShort {
         /// The device.
@@ -183,32 +195,38 @@ pub enum OpenError {
     },
     /// A backing file is named without its format.
     #[error(
-        "{}: names the backing file \"{backing}\" but not its format, and formats are never guessed; give \
-         --backing-format qcow2 or raw, or record it with `qemu-img rebase -u -F FORMAT`", path.display()
+        "{}: names the backing file \"{}\" but not its format, and formats are never guessed",
+        shown(path),
+        shown(backing)
     )]
     BackingFormatMissing {
         /// The overlay.
         path: PathBuf,
         /// The name in its header.
-        backing: String,
+        backing: Vec<u8>,
     },
     /// A backing file has a format that is not served.
-    #[error("{}: its backing file \"{backing}\" has format \"{format}\"; only qcow2 and raw are served", path.display())]
+    #[error(
+        "{}: its backing file \"{}\" has format \"{}\"; only qcow2 and raw are served",
+        shown(path),
+        shown(backing),
+        shown(format)
+    )]
     BackingFormatUnknown {
         /// The overlay.
         path: PathBuf,
         /// The name in its header.
-        backing: String,
+        backing: Vec<u8>,
         /// The format in its header.
         format: String,
     },
     /// A backing name that is not taken.
-    #[error("{}: names the backing file \"{backing}\": {source}", path.display())]
+    #[error("{}: names the backing file \"{}\": {source}", shown(path), shown(backing))]
     BackingName {
         /// The overlay.
         path: PathBuf,
         /// The name in its header.
-        backing: String,
+        backing: Vec<u8>,
         /// Why it is not taken.
         source: BackingNameError,
     },
@@ -223,13 +241,13 @@ pub enum OpenError {
         source: Box<OpenError>,
     },
     /// The chain comes back to a file that it has already.
-    #[error("{}: is in the chain twice: its backing files form a loop", path.display())]
+    #[error("{}: is in the chain twice: its backing files form a loop", shown(path))]
     BackingLoop {
         /// The file met twice.
         path: PathBuf,
     },
     /// The chain is too deep.
-    #[error("{}: the chain has more than {limit} layers", path.display())]
+    #[error("{}: the chain has more than {limit} layers", shown(path))]
     ChainTooDeep {
         /// The layer that was one too many.
         path: PathBuf,
@@ -246,7 +264,7 @@ pub enum OpenError {
     #[error("the host refused a thread: {0}")]
     Thread(std::io::Error),
     /// Metadata could not be brought to disk, or was found damaged, while closing.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {source}", shown(path))]
     Request {
         /// The image.
         path: PathBuf,
@@ -271,7 +289,7 @@ const NAMES_SHOWN: usize = 3;
 /// The names of a chain from the top down; of a deep one, those at its ends.
 fn chain_in_words(chain: &[PathBuf]) -> String {
     let join = |paths: &[PathBuf]| {
-        let names: Vec<String> = paths.iter().map(|path: &PathBuf| Path::display(path).to_string()).collect();
+        let names: Vec<String> = paths.iter().map(|path| shown(path).to_string()).collect();
         names.join(" -> ")
     };
     let hidden = chain.len().saturating_sub(2 * NAMES_SHOWN);
@@ -300,7 +318,7 @@ pub enum RequestError {
     #[error("too much freed space is held back")]
     Crowded,
     /// A compressed cluster cannot be inflated. Others can be served.
-    #[error("{}: compressed cluster at offset {offset:#x}, {length} bytes: {source}", path.display())]
+    #[error("{}: compressed cluster at offset {offset:#x}, {length} bytes: {source}", shown(path))]
     Compressed {
         /// The image.
         path: PathBuf,

@@ -7,6 +7,7 @@ use std::task::Poll;
 
 use engine::mutation::{Mutation, active};
 use engine::{Allocation, FlushCut, FlushStep, HeaderSwitch, Stage, TableWrite};
+use names::shown;
 use storage::{Errno, FileId, Kind, Operation, Part, Storage};
 use tracing::{debug, error};
 
@@ -73,7 +74,7 @@ impl<S: Storage> Worker<S> {
 
     fn fail(&self, what: &'static str, source: Errno) {
         self.engine().fail();
-        let path = self.shared.layers[0].path.display();
+        let path = shown(&self.shared.layers[0].path);
         error!(%path, what, error = %source, "the disk has failed: writes and flushes are refused from now on");
     }
 

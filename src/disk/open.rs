@@ -10,15 +10,18 @@ use std::time::Duration;
 use engine::check::RepairKind;
 use engine::mutation::{Mutation, active};
 use engine::{Entries, FileIndex, LayerFormat, LayerSpec, TopSpec};
+use names::shown;
 use qcow2::{Bitmap, Geometry, Header, HostOffset, Incompatible, Unsupported};
 use storage::{AlignedBuf, FileId, FileInfo, IoQueue, Kind, OpenOptions, Operation, Storage};
 use tracing::{info, warn};
 
 use crate::backing::{LayerFile, backing_of};
 use crate::check::{ImageFile, repair_open};
+use crate::cut_short::warn_if_cut_short;
 use crate::data_file::DataFiles;
 use crate::driver::Driver;
 use crate::error::OpenError;
+use crate::foreign;
 use crate::header::HeaderSector;
 use crate::layer::{DiskFile, Layer};
 use crate::leaks::knows_all_owners;
@@ -172,6 +175,7 @@ async fn open_layers<S: Storage>(
         let mut layer = match format {
             Format::Raw => {
                 data_files.open(storage, (chain.layers.len(), &path), None, &how, &mut seen)?;
+                foreign::warn_of_marks(&ImageFile { driver, id, info: &info }, writable).await;
                 raw_layer(&path, &info)
             }
             Format::Qcow2 => {
@@ -200,6 +204,7 @@ async fn open_layers<S: Storage>(
                 let image = ImageFile { driver, id, info: &info };
                 let (size, l1) = image.snapshot_disk(header, wanted).await?;
                 layer.size = size;
+                warn_if_cut_short(&info, header, &l1, None);
                 LayerFormat::Qcow2 { geometry: whole_sectors(header, size), l1, data_file: None }
             }
             (Some(header), None) => {
@@ -218,6 +223,8 @@ async fn open_layers<S: Storage>(
                         && knows_all_owners(header, chain.bitmaps.is_some());
                     chain.top = Some(spec);
                 }
+                let refcounts = chain.top.as_ref().filter(|_| writable).map(|top| &top.refcount_table);
+                warn_if_cut_short(&info, header, &l1, refcounts);
                 LayerFormat::Qcow2 { geometry: whole_sectors(header, header.size), l1, data_file: None }
             }
         };
@@ -310,7 +317,7 @@ async fn rebuild_refcounts<Q: IoQueue>(
     id: FileId,
     info: &FileInfo,
 ) -> Result<(), OpenError> {
-    let path = info.path.display();
+    let path = shown(&info.path);
     warn!(%path, "the image was not closed cleanly: its refcounts are rebuilt");
     let repaired = repair_open(driver, id, info, RepairKind::All, &mut |_| {}).await;
     let (found, writes) = repaired.map_err(|error| OpenError::Dirty(Box::new(error)))?;
@@ -339,10 +346,14 @@ struct Reader<'a, Q> {
 
 impl<Q: IoQueue> Reader<'_, Q> {
     async fn header(&self) -> Result<Header, OpenError> {
-        let format = |source| OpenError::Format { path: self.info.path.clone(), source };
+        let image = ImageFile { driver: self.driver, id: self.id, info: self.info };
         let prefix = self.read("header", 0, Header::PREFIX_MAX as u64).await?;
-        let wanted = Header::cluster_size_hint(&prefix).map_err(format)?;
+        let wanted = match Header::cluster_size_hint(&prefix) {
+            Ok(wanted) => wanted,
+            Err(source) => return Err(foreign::explain(&image, source).await),
+        };
         let area = self.read("header", 0, wanted).await?;
+        let format = |source| OpenError::Format { path: self.info.path.clone(), source };
         Header::parse(&area, self.info.length).map_err(format)
     }
 

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use engine::LayerFormat;
 use engine::change::{Change, Resize};
 use engine::mutation::{Mutation, active};
+use names::shown;
 use qcow2::Header;
 use storage::{FileId, Kind, Operation, Storage};
 use thiserror::Error;
@@ -64,7 +65,7 @@ pub enum ResizeError {
     #[error(transparent)]
     Change(#[from] ChangeError),
     /// No size of a disk.
-    #[error("{}: the disk has {from} bytes, and cannot be {by} bytes smaller", path.display())]
+    #[error("{}: the disk has {from} bytes, and cannot be {by} bytes smaller", shown(path))]
     NothingLeft {
         /// The image.
         path: PathBuf,
@@ -74,7 +75,7 @@ pub enum ResizeError {
         by: u64,
     },
     /// No size of a disk.
-    #[error("{}: a disk of {size} bytes is none", path.display())]
+    #[error("{}: a disk of {size} bytes is none", shown(path))]
     Empty {
         /// The image.
         path: PathBuf,
@@ -82,13 +83,13 @@ pub enum ResizeError {
         size: u64,
     },
     /// No size that a file can have.
-    #[error("{}: that is larger than any disk can be", path.display())]
+    #[error("{}: that is larger than any disk can be", shown(path))]
     TooLarge {
         /// The image.
         path: PathBuf,
     },
     /// A disk has whole sectors.
-    #[error("{}: {size} bytes are no multiple of {SECTOR}, as the size of a disk must be", path.display())]
+    #[error("{}: {size} bytes are no multiple of {SECTOR}, as the size of a disk must be", shown(path))]
     NoSectors {
         /// The image.
         path: PathBuf,
@@ -98,7 +99,7 @@ pub enum ResizeError {
     /// It was not said that data may be lost.
     #[error(
         "{}: the disk has {from} bytes: with {to} bytes what lies behind is lost; --shrink says that this is meant",
-        path.display()
+        shown(path)
     )]
     WouldShrink {
         /// The image.
@@ -109,7 +110,7 @@ pub enum ResizeError {
         to: u64,
     },
     /// Its size is its own.
-    #[error("{}: a block device has the size that it has", path.display())]
+    #[error("{}: a block device has the size that it has", shown(path))]
     BlockDevice {
         /// The device.
         path: PathBuf,

@@ -7,6 +7,7 @@ use std::path::Path;
 use engine::Entries;
 use engine::change::SnapshotPlaces;
 use engine::check::RepairKind;
+use names::shown;
 use qcow2::header::L1_TABLE_SIZE_MAX;
 use qcow2::{Geometry, Header, HostOffset, Incompatible, SnapshotTable};
 use storage::{FileId, FileInfo, IoQueue, OpenOptions, Storage};
@@ -17,7 +18,7 @@ pub use qcow2::Snapshot;
 
 pub use crate::change::{ChangeError, ChangeRefusal};
 use crate::change::{QUEUE_DEPTH, carry_out, plan};
-use crate::check::{ImageFile, repair_open};
+use crate::check::{ImageFile, Sharing, repair_open};
 use crate::driver::Driver;
 use crate::error::OpenError;
 use crate::layer::DiskFile;
@@ -35,12 +36,30 @@ const L1_BYTES_MAX: u64 = 64 << 20;
 /// # Errors
 /// If the image cannot be opened or read, or its snapshot table is broken.
 pub fn list<S: Storage>(storage: &S, path: &Path, options: &DiskOptions) -> Result<Vec<Snapshot>, OpenError> {
+    list_sharing(storage, path, Sharing::Readers, options)
+}
+
+/// As [`list`], with the choice of who else may use the image. A data file that `options` name must belong to the image;
+/// it is not opened, as snapshots are described in the image alone.
+///
+/// # Errors
+/// As for [`list`], and if a data file is named for an image that keeps its data itself.
+pub fn list_sharing<S: Storage>(
+    storage: &S,
+    path: &Path,
+    sharing: Sharing,
+    options: &DiskOptions,
+) -> Result<Vec<Snapshot>, OpenError> {
     let driver = Driver::new(storage.queue(QUEUE_DEPTH)?);
     let how = OpenOptions { writable: false, direct: options.direct, lock_timeout: options.lock_timeout };
-    let (id, info) = storage.open(path, &how)?;
+    let (id, info) = match sharing {
+        Sharing::Readers => storage.open(path, &how)?,
+        Sharing::All => storage.open_shared(path, options.direct)?,
+    };
     driver.block_on(async {
         let image = ImageFile { driver: &driver, id, info: &info };
         let header = image.header(info.length).await?;
+        expect_data_file(&info, &header, options)?;
         image.snapshots(&header).await
     })
 }
@@ -67,6 +86,7 @@ pub fn change<S: Storage>(
     let changes_the_disk = matches!(change, Change::Apply { .. });
     driver.block_on(async {
         let (header, info) = sound_header(storage, &driver, id, info).await?;
+        expect_data_file(&info, &header, options)?;
         let file = DiskFile { id, info };
         let image = ImageFile { driver: &driver, id, info: &file.info };
         let mut plan = plan(&image, &header, engine::change::Change::Snapshot(change)).await?;
@@ -80,6 +100,16 @@ pub fn change<S: Storage>(
         carry_out(&image, &mut plan).await?;
         Ok(plan.snapshot().expect("it is about a snapshot").clone())
     })
+}
+
+/// Refuses a data file that is named for an image that has none.
+fn expect_data_file(info: &FileInfo, header: &Header, options: &DiskOptions) -> Result<(), OpenError> {
+    match &options.data_file {
+        Some(file) if !header.has_data_file() => {
+            Err(OpenError::DataFileNotWanted { image: info.path.clone(), file: file.clone() })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The header of an image that is to be written, once its refcounts are right.
@@ -175,7 +205,7 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
                 Ok(place) => places.tables.push(place),
                 Err(bad) => {
                     places.has_unknown();
-                    warn!(path = %path().display(), id = %String::from_utf8_lossy(&snapshot.id),
+                    warn!(path = %shown(&path()), id = %shown(&snapshot.id),
                         %bad, "an internal snapshot is damaged: it cannot be used, and is not watched over");
                 }
             }

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
+use names::shown;
 use slab::Slab;
 use storage::IoQueue;
 use tracing::{info, warn};
@@ -134,7 +135,7 @@ impl Space {
         let seen = state.reclaims;
         drop(state);
         if tell {
-            let path = self.path.display();
+            let path = shown(&self.path);
             warn!(%path, "the host has no space: requests that need some wait for it, others go on");
         }
         Waiting { space: self, driver, key, began, seen, listen: true, pause: PAUSE_MIN, given_up: false }
@@ -194,7 +195,7 @@ impl<Q: IoQueue> Drop for Waiting<'_, Q> {
         if !tell {
             return;
         }
-        let path = self.space.path.display();
+        let path = shown(&self.space.path);
         let waited = self.driver.now().saturating_duration_since(self.began);
         if self.given_up {
             warn!(%path, ?waited, "the disk or the queue is being stopped: requests that waited for space fail");

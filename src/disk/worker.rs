@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::task::{Poll, Waker};
 
 use engine::{Answer, Engine, EngineError, Epoch, TableLoad, WorkerEpochs};
+use names::shown;
 use storage::{AlignedBuf, Errno, Kind, Operation, Part, Storage};
 use tracing::error;
 
@@ -79,7 +80,7 @@ impl<S: Storage> Worker<S> {
     async fn judge(&self, error: EngineError) -> RequestError {
         if error.is_top_corruption() && !self.shared.read_only && !self.engine().has_failed() {
             self.engine().fail();
-            let path = self.shared.layers[0].path.display();
+            let path = shown(&self.shared.layers[0].path);
             error!(%path, %error, "the image is corrupt: it is marked so, and writes are refused from now on");
             if let Err(marking) = self.shared.mark_corrupt(&self.driver).await {
                 error!(%path, error = %marking, "the image could not be marked corrupt");

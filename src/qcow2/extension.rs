@@ -115,13 +115,11 @@ pub(crate) fn backing_format(extensions: &[Extension]) -> Option<String> {
     (!name.is_empty()).then_some(name)
 }
 
-/// The name that the image gives to an incompatible feature bit, made safe to print.
-pub(crate) fn incompatible_feature_name(extensions: &[Extension], bit: u32) -> Option<String> {
+/// The name that the image gives to an incompatible feature bit.
+pub(crate) fn incompatible_feature_name(extensions: &[Extension], bit: u32) -> Option<Vec<u8>> {
     let tables = extensions.iter().filter(|extension| extension.magic == FEATURE_NAMES);
     let mut entries = tables.flat_map(|table| table.data.as_chunks::<FEATURE_NAME_LENGTH>().0);
     let entry = entries.find(|entry| entry[0] == FEATURE_TYPE_INCOMPATIBLE && u32::from(entry[1]) == bit)?;
     let name = entry[2..].split(|byte| *byte == 0).next().unwrap_or_default();
-    let name = String::from_utf8_lossy(name);
-    let name: String = name.chars().filter(|character| !character.is_control()).collect();
-    (!name.is_empty()).then_some(name)
+    (!name.is_empty()).then(|| name.to_vec())
 }

@@ -2,6 +2,7 @@
 //!
 //! Owns the bits' names and the reasons to refuse an image that is not broken. It does not decide when to refuse.
 
+use names::shown;
 use thiserror::Error;
 
 use crate::error::FormatError;
@@ -71,12 +72,12 @@ pub enum Compression {
 pub enum Unsupported {
     /// An incompatible feature that this crate does not know.
     #[error("incompatible feature bit {bit} ({}) is not known: use the tool that created the image",
-        name.as_deref().unwrap_or("the image gives it no name"))]
+        name.as_ref().map_or_else(|| "the image gives it no name".to_owned(), |name| shown(name).to_string()))]
     IncompatibleFeature {
         /// Its number, 0 to 63.
         bit: u32,
-        /// Its name if the image's feature name table has one, without control characters.
-        name: Option<String>,
+        /// Its name if the image's feature name table has one.
+        name: Option<Vec<u8>>,
     },
     /// The image is encrypted.
     #[error("the image is encrypted ({}), which is not supported: decrypt it with qemu-img convert", method_name(*method))]

@@ -3,8 +3,6 @@
 //! Owns the fields and the facts that follow from them. `parse` reads a header from bytes, `encode` writes one, and
 //! `validate` checks one; the byte positions are in [`position`](crate::position).
 
-use std::borrow::Cow;
-
 use crate::address::HostOffset;
 use crate::entry::HOST_OFFSET_LIMIT;
 use crate::error::FormatError;
@@ -140,9 +138,9 @@ impl Header {
     }
 
     /// The external data file's name for display, not for opening it. The last one if there are several.
-    pub fn data_file_name_lossy(&self) -> Option<Cow<'_, str>> {
+    pub fn data_file_name(&self) -> Option<&[u8]> {
         let extension = self.extensions.iter().rfind(|extension| extension.magic == extension::DATA_FILE)?;
-        Some(String::from_utf8_lossy(&extension.data))
+        Some(&extension.data)
     }
 
     /// The autoclear features that stay set while the image is written. `bitmaps` is true if the image's bitmaps are
@@ -156,11 +154,6 @@ impl Header {
             kept |= AUTOCLEAR_RAW_DATA_FILE;
         }
         self.autoclear & kept
-    }
-
-    /// The backing file's name for display, not for opening it.
-    pub fn backing_file_lossy(&self) -> Option<Cow<'_, str>> {
-        self.backing_file.as_deref().map(String::from_utf8_lossy)
     }
 
     /// Changes the backing file's format, both in the field and in the extensions.

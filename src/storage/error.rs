@@ -5,6 +5,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use names::shown;
 use thiserror::Error;
 
 use crate::FileId;
@@ -14,7 +15,7 @@ use crate::FileId;
 #[non_exhaustive]
 pub enum StorageError {
     /// A system call on a file failed.
-    #[error("{}: {step} failed: {source}", path.display())]
+    #[error("{}: {step} failed: {source}", shown(path))]
     File {
         /// What was being done.
         step: Step,
@@ -24,7 +25,7 @@ pub enum StorageError {
         source: io::Error,
     },
     /// The path names something that cannot be an image.
-    #[error("{}: is {kind}; an image must be a regular file or a block device", path.display())]
+    #[error("{}: is {kind}; an image must be a regular file or a block device", shown(path))]
     NotAnImage {
         /// The file, as it was given to `open`.
         path: PathBuf,
@@ -32,7 +33,7 @@ pub enum StorageError {
         kind: FileKind,
     },
     /// The file lies where none may be taken from.
-    #[error("{}: lies at {}, outside of the folders of --chain-root", path.display(), place.display())]
+    #[error("{}: lies at {}, outside of the folders of --chain-root", shown(path), shown(place))]
     Outside {
         /// The file, as it was given to `open`.
         path: PathBuf,
@@ -42,7 +43,7 @@ pub enum StorageError {
     /// Another process (or another open image of this one) holds the image lock.
     #[error(
         "{}: is in use by another process{}, which {conflict}; stop it first (a virtual machine, or an image tool?)",
-        path.display(),
+        shown(path),
         holder.as_ref().map_or(String::new(), |holder| format!(" ({holder})"))
     )]
     Locked {
@@ -54,7 +55,11 @@ pub enum StorageError {
         holder: Option<Holder>,
     },
     /// This storage has the same file open already, and one of the two is for writing.
-    #[error("{}: is already open as {}; a file that is written can be part of a chain only once", path.display(), other.display())]
+    #[error(
+        "{}: is already open as {}; a file that is written can be part of a chain only once",
+        shown(path),
+        shown(other)
+    )]
     AlreadyOpen {
         /// The file, as it was given to `open`.
         path: PathBuf,
@@ -64,7 +69,7 @@ pub enum StorageError {
         file: FileId,
     },
     /// More files than a [`FileId`] can name.
-    #[error("{}: {} files are open, and no more can be", path.display(), u16::MAX)]
+    #[error("{}: {} files are open, and no more can be", shown(path), u16::MAX)]
     TooManyFiles {
         /// The file, as it was given to `open`.
         path: PathBuf,
@@ -168,7 +173,7 @@ pub struct Holder {
 
 impl std::fmt::Display for Holder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "pid {}, {}", self.pid, self.program)
+        write!(f, "pid {}, {}", self.pid, shown(&self.program))
     }
 }
 

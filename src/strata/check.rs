@@ -6,7 +6,6 @@
 mod text_form;
 
 use std::collections::BTreeMap;
-use std::io::{self, Write as _};
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -20,7 +19,8 @@ use serde::Serialize;
 use storage::host::HostStorage;
 
 use crate::cli::{Cache, CheckArgs, ImageFormat, Repairs};
-use crate::error::ProgramError;
+use crate::error::{ProgramError, Purpose};
+use crate::text::{self, json_name, print};
 
 /// Long enough for the last I/O of a daemon that was just killed, and not so long that one wonders.
 const LOCK_PATIENCE: Duration = Duration::from_millis(500);
@@ -81,24 +81,25 @@ struct FindingFacts {
 /// Runs the command: exit code 0 for a clean image, 2 for a corrupt one, 3 for one with leaks.
 ///
 /// # Errors
-/// When the image could not be checked or repaired, or nobody takes what is printed: exit code 1.
+/// When the image could not be checked or repaired, or nobody takes what is printed: exit code 1, or 63 if its format has nothing to check.
 pub fn run(options: &CheckArgs) -> Result<ExitCode, ProgramError> {
     if options.format == ImageFormat::Raw {
         return Err(ProgramError::NothingToCheck { image: options.image.clone() });
     }
     let storage = options.lock.storage().confined(&options.chain_root).map_err(ProgramError::ChainRoot)?;
-    let outcome = examine(&storage, options)
-        .map_err(|source| ProgramError::Check { image: options.image.clone(), source: Box::new(source) })?;
-    let text = if options.json {
+    let purpose = if options.repair.is_some() { Purpose::Repair } else { Purpose::Check };
+    let outcome = examine(&storage, options).map_err(|source| ProgramError::Check {
+        image: options.image.clone(),
+        purpose,
+        source: Box::new(source),
+    })?;
+    let text = if options.output.is_json() {
         json(&options.image, options.repair, &outcome)
     } else {
         text_form::outcome(&options.image, options.repair, &outcome)
     };
-    match io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush()) {
-        // Whoever reads, as head does, has seen enough.
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(ProgramError::Print(error)),
-        _ => Ok(exit_code(outcome.report.verdict())),
-    }
+    print(&text)?;
+    Ok(exit_code(outcome.report.verdict()))
 }
 
 fn exit_code(verdict: Verdict) -> ExitCode {
@@ -160,7 +161,7 @@ fn json(image: &Path, repair: Option<Repairs>, outcome: &Outcome) -> String {
         text: finding.kind.to_string(),
     });
     let facts = Facts {
-        filename: image.display().to_string(),
+        filename: json_name(image),
         format: "qcow2",
         check_errors: 0,
         corruptions: report.corruptions,
@@ -177,9 +178,7 @@ fn json(image: &Path, repair: Option<Repairs>, outcome: &Outcome) -> String {
         counts: report.tallies.iter().map(|tally| (tally.name, tally.count)).collect(),
         findings: findings.collect(),
     };
-    let mut text = serde_json::to_string_pretty(&facts).expect("facts have text keys and no odd values");
-    text.push('\n');
-    text
+    text::json(&facts)
 }
 
 /// A bar on the standard error, if that is a terminal.

@@ -6,17 +6,22 @@
 mod lock;
 
 use std::ffi::{OsStr, OsString};
+use std::io::{self, Write as _};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use clap::builder::{OsStringValueParser, TypedValueParser as _};
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
 pub use self::lock::LockArgs;
+use crate::failure::Failure;
 use crate::help;
 use crate::listen;
 use crate::log::{LogFormat, LogLevel};
 use crate::size::{Size, SizeChange};
+use crate::text;
 
 /// The longest that `--poll-max` may say, in microseconds: beyond that a sleep costs nothing in comparison.
 const POLL_US_MAX: u64 = 10_000;
@@ -28,9 +33,16 @@ pub const BACKEND_PROGRAM: &str = "strata-blk";
 /// The longest serial in bytes: what GET_ID has room for (virtio 1.2, 5.2.6).
 pub const SERIAL_MAX: usize = 20;
 
+/// Headings of the help.
+const IMAGE: &str = "Image and backing chain";
+const SOCKET: &str = "Socket";
+const DEVICE: &str = "Device in the guest";
+const SPACE: &str = "Space, zeros and discards";
+const HOST_IO: &str = "I/O and memory on the host";
+
 /// Serves qcow2 and raw images to virtual machines over vhost-user.
 #[derive(Debug, Parser)]
-#[command(name = "strata", version, about, after_long_help = help::PROGRAM, arg_required_else_help = true)]
+#[command(name = "strata", version, max_term_width = 120, about, after_long_help = help::PROGRAM, arg_required_else_help = true)]
 pub struct Cli {
     /// Print what the backend can do, as JSON, and exit
     #[arg(long)]
@@ -90,6 +102,18 @@ pub enum Command {
     Resize(ResizeArgs),
 }
 
+impl Command {
+    /// True if the result is to be JSON.
+    pub fn prints_json(&self) -> bool {
+        match self {
+            Command::Info(info) => info.output.is_json(),
+            Command::Check(check) => check.output.is_json(),
+            Command::Snapshot(snapshot) => snapshot.output.is_json(),
+            Command::Serve(_) | Command::Resize(_) => false,
+        }
+    }
+}
+
 /// Options of `strata serve`.
 #[derive(Debug, Args)]
 #[command(after_long_help = help::SERVE)]
@@ -99,17 +123,22 @@ pub struct ServeArgs {
         long,
         visible_alias = "image",
         value_name = "FILE",
-        required_unless_present = "print_capabilities"
+        required_unless_present_any = ["image_argument", "print_capabilities"],
+        help_heading = IMAGE
     )]
     pub blk_file: Option<PathBuf>,
 
+    /// The image to serve, without the name of an option
+    #[arg(value_name = "IMAGE", conflicts_with = "blk_file")]
+    pub image_argument: Option<PathBuf>,
+
     /// Listen on this unix socket; a stale socket file is replaced, one that somebody listens on is not. Neither this nor
     /// --fd is needed where a service manager passes a listening socket (LISTEN_FDS)
-    #[arg(long, visible_alias = "socket", value_name = "PATH", conflicts_with = "fd")]
+    #[arg(long, visible_alias = "socket", value_name = "PATH", conflicts_with = "fd", help_heading = SOCKET)]
     pub socket_path: Option<PathBuf>,
 
     /// Use this inherited file descriptor instead: a unix socket that is listening or connected
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(0..))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(0..), help_heading = SOCKET)]
     pub fd: Option<i32>,
 
     #[command(flatten)]
@@ -123,74 +152,81 @@ pub struct ServeArgs {
 
     /// The same for the backing files, which are only read: through the page cache, disks that share one share its cache
     /// too
-    #[arg(long, value_name = "MODE", default_value = "writeback")]
+    #[arg(long, value_name = "MODE", default_value = "writeback", help_heading = HOST_IO)]
     pub backing_cache: Cache,
 
     /// How calls reach the host: by io_uring, else, if it refuses that, by threads (auto); or by one of these alone
-    #[arg(long, value_name = "WAY", default_value = "auto")]
+    #[arg(long, value_name = "WAY", default_value = "auto", help_heading = HOST_IO)]
     pub aio: Aio,
 
     /// Never write to the image: the guest sees a read-only disk, and others may read the image too
-    #[arg(long)]
+    #[arg(long, help_heading = IMAGE)]
     pub read_only: bool,
 
     /// Serve this internal snapshot of the image, by its ID or its name, instead of the disk as it is now: read-only
-    #[arg(long, value_name = "NAME_OR_ID")]
+    #[arg(long, value_name = "NAME_OR_ID", help_heading = IMAGE)]
     pub snapshot: Option<String>,
 
     /// How many queues to offer, 1 to 256; those that the guest does not use cost nothing
-    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=256))]
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=256), help_heading = DEVICE)]
     pub num_queues: u16,
 
     /// The largest ring in descriptors: a power of two from 2 to 32768
-    #[arg(long, value_name = "N", default_value = "1024", value_parser = queue_size)]
+    #[arg(long, value_name = "N", default_value = "1024", value_parser = queue_size, help_heading = DEVICE)]
     pub queue_size: u16,
 
     /// The disk's serial number in the guest: at most 20 printable ASCII characters [default: made of the image's file
     /// name and its path]
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", help_heading = DEVICE)]
     pub serial: Option<Serial>,
 
     /// The most memory for the map of the disk's clusters, 64K to 64G: 8 bytes map a cluster, so 32M map 256 GiB
     /// at a time with clusters of 64 KiB; what lies in order in its image needs almost none
-    #[arg(long, value_name = "SIZE", default_value = "32M", value_parser = map_cache_size)]
+    #[arg(long, value_name = "SIZE", default_value = "32M", value_parser = map_cache_size, help_heading = HOST_IO)]
     pub map_cache_size: Size,
 
     /// How long at most an idle queue looks for work before it sleeps, 0 to 10000 microseconds: it saves wake-ups where
     /// work comes that soon, and looks less where it does not
-    #[arg(long, value_name = "US", default_value_t = 100, value_parser = clap::value_parser!(u64).range(..=POLL_US_MAX))]
+    #[arg(long, value_name = "US", default_value_t = 100, value_parser = clap::value_parser!(u64).range(..=POLL_US_MAX), help_heading = HOST_IO)]
     pub poll_max: u64,
 
     /// What becomes of a request that finds no space on the host: it fails (report), or waits until there is some while
     /// others go on (wait)
-    #[arg(long, value_name = "ACTION", default_value = "report")]
+    #[arg(long, value_name = "ACTION", default_value = "report", help_heading = SPACE)]
     pub on_enospc: OnEnospc,
 
     /// Writes of zeros: written like any others (off), made write zeroes (on), or made write zeroes that give space back
     /// (unmap)
-    #[arg(long, value_name = "MODE", default_value = "off")]
+    #[arg(long, value_name = "MODE", default_value = "off", help_heading = SPACE)]
     pub detect_zeroes: DetectZeroes,
 
     /// What the guest discards: its space is given back (unmap), or nothing happens (ignore)
-    #[arg(long, value_name = "MODE", default_value = "unmap")]
+    #[arg(long, value_name = "MODE", default_value = "unmap", help_heading = SPACE)]
     pub discard: Discard,
 
     /// Let clusters keep their places in the image when they are discarded or zeroed, so that it does not become
     /// fragmented; their space is given back all the same (qcow2 version 3)
-    #[arg(long)]
+    #[arg(long, help_heading = SPACE)]
     pub discard_no_unref: bool,
 
     /// The socket file's permissions, in octal, such as 0660 [default: by the umask; 0660 with --socket-group]
-    #[arg(long, value_name = "OCTAL", value_parser = socket_mode, conflicts_with = "fd")]
+    #[arg(long, value_name = "OCTAL", value_parser = socket_mode, conflicts_with = "fd", help_heading = SOCKET)]
     pub socket_mode: Option<u32>,
 
     /// The socket file's group: a name in /etc/group, or a number
-    #[arg(long, value_name = "NAME", conflicts_with = "fd")]
+    #[arg(long, value_name = "NAME", conflicts_with = "fd", help_heading = SOCKET)]
     pub socket_group: Option<String>,
 
     /// Print what the backend can do, as JSON, and exit
     #[arg(long)]
     pub print_capabilities: bool,
+}
+
+impl ServeArgs {
+    /// The image, however it was named.
+    pub fn image(&self) -> Option<&Path> {
+        self.blk_file.as_deref().or(self.image_argument.as_deref())
+    }
 }
 
 /// Options of `strata info`.
@@ -215,9 +251,8 @@ pub struct InfoArgs {
     #[arg(short = 'U', long)]
     pub force_share: bool,
 
-    /// Print JSON: an object, or with --backing-chain an array of them, the image first
-    #[arg(long)]
-    pub json: bool,
+    #[command(flatten)]
+    pub output: OutputArgs,
 }
 
 /// Options of `strata check`.
@@ -232,12 +267,11 @@ pub struct CheckArgs {
     #[arg(short, long, value_name = "WHAT")]
     pub repair: Option<Repairs>,
 
-    /// Print JSON, with the names of `qemu-img check --output=json`
-    #[arg(long)]
-    pub json: bool,
+    #[command(flatten)]
+    pub output: OutputArgs,
 
     /// The image's format; a raw image has nothing to check
-    #[arg(long, value_name = "FORMAT", default_value = "qcow2")]
+    #[arg(short = 'f', long, value_name = "FORMAT", default_value = "qcow2")]
     pub format: ImageFormat,
 
     /// Look at an image that is in use, without a lock; what is found may just have been changing
@@ -265,24 +299,35 @@ pub struct SnapshotArgs {
     pub list: bool,
 
     /// Keep the disk as it is now under this name
-    #[arg(short = 'c', long, value_name = "NAME", group = "action")]
+    #[arg(short = 'c', long, value_name = "NAME", group = "action", conflicts_with_all = ["json", "output"])]
     pub create: Option<String>,
 
     /// Make the disk what it was; what has been written since is lost
-    #[arg(short = 'a', long, value_name = "NAME_OR_ID", group = "action")]
+    #[arg(short = 'a', long, value_name = "NAME_OR_ID", group = "action", conflicts_with_all = ["json", "output"])]
     pub apply: Option<String>,
 
     /// Forget a snapshot
-    #[arg(short = 'd', long, value_name = "NAME_OR_ID", group = "action")]
+    #[arg(short = 'd', long, value_name = "NAME_OR_ID", group = "action", conflicts_with_all = ["json", "output"])]
     pub delete: Option<String>,
 
     /// The image, in format qcow2
     #[arg(value_name = "FILE")]
     pub image: PathBuf,
 
-    /// Print the list as JSON
-    #[arg(long, conflicts_with_all = ["create", "apply", "delete"])]
-    pub json: bool,
+    #[command(flatten)]
+    pub output: OutputArgs,
+
+    /// List the snapshots of an image that is in use, without a lock; the list may just have been changing
+    #[arg(short = 'U', long, conflicts_with_all = ["create", "apply", "delete"])]
+    pub force_share: bool,
+
+    /// Take the image only from this folder and what is below it; may be given several times
+    #[arg(long, value_name = "DIR")]
+    pub chain_root: Vec<PathBuf>,
+
+    /// The external file that holds the image's data; it is not opened, and such an image can have no new snapshots
+    #[arg(long, value_name = "FILE")]
+    pub data_file: Option<PathBuf>,
 
     #[command(flatten)]
     pub lock: LockArgs,
@@ -334,31 +379,59 @@ pub enum Repairs {
 #[derive(Clone, Debug, Args)]
 pub struct ChainArgs {
     /// The image's format; it is never guessed, as a guest could write a qcow2 header into a raw disk
-    #[arg(long, value_name = "FORMAT", default_value = "qcow2")]
+    #[arg(short = 'f', long, value_name = "FORMAT", default_value = "qcow2", help_heading = IMAGE)]
     pub format: ImageFormat,
 
     /// The format of backing files whose overlay does not record it
-    #[arg(long, value_name = "FORMAT")]
+    #[arg(long, value_name = "FORMAT", help_heading = IMAGE)]
     pub backing_format: Option<ImageFormat>,
 
     /// Take the image and its backing files only from this folder and what is below it; may be given several times
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", help_heading = IMAGE)]
     pub chain_root: Vec<PathBuf>,
 
     /// Bypass the host's page cache (direct) or go through it (writeback)
-    #[arg(long, value_name = "MODE", default_value = "direct")]
+    #[arg(long, value_name = "MODE", default_value = "direct", help_heading = IMAGE)]
     pub cache: Cache,
+}
+
+/// In which form the result is printed.
+#[derive(Clone, Debug, Args)]
+pub struct OutputArgs {
+    /// Print JSON; an error too is JSON then, on the standard output
+    #[arg(long, conflicts_with = "output", help_heading = "Output")]
+    json: bool,
+
+    /// Print for people (human) or JSON (json), as with qemu-img
+    #[arg(long, value_name = "FORM", help_heading = "Output")]
+    output: Option<Output>,
+}
+
+impl OutputArgs {
+    /// True if the result is to be JSON.
+    pub fn is_json(&self) -> bool {
+        self.json || self.output == Some(Output::Json)
+    }
+}
+
+/// A form of output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// Text for people
+    Human,
+    /// JSON for programs
+    Json,
 }
 
 /// Which external files have the data of images.
 #[derive(Clone, Debug, Args)]
 pub struct DataFileArgs {
     /// The external file that holds the image's data; the name in the image's header is never followed
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", help_heading = IMAGE)]
     pub data_file: Option<PathBuf>,
 
     /// Likewise of a backing file: its name as messages have it, =, and its data file; may be given several times
-    #[arg(long, value_name = "BACKING=FILE", value_parser = backing_data_file)]
+    #[arg(long, value_name = "BACKING=FILE", value_parser = OsStringValueParser::new().try_map(backing_data_file), help_heading = IMAGE)]
     pub backing_data_file: Vec<(PathBuf, PathBuf)>,
 }
 
@@ -522,11 +595,14 @@ fn hash(bytes: &[u8]) -> u32 {
     bytes.iter().fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193))
 }
 
-fn backing_data_file(text: &str) -> Result<(PathBuf, PathBuf), String> {
-    match text.split_once('=') {
-        Some((backing, file)) if !backing.is_empty() && !file.is_empty() => Ok((backing.into(), file.into())),
-        _ => Err("it names a backing file and its data file, with = between them".to_owned()),
+fn backing_data_file(text: OsString) -> Result<(PathBuf, PathBuf), &'static str> {
+    let bytes = text.as_bytes();
+    let at = bytes.iter().position(|byte| *byte == b'=').unwrap_or(0);
+    let (backing, file) = (&bytes[..at], bytes.get(at + 1..).unwrap_or_default());
+    if backing.is_empty() || file.is_empty() {
+        return Err("it names a backing file and its data file, with = between them");
     }
+    Ok((OsStr::from_bytes(backing).into(), OsStr::from_bytes(file).into()))
 }
 
 fn queue_size(text: &str) -> Result<u16, String> {
@@ -565,9 +641,31 @@ pub fn arguments(given: impl Iterator<Item = OsString>) -> Vec<OsString> {
 pub fn parse(given: impl Iterator<Item = OsString>) -> Cli {
     let arguments = arguments(given);
     Cli::try_parse_from(&arguments).and_then(Cli::consistent).unwrap_or_else(|error| {
-        // If even that cannot be printed, there is the exit code.
-        let _ = error.print();
+        tell_usage(&error, &arguments);
         std::process::exit(usage_exit_code(&error, &arguments))
+    })
+}
+
+/// Prints what clap has to say. Values of the command line may be names: what a terminal would obey is escaped.
+fn tell_usage(error: &clap::Error, arguments: &[OsString]) {
+    let text = error.to_string();
+    // If even that cannot be printed, there is the exit code.
+    if text.chars().any(|character| character != '\n' && names::must_be_escaped(character)) {
+        let lines: Vec<String> = text.lines().map(|line| names::one_line(line).to_string()).collect();
+        let _ = io::stderr().write_all((lines.join("\n") + "\n").as_bytes());
+    } else {
+        let _ = error.print();
+    }
+    if error.use_stderr() && asks_for_json(arguments) {
+        let _ = text::print(&Failure::usage(&text).json());
+    }
+}
+
+/// True if wrong arguments ask for JSON as right ones would.
+fn asks_for_json(arguments: &[OsString]) -> bool {
+    let mut pairs = arguments.iter().zip(arguments.iter().skip(1)).take_while(|(_, word)| *word != "--");
+    pairs.any(|(before, word)| {
+        word == "--json" || word == "--output=json" || (before == "--output" && word == "json")
     })
 }
 

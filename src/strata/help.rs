@@ -11,11 +11,18 @@ Examples:
 
 `strata serve --help` shows how to attach the disk to QEMU and to Cloud Hypervisor.
 
-Exit codes: 0 done, 1 failed (the last line on the standard error says why), 2 wrong usage. `strata check` has its own.";
+Exit codes:
+  serve, info, snapshot, resize: 0 done; 1 failed, and the standard error says why; 2 wrong usage
+  check, as qemu-img check: 0 clean; 1 could not be checked (wrong usage too); 2 corrupt; 3 leaks only; 63 the format has
+  nothing that could be checked
+
+With --json (or --output=json, as with qemu-img) a failure with exit code 1, 2 or 63 prints an object to the standard
+output in place of the result, {\"error\": {\"kind\", \"message\", \"file\", \"structure\", \"offset\", \"hint\"}}; what is not
+known is null. The text for people is on the standard error all the same. For check, 2 is a report and no failure.";
 
 /// After `strata serve --help`.
 pub const SERVE: &str = "\
-Serve a qcow2 image, with its backing files:
+Serve a qcow2 image, with its backing files (--blk-file may be left out: `strata serve vm.qcow2 ...`):
   strata serve --blk-file vm.qcow2 --socket-path /run/vm.sock
 
 Attach it to QEMU; the guest's memory must be shared with the daemon (share=on), and may not be larger or smaller
@@ -91,7 +98,8 @@ Examples:
   strata info --json vm.qcow2 | jq '.\"virtual-size\"'
 
 Files are opened read-only, and nothing is changed; backing files only with --backing-chain. An image is described also
-if it has what cannot be served; `not served` says what. An image that is open for writing elsewhere is refused, as
+if it has what cannot be served; `not served` says what. With --json an object is printed, or with --backing-chain an array of them, the image
+first. An image that is open for writing elsewhere is refused, as
 what it says of itself may change at any moment; -U (--force-share) reads it all the same.";
 
 /// After `strata check --help`.
@@ -101,8 +109,9 @@ Examples:
   strata check -r leaks vm.qcow2
   strata check --json vm.qcow2 | jq .corruptions
 
-Exit codes, as of qemu-img check: 0 clean, 1 could not be checked (wrong usage too), 2 corrupt, 3 leaks only. After a
-repair they tell what is left. A note changes none of them.
+Exit codes, as of qemu-img check: 0 clean, 1 could not be checked (wrong usage too), 2 corrupt, 3 leaks only, 63 the
+format has nothing that could be checked (raw, or a file that is known to be in another format). After a repair they tell
+what is left. A note changes none of them. The names in JSON are those of `qemu-img check --output=json`.
 
 Without -r nothing is changed, and others may read the image at the same time; -r needs it alone. Every refcount is
 computed anew from the tables of the active disk, of all snapshots and of persistent bitmaps. -r leaks lowers refcounts
@@ -122,6 +131,8 @@ Examples:
 
 No machine may be using the image. A snapshot is called by its ID or by its name; where one's ID is another's name, the
 ID counts, and -d refuses. (`qemu-img snapshot -d` goes by the name alone.) The names of new snapshots are unique.
+
+-l lists an image in use only with -U, as its table may just have been changing.
 
 A crash or a kill at any instant leaves the disk as it was or as it was to become, and every other snapshot as it is.
 

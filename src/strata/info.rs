@@ -6,7 +6,6 @@
 mod features;
 mod text_form;
 
-use std::io::{self, Write as _};
 use std::time::Duration;
 
 use disk::check::Sharing;
@@ -18,6 +17,7 @@ use crate::cli::{Cache, InfoArgs};
 use crate::error::{ProgramError, Purpose};
 use crate::info::features::{ExtensionFacts, FeatureFacts};
 use crate::snapshot::SnapshotFacts;
+use crate::text::{json, json_name, print};
 
 /// Long enough for the last I/O of a daemon that was just killed, and not so long that one wonders.
 const LOCK_PATIENCE: Duration = Duration::from_millis(500);
@@ -123,31 +123,21 @@ pub fn run(options: &InfoArgs) -> Result<(), ProgramError> {
     let storage =
         options.lock.storage().confined(&options.chain.chain_root).map_err(ProgramError::ChainRoot)?;
     let sharing = if options.force_share { Sharing::All } else { Sharing::Readers };
-    let failed = |source| ProgramError::Open { image: image.to_owned(), purpose: Purpose::Describe, source };
+    let failed = |source| ProgramError::Open { image: image.to_owned(), purpose: Purpose::Info, source };
     let layers = disk::describe(&storage, image, &how, sharing, options.backing_chain).map_err(failed)?;
     let layers: Vec<LayerFacts> = layers.iter().map(layer_facts).collect();
-    let text = match (options.json, options.backing_chain) {
+    let text = match (options.output.is_json(), options.backing_chain) {
         (true, true) => json(&layers),
         (true, false) => json(&layers[0]),
         (false, _) => text_form::chain(&layers),
     };
-    match io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush()) {
-        // Whoever reads, as head does, has seen enough.
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(ProgramError::Print(error)),
-        _ => Ok(()),
-    }
-}
-
-fn json(facts: &impl Serialize) -> String {
-    let mut text = serde_json::to_string_pretty(facts).expect("facts have text keys and no odd values");
-    text.push('\n');
-    text
+    print(&text)
 }
 
 fn layer_facts(description: &LayerDescription) -> LayerFacts {
     let LayerDescription { layer, allocated, unsupported, .. } = description;
     LayerFacts {
-        filename: layer.path.display().to_string(),
+        filename: json_name(&layer.path),
         format: if layer.header.is_some() { "qcow2" } else { "raw" },
         virtual_size: layer.size,
         actual_size: *allocated,
@@ -177,11 +167,7 @@ fn qcow2_facts(header: &Header, description: &LayerDescription) -> Qcow2Facts {
         refcount_bits: 1 << header.refcount_order,
         corrupt: has(Incompatible::CORRUPT),
         extended_l2: has(Incompatible::EXTENDED_L2),
-        data_file: if data_file {
-            header.data_file_name_lossy().map(std::borrow::Cow::into_owned)
-        } else {
-            None
-        },
+        data_file: if data_file { header.data_file_name().map(json_name) } else { None },
         data_file_raw: data_file.then_some(raw),
         bitmaps: bitmaps.iter().flatten().map(bitmap_facts).collect(),
         bitmaps_damaged: bitmaps.as_ref().err().map(ToString::to_string),
@@ -191,8 +177,8 @@ fn qcow2_facts(header: &Header, description: &LayerDescription) -> Qcow2Facts {
     Qcow2Facts {
         cluster_size: header.geometry().cluster_size(),
         dirty_flag: has(Incompatible::DIRTY),
-        backing_filename: header.backing_file_lossy().map(std::borrow::Cow::into_owned),
-        full_backing_filename: backing.as_ref().map(|path| path.display().to_string()),
+        backing_filename: header.backing_file.as_ref().map(json_name),
+        full_backing_filename: backing.as_ref().map(json_name),
         backing_filename_format: header.backing_format.clone(),
         snapshot_count: header.snapshots,
         snapshots: snapshots.iter().flatten().map(SnapshotFacts::new).collect(),
@@ -204,7 +190,7 @@ fn qcow2_facts(header: &Header, description: &LayerDescription) -> Qcow2Facts {
 fn bitmap_facts(bitmap: &Bitmap) -> BitmapFacts {
     let flags = [(bitmap.is_in_use(), "in-use"), (bitmap.is_auto(), "auto")];
     BitmapFacts {
-        name: String::from_utf8_lossy(&bitmap.name).into_owned(),
+        name: json_name(&bitmap.name),
         granularity: bitmap.granularity(),
         flags: flags.into_iter().filter(|(set, _)| *set).map(|(_, name)| name).collect(),
     }

@@ -46,7 +46,7 @@ pub fn passed_sockets() -> u32 {
 impl std::fmt::Display for Place {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Place::File { path, .. } => path.display().fmt(f),
+            Place::File { path, .. } => names::shown(path).fmt(f),
             Place::Descriptor(number) => write!(f, "file descriptor {number}"),
             Place::Passed => write!(f, "the service manager's socket"),
         }

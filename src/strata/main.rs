@@ -9,7 +9,9 @@ mod check;
 mod cli;
 mod device;
 mod error;
+mod failure;
 mod help;
+mod hint;
 mod info;
 mod limits;
 mod listen;
@@ -54,7 +56,11 @@ fn main() -> ExitCode {
         Ok(()) => ended_with,
         Err(error) => {
             error::show(&error);
-            ExitCode::FAILURE
+            if cli.command.as_ref().is_some_and(Command::prints_json) {
+                // If nobody takes it, there is the exit code.
+                let _ = text::print(&failure::Failure::new(&error).json());
+            }
+            ExitCode::from(error.exit_code())
         }
     }
 }

@@ -2,7 +2,6 @@
 //!
 //! Owns what the command line means and what is printed. What is done to the image is the disk's.
 
-use std::io::{self, Write as _};
 use std::time::Duration;
 
 use disk::DiskOptions;
@@ -13,6 +12,7 @@ use crate::cli::{Cache, ResizeArgs};
 use crate::error::{ProgramError, Purpose};
 use crate::signals;
 use crate::size::{SizeChange, in_words};
+use crate::text::print;
 
 /// Long enough for the last I/O of a daemon that was just killed, and not so long that one wonders.
 const LOCK_PATIENCE: Duration = Duration::from_millis(500);
@@ -42,15 +42,11 @@ pub fn run(options: &ResizeArgs) -> Result<(), ProgramError> {
     signals::finish_first()?;
     let resized = resize(storage, &options.image, wanted, shrinking, &how).map_err(|error| match error {
         ResizeError::Change(ChangeError::Open(source)) => {
-            ProgramError::Open { image: options.image.clone(), purpose: Purpose::Write, source }
+            ProgramError::Open { image: options.image.clone(), purpose: Purpose::Resize, source }
         }
         source => ProgramError::Resize(source),
     })?;
-    match io::stdout().write_all(told(resized).as_bytes()).and_then(|()| io::stdout().flush()) {
-        // Whoever reads, as head does, has seen enough.
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(ProgramError::Print(error)),
-        _ => Ok(()),
-    }
+    print(&told(resized))
 }
 
 fn told(Resized { from, to }: Resized) -> String {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use disk::{Disk, DiskOptions, SpaceStatus};
+use names::shown;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use storage::host::HostStorage;
 use tracing::{debug, info, warn};
@@ -18,7 +19,6 @@ use crate::listen::Place;
 use crate::notify;
 use crate::shutdown::Shutdown;
 use crate::size;
-use crate::text::one_line;
 
 /// How long to wait for the image's last user: a daemon that is being restarted.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
@@ -30,7 +30,7 @@ type HostDevice = DiskDevice<HostStorage>;
 /// # Errors
 /// When the disk cannot be opened, the socket not be had, or the image not be closed cleanly.
 pub fn run(options: &ServeArgs) -> Result<(), ProgramError> {
-    let image = options.blk_file.as_deref().expect("clap wants an image where there is something to serve");
+    let image = options.image().expect("clap wants an image where there is something to serve");
     raise_file_limit();
     let place = Place::choose(options)?;
     let stop =
@@ -82,7 +82,7 @@ fn open(image: &Path, options: &ServeArgs) -> Result<HostDevice, ProgramError> {
         ..DiskOptions::default()
     };
     let purpose =
-        if options.read_only || options.snapshot.is_some() { Purpose::Read } else { Purpose::Write };
+        if options.read_only || options.snapshot.is_some() { Purpose::ServeReadOnly } else { Purpose::Serve };
     let storage = options.lock.storage().by(options.aio.into());
     let storage = storage.confined(&options.chain.chain_root).map_err(ProgramError::ChainRoot)?;
     let disk = Disk::open(storage, image, &how).map_err(|source| ProgramError::Open {
@@ -109,7 +109,7 @@ fn serve(
     stop: &StopHandle,
 ) -> Result<(), ProgramError> {
     let server = place.listen()?;
-    info!("serving {} on {place}: {}", one_line(&image.display().to_string()), described(device, offer));
+    info!("serving {} on {place}: {}", shown(image), described(device, offer));
     notify::send(notify::READY);
     Ok(server.serve(device, offer, stop)?)
 }
@@ -124,9 +124,7 @@ fn described(device: &HostDevice, offer: &ServeOptions) -> String {
         1 => String::new(),
         count => format!(", a chain of {count} layers"),
     };
-    let data = disk
-        .data_file()
-        .map_or(String::new(), |file| format!(" and its data in {}", one_line(&file.display().to_string())));
+    let data = disk.data_file().map_or(String::new(), |file| format!(" and its data in {}", shown(file)));
     let access = if disk.is_read_only() { ", read-only" } else { "" };
     let queues = offer.num_queues;
     format!("{}, {format}{data}{layers}{access}, up to {queues} queues", size::short(disk.size()))

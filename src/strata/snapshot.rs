@@ -2,18 +2,19 @@
 //!
 //! Owns how a snapshot is told, its JSON spelled as in `qemu-img info`. What is done to the image is the disk's.
 
-use std::io::{self, Write as _};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use disk::DiskOptions;
-use disk::snapshot::{Change, Snapshot, change, list};
+use disk::check::Sharing;
+use disk::snapshot::{Change, Snapshot, change, list_sharing};
+use names::shown;
 use serde::Serialize;
 
 use crate::cli::{Cache, SnapshotArgs};
 use crate::error::{ProgramError, Purpose};
 use crate::signals;
 use crate::size;
-use crate::text::one_line;
+use crate::text::{json, json_name, print};
 
 /// Long enough for the last I/O of a daemon that was just killed, and not so long that one wonders.
 const LOCK_PATIENCE: Duration = Duration::from_millis(500);
@@ -43,10 +44,9 @@ pub struct SnapshotFacts {
 impl SnapshotFacts {
     /// What there is to tell of it.
     pub fn new(snapshot: &Snapshot) -> Self {
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         SnapshotFacts {
-            id: text(&snapshot.id),
-            name: text(&snapshot.name),
+            id: json_name(&snapshot.id),
+            name: json_name(&snapshot.name),
             vm_state_size: snapshot.vm_state_size(),
             date_sec: snapshot.seconds,
             date_nsec: snapshot.nanoseconds,
@@ -63,7 +63,7 @@ impl SnapshotFacts {
         let disk = self.virtual_size.map_or(String::new(), |bytes| sized("disk", bytes));
         let state =
             if self.vm_state_size > 0 { sized("VM state", self.vm_state_size) } else { String::new() };
-        format!("{} {}, {} UTC{disk}{state}", one_line(&self.id), one_line(&self.name), date(self.date_sec))
+        format!("{} {}, {} UTC{disk}{state}", shown(&self.id), shown(&self.name), date(self.date_sec))
     }
 }
 
@@ -74,22 +74,25 @@ impl SnapshotFacts {
 pub fn run(options: &SnapshotArgs) -> Result<(), ProgramError> {
     let image = &options.image;
     let how = DiskOptions {
+        data_file: options.data_file.clone(),
         direct: options.cache == Cache::Direct,
         lock_timeout: options.lock.timeout(LOCK_PATIENCE),
         ..DiskOptions::default()
     };
+    let storage = options.lock.storage().confined(&options.chain_root).map_err(ProgramError::ChainRoot)?;
     let Some(wanted) = wanted(options) else {
-        let purpose = Purpose::Describe;
+        let purpose = Purpose::SnapshotList;
+        let sharing = if options.force_share { Sharing::All } else { Sharing::Readers };
         let failed = |source| ProgramError::Open { image: image.to_owned(), purpose, source };
-        let snapshots = list(&options.lock.storage(), image, &how).map_err(failed)?;
+        let snapshots = list_sharing(&storage, image, sharing, &how).map_err(failed)?;
         let facts: Vec<SnapshotFacts> = snapshots.iter().map(SnapshotFacts::new).collect();
-        return print(&if options.json { json(&facts) } else { table(&facts) });
+        return print(&if options.output.is_json() { json(&facts) } else { table(&facts) });
     };
     signals::finish_first()?;
-    match change(&options.lock.storage(), image, wanted, &how) {
+    match change(&storage, image, wanted, &how) {
         Ok(_) => Ok(()),
         Err(disk::snapshot::ChangeError::Open(source)) => {
-            Err(ProgramError::Open { image: image.to_owned(), purpose: Purpose::Write, source })
+            Err(ProgramError::Open { image: image.to_owned(), purpose: Purpose::SnapshotChange, source })
         }
         Err(source) => Err(ProgramError::Snapshot(source)),
     }
@@ -107,27 +110,13 @@ fn wanted(options: &SnapshotArgs) -> Option<Change> {
     apply.or_else(|| options.delete.clone().map(|wanted| Change::Delete { wanted }))
 }
 
-fn print(text: &str) -> Result<(), ProgramError> {
-    match io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush()) {
-        // Whoever reads, as head does, has seen enough.
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(ProgramError::Print(error)),
-        _ => Ok(()),
-    }
-}
-
-fn json(facts: &[SnapshotFacts]) -> String {
-    let mut text = serde_json::to_string_pretty(facts).expect("numbers and strings");
-    text.push('\n');
-    text
-}
-
 fn table(facts: &[SnapshotFacts]) -> String {
     let mut rows = vec![["ID", "NAME", "DATE (UTC)", "DISK", "VM STATE", "VM CLOCK"].map(str::to_owned)];
     rows.extend(facts.iter().map(|one| {
         let bytes = |bytes: u64| if bytes == 0 { "-".to_owned() } else { size::short(bytes) };
         [
-            one_line(&one.id),
-            one_line(&one.name),
+            shown(&one.id).to_string(),
+            shown(&one.name).to_string(),
             date(one.date_sec),
             one.virtual_size.map_or("-".to_owned(), size::short),
             bytes(one.vm_state_size),

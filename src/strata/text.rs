@@ -1,21 +1,47 @@
-//! Text that came from outside, made fit for a terminal.
+//! What is printed: JSON that is fit for any terminal and parser, and the way to the standard output.
 
-/// The text with its control characters written as escapes: names in images are untrusted, and a terminal obeys.
-pub fn printable(text: &str) -> String {
-    let mut safe = String::with_capacity(text.len());
-    for character in text.chars() {
-        if character.is_control() && character != '\n' {
-            safe.extend(character.escape_default());
-        } else {
-            safe.push(character);
-        }
-    }
-    safe
+use std::fmt::Write as _;
+use std::io::{self, Write as _};
+
+use names::{Name, must_be_escaped};
+use serde::Serialize;
+
+use crate::error::ProgramError;
+
+/// A name as a value in JSON, which has no bytes: what is not UTF-8 becomes U+FFFD. Never for a message: see
+/// [`names::shown`].
+pub fn json_name<N: Name + ?Sized>(name: &N) -> String {
+    String::from_utf8_lossy(name.name_bytes()).into_owned()
 }
 
-/// As [`printable`], on one line.
-pub fn one_line(text: &str) -> String {
-    printable(text).replace('\n', "\\n")
+/// A value as JSON on several lines. Characters that a terminal would obey, or that change the order of text, are escaped
+/// as JSON has it, so a parser sees the same strings.
+pub fn json(value: &impl Serialize) -> String {
+    let plain = serde_json::to_string_pretty(value).expect("the values have text keys and no odd numbers");
+    let mut text = String::with_capacity(plain.len() + 1);
+    for character in plain.chars() {
+        // Line ends are the layout's: in a string they are escaped already.
+        if character == '\n' || !must_be_escaped(character) {
+            text.push(character);
+            continue;
+        }
+        for unit in character.encode_utf16(&mut [0; 2]) {
+            let _ = write!(text, "\\u{unit:04x}");
+        }
+    }
+    text.push('\n');
+    text
+}
+
+/// Prints to the standard output. That the reader has gone, as `head` does, is no error.
+///
+/// # Errors
+/// When the text cannot be written.
+pub fn print(text: &str) -> Result<(), ProgramError> {
+    match io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(ProgramError::Print(error)),
+        _ => Ok(()),
+    }
 }
 
 #[cfg(test)]
@@ -23,8 +49,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn terminals_get_no_orders() {
-        assert_eq!(printable("a\x1b[2Jb\u{9b}c\nd é"), "a\\u{1b}[2Jb\\u{9b}c\nd é");
-        assert_eq!(one_line("a\nb\r"), "a\\nb\\r");
+    fn json_is_fit_for_a_terminal_and_says_the_same() {
+        let name = "a\n\x1b[2J\u{9b}\u{202e}\u{e0041}\"é";
+        let text = json(&[name]);
+        assert!(text.chars().all(|character| character == '\n' || !must_be_escaped(character)), "{text}");
+        assert_eq!(serde_json::from_str::<Vec<String>>(&text).expect("JSON"), [name]);
+        assert_eq!(json(&[json_name(b"a\xff".as_slice())]), "[\n  \"a\u{fffd}\"\n]\n");
     }
 }

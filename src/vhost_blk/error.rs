@@ -4,25 +4,27 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use names::shown;
+
 /// Why a server could not be set up or had to stop. What one frontend does wrong never shows here: that ends its
 /// session only.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SessionError {
     /// Somebody accepts connections on the socket.
-    #[error("socket {}: another program is listening on it", path.display())]
+    #[error("socket {}: another program is listening on it", shown(path))]
     SocketInUse {
         /// The path.
         path: PathBuf,
     },
     /// Something that is no socket is in the way.
-    #[error("{} exists and is not a socket; it was left alone", path.display())]
+    #[error("{} exists and is not a socket; it was left alone", shown(path))]
     NotASocket {
         /// The path.
         path: PathBuf,
     },
     /// The socket could not be made.
-    #[error("socket {}: cannot {step}: {source}", path.display())]
+    #[error("socket {}: cannot {step}: {source}", shown(path))]
     Socket {
         /// The path.
         path: PathBuf,

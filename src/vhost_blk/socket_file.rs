@@ -52,7 +52,7 @@ impl Listening {
                 if is_in_use(path).map_err(|error| failed("look who listens", error))? {
                     return Err(SessionError::SocketInUse { path: path.to_owned() });
                 }
-                info!("replacing the stale socket {}", path.display());
+                info!("replacing the stale socket {}", names::shown(path));
                 fs::remove_file(path).map_err(|error| failed("remove the stale file", error))?;
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}

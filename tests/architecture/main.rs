@@ -6,6 +6,7 @@
 
 mod circles;
 mod edges;
+mod names;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};

@@ -1,5 +1,6 @@
 //! Why an image that nobody uses cannot be changed as asked. Nothing has been written then.
 
+use names::shown;
 use qcow2::HostOffset;
 use thiserror::Error;
 
@@ -34,21 +35,22 @@ pub enum ChangeRefusal {
         max: usize,
     },
     /// There is such a snapshot already.
-    #[error("there is a snapshot with the ID or the name \"{name}\" already")]
+    #[error("there is a snapshot with the ID or the name \"{}\" already", shown(name))]
     Exists {
         /// The name.
         name: String,
     },
     /// There is no such snapshot.
-    #[error("there is no snapshot with the ID or the name \"{wanted}\"")]
+    #[error("there is no snapshot with the ID or the name \"{}\"", shown(wanted))]
     NotFound {
         /// What was asked for.
         wanted: String,
     },
     /// Which of two is meant to go is not sure enough.
     #[error(
-        "\"{wanted}\" is the ID of one snapshot and the name of another: delete the other by its ID first, or this one by \
-         its name"
+        "\"{}\" is the ID of one snapshot and the name of another: delete the other by its ID first, or this one by \
+         its name",
+        shown(wanted)
     )]
     Ambiguous {
         /// What was asked for.
@@ -116,12 +118,13 @@ pub enum ChangeRefusal {
     ResizeWithSnapshotsInV2,
     /// Its size is that of the image.
     #[error(
-        "the snapshot with the ID \"{id}\" does not say how large its disk is, and would change its size with the image: \
-         delete it, or have `strata check -r all` add that"
+        "the snapshot with the ID \"{}\" does not say how large its disk is, and would change its size with the image: \
+         delete it, or have `strata check -r all` add that",
+        shown(id)
     )]
     SnapshotWithoutSize {
         /// Its ID.
-        id: String,
+        id: Vec<u8>,
     },
     /// What is new would not read as zero.
     #[error(

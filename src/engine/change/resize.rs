@@ -52,7 +52,7 @@ impl Resize {
     pub(super) fn examine_snapshots(&self, snapshots: &[Snapshot]) -> Result<(), ChangeRefusal> {
         match snapshots.iter().find(|snapshot| snapshot.disk_size().is_none()) {
             Some(snapshot) => {
-                let id = String::from_utf8_lossy(&snapshot.id).into_owned();
+                let id = snapshot.id.clone();
                 Err(ChangeRefusal::SnapshotWithoutSize { id })
             }
             None => Ok(()),

@@ -110,7 +110,7 @@ proptest! {
         bytes.truncate(length.unwrap_or(bytes.len()));
         let _ = Header::cluster_size_hint(&bytes);
         if let Ok(header) = Header::parse(&bytes, bytes.len() as u64) {
-            let _ = (header.unsupported(), header.write_refusal(), header.backing_file_lossy());
+            let _ = (header.unsupported(), header.write_refusal(), header.data_file_name());
             // A header that fills its cluster to the last byte may not fit any more with padding.
             if let Ok(again) = header.encode() {
                 prop_assert_eq!(Header::parse(&again, again.len() as u64), Ok(header));

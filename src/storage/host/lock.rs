@@ -14,6 +14,7 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use names::shown;
 use tracing::warn;
 
 use super::holder::{self, LockKey};
@@ -58,7 +59,7 @@ pub(super) fn lock_image(
             Ok(None) => return Ok(()),
             Ok(Some(found)) => found,
             Err(source) if may_go_on(&source, unlocked_allowed) => {
-                warn!(path = %path.display(), %source, "used without an image lock");
+                warn!(path = %shown(path), %source, "used without an image lock");
                 return Ok(());
             }
             Err(source) => {
@@ -76,7 +77,7 @@ pub(super) fn lock_image(
         if !waited {
             let user = holder().map_or("another process".to_owned(), |holder| holder.to_string());
             let seconds = options.lock_timeout.as_secs_f64();
-            warn!(path = %path.display(), conflict = %found.conflict, "in use by {user}; waiting up to {seconds} s for it");
+            warn!(path = %shown(path), conflict = %found.conflict, "in use by {user}; waiting up to {seconds} s for it");
             waited = true;
         }
         std::thread::sleep(RETRY_PAUSE.min(options.lock_timeout));

@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io;
 use std::path::Path;
 
+use names::shown;
 use rustix::fs::{AtFlags, FileType, OFlags, SeekFrom, StatxFlags};
 use tracing::warn;
 
@@ -99,7 +100,7 @@ pub(super) fn settle_flags(
             Ok(()) => return Ok(()),
             Err(rustix::io::Errno::INVAL) if probed.memory_backed => {}
             Err(rustix::io::Errno::INVAL) => {
-                warn!(path = %path.display(), "opened buffered: the file system has no direct I/O");
+                warn!(path = %shown(path), "opened buffered: the file system has no direct I/O");
             }
             Err(errno) => return Err(failed(errno)),
         }
@@ -115,12 +116,12 @@ pub(super) fn settle_flags(
 fn direct_suits(path: &Path, probed: &Probed) -> bool {
     let (offset, memory) = (probed.offset_alignment, probed.memory_alignment);
     if !probed.direct_possible {
-        warn!(path = %path.display(), "opened buffered: the file system has no direct I/O on this file");
+        warn!(path = %shown(path), "opened buffered: the file system has no direct I/O on this file");
     } else if !offset.is_power_of_two() || !memory.is_power_of_two() {
-        warn!(path = %path.display(), offset, memory, "opened buffered: odd alignment for direct I/O");
+        warn!(path = %shown(path), offset, memory, "opened buffered: odd alignment for direct I/O");
     } else if offset > OFFSET_ALIGNMENT_MAX || memory as usize > BUFFER_ALIGNMENT {
         warn!(
-            path = %path.display(), offset, memory,
+            path = %shown(path), offset, memory,
             "opened buffered: direct I/O here needs a coarser alignment than a guest's 512-byte sectors"
         );
     } else {

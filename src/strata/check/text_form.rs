@@ -4,11 +4,11 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use disk::check::{RepairKind, Report, Verdict};
+use names::shown;
 
 use crate::check::{Outcome, severity};
 use crate::cli::Repairs;
 use crate::size;
-use crate::text::one_line;
 
 /// Everything that is told.
 pub(super) fn outcome(image: &Path, repair: Option<Repairs>, outcome: &Outcome) -> String {
@@ -22,7 +22,7 @@ pub(super) fn outcome(image: &Path, repair: Option<Repairs>, outcome: &Outcome) 
     }
     let report = &outcome.report;
     findings(report, &mut text);
-    let name = one_line(&image.display().to_string());
+    let name = shown(image);
     text += &format!("{name}: {}\n", verdict(report, outcome.before.is_some()));
     if let Some(reason) = &outcome.not_repaired {
         text += &format!("not repaired: {reason}\n");

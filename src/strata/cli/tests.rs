@@ -132,6 +132,42 @@ fn resize_takes_a_size_with_a_sign_wherever_the_option_stands() {
 }
 
 #[test]
+fn the_names_of_qemu_img_are_taken_too() {
+    let options = serve("strata serve a.qcow2 --socket-path s -f raw");
+    assert_eq!((options.image(), options.chain.format), (Some(Path::new("a.qcow2")), ImageFormat::Raw));
+    assert_eq!(serve("strata serve --blk-file b --fd 3").image(), Some(Path::new("b")));
+    assert!(refused("strata serve a --blk-file b --fd 3").contains("cannot be used with"));
+    for (line, json) in [
+        ("strata info -f qcow2 --output=json a", true),
+        ("strata info --output human a", false),
+        ("strata check -f qcow2 --output=json a", true),
+        ("strata check --json a", true),
+        ("strata snapshot -l --output=json a", true),
+        ("strata snapshot -l -U --chain-root / --data-file d a", false),
+    ] {
+        assert_eq!(parse(line).expect(line).command.expect("one").prints_json(), json, "{line}");
+    }
+    refused("strata info --json --output=human a");
+    refused("strata snapshot -U -d x a");
+}
+
+#[test]
+fn help_has_headings_and_no_line_wider_than_its_limit() {
+    for command in ["serve", "info", "check", "snapshot", "resize"] {
+        let program = Cli::command();
+        let command = program.find_subcommand(command).expect("there").clone();
+        let help = command.term_width(60).render_help().to_string();
+        let options = help.lines().filter(|line| line.starts_with("          "));
+        assert!(options.clone().count() > 3, "{help}");
+        assert!(options.clone().all(|line| line.len() <= 60), "{help}");
+    }
+    let help = Cli::command().find_subcommand_mut("serve").expect("there").render_help().to_string();
+    for heading in [IMAGE, SOCKET, DEVICE, SPACE, HOST_IO] {
+        assert!(help.contains(&format!("\n{heading}:\n")), "{heading} is missing in:\n{help}");
+    }
+}
+
+#[test]
 fn capabilities_need_nothing_else() {
     assert!(parse("strata --print-capabilities").expect("right").print_capabilities);
     assert!(serve("strata serve --print-capabilities").print_capabilities);

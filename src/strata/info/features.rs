@@ -4,6 +4,8 @@ use qcow2::feature::{AUTOCLEAR_BITMAPS, AUTOCLEAR_RAW_DATA_FILE, COMPATIBLE_LAZY
 use qcow2::{Header, Incompatible, extension};
 use serde::Serialize;
 
+use crate::text::json_name;
+
 /// Bytes of an entry in the feature name table: type, bit number, name.
 const NAME_ENTRY: usize = 48;
 
@@ -76,7 +78,7 @@ fn name_in_image(header: &Header, field: Field, bit: u8) -> Option<String> {
     let mut entries = tables.flat_map(|table| table.data.as_chunks::<NAME_ENTRY>().0);
     let entry = entries.find(|entry| entry[..2] == [field as u8, bit])?;
     let name = entry[2..].split(|byte| *byte == 0).next().unwrap_or_default();
-    (!name.is_empty()).then(|| String::from_utf8_lossy(name).into_owned())
+    (!name.is_empty()).then(|| json_name(name))
 }
 
 /// The extensions of a header, in their order.

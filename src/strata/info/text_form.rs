@@ -1,8 +1,9 @@
 //! The facts of a chain as text: one block a layer, names to the left, values in a column.
 
+use names::{one_line, shown};
+
 use crate::info::{BitmapFacts, LayerFacts, Qcow2Facts};
 use crate::size;
-use crate::text::one_line;
 
 /// Where the values begin.
 const COLUMN: usize = 18;
@@ -25,13 +26,13 @@ pub fn chain(layers: &[LayerFacts]) -> String {
 }
 
 fn describe(layer: &LayerFacts, block: &mut Block) {
-    block.line("file", &one_line(&layer.filename));
+    block.line("file", &shown(&layer.filename).to_string());
     block.line("format", &format_of(layer));
     block.line("virtual size", &size::in_words(layer.virtual_size));
     block.line("on the host", &size::in_words(layer.actual_size));
     block.line("file length", &size::in_words(layer.file_length));
     if let Some(reason) = &layer.not_served {
-        block.line("not served", &one_line(reason));
+        block.line("not served", &one_line(reason).to_string());
     }
     if let Some(qcow2) = &layer.qcow2 {
         describe_qcow2(qcow2, block);
@@ -52,8 +53,8 @@ fn describe_qcow2(qcow2: &Qcow2Facts, block: &mut Block) {
     block.line("compression", data.compression_type);
     if let Some(name) = &qcow2.backing_filename {
         let format = qcow2.backing_filename_format.as_deref().unwrap_or("not recorded");
-        block.line("backing file", &one_line(name));
-        block.line("backing format", &one_line(format));
+        block.line("backing file", &shown(name).to_string());
+        block.line("backing format", &shown(format).to_string());
     }
     if qcow2.snapshot_count > 0 {
         block.line("snapshots", &qcow2.snapshot_count.to_string());
@@ -62,17 +63,17 @@ fn describe_qcow2(qcow2: &Qcow2Facts, block: &mut Block) {
         block.line("snapshot", &snapshot.in_a_line());
     }
     if let Some(damage) = &qcow2.snapshots_damaged {
-        block.line("snapshots", &one_line(damage));
+        block.line("snapshots", &one_line(damage).to_string());
     }
     if let Some(name) = &data.data_file {
         let raw = if data.data_file_raw == Some(true) { " (raw)" } else { "" };
-        block.line("data file", &format!("{}{raw}", one_line(name)));
+        block.line("data file", &format!("{}{raw}", shown(name)));
     }
     for bitmap in &data.bitmaps {
         block.line("bitmap", &describe_bitmap(bitmap));
     }
     if let Some(damage) = &data.bitmaps_damaged {
-        block.line("bitmaps", &one_line(damage));
+        block.line("bitmaps", &one_line(damage).to_string());
     }
     let features = &data.features;
     block.list("incompatible", features.incompatible.iter().map(String::as_str));
@@ -96,7 +97,7 @@ fn describe_bitmap(bitmap: &BitmapFacts) -> String {
         (false, true) => "enabled",
         (false, false) => "disabled",
     };
-    format!("{}, granularity {}, {state}", one_line(&bitmap.name), size::short(bitmap.granularity))
+    format!("{}, granularity {}, {state}", shown(&bitmap.name), size::short(bitmap.granularity))
 }
 
 #[derive(Default)]
@@ -111,7 +112,7 @@ impl Block {
 
     /// A line only if there is anything in the list.
     fn list<'a>(&mut self, name: &str, values: impl Iterator<Item = &'a str>) {
-        let all: Vec<String> = values.map(one_line).collect();
+        let all: Vec<String> = values.map(|value| shown(value).to_string()).collect();
         if !all.is_empty() {
             self.line(name, &all.join(", "));
         }

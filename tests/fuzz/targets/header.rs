@@ -19,7 +19,7 @@ pub fn follow(header: &Header) {
     assert!(geometry.l1_entries() <= u64::from(header.l1_entries));
     let _ = (geometry.guest_clusters(), geometry.granule_size(), geometry.refblock_entries());
     let refusals = (header.unsupported(), header.write_refusal());
-    let _ = format!("{refusals:?} {:?}", header.backing_file_lossy());
+    let _ = format!("{refusals:?} {:?}", header.data_file_name());
     assert!(header.unsupported().is_some() || header.compression().is_some(), "a compression that is known");
     let bitmaps = header.bitmaps();
     assert_eq!(header.autoclear_kept(false) & header.autoclear_kept(true), header.autoclear_kept(false));

@@ -40,6 +40,13 @@ impl Bench {
 
     /// An empty image of 1 MiB over a backing file, with or without its format.
     pub fn image_over(&self, name: &str, backing: Option<(&str, Option<&str>)>) {
+        let file = backing.map(|(file, _)| file.as_bytes().to_vec());
+        let format = backing.and_then(|(_, format)| format.map(str::to_owned));
+        self.image_named(name, file, format);
+    }
+
+    /// As [`Bench::image_over`], with a name of any bytes.
+    pub fn image_named(&self, name: &str, backing_file: Option<Vec<u8>>, backing_format: Option<String>) {
         let geometry = Geometry {
             version: Version::V3,
             cluster_bits: 16,
@@ -48,8 +55,8 @@ impl Bench {
             size: 1 << 20,
         };
         let mut image = NewImage::new(geometry);
-        image.backing_file = backing.map(|(file, _)| file.as_bytes().to_vec());
-        image.backing_format = backing.and_then(|(_, format)| format.map(str::to_owned));
+        image.backing_file = backing_file;
+        image.backing_format = backing_format;
         let pieces = image.layout().expect("a right geometry");
         let bytes: Vec<u8> = pieces.into_iter().flat_map(|(_, piece)| piece).collect();
         std::fs::write(self.path(name), bytes).expect("written");
