@@ -33,7 +33,8 @@ fn complaints(path: &str, text: &str) -> Vec<String> {
     calls(text.parse().unwrap_or_else(|error| panic!("{path}: {error}")), &mut found);
     let is_value = |name: &str| name.contains("lossy") && LOSSY_VALUES.contains(&path);
     let bare = found.into_iter().filter(|(_, name)| !is_value(name));
-    bare.map(|(line, name)| format!("{path}:{line}: {name} of a name: use names::shown or ShellCommand")).collect()
+    bare.map(|(line, name)| format!("{path}:{line}: {name} of a name: use names::shown or ShellCommand"))
+        .collect()
 }
 
 #[test]
