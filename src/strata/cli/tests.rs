@@ -226,5 +226,5 @@ fn wrong_usage_of_check_is_not_its_exit_code_for_corruption() {
     assert_eq!(code("strata check --help"), 0);
     assert_eq!(code("strata info --odd check"), 2);
     assert_eq!(code("strata --odd"), 2);
-    assert_eq!(code("strata-blk check"), 2);
+    assert_eq!(code("strata-blk --odd check"), 2);
 }
