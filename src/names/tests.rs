@@ -1,4 +1,5 @@
 //! Tries both escapes by property: what is shown obeys no terminal, and what is pasted names exactly the file.
+#![allow(clippy::disallowed_types, reason = "a shell reads the quoted names back")]
 
 use std::io::Write as _;
 use std::os::unix::ffi::OsStringExt;
