@@ -1,32 +1,33 @@
-//! The areas that fio fills in a guest, pass by pass, and what each may hold after its daemon was killed.
+//! The areas that fio fills in a guest, pass by pass, and the contents that each may have after a kill of the daemon.
 //!
-//! Owns the record and how a sector that fio wrote is read. It starts nothing and reads no qcow2: it is given the
-//! disk's bytes.
+//! Owns the record of passes and the format of fio's sectors. It starts no process and reads no qcow2: the caller
+//! passes the disk's bytes.
 
 use anyhow::{Context, Result, bail, ensure};
 
-/// What fio describes by itself: `verify_interval` in guest/crash_check.sh.
+/// The unit with a header of fio: `verify_interval` in guest/crash_check.sh.
 const SECTOR: usize = 512;
 /// The first two bytes of fio's header (`FIO_HDR_MAGIC`).
 const MAGIC: u16 = 0xacca;
-/// Where the header has the offset on the disk.
+/// Position of the disk offset in the header.
 const OFFSET_AT: usize = 16;
-/// The pattern behind the header is this byte and the pass, in eight bytes: `area_options` in guest/crash_check.sh.
+/// The first byte of the pattern behind the header, which is this byte and the pass, in eight bytes: `area_options` in
+/// guest/crash_check.sh.
 const MARK: u8 = 0xf1;
 
-/// What a sector holds.
+/// The contents of a sector.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Content {
     /// Zeroes only.
     Zero,
-    /// This byte only: what lies below the overlay.
+    /// This byte only: the data below the overlay.
     Base(u8),
-    /// What fio wrote here in this pass.
+    /// fio's data of this pass, for this sector.
     Pass(u64),
 }
 
 impl Content {
-    /// What is in the sector at the byte `offset` of the disk; `None` if nobody ever wrote that there.
+    /// The contents of the sector at byte `offset` of the disk; `None` if they were never written there.
     fn of(sector: &[u8], offset: u64) -> Option<Self> {
         let first = *sector.first()?;
         if sector.iter().all(|byte| *byte == first) {
@@ -36,56 +37,56 @@ impl Content {
         let address = u64::from_le_bytes(*sector.get(OFFSET_AT..)?.first_chunk()?);
         let pattern: &[u8; 8] = sector.last_chunk()?;
         let repeated = sector.rchunks(8).take_while(|chunk| chunk == pattern).count();
-        // fio's header is 40 bytes long
+        // fio's header has 40 bytes.
         let whole = repeated * 8 >= SECTOR - 40;
         let ours = magic == MAGIC && address == offset && pattern[0] == MARK && whole;
         ours.then(|| Self::Pass(u64::from_be_bytes(*pattern) & ((1 << 56) - 1)))
     }
 }
 
-/// A part of the disk that one writer at a time fills from end to end.
+/// A range of the disk that one writer at a time fills from end to end.
 #[derive(Clone, Debug)]
 struct Area {
-    /// What its sectors may hold. Just one when it was flushed and not begun anew since.
+    /// The contents that its sectors may have. Just one if no pass has begun since the last flush.
     may: Vec<Content>,
 }
 
-/// All areas of a disk: one behind the other, all of one length.
+/// All areas of a disk: consecutive and of equal length.
 #[derive(Clone, Debug)]
 pub struct Areas {
     first: u64,
     length: u64,
     areas: Vec<Area>,
-    /// No pass has this number or a greater one.
+    /// No pass so far has this number or a greater one.
     next_pass: u64,
 }
 
-/// What was found in the areas after a crash, in sectors.
+/// Counts of sectors in the areas after a crash.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Found {
-    /// In areas that had been flushed.
+    /// In areas flushed before the crash.
     pub flushed: usize,
-    /// In areas that were being written: what the pass writes.
+    /// In areas with a pass in progress: data of this pass.
     pub new: usize,
-    /// There too: zeroes.
+    /// In areas with a pass in progress: zeroes.
     pub zero: usize,
-    /// There too: what was there before.
+    /// In areas with a pass in progress: data from before.
     pub old: usize,
 }
 
 impl Areas {
-    /// Areas from byte `first` of the disk on, each `length` bytes, that hold these so far.
+    /// Areas from byte `first` of the disk on, each `length` bytes, with these contents.
     pub fn new(first: u64, length: u64, contents: impl Iterator<Item = Content>) -> Self {
         let areas = contents.map(|content| Area { may: vec![content] }).collect();
         Self { first, length, areas, next_pass: 1 }
     }
 
-    /// A number that no pass has had.
+    /// An unused pass number.
     pub fn next_pass(&self) -> u64 {
         self.next_pass
     }
 
-    /// The areas that were flushed and not begun anew since, with the pass that they hold.
+    /// The areas in which no pass has begun since the last flush, with the pass that they hold.
     pub fn flushed(&self) -> impl Iterator<Item = (usize, u64)> {
         self.areas.iter().enumerate().filter_map(|(number, area)| match area.may[..] {
             [Content::Pass(pass)] => Some((number, pass)),
@@ -93,15 +94,15 @@ impl Areas {
         })
     }
 
-    /// The guest said that something begins in an area: `AREA:PASS`.
+    /// Notes the guest's report that a pass begins in an area: `AREA:PASS`.
     ///
     /// # Errors
-    /// When it cannot have been said in this order.
+    /// When the report contradicts earlier ones.
     pub fn begun(&mut self, words: &str) -> Result<()> {
         let (number, pass) = parse(words)?;
         let area = self.areas.get_mut(number).with_context(|| format!("there is no area {words}"))?;
         ensure!(!area.may.contains(&Content::Pass(pass)), "the pass {words} was begun before");
-        // of two in three passes the first step makes zeroes
+        // Two passes in three begin by zeroing the area.
         if !area.may.contains(&Content::Zero) {
             area.may.push(Content::Zero);
         }
@@ -110,7 +111,7 @@ impl Areas {
         Ok(())
     }
 
-    /// The guest said that a pass was written and flushed: `AREA:PASS`.
+    /// Notes the guest's report that a pass was written and flushed: `AREA:PASS`.
     ///
     /// # Errors
     /// As [`Areas::begun`].
@@ -122,10 +123,10 @@ impl Areas {
         Ok(())
     }
 
-    /// Every sector of the areas holds what it may.
+    /// Checks that every sector of the areas has contents that it may have.
     ///
     /// # Errors
-    /// Says which sectors do not.
+    /// Lists the sectors that do not.
     pub fn judge(&self, disk: &[u8]) -> Result<Found> {
         let mut found = Found::default();
         let mut wrong = Vec::new();
@@ -188,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sector_is_read_in_its_place_and_whole() {
+    fn a_sector_is_valid_at_its_own_offset_and_if_complete() {
         let mut sector = written(512, 9);
         assert_eq!(Content::of(&sector, 512), Some(Content::Pass(9)));
         assert_eq!(Content::of(&sector, 1024), None);
@@ -199,28 +200,28 @@ mod tests {
     }
 
     #[test]
-    fn a_flushed_pass_is_there_and_one_under_way_may_be() {
+    fn a_flushed_pass_must_be_there_and_one_in_progress_may_be() {
         let mut areas = areas();
         areas.begun("0:1").expect("a pass");
         areas.flushed_now("0:1").expect("the pass");
         areas.begun("1:2").expect("a pass");
         assert_eq!(areas.flushed().collect::<Vec<_>>(), [(0, 1)]);
-        let found = areas.judge(&disk([Some(1), Some(1), Some(2), None])).expect("as it may be");
+        let found = areas.judge(&disk([Some(1), Some(1), Some(2), None])).expect("allowed contents");
         assert_eq!(found, Found { flushed: 2, new: 1, zero: 1, old: 0 });
-        areas.judge(&disk([Some(1), None, None, None])).expect_err("a flushed sector is gone");
+        areas.judge(&disk([Some(1), None, None, None])).expect_err("a flushed sector is lost");
         areas.judge(&disk([Some(1), Some(2), None, None])).expect_err("another area's pass");
-        areas.judge(&disk([Some(1), Some(1), Some(1), None])).expect_err("a pass that was never here");
+        areas.judge(&disk([Some(1), Some(1), Some(1), None])).expect_err("a pass of another area");
         assert_eq!(areas.next_pass(), 3);
     }
 
     #[test]
-    fn what_was_before_may_be_there_until_the_flush() {
+    fn older_contents_are_allowed_until_the_flush() {
         let mut areas = areas();
         for words in ["0:1", "0:3"] {
             areas.begun(words).expect("a pass");
         }
-        areas.flushed_now("0:1").expect_err("another one was begun since");
-        areas.flushed_now("0:3").expect("the last one");
+        areas.flushed_now("0:1").expect_err("another pass has begun since");
+        areas.flushed_now("0:3").expect("the last pass");
         areas.begun("0:3").expect_err("a number is used once");
         areas.begun("0:5").expect("a pass");
         assert_eq!(areas.flushed().count(), 0);
@@ -228,6 +229,6 @@ mod tests {
         bytes[3 * SECTOR..].fill(7);
         assert_eq!(areas.judge(&bytes).expect("old and new"), Found { flushed: 2, new: 1, zero: 0, old: 1 });
         bytes[SECTOR..2 * SECTOR].copy_from_slice(&written(512, 1));
-        areas.judge(&bytes).expect_err("from before the last flush");
+        areas.judge(&bytes).expect_err("older than the last flush");
     }
 }

@@ -1,8 +1,8 @@
-//! `cargo bench-paths`: what single operations of the data path cost, in instructions.
+//! `cargo bench-paths`: the cost of single operations of the data path, in instructions.
 //!
-//! Owns the command line, callgrind and the table. What is measured is in `benches/`, a file for each crate, and
-//! `benches/harness.rs` runs it. Times of some nanoseconds mean nothing on a machine that others use as well; the number
-//! of instructions is the same each time.
+//! Owns the command line, callgrind and the table. The operations are in `benches/`, a file for each crate, and
+//! `benches/harness.rs` runs them. It counts instructions because their number is the same in each run; times of some
+//! nanoseconds mean nothing on a shared machine.
 #![forbid(unsafe_code)]
 
 use anyhow::{Context, Result, bail};
@@ -12,9 +12,9 @@ use std::process::Command;
 use strata_integration::command;
 use strata_integration::daemon::workspace;
 
-/// The crates that have a benchmark, in the order of a request's way back.
+/// The crates with a benchmark, from the map to the ring.
 const CRATES: [&str; 3] = ["engine", "disk", "vhost_blk"];
-/// The function of `benches/harness.rs` in which callgrind counts.
+/// The function of `benches/harness.rs` whose instructions callgrind counts.
 const COUNTED: &str = "counted_run";
 
 /// Counts the instructions of single operations of the data path, under callgrind. For times: cargo bench --bench paths.
@@ -23,10 +23,10 @@ const COUNTED: &str = "counted_run";
 struct Options {
     /// Only the operations whose name contains this
     name: Option<String>,
-    /// How often each is done, in runs of some dozens
+    /// How often each operation runs, in groups of some dozens
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
     runs: u32,
-    /// Leave callgrind's outputs in this folder, for callgrind_annotate
+    /// Keep callgrind's outputs in this folder, for callgrind_annotate
     #[arg(long, value_name = "FOLDER")]
     keep: Option<PathBuf>,
 }
@@ -34,13 +34,15 @@ struct Options {
 fn main() -> Result<()> {
     let options = Options::parse();
     let Some(valgrind) = command::find("valgrind") else {
-        println!("SKIPPED: valgrind is not installed (apt-get install valgrind), so nothing can be counted.");
-        println!("Times, for what they are worth: cargo bench --bench 'paths-*'");
+        println!(
+            "SKIPPED: valgrind is not installed (apt-get install valgrind), so instructions cannot be counted."
+        );
+        println!("For times, which are less precise: cargo bench --bench 'paths-*'");
         return Ok(());
     };
     let folder = tempfile::tempdir().context("a folder for callgrind")?;
     let folder = options.keep.as_deref().unwrap_or(folder.path());
-    eprintln!("building the benchmarks as a release is built: minutes, the first time");
+    eprintln!("building the benchmarks with the release profile: takes minutes the first time");
     let programs = programs()?;
     println!("| crate | operation | instructions |\n|---|---|---|");
     for (name, program) in programs {
@@ -56,14 +58,14 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// A benchmark as its program names it.
+/// A benchmark in its program's list.
 struct Case {
     name: String,
-    /// How often a run does it.
+    /// Operations per run.
     operations: u64,
 }
 
-/// Builds the benchmarks; the program of each crate.
+/// Builds the benchmarks. Returns each crate's program.
 fn programs() -> Result<Vec<(&'static str, PathBuf)>> {
     let mut cargo = Command::new("cargo");
     cargo.args(["bench", "--quiet", "--no-run", "--package", "strata-benches", "--bench", "paths-*"]);
@@ -85,7 +87,7 @@ fn cases(program: &Path) -> Result<Vec<Case>> {
     listed.lines().map(case).collect()
 }
 
-/// Instructions of all runs of a case.
+/// The instructions of all runs of a case.
 fn count(valgrind: &Path, program: &Path, case: &str, runs: u32, folder: &Path) -> Result<u64> {
     let plain: String = case.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
     let out = folder.join(format!("{plain}.callgrind"));
@@ -101,7 +103,7 @@ fn count(valgrind: &Path, program: &Path, case: &str, runs: u32, folder: &Path) 
     }
 }
 
-/// The sum of an output of callgrind.
+/// The total in an output of callgrind.
 fn total(output: &str) -> Option<u64> {
     output.lines().find_map(|line| line.strip_prefix("summary:"))?.trim().parse().ok()
 }
@@ -111,7 +113,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_sum_is_found() {
+    fn callgrinds_total_is_found() {
         let output =
             "# callgrind format\nevents: Ir\nsummary: 1234\n\nob=(1) /x\nfn=(1) f\n1 1234\n\ntotals: 1234\n";
         assert_eq!(total(output), Some(1234));

@@ -1,7 +1,8 @@
-//! `cargo bench-peers`: Strata and qemu-storage-daemon, or two builds of Strata, by turns, as ratios.
+//! `cargo bench-peers`: compares Strata with qemu-storage-daemon, or two builds of Strata, in alternating turns, as
+//! ratios.
 //!
-//! Owns the command line and the order of places and cases. The client pins nothing: on a machine of two cores it
-//! shares them with the server, as a guest would.
+//! Owns the command line and the order of places and cases. The client sets no CPU affinity: on a machine with two
+//! cores it shares them with the server, as a guest would.
 #![forbid(unsafe_code)]
 
 mod bench;
@@ -34,52 +35,52 @@ struct Options {
 
 #[derive(Args)]
 struct Run {
-    /// Only the cases whose name matches; `*` stands for anything. May be given more than once
+    /// Run only the cases whose name matches; `*` stands for any text. May be given more than once
     #[arg(long = "case", value_name = "GLOB")]
     cases: Vec<String>,
     /// List the cases and exit
     #[arg(long)]
     list: bool,
-    /// Turns that count; one more goes before them, in which the data is verified
+    /// Measured turns; one turn before them verifies the data and does not count
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
     turns: u16,
-    /// Where the images lie: /dev/shm, or a folder under target/
+    /// Where to put the images: /dev/shm, or a folder under target/
     #[arg(long = "where", value_name = "PLACE", default_value = "both")]
     places: Where,
-    /// Small images and short loads
+    /// Use small images and short loads
     #[arg(long)]
     quick: bool,
-    /// Seconds of a load that has no end of its own [default: 2, with --quick 0.5]
+    /// Duration of a load without a fixed amount of work, in seconds [default: 2, with --quick 0.5]
     #[arg(long, value_name = "S")]
     seconds: Option<f64>,
-    /// Before each turn wait at most so many seconds until others leave the machine alone
+    /// Before each turn wait at most S seconds for other processes to leave the machine idle
     #[arg(long, value_name = "S", default_value_t = 0)]
     wait_for_quiet: u32,
-    /// How long the client polls for completions before it sleeps, in microseconds; 0 to sleep at once. It shares the
-    /// machine's cores with the server
+    /// How long the client busy-polls for completions before it sleeps, in microseconds; 0 to sleep at once. The client
+    /// shares the machine's cores with the server
     #[arg(long, value_name = "US", default_value_t = 50)]
     client_polls: u32,
     /// Leave out the bare loop on the file, the stock rust-vmm backend and the null device
     #[arg(long)]
     no_limits: bool,
-    /// The daemon that is tried: `strata`, `qemu-storage-daemon`, or the path of another build of Strata
+    /// The daemon to measure: `strata`, `qemu-storage-daemon`, or the path of another build of Strata
     #[arg(long, value_name = "DAEMON", default_value = "strata")]
     subject: Contestant,
-    /// The one it is compared with. Another build of Strata shows what a change brought; the same daemon on both sides how
-    /// much chance there is in the ratios
+    /// The daemon to compare with. Another build of Strata shows the effect of a change; the same daemon on both sides
+    /// shows the random variation of the ratios
     #[arg(long, value_name = "DAEMON", default_value = "qemu-storage-daemon")]
     rival: Contestant,
-    /// Write everything to this file as JSON, too
+    /// Also write all results to this file as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 }
 
-/// A daemon as the command line names it.
+/// A daemon as named on the command line.
 #[derive(Clone, Debug)]
 enum Contestant {
-    /// By its name: built first, or found among the installed programs.
+    /// Named: Strata, which is built first, or an installed program.
     Known(Backend),
-    /// Strata, built elsewhere.
+    /// The path of another build of Strata.
     Build(PathBuf),
 }
 
@@ -102,24 +103,24 @@ impl Contestant {
 
 #[derive(Subcommand)]
 enum Hidden {
-    /// Serve a null device: how this program measures its limit
+    /// Serve a null device, by which this program measures its own limit
     #[command(hide = true)]
     NullDevice {
-        /// Where to listen
+        /// Path of the socket
         socket: PathBuf,
-        /// Queues to offer
+        /// Number of queues
         queues: u16,
         /// Virtual size in bytes
         bytes: u64,
     },
-    /// Serve a raw file by vhost-user-backend and virtio-queue alone: a peer of this program
+    /// Serve a raw file with vhost-user-backend and virtio-queue alone, as a peer
     #[command(hide = true)]
     StockBackend {
-        /// Where to listen
+        /// Path of the socket
         socket: PathBuf,
-        /// The raw file
+        /// Path of the raw file
         file: PathBuf,
-        /// Queues to offer
+        /// Number of queues
         queues: u16,
     },
 }
@@ -130,7 +131,7 @@ enum Where {
     Shm,
     /// A folder under target/
     Disk,
-    /// One after the other
+    /// Both, one after the other
     Both,
 }
 
@@ -157,7 +158,7 @@ impl Run {
         let (load, rest) = if self.quick { (0.5, 1.0) } else { (2.0, 3.0) };
         let load = self.seconds.unwrap_or(load);
         if !(0.05..=3600.0).contains(&load) {
-            bail!("--seconds {load}: it may be from 0.05 to 3600");
+            bail!("--seconds {load}: must be between 0.05 and 3600");
         }
         Ok(Times { load: Duration::from_secs_f64(load), rest: Duration::from_secs_f64(rest) })
     }
@@ -184,7 +185,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// True if nothing was wrong.
+/// Returns true if there were no problems.
 fn run(options: &Run) -> Result<bool> {
     let cases = chosen(&options.cases);
     if options.list {
@@ -192,7 +193,7 @@ fn run(options: &Run) -> Result<bool> {
         return Ok(true);
     }
     if cases.is_empty() {
-        bail!("no case is called {}; --list names them", options.cases.join(" or "));
+        bail!("no case matches {}; --list shows all cases", options.cases.join(" or "));
     }
     let sizes = options.sizes();
     let rules = Rules {
@@ -223,7 +224,7 @@ fn listed(case: &Case) -> String {
 }
 
 fn visit(place: Place, sizes: Sizes, rules: &Rules, cases: &[Case]) -> Result<PlaceReport> {
-    eprintln!("{}: making a full image of {} MiB", place.name(), sizes.full >> 20);
+    eprintln!("{}: creating a full image of {} MiB", place.name(), sizes.full >> 20);
     let mut gallery = Gallery::open(place, sizes)?;
     let mut outcomes = Vec::new();
     for case in cases {
@@ -259,7 +260,7 @@ fn conclude(options: &Run, versions: &str, reports: &[PlaceReport]) -> Result<bo
     }
     let remarks: Vec<String> = reports.iter().flat_map(report::remarks).collect();
     if !remarks.is_empty() {
-        println!("\nNot as it should be, or left out:");
+        println!("\nProblems and omissions:");
         remarks.iter().for_each(|line| println!("  {line}"));
     }
     let troubled = |row: &bench::contest::Row| !row.problems.is_empty();

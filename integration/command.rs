@@ -1,7 +1,7 @@
-//! Runs a program to its end and says what went wrong.
+//! Runs a program to its end and reports failures.
 //!
-//! Owns the wording of "it failed" for every helper program, and where programs are. It never runs anything that stays: see `daemon` and
-//! `machine` for those.
+//! Owns the wording of a helper program's failure, and the search for programs. It never runs a program in the
+//! background: `daemon` and `machine` do.
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
@@ -9,7 +9,7 @@ use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::process::{Command, Output};
 
-/// Runs `command`, which must exit 0, and gives its standard output as text.
+/// Runs `command`, which must exit with code 0, and returns its standard output.
 pub fn output(command: &mut Command) -> Result<String> {
     let output = capture(command)?;
     if !output.status.success() {
@@ -18,23 +18,23 @@ pub fn output(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// Runs `command` whatever its exit code: only a program that cannot be started is an error.
+/// Runs `command` and accepts any exit code: only a program that cannot be started is an error.
 pub fn capture(command: &mut Command) -> Result<Output> {
     command.output().with_context(|| format!("cannot start {}", shown(command)))
 }
 
-/// A failed run in words: the command line, how it ended, the end of what it said.
+/// Describes a failed run: the command line, the exit status and the last lines of output.
 pub fn failure(command: &Command, output: &Output) -> String {
     let said = if output.stderr.is_empty() { &output.stdout } else { &output.stderr };
     format!("{} ended with {}:\n{}", shown(command), output.status, tail(&String::from_utf8_lossy(said), 20))
 }
 
-/// The command line as a person could type it.
+/// The command line as a user could type it.
 pub fn shown(command: &Command) -> String {
     words(command).join(" ")
 }
 
-/// The same with a line for each option.
+/// The command line with a line for each option.
 pub fn shown_in_lines(command: &Command) -> String {
     let mut text = String::new();
     for word in words(command) {
@@ -69,7 +69,7 @@ pub fn tail(text: &str, lines: usize) -> String {
     all[all.len().saturating_sub(lines)..].join("\n")
 }
 
-/// Where a program is. Looks where administrators' tools live too, as a user's PATH often lacks them.
+/// The path of a program. Searches the folders of administrators' tools too, which a user's PATH often lacks.
 pub fn find(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path)
@@ -78,8 +78,8 @@ pub fn find(program: &str) -> Option<PathBuf> {
         .find(|candidate| candidate.is_file())
 }
 
-/// The program of a target, from what cargo says with `--message-format json-render-diagnostics`. A `bin` is the program
-/// itself and not that of its unit tests.
+/// The program of a target, from cargo's messages with `--message-format json-render-diagnostics`. For a `bin` it is
+/// the program itself and not its unit tests.
 pub fn built_program(messages: &str, kind: &str, name: &str) -> Option<PathBuf> {
     let is_it = |message: &Value| {
         let unit_tests = kind == "bin" && message["profile"]["test"] == true;
@@ -94,7 +94,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn command_lines_are_shown_so_that_a_shell_takes_them() {
+    fn a_shell_accepts_a_command_line_as_shown() {
         let mut command = Command::new("qemu-io");
         command.args(["-c", "write -P 0x11 0 64k", "it's.qcow2"]);
         assert_eq!(shown(&command), r"qemu-io -c 'write -P 0x11 0 64k' 'it'\''s.qcow2'");
@@ -103,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn a_program_is_told_from_its_unit_tests_and_from_others() {
+    fn a_program_is_distinguished_from_its_unit_tests_and_other_targets() {
         let message = |kind: &str, name: &str, test: bool, path: &str| {
             format!(
                 r#"{{"target":{{"kind":["{kind}"],"name":"{name}"}},"profile":{{"test":{test}}},"executable":{path}}}"#
@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn the_tail_is_at_most_the_whole() {
+    fn the_tail_is_at_most_the_whole_text() {
         assert_eq!(tail("a\nb\nc", 2), "b\nc");
         assert_eq!(tail("a", 5), "a");
     }

@@ -1,7 +1,7 @@
-//! The protocol by two implementations: Strata and the stock rust-vmm backend, each on a raw file of its own, give the
-//! same answers to the same client.
+//! The protocol in two implementations: Strata and the stock rust-vmm backend, each on its own raw file, give the same
+//! answers to the same client.
 //!
-//! Where the two differ, either the client relies on something of Strata's own or Strata breaks the protocol.
+//! Where they differ, either the client depends on behaviour of Strata alone, or Strata breaks the protocol.
 
 use std::path::{Path, PathBuf};
 use std::thread::{self, JoinHandle};
@@ -16,12 +16,12 @@ use tempfile::TempDir;
 
 type Failure = Box<dyn std::error::Error>;
 
-/// Bytes of each file: no power of two, and not a multiple of a page.
+/// Bytes of each file: neither a power of two nor a multiple of a page.
 const SIZE: u64 = (2 << 20) + 512 * 3;
 /// How long the stock backend may take to listen.
 const START_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// The operations that both devices have: no discard and no write zeroes.
+/// The operations that both devices support: no discard and no write zeroes.
 fn operations() -> Vec<Operation> {
     let mut operations = Vec::new();
     for number in 0..60_u64 {
@@ -37,7 +37,7 @@ fn operations() -> Vec<Operation> {
     operations
 }
 
-/// What a device answers to one frontend: statuses of good and of bad requests, and what the disk then holds.
+/// A device's answers to one frontend: the statuses of valid and invalid requests, and the disk's contents afterwards.
 fn answers(socket: &Path, manner: &Options) -> Result<(Vec<Status>, Vec<u8>), Failure> {
     let mut client = Client::connect(socket, manner)?;
     assert_eq!(client.size(), SIZE);

@@ -1,11 +1,11 @@
-//! Writes cpio archives in the "newc" form that Linux takes as an initramfs.
+//! Writes cpio archives in the "newc" format that Linux accepts as an initramfs.
 //!
-//! Owns the byte layout (Linux Documentation/driver-api/early-userspace/buffer-format.rst). It never reads archives
-//! and never touches files: contents come in as bytes.
+//! Owns the byte layout (Linux Documentation/driver-api/early-userspace/buffer-format.rst). It never reads archives or
+//! files: the caller passes contents as bytes.
 
 use std::collections::BTreeSet;
 
-/// An archive being written. Parent directories appear by themselves.
+/// An archive being written. Parent directories are added automatically.
 pub struct Archive {
     bytes: Vec<u8>,
     inode: u32,
@@ -25,12 +25,12 @@ impl Default for Archive {
 }
 
 impl Archive {
-    /// An archive with nothing in it.
+    /// An empty archive.
     pub fn new() -> Self {
         Self { bytes: Vec::new(), inode: 0, directories: BTreeSet::new() }
     }
 
-    /// A directory with mode 0755, and its parents.
+    /// Adds a directory with mode 0755, and its parents.
     pub fn directory(&mut self, path: &str) {
         let path = relative(path);
         if path.is_empty() || self.directories.contains(path) {
@@ -41,28 +41,28 @@ impl Archive {
         self.entry(path, DIRECTORY | 0o755, (0, 0), &[]);
     }
 
-    /// A regular file with the permission bits `mode`.
+    /// Adds a regular file with the permission bits `mode`.
     pub fn file(&mut self, path: &str, mode: u32, contents: &[u8]) {
         let path = relative(path);
         self.parents(path);
         self.entry(path, REGULAR | mode, (0, 0), contents);
     }
 
-    /// A symbolic link at `path` that says `target`.
+    /// Adds a symbolic link at `path` to `target`.
     pub fn symlink(&mut self, path: &str, target: &str) {
         let path = relative(path);
         self.parents(path);
         self.entry(path, SYMLINK | 0o777, (0, 0), target.as_bytes());
     }
 
-    /// A character device node, which needs no privilege inside an archive.
+    /// Adds a character device node, which needs no privilege inside an archive.
     pub fn character_device(&mut self, path: &str, mode: u32, device: (u32, u32)) {
         let path = relative(path);
         self.parents(path);
         self.entry(path, CHARACTER | mode, device, &[]);
     }
 
-    /// Ends the archive. Archives made so may be concatenated: Linux unpacks one after the other.
+    /// Ends the archive. Archives may be concatenated: Linux unpacks them one after the other.
     pub fn finish(mut self) -> Vec<u8> {
         self.entry("TRAILER!!!", 0, (0, 0), &[]);
         self.pad(512);
@@ -80,7 +80,8 @@ impl Archive {
         let length = u32::try_from(contents.len()).expect("files of the tiny guest are below 4 GiB");
         let name_length = u32::try_from(name.len() + 1).expect("path names are short");
         let links = if mode & DIRECTORY == DIRECTORY { 2 } else { 1 };
-        // inode, mode, uid, gid, links, mtime, size, device of the file (2), device it is (2), name size, check
+        // Inode, mode, uid, gid, links, mtime, size, device that holds the file (2), device that it is (2), name size,
+        // check.
         let fields = [self.inode, mode, 0, 0, links, 0, length, 0, 0, device.0, device.1, name_length, 0];
         self.bytes.extend_from_slice(b"070701");
         for field in fields {
@@ -123,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn parents_come_once_and_before_their_children() {
+    fn parents_are_added_once_and_before_their_children() {
         let mut archive = Archive::new();
         archive.file("usr/bin/a", 0o755, b"");
         archive.file("usr/bin/b", 0o755, b"");

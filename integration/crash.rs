@@ -1,9 +1,10 @@
-//! A guest that loses its daemon and its power while it writes, life after life, and what each next life must find.
+//! A guest that loses its daemon and its power while it writes, life after life. Each life must find the data that
+//! earlier lives synced.
 //!
-//! Owns the lives' parameters, the record of what was synced and the judgement. It starts nothing itself.
+//! Owns the lives' parameters, the record of synced data and the check of it. It starts no process itself.
 //!
-//! The disk is an ext4 file system with an area for fio behind it. A process that is killed leaves the host's page
-//! cache: this tests what the daemon had handed to the host before it answered, not the host's disk.
+//! The disk has an ext4 file system, and areas for fio behind it. The kill of a process does not affect the host's page
+//! cache: this tests the daemon's writes to the host before it completes a request, not the host's disk.
 
 use crate::areas::{Areas, Content, Found};
 use crate::image::{self, Health};
@@ -17,15 +18,15 @@ use std::path::Path;
 pub const FILES_MIB: u64 = 128;
 /// An area's size in MiB.
 const AREA_MIB: u64 = 8;
-/// Areas that each of fio's writers fills by turns.
+/// Areas that each of fio's writers fills in turn.
 const AREAS: u64 = 3;
-/// fio's writers: as many as the guest has queues.
+/// fio's writers: one per queue of the guest.
 const WRITERS: u64 = 2;
 /// The disk's size in MiB.
 pub const DISK_MIB: u64 = FILES_MIB + WRITERS * AREAS * AREA_MIB;
 const MIB: u64 = 1 << 20;
 
-/// What was synced in all lives so far.
+/// The record of data synced in all lives so far.
 #[derive(Clone, Debug)]
 pub struct Record {
     files: BTreeMap<String, String>,
@@ -33,12 +34,12 @@ pub struct Record {
     lives: u64,
 }
 
-/// When a daemon is killed. Counted in what the guest got done, so that it means the same on a slow machine.
+/// The moment of a kill, counted in work that the guest has done, so that it does not depend on the machine's speed.
 #[derive(Clone, Copy, Debug)]
 pub struct Moment {
-    /// fio has ended so many passes in this life,
+    /// fio passes that must end first in this life.
     pub passes: usize,
-    /// and then so many files were synced.
+    /// Files that must be synced after that.
     pub files: usize,
 }
 
@@ -54,19 +55,19 @@ impl Moment {
     }
 }
 
-/// What a crash left.
+/// The state after a crash.
 #[derive(Clone, Debug)]
 pub struct Crash {
     /// The image's state right after the kill.
     pub health: Health,
-    /// What was found in fio's areas.
+    /// The sectors found in fio's areas.
     pub found: Found,
-    /// What the guest had synced in this life: files, and passes of fio.
+    /// Files and fio passes that the guest synced in this life.
     pub synced: (usize, usize),
 }
 
 impl Record {
-    /// A new disk, whose first `base_mib` MiB read as bytes `base` and the rest as zero.
+    /// The record of a new disk, whose first `base_mib` MiB read as bytes `base` and the rest as zero.
     pub fn new(base_mib: u64, base: u8) -> Self {
         let content = |area| {
             let below = FILES_MIB + (area + 1) * AREA_MIB <= base_mib;
@@ -76,8 +77,8 @@ impl Record {
         Self { files: BTreeMap::new(), areas, lives: 0 }
     }
 
-    /// A life: finds what the ones before synced, then writes until the daemon is killed. Then QEMU's tools look at
-    /// the image.
+    /// Runs a life: the guest checks the data that earlier lives synced, then writes until the daemon is killed. Then
+    /// QEMU's tools check the image.
     pub fn life(&mut self, stand: &Stand, moment: Moment, scratch: &Path) -> Result<Crash> {
         self.lives += 1;
         let life = format!("life-{}", self.lives);
@@ -89,7 +90,7 @@ impl Record {
             include_str!("guest/crash_writer.sh"),
         );
         let enough = |visit: &Visit| {
-            // none ends by itself
+            // No writer ends by itself.
             let failed = visit.facts.iter().find(|(key, _)| key == "stopped");
             ensure!(failed.is_none(), "{life}: a writer of the guest ended: {failed:?}");
             Ok(moment.has_come(visit))
@@ -111,11 +112,11 @@ impl Record {
         Ok(Crash { health, found, synced })
     }
 
-    /// The last life: finds everything, and powers off in good order.
-    pub fn last_look(&self, stand: &Stand) -> Result<()> {
+    /// Runs the last life: the guest checks all synced data and powers off.
+    pub fn last_life(&self, stand: &Stand) -> Result<()> {
         let script = format!("{}{}", self.parameters(false), include_str!("guest/crash_check.sh"));
         let visit = stand.visit("last-look", &script, &mut |_| {})?;
-        self.judge(&visit).context("the last look")
+        self.judge(&visit).context("the last life")
     }
 
     fn parameters(&self, first: bool) -> String {
@@ -125,24 +126,24 @@ impl Record {
         format!("FIRST={first}\nFILES_MIB={FILES_MIB}\nAREA_MIB={AREA_MIB}\nFLUSHED='{flushed}'\n")
     }
 
-    /// What the guest found in its beginning.
+    /// Checks what the guest found at its start.
     fn judge(&self, visit: &Visit) -> Result<()> {
         scenario::expect_write_back(visit)?;
         let found = visit.sums("file");
         for (name, sum) in &self.files {
             let there = found.get(name);
-            ensure!(there == Some(sum), "{name} was synced with {sum}, after the crash it has {there:?}");
+            ensure!(there == Some(sum), "{name} was synced with {sum}, but has {there:?} after the crash");
         }
         let areas = self.areas.flushed().count() as u64;
         if areas > 0 {
-            // that it ended well says that every block was right; so much was read
+            // fio's success means that every block was correct; this checks how much it read.
             let read = Fio::parse(visit.fact("fio")?)?.read.bytes;
             ensure!(read == areas * AREA_MIB * MIB, "fio verified {read} bytes of {areas} areas");
         }
         Ok(())
     }
 
-    /// What the guest said until the daemon's end, in its order.
+    /// Records the guest's reports up to the kill, in their order.
     fn take_in(&mut self, visit: &Visit) -> Result<()> {
         for (key, value) in &visit.facts {
             match key.as_str() {
@@ -161,7 +162,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_moment_is_so_many_files_after_so_many_passes() {
+    fn the_moment_counts_files_after_the_passes() {
         let mut visit = Visit::default();
         let moment = Moment { passes: 2, files: 1 };
         let mut came = Vec::new();

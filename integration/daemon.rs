@@ -1,7 +1,7 @@
-//! A block daemon as a process: Strata, or QEMU's storage daemon as stand-in and rival.
+//! A block daemon as a process: Strata, or QEMU's storage daemon for comparison.
 //!
-//! Owns building and finding the program, its command line, waiting for its socket, its log and its end. It never
-//! looks into an image and speaks no vhost-user.
+//! Owns building or finding the program, its command line, waiting for its socket, its log and its end. It never reads
+//! an image and does not use vhost-user.
 
 use crate::command;
 use anyhow::{Context, Result, bail};
@@ -15,7 +15,7 @@ use std::str::FromStr;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-/// Which daemon serves.
+/// The daemons that can serve.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Backend {
     /// `strata serve`
@@ -31,7 +31,7 @@ impl FromStr for Backend {
         match name {
             "strata" => Ok(Self::Strata),
             "qemu-storage-daemon" => Ok(Self::QemuStorageDaemon),
-            other => bail!("no backend is called {other}: it may be strata or qemu-storage-daemon"),
+            other => bail!("unknown backend {other}: use strata or qemu-storage-daemon"),
         }
     }
 }
@@ -46,19 +46,20 @@ impl std::fmt::Display for Backend {
 }
 
 impl Backend {
-    /// What `STRATA_TEST_BACKEND` names, else Strata.
+    /// The backend that `STRATA_TEST_BACKEND` names, by default Strata.
     pub fn from_environment() -> Result<Self> {
         std::env::var("STRATA_TEST_BACKEND").map_or(Ok(Self::Strata), |name| name.parse())
     }
 
-    /// QEMU's export (10.0 at least) offers the guest a switch between write-back and write-through, leaves it on
-    /// write-through and yet writes back: a Linux guest then never flushes, and a killed daemon loses what was
-    /// synced. Without the switch the guest goes by VIRTIO_BLK_F_FLUSH, and flushes.
+    /// True if the daemon's VIRTIO_BLK_F_CONFIG_WCE must be hidden from the guest. QEMU's export (at least 10.0) offers
+    /// that switch between writeback and writethrough, leaves it on writethrough, but uses writeback. A Linux guest
+    /// then never flushes, and a killed daemon loses synced data. Without the switch the guest follows
+    /// VIRTIO_BLK_F_FLUSH, and flushes.
     pub fn offers_a_wrong_cache_switch(self) -> bool {
         self == Self::QemuStorageDaemon
     }
 
-    /// The program, built first where it is ours.
+    /// The program; Strata is built first.
     pub fn program(self, profile: Profile) -> Result<Program> {
         let path = match self {
             Self::Strata => build_strata(profile)?,
@@ -69,21 +70,21 @@ impl Backend {
     }
 }
 
-/// How Strata is built.
+/// The build profile of Strata.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Profile {
-    /// Some optimisation, all checks: for tests.
+    /// For tests: some optimisation, all checks.
     Dev,
-    /// As users run it.
+    /// The release build, as users run it.
     Release,
 }
 
-/// Strata's program for what is not measured: whatever was built already, else one for tests.
+/// Strata's program for everything but measurements: one that is built already, else a build for tests.
 pub fn strata() -> Result<PathBuf> {
     BUILT.get().map_or_else(|| build_strata(Profile::Dev), |path| Ok(path.clone()))
 }
 
-/// The first that was built.
+/// The first program that is built already.
 static BUILT: OnceLock<PathBuf> = OnceLock::new();
 
 fn build_strata(profile: Profile) -> Result<PathBuf> {
@@ -92,7 +93,7 @@ fn build_strata(profile: Profile) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Asks cargo, which is quick when nothing changed and tells where the program is. `STRATA_BIN` names one instead.
+/// Builds Strata with cargo, which is quick if nothing changed and names the program. `STRATA_BIN` overrides it.
 fn ask_cargo(profile: Profile) -> Result<PathBuf> {
     if let Some(path) = std::env::var_os("STRATA_BIN") {
         return Ok(PathBuf::from(path));
@@ -107,7 +108,7 @@ fn ask_cargo(profile: Profile) -> Result<PathBuf> {
     command::built_program(&messages, "bin", "strata").context("cargo built strata but named no executable")
 }
 
-/// The root of the checkout this was built from.
+/// The root of the repository that this crate was built from.
 pub fn workspace() -> PathBuf {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     here.parent().unwrap_or(here).to_owned()
@@ -116,32 +117,32 @@ pub fn workspace() -> PathBuf {
 /// A daemon's executable.
 #[derive(Clone, Debug)]
 pub struct Program {
-    /// Which one it is.
+    /// The daemon.
     pub backend: Backend,
-    /// Where it is.
+    /// The path of its executable.
     pub path: PathBuf,
 }
 
-/// What to serve and how.
+/// The image to serve and the options.
 #[derive(Clone, Debug)]
 pub struct ServeSpec {
     /// The image.
     pub image: PathBuf,
     /// Its format, `qcow2` or `raw`.
     pub format: String,
-    /// Where to listen.
+    /// The path of the socket.
     pub socket: PathBuf,
-    /// How many queues to offer.
+    /// Number of queues on offer.
     pub queues: u16,
-    /// What the guest reads as the disk's serial number; QEMU's daemon has its own.
+    /// The disk's serial number for the guest; QEMU's daemon sets its own.
     pub serial: String,
-    /// QEMU's daemon only: give the export an I/O thread, as one does for speed. Version 7.2 with it can hang on
-    /// SIGTERM (seen once: its threads wait for each other), so tests go without.
+    /// QEMU's daemon only: give the export an I/O thread, for speed. Version 7.2 with an I/O thread can hang on SIGTERM
+    /// (seen once: its threads wait for each other), so tests run without it.
     pub io_thread: bool,
 }
 
 impl Program {
-    /// The command line that serves `spec`. Shown to people by the demo as well.
+    /// The command line that serves `spec`. The demo prints it too.
     pub fn command(&self, spec: &ServeSpec) -> Command {
         let mut command = Command::new(&self.path);
         match self.backend {
@@ -160,8 +161,8 @@ impl Program {
                     "driver": "file", "node-name": "file", "filename": spec.image, "aio": "io_uring",
                     "cache": {"direct": true}, "discard": "unmap",
                 });
-                // The backing files take their cache mode from here, not from the file's node: only the top image bypasses
-                // the page cache. So it is with Strata's defaults.
+                // The backing files take their cache mode from here and not from the file's node: only the top image
+                // bypasses the page cache, as with Strata's defaults.
                 let disk = serde_json::json!({
                     "driver": spec.format, "node-name": "disk", "file": "file", "discard": "unmap",
                 });
@@ -181,7 +182,7 @@ impl Program {
     }
 }
 
-/// A daemon that listens. Dropping it kills it.
+/// A listening daemon, which is killed on drop.
 pub struct Daemon {
     process: Child,
     log: PathBuf,
@@ -190,11 +191,11 @@ pub struct Daemon {
     program: String,
 }
 
-/// How long a daemon may take to listen: it may wait some seconds for the image lock of one that was killed.
+/// Timeout until a daemon listens: it may wait some seconds for the image lock of a killed daemon.
 const START_PATIENCE: Duration = Duration::from_secs(20);
-/// How long it may take to end: shutdown drains and flushes.
+/// Timeout until a daemon has ended: its shutdown drains and flushes.
 const STOP_PATIENCE: Duration = Duration::from_secs(40);
-/// Between two looks at whether it listens; a daemon that dies is noticed at once.
+/// Interval between two checks for the socket; the end of the daemon is noticed at once.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 impl Daemon {
@@ -203,7 +204,7 @@ impl Daemon {
         Self::start_with(program, spec, &[], log)
     }
 
-    /// As [`Daemon::start`], with more options on its command line.
+    /// As [`Daemon::start`], with additional options on the command line.
     pub fn start_with(program: &Program, spec: &ServeSpec, more: &[&str], log: &Path) -> Result<Self> {
         let output = File::options().create(true).append(true).open(log)?;
         let log_start = output.metadata()?.len() as usize;
@@ -227,30 +228,32 @@ impl Daemon {
                 bail!("{} ended with {status} before it listened\n{}", self.program, self.log_tail());
             }
             if Instant::now() > deadline {
-                bail!("{} does not listen after {START_PATIENCE:?}\n{}", self.program, self.log_tail());
+                bail!("{} did not listen within {START_PATIENCE:?}\n{}", self.program, self.log_tail());
             }
         }
         Ok(())
     }
 
-    /// Asks it to end with SIGTERM; anything but exit code 0 in time is an error.
+    /// Stops the daemon with SIGTERM; anything but exit code 0 within the timeout is an error.
     pub fn stop(mut self) -> Result<()> {
         kill_process(self.pid(), Signal::TERM)?;
         match self.wait(STOP_PATIENCE)? {
             Some(status) if status.success() => Ok(()),
             Some(status) => bail!("{} ended with {status} on SIGTERM\n{}", self.program, self.log_tail()),
-            None => bail!("{} still runs {STOP_PATIENCE:?} after SIGTERM\n{}", self.program, self.log_tail()),
+            None => {
+                bail!("{} did not end within {STOP_PATIENCE:?} of SIGTERM\n{}", self.program, self.log_tail())
+            }
         }
     }
 
-    /// SIGKILL: what it had not written is lost.
+    /// Sends SIGKILL: data that the daemon had not written is lost.
     pub fn kill(mut self) -> Result<()> {
         self.process.kill()?;
         self.process.wait()?;
         Ok(())
     }
 
-    /// From now on no file of its may grow past so many bytes, nor be written there; none for no limit.
+    /// Limits the daemon's file sizes from now on: it cannot write past `bytes` of any file. `None` removes the limit.
     pub fn limit_file_sizes(&self, bytes: Option<u64>) -> Result<()> {
         let limit = Rlimit { current: bytes, maximum: None };
         prlimit(Some(self.pid()), Resource::Fsize, limit).context("prlimit")?;
@@ -272,13 +275,13 @@ impl Daemon {
         }
     }
 
-    /// The end of what it said.
+    /// The last lines of the log.
     pub fn log_tail(&self) -> String {
         let bytes = std::fs::read(&self.log).unwrap_or_default();
         format!("--- log of the daemon ---\n{}", command::tail(&String::from_utf8_lossy(&bytes), 30))
     }
 
-    /// Waits at most `patience` for it to end.
+    /// Waits at most `patience` for the daemon's end.
     fn wait(&mut self, patience: Duration) -> Result<Option<ExitStatus>> {
         if let Some(status) = self.process.try_wait()? {
             return Ok(Some(status));
@@ -289,7 +292,7 @@ impl Daemon {
         if ended == 0 { Ok(None) } else { Ok(Some(self.process.wait()?)) }
     }
 
-    /// Ours until we wait for it, so the number cannot be another process.
+    /// The process id. The process is our child and not yet waited for, so no other process can have this id.
     fn pid(&self) -> Pid {
         Pid::from_child(&self.process)
     }
@@ -297,13 +300,13 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        // it may be gone already, and there is nobody left to tell
+        // The process may have ended already, and a drop cannot return an error.
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
 }
 
-/// Whether a process listens at `path`: asked of the kernel, as a connection would already be a session.
+/// True if a process listens at `path`, by the kernel's table: a connection would already start a session.
 fn is_listening(path: &Path) -> Result<bool> {
     let table = std::fs::read_to_string("/proc/net/unix").context("/proc/net/unix")?;
     Ok(listens(&table, &path.display().to_string()))
@@ -317,9 +320,9 @@ fn listens(table: &str, path: &str) -> bool {
     })
 }
 
-/// The totals that a daemon logged at its end, by name; empty when it logs none.
+/// The totals that a daemon logged at its end, by name; empty if it logs none.
 ///
-/// A line of totals has the word `totals` and then `name=number` pairs, as `tracing` writes them.
+/// A line of totals has the word `totals`, then `name=number` pairs as `tracing` writes them.
 pub fn totals(log: &str) -> BTreeMap<String, u64> {
     let Some(line) = log.lines().rev().find(|line| line.contains("totals")) else { return BTreeMap::new() };
     let line = without_colours(line);
@@ -332,7 +335,7 @@ fn without_colours(line: &str) -> String {
     let mut characters = line.chars();
     while let Some(character) = characters.next() {
         if character == '\x1b' {
-            // ESC [ numbers letter
+            // An escape sequence: ESC [ numbers letter.
             characters.by_ref().find(char::is_ascii_alphabetic);
         } else {
             plain.push(character);
@@ -346,7 +349,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn listening_is_read_from_the_kernels_table() {
+    fn the_kernels_table_is_parsed() {
         let table = "Num RefCount Protocol Flags Type St Inode Path\n\
                      0000: 00000002 00000000 00010000 0001 01 1234 /run/a.sock\n\
                      0000: 00000003 00000000 00000000 0001 03 1235 /run/b.sock\n";
@@ -356,7 +359,7 @@ mod tests {
     }
 
     #[test]
-    fn a_listening_socket_is_seen() {
+    fn a_listening_socket_is_found() {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let path = folder.path().join("s");
         assert!(!is_listening(&path).expect("the table"));
@@ -365,7 +368,7 @@ mod tests {
     }
 
     #[test]
-    fn totals_are_pairs_of_the_last_such_line() {
+    fn totals_are_read_from_the_last_line_of_totals() {
         let log =
             "INFO totals reads=1\nINFO \x1b[2mtotals\x1b[0m \x1b[3mreads\x1b[0m=7 writes=9 image=a\nbye\n";
         let found = totals(log);
@@ -376,7 +379,7 @@ mod tests {
     }
 
     #[test]
-    fn a_program_that_ends_at_once_is_an_error_with_its_words() {
+    fn a_program_that_ends_at_once_is_an_error_with_its_log() {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let program = Program { backend: Backend::Strata, path: PathBuf::from("false") };
         let spec = ServeSpec {

@@ -1,7 +1,7 @@
-//! `cargo demo`: the main job, shown. A virtual machine lives on an overlay that the daemon serves, is booted a
-//! second time, finds everything, and a picture says what happened.
+//! `cargo demo`: shows the main job. A virtual machine runs on an overlay that the daemon serves, boots a second time
+//! and finds all its files; a summary shows times, requests and space.
 //!
-//! Owns the order of the show and its words. What a guest does and what must hold is `scenario`'s.
+//! Owns the order of the steps and their texts. `scenario` owns the guest's work and the conditions that must hold.
 
 use anyhow::{Context, Result};
 use clap::Parser;
@@ -21,21 +21,21 @@ use strata_integration::{command, picture, setup};
 #[derive(Parser)]
 #[command(name = "cargo demo")]
 struct Options {
-    /// Leave the files in ./demo-out and print the commands to do it by hand
+    /// Leave the files in ./demo-out and print the commands for a run by hand
     #[arg(long)]
     keep: bool,
-    /// The daemon to show: strata or qemu-storage-daemon
+    /// The daemon to run: strata or qemu-storage-daemon
     #[arg(long, default_value = "strata")]
     backend: Backend,
 }
 
 /// The disk's size in bytes.
 const DISK: u64 = 1 << 30;
-/// How much of the base image has contents, in MiB.
+/// MiB of the base image that have contents.
 const BASE_MIB: u64 = 48;
-/// How much of the disk is compared as a whole, beside all files, in MiB: a sum is slow in an emulated machine.
+/// MiB of the disk that are compared by checksum, in addition to all files: checksums are slow in an emulated machine.
 const SUM_MIB: u64 = 64;
-/// What each of fio's two jobs writes, in MiB.
+/// MiB that each of fio's two jobs writes.
 const FIO_MIB: u64 = 24;
 
 fn main() -> ExitCode {
@@ -50,7 +50,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Where the show's files are.
+/// The folder of the demo's files.
 enum Place {
     Kept(PathBuf),
     Passing(tempfile::TempDir),
@@ -73,7 +73,7 @@ impl Place {
         }
     }
 
-    /// After a failure the files are evidence.
+    /// Keeps the files after a failure, for its analysis.
     fn keep(self) -> PathBuf {
         match self {
             Self::Kept(path) => path,
@@ -95,7 +95,7 @@ fn show(options: &Options, steps: &mut Steps) -> Result<()> {
     };
     let program = steps.run(building, |line| {
         if options.backend == Backend::Strata {
-            line.now("cargo build --release, some minutes the first time");
+            line.now("cargo build --release, takes some minutes the first time");
         }
         options.backend.program(Profile::Release)
     })?;
@@ -122,23 +122,24 @@ fn show(options: &Options, steps: &mut Steps) -> Result<()> {
     }
 }
 
-/// Everything from the images to the last compare; gives the picture.
+/// Everything from the images to the last comparison; returns the summary.
 fn visits(stand: &Stand, folder: &Path, steps: &mut Steps) -> Result<String> {
     let base = steps.run("base image and overlay", |line| make_images(stand, folder, line))?;
     let empty = image::allocated_bytes(&stand.serve.image)?;
     let work = Work { fio_mib: FIO_MIB, mkfs_options: String::new(), base_mib: BASE_MIB };
     let first = steps.run("first boot: format, use, trim", |line| {
         line.now(&format!("booting ({:?})", stand.accelerator));
-        let first = scenario::first_visit(stand, "first-boot", &work, &base, &mut |point| tell(line, point))?;
+        let first =
+            scenario::first_visit(stand, "first-boot", &work, &base, &mut |point| report(line, point))?;
         line.keep(&disk_in_words(&first.visit)?);
         Ok(first)
     })?;
-    let second = steps.run("second boot: daemon and machine anew", |line| {
+    let second = steps.run("second boot: new daemon, new machine", |line| {
         let second = scenario::second_visit(stand, "second-boot", SUM_MIB, &first.files)?;
-        line.keep(&format!("{} files found, every SHA-256 right, e2fsck clean", first.files.len()));
+        line.keep(&format!("{} files found, every SHA-256 correct, e2fsck clean", first.files.len()));
         Ok(second)
     })?;
-    steps.run("qemu-img check and compare", |line| {
+    steps.run("qemu-img check and comparison", |line| {
         scenario::host_agrees(stand, &second, SUM_MIB, &first.files, folder)?;
         line.keep("image clean; qemu-img reads the same disk and the same files as the guest");
         Ok(())
@@ -146,7 +147,7 @@ fn visits(stand: &Stand, folder: &Path, steps: &mut Steps) -> Result<String> {
     draw(stand, empty, &first, &second, steps)
 }
 
-/// A base image with contents and an empty overlay. Gives the sum of the contents as a guest must read them.
+/// Creates a base image with contents and an empty overlay. Returns the checksum that a guest must read.
 fn make_images(stand: &Stand, folder: &Path, line: &Line) -> Result<String> {
     let base = folder.join("base.qcow2");
     image::create(&base, "qcow2", DISK, None, "")?;
@@ -156,7 +157,7 @@ fn make_images(stand: &Stand, folder: &Path, line: &Line) -> Result<String> {
     }
     let below = Backing { image: &base, format: "qcow2" };
     image::create(&stand.serve.image, "qcow2", DISK, Some(below), "")?;
-    line.keep(&format!("{} disk, {BASE_MIB} MiB of it in the base, nothing in the overlay", bytes(DISK)));
+    line.keep(&format!("{} disk, {BASE_MIB} MiB of it in the base image, empty overlay", bytes(DISK)));
     let flat = folder.join("flat.raw");
     image::flatten(&base, "qcow2", &flat)?;
     let sum = image::md5(&flat, BASE_MIB)?;
@@ -164,7 +165,7 @@ fn make_images(stand: &Stand, folder: &Path, line: &Line) -> Result<String> {
     Ok(sum)
 }
 
-/// What a checkpoint of the first visit stands for.
+/// The text for a checkpoint of the first visit.
 fn in_words(checkpoint: &str) -> &str {
     match checkpoint {
         "base" => "base read through the overlay",
@@ -176,9 +177,9 @@ fn in_words(checkpoint: &str) -> &str {
     }
 }
 
-fn tell(line: &Line, point: &Checkpoint) {
+fn report(line: &Line, point: &Checkpoint) {
     let (words, space) = (in_words(&point.name), bytes(point.allocated));
-    line.keep(&format!("{:>7}  {words}: the image takes {space}", seconds(point.at)));
+    line.keep(&format!("{:>7}  {words}: the image occupies {space}", seconds(point.at)));
 }
 
 fn disk_in_words(visit: &Visit) -> Result<String> {
@@ -197,7 +198,7 @@ fn disk_in_words(visit: &Visit) -> Result<String> {
 fn draw(stand: &Stand, empty: u64, first: &FirstVisit, second: &Visit, steps: &Steps) -> Result<String> {
     let colours = steps.colours();
     let mut text = picture::steps(steps.times(), colours);
-    let last = first.visit.checkpoints.last().context("the first visit had checkpoints")?;
+    let last = first.visit.checkpoints.last().context("the first visit had no checkpoints")?;
     text += &picture::requests(last.requests, colours);
     text += &throughput(first, colours)?;
     text += &daemon_totals(stand, &first.visit);
@@ -209,7 +210,7 @@ fn draw(stand: &Stand, empty: u64, first: &FirstVisit, second: &Visit, steps: &S
     moments.push(("after the second boot".to_owned(), second.allocated_at_end));
     text += &picture::space(&moments, colours);
     let verdict = format!(
-        "A virtual machine ran on {} twice and lost nothing; {} went back to the host.",
+        "A virtual machine ran on {} twice without losing data; {} were given back to the host.",
         stand.program.backend,
         bytes(first.visit.checkpoint("files")?.allocated.saturating_sub(first.visit.allocated_at_end))
     );
@@ -232,7 +233,7 @@ fn throughput(first: &FirstVisit, colours: Colours) -> Result<String> {
     Ok(text)
 }
 
-/// What the daemon itself counted, where it logs that.
+/// The daemon's own counters, if it logs them.
 fn daemon_totals(stand: &Stand, visit: &Visit) -> String {
     if visit.totals.is_empty() {
         return String::new();
@@ -244,7 +245,7 @@ fn daemon_totals(stand: &Stand, visit: &Visit) -> String {
     format!("\n{} counted: {}\n", stand.program.backend, pairs.join(", "))
 }
 
-/// The kept files and the commands to go on with them.
+/// The kept files and the commands to use them by hand.
 fn by_hand(stand: &Stand, folder: &Path) -> Result<String> {
     let (kernel, initramfs) = (folder.join("vmlinuz"), folder.join("initramfs.cpio"));
     std::fs::copy(&stand.kit.kernel, &kernel).context("cannot copy the kernel")?;
@@ -256,8 +257,8 @@ fn by_hand(stand: &Stand, folder: &Path) -> Result<String> {
     let mut check = Command::new("qemu-img");
     check.args(["check"]).arg(&stand.serve.image);
     Ok(format!(
-        "\nThe files are in {}. By hand, the first two each in a terminal of its own:\n\n{}\n\n{}\n\n{}\n\n\
-         The machine gives you a shell; the disk is /dev/vda (mount /dev/vda /mnt), \"exit\" powers it off.\n",
+        "\nThe files are in {}. Run these by hand, the first two in a terminal each:\n\n{}\n\n{}\n\n{}\n\n\
+         The machine starts a shell; the disk is /dev/vda (mount /dev/vda /mnt), \"exit\" powers it off.\n",
         folder.display(),
         command::shown_in_lines(&serve),
         command::shown_in_lines(&qemu),

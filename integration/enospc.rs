@@ -1,5 +1,5 @@
-//! `strata serve --on-enospc wait` as a process on a host without space: a limit of file sizes that comes and goes.
-//! Requests wait until there is space; a ring that is stopped, a frontend that leaves and SIGTERM do not.
+//! `strata serve --on-enospc wait` as a process on a host without space, by a limit on file sizes that is set and
+//! removed. Requests wait for space; stopping a ring, disconnecting a frontend and SIGTERM do not.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -18,22 +18,22 @@ const CLUSTER: u64 = 64 << 10;
 const SECTOR: usize = 512;
 /// Bytes of the disk.
 const SIZE: u64 = 16 << 20;
-/// Where a file ends when there is no space: past the image's metadata, and before what a batch needs.
+/// The file size at which there is no space: past the image's metadata, and less than a batch needs.
 const LIMIT: u64 = 1 << 20;
-/// Clusters written at a time.
+/// Clusters written in a batch.
 const BATCH: u64 = 32;
-/// How long the daemon may take to find that there is no space.
+/// Timeout until the daemon reports that there is no space.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A daemon and its guest.
+/// A daemon with its guest.
 struct Scene {
     daemon: Daemon,
     socket: PathBuf,
     session: Session,
     queues: Vec<Queue>,
-    /// What each cluster's sectors may hold.
+    /// The values that each cluster's sectors may hold.
     allowed: BTreeMap<u64, Vec<u8>>,
-    /// The first cluster that was not written.
+    /// The first cluster not yet written.
     next: u64,
 }
 
@@ -60,7 +60,8 @@ impl Scene {
         Ok(Scene { daemon, socket, session, queues, allowed: BTreeMap::new(), next: 0 })
     }
 
-    /// Writes new clusters by queue 0, with a read behind them: when that is answered, all of them have been taken.
+    /// Writes new clusters on queue 0, followed by a read: once the read has completed, the daemon has taken all writes
+    /// from the ring.
     fn send_batch(&mut self, byte: u8) -> Result<Vec<(u64, Ticket)>, Failure> {
         let data = vec![byte; CLUSTER as usize];
         let mut sent = Vec::new();
@@ -81,7 +82,7 @@ impl Scene {
         Ok(())
     }
 
-    /// How a batch ends.
+    /// The statuses of a batch.
     fn settle(&mut self, sent: Vec<(u64, Ticket)>, byte: u8) -> Result<Vec<Status>, Failure> {
         let mut statuses = Vec::new();
         for (cluster, ticket) in sent {
@@ -94,7 +95,7 @@ impl Scene {
         Ok(statuses)
     }
 
-    /// Leaves without a word, and comes again.
+    /// Disconnects without notice and connects again.
     fn reconnect(self) -> Result<Self, Failure> {
         self.session.abandon();
         drop(self.queues);
@@ -103,7 +104,7 @@ impl Scene {
     }
 }
 
-/// Every sector holds what it may.
+/// Checks that every sector holds one of the values that it may.
 fn compare(allowed: &BTreeMap<u64, Vec<u8>>, found: &[u8]) {
     for (cluster, bytes) in (0..).zip(found.chunks(CLUSTER as usize)) {
         let allowed = allowed.get(&cluster).map_or(&[0][..], Vec::as_slice);
@@ -115,14 +116,14 @@ fn compare(allowed: &BTreeMap<u64, Vec<u8>>, found: &[u8]) {
 }
 
 #[test]
-fn requests_wait_for_space_but_not_for_ever() -> Result<(), Failure> {
+fn requests_wait_for_space_until_the_ring_or_the_daemon_stops() -> Result<(), Failure> {
     let Some(qemu) = Qemu::find() else { return Ok(()) };
     let folder = TempDir::new()?;
     let image = folder.path().join("disk.qcow2");
     qemu.create(&image, &ImageSpec::qcow2(SIZE))?;
     let mut scene = Scene::open(folder.path(), &image)?;
 
-    // There is no space, and then there is.
+    // The space returns: the waiting requests succeed.
     scene.daemon.limit_file_sizes(Some(LIMIT))?;
     let sent = scene.send_batch(1)?;
     let began = Instant::now();
@@ -134,7 +135,7 @@ fn requests_wait_for_space_but_not_for_ever() -> Result<(), Failure> {
     assert_eq!(scene.settle(sent, 1)?, [Status::Ok; BATCH as usize]);
     assert_eq!(scene.queues[0].run(&Request::Flush)?.status, Status::Ok);
 
-    // There is none, and the ring is stopped: what waits is answered, and the ring goes on behind it.
+    // Without space, stopping the ring completes the waiting requests; the ring continues after them.
     scene.daemon.limit_file_sizes(Some(LIMIT))?;
     let sent = scene.send_batch(2)?;
     let base = scene.session.stop_ring(0)?;
@@ -142,12 +143,12 @@ fn requests_wait_for_space_but_not_for_ever() -> Result<(), Failure> {
     assert_eq!(scene.settle(sent, 2)?, [Status::IoError; BATCH as usize]);
     scene.session.restart_ring(&scene.queues[0], base)?;
 
-    // The frontend leaves, and another comes.
+    // The frontend disconnects, and another connects.
     scene.send_batch(3)?;
     let mut scene = scene.reconnect()?;
     scene.read(0)?;
 
-    // The daemon is stopped.
+    // SIGTERM stops the daemon while requests wait.
     scene.send_batch(4)?;
     let Scene { daemon, session, queues, allowed, .. } = scene;
     daemon.stop()?;

@@ -1,7 +1,8 @@
-//! The tiny guest: Debian's cloud kernel and an initramfs with busybox, fio, util-linux's disk tools and the ext4 tools.
+//! The tiny guest: Debian's cloud kernel and an initramfs with busybox, fio, util-linux's disk tools and the ext4
+//! tools.
 //!
-//! Owns the cache of prepared guests (`$STRATA_CACHE_DIR`, else `~/.cache/strata`) and what is in an initramfs.
-//! Nothing of it is installed on the host. What a guest does when it is up is a script: see [`crate::machine`].
+//! Owns the cache of prepared guests (`$STRATA_CACHE_DIR`, else `~/.cache/strata`) and the contents of an initramfs. It
+//! installs nothing on the host. A running guest executes a script: see [`crate::machine`].
 
 use crate::command;
 use crate::cpio::Archive;
@@ -19,25 +20,24 @@ use std::process::Command;
 pub struct GuestKit {
     /// The kernel image.
     pub kernel: PathBuf,
-    /// The initramfs without `/init`: every run appends its own small archive.
+    /// The initramfs without `/init`: every run appends a small archive of its own.
     pub initramfs: PathBuf,
     /// The kernel's release.
     pub release: String,
 }
 
-/// Raised when the contents of the initramfs change in a way that its ingredients do not show.
+/// To be raised when the initramfs changes in a way that its ingredients do not show.
 const LAYOUT: u32 = 1;
 
-/// Programs of the host that the guest has too, under `/bin`.
-/// busybox's own fallocate punches no holes, which on a disk are zeroes that may unmap; its blkdiscard refuses a disk
-/// that is mounted.
+/// Programs of the host that are copied to the guest's `/bin`. busybox's own fallocate cannot punch holes, which on a
+/// disk are zeroes that may unmap; its blkdiscard refuses a mounted disk.
 const PROGRAMS: [&str; 5] = ["fio", "mkfs.ext4", "e2fsck", "fallocate", "blkdiscard"];
 
-/// The package that stands for the newest kernel made for virtual machines.
+/// The meta package of the newest kernel for virtual machines.
 const KERNEL_META: &str = "linux-image-cloud-amd64";
 
 impl GuestKit {
-    /// The prepared guest, or `None` when there is none yet or when its ingredients changed.
+    /// The prepared guest, or `None` if none is prepared or its ingredients have changed.
     pub fn find() -> Result<Option<Self>> {
         let cache = cache_folder()?;
         let Some(ingredients) = Ingredients::find(&cache)? else { return Ok(None) };
@@ -45,7 +45,7 @@ impl GuestKit {
         Ok((kit.kernel.is_file() && kit.initramfs.is_file()).then_some(kit))
     }
 
-    /// The prepared guest, made first if need be: fetches two Debian packages once, then only packs.
+    /// The prepared guest, which is prepared first if necessary: downloads two Debian packages once, then only packs.
     pub fn prepare(say: &mut dyn FnMut(&str)) -> Result<Self> {
         if let Some(kit) = Self::find()? {
             return Ok(kit);
@@ -53,7 +53,7 @@ impl GuestKit {
         let cache = cache_folder()?;
         fetch_packages(&cache, say)?;
         let ingredients = Ingredients::find(&cache)?
-            .context("the guest's ingredients are not complete (fio and e2fsprogs have to be installed)")?;
+            .context("the guest's ingredients are incomplete (fio and e2fsprogs must be installed)")?;
         let kit = ingredients.kit(&cache);
         say(&format!("packing the guest: kernel {}", kit.release));
         let folder = tempfile::Builder::new().prefix("kit-new-").tempdir_in(&cache)?;
@@ -65,18 +65,18 @@ impl GuestKit {
     }
 }
 
-/// The folder of everything that is prepared once per machine.
+/// The folder of all files that are prepared once per machine.
 pub fn cache_folder() -> Result<PathBuf> {
     let from = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let folder = from("STRATA_CACHE_DIR")
         .or_else(|| from("XDG_CACHE_HOME").map(|folder| folder.join("strata")))
         .or_else(|| from("HOME").map(|home| home.join(".cache/strata")))
-        .context("neither STRATA_CACHE_DIR nor HOME is set: no place for the prepared guest")?;
+        .context("neither STRATA_CACHE_DIR nor HOME is set: no folder for the prepared guest")?;
     std::fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
     Ok(folder)
 }
 
-/// What a guest is made of, all of it on this machine.
+/// The ingredients of a guest, all of them on this machine.
 struct Ingredients {
     kernel: Kernel,
     busybox: PathBuf,
@@ -95,7 +95,7 @@ impl Ingredients {
         Ok(busybox.zip(programs).map(|(busybox, programs)| Self { kernel, busybox, programs }))
     }
 
-    /// Where the kit made of these is: the name changes with every ingredient.
+    /// The folder of the kit built from these ingredients: the name changes with every ingredient.
     fn kit(&self, cache: &Path) -> GuestKit {
         let mut hasher = DefaultHasher::new();
         LAYOUT.hash(&mut hasher);
@@ -118,7 +118,7 @@ impl Ingredients {
         for folder in ["dev", "proc", "sys", "tmp", "mnt", "run"] {
             archive.directory(folder);
         }
-        // the kernel opens it for init before anything is mounted
+        // The kernel opens the console for init before anything is mounted.
         archive.character_device("dev/console", 0o600, (5, 1));
         archive.symlink("etc/mtab", "/proc/mounts");
         if let Ok(defaults) = std::fs::read("/etc/mke2fs.conf") {
@@ -149,7 +149,7 @@ impl Ingredients {
         let applets: Vec<&str> = applets.lines().map(str::trim).collect();
         for needed in ["sh", "mount", "insmod", "fstrim", "sha256sum", "poweroff", "blockdev", "stty"] {
             if !applets.contains(&needed) {
-                bail!("{} has no {needed}: the guest needs it", self.busybox.display());
+                bail!("{} lacks {needed}, which the guest needs", self.busybox.display());
             }
         }
         for applet in applets.into_iter().filter(|name| !name.is_empty() && *name != "busybox") {
@@ -159,7 +159,7 @@ impl Ingredients {
     }
 }
 
-/// Of several unpacked kernels the one unpacked last.
+/// The kernel that was unpacked last.
 fn newest_kernel(packages: &Path) -> Result<Option<Kernel>> {
     let Ok(entries) = std::fs::read_dir(packages) else { return Ok(None) };
     let mut found = Vec::new();
@@ -173,7 +173,7 @@ fn newest_kernel(packages: &Path) -> Result<Option<Kernel>> {
     found.pop().map(|(_, path)| Kernel::in_root(&path)).transpose()
 }
 
-/// Unpacks busybox and the kernel into the cache, unless they are there.
+/// Unpacks busybox and the kernel into the cache, unless they are there already.
 fn fetch_packages(cache: &Path, say: &mut dyn FnMut(&str)) -> Result<()> {
     let packages = cache.join("packages");
     std::fs::create_dir_all(&packages)?;
@@ -184,7 +184,7 @@ fn fetch_packages(cache: &Path, say: &mut dyn FnMut(&str)) -> Result<()> {
     }
     if !setup::debian_like() {
         bail!(
-            "the guest is made of Debian's {KERNEL_META} and busybox-static, and there is no apt here to fetch them"
+            "the guest needs Debian's {KERNEL_META} and busybox-static, but apt is not installed to download them"
         );
     }
     setup::refresh_lists(say)?;
@@ -204,12 +204,12 @@ fn fetch_packages(cache: &Path, say: &mut dyn FnMut(&str)) -> Result<()> {
     Ok(())
 }
 
-/// Gives a finished folder its name, so that half a folder is never seen. When another process was quicker, its
-/// folder is as good.
+/// Renames a finished folder to its final name, so that no process sees an incomplete folder. If another process was
+/// quicker, its folder is used.
 fn publish(folder: tempfile::TempDir, home: &Path) -> Result<()> {
     match std::fs::rename(folder.path(), home) {
         Ok(()) => {
-            // the folder is no longer where its guard would remove it
+            // The folder has been moved, so its guard need not remove it.
             let _ = folder.keep();
             Ok(())
         }
@@ -224,7 +224,7 @@ fn add_copy(archive: &mut Archive, name: &str, path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The shared libraries of a program, the loader included; none for a static one.
+/// The shared libraries of a program, the loader included; none for a static program.
 fn libraries_of(program: &Path) -> Result<Vec<String>> {
     let mut ldd = Command::new("ldd");
     ldd.arg(program);
@@ -236,7 +236,8 @@ fn libraries_of(program: &Path) -> Result<Vec<String>> {
     Ok(text.lines().filter_map(library_path).collect())
 }
 
-/// `libz.so.1 => /lib/libz.so.1 (0x..)` and `/lib64/ld-linux-x86-64.so.2 (0x..)` name files, `linux-vdso.so.1` does not.
+/// The file in a line of ldd: `libz.so.1 => /lib/libz.so.1 (0x..)` and `/lib64/ld-linux-x86-64.so.2 (0x..)` name files,
+/// `linux-vdso.so.1` does not.
 fn library_path(line: &str) -> Option<String> {
     let after_arrow = line.split("=>").last()?.trim();
     let path = after_arrow.split_whitespace().next()?;
@@ -248,7 +249,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ldd_lines_give_files_only() {
+    fn ldds_lines_are_parsed_to_files() {
         assert_eq!(library_path("\tlinux-vdso.so.1 (0x7ffd)"), None);
         assert_eq!(library_path("\tlibz.so.1 => /lib/libz.so.1 (0x7f)").as_deref(), Some("/lib/libz.so.1"));
         assert_eq!(library_path("\t/lib64/ld-linux.so.2 (0x7f)").as_deref(), Some("/lib64/ld-linux.so.2"));
@@ -256,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn a_finished_folder_replaces_nothing_that_is_there() {
+    fn a_finished_folder_does_not_replace_another() {
         let cache = tempfile::tempdir().expect("a temporary folder");
         let home = cache.path().join("busybox-static");
         for contents in ["first", "second"] {

@@ -1,7 +1,7 @@
-//! Disk images by QEMU's own tools: the judge that is not ours.
+//! Disk images by QEMU's own tools, as an independent reference.
 //!
-//! Owns the qemu-img and qemu-io command lines, and that of `strata check` beside `qemu-img check`. It never reads qcow2
-//! itself.
+//! Owns the command lines of qemu-img and qemu-io, and of `strata check`, which runs with every `qemu-img check`. It
+//! never reads qcow2 itself.
 
 use crate::command;
 use crate::daemon;
@@ -12,16 +12,16 @@ use std::path::Path;
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
-/// The image below another.
+/// A backing file.
 #[derive(Clone, Copy, Debug)]
 pub struct Backing<'a> {
-    /// Its file.
+    /// Its path.
     pub image: &'a Path,
     /// `qcow2` or `raw`.
     pub format: &'a str,
 }
 
-/// Makes an image of `bytes` with qemu-img; `options` are its `-o` options, such as `cluster_size=64k`.
+/// Creates an image of `bytes` with qemu-img; `options` are its `-o` options, such as `cluster_size=64k`.
 pub fn create(
     image: &Path,
     format: &str,
@@ -48,21 +48,21 @@ pub fn write_pattern(image: &Path, format: &str, offset: u64, length: u64, byte:
     Ok(())
 }
 
-/// What a check found.
+/// The result of a check.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Health {
-    /// Nothing wrong.
+    /// No error and no leak.
     Clean,
-    /// Lost space only, which a crash may leave: the number of clusters.
+    /// Only leaks, which a crash may leave: the number of clusters.
     Leaks(u64),
-    /// Anything else, in the tool's words.
+    /// Errors: the tool's output.
     Broken(String),
 }
 
-/// The lock of a process killed a moment ago may outlive it until its last I/O is done.
+/// Timeout for the image lock: that of a killed process lasts until its last I/O is done.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 
-/// Runs `qemu-img check` and `strata check` on a qcow2 image, which must say the same.
+/// Runs `qemu-img check` and `strata check` on a qcow2 image. Their results must be equal.
 pub fn check(image: &Path) -> Result<Health> {
     let theirs = check_by_qemu(image)?;
     let ours = check_by_strata(image)?;
@@ -71,7 +71,7 @@ pub fn check(image: &Path) -> Result<Health> {
         (ours, theirs) => ours == theirs,
     };
     if !agree {
-        bail!("{}: strata check says {ours:?}, and qemu-img check {theirs:?}", image.display());
+        bail!("{}: strata check finds {ours:?}, but qemu-img check {theirs:?}", image.display());
     }
     Ok(theirs)
 }
@@ -83,7 +83,7 @@ fn check_by_strata(image: &Path) -> Result<Health> {
     Ok(health(&command, &output))
 }
 
-/// Both tools have the same exit codes, and name leaks alike in their JSON.
+/// Reads the result of either tool: their exit codes and the name of leaks in their JSON are equal.
 fn health(command: &Command, output: &Output) -> Health {
     let result: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
     match output.status.code() {
@@ -110,7 +110,7 @@ pub fn check_by_qemu(image: &Path) -> Result<Health> {
     }
 }
 
-/// Writes the guest's view of the image, chain and all, to a raw file.
+/// Writes the guest's view of the image, with its whole chain, to a raw file.
 pub fn flatten(image: &Path, format: &str, raw: &Path) -> Result<()> {
     let mut command = Command::new("qemu-img");
     command::output(command.args(["convert", "-f", format, "-O", "raw"]).arg(image).arg(raw))?;
@@ -125,7 +125,7 @@ pub fn md5(file: &Path, mib: u64) -> Result<String> {
     Ok(text.split_whitespace().next().context("md5sum printed nothing")?.to_owned())
 }
 
-/// The SHA-256 of every regular file in `folder` (absolute, one level) of an ext4 file system in a raw image.
+/// The SHA-256 of every regular file in `folder` (absolute, one level deep) of an ext4 file system in a raw image.
 pub fn files_in_ext4(raw: &Path, folder: &str, scratch: &Path) -> Result<BTreeMap<String, String>> {
     let target = scratch.join("files-of-ext4");
     std::fs::create_dir_all(&target)?;
@@ -144,14 +144,14 @@ pub fn files_in_ext4(raw: &Path, folder: &str, scratch: &Path) -> Result<BTreeMa
     Ok(sums)
 }
 
-/// Bytes that the file takes on the host.
+/// Bytes that the file occupies on the host.
 pub fn allocated_bytes(file: &Path) -> Result<u64> {
     let metadata = std::fs::metadata(file).with_context(|| file.display().to_string())?;
-    // st_blocks counts 512 bytes whatever the file system's block is
+    // st_blocks is in units of 512 bytes, whatever the file system's block size.
     Ok(metadata.blocks() * 512)
 }
 
-/// An error unless the image is clean.
+/// Returns an error unless the image is clean.
 pub fn expect_clean(image: &Path) -> Result<()> {
     match check(image)? {
         Health::Clean => Ok(()),
@@ -164,7 +164,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn space_is_what_the_host_gives_not_what_the_file_claims() {
+    fn the_space_of_a_sparse_file_is_less_than_its_length() {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let path = folder.path().join("sparse");
         std::fs::File::create(&path).and_then(|file| file.set_len(1 << 30)).expect("a sparse file");

@@ -1,7 +1,7 @@
-//! The guest's kernel and its modules, taken out of an unpacked Debian package.
+//! The guest's kernel and its modules, from an unpacked Debian package.
 //!
-//! Owns finding the image, resolving module dependencies and reading compressed modules. It never builds the
-//! initramfs (see `guest`) and never installs a kernel.
+//! Owns finding the image, resolving module dependencies and reading compressed modules. It never builds the initramfs
+//! (`guest` does) and never installs a kernel.
 
 use crate::command;
 use anyhow::{Context, Result, bail};
@@ -9,12 +9,12 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// What the guest has to have, as modules or built in: virtio over PCI, the block device, ext4 and its checksum.
+/// The features that the guest needs, as modules or built in: virtio over PCI, the block device, ext4 and its checksum.
 const WANTED: [&str; 4] = ["virtio_pci", "virtio_blk", "ext4", "crc32c_generic"];
 
 /// One module, ready for insmod.
 pub struct Module {
-    /// The name with underscores and without an ending.
+    /// The name with underscores and without a file extension.
     pub name: String,
     /// The ELF object, decompressed.
     pub object: Vec<u8>,
@@ -48,7 +48,7 @@ impl Kernel {
         Ok(Self { image: boot.join(image), release, folder })
     }
 
-    /// The modules the guest loads, each after those it depends on.
+    /// The modules that the guest loads, each after its dependencies.
     pub fn modules(&self) -> Result<Vec<Module>> {
         let mut files = BTreeMap::new();
         collect(&self.folder, &mut files)?;
@@ -57,7 +57,7 @@ impl Kernel {
             built_in.lines().filter_map(|line| module_name(Path::new(line))).collect();
         let mut order = Vec::new();
         for wanted in WANTED {
-            // a checksum that the kernel has in another form is none of our business
+            // The kernel may provide the checksum in another form.
             let optional = wanted == "crc32c_generic";
             if files.contains_key(wanted) {
                 load(wanted, &files, &mut order)?;
@@ -69,12 +69,12 @@ impl Kernel {
     }
 }
 
-/// Depth first, so that dependencies come before their users.
+/// Adds modules depth first, so that dependencies come before their users.
 fn load(name: &str, files: &BTreeMap<String, PathBuf>, order: &mut Vec<Module>) -> Result<()> {
     if order.iter().any(|module| module.name == name) {
         return Ok(());
     }
-    // what is not a file is built in
+    // A module without a file is built in.
     let Some(path) = files.get(name) else { return Ok(()) };
     let object = read_object(path)?;
     for dependency in dependencies(&object) {
@@ -84,7 +84,7 @@ fn load(name: &str, files: &BTreeMap<String, PathBuf>, order: &mut Vec<Module>) 
     Ok(())
 }
 
-/// The `depends=` entry of the module's information section, a list with commas.
+/// Parses the `depends=` entry of the module's information section, a comma-separated list.
 fn dependencies(object: &[u8]) -> Vec<String> {
     const KEY: &[u8] = b"\0depends=";
     let Some(at) = object.windows(KEY.len()).position(|window| window == KEY) else { return Vec::new() };
@@ -121,7 +121,7 @@ fn collect(folder: &Path, files: &mut BTreeMap<String, PathBuf>) -> Result<()> {
     Ok(())
 }
 
-/// `kernel/fs/ext4/ext4.ko.xz` is `ext4`; what is no module has no name.
+/// The module's name: `ext4` for `kernel/fs/ext4/ext4.ko.xz`, `None` for other files.
 fn module_name(path: &Path) -> Option<String> {
     let file = path.file_name()?.to_str()?;
     let (name, ending) = file.split_once(".ko")?;
@@ -133,7 +133,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn module_names_lose_folder_ending_and_dashes() {
+    fn a_module_name_has_no_folder_extension_or_dashes() {
         assert_eq!(module_name(Path::new("kernel/lib/crc32c-intel.ko.xz")).as_deref(), Some("crc32c_intel"));
         assert_eq!(module_name(Path::new("kernel/a.ko")).as_deref(), Some("a"));
         assert_eq!(module_name(Path::new("modules.order")), None);

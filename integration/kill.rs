@@ -1,10 +1,10 @@
-//! Kills the daemon at random moments under load, some hundred times, and starts it again on the same image: what was
-//! flushed is there, nothing is where it does not belong, and the image has leaks at worst.
+//! Kills the daemon at random moments under load, some hundred times, and starts it again on the same image. Flushed
+//! data must be there, no sector may hold data of another, and the image may have leaks but no errors.
 //!
-//! A killed process does not lose what the host's page cache and disk have: this tests the daemon's logic and the order
-//! in which it hands things to the host, not a power loss, which the simulated host of tests/ is for.
+//! A killed process loses nothing from the host's page cache and disk. This tests the daemon's logic and the order of
+//! its writes to the host. The simulated host of tests/ covers power loss.
 //!
-//! `STRATA_KILL_ROUNDS` sets the number of rounds of all cases together (500), `STRATA_KILL_SEED` other requests.
+//! `STRATA_KILL_ROUNDS` sets the number of rounds of all cases together (500), `STRATA_KILL_SEED` the random choices.
 //! `STRATA_TEST_BACKEND=qemu-storage-daemon` shows that the test can fail.
 
 mod survival;
@@ -28,17 +28,17 @@ use survival::stamp::{SECTOR, Value, fill};
 
 type Trouble = Box<dyn std::error::Error>;
 
-/// Rounds of all cases together.
+/// Default number of rounds of all cases together.
 const ROUNDS: u64 = 500;
-/// Cases among which they are shared out.
+/// Number of cases that share the rounds.
 const CASES: u64 = 4;
-/// Rounds between two looks by QEMU's tools.
+/// Rounds between two checks by QEMU's tools.
 const LOOK_EVERY: u64 = 25;
 /// A daemon reserves clusters ahead, at most this many bytes; a kill may leak them.
 const RESERVED_BYTES_MAX: u64 = 16 << 20;
 /// How long a search for leaks may take.
 const SEARCH_PATIENCE: Duration = Duration::from_secs(60);
-/// The generation of what the backing file holds.
+/// The generation of the stamps in the backing file.
 const BASE_GENERATION: u64 = 1;
 /// Bit of VIRTIO_BLK_F_CONFIG_WCE.
 const CONFIG_WCE: u32 = 11;
@@ -49,12 +49,12 @@ struct Case {
     cluster_size: u64,
     /// Virtual size in bytes.
     size: u64,
-    /// The format of the backing file, if there is one.
+    /// The format of the backing file, if the image has one.
     backing: Option<&'static str>,
 }
 
 impl Case {
-    /// What the backing file holds: three clusters in four are written.
+    /// The contents of the backing file: three clusters in four are written.
     fn base(&self, sector: u64) -> Value {
         let written = self.backing.is_some() && !(sector * SECTOR / (64 << 10)).is_multiple_of(4);
         if written { Value::Written(BASE_GENERATION) } else { Value::Zero }
@@ -64,7 +64,7 @@ impl Case {
         self.size / SECTOR
     }
 
-    /// Makes the image, and its backing file.
+    /// Creates the image and its backing file.
     fn create(&self, folder: &Path) -> Result<PathBuf, Trouble> {
         let top = folder.join("top.qcow2");
         let options = format!("cluster_size={}", self.cluster_size);
@@ -96,12 +96,12 @@ fn convert(from: &Path, format: &str, to: PathBuf, into: &str) -> Result<PathBuf
 /// A number from the environment.
 fn setting(name: &str, fallback: u64) -> u64 {
     match std::env::var(name) {
-        Ok(text) => text.parse().unwrap_or_else(|_| panic!("{name} is a number, not {text}")),
+        Ok(text) => text.parse().unwrap_or_else(|_| panic!("{name} must be a number, not {text}")),
         Err(_) => fallback,
     }
 }
 
-/// A case under way.
+/// The state of a running case.
 struct Run {
     case: Case,
     program: Program,
@@ -111,13 +111,13 @@ struct Run {
     random: Random,
     generation: u64,
     total: Tally,
-    /// Kills since leaks were last taken back.
+    /// Kills since leaks were last repaired.
     kills: u64,
     leaks_max: u64,
 }
 
 impl Run {
-    /// None if QEMU's tools are missing, which was then said.
+    /// `None` if QEMU's tools are missing; a message about it has been printed.
     fn new(case: Case, seed: u64) -> Result<Option<Self>, Trouble> {
         if Qemu::find().is_none() {
             return Ok(None);
@@ -144,7 +144,8 @@ impl Run {
             io_thread: false,
         };
         if self.program.backend == Backend::QemuStorageDaemon {
-            // Unlike ours it does not wait for the lock of its predecessor, whose I/O may outlive it; this does.
+            // Unlike Strata, this daemon does not wait for its predecessor's lock, which lasts until the last I/O is
+            // done. The check does wait.
             image::check(&self.image)?;
         }
         let daemon = Daemon::start(&self.program, &spec, &self.folder.path().join("daemon.log"))?;
@@ -161,7 +162,7 @@ impl Run {
         Ok((daemon, Client::connect(&socket, &options)?))
     }
 
-    /// A daemon's life: the disk of the last one is right, then load, then death.
+    /// One round: checks the disk that the last daemon left, applies load, kills the daemon.
     fn round(&mut self) -> Result<(), Trouble> {
         let (daemon, client) = self.serve()?;
         let requests = self.random.below(400);
@@ -185,15 +186,15 @@ impl Run {
         Ok(())
     }
 
-    /// QEMU's tools look at the image: no errors, few leaks, the right contents. The next daemon must then see the
-    /// same as they.
-    fn look(&mut self, repair: bool) -> Result<(), Trouble> {
+    /// Checks the image with QEMU's tools: no errors, few leaks, correct contents. The next daemon must read the same
+    /// contents.
+    fn check(&mut self, repair: bool) -> Result<(), Trouble> {
         match image::check(&self.image)? {
             Health::Clean => {}
             Health::Leaks(leaks) => {
                 self.leaks_max = self.leaks_max.max(leaks);
                 let cluster = self.case.cluster_size;
-                // What was reserved, what was allocated and freed unflushed, and some tables.
+                // Reserved clusters, clusters allocated and freed without a flush, and some tables.
                 let most = self.kills * (RESERVED_BYTES_MAX + 2 * self.case.size) / cluster + 64;
                 if leaks > most {
                     return Err(
@@ -205,7 +206,7 @@ impl Run {
         }
         let raw = convert(&self.image, "qcow2", self.folder.path().join("seen.raw"), "raw")?;
         let seen = std::fs::read(&raw)?;
-        self.ledger.settle(&seen).map_err(|wrong| format!("as QEMU reads it, {wrong}"))?;
+        self.ledger.settle(&seen).map_err(|wrong| format!("read by QEMU: {wrong}"))?;
         if repair {
             self.recover()?;
             self.kills = 0;
@@ -213,7 +214,7 @@ impl Run {
         Ok(())
     }
 
-    /// A daemon's life that ends in good order: what the kills leaked, however many they were, is given back.
+    /// A round without a kill: however much the kills leaked, the daemon must give all of it back before it stops.
     fn recover(&self) -> Result<(), Trouble> {
         if self.program.backend == Backend::QemuStorageDaemon {
             let mut command = Command::new("qemu-img");
@@ -239,12 +240,12 @@ impl Run {
             self.round().map_err(place(round))?;
             if round % LOOK_EVERY == 0 || round == rounds {
                 // Leaks are left to add up every second time, and then given back.
-                self.look(round / LOOK_EVERY % 2 == 1).map_err(place(round))?;
+                self.check(round / LOOK_EVERY % 2 == 1).map_err(place(round))?;
             }
         }
         // The last one ends in good order: then nothing is wrong at all.
         self.recover()?;
-        self.look(false)?;
+        self.check(false)?;
         image::expect_clean(&self.image)?;
         Ok(())
     }
@@ -273,12 +274,12 @@ fn survive(number: u64, case: Case) {
 }
 
 #[test]
-fn small_clusters_survive_kills() {
+fn flushed_data_survives_kills_with_small_clusters() {
     survive(0, Case { name: "4 KiB", cluster_size: 4 << 10, size: 8 << 20, backing: None });
 }
 
 #[test]
-fn small_clusters_over_a_qcow2_image_survive_kills() {
+fn flushed_data_survives_kills_with_small_clusters_over_qcow2() {
     survive(
         1,
         Case { name: "4 KiB over qcow2", cluster_size: 4 << 10, size: 8 << 20, backing: Some("qcow2") },
@@ -286,12 +287,12 @@ fn small_clusters_over_a_qcow2_image_survive_kills() {
 }
 
 #[test]
-fn common_clusters_survive_kills() {
+fn flushed_data_survives_kills_with_64_kib_clusters() {
     survive(2, Case { name: "64 KiB", cluster_size: 64 << 10, size: 16 << 20, backing: None });
 }
 
 #[test]
-fn common_clusters_over_a_raw_image_survive_kills() {
+fn flushed_data_survives_kills_with_64_kib_clusters_over_raw() {
     survive(
         3,
         Case { name: "64 KiB over raw", cluster_size: 64 << 10, size: 16 << 20, backing: Some("raw") },

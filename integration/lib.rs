@@ -1,9 +1,9 @@
-//! Strata as real processes: what the demo, the whole check, the VM tests and the benchmarks share.
+//! Strata as real processes: the code that the demo, `cargo verify`, the VM tests and the benchmarks share.
 //!
 //! Owns: preparing a machine ([`setup`]), the tiny guest ([`guest`], [`cpio`]), virtual machines ([`machine`]),
-//! block daemons ([`daemon`]), disk images ([`image`]), the guest's jobs ([`scenario`], and where the daemon is killed
-//! [`crash`], [`areas`]) and what a person sees of
-//! them ([`steps`], [`picture`]). It never links Strata's own crates: a daemon is a program with a socket here.
+//! block daemons ([`daemon`]), disk images ([`image`]), the guest's jobs ([`scenario`]; with kills of the daemon
+//! [`crash`] and [`areas`]) and the output for the user ([`steps`], [`picture`]). It never links Strata's own crates: a
+//! daemon is a program with a socket here.
 #![forbid(unsafe_code)]
 
 pub mod areas;

@@ -1,10 +1,10 @@
-//! A virtual machine: QEMU's command line, the guest's script, its reports, its end.
+//! A virtual machine: QEMU's command line, the guest's script, its reports and its end.
 //!
-//! Owns the QEMU process, which is killed by its id when the value is dropped. It never starts the daemon behind a
-//! disk and never judges what a guest reports. Only options that both QEMU 7.2 and 10 know are used.
+//! Owns the QEMU process, which is killed by its id on drop. It never starts the daemon behind a disk and never checks
+//! a guest's reports. It uses only options that both QEMU 7.2 and 10 support.
 //!
-//! The guest has two serial ports: the console goes to a file, the second carries lines `@@ key=value` to us and
-//! one empty line back for each checkpoint, so what is measured at a checkpoint is measured while the guest waits.
+//! The guest has two serial ports. The console goes to a file. The second port carries lines `@@ key=value` to the
+//! host, and one empty line back for each checkpoint, so the guest waits while the host measures.
 
 use crate::command;
 use crate::cpio::Archive;
@@ -17,12 +17,12 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-/// How QEMU runs the guest's instructions.
+/// QEMU's ways to run the guest's instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Accelerator {
-    /// QEMU's translator, one thread a processor: works everywhere.
+    /// QEMU's translator, one thread per processor: works everywhere.
     Tcg,
-    /// The host's virtualization.
+    /// The host's hardware virtualization.
     Kvm,
 }
 
@@ -34,13 +34,13 @@ impl Accelerator {
         }
     }
 
-    /// KVM where it boots our guest within some seconds, else TCG. `STRATA_TEST_ACCEL=tcg|kvm` decides without a try.
-    /// The answer of a try is kept until the host is booted again: there are hosts on which KVM opens and then hangs.
+    /// KVM if it boots the guest within some seconds, else TCG. `STRATA_TEST_ACCEL=tcg|kvm` skips the trial boot. The
+    /// result is cached until the host reboots. The trial is needed because on some hosts KVM opens and then hangs.
     pub fn choose(kit: &GuestKit) -> Result<Self> {
         match std::env::var("STRATA_TEST_ACCEL").as_deref() {
             Ok("tcg") => return Ok(Self::Tcg),
             Ok("kvm") => return Ok(Self::Kvm),
-            Ok(other) => bail!("STRATA_TEST_ACCEL={other}: it may be tcg or kvm"),
+            Ok(other) => bail!("STRATA_TEST_ACCEL={other}: use tcg or kvm"),
             Err(_) => {}
         }
         if File::options().read(true).write(true).open("/dev/kvm").is_err() {
@@ -57,7 +57,7 @@ impl Accelerator {
     }
 }
 
-/// Well above what a boot takes where KVM works, so that only a hang fails.
+/// Timeout of the trial boot: much longer than a boot with working KVM, so that only a hang exceeds it.
 const KVM_PATIENCE: Duration = Duration::from_secs(15);
 
 fn kvm_boots(kit: &GuestKit) -> Result<()> {
@@ -70,24 +70,24 @@ fn kvm_boots(kit: &GuestKit) -> Result<()> {
             return Ok(());
         }
     }
-    bail!("it ended without a report")
+    bail!("the guest ended without a report")
 }
 
-/// A disk by vhost-user.
+/// A vhost-user disk.
 #[derive(Clone, Debug)]
 pub struct Disk {
     /// The daemon's socket.
     pub socket: PathBuf,
-    /// How many queues the guest sees.
+    /// Number of queues of the device.
     pub queues: u16,
-    /// Whether the guest may see VIRTIO_BLK_F_CONFIG_WCE where the daemon offers it.
+    /// True if the guest may see VIRTIO_BLK_F_CONFIG_WCE, if the daemon offers it.
     pub cache_switch: bool,
 }
 
-/// What to boot.
+/// The machine to boot.
 #[derive(Clone, Debug)]
 pub struct MachineSpec {
-    /// A shell script; see `guest/report.sh` for what it may call.
+    /// A shell script, which may use the functions of `guest/report.sh`.
     pub script: String,
     /// The disks, from `/dev/vda` on.
     pub disks: Vec<Disk>,
@@ -105,16 +105,16 @@ impl MachineSpec {
         Self { script, disks: Vec::new(), processors: 2, memory_mib: 512, accelerator: Accelerator::Tcg }
     }
 
-    /// The QEMU command line, but for the serial ports. Shown to people by the demo as well.
+    /// The QEMU command line without the serial ports. The demo prints it too.
     pub fn command(&self, kernel: &Path, initramfs: &Path) -> Command {
         let mut qemu = Command::new("qemu-system-x86_64");
         qemu.args(["-no-user-config", "-nodefaults", "-display", "none", "-no-reboot"]);
         qemu.args(["-machine", "pc,memory-backend=mem", "-accel", self.accelerator.option(), "-cpu", "max"]);
         qemu.args(["-smp", &self.processors.to_string(), "-m", &self.memory_mib.to_string()]);
-        // the daemon reads and writes guest memory itself, so it has to be shared
+        // The daemon reads and writes guest memory, so the memory must be shared.
         qemu.args(["-object", &format!("memory-backend-memfd,id=mem,size={}M,share=on", self.memory_mib)]);
         for (number, disk) in self.disks.iter().enumerate() {
-            // commas in option values are doubled
+            // QEMU requires commas in option values to be doubled.
             let socket = disk.socket.display().to_string().replace(',', ",,");
             qemu.args(["-chardev", &format!("socket,id=disk{number},path={socket}")]);
             let switch = if disk.cache_switch { "" } else { ",config-wce=off" };
@@ -130,22 +130,22 @@ impl MachineSpec {
     }
 }
 
-/// A line from the guest.
+/// A report line of the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Report {
     /// `@@ key=value`
     Fact {
-        /// What it is about.
+        /// The key.
         key: String,
-        /// The rest of the line.
+        /// The value, up to the end of the line.
         value: String,
     },
     /// The guest waits until [`Vm::proceed`].
     Checkpoint {
-        /// The name the script gives it.
+        /// The checkpoint's name in the script.
         name: String,
     },
-    /// The script is over; the guest powers off.
+    /// The script has ended; the guest powers off.
     Exit {
         /// The script's exit code.
         code: i32,
@@ -174,7 +174,7 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// Starts QEMU. `folder` takes the console, QEMU's messages and the initramfs of this run.
+    /// Starts QEMU. The console, QEMU's messages and this run's initramfs go to `folder`.
     pub fn boot(kit: &GuestKit, spec: &MachineSpec, folder: &Path) -> Result<Self> {
         std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
         let initramfs = folder.join("initramfs.cpio");
@@ -191,10 +191,10 @@ impl Vm {
         qemu.args(["-chardev", "stdio,id=report,signal=off", "-serial", "chardev:report"]);
         qemu.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(File::create(&errors)?);
         let mut process = qemu.spawn().context("cannot start qemu-system-x86_64")?;
-        let orders = process.stdin.take().expect("stdin was asked to be a pipe");
-        let reports = process.stdout.take().expect("stdout was asked to be a pipe");
+        let orders = process.stdin.take().expect("stdin is a pipe");
+        let reports = process.stdout.take().expect("stdout is a pipe");
         let (sender, lines) = channel();
-        // ends with QEMU, whose end closes the pipe
+        // The thread ends with QEMU, whose end closes the pipe.
         std::thread::spawn(move || {
             for line in BufReader::new(reports).split(b'\n') {
                 let Ok(line) = line else { break };
@@ -206,7 +206,7 @@ impl Vm {
         Ok(Self { process, orders, lines, initramfs, console, errors })
     }
 
-    /// The next report; `None` when QEMU is gone. An error when `deadline` passes first.
+    /// The next report; `None` if QEMU has ended. Returns an error if `deadline` passes first.
     pub fn next_report(&mut self, deadline: Instant) -> Result<Option<Report>> {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -218,18 +218,18 @@ impl Vm {
                 }
                 Err(RecvTimeoutError::Disconnected) => return Ok(None),
                 Err(RecvTimeoutError::Timeout) => {
-                    bail!("the guest said nothing in time\n{}", self.post_mortem())
+                    bail!("the guest did not report in time\n{}", self.post_mortem())
                 }
             }
         }
     }
 
-    /// Lets a guest that waits at a checkpoint go on.
+    /// Lets a guest that waits at a checkpoint continue.
     pub fn proceed(&mut self) -> Result<()> {
-        self.orders.write_all(b"\n").and_then(|()| self.orders.flush()).context("QEMU takes no more orders")
+        self.orders.write_all(b"\n").and_then(|()| self.orders.flush()).context("cannot write to QEMU")
     }
 
-    /// Waits for the end of a QEMU whose reports ended.
+    /// Waits for QEMU to exit after its last report.
     pub fn wait(&mut self) -> Result<()> {
         let status = self.process.wait()?;
         if !status.success() {
@@ -245,7 +245,7 @@ impl Vm {
         Ok(())
     }
 
-    /// The end of the console and of QEMU's own messages.
+    /// The last lines of the console and of QEMU's own messages.
     pub fn post_mortem(&self) -> String {
         let end_of = |path: &Path, lines| {
             let bytes = std::fs::read(path).unwrap_or_default();
@@ -257,15 +257,15 @@ impl Vm {
 
 impl Drop for Vm {
     fn drop(&mut self) {
-        // it may be gone already, and there is nobody left to tell
+        // The process may have ended already, and a drop cannot return an error.
         let _ = self.process.kill();
         let _ = self.process.wait();
-        // large, and made again for every run
+        // The initramfs is large, and each run writes its own.
         let _ = std::fs::remove_file(&self.initramfs);
     }
 }
 
-/// The kit's archive followed by one with what this run adds. Without a script the guest gives a shell.
+/// Writes the kit's archive, followed by an archive with this run's files. Without a script the guest starts a shell.
 pub fn write_initramfs(kit: &GuestKit, script: Option<&str>, path: &Path) -> Result<()> {
     let mut addition = Archive::new();
     addition.file("init", 0o755, include_bytes!("guest/init.sh"));
@@ -283,7 +283,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_marked_lines_are_reports() {
+    fn only_lines_with_the_marker_are_reports() {
         let fact = |key: &str, value: &str| Report::Fact { key: key.to_owned(), value: value.to_owned() };
         assert_eq!(Report::parse("@@ disk.bytes=12\r"), Some(fact("disk.bytes", "12")));
         assert_eq!(Report::parse("@@ file=ab c=d"), Some(fact("file", "ab c=d")));

@@ -1,15 +1,15 @@
-//! The picture at the end: steps with their times, requests by kind, space used and given back.
+//! The summary at the end: steps with their times, requests by kind, space used and given back.
 //!
-//! Owns layout and units. It prints nothing: it gives text, readable without colours too.
+//! Owns layout and units. It prints nothing: it returns text, which is readable without colours too.
 
 use crate::stand::Requests;
 use crate::steps::{Colours, StepTime};
 use std::time::Duration;
 
-/// Columns that the longest bar takes.
+/// Columns of the longest bar.
 const BAR: usize = 36;
 
-/// A bar of `value` against `most`, in eighths of a column, padded to its full width.
+/// A bar for `value` on a scale up to `most`, in eighths of a column, padded to the full width.
 pub fn bar(value: f64, most: f64) -> String {
     let share = if most > 0.0 { (value / most).clamp(0.0, 1.0) } else { 0.0 };
     let eighths = (share * BAR as f64 * 8.0).round() as usize;
@@ -23,7 +23,7 @@ pub fn bar(value: f64, most: f64) -> String {
     text + &" ".repeat(BAR - used)
 }
 
-/// Bytes in the unit that fits.
+/// Bytes in a unit of suitable size.
 pub fn bytes(count: u64) -> String {
     let units = ["B", "KiB", "MiB", "GiB", "TiB"];
     let mut value = count as f64;
@@ -64,7 +64,7 @@ pub fn steps(times: &[StepTime], colours: Colours) -> String {
     heading("Time", colours) + &bars(&rows, "36", colours)
 }
 
-/// Space on the host, one row a moment, and what was used and given back.
+/// Space on the host, one row per moment, with the space used or given back since the row before.
 pub fn space(moments: &[(String, u64)], colours: Colours) -> String {
     let mut before = 0;
     let mut rows = Vec::new();
@@ -77,7 +77,7 @@ pub fn space(moments: &[(String, u64)], colours: Colours) -> String {
         rows.push((name.clone(), *allocated as f64, format!("{:>10}  {change}", bytes(*allocated))));
         before = *allocated;
     }
-    heading("Space the image takes on the host", colours) + &bars(&rows, "33", colours)
+    heading("Space that the image occupies on the host", colours) + &bars(&rows, "33", colours)
 }
 
 /// Requests by kind, as the guest's kernel counted them.
@@ -101,7 +101,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bars_fill_their_width_and_show_little_things() {
+    fn bars_are_padded_and_show_small_values() {
         assert_eq!(bar(1.0, 1.0), "█".repeat(BAR));
         assert_eq!(bar(0.0, 1.0), " ".repeat(BAR));
         assert!(bar(0.0001, 1.0).starts_with('▏'));
@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_have_the_unit_that_fits() {
+    fn bytes_have_a_suitable_unit() {
         assert_eq!(bytes(0), "0 B");
         assert_eq!(bytes(1023), "1023 B");
         assert_eq!(bytes(1536), "1.5 KiB");
@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn space_says_what_was_used_and_what_was_given_back() {
+    fn space_used_and_given_back_is_shown() {
         let moments =
             [("new".to_owned(), 1 << 20), ("work".to_owned(), 3 << 20), ("trim".to_owned(), 2 << 20)];
         let text = space(&moments, Colours::none());

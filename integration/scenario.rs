@@ -1,6 +1,6 @@
-//! What guests do on a disk, and what must be true afterwards. Shared by the demo and the VM tests.
+//! The guests' work on a disk, and the conditions that must hold afterwards. Shared by the demo and the VM tests.
 //!
-//! Owns the scripts' parameters and every judgement about a visit. It never starts a process itself.
+//! Owns the scripts' parameters and every check of a visit. It never starts a process itself.
 
 use crate::image;
 use crate::stand::{Checkpoint, Stand, Visit};
@@ -8,44 +8,44 @@ use anyhow::{Context, Result, bail, ensure};
 use std::collections::BTreeMap;
 use std::path::Path;
 
-/// The files that the first visit deletes again.
+/// The files that the first visit creates and deletes.
 const DELETED: [&str; 4] = ["f1-1k", "f3-17k", "f6-513k", "f9-4096k"];
 
-/// What varies between uses of the file system scenario.
+/// The parameters of the file system scenario.
 #[derive(Clone, Debug)]
 pub struct Work {
     /// MiB that each of two fio jobs writes and verifies.
     pub fio_mib: u64,
-    /// More options of mkfs.ext4, such as `-E nodiscard`.
+    /// Additional options of mkfs.ext4, such as `-E nodiscard`.
     pub mkfs_options: String,
-    /// MiB from the disk's start that the guest reads before it writes: what the layers below say.
+    /// MiB from the disk's start that the guest reads before it writes: the data of the layers below.
     pub base_mib: u64,
 }
 
-/// What fio measured in the guest.
+/// fio's measurements of one direction.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Throughput {
     /// Requests a second.
     pub iops: f64,
     /// Bytes a second.
     pub bytes_per_second: f64,
-    /// Bytes in all.
+    /// Total bytes.
     pub bytes: u64,
 }
 
-/// fio's two halves: writing, then reading with a check of every block.
+/// fio's two phases: writing, then reading with a check of every block.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Fio {
-    /// Reads of the verification.
+    /// The reads of the verification.
     pub read: Throughput,
-    /// Writes.
+    /// The writes.
     pub write: Throughput,
 }
 
 impl Fio {
-    /// Out of fio's JSON, group-reported: one job. Any fio error in it is ours.
+    /// Parses fio's JSON, in which group reporting leaves one job. An error that fio reports is returned as an error.
     pub fn parse(json: &str) -> Result<Self> {
-        // fio may put warnings before the object
+        // fio may print warnings before the object.
         let start = json.find('{').context("fio gave no JSON")?;
         let value: serde_json::Value = serde_json::from_str(&json[start..]).context("fio's JSON")?;
         let job = &value["jobs"][0];
@@ -60,19 +60,19 @@ impl Fio {
     }
 }
 
-/// The first visit and what it was judged by.
+/// The first visit and its results.
 #[derive(Clone, Debug)]
 pub struct FirstVisit {
-    /// All that was reported and measured.
+    /// All reports and measurements.
     pub visit: Visit,
-    /// The files that are there at its end, with their sums.
+    /// The files at its end, with their checksums.
     pub files: BTreeMap<String, String>,
-    /// What fio measured.
+    /// fio's measurements.
     pub fio: Fio,
 }
 
-/// Looks at the disk, makes a file system, works, deletes, trims. `expected_base` is the sum of the first
-/// `work.base_mib` MiB as the host knows it.
+/// Reads the disk, creates a file system, runs fio, writes and deletes files, trims. `expected_base` is the checksum of
+/// the first `work.base_mib` MiB, computed on the host.
 pub fn first_visit(
     stand: &Stand,
     name: &str,
@@ -89,14 +89,14 @@ pub fn first_visit(
     );
     let visit = stand.visit(name, &script, watch)?;
     let base = visit.fact("base.md5")?;
-    ensure!(base == expected_base, "the guest read {base} where the layers below hold {expected_base}");
+    ensure!(base == expected_base, "the guest read {base}, but the layers below hold {expected_base}");
     expect_write_back(&visit)?;
     let queues = visit.number("disk.queues")?;
     ensure!(queues == u64::from(stand.serve.queues), "the guest sees {queues} queues");
-    ensure!(visit.number("disk.discard_max")? > 0, "the disk takes no discards");
+    ensure!(visit.number("disk.discard_max")? > 0, "the disk does not support discards");
     let fio = Fio::parse(visit.fact("fio")?)?;
     let wanted = (work.fio_mib * 2) << 20;
-    ensure!(fio.write.bytes >= wanted && fio.read.bytes >= wanted, "fio did less than asked: {fio:?}");
+    ensure!(fio.write.bytes >= wanted && fio.read.bytes >= wanted, "fio did less than required: {fio:?}");
     let interrupts = queue_interrupts(&visit)?;
     ensure!(interrupts.iter().all(|count| *count > 0), "a queue was not used: {interrupts:?}");
     ensure!(visit.number("trimmed")? > 0, "fstrim trimmed nothing");
@@ -109,10 +109,10 @@ pub fn first_visit(
     Ok(FirstVisit { visit, files, fio })
 }
 
-/// A guest that takes the disk for write-through sends no flush, and then nothing here would try one.
+/// Checks that the guest uses writeback: with writethrough it sends no flush, and this scenario would test none.
 pub fn expect_write_back(visit: &Visit) -> Result<()> {
     let cache = visit.fact("disk.cache")?;
-    ensure!(cache == "write back", "the guest takes the disk for {cache}: it would never flush");
+    ensure!(cache == "write back", "the guest's cache mode is {cache}: it would never flush");
     Ok(())
 }
 
@@ -122,17 +122,17 @@ pub fn queue_interrupts(visit: &Visit) -> Result<Vec<u64>> {
     counts.split_whitespace().map(|count| count.parse().context("interrupt counts")).collect()
 }
 
-/// The deleted and trimmed space has to be back with the host at the latest when the daemon has ended.
+/// Checks that the deleted and trimmed space is given back to the host, at the latest at the daemon's end.
 fn expect_space_given_back(visit: &Visit) -> Result<()> {
     let full = visit.checkpoint("files")?.allocated;
     let end = visit.allocated_at_end;
     let deleted = visit.checkpoint("fio")?.requests.written_bytes / 4;
-    ensure!(end + deleted <= full, "the image took {full} bytes before the trim and takes {end} after it");
+    ensure!(end + deleted <= full, "the image occupied {full} bytes before the trim and {end} after it");
     Ok(())
 }
 
-/// In a fresh machine: clean file system, every file there. Gives the visit.
-/// Its last fact is the sum of the disk's first `sum_mib` MiB.
+/// The second visit, in a new machine: the file system is clean and every file is there. The visit's last fact is the
+/// checksum of the disk's first `sum_mib` MiB.
 pub fn second_visit(
     stand: &Stand,
     name: &str,
@@ -145,8 +145,8 @@ pub fn second_visit(
     Ok(visit)
 }
 
-/// The image is clean, and what QEMU reads from it is what the guest saw: the disk's first
-/// `sum_mib` MiB by one sum, and every file.
+/// Checks that the image is clean and that QEMU reads the same from it as the guest: the disk's first `sum_mib` MiB by
+/// checksum, and every file.
 pub fn host_agrees(
     stand: &Stand,
     last: &Visit,
@@ -158,7 +158,7 @@ pub fn host_agrees(
     let raw = scratch.join("flat.raw");
     image::flatten(&stand.serve.image, &stand.serve.format, &raw)?;
     let (guest, host) = (last.fact("disk.md5")?, image::md5(&raw, sum_mib)?);
-    ensure!(guest == host, "the guest's disk was {guest}, qemu-img reads {host}");
+    ensure!(guest == host, "the guest read the checksum {guest}, qemu-img reads {host}");
     let mut found = image::files_in_ext4(&raw, "/files", scratch)?;
     ensure!(found.remove("second-visit").is_some(), "the file of the second visit is not in the image");
     same_files(expected, &found, "the image read by qemu-img")?;
@@ -166,7 +166,7 @@ pub fn host_agrees(
     Ok(())
 }
 
-/// Both sets of files are the same, names and sums.
+/// Checks that two sets of files have the same names and checksums.
 fn same_files(
     expected: &BTreeMap<String, String>,
     found: &BTreeMap<String, String>,
@@ -175,12 +175,12 @@ fn same_files(
     for (name, sum) in expected {
         match found.get(name) {
             Some(other) if other == sum => {}
-            Some(other) => bail!("{place}: {name} has the sum {other} instead of {sum}"),
-            None => bail!("{place}: {name} is gone"),
+            Some(other) => bail!("{place}: {name} has the checksum {other} instead of {sum}"),
+            None => bail!("{place}: {name} is missing"),
         }
     }
     let extra: Vec<&String> = found.keys().filter(|name| !expected.contains_key(*name)).collect();
-    ensure!(extra.is_empty(), "{place}: files that should not be there: {extra:?}");
+    ensure!(extra.is_empty(), "{place}: unexpected files: {extra:?}");
     Ok(())
 }
 
@@ -189,7 +189,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn fio_results_are_read_and_errors_are_errors() {
+    fn fios_results_and_errors_are_parsed() {
         let json = |error: u8| {
             let side = r#"{"iops": 10.5, "bw_bytes": 4096, "io_bytes": 8192}"#;
             format!(r#"note: x {{"jobs": [{{"error": {error}, "read": {side}, "write": {side}}}]}}"#)
@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn files_are_compared_both_ways() {
+    fn missing_changed_and_extra_files_are_found() {
         let set = |names: &[(&str, &str)]| -> BTreeMap<String, String> {
             names.iter().map(|(name, sum)| ((*name).to_owned(), (*sum).to_owned())).collect()
         };

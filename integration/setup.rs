@@ -1,7 +1,7 @@
-//! Prepares a machine: the Debian packages and the Rust components that the demo and the check need.
+//! Prepares a machine: installs the Debian packages and the Rust components that the demo and `cargo verify` need.
 //!
-//! Owns which package gives which program and how Debian's QEMU packages are kept of one version. It installs as
-//! root on Debian-like systems only, never removes or downgrades a package, and does nothing when all is there.
+//! Owns the map from programs to packages, and the rule that Debian's QEMU packages have one version. It installs only
+//! as root on Debian-like systems, never removes or downgrades a package, and does nothing if all programs are there.
 
 use crate::command;
 use anyhow::{Context, Result, bail};
@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// A program we run and the Debian package that has it.
+/// A program and the Debian package that contains it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tool {
     /// The name of the executable.
@@ -18,7 +18,7 @@ pub struct Tool {
     pub package: &'static str,
 }
 
-/// Everything that must be installed. busybox and the guest's kernel are only unpacked: see [`crate::kernel`].
+/// All programs that must be installed. busybox and the guest's kernel are only unpacked: see [`crate::kernel`].
 const TOOLS: [Tool; 10] = [
     Tool { program: "qemu-system-x86_64", package: "qemu-system-x86" },
     Tool { program: "qemu-img", package: "qemu-utils" },
@@ -37,10 +37,10 @@ pub fn missing_tools() -> Vec<Tool> {
     TOOLS.into_iter().filter(|tool| command::find(tool.program).is_none()).collect()
 }
 
-/// Installs what is missing; `say` hears what happens. Where it cannot install, the error lists what is missing.
+/// Installs missing programs and reports progress to `say`. If it cannot install, the error lists what is missing.
 pub fn ensure_tools(say: &mut dyn FnMut(&str)) -> Result<()> {
     if !cfg!(target_arch = "x86_64") {
-        bail!("the virtual machines here are x86-64 and this machine is not: run this on an x86-64 host");
+        bail!("the virtual machines are x86-64 and this host is not: run this on an x86-64 host");
     }
     let missing = missing_tools();
     if missing.is_empty() {
@@ -50,15 +50,17 @@ pub fn ensure_tools(say: &mut dyn FnMut(&str)) -> Result<()> {
     let packages = words(missing.iter().map(|tool| tool.package));
     let by_hand = format!("missing: {names}. Debian packages: {packages}");
     if !debian_like() {
-        bail!("{by_hand}. This machine is not Debian-like: install them by its own means, then try again");
+        bail!(
+            "{by_hand}. This machine is not Debian-like: install them with its own package manager, then try again"
+        );
     }
     if !rustix::process::geteuid().is_root() {
-        bail!("{by_hand}. Run this once as root: it installs them and keeps QEMU's packages of one version");
+        bail!("{by_hand}. Run this once as root: it installs them, with one version for all QEMU packages");
     }
     let release = Release::of_this_machine()?;
     let plan = plan(&missing, &installed_versions()?, &release);
     if plan.backports {
-        say(&format!("QEMU here comes from {}-backports: adding that suite", release.codename));
+        say(&format!("QEMU is from {}-backports here: adding that suite", release.codename));
         add_backports(&release)?;
     }
     refresh_lists(say)?;
@@ -71,7 +73,7 @@ pub fn ensure_tools(say: &mut dyn FnMut(&str)) -> Result<()> {
     }
 }
 
-/// rustfmt and clippy, which a minimal Rust toolchain lacks.
+/// Installs rustfmt and clippy, which a minimal Rust toolchain lacks.
 pub fn ensure_rust_components(say: &mut dyn FnMut(&str)) -> Result<()> {
     for (subcommand, component) in [("fmt", "rustfmt"), ("clippy", "clippy")] {
         let works = |()| {
@@ -84,7 +86,7 @@ pub fn ensure_rust_components(say: &mut dyn FnMut(&str)) -> Result<()> {
         }
         if command::find("rustup").is_none() {
             bail!(
-                "cargo {subcommand} does not work and there is no rustup: install the component {component}"
+                "cargo {subcommand} does not work and rustup is not installed: install the component {component}"
             );
         }
         say(&format!("rustup component add {component}"));
@@ -96,7 +98,7 @@ pub fn ensure_rust_components(say: &mut dyn FnMut(&str)) -> Result<()> {
     Ok(())
 }
 
-/// Downloads `package` and unpacks it into `folder`, which exists. Needs no privilege and installs nothing.
+/// Downloads `package` and unpacks it into the existing `folder`. Needs no privilege and installs nothing.
 pub fn unpack_package(package: &str, folder: &Path) -> Result<()> {
     let download = tempfile::tempdir().context("a folder for a download")?;
     let mut fetch = Command::new("apt-get");
@@ -109,7 +111,7 @@ pub fn unpack_package(package: &str, folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The first package that `package` depends on and whose name begins with `prefix`: what a meta package stands for.
+/// The first dependency of `package` whose name begins with `prefix`: the real package behind a meta package.
 pub fn dependency_of(package: &str, prefix: &str) -> Result<String> {
     let listed = command::output(Command::new("apt-cache").args(["depends", package]))?;
     listed
@@ -117,14 +119,14 @@ pub fn dependency_of(package: &str, prefix: &str) -> Result<String> {
         .filter_map(|line| line.trim().strip_prefix("Depends: "))
         .find(|name| name.starts_with(prefix))
         .map(str::to_owned)
-        .with_context(|| format!("{package} depends on no {prefix}...: are the package lists there?"))
+        .with_context(|| format!("{package} depends on no {prefix}...: are apt's package lists present?"))
 }
 
-/// `apt-get update`, once a run and only when something has to be fetched. As another user it stays with the lists
-/// that are there.
+/// Runs `apt-get update`, once per run and only if a package must be downloaded. Without root it uses the existing
+/// lists.
 pub fn refresh_lists(say: &mut dyn FnMut(&str)) -> Result<()> {
     static FRESH: AtomicBool = AtomicBool::new(false);
-    // no data hangs on it: at worst the lists are fetched twice
+    // The flag guards no data: in a race the lists are downloaded twice.
     if rustix::process::geteuid().is_root() && !FRESH.swap(true, Ordering::Relaxed) {
         say("apt-get update");
         command::output(apt_get().arg("update"))?;
@@ -132,12 +134,12 @@ pub fn refresh_lists(say: &mut dyn FnMut(&str)) -> Result<()> {
     Ok(())
 }
 
-/// Whether apt is there to fetch packages.
+/// True if apt is installed.
 pub fn debian_like() -> bool {
     command::find("apt-get").is_some() && command::find("dpkg-deb").is_some()
 }
 
-/// What to install.
+/// The packages to install.
 #[derive(Debug, PartialEq, Eq)]
 struct Plan {
     packages: Vec<&'static str>,
@@ -153,8 +155,8 @@ struct Versions {
     utils: Option<String>,
 }
 
-/// qemu-system-x86 and qemu-utils have to be of one source version (they share files between versions). So where one
-/// of them is from backports the other must be, and where either is missing both are named to apt.
+/// Chooses the packages. qemu-system-x86 and qemu-utils must have the same source version, because different versions
+/// share files. If one of them is from backports, the other must be too; if either is missing, both are passed to apt.
 fn plan(missing: &[Tool], installed: &Versions, release: &Release) -> Plan {
     let mut packages: Vec<&'static str> = missing.iter().map(|tool| tool.package).collect();
     let touches_qemu = packages.iter().any(|package| package.starts_with("qemu-"));
@@ -187,7 +189,7 @@ fn apt_get() -> Command {
         "--quiet",
         "-o",
         "Dpkg::Use-Pty=0",
-        // someone else's apt may be at work
+        // Another apt may be running.
         "-o",
         "DPkg::Lock::Timeout=300",
     ]);
@@ -224,8 +226,8 @@ impl Release {
 
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
-/// Adds the backports suite as a source of its own, unless some source has it. Its packages have a low priority:
-/// nothing is taken from there unless it is asked for.
+/// Adds the backports suite as a source, unless a source has it already. Its packages have a low priority: apt installs
+/// none of them unless told to.
 fn add_backports(release: &Release) -> Result<()> {
     let suite = format!("{}-backports", release.codename);
     if sources_mention(&suite)? {
@@ -240,7 +242,7 @@ fn add_backports(release: &Release) -> Result<()> {
     std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// The archive that this machine already uses, so that a local mirror is honoured.
+/// The archive that this machine uses already, so that a local mirror stays in use.
 fn archive_uri() -> Result<String> {
     let of_deb822 = |line: &str| line.strip_prefix("URIs:").map(|uri| uri.trim().to_owned());
     let of_one_line = |line: &str| {
@@ -258,7 +260,7 @@ fn sources_mention(suite: &str) -> Result<bool> {
     Ok(source_lines()?.iter().any(|line| line.split_whitespace().any(|word| word == suite)))
 }
 
-/// The lines of every enabled source of apt, comments left out.
+/// The lines of apt's enabled sources, without comments.
 fn source_lines() -> Result<Vec<String>> {
     let mut files = vec![PathBuf::from("/etc/apt/sources.list")];
     if let Ok(entries) = std::fs::read_dir("/etc/apt/sources.list.d") {
@@ -293,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bare_machine_takes_its_own_release() {
+    fn a_bare_machine_installs_from_its_own_release() {
         let plan = plan(&TOOLS, &Versions::default(), &bookworm());
         assert_eq!(plan.target_release, None);
         assert!(!plan.backports);
@@ -304,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn utils_from_backports_pull_the_system_emulator_from_there() {
+    fn with_utils_from_backports_the_emulator_is_from_backports() {
         let installed = Versions { system: None, utils: Some("1:10.0.2+ds-2+deb13u1~bpo12+1".to_owned()) };
         let plan = plan(&lacking(&["qemu-system-x86_64"]), &installed, &bookworm());
         assert_eq!(plan.target_release.as_deref(), Some("bookworm-backports"));
@@ -312,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn an_emulator_of_the_release_keeps_its_release() {
+    fn with_an_emulator_of_the_release_utils_are_of_the_release() {
         let installed = Versions { system: Some("1:7.2+dfsg-7+deb12u18".to_owned()), utils: None };
         let plan = plan(&lacking(&["qemu-img", "qemu-io"]), &installed, &bookworm());
         assert_eq!(plan.target_release, None);
@@ -320,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_qemu_leaves_qemu_alone() {
+    fn other_packages_do_not_change_qemu() {
         let installed = Versions { system: None, utils: Some("1:10.0.2~bpo12+1".to_owned()) };
         let plan = plan(&lacking(&["fio"]), &installed, &bookworm());
         assert_eq!(plan, Plan { packages: vec!["fio"], backports: false, target_release: None });

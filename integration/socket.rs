@@ -1,5 +1,5 @@
-//! `strata serve` as a process, through its socket: random sequences equal the model, images stay clean, sessions
-//! follow one another, and what was flushed survives a kill.
+//! `strata serve` as a process, through its socket: random sequences equal the model, images stay clean, a new session
+//! follows an old one, and flushed data survives a kill.
 
 use std::path::{Path, PathBuf};
 
@@ -22,7 +22,7 @@ struct Bench {
 }
 
 impl Bench {
-    /// None if QEMU's tools are missing, which was then said.
+    /// `None` if QEMU's tools are missing; a message about it has been printed.
     fn new() -> Option<Self> {
         let qemu = Qemu::find()?;
         let program = Backend::Strata.program(Profile::Dev).expect("strata is built");
@@ -49,7 +49,8 @@ fn rule(specs: &[ImageSpec]) -> DiscardRule {
     if old && specs.len() > 1 { DiscardRule::Nothing } else { DiscardRule::ZeroesClusters }
 }
 
-/// A sequence over a fresh chain: half of it, a new session, the other half; then the daemon ends and QEMU looks.
+/// Runs a sequence on a new chain: half of it, a new session, the other half. Then the daemon stops and QEMU's tools
+/// check the image.
 fn run_sequence(
     bench: &Bench,
     manner: &Options,
@@ -84,8 +85,8 @@ fn run_sequence(
 
 fn try_sequences(specs: &[ImageSpec]) {
     let Some(bench) = Bench::new() else { return };
-    let top = specs.last().expect("a chain has a layer");
-    let size = top.size.expect("the top says how large it is");
+    let top = specs.last().expect("a chain has at least one layer");
+    let size = top.size.expect("the top layer has a size");
     let geometry = Geometry { size, cluster_size: top.cluster_size, transfer_max: 1 << 18 };
     let config = Config { cases: 8, max_shrink_iters: 100, failure_persistence: None, ..Config::default() };
     let manners = manners();
@@ -130,7 +131,7 @@ fn an_old_image_over_a_backing_file_equals_the_model() {
 }
 
 #[test]
-fn what_was_flushed_survives_a_kill() -> Result<(), Failure> {
+fn flushed_data_survives_a_kill() -> Result<(), Failure> {
     let Some(bench) = Bench::new() else { return Ok(()) };
     let image = bench.folder.path().join("killed.qcow2");
     bench.qemu.create(&image, &ImageSpec::qcow2(64 << 20))?;
@@ -148,7 +149,7 @@ fn what_was_flushed_survives_a_kill() -> Result<(), Failure> {
             perform(&mut client, &mut model, &operation)?;
         }
         perform(&mut client, &mut model, &Operation::Flush)?;
-        // Not flushed, and so free to be lost: reads of it are not compared.
+        // These writes were not flushed and may be lost, so reads of them are not compared.
         let scratch = 63 << 20;
         client.write(scratch, &vec![round as u8 + 1; 65536])?;
         daemon.kill()?;

@@ -1,7 +1,7 @@
-//! One visit: a daemon serves an image, a fresh machine boots on it, runs a script, powers off, the daemon ends.
+//! One visit: a daemon serves an image, a new machine boots on it, runs a script and powers off, and the daemon stops.
 //!
-//! Owns the order of these and what is measured at the guest's checkpoints. It never decides what a script does
-//! (`scenario`) or what a person sees (`picture`).
+//! Owns the order of these steps and the measurements at the guest's checkpoints. It never decides what a script does
+//! (`scenario` does) or what the user sees (`picture` does).
 
 use crate::daemon::{self, Daemon, Program, ServeSpec};
 use crate::guest::GuestKit;
@@ -12,22 +12,22 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// What visits have in common.
+/// The settings that visits share.
 #[derive(Clone, Debug)]
 pub struct Stand {
     /// The guest.
     pub kit: GuestKit,
-    /// How its instructions run.
+    /// How QEMU runs the guest's instructions.
     pub accelerator: Accelerator,
     /// The daemon.
     pub program: Program,
-    /// What it serves.
+    /// The image and the daemon's options.
     pub serve: ServeSpec,
-    /// Where consoles and logs go: one sub-folder a visit.
+    /// The folder of consoles and logs, with one sub-folder per visit.
     pub folder: PathBuf,
 }
 
-/// The block layer's counters of the guest, since its boot.
+/// The counters of the guest's block layer, since its boot.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Requests {
     /// Read requests.
@@ -47,7 +47,7 @@ pub struct Requests {
 }
 
 impl Requests {
-    /// The fields of `/sys/block/*/stat`; sizes there are in 512-byte sectors.
+    /// Parses `/sys/block/*/stat`, in which sizes are in 512-byte sectors.
     fn parse(line: &str) -> Option<Self> {
         let fields: Vec<u64> = line.split_whitespace().map_while(|field| field.parse().ok()).collect();
         let field = |number: usize| fields.get(number).copied();
@@ -57,14 +57,14 @@ impl Requests {
             read_bytes: bytes(2)?,
             writes: field(4)?,
             written_bytes: bytes(6)?,
-            // kernels before 4.18 have no discards, before 5.5 no flushes
+            // Kernels before 4.18 do not count discards, kernels before 5.5 do not count flushes.
             discards: field(11).unwrap_or(0),
             discarded_bytes: bytes(13).unwrap_or(0),
             flushes: field(15).unwrap_or(0),
         })
     }
 
-    /// What happened since `earlier`.
+    /// The difference to `earlier`.
     pub fn since(self, earlier: Self) -> Self {
         Self {
             reads: self.reads.saturating_sub(earlier.reads),
@@ -78,36 +78,36 @@ impl Requests {
     }
 }
 
-/// A moment at which the guest waited to be looked at.
+/// A moment at which the guest waited for the host's measurements.
 #[derive(Clone, Debug)]
 pub struct Checkpoint {
-    /// The script's name for what it had done.
+    /// The checkpoint's name in the script.
     pub name: String,
-    /// Time since the machine was started.
+    /// Time since the start of the machine.
     pub at: Duration,
-    /// Bytes that the image took on the host.
+    /// Bytes that the image occupied on the host.
     pub allocated: u64,
-    /// What the guest had asked for so far.
+    /// The guest's requests so far.
     pub requests: Requests,
 }
 
-/// What a visit left.
+/// The results of a visit.
 #[derive(Clone, Debug, Default)]
 pub struct Visit {
     /// The guest's facts in order.
     pub facts: Vec<(String, String)>,
     /// Its checkpoints in order.
     pub checkpoints: Vec<Checkpoint>,
-    /// What the daemon counted, by its own names; empty when it logs no totals.
+    /// The daemon's counters, by its own names; empty if it logs no totals.
     pub totals: BTreeMap<String, u64>,
-    /// Bytes that the image takes on the host after the daemon's end.
+    /// Bytes that the image occupies on the host after the daemon's end.
     pub allocated_at_end: u64,
     /// From the daemon's start to its end.
     pub took: Duration,
 }
 
 impl Visit {
-    /// The one value of a fact.
+    /// The value of a fact.
     pub fn fact(&self, key: &str) -> Result<&str> {
         let mut values = self.facts.iter().filter(|(name, _)| name == key).map(|(_, value)| value.as_str());
         values.next().with_context(|| format!("the guest did not report {key}"))
@@ -116,11 +116,11 @@ impl Visit {
     /// A fact that is a number.
     pub fn number(&self, key: &str) -> Result<u64> {
         let value = self.fact(key)?;
-        value.parse().with_context(|| format!("{key}={value} is no number"))
+        value.parse().with_context(|| format!("{key}={value} is not a number"))
     }
 
-    /// Checksums by file name, of the facts `file=<sum> <name>` (or another key of that form). A later fact about
-    /// the same file wins.
+    /// Checksums by file name, from the facts `file=<sum> <name>` (or another key of that form). A later fact about the
+    /// same file replaces an earlier one.
     pub fn sums(&self, key: &str) -> BTreeMap<String, String> {
         let lines = self.facts.iter().filter(|(name, _)| name == key);
         let pairs = lines.filter_map(|(_, value)| value.split_once(' '));
@@ -138,11 +138,11 @@ impl Visit {
     }
 }
 
-/// TCG on two shared cores: minutes are a hang, not patience lost.
+/// Timeout of a visit: long enough for TCG on two shared cores, so that only a hang exceeds it.
 const PATIENCE: Duration = Duration::from_secs(300);
 
 impl Stand {
-    /// A whole visit. `watch` is called while the guest waits at each checkpoint.
+    /// Runs a whole visit. `watch` is called while the guest waits at each checkpoint.
     pub fn visit(&self, name: &str, script: &str, watch: &mut dyn FnMut(&Checkpoint)) -> Result<Visit> {
         let folder = self.folder.join(name);
         std::fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
@@ -160,12 +160,12 @@ impl Stand {
         Ok(visit)
     }
 
-    /// A visit that ends in a crash: when `enough` says so of what was reported, the daemon gets SIGKILL, then
-    /// the machine is cut off. The result has all that the guest had said by the daemon's end. The script has to
-    /// answer each line that it is sent with `alive`.
+    /// Runs a visit that ends in a crash. When `enough` is true of the reports so far, the daemon gets SIGKILL, and
+    /// then QEMU. The result has all reports that the guest had sent by the daemon's end. The script must answer each
+    /// line that it receives with `alive`.
     ///
     /// # Errors
-    /// That of `enough` too, which then has the ends of the logs with it.
+    /// Also an error of `enough`, with the last lines of the logs added.
     pub fn crash(&self, name: &str, script: &str, enough: &dyn Fn(&Visit) -> Result<bool>) -> Result<Visit> {
         let folder = self.folder.join(name);
         std::fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
@@ -174,14 +174,14 @@ impl Stand {
         let mut visit = Visit::default();
         let deadline = Instant::now() + PATIENCE;
         while !enough(&visit).with_context(|| format!("{}\n{}", vm.post_mortem(), daemon.log_tail()))? {
-            hear(&mut vm, &mut visit, deadline).with_context(|| daemon.log_tail())?;
+            record_report(&mut vm, &mut visit, deadline).with_context(|| daemon.log_tail())?;
         }
         daemon.kill()?;
-        // The serial port keeps the order: before this answer comes whatever was said while the daemon lived.
+        // The serial port preserves the order: all reports from before the kill arrive before this answer.
         let said = visit.facts.len();
         vm.proceed()?;
         while !visit.facts[said..].iter().any(|(key, _)| key == "alive") {
-            hear(&mut vm, &mut visit, deadline).context("after the daemon was killed")?;
+            record_report(&mut vm, &mut visit, deadline).context("after the daemon was killed")?;
         }
         vm.kill()?;
         Ok(visit)
@@ -224,14 +224,14 @@ impl Stand {
         }
         match code {
             Some(0) => Ok(()),
-            Some(code) => bail!("the guest's script failed with {code}\n{}", vm.post_mortem()),
+            Some(code) => bail!("the guest's script failed with code {code}\n{}", vm.post_mortem()),
             None => bail!("the guest ended before its script did\n{}", vm.post_mortem()),
         }
     }
 }
 
-/// Takes in the next report of a guest that is not to end by itself.
-fn hear(vm: &mut Vm, visit: &mut Visit, deadline: Instant) -> Result<()> {
+/// Records the next report of a guest that must not end by itself.
+fn record_report(vm: &mut Vm, visit: &mut Visit, deadline: Instant) -> Result<()> {
     match vm.next_report(deadline)? {
         Some(Report::Fact { key, value }) => visit.note(key, value),
         Some(Report::Checkpoint { .. }) => vm.proceed()?,
@@ -241,7 +241,7 @@ fn hear(vm: &mut Vm, visit: &mut Visit, deadline: Instant) -> Result<()> {
     Ok(())
 }
 
-/// A folder for one stand whose socket path is short enough for a socket (108 bytes).
+/// A temporary folder for one stand, with a path short enough for a socket in it (108 bytes).
 pub fn scratch() -> Result<tempfile::TempDir> {
     let parent = Path::new(if Path::new("/var/tmp").is_dir() { "/var/tmp" } else { "/tmp" });
     tempfile::Builder::new().prefix("strata-").tempdir_in(parent).context("a temporary folder")
@@ -252,7 +252,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_counters_are_those_of_the_kernels_documentation() {
+    fn block_counters_are_parsed_as_the_kernel_documents_them() {
         let line = "10 0 80 5 20 1 160 9 0 50 60 3 0 4096 7 2 1";
         let requests = Requests::parse(line).expect("seventeen numbers");
         assert_eq!((requests.reads, requests.read_bytes), (10, 40960));
@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn facts_are_found_by_key_and_sums_by_file() {
+    fn facts_are_found_by_key_and_checksums_by_file() {
         let mut visit = Visit::default();
         visit.note("file".to_owned(), "aa one".to_owned());
         visit.note("file".to_owned(), "bb two".to_owned());

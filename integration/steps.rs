@@ -1,6 +1,6 @@
-//! Progress for a person: named steps with times, on a terminal with a spinner, else as plain lines.
+//! Progress for the user: named steps with times, with a spinner on a terminal, else as plain lines.
 //!
-//! Owns how steps are written and whether colours are used (`NO_COLOR`, or no terminal: none). It never decides what
+//! Owns the output of steps and the use of colours (none with `NO_COLOR` or without a terminal). It never decides what
 //! a step does.
 
 use anyhow::{Context, Result};
@@ -8,14 +8,14 @@ use indicatif::{ProgressBar, ProgressStyle};
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
-/// Whether and how text is coloured.
+/// Colours text, or leaves it plain.
 #[derive(Clone, Copy, Debug)]
 pub struct Colours {
     on: bool,
 }
 
 impl Colours {
-    /// Colours when standard output is a terminal and nobody asked for none (<https://no-color.org>).
+    /// Colours if standard output is a terminal and `NO_COLOR` is not set (<https://no-color.org>).
     pub fn of_stdout() -> Self {
         let unwanted = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
         Self { on: std::io::stdout().is_terminal() && !unwanted }
@@ -32,16 +32,16 @@ impl Colours {
     }
 }
 
-/// How long a step took.
+/// The duration of a step.
 #[derive(Clone, Debug)]
 pub struct StepTime {
     /// Its name.
     pub name: String,
-    /// From its start to its end.
+    /// The time from its start to its end.
     pub took: Duration,
 }
 
-/// A run of steps.
+/// A sequence of steps.
 pub struct Steps {
     colours: Colours,
     terminal: bool,
@@ -55,14 +55,14 @@ impl Default for Steps {
 }
 
 impl Steps {
-    /// No step yet.
+    /// An empty sequence.
     pub fn new() -> Self {
-        // the spinner is drawn on standard error, the results go to standard output
+        // The spinner is drawn on standard error; results go to standard output.
         let terminal = std::io::stdout().is_terminal() && std::io::stderr().is_terminal();
         Self { colours: Colours::of_stdout(), terminal, done: Vec::new() }
     }
 
-    /// Runs one step. Its failure is told where it happens and handed on.
+    /// Runs one step. Prints its result, and returns its error with the step's name.
     pub fn run<T>(&mut self, name: &str, work: impl FnOnce(&Line) -> Result<T>) -> Result<T> {
         let line = Line::start(name, self.terminal);
         let started = Instant::now();
@@ -83,13 +83,13 @@ impl Steps {
         &self.done
     }
 
-    /// How to colour what goes with the steps.
+    /// The colours for further output.
     pub fn colours(&self) -> Colours {
         self.colours
     }
 }
 
-/// The step that runs now.
+/// The running step.
 pub struct Line {
     spinner: Option<ProgressBar>,
     name: String,
@@ -110,7 +110,7 @@ impl Line {
         Self { spinner: Some(spinner), name: name.to_owned() }
     }
 
-    /// What it is at: shown beside the spinner, or as a line.
+    /// Shows the step's progress, next to the spinner or as a line.
     pub fn now(&self, text: &str) {
         match &self.spinner {
             Some(spinner) => spinner.set_message(format!("{}: {text}", self.name)),
@@ -118,7 +118,7 @@ impl Line {
         }
     }
 
-    /// A result worth keeping on the screen.
+    /// Prints a line that stays on the screen.
     pub fn keep(&self, text: &str) {
         match &self.spinner {
             Some(spinner) => spinner.println(format!("    {text}")),

@@ -1,8 +1,9 @@
-//! The stock rust-vmm backend: a raw file behind `vhost-user-backend` and `virtio-queue`, as their documentation
-//! suggests to write one.
+//! The stock rust-vmm backend: a raw file behind `vhost-user-backend` and `virtio-queue`, written as their
+//! documentation suggests.
 //!
-//! It is a peer in `cargo bench-peers` and a second implementation for the protocol tests, and no part of the product.
-//! One thread a queue, one file handle a thread, one plain read or write a request. It serves one session and returns.
+//! It is a peer in `cargo bench-peers` and a second implementation for the protocol tests, and not part of the product.
+//! It has one thread per queue, one file handle per thread, and one plain read or write per request. It serves one
+//! session and returns.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -27,11 +28,11 @@ use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_con
 
 /// Bytes of a sector.
 const SECTOR: u64 = 512;
-/// The largest ring on offer.
+/// The largest ring size on offer.
 const QUEUE_SIZE: usize = 1024;
 /// Bytes of the configuration space up to and including the discard fields.
 const CONFIG_BYTES: usize = 60;
-/// The feature bit that says that protocol features exist (vhost-user specification, "Feature bits").
+/// The feature bit for protocol features (vhost-user specification, "Feature bits").
 const PROTOCOL_FEATURES: u32 = 30;
 
 type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
@@ -40,26 +41,26 @@ type Chain = virtio_queue::DescriptorChain<Guest>;
 
 /// A raw file as a block device.
 struct StockDisk {
-    /// One handle for each queue, as each has a position of its own.
+    /// One file handle per queue, because each queue needs its own file position.
     files: Vec<Mutex<Handle>>,
     sectors: u64,
     memory: Memory,
     event_idx: AtomicBool,
 }
 
-/// A queue's way to the file, and its buffer.
+/// A queue's file handle and buffer.
 struct Handle {
     file: File,
     buffer: Vec<u8>,
 }
 
-/// Serves a raw file to one frontend, until that leaves.
+/// Serves a raw file to one frontend, until the frontend disconnects.
 pub fn serve(socket: &Path, image: &Path, queues: u16) -> Result<()> {
     let memory = Memory::new(GuestMemoryMmap::new());
     let disk = Arc::new(StockDisk::open(image, queues, memory.clone())?);
     let mut daemon = VhostUserDaemon::new("stock".to_owned(), disk, memory)
-        .map_err(|error| anyhow::anyhow!("the stock backend does not start: {error:?}"))?;
-    daemon.serve(socket).map_err(|error| anyhow::anyhow!("the stock backend ended: {error:?}"))
+        .map_err(|error| anyhow::anyhow!("cannot start the stock backend: {error:?}"))?;
+    daemon.serve(socket).map_err(|error| anyhow::anyhow!("the stock backend failed: {error:?}"))
 }
 
 impl StockDisk {
@@ -72,7 +73,7 @@ impl StockDisk {
         Ok(Self { files, sectors: bytes / SECTOR, memory, event_idx: AtomicBool::new(false) })
     }
 
-    /// Serves everything that is available.
+    /// Serves all available chains.
     fn drain(&self, vring: &VringRwLock, handle: &mut Handle) -> io::Result<()> {
         let memory = self.memory.memory();
         let chains: Vec<Chain> = {
@@ -81,7 +82,7 @@ impl StockDisk {
         };
         for chain in chains {
             let head = chain.head_index();
-            // A chain without a status byte has nowhere to report to, and is given back with length 0.
+            // A chain without a status byte cannot report a status, and is returned with length 0.
             let written = self.serve_chain(chain, &memory, handle).unwrap_or(0);
             vring.add_used(head, written).map_err(io::Error::other)?;
             if vring.needs_notification().map_err(io::Error::other)? {
@@ -91,7 +92,7 @@ impl StockDisk {
         Ok(())
     }
 
-    /// Serves one request. Returns how many bytes were written to the guest, the status byte included.
+    /// Serves one request. Returns the number of bytes written to the guest, the status byte included.
     fn serve_chain(&self, chain: Chain, memory: &Guest, handle: &mut Handle) -> io::Result<u32> {
         let mut reader = chain.clone().reader(memory).map_err(io::Error::other)?;
         let mut writer = chain.writer(memory).map_err(io::Error::other)?;
@@ -106,7 +107,7 @@ impl StockDisk {
         u32::try_from(writer.bytes_written() + 1).map_err(io::Error::other)
     }
 
-    /// Does what a request asks for. Returns its status.
+    /// Carries out a request. Returns its status.
     fn transfer(
         &self,
         kind: u32,
@@ -135,7 +136,7 @@ impl StockDisk {
         Ok(VIRTIO_BLK_S_OK as u8)
     }
 
-    /// Goes to a sector, if as many bytes follow it on the disk.
+    /// Seeks to a sector, if the disk has `bytes` bytes from there on.
     fn seek(&self, file: &mut File, sector: u64, bytes: usize) -> io::Result<()> {
         let end = sector.checked_mul(SECTOR).and_then(|start| start.checked_add(bytes as u64));
         if end.is_none_or(|end| end > self.sectors * SECTOR) {
@@ -190,7 +191,7 @@ impl VhostUserBackend for StockDisk {
     }
 
     fn update_memory(&self, _: Memory) -> io::Result<()> {
-        // The daemon replaced what `self.memory` shares with it.
+        // Nothing to do: `self.memory` is shared with the daemon, which has updated it.
         Ok(())
     }
 

@@ -1,7 +1,7 @@
-//! `cargo verify`: the whole check of the repository, from set-up to VM tests.
+//! `cargo verify`: every check of the repository, from set-up to VM tests.
 //!
-//! Owns the order of the steps and the summary. Steps run one after the other, as each may use every core. It never
-//! goes on after a failed step.
+//! Owns the order of the steps and the summary. Steps run one after the other, because each may use every core. It
+//! never continues after a failed step.
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
@@ -18,7 +18,7 @@ use strata_integration::{command, setup};
 #[derive(Parser)]
 #[command(name = "cargo verify")]
 struct Options {
-    /// Check with what is installed; missing tools are an error
+    /// Install nothing; missing tools are an error
     #[arg(long)]
     no_install: bool,
     /// The daemon under the VM tests: strata or qemu-storage-daemon
@@ -57,14 +57,14 @@ fn run(options: &Options, steps: &mut Steps) -> Result<()> {
         }
         let kit = GuestKit::prepare(say)?;
         let accelerator = Accelerator::choose(&kit)?;
-        line.keep(&format!("guest kernel {}, QEMU runs it by {accelerator:?}", kit.release));
+        line.keep(&format!("guest kernel {}, accelerator {accelerator:?}", kit.release));
         Ok(())
     })?;
     steps.run("format", |_| cargo(options, &["fmt", "--all", "--check"]))?;
     steps.run("clippy", |_| {
         cargo(options, &["clippy", "--quiet", "--workspace", "--all-targets", "--", "--deny", "warnings"])
     })?;
-    // the dev profile: quick to build, half optimised, and with every check on
+    // The dev profile is quick to build, partly optimised, and has every check enabled.
     if nextest_works() {
         steps.run("build tests", |_| cargo(options, &["nextest", "run", "--workspace", "--no-run"]))?;
         steps.run("tests and VM tests", |_| {
@@ -73,21 +73,21 @@ fn run(options: &Options, steps: &mut Steps) -> Result<()> {
     } else {
         steps.run("build tests", |_| cargo(options, &["test", "--quiet", "--workspace", "--no-run"]))?;
         steps.run("tests and VM tests", |_| {
-            // as `--no-run` built them, and as nextest takes them: no benchmarks, which clippy saw
+            // The same targets as with `--no-run` and with nextest: no benchmarks, which clippy has checked.
             all_tests(options, &["test", "--workspace", "--lib", "--bins", "--tests", "--no-fail-fast"])
         })?;
     }
-    // after the tests: that the crash machine says yes is worth something only if it can say no
+    // After the tests: a pass of the crash tests means something only if a broken rule makes them fail.
     steps.run("deliberate breakages", |_| {
         one_test(options, &["--features", "strata-tests/mutations", "--test", "mutations"], &[])
     })?;
-    steps.run("fuzz targets, for a minute", |_| fuzz(options))?;
+    steps.run("fuzz targets, one minute", |_| fuzz(options))?;
     steps.run("documentation tests", |_| cargo(options, &["test", "--quiet", "--workspace", "--doc"]))?;
     steps.run("interleavings (loom)", |_| interleavings(options))
 }
 
-/// The tests that were built before. Those that run the daemon are told where it is: if they asked cargo for it alone, the
-/// features of what it depends on were others, and most of that would be built once more.
+/// Runs the tests that were built before. `STRATA_BIN` gives them the daemon's path: if they built the daemon alone,
+/// cargo would choose other features of its dependencies and rebuild most of them.
 fn all_tests(options: &Options, arguments: &[&str]) -> Result<()> {
     let mut build = cargo_command(options, &["test", "--quiet", "--workspace", "--no-run"]);
     let messages = command::output(build.args(["--message-format", "json-render-diagnostics"]))?;
@@ -97,16 +97,16 @@ fn all_tests(options: &Options, arguments: &[&str]) -> Result<()> {
     run_through(cargo)
 }
 
-/// One test target of strata-tests. All packages are named, as the features of what they depend on are then those of the
-/// whole, and what is built already is used: for one package alone, most would be built once more.
+/// Runs one test target of strata-tests. `--workspace` selects all packages, so that the features of dependencies stay
+/// the same and cargo reuses what it has built.
 fn one_test(options: &Options, arguments: &[&str], environment: &[(&str, &str)]) -> Result<()> {
     let mut cargo = cargo_command(options, &["test", "--quiet", "--workspace"]);
     cargo.args(arguments).envs(environment.iter().copied());
     run_through(cargo)
 }
 
-/// The engine's models of its lock-free and waiting parts (src/engine/loom_tests.rs): bounded, some ten seconds once
-/// they are built. The build is another than everyone else's, so it has a target directory of its own.
+/// Runs the loom models of the engine's lock-free and waiting code (src/engine/loom_tests.rs): bounded, some ten
+/// seconds without the build. Their build flags differ from all others, so they have their own target directory.
 fn interleavings(options: &Options) -> Result<()> {
     let mut cargo =
         cargo_command(options, &["test", "--package", "engine", "--profile", "loom", "--lib", "loom"]);
@@ -114,13 +114,13 @@ fn interleavings(options: &Options) -> Result<()> {
     run_through(cargo)
 }
 
-/// The fuzz targets on what chance makes of their seeds (tests/README.md), and that those for cargo-fuzz can be built:
-/// they are in a package of their own, and it needs no libFuzzer for that.
+/// Runs the fuzz targets on random mutations of their seeds (tests/README.md), and checks that the targets for
+/// cargo-fuzz compile. Those are in their own package; the check needs no libFuzzer.
 fn fuzz(options: &Options) -> Result<()> {
     one_test(options, &["--test", "fuzz", "--", "--nocapture"], &[("STRATA_FUZZ_SECONDS", "60")])?;
     let check = ["check", "--quiet", "--manifest-path", "tests/fuzz/Cargo.toml", "--no-default-features"];
     let mut cargo = cargo_command(options, &check);
-    // Its profile is the workspace's, so what the packages of others gave is there already.
+    // The profile is the workspace's, so the dependencies are built already.
     cargo.env("CARGO_TARGET_DIR", target_folder());
     run_through(cargo)
 }
@@ -135,7 +135,7 @@ fn nextest_works() -> bool {
     command::capture(&mut probe).is_ok_and(|output| output.status.success())
 }
 
-/// Runs cargo with its output on ours: a failing test's words are what a person needs.
+/// Runs cargo with its output passed through, so that the user sees why a test fails.
 fn cargo(options: &Options, arguments: &[&str]) -> Result<()> {
     run_through(cargo_command(options, arguments))
 }
@@ -144,8 +144,8 @@ fn cargo_command(options: &Options, arguments: &[&str]) -> Command {
     let mut cargo = Command::new("cargo");
     cargo.args(arguments).current_dir(workspace());
     cargo.env("STRATA_REQUIRE_TOOLS", "1").env("STRATA_TEST_BACKEND", options.backend.to_string());
-    // What one build remembers for the next costs time, and a whole check is seldom of a small change. A failed test says
-    // where it failed without the lines of a backtrace.
+    // Incremental builds cost time, and a full check rarely follows a small change. A failed test names its line
+    // without debug information.
     cargo.env("CARGO_INCREMENTAL", "0").env("CARGO_PROFILE_DEV_DEBUG", "0");
     cargo
 }

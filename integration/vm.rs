@@ -1,8 +1,8 @@
-//! Real guests on real daemons. Every test ends with `qemu-img check` and, where the guest left the disk orderly, a
-//! compare of what the guest read with what QEMU's tools read.
+//! Real guests on real daemons. Every test ends with `qemu-img check`. After an orderly shutdown of the guest, the
+//! contents that it read are compared with those that QEMU's tools read.
 //!
-//! `STRATA_TEST_BACKEND` says which daemon (default strata), `STRATA_REQUIRE_TOOLS=1` turns a skip into a failure,
-//! `STRATA_GUEST_KILLS` how often the daemon under a guest is killed (3), `STRATA_KILL_SEED` at which other moments.
+//! `STRATA_TEST_BACKEND` chooses the daemon (default strata), and `STRATA_REQUIRE_TOOLS=1` turns a skip into a failure.
+//! `STRATA_GUEST_KILLS` is the number of kills of the daemon under a guest (3), `STRATA_KILL_SEED` chooses the moments.
 //! `cargo verify` or `cargo demo` prepares the machine; these tests install nothing.
 
 use anyhow::{Context, Result, bail};
@@ -23,8 +23,8 @@ const MIB: u64 = 1 << 20;
 /// The disks' size.
 const DISK_MIB: u64 = 256;
 
-/// A machine uses both cores: one at a time, also under plain `cargo test`. (nextest runs each test in a process of
-/// its own and has a test group for this.)
+/// Allows one machine at a time, because a machine uses both cores. This is for plain `cargo test`; nextest, which runs
+/// each test in its own process, has a test group for it.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 fn alone() -> MutexGuard<'static, ()> {
@@ -34,12 +34,12 @@ fn alone() -> MutexGuard<'static, ()> {
 /// A number from the environment.
 fn setting(name: &str, fallback: u64) -> Result<u64> {
     match std::env::var(name) {
-        Ok(text) => text.parse().with_context(|| format!("{name} is a number, not {text}")),
+        Ok(text) => text.parse().with_context(|| format!("{name} must be a number, not {text}")),
         Err(_) => Ok(fallback),
     }
 }
 
-/// The guest, or why there is none.
+/// The guest, or the reason why it is not prepared.
 fn guest() -> Result<std::result::Result<GuestKit, String>> {
     let missing: Vec<&str> = setup::missing_tools().iter().map(|tool| tool.program).collect();
     if !missing.is_empty() {
@@ -48,7 +48,8 @@ fn guest() -> Result<std::result::Result<GuestKit, String>> {
     Ok(GuestKit::find()?.ok_or_else(|| "no guest is prepared yet".to_owned()))
 }
 
-/// Runs `test` on a stand, or skips so that it is seen: past the harness, which hides what a passing test prints.
+/// Runs `test` on a stand, or skips it with a message. The message goes to standard error directly, because the harness
+/// hides what a passing test prints.
 fn with_stand(name: &str, test: impl FnOnce(&Stand, &Path) -> Result<()>) -> Result<()> {
     let _alone = alone();
     let kit = match guest()? {
@@ -75,7 +76,7 @@ fn with_stand(name: &str, test: impl FnOnce(&Stand, &Path) -> Result<()>) -> Res
     test(&stand, scratch.path())
 }
 
-/// Both visits, and the host's view at the end.
+/// Runs both visits, then checks the image from the host.
 fn file_system_lives(stand: &Stand, folder: &Path, work: &Work) -> Result<()> {
     let flat = folder.join("before.raw");
     image::flatten(&stand.serve.image, &stand.serve.format, &flat)?;
@@ -100,8 +101,8 @@ fn file_system_lives(stand: &Stand, folder: &Path, work: &Work) -> Result<()> {
 }
 
 #[test]
-fn a_file_system_lives_on_an_overlay() -> Result<()> {
-    with_stand("a_file_system_lives_on_an_overlay", |stand, folder| {
+fn a_file_system_on_an_overlay_survives_a_reboot() -> Result<()> {
+    with_stand("a_file_system_on_an_overlay_survives_a_reboot", |stand, folder| {
         let base = folder.join("base.qcow2");
         image::create(&base, "qcow2", DISK_MIB * MIB, None, "")?;
         image::write_pattern(&base, "qcow2", 0, 20 * MIB, 0xb1)?;
@@ -113,8 +114,8 @@ fn a_file_system_lives_on_an_overlay() -> Result<()> {
     })
 }
 
-/// raw, qcow2 with small clusters, qcow2 of version 2, qcow2: each covers a part of the one below and the lower ones
-/// are shorter than the disk.
+/// Creates a chain of raw, qcow2 with small clusters, qcow2 version 2, qcow2. Each covers a part of the image below;
+/// the lower images are shorter than the disk.
 fn four_layers(folder: &Path, top: &Path) -> Result<()> {
     let [raw, small, old] = ["base.raw", "small.qcow2", "old.qcow2"].map(|name| folder.join(name));
     image::create(&raw, "raw", 160 * MIB, None, "")?;
@@ -133,21 +134,21 @@ fn four_layers(folder: &Path, top: &Path) -> Result<()> {
 }
 
 #[test]
-fn a_file_system_lives_on_a_chain_of_four() -> Result<()> {
-    with_stand("a_file_system_lives_on_a_chain_of_four", |stand, folder| {
+fn a_file_system_on_a_chain_of_four_survives_a_reboot() -> Result<()> {
+    with_stand("a_file_system_on_a_chain_of_four_survives_a_reboot", |stand, folder| {
         four_layers(folder, &stand.serve.image)?;
-        // without discard at mkfs, so that the file system's writes meet the layers' data
+        // No discard at mkfs, so that the file system writes over the layers' data.
         let work = Work { fio_mib: 12, mkfs_options: "-E nodiscard".to_owned(), base_mib: DISK_MIB };
         file_system_lives(stand, folder, &work)
     })
 }
 
 #[test]
-fn what_was_synced_survives_killed_daemons() -> Result<()> {
-    with_stand("what_was_synced_survives_killed_daemons", |stand, folder| {
+fn synced_data_survives_killed_daemons() -> Result<()> {
+    with_stand("synced_data_survives_killed_daemons", |stand, folder| {
         let kills = setting("STRATA_GUEST_KILLS", 3)?;
         let seed = setting("STRATA_KILL_SEED", 1)?;
-        // half of what fio writes lies over the base
+        // Half of fio's area lies over the base image.
         let (base, base_mib, byte) = (folder.join("base.raw"), crash::FILES_MIB + 24, 0x5a);
         image::create(&base, "raw", base_mib * MIB, None, "")?;
         image::write_pattern(&base, "raw", 0, base_mib * MIB, byte)?;
@@ -164,7 +165,7 @@ fn what_was_synced_survives_killed_daemons() -> Result<()> {
                 crash.found, crash.health,
             );
         }
-        record.last_look(stand).with_context(|| format!("seed {seed}"))?;
+        record.last_life(stand).with_context(|| format!("seed {seed}"))?;
         match image::check(&stand.serve.image)? {
             image::Health::Broken(words) => bail!("seed {seed}: the image is damaged at the end:\n{words}"),
             image::Health::Clean | image::Health::Leaks(_) => Ok(()),

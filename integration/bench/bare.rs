@@ -1,7 +1,7 @@
-//! The bare limit: a loop on a file by io_uring and O_DIRECT, with no image format and no protocol.
+//! The bare limit: a loop on a file with io_uring and O_DIRECT, without an image format or a protocol.
 //!
-//! fio is that loop: a program that everybody has, and not ours. It spends some CPU on itself, so it is a limit for a
-//! server only as far as that goes; what it says of itself goes with the figures.
+//! The loop is fio, which is independent of Strata. fio uses some CPU time itself, so the limit is approximate; that
+//! CPU time is reported too.
 
 use anyhow::{Context, Result};
 use serde_json::Value;
@@ -10,32 +10,32 @@ use std::process::Command;
 use std::time::Duration;
 use strata_integration::command;
 
-/// What the loop did.
+/// The result of the loop.
 #[derive(Clone, Copy, Debug)]
 pub struct Bare {
     /// Requests a second.
     pub rate: f64,
-    /// CPU seconds of fio's own threads a second; the kernel's io workers are not among them.
+    /// CPU seconds per second of fio's own threads, without the kernel's io workers.
     pub cpu: f64,
 }
 
-/// Whether fio is installed.
+/// True if fio is installed.
 pub fn available() -> bool {
     command::find("fio").is_some()
 }
 
-/// What the loop does.
+/// The requests of the loop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pattern {
-    /// Writes, instead of reads. They change the file's contents and nothing else.
+    /// True for writes, false for reads. Writes change the file's contents and nothing else.
     pub write: bool,
-    /// One after the other, instead of at random.
+    /// True for sequential, false for random requests.
     pub sequential: bool,
-    /// Bytes a request.
+    /// Bytes per request.
     pub block: u32,
-    /// Threads with a ring each.
+    /// Threads, each with its own ring.
     pub jobs: usize,
-    /// Requests in flight a thread.
+    /// Requests in flight per thread.
     pub depth: usize,
 }
 
@@ -50,7 +50,7 @@ impl Pattern {
     }
 }
 
-/// The loop on `file` for a time.
+/// Runs the loop on `file` for `time`.
 pub fn run(file: &Path, pattern: &Pattern, time: Duration) -> Result<Bare> {
     let depth = pattern.depth;
     let mut fio = Command::new("fio");
@@ -60,16 +60,16 @@ pub fn run(file: &Path, pattern: &Pattern, time: Duration) -> Result<Bare> {
     fio.arg(format!("--filename={}", file.display())).arg(format!("--rw={}", pattern.direction()));
     fio.arg(format!("--bs={}", pattern.block)).arg(format!("--numjobs={}", pattern.jobs));
     fio.arg(format!("--iodepth={depth}")).arg(format!("--iodepth_batch_submit={depth}"));
-    // It takes such a suffix, and no fractions of seconds.
+    // fio accepts this suffix, but no fractions of seconds.
     fio.arg(format!("--runtime={}ms", time.as_millis()));
     let text = command::output(&mut fio)?;
-    // Warnings may come before the JSON.
+    // fio may print warnings before the JSON.
     let start = text.find('{').context("fio printed no JSON")?;
     let report: Value = serde_json::from_str(&text[start..]).context("fio's report")?;
     let job = &report["jobs"][0];
     let number = |value: &Value| value.as_f64().context("a number in fio's report");
     let rate = number(&job[if pattern.write { "write" } else { "read" }]["iops"])?;
-    // Of the group, fio tells the mean of its threads.
+    // For a group fio reports the mean over its threads.
     let cpu = (number(&job["usr_cpu"])? + number(&job["sys_cpu"])?) / 100.0 * pattern.jobs as f64;
     Ok(Bare { rate, cpu })
 }

@@ -1,23 +1,23 @@
-//! What is measured: the cases by name, what each asks of the disk, and how names are chosen.
+//! The benchmark's cases: their names, their load on the disk, and the selection by name.
 //!
-//! Owns the list. It runs nothing and knows no server.
+//! Owns the list. It never runs a load and knows no server.
 
 use super::bare::Pattern;
 use strata_tests::load::{Mix, Order};
 
-/// Bytes of the usual request.
+/// Bytes of the common request.
 pub const BLOCK: u32 = 4096;
-/// Bytes of a cluster of every image but the one with extended L2 entries.
+/// Bytes of a cluster in images without extended L2 entries.
 pub const CLUSTER: u64 = 65536;
-/// Bytes of a cluster with extended L2 entries: its subclusters are then as large as [`BLOCK`].
+/// Bytes of a cluster with extended L2 entries, so that a subcluster has [`BLOCK`] bytes.
 pub const CLUSTER_EXTENDED: u64 = 131_072;
 
-/// The image that a case begins with.
+/// The image at the start of a case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Image {
     /// Every cluster allocated, in order.
     Full,
-    /// Every cluster allocated and none written: large, for requests that only change tables.
+    /// Every cluster allocated, none written: large, for requests that change tables only.
     Allocated,
     /// Nothing allocated.
     Fresh,
@@ -25,76 +25,76 @@ pub enum Image {
     FreshExtended,
     /// Nothing allocated, over a full qcow2 image.
     OverFull,
-    /// So many overlays with nothing in them over a full qcow2 image.
+    /// This number of empty overlays over a full qcow2 image.
     Chain(usize),
 }
 
-/// What a case does with its image.
+/// The load of a case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Job {
-    /// Requests for a certain time, after a short time of the same that is not counted.
+    /// Requests for a fixed time, after a short warm-up with the same requests.
     Timed {
-        /// Which requests.
+        /// The kind of requests.
         mix: Mix,
-        /// In which order.
+        /// Their order.
         order: Order,
-        /// Bytes a request.
+        /// Bytes per request.
         block: u32,
-        /// A flush after so many writes, 0 for none.
+        /// Writes per flush, 0 for no flush.
         flush_every: u64,
     },
-    /// Every block of the disk once, then a flush.
+    /// One request for every block of the disk, then a flush.
     Once {
-        /// Which requests.
+        /// The kind of requests.
         mix: Mix,
-        /// In which order.
+        /// Their order.
         order: Order,
-        /// Bytes a request.
+        /// Bytes per request.
         block: u32,
-        /// The time includes the wait until the host has its space back.
+        /// True if the time includes the wait until the space is given back to the host.
         given_back: bool,
     },
     /// One write of [`BLOCK`] bytes into each cluster, the clusters in a random order, then a flush.
     FirstTouch {
-        /// A flush after so many writes, 0 for none.
+        /// Writes per flush, 0 for no flush.
         flush_every: u64,
     },
-    /// Nothing: how much memory the server takes before anybody connects.
+    /// No load: the server's memory before a frontend connects.
     RestMemory,
-    /// Nothing, with a frontend connected after a short load: how much CPU the server takes.
+    /// No load, with a frontend connected after a short load: the server's CPU time.
     IdleCpu,
 }
 
-/// What the value of a case counts.
+/// The unit of a case's value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unit {
-    /// Requests a second, flushes of the load included.
+    /// Requests per second, the load's flushes included.
     Rate,
-    /// 10⁶ bytes a second.
+    /// 10⁶ bytes per second.
     Throughput,
-    /// Bytes; fewer are better.
+    /// Bytes; less is better.
     Memory,
-    /// CPU seconds a second; fewer are better.
+    /// CPU seconds per second; less is better.
     Cpu,
 }
 
 /// One case.
 #[derive(Clone, Copy, Debug)]
 pub struct Case {
-    /// Its name, as chosen with `--case`.
+    /// Its name, for `--case`.
     pub name: &'static str,
     /// The image.
     pub image: Image,
-    /// The work.
+    /// The load.
     pub job: Job,
-    /// Queues.
+    /// Number of queues.
     pub queues: usize,
-    /// Requests in flight a queue.
+    /// Requests in flight per queue.
     pub depth: usize,
 }
 
 impl Case {
-    /// What its value counts.
+    /// The unit of its value.
     pub fn unit(&self) -> Unit {
         match self.job {
             Job::Timed { block, .. } if block > BLOCK => Unit::Throughput,
@@ -105,7 +105,7 @@ impl Case {
         }
     }
 
-    /// Whether it changes its image, which then must be a new one each time.
+    /// True if it changes its image, so that each turn needs a new image.
     pub fn writes(&self) -> bool {
         match self.job {
             Job::Timed { mix, .. } => mix != Mix::READ,
@@ -114,7 +114,7 @@ impl Case {
         }
     }
 
-    /// Whether every server does the same, however long it takes.
+    /// True if every server does the same amount of work, whatever its speed.
     pub fn fixed_work(&self) -> bool {
         matches!(self.job, Job::Once { .. } | Job::FirstTouch { flush_every: 0 })
     }
@@ -132,7 +132,7 @@ impl Case {
         if self.image == Image::FreshExtended { CLUSTER_EXTENDED } else { CLUSTER }
     }
 
-    /// The bare loop on the file that does comparable work: reads or writes of allocated clusters, no flush.
+    /// The bare loop with comparable work, if there is one: reads or writes of allocated clusters, no flush.
     pub fn limit(&self) -> Option<Pattern> {
         let Job::Timed { mix, order, block, flush_every: 0 } = self.job else { return None };
         let sequential = match order {
@@ -145,7 +145,7 @@ impl Case {
         plain.then_some(Pattern { write, sequential, block, jobs: self.queues, depth: self.depth })
     }
 
-    /// The same load without a chain, for cases that ask what a chain costs.
+    /// The same load without a chain, for cases that measure the cost of a chain.
     pub fn without_chain(&self) -> Option<Case> {
         let chain = matches!(self.image, Image::Chain(_)) && self.unit() == Unit::Rate;
         chain.then_some(Case { image: Image::Full, ..*self })
@@ -210,13 +210,13 @@ pub const CASES: &[Case] = &[
     case("idle-cpu", Image::Full, Job::IdleCpu, 2, 32),
 ];
 
-/// The cases whose name matches one of the patterns; all of them without a pattern.
+/// The cases whose name matches one of the patterns; all cases without a pattern.
 pub fn chosen(patterns: &[String]) -> Vec<Case> {
     let wanted = |case: &&Case| patterns.is_empty() || patterns.iter().any(|text| matches(text, case.name));
     CASES.iter().filter(wanted).copied().collect()
 }
 
-/// Whether a name matches a pattern in which `*` stands for anything.
+/// True if a name matches a pattern, in which `*` stands for any text.
 pub fn matches(pattern: &str, name: &str) -> bool {
     let mut parts = pattern.split('*');
     let first = parts.next().unwrap_or_default();
@@ -235,19 +235,19 @@ mod tests {
     use std::collections::BTreeSet;
 
     #[test]
-    fn a_star_stands_for_anything() {
+    fn a_star_stands_for_any_text() {
         for (pattern, name) in
             [("*", "x"), ("a*", "abc"), ("*c", "abc"), ("a*c", "abc"), ("abc", "abc"), ("*b*", "abc")]
         {
-            assert!(matches(pattern, name), "{pattern} is {name}");
+            assert!(matches(pattern, name), "{pattern} does not match {name}");
         }
         for (pattern, name) in [("a", "ab"), ("*b", "abc"), ("ab*bc", "abc"), ("a*x*c", "abc"), ("", "a")] {
-            assert!(!matches(pattern, name), "{pattern} is not {name}");
+            assert!(!matches(pattern, name), "{pattern} matches {name}");
         }
     }
 
     #[test]
-    fn names_are_unique_and_all_are_chosen_without_a_pattern() {
+    fn names_are_unique_and_all_are_selected_without_a_pattern() {
         let names: BTreeSet<&str> = CASES.iter().map(|case| case.name).collect();
         assert_eq!(names.len(), CASES.len());
         assert_eq!(chosen(&[]).len(), CASES.len());
@@ -256,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn limits_belong_to_reads_and_writes_of_what_is_allocated() {
+    fn reads_and_writes_of_allocated_clusters_have_a_limit() {
         let limited: Vec<&str> =
             CASES.iter().filter(|case| case.limit().is_some()).map(|case| case.name).collect();
         let random = ["read-1", "read-32", "read-2x32", "overwrite-1", "overwrite-32"];
@@ -264,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn chains_are_compared_with_the_same_load_without_one() {
+    fn chains_are_compared_with_the_same_load_on_one_image() {
         for case in CASES {
             let same = CASES.iter().find(|other| {
                 other.image == Image::Full

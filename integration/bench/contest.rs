@@ -1,7 +1,7 @@
-//! The turns of a case: each server on an equal image, one after the other, again and again.
+//! The turns of a case: in each turn every server runs once, on an equal image.
 //!
-//! Owns the order and what happens between two turns: the server's end, the check of its image. The first turn looks
-//! whether the data is right and is not counted. A server that fails loses its turn, not the run.
+//! Owns the order, and the steps between two turns: the server's end and the check of its image. The first turn
+//! verifies the data and does not count. A server's failure invalidates its turn, not the run.
 
 use anyhow::{Context, Result};
 use std::path::Path;
@@ -17,60 +17,60 @@ use super::process::machine_seconds;
 use super::server::Server;
 use super::verify::{exercise, judge};
 
-/// Cores that others may use on a quiet machine.
+/// Cores that other processes may use on a quiet machine.
 const QUIET: f64 = 0.15;
 
-/// Who takes part.
+/// The participants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
-    /// The daemon that is tried.
+    /// The daemon to measure.
     Subject,
-    /// The one it is compared with.
+    /// The daemon to compare with.
     Rival,
-    /// The daemon that is tried, without the chain, in cases that have one.
+    /// The daemon to measure, without the chain, in cases that have one.
     Unchained,
-    /// A bare loop on the file, where that is comparable.
+    /// A bare loop on the file, if that is comparable.
     Bare,
-    /// The stock rust-vmm backend on a raw file, where that is comparable.
+    /// The stock rust-vmm backend on a raw file, if that is comparable.
     Stock,
-    /// The null device behind Strata's session, where that is comparable.
+    /// The null device behind Strata's session, if that is comparable.
     Null,
 }
 
 /// The programs and how to use them.
 pub struct Rules {
-    /// The daemon that is tried.
+    /// The daemon to measure.
     pub subject: Program,
-    /// The one it is compared with.
+    /// The daemon to compare with.
     pub rival: Program,
-    /// Reads back what either wrote: QEMU's, whoever takes part.
+    /// The daemon that reads back the data of both: always QEMU's.
     pub judge: Program,
-    /// Turns that count.
+    /// Measured turns.
     pub turns: usize,
-    /// How long to measure.
+    /// Durations of the measurements.
     pub times: Times,
-    /// Measure the two limits and the stock backend as well.
+    /// True to measure the two limits and the stock backend too.
     pub limits: bool,
     /// Virtual bytes of the null device.
     pub null_bytes: u64,
-    /// How long the client polls for completions before it sleeps.
+    /// How long the client busy-polls for completions before it sleeps.
     pub client_polls: Duration,
-    /// How long to wait for a quiet machine before a turn; then it goes on all the same.
+    /// The longest wait for a quiet machine before a turn; after it the turn starts anyway.
     pub patience: Duration,
 }
 
-/// One side's turns: none where a turn failed.
+/// One side's turns.
 #[derive(Clone, Debug)]
 pub struct Row {
-    /// Whose.
+    /// The side.
     pub side: Side,
-    /// Turn by turn.
+    /// Its samples turn by turn; `None` if a turn failed.
     pub samples: Vec<Option<Sample>>,
-    /// What was not as it should be, the turn before it all included.
+    /// Its problems, those of the verifying turn included.
     pub problems: Vec<String>,
 }
 
-/// What a case brought.
+/// The results of a case.
 #[derive(Clone, Debug)]
 pub struct Outcome {
     /// The case.
@@ -80,7 +80,7 @@ pub struct Outcome {
 }
 
 impl Rules {
-    /// Runs a case. `say` hears how it goes.
+    /// Runs a case. Reports progress to `say`.
     pub fn run(&self, gallery: &mut Gallery, case: &Case, say: &mut dyn FnMut(&str)) -> Outcome {
         let mut outcome = Outcome { case: *case, rows: Vec::new() };
         outcome.rows = self
@@ -92,7 +92,7 @@ impl Rules {
             if turn > 0 {
                 self.await_quiet(say);
             }
-            // Who comes first finds the disk rested, or the host's caches cold: forth in one turn and back in the next.
+            // The first side has a rested disk but cold host caches, so the order is reversed in every other turn.
             let sides = outcome.rows.len();
             for place in 0..sides {
                 let side = if turn % 2 == 0 { place } else { sides - 1 - place };
@@ -114,32 +114,31 @@ impl Rules {
         if limit.is_some() {
             sides.push(Side::Stock);
         }
-        // Larger blocks that are not moved would only be larger numbers.
+        // The null device moves no data, so larger blocks would only give larger numbers.
         if limit.is_some_and(|pattern| pattern.block == BLOCK) {
             sides.push(Side::Null);
         }
         sides
     }
 
-    /// Waits until others leave the machine alone. It looks at them before a turn only: samples are never chosen by
-    /// what they brought.
+    /// Waits until the machine is quiet. It checks before a turn only: samples are never selected by their results.
     fn await_quiet(&self, say: &mut dyn FnMut(&str)) {
-        const LOOK: Duration = Duration::from_millis(200);
+        const INTERVAL: Duration = Duration::from_millis(200);
         let deadline = Instant::now() + self.patience;
         while Instant::now() < deadline {
             let Ok(before) = machine_seconds() else { return };
-            std::thread::sleep(LOOK);
+            std::thread::sleep(INTERVAL);
             let busy = machine_seconds().unwrap_or(before) - before;
-            if busy / LOOK.as_secs_f64() <= QUIET {
+            if busy / INTERVAL.as_secs_f64() <= QUIET {
                 return;
             }
         }
         if !self.patience.is_zero() {
-            say("others use the machine, and still do after the wait");
+            say("other processes still use the machine after the wait");
         }
     }
 
-    /// Turn 0 is the one that is verified and not counted.
+    /// Runs one side's turn. Turn 0 verifies the data and does not count.
     fn take_turn(
         &self,
         gallery: &mut Gallery,
@@ -155,7 +154,7 @@ impl Rules {
                     None
                 })
             }
-            // The other sides do what another case verifies, or nothing that could be verified.
+            // The work of the other sides is verified in another case, or cannot be verified.
             _ if turn == 0 => Ok(None),
             Side::Subject => self.measured(gallery, case, &self.subject).map(Some),
             Side::Rival => self.measured(gallery, case, &self.rival).map(Some),
@@ -209,7 +208,7 @@ impl Rules {
     }
 
     fn look_at(&self, specimen: &Specimen, case: &Case, sample: &mut Sample) -> Result<()> {
-        // Where time decides, the faster one writes more: its image cannot be compared.
+        // In a timed case the faster server writes more, so the images' sizes cannot be compared.
         if case.fixed_work() {
             sample.host_bytes = Some(image::allocated_bytes(&specimen.path)?);
         }
@@ -217,8 +216,8 @@ impl Rules {
         Ok(())
     }
 
-    /// On the very file that the servers work on, or a copy of it, as one file may lie better on its disk than another.
-    /// To the loop it is a file like any other: writes make it useless as an image.
+    /// Runs the bare loop on the servers' own file or a copy of it, because the location of a file on its disk affects
+    /// its speed. The loop's writes destroy the image.
     fn bare(&self, gallery: &mut Gallery, case: &Case) -> Result<Sample> {
         let pattern = case.limit().context("a case with a limit")?;
         let specimen = gallery.specimen(case)?;
@@ -241,7 +240,7 @@ impl Rules {
         })
     }
 
-    /// The stock backend on a raw file as large as the image's disk.
+    /// Runs the stock backend on a raw file of the size of the image's disk.
     fn stock(&self, gallery: &mut Gallery, case: &Case) -> Result<Sample> {
         let file = gallery.raw()?;
         let mut server = Server::of_stock(&file, case)?;
@@ -260,7 +259,7 @@ impl Rules {
     }
 }
 
-/// A complaint unless the image is clean: after an orderly end nothing may be lost either.
+/// Returns a problem unless the image is clean: after SIGTERM there may be no leaks either.
 fn check(image: &Path) -> Result<Option<String>> {
     Ok(match image::check_by_qemu(image).context("qemu-img check")? {
         Health::Clean => None,
@@ -275,17 +274,17 @@ pub fn shown(unit: Unit, value: f64) -> String {
     format!("{} {}", scale.number(value), scale.suffix)
 }
 
-/// How to write a value and its likes.
+/// The format of values of similar size.
 #[derive(Clone, Copy, Debug)]
 pub struct Scale {
     divisor: f64,
     digits: usize,
-    /// What the numbers count.
+    /// The unit.
     pub suffix: &'static str,
 }
 
 impl Scale {
-    /// For values of about this size.
+    /// The scale for values of about this size.
     pub fn of(unit: Unit, value: f64) -> Self {
         let (divisor, digits, suffix) = match unit {
             Unit::Rate if value >= 1e6 => (1e6, 2, "M/s"),
@@ -298,7 +297,7 @@ impl Scale {
         Self { divisor, digits, suffix }
     }
 
-    /// The bare number.
+    /// The number without its unit.
     pub fn number(self, value: f64) -> String {
         format!("{:.*}", self.digits, value / self.divisor)
     }

@@ -1,7 +1,7 @@
-//! The images of one place: a full one made once, and what each turn of a case begins with.
+//! The images of one place: a full image, which is created once, and the image for each turn of a case.
 //!
-//! Owns the folder, which goes when the gallery does. Loads that only read share an image; for every other turn a new
-//! one is made or copied, so that no server finds what another left behind.
+//! Owns the folder, which is removed on drop. Loads that only read share an image. Every other turn gets a new image or
+//! a copy, so that no server sees another's changes.
 
 use anyhow::{Context, Result};
 use rustix::fs::{Advice, fadvise, statfs};
@@ -21,12 +21,12 @@ use super::case::{CLUSTER_EXTENDED, Case, Image};
 /// The seed of the stamps of every full image.
 pub const SEED: u64 = 1;
 
-/// What the names of our folders begin with.
+/// The prefix of the folders' names.
 const PREFIX: &str = "strata-bench-";
-/// The file in each whose lock says that the folder is in use.
+/// The file in each folder whose lock means that the folder is in use.
 const OWNER: &str = "owner";
 
-/// Where images lie.
+/// The places for images.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
     /// /dev/shm: memory.
@@ -36,7 +36,7 @@ pub enum Place {
 }
 
 impl Place {
-    /// As `--where` spells it.
+    /// Its name for `--where`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Shm => "shm",
@@ -55,8 +55,7 @@ impl Place {
     }
 }
 
-/// Removes what runs that were killed have left: the folders whose owner holds its lock no more. A folder that has no
-/// such file yet is one that is being made.
+/// Removes the folders of killed runs: those whose lock is free. A folder without the lock file is still being created.
 fn remove_abandoned(parent: &Path) -> Result<()> {
     for entry in std::fs::read_dir(parent).with_context(|| parent.display().to_string())? {
         let entry = entry?;
@@ -74,30 +73,30 @@ fn remove_abandoned(parent: &Path) -> Result<()> {
 /// Virtual sizes in bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct Sizes {
-    /// Of full images, and of those over them.
+    /// Of full images, and of overlays over them.
     pub full: u64,
-    /// Of images whose clusters are allocated and not written.
+    /// Of images with allocated, unwritten clusters.
     pub allocated: u64,
-    /// Of images with nothing in them.
+    /// Of empty images.
     pub fresh: u64,
-    /// Of images with nothing in them that are written from end to end.
+    /// Of empty images that are written from end to end.
     pub sequential: u64,
 }
 
 /// The images of a place.
 pub struct Gallery {
     folder: TempDir,
-    /// Locked as long as the folder is ours.
+    /// Locked while the folder is in use.
     _owner: File,
     sizes: Sizes,
     full: PathBuf,
     number: u64,
 }
 
-/// An image for one turn. Dropping it removes what is not shared.
+/// An image for one turn. It is removed on drop unless it is shared.
 #[derive(Debug)]
 pub struct Specimen {
-    /// The image that is served.
+    /// The path of the image to serve.
     pub path: PathBuf,
     own: bool,
 }
@@ -105,14 +104,14 @@ pub struct Specimen {
 impl Drop for Specimen {
     fn drop(&mut self) {
         if self.own {
-            // It goes with the folder at the latest.
+            // If this fails, the file is removed with the folder.
             let _ = remove_file(&self.path);
         }
     }
 }
 
 impl Gallery {
-    /// Makes the folder and the full image.
+    /// Creates the folder and the full image.
     pub fn open(place: Place, sizes: Sizes) -> Result<Self> {
         let folder = place.folder()?;
         let owner = File::create(folder.path().join(OWNER))?;
@@ -127,15 +126,14 @@ impl Gallery {
         Ok(Self { folder, _owner: owner, sizes, full, number: 0 })
     }
 
-    /// The raw file with what the full image holds. Every turn that wants it has the same: what was written there before
-    /// changes nothing for the next.
+    /// The raw file with the full image's contents. All turns share it: earlier writes to it do not affect later turns.
     pub fn raw(&self) -> Result<PathBuf> {
         let path = self.folder.path().join("full.raw");
         settle(&path)?;
         Ok(path)
     }
 
-    /// The kind of file system, as Linux numbers them.
+    /// The type of the file system, from Linux's magic number.
     pub fn file_system(&self) -> Result<String> {
         Ok(match statfs(self.folder.path())?.f_type {
             0x0102_1994 => "tmpfs".to_owned(),
@@ -146,7 +144,7 @@ impl Gallery {
         })
     }
 
-    /// The image for the turn of a case that is verified: one that has data which can be told from the case's.
+    /// The image for the verifying turn of a case. Its data can be distinguished from the case's own data.
     pub fn specimen_with_data(&mut self, case: &Case) -> Result<Specimen> {
         if case.image == Image::Allocated { self.copy_of_full() } else { self.specimen(case) }
     }
@@ -198,7 +196,7 @@ impl Gallery {
         self.folder.path().join(format!("chain-{layers}"))
     }
 
-    /// The top of a chain, made when it is first asked for.
+    /// The top of a chain, which is created on first use.
     fn chain(&mut self, layers: usize) -> Result<PathBuf> {
         let folder = self.chain_folder(layers);
         let path = |layer: usize| folder.join(format!("{layer}.qcow2"));
@@ -230,7 +228,7 @@ fn write_stamped(path: &Path, bytes: u64) -> Result<()> {
     Ok(file.flush()?)
 }
 
-/// Has the file on its disk and out of the page cache, so that no server pays for or gains by how it was made.
+/// Writes the file to its disk and drops it from the page cache, so that its creation affects no server.
 fn settle(path: &Path) -> Result<()> {
     let file = File::options().read(true).write(true).open(path)?;
     file.sync_all()?;

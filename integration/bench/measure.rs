@@ -1,7 +1,7 @@
-//! One sample: one case on one server that runs.
+//! One sample: one case on one running server.
 //!
-//! Owns what is inside the measured time and what is not. A case of fixed work is over when its final flush is, and,
-//! where it gives space back, when the host has it.
+//! Owns the limits of the measured time. A case of fixed work ends with its final flush; if it gives space back, it
+//! ends when the host has the space.
 
 use anyhow::{Context, Result, bail};
 use std::path::Path;
@@ -16,55 +16,54 @@ use super::process::{Resident, cpu_seconds, machine_seconds};
 use super::server::Server;
 use super::touch::{self, Access, Touch};
 
-/// How long the host may wait for its space after the last flush.
+/// Timeout until the space is given back to the host after the last flush.
 const GIVE_BACK_PATIENCE: Duration = Duration::from_secs(15);
-/// The share of what was discarded that must be given back: metadata of the image may take some anew.
+/// The share of the discarded bytes that must be given back: the image's metadata may use some of them again.
 const GIVEN_BACK: f64 = 0.99;
-/// Before a server at rest is looked at: by then it has no more to do for its start or its last request.
+/// The wait before measuring an idle server, until its start or its last request causes no more work.
 const SETTLE: Duration = Duration::from_millis(300);
 
-/// How long to measure.
+/// Durations of the measurements.
 #[derive(Clone, Copy, Debug)]
 pub struct Times {
-    /// A load that has no end of its own.
+    /// Of a load without a fixed amount of work.
     pub load: Duration,
-    /// A server at rest.
+    /// Of an idle server.
     pub rest: Duration,
 }
 
-/// What one turn brought.
+/// The result of one turn.
 #[derive(Clone, Debug)]
 pub struct Sample {
-    /// In the case's unit.
+    /// The value in the case's unit.
     pub value: f64,
     /// Requests in the measured time, flushes included.
     pub requests: u64,
     /// The measured time in seconds.
     pub seconds: f64,
-    /// CPU seconds of the server in it.
+    /// CPU seconds of the server in the measured time.
     pub cpu: f64,
-    /// CPU seconds of anybody but the server and the client in it, in seconds per second.
+    /// CPU seconds per second of all processes but the server and the client, in the measured time.
     pub others: f64,
-    /// Resident bytes of the server without the guest's memory, at its end.
+    /// Resident bytes of the server without the guest's memory, at the end of the measured time.
     pub resident: u64,
-    /// Nanoseconds at the median and at 99 of 100 requests; none where no request is counted by itself.
+    /// Latency in nanoseconds: the median and the 99th percentile; `None` if requests are not timed one by one.
     pub latency: Option<[u64; 2]>,
-    /// Bytes that the image takes on the host after the server's end; none where the work is not the same
-    /// for every server.
+    /// Bytes that the image occupies on the host after the server's end; `None` if the servers' amounts of work differ.
     pub host_bytes: Option<u64>,
-    /// What was not as it should be.
+    /// Problems found.
     pub problems: Vec<String>,
 }
 
 impl Sample {
-    /// Requests for each CPU second of the server; none where that means nothing.
+    /// Requests per CPU second of the server; `None` if that has no meaning.
     pub fn per_cpu(&self) -> Option<f64> {
-        // The kernel's clock moves in hundredths of a second.
+        // The kernel's clock has a resolution of 10 ms.
         (self.cpu >= 0.02 && self.requests > 0).then(|| self.requests as f64 / self.cpu)
     }
 }
 
-/// What a load did in the measured time.
+/// The work of a load in the measured time.
 struct Work {
     requests: u64,
     bytes: u64,
@@ -72,7 +71,7 @@ struct Work {
     problems: Vec<String>,
 }
 
-/// Reads the clocks at the begin and at the end.
+/// The clocks at the start and at the end.
 struct Meter {
     pid: u32,
     start: Instant,
@@ -103,7 +102,7 @@ impl Meter {
     }
 }
 
-/// Takes a sample. The server serves `image`, and nobody is connected to it yet.
+/// Takes a sample. The server serves `image` and has no connection yet.
 pub fn sample(server: &mut Server, case: &Case, image: &Path, times: Times) -> Result<Sample> {
     match case.job {
         Job::RestMemory => at_rest(server),
@@ -116,7 +115,7 @@ fn loaded(server: &mut Server, case: &Case, image: &Path, times: Times) -> Resul
     let mut client = server.connect(case)?;
     let size = client.size();
     if let Job::Timed { .. } = case.job {
-        // Tables are loaded and buffers touched, for both servers alike.
+        // The warm-up loads tables and touches buffers, equally for both servers.
         let warm_up = times.load.div_f64(5.0).max(Duration::from_millis(100));
         load::run(client.queues(), &timed(size, case, warm_up)?)?;
     }
@@ -168,7 +167,7 @@ fn summed_up(case: &Case, work: Work, reading: &Reading, resident: u64) -> Sampl
 /// The load of a timed case on a disk of `size` bytes.
 fn timed(size: u64, case: &Case, time: Duration) -> Result<Spec> {
     let Job::Timed { mix, order, block, flush_every } = case.job else {
-        bail!("{} is not measured by time", case.name)
+        bail!("{} is not a timed case", case.name)
     };
     Ok(Spec {
         depth: case.depth,
@@ -183,17 +182,17 @@ fn timed(size: u64, case: &Case, time: Duration) -> Result<Spec> {
     })
 }
 
-/// The load of a case that asks for every block of a disk of `size` bytes once.
+/// The load of a case with one request for every block of a disk of `size` bytes.
 pub fn once(size: u64, case: &Case, verify: Verify, seed: u64) -> Result<Spec> {
     let Job::Once { mix, order, block, .. } = case.job else {
-        bail!("{} does not go over the disk once", case.name)
+        bail!("{} is not a case over the whole disk", case.name)
     };
     let range = 0..size;
     let (depth, flush_every) = (case.depth, 0);
     Ok(Spec { depth, block_size: block, order, mix, flush_every, limit: Limit::Once, verify, range, seed })
 }
 
-/// The load of a case that writes into each cluster.
+/// The load of a case that writes to each cluster.
 pub fn first_touch(case: &Case, size: u64, access: Access, time: Option<Duration>) -> Touch {
     let flush_every = if let Job::FirstTouch { flush_every } = case.job { flush_every } else { 0 };
     let clusters = size / case.cluster();
@@ -211,7 +210,7 @@ fn run_load(client: &mut Client, spec: &Spec) -> Result<Work> {
     })
 }
 
-/// What a load's report has to complain of.
+/// The problems in a load's report.
 pub fn load_problems(report: &load::Report) -> Vec<String> {
     let mut problems = Vec::new();
     if report.errors > 0 {
@@ -219,7 +218,7 @@ pub fn load_problems(report: &load::Report) -> Vec<String> {
     }
     if report.mismatches > 0 {
         let at = report.first_mismatch.unwrap_or_default();
-        problems.push(format!("{} reads brought wrong data, one of them at {at}", report.mismatches));
+        problems.push(format!("{} reads returned wrong data, one of them at {at}", report.mismatches));
     }
     problems
 }
@@ -234,14 +233,14 @@ fn run_touch(client: &mut Client, touch: &Touch) -> Result<Work> {
     })
 }
 
-/// What a first touch has to complain of.
+/// The problems in the report of a load on each cluster.
 pub fn touch_problems(touched: &touch::Touched) -> Vec<String> {
     let mut problems = Vec::new();
     if touched.errors > 0 {
         problems.push(format!("{} requests failed", touched.errors));
     }
     if touched.mismatches > 0 {
-        problems.push(format!("{} reads brought wrong data", touched.mismatches));
+        problems.push(format!("{} reads returned wrong data", touched.mismatches));
     }
     problems
 }
@@ -254,7 +253,7 @@ fn final_flush(client: &mut Client, work: &mut Work) -> Result<()> {
     Ok(())
 }
 
-/// Waits until the host has back what was discarded.
+/// Waits until the discarded bytes are given back to the host.
 fn await_space(
     server: &mut Server,
     image: &Path,
@@ -271,7 +270,7 @@ fn await_space(
         }
         if Instant::now() > deadline {
             work.problems.push(format!(
-                "{back} of {discarded} discarded bytes were given back {GIVE_BACK_PATIENCE:?} after the flush"
+                "only {back} of {discarded} discarded bytes were given back within {GIVE_BACK_PATIENCE:?} of the flush"
             ));
             return Ok(());
         }

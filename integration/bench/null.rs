@@ -1,7 +1,7 @@
-//! The null device: every request is done at once and no memory is touched. What it takes is the cost of the protocol
-//! and of the session, which no disk behind the same session can beat.
+//! The null device: every request completes at once and no memory is touched. Its cost is that of the protocol and the
+//! session, which is the limit for every disk behind the same session.
 //!
-//! A process of its own, so that its CPU time can be told from the client's.
+//! It is a process of its own, so that its CPU time is separate from the client's.
 
 use anyhow::Result;
 use std::io;
@@ -17,9 +17,9 @@ use vhost_blk::{
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-/// The largest ring on offer: as `strata serve` has it.
+/// The largest ring size on offer, as in `strata serve`.
 const QUEUE_SIZE: u16 = 1024;
-/// Names the queue's own eventfd among the watched ones, which are named by their index.
+/// The key of the queue's own eventfd; the keys of watched eventfds are their indices.
 const WAKE: u64 = u64::MAX;
 
 /// Serves a null device of `bytes` until the process is killed.
@@ -80,7 +80,7 @@ impl BlockQueue for NullQueue {
         let milliseconds =
             timeout.map_or(-1, |timeout| i32::try_from(timeout.as_millis()).unwrap_or(i32::MAX));
         let mut events = [EpollEvent::default(); 4];
-        // An early return without a reason is allowed, so a failed wait is no more than that.
+        // The wait may return early without a reason, so its failure needs no handling.
         let woken = self.epoll.wait(milliseconds, &mut events).unwrap_or(0);
         for event in &events[..woken] {
             let signal = match event.data() {
@@ -92,21 +92,21 @@ impl BlockQueue for NullQueue {
     }
 
     fn give_up(&mut self) {
-        // Nothing waits: every request is done as it is submitted.
+        // No request is pending: each completes on submission.
     }
 
     fn watch(&mut self, event: EventFd) {
         let interest = EpollEvent::new(EventSet::IN, self.watched.len() as u64);
         self.epoll
             .ctl(ControlOperation::Add, event.as_raw_fd(), interest)
-            .expect("the session gives an eventfd");
+            .expect("an eventfd from the session");
         self.watched.push(event);
     }
 
     fn notifier(&self) -> Arc<dyn Fn() + Send + Sync> {
         let wake = Arc::clone(&self.wake);
         Arc::new(move || {
-            // Full means that the signal is there already.
+            // A full counter means that the eventfd is signalled already.
             let _ = wake.write(1);
         })
     }

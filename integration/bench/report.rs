@@ -1,7 +1,7 @@
-//! The outcome for people (a table) and for programs (JSON).
+//! The outcome as a table for the user and as JSON for programs.
 //!
-//! Owns the wording. Every figure is a median with its extremes, every ratio a median of ratios turn by turn; nothing
-//! is left out because it looks bad.
+//! Owns the wording. Every figure is a median with its extremes, every ratio a median of the ratios of each turn. No
+//! result is left out.
 
 use serde_json::{Value, json};
 use std::fmt::Write;
@@ -12,13 +12,13 @@ use super::gallery::Place;
 use super::measure::Sample;
 use super::statistics::Summary;
 
-/// What a place brought.
+/// The results of a place.
 pub struct PlaceReport {
     /// The place.
     pub place: Place,
     /// Its file system.
     pub file_system: String,
-    /// Case by case.
+    /// The results of each case.
     pub outcomes: Vec<Outcome>,
 }
 
@@ -27,7 +27,7 @@ impl Outcome {
         self.rows.iter().find(|row| row.side == side)
     }
 
-    /// Of what two sides have, turn by turn.
+    /// The ratio of two sides' values, turn by turn.
     fn ratio(&self, above: Side, below: Side, of: impl Fn(&Sample) -> Option<f64>) -> Option<Summary> {
         let values = |side| -> Option<Vec<Option<f64>>> {
             Some(self.row(side)?.samples.iter().map(|sample| sample.as_ref().and_then(&of)).collect())
@@ -126,7 +126,7 @@ fn pair(outcome: &Outcome, of: impl Fn(&Sample) -> Option<f64>, show: impl Fn(f6
     format!("{} / {}", one(Side::Subject), one(Side::Rival))
 }
 
-/// What the limits did, and what a chain costs.
+/// The limits' figures, and the cost of a chain.
 fn limits(report: &PlaceReport) -> String {
     let sides = [
         (Side::Bare, "bare loop (fio, io_uring)"),
@@ -149,14 +149,14 @@ fn limits(report: &PlaceReport) -> String {
     text
 }
 
-/// Everything that was not as it should be, a line each.
+/// All problems, one per line.
 pub fn remarks(report: &PlaceReport) -> Vec<String> {
     let mut lines = Vec::new();
     for outcome in &report.outcomes {
         let place = report.place.name();
         let name = outcome.case.name;
         lines.extend(short(outcome).map(|seconds| {
-            format!("{place} {name}: the shortest sample has {:.1} ms: look at the extremes", seconds * 1e3)
+            format!("{place} {name}: the shortest sample has only {:.1} ms: note the extremes", seconds * 1e3)
         }));
         for row in &outcome.rows {
             lines.extend(
@@ -167,13 +167,13 @@ pub fn remarks(report: &PlaceReport) -> Vec<String> {
     lines
 }
 
-/// The shortest measured time in seconds, where it is too short for the clocks of the kernel and for its whims.
+/// The shortest measured time in seconds, if it is too short for the kernel's clocks and scheduling noise.
 fn short(outcome: &Outcome) -> Option<f64> {
     let samples = outcome.rows.iter().flat_map(|row| row.samples.iter().flatten());
     Summary::of(samples.map(|sample| sample.seconds)).map(|summary| summary.min).filter(|least| *least < 0.1)
 }
 
-/// The most CPU that others took in any sample, in cores: what makes a run untrustworthy.
+/// The most CPU, in cores, that other processes used during a sample: a high value makes a run unreliable.
 pub fn others(reports: &[PlaceReport]) -> Option<Summary> {
     let outcomes = reports.iter().flat_map(|report| &report.outcomes);
     let rows = outcomes.flat_map(|outcome| &outcome.rows).filter(|row| row.side != Side::Bare);

@@ -1,6 +1,6 @@
-//! A server under measurement: its process, from listening to its end.
+//! A server under measurement: its process, from start to end.
 //!
-//! Owns the child, its socket and its log. It is told to end by its process id and never by name.
+//! Owns the child process, its socket and its log. It signals the process by its id, never by name.
 
 use anyhow::{Context, Result, bail};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -17,31 +17,31 @@ use tempfile::TempDir;
 
 use super::case::Case;
 
-/// How long a server may take to listen.
+/// Timeout until a server listens.
 const START_PATIENCE: Duration = Duration::from_secs(20);
-/// How long it may take to end: it drains and flushes.
+/// Timeout until a server has ended: it drains and flushes.
 const STOP_PATIENCE: Duration = Duration::from_secs(60);
-/// The longest wait for a completion, when a flush or a discard has much to do.
+/// The longest wait for a completion, for a large flush or discard.
 const REQUEST_PATIENCE: Duration = Duration::from_secs(60);
-/// How long a client polls before it sleeps, where nobody says anything else.
+/// Default time for which a client busy-polls before it sleeps.
 pub const CLIENT_POLLS: Duration = Duration::from_micros(50);
-/// Ring entries of each queue, as Linux guests commonly have.
+/// Ring entries per queue, as is common in Linux guests.
 const RING: u16 = 256;
 
-/// A running server. Dropping it kills it.
+/// A running server, which is killed on drop.
 #[derive(Debug)]
 pub struct Server {
     child: Child,
     pidfd: OwnedFd,
     folder: TempDir,
-    /// It ends by SIGTERM with exit code 0; else by SIGKILL.
+    /// True if it stops on SIGTERM with exit code 0; otherwise it is killed with SIGKILL.
     orderly: bool,
-    /// The longest polling of its clients.
+    /// How long its clients busy-poll before they sleep.
     client_polls: Duration,
 }
 
 impl Server {
-    /// Serves an image with as many queues as the case has.
+    /// Serves an image with the case's number of queues.
     pub fn of_image(program: &Program, image: &Path, case: &Case) -> Result<Self> {
         let queues = u16::try_from(case.queues).context("a number of queues")?;
         Self::start(true, |socket| {
@@ -56,7 +56,7 @@ impl Server {
         })
     }
 
-    /// Serves the null device of this very program.
+    /// Serves the null device with this program itself.
     pub fn of_null(bytes: u64, case: &Case) -> Result<Self> {
         let program = std::env::current_exe().context("this program's path")?;
         Self::start(false, |socket| {
@@ -67,7 +67,7 @@ impl Server {
         })
     }
 
-    /// Serves a raw file by the stock rust-vmm backend of this very program.
+    /// Serves a raw file with the stock rust-vmm backend in this program itself.
     pub fn of_stock(file: &Path, case: &Case) -> Result<Self> {
         let program = std::env::current_exe().context("this program's path")?;
         Self::start(false, |socket| {
@@ -87,7 +87,7 @@ impl Server {
         let pidfd = match pidfd_open(Pid::from_child(&child), PidfdFlags::empty()) {
             Ok(pidfd) => pidfd,
             Err(error) => {
-                // Not yet a Server, whose drop would do this.
+                // There is no Server yet, whose drop would kill the process.
                 child.kill()?;
                 child.wait()?;
                 return Err(error).context("pidfd_open");
@@ -101,15 +101,15 @@ impl Server {
     fn await_listening(&mut self) -> Result<()> {
         let deadline = Instant::now() + START_PATIENCE;
         while !is_listening(&socket_in(&self.folder))? {
-            self.pause(Duration::from_millis(2)).context("it ended before it listened")?;
+            self.pause(Duration::from_millis(2)).context("the server ended before it listened")?;
             if Instant::now() > deadline {
-                bail!("it does not listen after {START_PATIENCE:?}{}", self.log_tail());
+                bail!("the server did not listen within {START_PATIENCE:?}{}", self.log_tail());
             }
         }
         Ok(())
     }
 
-    /// Lets clients poll for at most so long before they sleep, from the next one on.
+    /// Sets how long clients busy-poll before they sleep, from the next connection on.
     pub fn set_client_polls(&mut self, time: Duration) {
         self.client_polls = time;
     }
@@ -119,12 +119,12 @@ impl Server {
         self.child.id()
     }
 
-    /// Connects with the queues, the depth and the buffers of a case.
+    /// Connects with a case's queues, depth and buffers.
     pub fn connect(&self, case: &Case) -> Result<Client> {
         self.connect_with(case.queues, case.depth, case.block())
     }
 
-    /// Connects with so many queues of so many requests in flight, of so many bytes.
+    /// Connects with `queues` queues of `depth` requests in flight with `buffer` bytes each.
     pub fn connect_with(&self, queues: usize, depth: usize, block: u32) -> Result<Client> {
         let options = Options {
             queue_size: RING,
@@ -135,10 +135,10 @@ impl Server {
             ..Options::with_queues(queues)
         };
         Client::connect(socket_in(&self.folder), &options)
-            .with_context(|| format!("connecting failed{}", self.log_tail()))
+            .with_context(|| format!("cannot connect{}", self.log_tail()))
     }
 
-    /// Lets time pass; an error if the server ends meanwhile.
+    /// Waits; an error if the server ends meanwhile.
     pub fn pause(&mut self, time: Duration) -> Result<()> {
         match self.wait(time)? {
             None => Ok(()),
@@ -146,7 +146,7 @@ impl Server {
         }
     }
 
-    /// Ends it in good order, so that its image is complete.
+    /// Stops the server with SIGTERM, so that its image is complete.
     pub fn stop(mut self) -> Result<()> {
         if !self.orderly {
             return Ok(());
@@ -154,12 +154,12 @@ impl Server {
         kill_process(Pid::from_child(&self.child), Signal::TERM)?;
         match self.wait(STOP_PATIENCE)? {
             Some(status) if status.success() => Ok(()),
-            Some(status) => bail!("it ended with {status} on SIGTERM{}", self.log_tail()),
-            None => bail!("it still runs {STOP_PATIENCE:?} after SIGTERM{}", self.log_tail()),
+            Some(status) => bail!("the server ended with {status} on SIGTERM{}", self.log_tail()),
+            None => bail!("the server did not end within {STOP_PATIENCE:?} of SIGTERM{}", self.log_tail()),
         }
     }
 
-    /// Lines of its log that tell of trouble.
+    /// Lines of its log with errors or panics.
     pub fn complaints(&self) -> Vec<String> {
         let log = self.log();
         let bad = |line: &&str| line.contains(" ERROR ") || line.contains("panicked");
@@ -177,20 +177,20 @@ impl Server {
     }
 
     fn log_tail(&self) -> String {
-        format!("; its last words:\n{}", command::tail(&self.log(), 12))
+        format!("; the end of its log:\n{}", command::tail(&self.log(), 12))
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // After an orderly end there is nothing to kill, and nobody to tell.
+        // The process may have ended already, and a drop cannot return an error.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// The same command, but a run that is killed leaves no server behind. `setpriv` becomes the program that it starts, so
-/// the process id is the server's; where it is not installed, the command stays as it is.
+/// Wraps a command with `setpriv`, so that the kernel kills the server if this program is killed. `setpriv` executes
+/// the server in its own process, so the process id is the server's. Without `setpriv` the command is unchanged.
 fn dies_with_us(command: &Command) -> Command {
     let Some(setpriv) = command::find("setpriv") else {
         let mut plain = Command::new(command.get_program());
@@ -210,8 +210,8 @@ fn log_in(folder: &TempDir) -> PathBuf {
     folder.path().join("log")
 }
 
-/// Whether somebody listens there: asked of the kernel, as connecting would already be a session. Columns: number,
-/// references, protocol, flags (0x10000 for one that accepts), type, state, inode, path.
+/// True if a process listens at the path, by the kernel's table: a connection would already start a session. Columns:
+/// number, references, protocol, flags (0x10000 if it accepts connections), type, state, inode, path.
 fn is_listening(path: &Path) -> Result<bool> {
     let table = std::fs::read_to_string("/proc/net/unix").context("/proc/net/unix")?;
     let path = path.to_string_lossy();

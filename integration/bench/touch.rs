@@ -1,5 +1,5 @@
-//! A load of one small request into each cluster of the disk, no cluster twice: what makes an image allocate, and what
-//! reads back exactly those places.
+//! A load of one small request to each cluster of the disk, no cluster twice. It makes an image allocate, or reads back
+//! exactly those blocks.
 
 use anyhow::{Result, bail};
 use std::time::{Duration, Instant};
@@ -8,14 +8,14 @@ use strata_tests::load::{Histogram, Permutation, check_block, stamp_block};
 
 use super::case::BLOCK;
 
-/// What each request does.
+/// The kind of requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// Writes what lies in its slot's buffer.
+    /// Writes the contents of the slot's buffer.
     Write,
-    /// Writes a block that describes itself by this seed.
+    /// Writes a self-describing block of this seed.
     WriteStamped(u64),
-    /// Reads a block, which must be one of this seed.
+    /// Reads a block, which must be of this seed.
     ReadStamped(u64),
     /// Reads a block, which must be zero.
     ReadZero,
@@ -26,24 +26,24 @@ pub enum Access {
 pub struct Touch {
     /// Clusters of the disk.
     pub clusters: u64,
-    /// Bytes of one.
+    /// Bytes of a cluster.
     pub cluster: u64,
-    /// No more than so many of them.
+    /// The most clusters to use.
     pub count: u64,
-    /// No new request after this time.
+    /// The time after which no request is sent.
     pub time: Option<Duration>,
     /// Requests in flight.
     pub depth: usize,
-    /// Moves every request by so many blocks, around the end of its cluster.
+    /// Moves every request by this number of blocks, modulo its cluster.
     pub shift: u64,
-    /// A flush after so many writes, 0 for none.
+    /// Writes per flush, 0 for no flush.
     pub flush_every: u64,
-    /// What is done.
+    /// The kind of requests.
     pub access: Access,
 }
 
 impl Touch {
-    /// Byte offset of the request for a cluster. Where in its cluster it lies differs from one to the next.
+    /// Byte offset of the request for a cluster. The offset within the cluster differs between clusters.
     fn offset(&self, cluster: u64) -> u64 {
         let blocks = self.cluster / u64::from(BLOCK);
         let block = (cluster.wrapping_mul(7) + self.shift) % blocks;
@@ -51,24 +51,24 @@ impl Touch {
     }
 }
 
-/// What came of it.
+/// The result of the load.
 #[derive(Clone, Debug, Default)]
 pub struct Touched {
-    /// Clusters asked for.
+    /// Clusters used.
     pub clusters: u64,
     /// Requests that succeeded, flushes included.
     pub requests: u64,
     /// Requests that failed.
     pub errors: u64,
-    /// Reads with other contents than they should have.
+    /// Reads with wrong contents.
     pub mismatches: u64,
-    /// Nanoseconds of everything but flushes.
+    /// Latencies in nanoseconds of all requests but flushes.
     pub latency: Histogram,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct InFlight {
-    /// None for a flush.
+    /// The cluster; `None` for a flush.
     offset: Option<u64>,
     started: Instant,
 }
@@ -77,19 +77,19 @@ struct Worker<'a> {
     queue: &'a mut Queue,
     touch: Touch,
     permutation: Permutation,
-    /// Indexed by slot.
+    /// The requests in flight, indexed by slot.
     in_flight: Vec<InFlight>,
     unflushed: u64,
     touched: Touched,
 }
 
-/// Seed of the order of the clusters: the same for every server, and for reading back.
+/// Seed of the order of the clusters: the same for every server and for reading back.
 const ORDER: u64 = 7;
 
 /// Runs the load on an idle queue.
 pub fn run(queue: &mut Queue, touch: &Touch) -> Result<Touched> {
     if touch.clusters == 0 || touch.depth == 0 || touch.depth > queue.slots() {
-        bail!("a load of nothing, or deeper than the queue: {touch:?}");
+        bail!("an empty load, or one deeper than the queue: {touch:?}");
     }
     let idle = InFlight { offset: None, started: Instant::now() };
     let worker = Worker {
@@ -142,7 +142,7 @@ impl Worker<'_> {
         let command = match (offset, self.touch.access) {
             (None, _) => Command::flush(),
             (Some(offset), Access::Write) => {
-                // Not zero, as a server may look for zeroes; written once a slot is enough.
+                // Not zero, because a server may detect zeroes. One fill per slot is enough.
                 self.queue.words(slot)[0].store(u64::MAX, std::sync::atomic::Ordering::Relaxed);
                 Command::write(offset / SECTOR, BLOCK)
             }
@@ -188,7 +188,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn requests_stay_in_their_cluster_and_shifts_move_them() {
+    fn requests_stay_in_their_cluster_with_any_shift() {
         let touch = Touch {
             clusters: 100,
             cluster: 65536,

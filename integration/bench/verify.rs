@@ -1,7 +1,7 @@
-//! Whether the data is right: the turn that is not counted, with contents that describe themselves.
+//! The turn that verifies the data and does not count: its contents describe themselves.
 //!
-//! Reads are checked as they come. What a server wrote is read back by QEMU's, from the image alone, after the
-//! server has ended: nothing in its memory can help it.
+//! Reads are checked as they complete. A server's writes are read back by QEMU's daemon from the image, after the
+//! server has ended, so that data in the server's memory cannot hide a fault.
 
 use anyhow::{Result, bail};
 use std::path::Path;
@@ -16,33 +16,33 @@ use super::measure::{first_touch, load_problems, once, touch_problems};
 use super::server::Server;
 use super::touch::{self, Access, Touch};
 
-/// The seed of what a server under test writes; what was there before has [`SEED`].
+/// The seed of the writes of a server under test; older data has [`SEED`].
 const NEW_SEED: u64 = 2;
-/// A seed that nobody writes by, so that of zero blocks and stamped ones only the zero ones are right.
+/// A seed that no write uses, so that a check for it accepts zero blocks only.
 const NO_SEED: u64 = 3;
-/// How long to check reads.
+/// Duration of the checked reads.
 const READING: Duration = Duration::from_millis(400);
-/// How long to write first blocks that are flushed one by one.
+/// Duration of first writes with a flush each.
 const FLUSHING: Duration = Duration::from_millis(400);
-/// Bytes of a full image to overwrite: one request at a time, or one flush a request, takes its time.
+/// Bytes of a full image to overwrite: few, because one request at a time or one flush per request is slow.
 const OVERWRITTEN: [(usize, u64); 2] = [(1, 8 << 20), (32, 64 << 20)];
 
-/// What the judge is to find.
+/// The contents that the image must have.
 #[derive(Debug)]
 pub enum Expectation {
     /// Nothing was written.
     Nothing,
-    /// The first bytes are new, the others as before.
+    /// The first bytes are new, all others as before.
     Overwritten(u64),
-    /// Everything is new.
+    /// All bytes are new.
     New,
-    /// Everything is zero.
+    /// All bytes are zero.
     Zero,
     /// Some blocks are new, their neighbours as before.
     Touched(Touch),
 }
 
-/// Runs the case with contents that can be checked, and says what is wrong and what the image must hold.
+/// Runs the case with contents that can be checked. Returns the problems and the contents that the image must have.
 pub fn exercise(server: &Server, case: &Case) -> Result<(Vec<String>, Expectation)> {
     match case.job {
         Job::RestMemory | Job::IdleCpu => return Ok((Vec::new(), Expectation::Nothing)),
@@ -52,7 +52,7 @@ pub fn exercise(server: &Server, case: &Case) -> Result<(Vec<String>, Expectatio
     let size = client.size();
     let (mut problems, expectation) = match case.job {
         Job::Timed { mix, order, block, .. } if mix == Mix::READ || mix.read > 0 => {
-            // Writes of the mix stamp as the image was stamped, so every read has one right answer.
+            // Writes of the mix use the image's own stamps, so every read has one correct result.
             let spec = Spec { mix, order, block_size: block, ..reading(case, size) };
             (run(&mut client, &spec)?, Expectation::Nothing)
         }
@@ -93,7 +93,7 @@ pub fn exercise(server: &Server, case: &Case) -> Result<(Vec<String>, Expectatio
     Ok((problems, expectation))
 }
 
-/// Reads the image through another server and says what is wrong.
+/// Reads the image through another server. Returns the problems.
 pub fn judge(program: &Program, image: &Path, case: &Case, expectation: &Expectation) -> Result<Vec<String>> {
     if matches!(expectation, Expectation::Nothing) {
         return Ok(Vec::new());
@@ -137,12 +137,12 @@ fn overwritten(case: &Case) -> u64 {
 }
 
 fn reading(case: &Case, size: u64) -> Spec {
-    // What nothing was written to before reads as zero, and what was written meanwhile does not.
+    // Blocks never written read as zero; blocks written meanwhile do not.
     let verify = if case.image == Image::FreshExtended { Verify::StampedOrZero } else { Verify::Stamped };
     Spec { depth: case.depth, block_size: BLOCK, verify, seed: SEED, ..Spec::random_reads(size, READING) }
 }
 
-/// Everything in a range, once, in order.
+/// Reads everything in a range once, in order.
 fn whole(range: std::ops::Range<u64>, verify: Verify, seed: u64) -> Spec {
     Spec {
         depth: 8,
@@ -158,7 +158,7 @@ fn whole(range: std::ops::Range<u64>, verify: Verify, seed: u64) -> Spec {
 
 fn run(client: &mut Client, spec: &Spec) -> Result<Vec<String>> {
     if spec.blocks() == 0 {
-        bail!("nothing to do in {:?}", spec.range);
+        bail!("no request fits in {:?}", spec.range);
     }
     Ok(load_problems(&load::run(client.queues(), spec)?))
 }
@@ -172,9 +172,9 @@ mod tests {
     use strata_integration::image::write_pattern;
     use strata_tests::images::find_tool;
 
-    /// A check that cannot fail proves nothing: an image is spoiled in one place, and the judge must say so.
+    /// Shows that the check can fail: one cluster of an image is changed, and the check must report it.
     #[test]
-    fn a_spoiled_image_is_noticed() -> Result<()> {
+    fn a_changed_cluster_is_reported() -> Result<()> {
         let tools = ["qemu-storage-daemon", "qemu-img", "qemu-io"];
         if tools.into_iter().any(|tool| find_tool(tool).is_none()) {
             return Ok(());
@@ -193,16 +193,16 @@ mod tests {
             assert!(problems.is_empty(), "{name}: {problems:?}");
             let verdict = judge(&rival, &specimen.path, &case, &expectation)?;
             assert!(verdict.is_empty(), "{name}: {verdict:?}");
-            // Somewhere in the middle; the first touches lie in the first block of the cluster or beside it.
+            // A cluster in the middle; first touches are in the first blocks of a cluster.
             write_pattern(&specimen.path, "qcow2", 8 << 20, 65536, 0x5a)?;
             let verdict = judge(&rival, &specimen.path, &case, &expectation)?;
-            assert!(!verdict.is_empty(), "{name}: the spoiled cluster was not noticed");
+            assert!(!verdict.is_empty(), "{name}: the changed cluster is not reported");
         }
         Ok(())
     }
 
     #[test]
-    fn reads_of_wrong_data_are_noticed() -> Result<()> {
+    fn reads_of_wrong_data_are_reported() -> Result<()> {
         if find_tool("qemu-storage-daemon").is_none() || find_tool("qemu-img").is_none() {
             return Ok(());
         }

@@ -1,10 +1,10 @@
-# After a crash: what was synced before is there. Mounting replays the journal; then the file system is clean.
-# From the host: FIRST (1 in the first life: there is nothing yet), FILES_MIB (the file system's size; behind it are
-# the areas), AREA_MIB, FLUSHED (words AREA:PASS).
+# After a crash: checks that all synced data is there. Mounting replays the journal; then the file system is clean.
+# From the host: FIRST (1 in the first life, on an empty disk), FILES_MIB (the file system's size; the areas follow
+# it), AREA_MIB, FLUSHED (words AREA:PASS).
 . /run/report.sh
 say "disk.cache=$(cat /sys/block/vda/queue/write_cache)"
 
-# area_options AREA PASS: where fio works, and what every 512 bytes say beside their address.
+# area_options AREA PASS: the range that fio uses, and the pattern in every 512 bytes next to their address.
 area_options() {
     printf 'offset=%dM\nsize=%dM\nverify_pattern=0xf1%014x\n' $((FILES_MIB + $1 * AREA_MIB)) "$AREA_MIB" "$2"
 }

@@ -1,9 +1,9 @@
-# Follows crash_check.sh: writes until the host kills the daemon. Something is reported as synced only after its fsync
-# has returned, and an area as begun before anything is done to it.
-# From the host also: LIFE, WRITERS, AREAS (of each writer), PASS (a number that no life has used yet).
+# Follows crash_check.sh: writes until the host kills the daemon. Data is reported as synced only after its fsync has
+# returned, and an area as begun before its first change.
+# From the host also: LIFE, WRITERS, AREAS (per writer), PASS (a number that no life has used yet).
 
-# Each pass of a writer takes its next area: one in three as it is, one discarded first, one zeroed first by a request
-# that may unmap. (Without the path the shell would take its own commands, which cannot do that.)
+# Each pass of a writer uses its next area. One pass in three discards the area first, one zeroes it first with a
+# request that may unmap. (Without the path the shell would use busybox's commands, which cannot do that.)
 write_areas() {
     pass=$PASS
     while :; do
@@ -21,14 +21,14 @@ write_areas() {
             area_options "$area" "$pass"
         } >"/tmp/write-$1.fio"
         fio --output-format=terse --terse-version=3 --output="/tmp/write-$1.out" "/tmp/write-$1.fio"
-        # It also ends well when it refuses to write. Field 47: KiB written.
+        # fio also exits with 0 when it refuses to write. Field 47: KiB written.
         [ "$(grep '^3;' "/tmp/write-$1.out" | cut -d';' -f47)" = $((AREA_MIB << 10)) ]
         say "flushed=$area:$pass"
         pass=$((pass + 1))
     done
 }
 
-# The file sizes vary around a cluster. The mount option discard gives the space of the deleted ones back.
+# The file sizes vary around a cluster. The mount option discard gives the space of deleted files back.
 write_files() {
     number=0
     while :; do
@@ -58,5 +58,5 @@ while [ "$writer" -lt "$WRITERS" ]; do
     ) &
     writer=$((writer + 1))
 done
-# needs no disk, so it answers when that is gone
+# This loop needs no disk, so it answers after the daemon's end.
 while read -r _ <&3; do say alive=yes; done

@@ -1,5 +1,5 @@
-# The first visit: look at the disk, make a file system, work on it, give space back.
-# From the host: FIO_SIZE (MiB for each of two jobs), MKFS_OPTIONS, BASE_MIB (how much of the backing data to read).
+# The first visit: reads the disk, creates a file system, works on it, gives space back.
+# From the host: FIO_SIZE (MiB for each of two jobs), MKFS_OPTIONS, BASE_MIB (MiB of backing data to read).
 . /run/report.sh
 queue=/sys/block/vda/queue
 say "disk.bytes=$(blockdev --getsize64 /dev/vda)"
@@ -18,7 +18,7 @@ mount -t ext4 /dev/vda /mnt
 mkdir /mnt/files
 checkpoint mkfs
 
-# a job per processor, so a job per queue; every block is read again and its checksum compared
+# One job per processor is one job per queue. Every block is read again and its checksum compared.
 fio --name=verify --directory=/mnt --size="${FIO_SIZE}M" --numjobs=2 --cpus_allowed=0-1 --cpus_allowed_policy=split \
     --rw=randwrite --bsrange=4k-64k --ioengine=libaio --direct=1 --iodepth=16 --end_fsync=1 \
     --verify=crc32c --verify_fatal=1 --group_reporting --output-format=json --output=/tmp/fio.json

@@ -1,13 +1,13 @@
 #!/bin/sh
-# The guest's first process: modules, the report line, the script, power off. Facts go out as "@@ key=value"
-# on the second serial port; the first one is the console, for people and for post-mortems.
+# The guest's first process: loads modules, opens the report port, runs the script, powers off. Facts go out as
+# "@@ key=value" on the second serial port; the first port is the console, for the user and for post-mortems.
 export PATH=/bin
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
 while read -r module; do insmod "/modules/$module.ko"; done </modules/order
 
-# by hand there may be no second port
+# A machine started by hand may have no second port.
 if stty -F /dev/ttyS1 -echo -onlcr 2>/dev/null; then exec 3<>/dev/ttyS1; else exec 3<>/dev/null; fi
 
 disks=$(sed -n 's/.*strata.disks=\([0-9]*\).*/\1/p' /proc/cmdline)

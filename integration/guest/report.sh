@@ -1,16 +1,16 @@
-# How a script talks to the host.
+# The functions by which a script reports to the host.
 
-# say KEY=VALUE: a fact
+# say KEY=VALUE: reports a fact.
 say() {
     echo "@@ $*" >&3
 }
 
-# The counters of the block layer, as the kernel's Documentation/block/stat.rst lists them.
+# Reports the block layer's counters, as in the kernel's Documentation/block/stat.rst.
 counters() {
     say "stat=$(tr -s ' ' </sys/block/vda/stat | sed 's/^ //')"
 }
 
-# checkpoint NAME: what was done is on the disk; waits until the host has looked
+# checkpoint NAME: syncs the disk, reports, and waits until the host has measured.
 checkpoint() {
     sync
     counters
@@ -18,7 +18,7 @@ checkpoint() {
     read -r _ <&3
 }
 
-# Every file in a folder, with what is in it: read back from the disk, not from memory.
+# Reports every file in a folder with its checksum, read from the disk and not from the page cache.
 say_files() {
     echo 3 >/proc/sys/vm/drop_caches
     for path in "$1"/*; do
@@ -27,7 +27,7 @@ say_files() {
     done
 }
 
-# The first $1 MiB of the disk in one sum, file system or not.
+# Reports one checksum of the disk's first $1 MiB, whatever is there.
 say_disk_sum() {
     echo 3 >/proc/sys/vm/drop_caches
     say "disk.md5=$(dd if=/dev/vda bs=1M count="$1" 2>/dev/null | md5sum | cut -c1-32)"

@@ -1,5 +1,5 @@
-# The second visit, in a fresh machine: the file system is clean and every file is there.
-# From the host: SUM_MIB (how much of the disk to sum up at the end).
+# The second visit, in a new machine: checks that the file system is clean and every file is there.
+# From the host: SUM_MIB (MiB of the disk to checksum at the end).
 . /run/report.sh
 e2fsck -fn /dev/vda
 mount -t ext4 /dev/vda /mnt

@@ -1,6 +1,6 @@
-//! A guest that keeps two queues busy with writes, zeroes, discards, reads and flushes, and keeps the record of them.
+//! A guest that keeps two queues busy with writes, zeroes, discards, reads and flushes, and records them.
 //!
-//! It ends when it is told to: whoever kills the daemon then lets it take in the last answers.
+//! It runs until the test kills the daemon, and then collects the last completions.
 
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -13,29 +13,29 @@ use strata_tests::random::Random;
 use super::ledger::{Ledger, Tick};
 use super::stamp::{Value, fill};
 
-/// The longest that no request may be answered.
+/// The longest time without a completed request.
 const HANG: Duration = Duration::from_secs(30);
-/// Bytes of a read of the whole disk's sweep.
+/// Bytes of a request of the read of the whole disk.
 const SWEEP_BYTES: usize = 128 << 10;
 
-/// What was asked and answered.
+/// Counts of requests sent and completed.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Tally {
     /// Requests sent.
     pub requests: u64,
-    /// Writes, zeroes and discards answered.
+    /// Writes, zeroes and discards completed.
     pub changes: u64,
-    /// Of the changes sent: zeroes that may unmap, and discards.
+    /// Zeroes that may unmap and discards, sent.
     pub unmaps: u64,
-    /// Of the changes sent: all.
+    /// Writes, zeroes and discards sent.
     pub changes_sent: u64,
-    /// Flushes answered.
+    /// Flushes completed.
     pub flushes: u64,
-    /// Requests in flight when the daemon was gone.
+    /// Requests in flight when the daemon was killed.
     pub cut_off: u64,
 }
 
-/// Why a guest gave up.
+/// Why a guest failed.
 #[derive(Debug)]
 pub struct Failure(pub String);
 
@@ -45,16 +45,16 @@ impl From<ClientError> for Failure {
     }
 }
 
-/// What a slot is doing; ranges are in sectors.
+/// The request of a slot; ranges are in sectors.
 #[derive(Clone, Debug)]
 enum Flight {
     Read(Range<usize>),
-    /// A write, zeroes or a discard: the sectors that it changes.
+    /// A write, zeroes or a discard, with the sectors that it changes.
     Change(Range<usize>),
     Flush(Tick),
 }
 
-/// What may be asked.
+/// The kinds of requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Read,
@@ -65,7 +65,7 @@ enum Kind {
     Flush,
 }
 
-/// Of a hundred. Of the changes more than a third are zeroes that may unmap, or discards.
+/// Chooses a kind from a number below 100. More than a third of the changes are zeroes that may unmap, or discards.
 const WEIGHTS: [(u64, Kind); 6] = [
     (44, Kind::Write),
     (17, Kind::ZeroUnmap),
@@ -81,16 +81,16 @@ pub struct Guest<'a> {
     flights: Vec<Vec<Option<Flight>>>,
     ledger: &'a mut Ledger,
     random: &'a mut Random,
-    /// The next request's; never used again.
+    /// The generation of the next request; each is used once.
     generation: &'a mut u64,
     cluster_sectors: u64,
     done: Vec<Completion>,
-    /// What was asked and answered so far.
+    /// The counts so far.
     pub tally: Tally,
 }
 
 impl<'a> Guest<'a> {
-    /// A guest of a daemon that has just been connected to.
+    /// A guest on a new connection.
     pub fn new(
         mut client: Client,
         ledger: &'a mut Ledger,
@@ -103,19 +103,19 @@ impl<'a> Guest<'a> {
         Self { client, flights, ledger, random, generation, cluster_sectors, done, tally }
     }
 
-    /// Reads the whole disk and settles the record.
+    /// Reads the whole disk and settles the ledger.
     ///
     /// # Errors
-    /// When the daemon does not answer, or a sector holds what it may not.
+    /// When the daemon does not answer, or a sector holds a value that it must not.
     pub fn settle(&mut self) -> Result<(), Failure> {
         let disk = read_all(&mut self.client)?;
         self.ledger.settle(&disk).map_err(Failure)
     }
 
-    /// Keeps both queues full until `requests` have been sent, and then for `time`.
+    /// Keeps both queues full until `requests` have been sent, then for `time`.
     ///
     /// # Errors
-    /// When the daemon does not answer or fails a request, or a read finds what it may not.
+    /// When the daemon does not answer or fails a request, or a read returns a value that it must not.
     pub fn work(&mut self, requests: u64, time: Duration) -> Result<(), Failure> {
         let mut end = None;
         let mut last_answer = Instant::now();
@@ -127,7 +127,7 @@ impl<'a> Guest<'a> {
             if self.take_answers()? {
                 last_answer = now;
             } else if now.duration_since(last_answer) > HANG {
-                return Err(Failure(format!("no request was answered for {HANG:?}")));
+                return Err(Failure(format!("no request completed within {HANG:?}")));
             } else {
                 std::thread::yield_now();
             }
@@ -137,7 +137,7 @@ impl<'a> Guest<'a> {
         }
     }
 
-    /// Takes in what the daemon answered before it died, and leaves.
+    /// Collects the requests that the daemon completed before the kill, and disconnects.
     ///
     /// # Errors
     /// As [`Guest::work`].
@@ -148,9 +148,9 @@ impl<'a> Guest<'a> {
         Ok(self.tally)
     }
 
-    /// Fills a queue's slots, as far as the random choices find sectors that are free.
+    /// Fills a queue's slots, as far as the random choices find free sectors.
     fn send_some(&mut self, queue: usize) -> Result<(), Failure> {
-        // Choices that are not free count too: this ends.
+        // Choices of busy sectors count too, so that the loop ends.
         for _ in 0..4 {
             let Some(slot) = self.client.queue(queue).acquire() else { break };
             match self.choose(queue, slot)? {
@@ -211,14 +211,14 @@ impl<'a> Guest<'a> {
         Ok(Some((Flight::Change(changed), command)))
     }
 
-    /// Half of the requests are for whole clusters, half of them in an eighth of the disk.
+    /// Chooses a range: half of the requests have whole clusters, and half lie in the first eighth of the disk.
     fn range(&mut self, kind: Kind) -> Range<usize> {
         let all = self.ledger.sectors() as u64;
         let cluster = self.cluster_sectors;
         let space = if self.random.below(2) == 0 { all } else { all / 8 };
         let most = match kind {
             Kind::Discard | Kind::ZeroKeep | Kind::ZeroUnmap => 8,
-            // As many as a slot's buffer holds.
+            // As many clusters as a slot's buffer holds.
             _ => (256 / cluster).clamp(1, 4),
         };
         let (start, length) = if self.random.below(2) == 0 {
@@ -230,14 +230,14 @@ impl<'a> Guest<'a> {
         start as usize..(start + length).min(all) as usize
     }
 
-    /// What a discard changes: Strata and QEMU discard whole clusters only.
+    /// The sectors that a discard changes: Strata and QEMU discard whole clusters only.
     fn whole_clusters(&self, range: Range<usize>) -> Range<usize> {
         let cluster = self.cluster_sectors as usize;
         let start = range.start.next_multiple_of(cluster);
         start..(range.end / cluster * cluster).max(start)
     }
 
-    /// Takes in what was answered; whether it was anything.
+    /// Collects completions. Returns whether there were any.
     fn take_answers(&mut self) -> Result<bool, Failure> {
         let mut any = false;
         for queue in 0..self.flights.len() {
@@ -254,9 +254,9 @@ impl<'a> Guest<'a> {
 
     fn answered(&mut self, queue: usize, completion: Completion) -> Result<(), Failure> {
         let slot = completion.slot;
-        let flight = self.flights[queue][slot.index()].take().expect("what is answered was sent");
+        let flight = self.flights[queue][slot.index()].take().expect("a completed request was sent");
         if completion.status != Status::Ok {
-            return Err(Failure(format!("{flight:?} was answered {:?}", completion.status)));
+            return Err(Failure(format!("{flight:?} completed with {:?}", completion.status)));
         }
         match flight {
             Flight::Read(range) => {
@@ -283,7 +283,7 @@ fn segment(ring: &Queue, slot: Slot, offset: u64, length: u64, flags: u32) -> Re
     Ok(SEGMENT_BYTES as u32)
 }
 
-/// Reads the whole disk by one queue, a slot's worth of requests at a time.
+/// Reads the whole disk on one queue, with as many requests at a time as it has slots.
 fn read_all(client: &mut Client) -> Result<Vec<u8>, Failure> {
     let mut disk = vec![0; client.size() as usize];
     let ring = client.queue(0);
@@ -305,7 +305,7 @@ fn read_all(client: &mut Client) -> Result<Vec<u8>, Failure> {
         for completion in done.drain(..) {
             let at = places[completion.slot.index()];
             if completion.status != Status::Ok {
-                return Err(Failure(format!("a read at {at:#x} was answered {:?}", completion.status)));
+                return Err(Failure(format!("a read at {at:#x} completed with {:?}", completion.status)));
             }
             let end = disk.len().min(at + SWEEP_BYTES);
             ring.read_data(completion.slot, &mut disk[at..end]);

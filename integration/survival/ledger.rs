@@ -1,9 +1,9 @@
-//! The record of what each sector of a disk was asked to hold, and so of what it may hold after a kill.
+//! The ledger of all writes to each sector of a disk, from which follows what the sector may hold after a kill.
 //!
-//! A write counts as durable once a flush that was sent after the write's answer has been answered. After a kill a
-//! sector may hold what its last durable write gave it, or what any later one was to give it, answered or not; nothing
-//! older. No two requests in flight may touch the same sector, so each sector's writes have an order; they may well
-//! touch the same cluster.
+//! A write is durable once a flush that was sent after the write's completion has completed. After a kill a sector may
+//! hold the value of its last durable write, or of any later write, completed or not; it must hold nothing older. No
+//! two requests in flight touch the same sector, so each sector's writes have an order; they may touch the same
+//! cluster.
 
 use std::ops::Range;
 
@@ -13,34 +13,34 @@ use super::stamp::{Foreign, SECTOR, Value, read};
 #[derive(Clone, Copy, Debug)]
 struct Entry {
     value: Value,
-    /// When it was answered.
+    /// When it completed.
     answered: Option<Tick>,
 }
 
-/// A moment of the record's own clock.
+/// A moment of the ledger's own clock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Tick(u64);
 
-/// The record of a whole disk. Ranges are in sectors.
+/// The ledger of a whole disk. Ranges are in sectors.
 pub struct Ledger {
-    /// Oldest first; the first is durable, and there always is one.
+    /// The entries of each sector, oldest first; the first is durable and always exists.
     sectors: Vec<Vec<Entry>>,
-    /// A request in flight touches it.
+    /// Sectors that a request in flight touches.
     busy: Vec<bool>,
-    /// Sectors with more than one entry, some of them twice.
+    /// Sectors with more than one entry; may list a sector twice.
     open: Vec<usize>,
     now: Tick,
 }
 
 impl Ledger {
-    /// A disk whose contents are known.
+    /// The ledger of a disk with known contents.
     pub fn new(values: impl Iterator<Item = Value>) -> Self {
         let durable = |value| vec![Entry { value, answered: Some(Tick(0)) }];
         let sectors: Vec<_> = values.map(durable).collect();
         Self { busy: vec![false; sectors.len()], sectors, open: Vec::new(), now: Tick(0) }
     }
 
-    /// How many sectors there are.
+    /// Number of sectors.
     pub fn sectors(&self) -> usize {
         self.sectors.len()
     }
@@ -50,33 +50,33 @@ impl Ledger {
         self.now
     }
 
-    /// Whether no request in flight touches the range.
+    /// True if no request in flight touches the range.
     pub fn is_free(&self, range: Range<usize>) -> bool {
         !self.busy[range].contains(&true)
     }
 
-    /// A read is sent.
+    /// Notes that a read is sent.
     pub fn read_sent(&mut self, range: Range<usize>) {
         self.busy[range].fill(true);
     }
 
-    /// A read was answered with these bytes: every sector holds what was last written.
+    /// Notes that a read has completed with these bytes. Every sector must hold what was last written.
     ///
     /// # Errors
-    /// Says what is wrong with the first sector that does not.
+    /// Describes the first sector that does not.
     pub fn read_answered(&mut self, range: Range<usize>, bytes: &[u8]) -> Result<(), String> {
         self.busy[range.clone()].fill(false);
         for (sector, found) in range.zip(bytes.chunks(SECTOR as usize)) {
             let found = read(found, sector as u64 * SECTOR);
             let latest = self.sectors[sector].last().map(|entry| entry.value);
             if found.ok() != latest {
-                return Err(self.wrong("a read while the daemon lived", sector, found));
+                return Err(self.wrong("a read before the kill", sector, found));
             }
         }
         Ok(())
     }
 
-    /// A request that gives the range this value is sent.
+    /// Notes that a request is sent that gives the range this value.
     pub fn write_sent(&mut self, range: Range<usize>, value: Value) {
         self.busy[range.clone()].fill(true);
         self.open.extend(range.clone());
@@ -85,7 +85,7 @@ impl Ledger {
         }
     }
 
-    /// It was answered.
+    /// Notes that the request for this range has completed.
     pub fn write_answered(&mut self, range: Range<usize>) {
         let now = self.tick();
         self.busy[range.clone()].fill(false);
@@ -96,12 +96,12 @@ impl Ledger {
         }
     }
 
-    /// A flush is sent.
+    /// Notes that a flush is sent.
     pub fn flush_sent(&mut self) -> Tick {
         self.tick()
     }
 
-    /// The flush that was sent at that moment was answered: what had been answered by then is durable.
+    /// Notes that the flush that was sent at this moment has completed: writes that had completed by then are durable.
     pub fn flush_answered(&mut self, sent: Tick) {
         let sectors = &mut self.sectors;
         self.open.sort_unstable();
@@ -114,13 +114,13 @@ impl Ledger {
         });
     }
 
-    /// After a kill: each sector of the disk holds one of the values that it may. From now on it holds just that, as
-    /// nothing of the dead daemon is left that could change it.
+    /// Checks after a kill that each sector of the disk holds a value that it may. From now on it must hold this value,
+    /// because the killed daemon can change it no more.
     ///
     /// # Errors
-    /// Says what is wrong with the first few sectors, and how many there are.
+    /// Describes the first few wrong sectors, and counts all of them.
     pub fn settle(&mut self, disk: &[u8]) -> Result<(), String> {
-        assert_eq!(disk.len(), self.sectors.len() * SECTOR as usize, "the whole disk is looked at");
+        assert_eq!(disk.len(), self.sectors.len() * SECTOR as usize, "the whole disk must be checked");
         let mut wrong = Vec::new();
         for (sector, bytes) in disk.chunks(SECTOR as usize).enumerate() {
             let found = read(bytes, sector as u64 * SECTOR);
@@ -164,7 +164,7 @@ mod tests {
         bytes
     }
 
-    /// A sector: 1 is written and flushed, 2 answered, 3 sent.
+    /// A ledger of one sector: generation 1 is written and flushed, 2 has completed, 3 was sent.
     fn ledger() -> Ledger {
         let mut ledger = Ledger::new([Value::Zero].into_iter());
         ledger.write_sent(0..1, Value::Written(1));
@@ -182,22 +182,22 @@ mod tests {
         for generation in 1..=3 {
             ledger().settle(&disk(generation)).expect("one of the values");
         }
-        ledger().settle(&disk(0)).expect_err("from before a flush that was answered");
+        ledger().settle(&disk(0)).expect_err("older than a completed flush");
         ledger().settle(&disk(4)).expect_err("never written");
     }
 
     #[test]
-    fn what_was_found_once_stays() {
+    fn a_value_found_after_a_kill_must_stay() {
         let mut ledger = ledger();
         assert!(!ledger.is_free(0..1));
         ledger.settle(&disk(2)).expect("one of the values");
         assert!(ledger.is_free(0..1));
-        ledger.settle(&disk(3)).expect_err("nobody wrote it since");
-        ledger.read_answered(0..1, &disk(2)).expect("what is there");
+        ledger.settle(&disk(3)).expect_err("not written since");
+        ledger.read_answered(0..1, &disk(2)).expect("the value found");
     }
 
     #[test]
-    fn a_flush_covers_only_what_was_answered_before_it_was_sent() {
+    fn a_flush_covers_only_writes_completed_before_it_was_sent() {
         let mut ledger = Ledger::new([Value::Zero].into_iter());
         ledger.write_sent(0..1, Value::Written(1));
         let flush = ledger.flush_sent();

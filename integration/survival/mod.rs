@@ -1,7 +1,7 @@
-//! What a disk may hold after its daemon was killed: the contents that tell where they belong, the record of what was
-//! asked and answered, and a guest that keeps two queues busy until the daemon is gone.
+//! The contents that a disk may have after its daemon was killed: sectors that describe themselves, a ledger of all
+//! requests, and a guest that keeps two queues busy until the kill.
 //!
-//! Knows neither the daemon nor the image; see kill.rs for those.
+//! It knows neither the daemon nor the image; kill.rs does.
 
 pub mod guest;
 pub mod ledger;

@@ -1,39 +1,39 @@
 //! Sectors that describe themselves: address, generation, checksum.
 //!
-//! A generation is given to one request only, so a sector tells which request wrote it, and whether it lies where that
-//! request put it.
+//! Each generation belongs to one request, so a sector identifies the request that wrote it, and shows whether it is at
+//! the right offset.
 
 /// Bytes in a sector.
 pub const SECTOR: u64 = 512;
-/// 64-bit words in a sector: the address in bytes, the generation, filling, the checksum of all before it.
+/// 64-bit words in a sector: the address in bytes, the generation, filling, and the checksum of the words before it.
 const WORDS: usize = 64;
 
-/// What a sector holds.
+/// The contents of a valid sector.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Value {
     /// Zeroes only.
     Zero,
-    /// What the request of this generation wrote here.
+    /// The stamp of this generation, for this address.
     Written(u64),
 }
 
-/// What no sector may hold.
+/// Contents that no sector may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Foreign {
-    /// A whole sector, but of another place.
+    /// A valid stamp of another address.
     Elsewhere {
-        /// The byte offset for which it was written.
+        /// The byte offset in the stamp.
         address: u64,
-        /// By which request.
+        /// The generation in the stamp.
         generation: u64,
     },
-    /// Neither zeroes nor a whole stamp; its first two words.
+    /// Neither zeroes nor a valid stamp; the first two words.
     Broken(u64, u64),
 }
 
 fn filling(address: u64, generation: u64, index: usize) -> u64 {
     let key = address.rotate_left(23) ^ generation.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    // Odd, so that no word of a stamp is zero.
+    // The number is odd, so that no word of a stamp is zero.
     (key ^ (index as u64).wrapping_mul(0xbf58_476d_1ce4_e5b9)).wrapping_mul(0x94d0_49bb_1331_11eb) | 1
 }
 
@@ -44,7 +44,7 @@ fn checksum(words: &[u64]) -> u64 {
         | 1
 }
 
-/// The words of the sector at byte `address`, as the request of this generation writes it.
+/// The words of the sector at byte `address`, for the request of this generation.
 fn words(address: u64, generation: u64) -> [u64; WORDS] {
     let mut words: [u64; WORDS] = std::array::from_fn(|index| filling(address, generation, index));
     words[0] = address;
@@ -53,7 +53,7 @@ fn words(address: u64, generation: u64) -> [u64; WORDS] {
     words
 }
 
-/// Fills whole sectors for the place at byte `address` on the disk.
+/// Fills `bytes` with whole sectors, of which the first is at byte `address` of the disk.
 pub fn fill(bytes: &mut [u8], address: u64, generation: u64) {
     for (sector, at) in bytes.chunks_mut(SECTOR as usize).zip((address..).step_by(SECTOR as usize)) {
         for (place, word) in sector.chunks_mut(8).zip(words(at, generation)) {
@@ -65,7 +65,7 @@ pub fn fill(bytes: &mut [u8], address: u64, generation: u64) {
 /// Reads the sector found at byte `address`.
 ///
 /// # Errors
-/// What is found there instead of something that was ever written there.
+/// If the sector holds neither zeroes nor a stamp for this address.
 pub fn read(sector: &[u8], address: u64) -> Result<Value, Foreign> {
     if sector.iter().all(|byte| *byte == 0) {
         return Ok(Value::Zero);
@@ -85,7 +85,7 @@ pub fn read(sector: &[u8], address: u64) -> Result<Value, Foreign> {
 }
 
 #[test]
-fn a_stamp_is_read_in_its_place_only() {
+fn a_stamp_is_valid_at_its_own_address_only() {
     let mut bytes = vec![0; 1024];
     assert_eq!(read(&bytes[..512], 0), Ok(Value::Zero));
     fill(&mut bytes, 8192, 7);
@@ -96,5 +96,5 @@ fn a_stamp_is_read_in_its_place_only() {
     assert_eq!(read(&bytes[..512], 8192), Err(Foreign::Broken(8192, 7)));
     bytes[..512].fill(0);
     bytes[100] = 1;
-    assert!(read(&bytes[..512], 0).is_err(), "part of a sector may not be zero");
+    assert!(read(&bytes[..512], 0).is_err(), "a partly zeroed sector is accepted");
 }
