@@ -1,8 +1,8 @@
-//! What the fast path of a disk costs, from a request to operations pushed and from their completions to requests done.
-//! Run by `cargo bench-paths` (docs/performance.md, "What an operation costs").
+//! The cost of a disk's fast path, from a request to its operations and from their completions to the completed
+//! request. Run by `cargo bench-paths` (docs/performance.md, "What an operation costs").
 //!
-//! The images are on a simulated host. What moves guest memory is answered at once and moves none, so that the host has
-//! no part in the numbers.
+//! The images are on a simulated host. Operations on guest memory complete at once and move no data, so the host adds
+//! nothing to the counts.
 
 mod harness;
 
@@ -37,24 +37,24 @@ const CASES: &[Named] = &[
     ("submit: overwrite 4 KiB", || submits(single(), Job::write(BLOCK))),
     ("submit: read 4 KiB, extended L2", || submits(parted(), Job::read(BLOCK))),
     ("submit: read 4 KiB, chain of 64", || submits(chain(), Job::read(BLOCK))),
-    ("submit: read 64 KiB, 2 clusters side by side", || submits(single(), Job::read(1 << 16).across())),
+    ("submit: read 64 KiB, 2 adjacent clusters", || submits(single(), Job::read(1 << 16).across())),
     ("submit: read 64 KiB, 2 clusters far apart", || submits(scattered(), Job::read(1 << 16).across())),
     ("submit: read 64 KiB in 16 pieces of memory", || submits(single(), Job::read(1 << 16).in_pages())),
     ("submit: write zeroes of a cluster", || zeroes(single())),
-    ("turn: 4 KiB read", || turns(single(), Job::read(BLOCK))),
-    ("turn: 64 KiB read in 16 pieces of memory", || turns(single(), Job::read(1 << 16).in_pages())),
+    ("poll: 4 KiB read", || polls(single(), Job::read(BLOCK))),
+    ("poll: 64 KiB read in 16 pieces of memory", || polls(single(), Job::read(1 << 16).in_pages())),
 ];
 
 fn main() {
     harness::main("disk", CASES);
 }
 
-/// What is asked for again and again.
+/// The request that a case repeats.
 #[derive(Clone, Copy)]
 struct Job {
     writes: bool,
     bytes: usize,
-    /// Where in its cluster it begins.
+    /// Its offset in its cluster.
     within: u64,
     /// Bytes of each piece of guest memory.
     piece: usize,
@@ -69,12 +69,12 @@ impl Job {
         Job { writes: true, ..Self::read(bytes) }
     }
 
-    /// Half of it in the next cluster.
+    /// Moves half of the request to the next cluster.
     fn across(self) -> Self {
         Job { within: CLUSTER - self.bytes as u64 / 2, ..self }
     }
 
-    /// Each page of memory somewhere else, as a guest's page cache has them.
+    /// Splits the memory into separate pages, as in a guest's page cache.
     fn in_pages(self) -> Self {
         Job { piece: BLOCK, ..self }
     }
@@ -84,7 +84,7 @@ impl Job {
         if self.writes { Request::Write { offset, write_through: false } } else { Request::Read { offset } }
     }
 
-    /// Memory for it; leaked, so that it may well be 'static.
+    /// Memory for the request; leaked, so that it is 'static.
     fn memory(self) -> Vec<GuestSlice> {
         let pieces = self.bytes / self.piece;
         let all = guest_memory(2 * self.bytes);
@@ -107,11 +107,11 @@ struct Bench {
 }
 
 impl Bench {
-    /// Opens an image of a world, and writes these clusters in this order, so that they lie in the file like that.
+    /// Opens an image of a world and writes these clusters, which are then in the file in this order.
     fn open(world: &SimWorld, image: &str, clusters: impl Iterator<Item = u64>) -> Self {
         let options = DiskOptions { inflate_threads: 0, ..DiskOptions::default() };
         let disk =
-            Disk::open_unkept(Host(world.storage()), Path::new(image), &options).expect("a sound chain");
+            Disk::open_unkept(Host(world.storage()), Path::new(image), &options).expect("a valid chain");
         let queue = disk.queue(2 * REQUESTS).expect("a queue");
         let mut bench = Bench { queue, _disk: disk, done: Vec::new() };
         let memory = [guest_memory(CLUSTER as usize)];
@@ -121,7 +121,7 @@ impl Bench {
         bench
     }
 
-    /// Carries one request out.
+    /// Carries out one request.
     fn finish(&mut self, request: Request, memory: &[GuestSlice]) {
         self.queue.submit(RequestId(0), request, memory);
         self.queue.turn(&mut self.done);
@@ -132,9 +132,9 @@ impl Bench {
         self.clear(1);
     }
 
-    /// Takes note that so many requests are done.
+    /// Checks that `count` requests have completed, and removes them from `done`.
     fn clear(&mut self, count: u32) {
-        assert_eq!(self.done.len(), count as usize, "a request was not done at once");
+        assert_eq!(self.done.len(), count as usize, "a request did not complete at once");
         assert!(self.done.drain(..).all(|completed| completed.result.is_ok()));
     }
 
@@ -147,7 +147,7 @@ impl Bench {
 
 fn submits(mut bench: Bench, job: Job) -> Case {
     let memory = job.memory();
-    // What is asked for is in the map from now on.
+    // These requests bring their clusters into the map.
     (0..REQUESTS).for_each(|number| bench.finish(job.request(number), &memory));
     let prepare = |(bench, _): &mut (Bench, Vec<_>)| {
         bench.queue.turn(&mut bench.done);
@@ -177,7 +177,7 @@ fn zeroes(bench: Bench) -> Case {
     })
 }
 
-fn turns(mut bench: Bench, job: Job) -> Case {
+fn polls(mut bench: Bench, job: Job) -> Case {
     let memory = job.memory();
     (0..REQUESTS).for_each(|number| bench.finish(job.request(number), &memory));
     let prepare = move |(bench, memory): &mut (Bench, Vec<_>)| {
@@ -186,7 +186,7 @@ fn turns(mut bench: Bench, job: Job) -> Case {
     };
     Case::new(REQUESTS.into(), (bench, memory), prepare, |(bench, _)| {
         bench.queue.turn(&mut bench.done);
-        assert_eq!(bench.done.len(), REQUESTS as usize, "all are done at once");
+        assert_eq!(bench.done.len(), REQUESTS as usize, "a request did not complete at once");
     })
 }
 
@@ -200,11 +200,11 @@ fn add_image(world: &SimWorld, name: &str, extended_l2: bool, backing: Option<&s
     let mut image = NewImage::new(geometry);
     image.backing_file = backing.map(|name| name.as_bytes().to_vec());
     image.backing_format = backing.map(|_| "qcow2".to_owned());
-    let pieces = image.layout().expect("a sound image");
+    let pieces = image.layout().expect("a valid image");
     world.add_file(name, &pieces.into_iter().flat_map(|(_, bytes)| bytes).collect::<Vec<_>>());
 }
 
-/// As many clusters as are asked for, and one more.
+/// One cluster per request, and one more.
 fn clusters() -> std::ops::Range<u64> {
     0..u64::from(REQUESTS) + 1
 }
@@ -216,14 +216,14 @@ fn single() -> Bench {
     Bench::open(&world, "image", clusters())
 }
 
-/// One image, no two clusters side by side in order.
+/// One image, no two consecutive clusters adjacent in order.
 fn scattered() -> Bench {
     let world = world();
     add_image(&world, "image", false, None);
     Bench::open(&world, "image", clusters().rev())
 }
 
-/// One image of which each cluster is data in half of its subclusters.
+/// One image; in each cluster half of the subclusters are data.
 fn parted() -> Bench {
     let world = world();
     add_image(&world, "image", true, None);
@@ -235,7 +235,7 @@ fn parted() -> Bench {
     bench
 }
 
-/// Empty layers over one that has the data.
+/// Empty layers over a layer with the data.
 fn chain() -> Bench {
     let world = world();
     let name = |layer| format!("layer-{layer}");
@@ -249,7 +249,7 @@ fn chain() -> Bench {
     Bench::open(&world, &name(DEPTH - 1), std::iter::empty())
 }
 
-/// A simulated host with a queue that answers for guest memory by itself.
+/// A simulated host, whose queue completes operations on guest memory by itself.
 struct Host(SimStorage);
 
 impl Storage for Host {

@@ -1,6 +1,6 @@
-//! What a look-up in the chain map costs. Run by `cargo bench-paths` (docs/performance.md, "What an operation costs").
+//! The cost of a lookup in the chain map. Run by `cargo bench-paths` (docs/performance.md, "What an operation costs").
 //!
-//! Uses the engine as its workers do, and makes up the tables that it asks for.
+//! It uses the engine as its workers do, and generates the tables that the engine loads.
 
 mod harness;
 
@@ -16,37 +16,37 @@ use qcow2::{
 
 use harness::{Case, Named};
 
-/// Look-ups in a run.
+/// Lookups per run.
 const LOOKUPS: u64 = 1024;
 /// Bytes of a cluster.
 const CLUSTER: u64 = 65536;
-/// Where the L2 tables are, one behind the other, in made-up bytes.
+/// Where the generated, consecutive L2 tables are.
 const L2_TABLES: HostOffset = HostOffset(4 * CLUSTER);
 /// Where the data is.
 const DATA: HostOffset = HostOffset(1 << 30);
 
 const CASES: &[Named] = &[
-    ("look-up, all in one piece", || lookups(raw(2 << 20))),
-    ("look-up, map of 4 KiB", || lookups(scattered(SLICE_WORDS))),
-    ("look-up, map of 16 MiB", || lookups(scattered(2 << 20))),
-    ("look-up with subclusters", || lookups_of_parts(extended())),
+    ("lookup in a run (the whole disk in one piece)", || lookups(raw(2 << 20))),
+    ("lookup, map of 4 KiB", || lookups(scattered(SLICE_WORDS))),
+    ("lookup, map of 16 MiB", || lookups(scattered(2 << 20))),
+    ("lookup with subclusters", || lookups_of_subclusters(extended())),
 ];
 
 fn main() {
     harness::main("engine", CASES);
 }
 
-/// An engine over a raw image of so many clusters: in the map it takes 8 bytes a slice.
+/// An engine over a raw image of `clusters` clusters, whose slices are runs of 8 bytes each in the map.
 fn raw(clusters: u64) -> Engine {
     resolved(LayerFormat::Raw { size: clusters * CLUSTER }, |_| panic!("a raw image has no tables"))
 }
 
-/// An engine over an image of so many clusters, of which no two that follow each other do so on the host.
+/// An engine over an image of `clusters` clusters, of which no two consecutive ones are consecutive on the host.
 fn scattered(clusters: u64) -> Engine {
     image(geometry(clusters, false), |cluster| L2Entry::Data { offset: host(cluster ^ 1), copied: true })
 }
 
-/// An engine over an image with extended L2 entries, each cluster of which is half data and half zeros.
+/// An engine over an image with extended L2 entries; in each cluster half of the subclusters are data.
 fn extended() -> Engine {
     image(geometry(SLICE_WORDS, true), |cluster| {
         let place = HostPlace { offset: host(cluster), copied: true };
@@ -81,7 +81,7 @@ fn image(geometry: Geometry, entry: impl Fn(u64) -> L2Entry) -> Engine {
     })
 }
 
-/// An engine that has every cluster in the map.
+/// An engine with every cluster in the map.
 fn resolved(format: LayerFormat, read: impl Fn(&TableLoad) -> Vec<u8>) -> Engine {
     let spec = EngineSpec {
         layers: vec![LayerSpec { file: FileIndex(0), format }],
@@ -91,32 +91,32 @@ fn resolved(format: LayerFormat, read: impl Fn(&TableLoad) -> Vec<u8>) -> Engine
         table_bytes: 1 << 20,
         workers: 1,
     };
-    let engine = Engine::new(spec).expect("sound layers");
+    let engine = Engine::new(spec).expect("valid layers");
     for offset in (0..engine.size()).step_by((SLICE_WORDS * CLUSTER) as usize) {
         resolve(&engine, GuestOffset(offset), &read);
     }
     engine
 }
 
-/// Lets the engine fill the slice of the map that an offset is in.
+/// Makes the engine fill the slice of the map at an offset.
 fn resolve(engine: &Engine, offset: GuestOffset, read: impl Fn(&TableLoad) -> Vec<u8>) {
     loop {
-        match engine.plan_read(offset, 512, Waker::noop()).expect("sound tables") {
+        match engine.plan_read(offset, 512, Waker::noop()).expect("valid tables") {
             Answer::Ready(_) => return,
             Answer::Load(loads) => {
                 loads.iter().for_each(|load| engine.table_loaded(load, read(load).into()));
             }
-            other => panic!("nobody else is at work: {other:?}"),
+            other => panic!("no other request is in flight: {other:?}"),
         }
     }
 }
 
-/// Offsets all over the disk, in no order.
+/// Random offsets on the disk.
 fn offsets(engine: &Engine) -> Vec<GuestOffset> {
     let clusters = engine.size() / CLUSTER;
     let mut state = 1u64;
     let mut next = || {
-        // Knuth's MMIX generator; its upper bits are the good ones.
+        // Knuth's MMIX generator, whose upper bits are the random ones.
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         GuestOffset((state >> 32) % clusters * CLUSTER)
     };
@@ -126,7 +126,7 @@ fn offsets(engine: &Engine) -> Vec<GuestOffset> {
 fn lookups(engine: Engine) -> Case {
     let offsets = offsets(&engine);
     let known = |offset: &GuestOffset| matches!(engine.lookup(*offset), Mapping::Data { .. });
-    assert!(offsets.iter().all(known), "the map has every cluster");
+    assert!(offsets.iter().all(known), "a cluster is not in the map");
     Case::new(
         LOOKUPS,
         (engine, offsets),
@@ -139,8 +139,8 @@ fn lookups(engine: Engine) -> Case {
     )
 }
 
-/// The second word, too: what the fast path asks for where the first says that there is one.
-fn lookups_of_parts(engine: Engine) -> Case {
+/// Looks up the second word too, which the fast path needs if the first word says that the cluster has subclusters.
+fn lookups_of_subclusters(engine: Engine) -> Case {
     let offsets = offsets(&engine);
     Case::new(
         LOOKUPS,
@@ -150,7 +150,7 @@ fn lookups_of_parts(engine: Engine) -> Case {
             for offset in offsets {
                 let offset = black_box(*offset);
                 assert_eq!(engine.lookup(offset), Mapping::Parts);
-                black_box(engine.lookup_parts(offset).expect("the map has it"));
+                black_box(engine.lookup_parts(offset).expect("a cluster in the map"));
             }
         },
     )

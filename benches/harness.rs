@@ -1,7 +1,7 @@
-//! The two ways to run a micro-benchmark: by time, as criterion does, and a fixed number of times, for callgrind to count
-//! its instructions.
+//! The two ways to run a micro-benchmark: by time with criterion, and a fixed number of times under callgrind, which
+//! counts its instructions.
 //!
-//! Owns the command line of every benchmark of this package. What is measured is theirs.
+//! Owns the command line of every benchmark of this package. It defines no operation itself.
 
 use std::hint::black_box;
 use std::process::exit;
@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput};
 
-/// A benchmark: its name, and how to set it up.
+/// A benchmark: its name and its set-up.
 pub type Named = (&'static str, fn() -> Case);
 
-/// Something that is done again and again.
+/// A repeated piece of work.
 pub struct Case {
     operations: u64,
     steps: Box<dyn Steps>,
@@ -40,7 +40,7 @@ impl<S, P: FnMut(&mut S), R: FnMut(&mut S)> Steps for With<S, P, R> {
 }
 
 impl Case {
-    /// A case of which `run` is measured, in which so many operations are done; `prepare` goes before each.
+    /// A case whose `run` is measured and does `operations` operations; `prepare` runs before each `run`.
     pub fn new<S: 'static>(
         operations: u64,
         state: S,
@@ -51,8 +51,8 @@ impl Case {
     }
 }
 
-/// Runs the cases as the command line says: `--cases` lists them, `--count NAME RUNS` is for callgrind, anything else
-/// goes to criterion.
+/// Runs the cases as the command line requires: `--cases` lists them, `--count NAME RUNS` is for callgrind, other
+/// arguments go to criterion.
 pub fn main(group: &str, cases: &[Named]) {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
@@ -61,7 +61,7 @@ pub fn main(group: &str, cases: &[Named]) {
         ["--count", wanted, runs] => {
             let case = cases.iter().find(|(name, _)| *name == wanted);
             let (Some((_, make)), Ok(runs)) = (case, runs.parse()) else {
-                eprintln!("no case {wanted:?}, or no number: {runs:?}");
+                eprintln!("{wanted:?} is not a case, or {runs:?} is not a number");
                 exit(2);
             };
             count(make(), runs);
@@ -70,7 +70,7 @@ pub fn main(group: &str, cases: &[Named]) {
     }
 }
 
-/// The first run, which meets empty caches and vectors without memory, is not counted.
+/// Runs a case under callgrind. The first run, with empty caches and unallocated vectors, is not counted.
 fn count(mut case: Case, runs: u64) {
     case.steps.prepare();
     case.steps.run();
@@ -80,11 +80,11 @@ fn count(mut case: Case, runs: u64) {
     }
 }
 
-/// Callgrind counts what happens in here, by this name.
+/// Callgrind counts the instructions in this function, by its name.
 #[inline(never)]
 fn counted_run(steps: &mut dyn Steps) {
     steps.run();
-    // Something is left to do, so that this function is not left by a jump.
+    // Prevents a tail call, with which the function would end before `run`.
     black_box(());
 }
 

@@ -1,7 +1,7 @@
-//! What the ring and the parsing of a request cost. Run by `cargo bench-paths` (docs/performance.md, "What an operation
+//! The cost of the ring and of parsing a request. Run by `cargo bench-paths` (docs/performance.md, "What an operation
 //! costs").
 //!
-//! The guest is played by hand, and no disk is there.
+//! It writes the guest's side of the ring itself, and uses no disk.
 
 mod harness;
 
@@ -17,18 +17,18 @@ use vhost_blk::internals::{
     Chain, Checker, GuestMemory, MemoryTable, Parsed, RegionInfo, Ring, RingLayout, Used,
 };
 
-/// Chains in a run.
+/// Chains per run.
 const CHAINS: u16 = 64;
-/// Descriptors of the ring: enough for as many chains of three.
+/// Descriptors of the ring: enough for all chains, with three each.
 const SIZE: u16 = 256;
-/// Bytes of the guest's memory, in three regions as a machine with a hole below 4 GiB has them.
+/// Bytes of each of the guest's three memory regions, as in a machine with a hole below 4 GiB.
 const REGION: u64 = 1 << 20;
 const REGIONS: [u64; 3] = [0, 1 << 20, 1 << 32];
-/// Where the parts of the ring are.
+/// Addresses of the parts of the ring.
 const DESCRIPTORS: u64 = REGIONS[1];
 const AVAILABLE: u64 = DESCRIPTORS + 0x2000;
 const USED: u64 = DESCRIPTORS + 0x3000;
-/// Where indirect tables and headers are, and where data is.
+/// Addresses of headers, indirect tables and data.
 const HEADERS: u64 = DESCRIPTORS + 0x4000;
 const TABLES: u64 = DESCRIPTORS + 0x8000;
 const DATA: u64 = REGIONS[2];
@@ -52,22 +52,22 @@ fn main() {
     harness::main("vhost_blk", CASES);
 }
 
-/// How a read is spread over descriptors: header, data and status, in the ring or in a table of their own.
+/// Where the descriptors of a read (header, data, status) are: in the ring or in an indirect table.
 #[derive(Clone, Copy)]
 enum Shape {
     Direct,
     Indirect,
 }
 
-/// A ring, and the guest at its other end.
+/// A ring with the guest's side.
 struct Guest {
     memory: Arc<GuestMemory>,
     ring: Ring,
     chain: Chain,
     checker: Checker,
-    /// What the guest has made available.
+    /// The guest's available index.
     available: u16,
-    /// Chains to give back.
+    /// Chains to return.
     used: Vec<Used>,
 }
 
@@ -80,7 +80,7 @@ impl Guest {
             file
         };
         let table = MemoryTable::new().with_regions(&infos, infos.iter().map(|_| file()).collect());
-        let memory = table.expect("sound regions").memory();
+        let memory = table.expect("valid regions").memory();
         for chain in 0..CHAINS {
             lay_out(&memory, shape, chain);
         }
@@ -93,8 +93,8 @@ impl Guest {
             event_index: true,
             indirect: true,
         };
-        let mut ring = Ring::new(&layout, &memory).expect("a sound ring");
-        ring.disable_kicks().expect("a sound ring");
+        let mut ring = Ring::new(&layout, &memory).expect("a valid ring");
+        ring.disable_kicks().expect("a valid ring");
         let profile = DeviceProfile {
             capacity_sectors: 1 << 20,
             block_size: 512,
@@ -109,29 +109,29 @@ impl Guest {
         Guest { memory, ring, chain: Chain::default(), checker: Checker::new(profile), available: 0, used }
     }
 
-    /// Makes all chains available. They name themselves in the available ring once and for all, as its size is a
-    /// multiple of their number.
+    /// Makes all chains available. The entries of the available ring never change, because its size is a multiple of
+    /// the number of chains.
     fn offer(&mut self) {
         self.available = self.available.wrapping_add(CHAINS);
         let index = GuestAddress(AVAILABLE + 2);
         self.memory.map().store(self.available, index, Ordering::Release).expect("guest memory");
     }
 
-    /// Takes all that is available, with something to do for each.
+    /// Pops all available chains and calls `each` for every chain.
     fn take(&mut self, mut each: impl FnMut(&Checker, &mut Chain)) {
-        let waiting = self.ring.available().expect("a sound ring");
+        let waiting = self.ring.available().expect("a valid ring");
         for _ in 0..waiting {
-            self.ring.pop(&self.memory, &mut self.chain).expect("a sound ring");
+            self.ring.pop(&self.memory, &mut self.chain).expect("a valid ring");
             each(&self.checker, &mut self.chain);
             self.used.push(Used { head: self.chain.head, written: BLOCK + 1 });
         }
     }
 
-    /// Gives all chains back, so many at a time. The guest asks to be told of the last.
+    /// Returns all chains, `batch` at a time. The guest requests a notification for the last chain.
     fn give_back(&mut self, batch: usize) {
         for used in self.used.chunks(batch) {
-            self.ring.push_used(used).expect("a sound ring");
-            black_box(self.ring.needs_notification().expect("a sound ring"));
+            self.ring.push_used(used).expect("a valid ring");
+            black_box(self.ring.needs_notification().expect("a valid ring"));
         }
         self.used.clear();
     }
@@ -176,7 +176,7 @@ fn lay_out(memory: &GuestMemory, shape: Shape, chain: u16) {
 
 fn parse(checker: &Checker, chain: &mut Chain) {
     let parsed = checker.parse(chain, false);
-    assert!(matches!(parsed, Parsed::Submit(_)), "a sound request");
+    assert!(matches!(parsed, Parsed::Submit(_)), "a valid request");
     black_box(parsed);
 }
 
