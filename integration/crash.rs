@@ -115,7 +115,7 @@ impl Record {
     /// Runs the last life: the guest checks all synced data and powers off.
     pub fn last_life(&self, stand: &Stand) -> Result<()> {
         let script = format!("{}{}", self.parameters(false), include_str!("guest/crash_check.sh"));
-        let visit = stand.visit("last-look", &script, &mut |_| {})?;
+        let visit = stand.visit("last-life", &script, &mut |_| {})?;
         self.judge(&visit).context("the last life")
     }
 

@@ -122,7 +122,7 @@ fn show(options: &Options, steps: &mut Steps) -> Result<()> {
     }
 }
 
-/// Everything from the images to the last comparison; returns the summary.
+/// Runs all steps from the images to the last comparison. Returns the summary.
 fn visits(stand: &Stand, folder: &Path, steps: &mut Steps) -> Result<String> {
     let base = steps.run("base image and overlay", |line| make_images(stand, folder, line))?;
     let empty = image::allocated_bytes(&stand.serve.image)?;

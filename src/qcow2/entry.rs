@@ -217,8 +217,9 @@ impl L2Entry {
     /// Decodes a raw entry. The compressed bit is tested before the zero bit.
     ///
     /// # Errors
-    /// If the offset is not the start of a cluster or is too large, the zero flag is set in version 2, or the
-    /// subcluster bitmap contradicts itself or the offset.
+    /// - The offset is not the start of a cluster, or is too large.
+    /// - The zero flag is set in version 2.
+    /// - The subcluster bitmap contradicts itself or the offset.
     pub fn decode(raw: impl Into<RawL2Entry>, geometry: &Geometry) -> Result<L2Entry, EntryError> {
         let RawL2Entry { descriptor: raw, bitmap } = raw.into();
         if raw & COMPRESSED != 0 {
@@ -245,7 +246,7 @@ impl L2Entry {
         }
     }
 
-    /// The host cluster that a standard cluster has, in use or kept for later.
+    /// The host cluster of a standard cluster, even if the cluster reads as zeros.
     pub const fn host(self) -> Option<HostPlace> {
         match self {
             L2Entry::ZeroAllocated { offset, copied } | L2Entry::Data { offset, copied } => {
@@ -256,8 +257,8 @@ impl L2Entry {
         }
     }
 
-    /// The host clusters that count a reference by this entry: the first, and how many. Compressed data counts in every
-    /// cluster that it touches, and shares them with other such data.
+    /// The host clusters that this entry references: the first cluster and the number of clusters. Compressed data
+    /// references every cluster that it touches, and may share clusters with other compressed data.
     pub fn host_clusters(self, geometry: &Geometry) -> Option<(HostCluster, u64)> {
         match self {
             L2Entry::Compressed { offset, sectors } => {
@@ -272,9 +273,11 @@ impl L2Entry {
     /// The raw entry.
     ///
     /// # Panics
-    /// On what the format cannot say, a programmer error: an offset that is 0, not the start of a cluster or too large,
-    /// a zero cluster in version 2, subclusters without extended L2 or that make no sense, a compressed length out of
-    /// range.
+    /// On an entry that the format cannot express, a programmer error:
+    /// - an offset that is 0, not the start of a cluster or too large;
+    /// - a zero cluster in version 2;
+    /// - subclusters without extended L2, or contradictory ones;
+    /// - a compressed length out of range.
     pub fn encode(self, geometry: &Geometry) -> RawL2Entry {
         if geometry.extended_l2
             && let Some(subclusters) = Subclusters::of(self)

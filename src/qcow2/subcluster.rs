@@ -88,7 +88,7 @@ pub struct HostPlace {
     pub copied: bool,
 }
 
-/// What one subcluster holds.
+/// The kinds of subclusters.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Subcluster {
     /// Not in this image: reads give the backing file's data, or zeros without a backing file.
@@ -121,7 +121,7 @@ impl Subclusters {
     /// If there is no such subcluster: a programmer error.
     pub const fn at(&self, index: u32) -> (Subcluster, u32) {
         assert!(index < SUBCLUSTERS, "a cluster has 32 subclusters");
-        let what = if self.allocated.contains(index) {
+        let kind = if self.allocated.contains(index) {
             Subcluster::Data
         } else if self.zero.contains(index) {
             Subcluster::Zero
@@ -129,7 +129,7 @@ impl Subclusters {
             Subcluster::Unallocated
         };
         let (data, zero) = (self.allocated.run(index), self.zero.run(index));
-        (what, if data < zero { data } else { zero })
+        (kind, if data < zero { data } else { zero })
     }
 
     /// The subclusters that are neither allocated nor zero.

@@ -1,7 +1,7 @@
 //! The checks that make a [`Header`] valid, as far as they need no other part of the image.
 //!
-//! Reading and writing share them, so that no header is written that reading would refuse. Whether Strata supports a
-//! feature is not checked here but in [`Header::unsupported`].
+//! Reading and writing share them, so that no header is written that reading would refuse. Support for a
+//! feature is checked in [`Header::unsupported`].
 
 use crate::address::HostOffset;
 use crate::error::{FormatError, FormatErrorKind, Structure};

@@ -453,8 +453,8 @@ fn an_area_too_short_for_another_extension_holds_none() {
         put64(&mut bytes, position::BACKING_FILE_OFFSET, 128 + room);
         put32(&mut bytes, position::BACKING_FILE_LENGTH, 4);
         bytes[128 + room as usize..][..4].copy_from_slice(b"base");
-        let sound = parse(&bytes).expect("an end mark without its length");
-        assert_eq!((sound.extensions.len(), sound.damaged_extensions), (1, None), "{room}");
+        let header = parse(&bytes).expect("an end mark without its length");
+        assert_eq!((header.extensions.len(), header.damaged_extensions), (1, None), "{room}");
         // The start of a type, or of a type and a length of 0x7fffffff.
         let start = [0x12, 0x34, 0x56, 0x78, 0x7f, 0xff, 0xff];
         bytes[128..128 + room as usize].copy_from_slice(&start[..room as usize]);

@@ -169,7 +169,7 @@ proptest! {
             Subclusters { host, allocated: SubclusterSet(allocated), zero: SubclusterSet(zero) };
         let mut at = 0;
         while at < 32 {
-            let (what, run) = subclusters.at(at);
+            let (kind, run) = subclusters.at(at);
             prop_assert!(run > 0 && at + run <= 32);
             for bit in at..at + run {
                 let expected = match (allocated >> bit & 1, zero >> bit & 1) {
@@ -177,10 +177,10 @@ proptest! {
                     (_, 1) => Subcluster::Zero,
                     _ => Subcluster::Unallocated,
                 };
-                prop_assert_eq!(what, expected);
+                prop_assert_eq!(kind, expected);
             }
             at += run;
-            prop_assert!(at == 32 || subclusters.at(at).0 != what);
+            prop_assert!(at == 32 || subclusters.at(at).0 != kind);
         }
         prop_assert_eq!(Subclusters::of(subclusters.entry()), Some(subclusters));
     }
