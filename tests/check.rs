@@ -19,6 +19,7 @@ use storage::host::HostStorage;
 use strata_kit::agree;
 use strata_tests::Qemu;
 use strata_tests::images::{Content, Format, ImageSpec, Preallocation, find_tool};
+use strata_tests::random::Random;
 
 use crate::agree::{assert_clean, check_agrees, is_exception, our_opinion, second_opinion};
 use crate::damage::{
@@ -515,11 +516,8 @@ fn metadata_that_data_lies_upon_is_corrupt_whatever_qemu_says() {
 fn it_agrees_on_images_with_random_bits_flipped() {
     let Some(qemu) = Qemu::find() else { return };
     let folder = tempfile::tempdir().expect("a folder");
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    let mut random = |below: u64| {
-        state = state.wrapping_mul(0xd129_0d3c_d2ad_2b8d).wrapping_add(0x2545_f491_4f6c_dd1d);
-        (state >> 33) % below
-    };
+    let mut generator = Random::new(1);
+    let mut random = |below: u64| generator.below(below);
     let (mut clean, mut leaks, mut corrupt, mut refused) = (0, 0, 0, 0);
     for (name, bytes) in victims(&qemu, folder.path()) {
         let sound = Raw::new(bytes);

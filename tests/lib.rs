@@ -9,7 +9,6 @@ pub mod images;
 pub mod load;
 pub mod model;
 pub mod play;
-pub mod random;
 pub mod storage_daemon;
 
 pub use client::{Client, ClientError, Options, Request, Status};
@@ -17,3 +16,4 @@ pub use client::{Client, ClientError, Options, Request, Status};
 pub use images::Qemu;
 pub use model::{ByteModel, Operation};
 pub use storage_daemon::StorageDaemon;
+pub use strata_random as random;

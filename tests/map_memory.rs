@@ -15,7 +15,7 @@ use engine::{
     LayerSpec, Mapping, SLICE_WORDS, Source, TableSlot, TopSpec, WritePlan,
 };
 use qcow2::{Geometry, GuestOffset, Header, HostOffset, NewImage, Version};
-use storage::buffer::give_back;
+use storage::pages::give_back;
 use strata_tests::Qemu;
 use strata_tests::images::{ImageSpec, Preallocation};
 

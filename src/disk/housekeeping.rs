@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use engine::mutation::{Mutation, active};
 use engine::{Engine, FileIndex};
-use storage::buffer::give_back;
+use storage::pages::give_back;
 use storage::{Errno, Kind, Operation, Storage};
 use tracing::warn;
 

@@ -8,7 +8,7 @@ use std::ops::ControlFlow;
 
 use engine::ZeroMode;
 use smallvec::SmallVec;
-use storage::buffer::{guest_len, subrange};
+use storage::guest::{guest_len, subrange};
 use storage::zeroes::zero_pieces;
 use storage::{GuestSlice, Storage};
 

@@ -11,7 +11,7 @@ use engine::{Epoch, FileIndex, Mapping, PartedCluster, ZeroMode};
 use qcow2::{GuestOffset, HostOffset, SUBCLUSTERS, Subcluster};
 use slab::Slab;
 use smallvec::SmallVec;
-use storage::buffer::{GuestSlices, fill_guest_zero, guest_len, subrange_into};
+use storage::guest::{GuestSlices, fill_guest_zero, guest_len, subrange_into};
 use storage::{Errno, GuestSlice, IoQueue, Kind, Notifier, Operation, Part, Parts, Storage, Token};
 
 use crate::Shared;

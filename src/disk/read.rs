@@ -3,7 +3,7 @@
 use engine::{CompressedCluster, Extent, Source};
 use qcow2::{GuestOffset, HostOffset};
 use smallvec::SmallVec;
-use storage::buffer::{GuestSlices, copy_to_guest, fill_guest_zero, guest_len, subrange};
+use storage::guest::{GuestSlices, copy_to_guest, fill_guest_zero, guest_len, subrange};
 use storage::{AlignedBuf, GuestSlice, Kind, Operation, Part, Parts, Storage};
 
 use crate::driver::Strand;

@@ -3,7 +3,7 @@
 use engine::mutation::{Mutation, active};
 use engine::{Allocation, ClaimId, Extent, FileIndex, Mapping, Source, WritePlan};
 use qcow2::{GuestOffset, HostOffset};
-use storage::buffer::{copy_from_guest, guest_len, subrange};
+use storage::guest::{copy_from_guest, guest_len, subrange};
 use storage::{AlignedBuf, GuestSlice, Kind, Operation, Part, Parts, Storage};
 
 use crate::driver::Strand;
@@ -260,7 +260,7 @@ impl<S: Storage> Worker<S> {
         let offset = new.offset.0 + new.head - head;
         let mut operation = Operation::new(self.shared.file(new.file).id, Kind::Write, offset, parts);
         // Where the file is in memory, most of this is the host's search for memory.
-        operation.beside = self.driver.has_other_work();
+        operation.offload = self.driver.has_other_work();
         if active(Mutation::CommitBeforeData) {
             drop(self.driver.run(operation));
             return Ok(());

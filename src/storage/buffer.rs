@@ -1,17 +1,9 @@
-//! Memory of ours for I/O: aligned buffers, a pool of them, and copies between them and guest memory.
-//!
-//! It never touches a file. Guest memory is only ever copied, never borrowed as a slice of bytes: the guest may change
-//! it at any moment.
+//! The daemon's own memory for I/O: aligned buffers and a pool of them. It never touches a file or guest memory.
 
 use std::alloc::{self, Layout};
 use std::cell::RefCell;
 use std::fmt;
 use std::ptr::NonNull;
-use std::sync::atomic::AtomicU64;
-
-use smallvec::SmallVec;
-
-use crate::GuestSlice;
 
 /// The alignment of an [`AlignedBuf`] in bytes unless more is asked for. No host that we open for direct I/O asks for
 /// more.
@@ -21,9 +13,6 @@ pub const BUFFER_ALIGNMENT: usize = 4096;
 const CLASS_BYTES_MIN: usize = BUFFER_ALIGNMENT;
 const CLASS_BYTES_MAX: usize = 4 << 20;
 const CLASSES: usize = (CLASS_BYTES_MAX / CLASS_BYTES_MIN).trailing_zeros() as usize + 1;
-
-/// A list of guest slices, short enough most of the time to need no heap.
-pub type GuestSlices = SmallVec<[GuestSlice; 4]>;
 
 /// A heap buffer whose address is a multiple of 4096 (or more) and whose bytes are always initialised.
 pub struct AlignedBuf {
@@ -209,128 +198,9 @@ fn class_of(len: usize) -> Option<usize> {
     Some((size / CLASS_BYTES_MIN).trailing_zeros() as usize)
 }
 
-/// Bytes that the slices add up to.
-pub fn guest_len(slices: &[GuestSlice]) -> usize {
-    slices.iter().map(|slice| slice.len()).sum()
-}
-
-/// The slices that make up `len` bytes from `offset` bytes on.
-///
-/// # Panics
-/// When the slices hold fewer than `offset + len` bytes.
-pub fn subrange(slices: &[GuestSlice], offset: usize, len: usize) -> GuestSlices {
-    let mut out = GuestSlices::new();
-    subrange_into(&mut out, slices, offset, len);
-    out
-}
-
-/// As [`subrange`], in place of what is in `out`, so that its memory is used again.
-///
-/// # Panics
-/// As [`subrange`].
-pub fn subrange_into(out: &mut GuestSlices, slices: &[GuestSlice], offset: usize, len: usize) {
-    out.clear();
-    let (mut skip, mut left) = (offset, len);
-    for slice in slices {
-        if left == 0 {
-            break;
-        }
-        if skip >= slice.len() {
-            skip -= slice.len();
-            continue;
-        }
-        let count = left.min(slice.len() - skip);
-        out.push(slice.subslice(skip, count).expect("the count is cut to the slice"));
-        skip = 0;
-        left -= count;
-    }
-    assert!(left == 0 && skip <= guest_len(slices), "{len} bytes at {offset} are beyond the guest slices");
-}
-
-/// Copies all of the slices' bytes into the buffer, from `offset` bytes on. The guest may be changing them meanwhile.
-///
-/// # Panics
-/// When the buffer is too short.
-pub fn copy_from_guest(slices: &[GuestSlice], buffer: &mut AlignedBuf, offset: usize) {
-    let mut target = buffer.as_mut_slice().get_mut(offset..).expect("the offset is inside the buffer");
-    for slice in slices {
-        let (head, rest) =
-            target.split_at_mut_checked(slice.len()).expect("the buffer holds what the slices hold");
-        slice.copy_to(head);
-        target = rest;
-    }
-}
-
-/// Fills all of the slices with bytes, from `offset` on.
-///
-/// # Panics
-/// When there are too few.
-pub fn copy_to_guest(bytes: &[u8], offset: usize, slices: &[GuestSlice]) {
-    let mut source = bytes.get(offset..).expect("the offset is inside the buffer");
-    for slice in slices {
-        let (head, rest) =
-            source.split_at_checked(slice.len()).expect("there are as many bytes as the slices take");
-        slice.copy_from(head);
-        source = rest;
-    }
-}
-
-/// Fills the slices with zeros.
-pub fn fill_guest_zero(slices: &[GuestSlice]) {
-    for slice in slices {
-        zero_from(slice, 0);
-    }
-}
-
-/// Fills a slice with zeros from `offset` bytes on.
-pub(crate) fn zero_from(slice: &GuestSlice, offset: usize) {
-    static ZEROS: [u8; 4096] = [0; 4096];
-    let mut done = offset;
-    while done < slice.len() {
-        let count = ZEROS.len().min(slice.len() - done);
-        let piece = slice.subslice(done, count).expect("the count is cut to the slice");
-        piece.copy_from(&ZEROS[..count]);
-        done += count;
-    }
-}
-
-/// Takes memory of the heap away from words that nobody needs: they read as zero afterwards, or as they do now where they
-/// and their neighbours among these do not fill a page of the system's. The memory comes back when they are written.
-pub fn give_back<'a>(pieces: impl Iterator<Item = &'a [AtomicU64]>) {
-    let mut spans: Vec<(usize, &[AtomicU64])> =
-        pieces.map(|words| (words.as_ptr() as usize, words)).collect();
-    spans.sort_unstable_by_key(|(address, _)| *address);
-    for together in spans.chunk_by(|(address, words), (next, _)| address + size_of_val(*words) == *next) {
-        let length = together.iter().map(|(_, words)| size_of_val(*words)).sum();
-        let (address, first) = together[0];
-        drop_pages(first.as_ptr().cast_mut().cast(), address, length);
-    }
-}
-
-/// Has the system drop its whole pages within a range of words, which lies in one piece at this address.
-fn drop_pages(start: *mut u8, address: usize, length: usize) {
-    let page = rustix::param::page_size();
-    let begin = address.next_multiple_of(page);
-    let end = (address + length) / page * page;
-    if begin < end {
-        // SAFETY: the pages lie within words that the caller has shared references to, and of which any value is valid at any
-        // time. If the call fails they are as they were.
-        unsafe {
-            libc::madvise(start.wrapping_add(begin - address).cast(), end - begin, libc::MADV_DONTNEED)
-        };
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::Ordering;
-
     use super::*;
-
-    /// Guest slices over memory that is leaked, so that `'static` holds.
-    fn guest(lens: &[usize]) -> Vec<GuestSlice> {
-        lens.iter().map(|len| GuestSlice::from(Box::leak(vec![0u8; *len].into_boxed_slice()))).collect()
-    }
 
     #[test]
     fn buffers_are_aligned_zeroed_and_sized() {
@@ -344,24 +214,6 @@ mod tests {
             buffer.truncate(len);
             assert_eq!(buffer.len(), len / 2);
         }
-    }
-
-    #[test]
-    fn words_given_back_read_as_zero_and_hold_what_is_stored_then() {
-        let words: Vec<AtomicU64> = (1..=5 * 512).map(AtomicU64::new).collect();
-        // In pieces, of which none has a page to itself, in no order.
-        let pieces = [2, 0, 5, 4, 1, 3].map(|n| &words[100 + n * 256..100 + (n + 1) * 256]);
-        give_back(pieces.into_iter());
-        let values = || words.iter().map(|word| word.load(Ordering::Relaxed));
-        let zeros = values().filter(|value| *value == 0).count();
-        assert_eq!(zeros % 512, 0);
-        assert!((2 * 512..=3 * 512).contains(&zeros), "{zeros} words: all pages within the range");
-        assert!(values().zip(1..).all(|(value, before)| value == 0 || value == before));
-        assert!(values().take(100).chain(values().skip(100 + 3 * 512)).all(|value| value != 0));
-        words.iter().zip(7..).for_each(|(word, value)| word.store(value, Ordering::Relaxed));
-        assert!(values().zip(7..).all(|(value, stored)| value == stored));
-        give_back([&words[..3], &words[4..5]].into_iter());
-        assert_eq!(values().next(), Some(7), "less than a page stays");
     }
 
     #[test]
@@ -383,31 +235,5 @@ mod tests {
         assert_eq!(pool.held_bytes(), 8192);
         assert_eq!(pool.take(8 << 20).len(), 8 << 20);
         assert!(pool.take(0).is_empty());
-    }
-
-    #[test]
-    fn copies_cut_and_join_guest_slices() {
-        let slices = guest(&[3, 0, 10, 5000]);
-        assert_eq!(guest_len(&slices), 5013);
-        let mut buffer = AlignedBuf::new(6000);
-        for (at, byte) in buffer.as_mut_slice().iter_mut().enumerate() {
-            *byte = (at % 251) as u8;
-        }
-        copy_to_guest(buffer.as_slice(), 100, &slices);
-        let cut = subrange(&slices, 2, 4000);
-        assert_eq!(cut.iter().map(|slice| slice.len()).collect::<Vec<_>>(), [1, 10, 3989]);
-        let mut back = AlignedBuf::new(4001);
-        copy_from_guest(&cut, &mut back, 1);
-        assert_eq!(&back.as_slice()[1..], &buffer.as_slice()[102..4102]);
-        fill_guest_zero(&cut);
-        copy_from_guest(&subrange(&slices, 0, 4001), &mut back, 0);
-        assert_eq!(&back.as_slice()[..3], &[100, 101, 0]);
-        assert!(subrange(&slices, 5013, 0).is_empty());
-    }
-
-    #[test]
-    #[should_panic(expected = "beyond the guest slices")]
-    fn a_range_beyond_the_slices_is_a_program_error() {
-        subrange(&guest(&[10]), 5, 6);
     }
 }

@@ -10,14 +10,18 @@
 #[allow(unsafe_code)]
 pub mod buffer;
 pub mod error;
+pub mod guest;
 #[allow(unsafe_code)]
 pub mod host;
 pub mod operation;
+#[allow(unsafe_code)]
+pub mod pages;
 pub mod zeroes;
 
-pub use buffer::{AlignedBuf, BufferPool, GuestSlices};
+pub use buffer::{AlignedBuf, BufferPool};
 pub use error::StorageError;
-pub use operation::{Completion, Errno, GuestSlice, Kind, Operation, Part, Parts, Token};
+pub use guest::{GuestSlice, GuestSlices};
+pub use operation::{Completion, Errno, Kind, Operation, Part, Parts, Token};
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

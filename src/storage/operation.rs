@@ -1,13 +1,8 @@
 //! What can be asked of a file: operations, the memory they move, and their completions.
 
 use smallvec::SmallVec;
-use vm_memory::VolatileSlice;
 
-use crate::{AlignedBuf, FileId};
-
-/// A span of guest memory. Whoever makes one from a guest mapping promises that the mapping outlives every operation
-/// in which the slice is used, which is why the `'static` is no lie: see docs/concurrency.md, "Guest memory".
-pub type GuestSlice = VolatileSlice<'static, ()>;
+use crate::{AlignedBuf, FileId, GuestSlice};
 
 /// The caller's name for an operation, handed back in its completion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -71,7 +66,7 @@ pub struct Operation {
     pub parts: Parts,
     /// A hint: the thread has other work meanwhile, and this takes long enough that another processor may well do it,
     /// where it would otherwise be done on this one.
-    pub beside: bool,
+    pub offload: bool,
 }
 
 /// A finished operation with its memory.
@@ -108,7 +103,7 @@ impl Operation {
 
     /// An operation on that memory.
     pub fn new(file: FileId, kind: Kind, offset: u64, parts: Parts) -> Self {
-        Operation { file, kind, offset, parts, beside: false }
+        Operation { file, kind, offset, parts, offload: false }
     }
 
     /// Bytes the parts add up to.

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, LazyLock, OnceLock};
 
-use crate::random::mix;
+use strata_random::mix;
 
 /// Bytes of a page: the unit in which space is allocated and pages are shared.
 pub const PAGE_BYTES: u64 = 4096;

@@ -2,10 +2,10 @@
 //!
 //! What a plan leaves of the files is in `replay`.
 
-use std::borrow::Cow;
 use std::fmt::Write;
 
-use crate::{Moment, Random, Ranges, Replay};
+use crate::plan::{CrashPlan, Kept};
+use crate::{Moment, Random, Replay};
 
 /// How many crashes to try at an instant.
 #[derive(Clone, Copy, Debug)]
@@ -32,38 +32,6 @@ pub enum CrashScope {
     /// Only those that were not possible before the last [`Replay::advance_to_change`]: they keep some of what was
     /// pushed since. All if what is durable has changed since, and at the first change of a run.
     New,
-}
-
-/// A crash: what it keeps of what is open.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CrashPlan {
-    /// The operations of which bytes are kept, in the order of their pushes.
-    kept: Vec<(usize, Kept)>,
-    /// How many of the open changes of length are kept.
-    pub(crate) lengths: usize,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Kept {
-    Whole,
-    Torn(Ranges),
-}
-
-impl CrashPlan {
-    /// Nothing is kept but what is durable.
-    pub fn nothing() -> Self {
-        CrashPlan { kept: Vec::new(), lengths: 0 }
-    }
-
-    /// The part of an operation's bytes that is kept.
-    pub(crate) fn kept_bytes<'a>(&self, operation: usize, bytes: &'a Ranges) -> Option<Cow<'a, Ranges>> {
-        let at = self.kept.binary_search_by_key(&operation, |(operation, _)| *operation).ok()?;
-        let kept = match &self.kept[at].1 {
-            Kept::Whole => Cow::Borrowed(bytes),
-            Kept::Torn(part) => Cow::Owned(bytes.intersect(part)),
-        };
-        (!kept.is_empty()).then_some(kept)
-    }
 }
 
 impl Replay<'_> {

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::Contents;
-use crate::random::mix;
+use strata_random::mix;
 
 /// The files of a world and their bytes.
 #[derive(Clone, Debug, Default)]

@@ -11,8 +11,8 @@ mod crash;
 mod fault;
 mod history;
 mod image;
+mod plan;
 mod queue;
-mod random;
 mod ranges;
 mod replay;
 mod world;
@@ -23,14 +23,15 @@ mod crash_tests;
 mod tests;
 
 pub use contents::{Contents, PAGE_BYTES};
-pub use crash::{CrashLimits, CrashPlan, CrashScope};
+pub use crash::{CrashLimits, CrashScope};
 pub use fault::{Fault, FaultId, Outcome, Verb};
 pub use history::{History, Moment};
 pub use image::Image;
+pub use plan::CrashPlan;
 pub use queue::{Hung, SimQueue, SimStorage};
-pub use random::Random;
 pub use ranges::Ranges;
 pub use replay::Replay;
+pub use strata_random::Random;
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};

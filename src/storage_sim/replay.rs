@@ -14,7 +14,8 @@ use std::ops::Range;
 
 use crate::fault::Verb;
 use crate::history::{Ending, Event, LengthStep};
-use crate::{Contents, CrashPlan, History, Image, Moment, Random, Ranges};
+use crate::plan::CrashPlan;
+use crate::{Contents, History, Image, Moment, Random, Ranges};
 
 /// A walk through a run, from one instant to the next.
 pub struct Replay<'h> {

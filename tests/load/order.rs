@@ -27,7 +27,7 @@ impl Permutation {
     pub fn new(count: u64, seed: u64) -> Self {
         let bits = u64::BITS - count.saturating_sub(1).leading_zeros();
         let mut random = Random::new(seed);
-        let keys = std::array::from_fn(|_| random.any());
+        let keys = std::array::from_fn(|_| random.next_bits());
         Self { count, half_bits: bits.div_ceil(2).max(1), keys }
     }
 

@@ -81,7 +81,7 @@ struct OpenFile {
     file: File,
     info: FileInfo,
     /// Lives in memory (tmpfs): calls on it are done at once, as io_uring would hand them to a kernel thread, unless that is
-    /// what is wanted ([`Operation::beside`](crate::Operation::beside)).
+    /// what is wanted ([`Operation::offload`](crate::Operation::offload)).
     memory_backed: bool,
     /// Goes through the page cache, and is not in memory as a whole.
     buffered: bool,

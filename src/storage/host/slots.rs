@@ -7,7 +7,7 @@
 use std::sync::atomic::Ordering;
 
 use super::OpenFile;
-use crate::buffer::zero_from;
+use crate::guest::zero_from;
 use crate::{Completion, Errno, FileId, Kind, Operation, Part, Parts, Token};
 
 /// The most entries of one readv or writev (IOV_MAX).

@@ -1,6 +1,8 @@
 //! The host's queue on real files: on a disk's file system with and without direct I/O, and on tmpfs.
 
 mod cached;
+mod open;
+mod wait;
 
 use std::io::{Read, Write};
 use std::os::fd::FromRawFd;
@@ -20,6 +22,7 @@ use crate::{
     AlignedBuf, Completion, Errno, FileId, FileInfo, GuestSlice, IoQueue, Kind, OpenOptions, Operation, Part,
     Parts, Storage, Token,
 };
+use wait::{notifications_arrive, signals_arrive};
 
 /// Far longer than anything here takes: a wait that uses it up has lost a wake-up.
 const LONG: Duration = Duration::from_secs(30);
@@ -385,20 +388,20 @@ fn more_operations_than_depth_are_all_done() {
 }
 
 #[test]
-fn large_writes_to_memory_may_be_done_beside() {
+fn large_writes_to_memory_may_be_offloaded() {
     let mut bench = Bench::new(in_memory(), true, &[]);
-    let beside = |file, at: u64, length: usize| {
+    let offloaded = |file, at: u64, length: usize| {
         let parts = Parts::from_vec(vec![owned(&vec![at as u8 + 1; length])]);
-        Operation { beside: true, ..Operation::new(file, Kind::Write, at << 16, parts) }
+        Operation { offload: true, ..Operation::new(file, Kind::Write, at << 16, parts) }
     };
     let mut done = Vec::new();
-    bench.queue.push(Token(0), beside(bench.file, 0, 4096));
+    bench.queue.push(Token(0), offloaded(bench.file, 0, 4096));
     bench.queue.reap(&mut done);
     assert_eq!(done.len(), 1, "a small one is done at once");
     // More than are given away at a time: the rest is done here.
     let count = 100;
     for at in 0..count {
-        bench.queue.push(Token(at), beside(bench.file, at, 1 << 16));
+        bench.queue.push(Token(at), offloaded(bench.file, at, 1 << 16));
     }
     done.clear();
     bench.queue.reap(&mut done);
@@ -445,125 +448,6 @@ fn every_flavour_of_ring_works() {
         }
     }
 }
-
-/// Signals from another thread, each of which must end a wait before the next is sent.
-fn signals_arrive(queue: &mut HostQueue, flags: i32, poll_first: bool, rounds: u64) {
-    let event = EventFd::new(flags | EFD_CLOEXEC).expect("an eventfd");
-    let seen = AtomicU64::new(0);
-    let sent = AtomicU64::new(0);
-    queue.watch(event.try_clone().expect("a second descriptor"));
-    if poll_first && let HostQueue::Uring(ring) = queue {
-        ring.poll_watches_first();
-    }
-    let started = Instant::now();
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            for round in 1..=rounds {
-                sent.store(round, Ordering::SeqCst);
-                event.write(1).expect("it can be signalled");
-                while seen.load(Ordering::SeqCst) < round && started.elapsed() < LONG {
-                    std::thread::yield_now();
-                }
-            }
-        });
-        while seen.load(Ordering::SeqCst) < rounds {
-            queue.wait(Some(LONG));
-            assert!(started.elapsed() < LONG, "a signal did not end a wait");
-            seen.store(sent.load(Ordering::SeqCst), Ordering::SeqCst);
-        }
-    });
-}
-
-/// The same with the notifier.
-fn notifications_arrive(queue: &mut HostQueue, rounds: u64) {
-    let notifier = queue.notifier();
-    let (seen, sent) = (AtomicU64::new(0), AtomicU64::new(0));
-    let started = Instant::now();
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            for round in 1..=rounds {
-                sent.store(round, Ordering::SeqCst);
-                notifier.notify();
-                while seen.load(Ordering::SeqCst) < round && started.elapsed() < LONG {
-                    std::hint::spin_loop();
-                }
-            }
-        });
-        while seen.load(Ordering::SeqCst) < rounds {
-            queue.wait(Some(LONG));
-            assert!(started.elapsed() < LONG, "a notification did not end a wait");
-            seen.store(sent.load(Ordering::SeqCst), Ordering::SeqCst);
-        }
-    });
-}
-
-#[test]
-fn watched_events_and_notifications_end_waits() {
-    for mut queue in queues() {
-        for poll_first in [false, true] {
-            for flags in [0, EFD_NONBLOCK] {
-                signals_arrive(&mut queue, flags, poll_first, 2000);
-            }
-        }
-        notifications_arrive(&mut queue, 20_000);
-        assert!(queue.in_flight() == 0);
-    }
-}
-
-#[test]
-fn a_signal_taken_while_reaping_ends_the_next_wait() {
-    for mut queue in queues() {
-        let event = EventFd::new(EFD_NONBLOCK).expect("an eventfd");
-        queue.watch(event.try_clone().expect("a second descriptor"));
-        for _ in 0..10 {
-            queue.submit();
-            event.write(1).expect("it can be signalled");
-            queue.reap(&mut Vec::new());
-            let started = Instant::now();
-            queue.wait(Some(LONG));
-            assert!(started.elapsed() < LONG / 2);
-        }
-        queue.notifier().notify();
-        let started = Instant::now();
-        queue.wait(Some(LONG));
-        assert!(started.elapsed() < LONG / 2);
-    }
-}
-
-#[test]
-fn an_idle_wait_sleeps_until_its_timeout() {
-    for mut queue in queues() {
-        let event = EventFd::new(EFD_NONBLOCK).expect("an eventfd");
-        queue.watch(event);
-        // The first waits may end early, as the eventfd is found to be a non-blocking one.
-        let started = Instant::now();
-        let mut waits = 0;
-        while started.elapsed() < Duration::from_millis(100) {
-            queue.wait(Some(Duration::from_millis(20)));
-            waits += 1;
-        }
-        assert!(waits <= 10, "{waits} waits in 100 ms");
-        queue.wait(Some(Duration::ZERO));
-    }
-}
-
-#[test]
-fn what_is_no_eventfd_is_watched_no_more() {
-    for mut queue in queues() {
-        let null =
-            rustix::fs::open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).expect("it opens");
-        // SAFETY: the descriptor is ours, and its ownership goes to the EventFd.
-        queue.watch(unsafe { EventFd::from_raw_fd(std::os::fd::IntoRawFd::into_raw_fd(null)) });
-        let started = Instant::now();
-        let mut waits = 0;
-        while started.elapsed() < Duration::from_millis(100) {
-            queue.wait(Some(Duration::from_millis(50)));
-            waits += 1;
-        }
-        assert!(waits <= 5, "{waits} waits in 100 ms");
-    }
-}
-
 #[test]
 fn dropping_waits_for_io_in_flight() {
     for aio in KINDS {
@@ -610,146 +494,5 @@ fn a_queue_uses_files_opened_later_and_outlives_the_storage() {
         let parts = Parts::from_vec(vec![owned(&[0; 512])]);
         bench.queue.push(Token(0), Operation::new(file, Kind::Read, 0, parts));
         assert_eq!(all_bytes(&bench.finish(1)[0].parts), [byte; 512]);
-    }
-}
-
-#[test]
-fn what_is_no_image_is_refused_by_name() {
-    let folder = in_memory();
-    let refused = |path: &Path| HostStorage::new().open(path, &options(false, true)).expect_err("no image");
-    let kind = |path: &Path| match refused(path) {
-        StorageError::NotAnImage { kind, .. } => kind,
-        other => panic!("{other}"),
-    };
-    assert_eq!(kind(folder.path()), FileKind::Directory);
-    assert_eq!(kind(Path::new("/dev/null")), FileKind::CharacterDevice);
-    let fifo = folder.path().join("fifo");
-    rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, Mode::RUSR, 0).expect("a fifo");
-    assert_eq!(kind(&fifo), FileKind::Fifo);
-    let socket = folder.path().join("socket");
-    let _listener = UnixListener::bind(&socket).expect("a socket");
-    assert_eq!(kind(&socket), FileKind::Socket);
-    let missing = refused(&folder.path().join("missing")).to_string();
-    assert!(missing.contains("missing: opening failed: No such file"), "{missing}");
-    let writable = HostStorage::new().open(folder.path(), &options(true, true)).expect_err("no image");
-    assert!(matches!(writable, StorageError::NotAnImage { kind: FileKind::Directory, .. }), "{writable}");
-}
-
-#[test]
-fn closing_ends_the_lock_though_the_description_lives_on() {
-    everywhere(&pattern(4096, 14), |bench| {
-        // As in a child between fork and exec.
-        let shared = bench.storage.file(bench.file).file.try_clone().expect("a second descriptor");
-        assert_eq!(bench.bare(Kind::Sync, 0), Ok(()));
-        let path = bench.folder.path().join("image");
-        let other = HostStorage::new();
-        bench.storage = HostStorage::new();
-        // The queue may still do I/O on the file.
-        assert!(matches!(other.open(&path, &options(true, true)), Err(StorageError::Locked { .. })));
-        bench.queue = bench.storage.queue(8).expect("a queue");
-        other.open(&path, &options(true, true)).expect("it is free");
-        drop(shared);
-    });
-}
-
-#[test]
-fn a_file_is_written_under_one_id_only() {
-    let folder = in_memory();
-    let (path, link) = (folder.path().join("image"), folder.path().join("link"));
-    std::fs::write(&path, [0; 512]).expect("a file");
-    std::fs::hard_link(&path, &link).expect("a link");
-    let patient = OpenOptions { lock_timeout: LONG, ..options(true, false) };
-    let storage = HostStorage::new();
-    storage.open(&path, &patient).expect("it opens");
-    // At once, not after the lock's timeout.
-    let started = Instant::now();
-    let again = storage.open(&link, &OpenOptions { writable: false, ..patient.clone() });
-    assert!(matches!(again, Err(StorageError::AlreadyOpen { file: FileId(0), .. })));
-    assert!(started.elapsed() < LONG / 2);
-
-    let readers = HostStorage::new();
-    drop(storage);
-    let (_, first) = readers.open(&path, &options(false, false)).expect("it opens");
-    let (_, second) = readers.open(&link, &options(false, false)).expect("a second reader");
-    assert_eq!(first.identity, second.identity);
-    assert!(matches!(readers.open(&path, &patient), Err(StorageError::AlreadyOpen { .. })));
-}
-
-#[test]
-fn direct_means_direct() {
-    let Some(folder) = on_disk() else { return };
-    for direct in [false, true] {
-        let bench = Bench::new(tempfile::tempdir_in(folder.path()).expect("a folder"), direct, &[0; 4096]);
-        let open = bench.storage.file(bench.file);
-        let flags = rustix::fs::fcntl_getfl(&open.file).expect("the flags");
-        assert!(!flags.contains(OFlags::NONBLOCK));
-        assert_eq!(flags.contains(OFlags::DIRECT), bench.info.offset_alignment > 1);
-        assert!(direct || bench.info.offset_alignment == 1);
-        assert!(!open.memory_backed && !bench.info.block_device);
-        let mut text = String::new();
-        let number = std::os::fd::AsRawFd::as_raw_fd(&open.file);
-        let mut about = std::fs::File::open(format!("/proc/self/fdinfo/{number}")).expect("it is there");
-        about.read_to_string(&mut text).expect("it can be read");
-        let octal = text.lines().find_map(|line| line.strip_prefix("flags:")).expect("a line").trim();
-        let flags = u32::from_str_radix(octal, 8).expect("octal");
-        assert_ne!(flags & libc::O_CLOEXEC as u32, 0);
-    }
-}
-
-/// A loop device over a file, detached when dropped.
-struct LoopDevice(String);
-
-impl LoopDevice {
-    fn attach(path: &Path) -> Option<Self> {
-        let output = Command::new("losetup").args(["-f", "--show"]).arg(path).output().ok()?;
-        let name = String::from_utf8(output.stdout).ok()?.trim().to_owned();
-        output.status.success().then_some(LoopDevice(name))
-    }
-}
-
-impl Drop for LoopDevice {
-    fn drop(&mut self) {
-        let _ = Command::new("losetup").args(["-d", &self.0]).status();
-    }
-}
-
-#[test]
-fn a_block_device_is_served() {
-    let Some(folder) = on_disk() else { return };
-    let backing = folder.path().join("backing");
-    std::fs::write(&backing, pattern(1 << 20, 13)).expect("a file");
-    let Some(device) = LoopDevice::attach(&backing) else {
-        skip("no loop device can be made here");
-        return;
-    };
-    for direct in [true, false] {
-        let storage = HostStorage::new();
-        let (file, info) = storage.open(Path::new(&device.0), &options(true, direct)).expect("it opens");
-        assert_eq!((info.block_device, info.length, info.identity.0), (true, 1 << 20, 0));
-        assert_eq!(info.offset_alignment, if direct { 512 } else { 1 });
-        assert_eq!(storage.length(file).expect("the host says"), 1 << 20);
-        assert_eq!(storage.allocated(file).expect("the host says"), 1 << 20);
-        let queue = storage.queue(8).expect("a queue");
-        let mut bench = Bench {
-            folder: tempfile::tempdir_in(folder.path()).expect("a folder"),
-            storage,
-            queue,
-            file,
-            info,
-        };
-        assert_eq!(bench.run(Kind::Write, 4096, Parts::from_vec(vec![owned(&[5; 8192])])).result, Ok(()));
-        assert_eq!(bench.bare(Kind::Zero { length: 4096 }, 8192), Ok(()));
-        let read = bench.run(Kind::Read, 4096, Parts::from_vec(vec![owned(&[1; 8192])]));
-        assert!(all_bytes(&read.parts) == [[5; 4096], [0; 4096]].concat());
-        // The file below can punch, so the device can.
-        assert_eq!(bench.bare(Kind::Punch { length: 4096 }, 4096), Ok(()));
-        assert_eq!(bench.bare(Kind::Sync, 0), Ok(()));
-        let end = bench.run(Kind::Read, (1 << 20) - 4096, Parts::from_vec(vec![owned(&[1; 8192])]));
-        let expected = [&pattern(1 << 20, 13)[(1 << 20) - 4096..], &[0; 4096]].concat();
-        assert!(end.result == Ok(()) && all_bytes(&end.parts) == expected);
-        assert_eq!(bench.bare(Kind::Allocate { length: 4096 }, 0), Ok(()));
-        assert_eq!(bench.bare(Kind::Allocate { length: 4096 }, 1 << 20), Err(Errno::ENOSPC));
-        let beyond = bench.run(Kind::Write, 1 << 20, Parts::from_vec(vec![owned(&[1; 512])]));
-        assert_eq!(beyond.result, Err(Errno::ENOSPC));
     }
 }

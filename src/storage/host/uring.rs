@@ -33,9 +33,9 @@ const DEPTH_MAX: u32 = 4096;
 
 /// The most operations in the ring with which it is given more on files in memory: enough that its threads need not wait for
 /// the next.
-const BESIDE_MAX: usize = 64;
+const OFFLOADED_MAX: usize = 64;
 /// The least bytes of one: below that the way to another thread takes longer than doing it.
-const BESIDE_LEAST: u64 = 32 << 10;
+const OFFLOADED_BYTES_MIN: u64 = 32 << 10;
 
 /// Ring entries beside those of operations: reads of watched eventfds and their cancellation.
 const CONTROL_ENTRIES: u32 = 32;
@@ -207,9 +207,10 @@ impl IoQueue for UringQueue {
             self.state.ready.push(Completion { token, result, parts: operation.parts });
             return;
         }
-        let beside =
-            operation.beside && self.state.slots.len() < BESIDE_MAX && operation.parts_len() >= BESIDE_LEAST;
-        if (file.memory_backed && !beside) || (operation.kind == Kind::SetLength && !self.abilities.truncate)
+        let offload = operation.offload
+            && self.state.slots.len() < OFFLOADED_MAX
+            && operation.parts_len() >= OFFLOADED_BYTES_MIN;
+        if (file.memory_backed && !offload) || (operation.kind == Kind::SetLength && !self.abilities.truncate)
         {
             self.scratch.begin(token, operation, file);
             let result = inline::run(&mut self.scratch, file);

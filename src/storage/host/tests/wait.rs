@@ -1,0 +1,121 @@
+//! Tests of waits: watched eventfds, notifications and timeouts, by each kind of queue.
+
+use super::*;
+
+/// Signals from another thread, each of which must end a wait before the next is sent.
+pub(super) fn signals_arrive(queue: &mut HostQueue, flags: i32, poll_first: bool, rounds: u64) {
+    let event = EventFd::new(flags | EFD_CLOEXEC).expect("an eventfd");
+    let seen = AtomicU64::new(0);
+    let sent = AtomicU64::new(0);
+    queue.watch(event.try_clone().expect("a second descriptor"));
+    if poll_first && let HostQueue::Uring(ring) = queue {
+        ring.poll_watches_first();
+    }
+    let started = Instant::now();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for round in 1..=rounds {
+                sent.store(round, Ordering::SeqCst);
+                event.write(1).expect("it can be signalled");
+                while seen.load(Ordering::SeqCst) < round && started.elapsed() < LONG {
+                    std::thread::yield_now();
+                }
+            }
+        });
+        while seen.load(Ordering::SeqCst) < rounds {
+            queue.wait(Some(LONG));
+            assert!(started.elapsed() < LONG, "a signal did not end a wait");
+            seen.store(sent.load(Ordering::SeqCst), Ordering::SeqCst);
+        }
+    });
+}
+
+/// The same with the notifier.
+pub(super) fn notifications_arrive(queue: &mut HostQueue, rounds: u64) {
+    let notifier = queue.notifier();
+    let (seen, sent) = (AtomicU64::new(0), AtomicU64::new(0));
+    let started = Instant::now();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for round in 1..=rounds {
+                sent.store(round, Ordering::SeqCst);
+                notifier.notify();
+                while seen.load(Ordering::SeqCst) < round && started.elapsed() < LONG {
+                    std::hint::spin_loop();
+                }
+            }
+        });
+        while seen.load(Ordering::SeqCst) < rounds {
+            queue.wait(Some(LONG));
+            assert!(started.elapsed() < LONG, "a notification did not end a wait");
+            seen.store(sent.load(Ordering::SeqCst), Ordering::SeqCst);
+        }
+    });
+}
+
+#[test]
+fn watched_events_and_notifications_end_waits() {
+    for mut queue in queues() {
+        for poll_first in [false, true] {
+            for flags in [0, EFD_NONBLOCK] {
+                signals_arrive(&mut queue, flags, poll_first, 2000);
+            }
+        }
+        notifications_arrive(&mut queue, 20_000);
+        assert!(queue.in_flight() == 0);
+    }
+}
+
+#[test]
+fn a_signal_taken_while_reaping_ends_the_next_wait() {
+    for mut queue in queues() {
+        let event = EventFd::new(EFD_NONBLOCK).expect("an eventfd");
+        queue.watch(event.try_clone().expect("a second descriptor"));
+        for _ in 0..10 {
+            queue.submit();
+            event.write(1).expect("it can be signalled");
+            queue.reap(&mut Vec::new());
+            let started = Instant::now();
+            queue.wait(Some(LONG));
+            assert!(started.elapsed() < LONG / 2);
+        }
+        queue.notifier().notify();
+        let started = Instant::now();
+        queue.wait(Some(LONG));
+        assert!(started.elapsed() < LONG / 2);
+    }
+}
+
+#[test]
+fn an_idle_wait_sleeps_until_its_timeout() {
+    for mut queue in queues() {
+        let event = EventFd::new(EFD_NONBLOCK).expect("an eventfd");
+        queue.watch(event);
+        // The first waits may end early, as the eventfd is found to be a non-blocking one.
+        let started = Instant::now();
+        let mut waits = 0;
+        while started.elapsed() < Duration::from_millis(100) {
+            queue.wait(Some(Duration::from_millis(20)));
+            waits += 1;
+        }
+        assert!(waits <= 10, "{waits} waits in 100 ms");
+        queue.wait(Some(Duration::ZERO));
+    }
+}
+
+#[test]
+fn what_is_no_eventfd_is_watched_no_more() {
+    for mut queue in queues() {
+        let null =
+            rustix::fs::open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).expect("it opens");
+        // SAFETY: the descriptor is ours, and its ownership goes to the EventFd.
+        queue.watch(unsafe { EventFd::from_raw_fd(std::os::fd::IntoRawFd::into_raw_fd(null)) });
+        let started = Instant::now();
+        let mut waits = 0;
+        while started.elapsed() < Duration::from_millis(100) {
+            queue.wait(Some(Duration::from_millis(50)));
+            waits += 1;
+        }
+        assert!(waits <= 5, "{waits} waits in 100 ms");
+    }
+}
