@@ -5,8 +5,8 @@ use std::cell::RefCell;
 use std::fmt;
 use std::ptr::NonNull;
 
-/// The alignment of an [`AlignedBuf`] in bytes unless more is asked for. No host that we open for direct I/O asks for
-/// more.
+/// The alignment of an [`AlignedBuf`] in bytes, unless a larger one is requested. No file that we open for direct I/O
+/// needs more.
 pub const BUFFER_ALIGNMENT: usize = 4096;
 
 /// The smallest and the largest buffer that a [`BufferPool`] keeps, in bytes.
@@ -18,7 +18,7 @@ const CLASSES: usize = (CLASS_BYTES_MAX / CLASS_BYTES_MIN).trailing_zeros() as u
 pub struct AlignedBuf {
     pointer: NonNull<u8>,
     len: usize,
-    /// What was allocated; its size is a multiple of its alignment and at least one alignment.
+    /// The allocation. Its size is a multiple of its alignment, and not 0.
     layout: Layout,
 }
 
@@ -37,8 +37,8 @@ impl AlignedBuf {
     /// [`BUFFER_ALIGNMENT`] counts as that.
     ///
     /// # Panics
-    /// When `alignment` is not a power of two or `len` is beyond the address space: both are errors of the program,
-    /// as a length that comes from outside must have been bounded long before.
+    /// When `alignment` is not a power of two or `len` exceeds the address space. Both are programmer errors: untrusted
+    /// lengths are bounded long before.
     pub fn with_alignment(len: usize, alignment: usize) -> Self {
         let alignment = alignment.max(BUFFER_ALIGNMENT);
         let layout = Layout::from_size_align(len.max(1), alignment)
@@ -70,8 +70,8 @@ impl AlignedBuf {
 
     /// The bytes.
     pub fn as_slice(&self) -> &[u8] {
-        // SAFETY: `len` is at most the allocation's size, every byte was initialised by alloc_zeroed, and writing
-        // needs `&mut self`. The kernel writes only while the buffer is inside an operation, where nobody has a borrow.
+        // SAFETY: `len` is at most the allocation's size, every byte was initialised by alloc_zeroed, and writing needs
+        // `&mut self`. The kernel writes only while an operation owns the buffer, and then no borrow exists.
         unsafe { std::slice::from_raw_parts(self.pointer.as_ptr(), self.len) }
     }
 
@@ -81,12 +81,12 @@ impl AlignedBuf {
         unsafe { std::slice::from_raw_parts_mut(self.pointer.as_ptr(), self.len) }
     }
 
-    /// Forgets all bytes from `len` on; nothing if there are fewer.
+    /// Shortens the buffer to `len` bytes; no effect if it is shorter.
     pub fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len);
     }
 
-    /// Sets the length to `len`, up or down. Bytes that come back into view hold whatever they held before.
+    /// Sets the length to `len`, up or down. Bytes that become visible again keep their old values.
     ///
     /// # Panics
     /// When `len` is above [`AlignedBuf::capacity`].
@@ -95,7 +95,7 @@ impl AlignedBuf {
         self.len = len;
     }
 
-    /// The address, for the kernel: reading and writing through it is for operations that own the buffer.
+    /// The address, for the kernel: only an operation that owns the buffer may read or write through it.
     pub(crate) fn as_ptr(&self) -> *mut u8 {
         self.pointer.as_ptr()
     }
@@ -114,8 +114,8 @@ impl fmt::Debug for AlignedBuf {
     }
 }
 
-/// One thread's stock of buffers, so that the steady state allocates nothing. Free buffers lie in lists by size, powers
-/// of two from 4 KiB to 4 MiB; together they never hold more than a bound. Larger buffers are not kept.
+/// One thread's free buffers, so that the steady state allocates nothing. They are listed by size, powers of two from 4
+/// KiB to 4 MiB, and bounded in total. Larger buffers are freed at once.
 pub struct BufferPool {
     free: RefCell<Free>,
     bytes_max: usize,
@@ -133,8 +133,8 @@ impl BufferPool {
         BufferPool { free: RefCell::new(free), bytes_max }
     }
 
-    /// A buffer of `len` bytes which hold anything (initialised, but perhaps by an earlier request: never show them to
-    /// a guest unwritten).
+    /// A buffer of `len` bytes with old contents: initialised, but perhaps by an earlier request. Never show them to a
+    /// guest unwritten.
     pub fn take(&self, len: usize) -> AlignedBuf {
         let Some(class) = class_of(len) else { return AlignedBuf::new(len) };
         let kept = self.free.borrow_mut().pop(class);
@@ -161,7 +161,7 @@ impl BufferPool {
         }
     }
 
-    /// Takes a buffer back: kept if it is of a kept size and there is room, else freed.
+    /// Takes a buffer back. It is freed if its size has no list or the bound is reached.
     pub fn give(&self, buffer: AlignedBuf) {
         let capacity = buffer.capacity();
         let Some(class) = class_of(capacity) else { return };

@@ -1,6 +1,6 @@
-//! What can go wrong before I/O runs: opening, locking, asking a file for its size, setting a queue up.
+//! Errors before I/O runs: opening and locking a file, reading its size, setting up a queue.
 //!
-//! It never holds the failure of an operation: that is an [`Errno`](crate::Errno) in its completion.
+//! The failure of an operation is not here: that is an [`Errno`](crate::Errno) in its completion.
 
 use std::io;
 use std::path::PathBuf;
@@ -10,18 +10,18 @@ use thiserror::Error;
 
 use crate::FileId;
 
-/// A failure of the host, with the path it is about.
+/// A failure of the host, with its path.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum StorageError {
     /// A system call on a file failed.
     #[error("{}: {step} failed: {source}", shown(path))]
     File {
-        /// What was being done.
+        /// The step that failed.
         step: Step,
         /// The file, as it was given to `open`.
         path: PathBuf,
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
     /// The path names something that cannot be an image.
@@ -29,10 +29,10 @@ pub enum StorageError {
     NotAnImage {
         /// The file, as it was given to `open`.
         path: PathBuf,
-        /// What it is.
+        /// Its type.
         kind: FileKind,
     },
-    /// The file lies where none may be taken from.
+    /// The file lies outside of the allowed folders.
     #[error("{}: lies at {}, outside of the folders of --chain-root", shown(path), shown(place))]
     Outside {
         /// The file, as it was given to `open`.
@@ -54,7 +54,7 @@ pub enum StorageError {
         /// The process, if it could be found.
         holder: Option<Holder>,
     },
-    /// This storage has the same file open already, and one of the two is for writing.
+    /// The same file is already open in this storage, and one of the two is for writing.
     #[error(
         "{}: is already open as {}; a file that is written can be part of a chain only once",
         shown(path),
@@ -81,22 +81,22 @@ pub enum StorageError {
          io_uring_setup, io_uring_enter and io_uring_register through"
     )]
     UringRefused {
-        /// What io_uring_setup said: ENOSYS, EPERM or EACCES.
+        /// The error of io_uring_setup: ENOSYS, EPERM or EACCES.
         source: io::Error,
     },
     /// A queue could not be set up for another reason.
     #[error("{step} failed: {source}")]
     Queue {
-        /// What was being done.
+        /// The step that failed.
         step: Step,
-        /// What the host said. ENOMEM on an old kernel means the locked-memory limit.
+        /// The host's error. ENOMEM on an old kernel means the locked-memory limit.
         source: io::Error,
     },
 }
 
 impl StorageError {
-    /// There can be no io_uring here: the host refuses it, or the process may not lock the memory for one (before Linux
-    /// 5.12).
+    /// True if io_uring is unavailable: the host refuses it, or the process may not lock the memory for it (before
+    /// Linux 5.12).
     pub(crate) fn names_io_uring(&self) -> bool {
         match self {
             StorageError::UringRefused { .. } => true,
@@ -108,7 +108,7 @@ impl StorageError {
     }
 }
 
-/// What was being done when a system call failed.
+/// The step in which a system call failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Step {
@@ -134,7 +134,7 @@ pub enum Step {
     MakeEventFd,
 }
 
-/// What a path names, where it is no image.
+/// The type of a file that cannot be an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FileKind {
     /// A directory.
@@ -149,7 +149,7 @@ pub enum FileKind {
     Unknown,
 }
 
-/// A permission on an image's bytes, as QEMU's block layer names them.
+/// A permission on an image's bytes, named as in QEMU's block layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Permission {
     /// To read data that is not changing.
@@ -177,7 +177,7 @@ impl std::fmt::Display for Holder {
     }
 }
 
-/// How another holder is in the way.
+/// How another holder's lock conflicts with ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LockConflict {
     /// It uses a permission that we do not share.

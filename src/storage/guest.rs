@@ -7,19 +7,19 @@ use vm_memory::VolatileSlice;
 
 use crate::AlignedBuf;
 
-/// A span of guest memory. Whoever makes one from a guest mapping promises that the mapping outlives every operation
-/// in which the slice is used, which is why the `'static` is no lie: see docs/concurrency.md, "Guest memory".
+/// A span of guest memory. The code that creates one from a guest mapping guarantees that the mapping outlives every
+/// operation that uses the slice, which justifies the `'static`: see docs/concurrency.md, "Guest memory".
 pub type GuestSlice = VolatileSlice<'static, ()>;
 
-/// A list of guest slices, short enough most of the time to need no heap.
+/// A list of guest slices, usually short enough to need no heap.
 pub type GuestSlices = SmallVec<[GuestSlice; 4]>;
 
-/// Bytes that the slices add up to.
+/// The total length of the slices in bytes.
 pub fn guest_len(slices: &[GuestSlice]) -> usize {
     slices.iter().map(|slice| slice.len()).sum()
 }
 
-/// The slices that make up `len` bytes from `offset` bytes on.
+/// The slices that cover `len` bytes from `offset` on.
 ///
 /// # Panics
 /// When the slices hold fewer than `offset + len` bytes.
@@ -29,7 +29,7 @@ pub fn subrange(slices: &[GuestSlice], offset: usize, len: usize) -> GuestSlices
     out
 }
 
-/// As [`subrange`], in place of what is in `out`, so that its memory is used again.
+/// As [`subrange`], but replaces the contents of `out` and so reuses its memory.
 ///
 /// # Panics
 /// As [`subrange`].
@@ -52,7 +52,7 @@ pub fn subrange_into(out: &mut GuestSlices, slices: &[GuestSlice], offset: usize
     assert!(left == 0 && skip <= guest_len(slices), "{len} bytes at {offset} are beyond the guest slices");
 }
 
-/// Copies all of the slices' bytes into the buffer, from `offset` bytes on. The guest may be changing them meanwhile.
+/// Copies all bytes of the slices into the buffer at `offset`. The guest may change them meanwhile.
 ///
 /// # Panics
 /// When the buffer is too short.
@@ -66,10 +66,10 @@ pub fn copy_from_guest(slices: &[GuestSlice], buffer: &mut AlignedBuf, offset: u
     }
 }
 
-/// Fills all of the slices with bytes, from `offset` on.
+/// Fills all slices with the bytes from `offset` on.
 ///
 /// # Panics
-/// When there are too few.
+/// When there are too few bytes.
 pub fn copy_to_guest(bytes: &[u8], offset: usize, slices: &[GuestSlice]) {
     let mut source = bytes.get(offset..).expect("the offset is inside the buffer");
     for slice in slices {

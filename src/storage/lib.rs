@@ -1,4 +1,4 @@
-//! Host I/O: image files, their locks, and one submission queue a thread.
+//! Host I/O: image files, their locks, and one submission queue per thread.
 //!
 //! This crate owns every system call on an image file and every buffer while the kernel may touch it. It knows
 //! nothing of qcow2, of plans or of requests. [`Storage`] is the set of open files, shared by all threads;
@@ -45,7 +45,7 @@ pub struct OpenOptions {
     pub lock_timeout: Duration,
 }
 
-/// What an open file is.
+/// The properties of an open file.
 #[derive(Clone, Debug)]
 pub struct FileInfo {
     /// The path as it was given to [`Storage::open`].
@@ -76,20 +76,20 @@ pub trait Storage: Send + Sync + 'static {
     /// Opens and locks a file. Nothing is read from it before the lock is held.
     ///
     /// # Errors
-    /// Says which path and which step (open, lock, stat) failed and why.
+    /// Names the path, the step that failed (open, lock, stat) and the reason.
     fn open(&self, path: &Path, options: &OpenOptions) -> Result<(FileId, FileInfo), StorageError>;
 
-    /// Opens a file read-only, whoever else uses it, and takes no lock: what is read may be changing, and may never
-    /// have been in the file at one time. For looking at an image in use, and nothing else.
+    /// Opens a file read-only without a lock, even while another process writes it. The data may change between reads,
+    /// so together they may never have been in the file at one time. Only for inspecting an image in use.
     ///
     /// # Errors
     /// As for [`Storage::open`], but for the lock.
     fn open_shared(&self, path: &Path, direct: bool) -> Result<(FileId, FileInfo), StorageError>;
 
-    /// Makes a queue for the calling thread that can hold `depth` operations in flight; more are queued in order.
+    /// Creates a queue for the calling thread with at most `depth` operations in flight; further ones wait in order.
     ///
     /// # Errors
-    /// When the host refuses io_uring, by a named error that says so.
+    /// When the host refuses io_uring, with an error of its own.
     fn queue(&self, depth: u32) -> Result<Self::Queue, StorageError>;
 
     /// The file's present length in bytes, asked of the host.
@@ -105,21 +105,21 @@ pub trait Storage: Send + Sync + 'static {
     fn allocated(&self, file: FileId) -> Result<u64, StorageError>;
 }
 
-/// One thread's queue of operations. It stays on the thread that made it. Dropping it waits for everything in flight,
-/// as the kernel may still be using the buffers.
+/// One thread's queue of operations. It stays on the thread that created it. Dropping it waits for everything in
+/// flight, because the kernel may still use the buffers.
 pub trait IoQueue {
-    /// Adds an operation, which owns its buffers until it is handed back in its [`Completion`]. It may run at once
-    /// (what is in memory), be sent with the next [`IoQueue::submit`], or wait for room.
+    /// Adds an operation. It owns its buffers until its [`Completion`] returns them. It may run at once (files in
+    /// memory), start with the next [`IoQueue::submit`], or wait for room.
     ///
-    /// A read always fills its parts: bytes past the end of the file read as zero. A write is whole or an error.
-    /// Short transfers are continued here. Offsets, lengths and addresses must obey the file's alignment; the host
-    /// answers EINVAL where they do not.
+    /// A read always fills its parts: bytes past the end of the file read as zero. A write is whole or an error. Short
+    /// transfers are continued here. Offsets, lengths and addresses must be aligned as the file requires, else the
+    /// result is EINVAL.
     fn push(&mut self, token: Token, operation: Operation);
 
-    /// Sends what was pushed to the host, in one system call where that is possible.
+    /// Sends the pushed operations to the host, in one system call where possible.
     fn submit(&mut self);
 
-    /// Moves what has completed into `done`. Never blocks, and never makes a system call if nothing is in flight.
+    /// Moves the completions into `done`. Never blocks, and makes no system call if nothing is in flight.
     fn reap(&mut self, done: &mut Vec<Completion>);
 
     /// Submits, then sleeps until there is something to reap, a watched eventfd was signalled, the [`Notifier`] was
@@ -130,7 +130,7 @@ pub trait IoQueue {
     /// the same ring as file I/O, and keeps it open until the queue is dropped.
     fn watch(&mut self, event: EventFd);
 
-    /// A handle with which any thread ends this queue's [`IoQueue::wait`].
+    /// A handle by which any thread can end this queue's [`IoQueue::wait`].
     fn notifier(&self) -> Arc<dyn Notifier>;
 
     /// Operations pushed and not yet reaped.

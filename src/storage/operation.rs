@@ -1,4 +1,4 @@
-//! What can be asked of a file: operations, the memory they move, and their completions.
+//! Operations on a file, the memory they move, and their completions.
 
 use smallvec::SmallVec;
 
@@ -12,29 +12,29 @@ pub struct Token(pub u64);
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Errno(pub i32);
 
-/// A part of the memory that an operation moves.
+/// A contiguous piece of the memory that an operation moves.
 #[derive(Debug)]
 pub enum Part {
     /// Guest memory, used in place.
     Guest(GuestSlice),
-    /// A buffer of ours, owned by the operation until it completes.
+    /// A buffer of the daemon, owned by the operation until it completes.
     Owned(AlignedBuf),
 }
 
 /// The memory of an operation, in file order.
 pub type Parts = SmallVec<[Part; 1]>;
 
-/// What an operation does.
+/// The kind of an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// Fill the parts from the file; past its end with zeros.
     Read,
     /// Write the parts to the file.
     Write,
-    /// fdatasync: whatever completed before this was pushed is durable afterwards, the file's length included.
+    /// fdatasync: operations that completed before this was pushed are durable afterwards, with the file's length.
     Sync,
-    /// Give the host's space of `length` bytes back; they read as zero afterwards. Fails with EOPNOTSUPP where the
-    /// file system cannot.
+    /// Free the host space of `length` bytes; they read as zero afterwards. Fails with EOPNOTSUPP where the file system
+    /// cannot do it.
     Punch {
         /// Bytes, from the operation's offset.
         length: u64,
@@ -58,14 +58,14 @@ pub enum Kind {
 pub struct Operation {
     /// The file.
     pub file: FileId,
-    /// What to do.
+    /// The kind of operation.
     pub kind: Kind,
     /// Byte offset in the file.
     pub offset: u64,
     /// The memory that a read fills or a write takes; empty for the other kinds.
     pub parts: Parts,
-    /// A hint: the thread has other work meanwhile, and this takes long enough that another processor may well do it,
-    /// where it would otherwise be done on this one.
+    /// A hint to use the kernel's worker threads for a file in memory: the calling thread has other work, and the
+    /// operation is long enough to be worth another processor. Otherwise it runs on the calling thread.
     pub offload: bool,
 }
 
@@ -74,7 +74,7 @@ pub struct Operation {
 pub struct Completion {
     /// The token it was pushed with.
     pub token: Token,
-    /// Whether it was done whole.
+    /// Success means that the whole operation was done.
     pub result: Result<(), Errno>,
     /// The memory it was pushed with.
     pub parts: Parts,
@@ -106,7 +106,7 @@ impl Operation {
         Operation { file, kind, offset, parts, offload: false }
     }
 
-    /// Bytes the parts add up to.
+    /// The total length of the parts in bytes.
     pub fn parts_len(&self) -> u64 {
         self.parts.iter().map(|part| part.len() as u64).sum()
     }
@@ -123,7 +123,7 @@ impl Errno {
     pub const EINVAL: Errno = Errno(libc::EINVAL);
     /// EDQUOT.
     pub const EDQUOT: Errno = Errno(libc::EDQUOT);
-    /// EFBIG: past what the file system, or the process's limit, lets a file have.
+    /// EFBIG: past the file size limit of the file system or the process.
     pub const EFBIG: Errno = Errno(libc::EFBIG);
 }
 

@@ -1,9 +1,9 @@
-//! Returns pages of the daemon's own heap to the system while their owner keeps the addresses. Knows no file and no guest.
+//! Returns pages of the daemon's own heap to the system; their owner keeps the addresses. Knows no file and no guest.
 
 use std::sync::atomic::AtomicU64;
 
-/// Takes memory of the heap away from words that nobody needs: they read as zero afterwards, or as they do now where they
-/// and their neighbours among these do not fill a page of the system's. The memory comes back when they are written.
+/// Returns the memory of unused words to the system. Words whose whole page is given here read as zero afterwards; the
+/// others keep their values. The memory comes back when a word is written.
 pub fn give_back<'a>(pieces: impl Iterator<Item = &'a [AtomicU64]>) {
     let mut spans: Vec<(usize, &[AtomicU64])> =
         pieces.map(|words| (words.as_ptr() as usize, words)).collect();
@@ -15,14 +15,14 @@ pub fn give_back<'a>(pieces: impl Iterator<Item = &'a [AtomicU64]>) {
     }
 }
 
-/// Has the system drop its whole pages within a range of words, which lies in one piece at this address.
+/// Drops the whole system pages inside a contiguous range of words at this address.
 fn drop_pages(start: *mut u8, address: usize, length: usize) {
     let page = rustix::param::page_size();
     let begin = address.next_multiple_of(page);
     let end = (address + length) / page * page;
     if begin < end {
-        // SAFETY: the pages lie within words that the caller has shared references to, and of which any value is valid at any
-        // time. If the call fails they are as they were.
+        // SAFETY: the pages lie within words to which the caller has shared references, and any value of a word is
+        // valid at any time. If the call fails the words are unchanged.
         unsafe {
             libc::madvise(start.wrapping_add(begin - address).cast(), end - begin, libc::MADV_DONTNEED)
         };
@@ -36,9 +36,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn words_given_back_read_as_zero_and_hold_what_is_stored_then() {
+    fn words_given_back_read_as_zero_and_can_be_stored_again() {
         let words: Vec<AtomicU64> = (1..=5 * 512).map(AtomicU64::new).collect();
-        // In pieces, of which none has a page to itself, in no order.
+        // In unordered pieces, none of which fills a page.
         let pieces = [2, 0, 5, 4, 1, 3].map(|n| &words[100 + n * 256..100 + (n + 1) * 256]);
         give_back(pieces.into_iter());
         let values = || words.iter().map(|word| word.load(Ordering::Relaxed));

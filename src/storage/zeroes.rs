@@ -1,20 +1,20 @@
-//! Which parts of guest memory hold nothing but zeros.
+//! Finds the parts of guest memory that are all zeros.
 //!
-//! The guest may write there at any moment: what is found was so at some instant, and each byte is read at most once.
-//! It copies a little at a time and looks at the copy, so that the compiler can use wide registers.
+//! The guest may write there at any moment: a result was true at some instant, and each byte is read at most once.
+//! Small chunks are copied and the copy is examined, so that the compiler can use wide registers.
 
 use std::ops::ControlFlow;
 
 use crate::GuestSlice;
 
-/// What is copied and looked at first: nearly all data shows here that it is no zeros.
+/// Bytes of the first chunk: nearly all nonzero data is recognised here.
 const FIRST_BYTES: usize = 64;
-/// What is copied and looked at in one go after that.
+/// Bytes of each further chunk.
 const CHUNK_BYTES: usize = 1024;
 
-/// Goes through the bytes of slices piece by piece: one of `first` bytes, then pieces of `piece` bytes; the last may be
-/// shorter. Tells of each its length and whether it is all zeros, as long as it is to go on. The bytes after the first that
-/// is not zero are not looked at, up to the end of the piece.
+/// Divides the bytes of the slices into pieces: one of `first` bytes, then pieces of `piece` bytes; the last may be
+/// shorter. Calls `each` with the length of a piece and whether it is all zeros, until it breaks. Within a piece, bytes
+/// after the first nonzero chunk are not read.
 ///
 /// # Panics
 /// If `piece` is 0.
@@ -41,12 +41,12 @@ pub fn zero_pieces(
         }
     }
     if length > 0 {
-        // It is the last: there is nothing to stop.
+        // The last piece: there is nothing to stop.
         let _ = each(length, zero);
     }
 }
 
-/// True if a part of a slice holds nothing but zeros.
+/// True if a part of a slice is all zeros.
 fn is_zero(slice: &GuestSlice, start: usize, count: usize) -> bool {
     let mut copy = [0; CHUNK_BYTES];
     let (mut at, end) = (start, start + count);
@@ -97,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn every_byte_counts_in_the_piece_that_it_is_in() {
+    fn a_nonzero_byte_marks_its_own_piece_alone() {
         let lengths = [3, 0, 61, 2000, 1, 1031];
         let bounds = [0, 100, 1124, 2148, 3096];
         for at in 0..3096 {
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn it_stops_when_told() {
+    fn no_piece_is_examined_after_a_break() {
         let mut count = 0;
         zero_pieces(&guest(&[4096], &[]), 0, 512, |_, _| {
             count += 1;

@@ -1,6 +1,6 @@
 //! The bytes of one simulated file: sparse, and cheap to copy, as copies share their pages until one is written.
 //!
-//! A page that is there is one for which the file system has allocated space, be it all zeros. It knows no operation.
+//! A present page is one with allocated space, even if it is all zeros. It knows no operation.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -16,7 +16,7 @@ static ZERO_PAGE: LazyLock<Arc<Page>> =
 
 struct Page {
     bytes: [u8; PAGE_BYTES as usize],
-    /// Of the bytes; made when first asked for, forgotten when they change.
+    /// Computed on first use, cleared when the bytes change.
     hash: OnceLock<u64>,
 }
 
@@ -79,8 +79,8 @@ impl Contents {
         })
     }
 
-    /// Writes bytes. The length stays: whoever writes past the end must set it, or the bytes are lost with the next
-    /// [`Contents::set_length`].
+    /// Writes bytes. The length stays: after a write past the end the caller must set it, or the next
+    /// [`Contents::set_length`] loses the bytes.
     pub(crate) fn write(&mut self, offset: u64, bytes: &[u8]) {
         let mut rest = bytes;
         for (index, within) in pages_of(offset..offset.saturating_add(bytes.len() as u64)) {
@@ -90,7 +90,7 @@ impl Contents {
         }
     }
 
-    /// Zeroes a range of the pages that are there; whole pages among them go if `give_back`. Others stay sparse.
+    /// Zeroes a range within present pages, and frees whole pages if `give_back`. Absent pages stay sparse.
     pub(crate) fn zero(&mut self, range: Range<u64>, give_back: bool) {
         if range.is_empty() {
             return;
@@ -110,7 +110,7 @@ impl Contents {
         }
     }
 
-    /// Allocates the pages of a range that are not there, without changing what they read as.
+    /// Allocates the absent pages of a range, which still read as zero.
     pub(crate) fn allocate(&mut self, range: Range<u64>) {
         let missing: Vec<u64> = self.missing_pages(range).collect();
         if !missing.is_empty() {
@@ -124,7 +124,7 @@ impl Contents {
         pages_of(range).map(|(index, _)| index).filter(|index| !self.pages.contains_key(index))
     }
 
-    /// Sets the length; whatever lies past it is gone for good.
+    /// Sets the length; bytes past it are gone for good.
     pub(crate) fn set_length(&mut self, length: u64) {
         self.zero(length..u64::MAX, true);
         // The loop above keeps the page in which the end lies; one that begins at the end is whole, and gone.
@@ -245,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn what_lies_past_the_end_is_gone() {
+    fn bytes_past_the_end_are_gone() {
         let mut contents = Contents::from_bytes(&[1; 10_000]);
         contents.set_length(5000);
         contents.grow(10_000);
@@ -278,7 +278,7 @@ mod tests {
         let mut swapped = bytes.clone();
         swapped[..8192].rotate_left(4096);
         assert_ne!(Contents::from_bytes(&swapped).hash(), contents.hash());
-        // Fixed for good: seeds and hashes are written into notes.
+        // Fixed for good: seeds and hashes are recorded elsewhere.
         assert_eq!(Contents::from_bytes(b"strata").hash(), 17_477_442_291_989_488_095);
         assert_eq!(contents.hash(), 3_576_262_640_479_901_741);
     }

@@ -1,6 +1,7 @@
-//! Which crashes to try at an instant: every part of what is open where that is little, a seeded sample otherwise.
+//! Chooses the crashes to try at an instant: every subset of the open operations if there are few, otherwise a seeded
+//! sample.
 //!
-//! What a plan leaves of the files is in `replay`.
+//! `replay` builds the files that a plan leaves.
 
 use std::fmt::Write;
 
@@ -12,9 +13,9 @@ use crate::{Moment, Random, Replay};
 pub struct CrashLimits {
     /// With at most this many open operations and changes of length, every subset of them is tried.
     pub exhaustive: usize,
-    /// Of more: so many random subsets, besides none, all, each alone, all but one, and the first so many.
+    /// With more: the number of random subsets, in addition to none, all, each alone, all but one, and every prefix.
     pub samples: usize,
-    /// So many random subsets in which some operations are torn at 512 bytes or at 4 KiB, in any case.
+    /// The number of random subsets in which some operations are torn at 512 bytes or at 4 KiB, in either case.
     pub tears: usize,
 }
 
@@ -24,24 +25,24 @@ impl Default for CrashLimits {
     }
 }
 
-/// Which of an instant's crashes.
+/// Which crashes of an instant to try.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CrashScope {
     /// All.
     All,
-    /// Only those that were not possible before the last [`Replay::advance_to_change`]: they keep some of what was
-    /// pushed since. All if what is durable has changed since, and at the first change of a run.
+    /// Only those that were impossible before the last [`Replay::advance_to_change`]: they keep an operation pushed
+    /// since. All crashes if the durable state has changed since, and at the first change of a run.
     New,
 }
 
 impl Replay<'_> {
-    /// The crash that keeps all that is open.
+    /// The crash that keeps every open operation.
     pub fn everything(&self) -> CrashPlan {
         let kept = self.open_operations().into_iter().map(|operation| (operation, Kept::Whole)).collect();
         CrashPlan { kept, lengths: self.open_steps().len() }
     }
 
-    /// Open operations and changes of length: a crash keeps any part of them.
+    /// The number of open operations and changes of length: a crash keeps any part of them.
     pub fn open_count(&self) -> usize {
         self.open_operations().len() + self.open_steps().len()
     }
@@ -63,7 +64,7 @@ impl Replay<'_> {
         plans
     }
 
-    /// A plan in words: each open operation, and what the crash keeps of it.
+    /// Describes a plan: each open operation, and how much of it the crash keeps.
     pub fn describe(&self, plan: &CrashPlan) -> String {
         let mut text = format!("crash at moment {}", self.moment().0);
         let mut line = |operation: usize, what: &str| {
@@ -90,14 +91,14 @@ impl Replay<'_> {
     }
 }
 
-/// Makes plans from what is open.
+/// Makes plans from the open operations.
 struct Planner {
     operations: Vec<usize>,
     steps: usize,
 }
 
 impl Planner {
-    /// The plan that keeps the operations, given by their place, that `keep` says yes to.
+    /// The plan that keeps the operations whose index `keep` accepts.
     fn plan(&self, lengths: usize, mut keep: impl FnMut(usize) -> bool) -> CrashPlan {
         let kept = (self.operations.iter().enumerate())
             .filter(|(place, _)| keep(*place))

@@ -1,4 +1,4 @@
-//! Tests of what a crash may leave: what an fdatasync promises, every subset of the rest, tears, lengths, overlaps.
+//! Tests of the states after a crash: the promise of an fdatasync, every subset of the rest, tears, lengths, overlaps.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -35,7 +35,7 @@ impl Rig {
         self.queue.push(Token(0), Operation::bare(self.file, kind, offset));
     }
 
-    /// Until all is complete; true if all succeeded.
+    /// Waits for all operations; true if all succeeded.
     fn finish(&mut self) -> bool {
         let mut done = Vec::new();
         while self.queue.in_flight() > 0 {
@@ -63,13 +63,13 @@ impl Rig {
         plans.iter().map(|plan| bytes(&replay.image(plan))).collect()
     }
 
-    /// What crashes now may leave, without tears.
+    /// The states after a crash now, without tears.
     fn whole(&self) -> BTreeSet<Vec<u8>> {
         let limits = CrashLimits { tears: 0, ..CrashLimits::default() };
         self.images(self.world.moment(), &limits).into_iter().collect()
     }
 
-    /// What crashes now may leave, with many tears.
+    /// The states after a crash now, with many tears.
     fn torn(&self) -> BTreeSet<Vec<u8>> {
         let limits = CrashLimits { tears: 2000, ..CrashLimits::default() };
         self.images(self.world.moment(), &limits).into_iter().collect()
@@ -90,7 +90,7 @@ fn sector_sets(images: &BTreeSet<Vec<u8>>) -> BTreeSet<Vec<u8>> {
 }
 
 #[test]
-fn what_is_not_synced_may_be_kept_or_lost_each_for_itself() {
+fn each_write_that_is_not_synced_may_be_kept_or_lost() {
     for seed in 0..20 {
         let mut rig = Rig::new(seed, &[0; 2048]);
         for sector in 0..4 {
@@ -105,7 +105,7 @@ fn what_is_not_synced_may_be_kept_or_lost_each_for_itself() {
 }
 
 #[test]
-fn an_fdatasync_covers_what_completed_before_it_was_pushed_and_no_more() {
+fn an_fdatasync_covers_only_operations_completed_before_its_push() {
     let mut lost = 0;
     for seed in 0..100 {
         let mut rig = Rig::new(seed, &[0; 1024]);
@@ -145,7 +145,7 @@ fn an_fdatasync_of_one_file_covers_no_other() {
 }
 
 #[test]
-fn of_overlapping_writes_any_may_be_the_last_that_was_kept() {
+fn any_of_overlapping_writes_may_be_the_last_one_kept() {
     let mut rig = Rig::new(1, &[0; 1024]);
     rig.write(0, 1024, 1);
     rig.write(0, 512, 2);
@@ -157,10 +157,10 @@ fn of_overlapping_writes_any_may_be_the_last_that_was_kept() {
 }
 
 #[test]
-fn what_is_durable_is_not_undone_by_what_took_effect_before_it() {
+fn an_earlier_effect_never_undoes_a_durable_one() {
     let (mut first_wins, mut second_wins) = (0, 0);
     for seed in 0..300 {
-        // The two are in flight together, but the first, whatever becomes of it, does not end before the fdatasync.
+        // Both are in flight together, but the first does not end before the fdatasync.
         let mut rig = Rig::new(seed, &[0; 512]);
         rig.world.inject(Fault::nth(0, Outcome::Hang));
         rig.push_write(0, 512, 1);
@@ -264,7 +264,7 @@ fn bytes_that_are_durable_keep_the_length_that_covers_them() {
 }
 
 #[test]
-fn what_a_failed_operation_did_is_open_until_it_is_synced() {
+fn the_effect_of_a_failed_operation_is_open_until_synced() {
     let mut seen = BTreeSet::new();
     for seed in 0..100 {
         let mut rig = Rig::new(seed, &[0; 1024]);
@@ -302,7 +302,7 @@ fn a_failed_fdatasync_leaves_each_operation_durable_lost_or_open() {
 }
 
 #[test]
-fn what_hangs_may_reach_the_disk_at_any_time() {
+fn a_hanging_operation_may_reach_the_disk_at_any_time() {
     let mut rig = Rig::new(1, &[0; 512]);
     rig.world.inject(Fault::nth(0, Outcome::Hang));
     rig.push_write(0, 512, 1);
@@ -376,7 +376,7 @@ fn the_new_crashes_of_all_instants_are_all_the_crashes() {
 }
 
 #[test]
-fn a_plan_can_be_told_in_words() {
+fn a_plan_can_be_described() {
     let mut rig = Rig::new(1, &[0; 512]);
     rig.write(512, 1024, 1);
     rig.push(Kind::Punch { length: 512 }, 0);
@@ -397,7 +397,7 @@ fn a_plan_can_be_told_in_words() {
     assert_eq!(replay.image(&replay.everything()).hash(), rig.world.image().hash());
 }
 
-/// What a simple model says that each sector may hold, from what was pushed, what completed and what was synced.
+/// The values that a simple model allows for each sector, from the pushed, completed and synced writes.
 #[derive(Clone, Default)]
 struct Allowed {
     durable: u8,
@@ -448,7 +448,7 @@ fn random_runs_leave_only_what_a_simple_model_allows_and_all_of_it() {
 }
 
 #[test]
-fn a_crashed_world_goes_on_from_its_image() {
+fn a_crashed_world_continues_from_its_image() {
     let mut rig = Rig::new(1, &[0; 1024]);
     rig.write(0, 512, 1);
     assert!(rig.run(Kind::Sync, 0));
@@ -467,7 +467,7 @@ fn a_crashed_world_goes_on_from_its_image() {
     queue.push(Token(0), Operation::bare(file, Kind::SetLength, 512));
     drop(queue);
     assert_eq!(sectors(&bytes(&crashed.image())), [1]);
-    // The world that crashed, its record and its other images are as they were.
+    // The crashed world, its record and its other images are unchanged.
     assert_eq!(sectors(&bytes(&rig.world.image())), [1, 2]);
     assert_eq!(sectors(&bytes(&replay.image(&replay.everything()))), [1, 2]);
     assert_eq!(sectors(&bytes(history.start())), [0, 0]);

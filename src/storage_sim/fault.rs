@@ -1,6 +1,6 @@
-//! Faults to inject: which operation they hit, counted as it is pushed, and what becomes of it.
+//! Faults to inject: which operation they hit, counted at its push, and its outcome.
 //!
-//! What a fault then does to bytes is in `world`; here is only the choosing.
+//! Only the choice is here; `world` applies the outcome to the bytes.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use storage::{Errno, Kind};
 
-/// The kinds of operations, without what they carry.
+/// The kinds of operations, without their parameters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Verb {
     /// [`Kind::Read`].
@@ -32,7 +32,7 @@ impl Verb {
     pub const ALL: [Verb; 7] =
         [Verb::Read, Verb::Write, Verb::Sync, Verb::Punch, Verb::Zero, Verb::Allocate, Verb::SetLength];
 
-    /// What an operation does.
+    /// The verb of an operation's kind.
     pub fn of(kind: Kind) -> Self {
         match kind {
             Kind::Read => Verb::Read,
@@ -46,23 +46,22 @@ impl Verb {
     }
 }
 
-/// What becomes of an operation that a fault hits.
+/// The outcome of an operation that a fault hits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// It fails. A write, punch or the like has had no effect. What a failed fdatasync would have made durable is, for
-    /// each operation, durable, lost for good though reads still see it, or open as before: nobody can know.
+    /// It fails. A write, punch or the like has no effect. After a failed fdatasync, each operation that it covers is
+    /// durable, lost for good though reads still see it, or open as before: the outcome is unknown.
     Fail(Errno),
-    /// It fails after a random part of its effect has happened, be it none or all of it. As [`Outcome::Fail`] for an
-    /// fdatasync.
+    /// It fails after a random part of its effect, perhaps none or all. An fdatasync fails as with [`Outcome::Fail`].
     Short(Errno),
     /// It never completes, unless [`SimWorld::release_hung`](crate::SimWorld::release_hung) is called. Its effect may
     /// happen or not.
     Hang,
-    /// It begins that much later: all that others do meanwhile comes before its effect.
+    /// It starts later by this time: operations that complete meanwhile take effect before it.
     Delay(Duration),
 }
 
-/// A fault: hits one operation, or all from one on, among those that match.
+/// A fault. It hits one matching operation, or all matching ones from there on.
 #[derive(Clone, Debug)]
 pub struct Fault {
     /// Only operations of this kind count; all if none.
@@ -73,9 +72,9 @@ pub struct Fault {
     pub range: Option<Range<u64>>,
     /// How many matching operations are spared first.
     pub nth: u64,
-    /// Every matching operation from there on is hit, not only one.
+    /// Every matching operation from there on is hit.
     pub lasting: bool,
-    /// What happens.
+    /// The outcome.
     pub outcome: Outcome,
 }
 
@@ -128,7 +127,7 @@ pub(crate) struct Faults {
 }
 
 struct Armed {
-    /// None once it is withdrawn.
+    /// `None` once it is withdrawn.
     fault: Option<Fault>,
     seen: u64,
     hits: u64,
@@ -154,7 +153,7 @@ impl Faults {
         self.counts[verb as usize]
     }
 
-    /// Counts an operation; what is to become of it, by the first fault that hits it.
+    /// Counts an operation. Returns the outcome of the first fault that hits it.
     pub(crate) fn judge(&mut self, verb: Verb, path: &Path, touched: &Range<u64>) -> Option<Outcome> {
         self.counts[verb as usize] += 1;
         let mut verdict = None;

@@ -1,6 +1,6 @@
 //! The record of a run: every operation that changes a file or makes it durable, and every event in the life of each.
 //!
-//! It is only a record; what may survive a crash is worked out in `replay`.
+//! It is only a record; `replay` decides what may survive a crash.
 
 use std::fmt;
 use std::ops::Range;
@@ -8,11 +8,11 @@ use std::sync::Arc;
 
 use crate::{Image, Ranges, Verb};
 
-/// An instant of a run: so many events have been recorded before it. A crash may happen at any.
+/// An instant of a run: the number of events recorded before it. A crash may happen at any.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Moment(pub usize);
 
-/// A run: where it started, what was asked of the files, and what happened.
+/// A run: its start, the operations on the files, and the events.
 #[derive(Clone, Debug, Default)]
 pub struct History {
     pub(crate) start: Image,
@@ -28,11 +28,11 @@ pub(crate) struct Recorded {
     pub(crate) file: usize,
     pub(crate) offset: u64,
     pub(crate) length: u64,
-    /// What a write writes.
+    /// The bytes of a write.
     pub(crate) bytes: Option<Arc<[u8]>>,
 }
 
-/// Something that happened to an operation, which is named by its index.
+/// An event of an operation, which is identified by its index.
 #[derive(Clone, Debug)]
 pub(crate) enum Event {
     /// It was pushed: from here on its effect may be on the disk.
@@ -48,9 +48,9 @@ pub(crate) enum Event {
 pub(crate) enum Ending {
     /// Whole.
     Done,
-    /// With an error; what has not taken effect never will.
+    /// With an error; bytes that have not taken effect never will.
     Failed,
-    /// A failed fdatasync: what became of each operation that it covers is drawn from this seed.
+    /// A failed fdatasync: the outcome of each operation that it covers is drawn from this seed.
     SyncFailed(u64),
 }
 
@@ -69,7 +69,7 @@ impl History {
         Moment(self.events.len())
     }
 
-    /// What all files held when the run started, all of it durable.
+    /// All files at the start of the run, all durable.
     pub fn start(&self) -> &Image {
         &self.start
     }
@@ -88,7 +88,7 @@ impl Recorded {
         self.offset..self.offset + self.length
     }
 
-    /// The change of length that it makes if it is done whole on a file that is short enough.
+    /// The change of length of the whole operation on a file that is short enough.
     pub(crate) fn step(&self) -> Option<LengthStep> {
         match self.verb {
             Verb::Write | Verb::Zero | Verb::Allocate => Some(LengthStep::Grow(self.range().end)),

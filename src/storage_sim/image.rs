@@ -1,4 +1,4 @@
-//! What all the files of a world hold at one instant: the start of another world, a real file, or a hash.
+//! The contents of all files of a world at one instant. Can start another world, become a real file, or be hashed.
 //!
 //! Copies share their pages. It has no locks, no queues and no time.
 
@@ -25,7 +25,7 @@ pub(crate) struct ImageFile {
 }
 
 impl Image {
-    /// What a file holds; none if there is no such file.
+    /// The contents of a file, if there is one of this name.
     pub fn file(&self, path: &Path) -> Option<&Contents> {
         self.files.iter().find(|file| &*file.path == path).map(|file| &file.contents)
     }
@@ -35,7 +35,7 @@ impl Image {
         self.files.iter().map(|file| &*file.path)
     }
 
-    /// The same image with these bytes in a file of it, which grows where they go past its end.
+    /// The same image with these bytes written to one file, which grows if they go past its end.
     ///
     /// # Panics
     /// If there is no such file.
@@ -49,8 +49,8 @@ impl Image {
         image
     }
 
-    /// A hash of all paths, lengths and bytes, the same in every run: two images with the same hash are the same state,
-    /// but for a chance in 2^64.
+    /// A hash of all paths, lengths and bytes, the same in every run. Two images with the same hash are equal, except
+    /// with probability 2^-64.
     pub fn hash(&self) -> u64 {
         self.files.iter().fold(0, |hash, file| {
             let path = file.path.as_os_str().as_encoded_bytes();
@@ -59,11 +59,11 @@ impl Image {
         })
     }
 
-    /// Writes a file of the image to a real one, which is made or emptied first, for other programs to look at. Pages
-    /// of zeros stay holes.
+    /// Writes a file of the image to a real file for other programs, created or truncated first. Pages of zeros stay
+    /// holes.
     ///
     /// # Errors
-    /// When there is no such file in the image, or what the host said.
+    /// When the image has no such file, or the host fails.
     pub fn export(&self, path: &Path, real: &Path) -> io::Result<()> {
         let contents = self.file(path).ok_or(io::ErrorKind::NotFound)?;
         let file = File::create(real)?;

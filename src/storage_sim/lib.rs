@@ -1,9 +1,10 @@
-//! A simulated host for tests: files in memory, a clock and a scheduler that follow from a seed, faults, and crashes.
+//! A simulated host for tests: files in memory, a clock and scheduler determined by a seed, faults, and crashes.
 //!
-//! [`SimWorld`] is the host. The code under test gets [`SimWorld::storage`] in place of real files, and one thread turns
-//! all of its queues. The world records what was done to the files; [`Replay`] walks through that [`History`] and makes
-//! the [`Image`] that a crash at any instant may leave, each the start of another world. What a disk may do is said in
-//! `replay`, what completes when in `world`. Never a real file, a real clock, or randomness but from the seed.
+//! [`SimWorld`] is the host. The code under test uses [`SimWorld::storage`] instead of real files, and one thread runs
+//! all of its queues. The world records the operations on the files. [`Replay`] walks through that [`History`] and
+//! builds the [`Image`]s that a crash at any instant may leave, each the start of another world. `replay` holds the
+//! rules of the disk, `world` the order of completions. No real file, no real clock, and no randomness except from the
+//! seed.
 #![forbid(unsafe_code)]
 
 mod contents;
@@ -40,11 +41,11 @@ use std::time::{Duration, Instant};
 use storage::Errno;
 use world::World;
 
-/// Room for files in a new world: more than any test fills, and little enough that no claim of a file's size costs the
+/// The space of a new world: more than any test fills, and too little for a huge claimed file size to exhaust the
 /// test's own memory.
 const SPACE_BYTES: u64 = 4 << 30;
 
-/// What kind of host it is.
+/// The properties of the host.
 #[derive(Clone, Debug)]
 pub struct SimOptions {
     /// Offsets and lengths must be multiples of this, in bytes: a power of two.
@@ -57,10 +58,10 @@ pub struct SimOptions {
     pub zero: bool,
     /// The file system can allocate space ahead.
     pub allocate: bool,
-    /// Latencies are random, so that completions come in any order and effects at any time before; else everything
+    /// Latencies are random: completions come in any order, and effects at any time before. Otherwise everything
     /// happens in the order of the pushes.
     pub shuffle: bool,
-    /// Keep a [`History`]. Costs a little time and all that is written in memory.
+    /// Record a [`History`]. Costs a little time, and memory for all written bytes.
     pub record: bool,
 }
 
@@ -80,7 +81,7 @@ impl Default for SimOptions {
 }
 
 impl SimOptions {
-    /// For looking at what a crash left: in order, and without a record.
+    /// For examining the state after a crash: in order, and without a record.
     pub fn calm() -> Self {
         SimOptions { shuffle: false, record: false, ..Self::default() }
     }
@@ -93,12 +94,12 @@ pub struct SimWorld {
 }
 
 impl SimWorld {
-    /// A host without files. Everything that is random follows from the seed and from the calls made.
+    /// A host without files. All randomness follows from the seed and the calls made.
     pub fn new(seed: u64, options: SimOptions) -> Self {
         Self::from_image(Image::default(), seed, options)
     }
 
-    /// A host with the files of an image, all durable: what is found after a crash. There are no locks.
+    /// A host with the files of an image, all durable, as after a crash. There are no locks.
     pub fn from_image(image: Image, seed: u64, options: SimOptions) -> Self {
         SimWorld { state: Arc::new(Mutex::new(World::new(image, seed, options))) }
     }
@@ -115,7 +116,7 @@ impl SimWorld {
         self.lock().add_file(path.as_ref(), bytes);
     }
 
-    /// What a new process has: no file open. Its locks are its own.
+    /// The storage of a new process: no file is open, and its locks are separate.
     pub fn storage(&self) -> SimStorage {
         SimStorage::new(self.clone())
     }
@@ -130,23 +131,23 @@ impl SimWorld {
         self.lock().now()
     }
 
-    /// Lets time pass, with all that falls due in it.
+    /// Advances the clock, with all events that fall due.
     pub fn pass(&self, time: Duration) {
         self.lock().pass(time);
     }
 
-    /// Lets the next thing happen: an effect or a completion. False if nothing is in flight that can go on.
+    /// Runs the next event, an effect or a completion. False if no operation in flight can proceed.
     pub fn step(&self) -> bool {
         self.lock().step()
     }
 
-    /// True if nothing in flight can go on, and no queue has anything to submit, to reap or to be woken for. Timers are
-    /// not counted: they are known only to those who wait.
+    /// True if no operation in flight can proceed, and no queue has anything to submit, to reap or to wake up for.
+    /// Timers do not count: only their waiters know them.
     pub fn is_idle(&self) -> bool {
         self.lock().is_idle()
     }
 
-    /// The present instant in the history: for noting what had been promised when.
+    /// The present instant in the history, to record what was promised by then.
     pub fn moment(&self) -> Moment {
         self.lock().moment()
     }
@@ -161,7 +162,7 @@ impl SimWorld {
         self.lock().faults.add(fault)
     }
 
-    /// Injects none of the faults any more. What hangs, hangs on.
+    /// Stops injecting faults. Operations that hang remain hanging.
     pub fn withdraw_faults(&self) {
         self.lock().faults.withdraw_all();
     }
@@ -171,18 +172,18 @@ impl SimWorld {
         self.lock().faults.hits(fault)
     }
 
-    /// How many operations of a kind were pushed, but for those that the host refuses at once.
+    /// How many operations of a kind were pushed, without those that the host refuses at once.
     pub fn count(&self, verb: Verb) -> u64 {
         self.lock().faults.count(verb)
     }
 
-    /// Ends what hangs: it completes well, in time.
+    /// Releases hanging operations: they succeed after some time.
     pub fn release_hung(&self) {
         self.lock().release_hung();
     }
 
-    /// Gives the file system room for that many bytes, all files together. Whoever finds none gets `errno` (ENOSPC or
-    /// EDQUOT); a write or allocation may then be done in part.
+    /// Limits the space of the file system, for all files together. An operation without room fails with `errno`
+    /// (ENOSPC or EDQUOT); a write or allocation may then be done in part.
     pub fn set_space(&self, bytes: u64, errno: Errno) {
         let mut world = self.lock();
         (world.space, world.space_errno) = (bytes, errno);

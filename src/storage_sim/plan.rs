@@ -6,7 +6,7 @@ use std::borrow::Cow;
 
 use crate::Ranges;
 
-/// A crash: what it keeps of what is open.
+/// A crash: the open operations that it keeps.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CrashPlan {
     /// The operations of which bytes are kept, in the order of their pushes.
@@ -15,7 +15,7 @@ pub struct CrashPlan {
     pub(crate) lengths: usize,
 }
 
-/// What a crash keeps of one operation.
+/// The part of one operation that a crash keeps.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Kept {
     /// All bytes that are open.
@@ -25,12 +25,12 @@ pub(crate) enum Kept {
 }
 
 impl CrashPlan {
-    /// Nothing is kept but what is durable.
+    /// Keeps only the durable state.
     pub fn nothing() -> Self {
         CrashPlan { kept: Vec::new(), lengths: 0 }
     }
 
-    /// The part of an operation's bytes that is kept.
+    /// The bytes of an operation that are kept.
     pub(crate) fn kept_bytes<'a>(&self, operation: usize, bytes: &'a Ranges) -> Option<Cow<'a, Ranges>> {
         let at = self.kept.binary_search_by_key(&operation, |(operation, _)| *operation).ok()?;
         let kept = match &self.kept[at].1 {

@@ -1,7 +1,7 @@
-//! A simulated storage and its queues, as the code under test sees them: the traits, the locks, the checks of alignment.
+//! The simulated storage and its queues: the traits, the locks and the alignment checks.
 //!
-//! The memory of operations stays here, on the thread that pushed them; the world gets copies of what is written and
-//! gives copies of what was read, which are put into place when the completion is handed over and not before.
+//! The memory of operations stays here, on the thread that pushed them. The world gets copies of written bytes and
+//! returns copies of read bytes, which are stored in that memory only when the completion is reaped.
 
 use std::collections::BTreeMap;
 use std::os::fd::AsRawFd;
@@ -22,7 +22,7 @@ use storage::{
     Storage, StorageError, Token,
 };
 
-/// What the memory of a failed read is filled with.
+/// The byte that fills the memory of a failed read.
 const GARBAGE: u8 = 0xe1;
 
 /// The open files of one simulated process. Its image locks last until it and all of its queues are gone.
@@ -33,7 +33,7 @@ pub struct SimStorage {
 
 struct OpenFiles {
     world: SimWorld,
-    /// Tells this storage's locks from others'.
+    /// Distinguishes this storage's locks from others'.
     number: u64,
     /// By file id. Taken after the world's lock or alone.
     files: RwLock<Vec<OpenFile>>,
@@ -147,7 +147,7 @@ impl Storage for SimStorage {
     }
 }
 
-/// Refuses what QEMU's permissions refuse: a writer among any others.
+/// Refuses a conflict as QEMU's permissions do: a writer together with any other holder.
 fn check_lock(world: &World, file: usize, path: &Path, writable: bool) -> Result<(), StorageError> {
     let holders = &world.files[file].holders;
     let conflict = if holders.iter().any(|holder| holder.writable) {
@@ -160,28 +160,28 @@ fn check_lock(world: &World, file: usize, path: &Path, writable: bool) -> Result
     Err(StorageError::Locked { path: path.into(), conflict, holder: None })
 }
 
-/// A queue of a [`SimStorage`]. Several may be turned by one thread.
+/// A queue of a [`SimStorage`]. One thread may run several.
 ///
-/// [`IoQueue::wait`] lets the world go on by one completion, of any queue, or moves the clock to the next time that a
-/// waiting queue has asked for. It panics, with a list of what hangs, when all queues wait and nothing will ever
-/// happen: with a [`Hung`], and without a word, if that is a fault's doing.
+/// [`IoQueue::wait`] advances the world by one completion of any queue, or moves the clock to the next timeout of a
+/// waiting queue. When all queues wait and nothing will ever happen it panics with a list of the hanging operations. If
+/// a fault made them hang, the panic prints nothing and carries a [`Hung`].
 pub struct SimQueue {
     open: Arc<OpenFiles>,
     /// Index into the world's queues.
     index: usize,
     rung: Arc<AtomicBool>,
-    /// The memory of what is in flight, by the world's number.
+    /// The memory of the operations in flight, by the world's number.
     memory: BTreeMap<u64, (Token, Parts)>,
     watched: Vec<EventFd>,
-    /// Over the watched eventfds, once there is one.
+    /// Polls the watched eventfds, once there is one.
     poll: Option<Epoll>,
 }
 
-/// What a wait panics with that never ends because a fault has made an operation hang: what hangs.
+/// The panic of a wait that never ends because a fault made an operation hang: a list of the hanging operations.
 #[derive(Debug)]
 pub struct Hung(pub String);
 
-/// Sets a flag that the world looks at.
+/// Sets a flag that the world reads.
 struct SimNotifier(Arc<AtomicBool>);
 
 impl Notifier for SimNotifier {
@@ -240,7 +240,7 @@ impl IoQueue for SimQueue {
             let (token, mut parts) = self.memory.remove(&ended.number).expect("kept since the push");
             let mut found = ended.found;
             if ended.result.is_err() {
-                // Nobody may rely on what a failed read leaves.
+                // Callers must not rely on the memory of a failed read.
                 found.fill(GARBAGE);
             }
             scatter(&found, &mut parts);
@@ -262,10 +262,10 @@ impl IoQueue for SimQueue {
             }
             world.rest(self.index, timeout)
         };
-        // Not under the lock, which those who clean up after the panic need.
+        // Not under the lock, which the cleanup after the panic needs.
         match rest {
             Rest::Over => {}
-            // Quietly: whoever made something hang is told, and nobody else.
+            // Without a message: the test that injected the hang catches it.
             Rest::Deadlock { report, meant: true } => std::panic::resume_unwind(Box::new(Hung(report))),
             Rest::Deadlock { report, meant: false } => panic!("{report}"),
         }
@@ -298,7 +298,7 @@ impl Drop for SimQueue {
     }
 }
 
-/// The result of an operation that never reaches the file: the one that the host would give.
+/// The result of an operation that never reaches the file, the same as a real host's.
 fn answer_at_once(
     operation: &Operation,
     length: u64,
@@ -360,7 +360,7 @@ fn gather(parts: &Parts, length: u64) -> Arc<[u8]> {
     bytes.into()
 }
 
-/// Puts what a read found into the parts; nothing if nothing was read.
+/// Copies the bytes read into the parts; no effect if nothing was read.
 fn scatter(found: &[u8], parts: &mut Parts) {
     let mut rest = found;
     for part in parts {
@@ -373,7 +373,8 @@ fn scatter(found: &[u8], parts: &mut Parts) {
     }
 }
 
-/// The world's lock, whoever panicked with it: its state is whole between calls, and those who clean up need it.
+/// Takes the world's lock even if it is poisoned: the state is consistent between calls, and cleanup after a panic
+/// needs it.
 pub(crate) fn lock_world(world: &Mutex<World>) -> std::sync::MutexGuard<'_, World> {
     world.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }

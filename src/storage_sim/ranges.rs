@@ -1,4 +1,4 @@
-//! Sets of bytes of a file: what of an operation took effect, what of it is still open, what of it a crash keeps.
+//! Sets of bytes of a file: the parts of an operation that took effect, are open, or survive a crash.
 //!
 //! Pure arithmetic; it knows no file.
 
@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use crate::Random;
 
-/// Blocks of one tear that are decided one by one; of more, whole runs are.
+/// The most blocks of a tear that are decided one by one; with more, whole runs are.
 const BLOCKS_ONE_BY_ONE_MAX: u64 = 128;
 
 /// A set of byte offsets, as sorted ranges that neither touch each other nor are empty.
@@ -101,7 +101,7 @@ impl Ranges {
         })
     }
 
-    /// The blocks of `grain` bytes, counted from 0 over the set, that `keep` says yes to.
+    /// The blocks of `grain` bytes, counted from 0 over the set, that `keep` accepts.
     fn pick_blocks(&self, grain: u64, mut keep: impl FnMut(u64) -> bool) -> Ranges {
         let (mut picked, mut number) = (Ranges::none(), 0);
         for range in &self.ranges {

@@ -1,14 +1,15 @@
-//! What may survive a crash: walks through a run, and at each instant knows what is durable and what is open.
+//! Decides what may survive a crash: walks through a run, and knows the durable and the open operations at each
+//! instant.
 //!
-//! The model of the disk. An fdatasync that succeeded makes every operation durable that had *completed before it was
-//! pushed*, and promises nothing of any other. All else that was pushed is open: a crash keeps any part of it.
-//! - Of several open effects on one byte any may be the last that reached the disk; a kept one that took effect later
-//!   wins over a kept one that took effect earlier. One that is not durable never wins over a durable one that took
-//!   effect after it. What has not taken effect yet may still do so, over everything.
-//! - A file's length is one number in a journal: a crash keeps the changes of it up to some point, whatever it keeps of
-//!   the bytes. Bytes past the length are lost; a length without its bytes reads as zero there.
+//! The model of the disk. A successful fdatasync makes every operation durable that had *completed before it was
+//! pushed*, and promises nothing about others. Every other pushed operation is open: a crash keeps any part of it.
+//! - Of several open effects on one byte, any may be the last to reach the disk; among kept effects the later one wins.
+//!   An effect that is not durable never wins over a later durable one. A pending effect may still happen, over all
+//!   others.
+//! - A file's length is one number in a journal: a crash keeps its changes up to some point, independently of the
+//!   bytes. Bytes past the length are lost; a length without its bytes reads as zero.
 //!
-//! Which parts to try is chosen in `crash`.
+//! `crash` chooses the subsets to try.
 
 use std::ops::Range;
 
@@ -21,19 +22,19 @@ use crate::{Contents, History, Image, Moment, Random, Ranges};
 pub struct Replay<'h> {
     pub(crate) history: &'h History,
     at: usize,
-    /// What is durable.
+    /// The durable state.
     base: Image,
     /// By operation, as far as they have been pushed.
     lives: Vec<Life>,
-    /// Open effects that have happened, in their order.
+    /// Open effects that have happened, in order.
     effects: Vec<Effect>,
-    /// What has not taken effect of the operations in flight, in the order of their pushes.
+    /// Effects that have not happened, of the operations in flight, in the order of their pushes.
     pending: Vec<Effect>,
-    /// Open changes of length that have happened, in their order.
+    /// Open changes of length that have happened, in order.
     steps: Vec<Step>,
     /// Where the last [`Replay::advance_to_change`] began.
     pub(crate) since: Moment,
-    /// The last change of what is durable.
+    /// The last change of the durable state.
     pub(crate) base_changed: Moment,
 }
 
@@ -61,7 +62,7 @@ pub(crate) struct Step {
 
 const NOT_YET: usize = usize::MAX;
 
-/// What is applied to an image, one after the other.
+/// A change to an image; they are applied in order.
 enum Item<'a> {
     Bytes { operation: usize, order: usize, bytes: std::borrow::Cow<'a, Ranges> },
     Step(Step),
@@ -97,7 +98,7 @@ impl<'h> Replay<'h> {
         Moment(self.at)
     }
 
-    /// Goes on by one event; false at the end.
+    /// Advances by one event; false at the end.
     pub fn advance(&mut self) -> bool {
         let Some(event) = self.history.events.get(self.at) else { return false };
         let now = self.at;
@@ -110,9 +111,9 @@ impl<'h> Replay<'h> {
         true
     }
 
-    /// Goes on to the last instant before the set of images that a crash can leave changes again: an operation is
-    /// pushed, or an fdatasync ends. At that instant most has been promised while the set is still the same. False if
-    /// the walk was at the end.
+    /// Advances to the last instant before the set of possible crash images changes again: an operation is pushed, or
+    /// an fdatasync ends. At that instant the most has been promised for the same set. False if the walk was at the
+    /// end.
     pub fn advance_to_change(&mut self) -> bool {
         self.since = self.moment();
         if !self.advance() {
@@ -124,7 +125,7 @@ impl<'h> Replay<'h> {
         true
     }
 
-    /// Goes on to an instant, or to the end of the run.
+    /// Advances to an instant, or to the end of the run.
     pub fn advance_to(&mut self, moment: Moment) {
         while self.moment() < moment && self.advance() {}
     }
@@ -158,7 +159,7 @@ impl<'h> Replay<'h> {
 
     fn take_completion(&mut self, operation: usize, now: usize, how: Ending) {
         self.lives[operation].completed_at = Some(now);
-        // What of it has not happened now never will.
+        // Effects that have not happened by now never will.
         self.pending.retain(|pending| pending.operation != operation);
         let recorded = &self.history.operations[operation];
         if recorded.verb != Verb::Sync {
@@ -202,7 +203,7 @@ impl<'h> Replay<'h> {
     fn make_durable(&mut self, file: usize, covered: &[usize]) {
         let is_covered = |operation: usize| covered.binary_search(&operation).is_ok();
         let length = self.base.files[file].contents.length();
-        // Bytes past the durable length can be found again only with the length that covers them.
+        // Bytes past the durable length survive only with the length that covers them.
         let reaching =
             self.effects.iter().filter(|effect| is_covered(effect.operation) && effect.bytes.end() > length);
         let reached = reaching.map(|effect| effect.order).max();
@@ -246,8 +247,8 @@ impl<'h> Replay<'h> {
         operations
     }
 
-    /// The open changes of length: those that have happened, then those that may still happen, the shortest first, so
-    /// that what is kept up to some point can be any of them.
+    /// The open changes of length: those that have happened, then the pending ones, shortest first, so that any of them
+    /// can be the last one kept.
     pub(crate) fn open_steps(&self) -> Vec<Step> {
         let mut coming: Vec<Step> = Vec::new();
         for pending in self.pending.iter().filter(|pending| !self.lives[pending.operation].begun) {
@@ -272,7 +273,7 @@ impl<'h> Replay<'h> {
         self.lives[operation].pushed_at >= self.since.0
     }
 
-    /// What a crash at this instant leaves if it keeps what the plan says. Pages are shared with the other images.
+    /// The image that a crash at this instant leaves under the plan. Pages are shared with other images.
     pub fn image(&self, plan: &CrashPlan) -> Image {
         let mut items: Vec<Item> = self.open_steps().into_iter().take(plan.lengths).map(Item::Step).collect();
         for effect in self.effects.iter().chain(&self.pending) {
@@ -285,14 +286,14 @@ impl<'h> Replay<'h> {
         image
     }
 
-    /// What is durable: the least that a crash leaves.
+    /// The durable state: the least that a crash leaves.
     pub fn durable(&self) -> &Image {
         &self.base
     }
 }
 
-/// Applies effects and changes of length to an image, in the order given. What they overwrote: up to which order, and
-/// which bytes.
+/// Applies effects and changes of length to an image in the given order. Returns the overwritten bytes, each with the
+/// order of its overwriter.
 fn apply(history: &History, image: &mut Image, items: &[Item]) -> Vec<(usize, Ranges)> {
     let mut overwritten = Vec::with_capacity(items.len());
     let mut touched = Vec::new();

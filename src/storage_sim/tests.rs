@@ -1,4 +1,4 @@
-//! Tests of the simulated host as the code under test sees it: what reads find and when, queues, time, faults, locks.
+//! Tests of the simulated host's storage: the results and times of reads, queues, the clock, faults, locks.
 
 use std::collections::BTreeSet;
 
@@ -192,7 +192,7 @@ fn without_shuffling_all_is_in_order() {
 }
 
 #[test]
-fn reads_beside_a_write_find_old_or_new_sectors_and_after_it_new_ones() {
+fn reads_during_a_write_return_old_or_new_sectors_and_after_it_new_ones() {
     let (mut old, mut new, mut mixed) = (0, 0, 0);
     for seed in 0..300 {
         let (_world, _storage, file, mut queue) = open(seed, SimOptions::default(), &[1; 4096]);
@@ -240,7 +240,7 @@ fn nothing_starts_before_it_is_submitted_nor_beyond_the_depth() {
 }
 
 #[test]
-fn refusals_are_the_hosts() {
+fn operations_are_refused_as_by_a_real_host() {
     let sim = SimOptions { punch: false, zero: false, allocate: false, ..SimOptions::default() };
     let (world, storage, file, mut queue) = open(1, sim, &[1; 4096]);
     world.add_file("b", &[1; 4096]);
@@ -281,7 +281,7 @@ fn refusals_are_the_hosts() {
 }
 
 #[test]
-fn a_writer_shares_a_file_with_nobody() {
+fn a_writer_excludes_all_other_holders() {
     let (world, storage, _file, queue) = open(1, SimOptions::default(), &[1; 512]);
     let path = Path::new("a");
     let again = storage.open(path, &options(false)).expect_err("open here already");
@@ -306,7 +306,7 @@ fn a_writer_shares_a_file_with_nobody() {
 }
 
 #[test]
-fn time_is_the_worlds_own() {
+fn time_advances_only_by_waits_and_passes() {
     let (world, storage, file, mut first) = open(1, SimOptions::default(), &[]);
     let start = world.now();
     let second = std::time::Duration::from_secs(1);
@@ -349,7 +349,7 @@ fn notifiers_and_watched_eventfds_end_a_wait_once() {
 }
 
 #[test]
-fn a_wait_for_nothing_is_a_deadlock_and_says_what_hangs() {
+fn a_deadlock_lists_the_hanging_operations() {
     let (world, _storage, file, mut queue) = open(1, SimOptions::default(), &[]);
     world.inject(Fault::nth(0, Outcome::Hang));
     queue.push(Token(5), write(file, 512, 512, 1));
@@ -359,7 +359,7 @@ fn a_wait_for_nothing_is_a_deadlock_and_says_what_hangs() {
 }
 
 #[test]
-fn queues_that_all_wait_are_a_deadlock_and_one_with_work_is_none() {
+fn it_is_a_deadlock_only_if_all_queues_wait_without_work() {
     let (_world, storage, file, mut first) = open(1, SimOptions::default(), &[]);
     let mut second = storage.queue(8).expect("a queue");
     second.push(Token(0), write(file, 0, 512, 1));
@@ -371,7 +371,7 @@ fn queues_that_all_wait_are_a_deadlock_and_one_with_work_is_none() {
     first.wait(None);
     let stuck = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| second.wait(None)));
     assert!(stuck.is_err(), "both wait for nothing");
-    // The panic has broken nothing.
+    // The world is usable after the panic.
     assert_eq!(run(&mut first, write(file, 0, 512, 2)), Ok(()));
     let stuck = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         for _ in 0..2000 {
@@ -416,7 +416,7 @@ fn a_failed_read_leaves_garbage() {
 }
 
 #[test]
-fn what_is_delayed_comes_late_and_what_hangs_comes_when_released() {
+fn delayed_operations_complete_late_and_hanging_ones_when_released() {
     let (world, _storage, file, mut queue) = open(1, SimOptions::default(), &[0; 4096]);
     let minute = Duration::from_secs(60);
     world.inject(Fault::nth(0, Outcome::Delay(minute)));
@@ -442,7 +442,7 @@ fn what_is_delayed_comes_late_and_what_hangs_comes_when_released() {
 }
 
 #[test]
-fn what_is_delayed_acts_after_all_that_others_do_meanwhile() {
+fn a_delayed_operation_takes_effect_after_those_that_complete_meanwhile() {
     for seed in 0..50 {
         let (world, _storage, file, mut queue) = open(seed, SimOptions::default(), &[0; 512]);
         world.inject(Fault::nth(0, Outcome::Delay(Duration::from_secs(60))));
@@ -461,7 +461,7 @@ fn what_is_delayed_acts_after_all_that_others_do_meanwhile() {
 }
 
 #[test]
-fn a_queue_that_ends_waits_for_what_is_in_flight_but_not_for_what_hangs() {
+fn dropping_a_queue_waits_for_operations_in_flight_but_not_for_hanging_ones() {
     let (world, storage, file, mut queue) = open(1, SimOptions::default(), &[0; 4096]);
     world.inject(Fault::nth(2, Outcome::Hang));
     for number in 0..8 {
@@ -476,11 +476,11 @@ fn a_queue_that_ends_waits_for_what_is_in_flight_but_not_for_what_hangs() {
 }
 
 #[test]
-fn a_full_file_system_says_so_until_there_is_room() {
+fn a_full_file_system_fails_writes_until_there_is_room() {
     for seed in 0..50 {
         let (world, _storage, file, mut queue) = open(seed, SimOptions::default(), &[1; 8 * 1024]);
         world.set_space(16 * KIB, Errno::EDQUOT);
-        // In place it goes on; beyond, as far as there is room.
+        // Writes in place continue; writes past the end use the room that is left.
         assert_eq!(run(&mut queue, write(file, 0, 8192, 2)), Ok(()));
         assert_eq!(run(&mut queue, write(file, 8192, 16_384, 3)), Err(Errno::EDQUOT));
         assert_eq!(world.allocated(), 16 * KIB);
@@ -505,7 +505,7 @@ fn a_full_file_system_says_so_until_there_is_room() {
         assert_eq!(run(&mut queue, write(file, 0, 4096, 5)), Ok(()));
         assert_eq!(run_read(&mut queue, file, 65_536, 4096), vec![4; 4096]);
     }
-    // A claim of any size costs little.
+    // A huge claimed size costs little.
     let (world, _storage, file, mut queue) = open(1, SimOptions::default(), &[]);
     world.set_space(KIB, Errno::ENOSPC);
     let huge = Operation::bare(file, Kind::Allocate { length: 1 << 60 }, 0);

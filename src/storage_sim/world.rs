@@ -1,7 +1,7 @@
-//! The state of a simulated host: files, operations in flight, the clock, and what happens next.
+//! The state of a simulated host: files, operations in flight, the clock, and the events to come.
 //!
-//! One thing happens at a time, in the order of a timeline that is drawn from the seed as operations start. Nothing
-//! here blocks, and no time passes but by what happens.
+//! One event happens at a time, in the order of a timeline that is drawn from the seed as operations start. Nothing
+//! here blocks, and only events advance the clock.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt::Write;
@@ -17,12 +17,12 @@ use crate::image::ImageFile;
 use crate::{Contents, Image, Moment, Random, Ranges, SimOptions};
 use storage::{Errno, Token};
 
-/// How often a queue may wait for others that do nothing before that counts as a deadlock.
+/// How often a queue may wait while no other acts, before that counts as a deadlock.
 const VAIN_WAITS_MAX: u32 = 1000;
 /// How often a queue may wait, with nothing in flight, before time moves on although another queue has not waited.
 const WAITS_FOR_OTHERS_MAX: u32 = 64;
-/// Latencies are drawn between these powers of two, in nanoseconds: even in the exponent, so that now and then an
-/// operation is overtaken by very many.
+/// Latencies lie between these powers of two, in nanoseconds. They are uniform in the exponent, so that sometimes very
+/// many operations overtake one.
 const LATENCY_BITS_MIN: u64 = 10;
 const LATENCY_BITS_MAX: u64 = 23;
 
@@ -34,11 +34,11 @@ pub(crate) struct World {
     pub(crate) queues: Vec<QueueState>,
     pub(crate) faults: Faults,
     pub(crate) history: History,
-    /// Bytes that the file system has room for, all files together.
+    /// The space of the file system in bytes, for all files together.
     pub(crate) space: u64,
-    /// What an operation gets that finds no room.
+    /// The error of an operation that finds no room.
     pub(crate) space_errno: Errno,
-    /// Storages made so far: their locks are told apart by this.
+    /// The number of storages so far: it identifies their locks.
     pub(crate) storages: u64,
     epoch: Instant,
     clock: Duration,
@@ -51,7 +51,7 @@ pub(crate) struct World {
 pub(crate) struct File {
     pub(crate) path: Arc<Path>,
     pub(crate) contents: Contents,
-    /// Who has it open.
+    /// The storages that have it open.
     pub(crate) holders: Vec<Holder>,
 }
 
@@ -63,7 +63,7 @@ pub(crate) struct Holder {
 
 /// The world's side of a queue.
 pub(crate) struct QueueState {
-    /// Rung by notifiers, without the world's lock.
+    /// Set by notifiers, without the world's lock.
     pub(crate) rung: Arc<AtomicBool>,
     /// Completed, not yet reaped.
     pub(crate) ready: VecDeque<Ended>,
@@ -72,7 +72,7 @@ pub(crate) struct QueueState {
     started: u32,
     depth: u32,
     alive: bool,
-    /// It waits, with nothing to do, perhaps until a time.
+    /// It waits with nothing to do, perhaps until a time.
     parked: Option<Option<Duration>>,
     vain_waits: u32,
 }
@@ -81,11 +81,11 @@ pub(crate) struct QueueState {
 pub(crate) struct Ended {
     pub(crate) number: u64,
     pub(crate) result: Result<(), Errno>,
-    /// What a read found.
+    /// The bytes that a read returns.
     pub(crate) found: Vec<u8>,
 }
 
-/// An operation as a queue hands it over.
+/// An operation as a queue passes it on.
 pub(crate) struct Asked {
     pub(crate) token: Token,
     pub(crate) file: usize,
@@ -102,32 +102,32 @@ struct Flight {
     since: Duration,
     started: bool,
     doom: Option<Outcome>,
-    /// Its effect may happen.
+    /// Whether its effect may happen.
     acts: bool,
     /// The effect has begun: space is allocated, the length is changed.
     begun: bool,
-    /// Bytes that have not taken effect (of a read: not been looked at).
+    /// Bytes that have not taken effect (for a read: not been read).
     left: Ranges,
     result: Result<(), Errno>,
     found: Vec<u8>,
     recorded: Option<usize>,
 }
 
-/// What is due.
+/// An event of the timeline.
 #[derive(Clone, Copy)]
 enum Due {
     /// A part of an operation's bytes takes effect.
     SomeEffect(u64),
-    /// The rest of them do.
+    /// The rest of its bytes takes effect.
     AllEffect(u64),
     Completion(u64),
 }
 
-/// What a waiting queue is to do.
+/// The result of a wait.
 pub(crate) enum Rest {
-    /// Look again.
+    /// The queue must check again for work.
     Over,
-    /// Nothing will ever happen; says what hangs, and whether a fault made it hang.
+    /// Nothing will ever happen: a list of the hanging operations, and whether a fault made them hang.
     Deadlock { report: String, meant: bool },
 }
 
@@ -177,7 +177,8 @@ impl World {
         assert!(self.files.iter().all(|file| &*file.path != path), "{} is there already", path.display());
         let path: Arc<Path> = path.into();
         let contents = Contents::from_bytes(bytes);
-        // It counts as durable from the start on, which changes no instant before: nothing refers to it there.
+        // It counts as durable from the start on. Earlier instants are unaffected, because no operation there refers to
+        // it.
         self.history.start.files.push(ImageFile { path: Arc::clone(&path), contents: contents.clone() });
         self.files.push(File { path, contents, holders: Vec::new() });
     }
@@ -197,7 +198,7 @@ impl World {
         (self.queues.len() - 1, rung)
     }
 
-    /// Takes an operation up; its number. With an `answer` it completes at once, without an effect.
+    /// Accepts an operation and returns its number. With an `answer` it completes at once, without an effect.
     pub(crate) fn push(&mut self, queue: usize, asked: Asked, answer: Option<Result<(), Errno>>) -> u64 {
         self.stir();
         let number = self.next_number();
@@ -247,7 +248,7 @@ impl World {
         Some(index)
     }
 
-    /// Starts what was pushed, as far as the queue is deep.
+    /// Starts pushed operations, up to the depth of the queue.
     pub(crate) fn submit(&mut self, queue: usize) {
         loop {
             let state = &mut self.queues[queue];
@@ -275,7 +276,7 @@ impl World {
             Some(Outcome::Fail(_)) => flight.acts = false,
             Some(Outcome::Hang) => flight.acts = random.chance(1, 2),
             Some(Outcome::Short(_)) => {
-                // Any part, none and all included; what has no bytes happens or not.
+                // Any part, none and all included; an operation without bytes happens or not.
                 flight.left = match random.below(8) {
                     0 => Ranges::none(),
                     1 => std::mem::take(&mut flight.left),
@@ -287,7 +288,7 @@ impl World {
             }
         }
         let (acts, hangs) = (flight.acts, flight.doom == Some(Outcome::Hang));
-        // What is late acts late, too: after all that others do meanwhile.
+        // A delayed operation also takes effect late: after those that complete meanwhile.
         let begin = self.clock + delay;
         let end = begin + Duration::from_nanos(nanoseconds);
         if acts && shuffle && !random.chance(1, 4) {
@@ -313,7 +314,7 @@ impl World {
         self.timeline.insert((at, number), due);
     }
 
-    /// Something has happened or will: whoever waits must look again before that counts as waiting in vain.
+    /// An event has happened or will: waiting queues must check again before a wait counts as vain.
     pub(crate) fn stir(&mut self) {
         for queue in &mut self.queues {
             queue.parked = None;
@@ -321,12 +322,12 @@ impl World {
         }
     }
 
-    /// Lets the next thing happen; false if there is none.
+    /// Runs the next event; false if there is none.
     pub(crate) fn step(&mut self) -> bool {
         self.happen().is_some()
     }
 
-    /// Lets the next thing happen; says whether it was a completion.
+    /// Runs the next event; returns whether it was a completion.
     fn happen(&mut self) -> Option<bool> {
         let ((at, _), due) = self.timeline.pop_first()?;
         self.clock = self.clock.max(at);
@@ -351,7 +352,7 @@ impl World {
         }
     }
 
-    /// Lets a part of an operation's bytes take effect, which reads then see.
+    /// Applies a part of an operation's bytes, which reads then see.
     fn take_effect(&mut self, number: u64, part: Ranges) {
         let used: u64 = self.files.iter().map(|file| file.contents.allocated()).sum();
         let flight = self.flights.get_mut(&number).expect("looked at by the caller");
@@ -361,7 +362,7 @@ impl World {
             flight.begun = true;
             step = begin(flight, contents, self.space.saturating_sub(used), self.space_errno);
         }
-        // What found no room has no effect.
+        // Bytes that found no room have no effect.
         let part = part.intersect(&flight.left);
         flight.left = flight.left.without(&part);
         let asked = &flight.asked;
@@ -412,7 +413,7 @@ impl World {
         }
     }
 
-    /// Ends what hangs, as soon as anything happens.
+    /// Releases hanging operations at the next event.
     pub(crate) fn release_hung(&mut self) {
         let hung = |flight: &&mut Flight| flight.started && flight.doom == Some(Outcome::Hang);
         let mut numbers = Vec::new();
@@ -429,8 +430,8 @@ impl World {
         self.stir();
     }
 
-    /// What a queue's wait does when the queue has nothing to reap: lets the world go on until something completes or
-    /// somebody's time is over.
+    /// The wait of a queue that has nothing to reap: runs events until an operation completes or a queue's timeout
+    /// passes.
     pub(crate) fn rest(&mut self, queue: usize, timeout: Option<Duration>) -> Rest {
         let own = timeout.map(|timeout| self.clock.saturating_add(timeout));
         let others =
@@ -453,7 +454,7 @@ impl World {
         Rest::Over
     }
 
-    /// Nothing is in flight: time moves on only when every queue waits, as it is one thread that turns them all.
+    /// Nothing is in flight: the clock advances only when every queue waits, because one thread runs them all.
     fn park(&mut self, queue: usize, own: Option<Duration>, deadline: Option<Duration>) -> Rest {
         let state = &mut self.queues[queue];
         state.parked = Some(own);
@@ -476,7 +477,7 @@ impl World {
         self.stir();
     }
 
-    /// Lets time pass with nothing happening in it but what is due.
+    /// Advances the clock, with only the events that fall due.
     pub(crate) fn pass(&mut self, time: Duration) {
         let end = self.clock.saturating_add(time);
         while self.timeline.first_key_value().is_some_and(|((at, _), _)| *at <= end) {
@@ -485,12 +486,12 @@ impl World {
         self.move_clock(end);
     }
 
-    /// True if nothing is due, nothing waits to be reaped or submitted, and no notifier was used.
+    /// True if no event is due, nothing waits to be reaped or submitted, and no notifier was used.
     pub(crate) fn is_idle(&self) -> bool {
         self.timeline.is_empty() && !self.queues.iter().any(|queue| queue.alive && queue.has_work())
     }
 
-    /// Ends a queue: what it has in flight happens first, but for what hangs.
+    /// Ends a queue after its operations in flight, except the hanging ones.
     pub(crate) fn retire(&mut self, queue: usize) {
         self.submit(queue);
         self.queues[queue].alive = false;
@@ -535,21 +536,21 @@ impl World {
 }
 
 impl Flight {
-    /// Bytes that take effect together, as reads see it: a file system gives space back by whole pages.
+    /// Bytes that take effect together in the view of reads: a file system frees space by whole pages.
     fn grain(&self) -> u64 {
         if self.asked.verb == Verb::Punch { PAGE_BYTES } else { 512 }
     }
 }
 
 impl QueueState {
-    /// Its thread has something to do.
+    /// True if its thread has work.
     pub(crate) fn has_work(&self) -> bool {
         !self.ready.is_empty() || !self.staged.is_empty() || self.rung.load(Ordering::Acquire)
     }
 }
 
-/// Allocates space and changes the file's length, as far as there is room; what there is no room for is dropped, and
-/// is the operation's error.
+/// Allocates space and changes the file's length, as far as there is room. Bytes without room are dropped, and the
+/// operation fails.
 fn begin(flight: &mut Flight, contents: &mut Contents, room: u64, no_room: Errno) -> Option<LengthStep> {
     let asked = &flight.asked;
     let end = match asked.verb {

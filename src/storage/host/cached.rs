@@ -1,29 +1,28 @@
-//! Reads of what the page cache holds, served by a plain call that does not wait for it to be read, where the way through
-//! the pool would cost many times as much. (io_uring does the same by itself when it is handed a read; a call before that
-//! only costs.)
+//! Serves reads from the page cache by a plain call that does not wait for the disk, because the pool costs many times
+//! as much. (io_uring does the same by itself, so an extra call before it would only cost.)
 //!
-//! Owns how often that is tried: a file whose reads keep missing is asked less and less, as a miss costs a call more, in
-//! which the kernel begins to read ahead; that may wait for a place in the device's queue. What misses, or is there in part,
-//! goes the way of all operations.
+//! Owns how often that is tried. A file whose reads keep missing is tried less and less: a miss costs an extra call, in
+//! which the kernel starts to read ahead and may wait for room in the device's queue. A read that misses, or is cached
+//! only in part, goes to the pool.
 
 use super::OpenFile;
 use super::inline::read_without_waiting;
 use super::slots::{Slot, Verdict};
 use crate::{Errno, Kind, Operation};
 
-/// The most reads of a file that are not tried after one that missed.
+/// The most reads of a file that are passed over after a miss.
 const PASSED_MAX: u8 = 63;
 
-/// The most bytes of one that is tried: with more, copying them on several processors pays more than the way costs.
+/// The most bytes of a read that is tried: above that, copying on several processors saves more than the pool costs.
 const BYTES_MAX: u64 = 32 << 10;
 
-/// How the reads of the files fare, by file.
+/// Hits and misses, by file.
 #[derive(Default)]
 pub(super) struct CachedReads {
     files: Vec<Luck>,
 }
 
-/// Reads still to pass over, and how many it will be after the next miss.
+/// Reads to pass over now, and the number after the next miss.
 #[derive(Clone, Copy, Default)]
 struct Luck {
     passes: u8,
@@ -47,7 +46,7 @@ impl CachedReads {
         due
     }
 
-    /// Tries the read in a slot. `None` if it is not over by that; what is read already stays.
+    /// Tries the read in a slot. `None` if it is not complete; bytes already read stay.
     pub(super) fn run(&mut self, slot: &mut Slot, file: &OpenFile) -> Option<Result<(), Errno>> {
         let count = read_without_waiting(file.raw_fd(), &slot.next_call());
         let verdict = count.map(|count| slot.take_result(count, file));
@@ -83,7 +82,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_keeps_missing_is_tried_less_and_less() {
+    fn a_file_that_keeps_missing_is_tried_less_and_less() {
         let mut cached = CachedReads::default();
         let mut tried = Vec::new();
         for read in 0..200 {
@@ -93,11 +92,11 @@ mod tests {
             }
         }
         assert_eq!(tried, [0, 1, 3, 7, 15, 31, 63, 127, 191], "one in 64 in the end");
-        assert!(cached.is_due(0), "another file is another matter");
+        assert!(cached.is_due(0), "each file counts for itself");
     }
 
     #[test]
-    fn hits_bring_it_back() {
+    fn hits_restore_the_attempts() {
         let mut cached = CachedReads::default();
         for _ in 0..1000 {
             if cached.is_due(0) {
@@ -107,9 +106,9 @@ mod tests {
         while !cached.is_due(0) {}
         for _ in 0..7 {
             cached.note(0, true);
-            assert!(cached.is_due(0), "what hits is tried");
+            assert!(cached.is_due(0), "a file whose reads hit is tried");
         }
         cached.note(0, false);
-        assert!(cached.is_due(0), "one miss is none");
+        assert!(cached.is_due(0), "a single miss passes over no read");
     }
 }

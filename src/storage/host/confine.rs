@@ -1,10 +1,9 @@
-//! The folders outside of which no file is taken.
+//! Confines files to allowed folders.
 //!
-//! Judged on a descriptor that the name has led to, not on the name: the kernel says where that file is
-//! (/proc/self/fd), with all symlinks followed, and nobody can make it another file any more. The descriptor opens nothing
-//! yet (O_PATH). A symlink out of a folder does not help an image, and one into it does no harm. A file is where it was
-//! found: a hard link within a folder makes a file part of it, and so does a bind mount, as only who may mount can make
-//! one.
+//! The check uses a descriptor, not the name: the kernel reports the path of that file (/proc/self/fd) with all
+//! symlinks resolved, and the descriptor cannot change to another file. It does not open the file yet (O_PATH). A
+//! symlink out of a folder does not widen it, and one into it does no harm. A hard link inside a folder counts as
+//! inside, and so does a bind mount, which needs the privilege to mount.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -14,7 +13,7 @@ use rustix::fs::{Mode, OFlags};
 
 use crate::error::{Step, StorageError};
 
-/// Folders, opened when they were named: what comes to lie at their names later is not meant.
+/// The allowed folders, opened at the start: a folder that takes over a name later does not count.
 #[derive(Debug)]
 pub(super) struct Roots {
     folders: Vec<OwnedFd>,
@@ -48,8 +47,8 @@ impl Roots {
     }
 }
 
-/// Where an open file is. The kernel marks the name of one that was removed, which a name could also pretend; so the
-/// name must lead to the file.
+/// The path of an open file. The kernel marks a removed file in its path, but a file name can imitate the mark; so the
+/// path must lead to the same file.
 fn place_of(file: BorrowedFd<'_>) -> io::Result<PathBuf> {
     let place = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
     let (named, open) = (rustix::fs::stat(&place)?, rustix::fs::fstat(file)?);
@@ -101,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn names_with_dots_and_links_count_by_where_they_lead() {
+    fn names_with_dots_and_links_are_checked_by_their_target() {
         let bench = Bench::new();
         symlink(bench.path("one-more/f"), bench.path("one/out")).expect("a link");
         symlink("../two/f", bench.path("one/across")).expect("a link");
@@ -119,10 +118,10 @@ mod tests {
     }
 
     #[test]
-    fn what_is_judged_is_the_open_file() {
+    fn the_open_file_is_checked_not_its_name() {
         let bench = Bench::new();
         let roots = bench.roots();
-        // Opened through a link that then is made to lead elsewhere.
+        // Opened through a link that is then pointed elsewhere.
         symlink(bench.path("one-more/f"), bench.path("one/link")).expect("a link");
         let file = File::open(bench.path("one/link")).expect("opened");
         std::fs::remove_file(bench.path("one/link")).expect("removed");
@@ -136,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_was_removed_is_nowhere() {
+    fn a_removed_file_is_refused() {
         let bench = Bench::new();
         let path = bench.path("one/f");
         let file = File::open(&path).expect("opened");

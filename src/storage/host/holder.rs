@@ -1,8 +1,8 @@
-//! Finds the process that holds an image lock, for messages.
+//! Finds the process that holds an image lock, for error messages.
 //!
-//! The kernel names no process for locks of open file descriptions. /proc/PID/fdinfo lists the locks of each descriptor,
-//! so the holder is found by a search. It is a best effort with a bound on its time: processes of other users show only
-//! to root. Only /proc is read, never a file of the process, which could wait for ever.
+//! The kernel reports no process for locks of open file descriptions, but /proc/PID/fdinfo lists the locks of each
+//! descriptor. So the holder is searched there, as a best effort within a time limit; only root sees other users'
+//! processes. Only /proc is read, never a file of the process, which could block for ever.
 
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::Holder;
 
-/// The most time that a search takes.
+/// The time limit of a search.
 const SEARCH_TIME: Duration = Duration::from_millis(300);
 /// The longest name of a program in bytes (`TASK_COMM_LEN`).
 const PROGRAM_MAX: usize = 16;
@@ -20,7 +20,7 @@ const PROGRAM_MAX: usize = 16;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct LockKey(String);
 
-/// The key of a file that has a lock of ours.
+/// The key of a file that this process has locked.
 pub(super) fn key_of(file: &File) -> Option<LockKey> {
     let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd())).ok()?;
     info.lines().find_map(lock_of_line).map(|lock| LockKey(lock.key.to_owned()))
@@ -32,7 +32,7 @@ pub(super) fn find(file: &File, key: &LockKey, byte: u64) -> Option<Holder> {
     let own = std::process::id();
     for process in fs::read_dir("/proc").ok()?.flatten() {
         let Some(pid) = number(&process.file_name()) else { continue };
-        // Processes of others, and those that have just ended, cannot be read.
+        // Other users' processes, and those that have just ended, cannot be read.
         for descriptor in fs::read_dir(process.path().join("fdinfo")).into_iter().flatten().flatten() {
             if Instant::now() >= deadline {
                 return None;
@@ -53,7 +53,7 @@ fn number(name: &std::ffi::OsStr) -> Option<u32> {
     name.to_str()?.parse().ok()
 }
 
-/// The program's name. A process chooses it, so what is not plain is replaced.
+/// The program's name. A process chooses it, so characters that are not plain are replaced.
 fn program(process: &Path) -> String {
     let name = fs::read(process.join("comm")).unwrap_or_default();
     let name = name.strip_suffix(b"\n").unwrap_or(&name);
@@ -70,7 +70,7 @@ struct Lock<'a> {
 }
 
 /// A line such as `lock: 1: OFDLCK  ADVISORY  READ -1 fd:01:1234 100 103`; the end may be `EOF`. Locks of whole files
-/// (FLOCK, LEASE) are none of ours.
+/// (FLOCK, LEASE) are not image locks.
 fn lock_of_line(line: &str) -> Option<Lock<'_>> {
     let mut words = line.strip_prefix("lock:")?.split_whitespace().skip(1);
     if !matches!(words.next()?, "OFDLCK" | "POSIX") {

@@ -1,7 +1,7 @@
-//! Operations done at once by plain system calls, for files that live in memory, and reads of what the page cache holds.
+//! Runs operations at once by plain system calls: on files in memory, and reads from the page cache.
 //!
-//! io_uring hands calls on tmpfs to a kernel thread, which costs about eight times the call itself. What a call means
-//! is decided in [`slots`](super::slots); here it is only made.
+//! io_uring hands calls on tmpfs to a kernel thread, which costs about eight times the call itself.
+//! [`slots`](super::slots) decides the calls; this file only makes them.
 
 use std::os::fd::RawFd;
 
@@ -19,9 +19,9 @@ pub(super) fn run(slot: &mut Slot, file: &OpenFile) -> Result<(), Errno> {
     }
 }
 
-/// Makes a call that reads, if the page cache has the bytes: how many it had. `None` if it has none, or anything is not as
-/// it should be: who makes the call in another way learns what. Also at the end of the file, as Linux 5.9 and 5.10 say 0
-/// where they would have to wait (preadv2(2), BUGS).
+/// Makes a read call that only the page cache serves; returns the bytes read. `None` if it has none or the call fails:
+/// the normal path then reports the error. Also `None` at the end of the file, because Linux 5.9 and 5.10 return 0
+/// where they would wait (preadv2(2), BUGS).
 pub(super) fn read_without_waiting(fd: RawFd, call: &Call) -> Option<i32> {
     let single;
     let (iovecs, count, offset) = match *call {
@@ -38,8 +38,8 @@ pub(super) fn read_without_waiting(fd: RawFd, call: &Call) -> Option<i32> {
     i32::try_from(result).ok().filter(|result| *result > 0)
 }
 
-/// Makes one call; bytes moved or a negated errno, as a completion queue entry would say it. Offsets fit i64: that was
-/// checked when the operation was pushed.
+/// Makes one call; returns the bytes moved or a negated errno, like a completion queue entry. Offsets fit i64: that is
+/// checked when the operation is pushed.
 fn make_call(fd: RawFd, call: &Call) -> i32 {
     // SAFETY: the descriptor is open. Every address with its length comes from a part that the slot owns (an AlignedBuf,
     // or guest memory whose maker promised that it outlives the operation) or from the static zeros, which are only

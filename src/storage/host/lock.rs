@@ -1,10 +1,10 @@
 //! Image locks: open-file-description byte-range locks at the offsets that QEMU uses, so that QEMU, its tools and
-//! Strata keep out of each other's way.
+//! Strata never use an image at the same time by mistake.
 //!
-//! A permission that the holder uses is a shared lock on byte 100 + its bit, one that it does not let others use is a
-//! shared lock on byte 200 + its bit. Shared locks never collide with each other: a conflict is found by asking, after
-//! one's own are set, whether anyone has a lock on the opposite byte. Of two that start at once both may then give up
-//! and try again, but never both go on. The bytes hold no data: locks may lie anywhere, past the end as well.
+//! A permission that a holder uses is a shared lock on byte 100 + its bit; one that it denies to others is a shared
+//! lock on byte 200 + its bit. Shared locks never collide: a process first sets its own, then checks the opposite bytes
+//! for locks of others. Of two that start at once, both may fail and retry, but never both succeed. The bytes hold no
+//! data: locks may lie anywhere, even past the end.
 //!
 //! The locks belong to the description that does the I/O, so after a crash they last exactly as long as I/O can.
 
@@ -30,21 +30,21 @@ const RETRY_PAUSE: Duration = Duration::from_millis(20);
 const ALL: [Permission; 4] =
     [Permission::ConsistentRead, Permission::Write, Permission::WriteUnchanged, Permission::Resize];
 
-/// What a holder of an image does with it and what it lets others do.
+/// The permissions that a holder uses, and those that it denies to others.
 struct Claim {
     used: &'static [Permission],
     unshared: &'static [Permission],
 }
 
-/// For writing: nobody else may write or resize, and whoever wants nobody to write is in the way.
+/// For writing: no other process may write or resize, and one that denies writing conflicts.
 const WRITER: Claim = Claim { used: &ALL, unshared: &[Permission::Write, Permission::Resize] };
 
-/// For reading: any number of readers, no writer.
+/// For reading: any number of readers and no writer.
 const READER: Claim =
     Claim { used: &[Permission::ConsistentRead], unshared: &[Permission::Write, Permission::Resize] };
 
-/// Locks the image, trying again until `options.lock_timeout` has passed. Where the file system has no such locks it warns
-/// and goes on, as there is nothing better to be had. Where the lock service does not answer it does so if that is allowed.
+/// Locks the image, trying again until `options.lock_timeout` has passed. On a file system without such locks it warns
+/// and succeeds. When the lock service does not answer it does the same, if `unlocked_allowed`.
 pub(super) fn lock_image(
     file: &File,
     path: &Path,
@@ -84,7 +84,7 @@ pub(super) fn lock_image(
     }
 }
 
-/// Gives the image lock back, if there is one. Nobody may have I/O in flight on the file.
+/// Releases the image lock, if there is one. No I/O may be in flight on the file.
 pub(super) fn unlock_image(file: &File) {
     // Where this fails there was no lock; closing the file would end it anyway.
     let _ = clear(file);
@@ -96,7 +96,7 @@ fn clear(file: &File) -> io::Result<()> {
     Ok(())
 }
 
-/// A conflict, and by what name the kernel lists the file's locks.
+/// A conflict, and the kernel's key of the file in its lists of locks.
 struct Found {
     conflict: LockConflict,
     key: Option<LockKey>,
@@ -123,13 +123,13 @@ impl Claim {
         let outcome =
             outcome.map(|found| found.map(|conflict| Found { conflict, key: holder::key_of(file) }));
         if !matches!(outcome, Ok(None)) {
-            // Left behind they would keep others out while we wait.
+            // Locks left behind would keep other processes out while we wait.
             clear(file)?;
         }
         outcome
     }
 
-    /// Sets our locks. Only an exclusive lock on one of the bytes, which QEMU never sets, stands in the way of that.
+    /// Sets our locks. Only an exclusive lock on one of the bytes can prevent that, and QEMU never sets one.
     fn set(&self, file: &File) -> io::Result<Option<LockConflict>> {
         for permission in self.used {
             if !set_lock(file, USED_BASE + bit(*permission), 1, libc::F_RDLCK)? {
@@ -170,7 +170,7 @@ fn bit(permission: Permission) -> i64 {
     }
 }
 
-/// Sets or takes back a lock. False if another holder's lock is in the way.
+/// Sets or releases a lock. False if another holder's lock conflicts.
 fn set_lock(file: &File, start: i64, len: i64, kind: libc::c_int) -> io::Result<bool> {
     match fcntl_lock(file, libc::F_OFD_SETLK, &mut flock(start, len, kind)) {
         Ok(()) => Ok(true),
@@ -209,13 +209,13 @@ fn fcntl_lock(file: &File, command: libc::c_int, lock: &mut libc::flock) -> io::
     }
 }
 
-/// Whether an image is used without a lock after this failure. ENOLCK says that there are locks, but whoever keeps them (an
-/// NFS server) does not answer: another host may hold the image, so that is for the operator to decide.
+/// Whether an image is used without a lock after this failure. ENOLCK means that locks exist but their service (an NFS
+/// server) does not answer: another host may hold the image, so the operator decides.
 fn may_go_on(error: &io::Error, unlocked_allowed: bool) -> bool {
     is_unsupported(error) || (unlocked_allowed && error.raw_os_error() == Some(libc::ENOLCK))
 }
 
-/// What file systems and old kernels answer that have no locks of this kind.
+/// The errors of file systems and old kernels without such locks.
 fn is_unsupported(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP))
 }

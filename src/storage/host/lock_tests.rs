@@ -32,7 +32,7 @@ fn options(writable: bool) -> OpenOptions {
     OpenOptions { writable, direct: false, lock_timeout: Duration::ZERO }
 }
 
-/// Whether a tool can be run; says so where it cannot, and fails where it must be there.
+/// Whether a tool can be run. Reports a missing tool, and fails if it is required.
 fn has(tool: &str) -> bool {
     let found = Command::new(tool).arg("--version").stdout(Stdio::null()).status().is_ok();
     if !found {
@@ -91,7 +91,7 @@ fn a_writer_of_ours_keeps_qemu_out() {
     }
     let (_folder, path) = qcow2_image();
     let storage = HostStorage::new();
-    storage.open(&path, &options(true)).expect("nobody has it");
+    storage.open(&path, &options(true)).expect("no process has it open");
     assert!(!succeeds("qemu-img", &["info", "-f", "qcow2"], &path));
     assert!(!succeeds("qemu-io", &["-f", "qcow2", "-c", "read 0 512"], &path));
     assert!(!succeeds("qemu-io", &["-r", "-f", "qcow2", "-c", "read 0 512"], &path));
@@ -107,7 +107,7 @@ fn a_reader_of_ours_keeps_only_writers_out() {
     }
     let (_folder, path) = qcow2_image();
     let storage = HostStorage::new();
-    storage.open(&path, &options(false)).expect("nobody has it");
+    storage.open(&path, &options(false)).expect("no process has it open");
     assert!(succeeds("qemu-img", &["info", "-f", "qcow2"], &path));
     assert!(succeeds("qemu-io", &["-r", "-f", "qcow2", "-c", "read 0 512"], &path));
     assert!(!succeeds("qemu-io", &["-f", "qcow2", "-c", "write 0 512"], &path));
@@ -140,9 +140,9 @@ fn qemu_keeps_us_out() {
 fn a_lock_is_waited_for_and_a_failed_attempt_leaves_none_behind() {
     let (_folder, path) = image();
     let first = HostStorage::new();
-    first.open(&path, &options(false)).expect("nobody has it");
+    first.open(&path, &options(false)).expect("no process has it open");
     assert_eq!(conflict(&path, true), Some(LockConflict::DoesNotShare(Permission::Write)));
-    // Had the attempt above left a lock, this reader would be refused.
+    // If the attempt above had left a lock, this reader would be refused.
     assert_eq!(conflict(&path, false), None);
 
     let started = Instant::now();
@@ -160,10 +160,10 @@ fn a_lock_is_waited_for_and_a_failed_attempt_leaves_none_behind() {
 }
 
 #[test]
-fn who_opens_without_a_lock_reads_beside_a_writer_and_hinders_nobody() {
+fn an_open_without_a_lock_succeeds_and_blocks_no_writer() {
     let (_folder, path) = image();
     let writer = HostStorage::new();
-    writer.open(&path, &options(true)).expect("nobody has it");
+    writer.open(&path, &options(true)).expect("no process has it open");
     assert!(conflict(&path, false).is_some());
     let shared = HostStorage::new();
     let (id, info) = shared.open_shared(&path, false).expect("no lock is asked for");
@@ -177,7 +177,7 @@ fn who_opens_without_a_lock_reads_beside_a_writer_and_hinders_nobody() {
 fn the_message_names_file_and_permission() {
     let (_folder, path) = image();
     let storage = HostStorage::new();
-    storage.open(&path, &options(true)).expect("nobody has it");
+    storage.open(&path, &options(true)).expect("no process has it open");
     let error = HostStorage::new().open(&path, &options(false)).expect_err("it is locked").to_string();
     assert!(error.contains(path.to_str().expect("a plain name")), "{error}");
     assert!(error.contains("uses the permission \"write\""), "{error}");
@@ -186,7 +186,7 @@ fn the_message_names_file_and_permission() {
 }
 
 #[test]
-fn locks_that_fail_are_told_from_locks_that_are_not_there() {
+fn failing_locks_are_distinguished_from_missing_locks() {
     let unsupported = |errno| super::is_unsupported(&std::io::Error::from_raw_os_error(errno));
     for absent in [libc::EINVAL, libc::ENOSYS, libc::EOPNOTSUPP] {
         assert!(unsupported(absent), "{absent}");

@@ -1,8 +1,8 @@
-//! The host's files: opening them safely, and the table that every thread's queue looks them up in.
+//! The host's files: opening them safely, and the table in which every thread's queue finds them.
 //!
-//! A file is judged before it is opened (`open`). Its flags are settled on the one open description, which also carries
-//! the image lock and does all the I/O. Nothing is read here. What alignment a file has is found in `probe`, who else
-//! uses it in `lock`, and I/O happens in `uring`.
+//! `open` checks a file before it opens it. The flags are set on the one open description, which also carries the image
+//! lock and does all the I/O. `probe` finds the alignment, `lock` other users, and `uring` or `threads` does the I/O.
+//! Nothing is read here.
 
 mod cached;
 mod confine;
@@ -42,15 +42,15 @@ pub use queue::HostQueue;
 pub use threads::ThreadQueue;
 pub use uring::UringQueue;
 
-/// How calls on files that are not in memory reach the host.
+/// How operations on files that are not in memory reach the host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Aio {
-    /// By io_uring, and where the host refuses that, by threads.
+    /// io_uring; threads where the host refuses it.
     #[default]
     Auto,
-    /// By io_uring or not at all.
+    /// io_uring or nothing.
     IoUring,
-    /// By threads that make plain system calls.
+    /// Threads that make plain system calls.
     Threads,
 }
 
@@ -60,16 +60,16 @@ pub struct HostStorage {
     files: Arc<FileTable>,
     aio: Aio,
     pool: Arc<Pool>,
-    /// Told once that io_uring is refused.
-    told: OnceLock<()>,
-    /// None: files may be anywhere.
+    /// The warning that io_uring is refused, logged once.
+    warned: OnceLock<()>,
+    /// `None`: files may lie anywhere.
     roots: Option<Roots>,
     /// Files are used without a lock where the lock service does not answer.
     unlocked_allowed: bool,
 }
 
-/// The open files by id. It only grows; queues keep their own copy of what they have seen, so that the lock (a leaf:
-/// nothing else is taken under it) is never on the data path.
+/// The open files by id. It only grows. Each queue copies the entries that it uses, so the lock (a leaf: no other is
+/// taken under it) is never on the data path.
 #[derive(Debug, Default)]
 struct FileTable {
     files: RwLock<Vec<Arc<OpenFile>>>,
@@ -80,13 +80,13 @@ struct FileTable {
 struct OpenFile {
     file: File,
     info: FileInfo,
-    /// Lives in memory (tmpfs): calls on it are done at once, as io_uring would hand them to a kernel thread, unless that is
-    /// what is wanted ([`Operation::offload`](crate::Operation::offload)).
+    /// Lies in memory (tmpfs). Calls run at once, because io_uring would hand them to a kernel worker thread, unless
+    /// [`Operation::offload`](crate::Operation::offload) wants that.
     memory_backed: bool,
-    /// Goes through the page cache, and is not in memory as a whole.
+    /// Goes through the page cache, and does not lie in memory.
     buffered: bool,
-    /// Set by whichever thread learns that FALLOC_FL_ZERO_RANGE is not supported; it only saves asking again, so
-    /// relaxed loads and stores do.
+    /// Set by any thread that finds FALLOC_FL_ZERO_RANGE unsupported. It only saves another attempt, so relaxed loads
+    /// and stores are enough.
     no_zero_range: AtomicBool,
 }
 
@@ -96,8 +96,7 @@ impl HostStorage {
         Self::default()
     }
 
-    /// Files are taken only out of these folders and what is below them; see `confine` for what that means. No folders:
-    /// from anywhere.
+    /// Files are opened only inside these folders, as `confine` defines it. Without folders, anywhere.
     ///
     /// # Errors
     /// When a folder cannot be opened.
@@ -106,14 +105,14 @@ impl HostStorage {
         Ok(self)
     }
 
-    /// Whether a file is used without an image lock where the file system has locks and whoever keeps them (the server of
-    /// an NFS) does not answer.
+    /// Whether a file is used without an image lock when the file system has locks but their service (an NFS server)
+    /// does not answer.
     pub fn unlocked_allowed(mut self, allowed: bool) -> Self {
         self.unlocked_allowed = allowed;
         self
     }
 
-    /// Calls reach the host by this way.
+    /// Chooses how operations reach the host.
     pub fn by(mut self, aio: Aio) -> Self {
         self.aio = aio;
         self
@@ -136,7 +135,7 @@ impl HostStorage {
         if locked {
             lock::lock_image(&file, path, options, self.unlocked_allowed)?;
         }
-        // Only now: before the lock was held, its last holder might still have been changing it.
+        // Only now: before the lock was ours, its last holder could still change the length.
         let length = probe::length(&file, probed.block_device).map_err(|source| StorageError::File {
             step: Step::Stat,
             path: path.into(),
@@ -180,7 +179,7 @@ impl Storage for HostStorage {
         if self.aio != Aio::Threads {
             match UringQueue::new(Arc::clone(&self.files), depth) {
                 Err(refused) if self.aio == Aio::Auto && refused.names_io_uring() => {
-                    self.told.get_or_init(|| warn!("{refused}. Threads do the I/O now, which is slower"));
+                    self.warned.get_or_init(|| warn!("{refused}. Threads do the I/O now, which is slower"));
                 }
                 other => return other.map(|queue| HostQueue::Uring(Box::new(queue))),
             }
@@ -204,7 +203,7 @@ impl Storage for HostStorage {
     }
 }
 
-/// A queue's own copy of what it has seen of the table.
+/// A queue's own copy of the table entries that it has used.
 struct SeenFiles {
     table: Arc<FileTable>,
     files: Vec<Option<Arc<OpenFile>>>,
@@ -225,7 +224,7 @@ impl SeenFiles {
         self.seen(id)
     }
 
-    /// The same for one that was looked up before.
+    /// As `get`, for a file that was looked up before.
     fn seen(&self, id: FileId) -> &Arc<OpenFile> {
         self.files[usize::from(id.0)].as_ref().expect("a file is looked up when its operation is pushed")
     }
@@ -251,8 +250,8 @@ impl OpenFile {
 }
 
 impl Drop for OpenFile {
-    /// Nothing of ours is in flight any more, as every queue that used the file is gone. Closing alone would not end
-    /// the lock at once: a child that another thread is just starting shares the description until its exec.
+    /// No operation is in flight: every queue that used the file is gone. Closing alone would not release the lock at
+    /// once: a child process that another thread is starting shares the description until its exec.
     fn drop(&mut self) {
         lock::unlock_image(&self.file);
     }
@@ -261,7 +260,7 @@ impl Drop for OpenFile {
 impl FileTable {
     fn add(&self, file: OpenFile) -> Result<FileId, StorageError> {
         let mut files = self.files.write().expect("no thread panics while it holds the file table");
-        // Asked again under the lock: two threads may be opening the same file.
+        // Checked again under the lock: two threads may be opening the same file.
         refuse_second_writer(&files, &file.info.path, file.info.identity, file.info.writable)?;
         match u16::try_from(files.len()) {
             Ok(id) if id < u16::MAX => {
@@ -274,7 +273,7 @@ impl FileTable {
 
     /// The file with this id.
     ///
-    /// Panics when no such file was opened here: ids come from `open` only, so that is an error of the program.
+    /// Panics when no such file was opened here: ids come only from `open`, so that is a programmer error.
     fn get(&self, id: FileId) -> Arc<OpenFile> {
         let files = self.files.read().expect("no thread panics while it holds the file table");
         Arc::clone(files.get(usize::from(id.0)).expect("a file id comes from this storage's open"))
@@ -291,8 +290,8 @@ impl FileTable {
     }
 }
 
-/// Two descriptions of one file in one chain would wait for each other's image lock; say at once what is wrong. Two
-/// readers are fine.
+/// Refuses a second description of a file if one of the two is for writing: they would wait for each other's image
+/// lock. Two readers are fine.
 fn refuse_second_writer(
     files: &[Arc<OpenFile>],
     path: &Path,

@@ -26,7 +26,7 @@ pub(super) struct Wakeup {
     pub(super) event: EventFd,
     /// The queue is, or is about to be, asleep in the kernel.
     sleeping: AtomicBool,
-    /// Someone asked for a wake-up that no wait has answered yet.
+    /// A notification that no wait has answered yet.
     notified: AtomicBool,
 }
 
@@ -38,7 +38,8 @@ impl Wakeup {
         Ok(Wakeup { event, sleeping: AtomicBool::new(false), notified: AtomicBool::new(false) })
     }
 
-    /// Announces sleep. False if a notification is there already: then do not sleep, nothing is announced any more.
+    /// Announces sleep. False if a notification is pending: then the queue must not sleep, and the announcement is
+    /// withdrawn.
     pub(super) fn begin_sleep(&self) -> bool {
         self.sleeping.store(true, Ordering::SeqCst);
         if self.notified.swap(false, Ordering::SeqCst) {
@@ -48,8 +49,8 @@ impl Wakeup {
         true
     }
 
-    /// Ends sleep, and with it answers every notification made so far: what a notifier stored before it called is
-    /// visible to the caller from here on.
+    /// Ends sleep and answers every notification so far. Stores that a notifier made before its call are visible to the
+    /// caller from here on.
     pub(super) fn end_sleep(&self) {
         self.sleeping.store(false, Ordering::SeqCst);
         self.notified.swap(false, Ordering::SeqCst);
@@ -62,8 +63,8 @@ impl Notifier for Wakeup {
         if self.sleeping.swap(false, Ordering::SeqCst)
             && let Err(source) = self.event.write(1)
         {
-            // Only a counter at its limit or a closed descriptor could do this, and neither can be.
-            error!(%source, "an eventfd of ours cannot be signalled");
+            // Only a counter at its limit or a closed descriptor fails here, and neither is possible.
+            error!(%source, "the eventfd of a queue cannot be signalled");
         }
     }
 }

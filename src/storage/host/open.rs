@@ -1,8 +1,8 @@
-//! Opening a file that somebody else has named, without doing harm by it.
+//! Opens a file by an untrusted name without side effects.
 //!
-//! Opening is an act: it starts a watchdog's countdown, rewinds a tape, waits for a pipe's other end. So the name is first
-//! resolved to a descriptor that opens nothing (O_PATH). Its place and its type are judged on that descriptor, and then
-//! that very file is opened, by the descriptor's name in /proc/self/fd. No name is looked up twice.
+//! Opening can have effects: it starts a watchdog's countdown, rewinds a tape, waits for a pipe's other end. So the
+//! name is first resolved to a descriptor that does not open the file (O_PATH). Location and type are checked on that
+//! descriptor, then the same file is opened through /proc/self/fd. No name is resolved twice.
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -16,7 +16,7 @@ use super::probe::file_kind;
 use crate::OpenOptions;
 use crate::error::{Step, StorageError};
 
-/// Opens a regular file or a block device that lies in one of the folders, if there are such.
+/// Opens a regular file or a block device, inside the allowed folders if there are any.
 pub(super) fn open(path: &Path, options: &OpenOptions, roots: Option<&Roots>) -> Result<File, StorageError> {
     let failed =
         |step| move |errno: Errno| StorageError::File { step, path: path.into(), source: errno.into() };
@@ -42,7 +42,7 @@ pub(super) fn open(path: &Path, options: &OpenOptions, roots: Option<&Roots>) ->
     opened.map(File::from).map_err(failed(Step::Open))
 }
 
-/// Where there is no /proc: by the name once more, which must still lead to the same file.
+/// Without /proc: opens by the name again, which must still lead to the same file.
 fn open_by_name(path: &Path, flags: OFlags, judged: &Stat) -> rustix::io::Result<OwnedFd> {
     let file = rustix::fs::open(path, flags, Mode::empty())?;
     let opened = rustix::fs::fstat(&file)?;
@@ -50,7 +50,7 @@ fn open_by_name(path: &Path, flags: OFlags, judged: &Stat) -> rustix::io::Result
     if same { Ok(file) } else { Err(Errno::STALE) }
 }
 
-/// True if the process may read the file; it is not opened for that.
+/// True if the process may read the file. Does not open it.
 pub fn is_readable(path: &Path) -> bool {
     rustix::fs::access(path, rustix::fs::Access::READ_OK).is_ok()
 }
@@ -62,7 +62,7 @@ mod tests {
     use rustix::fs::inotify;
     use std::time::Duration;
 
-    /// Tells whether anybody has opened a file since it was made.
+    /// Shows whether a file was opened since the watch was created.
     struct OpenWatch(OwnedFd);
 
     impl OpenWatch {
@@ -79,7 +79,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_refused_is_not_opened() {
+    fn a_refused_file_is_not_opened() {
         let folder = tempfile::tempdir().expect("a folder");
         let (inside, outside) = (folder.path().join("inside"), folder.path().join("outside"));
         for folder in [&inside, &outside] {

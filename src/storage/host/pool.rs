@@ -1,7 +1,7 @@
 //! Threads that make plain system calls, for hosts that refuse io_uring.
 //!
-//! One pool serves all queues of a storage, first come first served. Threads start when there is work for them and end when
-//! there was none for a while. It knows operations, not who asked for them: results go to the job's [`Outbox`].
+//! One pool serves all queues of a storage in order of arrival. Threads start when there is work and end after some
+//! idle time. Results go to the [`Outbox`] of the job; the pool does not know its queues.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -16,27 +16,27 @@ use super::notify::Wakeup;
 use super::slots::Slot;
 use crate::{Errno, Notifier};
 
-/// The most threads of one storage: as many calls are on their way at a time.
+/// The most threads, and so concurrent calls, of one storage.
 const THREADS_MAX: usize = 64;
 /// How long a thread waits for work before it ends.
 const IDLE_MAX: Duration = Duration::from_secs(10);
 
-/// An operation for any thread to carry out.
+/// An operation that any thread may run.
 pub(super) struct Job {
     pub(super) slot: Slot,
     pub(super) file: Arc<OpenFile>,
     pub(super) outbox: Arc<Outbox>,
 }
 
-// SAFETY: what keeps a job from being `Send` are the addresses in its slot. They name buffers that the slot owns, guest
-// memory, whose maker promised that it outlives the operation (any thread may access it, as it is only ever copied), and
-// the slot's own list of both. One thread at a time has the job.
+// SAFETY: only the addresses in its slot keep a job from being `Send`. They point to buffers that the slot owns, to
+// guest memory that outlives the operation (any thread may access it, as it is only ever copied), and to the slot's own
+// list of both. One thread at a time has the job.
 unsafe impl Send for Job {}
 
-/// A job that is done, and how it ended.
+/// A finished job and its result.
 pub(super) type Finished = (Job, Result<(), Errno>);
 
-/// Where a queue finds what is done.
+/// The finished jobs of one queue.
 pub(super) struct Outbox {
     done: Mutex<Vec<Finished>>,
     emptied: Condvar,
@@ -48,12 +48,12 @@ impl Outbox {
         Outbox { done: Mutex::default(), emptied: Condvar::new(), wakeup }
     }
 
-    /// Takes everything that is done.
+    /// Takes all finished jobs.
     pub(super) fn take(&self) -> Vec<Finished> {
         std::mem::take(&mut *lock(&self.done))
     }
 
-    /// Waits until something is done, and takes it.
+    /// Waits for at least one finished job, and takes them.
     pub(super) fn wait(&self) -> Vec<Finished> {
         let done = self.emptied.wait_while(lock(&self.done), |done| done.is_empty());
         std::mem::take(&mut *done.unwrap_or_else(PoisonError::into_inner))
@@ -66,7 +66,7 @@ impl Outbox {
     }
 }
 
-/// The threads, and what waits for one.
+/// The threads and the jobs that wait for one.
 #[derive(Default)]
 pub(super) struct Pool {
     state: Mutex<State>,
@@ -88,7 +88,7 @@ impl std::fmt::Debug for Pool {
 }
 
 impl Pool {
-    /// Has the jobs carried out, in any order.
+    /// Queues the jobs; they run in any order.
     pub(super) fn submit(self: &Arc<Self>, jobs: impl IntoIterator<Item = Job>) {
         let mut state = lock(&self.state);
         state.jobs.extend(jobs);
@@ -110,7 +110,7 @@ impl Pool {
         }
     }
 
-    /// So many threads could not be started. If there are none at all, the caller does the work.
+    /// Corrects the count after threads could not be started. If there are none at all, the caller runs the jobs.
     fn lack(&self, threads: usize) {
         let mut state = lock(&self.state);
         state.threads -= threads;
@@ -144,7 +144,7 @@ impl Pool {
     }
 }
 
-/// A queue waits for every job it has given away, so each comes back, whatever happens.
+/// A queue waits for every job that it has submitted, so each is returned, even after a panic.
 fn carry_out(mut job: Job) {
     let result = catch_unwind(AssertUnwindSafe(|| inline::run(&mut job.slot, &job.file)));
     let result = result.unwrap_or_else(|_| {
@@ -155,7 +155,7 @@ fn carry_out(mut job: Job) {
     outbox.put(job, result);
 }
 
-/// Nothing panics while it holds one of these locks, so what they guard is whole.
+/// No thread panics while it holds one of these locks, so their contents are consistent.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,6 +1,6 @@
-//! What an open file is: its kind, identity, length, alignment, and whether it lives in memory.
+//! Finds the kind, identity, length and alignment of an open file, and whether it lies in memory.
 //!
-//! It reads attributes only, never contents. The alignment rules are those of O_DIRECT: a buffered file has none.
+//! It reads attributes, never contents. Alignment applies to O_DIRECT; a buffered file has none.
 
 use std::fs::File;
 use std::io;
@@ -13,29 +13,29 @@ use tracing::warn;
 use crate::buffer::BUFFER_ALIGNMENT;
 use crate::error::{FileKind, Step, StorageError};
 
-/// The alignment in bytes that direct I/O is assumed to need where the file system does not say.
+/// The assumed alignment of direct I/O in bytes, where the file system does not report it.
 const ALIGNMENT_UNKNOWN: u32 = 512;
 
 /// The most offset alignment in bytes that a file is opened directly with. Above it a guest's 512-byte requests would
-/// need read-modify-write, which the page cache does for us.
+/// need read-modify-write, which the page cache does.
 const OFFSET_ALIGNMENT_MAX: u32 = 512;
 
 /// `f_type` of tmpfs, as in statfs(2).
 const TMPFS_MAGIC: u64 = 0x0102_1994;
 
-/// What [`probe`] found.
+/// The result of [`probe`].
 #[derive(Debug)]
 pub(super) struct Probed {
     pub(super) block_size: u32,
     pub(super) block_device: bool,
     pub(super) memory_backed: bool,
-    /// Goes through the page cache, and is not in memory as a whole: as [`settle_flags`] has left it.
+    /// Goes through the page cache, and does not lie in memory. Set by [`settle_flags`].
     pub(super) buffered: bool,
     pub(super) identity: (u64, u64),
-    /// What direct I/O needs; [`settle_flags`] replaces both by 1 when the file ends up buffered.
+    /// The needs of direct I/O; [`settle_flags`] replaces both by 1 when the file ends up buffered.
     pub(super) offset_alignment: u32,
     pub(super) memory_alignment: u32,
-    /// False if the file system says that this file cannot do direct I/O.
+    /// False if the file system reports no direct I/O for this file.
     direct_possible: bool,
 }
 
@@ -51,7 +51,7 @@ pub(super) fn probe(file: &File, path: &Path) -> Result<Probed, StorageError> {
         other => return Err(StorageError::NotAnImage { path: path.into(), kind: file_kind(other) }),
     };
     let identity = if block_device { (0, stat.st_rdev) } else { (stat.st_dev, stat.st_ino) };
-    // A device's node may itself lie on a tmpfs (/dev): that says nothing about the device.
+    // A device's node may lie on a tmpfs (/dev), which says nothing about the device.
     let memory_backed = !block_device && is_tmpfs(file).map_err(failed(Step::StatFileSystem))?;
     let sector = match block_device {
         true => rustix::fs::ioctl_blksszget(file).map_err(failed(Step::ProbeBlockDevice))?,
@@ -64,7 +64,7 @@ pub(super) fn probe(file: &File, path: &Path) -> Result<Probed, StorageError> {
         None => (sector, sector, true),
     };
     let block_size = match () {
-        // There the page cache is the file: nothing can collide with it.
+        // The page cache is the file, so no direct write can collide with it.
         () if memory_backed => 512,
         () if block_device => sector,
         () => u32::try_from(stat.st_blksize).unwrap_or(4096).next_power_of_two().clamp(512, 65_536),
@@ -81,8 +81,7 @@ pub(super) fn probe(file: &File, path: &Path) -> Result<Probed, StorageError> {
     })
 }
 
-/// Sets O_DIRECT where it is asked for and possible, takes the O_NONBLOCK of the opening back, and settles the
-/// alignment that follows.
+/// Sets O_DIRECT where it is wanted and possible, clears the O_NONBLOCK of the open, and sets the resulting alignment.
 pub(super) fn settle_flags(
     file: &File,
     path: &Path,
@@ -112,7 +111,7 @@ pub(super) fn settle_flags(
     Ok(())
 }
 
-/// Whether direct I/O on this file is worth asking for; warns where it is not.
+/// True if direct I/O suits this file; warns if not.
 fn direct_suits(path: &Path, probed: &Probed) -> bool {
     let (offset, memory) = (probed.offset_alignment, probed.memory_alignment);
     if !probed.direct_possible {
@@ -130,10 +129,10 @@ fn direct_suits(path: &Path, probed: &Probed) -> bool {
     false
 }
 
-/// The length in bytes at this moment.
+/// The present length in bytes.
 pub(super) fn length(file: &File, block_device: bool) -> io::Result<u64> {
     if block_device {
-        // The position is shared by all threads, but nobody uses it: every operation names its offset.
+        // All threads share the file position, but none uses it: every operation has its own offset.
         return Ok(rustix::fs::seek(file, SeekFrom::End(0))?);
     }
     Ok(u64::try_from(rustix::fs::fstat(file)?.st_size).unwrap_or(0))
@@ -143,8 +142,8 @@ pub(super) fn length(file: &File, block_device: bool) -> io::Result<u64> {
 /// that the kernel or the file system does not report it (before Linux 6.1).
 fn direct_alignment(file: &File) -> Option<(u32, u32)> {
     let stat = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok()?;
-    let told = stat.stx_mask & StatxFlags::DIOALIGN.bits() != 0;
-    told.then_some((stat.stx_dio_offset_align, stat.stx_dio_mem_align))
+    let reported = stat.stx_mask & StatxFlags::DIOALIGN.bits() != 0;
+    reported.then_some((stat.stx_dio_offset_align, stat.stx_dio_mem_align))
 }
 
 fn is_tmpfs(file: &File) -> rustix::io::Result<bool> {

@@ -1,4 +1,4 @@
-//! The host's queue, whichever kind it is.
+//! The host's queue of either kind, io_uring or threads.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,13 +10,13 @@ use crate::{Completion, IoQueue, Notifier, Operation, Token};
 
 /// One thread's queue of operations on [`HostStorage`](super::HostStorage) files.
 pub enum HostQueue {
-    /// By io_uring.
+    /// io_uring.
     Uring(Box<UringQueue>),
-    /// By threads.
+    /// Threads.
     Threads(Box<ThreadQueue>),
 }
 
-/// The same call on either.
+/// Makes the same call on either kind.
 macro_rules! either {
     ($queue:expr, $inner:ident => $call:expr) => {
         match $queue {

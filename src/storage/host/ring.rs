@@ -1,4 +1,4 @@
-//! Making a ring: what the kernel can do, and how our calls and its errors are spelled.
+//! Sets up a ring, probes the kernel's abilities, and translates calls and errors.
 //!
 //! It submits nothing and keeps no state.
 
@@ -12,19 +12,19 @@ use io_uring::{IoUring, Probe, opcode, squeue};
 use super::slots::Call;
 use crate::error::{Step, StorageError};
 
-/// The longest timeout that is handed to the kernel; a wait may return early.
+/// The longest timeout passed to the kernel; a wait may return early.
 pub(super) const WAIT_MAX: Duration = Duration::from_secs(1 << 30);
 
-/// How far a ring is left to its one thread; each includes the ones before it.
+/// How exclusively a ring belongs to its one thread; each flavour includes those before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Flavour {
     /// No flag.
     Plain,
-    /// The kernel does not interrupt the thread, and says when it has put work off (Linux 5.19).
+    /// The kernel does not interrupt the thread, and flags deferred work (Linux 5.19).
     Cooperative,
     /// Only this thread submits (Linux 6.0).
     SingleIssuer,
-    /// Completions are worked off only when this thread asks (Linux 6.1).
+    /// Completions are processed only when this thread enters the kernel for them (Linux 6.1).
     Deferred,
 }
 
@@ -32,7 +32,7 @@ pub(super) enum Flavour {
 pub(super) const FLAVOURS: [Flavour; 4] =
     [Flavour::Deferred, Flavour::SingleIssuer, Flavour::Cooperative, Flavour::Plain];
 
-/// What the kernel can do.
+/// Abilities of the kernel.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Abilities {
     /// A wait can have a timeout (Linux 5.11).
@@ -58,7 +58,7 @@ pub(super) fn entry_of(call: &Call, fd: RawFd) -> squeue::Entry {
     }
 }
 
-/// Errors of io_uring_enter after which everything is as before: interrupted, or short of memory or of room.
+/// Errors of io_uring_enter that change nothing and may pass: interrupted, no memory, or no room.
 pub(super) fn is_passing(error: &io::Error) -> bool {
     error.raw_os_error().is_some_and(is_passing_errno)
 }
@@ -67,7 +67,7 @@ pub(super) fn is_passing_errno(errno: i32) -> bool {
     matches!(errno, libc::EINTR | libc::EAGAIN | libc::EBUSY | libc::ENOMEM)
 }
 
-/// The wait of kernels that have no timed one: the ring's descriptor is readable when a completion is there.
+/// Waits with a timeout on kernels without a timed wait: the ring's descriptor is readable when there is a completion.
 pub(super) fn poll_ring(fd: RawFd, timeout: Duration) {
     let millis = i32::try_from(timeout.as_micros().div_ceil(1000)).unwrap_or(i32::MAX);
     let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
@@ -75,7 +75,7 @@ pub(super) fn poll_ring(fd: RawFd, timeout: Duration) {
     unsafe { libc::poll(&mut poll, 1, millis) };
 }
 
-/// Makes a ring with the best flags that the kernel takes.
+/// Creates a ring with the best flags that the kernel accepts.
 pub(super) fn set_up(entries: u32, wanted: &[Flavour]) -> Result<IoUring, StorageError> {
     let mut refusal = io::Error::from_raw_os_error(libc::EINVAL);
     for flavour in wanted {
@@ -110,7 +110,7 @@ fn ring_error(source: io::Error) -> StorageError {
 impl Abilities {
     pub(super) fn ask(ring: &IoUring) -> Result<Self, StorageError> {
         let mut probe = Probe::new();
-        // Linux 5.6 brought this question and all the operations that we cannot do without.
+        // Linux 5.6 brought this probe and all the required operations.
         let asked = ring.submitter().register_probe(&mut probe);
         let needed = [opcode::Read::CODE, opcode::Write::CODE, opcode::Fallocate::CODE];
         if asked.is_err() || !needed.iter().all(|code| probe.is_supported(*code)) {
@@ -130,7 +130,7 @@ mod tests {
     use crate::host::{Aio, HostQueue, HostStorage};
 
     #[test]
-    fn a_refusal_says_what_refuses() {
+    fn the_error_names_the_settings_that_refuse_io_uring() {
         for errno in [libc::EPERM, libc::ENOSYS, libc::EACCES] {
             let error = ring_error(io::Error::from_raw_os_error(errno));
             assert!(matches!(error, StorageError::UringRefused { .. }));
@@ -141,11 +141,11 @@ mod tests {
         assert!(matches!(other, StorageError::Queue { step: Step::SetUpRing, .. }));
     }
 
-    /// Lets io_uring_setup fail with `errno` in this thread from now on, as a container's filter would.
+    /// Makes io_uring_setup fail with `errno` in this thread from now on, as a container's filter does.
     fn forbid_io_uring(errno: i32) {
         let step = |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
         let mut filter = [
-            // The system call's number is the first word; what is not io_uring_setup goes on.
+            // The system call's number is the first word; calls other than io_uring_setup are allowed.
             step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
             step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, libc::SYS_io_uring_setup as u32),
             step(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ERRNO | errno as u32),
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn where_io_uring_is_forbidden_threads_do_the_work_unless_it_is_demanded() {
+    fn threads_replace_a_forbidden_io_uring_unless_it_is_required() {
         for errno in [libc::EPERM, libc::ENOSYS] {
             let queues = std::thread::spawn(move || {
                 forbid_io_uring(errno);

@@ -1,8 +1,8 @@
-//! One operation on its way: which system call is next, and what its result means.
+//! An operation in progress: its next system call, and the meaning of the result.
 //!
-//! A [`Slot`] is driven by the ring or by plain calls, on the queue's thread or another; either way it names the next [`Call`] and
-//! is told the result, until it is done. It makes no system call itself. Slots are kept and used again with what they
-//! have allocated, so that the steady state allocates nothing.
+//! A [`Slot`] gives the next [`Call`] and takes its result, until the operation is done. It makes no system call: the
+//! ring or plain calls do, on the queue's thread or another. Slots are reused with their allocations, so that the
+//! steady state allocates nothing.
 
 use std::sync::atomic::Ordering;
 
@@ -16,10 +16,10 @@ const IOVECS_MAX: usize = 1024;
 /// The most bytes of one read or write: below the kernel's own bound, and a multiple of every alignment.
 const CALL_BYTES_MAX: u64 = 1 << 30;
 
-/// How often in a row a call may say EINTR or EAGAIN before that is the operation's result.
+/// How often in a row a call may return EINTR or EAGAIN before that is the operation's result.
 const RETRIES_MAX: u32 = 1000;
 
-/// What a range is overwritten with where the file system cannot zero it, and how many times in one call.
+/// Zeros that overwrite a range where the file system cannot zero it, and how many such blocks one call writes.
 const ZEROS_BYTES: usize = 64 << 10;
 const ZEROS_PER_CALL: usize = 64;
 static ZEROS: Zeros = Zeros([0; ZEROS_BYTES]);
@@ -27,7 +27,7 @@ static ZEROS: Zeros = Zeros([0; ZEROS_BYTES]);
 #[repr(align(4096))]
 struct Zeros([u8; ZEROS_BYTES]);
 
-/// The next system call of an operation. Addresses stay valid until the slot is told the result.
+/// The next system call of an operation. Addresses stay valid until the slot takes the result.
 pub(super) enum Call {
     Read { address: *mut u8, len: u32, offset: u64 },
     Write { address: *const u8, len: u32, offset: u64 },
@@ -38,7 +38,7 @@ pub(super) enum Call {
     Truncate { len: u64 },
 }
 
-/// What follows from a call's result.
+/// What to do after a call's result.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
     /// Make the next call.
@@ -57,10 +57,10 @@ pub(super) struct Slot {
     /// Bytes to move, and bytes moved.
     total: u64,
     done: u64,
-    /// A Zero that is done by writing, as the file system knows no other way.
+    /// A Zero that writes zeros, because the file system cannot zero a range.
     zero_by_writing: bool,
     retries: u32,
-    /// Kept alive until the call that uses it is over, and its allocation until the end of the queue.
+    /// Must live until the call that uses it is over; its allocation is reused until the queue ends.
     iovecs: Vec<libc::iovec>,
 }
 
@@ -90,14 +90,14 @@ pub(super) fn answer_at_once(operation: &Operation, file: &OpenFile) -> Option<R
         return Some(Ok(()));
     }
     if file.info.block_device && matches!(operation.kind, Kind::Allocate { .. }) {
-        // All the space that a device has is there.
+        // All the space of a device is always allocated.
         let inside = operation.offset + length <= file.info.length;
         return Some(if inside { Ok(()) } else { Err(Errno::ENOSPC) });
     }
     None
 }
 
-/// Checked here and not left to the host, because some file systems quietly fall back to buffered I/O.
+/// Checked here and not by the host, because some file systems silently fall back to buffered I/O.
 fn is_aligned(operation: &Operation, length: u64, file: &OpenFile) -> bool {
     let offset_mask = u64::from(file.info.offset_alignment) - 1;
     let memory_mask = file.info.memory_alignment as usize - 1;
@@ -110,7 +110,7 @@ fn is_aligned(operation: &Operation, length: u64, file: &OpenFile) -> bool {
 
 fn address_of(part: &Part) -> *mut u8 {
     match part {
-        // Guest memory is mapped for good as far as we are concerned, so the guard need not outlive this.
+        // The mapping outlives the operation (see `GuestSlice`), so the guard need not live longer than this.
         Part::Guest(slice) => slice.ptr_guard_mut().as_ptr(),
         Part::Owned(buffer) => buffer.as_ptr(),
     }
@@ -133,7 +133,7 @@ impl Slot {
         }
     }
 
-    /// Takes an operation up.
+    /// Starts an operation in this slot.
     pub(super) fn begin(&mut self, token: Token, operation: Operation, file: &OpenFile) {
         self.total = match operation.kind {
             Kind::Zero { length } => length,
@@ -148,7 +148,7 @@ impl Slot {
         self.retries = 0;
     }
 
-    /// Hands the operation's memory back.
+    /// Ends the operation and returns its memory.
     pub(super) fn finish(&mut self, result: Result<(), Errno>) -> Completion {
         Completion { token: self.token, result, parts: std::mem::take(&mut self.parts) }
     }
@@ -207,7 +207,7 @@ impl Slot {
         let mut left = self.total - self.done;
         while left > 0 && self.iovecs.len() < ZEROS_PER_CALL {
             let iov_len = left.min(ZEROS_BYTES as u64) as usize;
-            // The kernel only reads from it: it is named in writes alone.
+            // The kernel only reads it: only write calls use it.
             let iov_base = ZEROS.0.as_ptr().cast_mut().cast();
             self.iovecs.push(libc::iovec { iov_base, iov_len });
             left -= iov_len as u64;
@@ -249,7 +249,7 @@ impl Slot {
         if self.done == self.total {
             return Verdict::Done(Ok(()));
         }
-        // Direct I/O moves whole blocks except at the end of the file, and from there could not go on aligned.
+        // Direct I/O transfers whole blocks except at the end of the file, where an aligned continuation is impossible.
         let at_end = count == 0 || self.done & (u64::from(file.info.offset_alignment) - 1) != 0;
         if !at_end {
             return Verdict::Again;
@@ -283,7 +283,7 @@ impl Slot {
 }
 
 impl Slots {
-    /// Takes an operation up in a free slot.
+    /// Starts an operation in a free slot.
     pub(super) fn insert(&mut self, token: Token, operation: Operation, file: &OpenFile) -> u32 {
         let index = self.free.pop().unwrap_or_else(|| {
             self.slots.push(Slot::idle());

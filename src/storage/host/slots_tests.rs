@@ -1,4 +1,4 @@
-//! What a slot makes of results that a healthy host seldom gives.
+//! Tests of slots with results that a healthy host rarely returns.
 
 use std::sync::atomic::AtomicBool;
 
@@ -49,7 +49,7 @@ fn span(slot: &mut Slot) -> (u64, usize) {
 }
 
 #[test]
-fn short_transfers_go_on_at_the_right_place() {
+fn short_transfers_continue_at_the_right_offset() {
     let file = file(1);
     for parts in [&[10_000][..], &[1000, 0, 4000, 5000]] {
         for kind in [Kind::Read, Kind::Write] {
@@ -95,7 +95,7 @@ fn the_end_of_the_file_is_filled_with_zeros() {
 }
 
 #[test]
-fn a_write_that_does_not_move_is_an_error() {
+fn a_write_without_progress_is_an_error() {
     let file = file(1);
     let mut slot = begun(Kind::Write, &[1024], &file);
     span(&mut slot);
@@ -134,7 +134,7 @@ fn zeros_are_written_where_a_range_cannot_be_zeroed() {
         let verdict = slot.take_result(len as i32, &file);
         assert_eq!(verdict == Verdict::Again, done + (len as u64) < length);
     }
-    // A hole cannot be written: there the caller must know.
+    // Writing zeros cannot punch a hole, so the caller gets the error.
     let mut slot = begun(Kind::Punch { length: 512 }, &[], &file);
     slot.next_call();
     assert_eq!(slot.take_result(-libc::EOPNOTSUPP, &file), Verdict::Done(Err(Errno::EOPNOTSUPP)));

@@ -24,10 +24,10 @@ use crate::{
 };
 use wait::{notifications_arrive, signals_arrive};
 
-/// Far longer than anything here takes: a wait that uses it up has lost a wake-up.
+/// Far longer than any test takes: a wait that reaches it has lost a wake-up.
 const LONG: Duration = Duration::from_secs(30);
 
-/// A temporary image on some file system, open for writing, with a queue of this thread.
+/// A temporary image, open for writing, with a queue of this thread.
 struct Bench {
     folder: tempfile::TempDir,
     storage: HostStorage,
@@ -76,7 +76,7 @@ impl Bench {
         done
     }
 
-    /// The ring, in a test of what only a ring has.
+    /// The ring, for tests of io_uring alone.
     fn ring(&mut self) -> &mut UringQueue {
         match &mut self.queue {
             HostQueue::Uring(ring) => ring,
@@ -93,7 +93,7 @@ fn options(writable: bool, direct: bool) -> OpenOptions {
     OpenOptions { writable, direct, lock_timeout: Duration::ZERO }
 }
 
-/// A temporary folder on a file system that is not in memory; `None`, said aloud, where there is none.
+/// A temporary folder on a file system that is not in memory; `None`, with a message, if there is none.
 fn on_disk() -> Option<tempfile::TempDir> {
     let places = [std::env::temp_dir(), "/var/tmp".into(), env!("CARGO_MANIFEST_DIR").into()];
     for place in places {
@@ -106,14 +106,15 @@ fn on_disk() -> Option<tempfile::TempDir> {
     None
 }
 
-/// Says that a test is skipped, or a part of it, past the test harness, which swallows what a passing test prints.
+/// Reports that a test, or a part of it, is skipped. Writes past the test harness, which hides the output of passing
+/// tests.
 fn skip(reason: &str) {
     let thread = std::thread::current();
-    // If even that cannot be written, there is no one to tell.
+    // A failed write cannot be reported anywhere.
     let _ = writeln!(std::io::stderr(), "SKIPPED: {}: {reason}", thread.name().unwrap_or("?"));
 }
 
-/// As `skip`, but fails where STRATA_REQUIRE_TOOLS=1 says that nothing may be missing.
+/// As `skip`, but fails if STRATA_REQUIRE_TOOLS=1 forbids missing tools.
 pub(super) fn skip_unless_required(reason: &str) {
     let required = std::env::var_os("STRATA_REQUIRE_TOOLS").is_some_and(|value| value == "1");
     assert!(!required, "STRATA_REQUIRE_TOOLS=1, but {reason}");
@@ -124,7 +125,7 @@ fn in_memory() -> tempfile::TempDir {
     tempfile::tempdir_in("/dev/shm").expect("/dev/shm is there")
 }
 
-/// The same test on each kind of file, by each kind of queue.
+/// Runs a test on each kind of file, with each kind of queue.
 fn everywhere(contents: &[u8], test: impl Fn(&mut Bench)) {
     for aio in KINDS {
         test(&mut Bench::by(aio, in_memory(), true, contents));
@@ -177,7 +178,7 @@ fn all_bytes(parts: &Parts) -> Vec<u8> {
 }
 
 #[test]
-fn what_is_written_is_read_in_parts_of_both_kinds() {
+fn written_data_is_read_back_in_parts_of_both_kinds() {
     everywhere(&[], |bench| {
         let data = pattern(16384, 1);
         let parts = Parts::from_vec(vec![owned(&data[..4096]), owned(&[]), owned(&data[4096..])]);
@@ -210,7 +211,7 @@ fn reads_past_the_end_give_zeros() {
                 assert_eq!((read.result, all_bytes(&read.parts)), (Ok(()), expected.clone()));
             }
             let halves = Parts::from_vec(vec![Part::Guest(guest(len / 2)), owned(&vec![0xee; len / 2])]);
-            // Half of 512 is no multiple of the alignment of direct I/O.
+            // Half of 512 is not a multiple of the alignment of direct I/O.
             if len > 512 || bench.info.offset_alignment == 1 {
                 let read = bench.run(Kind::Read, offset as u64, halves);
                 assert_eq!((read.result, all_bytes(&read.parts)), (Ok(()), expected));
@@ -220,7 +221,7 @@ fn reads_past_the_end_give_zeros() {
 }
 
 #[test]
-fn more_parts_than_one_call_takes() {
+fn an_operation_may_have_more_parts_than_one_call_takes() {
     everywhere(&[], |bench| {
         let data = pattern(2500 * 512, 3);
         let parts = data.chunks(512).map(owned).collect();
@@ -235,7 +236,7 @@ fn more_parts_than_one_call_takes() {
 }
 
 #[test]
-fn direct_io_refuses_what_is_unaligned() {
+fn unaligned_direct_io_is_refused() {
     let Some(folder) = on_disk() else { return };
     let mut bench = Bench::new(folder, true, &pattern(8192, 4));
     if bench.info.offset_alignment == 1 {
@@ -265,7 +266,7 @@ fn buffered_io_takes_any_offset() {
 }
 
 #[test]
-fn nothing_reaches_the_host_beyond_a_signed_offset() {
+fn offsets_beyond_a_signed_64_bit_number_are_refused() {
     everywhere(&[], |bench| {
         let last = i64::MAX as u64;
         for offset in [u64::MAX, u64::MAX - 511, last - 510, last + 1] {
@@ -285,27 +286,27 @@ fn nothing_reaches_the_host_beyond_a_signed_offset() {
 }
 
 #[test]
-fn punching_gives_space_back() {
+fn a_punch_frees_space_and_keeps_the_length() {
     let data = pattern(1 << 20, 6);
     everywhere(&data, |bench| {
         assert_eq!(bench.bare(Kind::Sync, 0), Ok(()));
-        let before = bench.storage.allocated(bench.file).expect("the host says");
+        let before = bench.storage.allocated(bench.file).expect("the host reports it");
         assert!(before >= 1 << 20, "{before} bytes allocated");
         assert_eq!(bench.bare(Kind::Punch { length: 512 << 10 }, 256 << 10), Ok(()));
         assert_eq!(bench.bare(Kind::Sync, 0), Ok(()));
-        let after = bench.storage.allocated(bench.file).expect("the host says");
+        let after = bench.storage.allocated(bench.file).expect("the host reports it");
         assert!(after + (512 << 10) <= before, "{before} bytes allocated, then {after}");
         let mut expected = data.clone();
         expected[256 << 10..768 << 10].fill(0);
         assert!(bench.contents() == expected);
-        // Past the end it changes nothing, the length least of all.
+        // Past the end it changes nothing, and so not the length.
         assert_eq!(bench.bare(Kind::Punch { length: 4096 }, 2 << 20), Ok(()));
-        assert_eq!(bench.storage.length(bench.file).expect("the host says"), 1 << 20);
+        assert_eq!(bench.storage.length(bench.file).expect("the host reports it"), 1 << 20);
     });
 }
 
 #[test]
-fn zeroing_keeps_space_and_extends() {
+fn zeroing_keeps_space_and_extends_the_file() {
     // A length that takes more than one call where zeros are written.
     let data = pattern(6 << 20, 7);
     for by_writing in [false, true] {
@@ -321,7 +322,7 @@ fn zeroing_keeps_space_and_extends() {
             expected[(6 << 20) - 4096..].fill(0);
             expected.resize((6 << 20) + 4096, 0);
             assert!(bench.contents() == expected);
-            assert!(bench.storage.allocated(bench.file).expect("the host says") >= 6 << 20);
+            assert!(bench.storage.allocated(bench.file).expect("the host reports it") >= 6 << 20);
         });
     }
 }
@@ -330,8 +331,8 @@ fn zeroing_keeps_space_and_extends() {
 fn allocating_and_setting_the_length() {
     everywhere(&pattern(4096, 8), |bench| {
         assert_eq!(bench.bare(Kind::Allocate { length: 1 << 20 }, 0), Ok(()));
-        assert_eq!(bench.storage.length(bench.file).expect("the host says"), 1 << 20);
-        assert!(bench.storage.allocated(bench.file).expect("the host says") >= 1 << 20);
+        assert_eq!(bench.storage.length(bench.file).expect("the host reports it"), 1 << 20);
+        assert!(bench.storage.allocated(bench.file).expect("the host reports it") >= 1 << 20);
         assert_eq!(bench.contents()[..4096], pattern(4096, 8));
         for truncate in [true, false] {
             if let HostQueue::Uring(ring) = &mut bench.queue {
@@ -340,10 +341,10 @@ fn allocating_and_setting_the_length() {
             assert_eq!(bench.bare(Kind::SetLength, 1000), Ok(()));
             assert_eq!(bench.contents(), pattern(4096, 8)[..1000]);
             assert_eq!(bench.bare(Kind::SetLength, 5000), Ok(()));
-            assert_eq!(bench.storage.length(bench.file).expect("the host says"), 5000);
+            assert_eq!(bench.storage.length(bench.file).expect("the host reports it"), 5000);
             assert!(bench.contents()[1000..].iter().all(|byte| *byte == 0));
         }
-        // Nothing of no length is an error.
+        // An operation of length 0 succeeds.
         assert_eq!(bench.bare(Kind::Zero { length: 0 }, 0), Ok(()));
     });
 }
@@ -449,7 +450,7 @@ fn every_flavour_of_ring_works() {
     }
 }
 #[test]
-fn dropping_waits_for_io_in_flight() {
+fn dropping_a_queue_waits_for_io_in_flight() {
     for aio in KINDS {
         drop_with_io_in_flight(aio);
     }
@@ -469,7 +470,7 @@ fn drop_with_io_in_flight(aio: Aio) {
         let parts = Parts::from_vec(vec![Part::Guest(*slice)]);
         queue.push(Token(at), Operation::new(file, Kind::Read, at << 20, parts));
     }
-    // These find no room, and never start.
+    // These exceed the depth and never start.
     for at in 32..64 {
         let parts = Parts::from_vec(vec![owned(&[0; 4096])]);
         queue.push(Token(at), Operation::new(file, Kind::Write, 0, parts));

@@ -1,6 +1,6 @@
 //! One thread's queue on hosts that refuse io_uring: operations go to the [`Pool`], and the wait is an epoll.
 //!
-//! It never gives up memory that a call may still use: dropping the queue waits for every job that the pool has.
+//! It never releases memory that a call may still use: dropping the queue waits for every job in the pool.
 
 use std::collections::VecDeque;
 use std::marker::PhantomData;
@@ -20,7 +20,7 @@ use super::{FileTable, OpenFile, SeenFiles, inline};
 use crate::error::{Step, StorageError};
 use crate::{Completion, IoQueue, Kind, Notifier, Operation, Token};
 
-/// Events taken in one call. More stay for the next.
+/// Events taken in one call; further ones stay for the next.
 const EVENTS: usize = 16;
 
 /// One thread's queue of operations on [`HostStorage`](super::HostStorage) files.
@@ -28,20 +28,20 @@ pub struct ThreadQueue {
     files: SeenFiles,
     pool: Arc<Pool>,
     outbox: Arc<Outbox>,
-    /// Pushed, and not yet handed to the pool, oldest first.
+    /// Pushed and not yet in the pool, oldest first.
     backlog: VecDeque<Job>,
-    /// Handed to the pool and not yet taken back, and how many that may be.
+    /// Jobs in the pool or not yet taken back, and their limit.
     in_pool: usize,
     depth: usize,
     /// Finished and not yet reaped.
     ready: Vec<Completion>,
-    /// Slots to use again.
+    /// Slots for reuse.
     spare: Vec<Slot>,
-    /// For operations that are done at once.
+    /// For operations that run at once.
     scratch: Slot,
     cached: CachedReads,
     epoll: Epoll,
-    /// Kept open; edge-triggered, so that nobody needs to read them.
+    /// Edge-triggered, so that they need not be read.
     watches: Vec<EventFd>,
     not_send: PhantomData<*const ()>,
 }
@@ -85,7 +85,7 @@ impl ThreadQueue {
         }
     }
 
-    /// Sleeps until an event or the timeout; with none until an event. Which event does not matter.
+    /// Sleeps until any event or the timeout; without a timeout until an event.
     fn sleep(&self, timeout: Option<Duration>) {
         let millis = timeout
             .map_or(-1, |timeout| i32::try_from(timeout.as_micros().div_ceil(1000)).unwrap_or(i32::MAX));
@@ -95,7 +95,7 @@ impl ThreadQueue {
     }
 }
 
-/// Edge-triggered: each signal is an event, and none is left behind although the counter is never read.
+/// Edge-triggered: each signal is one event, and no event remains although the counter is never read.
 fn watch(epoll: &Epoll, event: &EventFd) -> std::io::Result<()> {
     let wanted = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);
     epoll.ctl(ControlOperation::Add, event.as_raw_fd(), wanted)
@@ -136,7 +136,7 @@ impl IoQueue for ThreadQueue {
 
     fn reap(&mut self, done: &mut Vec<Completion>) {
         self.drain();
-        // Nobody may call submit again for operations that they have submitted already.
+        // The caller need not submit again for operations that it has already submitted.
         self.submit();
         done.append(&mut self.ready);
     }

@@ -1,10 +1,10 @@
 //! One thread's io_uring: submitting, reaping, sleeping, and watching eventfds.
 //!
-//! What an operation's calls are and mean is decided in [`slots`](super::slots); this file only carries them. It never
-//! gives up memory that the kernel may still use: dropping the queue waits for every call in flight.
+//! [`slots`](super::slots) decides which calls an operation makes and what their results mean; this file only carries
+//! them. It never releases memory that the kernel may still use: dropping the queue waits for every call in flight.
 //!
-//! No more operations are handed to the ring at a time than its completion queue has room for, so that it cannot
-//! overflow; the others wait here in the order of their arrival.
+//! The ring never holds more operations than its completion queue has room for, so that it cannot overflow. Further
+//! ones wait here in order of arrival.
 
 use std::collections::VecDeque;
 use std::io;
@@ -31,22 +31,21 @@ use crate::{Completion, Errno, IoQueue, Kind, Notifier, Operation, Token};
 /// The most operations in flight in one ring. More are queued.
 const DEPTH_MAX: u32 = 4096;
 
-/// The most operations in the ring with which it is given more on files in memory: enough that its threads need not wait for
-/// the next.
+/// Above this many operations in the ring, none on files in memory is offloaded: the worker threads have enough to do.
 const OFFLOADED_MAX: usize = 64;
-/// The least bytes of one: below that the way to another thread takes longer than doing it.
+/// The fewest bytes of an offloaded operation: below that, handing it to another thread costs more than running it.
 const OFFLOADED_BYTES_MIN: u64 = 32 << 10;
 
-/// Ring entries beside those of operations: reads of watched eventfds and their cancellation.
+/// Ring entries in addition to those of operations: reads of watched eventfds, and cancellations.
 const CONTROL_ENTRIES: u32 = 32;
 
 /// One thread's queue of operations on [`HostStorage`](super::HostStorage) files. It cannot leave its thread: the
-/// kernel accepts only the one that made the ring.
+/// kernel accepts only the thread that created the ring.
 pub struct UringQueue {
     ring: IoUring,
     state: State,
     abilities: Abilities,
-    /// For operations that are done at once.
+    /// For operations that run at once.
     scratch: Slot,
     not_send: PhantomData<*const ()>,
 }
@@ -57,11 +56,11 @@ struct State {
     slots: Slots,
     /// Operations that wait for room in the ring, oldest first.
     backlog: VecDeque<u32>,
-    /// Operations whose next call is due; they count as in the kernel.
+    /// Operations whose next call is due; they are counted in `in_kernel`.
     due: VecDeque<u32>,
     /// Operations in the kernel or in the submission queue.
     in_kernel: u32,
-    /// What the caller lets `in_kernel` reach, and what the completion queue has room for.
+    /// The caller's limit of `in_kernel`, and the room of the completion queue.
     depth: u32,
     completion_entries: u32,
     watches: Vec<Watch>,
@@ -73,7 +72,7 @@ struct State {
     ready: Vec<Completion>,
     /// A watched eventfd was signalled since the last wait ended.
     woken: bool,
-    /// The queue is being dropped: nothing is started any more.
+    /// The queue is being dropped and starts no calls.
     closing: bool,
     wakeup: Arc<Wakeup>,
 }
@@ -131,20 +130,20 @@ impl UringQueue {
         }
     }
 
-    /// Moves what is due into the submission queue, as far as there is room.
+    /// Moves due entries into the submission queue, as far as there is room.
     fn feed(&mut self) {
         self.state.feed(&mut self.ring.submission());
     }
 
-    /// Hands the submission queue to the kernel; the kernel also runs what it has put off for this thread.
+    /// Hands the submission queue to the kernel, which also runs the work it deferred to this thread.
     fn enter(&mut self, flags: EnterFlags) -> io::Result<usize> {
         let to_submit = self.ring.submission().len() as u32;
-        // SAFETY: no argument is passed. What the entries point at is owned by slots, watches or statics, which live
-        // until their completions are taken.
+        // SAFETY: no argument is passed. The memory that entries point to belongs to slots, watches or statics, which
+        // live until their completions are taken.
         unsafe { self.ring.submitter().enter::<libc::sigset_t>(to_submit, 0, flags.bits(), None) }
     }
 
-    /// Takes all completions that are visible.
+    /// Takes all visible completions.
     fn drain(&mut self) {
         let UringQueue { ring, state, .. } = self;
         for entry in ring.completion() {
@@ -152,7 +151,7 @@ impl UringQueue {
         }
     }
 
-    /// Completions that the kernel has put off until this thread comes by.
+    /// True if the kernel has deferred completions until this thread enters it.
     fn has_deferred(&mut self) -> bool {
         let queue = self.ring.submission();
         queue.taskrun() || queue.cq_overflow()
@@ -167,18 +166,18 @@ impl UringQueue {
             }
             let flags = if deferred { EnterFlags::GETEVENTS } else { EnterFlags::empty() };
             match self.enter(flags) {
-                // What is still due found no room before; there is some now.
+                // Entries found no room before; now there is some.
                 Ok(taken) if taken > 0 && self.state.has_due() => {}
                 Ok(_) => return,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // Short of memory, or of room for completions: what was not taken stays, and goes with the next call.
+                // No memory, or no room for completions: entries that were not taken stay queued for the next call.
                 Err(error) if is_passing(&error) => return,
                 Err(error) => panic!("io_uring_enter failed, which no state of the host explains: {error}"),
             }
         }
     }
 
-    /// Submits and sleeps until one completion is there.
+    /// Submits and sleeps until one completion arrives.
     fn sleep(&mut self, timeout: Option<Duration>) {
         self.feed();
         if self.state.has_due() {
@@ -229,12 +228,12 @@ impl IoQueue for UringQueue {
     fn reap(&mut self, done: &mut Vec<Completion>) {
         self.drain();
         if self.state.ready.is_empty() && self.state.in_kernel > 0 && self.has_deferred() {
-            // Errors show in the next submit.
+            // An error recurs in the next submit.
             let _ = self.enter(EnterFlags::GETEVENTS);
             self.drain();
         }
         if self.state.has_due_operations() {
-            // Nobody may call submit again for operations that they have submitted already.
+            // The caller need not submit again for operations that it has already submitted.
             self.submit_all();
             self.drain();
         }
@@ -257,8 +256,8 @@ impl IoQueue for UringQueue {
         self.state.woken = false;
     }
 
-    /// What is found to be no eventfd is watched no more, with a warning; but a descriptor that always has eight bytes
-    /// to read cannot be told from one. It is for the caller to know what it was handed.
+    /// A descriptor that turns out not to be an eventfd is no longer watched, with a warning. One that always has eight
+    /// bytes to read looks like an eventfd: the caller must know what it passes.
     fn watch(&mut self, event: EventFd) {
         self.state.add_watch(WatchedEvent::Foreign(event));
     }
@@ -301,14 +300,14 @@ impl Drop for UringQueue {
                 Ok(_) => {}
                 Err(error) if is_passing(&error) => {}
                 Err(error) => {
-                    // Going on would hand memory back that the kernel may still write to.
+                    // Continuing would release memory that the kernel may still write to.
                     eprintln!("io_uring_enter failed with operations in flight: {error}");
                     std::process::abort();
                 }
             }
             self.drain();
             if self.state.controls == self.state.armed() {
-                // No cancellation is under way. One may have come too early, between a poll and the read behind it.
+                // No cancellation is in flight. One may have come too early, between a poll and the read linked to it.
                 cancels = self.state.cancellations();
             }
         }
@@ -322,7 +321,7 @@ impl State {
         self.unarmed.push(index);
     }
 
-    /// What `in_kernel` may reach: every entry in the ring must have room for its completion.
+    /// The limit of `in_kernel`: every entry in the ring must have room for its completion.
     fn operations_max(&self) -> u32 {
         let control_room = u32::try_from(2 * self.watches.len()).unwrap_or(u32::MAX);
         self.depth.min(self.completion_entries.saturating_sub(control_room)).max(1)
@@ -367,9 +366,9 @@ impl State {
         let slot = self.slots.get(index);
         let fd = self.files.seen(slot.file).raw_fd();
         let entry = entry_of(&slot.next_call(), fd).user_data(user_data(TAG_OPERATION, index));
-        // SAFETY: what the entry points at is owned by the slot (its parts and iovecs) or static, and stays where it is
-        // until the completion is taken: a slot is finished only then, and dropping the queue waits for it. The file
-        // stays open as long as `files` has it.
+        // SAFETY: the memory that the entry points to belongs to the slot (its parts and iovecs) or is static, and does
+        // not move until the completion is taken: a slot is finished only then, and dropping the queue waits for it.
+        // The file stays open as long as `files` has it.
         unsafe { queue.push(&entry) }.is_ok()
     }
 
@@ -418,7 +417,7 @@ impl State {
         self.watches.iter().map(|watch| watch.armed).sum()
     }
 
-    /// Entries that end everything which waits for a signal.
+    /// Entries that cancel every armed watch.
     fn cancellations(&self) -> Vec<squeue::Entry> {
         let armed = (0u32..).zip(&self.watches).filter(|(_, watch)| watch.armed > 0);
         let tagged =

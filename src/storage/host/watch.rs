@@ -1,7 +1,7 @@
 //! A watched eventfd: a read that is outstanding in the ring until a signal comes.
 //!
-//! It knows what its entries are and what their results mean; arming it again and counting its entries is the queue's.
-//! It never closes the eventfd or frees its counter while an entry is in the kernel: the queue's drop waits for them.
+//! It builds its entries and interprets their results; the queue rearms it and counts the entries. It never closes the
+//! eventfd or frees the counter while an entry is in the kernel: the queue's drop waits for them.
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::notify::Wakeup;
 use super::ring::is_passing_errno;
 
-/// What a completion queue entry belongs to: the upper half of its user data. The lower half is an index.
+/// The kind of a completion queue entry: the upper half of its user data. The lower half is an index.
 pub(super) const TAG_OPERATION: u32 = 0;
 pub(super) const TAG_WATCH_READ: u32 = 1;
 pub(super) const TAG_WATCH_POLL: u32 = 2;
@@ -24,18 +24,18 @@ pub(super) const TAG_CANCEL: u32 = 3;
 /// An eventfd whose signals end a wait.
 pub(super) struct Watch {
     event: WatchedEvent,
-    /// Where the kernel puts the counter; boxed, as watches move. Nobody looks at the value.
+    /// The kernel stores the counter here; boxed, because watches move. The value is not used.
     counter: Box<AtomicU64>,
-    /// A read of a non-blocking eventfd waits on new kernels (6.18 does), and says EAGAIN at once on older ones.
-    /// Once it has said that, the eventfd is polled first, with the read linked to the poll.
+    /// A read of a non-blocking eventfd waits on new kernels (6.18), and returns EAGAIN at once on older ones. After an
+    /// EAGAIN the eventfd is polled first, with the read linked to the poll.
     pub(super) poll_first: bool,
     /// Entries of this watch in the kernel or in the submission queue.
     pub(super) armed: u32,
-    /// Not to be armed again, as it is no eventfd or was closed.
+    /// Not armed again: it is not an eventfd, or was closed.
     pub(super) dead: bool,
 }
 
-/// Whose eventfd it is.
+/// The owner of the eventfd.
 pub(super) enum WatchedEvent {
     Foreign(EventFd),
     Own(Arc<Wakeup>),
@@ -53,7 +53,7 @@ impl Watch {
         }
     }
 
-    /// Queues the read, behind a poll if need be. The number of entries, or `None` if there is no room.
+    /// Queues the read, after a poll if `poll_first`. Returns the number of entries, or `None` if there is no room.
     pub(super) fn arm(&mut self, index: u32, queue: &mut squeue::SubmissionQueue<'_>) -> Option<u32> {
         let needed = if self.poll_first { 2 } else { 1 };
         if queue.capacity() - queue.len() < needed {
@@ -89,7 +89,7 @@ impl Watch {
         false
     }
 
-    /// Takes the result of the poll that goes before; what it found, the read will take.
+    /// Takes the result of the poll before the read; the read then consumes the signal.
     pub(super) fn take_poll(&mut self, result: i32) {
         if result < 0 && result != -libc::ECANCELED && !is_passing_errno(-result) {
             self.die(result);
@@ -102,7 +102,7 @@ impl Watch {
     }
 }
 
-/// The user data of an entry, by which its completion is known.
+/// The user data of an entry, which identifies its completion.
 pub(super) fn user_data(tag: u32, index: u32) -> u64 {
     u64::from(tag) << 32 | u64::from(index)
 }

@@ -16,8 +16,8 @@ impl Bench {
         self.queue.push(Token(5), Operation::new(self.file, Kind::Read, offset as u64, parts));
     }
 
-    /// Reads what should be there; whether it was at once. What the pool does is never taken in by the first reap, which only
-    /// hands it over.
+    /// Checks the bytes of a read; returns whether it completed at once. The first reap never returns a read by the
+    /// pool: it only submits it.
     fn reads_at_once(&mut self, contents: &[u8], offset: usize, length: usize) -> bool {
         self.start_read(offset, length);
         let mut done = Vec::new();
@@ -31,7 +31,7 @@ impl Bench {
         at_once
     }
 
-    /// Has the page cache forget the file, but for the pages named, as far as it takes advice.
+    /// Makes the page cache drop the file except these pages, as far as it follows advice.
     fn forget_all_but(&self, pages: &[usize]) {
         let file = std::fs::File::open(self.folder.path().join("image")).expect("the image");
         file.sync_all().expect("all is written");
@@ -43,7 +43,7 @@ impl Bench {
         }
     }
 
-    /// Whether the file system knows reads that do not wait; says so if not.
+    /// Whether the file system supports reads that do not wait; reports a skip if not.
     fn has_reads_without_waiting(&self) -> bool {
         let file = std::fs::File::open(self.folder.path().join("image")).expect("the image");
         let mut byte = 0_u8;

@@ -3,7 +3,7 @@
 use super::*;
 
 #[test]
-fn what_is_no_image_is_refused_by_name() {
+fn a_file_that_cannot_be_an_image_is_refused_with_its_type() {
     let folder = in_memory();
     let refused = |path: &Path| HostStorage::new().open(path, &options(false, true)).expect_err("no image");
     let kind = |path: &Path| match refused(path) {
@@ -25,7 +25,7 @@ fn what_is_no_image_is_refused_by_name() {
 }
 
 #[test]
-fn closing_ends_the_lock_though_the_description_lives_on() {
+fn closing_releases_the_lock_while_another_descriptor_shares_the_description() {
     everywhere(&pattern(4096, 14), |bench| {
         // As in a child between fork and exec.
         let shared = bench.storage.file(bench.file).file.try_clone().expect("a second descriptor");
@@ -42,7 +42,7 @@ fn closing_ends_the_lock_though_the_description_lives_on() {
 }
 
 #[test]
-fn a_file_is_written_under_one_id_only() {
+fn a_file_open_for_writing_is_not_opened_again() {
     let folder = in_memory();
     let (path, link) = (folder.path().join("image"), folder.path().join("link"));
     std::fs::write(&path, [0; 512]).expect("a file");
@@ -65,7 +65,7 @@ fn a_file_is_written_under_one_id_only() {
 }
 
 #[test]
-fn direct_means_direct() {
+fn the_direct_option_sets_o_direct() {
     let Some(folder) = on_disk() else { return };
     for direct in [false, true] {
         let bench = Bench::new(tempfile::tempdir_in(folder.path()).expect("a folder"), direct, &[0; 4096]);
@@ -116,8 +116,8 @@ fn a_block_device_is_served() {
         let (file, info) = storage.open(Path::new(&device.0), &options(true, direct)).expect("it opens");
         assert_eq!((info.block_device, info.length, info.identity.0), (true, 1 << 20, 0));
         assert_eq!(info.offset_alignment, if direct { 512 } else { 1 });
-        assert_eq!(storage.length(file).expect("the host says"), 1 << 20);
-        assert_eq!(storage.allocated(file).expect("the host says"), 1 << 20);
+        assert_eq!(storage.length(file).expect("the host reports it"), 1 << 20);
+        assert_eq!(storage.allocated(file).expect("the host reports it"), 1 << 20);
         let queue = storage.queue(8).expect("a queue");
         let mut bench = Bench {
             folder: tempfile::tempdir_in(folder.path()).expect("a folder"),
@@ -130,7 +130,7 @@ fn a_block_device_is_served() {
         assert_eq!(bench.bare(Kind::Zero { length: 4096 }, 8192), Ok(()));
         let read = bench.run(Kind::Read, 4096, Parts::from_vec(vec![owned(&[1; 8192])]));
         assert!(all_bytes(&read.parts) == [[5; 4096], [0; 4096]].concat());
-        // The file below can punch, so the device can.
+        // The backing file supports punching, so the device does.
         assert_eq!(bench.bare(Kind::Punch { length: 4096 }, 4096), Ok(()));
         assert_eq!(bench.bare(Kind::Sync, 0), Ok(()));
         let end = bench.run(Kind::Read, (1 << 20) - 4096, Parts::from_vec(vec![owned(&[1; 8192])]));

@@ -91,7 +91,7 @@ fn an_idle_wait_sleeps_until_its_timeout() {
     for mut queue in queues() {
         let event = EventFd::new(EFD_NONBLOCK).expect("an eventfd");
         queue.watch(event);
-        // The first waits may end early, as the eventfd is found to be a non-blocking one.
+        // The first waits may end early, because the eventfd turns out to be non-blocking.
         let started = Instant::now();
         let mut waits = 0;
         while started.elapsed() < Duration::from_millis(100) {
@@ -104,7 +104,7 @@ fn an_idle_wait_sleeps_until_its_timeout() {
 }
 
 #[test]
-fn what_is_no_eventfd_is_watched_no_more() {
+fn a_descriptor_that_is_not_an_eventfd_is_no_longer_watched() {
     for mut queue in queues() {
         let null =
             rustix::fs::open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).expect("it opens");
