@@ -6,10 +6,12 @@
 use std::time::Duration;
 
 use crash::changes::{
-    State, crash_all, deeds, extent, full, judge, refcount_table_clusters, run, starts, states,
+    State, crash_all, deeds, extent, full, judge, leaks_are_found_after_all, refcount_table_clusters, run,
+    starts, states, written,
 };
 use crash::journal::Deed;
-use crash::shape::Start;
+use crash::recovery::serve;
+use crash::shape::{Shape, Start};
 use crash::tally::Tally;
 use storage::Errno;
 use storage_sim::{CrashLimits, CrashScope, Fault, Image, Outcome, Random, Replay, SimOptions, SimWorld};
@@ -99,6 +101,21 @@ fn every_io_of_a_change_may_fail() {
         }
     }
     tally.conclude("failures in changes");
+}
+
+/// The free clusters at the end of the file, by which leaks are searched for, outlast a change.
+#[test]
+fn what_a_killed_writer_leaked_is_still_found_after_a_change() {
+    leaks_are_found_after_all().expect("no leaks are left");
+}
+
+#[test]
+fn a_file_that_was_searched_ends_like_one_that_was_closed() {
+    let start = Shape::new(16, 1024).make();
+    let [killed, closed] = [false, true].map(|clean| written(&start, clean));
+    let served = serve(&killed.image, &killed).expect("it is served");
+    let ends = [&killed.image, &served, &closed.image].map(|image| extent(image).1);
+    assert!(ends[0] > ends[1] && ends[1] == ends[2], "{ends:?}");
 }
 
 /// What is there now, and what a crash would leave of it, is one of the two states, and the second if that was said.

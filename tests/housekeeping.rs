@@ -8,7 +8,7 @@ use disk::{Completed, Disk, DiskOptions, DiskQueue, Keeper, Request, RequestId};
 use engine::SLICE_WORDS;
 use qcow2::{Geometry, NewImage, Version};
 use storage::GuestSlice;
-use storage_sim::{SimOptions, SimStorage, SimWorld};
+use storage_sim::{Fault, Outcome, SimOptions, SimStorage, SimWorld, Verb};
 
 /// Bytes of words that a slice of the map has.
 const FRAME: usize = SLICE_WORDS as usize * 8;
@@ -47,11 +47,23 @@ impl Still {
         }
         let world = SimWorld::new(1, SimOptions::calm());
         world.add_file("top.qcow2", &image);
+        Still::open(world)
+    }
+
+    fn open(world: SimWorld) -> Self {
         let options = DiskOptions { lock_timeout: Duration::ZERO, ..DiskOptions::default() };
         let disk = Disk::open_unkept(world.storage(), Path::new("top.qcow2"), &options).expect("it opens");
         let (queue, keeper) = (disk.queue(4).expect("a queue"), disk.keeper().expect("a housekeeper"));
         let memory = GuestSlice::from(&mut Box::leak(Box::new([0; 4096]))[..]);
         Still { world, queue, keeper, disk, memory }
+    }
+
+    /// Closes the disk and opens it again.
+    fn reopened(self) -> Self {
+        let Still { world, queue, keeper, disk, .. } = self;
+        drop((queue, keeper));
+        disk.close().expect("a clean close");
+        Still::open(SimWorld::from_image(world.image(), 1, SimOptions::calm()))
     }
 
     /// Lets everybody do what can be done without time passing for timers, and some requests end.
@@ -173,5 +185,43 @@ fn what_a_flush_unlinks_goes_back_at_once() {
         assert_eq!(still.world.allocated(), full - freed * Still::CLUSTER);
         // Another flush, of nothing, changes nothing.
         still.run(Request::Flush);
+    }
+}
+
+/// The first flush of a session makes the file longer. Windows that are reserved meanwhile do so, too, and what is written
+/// there must not be cut off when the first is late.
+#[test]
+fn a_late_growth_of_the_file_cuts_nothing_off() {
+    let mut still = Still::new();
+    still.run(Request::Write { offset: 0, write_through: false });
+    let mut still = still.reopened();
+    still.run(Request::Discard { offset: 0, length: Still::CLUSTER, write_through: false });
+    let late = Fault::nth(0, Outcome::Delay(Duration::from_millis(500))).of(Verb::SetLength);
+    let late = still.world.inject(late);
+    let (mut done, mut begun, mut ended) = (Vec::new(), 1, 0);
+    still.queue.submit(RequestId(0), Request::Flush, &[]);
+    still.memory.copy_from(&[9u8; 4096]);
+    while ended < 65 {
+        still.queue.turn(&mut done);
+        still.keeper.turn();
+        ended += done.len() as u64;
+        assert!(done.drain(..).all(|done: Completed| done.result.is_ok()));
+        // Two at a time, once the file is being made longer.
+        if still.world.hits(late) > 0 && begun < 65 && begun < ended + 3 {
+            let write = Request::Write { offset: begun * Still::CLUSTER, write_through: false };
+            still.queue.submit(RequestId(begun as u32), write, &[still.memory]);
+            begun += 1;
+        } else if !still.world.step() {
+            still.world.pass(Duration::from_millis(1));
+        }
+    }
+    still.settle(0);
+    assert_eq!(still.world.hits(late), 1);
+    for number in 1..=64 {
+        still.memory.copy_from(&[0u8; 4096]);
+        still.run(Request::Read { offset: number * Still::CLUSTER });
+        let mut found = [0u8; 4096];
+        still.memory.copy_to(&mut found[..]);
+        assert!(found == [9; 4096], "cluster {number} was cut off");
     }
 }

@@ -46,6 +46,11 @@ fn hunt(mutation: Mutation, starts: &[Start], time: Duration) -> Option<Catch> {
         let how = mutation::with(mutation, overlaps::try_all).err()?;
         return Some(Catch { time: started.elapsed(), trials: 1, states: 0, how });
     }
+    if mutation == Mutation::ChangeUnmarks {
+        // Shows only if nothing is reserved after a change.
+        let how = mutation::with(mutation, changes::leaks_are_found_after_all).err()?;
+        return Some(Catch { time: started.elapsed(), trials: 1, states: 0, how });
+    }
     if matches!(mutation, Mutation::EarlyLinkFailureForgotten | Mutation::EarlyLinkLeft) {
         // Shows only if nothing else is written to the same table afterwards.
         let mut fail = |start: &Start| mutation::with(mutation, || exhaust_failing(start, &mut walker)).err();

@@ -110,6 +110,9 @@ pub(crate) async fn carry_out<Q: IoQueue>(
 
 async fn write_all<Q: IoQueue>(image: &ImageFile<'_, Q>, plan: &mut Plan) -> Result<(), OpenError> {
     let (mut punches, mut end) = (true, image.info.length);
+    if let Some(length) = plan.marked_length() {
+        end = image.keep_mark(length, end).await?;
+    }
     let mut corrections = Vec::new();
     let mut step = plan.next_step();
     while let Some(now) = step {
@@ -170,6 +173,26 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
             Err(error) => {
                 warn!(path = %shown(&self.info.path), %error, "space could not be given back to the host");
                 false
+            }
+        }
+    }
+
+    /// Makes the file, which is `present` bytes long, at least so long, durably; its length then. Where there is no room,
+    /// the change goes on, and the leaks of an earlier crash may stay.
+    async fn keep_mark(&self, length: u64, present: u64) -> Result<u64, OpenError> {
+        let length = length.next_multiple_of(u64::from(self.info.block_size.max(1)));
+        if length <= present {
+            return Ok(present);
+        }
+        match self.driver.run_bare(Operation::bare(self.id, Kind::SetLength, length)).await {
+            Ok(()) => {
+                self.sync().await?;
+                Ok(length)
+            }
+            Err(error) => {
+                warn!(path = %self.info.path.display(), %error,
+                    "the image file cannot be made longer: space that an earlier crash left counted may stay counted");
+                Ok(present)
             }
         }
     }

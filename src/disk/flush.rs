@@ -141,10 +141,10 @@ impl<S: Storage> Worker<S> {
         if let Some(length) = length {
             let block = u64::from(self.shared.files[0].info.block_size.max(1));
             let length = length.next_multiple_of(block);
-            match self.grow_file(length).await {
-                Ok(()) => self.engine().file_has_length(length),
-                Err(error) => debug!(%error, length, "the image file cannot end with free clusters"),
+            if let Err(error) = self.grow_file(length).await {
+                debug!(%error, length, "the image file cannot end with free clusters");
             }
+            self.engine().file_was_lengthened(length);
         }
         self.sync_unless(Mutation::TailNotSynced).await
     }

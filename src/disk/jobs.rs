@@ -99,6 +99,8 @@ impl<S: Storage> Worker<S> {
         result.map_err(RequestError::io("growing the image file"))
     }
 
+    /// Makes the image file longer, if it is shorter. The caller is the only one that sets its length: it holds the
+    /// reservation, or leads a cut that takes its place.
     pub async fn grow_file(&self, length: u64) -> Result<(), Errno> {
         let top = self.shared.top_file();
         // Never shorten: the file may be longer than what is in use (an earlier crash).

@@ -112,10 +112,12 @@ impl<S: Storage> Worker<S> {
     /// Searches for leaks if the last writer of the image did not close it, until the disk is to be closed.
     pub async fn search_leaks(&self) {
         let path = self.shared.layers[0].path.display();
+        let mut complete = false;
         if self.engine().status().searching && !self.shared.bell.stopped() {
             match Search::new(self).run().await {
                 Ok(None) => {}
                 Ok(Some(clusters)) => {
+                    complete = true;
                     let bytes = clusters * self.engine().unit();
                     info!(%path, clusters, bytes, "space that an earlier crash left counted is given back");
                 }
@@ -126,7 +128,7 @@ impl<S: Storage> Worker<S> {
             }
         }
         self.shared.leaks.settled.store(true, Ordering::SeqCst);
-        self.engine().end_leak_search();
+        self.engine().end_leak_search(complete);
     }
 }
 
@@ -335,7 +337,8 @@ impl<'a, S: Storage> Search<'a, S> {
                 }
                 match self.read(Piece { table: LiveTable::Refblock(block), number }).await? {
                     Some(bytes) => search.compare(first, &bytes)?,
-                    None => break,
+                    // Without a refblock a count is 0, and nothing may name the cluster.
+                    None => search.compare(first, &vec![0; self.piece_bytes() as usize])?,
                 }
                 self.rest_after(1).await?;
             }

@@ -78,7 +78,8 @@ pub(crate) struct Allocator {
     pub file_length: u64,
     /// A cluster is needed that was in no use in this session, and no window has one.
     pub wants_new: bool,
-    /// Somebody reserves: who waits for it.
+    /// Somebody reserves, or makes the file longer: who waits for it. The file's length has one writer at a time, as setting
+    /// it to what another found too short would cut off what was written meanwhile.
     pub reserving: Option<Waiters>,
     /// Somebody reclaims.
     pub reclaiming: bool,
@@ -90,6 +91,8 @@ pub(crate) struct Allocator {
     pub tail: Range<u64>,
     /// No cluster from this on is counted or reserved.
     pub used_end: u64,
+    /// A search for leaks was done to its end, and found nothing that names the tail.
+    pub tail_is_spare: bool,
     /// The file was made longer, and that is not known to be durable.
     pub length_unsynced: bool,
     /// What the search for leaks must leave alone; none if it is over.
@@ -122,6 +125,7 @@ impl Allocator {
             scan_end: end,
             tail: 0..0,
             used_end: end,
+            tail_is_spare: false,
             length_unsynced: false,
             touched: None,
         }
@@ -140,17 +144,30 @@ impl Allocator {
     }
 
     /// How long the file is to be before counts go to it, so that it ends with free clusters until it is closed; nothing if
-    /// it is.
+    /// it is. Nobody reserves until [`crate::Engine::file_was_lengthened`].
     pub fn marked_length(&mut self, cluster_size: u64) -> Option<u64> {
         if active(Mutation::TailNotMarked) {
             return None;
         }
+        let length = self.wanted_length(cluster_size)?;
+        assert!(self.reserving.is_none(), "the file's length has one writer at a time");
+        self.reserving = Some(Waiters::default());
+        self.file_length = length;
+        self.length_unsynced = true;
+        Some(length)
+    }
+
+    /// The length with free clusters at the end, if the file is shorter.
+    fn wanted_length(&self, cluster_size: u64) -> Option<u64> {
         let tail = TAIL_BYTES.max(cluster_size);
         let length = self.used_end.checked_mul(cluster_size).and_then(|end| end.checked_add(tail))?;
-        let grows = length > self.file_length;
-        self.file_length = self.file_length.max(length);
-        self.length_unsynced |= grows;
-        grows.then_some(length)
+        (length > self.file_length).then_some(length)
+    }
+
+    /// Who waits for the one that sets the file's length, if the next cut would set it, too.
+    pub fn waits_for_length(&mut self, cluster_size: u64) -> Option<&mut Waiters> {
+        let grows = self.wanted_length(cluster_size).is_some();
+        self.reserving.as_mut().filter(|_| grows)
     }
 
     /// The count of a cluster changes, or it loses a reference: it is no leak.
@@ -267,6 +284,10 @@ impl Allocator {
     /// Forgets free clusters at the very end of the file, so that the file can be cut there; the new end.
     pub fn trim_end(&mut self) -> u64 {
         self.end = self.free.trim(self.end);
+        // The mark of an earlier session. Nothing was reserved there in this one.
+        if self.tail_is_spare && self.end == self.scan_end && self.used_end <= self.tail.start {
+            self.end = self.free.trim(self.tail.start);
+        }
         self.end
     }
 

@@ -44,7 +44,8 @@ pub struct HeaderSwitch {
 #[must_use]
 pub struct FlushCut {
     number: u64,
-    /// Make the file as long first, if that is possible, so that it ends with free clusters until it is closed.
+    /// Make the file as long first, if that is possible, so that it ends with free clusters until it is closed. Then call
+    /// [`crate::Engine::file_was_lengthened`], however that went.
     pub lengthen: Option<u64>,
     /// The file's length must be durable before anything of this is written.
     pub length_first: bool,
@@ -158,6 +159,14 @@ impl State {
         }
         if flush.running.is_some() || (flush.early.is_running() && !active(Mutation::CutBesideEarlyLink)) {
             flush.waiters.add(waker);
+            return Ok(FlushStep::Wait);
+        }
+        let dirty = self.has_dirt();
+        let write = self.write_state()?;
+        if dirty && let Some(waiters) = write.alloc.waits_for_length(write.refcounts.geometry.cluster_size())
+        {
+            // A reservation waits for no flush.
+            waiters.add(waker);
             return Ok(FlushStep::Wait);
         }
         self.take_cut(epochs).map(FlushStep::Lead)

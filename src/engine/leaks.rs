@@ -431,10 +431,16 @@ impl Engine {
         self.with(|state, _| state.give_back(&mut search.leaks))
     }
 
-    /// The search for leaks is over: what is touched from now on is not noted any more.
-    pub fn end_leak_search(&self) {
+    /// The search for leaks is over: what is touched from now on is not noted any more. If it was `complete`, the free
+    /// clusters at the end of the file have done their service.
+    pub fn end_leak_search(&self, complete: bool) {
         self.with(|state, _| {
+            let searched = state.searched_end();
             if let Some(write) = &mut state.write {
+                let tail = write.alloc.tail.clone();
+                let run = Run { start: HostCluster(tail.start), count: tail.end - tail.start };
+                let has_counts = searched.is_some_and(|end| tail.end <= end);
+                write.alloc.tail_is_spare = complete && has_counts && write.guard.within(run).is_none();
                 write.alloc.touched = None;
             }
         });

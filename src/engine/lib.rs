@@ -626,11 +626,12 @@ impl Engine {
         })
     }
 
-    /// The file was made at least so long.
-    pub fn file_has_length(&self, length: u64) {
-        self.with(|state, _| {
+    /// The file was made at least so long as a cut named, or that failed.
+    pub fn file_was_lengthened(&self, length: u64) {
+        self.with(|state, wakes| {
             if let Some(write) = &mut state.write {
                 write.alloc.file_length = write.alloc.file_length.max(length);
+                wakes.append(write.alloc.reserving.take().expect("nobody else sets it").take());
             }
         });
     }

@@ -128,6 +128,8 @@ pub enum Mutation {
     TailNotMarked,
     /// That the file ends with free clusters need not be durable before counts are written.
     TailNotSynced,
+    /// A change of an image that nobody uses does not keep the free clusters at the file's end.
+    ChangeUnmarks,
 }
 
 impl Mutation {
@@ -194,6 +196,7 @@ impl Mutation {
         Mutation::LeakSearchReadsTheDisk,
         Mutation::TailNotMarked,
         Mutation::TailNotSynced,
+        Mutation::ChangeUnmarks,
     ];
 }
 

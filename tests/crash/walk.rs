@@ -54,7 +54,7 @@ impl Choice {
 pub struct Walker<'t> {
     tally: &'t Tally,
     seen: HashMap<u64, Rc<Seen>>,
-    /// The run has changes of the image, which may take the mark away that leaks are searched by.
+    /// The run has changes of the image, which in version 2 leave leaks without a mark.
     has_changes: bool,
 }
 

@@ -35,6 +35,7 @@ use super::refusal::ChangeRefusal;
 use super::resize::NewTables;
 use super::{Change, Planner, SnapshotChange};
 use crate::check::counts::Counts;
+use crate::leaks::TAIL_BYTES;
 use crate::mutation::{Mutation, active};
 
 /// Bytes by which a write of what was changed within a table is aligned.
@@ -118,6 +119,10 @@ pub struct Plan {
     free: VecDeque<(u64, u64)>,
     /// The file is to be cut in the end.
     cuts: bool,
+    /// Bytes of free clusters that the file is to end with, because it did before; 0 if it did not.
+    tail: u64,
+    /// The first cluster past all that count while the plan is carried out.
+    used_end: u64,
     /// Where the new active L1 table is, if there is one.
     new_l1: Option<HostOffset>,
     snapshot: Option<Snapshot>,
@@ -153,8 +158,10 @@ impl Plan {
     pub(super) fn new(planner: Planner) -> Result<Plan, ChangeRefusal> {
         let is_resize = matches!(planner.change, Change::Resize(_));
         let snapshot = (!is_resize).then(|| planner.snapshots[planner.index].clone());
+        let tail = tail_of(&planner);
         let mut draft = Draft::new(planner)?;
         let geometry = draft.geometry;
+        let used_end = used_end(&draft.counts);
         let actions = draft.actions();
         let correction = Correction { in_l1: false, sets: false };
         let refcount_table = match draft.growth.table {
@@ -172,6 +179,8 @@ impl Plan {
             correction,
             free,
             cuts: is_resize,
+            tail,
+            used_end,
             new_l1,
             snapshot,
         })
@@ -180,6 +189,13 @@ impl Plan {
     /// The snapshot that it is about, if it is about one. The place of a new one's L1 table is not told.
     pub fn snapshot(&self) -> Option<&Snapshot> {
         self.snapshot.as_ref()
+    }
+
+    /// The length in bytes that the file must durably have before the first step. So it ends with free clusters all the
+    /// time, and the next writer still searches for the leaks of an earlier crash. None if it did not end so before.
+    pub fn marked_length(&self) -> Option<u64> {
+        let used = self.used_end.checked_mul(self.geometry.cluster_size())?;
+        used.checked_add(self.tail).filter(|_| self.tail > 0)
     }
 
     /// Where the disk's new L1 table is to be, if it gets one.
@@ -347,11 +363,25 @@ impl Plan {
             return Some(PlanStep::Punch { offset: HostOffset(offset), length });
         }
         std::mem::take(&mut self.cuts).then(|| {
-            let used = self.counts.touched(&self.counts).filter(|cluster| self.counts.get(*cluster) > 0);
-            let end = used.last().map_or(1, |last| last + 1);
-            PlanStep::Cut { length: end * self.geometry.cluster_size() }
+            let end = used_end(&self.counts).max(1);
+            PlanStep::Cut { length: end * self.geometry.cluster_size() + self.tail }
         })
     }
+}
+
+/// The first cluster past all that count.
+fn used_end(counts: &Counts) -> u64 {
+    counts.touched(counts).filter(|cluster| counts.get(*cluster) > 0).last().map_or(0, |last| last + 1)
+}
+
+/// How many bytes of free clusters the file must end with to be marked as it is; 0 if it is not marked
+/// (docs/durability.md, "Leaks of an earlier crash").
+fn tail_of(planner: &Planner) -> u64 {
+    let (base, size) = (&planner.base, planner.geometry.cluster_size());
+    let first = base.file_length.saturating_sub(TAIL_BYTES) / size;
+    let is_free = |cluster: u64| base.recorded.get(cluster) == 0;
+    let is_marked = first < base.clusters && (first..base.clusters).all(is_free);
+    if is_marked && !active(Mutation::ChangeUnmarks) { TAIL_BYTES.max(size) } else { 0 }
 }
 
 impl Draft {
