@@ -42,6 +42,7 @@ mod write;
 mod zero;
 
 pub use answer::{Answer, TableLoad, TablePlace, TableSlot};
+pub use bounds::ARE_TINY as BOUNDS_ARE_TINY;
 pub use bounds::MAP_SLICE_WORDS as SLICE_WORDS;
 pub use claims::ClaimId;
 pub use entries::Entries;
