@@ -550,6 +550,8 @@ fn random_run(setup: Setup) -> u64 {
             rig.send(operation);
         }
         rig.pass(Duration::from_millis(random.below(3000)));
+        // Before a request fails or waits, freed space is given back, with a bounded number of short pauses.
+        rig.pass(Duration::from_secs(1));
         if setup.on_enospc == OnEnospc::Wait {
             assert!(rig.failed.is_empty(), "{setup:?}: {:?}", rig.failed);
             short += rig.space().waiting;

@@ -17,14 +17,9 @@ use slab::Slab;
 use smallvec::SmallVec;
 use storage::{AlignedBuf, BufferPool, Completion, Errno, IoQueue, Notifier, Operation, Part, Parts, Token};
 
+use crate::bounds::{BUFFER_BYTES, INFLATING_BYTES, POOL_BYTES, ROUNDS_OF_A_TURN};
 use crate::executor::{Executor, poll_once};
 
-/// Bytes of buffers that requests of one thread may hold at a time.
-const BUFFER_BYTES: usize = 16 << 20;
-/// Bytes that clusters being inflated by one thread's requests may take at a time: their data and what becomes of it.
-const INFLATING_BYTES: usize = 16 << 20;
-/// Bytes of free buffers kept for the next.
-const POOL_BYTES: usize = 8 << 20;
 /// Marks the tokens of operations that a future waits for.
 const FUTURE: u64 = 1 << 63;
 
@@ -210,8 +205,7 @@ impl<Q: IoQueue> Driver<Q> {
     /// Sends what was pushed, takes in what completed, runs tasks, until there is nothing more to do at once. The
     /// completions of fast-path operations go to `fast`.
     pub fn turn(&self, mut fast: impl FnMut(Completion)) {
-        // Bounded, so that a task that is always ready cannot keep the thread from its other work.
-        for _ in 0..32 {
+        for _ in 0..ROUNDS_OF_A_TURN {
             let mut completions = self.scratch.take();
             {
                 let mut queue = self.queue.borrow_mut();

@@ -11,12 +11,10 @@ use names::shown;
 use storage::{Errno, FileId, Kind, Operation, Part, Storage};
 use tracing::{debug, error};
 
+use crate::bounds::CUT_WRITES_AT_ONCE as WRITES_AT_ONCE;
 use crate::driver::Outcome;
 use crate::error::{RequestError, is_no_space};
 use crate::worker::Worker;
-
-/// Table writes in flight at a time.
-const WRITES_AT_ONCE: usize = 32;
 
 /// What failed in a cut.
 enum Failure {

@@ -18,6 +18,7 @@ use storage::pages::give_back;
 use storage::{Errno, Kind, Operation, Storage};
 use tracing::warn;
 
+use crate::bounds::PUNCHES_AT_ONCE;
 use crate::driver::{Alarm, Driver, Outcome};
 use crate::error::{OpenError, RequestError};
 use crate::layer::DiskFile;
@@ -32,9 +33,6 @@ const RECLAIM_RETRY: Duration = Duration::from_millis(50);
 
 /// How often the map is looked through: what nobody used for so long, or for twice as long at most, gives its memory back.
 const SWEEP_EVERY: Duration = Duration::from_secs(300);
-
-/// Punches in flight at a time.
-pub(crate) const PUNCHES_AT_ONCE: usize = 16;
 
 /// How others wake the housekeeper.
 #[derive(Default)]

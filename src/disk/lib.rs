@@ -7,6 +7,7 @@
 
 mod backing;
 mod bitmaps;
+pub mod bounds;
 pub mod change;
 pub mod check;
 mod close;

@@ -16,6 +16,7 @@ use storage::{AlignedBuf, FileId, FileInfo, IoQueue, Kind, OpenOptions, Operatio
 use tracing::{info, warn};
 
 use crate::backing::{LayerFile, backing_of};
+use crate::bounds::READ_PIECE_BYTES as PIECE;
 use crate::check::{ImageFile, repair_open};
 use crate::cut_short::warn_if_cut_short;
 use crate::data_file::DataFiles;
@@ -36,8 +37,6 @@ const INFLATE_THREADS: usize = 4;
 
 /// Bytes of a sector, the unit of a disk's size.
 const SECTOR: u64 = 512;
-/// Bytes of metadata read at a time.
-const PIECE: u64 = 1 << 20;
 
 /// The format of an image file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -15,6 +15,7 @@ use storage::guest::{GuestSlices, fill_guest_zero, guest_len, subrange_into};
 use storage::{Errno, GuestSlice, IoQueue, Kind, Notifier, Operation, Part, Parts, Storage, Token};
 
 use crate::Shared;
+use crate::bounds::{FAST_RUNS, SPARE_MAX};
 use crate::driver::Driver;
 use crate::error::{OpenError, RequestError, is_no_space};
 use crate::policy::Discards;
@@ -22,10 +23,6 @@ use crate::read::owned;
 use crate::worker::Worker;
 use crate::zero::Tried;
 
-/// The most lists of an operation's memory that are kept for the next.
-const SPARE_MAX: usize = 128;
-/// The most runs that the fast path splits a request into.
-const FAST_RUNS: usize = 8;
 /// How often a request that finds no space is tried again at once, as long as others free some.
 const SPACE_TRIES: u32 = 4;
 

@@ -6,12 +6,10 @@ use smallvec::SmallVec;
 use storage::guest::{GuestSlices, copy_to_guest, fill_guest_zero, guest_len, subrange};
 use storage::{AlignedBuf, GuestSlice, Kind, Operation, Part, Parts, Storage};
 
+use crate::bounds::BOUNCE_BYTES;
 use crate::driver::Strand;
 use crate::error::RequestError;
 use crate::worker::Worker;
-
-/// The most bytes bounced at a time.
-pub(crate) const BOUNCE_BYTES: usize = 1 << 20;
 
 impl<S: Storage> Worker<S> {
     /// Fills guest memory from the disk.

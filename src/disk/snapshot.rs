@@ -16,6 +16,7 @@ use tracing::warn;
 pub use engine::change::SnapshotChange as Change;
 pub use qcow2::Snapshot;
 
+use crate::bounds::READ_PIECE_BYTES as PIECE;
 pub use crate::change::{ChangeError, ChangeRefusal};
 use crate::change::{QUEUE_DEPTH, carry_out, plan};
 use crate::check::{ImageFile, Sharing, repair_open};
@@ -24,8 +25,6 @@ use crate::error::OpenError;
 use crate::layer::DiskFile;
 use crate::open::{DiskOptions, fill_last_block};
 
-/// Bytes of L1 tables read at a time.
-const PIECE: u64 = 1 << 20;
 /// The most bytes that the L1 tables of the snapshots of a writable image may have together: all are read at open. At
 /// clusters of 64 KiB each is 16 KiB for a TiB of disk.
 const L1_BYTES_MAX: u64 = 64 << 20;

@@ -12,6 +12,7 @@ use storage::{AlignedBuf, Errno, Kind, Operation, Part, Storage};
 use tracing::error;
 
 use crate::Shared;
+use crate::bounds::LOADS_AT_ONCE;
 use crate::driver::Driver;
 use crate::error::RequestError;
 use crate::failures::FailureLog;
@@ -92,8 +93,7 @@ impl<S: Storage> Worker<S> {
     /// Reads the slices and hands them to the engine; every one of them is answered for, whatever fails.
     pub async fn load_tables(&self, loads: Vec<TableLoad>) -> Result<(), RequestError> {
         let mut result = Ok(());
-        // In pieces, so that a deep chain does not hold buffers without bound.
-        for piece in loads.chunks(64) {
+        for piece in loads.chunks(LOADS_AT_ONCE) {
             let started: Vec<_> =
                 piece.iter().map(|load| self.driver.run(self.load_operation(load))).collect();
             for (load, outcome) in piece.iter().zip(started) {

@@ -6,9 +6,9 @@ use qcow2::{GuestOffset, HostOffset};
 use storage::guest::{copy_from_guest, guest_len, subrange};
 use storage::{AlignedBuf, GuestSlice, Kind, Operation, Part, Parts, Storage};
 
+use crate::bounds::{BOUNCE_BYTES, COPIED_MAX};
 use crate::driver::Strand;
 use crate::error::RequestError;
-use crate::read::BOUNCE_BYTES;
 use crate::worker::Worker;
 
 /// What is to be written.
@@ -44,10 +44,6 @@ impl<S: Storage> Drop for Claim<'_, S> {
         self.worker.engine().release_claim(self.id);
     }
 }
-
-/// The most of the guest's bytes that are copied and written again from a buffer, so that what lies around them is one
-/// read: copying so much costs less than a second request to the host.
-const COPIED_MAX: u64 = 16 << 10;
 
 /// What goes around the guest's bytes in new clusters.
 struct Fill {

@@ -9,15 +9,12 @@ use qcow2::{GuestOffset, HostOffset};
 use storage::{Errno, Kind, Operation, Storage};
 use tracing::debug;
 
+use crate::bounds::{PUNCHES_AT_ONCE, ROUNDS_AT_ONCE};
 use crate::error::RequestError;
-use crate::housekeeping::PUNCHES_AT_ONCE;
 use crate::layer::DiskFile;
 use crate::policy::Discards;
 use crate::worker::Worker;
 use crate::write::Payload;
-
-/// L2 slices that a long discard goes through before it lets the thread's other work go on.
-const ROUNDS_AT_ONCE: u32 = 16;
 
 /// How a try to zero a range at once ended.
 pub(crate) enum Tried {

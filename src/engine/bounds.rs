@@ -20,7 +20,7 @@ pub const ARE_TINY: bool = cfg!(feature = "tiny-bounds");
 pub(crate) const AIMED_CHUNK_BITS: u64 = bound(512, 64);
 /// The most chunks there: some 50 MiB with the table that they are in, and exact bits enough for 16 TiB of clusters of
 /// 64 KiB each.
-pub(crate) const AIMED_CHUNKS_MAX: usize = bound(1 << 19, 2) as usize;
+pub(crate) const AIMED_CHUNKS_MAX: usize = bound(1 << 19, 8) as usize;
 
 /// The most bytes that a window of the allocator reserves.
 pub(crate) const WINDOW_BYTES_MAX: u64 = bound(16 << 20, 64 << 10);
@@ -41,10 +41,17 @@ pub(crate) const QUARANTINE_BYTES_MIN: u64 = bound(1 << 20, 4 << 10);
 /// A cut is due early once this share of what may be held back waits for one.
 pub(crate) const CUT_SHARE: u64 = 4;
 
+/// The most runs of free clusters: some 2 MiB.
+pub(crate) const FREE_RUNS_MAX: usize = bound(1 << 15, 2) as usize;
+/// The most chunks of free clusters: some 4 MiB.
+pub(crate) const FREE_CHUNKS_MAX: usize = bound(1 << 15, 4) as usize;
+/// Clusters in such a chunk; whole words.
+pub(crate) const FREE_CHUNK_CLUSTERS: u64 = bound(512, 64);
+
 /// Refblock slices searched for free clusters in one go.
 pub(crate) const SCAN_SLICES: u64 = bound(8, 1);
 /// The most clusters looked at in one go: narrow refcounts put many into a slice.
-pub(crate) const SCAN_CLUSTERS: u64 = bound(16 << 10, 3);
+pub(crate) const SCAN_CLUSTERS: u64 = bound(16 << 10, 64);
 
 /// The most runs reclaimed in one go.
 pub(crate) const RECLAIM_RUNS_MAX: usize = bound(1024, 2) as usize;
@@ -78,7 +85,7 @@ pub const TABLE_SLICE_BYTES_MAX: u64 = bound(4096, 512);
 pub(crate) const TABLES_BYTES_MAX: usize = bound(1 << 40, 4 << 10) as usize;
 pub(crate) const MAP_BYTES_MAX: usize = bound(1 << 40, 256) as usize;
 /// The most table slices that one insertion looks at for one to evict.
-pub(crate) const SWEEP_STEPS: usize = bound(64, 1) as usize;
+pub(crate) const SWEEP_STEPS: usize = bound(64, 4) as usize;
 
 /// Words in a slice of the map: guest clusters that are resolved and evicted together. Few under loom, which follows each
 /// word.

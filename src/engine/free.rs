@@ -8,13 +8,9 @@ use std::collections::BTreeMap;
 use qcow2::HostCluster;
 
 use crate::alloc::{FreeRun, Run};
-
-/// The most runs: some 2 MiB.
-const RUNS_MAX: usize = 1 << 15;
-/// The most chunks: some 4 MiB.
-const CHUNKS_MAX: usize = 1 << 15;
-/// Clusters in a chunk.
-const CHUNK_CLUSTERS: u64 = 512;
+use crate::bounds::{
+    FREE_CHUNK_CLUSTERS as CHUNK_CLUSTERS, FREE_CHUNKS_MAX as CHUNKS_MAX, FREE_RUNS_MAX as RUNS_MAX,
+};
 
 type Chunk = [u64; CHUNK_CLUSTERS as usize / 64];
 

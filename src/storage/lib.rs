@@ -7,6 +7,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod bounds;
 #[allow(unsafe_code)]
 pub mod buffer;
 pub mod error;

@@ -6,11 +6,7 @@
 use std::ops::ControlFlow;
 
 use crate::GuestSlice;
-
-/// Bytes of the first chunk: nearly all nonzero data is recognised here.
-const FIRST_BYTES: usize = 64;
-/// Bytes of each further chunk.
-const CHUNK_BYTES: usize = 1024;
+use crate::bounds::{ZEROES_CHUNK_BYTES as CHUNK_BYTES, ZEROES_FIRST_BYTES as FIRST_BYTES};
 
 /// Divides the bytes of the slices into pieces: one of `first` bytes, then pieces of `piece` bytes; the last may be
 /// shorter. Calls `each` with the length of a piece and whether it is all zeros, until it breaks. Within a piece, bytes

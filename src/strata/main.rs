@@ -29,6 +29,12 @@ use std::process::ExitCode;
 
 use crate::cli::Command;
 
+// Cargo unites features: a build of the program together with tests that want tiny bounds would have them, too.
+const _: () = assert!(
+    !disk::bounds::ARE_TINY && !vhost_blk::bounds::ARE_TINY,
+    "the feature tiny-bounds is for tests: build the program without it"
+);
+
 fn main() -> ExitCode {
     let cli = cli::parse(std::env::args_os());
     let asks_capabilities = match &cli.command {

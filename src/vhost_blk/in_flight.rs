@@ -8,11 +8,9 @@ use std::collections::VecDeque;
 
 use slab::Slab;
 
+use crate::bounds::SEGMENT_SLOTS;
 use crate::device::{Done, GuestSlice, Request, Status, Tag};
 use crate::request::{Kind, Submission};
-
-/// Segments of discards in flight at the same time.
-const SEGMENT_SLOTS: usize = 32;
 
 /// A chain that the disk works on, or has finished.
 #[derive(Debug)]

@@ -9,6 +9,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod bounds;
 mod config;
 mod descriptor;
 pub mod device;

@@ -6,11 +6,8 @@
 
 use std::time::Duration;
 
-/// The most at a time: of the shortest there are.
-pub(crate) const MOST: u16 = 128;
-/// At a time for a disk that takes longer than a turn. With all of 32 at a time reads on a disk were a tenth to a fifth
-/// slower here; with fewer than these a request takes more processor time.
-const STARTED: u16 = 8;
+use crate::bounds::{PORTION_MOST as MOST, PORTION_STARTED as STARTED};
+
 /// How long a portion that the disk carries out at once should take.
 const SPAN: Duration = Duration::from_micros(15);
 
@@ -50,7 +47,7 @@ mod tests {
         let mut portion = Portion::new();
         assert_eq!(portion.get(), STARTED);
         portion.over(32, 32, Duration::from_micros(32));
-        assert_eq!(portion.get(), 15);
+        assert_eq!(portion.get(), 15.min(MOST));
         portion.over(15, 15, Duration::from_millis(3));
         assert_eq!(portion.get(), 1, "long ones are handed back one by one");
         portion.over(1, 1, Duration::ZERO);

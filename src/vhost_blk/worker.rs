@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use tracing::{debug, error, warn};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::bounds::PORTION_MOST;
 use crate::device::{BlockDevice, BlockQueue, Done, Request, Status};
 use crate::error::RingError;
 use crate::fd::{self, RaiseMark, SignalSlot, SignalView};
@@ -22,7 +23,7 @@ use crate::in_flight::InFlight;
 use crate::memory::GuestMemory;
 use crate::metrics::{Metrics, QueueMetrics};
 use crate::poll::PollBudget;
-use crate::portion::{self, Portion};
+use crate::portion::Portion;
 use crate::request::{Checker, Parsed, write_status};
 use crate::ring::{Chain, Ring, Used};
 
@@ -268,8 +269,8 @@ fn run<D: BlockDevice>(setup: WorkerSetup<D>, control: &Control, started: &Start
         in_flight: InFlight::new(setup.ring_size),
         checker: Checker::new(setup.device.profile()),
         chain: Chain::default(),
-        used: Vec::with_capacity(usize::from(portion::MOST)),
-        done: Vec::with_capacity(usize::from(portion::MOST)),
+        used: Vec::with_capacity(usize::from(PORTION_MOST)),
+        done: Vec::with_capacity(usize::from(PORTION_MOST)),
         control,
         call: SignalView::new(setup.call),
         error: setup.error,

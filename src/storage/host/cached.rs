@@ -8,13 +8,11 @@
 use super::OpenFile;
 use super::inline::read_without_waiting;
 use super::slots::{Slot, Verdict};
+use crate::bounds::CACHED_BYTES_MAX as BYTES_MAX;
 use crate::{Errno, Kind, Operation};
 
 /// The most reads of a file that are passed over after a miss.
 const PASSED_MAX: u8 = 63;
-
-/// The most bytes of a read that is tried: above that, copying on several processors saves more than the pool costs.
-const BYTES_MAX: u64 = 32 << 10;
 
 /// Hits and misses, by file.
 #[derive(Default)]

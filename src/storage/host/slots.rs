@@ -7,21 +7,13 @@
 use std::sync::atomic::Ordering;
 
 use super::OpenFile;
+use crate::bounds::{CALL_BYTES_MAX, IOVECS_MAX, ZEROS_BYTES, ZEROS_PER_CALL};
 use crate::guest::zero_from;
 use crate::{Completion, Errno, FileId, Kind, Operation, Part, Parts, Token};
-
-/// The most entries of one readv or writev (IOV_MAX).
-const IOVECS_MAX: usize = 1024;
-
-/// The most bytes of one read or write: below the kernel's own bound, and a multiple of every alignment.
-const CALL_BYTES_MAX: u64 = 1 << 30;
 
 /// How often in a row a call may return EINTR or EAGAIN before that is the operation's result.
 const RETRIES_MAX: u32 = 1000;
 
-/// Zeros that overwrite a range where the file system cannot zero it, and how many such blocks one call writes.
-const ZEROS_BYTES: usize = 64 << 10;
-const ZEROS_PER_CALL: usize = 64;
 static ZEROS: Zeros = Zeros([0; ZEROS_BYTES]);
 
 #[repr(align(4096))]

@@ -17,11 +17,9 @@ use super::notify::Wakeup;
 use super::pool::{Finished, Job, Outbox, Pool};
 use super::slots::{Slot, answer_at_once};
 use super::{FileTable, OpenFile, SeenFiles, inline};
+use crate::bounds::EVENTS;
 use crate::error::{Step, StorageError};
 use crate::{Completion, IoQueue, Kind, Notifier, Operation, Token};
-
-/// Events taken in one call; further ones stay for the next.
-const EVENTS: usize = 16;
 
 /// One thread's queue of operations on [`HostStorage`](super::HostStorage) files.
 pub struct ThreadQueue {

@@ -25,16 +25,9 @@ use super::watch::{
     TAG_CANCEL, TAG_OPERATION, TAG_WATCH_POLL, TAG_WATCH_READ, Watch, WatchedEvent, user_data,
 };
 use super::{FileTable, SeenFiles, inline};
+use crate::bounds::{OFFLOADED_BYTES_MIN, OFFLOADED_MAX, RING_DEPTH_MAX as DEPTH_MAX};
 use crate::error::StorageError;
 use crate::{Completion, Errno, IoQueue, Kind, Notifier, Operation, Token};
-
-/// The most operations in flight in one ring. More are queued.
-const DEPTH_MAX: u32 = 4096;
-
-/// Above this many operations in the ring, none on files in memory is offloaded: the worker threads have enough to do.
-const OFFLOADED_MAX: usize = 64;
-/// The fewest bytes of an offloaded operation: below that, handing it to another thread costs more than running it.
-const OFFLOADED_BYTES_MIN: u64 = 32 << 10;
 
 /// Ring entries in addition to those of operations: reads of watched eventfds, and cancellations.
 const CONTROL_ENTRIES: u32 = 32;
