@@ -566,7 +566,9 @@ fn a_link_is_written_beside_its_data_where_a_flush_follows_each() {
     let mut bench = Bench::open(Files(vec![image(Version::V3, whole(10), size, false)]));
     let mut model = ByteModel::new(size, 1 << 10, DiscardRule::ZeroesClusters);
     // From now on a reservation, whose counts are written first, brings more than all that follows takes.
-    bench.apply(&Operation::Write { offset: 128 << 10, length: 64 << 10, seed: 0 }, &mut model);
+    for offset in [128 << 10, 160 << 10] {
+        bench.apply(&Operation::Write { offset, length: 32 << 10, seed: 0 }, &mut model);
+    }
     bench.flush().expect("a flush");
     let mut write = |bench: &mut Bench, cluster: u64| {
         let write = Operation::Write { offset: (cluster << 10) + 512, length: 512, seed: cluster as u32 };
