@@ -157,11 +157,15 @@ impl Aftermath {
         self.judge_statuses(trouble, run, manner)?;
         let choice = Choice { states_max: 6, ..Choice::sample(6) };
         let seed = manner.seed ^ (trouble.nth << 8 | trouble.verb as u64) << 32;
-        walker.crash(run, start, &choice, seed)?;
-        if manner.clean && run.closed.is_ok() && !run.hung {
-            walker.closed(run, start)?;
-        }
-        walker.some_crash(run, start, seed).map(drop)
+        walker.unmarked = trouble.verb == Verb::SetLength;
+        let walked = walker.crash(run, start, &choice, seed).and_then(|()| {
+            if manner.clean && run.closed.is_ok() && !run.hung {
+                walker.closed(run, start)?;
+            }
+            walker.some_crash(run, start, seed).map(drop)
+        });
+        walker.unmarked = false;
+        walked
     }
 
     /// Whether the disk still takes writes, or must not, and who was told.

@@ -15,11 +15,11 @@ const TURNS_MAX: u32 = 100_000;
 ///
 /// # Errors
 /// What is wrong afterwards; `seen` is what was there before.
-pub fn recover(image: &Image, start: &Start, seen: &Seen, has_changes: bool) -> Result<(), String> {
+pub fn recover(image: &Image, start: &Start, seen: &Seen, lasting: bool) -> Result<(), String> {
     if !start.shape.is_qcow2() {
         return Ok(());
     }
-    compare(&examine(&serve(image, start)?, start), start, seen, has_changes)
+    compare(&examine(&serve(image, start)?, start), start, seen, lasting)
         .map_err(|wrong| format!("after the search for leaks: {wrong}"))
 }
 
@@ -51,7 +51,7 @@ pub fn serve(image: &Image, start: &Start) -> Result<Image, String> {
     Ok(world.image())
 }
 
-fn compare(after: &Seen, start: &Start, seen: &Seen, has_changes: bool) -> Result<(), String> {
+fn compare(after: &Seen, start: &Start, seen: &Seen, lasting: bool) -> Result<(), String> {
     if let Some(wrong) = &after.wrong {
         return Err(wrong.clone());
     }
@@ -63,7 +63,7 @@ fn compare(after: &Seen, start: &Start, seen: &Seen, has_changes: bool) -> Resul
     }
     // What counts behind the end of a file is not looked at. In version 2 a change of an image that nobody uses makes no
     // mark of its own, so what it leaves when it is killed stays.
-    let lasting = (has_changes && start.shape.version == 2) || start.shape.past == Past::Shared;
+    let lasting = lasting || start.shape.past == Past::Shared;
     let most = if lasting { seen.leaks } else { start.leaks } + seen.hidden_leaks;
     if after.leaks > most {
         return Err(format!("{} clusters leak, {} did before", after.leaks, seen.leaks));

@@ -56,12 +56,14 @@ pub struct Walker<'t> {
     seen: HashMap<u64, Rc<Seen>>,
     /// The run has changes of the image, which in version 2 leave leaks without a mark.
     has_changes: bool,
+    /// The host may not make the file longer in the run, and then it has no mark.
+    pub unmarked: bool,
 }
 
 impl<'t> Walker<'t> {
     /// For a campaign.
     pub fn new(tally: &'t Tally) -> Self {
-        Walker { tally, seen: HashMap::new(), has_changes: false }
+        Walker { tally, seen: HashMap::new(), has_changes: false, unmarked: false }
     }
 
     /// Counts the requests of a run that waited for space, and those that were given up.
@@ -84,7 +86,8 @@ impl<'t> Walker<'t> {
             return Err(wrong);
         }
         if hash.is_multiple_of(RECOVERED_ONE_IN) {
-            recover(image, start, &seen, self.has_changes)?;
+            let lasting = self.unmarked || (self.has_changes && start.shape.version == 2);
+            recover(image, start, &seen, lasting)?;
         }
         self.tally.second.ask(image, start, &seen)?;
         if self.seen.len() >= MEMORY_MAX {
