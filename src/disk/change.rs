@@ -190,7 +190,7 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
                 Ok(length)
             }
             Err(error) => {
-                warn!(path = %self.info.path.display(), %error,
+                warn!(path = %shown(&self.info.path), %error,
                     "the image file cannot be made longer: space that an earlier crash left counted may stay counted");
                 Ok(present)
             }

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use engine::bounds::TABLE_SLICE_BYTES_MAX;
 use engine::{EngineError, LeakSearch, LeakSearchEnd, LiveTable, TopSpec};
+use names::shown;
 use qcow2::feature::{AUTOCLEAR_BITMAPS, AUTOCLEAR_RAW_DATA_FILE, COMPATIBLE_LAZY_REFCOUNTS};
 use qcow2::{Geometry, Header, HostCluster, HostOffset, extension};
 use storage::{Errno, Kind, Operation, Part, Storage};
@@ -111,7 +112,7 @@ impl<S: Storage> Worker<S> {
 
     /// Searches for leaks if the last writer of the image did not close it, until the disk is to be closed.
     pub async fn search_leaks(&self) {
-        let path = self.shared.layers[0].path.display();
+        let path = shown(&self.shared.layers[0].path);
         let mut complete = false;
         if self.engine().status().searching && !self.shared.bell.stopped() {
             match Search::new(self).run().await {
@@ -151,7 +152,7 @@ impl<'a, S: Storage> Search<'a, S> {
         if !self.ends_in_free_clusters().await? {
             return Ok(None);
         }
-        let path = self.worker.shared.layers[0].path.display();
+        let path = shown(&self.worker.shared.layers[0].path);
         info!(%path, "the image was not closed by its last writer: space that it left counted is searched for");
         let snapshot_tables = self.snapshot_tables().await?;
         let (mut taken, mut from) = (0, 0);
