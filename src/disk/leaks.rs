@@ -170,19 +170,25 @@ impl<'a, S: Storage> Search<'a, S> {
         }
     }
 
-    /// Has what was found taken back, in portions for which no request comes to wait.
+    /// Gives back the leaks that were found, in portions that leave the requests enough of the quarantine.
     async fn give_back(&mut self, search: &mut LeakSearch) -> Result<u64, End> {
+        let failed = |error| End::Flush(Box::new(error));
         let mut taken = 0;
         loop {
-            taken += self.worker.engine().give_back_leaks(search)?;
+            let portion = self.worker.engine().give_back_leaks(search)?;
+            taken += portion;
             self.worker.shared.touched();
+            if self.worker.engine().wants_cut() {
+                self.worker.flush().await.map_err(failed)?;
+            }
+            // Leaks wait for no cut, so a portion can be reclaimed at once. That makes room for the next one.
+            while self.worker.reclaim_some().await.map_err(failed)? {
+                self.rest(Duration::ZERO).await?;
+            }
             if !search.has_leaks() {
                 return Ok(taken);
             }
-            if self.worker.engine().wants_cut() {
-                self.worker.flush().await.map_err(|error| End::Flush(Box::new(error)))?;
-            }
-            self.rest(ROOM_RETRY).await?;
+            self.rest(if portion > 0 { REST_MIN } else { ROOM_RETRY }).await?;
         }
     }
 
