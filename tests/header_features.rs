@@ -95,7 +95,7 @@ fn an_unknown_incompatible_feature_is_refused_by_the_name_that_the_image_has_for
     for read_only in [false, true] {
         let opened = Rig::open(&image, &DiskOptions { read_only, ..options() });
         let message = opened.err().expect("refused").to_string();
-        assert!(message.contains("bit 40 (fast thing)"), "{message}");
+        assert!(message.contains("bit 40 (fast\\u{1b} thing)"), "{message}");
     }
     assert!(std::fs::read(&image).expect("the image") == before, "what is refused is not written to");
 }

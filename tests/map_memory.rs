@@ -128,6 +128,9 @@ impl Bench {
         let ticket = self.engine.begin_flush().expect("a writable disk");
         while let FlushStep::Lead(cut) = self.engine.plan_flush(ticket, Waker::noop()).expect("a sound disk")
         {
+            if let Some(length) = cut.lengthen {
+                self.engine.file_was_lengthened(length);
+            }
             for write in cut.stage0.iter().chain(&cut.stage1).chain(&cut.stage2) {
                 self.file.write_all_at(&write.bytes, write.offset.0).expect("room");
             }

@@ -428,7 +428,7 @@ impl Engine {
                 return Err(wrong);
             }
         }
-        self.with(|state, _| state.give_back(&mut search.leaks))
+        self.with_freeing(|state, _| state.give_back(&mut search.leaks))
     }
 
     /// The search for leaks is over: what is touched from now on is not noted any more. If it was `complete`, the free
