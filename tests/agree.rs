@@ -1,6 +1,6 @@
-//! Strata's checker and `qemu-img check` on the same image: the one call with which a test ends that made an image.
+//! Strata's checker and `qemu-img check` on the same image, in one call at the end of every test that makes an image.
 //!
-//! Owns when the two agree, and the list of what they are allowed to disagree on.
+//! Owns the rule for agreement, and the list of allowed disagreements.
 
 use std::path::Path;
 use std::process::Command;
@@ -13,25 +13,25 @@ use serde_json::Value;
 use storage::host::HostStorage;
 use strata_tests::images::find_tool;
 
-/// What `qemu-img check` says, with its numbers.
+/// The result of `qemu-img check`, with its numbers.
 #[derive(Debug)]
 pub struct Second {
-    /// None if it could not check, or not to the end.
+    /// None if it could not complete the check.
     pub verdict: Option<Verdict>,
     /// Leaked clusters.
     pub leaks: u64,
-    /// All that it printed.
+    /// Its whole output.
     pub text: String,
     json: Value,
 }
 
-/// Asks `qemu-img`.
+/// Checks an image with `qemu-img`.
 ///
 /// # Panics
-/// If it is not installed: whoever has an image of QEMU's has looked for it before.
+/// If it is not installed: a test with an image made by QEMU has already found it.
 pub fn second_opinion(image: &Path) -> Second {
     let mut command = Command::new(find_tool("qemu-img").expect("found before"));
-    // Where the names of its other files are looked for.
+    // Names of other files in the image are relative to this folder.
     command.current_dir(image.parent().expect("a folder"));
     let output = command.args(["check", "--output=json", "-f", "qcow2"]).arg(image).output().expect("runs");
     let json: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
@@ -48,13 +48,13 @@ pub fn second_opinion(image: &Path) -> Second {
 }
 
 impl Second {
-    /// A number that it leaves out if it is 0.
+    /// A number of the output, which omits zeros.
     fn number(&self, name: &str) -> u64 {
         self.json.get(name).and_then(Value::as_u64).unwrap_or(0)
     }
 }
 
-/// Our check, within a time that only a hang exceeds.
+/// The result of our check, within a time that only a hang exceeds.
 ///
 /// # Errors
 /// As [`disk::check::check`].
@@ -70,9 +70,12 @@ pub fn our_opinion(image: &Path) -> Result<Report, CheckError> {
     result
 }
 
-/// What we call corrupt and QEMU does not, and nothing else: metadata that something else lies upon, with refcounts
-/// that agree, where the next change of a mapping would change guest data or be changed by it; and the zero flag in version
-/// 2, and data elsewhere than it must be in an external file, where QEMU fails to read what its own check lets pass.
+/// True for the only findings that Strata calls corrupt and QEMU does not:
+///
+/// - Data or other metadata overlaps metadata, with refcounts that agree. The next change of a mapping would overwrite
+///   guest data, or be overwritten by it.
+/// - The zero flag in version 2, or data at a wrong offset of an external file. QEMU's check accepts
+///   both, but QEMU fails to read them.
 pub fn is_exception(kind: &FindingKind) -> bool {
     match kind {
         FindingKind::Overlap { .. } | FindingKind::ZeroFlag { .. } => true,
@@ -81,7 +84,7 @@ pub fn is_exception(kind: &FindingKind) -> bool {
     }
 }
 
-/// True if the two verdicts are the same, or ours is stricter for what [`is_exception`] says and nothing else.
+/// True if both verdicts are the same, or if ours is stricter only because of findings that [`is_exception`] allows.
 fn is_same(ours: &Report, theirs: Verdict) -> bool {
     let mut corruptions =
         ours.findings.iter().map(|finding| finding.kind).filter(|kind| !kind.is_leak() && !kind.is_note());
@@ -89,7 +92,7 @@ fn is_same(ours: &Report, theirs: Verdict) -> bool {
         || (ours.verdict() == Verdict::Corrupt && corruptions.all(|kind| is_exception(&kind)))
 }
 
-/// Asserts that both checkers say the same of an image; what they say. None of an image whose header neither takes.
+/// Asserts that both checkers agree on an image, and returns the report. None if both refuse its header.
 ///
 /// # Panics
 /// If they disagree.
@@ -100,7 +103,7 @@ pub fn check_agrees(image: &Path, what: &str) -> Option<Report> {
         Err(CheckError::Open(OpenError::Format { .. })) if theirs.verdict.is_none() => return None,
         Err(error) => panic!("{what}: {error}\n{}", theirs.text),
     };
-    // QEMU gives up where it cannot read a structure.
+    // QEMU aborts the check if it cannot read a structure.
     let expected = theirs.verdict.unwrap_or(Verdict::Corrupt);
     assert!(is_same(&ours, expected), "{what}\nours: {ours:#?}\ntheirs: {}", theirs.text);
     if ours.verdict() != Verdict::Corrupt {
@@ -119,10 +122,10 @@ pub fn check_agrees(image: &Path, what: &str) -> Option<Report> {
     Some(ours)
 }
 
-/// Asserts that both checkers find nothing wrong: how a test ends that wrote to an image.
+/// Asserts that both checkers find nothing wrong. Tests that wrote to an image end with this.
 ///
 /// # Panics
-/// If one does.
+/// If one of them finds something.
 pub fn assert_clean(image: &Path, what: &str) {
     let report = check_agrees(image, what).unwrap_or_else(|| panic!("{what}: the header is broken"));
     assert_eq!((report.verdict(), report.notes), (Verdict::Clean, 0), "{what}: {report:#?}");

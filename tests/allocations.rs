@@ -1,7 +1,7 @@
-//! No allocation per request: what the thread of a queue asks of the allocator once it is warm.
+//! No allocation per request: counts the allocations of a queue's thread after a warm-up.
 //!
-//! The daemon's own parts from the ring to the file (session, glue, disk, host storage) in this process; alone in its
-//! program, as it has an allocator of its own. Only the queue's thread is counted.
+//! Runs the daemon's components from the ring to the file (session, glue, disk, host storage) in this process. The test
+//! is alone in its program, because it has its own allocator. Only the queue's thread is counted.
 
 #[allow(dead_code, reason = "some of the glue is for whoever asks what is in flight")]
 #[path = "../src/strata/device.rs"]
@@ -23,17 +23,17 @@ use strata_tests::client::{Command, Queue, Slot};
 use strata_tests::{Client, Options};
 use vhost_blk::{BlockDevice, DeviceProfile, ServeOptions, Server, StopHandle};
 
-/// The system's allocator, which takes note of what the queue's thread asks for.
+/// The system's allocator, which counts the allocations of the queue's thread.
 struct Counting;
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// What was asked for so far.
+/// The allocations so far.
 static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
 
 thread_local! {
-    /// This is the queue's thread.
+    /// True on the queue's thread.
     static COUNTED: Cell<bool> = const { Cell::new(false) };
 }
 
@@ -43,7 +43,7 @@ fn note() {
     }
 }
 
-// SAFETY: every call is handed on as it came; counting allocates nothing.
+// SAFETY: every call is passed on unchanged; counting allocates nothing.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         note();
@@ -83,12 +83,12 @@ const CLUSTER: u64 = 65536;
 const CLUSTERS: u64 = 32;
 /// Requests in flight at a time.
 const BATCH: usize = 16;
-/// Turns of twenty batches that a kind of request may take until it allocates nothing.
+/// The most turns, of twenty batches each, until a kind of request must allocate nothing.
 const TURNS: usize = 10;
 
 #[test]
 fn warm_requests_allocate_nothing() {
-    // A file system in memory has another way than the others.
+    // A file system in memory takes another path than the others.
     for folder in [std::env::temp_dir(), "/dev/shm".into()] {
         for indirect in [false, true] {
             check(&folder, indirect);
@@ -105,7 +105,7 @@ fn check(folder: &Path, indirect: bool) {
     let server = Server::bind(&socket).expect("a socket");
     let stop = StopHandle::new().expect("a stop handle");
     std::thread::scope(|scope| {
-        // Whatever fails here: the scope waits for its thread.
+        // Also stops on a panic: the scope waits for its thread.
         let _stop = StopAtLast(&stop);
         let serving = scope.spawn(|| server.serve(&device, &ServeOptions::new(1, 512), &stop));
         let options = Options {
@@ -134,13 +134,13 @@ impl Drop for StopAtLast<'_> {
 
 fn exercise(queue: &mut Queue) {
     let before = ALLOCATIONS.load(Ordering::Relaxed);
-    // From the last to the first, so that no two clusters lie side by side in order.
+    // From the last to the first, so that no two clusters are contiguous in order.
     for cluster in (0..CLUSTERS).rev() {
         run(queue, &[Act { make: write, offset: cluster * CLUSTER, length: CLUSTER as u32 }]);
     }
     let cold = ALLOCATIONS.load(Ordering::Relaxed) - before;
     assert!(cold >= CLUSTERS, "first writes allocate: if none is seen, none is counted");
-    // The last two but zeroing are in two clusters.
+    // The last two before zeroing span two clusters.
     let kinds = [
         Kind { name: "read", make: read, length: 4096, within: 0 },
         Kind { name: "write", make: write, length: 4096, within: 8192 },
@@ -150,8 +150,8 @@ fn exercise(queue: &mut Queue) {
         Kind { name: "write", make: write, length: 65536, within: 32768 },
         Kind { name: "write zeroes", make: write_zeroes, length: 65536, within: 0 },
     ];
-    // What is kept grows with the deepest moment so far, which chance has a part in. So each kind gets some turns until it
-    // needs no more; what a request allocates by itself would show in every turn.
+    // Retained buffers grow with the peak use so far, which partly depends on chance. So each kind gets several turns
+    // to reach its peak. An allocation per request would show in every turn.
     for kind in &kinds {
         let turn = |queue: &mut Queue| {
             let before = ALLOCATIONS.load(Ordering::Relaxed);
@@ -164,7 +164,7 @@ fn exercise(queue: &mut Queue) {
     }
 }
 
-/// Makes a command in a slot, for so many bytes from an offset on.
+/// Makes a command in a slot, from an offset and a length in bytes.
 type Make = fn(&Queue, Slot, u64, u32) -> Command;
 
 fn read(_: &Queue, _: Slot, offset: u64, length: u32) -> Command {
@@ -190,12 +190,12 @@ struct Act {
     length: u32,
 }
 
-/// What is done again and again.
+/// A kind of request that is repeated.
 struct Kind {
     name: &'static str,
     make: Make,
     length: u32,
-    /// Where in its cluster each begins.
+    /// The offset of each request in its cluster.
     within: u64,
 }
 
@@ -210,7 +210,7 @@ impl Kind {
     }
 }
 
-/// Carries requests out, all in flight together.
+/// Runs requests, all in flight together.
 fn run(queue: &mut Queue, acts: &[Act]) {
     for act in acts {
         let slot = queue.acquire().expect("a free slot");

@@ -1,4 +1,4 @@
-//! Images with persistent bitmaps, in-process: what a writable open does to them, and that nothing else ever does.
+//! Images with persistent bitmaps, in-process: a writable open marks them, and nothing else ever changes them.
 
 use std::path::{Path, PathBuf};
 
@@ -14,12 +14,12 @@ use strata_tests::{ByteModel, Qemu};
 use crate::agree::{assert_clean, check_agrees};
 use crate::rig::{K, M, Rig, options, patch, pattern, tables, word, write};
 
-/// The size of the disks.
+/// The size of the disks, in bytes.
 const SIZE: u64 = 64 * M;
-/// Where the header has the autoclear features.
+/// The offset of the autoclear features in the header.
 const AUTOCLEAR: u64 = 88;
 
-/// An image with one bitmap that is kept up to date, and one that is not any more; both have bits set.
+/// An image with one bitmap that is kept up to date, and one that no longer is. Both have bits set.
 fn image(qemu: &Qemu, folder: &Path) -> PathBuf {
     let path = folder.join("disk.qcow2");
     let text = path.display().to_string();
@@ -32,7 +32,7 @@ fn image(qemu: &Qemu, folder: &Path) -> PathBuf {
     path
 }
 
-/// The bitmaps of an image and the places of their clusters, as its bytes have them.
+/// The bitmaps of an image and the offsets of their clusters, read from its bytes.
 fn bitmaps(path: &Path) -> (Vec<Bitmap>, Vec<u64>) {
     let file = std::fs::read(path).expect("the image");
     let header = Header::parse(&file, file.len() as u64).expect("a header");
@@ -51,7 +51,7 @@ fn bitmaps(path: &Path) -> (Vec<Bitmap>, Vec<u64>) {
     (list, data)
 }
 
-/// What QEMU says of the bitmaps.
+/// QEMU's information about the bitmaps.
 fn told(qemu: &Qemu, path: &Path) -> Value {
     let info = qemu.info(path, Format::Qcow2).expect("info");
     let mut found = info["format-specific"]["data"]["bitmaps"].clone();
@@ -61,7 +61,7 @@ fn told(qemu: &Qemu, path: &Path) -> Value {
     found
 }
 
-/// Bytes of the clusters at these places, as far as the file goes.
+/// Bytes of the clusters at these offsets, up to the end of the file.
 fn clusters(path: &Path, places: &[u64]) -> Vec<Vec<u8>> {
     let file = std::fs::read(path).expect("the image");
     places.iter().map(|at| file[*at as usize..file.len().min((*at + 64 * K) as usize)].to_vec()).collect()
@@ -78,7 +78,7 @@ fn writes_make_no_bitmap_lie() {
                { "name": "old", "granularity": 4096, "flags": [] }])
     };
     assert_eq!(told(&qemu, &image), flags(json!(["auto"])));
-    // Also an autoclear bit that nobody knows.
+    // Also sets an unknown autoclear bit.
     patch(&image, AUTOCLEAR, &(1u64 << 40 | 1).to_be_bytes());
     let before = std::fs::read(&image).expect("image");
     Rig::open(&image, &DiskOptions { read_only: true, ..options() }).expect("opens").close();
@@ -92,7 +92,7 @@ fn writes_make_no_bitmap_lie() {
     let mut rig = Rig::open(&image, &options()).expect("opens");
     assert_eq!(word(&image, AUTOCLEAR), 1, "the bitmaps are still there, and nothing else");
     assert_eq!(bitmaps(&image).0.iter().map(Bitmap::is_in_use).collect::<Vec<_>>(), [true, false]);
-    // Frees much, and then takes all that is free and more.
+    // Frees many clusters, and then allocates all free clusters and more.
     let mut operations = vec![Operation::Discard { offset: 512 * K, length: 3 * M }, Operation::Flush];
     operations.extend((0..40).map(|n| write(n * M + 4 * K, 900 * K, n as u32)));
     rig.run(&operations, &mut model);
@@ -101,7 +101,7 @@ fn writes_make_no_bitmap_lie() {
     model.compare_all(&qemu.read_all(&image, Format::Qcow2).expect("read")).expect("contents");
     assert!(clusters(&image, &places) == kept, "what bitmaps hold is nobody's to change");
 
-    // To QEMU one is out of date and of no use, the other as good as before.
+    // To QEMU one bitmap is inconsistent, and the other is unchanged.
     assert_eq!(told(&qemu, &image), flags(json!(["in-use", "auto"])));
     let copy = folder.path().join("copy.qcow2").display().to_string();
     let convert = ["convert", "-O", "qcow2", "--bitmaps"];
@@ -113,7 +113,7 @@ fn writes_make_no_bitmap_lie() {
     qemu.img(["bitmap", "--remove", &text, "kept"]).expect("removed");
     assert_clean(&image, "the closed image");
 
-    // With none left that is to be kept up to date, nothing is changed at open but what a file's length is.
+    // Without a bitmap to keep up to date, an open changes only the length of the file.
     let before = std::fs::read(&image).expect("image");
     Rig::open(&image, &options()).expect("opens").close();
     let after = std::fs::read(&image).expect("image");
@@ -151,7 +151,7 @@ fn a_bitmap_that_counts_as_free_is_not_handed_out() {
     patch(&image, block + places[0] / (64 * K) * 2, &[0, 0]);
     let before = clusters(&image, &places);
     let mut rig = Rig::open(&image, &options()).expect("opens");
-    // Each reservation looks at some clusters more.
+    // Each reservation searches some more clusters.
     let failure = (0..512).find_map(|n| rig.try_one(&write(32 * M + n * 64 * K, 64 * K, 3)).err());
     let message = failure.expect("found").to_string();
     assert!(message.contains("refcount is zero"), "{message}");

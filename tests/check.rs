@@ -1,5 +1,5 @@
-//! The checker and the repair against `qemu-img check`: on images that QEMU's tools made, on images that were damaged in
-//! one place each, and on images with random bits flipped.
+//! Compares the checker and the repair with `qemu-img check`. The images come from QEMU's tools; some then get one
+//! fault each, and some get random flipped bits.
 
 #[path = "check/damage.rs"]
 #[allow(dead_code, unused_imports, reason = "tests/damage.rs uses the rest of the mutator")]
@@ -41,7 +41,7 @@ fn pattern(offset: u64, length: u64, byte: u8) -> Content {
     Content::Pattern { offset, length, byte }
 }
 
-/// Some of everything that an L2 entry can be, over several L2 tables where they are small.
+/// An image with every kind of L2 entry, over several L2 tables where they are small.
 fn filled(size: u64, cluster_size: u64) -> ImageSpec {
     let spec = ImageSpec::qcow2(size).cluster_size(cluster_size);
     spec.with(pattern(0, 8 * cluster_size.max(4 * K), 1))
@@ -52,7 +52,7 @@ fn filled(size: u64, cluster_size: u64) -> ImageSpec {
         .with(pattern(size - 512, 512, 3))
 }
 
-/// With subclusters of every kind.
+/// Adds subclusters of every kind.
 fn subclusters(spec: ImageSpec) -> ImageSpec {
     let part = spec.cluster_size / 32;
     let base = 12 * spec.cluster_size;
@@ -153,7 +153,7 @@ fn it_agrees_on_internal_snapshots() {
     }
 }
 
-/// The images that are damaged: name and bytes.
+/// The images to be damaged: names and bytes.
 fn victims(qemu: &Qemu, folder: &Path) -> Vec<(String, Vec<u8>)> {
     let mut victims = Vec::new();
     let specs = [
@@ -173,7 +173,8 @@ fn victims(qemu: &Qemu, folder: &Path) -> Vec<(String, Vec<u8>)> {
     victims
 }
 
-/// Checks a damaged image, repairs it where that can be done, and checks what came of it. What was found.
+/// Checks a damaged image, repairs it if possible, and checks the result. Returns the verdict, and whether it was
+/// repaired.
 fn suffer(qemu: &Qemu, image: &Path, what: &str) -> (Option<Verdict>, bool) {
     let Some(report) = check_agrees(image, what) else { return (None, false) };
     let before = std::fs::read(image).expect("read");
@@ -189,7 +190,7 @@ fn suffer(qemu: &Qemu, image: &Path, what: &str) -> (Option<Verdict>, bool) {
         assert_eq!(qemu.read_all(image, Format::Qcow2).ok(), contents, "{what}");
         std::fs::write(image, &before).expect("as before");
     }
-    // What is advised is done, and what is refused is not advised.
+    // A repair succeeds exactly if the report advises it.
     let refusal = report.refusal(RepairKind::All);
     let repaired = match repair(image, RepairKind::All) {
         Err(CheckError::NotRepairable { source: source @ NotRepairable::SnapshotsLost, .. }) => {
@@ -212,7 +213,7 @@ fn suffer(qemu: &Qemu, image: &Path, what: &str) -> (Option<Verdict>, bool) {
             assert_eq!(repaired.left.verdict(), Verdict::Clean, "{what}: {:#?}", repaired.left);
             let theirs = second_opinion(image);
             assert_eq!(theirs.verdict, Some(Verdict::Clean), "{what}: {}", theirs.text);
-            // What could be read before reads the same.
+            // Data that could be read before the repair reads the same after it.
             if let Some(before) = contents {
                 let after = qemu.read_all(image, Format::Qcow2);
                 let after = after.unwrap_or_else(|error| panic!("{what}: {error}"));
@@ -228,7 +229,7 @@ fn suffer(qemu: &Qemu, image: &Path, what: &str) -> (Option<Verdict>, bool) {
     }
 }
 
-/// Does every damage to an image by itself; how many were done, and how many of them could be repaired.
+/// Does each damage to a fresh copy of an image. Returns how many were done, and how many of them could be repaired.
 fn damage_all(qemu: &Qemu, folder: &Path, name: &str, bytes: &[u8], damages: &[Damage]) -> (u32, u32) {
     let (mut done, mut mended) = (0, 0);
     let sound = Raw::new(bytes.to_vec());
@@ -274,7 +275,8 @@ fn it_agrees_on_damaged_headers_and_lengths() {
     damage_victims(FILE, 45, 20);
 }
 
-/// Headers that one of the two does not take, and the other checks and finds sound. tests/damage/table.txt has the reasons.
+/// Headers that one of the two checkers refuses, and the other checks and finds sound. tests/damage/table.txt has the
+/// reasons.
 const TAKEN_BY_ONE: &[&str] = &[
     "a header of 108 bytes",
     "a raw external data file, by its autoclear bit alone",
@@ -300,7 +302,7 @@ fn it_agrees_on_fields_of_the_header_and_on_streams() {
             drop(check_agrees(&image, damage));
             continue;
         }
-        // Whether what is not taken is called corrupt is a matter of words.
+        // A refused image may or may not be called corrupt; the difference does not matter here.
         let theirs = second_opinion(&image);
         let found_sound = |verdict| matches!(verdict, Some(Verdict::Clean | Verdict::Leaks));
         let split = found_sound(ours.as_ref().ok().map(Report::verdict)) || found_sound(theirs.verdict);
@@ -326,7 +328,7 @@ fn it_agrees_on_damaged_snapshots() {
     assert!(done >= 100, "{done} damages done");
 }
 
-/// Makes an image with two persistent bitmaps, the first of which has a cluster, and data.
+/// Makes an image with data and two persistent bitmaps, the first of which has a cluster.
 fn bitmaps(qemu: &Qemu, image: &Path, cluster_size: u64) {
     qemu.create(image, &ImageSpec::qcow2(32 * M).cluster_size(cluster_size)).expect("an image");
     for name in ["one", "two"] {
@@ -398,7 +400,7 @@ fn it_agrees_on_snapshots_with_little_extra_data() {
         let table = qcow2::entry(&bytes[qcow2::position::SNAPSHOTS_OFFSET..], 0) as usize;
         for (extra, complete) in [(0, false), (8, false), (15, false), (16, true), (24, true), (32, true)] {
             let mut bytes = bytes.clone();
-            // What is extra data no more is taken for the name.
+            // Bytes that are no longer extra data count as the name.
             bytes[table + 39] = extra;
             std::fs::write(&image, &bytes).expect("written");
             let what = format!("v{version}, {extra} bytes of extra data");
@@ -414,13 +416,13 @@ fn an_image_that_qemu_left_dirty_is_rebuilt() {
     let Some(qemu) = Qemu::find() else { return };
     let Some(qemu_io) = find_tool("qemu-io") else { return };
     let folder = tempfile::tempdir().expect("a folder");
-    // The second has more clusters than one refblock counts.
+    // The second image has more clusters than one refblock counts.
     for (cluster_size, length) in [(64 * K, 2 * M), (512, 300 * K)] {
         let image = folder.path().join(format!("{cluster_size}.qcow2"));
         let how = format!("lazy_refcounts=on,cluster_size={cluster_size}");
         let create = ["create", "-q", "-f", "qcow2", "-o", &how].map(std::ffi::OsStr::new);
         qemu.img(create.into_iter().chain([image.as_os_str(), "4M".as_ref()])).expect("an image");
-        // Killed with its refcounts in memory only.
+        // qemu-io aborts while the refcounts are in memory only.
         let write = format!("write -P 7 512 {length}");
         let mut command = Command::new(&qemu_io);
         command.args(["-f", "qcow2", "-c", &write, "-c", "flush", "-c", "abort"]).arg(&image);
@@ -450,7 +452,8 @@ fn what_the_format_forbids_and_qemu_lets_pass_is_noted() {
     assert_eq!((report.verdict(), report.notes), (Verdict::Clean, 1));
 }
 
-/// Qemu-img check says nothing of it, and QEMU cannot read it. Without a backing file it is mended.
+/// `qemu-img check` does not report this flag, but QEMU cannot read such a cluster. Without a backing file a repair
+/// clears the entry.
 #[test]
 fn a_zero_flag_in_version_2_is_found_and_cleared() {
     let Some(qemu) = Qemu::find() else { return };
@@ -490,7 +493,7 @@ fn a_zero_flag_in_version_2_is_found_and_cleared() {
     }
 }
 
-/// The one thing that we are stricter about, with refcounts and flags that agree with it.
+/// The one fault about which our checker is stricter than QEMU's, here with refcounts and flags that agree with it.
 #[test]
 fn metadata_that_data_lies_upon_is_corrupt_whatever_qemu_says() {
     let Some(qemu) = Qemu::find() else { return };
@@ -499,7 +502,7 @@ fn metadata_that_data_lies_upon_is_corrupt_whatever_qemu_says() {
     qemu.create(&image, &ImageSpec::qcow2(4 * M).with(pattern(0, 64 * K, 1))).expect("an image");
     let mut bytes = std::fs::read(&image).expect("read");
     let header = Header::parse(&bytes, bytes.len() as u64).expect("a sound header");
-    // The second guest cluster lies upon the L1 table.
+    // The second guest cluster overlaps the L1 table.
     let l1 = header.l1_offset.0;
     bytes[0x4_0008..0x4_0010].copy_from_slice(&l1.to_be_bytes());
     let refblock = qcow2::entry(&bytes[header.refcount_table_offset.0 as usize..], 0) as usize;
@@ -543,7 +546,8 @@ fn it_agrees_on_images_with_random_bits_flipped() {
                 Err(error) => {
                     let theirs = second_opinion(&image);
                     let format = matches!(error, CheckError::Open(OpenError::Format { .. }));
-                    // Our header's rules refuse a table in the header's cluster; QEMU opens that and finds it corrupt.
+                    // Our rules for headers refuse a table in the header's cluster. QEMU opens such an image and finds
+                    // it corrupt.
                     let bad = theirs.verdict.is_none_or(|verdict| verdict == Verdict::Corrupt);
                     assert!(!format || bad, "{what}: {error}\n{}", theirs.text);
                     refused += 1;

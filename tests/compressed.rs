@@ -1,4 +1,4 @@
-//! Compressed clusters: images made by `qemu-img convert -c`, and streams that are judged as QEMU judges them.
+//! Compressed clusters: images made by `qemu-img convert -c`, and streams that must be accepted or refused as by QEMU.
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use strata_tests::{ByteModel, Qemu, model};
 use crate::agree::assert_clean;
 use crate::rig::{K, M, Rig, options, patch, pattern, tables, word, write};
 
-/// A disk's bytes in which clusters compress well, badly or not at all, and some are zero.
+/// The bytes of a disk whose clusters compress well, badly or not at all; some are zero.
 fn mixed(size: u64, cluster: u64, seed: u32) -> Vec<u8> {
     let mut bytes = contents(seed, 0, size);
     for (number, cluster) in bytes.chunks_mut(cluster as usize).enumerate() {
@@ -23,7 +23,7 @@ fn mixed(size: u64, cluster: u64, seed: u32) -> Vec<u8> {
             0 => cluster.fill(number as u8 | 1),
             1 => cluster.fill(0),
             2 => {
-                // Something that repeats from afar.
+                // Data that repeats at a long distance.
                 let half = cluster.len() / 2;
                 let (first, second) = cluster.split_at_mut(half);
                 second[..half].copy_from_slice(first);
@@ -35,7 +35,7 @@ fn mixed(size: u64, cluster: u64, seed: u32) -> Vec<u8> {
     bytes
 }
 
-/// An image made by `qemu-img convert -c` from these bytes.
+/// Makes an image from these bytes with `qemu-img convert -c`.
 fn converted(qemu: &Qemu, folder: &Path, bytes: &[u8], options: &str) -> PathBuf {
     let (raw, image) = (folder.join("raw"), folder.join("image"));
     std::fs::write(&raw, bytes).expect("a raw image");
@@ -82,7 +82,7 @@ fn images_of_every_cluster_size_are_read_written_and_discarded() {
     }
 }
 
-/// What is written over or discarded leaves no space behind: in the end the file is about as long as a new one.
+/// Overwritten and discarded clusters leave no lost space: in the end the file is about as long as a new one.
 #[test]
 fn the_space_of_compressed_clusters_is_given_back() {
     let Some(qemu) = Qemu::find() else { return };
@@ -93,7 +93,7 @@ fn the_space_of_compressed_clusters_is_given_back() {
     assert!(length() > 4 * M);
     let mut model = ByteModel::with_contents(&initial, 8 * M, 64 * K, DiscardRule::ZeroesClusters);
     let mut rig = Rig::open(&image, &options()).expect("the image opens");
-    // In an order in which neighbours that share a host cluster go at different times.
+    // In an order in which neighbours that share a host cluster are freed at different times.
     let offset = |number: u64| number * 37 % 128 * 64 * K;
     let operations: Vec<Operation> =
         (0..128).map(|number| Operation::Discard { offset: offset(number), length: 64 * K }).collect();
@@ -103,7 +103,7 @@ fn the_space_of_compressed_clusters_is_given_back() {
     assert!(length() <= M, "{} bytes are left", length());
 }
 
-/// An image of one cluster, which is the stream, and nothing else.
+/// Makes an image whose only cluster is this compressed stream.
 fn with_stream(qemu: &Qemu, image: &Path, zstd: bool, cluster: u64, stream: &[u8]) {
     let spec = ImageSpec::qcow2(cluster).cluster_size(cluster).with(pattern(0, cluster, 1));
     qemu.create(image, &if zstd { spec.zstd() } else { spec }).expect("an image");
@@ -134,7 +134,7 @@ fn zstd_frame(bytes: &[u8]) -> Vec<u8> {
     zstd::bulk::compress(bytes, 3).expect("to memory")
 }
 
-/// A frame that does not know its length beforehand, has a window of its own and a checksum.
+/// A frame without a content size, with this window size and a checksum.
 fn zstd_streamed(bytes: &[u8], window_log: u32) -> Vec<u8> {
     let mut encoder = zstd::stream::write::Encoder::new(Vec::new(), 3).expect("an encoder");
     encoder.window_log(window_log).expect("the format knows it");
@@ -148,7 +148,7 @@ fn streams_are_judged_as_qemu_does() {
     let Some(qemu) = Qemu::find() else { return };
     let folder = tempfile::tempdir().expect("a folder");
     let cluster = 64 * K;
-    // It repeats itself at a distance of 20,000, far more than the window of 4 KiB of QEMU's own streams.
+    // The data repeats at a distance of 20,480, far beyond the 4 KiB window of QEMU's own streams.
     let unit = contents(1, 0, 20_480);
     let all: Vec<u8> = unit.iter().copied().cycle().take(cluster as usize).collect();
     let (long, short) = ([&all[..], &[7; 5000]].concat(), &all[..all.len() - 1]);
@@ -206,7 +206,7 @@ fn streams_are_judged_as_qemu_does() {
     }
 }
 
-/// The places of the guest's clusters in an image with one L2 table.
+/// The L2 entry of a guest cluster in an image with one L2 table.
 fn entry(image: &Path, cluster: u64, geometry: &Geometry) -> L2Entry {
     let (_, l2, _) = tables(image);
     L2Entry::decode(word(image, l2 + cluster * 8), geometry).expect("a good entry")
@@ -237,7 +237,7 @@ fn damage_to_one_cluster_is_that_clusters_alone() {
         let message = wrong.to_string();
         let place = format!("compressed cluster at offset {:#x}", offset.0);
         assert!(message.contains(&place) && message.contains("image"), "{message}");
-        // What would need the rest of the cluster fails, and changes nothing; what needs none of it mends it.
+        // A write that needs the rest of the cluster fails, and changes nothing. A whole write repairs it.
         rig.try_one(&write(3 * cluster + 512, 512, 1)).expect_err("the rest cannot be copied");
         rig.run(&[write(2 * cluster, cluster, 2), write(4 * cluster + 512, 512, 3)], &mut model);
         rig.try_one(&Operation::Read { offset: 3 * cluster, length: 512 }).expect_err("still damaged");
@@ -248,7 +248,7 @@ fn damage_to_one_cluster_is_that_clusters_alone() {
     }
 }
 
-/// A descriptor speaks of whole sectors, and the file may end with the stream.
+/// A descriptor counts whole sectors, and the file may end with the stream.
 #[test]
 fn the_file_may_end_inside_the_last_sector() {
     let Some(qemu) = Qemu::find() else { return };
@@ -272,7 +272,7 @@ fn the_file_may_end_inside_the_last_sector() {
     }
 }
 
-/// A descriptor that names metadata gives none of it away.
+/// A descriptor whose range covers metadata frees none of it.
 #[test]
 fn compressed_data_over_metadata_is_never_released() {
     let Some(qemu) = Qemu::find() else { return };
@@ -293,7 +293,7 @@ fn compressed_data_over_metadata_is_never_released() {
             extended_l2: false,
             size: 64 * K,
         };
-        // The last of the clusters that it touches is the L1 table's.
+        // The last cluster that it touches belongs to the L1 table.
         let over = L2Entry::Compressed { offset: HostOffset(l1 - 512), sectors: 2 };
         patch(&image, l2, &over.encode(&geometry).descriptor.to_be_bytes());
         let mut rig = Rig::open(&image, &options()).expect("it opens");
@@ -304,8 +304,8 @@ fn compressed_data_over_metadata_is_never_released() {
     }
 }
 
-/// Small reads of one cluster, one after the other and many at once, from one inflated copy; with hardly any memory for
-/// such copies the answers are the same.
+/// Small reads of one cluster, one by one and many at once, use one inflated copy. With very little memory for such
+/// copies the results are the same.
 #[test]
 fn a_small_cache_gives_the_same_answers() {
     let Some(qemu) = Qemu::find() else { return };

@@ -1,7 +1,7 @@
-//! A change of the snapshots or of the size of an image, crashed at every event, and with every I/O failing in turn: the disk is then
-//! what it was or what it was to become, as a whole, and so is the list of snapshots, each with its contents.
+//! Changes of the snapshots or the size of an image, crashed at every event, and with every I/O failing in turn. The
+//! disk and the list of snapshots with their contents are then, as a whole, either the old state or the new one.
 //!
-//! In the midst of other requests images change in `crash_exhaustive` and `crash_random`.
+//! `crash_exhaustive` and `crash_random` change images between other requests.
 
 use std::time::Duration;
 
@@ -32,12 +32,12 @@ fn no_crash_leaves_a_change_half_done() {
     tally.conclude("crashed changes");
 }
 
-/// So the crashes above are in that, too.
+/// The changes of a full image enlarge its refcount table, so the crashes above cover that, too.
 #[test]
 fn a_full_refcount_table_is_replaced_by_each_change_that_takes_clusters() {
     let start = full();
     assert_eq!(refcount_table_clusters(&start.image), 1);
-    // With its only snapshot an image has no snapshot table any more.
+    // Without its only snapshot the image needs no snapshot table.
     for deed in deeds(&start).into_iter().filter(|deed| *deed != Deed::Delete) {
         let world = SimWorld::from_image(start.image.clone(), 5, SimOptions::calm());
         run(&world, &start, deed).expect("it is done");
@@ -45,11 +45,12 @@ fn a_full_refcount_table_is_replaced_by_each_change_that_takes_clusters() {
     }
 }
 
-/// So are those that take refblocks away, and those that move the new tables once more and cut the file.
+/// The crashes above also cover changes that remove refblocks, and those that move the new tables again and truncate
+/// the file.
 #[test]
 fn a_smaller_disk_has_fewer_refblocks_and_a_shorter_file() {
     let (mut fewer, mut shorter) = (0, 0);
-    // In a full image nothing is free for what is new.
+    // A full image has no free clusters for new tables.
     for start in starts().into_iter().filter(|start| start.leaks == 0) {
         for deed in deeds(&start) {
             let Deed::Resize(to) = deed else { continue };
@@ -78,7 +79,7 @@ fn every_io_of_a_change_may_fail() {
     let tally = Tally::new(Duration::from_secs(600));
     let outcomes = [Outcome::Short(Errno::EIO), Outcome::Fail(Errno::ENOSPC)];
     for start in starts() {
-        // The full table takes long to look at, and matters most where space is looked for.
+        // Examining the full image is slow, and it matters most for failures to find space.
         let outcomes = if start.leaks > 0 { &outcomes[1..] } else { &outcomes[..] };
         for deed in deeds(&start) {
             let states = states(&start, deed);
@@ -103,7 +104,7 @@ fn every_io_of_a_change_may_fail() {
     tally.conclude("failures in changes");
 }
 
-/// The free clusters at the end of the file, by which leaks are searched for, outlast a change.
+/// The free clusters at the end of the file, which trigger the search for leaks, survive a change.
 #[test]
 fn what_a_killed_writer_leaked_is_still_found_after_a_change() {
     leaks_are_found_after_all().expect("no leaks are left");
@@ -118,7 +119,7 @@ fn a_file_that_was_searched_ends_like_one_that_was_closed() {
     assert!(ends[0] > ends[1] && ends[1] == ends[2], "{ends:?}");
 }
 
-/// What is there now, and what a crash would leave of it, is one of the two states, and the second if that was said.
+/// Checks that the image now, and after a crash, has one of the two states. If `done`, it must be the second.
 fn after_failure(
     world: &SimWorld,
     start: &Start,

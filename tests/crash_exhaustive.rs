@@ -1,7 +1,7 @@
 //! Every sequence of up to three operations on small images, with a crash at every event.
 //!
-//! `STRATA_CRASH_SECONDS=36000` for all of them; in a shorter time all of one and two operations come first, then a part of
-//! those of three.
+//! `STRATA_CRASH_SECONDS=36000` tries all of them. A shorter time tries all sequences of one and two operations first,
+//! then a part of those of three.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -17,8 +17,8 @@ use crash::{number, threads};
 use storage_sim::Random;
 use strata_kit::crash;
 
-/// A sequence: which image, how long, its number, whether all its operations are in flight together, and whether the disk
-/// expects a flush after each write.
+/// A sequence: the index of its image, its length and its number. `together` puts all its operations in flight at once.
+/// With `habit` the disk expects a flush after each write.
 #[derive(Clone, Copy, Debug)]
 struct Job {
     start: usize,
@@ -28,10 +28,10 @@ struct Job {
     habit: bool,
 }
 
-/// The longest sequences of which is tried what they do where the disk expects a flush.
+/// The length of the longest sequences that are also tried on a disk that expects a flush.
 const HABIT_LENGTH_MAX: u32 = 2;
 
-/// All sequences, the short ones first, those of a length in no order.
+/// All sequences, the short ones first. Sequences of one length are shuffled.
 fn jobs(starts: &[Start]) -> Vec<Job> {
     let mut random = Random::new(number("STRATA_CRASH_SEED").unwrap_or(1));
     let mut jobs = Vec::new();

@@ -1,7 +1,9 @@
 //! Long random runs of whole disks on a simulated host, with several requests in flight, crashed at random instants.
 //!
-//! `STRATA_CRASH_SECONDS=7200` for a long run; `STRATA_CRASH_SEED=n` to begin with another seed, `STRATA_CRASH_ONLY=n`
-//! to do the trial of one seed alone; `STRATA_CRASH_TACTIC=shortages` (or `failures`, `overtaken`, `sizes`, `flushed`) for runs of one kind.
+//! - `STRATA_CRASH_SECONDS=7200` makes a long run.
+//! - `STRATA_CRASH_SEED=n` begins with another seed.
+//! - `STRATA_CRASH_ONLY=n` runs only the trial of one seed.
+//! - `STRATA_CRASH_TACTIC=shortages` (or `failures`, `overtaken`, `sizes`, `flushed`) makes runs of one kind.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -39,7 +41,7 @@ fn no_crash_of_a_random_run_loses_what_was_flushed() {
     tally.conclude(&format!("random runs up to seed {}", next.load(Ordering::Relaxed)));
 }
 
-/// The kind of runs.
+/// The tactic of the runs.
 fn tactic() -> Tactic {
     match std::env::var("STRATA_CRASH_TACTIC").as_deref() {
         Err(_) => Tactic::Any,

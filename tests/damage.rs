@@ -1,7 +1,7 @@
-//! Damaged images, one by one: each is refused by name, or served as far as it is whole, in little time and memory. What
-//! becomes of each is in `damage/table.txt`, with what QEMU does beside it.
+//! Probes damaged images one by one. Each is refused by name, or served as far as it is intact, in little time and
+//! memory. `damage/table.txt` records the outcome for each, and what QEMU does.
 //!
-//! `STRATA_DAMAGE_WRITE=1` writes the table anew, which is then to be read: every line is a promise.
+//! `STRATA_DAMAGE_WRITE=1` writes the table again. Then read it: every line is a promise.
 
 #[path = "check/damage.rs"]
 #[allow(dead_code, reason = "the checker's test uses its own part of the mutator")]
@@ -44,20 +44,20 @@ use crate::probe::{Opened, Outcome, Read, probe};
 use crate::table::Row;
 use crate::victims::Victim;
 
-/// The longest that all may take that is done to one image.
+/// The longest time that the whole probe of one image may take.
 const TIME_MAX: Duration = Duration::from_secs(1);
-/// The most heap that may be held meanwhile, in bytes.
+/// The most heap that the probe may hold, in bytes.
 const BYTES_MAX: usize = 64 << 20;
-/// No image is longer.
+/// The greatest length of an image in bytes.
 const FILE_MAX: usize = 1 << 20;
-/// The most heap that a chain of images may hold whose tables are holes of their files, in bytes.
+/// The most heap, in bytes, that a chain of images may hold whose tables are holes in their files.
 const HOLES_BYTES_MAX: usize = 16 << 20;
-/// No fewer images than that.
+/// The least number of images.
 const ROWS_MIN: usize = 300;
-/// Images that QEMU is not asked about: it goes down a chain that leads to itself until it has no memory left.
+/// Images that QEMU does not get: it follows a chain that leads to itself until it runs out of memory.
 const ENDLESS: &str = "over itself";
 
-/// Each image that is damaged, and in which ways.
+/// Each image to be damaged, with the lists of its damages.
 fn victims() -> Vec<(Victim, Vec<&'static [Damage]>)> {
     vec![
         (victims::plain(), vec![HEADER, LENGTHS, EXTENSIONS, BACKING, MAPPING, REFCOUNTS, FILE, PACKED]),
@@ -96,7 +96,8 @@ fn judge(row: &Row, victim: &Victim) -> Outcome {
     outcome
 }
 
-/// The checker calls it clean: all of it is served, but for streams of compressed clusters, which no check looks at.
+/// Asserts that an image which the checker calls clean is served whole, except streams of compressed clusters, which no
+/// check reads.
 fn assert_served(row: &Row, outcome: &Outcome) {
     let failed = outcome.reads.values().filter_map(|read| match read {
         Read::Fails(why) => Some(why),
@@ -113,7 +114,7 @@ fn each_is_refused_by_name_or_served_as_far_as_it_is_whole() {
     let rows = rows();
     println!("{} damaged images", rows.len());
     assert!(rows.len() >= ROWS_MIN, "{} damaged images", rows.len());
-    // Ours first: what is wrong there is seen at once.
+    // Our outcomes come first, so that our faults show at once.
     let outcomes: Vec<Outcome> = rows.iter().map(|(row, victim)| judge(row, victim)).collect();
     let work: Vec<_> = rows.iter().zip(&outcomes).collect();
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(8);
@@ -130,7 +131,7 @@ fn each_is_refused_by_name_or_served_as_far_as_it_is_whole() {
     }
 }
 
-/// The rows of some images: QEMU is asked about them.
+/// The rows of some images. This runs QEMU on them.
 fn describe(part: &[(&(Row, Victim), &Outcome)]) -> String {
     let folder = tempfile::tempdir().expect("a folder");
     let row = |((row, victim), ours): &(&(Row, Victim), &Outcome)| {
@@ -141,7 +142,7 @@ fn describe(part: &[(&(Row, Victim), &Outcome)]) -> String {
     part.iter().map(row).collect()
 }
 
-/// Makes an image whose L1 table has 32 MiB and is a hole of its file.
+/// Makes an image whose L1 table has 32 MiB and is a hole in its file.
 fn write_holes(path: &Path, backing: Option<&str>) {
     let geometry = Geometry {
         version: Version::V3,
@@ -188,7 +189,7 @@ fn what_is_not_damaged_is_served_whole() {
         let row = Row { victim: victim.name, damage: "nothing", bytes: victim.bytes.clone() };
         let ours = judge(&row, &victim);
         assert_eq!(ours.opened, Opened::Writable, "{}", victim.name);
-        // Cluster 3 of the image with subclusters has two kinds in one.
+        // Cluster 3 of the image with subclusters has two kinds of contents in one cluster.
         let expected: Vec<_> =
             victim.contents.iter().map(|(place, byte)| (*place, Read::All(*byte))).collect();
         assert_eq!(ours.reads.clone().into_iter().collect::<Vec<_>>(), expected, "{}", victim.name);
@@ -203,7 +204,7 @@ fn what_is_not_damaged_is_served_whole() {
         std::fs::write(folder.path().join("top"), &victim.bytes).expect("an image");
         let check = std::process::Command::new("qemu-img")
             .args(["check", "-f", "qcow2", "top"])
-            // Its data file is named so.
+            // The name of its data file is relative to this folder.
             .current_dir(folder.path())
             .output()
             .expect("runs");

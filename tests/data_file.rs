@@ -1,5 +1,5 @@
-//! Images whose data is in an external file: read and written as QEMU does, in the place that the format gives each
-//! cluster, and with the file as a raw image where it is flagged so. And what is refused by name.
+//! Images whose data is in an external file. They are read and written as QEMU does, with each cluster at the offset
+//! that the format requires. A flag makes the file a raw image as well. Some images are refused by name.
 
 use std::path::{Path, PathBuf};
 
@@ -15,14 +15,14 @@ use strata_tests::{ByteModel, Qemu};
 use crate::agree::assert_clean;
 use crate::rig::{K, M, Rig, options, patch, pattern, tables, word, write};
 
-/// An image in a folder with its data in another file there.
+/// An image in a folder, with its data in another file of that folder.
 struct Pair {
     image: PathBuf,
     data: PathBuf,
 }
 
 impl Pair {
-    /// Has QEMU make it; `more` are options of `qemu-img create`.
+    /// Makes the pair with QEMU. `more` are options of `qemu-img create`.
     fn make(qemu: &Qemu, folder: &Path, name: &str, more: &str, size: u64, backing: Option<&str>) -> Pair {
         let (image, data) = (folder.join(format!("{name}.qcow2")), folder.join(format!("{name}.data")));
         let options = format!("data_file={}{more}", data.display());
@@ -52,7 +52,7 @@ fn refused(image: &Path, options: &DiskOptions) -> OpenError {
     }
 }
 
-/// Contents of every kind: data, zeros with a place and without, discards.
+/// Contents of every kind: data, zeros with and without a host cluster, and discards.
 fn contents() -> Vec<Content> {
     let zeroes = |offset, length, unmap| Content::Zeroes { offset, length, unmap };
     vec![
@@ -255,7 +255,7 @@ fn only_a_file_that_was_named_is_opened() {
     says(refused(&pair.image, &gone), &["gone"]);
     let snapshot = DiskOptions { snapshot: Some("x".into()), ..pair.options() };
     says(refused(&pair.image, &snapshot), &["internal snapshots", "external data file"]);
-    // Two of them may not be written at a time.
+    // Two images must not write the data file at the same time.
     let held = Rig::open(&pair.image, &pair.options()).expect("it opens");
     let patient = DiskOptions { lock_timeout: std::time::Duration::ZERO, ..options() };
     let format = disk::Format::Raw;
@@ -371,7 +371,7 @@ fn an_image_with_snapshots_is_not_written() {
     let Some(qemu) = Qemu::find() else { return };
     let folder = tempfile::tempdir().expect("a folder");
     let pair = Pair::make(&qemu, folder.path(), "image", "", M, None);
-    // No program makes one: an image with a snapshot, of which it is then said that its data is elsewhere.
+    // No program makes such an image: one with a snapshot, whose header is then changed to name an external data file.
     let image = folder.path().join("snapshots.qcow2");
     qemu.create(&image, &ImageSpec::qcow2(M)).expect("an image");
     let name = image.display().to_string();

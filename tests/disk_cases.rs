@@ -1,5 +1,5 @@
 //! The disk, in-process, in situations that random sequences seldom reach: growth of the refcount structure, space
-//! given back, file length over many sessions, refusals by name, raw images, deep chains.
+//! given back, file length over many sessions, named refusals, raw images and deep chains.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -31,7 +31,7 @@ fn the_refcount_table_and_its_blocks_grow() {
         let mut model = ByteModel::new(size, cluster, DiscardRule::ZeroesClusters);
         for session in 0..2 {
             let mut rig = Rig::open(&image, &options()).expect("opens");
-            // Two halves, so that the second session grows what the first left; a flush now and then.
+            // Two halves, so that the second session grows the structure of the first. Some flushes in between.
             let half = size / 2;
             let mut operations = Vec::new();
             for at in (0..half / (256 * K)).map(|n| session * half + n * 256 * K) {
@@ -69,10 +69,10 @@ fn discarded_space_goes_back_to_the_host() {
     let deadline = Instant::now() + Duration::from_secs(20);
     while rig.disk().allocated(0).expect("allocated") > full - 30 * M {
         assert!(Instant::now() < deadline, "{:?} of {full} bytes are still there", rig.disk().allocated(0));
-        // Any request: the queue's own time passes meanwhile.
+        // Any request will do: it lets the queue's time pass.
         rig.run(&[Operation::Read { offset: 63 * M, length: 4 * K }], &mut model);
     }
-    // The freed clusters are used again: the file grows by no more than the window that was reserved before.
+    // The freed clusters are reused: the file grows at most by the window that was reserved before.
     let refill: Vec<_> = (0..60).map(|n| write(n * M, 256 * K, n as u32 + 100)).collect();
     rig.run(&refill, &mut model);
     rig.close();
@@ -117,7 +117,7 @@ fn a_fresh_image_is_left_as_it_was() {
     qemu.create(&image, &ImageSpec::qcow2(16 * M)).expect("an image");
     let mut before = std::fs::read(&image).expect("image");
     Rig::open(&image, &options()).expect("opens").close();
-    // Only the last block of the file system is filled up.
+    // Only the last block of the file system is filled.
     before.resize(before.len().next_multiple_of(4096), 0);
     let mut model = ByteModel::new(16 * M, 64 * K, DiscardRule::ZeroesClusters);
     let mut rig = Rig::open(&image, &options()).expect("opens");
@@ -157,7 +157,7 @@ fn raw_images_equal_the_model() {
     std::fs::write(&image, &bytes).expect("an image");
     let size = 3 * M + 1024;
     let options = DiskOptions { format: DiskFormat::Raw, ..options() };
-    // A raw image's discards give back whole blocks of the file system.
+    // On a raw image discards give back whole blocks of the file system.
     let mut model = ByteModel::with_contents(&bytes, size, 4096, DiscardRule::ZeroesClusters);
     let mut rig = Rig::open(&image, &options).expect("opens");
     assert_eq!(rig.disk().size(), size, "rounded up to whole sectors");
@@ -178,7 +178,7 @@ fn raw_images_equal_the_model() {
     model.compare_all(&found).expect("contents of the file");
 }
 
-/// A file that ends within a sector: that sector is the disk's, and what the file lacks of it is zeros.
+/// A file ends within a sector: that sector belongs to the disk, and its missing bytes are zeros.
 #[test]
 fn a_raw_file_may_end_within_a_sector() {
     let Some(qemu) = Qemu::find() else { return };
@@ -210,7 +210,7 @@ fn a_raw_file_may_end_within_a_sector() {
     model.compare_all(&std::fs::read(&raw).expect("the raw file")).expect("the file is the disk");
 }
 
-/// A disk that ends within a sector, which only another's program makes: that sector is no part of it, as with QEMU.
+/// A disk ends within a sector, which only other programs produce: that sector is not part of the disk, as with QEMU.
 #[test]
 fn a_qcow2_disk_may_end_within_a_sector() {
     let Some(qemu) = Qemu::find() else { return };
@@ -235,7 +235,7 @@ fn a_qcow2_disk_may_end_within_a_sector() {
     let mut rig = Rig::open(&base, &options()).expect("opens");
     model.compare_all(&rig.read_all()).expect("the disk");
     let last = served / (64 * K) * (64 * K);
-    // A cluster of unknown contents takes the place of the discarded one.
+    // A cluster of unknown contents replaces the discarded one.
     let discard = Operation::Discard { offset: last, length: served - last };
     rig.run(&[discard, Operation::Flush, write(served - 1024, 1024, 3), write(last, 512, 4)], &mut model);
     model.compare_all(&rig.read_all()).expect("the disk");
@@ -280,7 +280,7 @@ fn a_chain_of_64_layers_is_read_and_written() {
         vec![ImageSpec::qcow2(8 * M).with(Content::Pattern { offset: 0, length: 8 * M, byte: 1 })];
     for layer in 0..63u64 {
         let spec = ImageSpec::qcow2(8 * M).backing(PathBuf::new(), Format::Qcow2);
-        // Every fourth layer has something of its own.
+        // Every fourth layer has its own data.
         chain.push(if layer % 4 == 0 {
             spec.with(Content::Pattern { offset: layer * 128 * K, length: 96 * K, byte: layer as u8 + 2 })
         } else {
@@ -381,7 +381,7 @@ fn backing_files_are_opened_only_by_plain_name_and_known_format() {
     let message = refused(&image, &DiskOptions { read_only: true, ..options() }).to_string();
     assert!(message.contains("loop"), "{message}");
     refused(&image, &options());
-    // No format recorded: the extension's magic becomes one that nobody knows.
+    // No format is recorded: the extension's magic becomes an unknown one.
     let image = overlay("none.qcow2");
     let bytes = std::fs::read(&image).expect("image");
     let at = bytes.windows(4).position(|four| four == [0xe2, 0x79, 0x2a, 0xca]).expect("a format extension");
@@ -402,7 +402,7 @@ fn a_damaged_table_is_named_and_the_image_marked_when_a_write_meets_it() {
     let bytes = std::fs::read(&image).expect("image");
     let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
     let l2 = word(word(40) as usize) & 0x00ff_ffff_ffff_fe00;
-    // The third cluster's entry loses its alignment; the fourth stays.
+    // The entry of the third cluster loses its alignment; that of the fourth stays.
     patch(&image, l2 + 16, &(word(l2 as usize + 16) | 0x200).to_be_bytes());
     let mut rig = Rig::open(&image, &options()).expect("opens");
     let message =
@@ -429,7 +429,7 @@ fn a_dirty_image_gets_its_refcounts_rebuilt() {
     let contents = qemu.read_all(&image, Format::Qcow2).expect("read");
     let bytes = std::fs::read(&image).expect("image");
     let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
-    // As lazy refcounts leave it: marked, and the counts of two data clusters are not written yet.
+    // As left by lazy refcounts: marked dirty, and the counts of two data clusters are not written yet.
     let block = word(word(48) as usize);
     let data = word((word(word(40) as usize) & 0x00ff_ffff_ffff_fe00) as usize) & 0x00ff_ffff_ffff_fe00;
     patch(&image, block + data / (64 * K) * 2, &[0; 4]);
@@ -458,7 +458,7 @@ fn unknown_autoclear_bits_are_cleared_on_a_writable_open_only() {
     assert_eq!(field(), [0; 8]);
 }
 
-/// An internal snapshot shares L2 tables, data clusters and compressed data with the active image: nothing with a
+/// An internal snapshot shares L2 tables, data clusters and compressed data with the active image. No cluster with a
 /// refcount above 1 is written in place, and every refcount is right afterwards.
 #[test]
 fn what_is_shared_is_copied_before_it_changes() {
@@ -488,7 +488,7 @@ fn what_is_shared_is_copied_before_it_changes() {
             ByteModel::with_contents(&before, 8 * M, spec.granule_size(), DiscardRule::ZeroesClusters);
         let mut rig = Rig::open(&image, &options()).expect("opens");
         let operations = [
-            // Parts: one that is allocated, one that is not, one that is zero; the last by what covers two clusters.
+            // Subclusters: an allocated, an unallocated and a zero one. The write to the last covers two clusters.
             write(6 * M + 8 * K, 2 * K, 7),
             write(6 * M + 64 * K + 40 * K + 512, 1024, 8),
             write(6 * M + 2 * 64 * K + 12 * K, 4 * K, 9),

@@ -1,4 +1,4 @@
-//! The disk on damaged, hostile and awkward images, in-process. Each of these was a bug that a review found.
+//! The disk on damaged, hostile and awkward images, in-process. Each was a bug that a review found.
 
 use std::fs::{File, OpenOptions};
 use std::ops::Range;
@@ -32,7 +32,7 @@ fn waiters_for_a_window_share_it() {
 #[test]
 fn an_end_of_file_past_every_offset_is_refused() {
     let Some(qemu) = Qemu::find() else { return };
-    // tmpfs takes a file of 2^56 bytes.
+    // tmpfs supports files of 2^56 bytes.
     for (parent, bits) in [("/dev/shm", 16), ("/tmp", 16), ("/tmp", 1)] {
         let folder = tempfile::tempdir_in(parent).expect("a folder");
         let image = folder.path().join("far.qcow2");
@@ -42,7 +42,7 @@ fn an_end_of_file_past_every_offset_is_refused() {
         let mut table = word(&image, 48);
         let far = if bits == 1 { 1 << 19 } else { 1 << 15 };
         if bits == 1 {
-            // A table of 8 MiB, elsewhere.
+            // A table of 8 MiB at another offset.
             let first = word(&image, table);
             table = 32 * M;
             patch(&image, 48, &table.to_be_bytes());
@@ -102,7 +102,7 @@ fn an_entry_that_names_metadata_is_not_written_through() {
         patch(&image, l2 + 8, &(l2 | 1 << 63).to_be_bytes());
         let before = word(&image, l2);
         let mut rig = Rig::open(&image, &options()).expect("opens");
-        // So that the word is in the map.
+        // Brings the word into the map.
         rig.try_one(&Operation::Read { offset: 0, length: 512 }).expect("a read");
         let message = rig.try_one(&operation).expect_err(name).to_string();
         assert!(message.contains("holds other metadata"), "{message}");
@@ -120,7 +120,7 @@ fn two_tables_in_one_place_are_refused_for_writing() {
     qemu.create(&image, &spec).expect("an image");
     let (l1, _, _) = tables(&image);
     patch(&image, l1 + 8, &word(&image, l1).to_be_bytes());
-    // An autoclear bit that nobody knows.
+    // An unknown autoclear bit.
     patch(&image, 88, &(1u64 << 40).to_be_bytes());
     let before = std::fs::read(&image).expect("image");
     let message = match Rig::open(&image, &options()) {
@@ -180,7 +180,7 @@ fn data_written_past_the_end_of_a_short_file_survives_the_close() {
     let image = folder.path().join("short.qcow2");
     qemu.create(&image, &ImageSpec::qcow2(64 * M).with(pattern(0, 2 * M, 7))).expect("an image");
     let length = std::fs::metadata(&image).expect("image").len();
-    // As if a copy of it had stopped early.
+    // Truncates the file, as if a copy of it had stopped early.
     let file = OpenOptions::new().write(true).open(&image).expect("the image");
     file.set_len(length - 256 * K).expect("cut");
     drop(file);
@@ -211,7 +211,7 @@ fn a_write_of_whole_clusters_needs_nothing_from_below() {
     let paths = qemu.create_chain(folder.path(), &chain).expect("a chain");
     // The compressed data is gone: none of it can be copied.
     let (_, l2, _) = tables(&paths[0]);
-    // QEMU compresses both clusters at once: either may come first in the file.
+    // QEMU compresses both clusters in parallel: either may come first in the file.
     let data = [0, 8].map(|at| word(&paths[0], l2 + at) & 0x003f_ffff_ffff_ffff);
     patch(&paths[0], data[0].min(data[1]), &[0; 512]);
     let mut rig = Rig::open(paths.last().expect("a top"), &options()).expect("opens");
@@ -242,9 +242,9 @@ fn a_cluster_that_two_entries_name_is_not_handed_out_twice() {
     rig.try_one(&discard(0)).expect("the first that names it");
     rig.try_one(&Operation::Flush).expect("a flush");
     settle(&rig);
-    // The cluster is free, and freed again.
+    // The cluster is free already, and is freed again.
     rig.try_one(&discard(1)).expect("the second that names it");
-    // On a slow machine the housekeeper has flushed, and found the damage, before.
+    // On a slow machine the housekeeper may have flushed and found the damage already.
     let _ = rig.try_one(&Operation::Flush);
     settle(&rig);
     let message = rig.try_one(&write(16 * M, 4 * K, 2)).expect_err("the damage was found").to_string();
@@ -256,7 +256,8 @@ fn a_cluster_that_two_entries_name_is_not_handed_out_twice() {
     model.compare_all(&rig.read_all()).expect("both were discarded");
 }
 
-/// A header of version 3, where the L1 table has `l1_entries` and the refcount table, in the second cluster, `clusters`.
+/// A header of version 3. `l1` is the number of entries and the offset of the L1 table. The refcount table is in the
+/// second cluster and has `clusters` clusters.
 fn header(cluster_bits: u32, size: u64, l1: (u32, u64), clusters: u32, refcount_order: u32) -> Vec<u8> {
     let mut bytes = b"QFI\xfb".to_vec();
     bytes.extend(3u32.to_be_bytes());
@@ -279,8 +280,8 @@ fn entries(values: impl Iterator<Item = u64>) -> Vec<u8> {
     values.flat_map(u64::to_be_bytes).collect()
 }
 
-/// An image of 512-byte clusters and 64-bit refcounts whose refcount table, of so many clusters, is all in use: the next
-/// allocation needs a larger one.
+/// Makes an image of 512-byte clusters and 64-bit refcounts whose refcount table of `clusters` clusters is full. The
+/// next allocation needs a larger table.
 fn image_with_full_refcount_table(image: &Path, clusters: u64) {
     let (blocks_held, size) = (clusters * 64, 64 * M);
     let l1_entries = size / (64 * 512);
@@ -301,7 +302,7 @@ fn image_with_full_refcount_table(image: &Path, clusters: u64) {
 #[test]
 fn the_refcount_table_grows_as_far_as_its_format_allows() {
     let folder = tempfile::tempdir().expect("a folder");
-    // Half as large again is within 8 MiB, past it, and past it by far; the last cannot grow at all.
+    // Half as large again is within 8 MiB, past it, and far past it. The last table cannot grow at all.
     for (clusters, grows) in [(10_000, true), (12_000, true), (15_000, true), (16_384, false)] {
         let image = folder.path().join(format!("{clusters}.qcow2"));
         image_with_full_refcount_table(&image, clusters);
@@ -317,8 +318,8 @@ fn the_refcount_table_grows_as_far_as_its_format_allows() {
     }
 }
 
-/// An image of 4 KiB clusters and 1-bit refcounts, with so many clusters of data, each of which lies alone in a stretch of
-/// 512 host clusters that nobody has searched; the guest clusters at which there are none.
+/// Makes an image of 4 KiB clusters and 1-bit refcounts with `data` data clusters. Each is alone in an unsearched
+/// stretch of 512 host clusters. Returns the guest clusters without data.
 fn image_of_scattered_clusters(image: &Path, data: u64) -> Range<u64> {
     const SIZE: u64 = 4096;
     let l1_entries = (data + 4096).div_ceil(512);
@@ -351,7 +352,7 @@ fn image_of_scattered_clusters(image: &Path, data: u64) -> Range<u64> {
 fn a_sound_image_whose_data_is_scattered_is_not_taken_for_damaged() {
     let folder = tempfile::tempdir().expect("a folder");
     let image = folder.path().join("scattered.qcow2");
-    // More than the guard remembers exactly.
+    // More clusters than the guard remembers exactly.
     let data = (1 << 19) + 64;
     let empty = image_of_scattered_clusters(&image, data);
     let mut rig = Rig::open(&image, &options()).expect("opens");

@@ -1,5 +1,5 @@
-//! The disk, in-process, against a byte-array model: random sequences over chains and geometries, each image checked
-//! and read by QEMU's tools afterwards.
+//! The disk, in-process, against a byte-array model: random sequences over chains and geometries. QEMU's tools check
+//! and read each image afterwards.
 
 use std::path::{Path, PathBuf};
 
@@ -15,13 +15,13 @@ use strata_tests::{ByteModel, Qemu};
 use crate::agree::assert_clean;
 use crate::rig::{K, M, Rig, options, pattern};
 
-/// A chain to be tested, from the base up; the last is the top.
+/// A chain under test, from the base up. The last image is the top.
 struct Case {
     name: &'static str,
     chain: Vec<ImageSpec>,
 }
 
-/// An overlay over the layer below it in the list; `create_chain` names the backing file.
+/// An overlay over the previous layer of the list. `create_chain` sets the backing file.
 fn over(format: Format, size: u64) -> ImageSpec {
     ImageSpec::qcow2(size).backing(PathBuf::new(), format)
 }
@@ -31,7 +31,7 @@ fn squeeze(offset: u64, length: u64, byte: u8) -> Content {
     Content::Compressed { offset, length, byte }
 }
 
-/// An image with compressed clusters, some of them written over.
+/// An image with compressed clusters, some of them overwritten.
 fn squeezed(cluster_size: u64) -> ImageSpec {
     ImageSpec::qcow2(6 * M)
         .cluster_size(cluster_size)
@@ -169,7 +169,7 @@ fn cases() -> Vec<Case> {
             _ => "clusters of 2 MiB",
         };
         let below = ImageSpec::qcow2(size).cluster_size(cluster).with(pattern(cluster / 2, cluster * 3, 5));
-        // Compressed in two runs, so that clusters of the file are shared.
+        // Compressed in two runs, so that host clusters are shared.
         let above = over(Format::Qcow2, size)
             .cluster_size(cluster)
             .with(squeeze(cluster * 2, cluster * 5, 6))
@@ -208,7 +208,8 @@ fn operations_on(top: &ImageSpec) -> BoxedStrategy<Vec<Operation>> {
     }
 }
 
-/// Two sessions of random operations on a fresh chain, one by each way to the host; after each the image is checked and read by QEMU.
+/// Runs two sessions of random operations on a fresh chain, one with io_uring and one with threads. After each, QEMU
+/// checks and reads the image.
 fn run_case(qemu: &Qemu, folder: &Path, case: &Case, options: &DiskOptions, sessions: &[Vec<Operation>]) {
     let top = case.chain.last().expect("a chain has a top");
     let paths = qemu.create_chain(folder, &case.chain).expect("qemu-img makes the chain");
@@ -245,7 +246,7 @@ fn random_sequences_equal_the_model() {
     run_cases(cases_per_chain(), |_, _| options());
 }
 
-/// By turns every way of treating zeros and discards, over all chains.
+/// Alternates between all treatments of zeros and discards, over all chains.
 #[test]
 fn zeros_and_discards_are_treated_in_every_way() {
     use DetectZeroes::{Off, On, Unmap};
@@ -264,7 +265,7 @@ fn zeros_and_discards_are_treated_in_every_way() {
     });
 }
 
-/// Random sessions on every chain, with the options for its number and its top image.
+/// Runs random sessions on every chain, with the options for its number and its top image.
 fn run_cases(tries: u32, options: impl Fn(usize, &ImageSpec) -> DiskOptions) {
     let Some(qemu) = Qemu::find() else { return };
     let folder = tempfile::tempdir().expect("a folder");
@@ -293,7 +294,7 @@ fn run_cases(tries: u32, options: impl Fn(usize, &ImageSpec) -> DiskOptions) {
     }
 }
 
-/// How often each chain is tried; STRATA_MODEL_CASES for a longer run.
+/// The number of runs of each chain. STRATA_MODEL_CASES sets it for a longer run.
 fn cases_per_chain() -> u32 {
     std::env::var("STRATA_MODEL_CASES").ok().and_then(|text| text.parse().ok()).unwrap_or(2)
 }

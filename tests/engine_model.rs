@@ -1,6 +1,6 @@
-//! The engine alone, with no file and no thread, against a byte-array model: plans are carried out by hand on byte
-//! vectors. After every flush the bytes are opened anew, as after a crash, and must give what was flushed, with exact
-//! refcounts but for leaks.
+//! The engine alone, without files or threads, against a byte-array model. The test carries out plans on byte vectors.
+//! After every flush the bytes are reopened, as after a crash. They must equal the flushed contents, with exact
+//! refcounts except for leaks.
 
 use std::sync::atomic::Ordering;
 use std::task::Waker;
@@ -17,7 +17,7 @@ use qcow2::{
 use strata_tests::ByteModel;
 use strata_tests::model::{DiscardRule, Geometry, Operation, contents, sequences, sequences_of_parts};
 
-/// A chain as byte vectors; the top image is file 0, its external data file, if it has one, the last.
+/// A chain as byte vectors. The top image is file 0; its external data file, if any, is the last.
 #[derive(Clone)]
 struct Files(Vec<Vec<u8>>);
 
@@ -37,7 +37,7 @@ impl Files {
         FileIndex(if header(&self.0[0]).has_data_file() { last as u16 } else { 0 })
     }
 
-    /// Writes to the file that holds the top image's data. An external one is as long as the disk, and stays so.
+    /// Writes to the file that holds the top image's data. An external file stays as long as the disk.
     fn write_data(&mut self, offset: u64, data: &[u8]) {
         let file = self.data();
         if file == FileIndex(0) {
@@ -56,26 +56,26 @@ impl Files {
     }
 }
 
-/// What the clusters of a layer are.
+/// The kind of a layer's clusters.
 #[derive(Clone, Copy)]
 struct Kind {
     cluster_bits: u32,
     extended_l2: bool,
-    /// The data is in an external file. Of the top image only.
+    /// The data is in an external file. Only the top image may have one.
     apart: bool,
 }
 
-/// Clusters of so many bits.
+/// Clusters of this many bits.
 const fn whole(cluster_bits: u32) -> Kind {
     Kind { cluster_bits, extended_l2: false, apart: false }
 }
 
-/// Clusters of so many bits, with subclusters.
+/// Clusters of this many bits, with subclusters.
 const fn parts(cluster_bits: u32) -> Kind {
     Kind { extended_l2: true, ..whole(cluster_bits) }
 }
 
-/// The same with the data in an external file.
+/// The same kind with the data in an external file.
 const fn apart(kind: Kind) -> Kind {
     Kind { apart: true, ..kind }
 }
@@ -121,11 +121,11 @@ fn header(bytes: &[u8]) -> Header {
     Header::parse(&bytes[..cluster.min(bytes.len())], bytes.len() as u64).expect("a header")
 }
 
-/// The engine and what it works on.
+/// The engine and its files.
 struct Bench {
     engine: Engine,
     files: Files,
-    /// Links that were written beside their data.
+    /// Number of early commits.
     early_links: u32,
 }
 
@@ -169,7 +169,7 @@ impl Bench {
         Bench { engine, files, early_links: 0 }
     }
 
-    /// Asks until there is an answer, doing what the engine says.
+    /// Repeats a question to the engine until it answers, and does the I/O that it requests.
     fn ask<T>(
         &mut self,
         mut question: impl FnMut(&Engine, &Waker) -> Result<Answer<T>, EngineError>,
@@ -234,11 +234,11 @@ impl Bench {
             self.engine.commit_cut(&cut);
         }
         let idle = self.engine.sweep_map(0);
-        // As if the host had taken their memory away.
+        // Clears the words, as if the host had taken their memory away.
         idle.pages().flatten().for_each(|word| word.store(0, Ordering::Relaxed));
         drop(idle);
         while let Some(plan) = self.ask(|engine, waker| engine.plan_reclaim(waker))? {
-            // What is punched reads as zero; that some is not must not matter.
+            // Punched ranges read as zero. The result must not depend on punches that are left out.
             let punched: Vec<bool> = plan.punches.iter().map(|(offset, _)| offset.0 % 3 != 0).collect();
             for ((offset, length), punched) in plan.punches.clone().into_iter().zip(&punched) {
                 let bytes = vec![if *punched { 0 } else { 0xee }; length as usize];
@@ -277,7 +277,7 @@ impl Bench {
         bytes
     }
 
-    /// What the map says of the first cluster, if anything, is what was read.
+    /// Checks that the map agrees with the bytes read from the first cluster, if the map has it.
     fn agree_with_map(&self, offset: u64, bytes: &[u8]) {
         let within = offset % self.engine.unit();
         let length = (self.engine.unit() - within).min(bytes.len() as u64);
@@ -303,8 +303,9 @@ impl Bench {
         assert!(found == bytes[..length as usize], "the map and the tables differ at {offset:#x}");
     }
 
-    /// What is to be written anew is not named by an entry on the disk: another guest cluster's never, and the same guest
-    /// cluster's not if `by_nobody`, after a link beside data that could not be written. A cut may have taken that link away.
+    /// Checks that no entry on the disk refers to a host cluster about to be written. An entry of another guest cluster
+    /// is never allowed. One of the same guest cluster is forbidden if `by_nobody`, which holds after an early commit
+    /// whose data could not be written. A cut may have removed that link.
     fn check_unnamed(&self, host: HostOffset, guest: u64, by_nobody: bool) {
         let header = header(&self.files.0[0]);
         let geometry = header.geometry();
@@ -333,7 +334,8 @@ impl Bench {
                         self.files.write(link.offset.0, &link.bytes);
                         check_references(&self.files.0[0]);
                         if self.early_links.is_multiple_of(3) {
-                            // The data could not be written. It is tried again, and not where the disk may lead.
+                            // The data could not be written. The retry must not use a host cluster that the disk may
+                            // refer to.
                             failed = Some(new.offset);
                             self.engine.abort_write(new);
                             continue;
@@ -377,7 +379,7 @@ impl Bench {
             at += match self.ask(|engine, waker| engine.zero(GuestOffset(at), left, mode, waker))? {
                 Zeroed::Done { bytes, .. } => {
                     if mode != ZeroMode::Keep && self.files.data() != FileIndex(0) {
-                        // It may be punched, or hold anything: nothing may lead there.
+                        // The cluster may be punched, or hold anything: no entry may refer to it.
                         self.files.write_data(at, &vec![0xee; bytes as usize]);
                     }
                     bytes
@@ -412,7 +414,7 @@ impl Bench {
     }
 }
 
-/// The L2 tables of an image: the index of each in the L1 table, and its place.
+/// The L2 tables of an image: the index of each in the L1 table, and its offset.
 fn l2_tables(bytes: &[u8], header: &Header) -> Vec<(u64, HostOffset)> {
     let geometry = header.geometry();
     let l1 = table(bytes, header.l1_offset.0, u64::from(header.l1_entries));
@@ -423,7 +425,7 @@ fn l2_tables(bytes: &[u8], header: &Header) -> Vec<(u64, HostOffset)> {
     (0..).zip(l1).filter_map(place).collect()
 }
 
-/// The host clusters that the entries of an image name in its own file, each with the guest cluster of the entry.
+/// The host clusters in the image file that its entries refer to, each with the guest cluster of the entry.
 fn data_clusters(bytes: &[u8], header: &Header) -> Vec<(GuestCluster, HostOffset)> {
     let geometry = header.geometry();
     let mut named = Vec::new();
@@ -443,8 +445,8 @@ fn data_clusters(bytes: &[u8], header: &Header) -> Vec<(GuestCluster, HostOffset
     named
 }
 
-/// References to each cluster of an image, counted from its tables, must not be more than its refcounts; each data
-/// cluster of an image without snapshots is referenced once.
+/// Checks that each cluster has no more references, counted from the tables, than its refcount. Each data cluster of an
+/// image without snapshots must be referenced once.
 fn check_references(bytes: &[u8]) {
     let header = header(bytes);
     let geometry = header.geometry();
@@ -483,7 +485,7 @@ fn check_references(bytes: &[u8]) {
     }
 }
 
-/// Opens the bytes as they are now, without what is only in memory, and compares with what was flushed.
+/// Opens the bytes as they are now, without the state in memory, and compares them with the flushed contents.
 fn reopen_and_compare(files: &Files, flushed: &ByteModel) {
     check_references(&files.0[0]);
     let mut bench = Bench::open(files.clone());
@@ -491,13 +493,13 @@ fn reopen_and_compare(files: &Files, flushed: &ByteModel) {
     flushed.compare_all(&found).unwrap_or_else(|difference| panic!("reopened after a flush: {difference}"));
 }
 
-/// A chain: the kinds of its layers from the top down, and the version of the top.
+/// Runs sessions on a chain. `kinds` are its layers from the top down, and `version` is that of the top.
 fn run(version: Version, kinds: &[Kind], size: u64, sessions: &[Vec<Operation>], below: &[Operation]) {
     let granule = kinds[0].granule_size();
     let layer = |kind: Kind, version, overlay| image(version, kind, size, overlay);
     let mut chain: Vec<Vec<u8>> = Vec::new();
     let mut model = ByteModel::new(size, granule, DiscardRule::ZeroesClusters);
-    // The layers below, from the base up, each written through an engine of its own.
+    // The layers below, from the base up. Each is written through its own engine.
     for (depth, kind) in kinds.iter().enumerate().skip(1).rev() {
         let mut files = vec![layer(*kind, Version::V3, !chain.is_empty())];
         files.extend(chain);
@@ -522,7 +524,7 @@ fn run(version: Version, kinds: &[Kind], size: u64, sessions: &[Vec<Operation>],
     let mut files = vec![layer(kinds[0], version, over)];
     files.extend(chain);
     if kinds[0].apart {
-        // What no entry leads to must never be seen.
+        // The guest must never see bytes that no entry refers to.
         files.push(vec![0xee; size.next_multiple_of(512) as usize]);
     }
     let mut files = Files(files);
@@ -542,7 +544,7 @@ fn run(version: Version, kinds: &[Kind], size: u64, sessions: &[Vec<Operation>],
 
 #[test]
 fn a_vast_disk_is_served_beyond_what_the_map_keeps() {
-    // With tiny bounds the map's directory has an entry for each few clusters.
+    // With tiny bounds the map's directory has an entry for every few clusters.
     let (size, far) = if engine::BOUNDS_ARE_TINY { (1 << 44, 1 << 26) } else { (1 << 60, 1 << 42) };
     let mut bench = Bench::open(Files(vec![image(Version::V3, whole(21), size, false)]));
     let mut written = Vec::new();
@@ -569,7 +571,7 @@ fn a_link_is_written_beside_its_data_where_a_flush_follows_each() {
     let size = 300 << 10;
     let mut bench = Bench::open(Files(vec![image(Version::V3, whole(10), size, false)]));
     let mut model = ByteModel::new(size, 1 << 10, DiscardRule::ZeroesClusters);
-    // From now on a reservation, whose counts are written first, brings more than all that follows takes.
+    // From now on a reservation, whose counts are written first, provides all clusters for the rest of the test.
     for offset in [128 << 10, 160 << 10] {
         bench.apply(&Operation::Write { offset, length: 32 << 10, seed: 0 }, &mut model);
     }
@@ -594,7 +596,7 @@ fn a_link_is_written_beside_its_data_where_a_flush_follows_each() {
     bench.flush().expect("a flush");
     let (count, model) = links(&mut bench, &[4, 5], 6);
     assert_eq!(count, 1);
-    // What is on the disk is what has been written, whether or not it was flushed.
+    // The disk holds everything written, flushed or not.
     reopen_and_compare(&bench.files, &model);
     assert_eq!(links(&mut bench, &[], 7).0, 0, "no flush followed");
     bench.flush().expect("a flush");
@@ -625,7 +627,7 @@ macro_rules! model_test {
     };
 }
 
-/// The same with a flush after each.
+/// The same sessions with a flush after each operation.
 fn each_flushed(sessions: &[Vec<Operation>]) -> Vec<Vec<Operation>> {
     let flushed = |session: &Vec<Operation>| {
         session.iter().flat_map(|operation| [*operation, Operation::Flush]).collect()

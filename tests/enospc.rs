@@ -1,5 +1,5 @@
-//! A host that runs out of space, simulated: requests that need some fail, or wait until there is some, and others go
-//! on; in the end the disk holds what the model does and the image is clean.
+//! A simulated host that runs out of space: requests that need space fail or wait for it, and others continue. In the
+//! end the disk equals the model, and the image is clean.
 
 #[path = "enospc/held.rs"]
 mod held;
@@ -33,17 +33,17 @@ const SIZE: u64 = 4 << 20;
 const SLOTS: usize = 8;
 /// Bytes of a request's memory.
 const WINDOW: usize = 256 << 10;
-/// Room for whatever is asked.
+/// More space than any test needs.
 const PLENTY: u64 = 1 << 30;
 const QUEUES: usize = 2;
 const CLUSTER: u64 = 64 << 10;
 
-/// How a disk is made and opened.
+/// The options with which a disk is made and opened.
 #[derive(Clone, Copy, Debug)]
 struct Setup {
     cluster_bits: u32,
     backing: bool,
-    /// The host can allocate ahead.
+    /// The host can preallocate space.
     allocate: bool,
     on_enospc: OnEnospc,
     /// Bytes of the disk.
@@ -98,9 +98,9 @@ struct Rig {
     keeper: Option<Keeper<SimStorage>>,
     disk: Disk<SimStorage>,
     windows: Vec<GuestSlice>,
-    /// In flight, by slot.
+    /// Operations in flight, by slot.
     flying: BTreeMap<usize, Operation>,
-    /// Those that failed: the slot, the operation, and why.
+    /// Failed operations, with their errors.
     failed: Vec<(Operation, RequestError)>,
     done: usize,
 }
@@ -116,7 +116,7 @@ impl Rig {
         Rig { world, setup, model, queues, keeper, disk, windows, flying, failed, done: 0 }
     }
 
-    /// As much room as is taken, and so many bytes more.
+    /// Limits the space to the allocated bytes and this many more.
     fn leave_space(&self, bytes: u64) {
         self.world.set_space(self.world.allocated() + bytes, Errno::ENOSPC);
     }
@@ -141,7 +141,7 @@ impl Rig {
         self.flying.insert(slot, operation);
     }
 
-    /// Lets everybody work for so long, by the simulated clock.
+    /// Runs the queues and the housekeeper for this long, by the simulated clock.
     fn pass(&mut self, time: Duration) {
         let end = self.world.now() + time;
         loop {
@@ -154,7 +154,7 @@ impl Rig {
         }
     }
 
-    /// Everybody does what can be done without time passing for timers.
+    /// Polls the queues and the housekeeper until nothing is left to do without time passing for timers.
     fn exhaust(&mut self) {
         loop {
             let mut done: Vec<Completed> = Vec::new();
@@ -191,7 +191,7 @@ impl Rig {
         }
     }
 
-    /// Sends one request, gives it a moment, and says how it ended, if it did.
+    /// Sends one request and gives it a moment. Returns its result, if it ended.
     fn try_one(&mut self, operation: Operation) -> Option<Result<(), RequestError>> {
         let (done, failed) = (self.done, self.failed.len());
         self.send(operation);
@@ -202,12 +202,12 @@ impl Rig {
         }
     }
 
-    /// Sends one request that has all it needs.
+    /// Sends one request that must succeed at once.
     fn run(&mut self, operation: Operation) {
         self.try_one(operation).expect("it does not wait").expect("it succeeds");
     }
 
-    /// The disk closed, copied to another host with every page of zeros a hole, and opened there.
+    /// Closes the disk, copies it to another host with every page of zeros as a hole, and opens it there.
     fn copied_with_holes(mut self) -> Self {
         self.queues.clear();
         self.keeper = None;
@@ -221,7 +221,7 @@ impl Rig {
         Rig::open(world, self.setup, self.model)
     }
 
-    /// Closes the disk; the image is clean and holds what the model does.
+    /// Closes the disk. The image must be clean and equal the model.
     fn conclude(mut self) {
         assert!(self.flying.is_empty() && self.failed.is_empty(), "{:?}, {:?}", self.flying, self.failed);
         self.queues.clear();
@@ -238,7 +238,7 @@ impl Rig {
     }
 }
 
-/// QEMU finds nothing wrong with the image either, if its tools are there.
+/// Checks the image with QEMU, if its tools are present.
 fn check_by_qemu(world: &SimWorld) {
     static QEMU: LazyLock<Option<Qemu>> = LazyLock::new(Qemu::find);
     if QEMU.is_none() {
@@ -252,7 +252,7 @@ fn check_by_qemu(world: &SimWorld) {
     assert_clean(&folder.path().join(TOP), "the closed image");
 }
 
-/// A request's memory, aligned as direct I/O likes it. Leaked, so that the slice may well be 'static.
+/// A request's memory, aligned for direct I/O. Leaked, so that the slice is 'static.
 fn window() -> GuestSlice {
     let bytes = Box::leak(vec![0; WINDOW + 4096].into_boxed_slice());
     let skip = bytes.as_ptr().align_offset(4096);
@@ -278,7 +278,7 @@ fn write(cluster: u64, clusters: u64, seed: u32) -> Operation {
     Operation::Write { offset: cluster * CLUSTER, length: clusters * CLUSTER, seed }
 }
 
-/// A disk whose first two clusters are written and flushed, on a host without space for any more.
+/// A disk whose first two clusters are written and flushed, on a host without further space.
 fn full(setup: Setup) -> Rig {
     let mut rig = setup.open();
     rig.run(write(0, 2, 1));
@@ -288,7 +288,7 @@ fn full(setup: Setup) -> Rig {
     rig
 }
 
-/// What needs no space: a read, and a write in place.
+/// Runs requests that need no space: a read, and a write in place.
 fn run_others(rig: &mut Rig, seed: u32) {
     rig.run(Operation::Read { offset: 0, length: 2 * CLUSTER });
     rig.run(Operation::Write { offset: CLUSTER + 8192, length: 16384, seed });
@@ -330,7 +330,7 @@ fn an_overlapping_request_passes_one_that_waits() {
     rig.send(write(1, 2, 2));
     rig.pass(Duration::from_secs(2));
     assert_eq!(rig.space().waiting, 1);
-    // It has given its claim up: the cluster that both touch is free for others.
+    // The waiting request has dropped its claim: the shared cluster is free for other requests.
     rig.run(write(1, 1, 3));
     rig.run(Operation::Discard { offset: CLUSTER, length: CLUSTER });
     rig.leave_space(PLENTY);
@@ -343,7 +343,7 @@ fn an_overlapping_request_passes_one_that_waits() {
 fn freed_space_ends_a_wait_at_once() {
     let mut rig = full(Setup::new(OnEnospc::Wait));
     rig.send(write(10, 1, 2));
-    // Tried after 0.1, 0.3, 0.7, 1.5, 2.5 seconds; the next time is long after the discard.
+    // It is tried after 0.1, 0.3, 0.7, 1.5 and 2.5 seconds. The next attempt is long after the discard.
     rig.pass(Duration::from_millis(2600));
     assert_eq!(rig.space().waiting, 1);
     rig.run(Operation::Discard { offset: 0, length: 2 * CLUSTER });
@@ -366,7 +366,7 @@ fn freed_space_is_there_for_the_next_write() {
     }
 }
 
-/// A cluster of which the host has allocated the first sectors only.
+/// A disk with a cluster of which the host has allocated only the first sectors.
 fn sparse(on_enospc: OnEnospc) -> Rig {
     let mut rig = Setup::new(on_enospc).open();
     rig.run(Operation::Write { offset: 0, length: 4096, seed: 1 });
@@ -398,7 +398,7 @@ fn a_write_in_place_may_find_no_space_either() {
     rig.conclude();
 }
 
-/// A host that cannot allocate ahead, with room for a cluster's data but not for its L2 table.
+/// A disk on a host without preallocation, with space for a cluster's data but not for its L2 table.
 fn unflushable(on_enospc: OnEnospc) -> Rig {
     let mut rig = Setup { allocate: false, ..Setup::new(on_enospc) }.open();
     rig.leave_space(CLUSTER);
@@ -454,7 +454,7 @@ fn a_queue_that_is_dropped_waits_no_more() {
     rig.send(write(12, 1, 3));
     rig.pass(Duration::from_secs(2));
     assert_eq!(rig.space().waiting, 2);
-    // Slot 0 and with it the first request is the first queue's. The drop waits for the end of all that it has.
+    // Slot 0, and so the first request, belongs to the first queue. The drop waits for the end of all its requests.
     drop(rig.queues.remove(0));
     assert_eq!(rig.space().waiting, 1, "the other queue stays");
     rig.flying.remove(&0);
@@ -467,7 +467,7 @@ fn a_queue_that_is_dropped_waits_no_more() {
 #[test]
 fn a_queue_that_gives_up_fails_what_waits_and_nothing_else() {
     let mut rig = full(Setup::new(OnEnospc::Wait));
-    // By turns the first queue's and the second's.
+    // Alternately on the first and the second queue.
     rig.send(write(1, 2, 2));
     rig.send(write(10, 1, 3));
     rig.pass(Duration::from_secs(2));
@@ -477,7 +477,7 @@ fn a_queue_that_gives_up_fails_what_waits_and_nothing_else() {
     let (operation, error) = rig.failed.pop().expect("it ends at once");
     assert!(operation == write(1, 2, 2) && error.is_no_space(), "{operation:?}: {error}");
     assert_eq!(rig.space().waiting, 1, "the other queue's waits on");
-    // What it was about is free for others, and its queue still serves what needs no space.
+    // Its range is free for other requests, and its queue still serves requests that need no space.
     rig.run(write(1, 1, 5));
     run_others(&mut rig, 6);
     let error = rig.try_one(write(11, 1, 7)).expect("it does not wait").expect_err("there is no space");
@@ -497,7 +497,7 @@ fn a_request_that_is_given_up_in_the_midst_of_a_try_frees_its_claim() {
     rig.send(write(20, 1, 2));
     rig.pass(Duration::from_secs(2));
     assert_eq!(rig.space().waiting, 1);
-    // The next try is within a second, and its I/O does not end for now.
+    // The next attempt comes within a second, and its I/O hangs for now.
     rig.world.inject(Fault::nth(0, Outcome::Hang));
     rig.pass(Duration::from_millis(1100));
     rig.send(write(20, 1, 3));
@@ -515,7 +515,7 @@ fn a_request_that_is_given_up_in_the_midst_of_a_try_frees_its_claim() {
     rig.conclude();
 }
 
-/// Some operations that do not touch each other's clusters.
+/// Random operations on different clusters.
 fn group(random: &mut Random, cluster_size: u64, next_seed: &mut u32) -> Vec<Operation> {
     let lane = SIZE / SLOTS as u64;
     (0..SLOTS as u64)
@@ -537,7 +537,7 @@ fn group(random: &mut Random, cluster_size: u64, next_seed: &mut u32) -> Vec<Ope
         .collect()
 }
 
-/// A run in which space comes and goes.
+/// A run with shortages of space.
 fn random_run(setup: Setup) -> u64 {
     let mut rig = setup.open();
     let mut random = Random::new(setup.seed ^ 0xe05);
@@ -561,7 +561,7 @@ fn random_run(setup: Setup) -> u64 {
             short += rig.failed.len() as u64;
         }
         rig.leave_space(PLENTY);
-        // What a failed one has left is unknown until it is done again.
+        // After a failed operation the contents are unknown until it is repeated.
         for (operation, error) in std::mem::take(&mut rig.failed) {
             assert!(error.is_no_space(), "{setup:?}: {operation:?}: {error}");
             rig.send(operation);

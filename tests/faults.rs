@@ -1,7 +1,8 @@
-//! Every I/O of some runs fails in turn, in every way: the guest is told, nothing is half linked, the disk refuses writes
-//! for good after a failed metadata write or fdatasync and goes on after anything else, nothing hangs, nothing panics.
+//! Every I/O of some runs fails in turn, in every way. The guest's request fails, and nothing is half linked, hangs or
+//! panics. After a failed metadata write or fdatasync the disk refuses writes for good; after any other failure it
+//! continues.
 //!
-//! `STRATA_FAULT_SEEDS=n` for so many orders of turns and latencies of each run.
+//! `STRATA_FAULT_SEEDS=n` tries this many orders of polls and latencies of each run.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -60,7 +61,7 @@ fn scenarios() -> Vec<Scenario> {
             Op::Flush,
         ]
     };
-    // From the third on, links are written beside their data.
+    // From the third write on, the disk makes early commits.
     let each_flushed = |shape: Shape| {
         let clusters = shape.sectors / shape.cluster_sectors();
         let writes = (1..7).map(|back| (clusters - back) * shape.cluster_sectors());

@@ -1,8 +1,11 @@
-//! Every fuzz target, without a fuzzer: on what is in images of QEMU's tools, on inputs that were findings once, and on
-//! what chance makes of both.
+//! Every fuzz target, without a fuzzer: on data from images of QEMU's tools, on earlier findings, and on random
+//! mutations of both.
 //!
-//! `STRATA_FUZZ_SECONDS=n` for so much of the processors' time, all targets together; `STRATA_FUZZ_ONLY=file` runs one input again, of the target
-//! that its name begins with; `STRATA_FUZZ_CORPUS=folder` writes the seeds there for cargo-fuzz. README.md has more.
+//! - `STRATA_FUZZ_SECONDS=n` sets the processor time of all targets together.
+//! - `STRATA_FUZZ_ONLY=file` reruns one input. Its name begins with its target.
+//! - `STRATA_FUZZ_CORPUS=folder` writes the seeds there for cargo-fuzz.
+//!
+//! README.md has more.
 
 mod meter;
 #[path = "fuzz/mutate.rs"]
@@ -24,15 +27,15 @@ use strata_tests::Qemu;
 
 use crate::targets::{TARGETS, Target, target};
 
-/// Inputs of each target, without a time to fill.
+/// Inputs of each target if no time is set.
 const RUNS: u64 = 400;
 
-/// A number in the environment.
+/// The number in an environment variable.
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().and_then(|text| text.parse().ok())
 }
 
-/// Inputs that were findings once: a folder for each target.
+/// Earlier findings: one folder for each target.
 fn findings(target: &Target) -> Vec<(PathBuf, Vec<u8>)> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/findings").join(target.name);
     let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
@@ -40,7 +43,8 @@ fn findings(target: &Target) -> Vec<(PathBuf, Vec<u8>)> {
     paths.map(|path| (path.clone(), std::fs::read(path).expect("an input"))).collect()
 }
 
-/// Runs an input, and keeps it if it is a finding. It is in a file meanwhile, as some findings end the program.
+/// Runs an input, and retains it if it is a finding. The input is in a file meanwhile, because some findings end the
+/// program.
 fn run(target: &Target, input: &[u8], what: &str) {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("fuzz");
     std::fs::create_dir_all(&folder).expect("a folder for findings");
@@ -88,7 +92,7 @@ fn every_target_bears_what_chance_makes_of_its_seeds() {
     }
     let seconds = number("STRATA_FUZZ_SECONDS");
     let by_clock = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_secs());
-    // The same inputs every time, unless there is time for more.
+    // The same inputs every time, unless a time is set.
     let seed = number("STRATA_FUZZ_SEED").unwrap_or(if seconds.is_some() { by_clock } else { 1 });
     let each = seconds.map(|seconds| Duration::from_secs(seconds) / TARGETS.len() as u32);
     for target in TARGETS {
@@ -106,7 +110,7 @@ fn every_target_bears_what_chance_makes_of_its_seeds() {
     }
 }
 
-/// Runs what is made of the seeds for so long, which is spread over the processors; the number of inputs.
+/// Runs mutated seeds for this much processor time, spread over all processors. Returns the number of inputs.
 fn mutate_on_all_processors(target: &Target, pool: &[Vec<u8>], seed: u64, time: Duration) -> u64 {
     let threads = available_parallelism().map_or(1, |threads| threads.get() as u32);
     let until = Instant::now() + time / threads;
@@ -120,7 +124,7 @@ fn mutate_on_all_processors(target: &Target, pool: &[Vec<u8>], seed: u64, time: 
     })
 }
 
-/// Runs what is made of the seeds as long as it is to, told how often it did; the number of inputs.
+/// Runs mutated seeds as long as `more` returns true for the number of runs so far. Returns the number of inputs.
 fn mutate_while(target: &Target, pool: &[Vec<u8>], random: &mut Random, more: impl Fn(u64) -> bool) -> u64 {
     let mut runs = 0;
     while more(runs) {
@@ -132,7 +136,7 @@ fn mutate_while(target: &Target, pool: &[Vec<u8>], random: &mut Random, more: im
     runs
 }
 
-/// Descriptors of which most are parts of sound chains, as the target `ring` reads them.
+/// Descriptors in the format of the target `ring`. Most belong to valid chains.
 fn descriptors(count: usize) -> impl Strategy<Value = Vec<u8>> {
     // Flags: 1 for NEXT, 2 for WRITE, 4 for INDIRECT.
     let flags = prop_oneof![6 => Just(1_u8), 6 => Just(3), 6 => Just(2), 2 => Just(0), 3 => Just(4), 1 => any::<u8>()];

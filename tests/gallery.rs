@@ -1,7 +1,8 @@
-//! The gallery: some hundred images of every kind that qemu-img and qemu-io make, each served in-process with reads,
-//! writes, zeroes, discards and changes of snapshots, and compared with a model, both checkers and what QEMU reads.
+//! The gallery: some hundred images of every kind that qemu-img and qemu-io make. Each is served in-process with reads,
+//! writes, zeroes, discards and changes of snapshots. The results are compared with a model, both checkers and QEMU's
+//! reads.
 //!
-//! A failing image is made simpler and named by the line that makes it again:
+//! A failing image is simplified, and its report has the line that makes it again:
 //! `STRATA_GALLERY_ONLY="cluster=512 seed=7" cargo test -p strata-tests --test gallery`. `STRATA_GALLERY_SEED` makes
 //! another gallery, `STRATA_GALLERY_IMAGES` a larger one.
 
@@ -35,18 +36,18 @@ use crate::make::Workshop;
 use crate::shrink::shrink;
 use crate::steps::{TrialError, run, run_on, steps};
 
-/// Images of the gallery, at the least.
+/// The least number of images in the gallery.
 const IMAGES: usize = 320;
-/// Failures that are made simpler before it is given up.
+/// The number of failures that are simplified; the run ends after them.
 const FAILURES_MAX: usize = 3;
-/// Recipes tried to make a failing one simpler.
+/// The most recipes tried to simplify a failing one.
 const SHRINK_TRIES: usize = 200;
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().and_then(|text| text.parse().ok())
 }
 
-/// Serves one image; what is wrong, in words.
+/// Serves one image. An error describes the fault.
 fn try_one(workshop: &Workshop, recipe: &Recipe) -> Result<(), String> {
     match catch_unwind(AssertUnwindSafe(|| run(workshop, recipe))) {
         Ok(result) => result.map_err(|error| error.to_string()),
@@ -59,9 +60,9 @@ fn words(panic: &(dyn Any + Send)) -> String {
     text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("a panic without words").to_owned()
 }
 
-/// A failure, made simpler.
+/// Describes a failure, simplified.
 fn report(workshop: &Workshop, recipe: &Recipe, error: &str) -> String {
-    // What cannot be made is a mistake of the gallery, and no simpler image's.
+    // An image that cannot be made is a fault of the gallery, so no simpler image counts for it.
     let fails = |recipe: &Recipe| {
         !matches!(
             catch_unwind(AssertUnwindSafe(|| run(workshop, recipe))),
@@ -73,7 +74,7 @@ fn report(workshop: &Workshop, recipe: &Recipe, error: &str) -> String {
     format!("{recipe}\n  {error}\nmade simpler:\n    (\"\", \"{least}\"),\n  {last}")
 }
 
-/// Serves images on all processors; the first failures.
+/// Serves images on all processors and returns the first failures.
 fn serve_all(workshop: &Workshop, recipes: &[Recipe]) -> Vec<String> {
     let next = AtomicUsize::new(0);
     let failures = Mutex::new(Vec::new());
@@ -84,7 +85,7 @@ fn serve_all(workshop: &Workshop, recipes: &[Recipe]) -> Vec<String> {
             scope.spawn(|| {
                 while let Some(recipe) = recipes.get(next.fetch_add(1, Ordering::Relaxed)) {
                     if let Err(error) = try_one(workshop, recipe) {
-                        // It may be long until there is a simpler one.
+                        // Print now: a simpler recipe may take long to find.
                         eprintln!("{recipe}\n  {error}");
                         let simpler = report(workshop, recipe, &error);
                         failed().push(simpler);
@@ -170,7 +171,7 @@ fn a_failure_is_made_as_simple_as_it_can_be() {
     let start: Recipe = "version=3 cluster=1K refcount=64 lazy=on below=deep size=odd snapshots=later seed=3"
         .parse()
         .expect("a recipe");
-    // It takes small clusters, snapshots, and the 17th step with the 23rd.
+    // This failure needs small clusters, snapshots, and the 17th step with the 23rd.
     let fails = |recipe: &Recipe| {
         recipe.look.cluster.bytes() < 4096
             && recipe.look.version == Version::V3
@@ -193,7 +194,7 @@ fn a_failure_is_made_as_simple_as_it_can_be() {
     assert!(tries < 200, "{tries} tries");
 }
 
-/// One byte of the guest's data changed under the image, and the trial fails.
+/// If one byte of the guest's data is changed in the image, the trial must fail.
 #[test]
 fn a_changed_image_does_not_pass() {
     let Some(qemu) = Qemu::find() else { return };

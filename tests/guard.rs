@@ -1,6 +1,6 @@
-//! Damage that shows while an image is in use: metadata is not written over, a write marks the image corrupt where QEMU
-//! marks it (qemu-io does the same on a copy), a read never does, nothing else of the file changes, and what is not damaged
-//! can be read.
+//! Damage that is found while an image is in use. Metadata is never overwritten. A write marks the image corrupt where
+//! QEMU marks it (qemu-io runs on a copy); a read never does. Nothing else of the file changes, and undamaged data can
+//! be read.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -14,7 +14,7 @@ use strata_tests::{ByteModel, Qemu};
 use crate::rig::{K, M, Rig, options, patch, pattern, tables, word, write};
 
 const COPIED: u64 = 1 << 63;
-/// Where the incompatible features are, and the bit "corrupt".
+/// The offset of the incompatible features, and the bit "corrupt".
 const FEATURES: u64 = 72;
 const CORRUPT: u64 = 2;
 
@@ -23,16 +23,16 @@ fn no_data_is_written_over_metadata_whatever_an_image_says() {
     crash::overlaps::try_all().unwrap_or_else(|wrong| panic!("{wrong}"));
 }
 
-/// A kind of damage and what meets it.
+/// A kind of damage and the operation that meets it.
 struct Damage {
     name: &'static str,
     spec: ImageSpec,
-    /// A snapshot is taken before.
+    /// A snapshot is made first.
     snapshot: bool,
     /// Patches the image.
     harm: fn(&Path),
     meets: Operation,
-    /// What our error says.
+    /// Text that our error must contain.
     says: &'static str,
 }
 
@@ -44,13 +44,13 @@ fn read(offset: u64) -> Operation {
     Operation::Read { offset, length: 4 * K }
 }
 
-/// Points the second cluster's entry at something.
+/// Sets the entry of the second cluster.
 fn entry(image: &Path, raw: u64) {
     let (_, l2, _) = tables(image);
     patch(image, l2 + 8, &raw.to_be_bytes());
 }
 
-/// Sets the first refblock's count of what lies at an offset to zero.
+/// Sets the refcount of the cluster at an offset to zero, in the first refblock.
 fn uncount(image: &Path, offset: u64) {
     let (_, _, block) = tables(image);
     patch(image, block + offset / (64 * K) * 2, &[0, 0]);
@@ -161,7 +161,7 @@ fn damages() -> Vec<Damage> {
     ]
 }
 
-/// Has qemu-io do it; what it says.
+/// Runs the operation with qemu-io, and returns its output.
 fn by_qemu(image: &Path, operation: &Operation) -> String {
     let text = match *operation {
         Operation::Read { offset, length } => format!("read {offset} {length}"),
@@ -188,7 +188,7 @@ fn damage_that_a_write_meets_marks_the_image_as_qemu_marks_it_and_a_read_never()
         if snapshot {
             let text = image.display().to_string();
             qemu.img(["snapshot", "-c", "kept", &text]).expect("a snapshot");
-            // Of the active disk's own again.
+            // The active disk gets its own tables and data again.
             qemu.write(&image, Format::Qcow2, &[pattern(0, 256 * K, 7)]).expect("written");
         }
         let whole = qemu.read_all(&image, Format::Qcow2).expect("read");
@@ -203,14 +203,14 @@ fn damage_that_a_write_meets_marks_the_image_as_qemu_marks_it_and_a_read_never()
         let mut rig = Rig::open(&image, &options()).unwrap_or_else(|error| panic!("{name}: {error}"));
         let message = rig.try_one(&meets).expect_err(name).to_string();
         assert!(message.contains(says), "{name}: {message}");
-        // Damage in tables that the reading of the first cluster needs leaves nothing to be read.
+        // If a table for reading the first cluster is damaged, nothing can be read.
         let has_rest = !name.starts_with("an L2 table at");
         let mut model = ByteModel::with_contents(&whole, 64 * M, 64 * K, DiscardRule::Nothing);
         if has_rest {
             rig.run(&[read(0), read(192 * K)], &mut model);
         }
         if matches!(meets, Operation::Read { .. }) {
-            // QEMU takes the disk away. Here the read has failed, and nothing else.
+            // QEMU disables the disk. Here only the read has failed.
             rig.run(&[Operation::Flush], &mut model);
             if has_rest {
                 rig.run(&[write(128 * K, 4 * K, 9), Operation::Flush, read(128 * K)], &mut model);
@@ -262,7 +262,7 @@ fn what_two_entries_name_does_not_become_metadata_when_one_gives_it_up() {
     qemu.create(&image, &ImageSpec::qcow2(64 * M).cluster_size(4 * K).with(content)).expect("an image");
     entry(&image, word(&image, tables(&image).1));
     let mut rig = Rig::open(&image, &options()).expect("opens");
-    // Both are in the map now, to be written in place.
+    // Both are in the map now, for writes in place.
     rig.try_one(&Operation::Read { offset: 0, length: 8 * K }).expect("a read");
     rig.try_one(&Operation::Discard { offset: 0, length: 4 * K }).expect("a discard");
     rig.try_one(&Operation::Flush).expect("a flush");
@@ -272,7 +272,7 @@ fn what_two_entries_name_does_not_become_metadata_when_one_gives_it_up() {
         assert!(turns < 100_000_000, "reclaim hangs: {:?}", rig.disk().status());
         std::thread::yield_now();
     }
-    // Needs an L2 table and clusters; the one that is free takes data.
+    // These need an L2 table and clusters. The free cluster gets data.
     let far = [write(8 * M, 4 * K, 1), write(8 * M + 4 * K, 4 * K, 2)];
     let mut model = ByteModel::new(64 * M, 4 * K, DiscardRule::ZeroesClusters);
     rig.run(&far, &mut model);

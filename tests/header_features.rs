@@ -1,4 +1,4 @@
-//! What a header has besides the places of tables, in-process: what a writable open keeps, clears and refuses.
+//! The features and extensions of a header, in-process: a writable open retains, clears or refuses them.
 
 use std::path::Path;
 
@@ -26,7 +26,7 @@ fn change(path: &Path, change: impl FnOnce(&mut Header)) {
     let mut header = header(path);
     change(&mut header);
     let mut bytes = header.encode().expect("a right header");
-    // What was longer before must not show.
+    // No bytes of a longer old header may remain.
     bytes.resize(512, 0);
     patch(path, 0, &bytes);
 }
@@ -73,7 +73,7 @@ fn what_is_not_known_outlives_every_change_of_the_header() {
         ..before
     };
     assert_eq!(after, expected);
-    // From the compatible features on only the autoclear features have changed, and they are in these eight bytes.
+    // From the compatible features on, only the autoclear features have changed. They are in these eight bytes.
     let now = std::fs::read(&image).expect("the image");
     assert!(now[80..88] == bytes[80..88] && now[96..512] == bytes[96..512], "byte for byte");
     assert_clean(&image, "the closed image");

@@ -1,5 +1,5 @@
-//! The housekeeper, on a simulated host, where time passes quickly: when dirty metadata reaches the disk without a flush,
-//! when freed space goes back to the host, and when memory of the chain map does.
+//! The housekeeper on a simulated host, where time passes quickly. Tests when dirty metadata reaches the disk without a
+//! flush, and when freed space and memory of the chain map go back to the host.
 
 use std::path::Path;
 use std::time::Duration;
@@ -10,12 +10,12 @@ use qcow2::{Geometry, NewImage, Version};
 use storage::GuestSlice;
 use storage_sim::{Fault, Outcome, SimOptions, SimStorage, SimWorld, Verb};
 
-/// Bytes of words that a slice of the map has.
+/// Bytes of the words of a slice of the map.
 const FRAME: usize = SLICE_WORDS as usize * 8;
-/// What the map's directory takes where anything is resident.
+/// Bytes that the map's directory needs once anything is resident.
 const LEAF: usize = 32 << 10;
 
-/// How often the housekeeper looks through the map, and a little.
+/// The interval at which the housekeeper sweeps the map, and a little more.
 const SWEEP: Duration = Duration::from_secs(310);
 
 /// A disk on a simulated host, with one queue and its housekeeper.
@@ -66,7 +66,8 @@ impl Still {
         Still::open(SimWorld::from_image(world.image(), 1, SimOptions::calm()))
     }
 
-    /// Lets everybody do what can be done without time passing for timers, and some requests end.
+    /// Polls the queue and the housekeeper until nothing is left to do without time passing for timers. Exactly
+    /// `requests` requests must complete, all with success.
     fn settle(&mut self, requests: usize) {
         let mut done: Vec<Completed> = Vec::new();
         loop {
@@ -89,7 +90,7 @@ impl Still {
         }
     }
 
-    /// Carries one request out.
+    /// Runs one request.
     fn run(&mut self, request: Request) {
         let memory = [self.memory];
         let moves = matches!(request, Request::Read { .. } | Request::Write { .. });
@@ -97,7 +98,7 @@ impl Still {
         self.settle(1);
     }
 
-    /// Gives one cluster of each slice data of its own, so that no slice is a run.
+    /// Writes data to one cluster of each slice, so that no slice is a run.
     fn write_all(&mut self, round: u8) {
         for slice in 0..Self::SLICES {
             let offset = slice * Self::SLICE + 7 * Self::CLUSTER;
@@ -145,7 +146,7 @@ fn a_disk_at_rest_gives_memory_of_the_map_back() {
     }
 }
 
-/// How long metadata may stay dirty with no flush from the guest.
+/// The longest time that metadata may stay dirty without a flush from the guest.
 const AGE: Duration = Duration::from_secs(5);
 
 #[test]
@@ -183,13 +184,13 @@ fn what_a_flush_unlinks_goes_back_at_once() {
         still.run(Request::Flush);
         assert_eq!(still.disk.status().quarantined_clusters, 0);
         assert_eq!(still.world.allocated(), full - freed * Still::CLUSTER);
-        // Another flush, of nothing, changes nothing.
+        // Another flush without dirty metadata changes nothing.
         still.run(Request::Flush);
     }
 }
 
-/// The first flush of a session makes the file longer. Windows that are reserved meanwhile do so, too, and what is written
-/// there must not be cut off when the first is late.
+/// The first flush of a session extends the file. Windows reserved meanwhile extend it, too. If the first extension is
+/// late, it must not cut off the data written there.
 #[test]
 fn a_late_growth_of_the_file_cuts_nothing_off() {
     let mut still = Still::new();
@@ -206,7 +207,7 @@ fn a_late_growth_of_the_file_cuts_nothing_off() {
         still.keeper.turn();
         ended += done.len() as u64;
         assert!(done.drain(..).all(|done: Completed| done.result.is_ok()));
-        // Two at a time, once the file is being made longer.
+        // Two at a time, once the file is being extended.
         if still.world.hits(late) > 0 && begun < 65 && begun < ended + 3 {
             let write = Request::Write { offset: begun * Still::CLUSTER, write_through: false };
             still.queue.submit(RequestId(begun as u32), write, &[still.memory]);

@@ -1,7 +1,7 @@
-//! QEMU's image tools as a second opinion: making images, checking them, reading them.
+//! QEMU's image tools as a second opinion: they make, check and read images.
 //!
-//! Everything goes through `qemu-img` and `qemu-io` as child processes; formats are always named, never probed. A
-//! machine without the tools gets a visible skip ([`Qemu::find`]).
+//! Everything runs `qemu-img` and `qemu-io` as child processes. Formats are always named, never probed. Without the
+//! tools, tests are skipped visibly ([`Qemu::find`]).
 
 use std::ffi::{OsStr, OsString};
 use std::io::Write;
@@ -11,15 +11,15 @@ use std::process::{Command, Output};
 use serde_json::Value;
 use tempfile::NamedTempFile;
 
-/// Why a tool could not do its work.
+/// The failure of a tool.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
     /// The program could not be run.
     #[error("run {program}: {source}")]
     Run {
-        /// Which.
+        /// The program.
         program: PathBuf,
-        /// Why not.
+        /// The reason.
         source: std::io::Error,
     },
     /// The program failed.
@@ -27,18 +27,18 @@ pub enum ImageError {
     Failed {
         /// The whole command line.
         command: String,
-        /// What it said.
+        /// Its output.
         text: String,
     },
-    /// The program's JSON is not as it should be.
+    /// The program's JSON has an unexpected form.
     #[error("{command}: unexpected output: {text}")]
     Output {
         /// The whole command line.
         command: String,
-        /// What it said.
+        /// Its output.
         text: String,
     },
-    /// A temporary file failed.
+    /// I/O on a temporary file failed.
     #[error("temporary file: {0}")]
     Temporary(std::io::Error),
 }
@@ -46,14 +46,14 @@ pub enum ImageError {
 /// The format of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
-    /// Bytes as they are.
+    /// Raw bytes.
     Raw,
     /// qcow2, either version.
     Qcow2,
 }
 
 impl Format {
-    /// As QEMU spells it.
+    /// QEMU's name of the format.
     pub fn name(self) -> &'static str {
         match self {
             Self::Raw => "raw",
@@ -62,14 +62,14 @@ impl Format {
     }
 }
 
-/// How much of an image is allocated when it is made.
+/// The space that is allocated when an image is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Preallocation {
-    /// Nothing but the least metadata.
+    /// Only the minimum of metadata.
     Off,
-    /// Every cluster has its place, the host has not.
+    /// Every guest cluster has a host cluster, without space on the host.
     Metadata,
-    /// The host's space is reserved too.
+    /// The host's space is reserved, too.
     Falloc,
     /// Zeroes are written.
     Full,
@@ -86,41 +86,41 @@ impl Preallocation {
     }
 }
 
-/// What qemu-io does to a new image, offsets and lengths in bytes.
+/// An operation of qemu-io on a new image. Offsets and lengths are in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Content {
     /// Write `length` times the same byte.
     Pattern {
-        /// Where.
+        /// First byte.
         offset: u64,
-        /// How much.
+        /// Bytes.
         length: u64,
-        /// What.
+        /// The value of each byte.
         byte: u8,
     },
-    /// As `Pattern`, compressed: whole clusters only.
+    /// As `Pattern`, compressed. Only whole clusters.
     Compressed {
-        /// Where.
+        /// First byte.
         offset: u64,
-        /// How much.
+        /// Bytes.
         length: u64,
-        /// What.
+        /// The value of each byte.
         byte: u8,
     },
-    /// Write zeroes; with `unmap` the clusters may go.
+    /// Write zeroes. With `unmap` the clusters may be freed.
     Zeroes {
-        /// Where.
+        /// First byte.
         offset: u64,
-        /// How much.
+        /// Bytes.
         length: u64,
         /// Give the space back.
         unmap: bool,
     },
     /// Discard.
     Discard {
-        /// Where.
+        /// First byte.
         offset: u64,
-        /// How much.
+        /// Bytes.
         length: u64,
     },
 }
@@ -142,32 +142,32 @@ impl Content {
 pub struct ImageSpec {
     /// Its format.
     pub format: Format,
-    /// Virtual size in bytes; none takes the backing file's.
+    /// Virtual size in bytes. None takes the size of the backing file.
     pub size: Option<u64>,
     /// qcow2 version, 2 or 3.
     pub version: u8,
     /// Cluster size in bytes.
     pub cluster_size: u64,
-    /// Width of a refcount in bits; version 2 knows 16 only.
+    /// Width of a refcount in bits. Version 2 supports only 16.
     pub refcount_bits: u8,
     /// Extended L2 entries, with subclusters.
     pub extended_l2: bool,
-    /// Compressed clusters are zstd, else deflate.
+    /// Compressed clusters use zstd; otherwise deflate.
     pub zstd: bool,
     /// Refcounts may be written late.
     pub lazy_refcounts: bool,
-    /// The external data file that is made with it, by its whole path, and whether it is a raw image of its own.
+    /// The absolute path of the external data file made with the image, and whether it is also a raw image.
     pub data_file: Option<(PathBuf, bool)>,
-    /// What is allocated at once.
+    /// The space that is allocated at creation.
     pub preallocation: Preallocation,
-    /// The file below, as the header is to name it (relative to the image), and its format.
+    /// The backing file, with its name in the header (relative to the image), and its format.
     pub backing: Option<(PathBuf, Format)>,
-    /// What is written after creation, in order.
+    /// The contents that are written after creation, in order.
     pub contents: Vec<Content>,
 }
 
 impl ImageSpec {
-    /// A version 3 qcow2 image with 64 KiB clusters and nothing in it. `size` in bytes.
+    /// An empty qcow2 image of version 3 with 64 KiB clusters. `size` is in bytes.
     pub fn qcow2(size: u64) -> Self {
         Self {
             format: Format::Qcow2,
@@ -185,7 +185,7 @@ impl ImageSpec {
         }
     }
 
-    /// A raw image, sparse. `size` in bytes.
+    /// A sparse raw image. `size` is in bytes.
     pub fn raw(size: u64) -> Self {
         Self { format: Format::Raw, ..Self::qcow2(size) }
     }
@@ -218,7 +218,7 @@ impl ImageSpec {
         self
     }
 
-    /// Sets what is allocated at once.
+    /// Sets the space that is allocated at creation.
     #[must_use]
     pub fn preallocation(mut self, preallocation: Preallocation) -> Self {
         self.preallocation = preallocation;
@@ -232,14 +232,14 @@ impl ImageSpec {
         self
     }
 
-    /// Adds something to be written.
+    /// Adds contents to be written.
     #[must_use]
     pub fn with(mut self, content: Content) -> Self {
         self.contents.push(content);
         self
     }
 
-    /// Bytes of the least part of the image that can be allocated by itself: a subcluster or a cluster.
+    /// Bytes of the smallest allocation: a subcluster or a cluster.
     pub fn granule_size(&self) -> u64 {
         if self.extended_l2 { self.cluster_size / 32 } else { self.cluster_size }
     }
@@ -274,12 +274,12 @@ impl ImageSpec {
     }
 }
 
-/// What `qemu-img check` says.
+/// The result of `qemu-img check`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Check {
-    /// Nothing is wrong.
+    /// No errors.
     Clean,
-    /// So many clusters are allocated and not used; no data is at risk.
+    /// This many clusters are allocated but not used. No data is at risk.
     Leaks(u64),
     /// Errors, as qemu-img prints them.
     Corrupt(String),
@@ -292,40 +292,40 @@ pub struct Extent {
     pub start: u64,
     /// Bytes.
     pub length: u64,
-    /// Which layer has it, 0 the top one.
+    /// The layer that holds it. The top layer is 0.
     pub depth: u64,
-    /// Whether it reads as zero for sure.
+    /// True if it certainly reads as zero.
     pub zero: bool,
-    /// Whether data is allocated for it.
+    /// True if data is allocated for it.
     pub data: bool,
-    /// Where in its file, if it lies there as it is.
+    /// The offset in its file, if it is stored there uncompressed.
     pub offset: Option<u64>,
 }
 
-/// The tools.
+/// The paths of the tools.
 #[derive(Clone, Debug)]
 pub struct Qemu {
     img: PathBuf,
     io: PathBuf,
 }
 
-/// Says that a test was skipped, past the test harness, which swallows what a passing test prints.
+/// Reports a skipped test directly to stderr: the test harness discards the output of a passing test.
 ///
 /// # Panics
-/// When STRATA_REQUIRE_TOOLS=1 says that nothing may be skipped.
+/// If STRATA_REQUIRE_TOOLS=1 forbids skipping.
 pub fn skip(reason: &str) {
     let required = std::env::var_os("STRATA_REQUIRE_TOOLS").is_some_and(|value| value == "1");
     assert!(!required, "STRATA_REQUIRE_TOOLS=1, but {reason}");
     let thread = std::thread::current();
     let name = thread.name().unwrap_or("?");
-    // If even that cannot be written, there is no one to tell.
+    // A failed write to stderr cannot be reported.
     let _ = writeln!(std::io::stderr(), "SKIPPED: {name}: {reason}");
 }
 
-/// Finds a program in PATH, or skips visibly.
+/// Finds a program in PATH, or skips the test visibly.
 ///
 /// # Panics
-/// When it is missing and STRATA_REQUIRE_TOOLS=1.
+/// If it is missing and STRATA_REQUIRE_TOOLS=1.
 pub fn find_tool(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let found = std::env::split_paths(&path).map(|folder| folder.join(name)).find(|file| file.is_file());
@@ -336,10 +336,10 @@ pub fn find_tool(name: &str) -> Option<PathBuf> {
 }
 
 impl Qemu {
-    /// Finds `qemu-img` and `qemu-io`, or skips visibly: the caller then returns.
+    /// Finds `qemu-img` and `qemu-io`, or skips the test visibly: the caller then returns.
     ///
     /// # Panics
-    /// When one is missing and STRATA_REQUIRE_TOOLS=1.
+    /// If one is missing and STRATA_REQUIRE_TOOLS=1.
     pub fn find() -> Option<Self> {
         Some(Self { img: find_tool("qemu-img")?, io: find_tool("qemu-io")? })
     }
@@ -347,7 +347,7 @@ impl Qemu {
     /// Makes an image and writes its contents.
     ///
     /// # Errors
-    /// When a tool fails.
+    /// If a tool fails.
     pub fn create(&self, path: &Path, spec: &ImageSpec) -> Result<(), ImageError> {
         let mut command = Command::new(&self.img);
         command.args(["create", "-q", "-f", spec.format.name(), "-o", &spec.options()]);
@@ -359,11 +359,11 @@ impl Qemu {
         self.write(path, spec.format, &spec.contents)
     }
 
-    /// Makes a chain in a folder, the first spec at the bottom, each over the one before. Returns the paths in the
-    /// same order.
+    /// Makes a chain in a folder. The first spec is the base, and each image is backed by the one before. Returns the
+    /// paths in the same order.
     ///
     /// # Errors
-    /// When a tool fails.
+    /// If a tool fails.
     pub fn create_chain(&self, folder: &Path, specs: &[ImageSpec]) -> Result<Vec<PathBuf>, ImageError> {
         let mut made: Vec<PathBuf> = Vec::with_capacity(specs.len());
         let mut below = None;
@@ -379,22 +379,23 @@ impl Qemu {
         Ok(made)
     }
 
-    /// Does things to an image with qemu-io.
+    /// Writes contents to an image with qemu-io.
     ///
     /// # Errors
-    /// When the tool fails or says that a command did.
+    /// If the tool fails, or reports a failed command.
     pub fn write(&self, path: &Path, format: Format, contents: &[Content]) -> Result<(), ImageError> {
         let commands: Vec<String> = contents.iter().map(|content| content.command()).collect();
         self.io(path, format, &commands)
     }
 
-    /// Gives commands to qemu-io, one after the other.
+    /// Runs commands in qemu-io, one after the other.
     ///
-    /// Compressed writes come first in each process. QEMU 10.0 remembers where the last one ended, also when that cluster
-    /// was freed and became another's since, and puts the next there: what is written then is lost now and then.
+    /// Compressed writes come first in each process. QEMU 10.0 remembers where the last compressed write ended, and
+    /// puts the next one there, even if that cluster has been freed and reused since. Data written then is sometimes
+    /// lost.
     ///
     /// # Errors
-    /// When the tool fails or says that a command did.
+    /// If the tool fails, or reports a failed command.
     pub fn io(&self, path: &Path, format: Format, commands: &[String]) -> Result<(), ImageError> {
         let is_compressed = |command: &String| command.starts_with("write -c");
         for batch in commands.chunk_by(|before, after| is_compressed(before) || !is_compressed(after)) {
@@ -404,7 +405,7 @@ impl Qemu {
                 command.args(["-c", text]);
             }
             let output = run(command.arg(path))?;
-            // qemu-io reports some failures in its output only.
+            // qemu-io reports some failures only in its output.
             let text = String::from_utf8_lossy(&output.stdout);
             if text.contains("failed") || text.contains("Error") || text.contains("error") {
                 return Err(ImageError::Failed { command: line(&command), text: text.into_owned() });
@@ -413,17 +414,17 @@ impl Qemu {
         Ok(())
     }
 
-    /// Asks `qemu-img check` about a qcow2 image.
+    /// Checks a qcow2 image with `qemu-img check`.
     ///
     /// # Errors
-    /// When the check could not be made.
+    /// If the check fails to run.
     pub fn check(&self, path: &Path) -> Result<Check, ImageError> {
         let mut command = Command::new(&self.img);
         command.args(["check", "--output=json", "-f", "qcow2"]).arg(path);
         let output = start(&mut command)?;
         let stdout = String::from_utf8_lossy(&output.stdout);
         let messages = String::from_utf8_lossy(&output.stderr);
-        // 0 clean, 2 corrupt, 3 leaks only; everything else means that nothing was checked.
+        // 0: clean, 2: corrupt, 3: only leaks. Every other code means that nothing was checked.
         match output.status.code() {
             Some(0) => Ok(Check::Clean),
             Some(2) => Ok(Check::Corrupt(format!("{}\n{}", messages.trim(), stdout.trim()))),
@@ -439,15 +440,15 @@ impl Qemu {
     /// Reads a whole image, through its chain, as the guest would. The image must not be in use.
     ///
     /// # Errors
-    /// When the tool fails, for one because another process has the image open for writing.
+    /// If the tool fails, for example because another process has the image open for writing.
     pub fn read_all(&self, path: &Path, format: Format) -> Result<Vec<u8>, ImageError> {
         self.convert(path, format, &[])
     }
 
-    /// As [`Qemu::read_all`], past the locks: the image may be in use, and what a writer has not flushed is missing.
+    /// As [`Qemu::read_all`], without locks: the image may be in use. Data that its writer has not flushed is missing.
     ///
     /// # Errors
-    /// When the tool fails.
+    /// If the tool fails.
     pub fn read_all_shared(&self, path: &Path, format: Format) -> Result<Vec<u8>, ImageError> {
         self.convert(path, format, &["-U"])
     }
@@ -460,10 +461,10 @@ impl Qemu {
         std::fs::read(target.path()).map_err(ImageError::Temporary)
     }
 
-    /// Asks where everything lies (`qemu-img map`).
+    /// Returns the extents of an image (`qemu-img map`).
     ///
     /// # Errors
-    /// When the tool fails or its answer cannot be read.
+    /// If the tool fails, or its output cannot be parsed.
     pub fn map(&self, path: &Path, format: Format) -> Result<Vec<Extent>, ImageError> {
         let mut command = Command::new(&self.img);
         command.args(["map", "--output=json", "-f", format.name()]).arg(path);
@@ -472,10 +473,10 @@ impl Qemu {
         extents.flatten().ok_or_else(|| unexpected(&command, &value.to_string()))
     }
 
-    /// What `qemu-img info` says, as JSON.
+    /// The JSON output of `qemu-img info`.
     ///
     /// # Errors
-    /// When the tool fails or its answer cannot be read.
+    /// If the tool fails, or its output cannot be parsed.
     pub fn info(&self, path: &Path, format: Format) -> Result<Value, ImageError> {
         run_json(Command::new(&self.img).args(["info", "--output=json", "-f", format.name()]).arg(path))
     }
@@ -483,7 +484,7 @@ impl Qemu {
     /// Runs `qemu-img` with any arguments.
     ///
     /// # Errors
-    /// When it fails.
+    /// If it fails.
     pub fn img(&self, arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Result<String, ImageError> {
         let output = run(Command::new(&self.img).args(arguments))?;
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())

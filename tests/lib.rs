@@ -1,8 +1,8 @@
 //! The kit that tests and benchmarks share: a vhost-user-blk client, a load generator, a model of a disk, and
 //! wrappers of QEMU's image tools.
 //!
-//! It knows none of Strata's crates: it sees a disk as a guest does, through a socket, and an image as another
-//! program does. What it finds wrong it reports as an error value; only programmer errors panic.
+//! It uses none of Strata's crates: it sees a disk through a socket, as a guest does, and an image as another program
+//! does. It reports failures as error values; only programmer errors panic.
 
 pub mod client;
 pub mod images;

@@ -1,8 +1,8 @@
-//! What the chain map takes of memory: an image that lies in order needs next to nothing, the rest is bounded, and what
-//! nobody uses is given back.
+//! The memory of the chain map: a contiguous image needs almost none, the rest is bounded, and unused memory is given
+//! back.
 //!
-//! The engine alone, where no data is moved and only metadata is written, to a sparse file. The housekeeper, which has the
-//! memory given back, is in housekeeping.rs.
+//! Tests the engine alone: it moves no data, and writes only metadata, to a sparse file. The housekeeper, which
+//! triggers giving back, is tested in housekeeping.rs.
 
 use std::fs::File;
 use std::io;
@@ -20,19 +20,19 @@ use strata_tests::Qemu;
 use strata_tests::images::{ImageSpec, Preallocation};
 
 const CLUSTER: u64 = 64 << 10;
-/// Bytes of the guest's that a slice of the map stands for.
+/// Guest bytes that a slice of the map covers.
 const SLICE: u64 = SLICE_WORDS * CLUSTER;
-/// 1 TiB is to need at most 16 MiB; these are a sixteenth of both.
+/// 1 TiB must need at most 16 MiB. These tests use a sixteenth of both.
 const SIZE: u64 = 64 << 30;
 const LIMIT: usize = 1 << 20;
-/// As `serve` has it, unless it is told otherwise.
+/// The default of `serve`.
 const MAP_BYTES: usize = 32 << 20;
-/// Bytes of words that a slice has.
+/// Bytes of the words of a slice.
 const FRAME: usize = SLICE_WORDS as usize * 8;
-/// What the directory takes where anything is resident.
+/// Bytes that the directory needs once anything is resident.
 const LEAF: usize = 32 << 10;
 
-/// An engine and the file of its one image.
+/// An engine and the file of its only image.
 struct Bench {
     engine: Engine,
     file: File,
@@ -72,7 +72,7 @@ impl Bench {
         Bench { engine: engine.expect("an engine"), file }
     }
 
-    /// A new image, as `strata` makes it.
+    /// A new image, with the layout that `strata` makes.
     fn fresh(folder: &Path, extended_l2: bool, map_bytes: usize) -> Self {
         let geometry = Geometry {
             version: Version::V3,
@@ -89,7 +89,7 @@ impl Bench {
         Bench::open(&path, map_bytes)
     }
 
-    /// Asks until there is an answer, doing what the engine says.
+    /// Repeats a question to the engine until it answers, and does the I/O that it requests.
     fn ask<T>(&self, mut question: impl FnMut(&Engine, &Waker) -> Result<Answer<T>, EngineError>) -> T {
         loop {
             match question(&self.engine, Waker::noop()).expect("a sound image") {
@@ -134,19 +134,19 @@ impl Bench {
             for write in cut.stage0.iter().chain(&cut.stage1).chain(&cut.stage2) {
                 self.file.write_all_at(&write.bytes, write.offset.0).expect("room");
             }
-            // A new place of the refcount table is of no use to anyone here: the image is not opened again.
+            // A moved refcount table need not be recorded in the header: the image is not opened again.
             self.engine.commit_cut(&cut);
         }
     }
 
-    /// Plans a write of whole clusters that have no place yet, all of it; the parts are to be committed.
+    /// Plans a whole write of unallocated clusters. The caller must commit the returned parts.
     fn plan(&self, offset: u64, length: u64) -> Vec<(u64, Allocation)> {
         let mut parts = Vec::new();
         let mut at = offset;
         while at < offset + length {
             let left = offset + length - at;
             if self.engine.lookup(GuestOffset(at)) == Mapping::Unresolved {
-                // As the disk does it: zeros to begin with, which are a run.
+                // As the disk does: the slice starts as zeros, which are a run.
                 self.ask(|engine, waker| engine.plan_read(GuestOffset(at), 1, waker));
             }
             let plan = self.ask(|engine, waker| engine.plan_write(GuestOffset(at), left, waker));
@@ -158,8 +158,8 @@ impl Bench {
         parts
     }
 
-    /// Writes the whole disk from end to end, in requests of this length with so many in flight, of which the last ends
-    /// first. Gives where each cluster went.
+    /// Writes the whole disk from end to end, in requests of this length. Of `in_flight` requests the last ends first.
+    /// Returns the offset of each cluster.
     fn write_in_order(&self, length: u64, in_flight: u64) -> Vec<u64> {
         let mut places = vec![0; (SIZE / CLUSTER) as usize];
         for group in (0..SIZE).step_by((length * in_flight) as usize) {
@@ -177,7 +177,7 @@ impl Bench {
         places
     }
 
-    /// Makes everything resident, as far as there is room.
+    /// Makes everything resident, as far as memory allows.
     fn read_in_order(&self) {
         for slice in (0..SIZE).step_by(SLICE as usize) {
             let found = self.ask(|engine, waker| engine.plan_read(GuestOffset(slice), CLUSTER, waker));
@@ -185,7 +185,7 @@ impl Bench {
         }
     }
 
-    /// What a sweep of the whole map brings.
+    /// The idle memory that a sweep of the whole map finds.
     fn swept(&self) -> Vec<IdleMap<'_>> {
         let mut all = vec![self.engine.sweep_map(0)];
         while let Some(next) = all.last().and_then(IdleMap::next) {
@@ -206,7 +206,7 @@ impl Bench {
 fn bytes(file: &File, offset: u64, length: usize) -> Vec<u8> {
     let mut read = vec![0; length];
     match file.read_exact_at(&mut read, offset) {
-        // Past the end of the file there is nothing yet.
+        // Past the end of the file there is no data yet.
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {}
         result => result.expect("readable"),
     }
@@ -299,12 +299,12 @@ fn what_is_swept_away_is_found_again() {
             }
         }
         let before = bench.map_bytes();
-        // The first time all were filled a moment ago.
+        // The first sweep finds nothing: all slices were filled a moment ago.
         assert!(bench.swept().iter().all(|idle| idle.pages().next().is_none()));
         let idle = bench.swept();
         let pages = idle.iter().flat_map(IdleMap::pages).count();
         assert!(pages * FRAME >= before - LEAF - FRAME * 2, "{pages} pages of {before} bytes");
-        // While they are away the map makes do without them.
+        // While these pages are idle, the map works without them.
         bench.read_in_order();
         give_back(idle.iter().flat_map(IdleMap::pages));
         for (slice, place) in (0..).zip(&places) {

@@ -1,7 +1,7 @@
-//! What a piece of work costs on its own thread: the most heap that it held at a time, and the processor's time.
+//! The cost of a piece of work on its own thread: its peak heap and its processor time.
 //!
-//! Owns the allocator that counts: whoever includes this module has it. C code (zstd) has its own, and what other threads
-//! allocate is theirs.
+//! Owns the counting allocator, which every program that includes this module uses. C code (zstd) has its own
+//! allocator, and allocations of other threads are not counted.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -9,19 +9,19 @@ use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
 
-/// The system's allocator, and a count of what this thread holds.
+/// The system's allocator, with a count of the bytes that this thread holds.
 struct Counting;
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
 thread_local! {
-    /// Bytes allocated here and not freed here, and the most that was so far. Negative where others' are freed.
+    /// Bytes allocated but not freed on this thread, and their peak. Negative if others' allocations are freed.
     static HELD: Cell<(isize, isize)> = const { Cell::new((0, 0)) };
 }
 
 fn count(change: isize) {
-    // At the end of a thread there is nothing to count in any more.
+    // At the end of a thread the counter no longer exists.
     let _ = HELD.try_with(|held| {
         let (now, most) = held.get();
         let now = now + change;
@@ -29,11 +29,11 @@ fn count(change: isize) {
     });
 }
 
-// SAFETY: every call goes to the system's allocator as it came; counting allocates nothing.
+// SAFETY: every call is passed unchanged to the system's allocator; counting allocates nothing.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count(layout.size() as isize);
-        // SAFETY: the caller's promises are those that the system's allocator asks for.
+        // SAFETY: the caller's promises are those that the system's allocator requires.
         unsafe { System.alloc(layout) }
     }
 
@@ -44,7 +44,7 @@ unsafe impl GlobalAlloc for Counting {
     }
 
     unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        // While it moves, both may be there.
+        // During the move both allocations may exist.
         count(size as isize);
         // SAFETY: as above.
         let moved = unsafe { System.realloc(pointer, layout, size) };
@@ -59,16 +59,16 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
-/// What something cost.
+/// The cost of a piece of work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cost {
-    /// Bytes of heap that were held at most, above what was held before.
+    /// Peak bytes of heap, above those held before.
     pub bytes: usize,
-    /// Time that the thread had the processor.
+    /// Processor time of the thread.
     pub time: Duration,
 }
 
-/// Does something and says what it cost.
+/// Runs a piece of work and returns its cost.
 pub fn measure<T>(work: impl FnOnce() -> T) -> (T, Cost) {
     let before = HELD.with(|held| {
         let (now, _) = held.get();
@@ -82,7 +82,7 @@ pub fn measure<T>(work: impl FnOnce() -> T) -> (T, Cost) {
     (result, Cost { bytes: usize::try_from(most - before).unwrap_or(0), time })
 }
 
-/// Not the wall's clock: on a busy machine that says nothing of the work.
+/// The processor time of this thread. On a busy machine wall-clock time would not measure the work.
 fn thread_time() -> Duration {
     let now = clock_gettime(ClockId::ThreadCPUTime);
     Duration::new(now.tv_sec as u64, now.tv_nsec as u32)

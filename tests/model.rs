@@ -1,8 +1,8 @@
-//! A disk as a byte array: what a guest may rely on, to be compared with a real one.
+//! A disk as a byte array: the contents that a guest may rely on, for comparison with a real disk.
 //!
-//! Owns the meaning of every request on contents, and makes random sequences of them. It models what Strata
-//! promises, which qemu-storage-daemon does too: a discard makes whole clusters read as zero and leaves the rest
-//! alone; in a version 2 image with a backing file it does nothing.
+//! Owns the effect of every request on contents, and makes random sequences of requests. It models the promises of
+//! Strata, which qemu-storage-daemon also makes. A discard makes whole clusters read as zero and changes nothing else.
+//! In a version 2 image with a backing file it does nothing.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -12,10 +12,10 @@ use proptest::prelude::*;
 
 use crate::client::SECTOR;
 
-/// Bytes in one piece of the sparse array.
+/// Bytes of a piece of the sparse array.
 const PIECE: u64 = 4096;
 
-/// What a request does to a disk. Offsets and lengths are in bytes, in whole sectors, and inside the disk.
+/// An operation on a disk. Offsets and lengths are in bytes, in whole sectors, and inside the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
     /// Read, and compare.
@@ -25,13 +25,13 @@ pub enum Operation {
         /// Bytes.
         length: u64,
     },
-    /// Write [`contents`] made from the seed.
+    /// Write the [`contents`] of the seed.
     Write {
         /// First byte.
         offset: u64,
         /// Bytes.
         length: u64,
-        /// Distinguishes the contents of one write from another's.
+        /// Distinguishes the contents of different writes.
         seed: u32,
     },
     /// Discard.
@@ -54,7 +54,7 @@ pub enum Operation {
     Flush,
 }
 
-/// Seeds from here on write zeros in places: up to [`ZERO_SEEDS`] stretches of it, above nothing else.
+/// Seeds from here on write zeros: below [`ZERO_SEEDS`] in some stretches, from there on everywhere.
 pub const GAPPY_SEEDS: u32 = 0xc000_0000;
 /// See [`GAPPY_SEEDS`].
 pub const ZERO_SEEDS: u32 = 0xe000_0000;
@@ -71,8 +71,8 @@ fn is_gap(seed: u32, sector: u64) -> bool {
     }
 }
 
-/// What write number `seed` writes from `offset` on: every sector of every write is different, says where it belongs, and
-/// is not zero, but for the seeds from [`GAPPY_SEEDS`] on.
+/// The bytes that write number `seed` writes from `offset` on. Every sector of every write is different, records its
+/// location, and is not zero, except for seeds from [`GAPPY_SEEDS`] on.
 pub fn contents(seed: u32, offset: u64, length: u64) -> Vec<u8> {
     let mut bytes = vec![0; usize::try_from(length).expect("a request's length fits in memory")];
     for (index, sector) in bytes.chunks_mut(SECTOR as usize).enumerate() {
@@ -82,7 +82,7 @@ pub fn contents(seed: u32, offset: u64, length: u64) -> Vec<u8> {
         }
         let mut state = (number ^ u64::from(seed).rotate_left(40)).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
         for word in sector.chunks_mut(8) {
-            // xorshift64*: never 0 from a state that is not 0.
+            // xorshift64*: a nonzero state never becomes 0.
             state ^= state >> 12;
             state ^= state << 25;
             state ^= state >> 27;
@@ -93,16 +93,16 @@ pub fn contents(seed: u32, offset: u64, length: u64) -> Vec<u8> {
     bytes
 }
 
-/// What a discard does to the image.
+/// The effect of a discard on the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DiscardRule {
     /// Whole clusters read as zero afterwards; a shorter last cluster of the disk counts as whole.
     ZeroesClusters,
-    /// Nothing: version 2 over a backing file, where nothing could hide the backing data.
+    /// None: version 2 with a backing file cannot hide the backing data.
     Nothing,
 }
 
-/// A disk's contents, sparse.
+/// The sparse contents of a disk.
 #[derive(Clone, Debug)]
 pub struct ByteModel {
     size: u64,
@@ -112,16 +112,16 @@ pub struct ByteModel {
     pieces: BTreeMap<u64, Box<[u8]>>,
 }
 
-/// Where a disk and its model differ.
+/// A difference between a disk and its model.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Difference {
-    /// The first run of differing bytes; it ends where 16 bytes or more agree.
+    /// The first run of differing bytes. It ends where at least 16 bytes agree.
     pub range: Range<u64>,
     /// Up to 16 bytes of the model from there.
     pub expected: Vec<u8>,
     /// Up to 16 bytes of the disk from there.
     pub found: Vec<u8>,
-    /// Sectors that differ in all.
+    /// Total number of differing sectors.
     pub sectors: u64,
 }
 
@@ -148,10 +148,10 @@ impl fmt::Debug for Difference {
 impl std::error::Error for Difference {}
 
 impl ByteModel {
-    /// A disk of zeroes; size and cluster size in bytes.
+    /// A disk of zeroes. Size and cluster size are in bytes.
     ///
     /// # Panics
-    /// When the cluster size is no power of two of at least a sector.
+    /// If the cluster size is not a power of two of at least a sector.
     pub fn new(size: u64, cluster_size: u64, discard: DiscardRule) -> Self {
         assert!(
             cluster_size.is_power_of_two() && cluster_size >= SECTOR,
@@ -160,7 +160,7 @@ impl ByteModel {
         Self { size, cluster_size, discard, pieces: BTreeMap::new() }
     }
 
-    /// A disk that begins with these contents; past their end, up to `size`, it is zero.
+    /// A disk that begins with these contents. Past their end, up to `size`, it is zero.
     pub fn with_contents(bytes: &[u8], size: u64, cluster_size: u64, discard: DiscardRule) -> Self {
         let mut model = Self::new(size, cluster_size, discard);
         let length = bytes.len().min(usize::try_from(size).unwrap_or(usize::MAX));
@@ -173,10 +173,10 @@ impl ByteModel {
         self.size
     }
 
-    /// Does what the operation does.
+    /// Applies an operation to the model.
     ///
     /// # Panics
-    /// When it reaches past the end.
+    /// If it reaches past the end.
     pub fn apply(&mut self, operation: &Operation) {
         match *operation {
             Operation::Read { .. } | Operation::Flush => {}
@@ -189,7 +189,7 @@ impl ByteModel {
     /// Writes bytes.
     ///
     /// # Panics
-    /// When they reach past the end.
+    /// If they reach past the end.
     pub fn write(&mut self, offset: u64, bytes: &[u8]) {
         self.assert_inside(offset, bytes.len() as u64);
         let mut at = offset;
@@ -197,7 +197,7 @@ impl ByteModel {
         while !left.is_empty() {
             let start = (at % PIECE) as usize;
             let (part, rest) = left.split_at(left.len().min(PIECE as usize - start));
-            // Zeroes need no piece of their own.
+            // Zeroes need no piece.
             if part.iter().any(|byte| *byte != 0) || self.pieces.contains_key(&(at / PIECE)) {
                 let piece = self.pieces.entry(at / PIECE).or_insert_with(|| vec![0; PIECE as usize].into());
                 piece[start..start + part.len()].copy_from_slice(part);
@@ -210,7 +210,7 @@ impl ByteModel {
     /// Makes a range zero.
     ///
     /// # Panics
-    /// When it reaches past the end.
+    /// If it reaches past the end.
     pub fn zero(&mut self, offset: u64, length: u64) {
         self.assert_inside(offset, length);
         let end = offset + length;
@@ -231,7 +231,7 @@ impl ByteModel {
     /// Discards a range: see [`DiscardRule`].
     ///
     /// # Panics
-    /// When it reaches past the end.
+    /// If it reaches past the end.
     pub fn discard(&mut self, offset: u64, length: u64) {
         self.assert_inside(offset, length);
         if self.discard == DiscardRule::Nothing {
@@ -248,7 +248,7 @@ impl ByteModel {
     /// The bytes of a range.
     ///
     /// # Panics
-    /// When it reaches past the end.
+    /// If it reaches past the end.
     pub fn read(&self, offset: u64, length: u64) -> Vec<u8> {
         self.assert_inside(offset, length);
         let mut bytes = vec![0; usize::try_from(length).expect("a request's length fits in memory")];
@@ -262,13 +262,13 @@ impl ByteModel {
         bytes
     }
 
-    /// Compares what a disk returned from `offset` on with the model.
+    /// Compares the bytes that a disk returned from `offset` on with the model.
     ///
     /// # Errors
     /// The first range that differs.
     ///
     /// # Panics
-    /// When the bytes reach past the end.
+    /// If the bytes reach past the end.
     pub fn compare(&self, offset: u64, found: &[u8]) -> Result<(), Box<Difference>> {
         let expected = self.read(offset, found.len() as u64);
         if expected == found {
@@ -276,7 +276,7 @@ impl ByteModel {
         }
         let differs = |index: &usize| expected[*index] != found[*index];
         let first = (0..found.len()).find(differs).expect("the bytes are not equal");
-        // Random bytes agree by chance now and then: a run goes on over fewer than 16 that do.
+        // Random bytes sometimes agree by chance: a run continues across fewer than 16 equal bytes.
         let mut last = first;
         for index in (first..found.len()).filter(differs) {
             if index - last > 16 {
@@ -294,10 +294,10 @@ impl ByteModel {
         }))
     }
 
-    /// Compares a whole disk, whose length counts too.
+    /// Compares a whole disk, including its length.
     ///
     /// # Errors
-    /// The first range that differs, or the range that one of the two has too much.
+    /// The first range that differs, or the range that only one of the two has.
     pub fn compare_all(&self, found: &[u8]) -> Result<(), Box<Difference>> {
         let length = (found.len() as u64).min(self.size);
         self.compare(0, &found[..length as usize])?;
@@ -315,19 +315,19 @@ impl ByteModel {
     }
 }
 
-/// The disk for which operations are made. All in bytes.
+/// The geometry of the disk for which operations are made, in bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct Geometry {
     /// Size of the disk, in whole sectors.
     pub size: u64,
     /// Size of a cluster.
     pub cluster_size: u64,
-    /// The longest read or write; discards and zeroes may cover four clusters or this, whichever is more.
+    /// The longest read or write. Discards and zeroes may cover this or four clusters, whichever is more.
     pub transfer_max: u64,
 }
 
-/// A range of sectors inside the disk, most often at or near a cluster's border and from a sector to four clusters
-/// long. It shrinks to the first sector.
+/// A range of sectors inside the disk. Most often it is at or near a cluster's border, and between one sector and four
+/// clusters long. It shrinks to the first sector.
 pub fn ranges(geometry: Geometry, length_max: u64) -> impl Strategy<Value = (u64, u64)> + Clone {
     let Geometry { size, cluster_size, .. } = geometry;
     let per_cluster = cluster_size / SECTOR;
@@ -355,12 +355,12 @@ pub fn ranges(geometry: Geometry, length_max: u64) -> impl Strategy<Value = (u64
 /// One random operation.
 ///
 /// # Panics
-/// When the disk has not a whole sector.
+/// If the disk does not consist of whole sectors.
 pub fn operations(geometry: Geometry) -> impl Strategy<Value = Operation> + Clone {
     assert!(geometry.size >= SECTOR && geometry.size.is_multiple_of(SECTOR), "a disk has whole sectors");
     let moved = ranges(geometry, geometry.transfer_max);
     let named = ranges(geometry, geometry.transfer_max.max(4 * geometry.cluster_size));
-    // The simplest kinds stand first, as shrinking goes that way.
+    // The simplest kinds come first, because shrinking prefers them.
     prop_oneof![
         1 => Just(Operation::Flush),
         3 => moved.clone().prop_map(|(offset, length)| Operation::Read { offset, length }),
@@ -372,13 +372,13 @@ pub fn operations(geometry: Geometry) -> impl Strategy<Value = Operation> + Clon
     ]
 }
 
-/// A sequence of operations, `1..=count_max` of them, that shrinks by leaving some out first.
+/// A sequence of `1..=count_max` operations. It shrinks by omitting operations first.
 pub fn sequences(geometry: Geometry, count_max: usize) -> impl Strategy<Value = Vec<Operation>> {
     proptest::collection::vec(operations(geometry), 1..=count_max)
 }
 
-/// As [`sequences`], for a disk whose clusters have parts of `granule_size` bytes that can be allocated by themselves:
-/// half of the operations are about clusters, half about such parts.
+/// As [`sequences`], for a disk with granules of `granule_size` bytes that can be allocated separately. Some operations
+/// are aimed at clusters, the others at granules.
 pub fn sequences_of_parts(
     geometry: Geometry,
     granule_size: u64,
@@ -389,7 +389,7 @@ pub fn sequences_of_parts(
     proptest::collection::vec(either, 1..=count_max)
 }
 
-/// Operations on up to 40 whole parts in a row, from any part on.
+/// Operations on up to 40 consecutive whole granules, from any granule on.
 fn near(geometry: Geometry, granule_size: u64) -> impl Strategy<Value = Operation> + Clone {
     let Geometry { size, transfer_max, .. } = geometry;
     let parts = size / granule_size;

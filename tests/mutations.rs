@@ -1,8 +1,8 @@
-//! Shows that the crash machine notices: each deliberate breakage of the write order, the quarantine and the cut is found,
-//! and how long that takes is printed.
+//! Shows that the crash machine detects each deliberate breakage of the write order, the quarantine and the cut. Prints
+//! the time until detection.
 //!
-//! Needs the feature `mutations`: `cargo test -p strata-tests --features mutations --test mutations -- --nocapture`;
-//! `STRATA_MUTATION=ReuseAtOnce` for one alone.
+//! Needs the feature `mutations`: `cargo test -p strata-tests --features mutations --test mutations -- --nocapture`.
+//! `STRATA_MUTATION=ReuseAtOnce` runs only one.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -20,7 +20,7 @@ use crash::{number, threads};
 use engine::mutation::{self, Mutation};
 use strata_kit::crash;
 
-/// How a breakage was noticed.
+/// The detection of a breakage.
 struct Catch {
     time: Duration,
     trials: u64,
@@ -28,13 +28,13 @@ struct Catch {
     how: String,
 }
 
-/// The slowest to be noticed needed 210 when this was set. A limit in seconds would depend on what else the machine
-/// does.
+/// The slowest detection needed 210 trials when this was set. A limit in seconds would depend on the load of the
+/// machine.
 const TRIALS_MAX: u64 = 600;
 
-/// Does trials of all kinds by turns until one notices; none if there are enough of them or the time is over first.
+/// Runs trials of all kinds by turns until one detects the mutation. None if the trials or the time run out first.
 fn hunt(mutation: Mutation, starts: &[Start], time: Duration) -> Option<Catch> {
-    // The only images that have what is broken.
+    // Only these images have what the mutation breaks.
     let has_bitmap = |start: &&Start| matches!(start.shape.past, Past::Bitmap { .. });
     let with_bitmaps: Vec<Start> = starts.iter().filter(has_bitmap).cloned().collect();
     let starts = if mutation == Mutation::BitmapsMarkedLate { &with_bitmaps } else { starts };
@@ -42,17 +42,17 @@ fn hunt(mutation: Mutation, starts: &[Start], time: Duration) -> Option<Catch> {
     let mut walker = Walker::new(&tally);
     let started = Instant::now();
     if matches!(mutation, Mutation::GuardBypassed | Mutation::MetadataWhereAimed) {
-        // Shows on damaged images only.
+        // Detectable only on damaged images.
         let how = mutation::with(mutation, overlaps::try_all).err()?;
         return Some(Catch { time: started.elapsed(), trials: 1, states: 0, how });
     }
     if mutation == Mutation::ChangeUnmarks {
-        // Shows only if nothing is reserved after a change.
+        // Detectable only if nothing is reserved after a change.
         let how = mutation::with(mutation, changes::leaks_are_found_after_all).err()?;
         return Some(Catch { time: started.elapsed(), trials: 1, states: 0, how });
     }
     if matches!(mutation, Mutation::EarlyLinkFailureForgotten | Mutation::EarlyLinkLeft) {
-        // Shows only if nothing else is written to the same table afterwards.
+        // Detectable only if nothing else is written to the same table afterwards.
         let mut fail = |start: &Start| mutation::with(mutation, || exhaust_failing(start, &mut walker)).err();
         let how = sequences::shapes().iter().find_map(|shape| fail(&shape.make()))?;
         return Some(Catch { time: started.elapsed(), trials: 1, states: tally.compared(), how });
@@ -78,8 +78,8 @@ fn hunt(mutation: Mutation, starts: &[Start], time: Duration) -> Option<Catch> {
     None
 }
 
-/// The only kind of runs in which a breakage of what is done after a failed I/O shows, of what is given up, of links
-/// beside their data, or of what becomes of a disk that changes its size.
+/// The only tactic that detects a mutation, if there is one. This holds for mutations of the handling of failed I/O, of
+/// stopped queues, of early commits, and of changes of the disk size.
 fn telling(mutation: Mutation) -> Option<Tactic> {
     use Mutation::{AbortedTakenForZero, FailedCutForgotten, FailedSyncIgnored, FailedWriteForgiven};
     match mutation {
@@ -97,7 +97,7 @@ fn telling(mutation: Mutation) -> Option<Tactic> {
     }
 }
 
-/// The named tests of QEMU's two mistakes must notice just these, in every way of freeing a cluster.
+/// The named tests of QEMU's two mistakes must detect these two mutations, for every way of freeing a cluster.
 #[test]
 fn early_reuse_is_noticed_by_the_tests_of_the_windows() {
     let (start, compressed) = (windows::start(), windows::compressed());
@@ -107,8 +107,8 @@ fn early_reuse_is_noticed_by_the_tests_of_the_windows() {
         (&start, windows::written_anew()),
         (&compressed, windows::written_over()),
     ];
-    // Another address's data; and the count lowered while the link is still there, which comes before that. Either way
-    // compressed data is none any more.
+    // The first shows another address's data. The second shows, even earlier, a lowered count while the link still
+    // exists. Compressed data is damaged either way.
     let signs =
         [(Mutation::ReuseAtOnce, "to SECTOR"), (Mutation::ReuseBeforeUnlink, "disagrees with refcount 0")];
     for (mutation, sign) in signs {
@@ -124,7 +124,7 @@ fn early_reuse_is_noticed_by_the_tests_of_the_windows() {
     }
 }
 
-/// A crash within a change of an image that nobody uses shows what is wrong with its order.
+/// A crash within a change of a closed image detects every wrong order of its writes.
 #[test]
 fn every_breakage_of_a_change_is_noticed() {
     let starts = changes::starts();

@@ -1,5 +1,5 @@
-//! What becomes of each oddity of an image: docs/oddities.md has the table, and this makes one image for each row and
-//! compares. `STRATA_ODDITIES_WRITE=1` writes the table anew, which is then to be read: every row is a promise.
+//! The handling of each oddity of an image. docs/oddities.md has the table; this test makes one image for each row and
+//! compares. `STRATA_ODDITIES_WRITE=1` rewrites the table, which must then be reviewed: every row is a promise.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -19,10 +19,10 @@ const COMPRESSED: u64 = 1 << 62;
 /// The table is between these lines of the page.
 const BEGIN: &str = "<!-- begin: tests/oddities.rs -->\n";
 const END: &str = "<!-- end -->\n";
-/// Bytes that the guest wrote to the cluster of the odd entry, the second.
+/// The value of the bytes that the guest wrote to the second cluster, which has the odd entry.
 const DATA: u8 = 7;
 
-/// An image with something odd in it, which the second guest cluster meets.
+/// An image with an oddity that accesses of the second guest cluster meet.
 struct Oddity {
     name: &'static str,
     spec: ImageSpec,
@@ -33,13 +33,13 @@ fn plain() -> ImageSpec {
     ImageSpec::qcow2(2 * M).with(pattern(0, 256 * K, DATA))
 }
 
-/// The second guest cluster's entry, as it is changed.
+/// Changes the entry of the second guest cluster.
 fn entry(image: &Path, change: impl FnOnce(u64) -> u64) {
     let at = tables(image).1 + 8;
     patch(image, at, &change(word(image, at)).to_be_bytes());
 }
 
-/// The same with extended L2 entries: the descriptor, and the bitmap.
+/// The same for an extended L2 entry: changes the descriptor and the bitmap.
 fn extended(image: &Path, change: impl FnOnce(u64, u64) -> (u64, u64)) {
     let at = tables(image).1 + 16;
     let (descriptor, bitmap) = change(word(image, at), word(image, at + 8));
@@ -47,18 +47,18 @@ fn extended(image: &Path, change: impl FnOnce(u64, u64) -> (u64, u64)) {
     patch(image, at + 8, &bitmap.to_be_bytes());
 }
 
-/// The first entry of the L1 table.
+/// Changes the first entry of the L1 table.
 fn l1(image: &Path, change: impl FnOnce(u64) -> u64) {
     let at = word(image, 40);
     patch(image, at, &change(word(image, at)).to_be_bytes());
 }
 
-/// The refcount, of 16 bits, of what lies at an offset.
+/// Sets the 16-bit refcount of the cluster at an offset.
 fn count(image: &Path, offset: u64, count: u16) {
     patch(image, tables(image).2 + offset / (64 * K) * 2, &count.to_be_bytes());
 }
 
-/// Where the second guest cluster lies.
+/// The host offset of the second guest cluster.
 fn data(image: &Path) -> u64 {
     word(image, tables(image).1 + 8) & 0x00ff_ffff_ffff_fe00
 }
@@ -122,14 +122,14 @@ fn oddities() -> Vec<Oddity> {
     ]
 }
 
-/// A folder in which each image is made anew.
+/// A folder in which each image is made again.
 struct Bench {
     qemu: Qemu,
     folder: tempfile::TempDir,
 }
 
 impl Bench {
-    /// Makes the image of a row; the others of the row are copies.
+    /// Makes the image of a row. The other images of the row are copies.
     fn make(&self, oddity: &Oddity) {
         let mut spec = oddity.spec.clone();
         if let Some((data, _)) = &mut spec.data_file {
@@ -174,7 +174,7 @@ impl Bench {
         if kinds.is_empty() { verdict.into() } else { format!("{verdict}: {}", kinds.join(", ")) }
     }
 
-    /// What a read makes of it. It takes nothing away: what the disk then still does is what it does without the read.
+    /// The result of a read. A read changes nothing: afterwards the disk behaves as without it.
     fn read(&self, oddity: &Oddity) -> String {
         let image = self.image();
         let opened = Rig::open(&image, &self.options(oddity));
@@ -202,7 +202,7 @@ impl Bench {
         let image = self.image();
         let Ok(mut rig) = Rig::open(&image, &self.options(oddity)) else { return "not opened for it".into() };
         let written = rig.try_one(&write(64 * K, 4 * K, 1)).is_ok();
-        // One that needs a new cluster: what counts zero is sought.
+        // A write that needs a new cluster, which searches for refcounts of zero.
         let allocated = rig.try_one(&write(M, 4 * K, 1)).is_ok();
         let goes_on = rig.try_one(&Operation::Flush).is_ok();
         drop(rig);
@@ -247,7 +247,7 @@ impl Bench {
         }
     }
 
-    /// What becomes of it and of the disk.
+    /// The result of a command in qemu-io, and whether the disk still works afterwards.
     fn their_io(&self, oddity: &Oddity, command: &str) -> String {
         let image = self.image();
         let mut io = Command::new(find_tool("qemu-io").expect("found before"));
@@ -289,7 +289,7 @@ fn each_oddity_is_treated_as_the_page_says() {
     );
     for oddity in oddities() {
         let row = bench.row(&oddity);
-        // A check never calls clean what serving fails on.
+        // A check never reports an image as clean that cannot be served.
         let is_served = !row.contains("| clean") || (!row.contains("fails") && !row.contains("| ends"));
         assert!(is_served, "{row}");
         table += &row;

@@ -1,5 +1,5 @@
-//! The kit tried on qemu-storage-daemon: if these pass, client, load generator, model and image wrappers are right,
-//! and a failure of Strata under the same kit is Strata's.
+//! Tests of the kit on qemu-storage-daemon. If they pass, the client, load generator, model and image wrappers are
+//! right. A failure of Strata under the same kit is then a fault of Strata.
 
 use std::path::Path;
 use std::time::Duration;
@@ -20,7 +20,7 @@ use crate::agree::{assert_clean, check_agrees};
 
 type Failure = Box<dyn std::error::Error>;
 
-/// What every test needs; none if a tool is missing, which was then said.
+/// The tools and the folder of every test. None if a tool is missing, which was then reported.
 struct Bench {
     qemu: Qemu,
     daemon: std::path::PathBuf,
@@ -34,13 +34,14 @@ impl Bench {
     }
 
     fn serve(&self, image: &Path, queues: usize) -> Result<StorageDaemon, Failure> {
-        // Buffered, so that the tests run on any file system.
+        // Buffered I/O, so that the tests run on any file system.
         let export = Export { queues, direct: false, ..Export::of(image, Format::Qcow2) };
         Ok(StorageDaemon::start(&self.daemon, &export)?)
     }
 }
 
-/// Runs a sequence on a fresh image or chain and compares: during it, after it over the socket, and in the file.
+/// Runs a sequence on a fresh image or chain. Compares the contents during it, and afterwards over the socket and in
+/// the file.
 fn run_sequence(
     bench: &Bench,
     manner: &Options,
@@ -135,7 +136,7 @@ fn requests_in_flight_on_many_queues_come_back_as_they_were() -> Result<(), Fail
         matches!(client.wait(tickets[0]), Err(ClientError::NoSuchTicket(0))),
         "a ticket is redeemed once"
     );
-    // Read back on other queues than wrote, polling.
+    // Reads on other queues than the writes, by polling.
     let tickets: Vec<Ticket> = (0..100)
         .map(|number| {
             client.submit(3 - number as usize % 4, &Request::Read { offset: place(number), length: 8192 })
@@ -168,7 +169,7 @@ fn bad_requests_are_answered_and_the_session_goes_on() -> Result<(), Failure> {
     assert!(matches!(too_long, Err(ClientError::TooLong { .. })));
     assert_eq!(client.write(0, &[7; 512])?, Status::Ok);
     client.abandon();
-    // The next session sees what the last one wrote. Its driver knows no flush.
+    // The next session sees the data of the last one. Its driver does not support flushes.
     let options = Options::default().without(&[VIRTIO_BLK_F_FLUSH]);
     let mut client = Client::connect(daemon.socket(), &options)?;
     assert!(!client.session().has(VIRTIO_BLK_F_FLUSH));
@@ -189,7 +190,7 @@ fn a_raw_ring_is_the_ring_the_device_sees() -> Result<(), Failure> {
     let mut raw = client.queue(0).raw();
     let page = raw.scratch_address();
     raw.write_header(page, VIRTIO_BLK_T_IN, 0);
-    // The header cut in two, the data in two, the status by itself.
+    // The header and the data are split in two; the status has its own descriptor.
     let chain = [(0, 5, 0), (5, 11, 0), (1024, 100, WRITE), (1500, 412, WRITE), (3000, 1, WRITE)];
     for (index, (at, length, flags)) in chain.into_iter().enumerate() {
         let more = if index + 1 < chain.len() { NEXT } else { 0 };
@@ -258,7 +259,7 @@ fn every_block_written_at_random_verifies() -> Result<(), Failure> {
     let reads = Spec { order: Order::Sequential, mix: Mix::READ, flush_every: 0, ..once.clone() };
     let report = load::run(client.queues(), &reads)?;
     assert_eq!((report.errors, report.mismatches, report.bytes), (0, 0, size), "{report}");
-    // The same blocks do not verify as another run's.
+    // The same blocks do not verify as blocks of another run.
     let other = Spec { seed: 2, ..reads.clone() };
     assert_eq!(load::run(client.queues(), &other)?.mismatches, 4096);
     let everything = Spec {
@@ -301,14 +302,14 @@ fn the_image_tools_say_what_they_made() -> Result<(), Failure> {
     assert_eq!((map[0].start, map[0].length, map[0].depth, map[0].data), (0, 8192, 1, true));
     assert!(map[0].offset.is_some());
     assert_clean(&chain[1], "the overlay");
-    // A disk whose metadata is all there still checks; one with a damaged refcount does not.
+    // A disk with all metadata preallocated passes the check; one with a damaged refcount does not.
     let full = folder.join("full.qcow2");
     bench.qemu.create(&full, &ImageSpec::qcow2(1 << 20).preallocation(Preallocation::Metadata))?;
     assert_eq!(bench.qemu.check(&full)?, Check::Clean);
     assert_clean(&full, "all allocated");
     let mut bytes = std::fs::read(&full)?;
-    // The refcount table is the second cluster, its first block the third: cluster 4 holds the first L2 table or
-    // data; a refcount of 0 for it is corruption, a refcount of 1 for a cluster past all others is a leak.
+    // The refcount table is the second cluster, and its first block the third. Cluster 4 holds the first L2 table or
+    // data, so a refcount of 0 for it is corruption. A refcount of 1 for a cluster past all others is a leak.
     let leaked = bytes.len() / 65536;
     bytes[2 * 65536 + 2 * leaked + 1] = 1;
     bytes.resize((leaked + 1) * 65536, 0);
@@ -322,8 +323,8 @@ fn the_image_tools_say_what_they_made() -> Result<(), Failure> {
     Ok(())
 }
 
-/// What the client and the daemon manage together; printed, not judged, as it depends on the machine. In memory where
-/// the host has /dev/shm; STRATA_LOAD_SECONDS=3 makes it longer.
+/// The throughput of client and daemon together. It is only printed, because it depends on the machine. The image is in
+/// memory if the host has /dev/shm. STRATA_LOAD_SECONDS=3 makes it longer.
 #[test]
 fn a_short_load_reports_its_figures() -> Result<(), Failure> {
     use std::io::Write as _;
@@ -337,7 +338,7 @@ fn a_short_load_reports_its_figures() -> Result<(), Failure> {
         &image,
         &ImageSpec::qcow2(size).with(Content::Pattern { offset: 0, length: size, byte: 1 }),
     )?;
-    // Not every file system takes O_DIRECT.
+    // Not every file system supports O_DIRECT.
     let direct = Export { queues: 2, ..Export::of(&image, Format::Qcow2) };
     let (daemon, how) = match StorageDaemon::start(&bench.daemon, &direct) {
         Ok(daemon) => (daemon, "direct"),

@@ -1,4 +1,4 @@
-//! Playing a model's operations on a real device through the client.
+//! Runs a model's operations on a real device through the client.
 
 use std::time::Duration;
 
@@ -8,13 +8,13 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use crate::client::{Client, ClientError, MemoryMessages, Options, Status};
 use crate::model::{self, ByteModel, Difference, Operation};
 
-/// Why an operation did not do what the model did.
+/// A difference between the device and the model.
 #[derive(Debug, Error)]
 pub enum PlayError {
-    /// The device broke the rules.
+    /// The device violated the protocol.
     #[error(transparent)]
     Client(#[from] ClientError),
-    /// A read gave something else.
+    /// A read returned other bytes than the model.
     #[error(transparent)]
     Differs(#[from] Box<Difference>),
     /// The device refused a request.
@@ -27,7 +27,7 @@ pub enum PlayError {
     },
 }
 
-/// Ways to talk to a device that must all come to the same: rings, regions, features, polling.
+/// Options of the client that must all give the same results: rings, regions, features, polling.
 pub fn manners() -> Vec<Options> {
     let base = Options { data_capacity: 1 << 18, ..Options::default() };
     vec![
@@ -39,10 +39,10 @@ pub fn manners() -> Vec<Options> {
     ]
 }
 
-/// Does one operation on a disk and on its model; a read is compared.
+/// Runs one operation on a disk and on its model. Compares reads.
 ///
 /// # Errors
-/// When the device breaks the rules, answers other than OK, or reads what the model has not.
+/// If the device violates the protocol, returns a status other than OK, or reads other bytes than the model.
 pub fn perform(client: &mut Client, model: &mut ByteModel, operation: &Operation) -> Result<(), PlayError> {
     let status = match *operation {
         Operation::Read { offset, length } => {

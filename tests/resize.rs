@@ -1,5 +1,5 @@
-//! Disks that get another size, against a model and by turns with `qemu-img resize`: what stays, that what is new reads as
-//! zero whatever lay there, what snapshots keep; refusals that leave every byte as it was.
+//! Changes of the disk size, against a model and by turns with `qemu-img resize`. The old contents stay, new sectors
+//! read as zero whatever the file held there, and snapshots stay the same. Refusals leave every byte unchanged.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ use strata_tests::{ByteModel, Qemu};
 use crate::agree::assert_clean;
 use crate::rig::{K, M, Rig, options, patch, pattern, tables, word, write};
 
-/// The largest disk here.
+/// The largest disk of these tests, in bytes.
 const MOST: u64 = 24 * M;
 
 fn run(image: &Path, size: NewSize) -> Result<Resized, ResizeError> {
@@ -46,7 +46,7 @@ fn read(image: &Path, options: &DiskOptions) -> Vec<u8> {
     found
 }
 
-/// An image, what its disk is to hold, and what each of its snapshots is.
+/// An image, and the expected contents of its disk and of each snapshot.
 struct Bench {
     qemu: Qemu,
     image: PathBuf,
@@ -85,7 +85,7 @@ impl Bench {
         self.examine(&format!("to {size} by QEMU"));
     }
 
-    /// Writes here and there, the last sector included.
+    /// Writes in several locations, including the last sector.
     fn write(&mut self, seed: u32) {
         let size = self.contents.len() as u64;
         let mut model = ByteModel::with_contents(&self.contents, size, self.granule, self.rule);
@@ -120,7 +120,7 @@ impl Bench {
         self.examine(&format!("{name} applied"));
     }
 
-    /// Everything is as it should be, as ours and QEMU's see it.
+    /// Checks the image with both checkers. Compares the disk and all snapshots with the expected contents.
     fn examine(&self, what: &str) {
         assert_clean(&self.image, what);
         assert!(read(&self.image, &options()) == self.contents, "{what}: the disk reads otherwise");
@@ -133,9 +133,9 @@ impl Bench {
     }
 }
 
-/// Sizes for clusters of `unit` bytes: across tables, within the last cluster, to its edge, and hardly anything.
+/// Sizes for clusters of `unit` bytes: across tables, within the last cluster, to its edge, and almost nothing.
 fn sizes(unit: u64) -> Vec<u64> {
-    // One L2 table maps as much, or more than a test reads.
+    // The bytes that one L2 table maps, limited to the size that a test reads.
     let table = (unit / 8 * unit).min(8 * M);
     let sizes = [
         unit * 24 + 1024,
@@ -189,7 +189,7 @@ fn disks_keep_what_they_can_whoever_resizes_them() {
             if snapshots && number % 3 == 1 {
                 bench.keep(&format!("taken {number}"));
             }
-            // QEMU would show what the last cluster has behind the end.
+            // QEMU would show the bytes of the last cluster after the end.
             let aligned = (bench.contents.len() as u64).is_multiple_of(spec.cluster_size);
             if number % 4 == 3 && aligned && (!snapshots || number < 5) {
                 bench.resize_by_qemu(size);
@@ -234,7 +234,7 @@ fn a_longer_backing_file_does_not_show_in_the_new_part() {
     }
 }
 
-/// What other programs have left behind the end, or left in its L1 table, does not show and is not lost space.
+/// Data and L1 entries that other programs have left after the end are never visible, and their space is not lost.
 #[test]
 fn what_lies_behind_the_end_goes() {
     let Some(qemu) = Qemu::find() else { return };
@@ -267,7 +267,7 @@ fn the_space_behind_the_new_end_is_given_back() {
     assert!(bytes < 3 * M, "{bytes} bytes are left");
 }
 
-/// The new L1 table was put behind the old end of the file, and may not keep the file so long.
+/// The new L1 table was first written after the old end of the file. It must not keep the file that long.
 #[test]
 fn the_file_of_a_smaller_disk_is_short() {
     let Some(qemu) = Qemu::find() else { return };
@@ -279,7 +279,7 @@ fn the_file_of_a_smaller_disk_is_short() {
         ImageSpec::qcow2(MOST).extended(),
     ] {
         let image = folder.path().join("image.qcow2");
-        // The end lies within a table that has something on both sides.
+        // The end lies within a table that has data on both sides of it.
         let size = M + 64 * K;
         let mut contents = vec![7; size as usize];
         qemu.create(&image, &spec.clone().with(pattern(0, MOST, 7))).expect("an image");
@@ -344,7 +344,7 @@ fn what_cannot_be_kept_right_is_refused() {
     qemu.img(["snapshot", "-c", "kept", &old.display().to_string()]).expect("a snapshot");
     assert_eq!(refusal(&old, 2 * M), ChangeRefusal::ResizeWithSnapshotsInV2);
 
-    // A snapshot of version 3 that does not say how large its disk is.
+    // A snapshot in version 3 without the size of its disk.
     let bare = new("bare", &ImageSpec::qcow2(M).with(pattern(0, M, 1)));
     qemu.img(["snapshot", "-c", "kept", &bare.display().to_string()]).expect("a snapshot");
     let mut known = list(&HostStorage::new(), &bare, &options()).expect("a list");
@@ -378,7 +378,7 @@ fn a_dirty_image_is_repaired_first() {
     assert_eq!(word(&bench.image, 72), 0);
 }
 
-/// Data in another file: its length follows, and where it can be read as a raw image it shows the same disk.
+/// Data in an external file: its length follows the disk. If it is also a raw image, it shows the same disk.
 #[test]
 fn external_data_files_get_the_size_of_their_disk() {
     let Some(qemu) = Qemu::find() else { return };
@@ -411,7 +411,7 @@ fn external_data_files_get_the_size_of_their_disk() {
             let file = std::fs::read(&data).expect("the data file");
             assert_eq!(file.len() as u64, to, "{what}");
             assert!(!raw || file == contents, "{what}: the data file reads otherwise as a raw image");
-            // What lies behind the end in that file is no part of the disk.
+            // Bytes after the end in that file are not part of the disk.
             std::fs::write(&data, [file, vec![0xee; 700 * K as usize]].concat()).expect("written");
             let mut rig = Rig::open(&image, &options).expect("it opens");
             rig.try_one(&write(to / 1024 * 512, 512, 1)).expect("a write");

@@ -1,5 +1,6 @@
-//! Internal snapshots against a model and against `qemu-img snapshot`: each makes, applies and deletes what the other
-//! made; refcounts of every width up to their ends; refusals that leave every byte as it was; images that mean harm.
+//! Internal snapshots against a model and against `qemu-img snapshot`. Each tool makes, applies and deletes the
+//! snapshots of the other. Refcounts of every width reach their maximum, refusals leave every byte unchanged, and some
+//! images are hostile.
 
 use std::path::Path;
 
@@ -50,7 +51,7 @@ fn bench(qemu: &Qemu, folder: &Path, spec: &ImageSpec) -> Bench {
     Bench { qemu, image, options: options(), granule, contents, snapshots: Vec::new(), rule }
 }
 
-/// What a random step does.
+/// A random step.
 #[derive(Clone, Debug)]
 enum Step {
     Run(Vec<Operation>),
@@ -155,7 +156,7 @@ fn refcounts_of_every_width_are_used_to_their_end() {
         let mut spec = ImageSpec::qcow2(256 * K).cluster_size(512).with(pattern(0, 64 * K, 1));
         spec.refcount_bits = bits;
         let mut bench = bench(&qemu, folder.path(), &spec);
-        // One reference is the disk's own.
+        // One reference belongs to the disk.
         let max = qcow2::refcount_max(bits.trailing_zeros());
         let fit = (max - 1).min(20);
         for number in 0..fit {
@@ -169,7 +170,7 @@ fn refcounts_of_every_width_are_used_to_their_end() {
             );
         }
         bench.examine(&format!("{bits} bits, full"));
-        // What is shared by as many as can be is copied; nothing needs a count above the end for that.
+        // Clusters with the maximal refcount are copied. This needs no count above the maximum.
         bench.run(&[write(512, 3 * K, 1), write(40 * K, 512, 2), Operation::Flush, write(512, 512, 3)]);
         bench.run(&[
             Operation::Discard { offset: 8 * K, length: 4 * K },
@@ -177,7 +178,7 @@ fn refcounts_of_every_width_are_used_to_their_end() {
         ]);
         bench.examine(&format!("{bits} bits, written"));
         if fit > 0 {
-            // QEMU would raise what is at its end already; what both have needs no more.
+            // QEMU would raise counts that are at the maximum. Clusters that both states have need no higher count.
             bench.change(Deed::Apply, "taken 0", true);
             bench.examine(&format!("{bits} bits, applied"));
         }
@@ -189,12 +190,12 @@ fn refcounts_of_every_width_are_used_to_their_end() {
     }
 }
 
-/// The refcount structure grows with what the snapshots need, and what is freed is used again and given back.
+/// The refcount structure grows with the needs of snapshots. Freed clusters are reused and given back.
 #[test]
 fn many_snapshots_come_and_go() {
     let Some(qemu) = Qemu::find() else { return };
     let folder = tempfile::tempdir().expect("a folder");
-    // 64 counts a refblock, 64 refblocks in a refcount table of one cluster.
+    // 64 counts in a refblock, 64 refblocks in a refcount table of one cluster.
     let mut spec = ImageSpec::qcow2(2 * M).cluster_size(512).with(pattern(0, 1536 * K, 1));
     spec.refcount_bits = 64;
     let mut bench = bench(&qemu, folder.path(), &spec);
@@ -236,7 +237,7 @@ fn names_and_ids_are_told_apart() {
     }
     let missing = ChangeRefusal::NotFound { wanted: "3".into() };
     assert_eq!((bench.refused(apply("3")), bench.refused(delete("3"))), (missing.clone(), missing));
-    // QEMU's tool makes what ours does not: a name that is another's ID.
+    // Only QEMU's tool accepts a name that is the ID of another snapshot.
     bench.change(Deed::Create, "1", false);
     assert_eq!(bench.refused(delete("1")), ChangeRefusal::Ambiguous { wanted: "1".into() });
     change(&bench.image, apply("1")).expect("the ID goes before the name");
@@ -272,7 +273,7 @@ fn a_snapshot_of_another_size_brings_its_size_back() {
     }
 }
 
-/// Each copy of an L2 table needs all of it in memory, however little there is.
+/// Copying an L2 table needs the whole table in memory, however little memory there is.
 #[test]
 fn many_shared_tables_are_copied_at_once() {
     let Some(qemu) = Qemu::find() else { return };
@@ -303,7 +304,7 @@ fn a_snapshot_takes_what_its_tables_hold_and_not_whole_clusters() {
         let taken = allocated(&bench) - before;
         assert!(taken <= n * 16 * K, "{n} snapshots take {taken} bytes");
     }
-    // A table in a cluster that held something else before.
+    // A table in a cluster that held other data before.
     bench.change(Deed::Delete, "snapshot 2", true);
     bench.change(Deed::Create, "again", true);
     let taken = allocated(&bench) - before;
@@ -311,7 +312,7 @@ fn a_snapshot_takes_what_its_tables_hold_and_not_whole_clusters() {
     bench.examine("small tables");
 }
 
-/// QEMU keeps the VM state behind the disk, in the snapshot's own tables.
+/// QEMU stores the VM state after the end of the disk, in the snapshot's own tables.
 #[test]
 fn vm_state_is_kept_listed_and_deleted() {
     let Some(qemu) = Qemu::find() else { return };
@@ -319,7 +320,7 @@ fn vm_state_is_kept_listed_and_deleted() {
     let cluster = 4 * K;
     let spec = ImageSpec::qcow2(2 * M).cluster_size(cluster).with(pattern(0, 100 * K, 1));
     let mut bench = bench(&qemu, folder.path(), &spec);
-    // Write it behind the disk, take the snapshot, cut it off the disk.
+    // Write the VM state after the end of the disk, make the snapshot, and shrink the disk again.
     let image = bench.image.display().to_string();
     qemu.img(["resize", "-q", "-f", "qcow2", &image, "4M"]).expect("resize");
     qemu.write(&bench.image, Format::Qcow2, &[pattern(2 * M, 64 * K, 9)]).expect("a VM state");
@@ -336,7 +337,7 @@ fn vm_state_is_kept_listed_and_deleted() {
     bench.change(Deed::Apply, "running", true);
     bench.examine("applied");
     assert_eq!(list(&bench.image, &options())[0].vm_state_size(), 64 * K, "it is still there");
-    // The disk has it too, and so has a snapshot that is made of the disk, by whomever.
+    // The disk has the VM state, too, and so has every snapshot made of the disk, by either tool.
     let l1 = |at: u64| word(&bench.image, at + 8) & qcow2::entry::OFFSET_MASK;
     let vm_state = l1(word(&bench.image, word(&bench.image, 64)));
     assert_ne!(vm_state, 0);
@@ -351,7 +352,7 @@ fn vm_state_is_kept_listed_and_deleted() {
     bench.examine("deleted");
 }
 
-/// Extra data that nobody knows stays, byte for byte.
+/// Unknown extra data stays, byte for byte.
 #[test]
 fn unknown_extra_data_is_kept() {
     let Some(qemu) = Qemu::find() else { return };
@@ -369,7 +370,7 @@ fn unknown_extra_data_is_kept() {
     bench.examine("with unknown data");
 }
 
-/// Entries that name what they must not: refused, whoever means harm, and nothing is overwritten.
+/// Entries with forbidden offsets are refused for every change, and nothing is overwritten.
 #[test]
 fn nothing_of_a_snapshot_is_overwritten_whatever_the_tables_say() {
     let Some(qemu) = Qemu::find() else { return };
@@ -377,7 +378,7 @@ fn nothing_of_a_snapshot_is_overwritten_whatever_the_tables_say() {
         let folder = tempfile::tempdir().expect("a folder");
         let mut bench = bench(&qemu, folder.path(), &ImageSpec::qcow2(4 * M).with(pattern(0, M, 1)));
         bench.change(Deed::Create, "kept", true);
-        // From now on the disk has an L2 table of its own.
+        // From now on the disk has its own L2 table.
         bench.run(&[write(0, 64 * K, 1)]);
         let entry = word(&bench.image, 64);
         let l1 = word(&bench.image, entry);
@@ -391,7 +392,7 @@ fn nothing_of_a_snapshot_is_overwritten_whatever_the_tables_say() {
         let cluster =
             |image: &Path| std::fs::read(image).expect("image")[target as usize..][..64 << 10].to_vec();
         let before = cluster(&bench.image);
-        // A new snapshot has nothing to do with the L2 tables of others, which are not read for it.
+        // A new snapshot does not read the L2 tables of other snapshots.
         let all = [apply("kept"), delete("kept"), create("more")];
         for change_of in all.into_iter().take(if structure == "L2 table" { 2 } else { 3 }) {
             let error = bench.refused(change_of);
@@ -404,7 +405,7 @@ fn nothing_of_a_snapshot_is_overwritten_whatever_the_tables_say() {
     }
 }
 
-/// An active L1 entry that claims a shared L2 table as its own would have it changed in place.
+/// An active L1 entry with COPIED set for a shared L2 table would have the table changed in place.
 #[test]
 fn a_shared_table_that_is_flagged_as_owned_is_refused() {
     let Some(qemu) = Qemu::find() else { return };
@@ -419,7 +420,7 @@ fn a_shared_table_that_is_flagged_as_owned_is_refused() {
     assert!(bench::read(&bench.image, &DiskOptions { read_only: true, ..options() }) == bench.contents);
 }
 
-/// A refcount that is too low is found before anything is given away.
+/// A refcount that is too low is found before any cluster is freed.
 #[test]
 fn wrong_refcounts_are_refused() {
     let Some(qemu) = Qemu::find() else { return };
@@ -434,7 +435,7 @@ fn wrong_refcounts_are_refused() {
     }
 }
 
-/// The rebuild of a dirty image counts what snapshots share, and puts the flags right both ways.
+/// The rebuild of a dirty image counts shared clusters, and both sets and clears flags.
 #[test]
 fn a_dirty_image_with_snapshots_is_rebuilt() {
     let Some(qemu) = Qemu::find() else { return };
@@ -446,7 +447,7 @@ fn a_dirty_image_with_snapshots_is_rebuilt() {
         bench.run(&[write(0, 64 * K, 1)]);
         let (l1, l2, block) = tables(&bench.image);
         let shared = l2 + cluster / 8 * 8 - 8;
-        // A shared cluster flagged as owned and counted once; an owned one not flagged; and so in the L1 table.
+        // A shared cluster with COPIED set and a count of 1, an unshared one without the flag, and so in the L1 table.
         let offset = 0x00ff_ffff_ffff_fe00;
         let entry = word(&bench.image, shared);
         assert!(entry & offset != 0 || cluster > 512);
@@ -464,7 +465,7 @@ fn a_dirty_image_with_snapshots_is_rebuilt() {
     }
 }
 
-/// An interrupted change of a dirty image is repaired by the next.
+/// The next change repairs an interrupted change of a dirty image.
 #[test]
 fn a_change_repairs_a_dirty_image_first() {
     let Some(qemu) = Qemu::find() else { return };

@@ -1,6 +1,6 @@
-//! qemu-storage-daemon as a vhost-user-blk backend: the peer that the kit is tried on and Strata compared with.
+//! qemu-storage-daemon as a vhost-user-blk backend: the peer for tests of the kit and for comparisons with Strata.
 //!
-//! Owns the child process: starting returns when the export accepts connections, dropping kills the process.
+//! Owns the child process. Starting returns once the export accepts connections; dropping kills the process.
 
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -11,23 +11,23 @@ use tempfile::TempDir;
 
 use crate::images::Format;
 
-/// Why the daemon did not start or end as it should.
+/// A failure to start or stop the daemon.
 #[derive(Debug, thiserror::Error)]
 pub enum DaemonError {
-    /// The host could not run it.
+    /// An operation of the host failed.
     #[error("{step}: {source}")]
     Host {
-        /// What was tried.
+        /// The attempted step.
         step: &'static str,
-        /// Why it failed.
+        /// The reason for the failure.
         source: std::io::Error,
     },
-    /// It ended before its export was ready, or badly at the end.
+    /// The daemon ended before its export was ready, or ended with a failure.
     #[error("qemu-storage-daemon: {status}: {text}")]
     Ended {
-        /// How it ended.
+        /// Its exit status.
         status: ExitStatus,
-        /// What it said.
+        /// Its output.
         text: String,
     },
 }
@@ -36,7 +36,7 @@ fn host(step: &'static str) -> impl FnOnce(std::io::Error) -> DaemonError {
     move |source| DaemonError::Host { step, source }
 }
 
-/// How to serve an image.
+/// The options of an export.
 #[derive(Clone, Debug)]
 pub struct Export {
     /// The image.
@@ -45,16 +45,16 @@ pub struct Export {
     pub format: Format,
     /// Queues to offer.
     pub queues: usize,
-    /// Let the guest write.
+    /// The guest may write.
     pub writable: bool,
-    /// O_DIRECT and io_uring; else the page cache and threads.
+    /// Uses O_DIRECT and io_uring; otherwise the page cache and threads.
     pub direct: bool,
-    /// Pass discards on to the file.
+    /// Passes discards on to the file.
     pub unmap: bool,
 }
 
 impl Export {
-    /// A writable, direct export with unmapping and one queue.
+    /// A writable, direct export with discards and one queue.
     pub fn of(image: impl Into<PathBuf>, format: Format) -> Self {
         Self { image: image.into(), format, queues: 1, writable: true, direct: true, unmap: true }
     }
@@ -74,7 +74,7 @@ impl StorageDaemon {
     /// Starts the program and waits until its export is ready.
     ///
     /// # Errors
-    /// When it cannot be run, or ends first: its messages are in the error.
+    /// If it cannot be run, or ends before that. The error has its messages.
     pub fn start(program: &Path, export: &Export) -> Result<Self, DaemonError> {
         let directory = TempDir::new().map_err(host("temporary directory"))?;
         let socket = directory.path().join("blk.sock");
@@ -88,7 +88,7 @@ impl StorageDaemon {
         let monitor = child.stdin.take().expect("stdin was asked for");
         let answers = BufReader::new(child.stdout.take().expect("stdout was asked for"));
         let mut daemon = Self { child, monitor, answers, socket, _directory: directory };
-        // The options are worked off in order, and the monitor is the last: its greeting says that all is ready.
+        // The daemon handles its options in order, and the monitor is the last. So its greeting means all is ready.
         let mut greeting = String::new();
         daemon.answers.read_line(&mut greeting).map_err(host("read the monitor's greeting"))?;
         if greeting.is_empty() { Err(daemon.ended()?) } else { Ok(daemon) }
@@ -104,15 +104,15 @@ impl StorageDaemon {
         self.child.id()
     }
 
-    /// Ends the daemon in good order, so that the image is flushed and unlocked.
+    /// Stops the daemon cleanly, so that it flushes and unlocks the image.
     ///
     /// # Errors
-    /// When it does not exit with success.
+    /// If it does not exit with success.
     pub fn stop(mut self) -> Result<(), DaemonError> {
         self.monitor
             .write_all(b"{\"execute\":\"qmp_capabilities\"}\n{\"execute\":\"quit\"}\n")
             .map_err(host("write to the monitor"))?;
-        // It closes its output when it ends.
+        // The daemon closes its output when it ends.
         let mut rest = String::new();
         self.answers.read_to_string(&mut rest).map_err(host("read from the monitor"))?;
         let status = self.child.wait().map_err(host("wait for qemu-storage-daemon"))?;
@@ -122,7 +122,7 @@ impl StorageDaemon {
     /// Kills the daemon, as a crash would.
     ///
     /// # Errors
-    /// When the host cannot.
+    /// If the host cannot kill it.
     pub fn kill(mut self) -> Result<(), DaemonError> {
         self.child.kill().map_err(host("kill qemu-storage-daemon"))?;
         self.child.wait().map_err(host("wait for qemu-storage-daemon"))?;
@@ -141,7 +141,7 @@ impl StorageDaemon {
 
 impl Drop for StorageDaemon {
     fn drop(&mut self) {
-        // Already gone after `stop`, which is all the same.
+        // After `stop` the process has already ended, so a failure does not matter.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -150,7 +150,7 @@ impl Drop for StorageDaemon {
 fn arguments(export: &Export, socket: &Path) -> Vec<OsString> {
     let with_path = |before: &str, path: &Path, after: &str| {
         let mut text = OsString::from(before);
-        // A comma ends a value in QEMU's option syntax, unless it is doubled.
+        // In QEMU's option syntax a comma ends a value unless it is doubled.
         text.push(path.to_string_lossy().replace(',', ",,"));
         text.push(after);
         text

@@ -1,5 +1,5 @@
-//! Zeros that the guest writes, discards, clusters that keep their places, and images that were allocated beforehand: what
-//! becomes of the mapping, beside what qemu-io makes of the same image by the same options.
+//! Writes of zeros, discards, discarded clusters that keep their host clusters, and preallocated images. The resulting
+//! mapping is compared with that of qemu-io on the same image with the same options.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ use crate::rig::{K, M, Rig, options, pattern, write};
 
 const SIZE: u64 = 8 * M;
 
-/// A way of treating zeros and discards, in our words and in QEMU's.
+/// A treatment of zeros and discards, with our options and QEMU's.
 #[derive(Clone, Copy, Debug)]
 struct Mode {
     detect: DetectZeroes,
@@ -49,7 +49,7 @@ impl Mode {
     }
 }
 
-/// Every combination that QEMU takes.
+/// Every combination that QEMU accepts.
 fn modes() -> Vec<Mode> {
     let mut modes = Vec::new();
     for detect in [DetectZeroes::Off, DetectZeroes::On, DetectZeroes::Unmap] {
@@ -62,12 +62,12 @@ fn modes() -> Vec<Mode> {
     modes
 }
 
-/// A write of nothing but zeros.
+/// A write of only zeros.
 fn zeros(offset: u64, length: u64) -> Operation {
     write(offset, length, ZERO_SEEDS)
 }
 
-/// Has qemu-io do the same.
+/// Runs the same operations with qemu-io.
 fn by_qemu(options: &str, operations: &[Operation]) {
     let mut command = Command::new(find_tool("qemu-io").expect("found before"));
     command.args(["--image-opts", options]);
@@ -91,11 +91,11 @@ fn by_qemu(options: &str, operations: &[Operation]) {
     assert!(output.status.success() && !said.contains("failed"), "{options}: {said}");
 }
 
-/// What the beginning of each cluster of an image is: whether it reads as zero for sure, and where it is in the file.
+/// The start of each cluster of an image: whether it certainly reads as zero, and its offset in the file.
 fn clusters(qemu: &Qemu, image: &Path, cluster: u64) -> BTreeMap<u64, (bool, Option<u64>)> {
     let mut clusters = BTreeMap::new();
     for extent in qemu.map(image, Format::Qcow2).expect("a map") {
-        // Where the host has a hole in a cluster there are two extents: the first tells.
+        // If the host has a hole in a cluster there are two extents. The first one counts.
         let first = extent.start.next_multiple_of(cluster);
         for at in (first..extent.start + extent.length).step_by(cluster as usize) {
             let place = extent.offset.map(|offset| offset + at - extent.start);
@@ -105,7 +105,7 @@ fn clusters(qemu: &Qemu, image: &Path, cluster: u64) -> BTreeMap<u64, (bool, Opt
     clusters
 }
 
-/// The same, without the places themselves: QEMU and we allocate in different order.
+/// The same without the offsets: QEMU and Strata allocate in different orders.
 fn kinds(qemu: &Qemu, image: &Path) -> Vec<(bool, bool)> {
     clusters(qemu, image, 64 * K).into_values().map(|(zero, place)| (zero, place.is_some())).collect()
 }
@@ -131,7 +131,7 @@ fn clusters_become_what_qemu_makes_of_them() {
     let chained = qemu.create_chain(folder.path(), &chain).expect("a chain");
     let single = folder.path().join("single.qcow2");
     qemu.create(&single, &ImageSpec::qcow2(SIZE).with(pattern(M, 2 * M, 2))).expect("an image");
-    // On data, on nothing, on the data of the backing file; whole clusters and parts of them; and once more after that.
+    // On data, on unallocated clusters and on data of the backing file; whole clusters and parts; and all of it twice.
     let operations = [
         zeros(M, 128 * K),
         zeros(5 * M, 256 * K),
@@ -183,7 +183,7 @@ fn zeros_within_a_write_take_no_space() {
     let mode = Mode::new(DetectZeroes::On, Discards::Unmap, false);
     let mut model = ByteModel::new(SIZE, 64 * K, DiscardRule::ZeroesClusters);
     let mut rig = Rig::open(&image, &mode.options()).expect("opens");
-    // Stretches of 64 KiB; begun in the midst of a cluster.
+    // Stretches of 64 KiB, starting in the middle of a cluster.
     let seed = (GAPPY_SEEDS..).find(|seed| seed % 5 == 4).expect("there are many");
     rig.run(&[write(4 * K, 960 * K, seed), Operation::Flush], &mut model);
     model.compare_all(&rig.read_all()).expect("contents");
@@ -222,7 +222,7 @@ fn kept_clusters_stay_in_order_and_their_space_goes_back() {
         let mode = Mode::new(DetectZeroes::Unmap, Discards::Unmap, true);
         let mut rig = Rig::open(&image, &mode.options()).expect("opens");
         let full = rig.disk().allocated(0).expect("the host says");
-        // Whatever the guest does, in whatever order: scattered discards, writes that reuse them.
+        // Scattered discards, and writes that reuse the clusters, in mixed order.
         for round in 0..3 {
             for step in 0..SIZE / cluster {
                 let at = step * 7 % (SIZE / cluster) * cluster;
@@ -254,7 +254,7 @@ fn kept_clusters_stay_in_order_and_their_space_goes_back() {
     }
 }
 
-/// Places without a written subcluster, and places whose data was zeroed before, are emptied, too.
+/// Host clusters without a written subcluster, and those zeroed before, give their space back, too.
 #[test]
 fn kept_places_give_their_space_back_whatever_they_held() {
     let Some(qemu) = Qemu::find() else { return };
@@ -291,7 +291,7 @@ fn kept_places_give_their_space_back_whatever_they_held() {
     }
 }
 
-/// It has no entry for a place that reads as zero, and QEMU gives such a place back though it was not asked to.
+/// Version 2 has no entry for an allocated cluster that reads as zero. QEMU, too, frees such a cluster without `unmap`.
 #[test]
 fn version_2_gives_back_what_is_zeroed() {
     let Some(qemu) = Qemu::find() else { return };

@@ -1,7 +1,7 @@
-//! Backing files by the name that a header has for them: which file is meant, and in which format it is.
+//! Backing files by the name in a header: which file is meant, and in which format it is.
 //!
-//! Owns what names are taken. Only files are ever meant: plain names, and of QEMU's `json:` names those that say nothing
-//! but a format and a file. Nothing is opened here, and no format is guessed.
+//! Owns which names are accepted. They mean only files: plain names, and those of QEMU's `json:` names that hold only
+//! a format and a file. This module opens nothing and guesses no format.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -15,11 +15,11 @@ use thiserror::Error;
 use crate::error::OpenError;
 use crate::open::Format;
 
-/// Before QEMU's description of a node in JSON.
+/// The prefix of QEMU's description of a node in JSON.
 const JSON: &[u8] = b"json:";
-/// Before the name of a file, where one may expect a protocol.
+/// The prefix of a file's name in place of a protocol.
 const FILE: &[u8] = b"file:";
-/// The driver of files.
+/// QEMU's driver of files.
 const FILE_DRIVER: &str = "file";
 
 /// A file to open as a layer.
@@ -27,44 +27,44 @@ const FILE_DRIVER: &str = "file";
 pub(crate) struct LayerFile {
     pub path: PathBuf,
     pub format: Format,
-    /// Its overlay says which format it has; else the user does.
+    /// Its overlay records its format; otherwise the user names it.
     pub recorded: bool,
 }
 
-/// Why a backing name is not taken.
+/// Why a backing name is not accepted.
 #[derive(Debug, Error)]
 pub enum BackingNameError {
-    /// There is none after `file:`.
+    /// No name follows `file:`.
     #[error("it is empty")]
     Empty,
-    /// Not a file.
+    /// The name is not one of a file.
     #[error("\"{}\" is a protocol, and only files are opened", shown(protocol))]
     Protocol {
         /// Its name.
         protocol: Vec<u8>,
     },
-    /// JSON that is broken, or says more than a format and a file.
+    /// The JSON is broken, or holds more than a format and a file.
     #[error(
         "as a json: name it may hold \"driver\", and \"file\" with \"driver\" and \"filename\", and no more: {}",
         one_line(&.0.to_string())
     )]
     Json(serde_json::Error),
-    /// JSON without a file, or with two.
+    /// The JSON names no file, or two.
     #[error("its JSON must name one file")]
     JsonFile,
-    /// A format that is not served.
+    /// The JSON names a format that is not served.
     #[error("its JSON has the driver \"{}\"; only qcow2 and raw are served", shown(driver))]
     JsonFormat {
         /// The driver.
         driver: String,
     },
-    /// Something that is no file.
+    /// The JSON names something other than a file.
     #[error("its JSON has the driver \"{}\" for the file; only files are opened", shown(driver))]
     JsonProtocol {
         /// The driver.
         driver: String,
     },
-    /// A name of which nobody can say where it begins.
+    /// The JSON has a relative name, whose folder is unknown.
     #[error(
         "its JSON has the relative name \"{}\", which QEMU looks for in the folder where it is started; only \
          a whole path is taken",
@@ -81,14 +81,14 @@ pub enum BackingNameError {
         shown(format)
     )]
     JsonDisagrees {
-        /// In the name.
+        /// The driver in the name.
         driver: String,
-        /// In the header.
+        /// The format in the header.
         format: String,
     },
 }
 
-/// A node as QEMU describes one, as far as it is taken. What else it may say would change what is read.
+/// The accepted part of QEMU's description of a node. Any other field would change which bytes are read.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Node {
@@ -107,7 +107,7 @@ struct NodeFile {
     filename: String,
 }
 
-/// The backing file that the header of `overlay` names; `fallback` is the format of one whose format is not recorded.
+/// The backing file that the header of `overlay` names. `fallback` is its format if the header records none.
 pub(crate) fn backing_of(
     overlay: &Path,
     header: &Header,
@@ -151,7 +151,7 @@ fn format_called(name: &str) -> Option<Format> {
     }
 }
 
-/// The file that a plain name means. As in QEMU, a colon before the first slash makes a protocol.
+/// The file of a plain name. As in QEMU, a colon before the first slash makes a protocol.
 fn plain_file_name(name: &[u8]) -> Result<PathBuf, BackingNameError> {
     let name = name.strip_prefix(FILE).unwrap_or(name);
     let slash = name.iter().position(|byte| *byte == b'/').unwrap_or(name.len());
@@ -165,7 +165,7 @@ fn plain_file_name(name: &[u8]) -> Result<PathBuf, BackingNameError> {
     Ok(PathBuf::from(OsStr::from_bytes(name)))
 }
 
-/// The file and its format that JSON names; `recorded` is the format in the header.
+/// The file and the format that JSON names; `recorded` is the format in the header.
 fn parse_json(json: &[u8], recorded: Option<&str>) -> Result<(PathBuf, Format), BackingNameError> {
     let node: Node = serde_json::from_slice(json).map_err(BackingNameError::Json)?;
     let format = format_called(&node.driver)

@@ -1,8 +1,8 @@
-//! Persistent bitmaps of one image file: reads where they are, and marks those out of date that we do not keep.
+//! Persistent bitmaps of one image file: reads their locations, and marks those out of date that we do not update.
 //!
-//! Owns what a writable open does about bitmaps. Those that every writer must keep up to date are marked in use, as a
-//! program would have left them that ended without saving them: nobody takes them for right any more. The others stay
-//! as they are. What bitmaps hold is never read or written.
+//! Owns the treatment of bitmaps in a writable open. Bitmaps that every writer must update are marked in use, as if a
+//! program had ended without saving them: no program trusts them any more. The others stay as they are. The contents
+//! of bitmaps are never read or written.
 
 use names::shown;
 use qcow2::{Bitmap, BitmapDirectory, Header, HostOffset, bitmap_table_entry};
@@ -20,34 +20,34 @@ const TABLE_BYTES_MAX: u64 = 64 << 20;
 /// Why the bitmaps of an image cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum BadBitmaps {
-    /// An entry of the directory.
+    /// An entry of the directory is bad.
     #[error("entry {index} of the bitmap directory, at offset {offset}, is broken or missing")]
     Directory {
-        /// Its place in the directory, from 0.
+        /// Its index in the directory, from 0.
         index: u32,
-        /// Where it is.
+        /// Its offset.
         offset: HostOffset,
     },
-    /// The tables together.
+    /// The tables together are too large.
     #[error("the tables of its bitmaps have {length} bytes together, and at most {max} are looked at")]
     TooLarge {
-        /// Bytes of them all.
+        /// Bytes of all tables.
         length: u64,
-        /// The most there may be.
+        /// The limit in bytes.
         max: u64,
     },
-    /// An entry of a table.
+    /// An entry of a table is bad.
     #[error("the bitmap table entry {raw:#018x} at offset {offset} makes no sense")]
     TableEntry {
         /// The entry.
         raw: u64,
-        /// Where it is.
+        /// Its offset.
         offset: HostOffset,
     },
-    /// A table or a part of a bitmap that is not in the file.
+    /// A table or a part of a bitmap is not in the file.
     #[error("{length} bytes of a bitmap at offset {start} are past the end of the file")]
     PastEnd {
-        /// Where it is said to be.
+        /// The recorded offset.
         start: HostOffset,
         /// Bytes.
         length: u64,
@@ -57,12 +57,12 @@ pub enum BadBitmaps {
 /// The bitmaps of an image that is to be written.
 pub(crate) struct Guarded {
     pub list: Vec<Bitmap>,
-    /// What they take of the file: offsets, and lengths in bytes.
+    /// Their ranges of the file: offsets, and lengths in bytes.
     pub places: Vec<(HostOffset, u64)>,
 }
 
 impl<Q: IoQueue> ImageFile<'_, Q> {
-    /// The bitmaps that an image has; none if its header says that they mean nothing any more.
+    /// The bitmaps of an image; none if its header marks them as invalid.
     pub async fn bitmaps(&self, header: &Header) -> Result<Option<Vec<Bitmap>>, OpenError> {
         let Some(bitmaps) = header.bitmaps() else { return Ok(None) };
         let mut directory = BitmapDirectory::new(&bitmaps, header.geometry(), self.info.length);
@@ -78,8 +78,8 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
         Ok(Some(list))
     }
 
-    /// As [`ImageFile::bitmaps`], for an image that is to be written. What breaks the format is told, and then the image
-    /// has none: its header is to say so.
+    /// As [`ImageFile::bitmaps`], for an image that is to be written. Bitmaps that break the format are logged, and
+    /// then the image has none: its header will record that.
     pub async fn bitmaps_to_guard(&self, header: &Header) -> Result<Option<Guarded>, OpenError> {
         let found = async {
             let Some(list) = self.bitmaps(header).await? else { return Ok(None) };
@@ -125,7 +125,7 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
                     let Some(cluster) = cluster else { continue };
                     self.bitmap_place(cluster, size, size)?;
                     match places.last_mut() {
-                        // A table may end inside a cluster: then this is none that follows it.
+                        // A table may end inside a cluster: then no cluster follows it directly.
                         Some((last, length)) if last.0 + *length == cluster.0 => *length += size,
                         _ => places.push((cluster, size)),
                     }
@@ -136,7 +136,7 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
         Ok(places)
     }
 
-    /// Refuses a place that is not in the file; the last cluster of a file need not be whole.
+    /// Refuses a range that is not in the file; the last cluster of a file need not be whole.
     fn bitmap_place(&self, start: HostOffset, length: u64, cluster_size: u64) -> Result<(), OpenError> {
         let end = self.info.length.next_multiple_of(cluster_size);
         if start.0.saturating_add(length) <= end {
@@ -149,8 +149,8 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
         OpenError::Bitmaps { path: self.info.path.clone(), source }
     }
 
-    /// Marks every bitmap that a writer must keep up to date as out of date; true if there was one. To be synced before
-    /// anything else is written.
+    /// Marks every bitmap that a writer must update as out of date; true if there was one. Sync before anything else
+    /// is written.
     pub async fn retire_bitmaps(&self, list: &mut [Bitmap]) -> Result<bool, OpenError> {
         let mut any = false;
         for bitmap in list.iter_mut().filter(|bitmap| bitmap.is_auto() && !bitmap.is_in_use()) {

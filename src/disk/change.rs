@@ -1,7 +1,7 @@
-//! Changes an image that nobody uses: drives the engine's planner and carries its plan out.
+//! Changes an image that is not in use: drives the engine's planner and carries its plan out.
 //!
-//! Owns the reading and the writing, many at once where the order does not matter, and the syncs. What may be done, and
-//! what is written in which order, is the engine's to say; what is changed is for `snapshot` and `resize`.
+//! Owns the reads and writes, many at once where the order does not matter, and the syncs. The engine decides which
+//! changes are possible, and the order of writes. `snapshot` and `resize` decide what to change.
 
 use std::future::{Future, poll_fn};
 use std::path::PathBuf;
@@ -23,7 +23,7 @@ use crate::layer::whole_blocks;
 
 /// Operations in flight, of at most 1 MiB each.
 pub(crate) const QUEUE_DEPTH: u32 = 16;
-/// What a correction changes is in whole sectors of so many bytes.
+/// A correction changes whole sectors of this many bytes.
 const SECTOR: u64 = 512;
 
 /// Why a change failed.
@@ -32,29 +32,29 @@ pub enum ChangeError {
     /// The image could not be opened or read, or is not to be written. Nothing has changed.
     #[error(transparent)]
     Open(#[from] OpenError),
-    /// It was not closed cleanly, and could not be repaired.
+    /// The image was not closed cleanly, and could not be repaired.
     #[error(transparent)]
     Repair(#[from] CheckError),
-    /// It cannot be done. Nothing has changed.
+    /// The change is impossible. Nothing has changed.
     #[error("{}: {source}", shown(path))]
     Refused {
         /// The image.
         path: PathBuf,
-        /// Why not.
+        /// The reason.
         source: ChangeRefusal,
     },
-    /// It was not done to the end.
+    /// The change was not completed.
     #[error(
         "{source}; the change may be half done: the disk and the other snapshots are as they were, or as they were to \
          become, and what is left over is repaired when the image is opened for writing, or by `qemu-img check -r all`"
     )]
     Interrupted {
-        /// What failed.
+        /// The error.
         source: OpenError,
     },
 }
 
-/// Plans a change: reads what it takes, and writes nothing.
+/// Plans a change: reads its input, and writes nothing.
 pub(crate) async fn plan<Q: IoQueue>(
     image: &ImageFile<'_, Q>,
     header: &Header,
@@ -74,7 +74,7 @@ pub(crate) async fn plan<Q: IoQueue>(
     planner.plan().map_err(refused)
 }
 
-/// Reads pieces at once.
+/// Reads pieces concurrently.
 async fn read_all<Q: IoQueue>(
     image: &ImageFile<'_, Q>,
     pieces: &[(HostOffset, usize)],
@@ -83,7 +83,7 @@ async fn read_all<Q: IoQueue>(
     all(reads.collect()).await.into_iter().collect()
 }
 
-/// Runs futures side by side to the end of each.
+/// Runs futures concurrently until all have ended.
 async fn all<F: Future>(futures: Vec<F>) -> Vec<F::Output> {
     let mut running: Vec<_> = futures.into_iter().map(|future| (Box::pin(future), None)).collect();
     poll_fn(|context| {
@@ -128,7 +128,7 @@ async fn write_all<Q: IoQueue>(image: &ImageFile<'_, Q>, plan: &mut Plan) -> Res
             }
             PlanStep::Cut { length } => image.cut(length, end).await,
         }
-        // What is corrected is corrected by one rule until the last of it is done.
+        // One rule (`Plan::correct`) holds until the last of its pieces is written.
         let whole = corrections.len() >= QUEUE_DEPTH as usize || !plan.corrects_more();
         if whole && !corrections.is_empty() {
             correct(image, plan, &std::mem::take(&mut corrections)).await?;
@@ -138,7 +138,7 @@ async fn write_all<Q: IoQueue>(image: &ImageFile<'_, Q>, plan: &mut Plan) -> Res
     Ok(())
 }
 
-/// Corrects pieces of tables, which lie apart from each other.
+/// Corrects pieces of tables that do not overlap.
 async fn correct<Q: IoQueue>(
     image: &ImageFile<'_, Q>,
     plan: &Plan,
@@ -150,7 +150,7 @@ async fn correct<Q: IoQueue>(
             writes.push((offset.0 + changed.start as u64, bytes[changed].to_vec()));
         }
     }
-    // Two that change a part of one unit would overtake each other.
+    // Two concurrent changes within one unit would overwrite each other.
     let at_once = if image.unit() > SECTOR { 1 } else { writes.len().max(1) };
     for some in writes.chunks(at_once) {
         let some = some.iter().map(|(offset, bytes)| image.write(*offset, bytes));
@@ -160,7 +160,7 @@ async fn correct<Q: IoQueue>(
 }
 
 impl<Q: IoQueue> ImageFile<'_, Q> {
-    /// Gives space back to the host; false if that is no use.
+    /// Gives space back to the host; false if that is of no use.
     pub(crate) async fn give_back(&self, offset: u64, length: u64) -> bool {
         let (start, end) = whole_blocks(self.info, offset, length);
         if start >= end {
@@ -177,8 +177,8 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
         }
     }
 
-    /// Makes the file, which is `present` bytes long, at least so long, durably; its length then. Where there is no room,
-    /// the change goes on, and the leaks of an earlier crash may stay.
+    /// Makes the file, which is `present` bytes long, durably at least `length` bytes long; returns its length then.
+    /// If there is no room, the change continues, and the leaks of an earlier crash may stay.
     async fn keep_mark(&self, length: u64, present: u64) -> Result<u64, OpenError> {
         let length = length.next_multiple_of(u64::from(self.info.block_size.max(1)));
         if length <= present {
@@ -197,7 +197,7 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
         }
     }
 
-    /// Ends the file, which is `present` bytes long, behind so many bytes and what is left of their last block.
+    /// Cuts the file, which is `present` bytes long, after `length` bytes and the rest of their last block.
     pub(crate) async fn cut(&self, length: u64, present: u64) {
         let length = length.next_multiple_of(u64::from(self.info.block_size.max(1)));
         if length >= present {

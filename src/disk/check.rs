@@ -1,8 +1,8 @@
 //! Checks and repairs an image file: drives the engine's checker and its repair plans on a [`Storage`].
 //!
-//! Owns the reading and the writing, with the host's alignment, and the syncs between the stages of a repair. What is
-//! wrong, and what to write in which order, is the engine's to say. One image file by itself: backing files are not
-//! opened.
+//! Owns the reads and writes, with the host's alignment, and the syncs between the stages of a repair. The engine
+//! decides what is wrong, and what to write in which order. It handles one image file by itself: backing files are
+//! not opened.
 
 use std::path::{Path, PathBuf};
 
@@ -21,9 +21,9 @@ use crate::error::OpenError;
 use crate::foreign;
 use crate::open::DiskOptions;
 
-/// Operations in flight: reads go one by one, as each says what is wanted next.
+/// Operations in flight: reads go one by one, as each determines the next.
 const QUEUE_DEPTH: u32 = 8;
-/// The least unit of a write in bytes: what is less is read, changed and written back.
+/// The least unit of a write in bytes. Smaller writes read, change and write back a unit.
 const SECTOR: u64 = 512;
 
 /// Why an image could not be checked or repaired.
@@ -32,49 +32,49 @@ pub enum CheckError {
     /// It could not be opened, read or written, or its header is broken.
     #[error(transparent)]
     Open(#[from] OpenError),
-    /// It has what cannot be checked yet.
+    /// The image has something that cannot be checked yet.
     #[error("{}: {source}", shown(path))]
     Refused {
         /// The image.
         path: PathBuf,
-        /// What it has.
+        /// The reason.
         source: Refusal,
     },
-    /// New refcounts cannot mend it. Nothing was written.
+    /// New refcounts cannot repair the image. Nothing was written.
     #[error("{}: {source}", shown(path))]
     NotRepairable {
         /// The image.
         path: PathBuf,
-        /// Why not.
+        /// The reason.
         source: NotRepairable,
-        /// What the check found.
+        /// The report of the check.
         found: Box<Report>,
     },
 }
 
-/// What a repair found and what it left.
+/// The problems that a repair found, and those that it left.
 #[derive(Clone, Debug)]
 pub struct Repaired {
-    /// Before.
+    /// The report before the repair.
     pub found: Report,
-    /// After, by another check.
+    /// The report of another check after the repair.
     pub left: Report,
-    /// Writes that it made; 0 if nothing was to be done.
+    /// The number of writes; 0 if there was nothing to repair.
     pub writes: u64,
 }
 
-/// Who else may use an image while it is checked.
+/// Which other processes may use an image while it is checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sharing {
     /// Readers only: a shared lock.
     Readers,
-    /// Anybody: no lock. What is found may be wrong, as it may have been changing.
+    /// All: no lock. The report may be wrong, as the image may have been changing.
     All,
 }
 
-/// Checks the qcow2 image at `path`, which nobody may be writing (a shared lock). Nothing is written. Of the options,
-/// `direct` and `lock_timeout` matter. The file stays open, and locked, as long as the storage lives: give each check
-/// a storage of its own.
+/// Checks the qcow2 image at `path`. Takes a shared lock, so that no writer may have the image open, and writes
+/// nothing. Of the options, `direct` and `lock_timeout` matter. The file stays open, and locked, as long as the
+/// storage lives: use a new storage for each check.
 ///
 /// # Errors
 /// If the image cannot be opened, read, or checked by name. A damaged image is no error but a [`Report`].
@@ -82,7 +82,7 @@ pub fn check<S: Storage>(storage: &S, path: &Path, options: &DiskOptions) -> Res
     check_watched(storage, path, Sharing::Readers, options, &mut |_| {})
 }
 
-/// As [`check`], with the choice of who else may use the image, and with a call before each read.
+/// As [`check`], with a choice of which others may use the image, and with a call before each read.
 ///
 /// # Errors
 /// As for [`check`].
@@ -106,11 +106,12 @@ pub fn check_watched<S: Storage>(
     })
 }
 
-/// Checks the qcow2 image at `path`, which nobody else may have open (an exclusive lock), repairs what `kind` says, and
-/// checks it again. A crash leaves an image that can be repaired again; see [`engine::check::Repair`].
+/// Checks the qcow2 image at `path`, repairs what `kind` names, and checks it again. Takes an exclusive lock, so that
+/// nothing else may have the image open. A crash leaves an image that can be repaired again; see
+/// [`engine::check::Repair`].
 ///
 /// # Errors
-/// As for [`check`], and if new refcounts cannot mend the image.
+/// As for [`check`], and if new refcounts cannot repair the image.
 pub fn repair<S: Storage>(
     storage: &S,
     path: &Path,
@@ -146,8 +147,8 @@ pub fn repair_watched<S: Storage>(
     })
 }
 
-/// Repairs an image that is open for writing and not in use yet: what was found, and the writes made. The file may be
-/// longer afterwards and its header another.
+/// Repairs an image that is open for writing and not in use yet. Returns the problems found, and the number of
+/// writes. The file's length and its header may change.
 pub(crate) async fn repair_open<Q: IoQueue>(
     driver: &Driver<Q>,
     id: FileId,
@@ -196,7 +197,7 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
         Header::parse(&area, length).map_err(|source| self.broken(source))
     }
 
-    /// Likewise, where it may name tables that cannot be.
+    /// Likewise, for a header that may name impossible tables.
     async fn salvaged_header(&self, length: u64) -> Result<Salvaged, OpenError> {
         let area = self.header_area(length).await?;
         Header::salvage(&area, length).map_err(|source| self.broken(source))
@@ -206,7 +207,7 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
         OpenError::Format { path: self.info.path.clone(), source }
     }
 
-    /// What of the file the header may take: its first cluster.
+    /// The bytes that the header may take: the first cluster.
     async fn header_area(&self, length: u64) -> Result<Vec<u8>, OpenError> {
         let prefix = self.read("header", 0, length.min(Header::PREFIX_MAX as u64)).await?;
         let wanted = match Header::cluster_size_hint(&prefix) {
@@ -245,7 +246,7 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
         Ok(buffer.as_slice()[at..].to_vec())
     }
 
-    /// Reads the whole units that a range touches; where they begin.
+    /// Reads the whole units that a range touches; returns also where they begin.
     async fn read_around(
         &self,
         structure: &'static str,
@@ -261,8 +262,8 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
         Ok((start, buffer))
     }
 
-    /// Writes bytes at any alignment, with what is around them in their units as it is. A change within a unit is one
-    /// write, so that the header is never half changed.
+    /// Writes bytes at any alignment, and leaves the other bytes of their units as they are. A change within a unit
+    /// is one write, so that the header is never half changed.
     pub async fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), OpenError> {
         let unit = self.unit();
         let length = bytes.len() as u64;

@@ -26,7 +26,8 @@ pub(crate) fn close<S: Storage>(shared: &Arc<Shared<S>>) -> Result<(), OpenError
 async fn finish<S: Storage>(worker: &Worker<S>) -> Result<(), RequestError> {
     if worker.shared.is_qcow2() {
         worker.ask(|engine, waker| engine.release_windows(waker)).await?;
-        // The first makes the unlinks durable; then their clusters are free; the second writes that down.
+        // The first flush makes the unlinks durable. Then their clusters can be freed, and the second flush writes
+        // that.
         worker.flush().await?;
         while worker.reclaim_some().await? {}
         worker.flush().await?;
@@ -37,8 +38,8 @@ async fn finish<S: Storage>(worker: &Worker<S>) -> Result<(), RequestError> {
 }
 
 impl<S: Storage> Worker<S> {
-    /// Cuts the file behind its last cluster in use, and the free clusters that tell the next writer to search for leaks, if
-    /// it is to.
+    /// Cuts the file after its last cluster in use. With `keeps_mark` it leaves the free clusters that make the next
+    /// writer search for leaks.
     async fn trim_file(&self, keeps_mark: bool) -> Result<(), RequestError> {
         let top = self.shared.top_file();
         let present = self.shared.storage.length(top).unwrap_or(0);

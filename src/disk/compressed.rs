@@ -1,5 +1,5 @@
-//! Reading compressed clusters: the data by the thread's own queue, inflating by the pool, and what was inflated lately
-//! from the cache.
+//! Reading compressed clusters: the thread's own queue reads the data, the pool inflates it, the cache holds recent
+//! results.
 
 use engine::CompressedCluster;
 use storage::{Kind, Operation, Storage};
@@ -9,8 +9,8 @@ use crate::inflate::{Compressed, Found, Inflated};
 use crate::worker::Worker;
 
 impl<S: Storage> Worker<S> {
-    /// The bytes of a compressed cluster. It waits for its own I/O and the pool, or for another request that does, and for
-    /// memory that only such requests hold: so it may be asked for while holding other buffers.
+    /// The bytes of a compressed cluster. It waits for its own I/O and the pool, or for another request that does,
+    /// and for memory that only such requests hold. So the caller may hold other buffers.
     pub async fn inflated(&self, cluster: CompressedCluster) -> Result<Inflated, RequestError> {
         match self.shared.inflated.find(cluster) {
             Found::Here(bytes) => Ok(bytes),

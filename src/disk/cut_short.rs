@@ -1,7 +1,8 @@
-//! Images that were cut short, such as a copy that was broken off: what their tables name past the end of the file.
+//! Images that were cut short, such as an interrupted copy: structures that their tables name past the end of the
+//! file.
 //!
-//! Owns the comparison with what is in memory at open. Nothing is read for it, so it costs what the tables in memory cost;
-//! data clusters past the end are not looked for. What such tables mean to a request is the engine's to say.
+//! Owns the comparison with the tables in memory at open. It reads nothing, so it costs only a pass over those
+//! tables. Data clusters past the end are not searched for. The engine decides how requests treat such tables.
 
 use engine::Entries;
 use names::shown;
@@ -12,15 +13,15 @@ use tracing::warn;
 /// Structures past the end of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct PastEnd {
-    /// How many.
+    /// Their number.
     pub count: u64,
-    /// The first by the order of the tables: what it is.
+    /// The kind of the first, by the order of the tables.
     pub structure: &'static str,
-    /// Where it begins.
+    /// Offset of the first.
     pub offset: HostOffset,
 }
 
-/// What of an image lies past the end of its file, or begins there.
+/// The structures of an image that begin at or past the end of its file, or reach past it.
 pub(crate) fn past_end(
     header: &Header,
     l1: &Entries,

@@ -1,7 +1,7 @@
-//! External data files: which image of a chain has its data in which file, by what the operator says and nothing else.
+//! External data files: which image of a chain has its data in which file, by the operator's word alone.
 //!
-//! Owns the choice, the opening and the refusals. The name that a header has for its data file is never followed, only
-//! told: whoever can write to an image could have it name any file of the host.
+//! Owns the choice, the opening and the refusals. The name of the data file in a header is only reported, never
+//! followed. Otherwise any writer of an image could make it name any file of the host.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -17,13 +17,13 @@ use crate::open::DiskOptions;
 /// The least unit of a disk in bytes.
 const SECTOR: u64 = 512;
 
-/// What the operator said, and what of it has been used.
+/// The operator's choice of data files, and which of them were used.
 pub(crate) struct DataFiles<'a> {
-    /// The top image's.
+    /// The top image's data file.
     top: Option<&'a Path>,
-    /// By the name of the backing file that it belongs to; and whether that has been met.
+    /// By the name of the backing file: its data file, and whether that backing file was met.
     below: Vec<(&'a Path, &'a Path, bool)>,
-    /// By the number of its layer.
+    /// Opened data files by the number of their layer.
     opened: Vec<(usize, DiskFile)>,
 }
 
@@ -37,7 +37,8 @@ impl<'a> DataFiles<'a> {
         }
     }
 
-    /// Opens the data file of a layer, locked like the image. `header` is none for a raw image, which has none.
+    /// Opens the data file of a layer, locked like the image. `header` is none for a raw image, which has no data
+    /// file.
     pub fn open<S: Storage>(
         &mut self,
         storage: &S,
@@ -83,8 +84,8 @@ impl<'a> DataFiles<'a> {
     }
 }
 
-/// Makes a data file that is to be written as long as the disk, before anything else is done to it: so it never grows
-/// while it is in use (`FileInfo::block_size`), and who reads it as a raw image finds the whole disk.
+/// Extends a data file to the length of the disk before any other write to it. So it never grows while it is in use
+/// (`FileInfo::block_size`), and a program that reads it as a raw image finds the whole disk.
 pub(crate) async fn extend<Q: IoQueue>(
     driver: &Driver<Q>,
     file: &mut DiskFile,
@@ -101,15 +102,15 @@ pub(crate) async fn extend<Q: IoQueue>(
     set_length(driver, file, length).await
 }
 
-/// Makes a data file as long as a disk that gets another size. What of it lies behind the old end must have been cut off
-/// if it is to show.
+/// Gives a data file the new length of its disk. Its bytes past the old end must have been cut off before, if they
+/// are to show.
 pub(crate) async fn resize<Q: IoQueue>(
     driver: &Driver<Q>,
     file: &mut DiskFile,
     disk: u64,
 ) -> Result<(), OpenError> {
     if file.info.block_device {
-        // Too short a device is refused; of a longer one the rest is not used.
+        // A device that is too short is refused; the rest of a longer one is not used.
         return extend(driver, file, disk).await;
     }
     set_length(driver, file, disk).await?;

@@ -1,6 +1,8 @@
-//! Describes images without serving them: what their headers say, also where they need what is not built.
+//! Describes images without serving them: the contents of their headers, also of images that need unsupported
+//! features.
 //!
-//! Owns the walk down a chain for that. Nothing is written, and of a broken part of an image the rest is told.
+//! Owns the walk down a chain for that. It writes nothing. If a part of an image is broken, the other parts are still
+//! described.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -25,13 +27,13 @@ pub struct LayerDescription {
     pub layer: Layer,
     /// Bytes that the host has allocated for the file.
     pub allocated: u64,
-    /// What keeps it from being served.
+    /// The feature because of which it cannot be served.
     pub unsupported: Option<Unsupported>,
     /// Its persistent bitmaps; an error if their directory cannot be read.
     pub bitmaps: Result<Vec<Bitmap>, OpenError>,
     /// Its internal snapshots; an error if their table cannot be read.
     pub snapshots: Result<Vec<Snapshot>, OpenError>,
-    /// Where its backing file is; none also if it is named in a way that is not taken, and not looked for.
+    /// The path of its backing file; none also if its name is not accepted and the chain is not followed.
     pub backing: Option<PathBuf>,
 }
 
@@ -39,7 +41,7 @@ pub struct LayerDescription {
 /// the formats, `direct` and `lock_timeout` matter. The files stay open, and locked, as long as the storage lives.
 ///
 /// # Errors
-/// If a file cannot be opened or read, a header is broken, or a backing file is named in a way that is not taken.
+/// If a file cannot be opened or read, a header is broken, or the name of a backing file is not accepted.
 pub fn describe<S: Storage>(
     storage: &S,
     path: &Path,
@@ -58,7 +60,7 @@ pub fn describe<S: Storage>(
                 Some(header) => backing_of(&at.path, header, options.backing_format),
                 None => Ok(None),
             };
-            // A name that is not taken matters only to who would go there.
+            // A name that is not accepted matters only if the walk continues there.
             let named = if whole_chain { named? } else { named.unwrap_or(None) };
             layer.backing = named.as_ref().map(|file| file.path.clone());
             Ok((layer, named))

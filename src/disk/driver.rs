@@ -1,7 +1,7 @@
-//! A thread's engine room: its I/O queue, its executor, its buffers and timers. Knows no disk and no request.
+//! A thread's I/O queue, executor, buffers and timers. Knows no disk and no request.
 //!
-//! Completions of operations pushed by async functions wake their task; those of the fast path are handed to whoever
-//! turns the driver.
+//! Completions of operations that async functions pushed wake their task. Those of the fast path go to the caller of
+//! [`Driver::turn`].
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -20,13 +20,13 @@ use storage::{AlignedBuf, BufferPool, Completion, Errno, IoQueue, Notifier, Oper
 use crate::bounds::{BUFFER_BYTES, INFLATING_BYTES, POOL_BYTES, ROUNDS_OF_A_TURN};
 use crate::executor::{Executor, poll_once};
 
-/// Marks the tokens of operations that a future waits for.
+/// Marks the tokens of operations that a future awaits.
 const FUTURE: u64 = 1 << 63;
 
-/// What became of an operation, and its memory.
+/// An operation's result, and its memory.
 pub(crate) type Outcome = (Result<(), Errno>, Parts);
 
-/// One of several pieces of work that run side by side.
+/// One of several futures that run concurrently.
 pub(crate) type Strand<'a, E> = Pin<Box<dyn Future<Output = Result<(), E>> + 'a>>;
 
 enum Waiting {
@@ -39,7 +39,7 @@ pub(crate) struct Driver<Q> {
     executor: RefCell<Executor>,
     waiting: RefCell<Slab<Waiting>>,
     scratch: RefCell<Vec<Completion>>,
-    /// When whom to wake; nobody any more once that was done.
+    /// The time and the waker of each timer; no waker once it was woken.
     timers: RefCell<Slab<(Instant, Option<Waker>)>>,
     pub pool: BufferPool,
     buffers: Budget,
@@ -86,7 +86,7 @@ impl<Q: IoQueue> Driver<Q> {
         self.more.set(more);
     }
 
-    /// Whether a task that waits leaves this thread anything to do.
+    /// Whether this thread has other work while a task waits.
     pub fn has_other_work(&self) -> bool {
         self.more.get() || self.executor.borrow().tasks() > 1
     }
@@ -96,7 +96,7 @@ impl<Q: IoQueue> Driver<Q> {
         self.executor.borrow().has_tasks()
     }
 
-    /// Starts an operation; the future gives its outcome.
+    /// Starts an operation; the future returns its outcome.
     pub fn run(&self, operation: Operation) -> impl Future<Output = Outcome> {
         let index = self.waiting.borrow_mut().insert(Waiting::For(None));
         self.queue.borrow_mut().push(Token(FUTURE | index as u64), operation);
@@ -113,7 +113,7 @@ impl<Q: IoQueue> Driver<Q> {
         })
     }
 
-    /// Runs futures side by side until all have ended. The first error, if any.
+    /// Runs futures concurrently until all have ended. Returns the first error, if any.
     pub async fn run_together<E>(&self, mut futures: Vec<Strand<'_, E>>) -> Result<(), E> {
         let mut result = Ok(());
         poll_fn(|context| {
@@ -137,7 +137,7 @@ impl<Q: IoQueue> Driver<Q> {
         self.run(operation).await.0
     }
 
-    /// Runs operations at once; all have ended when this returns. The first error, if any.
+    /// Runs operations concurrently; all have ended when this returns. Returns the first error, if any.
     pub async fn run_all(&self, operations: impl IntoIterator<Item = Operation>) -> Result<(), Errno> {
         let started: SmallVec<[_; 4]> = operations.into_iter().map(|operation| self.run(operation)).collect();
         let mut result = Ok(());
@@ -149,7 +149,7 @@ impl<Q: IoQueue> Driver<Q> {
         result
     }
 
-    /// Gives the buffers among an operation's parts back to the pool.
+    /// Returns the buffers among an operation's parts to the pool.
     pub fn recycle(&self, parts: Parts) {
         for part in parts {
             if let Part::Owned(buffer) = part {
@@ -158,7 +158,7 @@ impl<Q: IoQueue> Driver<Q> {
         }
     }
 
-    /// Runs a read or write of one buffer, which comes back.
+    /// Runs a read or write of one buffer, and returns the buffer.
     pub async fn run_buffer(
         &self,
         mut operation: Operation,
@@ -172,19 +172,19 @@ impl<Q: IoQueue> Driver<Q> {
         }
     }
 
-    /// Waits until the thread's requests hold so little buffer memory that `bytes` more may be taken. More than the
-    /// whole budget counts as the whole.
+    /// Waits until the thread's requests hold so little buffer memory that `bytes` more fit the budget. A larger
+    /// amount counts as the whole budget.
     pub async fn reserve_buffers(&self, bytes: usize) -> BufferPermit<'_> {
         self.buffers.take(bytes).await
     }
 
-    /// The same for the memory that inflating takes. A budget of its own, as it is taken while buffers are held, and whoever
-    /// holds some of it waits for no buffers.
+    /// The same for the memory of inflating. It has its own budget, because it is reserved while buffers are held. A
+    /// holder of it never waits for buffers.
     pub async fn reserve_inflating(&self, bytes: usize) -> BufferPermit<'_> {
         self.inflating.take(bytes).await
     }
 
-    /// Lets the thread's other work go on for a moment.
+    /// Lets the thread's other tasks run once.
     pub async fn yield_now(&self) {
         let mut yielded = false;
         poll_fn(|context| {
@@ -202,8 +202,8 @@ impl<Q: IoQueue> Driver<Q> {
         Alarm { driver: self, until, timer: None }
     }
 
-    /// Sends what was pushed, takes in what completed, runs tasks, until there is nothing more to do at once. The
-    /// completions of fast-path operations go to `fast`.
+    /// Submits operations, reaps completions and runs tasks, until there is nothing more to do at once. Completions
+    /// of fast-path operations go to `fast`.
     pub fn turn(&self, mut fast: impl FnMut(Completion)) {
         for _ in 0..ROUNDS_OF_A_TURN {
             let mut completions = self.scratch.take();
@@ -289,7 +289,7 @@ impl<Q: IoQueue> Driver<Q> {
         self.queue.borrow_mut().wait(timeout);
     }
 
-    /// Runs a future to its end on this thread, with whatever else the driver has to do.
+    /// Runs a future to its end on this thread, along with the driver's other tasks.
     pub fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
         let mut future = pin!(future);
         let flag = Arc::new(Flag { woken: WakeFlag::new(true), notifier: self.notifier() });
@@ -308,11 +308,11 @@ impl<Q: IoQueue> Driver<Q> {
     }
 }
 
-/// Wakes a task at a time, or soon after, until it is dropped.
+/// Wakes a task at a time, or soon after, unless it is dropped before.
 pub(crate) struct Alarm<'a, Q> {
     driver: &'a Driver<Q>,
     until: Instant,
-    /// In the driver's timers, once it was asked to wake somebody.
+    /// Its key in the driver's timers, once a task was named.
     timer: Option<usize>,
 }
 
@@ -322,7 +322,7 @@ impl<Q: IoQueue> Alarm<'_, Q> {
         self.driver.now() >= self.until
     }
 
-    /// Has this task woken, and none that was named before.
+    /// Names the task to wake, instead of any named before.
     pub fn wake(&mut self, waker: &Waker) {
         let mut timers = self.driver.timers.borrow_mut();
         let entry = (self.until, Some(waker.clone()));
@@ -341,8 +341,8 @@ impl<Q> Drop for Alarm<'_, Q> {
     }
 }
 
-/// The tasks being polled. If a poll panics, its task is forgotten, so that nobody waits for its end, and the others
-/// stay ready.
+/// The tasks being polled. If a poll panics, its task is forgotten, so that nothing waits for its end. The other
+/// tasks stay ready.
 struct Round<'a> {
     executor: &'a RefCell<Executor>,
     tasks: VecDeque<usize>,
@@ -373,7 +373,7 @@ impl std::task::Wake for Flag {
     }
 }
 
-/// Bounds the memory that one thread's requests use for something, first come first served.
+/// Bounds the memory that one thread's requests use for one purpose, first come first served.
 struct Budget {
     bytes: usize,
     free: Cell<usize>,
@@ -385,7 +385,7 @@ impl Budget {
         Budget { bytes, free: Cell::new(bytes), waiters: RefCell::new(VecDeque::new()) }
     }
 
-    /// More than the whole counts as the whole.
+    /// A larger amount counts as the whole budget.
     async fn take(&self, bytes: usize) -> BufferPermit<'_> {
         let bytes = bytes.min(self.bytes);
         let mut number = None;
@@ -421,7 +421,7 @@ impl Budget {
     }
 }
 
-/// Leave to hold some buffer memory, until dropped.
+/// Permission to hold some buffer memory, until dropped.
 #[must_use]
 pub(crate) struct BufferPermit<'a> {
     budget: &'a Budget,
@@ -452,7 +452,7 @@ mod tests {
         let waker = Waker::from(Arc::clone(&flag));
         let mut first = driver.alarm(driver.now() + Duration::from_secs(1));
         for seconds in 2..1000 {
-            // Whoever waits for something else gives up its alarm.
+            // A task that waits for something else drops its alarm.
             let mut other = driver.alarm(driver.now() + Duration::from_secs(seconds));
             other.wake(&waker);
             other.wake(&waker);

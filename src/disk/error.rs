@@ -1,4 +1,4 @@
-//! What can go wrong with a disk: opening it, and serving a request.
+//! The errors of a disk: of opening it, and of serving a request.
 
 use std::path::PathBuf;
 
@@ -26,11 +26,11 @@ pub enum OpenError {
     Io {
         /// The image.
         path: PathBuf,
-        /// What was read or written.
+        /// The structure that was read or written.
         structure: &'static str,
         /// Byte offset in the file.
         offset: u64,
-        /// What the host said.
+        /// The host's error.
         source: Errno,
     },
     /// The image's bytes break the format.
@@ -38,7 +38,7 @@ pub enum OpenError {
     Format {
         /// The image.
         path: PathBuf,
-        /// What is broken and where.
+        /// The broken field and its offset.
         source: FormatError,
     },
     /// The file is in another format.
@@ -46,17 +46,17 @@ pub enum OpenError {
     NotQcow2 {
         /// The file.
         path: PathBuf,
-        /// What is broken and where.
+        /// The broken field and its offset.
         source: FormatError,
-        /// What it is.
+        /// Its format.
         foreign: Foreign,
     },
-    /// The image is valid but needs what is not built.
+    /// The image is valid but needs an unsupported feature.
     #[error("{}: {source}", shown(path))]
     Unsupported {
         /// The image.
         path: PathBuf,
-        /// What it needs.
+        /// The feature.
         source: Unsupported,
     },
     /// An image that was not closed cleanly could not be repaired.
@@ -69,7 +69,7 @@ pub enum OpenError {
     Bitmaps {
         /// The image.
         path: PathBuf,
-        /// What is broken.
+        /// The damage.
         source: BadBitmaps,
     },
     /// The table of internal snapshots breaks the format.
@@ -81,12 +81,12 @@ pub enum OpenError {
     SnapshotTable {
         /// The image.
         path: PathBuf,
-        /// The entry's place in the table, from 0.
+        /// The entry's index in the table, from 0.
         index: u32,
-        /// Where it is.
+        /// Its offset.
         offset: HostOffset,
     },
-    /// More metadata of snapshots than is watched over while an image is written.
+    /// The snapshots have more metadata than is protected while an image is written.
     #[error(
         "{}: the L1 tables of its internal snapshots have {length} bytes together, and at most {max} are watched over \
          while an image is written: delete some snapshots, or open it read-only",
@@ -95,17 +95,17 @@ pub enum OpenError {
     SnapshotsTooLarge {
         /// The image.
         path: PathBuf,
-        /// Bytes of them all.
+        /// Bytes of all tables.
         length: u64,
         /// The most there may be.
         max: u64,
     },
-    /// No snapshot is called so.
+    /// No snapshot has this ID or name.
     #[error("{}: has no internal snapshot \"{}\", by ID or by name", shown(path), shown(wanted))]
     NoSuchSnapshot {
         /// The image.
         path: PathBuf,
-        /// What it was asked for by.
+        /// The requested ID or name.
         wanted: String,
     },
     /// A snapshot whose table cannot be used.
@@ -113,9 +113,9 @@ pub enum OpenError {
     BadSnapshot {
         /// The image.
         path: PathBuf,
-        /// What it was asked for by.
+        /// The requested ID or name.
         wanted: String,
-        /// Why not.
+        /// The reason.
         source: BadSnapshot,
     },
     /// A snapshot of an image that can have none.
@@ -133,7 +133,7 @@ pub enum OpenError {
         /// The device.
         path: PathBuf,
     },
-    /// Discarded clusters are to keep their places in an image that cannot say that they read as zero.
+    /// Discarded clusters are to keep their location in an image that cannot record that they read as zero.
     #[error(
         "{}: clusters can keep their places when they are discarded only in a qcow2 image of version 3",
         shown(path)
@@ -142,7 +142,7 @@ pub enum OpenError {
         /// The image.
         path: PathBuf,
     },
-    /// An image whose data is in an external file, which nobody named.
+    /// An image has its data in an external file that the operator did not name.
     #[error(
         "{}: keeps its data in an external file{}, and only a file that you name is opened", shown(image),
         recorded.as_ref().map(|name| format!(" (its header calls it \"{}\")", shown(name))).unwrap_or_default()
@@ -155,7 +155,7 @@ pub enum OpenError {
         /// It is the top image.
         top: bool,
     },
-    /// A data file for an image that keeps its data itself.
+    /// A data file was named for an image that keeps its data itself.
     #[error("{}: keeps its data itself, so it cannot be in the data file {}", shown(image), shown(file))]
     DataFileNotWanted {
         /// The image.
@@ -163,7 +163,7 @@ pub enum OpenError {
         /// The file that was named for it.
         file: PathBuf,
     },
-    /// A data file for an image that is not there.
+    /// A data file was named for an image that is not in the chain.
     #[error(
         "no backing file in the chain is called {}, for which --backing-data-file names a data file",
         shown(layer)
@@ -172,7 +172,7 @@ pub enum OpenError {
         /// The name.
         layer: PathBuf,
     },
-    /// A data file that is a file of the chain already.
+    /// A data file is also another file of the chain.
     #[error("{}: its data file {} is another file of the chain", shown(image), shown(file))]
     DataFileTwice {
         /// The image.
@@ -180,7 +180,7 @@ pub enum OpenError {
         /// The file.
         file: PathBuf,
     },
-    /// A data file that cannot grow to the disk's size.
+    /// A data file cannot grow to the disk's size.
     #[error(
         "{}: this block device has {length} bytes, too few for the data of a disk of {disk} bytes",
         shown(path)
@@ -220,27 +220,27 @@ pub enum OpenError {
         /// The format in its header.
         format: String,
     },
-    /// A backing name that is not taken.
+    /// A backing name is not accepted.
     #[error("{}: names the backing file \"{}\": {source}", shown(path), shown(backing))]
     BackingName {
         /// The overlay.
         path: PathBuf,
         /// The name in its header.
         backing: Vec<u8>,
-        /// Why it is not taken.
+        /// The reason.
         source: BackingNameError,
     },
     /// Something is wrong with a layer below the top image.
     #[error("{source} (layer {} of the chain {})", chain.len(), chain_in_words(chain))]
     Backing {
-        /// The layers from the top image down to the one that it is about.
+        /// The layers from the top image down to the one with the error.
         chain: Vec<PathBuf>,
-        /// Its overlay says which format that one has.
+        /// That layer's overlay records its format.
         recorded: bool,
-        /// What is wrong.
+        /// The error.
         source: Box<OpenError>,
     },
-    /// The chain comes back to a file that it has already.
+    /// The chain contains a file twice.
     #[error("{}: is in the chain twice: its backing files form a loop", shown(path))]
     BackingLoop {
         /// The file met twice.
@@ -249,7 +249,7 @@ pub enum OpenError {
     /// The chain is too deep.
     #[error("{}: the chain has more than {limit} layers", shown(path))]
     ChainTooDeep {
-        /// The layer that was one too many.
+        /// The first layer past the limit.
         path: PathBuf,
         /// The most there may be.
         limit: usize,
@@ -268,13 +268,13 @@ pub enum OpenError {
     Request {
         /// The image.
         path: PathBuf,
-        /// What failed.
+        /// The error.
         source: RequestError,
     },
 }
 
 impl OpenError {
-    /// What is wrong, without the chain in which it is.
+    /// The error itself, without the chain around it.
     pub fn innermost(&self) -> &OpenError {
         match self {
             OpenError::Backing { source, .. } => source.innermost(),
@@ -283,10 +283,10 @@ impl OpenError {
     }
 }
 
-/// Layers told by name, at each end of a chain.
+/// The number of layers named at each end of a chain.
 const NAMES_SHOWN: usize = 3;
 
-/// The names of a chain from the top down; of a deep one, those at its ends.
+/// The names of a chain from the top down; only those at its ends for a deep one.
 fn chain_in_words(chain: &[PathBuf]) -> String {
     let join = |paths: &[PathBuf]| {
         let names: Vec<String> = paths.iter().map(|path| shown(path).to_string()).collect();
@@ -300,7 +300,7 @@ fn chain_in_words(chain: &[PathBuf]) -> String {
     format!("{} -> ({hidden} more) -> {}", join(first), join(last))
 }
 
-/// Why a request failed. The guest learns only that it did; the log has this.
+/// Why a request failed. The guest gets only the failure; the log has the reason.
 #[derive(Clone, Debug, Error)]
 pub enum RequestError {
     /// The image's tables make no sense, or the disk has failed before.
@@ -309,12 +309,13 @@ pub enum RequestError {
     /// The host's I/O failed.
     #[error("{what} failed: {source}")]
     Io {
-        /// What was being done.
+        /// The action that failed.
         what: &'static str,
-        /// What the host said.
+        /// The host's error.
         source: Errno,
     },
-    /// Too much freed space is held back: the request is to begin anew when some of it was given back. No request ends so.
+    /// Too much freed space is held back: the request must start again when some of it was given back. This is never
+    /// a request's final result.
     #[error("too much freed space is held back")]
     Crowded,
     /// A compressed cluster cannot be inflated. Others can be served.
@@ -322,17 +323,17 @@ pub enum RequestError {
     Compressed {
         /// The image.
         path: PathBuf,
-        /// Where its data begins in the file.
+        /// Offset of its data in the file.
         offset: u64,
         /// Bytes of the data.
         length: u64,
-        /// What is wrong with it.
+        /// The damage.
         source: InflateError,
     },
 }
 
 impl RequestError {
-    /// Names what was being done when the host failed.
+    /// Makes an error with the action in which the host failed.
     pub(crate) fn io(what: &'static str) -> impl FnOnce(Errno) -> RequestError {
         move |source| RequestError::Io { what, source }
     }
@@ -343,7 +344,7 @@ impl RequestError {
     }
 }
 
-/// True for what the host says where there is no space, or none left for this user, or for this file.
+/// True for the host's errors when there is no space, or none left for this user, or for this file.
 pub(crate) fn is_no_space(errno: Errno) -> bool {
     matches!(errno, Errno::ENOSPC | Errno::EDQUOT | Errno::EFBIG)
 }

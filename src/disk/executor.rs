@@ -1,7 +1,7 @@
 //! A worker's own executor: runs the slow path's async functions on the worker's thread.
 //!
-//! Tasks are not `Send` and never blocked; wakers are, so that another worker may wake a task here, which also ends
-//! this thread's sleep.
+//! Tasks are not `Send` and never block. Wakers are `Send`, so that another worker may wake a task here, which also
+//! ends this thread's sleep.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -14,26 +14,26 @@ use storage::Notifier;
 
 type Task = Pin<Box<dyn Future<Output = ()>>>;
 
-/// A task's place, which keeps its waker for the next task.
+/// A slot for a task. The slot retains its waker for the next task.
 struct Entry {
-    /// Taken out while it is polled, and none once it has ended.
+    /// None while the task is polled, and once it has ended.
     task: Option<Task>,
     wake: Arc<TaskWaker>,
-    /// The same, as the task gets it.
+    /// The same, in the form that the task gets.
     waker: Waker,
 }
 
 pub(crate) struct Executor {
     /// By number.
     tasks: Vec<Entry>,
-    /// Numbers of places that have no task.
+    /// Numbers of slots without a task.
     vacant: Vec<usize>,
     ready: Arc<Ready>,
-    /// Emptied queue, kept for its memory.
+    /// An empty queue, retained for its memory.
     spare: VecDeque<usize>,
 }
 
-/// The tasks to be polled. Leaf lock: nothing is locked while it is held.
+/// The tasks to be polled. Leaf lock: no other lock is taken while it is held.
 struct Ready {
     queue: Mutex<VecDeque<usize>>,
     notifier: Arc<dyn Notifier>,
@@ -41,7 +41,8 @@ struct Ready {
 
 struct TaskWaker {
     ready: Arc<Ready>,
-    /// The task's number. It may be another task's by the time of the wake, which that one survives as one poll more.
+    /// The task's number. By the time of the wake it may belong to another task, for which that is only one poll too
+    /// many.
     task: usize,
     /// Raised while the number is in the queue, or in the round that is being polled.
     queued: WakeFlag,
@@ -71,7 +72,7 @@ impl Executor {
         let number = self.vacant.pop().unwrap_or_else(|| self.add_place());
         let entry = &mut self.tasks[number];
         entry.task = Some(task);
-        // Else a wake that was meant for the task before has queued it already.
+        // Otherwise a late wake of the previous task has queued the number already.
         if entry.wake.queued.raise() {
             self.ready.queue.lock().expect("no panic under this lock").push_back(number);
         }
@@ -107,7 +108,7 @@ impl Executor {
         std::mem::replace(&mut *queue, std::mem::take(&mut self.spare))
     }
 
-    /// Gives the queue of a round back; what is left in it comes first in the next.
+    /// Returns the queue of a round. Tasks left in it come first in the next round.
     pub fn give_back(&mut self, mut round: VecDeque<usize>) {
         if !round.is_empty() {
             let mut queue = self.ready.queue.lock().expect("no panic under this lock");
@@ -117,16 +118,17 @@ impl Executor {
         self.spare = round;
     }
 
-    /// Takes a task out to poll it without a borrow of the executor.
+    /// Takes a task out, to poll it without a borrow of the executor.
     pub fn take(&mut self, number: usize) -> Option<(Task, Waker)> {
         let entry = self.tasks.get_mut(number)?;
-        // Also where the task has ended: the number has left the queue, and the place's next task must get it in again.
+        // Also if the task has ended: the number has left the queue, and the slot's next task must be able to enter
+        // it again.
         entry.wake.queued.lower();
         let task = entry.task.take()?;
         Some((task, entry.waker.clone()))
     }
 
-    /// Puts a task back that is not done, or forgets one that is.
+    /// Puts back a task that has not ended, or forgets one that has.
     pub fn put_back(&mut self, number: usize, task: Option<Task>) {
         match task {
             Some(task) => self.tasks[number].task = Some(task),
@@ -135,7 +137,7 @@ impl Executor {
     }
 }
 
-/// Polls a task once; gives it back if it is not done.
+/// Polls a task once; returns it if it has not ended.
 pub(crate) fn poll_once(mut task: Task, waker: &Waker) -> Option<Task> {
     match task.as_mut().poll(&mut Context::from_waker(waker)) {
         Poll::Ready(()) => None,
@@ -161,7 +163,7 @@ mod tests {
         }
     }
 
-    /// Polls what is ready in one round; the numbers of the tasks.
+    /// Polls the ready tasks in one round; returns their numbers.
     fn round(executor: &mut Executor) -> Vec<usize> {
         let mut tasks = executor.take_ready();
         let numbers: Vec<usize> = tasks.drain(..).collect();
@@ -181,7 +183,7 @@ mod tests {
         let left: Rc<RefCell<Option<Waker>>> = Rc::default();
         let leave = Rc::clone(&left);
         executor.spawn(Box::pin(poll_fn(move |context| {
-            // A wake during the poll itself makes another poll.
+            // A wake during the poll itself causes another poll.
             if leave.replace(Some(context.waker().clone())).is_none() {
                 context.waker().wake_by_ref();
                 context.waker().wake_by_ref();
@@ -201,7 +203,8 @@ mod tests {
 
     #[test]
     fn a_wake_meant_for_the_task_before_does_not_lose_the_next() {
-        // The late wake comes before the next task, after which it waits in the queue, or is found to be for nobody.
+        // The late wake comes before the next task. It then stays in the queue, or a round finds that its task has
+        // ended.
         for found in [false, true] {
             let mut executor = Executor::new(Arc::new(Bells::default()));
             let left: Rc<RefCell<Option<Waker>>> = Rc::default();

@@ -1,7 +1,7 @@
 //! The log of failed requests: the guest gets no reason, the log does.
 //!
-//! A guest decides how many requests fail once some do, and must not fill the host's disk with lines: it tells so many
-//! in a period, and of the others only how many there were. It has no clock of its own.
+//! Once some requests fail, the guest decides how many do, and must not fill the host's disk with log lines. So the
+//! number of lines in a period is bounded; other failures are only counted. Has no clock of its own.
 
 use std::cell::Cell;
 use std::time::{Duration, Instant};
@@ -15,7 +15,7 @@ use crate::queue::RequestId;
 const LINES_MAX: u32 = 20;
 const PERIOD: Duration = Duration::from_secs(10);
 
-/// What one thread has told.
+/// The failures that one thread has logged.
 #[derive(Default)]
 pub(crate) struct FailureLog {
     /// When the period began.
@@ -27,7 +27,7 @@ pub(crate) struct FailureLog {
 }
 
 impl FailureLog {
-    /// Takes note of how a request ended.
+    /// Records the result of a request.
     pub fn note(&self, id: RequestId, result: &Result<(), RequestError>, now: impl FnOnce() -> Instant) {
         let Err(error) = result else { return };
         match self.line(now()) {
@@ -37,7 +37,7 @@ impl FailureLog {
         }
     }
 
-    /// Whether another line is due, and if so, how many failures were not told before it.
+    /// Whether another line is due; if so, the number of failures before it that were not logged.
     fn line(&self, now: Instant) -> Option<u64> {
         if self.began.get().is_none_or(|began| now.duration_since(began) >= PERIOD) {
             self.began.set(Some(now));

@@ -1,6 +1,7 @@
-//! Flush: leads a cut of the metadata to disk, stage by stage, or waits for the one who does.
+//! Flush: leads a cut of the metadata to disk, stage by stage, or waits for the worker that leads one.
 //!
-//! The order is the engine's (docs/durability.md); here are the writes, the fdatasyncs, and what a failure means.
+//! The engine decides the order (docs/durability.md). This file does the writes and the fdatasyncs, and judges their
+//! failures.
 
 use std::future::poll_fn;
 use std::task::Poll;
@@ -16,11 +17,11 @@ use crate::driver::Outcome;
 use crate::error::{RequestError, is_no_space};
 use crate::worker::Worker;
 
-/// What failed in a cut.
+/// The failure of a cut.
 enum Failure {
-    /// No space: nothing is broken, and the cut is tried again with the next flush.
+    /// No space: nothing is broken, and the next flush tries the cut again.
     NoSpace(Stage, Errno),
-    /// The disk is not to be trusted with writes any more.
+    /// The disk must not be written any more.
     Fatal(&'static str, Errno),
 }
 
@@ -89,7 +90,7 @@ impl<S: Storage> Worker<S> {
             }
             Err(Failure::Fatal(what, source)) => {
                 self.fail(what, source);
-                // Wakes those who wait for this cut; they find that the disk has failed.
+                // Wakes the flushes that wait for this cut; they find that the disk has failed.
                 self.engine().fail_cut(&cut, Stage::Two);
                 Err(RequestError::Io { what, source })
             }
@@ -120,10 +121,10 @@ impl<S: Storage> Worker<S> {
         if active(Mutation::NoSyncOfData) && cut.stage1.is_empty() && cut.stage2.is_empty() {
             return Ok(());
         }
-        // In any case: it also makes the guest's data durable, before any link to it.
+        // Always sync: this also makes the guest's data durable, before any link to it.
         let (data, tables) = (self.shared.data_file().id, self.shared.top_file());
         let syncs = [(data, Mutation::DataFileNotSynced), (tables, Mutation::NoSyncBeforeLinks)];
-        // Where the data is in the image's own file, the second is all.
+        // Where the data is in the image's own file, the second sync is enough.
         let syncs = &syncs[usize::from(!self.shared.has_data_file())..];
         self.sync(syncs.iter().filter(|(_, unless)| !active(*unless)).map(|(file, _)| *file)).await?;
         if !cut.stage2.is_empty() {
@@ -133,8 +134,8 @@ impl<S: Storage> Worker<S> {
         Ok(())
     }
 
-    /// Has the file end with free clusters, durably, as long as it is in use. Where that cannot be, for lack of space or
-    /// past what a file may have, what a crash leaks is not searched for.
+    /// Makes the file end with free clusters, durably, while it is in use. Where that fails, for lack of space or
+    /// past the largest file size, leaks of a crash are not searched for.
     async fn mark_end(&self, length: Option<u64>) -> Result<(), Failure> {
         if let Some(length) = length {
             let block = u64::from(self.shared.files[0].info.block_size.max(1));
@@ -149,7 +150,7 @@ impl<S: Storage> Worker<S> {
 
     async fn write_stage(&self, stage: Stage, writes: &[TableWrite]) -> Result<(), Failure> {
         for some in writes.chunks(WRITES_AT_ONCE) {
-            // Damage found meanwhile stops all writing.
+            // Damage that was found meanwhile stops all writing.
             if self.engine().has_failed() {
                 return Err(Failure::Fatal("writing metadata", Errno::EIO));
             }
@@ -159,7 +160,8 @@ impl<S: Storage> Worker<S> {
         Ok(())
     }
 
-    /// Begins to write the link of a new cluster, if that is better done beside its data than by the next flush.
+    /// Starts the early commit of a new cluster, if writing its link together with its data is better than at the
+    /// next flush.
     pub fn start_early_link<'a>(
         &'a self,
         new: &mut Allocation,
@@ -168,7 +170,8 @@ impl<S: Storage> Worker<S> {
         Some(self.driver.run(self.table_write(&write)))
     }
 
-    /// Judges how that ended: a failure is what it is in a flush, and if only space is lacking the next flush tries again.
+    /// Judges the outcome of an early commit: a failure counts as in a flush. If only space is lacking, the next
+    /// flush tries again.
     pub fn judge_early_link(
         &self,
         new: &mut Allocation,
@@ -189,7 +192,7 @@ impl<S: Storage> Worker<S> {
         result
     }
 
-    /// Points the header at the refcount table's new place, which is durable already.
+    /// Points the header at the refcount table's new location, which is durable already.
     async fn switch_header(&self, switch: HeaderSwitch) -> Result<(), Failure> {
         let header = self.shared.header.as_ref().expect("a writable qcow2 image has its header sector");
         let change = header.change().await;
@@ -211,7 +214,8 @@ impl<S: Storage> Worker<S> {
         if active(mutation) { Ok(()) } else { self.sync([self.shared.top_file()]).await }
     }
 
-    /// After a failed fdatasync nobody knows what is on the disk: the kernel may have dropped what it could not write.
+    /// After a failed fdatasync the contents of the disk are unknown: the kernel may have dropped pages that it could
+    /// not write.
     async fn sync(&self, files: impl IntoIterator<Item = FileId>) -> Result<(), Failure> {
         let syncs = files.into_iter().map(|file| Operation::bare(file, Kind::Sync, 0));
         match self.driver.run_all(syncs).await {

@@ -1,6 +1,7 @@
-//! Files that are no qcow2 image: which format they have by the bytes that mark it.
+//! Files that are not qcow2 images: their format by the bytes that mark it.
 //!
-//! Owns the marks. What is found is told to people and never decides how a file is opened: a guest can write any bytes.
+//! Owns the marks. A found format is only reported to people. It never decides how a file is opened, because a guest
+//! can write any bytes.
 
 use names::shown;
 use qcow2::{FormatError, FormatErrorKind};
@@ -10,18 +11,18 @@ use tracing::warn;
 use crate::check::ImageFile;
 use crate::error::OpenError;
 
-/// Bytes looked at from the start of a file.
+/// Bytes examined from the start of a file.
 const HEAD: u64 = 512;
 /// Where an ISO 9660 file system has its first volume descriptor.
 const ISO_DESCRIPTOR: u64 = 0x8000;
-/// Bytes looked at there, and at the end of a file.
+/// Bytes examined there, and at the end of a file.
 const SECTOR: u64 = 512;
 
 /// A format that is not served, by its marks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Foreign {
-    /// Nothing at all.
+    /// An empty file.
     Empty,
     /// QEMU's qcow2: foreign only where raw is expected.
     Qcow2,
@@ -61,7 +62,7 @@ pub enum Foreign {
     Tar,
 }
 
-/// Marks at the start of a file: where, which bytes, what they say.
+/// Marks at the start of a file: offset, bytes, and format.
 const MARKS: &[(usize, &[u8], Foreign)] = &[
     (0, b"QFI\xfb\x00\x00\x00\x01", Foreign::Qcow1),
     (0, b"QFI\xfb", Foreign::Qcow2),
@@ -95,7 +96,7 @@ impl Foreign {
             .or_else(|| (descriptor.get(1..6) == Some(b"CD001")).then_some(Foreign::Iso9660))
     }
 
-    /// It as the end of a sentence that begins with "the file".
+    /// The format as the end of a sentence that begins with "the file".
     pub fn in_words(self) -> &'static str {
         match self {
             Foreign::Empty => "is empty",
@@ -121,7 +122,7 @@ impl Foreign {
     }
 }
 
-/// What a file is that was opened; none if it has no mark, or cannot be read.
+/// The format of an open file; none if it has no mark, or cannot be read.
 pub(crate) async fn recognise<Q: IoQueue>(image: &ImageFile<'_, Q>) -> Option<Foreign> {
     let length = image.info.length;
     if length == 0 {
@@ -137,7 +138,7 @@ pub(crate) async fn recognise<Q: IoQueue>(image: &ImageFile<'_, Q>) -> Option<Fo
     Foreign::of_bytes(&head, &descriptor, &tail)
 }
 
-/// The error of a header that is none, with what the file is instead.
+/// The error for a file without a qcow2 header, with the format that the file has instead.
 pub(crate) async fn explain<Q: IoQueue>(image: &ImageFile<'_, Q>, source: FormatError) -> OpenError {
     let path = image.info.path.clone();
     let no_header = match source.kind {
@@ -151,13 +152,13 @@ pub(crate) async fn explain<Q: IoQueue>(image: &ImageFile<'_, Q>, source: Format
     }
 }
 
-/// Warns of a raw layer whose bytes have the marks of a format: the guest sees the marks, and what it writes destroys
-/// what is in that format.
+/// Warns of a raw layer whose bytes have the marks of a format. The guest sees the marks, and its writes destroy the
+/// contents in that format.
 pub(crate) async fn warn_of_marks<Q: IoQueue>(image: &ImageFile<'_, Q>, writable: bool) {
     let Some(foreign) = recognise(image).await else { return };
     let (path, what) = (shown(&image.info.path), foreign.in_words());
     match (foreign, writable) {
-        // Its bytes are those of the disk.
+        // A raw disk may well be an ISO image.
         (Foreign::Iso9660, false) => {}
         (Foreign::Iso9660, true) => {
             warn!(%path, "opened writable as a raw image, but the file {what}: open it read-only");

@@ -1,7 +1,7 @@
 //! The top image's first sector: the few header fields that change while it is open.
 //!
-//! A change is one write of one 512-byte sector, so that it is whole or not at all. One such write is in flight at a
-//! time: of two, the host might keep the older.
+//! A change is one write of one 512-byte sector, so that it happens completely or not at all. Only one such write is
+//! in flight at a time: of two, the host might keep the older.
 
 use std::future::poll_fn;
 use std::sync::Mutex;
@@ -18,19 +18,19 @@ use crate::layer::DiskFile;
 const SECTOR: usize = 512;
 
 pub(crate) struct HeaderSector {
-    /// Leaf lock, held to copy only.
+    /// Leaf lock, held only to copy.
     inner: Mutex<Inner>,
 }
 
 struct Inner {
-    /// As it is on disk, or about to be.
+    /// The sector as it is on disk, or will be after the write in flight.
     bytes: Box<[u8; SECTOR]>,
-    /// Somebody has the right to write it.
+    /// A thread has the right to write the sector.
     taken: bool,
     waiters: Waiters,
 }
 
-/// The right to change the sector, until dropped: after the write of the change has ended.
+/// The right to change the sector. Drop it after the write of the change has ended.
 #[must_use]
 pub(crate) struct HeaderChange<'a> {
     sector: &'a HeaderSector,

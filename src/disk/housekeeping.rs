@@ -1,7 +1,7 @@
-//! The housekeeper: one thread a disk that flushes metadata which has been dirty for long, gives freed space back to the
-//! host, and memory of the map that nobody uses.
+//! The housekeeper: one thread per disk. It flushes metadata that has been dirty for long, and gives freed space and
+//! unused memory of the map back to the host.
 //!
-//! It sleeps while there is nothing of that.
+//! It sleeps while there is no such work.
 
 use std::convert::Infallible;
 use std::future::{Future, poll_fn};
@@ -25,24 +25,24 @@ use crate::layer::DiskFile;
 use crate::worker::Worker;
 use crate::{SIDE_QUEUE_DEPTH, Shared};
 
-/// How long metadata may stay dirty with no flush from the guest; twice as long where a flush came soon before it got
-/// dirty, as the housekeeper is not told of that.
+/// How long metadata may stay dirty without a flush from the guest. Twice as long if a flush came shortly before it
+/// got dirty, as the housekeeper is not notified of that.
 const DIRTY_AGE_MAX: Duration = Duration::from_secs(5);
-/// How long to wait before looking again whether freed clusters are out of reach of all I/O.
+/// The pause between checks whether freed clusters are out of reach of all I/O.
 const RECLAIM_RETRY: Duration = Duration::from_millis(50);
 
-/// How often the map is looked through: what nobody used for so long, or for twice as long at most, gives its memory back.
+/// The period of the sweep of the map. Memory that was unused for one period, at most two, is given back.
 const SWEEP_EVERY: Duration = Duration::from_secs(300);
 
-/// How others wake the housekeeper.
+/// Wakes the housekeeper from other threads.
 #[derive(Default)]
 pub(crate) struct Bell {
-    /// The housekeeper sleeps until it is rung for. Stored (SeqCst) before it looks for work a last time; rung after
-    /// the work was made, so one of the two sees the other.
+    /// The housekeeper sleeps until rung. Stored (SeqCst) before its last check for work; rung after the work was
+    /// created. So one of the two sees the other.
     listening: AtomicBool,
-    /// It sleeps or works with the next sweep of the map in mind: it need not be told that there is something to sweep.
+    /// The housekeeper has planned the next sweep of the map: it needs no notice that there is something to sweep.
     sweeping: AtomicBool,
-    /// So much waits for a cut that one is due at once.
+    /// So many changes wait for a cut that one is due at once.
     hurry: AtomicBool,
     stop: AtomicBool,
     /// Leaf lock.
@@ -50,7 +50,7 @@ pub(crate) struct Bell {
 }
 
 impl Bell {
-    /// There is something to do, soon.
+    /// There is work to do soon.
     pub fn ring(&self) {
         if self.listening.load(Ordering::SeqCst) && self.listening.swap(false, Ordering::SeqCst) {
             self.wake();
@@ -71,7 +71,7 @@ impl Bell {
         }
     }
 
-    /// There is something to sweep, which was not so when it was last asked for.
+    /// True if the map can be swept and no sweep is planned yet.
     fn has_sweep<S: Storage>(&self, worker: &Worker<S>) -> bool {
         !self.sweeping.load(Ordering::SeqCst) && worker.engine().map_is_sweepable()
     }
@@ -110,7 +110,7 @@ fn has_work<S: Storage>(worker: &Worker<S>) -> bool {
     status.dirty_bytes > 0 || status.quarantined_clusters > 0
 }
 
-/// The thread.
+/// The housekeeper's thread.
 pub(crate) struct Housekeeper {
     thread: JoinHandle<()>,
     bell: Arc<Bell>,
@@ -126,7 +126,7 @@ impl Housekeeper {
                 Ok(queue) => {
                     let driver = Driver::new(queue);
                     let worker = Worker::new(shared, Rc::clone(&driver)).expect("the first worker of a disk");
-                    // Nobody listens if the opener is gone, and then the disk is, too.
+                    // If the opener is gone, the send fails, and the disk is gone too.
                     let _ = report.send(Ok(()));
                     driver.block_on(keep(&worker));
                 }
@@ -140,7 +140,7 @@ impl Housekeeper {
         }
     }
 
-    /// Ends the thread after what it is doing now.
+    /// Ends the thread after its present work.
     pub fn stop(self) {
         self.bell.stop.store(true, Ordering::SeqCst);
         self.bell.wake();
@@ -150,8 +150,8 @@ impl Housekeeper {
     }
 }
 
-/// A housekeeper without a thread: whoever opened the disk by [`crate::Disk::open_unkept`] turns it, as it turns its
-/// queues. For a simulator, which has one thread for all.
+/// A housekeeper without a thread: the caller of [`crate::Disk::open_unkept`] drives it, as it drives its queues. For
+/// a simulator, which has one thread for everything.
 pub struct Keeper<S: Storage> {
     driver: Rc<Driver<S::Queue>>,
     bell: Arc<Bell>,
@@ -167,7 +167,7 @@ impl<S: Storage> Keeper<S> {
         Ok(Keeper { driver, bell })
     }
 
-    /// Does what can be done now. Never blocks.
+    /// Does all work that is possible now. Never blocks.
     pub fn turn(&mut self) {
         self.driver.turn(|_| panic!("the housekeeper has no fast path"));
     }
@@ -179,7 +179,7 @@ impl<S: Storage> Keeper<S> {
 }
 
 impl Bell {
-    /// Waits until stopped, the time has come, a cut after number `cuts` is durable, or one is due (if that counts).
+    /// Waits until stopped, the time has come, a cut after number `cuts` is durable, or (if `heeds`) a cut is due.
     async fn pause<S: Storage>(&self, worker: &Worker<S>, until: Instant, cuts: u64, heeds: bool) {
         let mut alarm = worker.driver.alarm(until);
         poll_fn(|context| {
@@ -196,7 +196,7 @@ impl Bell {
 }
 
 impl<S: Storage> Drop for Keeper<S> {
-    /// Ends the housekeeper after what it is doing now.
+    /// Ends the housekeeper after its present work.
     fn drop(&mut self) {
         self.bell.stop.store(true, Ordering::SeqCst);
         self.bell.wake();
@@ -209,14 +209,14 @@ impl<S: Storage> Drop for Keeper<S> {
     }
 }
 
-/// When the map is looked through.
+/// The schedule of the sweeps of the map.
 #[derive(Default)]
 struct Sweeps {
     next: Option<Instant>,
 }
 
 impl Sweeps {
-    /// Looks through the map if it is time to. When it is time again, if there is something to look through.
+    /// Sweeps the map if it is time. Returns the time of the next sweep, if there is anything to sweep.
     fn turn<S: Storage>(&mut self, worker: &Worker<S>) -> Option<Instant> {
         let bell = &worker.shared.bell;
         let now = worker.driver.now();
@@ -231,7 +231,7 @@ impl Sweeps {
     }
 }
 
-/// Gives memory of the map back that nobody used since the last time.
+/// Gives memory of the map back that was not used since the last sweep.
 fn sweep(engine: &Engine, stopped: impl Fn() -> bool) {
     let mut from = Some(0);
     while let Some(at) = from.filter(|_| !stopped()) {
@@ -251,7 +251,7 @@ async fn keep<S: Storage>(worker: &Worker<S>) {
         do_chores(worker).await;
         Ok(())
     };
-    // All of a thread's tasks in one, so that whoever wakes it wakes both.
+    // All of the thread's work in one task, so that one wake wakes both.
     let _ = worker.driver.run_together(vec![Box::pin(search), Box::pin(chores)]).await;
 }
 
@@ -267,7 +267,7 @@ async fn do_chores<S: Storage>(worker: &Worker<S>) {
         }
         let since = *dirty_since.get_or_insert_with(|| worker.driver.now());
         let mut age = worker.driver.now().saturating_duration_since(since);
-        // After a flush that failed the next waits its time.
+        // After a failed flush the next one waits for its time.
         let due = !flush_failed && bell.hurry.swap(false, Ordering::SeqCst) && worker.engine().wants_cut();
         if age >= DIRTY_AGE_MAX || due {
             flush_failed = false;
@@ -284,7 +284,7 @@ async fn do_chores<S: Storage>(worker: &Worker<S>) {
         let status = worker.engine().status();
         let left = DIRTY_AGE_MAX.saturating_sub(age);
         let pause = if status.reclaimable { RECLAIM_RETRY.min(left) } else { left };
-        // A guest's flush ends the pause if it unlinked anything, so that this is given back at once.
+        // A guest's flush ends the pause if it unlinked anything, so that this space is given back at once.
         bell.pause(worker, worker.driver.now() + pause, status.cuts, !flush_failed).await;
         if worker.engine().status().cuts != status.cuts {
             (dirty_since, flush_failed) = (None, false);
@@ -293,8 +293,9 @@ async fn do_chores<S: Storage>(worker: &Worker<S>) {
 }
 
 impl<S: Storage> Worker<S> {
-    /// Punches the whole file system blocks in a run, if there are any; and whether that is all of it. A punch that
-    /// ends inside a block would collide with direct I/O in the same block ([`storage::FileInfo::block_size`]).
+    /// Punches the whole file system blocks in a run, if there are any. Also returns whether they are the whole run.
+    /// A punch that ends inside a block would collide with direct I/O in the same block
+    /// ([`storage::FileInfo::block_size`]).
     pub fn start_punch(
         &self,
         file: &DiskFile,
@@ -312,13 +313,13 @@ impl<S: Storage> Worker<S> {
         Ok(())
     }
 
-    /// Gives some of what was freed back; false if nothing can be given back now.
+    /// Gives some of the freed space back; false if none can be given back now.
     pub async fn reclaim_some(&self) -> Result<bool, RequestError> {
         let Some(plan) = self.ask(|engine, waker| engine.plan_reclaim(waker)).await? else {
             return Ok(false);
         };
         for (offset, length) in &plan.punches {
-            // No request is left that could put it back: those that knew it as compressed have ended.
+            // No request can put an entry back any more: those that knew the clusters as compressed have ended.
             self.shared.inflated.forget(FileIndex(0), *offset, *length);
         }
         let top = &self.shared.files[0];
@@ -328,7 +329,7 @@ impl<S: Storage> Worker<S> {
                 some.iter().map(|(offset, length)| self.start_punch(top, offset.0, *length)).collect();
             for (whole, operation) in started {
                 let result = match operation {
-                    // It goes on all the same.
+                    // The punch runs all the same.
                     Some(_) if active(Mutation::PunchAfterFree) => Ok(()),
                     Some(operation) => operation.await.0,
                     None => Ok(()),
@@ -351,7 +352,7 @@ impl<S: Storage> Worker<S> {
 }
 
 impl<S: Storage> Shared<S> {
-    /// Metadata was changed: the housekeeper is to see to it in time.
+    /// Metadata was changed: notifies the housekeeper, which flushes it in time.
     pub(crate) fn touched(&self) {
         self.bell.ring();
         if self.engine.wants_cut() {
@@ -359,15 +360,15 @@ impl<S: Storage> Shared<S> {
         }
     }
 
-    /// The engine answered a question, for which it may have filled the map.
+    /// The engine answered a question, and may have filled the map for it.
     pub(crate) fn asked(&self) {
         if self.engine.map_is_sweepable() && !self.bell.sweeping.load(Ordering::SeqCst) {
             self.bell.ring();
         }
     }
 
-    /// A cut is durable: what it unlinked can be given back. If there is nothing of that, the housekeeper is left asleep: to
-    /// wake it would cost every flush the wake-up of a thread.
+    /// A cut is durable: clusters that it unlinked can be given back. If there are none, the housekeeper stays
+    /// asleep: waking its thread would slow every flush.
     pub(crate) fn flushed(&self) {
         if self.engine.status().quarantined_clusters > 0 {
             self.bell.wake();

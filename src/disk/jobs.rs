@@ -1,4 +1,4 @@
-//! Jobs that a plan may need first: reserving clusters and making L2 tables.
+//! Jobs that a plan may need first: reserving clusters and creating L2 tables.
 
 use std::future::poll_fn;
 use std::task::{Poll, Waker};
@@ -10,32 +10,33 @@ use storage::{Errno, Kind, Operation, Storage};
 use crate::error::RequestError;
 use crate::worker::Worker;
 
-/// The first wait before looking again whether freed clusters are out of reach of all I/O; each is twice the one before.
+/// The first pause between checks whether freed clusters are out of reach of all I/O; each pause is twice the one
+/// before.
 const GIVE_BACK_PAUSE_MIN: Duration = Duration::from_millis(1);
-/// The longest.
+/// The longest pause.
 const GIVE_BACK_PAUSE_MAX: Duration = Duration::from_millis(50);
 
 impl<S: Storage> Worker<S> {
-    /// Where the host has no space: makes ready what was freed; false if there is nothing of that. The caller is in no
-    /// epoch, as that would hold the freed clusters up.
-    /// `all` says whether clusters count that were taken for writes which failed.
+    /// Makes freed clusters ready for use when the host has no space; false if there are none. The caller is in no
+    /// epoch, as that would delay the reclaim. `all`: count also clusters that were taken for failed writes.
     pub async fn make_space(&self, all: bool) -> bool {
         let before = self.engine().held_back(Waker::noop());
         if before.clusters == 0 || (before.freed == 0 && !all) {
             return false;
         }
         let goal = before.given_back + before.clusters;
-        // What fails shows when the request is tried again.
+        // An error is not reported here: a retry of the request meets it again.
         let done = |held: &HeldBack| held.given_back >= goal || held.clusters == 0 || self.gives_up();
         self.give_back_until(done).await.is_ok()
     }
 
-    /// Gives freed space back until no more is held back than may be. The caller holds nothing: no claim, no epoch.
+    /// Gives freed space back until the held-back space is within its bound. The caller holds nothing: no claim, no
+    /// epoch.
     pub async fn relieve(&self) -> Result<(), RequestError> {
         self.give_back_until(|held| !held.crowded || self.engine().has_failed()).await
     }
 
-    /// Has cuts made and reclaims, until what is held back is as it is to be.
+    /// Flushes and reclaims until `done` accepts the held-back space.
     async fn give_back_until(&self, done: impl Fn(&HeldBack) -> bool) -> Result<(), RequestError> {
         let held_back = || self.engine().held_back(Waker::noop());
         let mut pause = GIVE_BACK_PAUSE_MIN;
@@ -44,14 +45,14 @@ impl<S: Storage> Worker<S> {
                 self.flush().await?;
             }
             while self.reclaim_some().await? {}
-            // I/O that began before is under way there, or somebody else reclaims.
+            // Either older I/O is still under way there, or another thread reclaims.
             self.await_reclaim(pause, &done).await;
             pause = (pause * 2).min(GIVE_BACK_PAUSE_MAX);
         }
         Ok(())
     }
 
-    /// Waits for a moment, or until a reclaim leaves what is held back as it is to be.
+    /// Waits for a moment, or until `done` accepts the held-back space after a reclaim.
     async fn await_reclaim(&self, pause: Duration, done: impl Fn(&HeldBack) -> bool) {
         let mut alarm = self.driver.alarm(self.driver.now() + pause);
         poll_fn(|context| {
@@ -99,8 +100,8 @@ impl<S: Storage> Worker<S> {
         result.map_err(RequestError::io("growing the image file"))
     }
 
-    /// Makes the image file longer, if it is shorter. The caller is the only one that sets its length: it holds the
-    /// reservation, or leads a cut that takes its place.
+    /// Extends the image file, if it is shorter. No other thread sets its length: the caller holds the reservation,
+    /// or leads a cut that takes the reservation's place.
     pub async fn grow_file(&self, length: u64) -> Result<(), Errno> {
         let top = self.shared.top_file();
         // Never shorten: the file may be longer than what is in use (an earlier crash).
@@ -110,8 +111,8 @@ impl<S: Storage> Worker<S> {
         self.driver.run_bare(Operation::bare(top, Kind::SetLength, length)).await
     }
 
-    /// Has the host allocate metadata, where its file system can: elsewhere running out of space is found when the
-    /// table is written.
+    /// Has the host allocate metadata, where its file system can. Elsewhere the write of the table finds that there
+    /// is no space.
     async fn allocate(&self, operation: Operation) -> Result<(), Errno> {
         match self.driver.run_bare(operation).await {
             Err(Errno::EOPNOTSUPP) => Ok(()),
@@ -130,7 +131,7 @@ impl<S: Storage> Worker<S> {
         Ok(())
     }
 
-    /// Makes an L2 table the top image's own.
+    /// Gives the top image an L2 table of its own.
     pub async fn make_table(&self, slot: TableSlot) -> Result<(), RequestError> {
         let Some(plan) = self.ask(|engine, waker| engine.plan_table(slot, waker)).await? else {
             return Ok(());

@@ -1,4 +1,4 @@
-//! What is known of each layer of an open chain, for messages and `strata info`.
+//! The description of each layer of an open chain, for messages and `strata info`.
 
 use std::path::PathBuf;
 
@@ -27,13 +27,13 @@ impl Layer {
         Layer { path, size: header.size, header: Some(header), file_length }
     }
 
-    /// True if a cluster can keep its place in the file and read as zero.
+    /// True if a cluster can keep its location in the file and read as zero.
     pub(crate) fn knows_zero_clusters(&self) -> bool {
         self.header.as_ref().is_some_and(|header| header.version == Version::V3)
     }
 }
 
-/// An open file of the chain; its place in the list is the engine's `FileIndex`.
+/// An open file of the chain; its position in the list is the engine's `FileIndex`.
 pub(crate) struct DiskFile {
     pub id: FileId,
     pub info: FileInfo,

@@ -1,8 +1,8 @@
-//! The search for leaks after a writer that did not close the image: reads the tables beside the guest's I/O, at a low rate,
-//! and has the engine take back what nothing names.
+//! The search for leaks after a writer that did not close the image. It reads the tables at a low rate while the
+//! guest's I/O continues, and has the engine free clusters that nothing names.
 //!
-//! Runs on the housekeeper's thread. What is a leak is the engine's to say (docs/concurrency.md, "The search for leaks").
-//! Damage that it meets ends the search and nothing else.
+//! Runs on the housekeeper's thread. The engine decides which clusters are leaks (docs/concurrency.md, "The search
+//! for leaks"). Damage ends the search and has no other effect.
 
 use std::collections::HashSet;
 use std::future::poll_fn;
@@ -32,25 +32,25 @@ const PIECES_AT_ONCE: usize = 16;
 const L1_PIECE: u64 = 1 << 20;
 /// The most L2 tables that snapshots may name.
 const SNAPSHOT_TABLES_MAX: usize = 1 << 20;
-/// A rest is so many times as long as the reading before it, and within these bounds.
+/// A rest takes this many times as long as the reading before it, within the bounds below.
 const REST_TIMES: u32 = 2;
 const REST_MIN: Duration = Duration::from_millis(1);
 const REST_MAX: Duration = Duration::from_millis(200);
 
-/// How long to wait until some of what was taken back is free.
+/// The pause before checking whether some clusters that were taken back are free.
 const ROOM_RETRY: Duration = Duration::from_millis(20);
 
-/// What the search of a disk needs to know, and whether there is one.
+/// Input of a disk's search, and whether it is still to run.
 #[derive(Debug, Default)]
 pub(crate) struct Leaks {
     /// The L1 tables of snapshots: offset, and length in bytes.
     pub snapshot_l1: Vec<(HostOffset, u64)>,
-    /// There is nothing to search, or it was searched as far as it can be.
+    /// There is nothing to search, or the search went as far as it can.
     settled: AtomicBool,
 }
 
 impl Leaks {
-    /// Those of a top image.
+    /// The input of a top image's search.
     pub fn of(top: Option<&TopSpec>) -> Self {
         // The first is the snapshot table.
         let tables = top.map_or(&[][..], |top| &top.snapshots.tables);
@@ -58,7 +58,7 @@ impl Leaks {
     }
 }
 
-/// Why a search ends before its end.
+/// Why a search stops early.
 #[derive(Debug, Error)]
 enum End {
     /// The disk is being closed, or the search is over.
@@ -80,7 +80,7 @@ enum End {
     ManyTables,
 }
 
-/// True if the header names nothing that may have clusters of which we do not know. `bitmaps`: the image's are known.
+/// True if the header names nothing that may own clusters unknown to us. `bitmaps`: the image's bitmaps are known.
 pub(crate) fn knows_all_owners(header: &Header, bitmaps: bool) -> bool {
     let known = [extension::BACKING_FORMAT, extension::FEATURE_NAMES, extension::DATA_FILE];
     let has_bitmaps = header.extensions.iter().any(|extension| extension.magic == extension::BITMAPS);
@@ -96,12 +96,12 @@ pub(crate) fn knows_all_owners(header: &Header, bitmaps: bool) -> bool {
 #[derive(Clone, Copy)]
 struct Piece {
     table: LiveTable,
-    /// Its place in the table.
+    /// Its number within the table.
     number: u64,
 }
 
 impl<S: Storage> Worker<S> {
-    /// True if the last writer left what the search would find, and it has not been searched.
+    /// True if the last writer left signs of leaks, and they have not been searched for.
     pub async fn has_leaks_to_search(&self) -> bool {
         let leaks = &self.shared.leaks;
         if leaks.settled.load(Ordering::SeqCst) || !self.engine().status().searching {
@@ -136,7 +136,7 @@ impl<S: Storage> Worker<S> {
 struct Search<'a, S: Storage> {
     worker: &'a Worker<S>,
     geometry: Geometry,
-    /// When the present stretch of work began.
+    /// When the work since the last rest began.
     since: Instant,
     pieces: usize,
 }
@@ -147,7 +147,7 @@ impl<'a, S: Storage> Search<'a, S> {
         Search { worker, geometry: header.geometry(), since: worker.driver.now(), pieces: 0 }
     }
 
-    /// How many clusters were taken back; nothing if there was no need to search.
+    /// Returns how many clusters were taken back; none if there was no need to search.
     async fn run(&mut self) -> Result<Option<u64>, End> {
         if !self.ends_in_free_clusters().await? {
             return Ok(None);
@@ -162,7 +162,7 @@ impl<'a, S: Storage> Search<'a, S> {
             taken += self.give_back(&mut search).await?;
             from = search.next();
         }
-        // It may have been called off.
+        // The engine may have called the search off.
         if self.worker.engine().status().searching {
             Ok(Some(taken))
         } else {
@@ -192,7 +192,7 @@ impl<'a, S: Storage> Search<'a, S> {
         }
     }
 
-    /// The sign of a writer that did not close the image.
+    /// True if the file ends in free clusters: the sign of a writer that did not close the image.
     async fn ends_in_free_clusters(&mut self) -> Result<bool, End> {
         let tail = self.worker.engine().tail_at_open();
         let mut free: HashSet<u64> = tail.clone().collect();
@@ -216,7 +216,7 @@ impl<'a, S: Storage> Search<'a, S> {
         Ok(self.worker.engine().ends_in_free_clusters(|cluster| free.contains(&cluster)))
     }
 
-    /// Counts that a piece of a refblock has.
+    /// The number of refcounts in a piece of a refblock.
     fn counts_in_piece(&self) -> u64 {
         (self.piece_bytes() * 8) >> self.geometry.refcount_order
     }
@@ -267,7 +267,7 @@ impl<'a, S: Storage> Search<'a, S> {
         snapshot_tables: &[(HostCluster, u64)],
     ) -> Result<(), End> {
         self.exclude_metadata(search);
-        // Tables that are made from now on are in clusters that were reserved since the disk was opened.
+        // Tables created from now on are in clusters that were reserved since the disk was opened.
         let mut from = 0;
         loop {
             let tables = self.worker.engine().active_tables_from(from)?;
@@ -353,9 +353,9 @@ impl<'a, S: Storage> Search<'a, S> {
         Ok(())
     }
 
-    /// A piece of a table as it is now; nothing if there is no such table.
+    /// The present contents of a piece of a table; none if there is no such table.
     async fn read(&self, piece: Piece) -> Result<Option<Vec<u8>>, End> {
-        // So that the table is not given to anybody else while it is read.
+        // The epoch keeps the table's clusters from reuse while it is read.
         let epoch = self.worker.enter();
         let read = self.read_in_epoch(piece).await;
         self.worker.exit(epoch);
@@ -395,7 +395,7 @@ impl<'a, S: Storage> Search<'a, S> {
         read
     }
 
-    /// So many pieces were read; now and then others get their turn.
+    /// Counts pieces that were read, and rests after every [`PIECES_AT_ONCE`] of them.
     async fn rest_after(&mut self, pieces: usize) -> Result<(), End> {
         self.pieces += pieces;
         if self.pieces < PIECES_AT_ONCE {
@@ -409,7 +409,7 @@ impl<'a, S: Storage> Search<'a, S> {
         Ok(())
     }
 
-    /// Leaves the disk to others for a time.
+    /// Leaves the disk to other work for a time.
     async fn rest(&self, rest: Duration) -> Result<(), End> {
         let (bell, driver) = (&self.worker.shared.bell, &self.worker.driver);
         let mut alarm = driver.alarm(driver.now() + rest);
@@ -431,7 +431,7 @@ impl<'a, S: Storage> Search<'a, S> {
     }
 }
 
-/// Adds clusters, in any order and some of them several times, to those that are counted.
+/// Merges clusters, unordered and with repetitions, into those that are counted.
 fn merge(tables: &mut Vec<(HostCluster, u64)>, named: &mut Vec<u64>) {
     tables.extend(named.drain(..).map(|cluster| (HostCluster(cluster), 1)));
     tables.sort_unstable_by_key(|(cluster, _)| *cluster);

@@ -1,8 +1,8 @@
 //! One open disk: opens a chain of images, and runs the engine's plans on a [`storage::Storage`].
 //!
-//! [`Disk`] is shared by all threads; each serves requests through a [`DiskQueue`] of its own. The fast path (every
-//! cluster of the request is in the chain map) is straight-line code in queue.rs; all else runs as async functions, one
-//! file a request kind. No lock is held across I/O. Knows nothing of vhost-user or virtio.
+//! [`Disk`] is shared by all threads; each serves requests through a [`DiskQueue`] of its own. The fast path, for
+//! requests whose clusters are all in the chain map, is straight-line code in queue.rs. All other requests run as
+//! async functions, one file per kind. No lock is held across I/O. Knows nothing of vhost-user or virtio.
 #![forbid(unsafe_code)]
 
 mod backing;
@@ -78,12 +78,12 @@ pub struct Disk<S: Storage> {
     housekeeper: Option<Housekeeper>,
 }
 
-/// What all the threads of a disk share.
+/// State that all threads of a disk share.
 pub(crate) struct Shared<S: Storage> {
     pub storage: S,
     pub engine: Engine,
     pub layers: Vec<Layer>,
-    /// Those of the layers in their order, then external data files.
+    /// The files of the layers in order, then external data files.
     pub files: Vec<DiskFile>,
     /// The file that holds the top image's data: its own, or an external one.
     pub data: FileIndex,
@@ -92,17 +92,17 @@ pub(crate) struct Shared<S: Storage> {
     pub read_only: bool,
     /// Wakes the housekeeper.
     pub bell: Arc<Bell>,
-    /// The corrupt bit has been asked for.
+    /// Set once, by the first thread that is to set the corrupt bit.
     pub corrupt_marked: AtomicBool,
     /// Requests that wait for space on the host.
     pub space: Arc<Space>,
     /// How zeros and discards are treated.
     pub policy: ZeroPolicy,
-    /// Compressed clusters that were inflated lately.
+    /// A cache of inflated clusters.
     pub inflated: inflate::Cache,
-    /// Who inflates them.
+    /// The threads that inflate compressed clusters.
     pub inflaters: inflate::Pool,
-    /// What the search for leaks goes by.
+    /// Input and state of the search for leaks.
     pub leaks: leaks::Leaks,
 }
 
@@ -116,13 +116,13 @@ impl<S: Storage> Shared<S> {
         self.file(self.data)
     }
 
-    /// The top image's data is in a file of its own.
+    /// True if the top image's data is in an external data file.
     pub fn has_data_file(&self) -> bool {
         self.data != FileIndex(0)
     }
 
-    /// The file that holds the top image's data just as the guest sees it, so that it can be read as a raw image: the
-    /// image itself, or an external data file that is flagged so.
+    /// The file with the top image's data at the guest's offsets, which can thus be read as a raw image. This is a
+    /// raw top image itself, or an external data file that is flagged as raw.
     pub fn raw_file(&self) -> Option<&DiskFile> {
         let is_raw = match &self.layers[0].header {
             None => true,
@@ -146,9 +146,9 @@ impl<S: Storage> Disk<S> {
     /// Opens the chain whose top image is at `path`.
     ///
     /// # Errors
-    /// Names the file, the structure and the offset that are in the way. A writable image may have been changed by then
-    /// all the same, but not in what it holds: new refcounts for one marked dirty, its autoclear bits, the
-    /// flags of its bitmaps, the end of its file.
+    /// Names the file, the structure and the offset at fault. By then a writable image may have been changed, but not
+    /// in its contents. Changes may be: refcounts rebuilt if it was marked dirty, autoclear bits, flags of bitmaps,
+    /// and the end of the file.
     pub fn open(storage: S, path: &Path, options: &DiskOptions) -> Result<Self, OpenError> {
         let mut disk = Self::open_unkept(storage, path, options)?;
         if disk.needs_keeping() {
@@ -157,12 +157,12 @@ impl<S: Storage> Disk<S> {
         Ok(disk)
     }
 
-    /// As [`Disk::open`], but without a housekeeping thread: the caller turns a [`Keeper`].
+    /// As [`Disk::open`], but without a housekeeping thread: the caller drives a [`Keeper`].
     ///
     /// # Errors
     /// As for [`Disk::open`].
     pub fn open_unkept(storage: S, path: &Path, options: &DiskOptions) -> Result<Self, OpenError> {
-        // A snapshot is what it is.
+        // An internal snapshot is always read-only.
         let read_only = options.read_only || options.snapshot.is_some();
         let options = &DiskOptions { read_only, ..options.clone() };
         let driver = Driver::new(storage.queue(SIDE_QUEUE_DEPTH)?);
@@ -170,7 +170,7 @@ impl<S: Storage> Disk<S> {
         Self::of_chain(storage, path, options, &driver, chain)
     }
 
-    /// A disk without a housekeeping thread, of files that are open.
+    /// Builds a disk without a housekeeping thread from an open chain.
     fn of_chain(
         storage: S,
         path: &Path,
@@ -181,7 +181,7 @@ impl<S: Storage> Disk<S> {
         let keeps_header = chain.top.is_some();
         let data = chain.specs[0].data_file();
         let leaks = leaks::Leaks::of(chain.top.as_ref());
-        // Before anything is written: it may refuse the image.
+        // Created before any write, because it may refuse the image.
         let engine = Engine::new(EngineSpec {
             layers: chain.specs,
             writable: !options.read_only,
@@ -209,7 +209,7 @@ impl<S: Storage> Disk<S> {
                 ))?;
                 Some(sector)
             }
-            // Of the last sector of a raw image all is there before any of it is written.
+            // A raw image's file is extended to a whole last sector before any write to it.
             None if !options.read_only => {
                 driver.block_on(open::lengthen(driver, &chain.files[0], chain.layers[0].size))?;
                 None
@@ -239,10 +239,10 @@ impl<S: Storage> Disk<S> {
         Ok(Disk { shared, housekeeper: None })
     }
 
-    /// A housekeeper for a disk that was opened without; it is to be dropped before the disk is closed.
+    /// A housekeeper for a disk that was opened by [`Disk::open_unkept`]. Drop it before the disk is closed.
     ///
     /// # Errors
-    /// When the host refuses the means.
+    /// If the host refuses the resources.
     pub fn keeper(&self) -> Result<Keeper<S>, OpenError> {
         Keeper::new(Arc::clone(&self.shared))
     }
@@ -261,8 +261,8 @@ impl<S: Storage> Disk<S> {
         self.shared.is_qcow2().then(|| self.shared.engine.unit())
     }
 
-    /// Bytes of the least part of the disk that is allocated, zeroed or discarded by itself: the top image's subclusters if
-    /// it has some, else its clusters; none for a raw image.
+    /// Bytes of the smallest unit that is allocated, zeroed or discarded by itself: the top image's subclusters if it
+    /// has them, else its clusters. None for a raw image.
     pub fn granule_size(&self) -> Option<u64> {
         self.shared.is_qcow2().then(|| self.shared.engine.granule())
     }
@@ -282,7 +282,7 @@ impl<S: Storage> Disk<S> {
         &self.shared.layers
     }
 
-    /// The open files: those of the layers in their order, then external data files.
+    /// The open files: the layers' files in order, then external data files.
     pub fn files(&self) -> impl Iterator<Item = &FileInfo> {
         self.shared.files.iter().map(|file| &file.info)
     }
@@ -290,12 +290,12 @@ impl<S: Storage> Disk<S> {
     /// Bytes that the host has allocated for a layer's file.
     ///
     /// # Errors
-    /// When the host cannot say.
+    /// If the host cannot report it.
     pub fn allocated(&self, layer: usize) -> Result<u64, StorageError> {
         self.shared.storage.allocated(self.shared.files[layer].id)
     }
 
-    /// The engine's numbers.
+    /// The engine's counters.
     pub fn status(&self) -> EngineStatus {
         self.shared.engine.status()
     }
@@ -305,20 +305,20 @@ impl<S: Storage> Disk<S> {
         self.shared.space.watch()
     }
 
-    /// Makes the calling thread's queue, for at most `depth` requests in flight.
+    /// Creates the calling thread's queue, for at most `depth` requests in flight.
     ///
     /// # Errors
-    /// When the host refuses the means, or the disk has too many queues.
+    /// If the host refuses the resources, or the disk has too many queues.
     pub fn queue(&self, depth: u32) -> Result<DiskQueue<S>, OpenError> {
         DiskQueue::new(Arc::clone(&self.shared), depth)
     }
 
-    /// Brings everything to disk and closes the image cleanly: reserved clusters are given back, freed space is
-    /// punched, the file is cut to its length. All queues must be gone.
+    /// Makes everything durable and closes the image cleanly: releases reserved clusters, punches freed space, and
+    /// cuts the file to its length. All queues must be gone.
     ///
     /// # Errors
-    /// When something could not be brought to disk; the image then needs at worst its leaks repaired, if the disk had
-    /// not failed before.
+    /// If something could not be made durable. Unless the disk had failed before, the image then needs at most a leak
+    /// repair.
     pub fn close(mut self) -> Result<(), OpenError> {
         if let Some(housekeeper) = self.housekeeper.take() {
             housekeeper.stop();
@@ -328,7 +328,7 @@ impl<S: Storage> Disk<S> {
 }
 
 impl<S: Storage> Drop for Disk<S> {
-    /// Without [`Disk::close`]: stops the housekeeper, as a crash would.
+    /// Without [`Disk::close`]: only stops the housekeeper. The image stays as a crash would leave it.
     fn drop(&mut self) {
         if let Some(housekeeper) = self.housekeeper.take() {
             housekeeper.stop();
@@ -337,7 +337,7 @@ impl<S: Storage> Drop for Disk<S> {
 }
 
 impl<S: Storage> Shared<S> {
-    /// Notes that the corrupt bit is to be set; true for the first to ask.
+    /// True for the first call alone: its caller sets the corrupt bit.
     pub fn claim_corrupt_mark(&self) -> bool {
         !self.corrupt_marked.swap(true, Ordering::AcqRel)
     }

@@ -29,10 +29,10 @@ use crate::leaks::knows_all_owners;
 use crate::policy::{DetectZeroes, Discards};
 use crate::space::OnEnospc;
 
-/// The most layers of a chain (the bound for what opens fast in little memory).
+/// The most layers of a chain: as many as still open fast and in little memory.
 pub const CHAIN_LAYERS_MAX: usize = 1000;
 
-/// The most threads of a disk that inflate, unless more are asked for.
+/// The most threads of a disk that inflate, unless the options name more.
 const INFLATE_THREADS: usize = 4;
 
 /// Bytes of a sector, the unit of a disk's size.
@@ -43,7 +43,7 @@ const SECTOR: u64 = 512;
 pub enum Format {
     /// qcow2, version 2 or 3.
     Qcow2,
-    /// The bytes of the disk themselves.
+    /// The plain bytes of the disk.
     Raw,
 }
 
@@ -54,38 +54,39 @@ pub struct DiskOptions {
     pub format: Format,
     /// The format of backing files whose overlay does not record one.
     pub backing_format: Option<Format>,
-    /// The external file that holds the top image's data. The name that the image has for it is not followed.
+    /// The external file that holds the top image's data. The name in the image's header is not followed.
     pub data_file: Option<PathBuf>,
-    /// Likewise those of backing files: the backing file, as it is opened, and its data file.
+    /// The data files of backing files: the path of the backing file as it is opened, and its data file.
     pub backing_data_files: Vec<(PathBuf, PathBuf)>,
     /// Never write to the top image.
     pub read_only: bool,
     /// The ID or the name of an internal snapshot of the top image to open instead of the active disk: read-only.
     pub snapshot: Option<String>,
-    /// Bypass the host's page cache, but for backing files.
+    /// Bypass the host's page cache, except for backing files.
     pub direct: bool,
-    /// Bypass it for backing files too.
+    /// Bypass the page cache for backing files too.
     pub backing_direct: bool,
     /// How long to wait for another process's image lock.
     pub lock_timeout: Duration,
-    /// The most bytes of chain map: 8 bytes a guest cluster while resident, but for what lies in order.
+    /// The most bytes of chain map. A resident guest cluster takes 8 bytes, except where clusters lie in order.
     pub map_bytes: usize,
-    /// The most bytes of clean L2 tables and refblocks to keep.
+    /// The most bytes of clean L2 tables and refblocks to cache.
     pub table_bytes: usize,
-    /// The most bytes of inflated clusters to keep.
+    /// The most bytes of inflated clusters to cache.
     pub inflated_bytes: usize,
-    /// The most threads that inflate; with none, whoever wants a cluster inflates it on its own thread.
+    /// The most threads that inflate; with none, each request inflates on its queue's thread.
     pub inflate_threads: usize,
-    /// What becomes of a request that finds no space on the host.
+    /// How to treat a request that finds no space on the host.
     pub on_enospc: OnEnospc,
-    /// Whether writes of zeros are made write zeroes.
+    /// Whether writes of zeros become write zeroes.
     pub detect_zeroes: DetectZeroes,
-    /// What becomes of discards.
+    /// How to treat discards.
     pub discards: Discards,
-    /// Where the guest discards or zeroes a cluster, its host cluster stays with it, so that the image does not become
-    /// fragmented; its space is given back all the same. Only for a qcow2 image of version 3.
+    /// A cluster that the guest discards or zeroes keeps its host cluster, so that the image does not become
+    /// fragmented. The space is given back all the same. Only for a qcow2 image of version 3.
     pub discard_no_unref: bool,
-    /// What a writer that did not close the image left counted and unused is searched for while the disk is in use.
+    /// While the disk is in use, search for clusters that a writer left counted but unused when it did not close the
+    /// image.
     pub search_leaks: bool,
 }
 
@@ -145,7 +146,7 @@ pub(crate) async fn open_chain<S: Storage>(
     }
 }
 
-/// Adds all layers to a chain; `at` is the first, and afterwards the last that was tried.
+/// Adds all layers to a chain. `at` is the first layer, and afterwards the last that was tried.
 async fn open_layers<S: Storage>(
     driver: &Driver<S::Queue>,
     storage: &S,
@@ -235,7 +236,7 @@ async fn open_layers<S: Storage>(
         chain.files.push(DiskFile { id, info });
         chain.layers.push(layer);
     }
-    // Behind all the images, so that those have the numbers of their layers.
+    // Data files come after all images, so that an image's file index is its layer's number.
     for (layer, file) in data_files.finish()? {
         let index = FileIndex(chain.files.len() as u16);
         chain.files.push(file);
@@ -246,8 +247,8 @@ async fn open_layers<S: Storage>(
     Ok(())
 }
 
-/// Makes a writable file end with a block of its file system. Growing it later from inside a block would go through the
-/// host's page cache for that block, where it can collide with a direct write (`FileInfo::block_size`).
+/// Extends a writable file to a whole block of its file system. Growing it later from inside a block would write that
+/// block through the host's page cache, where it can collide with a direct write (`FileInfo::block_size`).
 pub(crate) async fn fill_last_block<Q: IoQueue>(
     driver: &Driver<Q>,
     file: &DiskFile,
@@ -256,7 +257,7 @@ pub(crate) async fn fill_last_block<Q: IoQueue>(
     lengthen(driver, file, length).await
 }
 
-/// Makes a file longer, if it is shorter.
+/// Extends a file to a length, if it is shorter.
 pub(crate) async fn lengthen<Q: IoQueue>(
     driver: &Driver<Q>,
     file: &DiskFile,
@@ -275,8 +276,8 @@ pub(crate) async fn lengthen<Q: IoQueue>(
     })
 }
 
-/// Tells other programs, durably and before anything else is written, what we do not keep up to date: bitmaps, and
-/// whatever unknown autoclear features stand for.
+/// Records for other programs which contents are not kept up to date: bitmaps, and the subjects of unknown autoclear
+/// features. Durable before anything else is written.
 pub(crate) async fn note_writes<Q: IoQueue>(
     driver: &Driver<Q>,
     file: &DiskFile,
@@ -298,19 +299,18 @@ pub(crate) async fn note_writes<Q: IoQueue>(
     Ok(())
 }
 
-/// What is served of an image with a disk of this size: the sector in which it ends is no part of it, as with QEMU. Guests
-/// have no name for a part of a sector, and direct I/O moves none.
+/// The served part of a disk of this size. As in QEMU, a partial last sector is not part of it: guests cannot address
+/// part of a sector, and direct I/O cannot move one.
 fn whole_sectors(header: &Header, size: u64) -> Geometry {
     Geometry { size: size / SECTOR * SECTOR, ..header.geometry() }
 }
 
-/// A raw layer. A sector in which its file ends is part of the disk, and what is missing of it reads as zero, as with QEMU.
+/// A raw layer. As in QEMU, a sector in which its file ends is part of the disk, and its missing bytes read as zero.
 pub(crate) fn raw_layer(path: &Path, info: &FileInfo) -> Layer {
     Layer::raw(path.to_path_buf(), info.length.next_multiple_of(SECTOR), info.length)
 }
 
-/// An image that was not closed cleanly may have refcounts that are too low: they are rebuilt before anything is
-/// allocated.
+/// Rebuilds the refcounts of an image that was not closed cleanly, before anything is allocated: they may be too low.
 async fn rebuild_refcounts<Q: IoQueue>(
     driver: &Driver<Q>,
     id: FileId,
@@ -356,8 +356,8 @@ impl<Q: IoQueue> Reader<'_, Q> {
         Header::parse(&area, self.info.length).map_err(format)
     }
 
-    /// The active L1 table. For a writable image all of its entries, as their tables are not to be overwritten; else those
-    /// that the size needs, as a chain may have 1,000 of them.
+    /// The active L1 table. For a writable image, all entries, because their tables must not be overwritten.
+    /// Otherwise only the entries that the size needs, as a chain may have 1,000 such tables.
     async fn l1(&self, header: &Header, writable: bool) -> Result<Entries, OpenError> {
         let all = u64::from(header.l1_entries);
         let entries = if writable { all } else { header.geometry().l1_entries().min(all) };
@@ -380,7 +380,7 @@ impl<Q: IoQueue> Reader<'_, Q> {
         })
     }
 
-    /// The entries of a table; what is past the end of the file is zero.
+    /// The entries of a table; entries past the end of the file are zero.
     async fn table(
         &self,
         what: &'static str,
@@ -406,7 +406,7 @@ impl<Q: IoQueue> Reader<'_, Q> {
         Ok(bytes)
     }
 
-    /// How many of so many bytes are in the file.
+    /// How many bytes of a range are in the file.
     fn in_file(&self, offset: u64, length: u64) -> u64 {
         length.min(self.info.length.saturating_sub(offset))
     }

@@ -1,7 +1,6 @@
-//! What becomes of zeros and discards before the format has a say: writes of zeros that are taken for what they are, and
-//! discards that are not wanted.
+//! Policies above the image format: writes of zeros become write zeroes, and unwanted discards are ignored.
 //!
-//! Owns the options and the search for zeros in what the guest writes. How a range is made zero is in zero.rs.
+//! Owns the options and the search for zeros in the guest's writes. How a range is zeroed is in zero.rs.
 
 use std::cell::Cell;
 use std::ops::ControlFlow;
@@ -16,29 +15,29 @@ use crate::error::RequestError;
 use crate::worker::Worker;
 use crate::write::Payload;
 
-/// Zeros are looked for in pieces of a granule, but not of less than this: many small ones would cost more than the space
-/// is worth.
+/// Zeros are searched for in pieces of a granule, but at least of this size: smaller pieces would cost more than the
+/// space is worth.
 const PIECE_BYTES_MIN: u64 = 4096;
 
-/// Whether a write of zeros is made a write zeroes.
+/// Whether a write of zeros becomes a write zeroes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DetectZeroes {
     /// No: it is written like any other.
     #[default]
     Off,
-    /// Yes; space that is there is kept.
+    /// Yes; allocated space stays allocated.
     On,
     /// Yes, and space may be given back.
     Unmap,
 }
 
-/// What becomes of the guest's discards, and of its leave to give space back in a write zeroes.
+/// How to treat the guest's discards, and its permission to give space back in a write zeroes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Discards {
     /// Space is given back.
     #[default]
     Unmap,
-    /// They are done, and nothing happens.
+    /// They succeed without any effect.
     Ignore,
 }
 
@@ -47,17 +46,17 @@ pub enum Discards {
 pub(crate) struct ZeroPolicy {
     pub detect: DetectZeroes,
     pub discards: Discards,
-    /// Discarded clusters stay where they are, emptied.
+    /// Discarded clusters keep their location, emptied.
     pub keeps_place: bool,
 }
 
 impl ZeroPolicy {
-    /// How to zero a range of which the guest says that its space may be given back, or not.
+    /// How to zero a range. `unmap`: the guest permits giving its space back.
     pub fn mode(&self, unmap: bool) -> ZeroMode {
         if unmap && self.discards == Discards::Unmap { ZeroMode::Unmap } else { ZeroMode::Keep }
     }
 
-    /// How to zero what the guest has written as zeros.
+    /// How to zero a range that the guest has written as zeros.
     pub fn mode_of_detected(&self) -> ZeroMode {
         self.mode(self.detect == DetectZeroes::Unmap)
     }
@@ -68,12 +67,12 @@ impl ZeroPolicy {
 struct Run {
     length: u64,
     zero: bool,
-    /// It has a piece as large as they come.
+    /// It contains at least one whole piece.
     worthwhile: bool,
 }
 
 impl<S: Storage> Worker<S> {
-    /// Bytes of the pieces in which zeros are looked for.
+    /// Bytes of the pieces in which zeros are searched for.
     fn piece_bytes(&self) -> u64 {
         self.engine().granule().max(PIECE_BYTES_MIN)
     }
@@ -83,7 +82,7 @@ impl<S: Storage> Worker<S> {
         (offset.next_multiple_of(self.piece_bytes()) - offset) as usize
     }
 
-    /// True if a write has zeros that are to be treated as such. Costs nothing if that is not asked for.
+    /// True if a write has zeros that are to become write zeroes. Costs nothing unless the option is on.
     #[inline]
     pub fn has_zeroes(&self, offset: u64, slices: &[GuestSlice]) -> bool {
         self.shared.policy.detect != DetectZeroes::Off && self.finds_zeroes(offset, slices)
@@ -99,7 +98,7 @@ impl<S: Storage> Worker<S> {
         found || (all && guest_len(slices) > 0)
     }
 
-    /// Writes; what of it is zeros, is made zero if that is asked for. The caller holds a claim on the range.
+    /// Writes. If the option is on, runs of zeros are zeroed instead. The caller holds a claim on the range.
     pub async fn write_or_zero(&self, offset: u64, slices: &[GuestSlice]) -> Result<(), RequestError> {
         if !self.has_zeroes(offset, slices) {
             return self.write(offset, Payload::Guest(slices)).await;
@@ -123,7 +122,8 @@ impl<S: Storage> Worker<S> {
         Ok(())
     }
 
-    /// A write by runs of zeros and of data. A run of zeros without a whole piece counts as data, if there is any.
+    /// Splits a write into runs of zeros and of data. A run of zeros without a whole piece counts as data, if there
+    /// is any data.
     fn runs_of_zeroes(&self, offset: u64, slices: &[GuestSlice]) -> SmallVec<[Run; 4]> {
         let piece = self.piece_bytes() as usize;
         let mut runs: SmallVec<[Run; 4]> = SmallVec::new();

@@ -1,5 +1,5 @@
-//! A thread's queue of requests, and the fast path: a request all of whose clusters are in the chain map goes to the
-//! host at once, with no future, no allocation, no lock and no copy.
+//! A thread's queue of requests, and the fast path. A request whose clusters are all in the chain map goes to the
+//! host at once: no future, no allocation, no lock, no copy.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -26,7 +26,7 @@ use crate::zero::Tried;
 /// How often a request that finds no space is tried again at once, as long as others free some.
 const SPACE_TRIES: u32 = 4;
 
-/// The caller's name for a request.
+/// The caller's ID of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct RequestId(pub u32);
 
@@ -35,36 +35,36 @@ pub struct RequestId(pub u32);
 pub enum Request {
     /// Fill the slices.
     Read {
-        /// Where.
+        /// Offset on the disk.
         offset: u64,
     },
     /// Write the slices.
     Write {
-        /// Where.
+        /// Offset on the disk.
         offset: u64,
-        /// Done only when durable.
+        /// The request completes only when durable.
         write_through: bool,
     },
-    /// Make all that is done durable.
+    /// Make every completed request durable.
     Flush,
     /// Give space back.
     Discard {
-        /// Where.
+        /// Offset on the disk.
         offset: u64,
         /// Bytes.
         length: u64,
-        /// Done only when durable.
+        /// The request completes only when durable.
         write_through: bool,
     },
     /// Make a range read as zero.
     WriteZeroes {
-        /// Where.
+        /// Offset on the disk.
         offset: u64,
         /// Bytes.
         length: u64,
         /// Space may be given back.
         unmap: bool,
-        /// Done only when durable.
+        /// The request completes only when durable.
         write_through: bool,
     },
 }
@@ -74,7 +74,7 @@ impl Request {
         !matches!(self, Request::Read { .. } | Request::Flush)
     }
 
-    /// It is done only when durable.
+    /// True if the request completes only when durable.
     fn is_through(&self) -> bool {
         match self {
             Request::Read { .. } => false,
@@ -89,13 +89,13 @@ impl Request {
 /// A request that is done; its memory is no longer used.
 #[derive(Debug)]
 pub struct Completed {
-    /// Which.
+    /// The request.
     pub id: RequestId,
-    /// How it ended.
+    /// The result.
     pub result: Result<(), RequestError>,
 }
 
-/// A run of a request that goes to one place.
+/// A run of a request's bytes that has one target.
 struct Run {
     target: Target,
     length: u64,
@@ -117,23 +117,24 @@ struct InFlight {
     writes: bool,
 }
 
-/// What a fast-path write was to do, should it find no space.
+/// A copy of a fast-path write, to retry it if it finds no space.
 #[derive(Default)]
 struct Kept {
     offset: u64,
     slices: GuestSlices,
 }
 
-/// One thread's way to a disk.
+/// One thread's access to a disk.
 pub struct DiskQueue<S: Storage> {
     worker: Rc<Worker<S>>,
     driver: Rc<Driver<S::Queue>>,
     fast: Slab<InFlight>,
     /// By slot in `fast`; empty unless requests wait for space.
     kept: Vec<Kept>,
-    /// Lists of operations that are over, for the next of several pieces of memory; empty, but with room.
+    /// Emptied part lists of completed operations. They are retained for their capacity, for the next operation with
+    /// several pieces of memory.
     spare: Vec<Parts>,
-    /// The memory of a run; kept to spare the allocation.
+    /// The memory of a run; retained to avoid an allocation.
     part: GuestSlices,
     done: Rc<RefCell<Vec<Completed>>>,
 }
@@ -148,10 +149,10 @@ impl<S: Storage> DiskQueue<S> {
         Ok(DiskQueue { worker, driver, fast, kept, spare, part, done })
     }
 
-    /// Starts a request. The slices add up to what it moves and stay valid until it is done.
+    /// Starts a request. The slices cover exactly its bytes and stay valid until it completes.
     ///
     /// # Panics
-    /// If the range is not within the disk or not a multiple of 512: the caller has checked.
+    /// If the range is not within the disk or not a multiple of 512: the caller must check.
     pub fn submit(&mut self, id: RequestId, request: Request, slices: &[GuestSlice]) {
         self.check_range(&request, slices);
         if request.writes() && (self.worker.shared.read_only || self.worker.engine().has_failed()) {
@@ -197,7 +198,7 @@ impl<S: Storage> DiskQueue<S> {
             Tried::Lacks(loads) => {
                 let worker = Rc::clone(&self.worker);
                 self.driver.spawn(async move {
-                    // What cannot be loaded is asked for again by the request, which then fails.
+                    // The request itself asks again for a table that cannot be loaded, and then fails.
                     let _ = worker.load_tables(loads).await;
                 });
                 self.slow(id, epoch, request, &[]);
@@ -266,7 +267,8 @@ impl<S: Storage> DiskQueue<S> {
         true
     }
 
-    /// What the map gives for a range, in few runs; `None` if it does not know, or a write may not go there.
+    /// The targets of a range by the map, in at most [`FAST_RUNS`] runs. `None` if there are more, if the map does
+    /// not know one, or if a write may not go there.
     fn runs(&self, offset: u64, length: u64, writes: bool) -> Option<SmallVec<[Run; FAST_RUNS]>> {
         let engine = self.worker.engine();
         let unit = engine.unit();
@@ -307,7 +309,7 @@ impl<S: Storage> DiskQueue<S> {
             && ended.result.is_err_and(is_no_space)
             && let Some(Kept { offset, slices }) = self.kept.get_mut(slot).map(std::mem::take)
         {
-            // The place may be another's by now: all of it is looked up anew.
+            // The location may have another owner by now: look up the whole range again.
             let request = Request::Write { offset, write_through: false };
             return self.slow(ended.id, self.worker.enter(), request, &slices);
         }
@@ -329,12 +331,12 @@ impl<S: Storage> DiskQueue<S> {
         });
     }
 
-    /// A hint: whether more requests are at hand, to be submitted once the next turn is over.
+    /// A hint: whether the caller has more requests to submit after the next turn.
     pub fn expect_more(&mut self, more: bool) {
         self.driver.expect_more(more);
     }
 
-    /// Sends what was submitted, runs what can run, and moves what is done into `done`. Never blocks.
+    /// Sends submitted operations, runs ready tasks, and moves completed requests into `done`. Never blocks.
     pub fn turn(&mut self, done: &mut Vec<Completed>) {
         let driver = Rc::clone(&self.driver);
         driver.turn(|completion| {
@@ -354,7 +356,8 @@ impl<S: Storage> DiskQueue<S> {
         done.append(&mut self.done.borrow_mut());
     }
 
-    /// Sleeps until a turn may find something, a watched eventfd or the notifier ends it, or the time is over.
+    /// Sleeps until a turn may find something to do, a watched eventfd or the notifier ends the sleep, or the time is
+    /// over.
     pub fn wait(&mut self, timeout: Option<Duration>) {
         if self.done.borrow().is_empty() {
             self.driver.wait(timeout);
@@ -379,8 +382,8 @@ impl<S: Storage> DiskQueue<S> {
 }
 
 impl<S: Storage> Drop for DiskQueue<S> {
-    /// Waits until every request has ended and no memory of the guest's is in use. Requests are never cancelled, but
-    /// those that wait for space fail.
+    /// Waits until every request has ended and no guest memory is in use. Requests are never cancelled, but those
+    /// that wait for space fail.
     fn drop(&mut self) {
         self.give_up();
         let mut done = Vec::new();
@@ -394,7 +397,7 @@ impl<S: Storage> Drop for DiskQueue<S> {
     }
 }
 
-/// Notes what a write in a slot is to do, in memory that an earlier one has left.
+/// Records a write under its slot, in memory that an earlier write has left there.
 fn keep(kept: &mut Vec<Kept>, slot: usize, offset: u64, slices: &[GuestSlice]) {
     if kept.len() <= slot {
         kept.resize_with(slot + 1, Kept::default);
@@ -405,8 +408,8 @@ fn keep(kept: &mut Vec<Kept>, slot: usize, offset: u64, slices: &[GuestSlice]) {
     place.slices.extend_from_slice(slices);
 }
 
-/// Where a byte of a cluster of subclusters lies, and for how many bytes from it on that holds; `None` if that is not
-/// known, or a write may not go there.
+/// The target of a byte in a cluster with subclusters, and for how many bytes from there it holds. `None` if it is
+/// unknown, or a write may not go there.
 fn part(cluster: &PartedCluster, unit: u64, within: u64, writes: bool) -> Option<(Target, u64)> {
     let size = unit / u64::from(SUBCLUSTERS);
     let index = within / size;
@@ -432,8 +435,8 @@ fn follows(last: &Run, target: Target) -> bool {
 }
 
 impl<S: Storage> Worker<S> {
-    /// Serves a request off the fast path. When it finds no space, once more after what was freed is made ready, and
-    /// again and again if it is to wait for it.
+    /// Serves a request off the fast path. If it finds no space, it is retried after freed space was made ready. Then
+    /// it is retried after each wait, if requests wait for space.
     async fn serve(&self, epoch: Epoch, request: Request, slices: &[GuestSlice]) -> Result<(), RequestError> {
         let mut result = self.carry_out(epoch, request, slices).await;
         if self.lacks_space(&request, &result) {
@@ -443,8 +446,8 @@ impl<S: Storage> Worker<S> {
         if request.is_through() { Box::pin(self.flush_patiently()).await } else { Ok(()) }
     }
 
-    /// Serves a request that found no space: again whenever what was freed meanwhile has been given back, and then when it
-    /// has waited, if it is to.
+    /// Retries a request that found no space: at once whenever freed space was given back meanwhile, and after each
+    /// wait, if requests wait for space.
     async fn find_space(
         &self,
         request: Request,
@@ -452,7 +455,8 @@ impl<S: Storage> Worker<S> {
         mut result: Result<(), RequestError>,
     ) -> Result<(), RequestError> {
         let mut waiting = None;
-        // At first whatever is held back counts. Later what failed writes have left does not: that would be their own.
+        // At first all clusters that are held back count. Later those of failed writes do not: they would be this
+        // request's own.
         let mut all = true;
         loop {
             let mut tries = 0;
@@ -471,8 +475,8 @@ impl<S: Storage> Worker<S> {
         }
     }
 
-    /// The request itself, not yet durable. Where too much freed space is held back it gives up all that it holds until
-    /// there is room, and goes on.
+    /// Carries out the request, not yet durably. Where too much freed space is held back, the request gives up its
+    /// claim and epoch until there is room, and then continues.
     async fn carry_out(
         &self,
         mut epoch: Epoch,
@@ -489,7 +493,8 @@ impl<S: Storage> Worker<S> {
         }
     }
 
-    /// As much of the request as there is room for. The epoch ends when it no longer uses what it looked up.
+    /// Carries out as much of the request as there is room for. The epoch ends once the request no longer uses what
+    /// it looked up.
     async fn carry_on(
         &self,
         epoch: Epoch,
@@ -516,11 +521,11 @@ impl<S: Storage> Worker<S> {
         result
     }
 
-    /// Flushes, and again when there is no space, if that is to be waited for.
+    /// Flushes. If there is no space, it retries after a reclaim, and after each wait if requests wait for space.
     async fn flush_patiently(&self) -> Result<(), RequestError> {
         let mut result = self.flush().await;
         if self.lacks_space(&Request::Flush, &result) {
-            // What no cut is needed for.
+            // Reclaim all that needs no cut.
             while self.reclaim_some().await? {}
             result = self.flush().await;
         }
@@ -533,19 +538,19 @@ impl<S: Storage> Worker<S> {
         result
     }
 
-    /// Whether requests wait for space no more, as their queue is being stopped.
+    /// True if requests no longer wait for space, because their queue is being stopped.
     pub fn gives_up(&self) -> bool {
         self.leaving.get() && !active(Mutation::WaitNotGivenUp)
     }
 
-    /// Whether a request that ended so may succeed once there is space.
+    /// Whether a request with this result may succeed once there is space.
     fn lacks_space(&self, request: &Request, result: &Result<(), RequestError>) -> bool {
         let no_space = result.as_ref().is_err_and(RequestError::is_no_space);
         let reads = matches!(request, Request::Read { .. });
         no_space && !reads && !self.engine().has_failed()
     }
 
-    /// Whether a request that ended so is to wait for space.
+    /// Whether a request with this result is to wait for space.
     fn waits_after(&self, request: &Request, result: &Result<(), RequestError>) -> bool {
         self.shared.space.waits() && self.lacks_space(request, result)
     }

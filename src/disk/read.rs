@@ -62,8 +62,8 @@ impl<S: Storage> Worker<S> {
         Ok(())
     }
 
-    /// Where a prefix of a range comes from. The tables that a whole slice of the map needs may not all be readable:
-    /// what this range needs alone may be.
+    /// The sources of a prefix of a range. Some tables of a whole slice of the map may be unreadable while those of
+    /// this range alone are readable.
     async fn some_extents(&self, at: GuestOffset, length: u64) -> Result<Vec<Extent>, RequestError> {
         match self.ask(|engine, waker| engine.plan_read(at, length, waker)).await {
             Err(RequestError::Io { .. }) => {
@@ -94,7 +94,7 @@ impl<S: Storage> Worker<S> {
         Ok(())
     }
 
-    /// Where a whole range comes from.
+    /// The sources of a whole range.
     pub async fn extents(&self, offset: u64, length: u64) -> Result<Vec<Extent>, RequestError> {
         let mut all = Vec::new();
         let mut done = 0;
@@ -109,7 +109,7 @@ impl<S: Storage> Worker<S> {
         Ok(all)
     }
 
-    /// Reads extents into buffers; what lies past them, up to `length` bytes in all, is zero.
+    /// Reads extents into buffers, and fills with zeros past them up to `length` bytes in all.
     pub async fn read_extents(&self, extents: &[Extent], length: usize) -> Result<Parts, RequestError> {
         let mut pieces: Vec<Option<AlignedBuf>> = Vec::new();
         pieces.resize_with(extents.len(), || None);
@@ -156,7 +156,7 @@ fn guest_operation(
     Operation::new(file, kind, offset.0, parts)
 }
 
-/// A copy of a request's slices, to outlive the call that brought them.
+/// A copy of a request's slices that outlives the call of `submit`.
 pub(crate) fn owned(slices: &[GuestSlice]) -> GuestSlices {
     slices.iter().copied().collect()
 }

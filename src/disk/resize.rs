@@ -1,8 +1,8 @@
-//! Gives the disk of an image that nobody uses another size.
+//! Resizes the disk of an image that is not in use.
 //!
-//! Owns which size that is, and the rest of the cluster in which the old end lies, which must read as zero once the disk
-//! goes on behind it. What else becomes of the image, and in which order, is the engine's plan. Backing files are opened
-//! to know how much of them the new part of the disk would show; they are not changed.
+//! Owns the choice of the size, and the rest of the cluster in which the old end lies. That rest must read as zero
+//! once the disk extends past it. The engine plans all other changes and their order. Backing files are opened to
+//! find how much of them the new part of the disk would show; they are not changed.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -26,30 +26,30 @@ use crate::open::{Chain, DiskOptions, fill_last_block, open_chain};
 use crate::queue::{Request, RequestId};
 use crate::{Disk, SIDE_QUEUE_DEPTH, Shared, close};
 
-/// What a disk's size is a multiple of, in bytes.
+/// A disk's size is a multiple of this, in bytes.
 const SECTOR: u64 = 512;
 
 /// A size, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NewSize {
-    /// This one.
+    /// This size.
     Of(u64),
-    /// So much larger.
+    /// Larger by this much.
     Larger(u64),
-    /// So much smaller.
+    /// Smaller by this much.
     Smaller(u64),
 }
 
-/// What becomes of data that lies past the new end.
+/// How to treat data past the new end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Shrinking {
-    /// A disk is not made smaller.
+    /// Shrinking is refused.
     Refused,
-    /// It is lost.
+    /// The data is lost.
     Accepted,
 }
 
-/// What was done: the size in bytes before and after.
+/// The size in bytes before and after.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Resized {
     /// Before.
@@ -58,45 +58,45 @@ pub struct Resized {
     pub to: u64,
 }
 
-/// Why a disk has not got another size.
+/// Why a disk could not be resized.
 #[derive(Debug, Error)]
 pub enum ResizeError {
     /// The image could not be changed.
     #[error(transparent)]
     Change(#[from] ChangeError),
-    /// No size of a disk.
+    /// The disk would have less than no bytes.
     #[error("{}: the disk has {from} bytes, and cannot be {by} bytes smaller", shown(path))]
     NothingLeft {
         /// The image.
         path: PathBuf,
         /// The disk's size in bytes.
         from: u64,
-        /// By how much it was to shrink.
+        /// The requested difference in bytes.
         by: u64,
     },
-    /// No size of a disk.
+    /// The disk would have no bytes.
     #[error("{}: a disk of {size} bytes is none", shown(path))]
     Empty {
         /// The image.
         path: PathBuf,
-        /// What was asked for.
+        /// The requested size in bytes.
         size: u64,
     },
-    /// No size that a file can have.
+    /// The size is larger than a file can have.
     #[error("{}: that is larger than any disk can be", shown(path))]
     TooLarge {
         /// The image.
         path: PathBuf,
     },
-    /// A disk has whole sectors.
+    /// The size is not in whole sectors.
     #[error("{}: {size} bytes are no multiple of {SECTOR}, as the size of a disk must be", shown(path))]
     NoSectors {
         /// The image.
         path: PathBuf,
-        /// What was asked for.
+        /// The requested size in bytes.
         size: u64,
     },
-    /// It was not said that data may be lost.
+    /// Data would be lost, which the caller did not accept.
     #[error(
         "{}: the disk has {from} bytes: with {to} bytes what lies behind is lost; --shrink says that this is meant",
         shown(path)
@@ -106,10 +106,10 @@ pub enum ResizeError {
         path: PathBuf,
         /// The disk's size in bytes.
         from: u64,
-        /// What was asked for.
+        /// The requested size in bytes.
         to: u64,
     },
-    /// Its size is its own.
+    /// A block device cannot be resized.
     #[error("{}: a block device has the size that it has", shown(path))]
     BlockDevice {
         /// The device.
@@ -123,10 +123,10 @@ impl From<OpenError> for ResizeError {
     }
 }
 
-/// Gives the disk of the image at `path`, which nobody else may have open (an exclusive lock), another size. What is new
-/// reads as zero. A crash at any instant leaves the disk as it was or as it was to become, and all snapshots as they are
-/// (docs/durability.md, "Changes of an image that nobody uses"). Of the options, the formats, `direct` and `lock_timeout`
-/// matter, and those that name data files.
+/// Resizes the disk of the image at `path`. Takes an exclusive lock, so that nothing else may have the image open.
+/// The new part reads as zero. A crash at any instant leaves the disk in its old or its new state, and all snapshots
+/// as they are. See docs/durability.md, "Changes of an image that nobody uses". Of the options, the formats, `direct`
+/// and `lock_timeout` matter, and those that name data files.
 ///
 /// # Errors
 /// See [`ResizeError`].
@@ -221,7 +221,7 @@ fn resize_qcow2<S: Storage>(
             None => Ok(()),
         };
     }
-    // What cannot be done is refused before anything is written.
+    // Refuse what is impossible before anything is written.
     let file = &chain.files[0];
     let image = ImageFile { driver, id: file.id, info: &file.info };
     driver.block_on(plan(&image, header, change.clone()))?;
@@ -231,7 +231,7 @@ fn resize_qcow2<S: Storage>(
             return Err(ResizeError::BlockDevice { path: file.info.path.clone() });
         }
         if is_raw {
-            // What it has behind the end would be part of the disk then.
+            // Bytes past the disk's end would become part of the disk.
             driver.block_on(data_file::resize(driver, file, from / SECTOR * SECTOR))?;
         }
         driver.block_on(data_file::resize(driver, file, to))?;
@@ -244,9 +244,9 @@ fn resize_qcow2<S: Storage>(
     driver.block_on(carry_out_alone(&shared.storage, driver, &shared.files[0], change))
 }
 
-/// Makes what the cluster in which the disk ends has behind that read as zero, as far as the disk will go on in it. No
-/// reader of the disk as it is can tell; so this is done as a disk is written, by one that goes so far, before the
-/// engine's plan.
+/// Makes the rest of the cluster in which the disk ends read as zero, as far as the disk will extend into it. No
+/// reader of the present disk can notice. So this is done before the engine's plan, by an ordinary write to a disk
+/// that reaches that far.
 fn zero_tail<S: Storage>(
     storage: S,
     path: &Path,
@@ -281,7 +281,7 @@ fn zero_tail<S: Storage>(
     Ok(Arc::clone(&disk.shared))
 }
 
-/// Changes an image that is open and that nothing is done to meanwhile.
+/// Changes an open image that no other work uses meanwhile.
 async fn carry_out_alone<S: Storage>(
     storage: &S,
     driver: &Driver<S::Queue>,
@@ -295,8 +295,8 @@ async fn carry_out_alone<S: Storage>(
     Ok(carry_out(&image, &mut plan).await?)
 }
 
-/// Moves the tables of a disk that has shrunk to where it had data before, if there is room: they were put behind the end
-/// of the file, when nothing was free yet, and keep it long.
+/// Moves the tables of a shrunk disk to where it had data before, if there is room. They were written past the end of
+/// the file, when nothing was free yet, and keep the file long.
 async fn compact<S: Storage>(
     storage: &S,
     driver: &Driver<S::Queue>,
@@ -305,7 +305,7 @@ async fn compact<S: Storage>(
 ) -> Result<(), ResizeError> {
     let (file, header) = as_it_is(storage, driver, file).await?;
     let image = ImageFile { driver, id: file.id, info: &file.info };
-    // The disk has its size: what cannot be moved stays.
+    // The resize is done: tables that cannot be moved stay.
     let Ok(mut plan) = plan(&image, &header, change).await else { return Ok(()) };
     if plan.new_l1().is_none_or(|place| place.0 > header.l1_offset.0) {
         return Ok(());
@@ -313,7 +313,7 @@ async fn compact<S: Storage>(
     Ok(carry_out(&image, &mut plan).await?)
 }
 
-/// The image file and its header as they are now.
+/// The present image file and its header.
 async fn as_it_is<S: Storage>(
     storage: &S,
     driver: &Driver<S::Queue>,

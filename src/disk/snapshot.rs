@@ -1,6 +1,7 @@
-//! Internal snapshots of one image file: lists, makes, applies and deletes them, and reads what an open needs of them.
+//! Internal snapshots of one image file: lists, creates, applies and deletes them, and reads the parts that an open
+//! needs.
 //!
-//! Owns the I/O. What the bytes mean, and what is written in which order, is said by the crates below.
+//! Owns the I/O. The crates below decide what the bytes mean, and the order of writes.
 
 use std::path::Path;
 
@@ -29,8 +30,8 @@ use crate::open::{DiskOptions, fill_last_block};
 /// clusters of 64 KiB each is 16 KiB for a TiB of disk.
 const L1_BYTES_MAX: u64 = 64 << 20;
 
-/// The internal snapshots of the qcow2 image at `path`, in the order of its table. Nobody may be writing the image (a
-/// shared lock), and nothing is written. Of the options, `direct` and `lock_timeout` matter.
+/// The internal snapshots of the qcow2 image at `path`, in the order of its table. Takes a shared lock, so that no
+/// writer may have the image open, and writes nothing. Of the options, `direct` and `lock_timeout` matter.
 ///
 /// # Errors
 /// If the image cannot be opened or read, or its snapshot table is broken.
@@ -38,8 +39,8 @@ pub fn list<S: Storage>(storage: &S, path: &Path, options: &DiskOptions) -> Resu
     list_sharing(storage, path, Sharing::Readers, options)
 }
 
-/// As [`list`], with the choice of who else may use the image. A data file that `options` name must belong to the image;
-/// it is not opened, as snapshots are described in the image alone.
+/// As [`list`], with a choice of which others may use the image. A data file that `options` name must belong to the
+/// image. It is not opened, because the image alone describes its snapshots.
 ///
 /// # Errors
 /// As for [`list`], and if a data file is named for an image that keeps its data itself.
@@ -63,10 +64,11 @@ pub fn list_sharing<S: Storage>(
     })
 }
 
-/// Makes, applies or deletes a snapshot of the qcow2 image at `path`, which nobody else may have open (an exclusive
-/// lock). A crash at any instant leaves the disk as it was or as it was to become, and all other snapshots as they are
-/// (docs/durability.md, "Changes of an image that nobody uses"). Of the options, `direct` and `lock_timeout` matter. The file stays open, and locked,
-/// as long as the storage lives: give each change a storage of its own.
+/// Creates, applies or deletes a snapshot of the qcow2 image at `path`. Takes an exclusive lock, so that nothing else
+/// may have the image open. A crash at any instant leaves the disk in its old or its new state, and all other
+/// snapshots as they are. See docs/durability.md, "Changes of an image that nobody uses". Of the options, `direct`
+/// and `lock_timeout` matter. The file stays open, and locked, as long as the storage lives: use a new storage for
+/// each change.
 ///
 /// # Errors
 /// See [`ChangeError`].
@@ -91,7 +93,7 @@ pub fn change<S: Storage>(
         let mut plan = plan(&image, &header, engine::change::Change::Snapshot(change)).await?;
         fill_last_block(&driver, &file).await?;
         if changes_the_disk && let Some(mut bitmaps) = image.bitmaps(&header).await? {
-            // What they say is about what the disk was.
+            // The bitmaps describe the old contents of the disk.
             if image.retire_bitmaps(&mut bitmaps).await? {
                 image.sync().await?;
             }
@@ -111,7 +113,7 @@ fn expect_data_file(info: &FileInfo, header: &Header, options: &DiskOptions) -> 
     }
 }
 
-/// The header of an image that is to be written, once its refcounts are right.
+/// The header of an image that is to be written, after any repair of its refcounts.
 async fn sound_header<S: Storage>(
     storage: &S,
     driver: &Driver<S::Queue>,
@@ -133,12 +135,12 @@ async fn sound_header<S: Storage>(
 /// Why a snapshot cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadSnapshot {
-    /// No L1 table can be there.
+    /// No L1 table can be at that offset.
     #[error("its L1 table of {entries} entries cannot be at offset {offset}")]
     L1Place {
-        /// Where it is said to be.
+        /// The recorded offset.
         offset: HostOffset,
-        /// Entries that it is said to have.
+        /// The recorded number of entries.
         entries: u32,
     },
     /// The L1 table cannot map the whole disk.
@@ -159,7 +161,7 @@ fn l1_place(
 ) -> Result<(HostOffset, u64), BadSnapshot> {
     let (offset, entries) = (snapshot.l1_offset, snapshot.l1_entries);
     let length = u64::from(entries) * 8;
-    // One that has no bytes is nowhere.
+    // A table of no bytes has no location.
     let is_in_file = length == 0 || (offset.0 > 0 && offset.0 < file_length);
     if length > L1_TABLE_SIZE_MAX || !geometry.is_aligned(offset.0) || !is_in_file {
         return Err(BadSnapshot::L1Place { offset, entries });
@@ -188,7 +190,7 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
         Ok((snapshots, table.length()))
     }
 
-    /// What the snapshots have of the file: nothing may be written there.
+    /// The ranges of the file that the snapshots own: nothing may be written there.
     pub async fn snapshot_places(&self, header: &Header) -> Result<SnapshotPlaces, OpenError> {
         let mut places = SnapshotPlaces::default();
         if header.snapshots == 0 {
@@ -228,7 +230,7 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
         Ok(places)
     }
 
-    /// What the snapshot that is called so is: the bytes of its disk, and its L1 table.
+    /// The disk of the snapshot with this ID or name: its bytes, and its L1 table.
     pub async fn snapshot_disk(&self, header: &Header, wanted: &str) -> Result<(u64, Entries), OpenError> {
         let path = || self.info.path.clone();
         let snapshots = self.snapshots(header).await?;

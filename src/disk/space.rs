@@ -1,7 +1,7 @@
-//! Requests that find no space on the host: whether they wait for it, for how long at a time, and what the log says.
+//! Requests that find no space on the host: whether they wait for it, for how long at a time, and what is logged.
 //!
-//! Owns the wait and its count; who waits holds no claim and no epoch, so that freed clusters can be reclaimed
-//! meanwhile. It never does the work again itself: see queue.rs.
+//! Owns the wait and its count. A waiting request holds no claim and no epoch, so that freed clusters can be
+//! reclaimed meanwhile. The retries themselves are in queue.rs.
 
 use std::future::poll_fn;
 use std::path::{Path, PathBuf};
@@ -16,40 +16,40 @@ use tracing::{info, warn};
 
 use crate::driver::Driver;
 
-/// The first wait before a request is tried again; each is twice the one before.
+/// The first wait before a retry of a request; each wait is twice the one before.
 const PAUSE_MIN: Duration = Duration::from_millis(100);
-/// The longest.
+/// The longest wait.
 const PAUSE_MAX: Duration = Duration::from_secs(1);
-/// Between two times that the log tells of a beginning wait.
+/// The least time between two log lines about the beginning of a wait.
 const TELL_AGAIN: Duration = Duration::from_secs(10);
 
-/// What becomes of a request that finds no space on the host.
+/// How to treat a request that finds no space on the host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnEnospc {
     /// It fails.
     #[default]
     Report,
-    /// It waits until there is space; others go on.
+    /// It waits until there is space; other requests continue.
     Wait,
 }
 
-/// How many requests wait for space on the host.
+/// Numbers of requests that wait for space on the host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SpaceStatus {
-    /// Now.
+    /// Requests that wait now.
     pub waiting: u64,
-    /// That ever did, since the disk was opened.
+    /// Requests that have waited since the disk was opened.
     pub waited: u64,
 }
 
-/// A disk's waits, from outside: what to look at, and how to end them. It may outlive the disk.
+/// A handle to watch a disk's waits and to end them. It may outlive the disk.
 #[derive(Clone)]
 pub struct SpaceWatch {
     space: Arc<Space>,
 }
 
 impl SpaceWatch {
-    /// How many requests wait.
+    /// The numbers of requests that wait.
     pub fn status(&self) -> SpaceStatus {
         self.space.status()
     }
@@ -61,7 +61,7 @@ impl SpaceWatch {
     }
 }
 
-/// What a disk's threads share about space.
+/// State about space that a disk's threads share.
 pub(crate) struct Space {
     on_enospc: OnEnospc,
     /// The top image, for the log.
@@ -73,14 +73,14 @@ pub(crate) struct Space {
 #[derive(Default)]
 struct State {
     stopping: bool,
-    /// Those who wait, or try again.
+    /// Requests that wait or retry.
     waiters: Slab<Option<Waker>>,
     waited: u64,
     /// Counts the times that freed clusters were given back.
     reclaims: u64,
-    /// When the log last told of a beginning wait.
+    /// When the beginning of a wait was last logged.
     told: Option<Instant>,
-    /// It is still to tell of its end.
+    /// The end of that wait is still to be logged.
     telling: bool,
 }
 
@@ -93,7 +93,7 @@ impl Space {
         SpaceWatch { space: Arc::clone(self) }
     }
 
-    /// Whether requests wait at all.
+    /// Whether requests wait for space, by the options.
     pub fn waits(&self) -> bool {
         self.on_enospc == OnEnospc::Wait
     }
@@ -107,20 +107,20 @@ impl Space {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Freed clusters can be used again: who waits looks again at once.
+    /// Freed clusters can be used again: waiting requests retry at once.
     pub fn reclaimed(&self) {
         self.lock().reclaims += 1;
         self.wake();
     }
 
-    /// Has everybody who waits look whether that is still right.
+    /// Wakes all waiting requests, to check whether they are still to wait.
     pub fn wake(&self) {
         let wakers: Vec<Waker> =
             self.lock().waiters.iter_mut().filter_map(|(_, waker)| waker.take()).collect();
         wakers.into_iter().for_each(Waker::wake);
     }
 
-    /// A request has found no space, and will wait for it.
+    /// Begins the wait of a request that found no space.
     pub fn begin<'a, Q: IoQueue>(&'a self, driver: &'a Driver<Q>) -> Waiting<'a, Q> {
         let began = driver.now();
         let mut state = self.lock();
@@ -142,25 +142,25 @@ impl Space {
     }
 }
 
-/// A request that waits, or tries again, until dropped.
+/// A request that waits or retries, until dropped.
 #[must_use]
 pub(crate) struct Waiting<'a, Q: IoQueue> {
     space: &'a Space,
     driver: &'a Driver<Q>,
     key: usize,
     began: Instant,
-    /// The reclaims that there had been when it was last tried.
+    /// The number of reclaims at its last retry.
     seen: u64,
-    /// A reclaim ends the next pause. Not two in a row: a write that fails gives its clusters back itself, and would
-    /// wake itself without end.
+    /// A reclaim ends the next pause. It never ends two pauses in a row: a failed write gives its clusters back
+    /// itself, and would wake itself without end.
     listen: bool,
     pause: Duration,
-    /// It waits no more although there is no space.
+    /// It has stopped waiting although there is no space.
     given_up: bool,
 }
 
 impl<Q: IoQueue> Waiting<'_, Q> {
-    /// Waits until it is worth trying again; false if the disk, or the request's queue (`leaving`), is being stopped.
+    /// Waits until a retry is worthwhile; false if the disk, or the request's queue (`leaving`), is being stopped.
     pub async fn pause(&mut self, leaving: impl Fn() -> bool) -> bool {
         let mut alarm = self.driver.alarm(self.driver.now() + self.pause);
         let (go_on, reclaimed) = poll_fn(|context| {

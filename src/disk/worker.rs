@@ -17,18 +17,18 @@ use crate::driver::Driver;
 use crate::error::RequestError;
 use crate::failures::FailureLog;
 
-/// One thread's way to a disk. Its async functions are the slow path.
+/// One thread's access to a disk. Its async functions are the slow path.
 pub(crate) struct Worker<S: Storage> {
     pub shared: Arc<Shared<S>>,
     pub driver: Rc<Driver<S::Queue>>,
     epochs: RefCell<WorkerEpochs>,
-    /// Its queue is being stopped: no request of it waits for space any more.
+    /// Its queue is being stopped: its requests no longer wait for space.
     pub leaving: Cell<bool>,
     pub failures: FailureLog,
 }
 
 impl<S: Storage> Worker<S> {
-    /// `None` if the disk has all the workers it can have.
+    /// `None` if the disk has reached its limit of workers.
     pub fn new(shared: Arc<Shared<S>>, driver: Rc<Driver<S::Queue>>) -> Option<Rc<Self>> {
         let epochs = RefCell::new(shared.engine.epochs().register()?);
         let (leaving, failures) = (Cell::new(false), FailureLog::default());
@@ -64,8 +64,8 @@ impl<S: Storage> Worker<S> {
                     return Ok(value);
                 }
                 Ok(Answer::Wait) => {}
-                // Boxed: these are rare, and every future that asks would have to carry them; the last three ask in
-                // turn. What they need is never what they were asked for.
+                // Boxed: these are rare, and otherwise every future that asks would contain them. The last three ask
+                // the engine themselves, but never for the job that they carry out.
                 Ok(Answer::Load(loads)) => Box::pin(self.load_tables(loads)).await?,
                 Ok(Answer::Allocate(places)) => Box::pin(self.allocate_tables(places)).await?,
                 Ok(Answer::Crowded) => return Err(RequestError::Crowded),
@@ -77,7 +77,7 @@ impl<S: Storage> Worker<S> {
         }
     }
 
-    /// An error of the engine: damage to the top image stops all writing and is recorded in its header.
+    /// Handles an error of the engine: damage to the top image stops all writing and is recorded in its header.
     async fn judge(&self, error: EngineError) -> RequestError {
         if error.is_top_corruption() && !self.shared.read_only && !self.engine().has_failed() {
             self.engine().fail();
@@ -90,7 +90,8 @@ impl<S: Storage> Worker<S> {
         error.into()
     }
 
-    /// Reads the slices and hands them to the engine; every one of them is answered for, whatever fails.
+    /// Reads table slices and hands them to the engine. The engine gets an answer for each of them, whichever reads
+    /// fail.
     pub async fn load_tables(&self, loads: Vec<TableLoad>) -> Result<(), RequestError> {
         let mut result = Ok(());
         for piece in loads.chunks(LOADS_AT_ONCE) {

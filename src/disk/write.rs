@@ -11,12 +11,12 @@ use crate::driver::Strand;
 use crate::error::RequestError;
 use crate::worker::Worker;
 
-/// What is to be written.
+/// The bytes of a write.
 #[derive(Clone, Copy)]
 pub(crate) enum Payload<'a> {
     /// The guest's bytes.
     Guest(&'a [GuestSlice]),
-    /// That many zeros.
+    /// This many zeros.
     Zeros(u64),
 }
 
@@ -29,7 +29,7 @@ impl Payload<'_> {
     }
 }
 
-/// A claim on guest clusters, given up when dropped.
+/// A claim on guest clusters, released when dropped.
 #[must_use]
 pub(crate) struct Claim<'a, S: Storage> {
     worker: &'a Worker<S>,
@@ -45,13 +45,13 @@ impl<S: Storage> Drop for Claim<'_, S> {
     }
 }
 
-/// What goes around the guest's bytes in new clusters.
+/// The old contents that new clusters need before and after the guest's bytes.
 struct Fill {
     head: Option<Vec<Extent>>,
     tail: Option<Vec<Extent>>,
 }
 
-/// A range of a file that holds what goes before the guest's bytes and what goes after them, just so far apart.
+/// A range of a file that holds the contents before the guest's bytes and those after them, exactly that far apart.
 #[derive(Clone, Copy)]
 struct Around {
     file: FileIndex,
@@ -60,7 +60,7 @@ struct Around {
 }
 
 impl Fill {
-    /// Where both sides can be read at once, around `length` bytes of the guest's.
+    /// The range from which one read brings both sides, around `length` bytes of the guest's.
     fn around(&self, length: u64) -> Option<Around> {
         let (Some([head]), Some([tail])) = (self.head.as_deref(), self.tail.as_deref()) else { return None };
         let (Source::Data { file, offset }, Source::Data { file: other, offset: after }) =
@@ -75,7 +75,7 @@ impl Fill {
 }
 
 impl<S: Storage> Worker<S> {
-    /// Waits for the sole right to change the mapping of a range. To be asked for while holding nothing else.
+    /// Waits for the sole right to change the mapping of a range. The caller must hold nothing else.
     pub async fn claim(&self, offset: u64, length: u64) -> Claim<'_, S> {
         let id = self.engine().claim(GuestOffset(offset), length);
         let claim = Claim { worker: self, id };
@@ -90,7 +90,7 @@ impl<S: Storage> Worker<S> {
         claim
     }
 
-    /// The same if nobody is in the way.
+    /// The same without waiting; `None` if another claim is in the way.
     pub fn try_claim(&self, offset: u64, length: u64) -> Option<Claim<'_, S>> {
         let id = self.engine().try_claim(GuestOffset(offset), length)?;
         Some(Claim { worker: self, id })
@@ -104,7 +104,7 @@ impl<S: Storage> Worker<S> {
             let left = self.piece(payload, length - done);
             let at = GuestOffset(offset + done);
             if self.engine().lookup(at) == Mapping::Unresolved {
-                // So that the next write here finds its cluster in the map. This one may do without.
+                // Fills the map for the next write here. This write does not depend on it.
                 let _ = self.ask(|engine, waker| engine.plan_read(at, 1, waker)).await;
             }
             let plan = if self.shared.is_qcow2() {
@@ -124,7 +124,7 @@ impl<S: Storage> Worker<S> {
         Ok(())
     }
 
-    /// Writes a part of a payload to where it belongs.
+    /// Writes a part of a payload in place.
     async fn write_in_place(
         &self,
         file: FileIndex,
@@ -142,7 +142,7 @@ impl<S: Storage> Worker<S> {
         result
     }
 
-    /// Writes zeros to where a file has what the guest sees, whatever tables say.
+    /// Writes zeros at the guest's offsets in the data file, regardless of the tables.
     pub async fn write_raw_zeros(&self, offset: u64, length: u64) -> Result<(), RequestError> {
         let (file, payload) = (self.shared.data, Payload::Zeros(length));
         let mut done = 0;
@@ -158,7 +158,7 @@ impl<S: Storage> Worker<S> {
         if self.engine().has_failed() { Err(engine::EngineError::Failed.into()) } else { Ok(()) }
     }
 
-    /// Bytes to plan for at a time: what must be copied goes in bounded pieces.
+    /// Bytes to plan for at a time: memory that must be copied is planned in bounded pieces.
     fn piece(&self, payload: Payload<'_>, left: u64) -> u64 {
         let copied = match payload {
             Payload::Guest(slices) => !self.shared.data_file().takes(slices),
@@ -167,7 +167,7 @@ impl<S: Storage> Worker<S> {
         if copied { left.min(BOUNCE_BYTES as u64) } else { left }
     }
 
-    /// Leave to hold the buffers that this part of a payload needs, and `more` bytes.
+    /// Reserves the buffer memory that this part of a payload needs, and `more` bytes.
     async fn payload_permit(
         &self,
         payload: Payload<'_>,
@@ -185,7 +185,7 @@ impl<S: Storage> Worker<S> {
         if bytes == 0 { None } else { Some(self.driver.reserve_buffers(bytes as usize).await) }
     }
 
-    /// The memory of a part of a payload: the guest's own where direct I/O takes it.
+    /// The memory of a part of a payload: the guest's own where direct I/O accepts it, else a buffer.
     fn parts(&self, payload: Payload<'_>, done: u64, length: u64) -> Parts {
         match payload {
             Payload::Guest(slices) => {
@@ -203,7 +203,7 @@ impl<S: Storage> Worker<S> {
         }
     }
 
-    /// Fills new clusters and publishes them; the guest's bytes that they hold.
+    /// Fills new clusters and publishes them. Returns how many of the guest's bytes they hold.
     async fn write_new(
         &self,
         mut allocation: Allocation,
@@ -243,7 +243,7 @@ impl<S: Storage> Worker<S> {
             Some(source) => self.read_around(new, source, payload, done).await,
             None => None,
         };
-        // One write for all of it: what comes before, the guest's bytes, what comes after.
+        // One write for all: the contents before, the guest's bytes, the contents after.
         let parts = match whole {
             Some(buffer) => Parts::from_iter([Part::Owned(buffer)]),
             None => {
@@ -255,7 +255,7 @@ impl<S: Storage> Worker<S> {
         };
         let offset = new.offset.0 + new.head - head;
         let mut operation = Operation::new(self.shared.file(new.file).id, Kind::Write, offset, parts);
-        // Where the file is in memory, most of this is the host's search for memory.
+        // Where the file is in memory, this write mostly waits for the host to allocate memory.
         operation.offload = self.driver.has_other_work();
         if active(Mutation::CommitBeforeData) {
             drop(self.driver.run(operation));
@@ -265,13 +265,13 @@ impl<S: Storage> Worker<S> {
         let result = self.driver.run_all([operation]).await.map_err(RequestError::io("writing"));
         drop(permit);
         match link {
-            // Nothing else is waited for in between: a flush may wait for this.
+            // Nothing else may be awaited in between, because a flush may wait for this early commit.
             Some(link) => self.judge_early_link(new, link.await).and(result),
             None => result,
         }
     }
 
-    /// What comes before the guest's bytes and what comes after them, in buffers.
+    /// Reads the contents before and after the guest's bytes into buffers.
     async fn read_fill(&self, new: &Allocation, fill: &Fill) -> Result<(Parts, Parts), RequestError> {
         let (mut before, mut after) = (Parts::new(), Parts::new());
         let sides = [(&fill.head, new.head, &mut before), (&fill.tail, new.tail, &mut after)];
@@ -287,8 +287,8 @@ impl<S: Storage> Worker<S> {
         Ok((before, after))
     }
 
-    /// All that an allocation is to hold, in one buffer: one read brings what surrounds the guest's bytes, which then take
-    /// their place. `None` if that cannot be read: perhaps only what is in between cannot.
+    /// The whole contents of an allocation in one buffer: one read brings the surroundings, then the guest's bytes
+    /// are copied between them. `None` if the read fails: perhaps only the range in between cannot be read.
     async fn read_around(
         &self,
         new: &Allocation,
@@ -307,7 +307,7 @@ impl<S: Storage> Worker<S> {
             return None;
         }
         buffer.set_len(whole);
-        // What lies past the end of the disk.
+        // Bytes past the end of the disk are zero.
         buffer.as_mut_slice()[source.length as usize..].fill(0);
         match payload {
             Payload::Guest(slices) => {
@@ -318,7 +318,8 @@ impl<S: Storage> Worker<S> {
         Some(buffer)
     }
 
-    /// What must be written around the guest's bytes; nothing where the host reads as zero and so should the guest.
+    /// Plans the contents around the guest's bytes. A side needs none where the host reads as zero and so should the
+    /// guest.
     async fn plan_fill(&self, new: &Allocation, at: u64) -> Result<Fill, RequestError> {
         let needed = |extents: Vec<Extent>| {
             let zero = extents.iter().all(|extent| extent.source == Source::Zero);
@@ -330,7 +331,7 @@ impl<S: Storage> Worker<S> {
         }
         if new.tail > 0 {
             let end = at + new.length;
-            // What lies past the end of the disk is zero.
+            // Bytes past the end of the disk are zero.
             let within = new.tail.min(self.engine().size() - end);
             fill.tail = needed(self.extents(end, within).await?);
         }

@@ -16,23 +16,23 @@ use crate::policy::Discards;
 use crate::worker::Worker;
 use crate::write::Payload;
 
-/// How a try to zero a range at once ended.
+/// The result of an attempt to zero a range at once.
 pub(crate) enum Tried {
-    /// It is done.
+    /// The range is zeroed.
     Done,
-    /// These tables are to be loaded first; the engine has noted that they will be.
+    /// These tables must be loaded first; the engine has recorded that they will be.
     Lacks(Vec<TableLoad>),
-    /// It takes more than a try.
+    /// The slow path must do it.
     Not,
 }
 
 impl<S: Storage> Worker<S> {
-    /// Discards or zeroes a range of one cluster by a change of tables that are in memory, without any wait: all of it or
-    /// nothing. More than a cluster might be done in part, and then again after another's write.
+    /// Discards or zeroes a range of one cluster without waiting, by a change of tables in memory: all of it or
+    /// nothing. A longer range might be done in part, and then repeated after another request's write.
     pub fn try_zero(&self, offset: u64, length: u64, mode: ZeroMode) -> Tried {
         let unit = self.engine().unit();
         let one = length > 0 && offset / unit == (offset + length - 1) / unit;
-        // What stays in its place has to be emptied before the claim goes.
+        // Clusters that keep their location must be emptied before the claim is released.
         let empties =
             mode != ZeroMode::Keep && (self.shared.policy.keeps_place || self.shared.has_data_file());
         let by_tables = self.shared.is_qcow2() && self.shared.raw_file().is_none() && !empties;
@@ -48,13 +48,13 @@ impl<S: Storage> Worker<S> {
                 Tried::Done
             }
             Ok(Answer::Load(loads)) => Tried::Lacks(loads),
-            // Who waits with a waker that does nothing is never woken, and keeps nobody from it.
+            // A waiter whose waker does nothing is never woken, and blocks no other waiter.
             _ => Tried::Not,
         }
     }
 
-    /// Discards a range: whole granules only, the rest keeps its contents.
-    /// `done` says how far the range is done, and is moved on.
+    /// Discards a range: whole granules only, the rest keeps its contents. `done` holds how far the range is done,
+    /// and is advanced.
     pub async fn discard(&self, offset: u64, length: u64, done: &Cell<u64>) -> Result<(), RequestError> {
         if self.shared.policy.discards == Discards::Ignore {
             return self.check_writable();
@@ -74,7 +74,7 @@ impl<S: Storage> Worker<S> {
         self.zero_granules(start, end, ZeroMode::Discard, done).await
     }
 
-    /// Makes a range read as zero, exactly. `done` says how far it is done, and is moved on.
+    /// Makes exactly this range read as zero. `done` holds how far it is done, and is advanced.
     pub async fn write_zeroes(
         &self,
         offset: u64,
@@ -115,7 +115,8 @@ impl<S: Storage> Worker<S> {
         if left > 0 { Box::pin(self.zero_piece(end, left)).await } else { Ok(()) }
     }
 
-    /// The whole granules (clusters or subclusters) in a range; the last of the disk is whole where the disk ends.
+    /// The whole granules (clusters or subclusters) in a range. The disk's last granule counts as whole where the
+    /// disk ends.
     fn whole_granules(&self, offset: u64, length: u64) -> (u64, u64) {
         let granule = self.engine().granule();
         let end = offset + length;
@@ -138,7 +139,7 @@ impl<S: Storage> Worker<S> {
                 self.driver.yield_now().await;
             }
             let zeroed = self.ask(|engine, waker| engine.zero(GuestOffset(at), end - at, mode, waker)).await;
-            // Also where it failed: it may have come some way before.
+            // Also after a failure: part of the range may have been changed before.
             self.shared.touched();
             at += match zeroed? {
                 Zeroed::Done { bytes, unused } => {
@@ -157,13 +158,13 @@ impl<S: Storage> Worker<S> {
             }
         }
         if mode != ZeroMode::Keep && self.shared.has_data_file() {
-            // There everything has its place for good.
+            // In an external data file every cluster keeps its location.
             self.empty(&[(HostOffset(start), end - start)]).await;
         }
         Ok(())
     }
 
-    /// Gives the space of clusters back that stay where they are.
+    /// Gives the space of clusters that keep their location back to the host.
     async fn empty(&self, runs: &[(HostOffset, u64)]) {
         let file = self.shared.data_file();
         for some in runs.chunks(PUNCHES_AT_ONCE) {
@@ -176,7 +177,7 @@ impl<S: Storage> Worker<S> {
             }
             for punch in started {
                 if let (Err(error), _) = punch.await {
-                    // Nothing is wrong but that the space stays in use.
+                    // The only consequence is that the space stays in use.
                     debug!(%error, "the space of discarded clusters could not be given back to the host");
                 }
             }
@@ -200,8 +201,8 @@ impl<S: Storage> Worker<S> {
         self.raw_punch(start, end).await.map(|_| ())
     }
 
-    /// Discards whole granules in an external data file that can be read as a raw image: they read as zero there too, and
-    /// tables that lead to them may well stay as they are.
+    /// Discards whole granules in an external data file that can be read as a raw image. They then read as zero there
+    /// too, so tables that lead to them may stay as they are.
     async fn raw_view_discard(&self, file: &DiskFile, offset: u64, length: u64) -> Result<(), RequestError> {
         self.check_writable()?;
         let (start, end) = file.whole_blocks(offset, length);
@@ -214,7 +215,7 @@ impl<S: Storage> Worker<S> {
         };
         for (offset, length) in ends {
             match self.write_raw_zeros(offset, length).await {
-                // To need space for that would be a strange discard.
+                // A discard must not fail for lack of space.
                 Err(error) if error.is_no_space() => return Ok(()),
                 ended => ended?,
             }
@@ -222,7 +223,7 @@ impl<S: Storage> Worker<S> {
         Ok(())
     }
 
-    /// Punches a hole for a discard; false where the host cannot. That is a hint, so nothing is lost then.
+    /// Punches a hole for a discard; false where the host cannot. A discard is a hint, so nothing is lost then.
     async fn raw_punch(&self, start: u64, end: u64) -> Result<bool, RequestError> {
         if start >= end {
             return Ok(true);
@@ -236,7 +237,7 @@ impl<S: Storage> Worker<S> {
         }
     }
 
-    /// Zeroes whole file system blocks in the host's way, and what is left by writing zeros.
+    /// Zeroes whole file system blocks by the host's operation, and the ragged ends by writing zeros.
     async fn raw_zeroes(
         &self,
         file: &DiskFile,

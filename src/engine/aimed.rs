@@ -1,8 +1,8 @@
-//! Host clusters at which data I/O was aimed in this session.
+//! Aimed clusters: the host clusters to which this session sent data I/O.
 //!
-//! A set that only grows, a bit a cluster where the clusters lie together. Its memory is bounded: beyond that a bit stands
-//! for 8 neighbours, then for 64, and so on. What is in the set is then no longer known for sure, which is safe where the
-//! set keeps metadata away, and no proof of anything.
+//! A set that only grows, with one bit a cluster in chunks of neighbours. Its memory is bounded: at the bound, each bit
+//! comes to stand for 8 neighbours, then for 64, and so on. Membership is then no longer certain. That is safe for
+//! keeping metadata away from a cluster, but it proves nothing.
 
 use crate::alloc::Run;
 use crate::bounds::{AIMED_CHUNK_BITS, AIMED_CHUNKS_MAX};
@@ -10,11 +10,10 @@ use crate::hashed::HashMap;
 
 /// Words of a chunk.
 const WORDS: usize = AIMED_CHUNK_BITS as usize / 64;
-/// How many bits become one when memory runs out, as a power of two. More than one at a time, as each time costs a look at
-/// every bit.
+/// When memory runs out, 2^this bits become one. Merging only two at a time would scan every bit more often.
 const COARSER_BY: u32 = 3;
 
-/// What is known of a cluster.
+/// Whether a cluster is in the set, as far as known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Known {
     /// It is not in the set.
@@ -51,7 +50,7 @@ impl Aimed {
         }
     }
 
-    /// Has each bit stand for more clusters.
+    /// Makes each bit stand for more clusters.
     fn coarsen(&mut self) {
         let finer = std::mem::take(&mut self.chunks);
         for (number, bits) in finer {
@@ -67,7 +66,7 @@ impl Aimed {
         self.shift += COARSER_BY;
     }
 
-    /// What is known of a cluster.
+    /// Whether a cluster is in the set, as far as known.
     pub fn knows(&self, cluster: u64) -> Known {
         let bit = cluster >> self.shift;
         let at = bit % AIMED_CHUNK_BITS;
@@ -79,13 +78,13 @@ impl Aimed {
         }
     }
 
-    /// The first cluster past those for which the bit of `cluster` stands.
+    /// The first cluster past those that share the bit of `cluster`.
     pub fn past_neighbours(&self, cluster: u64) -> u64 {
         ((cluster >> self.shift) + 1) << self.shift
     }
 }
 
-/// Sets a bit of the chunk that it is in.
+/// Sets a bit in its chunk.
 fn set(chunk: &mut [u64; WORDS], bit: u64) {
     let at = bit % AIMED_CHUNK_BITS;
     chunk[at as usize / 64] |= 1 << (at % 64);

@@ -1,7 +1,8 @@
-//! Which host clusters may be handed out: reserved windows, free runs, and the quarantine of freed clusters.
+//! The host clusters that may be allocated: reserved windows, free runs, and the quarantine of freed clusters.
 //!
-//! A cluster goes round: free → window (its refcount is 1 in memory from then on) → in use → quarantine (unlinked in
-//! memory) → free again, and that last step only when the unlink is durable and all I/O begun before it has ended.
+//! The life of a cluster: free → window (its refcount is 1 in memory from then on) → in use → quarantine
+//! (unlinked in memory) → free again. The last step requires that the unlink is durable and that all I/O begun before
+//! it has ended.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -21,13 +22,13 @@ use crate::waiters::Waiters;
 /// A run of host clusters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Run {
-    /// The first.
+    /// The first cluster.
     pub start: HostCluster,
-    /// How many.
+    /// The number of clusters.
     pub count: u64,
 }
 
-/// A run that nobody uses.
+/// A run of unused clusters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct FreeRun {
     pub run: Run,
@@ -47,16 +48,16 @@ pub(crate) struct Freed {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Unlinked {
     pub run: Run,
-    /// It was in use before, not only taken for a write that failed.
+    /// It was in use before, not only allocated for a write that failed.
     pub was_used: bool,
-    /// I/O begun in this epoch or before may still touch the run.
+    /// I/O begun in this epoch or earlier may still access the run.
     pub epoch: Epoch,
 }
 
 pub(crate) struct Allocator {
     windows: VecDeque<FreeRun>,
     pub free: FreeClusters,
-    /// The first cluster past all that is or was in use: the file grows from here.
+    /// The first cluster past all that were ever in use: the file grows from here.
     pub end: u64,
     window_clusters: u64,
     window_clusters_max: u64,
@@ -64,19 +65,19 @@ pub(crate) struct Allocator {
     pub unlinked: VecDeque<Unlinked>,
     /// Clusters in quarantine or unlinked.
     pub quarantined: u64,
-    /// Those of them that wait for a cut.
+    /// Clusters in quarantine, which wait for a cut.
     uncut: u64,
-    /// Those of them that were in use before.
+    /// Clusters in quarantine or unlinked that were in use before.
     pub freed: u64,
-    /// The most clusters in quarantine or unlinked, before requests that free or allocate have to wait.
+    /// With so many in quarantine or unlinked, requests that free or allocate must wait.
     quarantined_max: u64,
     /// Clusters that ever left the quarantine.
     pub given_back: u64,
-    /// Who waits until some leave it.
+    /// Tasks that wait for clusters to leave the quarantine.
     pub held_up: Waiters,
-    /// The longest that this session found or made the file, in bytes.
+    /// The file's greatest length in this session, in bytes.
     pub file_length: u64,
-    /// A cluster is needed that was in no use in this session, and no window has one.
+    /// Metadata needs a cluster to which this session surely sent no data I/O, and no window has one.
     pub wants_new: bool,
     /// Somebody reserves, or makes the file longer: who waits for it. The file's length has one writer at a time, as setting
     /// it to what another found too short would cut off what was written meanwhile.
@@ -89,18 +90,18 @@ pub(crate) struct Allocator {
     pub scan_end: u64,
     /// The clusters at the end of the file at open that are free if its last writer did not close it.
     pub tail: Range<u64>,
-    /// No cluster from this on is counted or reserved.
+    /// No cluster from this one on has a refcount or is reserved.
     pub used_end: u64,
-    /// A search for leaks was done to its end, and found nothing that names the tail.
+    /// A search for leaks is complete, and found no reference to the tail.
     pub tail_is_spare: bool,
-    /// The file was made longer, and that is not known to be durable.
+    /// The file was made longer, and its new length may not be durable.
     pub length_unsynced: bool,
-    /// What the search for leaks must leave alone; none if it is over.
+    /// Clusters that the search for leaks must leave alone; `None` if it is over.
     pub touched: Option<Touched>,
 }
 
 impl Allocator {
-    /// An allocator for a file whose clusters end at `end`, of a disk of so many bytes.
+    /// An allocator for a file of `end` clusters, for a disk of `disk` bytes.
     pub fn new(end: u64, cluster_size: u64, disk: u64) -> Self {
         let held_bytes = (disk / QUARANTINE_SHARE).clamp(QUARANTINE_BYTES_MIN, QUARANTINE_BYTES_MAX);
         Allocator {
@@ -131,20 +132,20 @@ impl Allocator {
         }
     }
 
-    /// The file has so many bytes at open.
+    /// Records the file's length in bytes at open.
     pub fn opened(&mut self, file_length: u64, cluster_size: u64) {
         self.scan_end = file_length.div_ceil(cluster_size);
         self.file_length = file_length;
         self.tail = file_length.saturating_sub(TAIL_BYTES) / cluster_size..self.scan_end;
     }
 
-    /// [`Allocator::used_end`] where the tail turns out to be free, and nothing was reserved past it.
+    /// [`Allocator::used_end`] once the tail is known to be free: the tail's start, if nothing was reserved past it.
     pub fn used_end_without_tail(&self) -> u64 {
         if self.used_end == self.scan_end { self.tail.start } else { self.used_end }
     }
 
-    /// How long the file is to be before counts go to it, so that it ends with free clusters until it is closed; nothing if
-    /// it is. Nobody reserves until [`crate::Engine::file_was_lengthened`].
+    /// The length that the file needs before refcounts are written, so that it ends with free clusters until it is
+    /// closed; `None` if it is long enough. No reservation begins until [`crate::Engine::file_was_lengthened`].
     pub fn marked_length(&mut self, cluster_size: u64) -> Option<u64> {
         if active(Mutation::TailNotMarked) {
             return None;
@@ -164,13 +165,13 @@ impl Allocator {
         (length > self.file_length).then_some(length)
     }
 
-    /// Who waits for the one that sets the file's length, if the next cut would set it, too.
+    /// The list for flushes that wait while a task sets the file's length; `None` if the next cut need not wait.
     pub fn waits_for_length(&mut self, cluster_size: u64) -> Option<&mut Waiters> {
         let grows = self.wanted_length(cluster_size).is_some();
         self.reserving.as_mut().filter(|_| grows)
     }
 
-    /// The count of a cluster changes, or it loses a reference: it is no leak.
+    /// The refcount of a cluster changes, or the cluster loses a reference: it is no leak.
     pub fn touch(&mut self, cluster: u64) {
         if active(Mutation::LeakSearchForgetsChanges) {
             return;
@@ -187,7 +188,7 @@ impl Allocator {
         self.window_clusters
     }
 
-    /// Takes up to `want` clusters in one run out of the reserved windows.
+    /// Takes up to `want` clusters as one run from the reserved windows.
     pub fn take(&mut self, want: u64) -> Option<FreeRun> {
         let window = self.windows.front_mut()?;
         let count = want.min(window.run.count);
@@ -200,7 +201,7 @@ impl Allocator {
         Some(taken)
     }
 
-    /// Takes a cluster of which `fits` is true off either end of a window; nothing if there is none.
+    /// Takes a cluster for which `fits` is true from either end of a window; `None` if there is none.
     pub fn take_where(&mut self, fits: impl Fn(u64) -> bool) -> Option<Run> {
         for at in 0..self.windows.len() {
             let run = &mut self.windows[at].run;
@@ -222,22 +223,22 @@ impl Allocator {
         None
     }
 
-    /// True if so much is held back that nobody may free or allocate before some of it is given back.
+    /// True if requests that free or allocate must wait until held-back clusters are released.
     pub fn is_crowded(&self) -> bool {
         self.quarantined >= self.quarantined_max
     }
 
-    /// The most clusters that may be held back, but for what is under way.
+    /// The most clusters that may be held back; requests under way may exceed it.
     pub fn quarantined_max(&self) -> u64 {
         self.quarantined_max
     }
 
-    /// True if so much waits for a cut that one is due.
+    /// True if enough clusters wait for a cut to make one due.
     pub fn wants_cut(&self) -> bool {
         self.uncut > 0 && self.uncut >= self.quarantined_max / CUT_SHARE
     }
 
-    /// True if leaks may be held back, too, with no request that comes to wait for that.
+    /// True if leaks, too, may be held back without making a request wait for that.
     pub fn has_room_for_leaks(&self) -> bool {
         self.quarantined < (self.quarantined_max / CUT_SHARE).max(1)
     }
@@ -247,7 +248,7 @@ impl Allocator {
         self.uncut > 0
     }
 
-    /// The host had no room for a window: the next is to be as small as they come. False if it was that already.
+    /// The host had no room for a window: makes the next one minimal. False if it already was.
     pub fn shrink_window(&mut self) -> bool {
         std::mem::replace(&mut self.window_clusters, 1) > 1
     }
@@ -257,7 +258,7 @@ impl Allocator {
         !self.windows.is_empty()
     }
 
-    /// Adds a window that has been reserved; the next is to be larger, if it is one in its turn.
+    /// Adds a reserved window. If no other is left, the next one will be twice as large.
     pub fn add_window(&mut self, window: FreeRun) {
         if self.windows.is_empty() {
             self.window_clusters = (self.window_clusters * 2).min(self.window_clusters_max);
@@ -272,7 +273,7 @@ impl Allocator {
         self.windows.iter().map(|window| window.run.count).sum()
     }
 
-    /// What the windows hold now: at a clean end it is given back.
+    /// The clusters in the windows. A clean end frees them.
     pub fn windows(&self) -> Vec<FreeRun> {
         self.windows.iter().copied().collect()
     }
@@ -281,17 +282,17 @@ impl Allocator {
         self.windows.clear();
     }
 
-    /// Forgets free clusters at the very end of the file, so that the file can be cut there; the new end.
+    /// Forgets the free clusters at the file's very end, so that it can be cut there. Returns the new end.
     pub fn trim_end(&mut self) -> u64 {
         self.end = self.free.trim(self.end);
-        // The mark of an earlier session. Nothing was reserved there in this one.
+        // The spare tail that an earlier session left. This session reserved nothing there.
         if self.tail_is_spare && self.end == self.scan_end && self.used_end <= self.tail.start {
             self.end = self.free.trim(self.tail.start);
         }
         self.end
     }
 
-    /// Moves what a durable cut unlinked on towards reuse.
+    /// Moves what a durable cut unlinked from `quarantine` to `unlinked`.
     pub fn cut_is_durable(&mut self, cut: u64, epoch: Epoch) {
         let mut later = VecDeque::new();
         for freed in self.quarantine.drain(..) {
@@ -305,7 +306,7 @@ impl Allocator {
         self.quarantine = later;
     }
 
-    /// Cuts the oldest unlinked run so that it has at most `count` clusters.
+    /// Splits the oldest unlinked run so that it has at most `count` clusters.
     pub fn split_first_unlinked(&mut self, count: u64) {
         let Some(first) = self.unlinked.front_mut() else { return };
         if first.run.count > count {
@@ -316,7 +317,7 @@ impl Allocator {
         }
     }
 
-    /// Puts a run into quarantine, joining it with the last where it can.
+    /// Puts a cluster into quarantine, joined with the last run where possible.
     pub fn free_later(&mut self, cluster: HostCluster, cut: u64) {
         self.touch(cluster.0);
         if active(Mutation::ReuseAtOnce) {

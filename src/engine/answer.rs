@@ -1,32 +1,32 @@
-//! What a plan may answer instead of a plan: load these tables, wait, or do another job first.
+//! The answers that may come instead of a plan: load these tables, wait, or do another job first.
 
 use qcow2::HostOffset;
 
 use crate::tables::TableId;
 use crate::word::FileIndex;
 
-/// The engine's answer to a question that may need I/O first. Ask again after doing what it says.
+/// The engine's answer to a call that may need I/O first. Do what it requires, then call again.
 #[derive(Debug)]
 #[must_use]
 pub enum Answer<T> {
     /// The answer itself.
     Ready(T),
-    /// Load these tables (at once, together), hand each to [`crate::Engine::table_loaded`] or
-    /// [`crate::Engine::table_failed`], and ask again.
+    /// Load these tables (all at once), report each to [`crate::Engine::table_loaded`] or
+    /// [`crate::Engine::table_failed`], and call again.
     Load(Vec<TableLoad>),
-    /// Somebody else is at work on what this needs. The waker is registered: ask again when woken.
+    /// Another task does what this call needs. The waker is registered: call again when woken.
     Wait,
-    /// Run [`crate::Engine::plan_reserve`] to its end, then ask again.
+    /// Run [`crate::Engine::plan_reserve`] to its end, then call again.
     Reserve,
-    /// Too much is dirty: flush, then ask again.
+    /// Too many tables are dirty: flush, then call again.
     Flush,
-    /// Have the host allocate these pieces of existing tables, as they are about to be changed and may be holes of the file;
-    /// hand each to [`crate::Engine::table_allocated`], and ask again.
+    /// Have the host allocate these pieces of existing tables: they are about to change and may be holes in the file.
+    /// Report each to [`crate::Engine::table_allocated`], and call again.
     Allocate(Vec<TablePlace>),
-    /// So much freed space is held back that no more may be. Give up the claim and the epoch, flush and reclaim until
-    /// [`crate::Engine::held_back`] says that there is room, and begin anew.
+    /// Too much freed space is held back. Release the claim and the epoch, flush and reclaim until
+    /// [`crate::Engine::held_back`] reports room, and start again.
     Crowded,
-    /// Make this L2 table the top image's own by [`crate::Engine::plan_table`], then ask again.
+    /// Give the top image its own L2 table here by [`crate::Engine::plan_table`], then call again.
     Table(TableSlot),
 }
 
@@ -37,30 +37,30 @@ pub struct TableSlot(pub u64);
 /// Where a piece of a table of the top image lies in its file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TablePlace {
-    /// Which.
+    /// The table slice.
     pub table: TableId,
-    /// Where.
+    /// Its offset.
     pub offset: HostOffset,
-    /// Bytes.
+    /// Its length in bytes.
     pub length: u64,
 }
 
 /// A piece of a table to be read from a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TableLoad {
-    /// Which.
+    /// The table slice.
     pub table: TableId,
-    /// The file it is in.
+    /// The file to read.
     pub file: FileIndex,
-    /// Where.
+    /// Its offset in the file.
     pub offset: HostOffset,
-    /// Bytes.
+    /// Its length in bytes.
     pub length: usize,
-    /// Loaded on the chance that it is needed: if it cannot be read, nothing is lost.
+    /// A read-ahead: no request needs it yet, so a failure does no harm.
     pub ahead: bool,
 }
 
-/// Leaves a function with any answer but `Ready`.
+/// Unwraps `Ready`; returns any other answer from the function.
 macro_rules! ready {
     ($answer:expr) => {
         match $answer {

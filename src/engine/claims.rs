@@ -1,7 +1,8 @@
-//! Claims on ranges of guest clusters: who may change their mapping now, and who waits, first come first served.
+//! Claims on ranges of guest clusters: which requests may change their mapping now, and which wait. First come, first
+//! served.
 //!
-//! A request that may allocate, discard or zero claims its whole range at once, before it plans, and holds nothing
-//! else while it waits; so claims cannot deadlock, and as nobody overtakes an earlier overlapping claim, nobody starves.
+//! A request that may allocate, discard or zero claims its whole range at once, before it plans. It holds nothing else
+//! while it waits, so claims cannot deadlock. No claim overtakes an earlier overlapping one, so none starves.
 
 use std::collections::VecDeque;
 use std::task::Waker;
@@ -9,7 +10,7 @@ use std::task::Waker;
 use crate::mutation::{Mutation, active};
 use crate::sync::Mutex;
 
-/// A claim's name.
+/// Identifies a claim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ClaimId(u64);
 
@@ -61,14 +62,14 @@ impl Claims {
         inner.push(first, last, blockers)
     }
 
-    /// A claim on guest clusters `first..=last` that is held at once; none if another overlaps it, held or waiting.
+    /// A claim on guest clusters `first..=last`, held at once; `None` if any other overlaps it, held or waiting.
     pub fn try_add(&self, first: u64, last: u64) -> Option<ClaimId> {
         let mut inner = self.inner.lock().expect("no panic under this lock");
         let free = !inner.claims.iter().any(|c| c.first <= last && first <= c.last);
         (free || active(Mutation::ClaimForced)).then(|| inner.push(first, last, 0))
     }
 
-    /// True if the claim is held; else `waker` is woken when it is.
+    /// True if the claim is held; otherwise `waker` is woken once it is.
     pub fn held(&self, id: ClaimId, waker: &Waker) -> bool {
         let mut inner = self.inner.lock().expect("no panic under this lock");
         let claim = inner.claims.iter_mut().find(|c| c.id == id.0).expect("a claim that was added");

@@ -1,7 +1,7 @@
-//! Links that go to the disk together with the data that they name, so that the flush which is expected next finds nothing
-//! to write: docs/durability.md, "A link beside its data".
+//! Early commits: links written together with the data that they name, so that the flush that is expected next finds
+//! nothing to write. See docs/durability.md, "A link beside its data".
 //!
-//! Owns when that is done. At most one such link is on its way at a time, and no cut meanwhile.
+//! Decides when to do so. At most one such link is being written at a time, and no cut meanwhile.
 
 use qcow2::{GuestCluster, HostCluster, L2Entry};
 
@@ -15,47 +15,47 @@ use crate::waiters::WakeList;
 use crate::word::Word;
 use crate::write::Allocation;
 
-/// Cuts with one allocation each, after which the next is expected to be such a cut, too. If that is wrong, a table slice
-/// is written once more than needed, and a flush waits for the data of a cluster that it need not wait for.
+/// After this many cuts with one allocation each, the next is expected to be such a cut, too. If that is wrong, a table
+/// slice is written once more than needed, and a flush waits without need for the data of a cluster.
 const LONE_CUTS: u8 = 2;
 
-/// How the link of an allocation gets to the disk.
+/// When the link of an allocation is written to the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Early {
     /// With the next cut.
     No,
-    /// Beside the data, if that is safe when it is written.
+    /// Together with the data, if that is safe when the data is written.
     Wanted,
-    /// It is on its way, or there.
+    /// The early commit has begun, or has ended.
     Begun,
 }
 
-/// What tells whether a flush follows an allocation at once, and whether a link is on its way on that chance.
+/// Predicts whether a flush follows the next allocation at once, and records whether an early commit is under way.
 #[derive(Default)]
 pub(crate) struct EarlyLinks {
     /// Allocations that were published since the last cut.
     allocations: u32,
     /// Cuts with one allocation each, since the last one with more.
     lone_cuts: u8,
-    /// A link was written beside its data, and no cut since is durable.
+    /// There was an early commit, and no cut since then is durable.
     unsynced: bool,
-    /// A link is on its way to the disk.
+    /// An early commit is under way.
     running: bool,
 }
 
 impl EarlyLinks {
-    /// How an allocation that is made now is to be linked.
+    /// How to link an allocation that is planned now.
     pub fn of_next(&self) -> Early {
         if self.allocations == 0 && self.lone_cuts >= LONE_CUTS { Early::Wanted } else { Early::No }
     }
 
-    /// An allocation that was linked so is published.
+    /// An allocation is published; `linked` says how it was linked.
     pub fn allocated(&mut self, linked: Early) {
         self.allocations = self.allocations.saturating_add(1);
         self.unsynced |= linked == Early::Begun;
     }
 
-    /// A cut is taken, of something that is dirty or of nothing.
+    /// A cut is taken; `dirty` says whether it has anything to write.
     pub fn cut(&mut self, dirty: bool) {
         let in_vain = self.unsynced && dirty;
         self.lone_cuts = match std::mem::take(&mut self.allocations) {
@@ -70,21 +70,21 @@ impl EarlyLinks {
         self.unsynced = false;
     }
 
-    /// About how many bytes of tables with such links are not known to be durable.
+    /// Roughly the bytes of tables from early commits that may not be durable.
     pub fn unsynced_bytes(&self) -> usize {
         if self.unsynced { TABLE_SLICE_BYTES_MAX as usize } else { 0 }
     }
 
-    /// A link is on its way: no cut may be taken.
+    /// An early commit is under way: no cut may be taken.
     pub fn is_running(&self) -> bool {
         self.running
     }
 }
 
 impl State {
-    /// The table slice with the link of an allocation whose data is about to be written, if it is worth while and safe to
-    /// write it at the same time. Then the allocation is committed, or given up, after that write has ended, and nothing
-    /// else is waited for until then: a flush may wait for that.
+    /// The table slice with the link of an allocation whose data is about to be written, if writing both at once is
+    /// worthwhile and safe. After that write has ended, commit or abort the allocation. Until then wait for nothing
+    /// else: a flush waits for the early commit, and so may the other work.
     pub fn link_early(&mut self, map: &ChainMap, new: &mut Allocation) -> Option<TableWrite> {
         if !self.may_link_early(map, new) {
             return None;
@@ -94,7 +94,7 @@ impl State {
         let mut bytes = self.tables.bytes(place.table).to_vec();
         let top = self.top_qcow2();
         top.encode_entry(entry).store(&mut bytes, place.index, &top.geometry);
-        // The slice stays as long as the allocation has it pinned.
+        // The slice stays in the cache: the allocation has it pinned.
         self.write.as_mut().expect("a plan was made").flush.early.running = true;
         new.early = Early::Begun;
         Some(TableWrite { offset, bytes })
@@ -104,19 +104,20 @@ impl State {
         let Some(write) = &self.write else { return false };
         let busy = write.flush.is_busy() && !active(Mutation::EarlyLinkBesideCut);
         let dirty = self.has_dirt() && !active(Mutation::EarlyLinkBeforeCounts);
-        // Another was made since it was planned.
+        // False if another allocation was published since this one was planned.
         let first = write.flush.early.of_next() == Early::Wanted;
         first && !busy && !dirty && new.clusters == 1 && self.may_precede_data(map, new, new.cluster)
     }
 
-    /// The link of a cluster of an allocation may be durable before its data: the guest finds what it would have found
-    /// without the write, zeros.
+    /// True if the link of an allocation's cluster may become durable before the data: the guest then reads zeros, as
+    /// it would without the write.
     pub(crate) fn may_precede_data(&self, map: &ChainMap, new: &Allocation, guest: GuestCluster) -> bool {
         let was_zero = map.lookup(guest) == Word::ZERO || active(Mutation::LinksForgetBacking);
         new.known_zero && !new.reuse && was_zero
     }
 
-    /// A cluster of an allocation: the place of its entry, the cluster, and its entry once the data is there.
+    /// For a cluster of an allocation: the place of its entry, its guest cluster, and its entry once the data is
+    /// written.
     pub(crate) fn link(&self, new: &Allocation, at: u64) -> (EntryPlace, GuestCluster, L2Entry) {
         let place = EntryPlace { index: new.place.index + at as usize, ..new.place };
         let guest = GuestCluster(new.cluster.0 + at);
@@ -124,7 +125,7 @@ impl State {
         (place, guest, self.written_entry(place, guest, new, at, offset))
     }
 
-    /// The write of an allocation's link, if there was one, has ended.
+    /// The early commit of an allocation, if there was one, has ended.
     pub fn end_early_link(&mut self, new: &Allocation, wakes: &mut WakeList) {
         if new.early == Early::Begun {
             let flush = &mut self.write.as_mut().expect("a plan was made").flush;
@@ -133,8 +134,8 @@ impl State {
         }
     }
 
-    /// The same, but what the disk has of it is not, or may not be, what the entry will say: the slice is written anew, and
-    /// in order.
+    /// The same, but the entry on disk differs, or may differ, from the final entry: the slice is written again, with
+    /// its links after the data.
     pub fn forget_early_link(&mut self, new: &mut Allocation, wakes: &mut WakeList) {
         if new.early != Early::Begun {
             return;

@@ -1,25 +1,25 @@
-//! The entries of an L1 table or of a refcount table in memory: pieces that are all zero take none.
+//! The entries of an L1 table or a refcount table in memory. Pieces that are all zero take no memory.
 //!
-//! A header may claim a table of 32 MiB that is a hole of its file, and a chain has up to 1,000 images.
+//! This matters: a header may claim a table of 32 MiB that is a hole in the file, and a chain has up to 1,000 images.
 
-/// Entries in a piece: 4 KiB of them.
+/// Entries in a piece, which takes 4 KiB.
 const PIECE: usize = 512;
 
 /// The entries of a table, as they are on disk.
 #[derive(Clone, Debug, Default)]
 pub struct Entries {
-    /// As far as there is an entry that is not zero.
+    /// Reaches at least to the last entry that is not zero. A `None` piece is all zero.
     pieces: Vec<Option<Box<[u64; PIECE]>>>,
     len: u64,
 }
 
 impl Entries {
-    /// A table of so many entries, all zero.
+    /// A table of `len` entries, all zero.
     pub fn new(len: u64) -> Self {
         Entries { pieces: Vec::new(), len }
     }
 
-    /// How many entries it has.
+    /// The number of entries.
     pub fn len(&self) -> u64 {
         self.len
     }
@@ -51,7 +51,7 @@ impl Entries {
         self.pieces[piece].get_or_insert_with(|| Box::new([0; PIECE]))[at] = raw;
     }
 
-    /// Takes in entries as they are on disk, from an index on. What is past the end, and half an entry, is left out.
+    /// Sets entries, from index `first` on, from their bytes on disk. Ignores entries past the end, and half an entry.
     pub fn read(&mut self, first: u64, bytes: &[u8]) {
         for (index, word) in (first..self.len).zip(bytes.as_chunks::<8>().0) {
             if *word != [0; 8] {
@@ -60,7 +60,7 @@ impl Entries {
         }
     }
 
-    /// Adds zeros at the end, up to so many entries.
+    /// Adds zeros at the end until there are `len` entries.
     pub fn grow(&mut self, len: u64) {
         self.len = self.len.max(len);
     }

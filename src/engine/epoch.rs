@@ -1,9 +1,8 @@
 //! Epochs: how the engine knows that every I/O begun before some moment has ended.
 //!
-//! Each worker publishes the epoch of its oldest request that may hold a word of the chain map (or a host offset that
-//! it took from a plan). A cluster unlinked before the epoch was advanced from `e` is out of reach of all I/O once no
-//! worker publishes `e` or less. docs/concurrency.md, "Epochs", gives the argument; the pairs of atomics are named
-//! here.
+//! Each worker publishes the epoch of its oldest request that may hold a word of the chain map, or a host offset from a
+//! plan. A cluster unlinked before the epoch was advanced from `e` is out of reach of all I/O once no worker publishes
+//! `e` or less. docs/concurrency.md, "Epochs", gives the argument; the pairs of atomics are named here.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -14,7 +13,7 @@ use crate::sync::{AtomicU64, Mutex, Ordering, fence};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Epoch(pub u64);
 
-/// What an idle worker publishes.
+/// The value that an idle worker publishes.
 const NONE: u64 = u64::MAX;
 
 /// Each worker's word on a cache line of its own.
@@ -25,7 +24,7 @@ struct Slot(AtomicU64);
 pub struct Epochs {
     now: AtomicU64,
     slots: Box<[Slot]>,
-    /// Which slots are taken. Leaf lock: nothing is locked while it is held.
+    /// The slots that are taken. Leaf lock: nothing is locked while it is held.
     taken: Mutex<Box<[bool]>>,
 }
 
@@ -39,7 +38,7 @@ impl Epochs {
         })
     }
 
-    /// Registers a worker, or `None` if there are as many as was said.
+    /// Registers a worker; `None` if all slots are taken.
     pub fn register(self: &Arc<Self>) -> Option<WorkerEpochs> {
         let mut taken = self.taken.lock().expect("no panic under this lock");
         let slot = taken.iter().position(|taken| !taken)?;
@@ -47,7 +46,7 @@ impl Epochs {
         Some(WorkerEpochs { epochs: Arc::clone(self), slot, live: VecDeque::new() })
     }
 
-    /// Ends the present epoch and returns it. To be called after the unlinks that it is to cover.
+    /// Ends the present epoch and returns it. Call it after the unlinks that the epoch must cover.
     pub(crate) fn advance(&self) -> Epoch {
         Epoch(self.now.fetch_add(1, Ordering::SeqCst))
     }
@@ -71,7 +70,7 @@ pub struct WorkerEpochs {
 }
 
 impl WorkerEpochs {
-    /// Called before a request loads its first word; the epoch goes back to [`WorkerEpochs::exit`].
+    /// Called before a request loads its first word; pass the returned epoch to [`WorkerEpochs::exit`].
     #[inline]
     pub fn enter(&mut self) -> Epoch {
         let now = self.epochs.now.load(Ordering::SeqCst);
@@ -115,8 +114,8 @@ impl WorkerEpochs {
 impl Drop for WorkerEpochs {
     fn drop(&mut self) {
         if !self.live.is_empty() {
-            // The thread ends with requests in flight (a panic): its epoch stays published and its slot taken, so that
-            // nothing which they may still touch is ever reused.
+            // The thread ends with requests in flight (a panic). Its epoch stays published and its slot taken, so that
+            // no cluster which they may still access is ever reused.
             return;
         }
         self.epochs.slots[self.slot].0.store(NONE, Ordering::Release);

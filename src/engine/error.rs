@@ -1,4 +1,4 @@
-//! What can go wrong in the engine: only what an image's bytes bring about, or a disk that has failed.
+//! The errors of the engine. They come only from the bytes of an image, or from a disk that has failed.
 
 use qcow2::EntryError;
 use thiserror::Error;
@@ -42,7 +42,7 @@ impl std::fmt::Display for Structure {
 /// An error of the engine. Clone, because a failed disk repeats its reason.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum EngineError {
-    /// An entry of a table makes no sense. What needs it fails, and nothing else.
+    /// An entry of a table makes no sense. Only the requests that need it fail.
     #[error("layer {layer}: {structure}, entry {index}: {source}")]
     BadEntry {
         /// 0 is the top image.
@@ -54,13 +54,13 @@ pub enum EngineError {
         /// Why.
         source: EntryError,
     },
-    /// The top image is damaged, and this is the proof. Only this has it marked corrupt.
+    /// The top image is damaged, and this is the proof. The image is marked corrupt for no other error.
     #[error(transparent)]
     Corrupt(#[from] Proof),
     /// The refcount table would grow past its limit of 8 MiB.
     #[error("the refcount table cannot grow past 8 MiB: the image file is as large as its format allows")]
     RefcountTableFull,
-    /// The image file would grow past what an offset in its tables can say.
+    /// The image file would grow past the largest offset in its format.
     #[error("the image file cannot grow past 2^56 bytes, the largest offset of its format")]
     FileTooLarge,
     /// An earlier metadata write or flush failed, or the image is corrupt: nothing is written any more.
@@ -71,8 +71,8 @@ pub enum EngineError {
     ReadOnly,
 }
 
-/// Proof that the top image is damaged. Each is two facts that contradict each other, both read from the image and both
-/// exact; what only may be so is none. docs/durability.md, "The guard", has the list of the places that find one.
+/// Proof that the top image is damaged: two facts that contradict each other, both read from the image and both exact.
+/// A mere suspicion is no proof. docs/durability.md, "The guard", lists the places in the code that find one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum Proof {
     /// A change needs an entry that makes no sense.
@@ -85,7 +85,7 @@ pub enum Proof {
         /// Why.
         source: EntryError,
     },
-    /// A refcount contradicts the tables: a cluster in use counts zero.
+    /// A refcount contradicts the tables: zero for a cluster in use.
     #[error("layer 0: cluster {cluster:#x} is in use{} but its refcount is zero", told(*holds))]
     RefcountZero {
         /// Host cluster number.
@@ -93,40 +93,40 @@ pub enum Proof {
         /// The metadata that it holds.
         holds: Option<Structure>,
     },
-    /// Two pieces of metadata, or metadata and data, lie in the same place.
+    /// Two pieces of metadata, or metadata and data, lie in the same cluster.
     #[error(
         "layer 0: {structure}, entry {index} names cluster {cluster:#x}, which holds other metadata: {holds}"
     )]
     Overlap {
-        /// The table whose entry it is.
+        /// The table with the entry.
         structure: Structure,
         /// The entry's number in the whole table (for L2: the guest cluster).
         index: u64,
         /// Host cluster number.
         cluster: u64,
-        /// The other.
+        /// The other structure in that cluster.
         holds: Structure,
     },
 }
 
-/// What a cluster holds, in brackets.
+/// The content of a cluster, in brackets.
 fn told(holds: Option<Structure>) -> String {
     holds.map_or_else(String::new, |holds| format!(" (it holds metadata: {holds})"))
 }
 
 impl EngineError {
-    /// A cluster that counts as free holds metadata.
+    /// A cluster with refcount zero holds metadata.
     pub(crate) fn free_metadata((cluster, holds): (u64, Structure)) -> Self {
         Proof::RefcountZero { cluster, holds: Some(holds) }.into()
     }
 
-    /// A cluster that an entry names counts as free.
+    /// An entry names a cluster with refcount zero.
     pub(crate) fn free_data(cluster: u64) -> Self {
         Proof::RefcountZero { cluster, holds: None }.into()
     }
 
-    /// The error of a change, given that of a look: an entry that makes no sense, which a look leaves alone, is proof for
-    /// a change that needs it. A zero flag in version 2 is none: some other program's habit, and no place is in doubt.
+    /// Turns the error of a read into that of a change. An entry that makes no sense fails a read, but for a change it
+    /// is proof of damage. A zero flag in version 2 is no proof: another program's habit, and no location is in doubt.
     pub(crate) fn of_change(self) -> Self {
         match self {
             EngineError::BadEntry { source: EntryError::ZeroFlagInV2 { .. }, .. } => self,

@@ -23,63 +23,64 @@ pub(crate) fn l1_block_of(geometry: &Geometry, index: u64) -> u64 {
 /// Bytes to be written to the top image's file.
 #[derive(Debug)]
 pub struct TableWrite {
-    /// Where.
+    /// Where they go.
     pub offset: HostOffset,
-    /// What.
+    /// The bytes.
     pub bytes: Vec<u8>,
 }
 
-/// The refcount table's new place, for the header.
+/// The refcount table's new location, for the header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HeaderSwitch {
-    /// The table's offset.
+    /// The table's new offset.
     pub refcount_table_offset: HostOffset,
-    /// Its clusters.
+    /// The table's new size in clusters.
     pub refcount_table_clusters: u32,
 }
 
-/// All the metadata that was dirty at one moment. Write the stages in order, an fdatasync after each that is not empty;
-/// one fdatasync must come after stage 1 in any case, as it also makes the guest's data durable, but for links alone.
+/// All the metadata that was dirty at one moment. Write the stages in order, with an fdatasync after each that is not
+/// empty. After stage 1 one is always required, as it also makes the guest's data durable, except for
+/// [`FlushCut::links_alone`].
 #[derive(Debug)]
 #[must_use]
 pub struct FlushCut {
     number: u64,
-    /// Make the file as long first, if that is possible, so that it ends with free clusters until it is closed. Then call
-    /// [`crate::Engine::file_was_lengthened`], however that went.
+    /// First make the file this long in bytes, if possible, so that it ends with free clusters until it is closed. Then
+    /// call [`crate::Engine::file_was_lengthened`], even if that failed.
     pub lengthen: Option<u64>,
-    /// The file's length must be durable before anything of this is written.
+    /// The file's length must be durable before any of these writes begins.
     pub length_first: bool,
-    /// What nothing durable names, and what stage 1 will name.
+    /// Metadata that nothing durable names, and that stage 1 will name.
     pub stage0: Vec<TableWrite>,
     /// Refcounts, and tables that stage 2 will name.
     pub stage1: Vec<TableWrite>,
-    /// To be written in stage 1, with the tables.
+    /// The header, to be written in stage 1 with the tables.
     pub header: Option<HeaderSwitch>,
     /// The links.
     pub stage2: Vec<TableWrite>,
-    /// The links are all there is to write, and need nothing to be durable before them: one fdatasync will do.
+    /// The cut has links alone, and they need nothing durable before them: one fdatasync is enough.
     pub links_alone: bool,
 }
 
-/// What a flush is to do next.
+/// The next step of a flush.
 #[derive(Debug)]
 pub enum FlushStep {
-    /// All that was acknowledged before the flush is durable.
+    /// Everything acknowledged before the flush is durable.
     Done,
     /// Another flush leads; the waker is registered.
     Wait,
-    /// Write this cut, then tell the engine how it went.
+    /// Write this cut, then report the result to the engine.
     Lead(FlushCut),
 }
 
-/// How far a cut came before it failed.
+/// The stage at which a cut failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Stage {
-    /// Stage 0 was not whole.
+    /// Stage 0 was not complete.
     Zero,
-    /// Stage 0 is durable, stage 1 was not whole.
+    /// Stage 0 is durable, stage 1 was not complete.
     One,
-    /// Stage 1 is durable, stage 2 was not whole.
+    /// Stage 1 is durable, stage 2 was not complete.
     Two,
 }
 
@@ -95,7 +96,7 @@ pub(crate) struct FlushState {
     waiters: Waiters,
 }
 
-/// What the running cut took, to be given back if it fails.
+/// Everything that the running cut took; dirty again if it fails.
 struct Running {
     number: u64,
     epoch: Epoch,
@@ -117,7 +118,7 @@ impl FlushState {
         self.next
     }
 
-    /// The cut after which a flush that arrives now is done.
+    /// The cut with which a flush that arrives now ends.
     pub fn ticket(&self) -> u64 {
         match &self.running {
             Some(running) if active(Mutation::JoinsRunningCut) => running.number,
@@ -134,7 +135,7 @@ impl FlushState {
         self.completed
     }
 
-    /// A cut, or a link beside its data, is on its way to the disk: no other may be.
+    /// A cut or an early commit is under way: no other may begin.
     pub fn is_busy(&self) -> bool {
         self.running.is_some() || self.early.is_running()
     }
@@ -165,7 +166,7 @@ impl State {
         let write = self.write_state()?;
         if dirty && let Some(waiters) = write.alloc.waits_for_length(write.refcounts.geometry.cluster_size())
         {
-            // A reservation waits for no flush.
+            // No deadlock: a reservation never waits for a flush.
             waiters.add(waker);
             return Ok(FlushStep::Wait);
         }
@@ -244,7 +245,7 @@ impl State {
         Ok(FlushCut { number, lengthen, length_first, stage0, stage1, header, stage2, links_alone })
     }
 
-    /// True if a cut taken now would have anything to write.
+    /// True if a cut taken now would have something to write.
     pub(crate) fn has_dirt(&self) -> bool {
         let of_writing = self.write.as_ref().is_some_and(|write| {
             let refcounts = &write.refcounts;
@@ -278,7 +279,7 @@ impl State {
         TableWrite { offset: self.l1_block_place(block).0, bytes }
     }
 
-    /// Where a block of the L1 table lies, and its bytes.
+    /// The offset of a block of the L1 table, and its length in bytes.
     pub(crate) fn l1_block_place(&self, block: u64) -> (HostOffset, u64) {
         let bytes = table_block_entries(&self.top_qcow2().geometry) * 8;
         let base = self.write.as_ref().expect("a writable image").l1_offset;
@@ -299,8 +300,8 @@ impl State {
         }
     }
 
-    /// The cut failed, at `stage`, for lack of space: all of it is dirty again. What stage 2 may have linked already
-    /// is existing from now on, so that nothing is changed under a durable link without an order.
+    /// The cut failed at `stage` for lack of space: all of it is dirty again. A table that may already be linked on
+    /// disk counts as existing from now on: each change under a durable link must be written in its proper stage.
     pub fn fail_cut(&mut self, cut: &FlushCut, stage: Stage, wakes: &mut WakeList) {
         let write = self.write.as_mut().expect("a writable image");
         let running = write.flush.running.take().expect("a cut is running");
@@ -331,7 +332,7 @@ impl State {
     }
 }
 
-/// Sorts writes by place and joins neighbours.
+/// Sorts writes by offset and joins neighbours.
 fn merged(mut writes: Vec<TableWrite>) -> Vec<TableWrite> {
     writes.sort_by_key(|write| write.offset);
     let mut joined: Vec<TableWrite> = Vec::with_capacity(writes.len());

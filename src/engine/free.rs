@@ -1,7 +1,7 @@
-//! The clusters that nobody uses and that may be handed out again, in bounded memory.
+//! The unused clusters that may be allocated again, in bounded memory.
 //!
-//! Most are runs. Where runs are too many, the last of them become bits of chunks, a bit a cluster. Where chunks are too
-//! many as well, clusters are left out: they are not handed out again before the image is next opened.
+//! Most are stored as runs. If there are too many runs, the last ones become bits of chunks, one bit a cluster. If
+//! there are too many chunks as well, clusters are left out: not allocated again before the image is next opened.
 
 use std::collections::BTreeMap;
 
@@ -18,9 +18,9 @@ type Chunk = [u64; CHUNK_CLUSTERS as usize / 64];
 pub(crate) struct FreeClusters {
     runs_max: usize,
     chunks_max: usize,
-    /// By their first cluster.
+    /// Keyed by the first cluster.
     runs: BTreeMap<u64, FreeRun>,
-    /// By number; none is empty.
+    /// Keyed by number; no chunk is empty.
     chunks: BTreeMap<u64, Chunk>,
     left_out: bool,
 }
@@ -32,7 +32,7 @@ impl Default for FreeClusters {
 }
 
 impl FreeClusters {
-    /// With room for so many runs and chunks.
+    /// An empty set with room for this many runs and chunks.
     fn with_room(runs_max: usize, chunks_max: usize) -> Self {
         FreeClusters { runs_max, chunks_max, runs: BTreeMap::new(), chunks: BTreeMap::new(), left_out: false }
     }
@@ -43,17 +43,17 @@ impl FreeClusters {
         before.is_some_and(|(_, free)| cluster < free.run.start.0 + free.run.count) || self.has_bit(cluster)
     }
 
-    /// True if there were clusters that had no room here. So one with a refcount of zero that is not here may be such.
+    /// True if clusters were left out: one with refcount zero that is not here may be such.
     pub fn has_left_out(&self) -> bool {
         self.left_out
     }
 
-    /// True if a cluster more might have no room.
+    /// True if there might be no room for one more cluster.
     pub fn is_full(&self) -> bool {
         self.runs.len() >= self.runs_max && self.chunks.len() >= self.chunks_max
     }
 
-    /// The first run of those that are known as runs.
+    /// The first stored run; if there is none, the first chunk becomes runs.
     pub fn first(&mut self) -> Option<FreeRun> {
         if self.runs.is_empty()
             && let Some((number, chunk)) = self.chunks.pop_first()
@@ -65,7 +65,7 @@ impl FreeClusters {
         self.runs.values().next().copied()
     }
 
-    /// Takes up to `count` clusters off the front of the first run.
+    /// Takes up to `count` clusters from the front of the first run.
     pub fn take(&mut self, count: u64) -> Option<FreeRun> {
         let whole = self.first()?;
         self.runs.remove(&whole.run.start.0);
@@ -79,7 +79,7 @@ impl FreeClusters {
         Some(FreeRun { run: Run { start: whole.run.start, count }, known_zero: whole.known_zero })
     }
 
-    /// Adds a run, merging it with its neighbours. Parts that are free already are left as they are.
+    /// Adds a run and merges it with its neighbours. Clusters that are free already stay as they are.
     pub fn add(&mut self, added: FreeRun) {
         let mut start = added.run.start.0;
         let end = start + added.run.count;
@@ -127,7 +127,7 @@ impl FreeClusters {
         self.runs.insert(added.run.start.0, added);
     }
 
-    /// Makes bits of a run, as far as there is room for chunks.
+    /// Turns a run into bits while there is room for chunks; leaves out the rest.
     fn spill(&mut self, run: Run) {
         let (mut cluster, end) = (run.start.0, run.start.0 + run.count);
         while cluster < end {
@@ -143,7 +143,7 @@ impl FreeClusters {
         }
     }
 
-    /// Forgets the free clusters that end at `end`; where what is left ends.
+    /// Removes the free clusters that end at `end`. Returns their start: the new end.
     pub fn trim(&mut self, mut end: u64) -> u64 {
         loop {
             match self.runs.last_key_value() {
@@ -174,7 +174,7 @@ impl FreeClusters {
         }
     }
 
-    /// The first cluster of `start..end` that is a bit; `end` if none is.
+    /// The first cluster of `start..end` that is stored as a bit; `end` if there is none.
     fn first_bit(&self, start: u64, end: u64) -> u64 {
         for (number, chunk) in self.chunks.range(start / CHUNK_CLUSTERS..end.div_ceil(CHUNK_CLUSTERS)) {
             let (from, past) = (number * CHUNK_CLUSTERS, (number + 1) * CHUNK_CLUSTERS);
@@ -265,7 +265,7 @@ mod tests {
         assert_eq!(listed(&free), [(9, 3, true), (13, 1, true)]);
     }
 
-    /// Every second cluster of many: the memory is bounded, all is found again, and each once.
+    /// Every second cluster: memory is bounded, and each is found again exactly once.
     #[test]
     fn scattered_clusters_take_bounded_memory_and_come_back() {
         let (runs, chunks) = (100, 200);
@@ -298,7 +298,7 @@ mod tests {
         assert_eq!(held, room);
     }
 
-    /// What discarding every second cluster of a disk of 1 TiB would hold, in nodes of which every other place is empty.
+    /// The memory if every second cluster of a 1 TiB disk is discarded and tree nodes are half empty.
     #[test]
     fn the_bounds_are_a_few_mebibytes() {
         let of_runs = RUNS_MAX * size_of::<(u64, FreeRun)>();

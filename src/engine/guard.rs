@@ -1,11 +1,13 @@
-//! Where the top image has metadata: the header, the L1 table, the refcount table, refblocks and L2 tables, what
-//! internal snapshots have of these, and all that belongs to bitmaps.
+//! The locations of the top image's metadata: the header, the L1 table, the refcount table, refblocks and L2 tables,
+//! the same tables of internal snapshots, and everything that belongs to bitmaps.
 //!
-//! No guest data is ever written there and no such cluster is handed out, whatever a damaged or hostile image's entries
-//! and refcounts say. And the other way round: a cluster at which data I/O was aimed in this session never becomes
-//! metadata, as that I/O may be under way, and a word of the map may send more there without a look at this. So neither
-//! lookup nor I/O in place need ask again. docs/durability.md, "The guard", says why each write is covered. QEMU by default leaves out the L2 tables that only snapshots name, as it would have to read them
-//! again at every write; here they are read once, at open, which bounds how large the L1 tables of snapshots may be.
+//! No guest data is ever written there and no such cluster is allocated, whatever the entries and refcounts of a
+//! damaged or hostile image say. Conversely, a cluster to which this session sent data I/O never becomes metadata. That
+//! I/O may still be under way, and a word of the map may send more there without checking the guard. So neither a
+//! lookup nor I/O in place needs a check. docs/durability.md, "The guard", explains why each write is covered.
+//!
+//! By default QEMU does not protect the L2 tables that only snapshots name, because it would have to read them again at
+//! every write. Here they are read once, at open, which bounds the size of the L1 tables of snapshots.
 
 use std::collections::BTreeMap;
 
@@ -19,17 +21,17 @@ use crate::error::{EngineError, Proof, Structure};
 use crate::mutation::{Mutation, active};
 use crate::refcounts::Refcounts;
 
-/// A cluster, and the metadata that it holds.
+/// A cluster and the metadata in it.
 pub(crate) type Holder = (u64, Structure);
 
-/// Clusters that hold metadata, and those that never will.
+/// The clusters that hold metadata, and the aimed clusters, which never will.
 #[derive(Default)]
 pub(crate) struct MetadataGuard {
-    /// First cluster → first cluster past the run, and what is in it. Runs do not overlap; alike neighbours are joined.
+    /// First cluster → first cluster past the run, and its content. Runs do not overlap; equal neighbours are joined.
     runs: BTreeMap<u64, (u64, Structure)>,
-    /// Where data I/O was aimed.
+    /// The clusters to which data I/O was aimed.
     aimed: Aimed,
-    /// Those of snapshots, many of them the active disk's too.
+    /// The L2 tables of snapshots; the active disk shares many of them.
     snapshot_l2: L2Tables,
 }
 
@@ -37,7 +39,7 @@ impl MetadataGuard {
     /// The metadata of an image, as its tables name it.
     ///
     /// # Errors
-    /// A bad entry, or two entries that name the same place.
+    /// A bad entry, or two entries that name the same cluster.
     pub fn of_image(
         geometry: &Geometry,
         l1: &Entries,
@@ -70,7 +72,7 @@ impl MetadataGuard {
             }
         }
         for (index, raw) in l1.used() {
-            // A bad L1 entry is named when its range is used: the rest of the disk can be served.
+            // A bad L1 entry is reported when its range is used: the rest of the disk can be served.
             if let Ok(L1Entry::Table { offset, .. }) = L1Entry::decode(raw, geometry) {
                 let cluster = geometry.host_cluster(offset);
                 guard.add(cluster, 1, Structure::L2).map_err(overlap(Structure::L1, index))?;
@@ -90,7 +92,7 @@ impl MetadataGuard {
         }
         guard.snapshot_l2 = snapshots.into_l2_tables();
         for (index, raw) in l1.used() {
-            // To be changed in place though a snapshot has it too.
+            // The entry allows changes in place although a snapshot uses the table, too.
             if let Ok(L1Entry::Table { offset, copied: true }) = L1Entry::decode(raw, geometry)
                 && guard.snapshot_l2.contains(geometry.host_cluster(offset))
             {
@@ -101,10 +103,10 @@ impl MetadataGuard {
         Ok(guard)
     }
 
-    /// Adds a run. At open two pieces of metadata may share an L2 table of a snapshot, and nothing else.
+    /// Adds a run. At open, the only metadata that may be shared are the L2 tables of snapshots.
     ///
     /// # Errors
-    /// The first of its clusters that is in another run.
+    /// The first of its clusters that is already in a run.
     pub fn add(&mut self, start: HostCluster, count: u64, holds: Structure) -> Result<(), Holder> {
         if count == 0 {
             return Ok(());
@@ -127,7 +129,7 @@ impl MetadataGuard {
         Ok(())
     }
 
-    /// Forgets a run that holds metadata no more.
+    /// Removes a run that no longer holds metadata.
     pub fn remove(&mut self, start: HostCluster, count: u64) {
         let (start, end) = (start.0, start.0 + count);
         let Some((&first, &(past, holds))) = self.runs.range(..=start).next_back() else { return };
@@ -150,8 +152,8 @@ impl MetadataGuard {
         self.overlap(run.start.0, end).or(of_snapshot.map(|cluster| (cluster, Structure::SnapshotL2)))
     }
 
-    /// Runs of metadata that end past a cluster, at most so many, in order: the first cluster, how many, and whether they are
-    /// L2 tables. Those that only snapshots name are left out.
+    /// Up to `most` runs of metadata that end past a cluster, in order: the first cluster, the count, and whether they
+    /// are L2 tables. Leaves out the tables that only snapshots name.
     pub fn runs_from(&self, cluster: u64, most: usize) -> Vec<(HostCluster, u64, bool)> {
         let before = self.runs.range(..cluster).next_back().filter(|(_, run)| run.0 > cluster);
         let runs = before.into_iter().chain(self.runs.range(cluster..)).take(most);
@@ -159,11 +161,11 @@ impl MetadataGuard {
             .collect()
     }
 
-    /// Data is about to be written to a run, or the run to be punched, now or later: from now on it does not become
-    /// metadata. To be asked before each such I/O is planned, or a word published that allows it.
+    /// Declares that data may be written to a run, or the run punched, now or later: from now on it never becomes
+    /// metadata. Call this before such I/O is planned, and before a word that allows it is published.
     ///
     /// # Errors
-    /// One of its clusters that holds metadata.
+    /// A cluster of the run that holds metadata.
     pub fn aim(&mut self, run: Run) -> Result<(), Holder> {
         if !active(Mutation::GuardBypassed)
             && let Some(holder) = self.within(run)
@@ -174,13 +176,13 @@ impl MetadataGuard {
         Ok(())
     }
 
-    /// Whether data I/O was aimed at a cluster in this session. Where it was, or may have been, the cluster does not become
+    /// Whether data I/O was aimed at a cluster in this session. If it was, or may have been, the cluster never becomes
     /// metadata.
     pub fn aimed(&self, cluster: u64) -> Known {
         if active(Mutation::MetadataWhereAimed) { Known::Not } else { self.aimed.knows(cluster) }
     }
 
-    /// The first cluster past those that are told from `cluster` no more.
+    /// The first cluster past the neighbours that the record no longer distinguishes from `cluster`.
     pub fn past_neighbours(&self, cluster: u64) -> u64 {
         self.aimed.past_neighbours(cluster)
     }

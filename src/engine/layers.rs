@@ -1,6 +1,7 @@
 //! The layers of a chain as the engine sees them: the top image at 0, then each backing file.
 //!
-//! Owns the L1 tables (in memory, but for what is zero; at most 32 MiB each by the format's limit) and where an L2 slice lies.
+//! Owns the L1 tables and the locations of L2 slices. The L1 tables are in memory, without their zeros; the format
+//! limits each to 32 MiB.
 
 use qcow2::{Geometry, GuestCluster, HostOffset, L1Entry, L2Entry, RawL2Entry};
 
@@ -10,11 +11,11 @@ use crate::error::{EngineError, Structure};
 use crate::tables::TableId;
 use crate::word::FileIndex;
 
-/// A layer that a chain is made of.
+/// A layer of a chain.
 pub struct LayerSpec {
     /// The file that holds it.
     pub file: FileIndex,
-    /// What is in the file.
+    /// The format of the file.
     pub format: LayerFormat,
 }
 
@@ -39,9 +40,9 @@ pub enum LayerFormat {
     Qcow2 {
         /// Its geometry.
         geometry: Geometry,
-        /// Its active L1 table, entries as they are on disk; at least as many as the size needs.
+        /// Its active L1 table: entries as on disk, at least as many as the size needs.
         l1: Entries,
-        /// The file that holds its data, if that is an external one.
+        /// The external data file, if it has one.
         data_file: Option<FileIndex>,
     },
 }
@@ -57,7 +58,7 @@ pub(crate) struct Qcow2Layer {
     pub file: FileIndex,
     pub geometry: Geometry,
     pub l1: Entries,
-    /// The file that holds the data, if that is another than the image's.
+    /// The external data file, if it has one.
     pub data_file: Option<FileIndex>,
 }
 
@@ -94,7 +95,7 @@ impl Qcow2Layer {
         self.data_file.unwrap_or(self.file)
     }
 
-    /// An L2 entry of this image as it is to be in the file.
+    /// Encodes an L2 entry of this image for the file.
     pub fn encode_entry(&self, entry: L2Entry) -> RawL2Entry {
         match self.data_file {
             Some(_) => entry.encode_external(&self.geometry),
@@ -102,7 +103,7 @@ impl Qcow2Layer {
         }
     }
 
-    /// Understands an L2 entry of this image.
+    /// Decodes an L2 entry of this image.
     pub fn decode_entry(&self, raw: RawL2Entry, cluster: GuestCluster) -> Result<L2Entry, EngineError> {
         let entry = match self.data_file {
             Some(_) => L2Entry::decode_external(raw, &self.geometry, cluster),

@@ -1,8 +1,8 @@
-//! The search for leaks: clusters that a crash left counted though nothing names them, found while the disk is in use.
+//! The search for leaks while the disk is in use: clusters that a crash left counted although nothing names them.
 //!
-//! A [`LeakSearch`] counts references by itself, with no lock; the engine says where the tables are and what of them is in
-//! memory, notes which clusters it touches meanwhile, and takes leaks back as it takes clusters that were unlinked.
-//! docs/concurrency.md, "The search for leaks", says why what is found is a leak.
+//! A [`LeakSearch`] counts references without a lock. The engine locates the tables, copies the slices that are in
+//! memory, and notes which clusters it touches meanwhile. It frees leaks in the same way as unlinked clusters. Why
+//! everything that is found is a leak: docs/concurrency.md, "The search for leaks".
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -19,17 +19,17 @@ use crate::mutation::{Mutation, active};
 use crate::state::State;
 use crate::tables::TableId;
 
-/// From so many on the references to a cluster are not counted, and it is left alone.
+/// From this number on, the references to a cluster are not counted, and the cluster is left alone.
 const REFERENCES_MAX: u8 = u8::MAX;
-/// The most clusters with too low a count noted: more are damage, whatever was written meanwhile.
+/// The most clusters with too low a count that are noted. More are damage, whatever was written meanwhile.
 const TOO_LOW_MAX: usize = 4096;
-/// Free bytes at the end of a file by which one knows that its last writer did not close it: more than a clean close leaves
-/// to end at a block of the host's file system.
+/// Free bytes at the end of a file that mark it as not closed by its last writer. A clean close leaves fewer, to end at
+/// a block of the host's file system.
 pub(crate) const TAIL_BYTES: u64 = 64 << 10;
 
 /// Clusters of a chunk of [`Touched`].
 const CHUNK_CLUSTERS: u64 = 512;
-/// The most chunks: clusters enough for 2 TiB of 64 KiB each.
+/// The most chunks: enough for 2 TiB of 64 KiB clusters.
 const CHUNKS_MAX: usize = 1 << 16;
 
 /// The clusters whose count changed, or which lost a reference, since the disk was opened.
@@ -39,7 +39,7 @@ pub(crate) struct Touched {
 }
 
 impl Touched {
-    /// Adds a cluster; false if that are too many.
+    /// Adds a cluster; false if there are too many.
     pub fn add(&mut self, cluster: u64) -> bool {
         let at = cluster % CHUNK_CLUSTERS;
         self.chunks.entry(cluster / CHUNK_CLUSTERS).or_default()[at as usize / 64] |= 1 << (at % 64);
@@ -54,13 +54,13 @@ impl Touched {
     }
 }
 
-/// Why a search for leaks gives up. That says nothing against the disk: it is served on.
+/// Why a search for leaks stops early. That is no failure of the disk, which continues to be served.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum LeakSearchEnd {
-    /// It was called off, or too much was written meanwhile.
+    /// It was cancelled, or too much was written meanwhile.
     #[error("it was called off")]
     CalledOff,
-    /// A table cannot be understood.
+    /// A table entry is invalid.
     #[error("{structure}, entry {index}: {source}")]
     BadEntry {
         /// The table.
@@ -70,17 +70,17 @@ pub enum LeakSearchEnd {
         /// Why.
         source: EntryError,
     },
-    /// More references than the refcount says, or refcounts that no crash leaves.
+    /// More references than the refcount, or a refcount that no crash leaves.
     #[error("the refcount of cluster {cluster:#x} is {refcount}, and {references} references were found")]
     WrongRefcount {
         /// Host cluster number.
         cluster: u64,
-        /// As the image has it.
+        /// The refcount in the image.
         refcount: u64,
-        /// As they were counted.
+        /// The references that the search counted.
         references: u64,
     },
-    /// A cluster that nothing names is metadata all the same.
+    /// A cluster that nothing names holds metadata.
     #[error("cluster {cluster:#x} is named by nothing, and holds metadata: {holds}")]
     Metadata {
         /// Host cluster number.
@@ -99,19 +99,19 @@ pub enum LiveTable {
     Refblock(u64),
 }
 
-/// What the engine knows of a part of a table.
+/// A part of a table: its location, and its slices in memory.
 #[derive(Debug)]
 pub struct SeenTable {
     /// Where the part is in the file.
     pub offset: HostOffset,
     /// Bytes of a slice.
     pub slice_bytes: usize,
-    /// Its slices: those that are in memory. Of the others the file says what they hold, as long as the caller stays in
+    /// The slices that are in memory; `None` for the others. Those may be read from the file while the caller stays in
     /// its epoch.
     pub slices: Vec<Option<Box<[u8]>>>,
 }
 
-/// Counts of a cluster that nothing stands for.
+/// A cluster whose count is higher than its references.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Leak {
     cluster: u64,
@@ -125,14 +125,14 @@ pub struct Leak {
 pub struct LeakSearch {
     geometry: Geometry,
     range: Range<u64>,
-    /// By cluster; [`REFERENCES_MAX`]: enough.
+    /// References to each cluster, up to [`REFERENCES_MAX`].
     references: Vec<u8>,
-    /// By cluster, a bit: an entry names it that says whether it is shared.
+    /// A bit for each cluster: an entry with a flag for "not shared" names it.
     flagged: Vec<u64>,
     leaks: VecDeque<Leak>,
-    /// Clusters with fewer counts than references: damage, unless they were changed meanwhile.
+    /// Clusters with a count below their references: damage, unless they were changed meanwhile.
     too_low: Vec<LeakSearchEnd>,
-    /// Not all leaks were noted: those from this cluster on were not.
+    /// If not all leaks were noted: the cluster from which on they were not.
     stopped_at: Option<u64>,
 }
 
@@ -160,7 +160,7 @@ impl LeakSearch {
         self.stopped_at.unwrap_or(self.range.end)
     }
 
-    /// Not all that was found is taken back.
+    /// True if leaks that were found have not been freed yet.
     pub fn has_leaks(&self) -> bool {
         !self.leaks.is_empty()
     }
@@ -169,14 +169,14 @@ impl LeakSearch {
         self.range.contains(&cluster).then(|| (cluster - self.range.start) as usize)
     }
 
-    /// Clusters that hold metadata for good.
+    /// Excludes clusters that hold metadata permanently.
     pub fn exclude(&mut self, start: HostCluster, count: u64) {
         for cluster in start.0.max(self.range.start)..start.0.saturating_add(count).min(self.range.end) {
             self.references[(cluster - self.range.start) as usize] = REFERENCES_MAX;
         }
     }
 
-    /// A cluster is named so many times; by entries of the active disk that say whether it is shared, or by others.
+    /// Adds `times` references to a cluster. `flagged`: by entries of the active disk that record whether it is shared.
     pub fn count(&mut self, cluster: HostCluster, flagged: bool, times: u64) {
         let Some(at) = self.place(cluster.0) else { return };
         let times = u8::try_from(times).unwrap_or(REFERENCES_MAX);
@@ -186,10 +186,11 @@ impl LeakSearch {
         }
     }
 
-    /// A piece of an L2 table, from entry `first` on, which so many L1 entries name; `active`: one of the active disk.
+    /// Counts the references of a piece of an L2 table, from entry `first` on. `times` L1 entries name the table;
+    /// `active`: it belongs to the active disk.
     ///
     /// # Errors
-    /// An entry that makes no sense.
+    /// An entry is invalid.
     pub fn count_l2(
         &mut self,
         first: u64,
@@ -218,10 +219,10 @@ impl LeakSearch {
         Ok(())
     }
 
-    /// A piece of a refblock, from the count of cluster `first` on.
+    /// Compares a piece of a refblock, from the count of cluster `first` on, with the references counted.
     ///
     /// # Errors
-    /// A count that is too high by more than crashes leave.
+    /// A count is too high by more than crashes leave, or too many counts are too low.
     pub fn compare(&mut self, first: u64, bytes: &[u8]) -> Result<(), LeakSearchEnd> {
         if self.stopped_at.is_some() {
             return Ok(());
@@ -246,7 +247,7 @@ impl LeakSearch {
                 }
                 self.too_low.push(wrong);
             } else if refcount > named {
-                // A count of 1 with a clear flag costs a copy, and QEMU's check takes it for an error.
+                // A count of 1 with a clear flag costs a copy, and QEMU's check reports it as an error.
                 let is_flagged = self.flagged[at / 64] >> (at % 64) & 1 == 1;
                 if references == 1 && is_flagged {
                     continue;
@@ -268,7 +269,7 @@ impl LeakSearch {
 }
 
 impl State {
-    /// The clusters of the file as it was opened, as far as there are refblocks for them: leaks are searched there.
+    /// The end of the search for leaks: the file's end at open, or the end of its refblocks if lower.
     fn searched_end(&self) -> Option<u64> {
         let write = self.write.as_ref()?;
         let last = write.refcounts.table.used().next_back().map_or(0, |(block, _)| block + 1);
@@ -276,7 +277,7 @@ impl State {
         write.alloc.touched.as_ref().map(|_| write.alloc.scan_end.min(counted))
     }
 
-    /// A part of a live table; nothing if there is no such table.
+    /// A part of a live table; `None` if there is no such table.
     fn look_at(&self, table: LiveTable, slices: Range<u32>) -> Result<Option<SeenTable>, EngineError> {
         let write = self.write.as_ref().ok_or(EngineError::ReadOnly)?;
         let top = self.top_qcow2();
@@ -303,7 +304,7 @@ impl State {
         }))
     }
 
-    /// Takes some leaks back; how many clusters.
+    /// Frees some leaks, and returns how many clusters.
     fn give_back(&mut self, leaks: &mut VecDeque<Leak>) -> Result<u64, LeakSearchEnd> {
         let write = self.write.as_mut().ok_or(LeakSearchEnd::CalledOff)?;
         let mut taken = 0;
@@ -322,7 +323,7 @@ impl State {
             {
                 return Err(LeakSearchEnd::Metadata { cluster, holds });
             }
-            // Nothing durable names it, so any cut will do.
+            // Nothing durable names it, so any cut is late enough.
             (0..leak.times).for_each(|_| write.alloc.free_later(run.start, 0));
             taken += u64::from(leak.whole);
         }
@@ -331,8 +332,8 @@ impl State {
 }
 
 impl Engine {
-    /// True if the file ended with free clusters when it was opened ([`Engine::tail_at_open`]), so that its last writer did
-    /// not close it cleanly. `counts_zero` says which of them count zero now.
+    /// True if the file ended with free clusters when it was opened ([`Engine::tail_at_open`]): its last writer did not
+    /// close it cleanly. `counts_zero` returns whether the count of a cluster is zero now.
     pub fn ends_in_free_clusters(&self, counts_zero: impl Fn(u64) -> bool) -> bool {
         self.with(|state, _| {
             let Some(write) = &mut state.write else { return false };
@@ -349,18 +350,18 @@ impl Engine {
         })
     }
 
-    /// Bytes of the free clusters at the end of a file that is in use.
+    /// Bytes of the free clusters at the end of a file in use.
     pub fn mark_bytes(&self) -> u64 {
         TAIL_BYTES.max(self.unit())
     }
 
-    /// The clusters at the end of the file as it was opened that are free if its last writer did not close it.
+    /// The clusters at the file's end at open. They are free if its last writer did not close it.
     pub fn tail_at_open(&self) -> Range<u64> {
         self.with(|state, _| state.write.as_ref().map_or(0..0, |write| write.alloc.tail.clone()))
     }
 
-    /// Begins to count the references to the clusters from one on; nothing if there are no more to search, or nothing is
-    /// to be searched.
+    /// Begins to count the references to the clusters from `from` on. `None` if there are no more, or there is nothing
+    /// to search.
     pub fn leak_search(&self, from: u64) -> Option<LeakSearch> {
         self.with(|state, _| {
             let end = state.searched_end()?;
@@ -370,16 +371,16 @@ impl Engine {
         })
     }
 
-    /// Metadata from a cluster on, in order and not all of it: where it begins, how many clusters, and whether it is an L2
-    /// table, which references name. None: there is no more.
+    /// Some of the metadata from a cluster on, in order: the first cluster, how many, and whether it is an L2 table.
+    /// Only L2 tables are named by references. An empty list: there is no more.
     pub fn metadata_from(&self, from: u64) -> Vec<(HostCluster, u64, bool)> {
         self.with(|state, _| {
             state.write.as_ref().map_or(Vec::new(), |write| write.guard.runs_from(from, LEAK_PIECE))
         })
     }
 
-    /// Tables that the active L1 table names, from an entry on, in order and not all of them: the entry and the cluster.
-    /// None: there are no more.
+    /// Some of the tables that the active L1 table names from an entry on, in order: the entry's index and the cluster.
+    /// An empty list: there are no more.
     ///
     /// # Errors
     /// A bad entry.
@@ -391,7 +392,7 @@ impl Engine {
                 let bad = |source| LeakSearchEnd::BadEntry { structure: Structure::L1, index, source };
                 match L1Entry::decode(raw, &top.geometry).map_err(bad)? {
                     L1Entry::Table { offset, .. } => tables.push((index, top.geometry.host_cluster(offset))),
-                    // Nobody knows what such bits mean.
+                    // The meaning of such bits is unknown.
                     L1Entry::Unallocated => return Err(bad(EntryError::Unaligned { raw })),
                 }
             }
@@ -399,8 +400,8 @@ impl Engine {
         })
     }
 
-    /// What the engine knows of some slices of a table; nothing if there is no such table. The caller is in an epoch, and
-    /// stays in it until it has read the others from the file.
+    /// Some slices of a table; `None` if there is no such table. The caller must be in an epoch, and must stay in it
+    /// until it has read the other slices from the file.
     ///
     /// # Errors
     /// A bad entry.
@@ -412,11 +413,11 @@ impl Engine {
         self.with(|state, _| state.look_at(table, slices))
     }
 
-    /// Takes back some of what a search found: as what was unlinked, it is free when a cut is durable. How many clusters.
-    /// The rest, if there is any, when some of it is free.
+    /// Frees some of the leaks that a search found, and returns how many clusters. As unlinked clusters, they become
+    /// free when a cut is durable. The rest must wait until some of them are free.
     ///
     /// # Errors
-    /// What was found cannot be: nothing more is to be taken back.
+    /// The result of the search is impossible: no more leaks may be freed.
     pub fn give_back_leaks(&self, search: &mut LeakSearch) -> Result<u64, LeakSearchEnd> {
         for wrong in std::mem::take(&mut search.too_low) {
             let LeakSearchEnd::WrongRefcount { cluster, .. } = wrong else { return Err(wrong) };
@@ -431,8 +432,8 @@ impl Engine {
         self.with_freeing(|state, _| state.give_back(&mut search.leaks))
     }
 
-    /// The search for leaks is over: what is touched from now on is not noted any more. If it was `complete`, the free
-    /// clusters at the end of the file have done their service.
+    /// The search for leaks is over: touched clusters are no longer noted. If it was `complete`, the free clusters at
+    /// the end of the file are no longer needed.
     pub fn end_leak_search(&self, complete: bool) {
         self.with(|state, _| {
             let searched = state.searched_end();

@@ -1,10 +1,10 @@
-//! The metadata engine of one disk: what each guest byte is, where new clusters go, and in what order metadata may
+//! The metadata engine of one disk: where each guest byte lies, where new clusters go, and in which order metadata may
 //! reach the disk.
 //!
-//! Synchronous and without I/O: a request asks for a plan, does the I/O itself with no lock held, and commits. A plan
-//! may answer that tables must be loaded first ([`Answer::Load`]), or that another job must be done or waited for.
+//! Synchronous and without I/O: a request gets a plan, does the I/O itself with no lock held, and commits. Instead of a
+//! plan the answer may be to load tables ([`Answer::Load`]), or to do another job or wait for one first.
 //! Everything but [`Engine::lookup`] runs under one lock, for memory work only. The engine never calls back; it only
-//! wakes the wakers that were left with it, after its lock is released.
+//! wakes registered wakers, after its lock is released.
 #![forbid(unsafe_code)]
 
 mod aimed;
@@ -90,122 +90,122 @@ const RAW_UNIT: u64 = 65536;
 /// Bytes of a map frame.
 const FRAME_BYTES: usize = SLICE_WORDS as usize * 8;
 
-/// What an engine is made of.
+/// Parameters of an engine.
 pub struct EngineSpec {
     /// The chain, the top image first. At least one; at most [`Word::FILES_MAX`].
     pub layers: Vec<LayerSpec>,
     /// The top image may be written.
     pub writable: bool,
-    /// The top image's own metadata; needed if it is a qcow2 image and writable.
+    /// The top image's own metadata; required if the image is qcow2 and writable.
     pub top: Option<TopSpec>,
     /// The most bytes of chain map.
     pub map_bytes: usize,
-    /// The most bytes of clean tables to keep, and of dirty ones to let gather before a flush.
+    /// The most bytes of cached tables, above a small minimum. Dirty ones may take half before a flush.
     pub table_bytes: usize,
     /// The most workers at a time.
     pub workers: usize,
 }
 
-/// Where a writable qcow2 top image has its metadata.
+/// Where the metadata of a writable qcow2 top image lies.
 pub struct TopSpec {
-    /// The active L1 table.
+    /// The active L1 table's offset.
     pub l1_offset: HostOffset,
-    /// The refcount table.
+    /// The refcount table's offset.
     pub refcount_table_offset: HostOffset,
-    /// Its entries as on disk, whole clusters of them.
+    /// The entries of the refcount table as on disk: whole clusters of them.
     pub refcount_table: Entries,
     /// The file's length in bytes.
     pub file_length: u64,
-    /// What its bitmaps take of the file: offsets, and lengths in bytes.
+    /// The ranges of the file that bitmaps occupy: offsets, and lengths in bytes.
     pub bitmaps: Vec<(HostOffset, u64)>,
-    /// What its internal snapshots have of it.
+    /// The metadata of internal snapshots.
     pub snapshots: SnapshotPlaces,
-    /// A host cluster stays where it is when the guest discards or zeroes what it holds; only its space is given back.
-    /// Needs version 3.
+    /// A discarded or zeroed host cluster stays allocated to its guest cluster; only its space is punched. Needs
+    /// version 3.
     pub keep_discarded: bool,
-    /// All that may have clusters of the file is known, so that leaks may be searched for.
+    /// All owners of clusters of the file are known, so a search for leaks is safe.
     pub may_search_leaks: bool,
 }
 
-/// A cluster of which some subclusters are data in one host cluster.
+/// A cluster with some subclusters that are data in one host cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PartedCluster {
     /// The file.
     pub file: FileIndex,
-    /// Where the host cluster begins in it.
+    /// Where the host cluster begins in the file.
     pub offset: HostOffset,
-    /// True if what is data may be written there.
+    /// True if the data subclusters may be written in place.
     pub in_place: bool,
-    /// What each of them is.
+    /// The kind of each subcluster.
     pub parts: Parts,
 }
 
 /// The engine of one disk, shared by all its workers.
 pub struct Engine {
     map: ChainMap,
-    /// Bytes that a word of the map stands for, as a shift.
+    /// [`Engine::unit`], as a shift.
     unit_bits: u32,
-    /// As [`Engine::granule`], as a shift.
+    /// [`Engine::granule`], as a shift.
     granule_bits: u32,
     size: u64,
     epochs: Arc<Epochs>,
     claims: Claims,
     failed: AtomicBool,
-    /// So much waits for a cut that one is due. Stored under the engine's lock.
+    /// A cut is due, because many freed clusters wait for one. Stored under the engine's lock.
     wants_cut: AtomicBool,
     state: Mutex<State>,
 }
 
-/// What is held back of the freed clusters.
+/// The freed clusters that are held back.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct HeldBack {
-    /// Clusters that cannot be handed out yet.
+    /// Clusters that cannot be allocated yet.
     pub clusters: u64,
-    /// Those of them that were in use, and were not only taken for writes that failed.
+    /// Those that were in use; the others were allocated for writes that failed.
     pub freed: u64,
-    /// So many that requests which free or allocate have to wait.
+    /// Requests that free or allocate must wait.
     pub crowded: bool,
     /// Some of them wait for a cut.
     pub uncut: bool,
-    /// Clusters that were ever given back.
+    /// Clusters that were ever released for reuse.
     pub given_back: u64,
 }
 
 /// Numbers for logs and metrics.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct EngineStatus {
-    /// About how many bytes of metadata differ from the disk, or are written there and not durable.
+    /// Roughly the bytes of metadata that differ from the disk, or are written there and not durable.
     pub dirty_bytes: usize,
-    /// Freed clusters that cannot be handed out yet.
+    /// Freed clusters that cannot be allocated yet.
     pub quarantined_clusters: u64,
-    /// How many there may be, but for what is under way.
+    /// Their limit; requests under way may exceed it.
     pub quarantined_max: u64,
-    /// Some of them only wait to be reclaimed.
+    /// Some are durably unlinked and only wait to be reclaimed.
     pub reclaimable: bool,
-    /// Leaks are being searched for, or may be.
+    /// A search for leaks is under way, or may still begin.
     pub searching: bool,
-    /// Clusters that are counted as used and are not used yet: what a crash leaks besides what was not flushed.
+    /// Clusters with a refcount that are still unused. A crash leaks these, besides unflushed changes.
     pub reserved_clusters: u64,
     /// Cuts that became durable.
     pub cuts: u64,
-    /// Bytes of memory that the chain map takes.
+    /// Memory of the chain map, in bytes.
     pub map_bytes: usize,
 }
 
-/// Memory of the map that nothing names: pages whose memory may be taken away, so that they read as zero afterwards or as
-/// they do. Dropped, it is the map's again.
+/// Unused memory of the map: pages that may be returned to the system. Afterwards they read as zero or keep their
+/// content. On drop they belong to the map again.
 pub struct IdleMap<'a> {
     engine: &'a Engine,
     swept: Swept,
 }
 
 impl IdleMap<'_> {
-    /// The pages, each of 4 KiB and at a multiple of that.
+    /// The pages: 4 KiB each, aligned to 4 KiB.
     pub fn pages(&self) -> impl Iterator<Item = &[AtomicU64]> {
         self.swept.frames.iter().flat_map(|frame| self.engine.map.pages(*frame))
     }
 
-    /// Where to go on, if that was not the end of the map.
+    /// Where the next sweep starts; `None` at the end of the map.
     pub fn next(&self) -> Option<usize> {
         self.swept.next
     }
@@ -218,13 +218,13 @@ impl Drop for IdleMap<'_> {
 }
 
 impl Engine {
-    /// An engine over tables as they are on disk.
+    /// An engine over the tables that are on disk.
     ///
     /// # Errors
-    /// A writable top image whose pieces of metadata overlap.
+    /// A writable top image with pieces of metadata that overlap.
     ///
     /// # Panics
-    /// If the layers are none, or a writable qcow2 top image comes without its [`TopSpec`]: programmer errors.
+    /// If there are no layers, or a writable qcow2 top image has no [`TopSpec`]: programmer errors.
     pub fn new(spec: EngineSpec) -> Result<Self, EngineError> {
         let layers: Vec<Layer> =
             spec.layers.into_iter().enumerate().map(|(n, layer)| Layer::new(n, layer)).collect();
@@ -241,7 +241,7 @@ impl Engine {
         };
         let clusters = size.div_ceil(unit);
         let slices = usize::try_from(clusters.div_ceil(SLICE_WORDS)).unwrap_or(usize::MAX);
-        // Where any layer's clusters are the map's and have subclusters, the map has a second word for each cluster.
+        // A second word for each cluster, if a layer has subclusters and its cluster size is the map's unit.
         let has_parts = layers.iter().any(|layer| match layer {
             Layer::Qcow2(Qcow2Layer { geometry, .. }) => {
                 geometry.extended_l2 && geometry.cluster_size() == unit
@@ -255,8 +255,8 @@ impl Engine {
             slices.min(spec.map_bytes.min(MAP_BYTES_MAX) / frame_bytes),
             has_parts,
         );
-        // An exact walk needs a slice of each layer at a time, the copy of an L2 table all of it, and so may others at
-        // once: with less they would drive each other's slices out for ever.
+        // An exact walk needs a slice of each layer at once, a copy of an L2 table the whole table. Several
+        // requests may do so together. In a smaller cache they would evict each other's slices for ever.
         let whole_table = match top {
             Layer::Qcow2(layer) => layer.geometry.cluster_size() as usize,
             Layer::Raw { .. } => 0,
@@ -278,7 +278,7 @@ impl Engine {
             fills: HashMap::default(),
             tables: Tables::new(table_bytes),
             layers,
-            // Dirty slices cannot be evicted: half of the cache is left for clean ones.
+            // Dirty slices cannot be evicted: half of the cache remains for clean ones.
             dirty_bytes_max: table_bytes / 2,
             writable: spec.writable,
             write,
@@ -301,13 +301,13 @@ impl Engine {
         self.size
     }
 
-    /// Bytes that a word of the map stands for: the top image's cluster size. A power of two.
+    /// Bytes of guest data that a word of the map covers: the top image's cluster size. A power of two.
     pub fn unit(&self) -> u64 {
         1 << self.unit_bits
     }
 
-    /// Bytes of the least piece of the disk that can be allocated, zeroed or discarded by itself: a subcluster of the top
-    /// image if it has some, else [`Engine::unit`]. A power of two.
+    /// Bytes of the smallest unit that can be allocated, zeroed or discarded by itself: a subcluster of the top image
+    /// if it has some, else [`Engine::unit`]. A power of two.
     pub fn granule(&self) -> u64 {
         1 << self.granule_bits
     }
@@ -317,15 +317,15 @@ impl Engine {
         &self.epochs
     }
 
-    /// What the chain gives for the cluster (of [`Engine::unit`] bytes) at a guest offset, if the map has it. The
-    /// caller is in an epoch and stays in it while it uses the answer. No lock.
+    /// The mapping of the cluster (of [`Engine::unit`] bytes) at a guest offset, if the map has it. The caller is in an
+    /// epoch and stays in it while it uses the answer. No lock.
     #[inline]
     pub fn lookup(&self, offset: GuestOffset) -> Mapping {
         self.map.lookup(GuestCluster(offset.0 >> self.unit_bits)).mapping()
     }
 
-    /// The subclusters of the cluster at a guest offset where [`Engine::lookup`] says [`Mapping::Parts`]; nothing if that
-    /// has changed meanwhile. The caller is in an epoch, as for [`Engine::lookup`]. No lock.
+    /// The subclusters of the cluster at a guest offset where [`Engine::lookup`] returned [`Mapping::Parts`]; `None` if
+    /// that has changed meanwhile. The caller is in an epoch, as for [`Engine::lookup`]. No lock.
     #[inline]
     pub fn lookup_parts(&self, offset: GuestOffset) -> Option<PartedCluster> {
         let (word, parts) = self.map.lookup_parts(GuestCluster(offset.0 >> self.unit_bits))?;
@@ -352,24 +352,24 @@ impl Engine {
         result
     }
 
-    /// As [`Engine::with`], for what changes how much waits for a cut.
+    /// As [`Engine::with`], for changes that may make a cut due, or no longer due.
     fn with_freeing<R>(&self, f: impl FnOnce(&mut State, &mut WakeList) -> R) -> R {
         self.with(|state, wakes| {
             let result = f(state, wakes);
-            // Orders nothing: who misses it by a moment sees it with the next change.
+            // Relaxed: it orders nothing. A reader that misses this value sees it after the next change.
             let wants = state.write.as_ref().is_some_and(|write| write.alloc.wants_cut());
             self.wants_cut.store(wants, Ordering::Relaxed);
             result
         })
     }
 
-    /// True if so much of what was freed waits for a cut that one is due, without any flush of the guest's. No lock.
+    /// True if enough freed clusters wait for a cut to make one due without a flush from the guest. No lock.
     #[inline]
     pub fn wants_cut(&self) -> bool {
         self.wants_cut.load(Ordering::Relaxed)
     }
 
-    /// What is held back of the freed clusters. The waker is woken when some of it has been given back.
+    /// The freed clusters that are held back. The waker is woken when some are released.
     pub fn held_back(&self, waker: &Waker) -> HeldBack {
         self.with(|state, _| {
             let Some(WriteState { alloc, .. }) = &mut state.write else { return HeldBack::default() };
@@ -386,7 +386,7 @@ impl Engine {
         })
     }
 
-    /// Plans a change of the top image: what makes no sense to it is proof of damage. Plans of reads never come this way.
+    /// Plans a change of the top image: an entry that makes no sense is proof of damage. Not for reads.
     fn change<T>(&self, plan: impl FnOnce(&mut State) -> Result<T, EngineError>) -> Result<T, EngineError> {
         self.check()?;
         self.with(|state, _| plan(state)).map_err(EngineError::of_change)
@@ -402,7 +402,7 @@ impl Engine {
         self.claims.add(first, last)
     }
 
-    /// A claim on the clusters that a range touches that is held at once; none if another is in its way.
+    /// A claim on the clusters that a range touches, held at once; `None` if another overlaps it.
     pub fn try_claim(&self, offset: GuestOffset, length: u64) -> Option<ClaimId> {
         let (first, last) = self.units(offset, length);
         self.claims.try_add(first, last)
@@ -414,17 +414,17 @@ impl Engine {
         (offset.0 >> self.unit_bits, last >> self.unit_bits)
     }
 
-    /// True if the claim is held; else the waker is woken when it is.
+    /// True if the claim is held; otherwise the waker is woken once it is.
     pub fn claim_held(&self, claim: ClaimId, waker: &Waker) -> bool {
         self.claims.held(claim, waker)
     }
 
-    /// Gives a claim up.
+    /// Releases a claim, held or waiting.
     pub fn release_claim(&self, claim: ClaimId) {
         self.claims.release(claim);
     }
 
-    /// Where a prefix of a range comes from.
+    /// Plans the read of a prefix of a range: where its bytes come from.
     ///
     /// # Errors
     /// A bad table entry.
@@ -437,8 +437,8 @@ impl Engine {
         self.with(|state, _| state.extents(&self.map, self.unit(), offset, length, waker))
     }
 
-    /// As [`Engine::plan_read`], but asks only for the tables of exactly this range, and does not fill the map: for when
-    /// a table that only its neighbours need cannot be read.
+    /// As [`Engine::plan_read`], but requires only the tables of exactly this range, and does not fill the map. Used
+    /// when a table that only neighbouring clusters need cannot be read.
     ///
     /// # Errors
     /// As for [`Engine::plan_read`].
@@ -451,17 +451,17 @@ impl Engine {
         self.with(|state, _| state.exact_extents(offset, length, waker))
     }
 
-    /// Hands in a table slice that [`Answer::Load`] asked for.
+    /// Stores a slice that [`Answer::Load`] required.
     pub fn table_loaded(&self, load: &TableLoad, bytes: Box<[u8]>) {
         self.with(|state, wakes| state.tables.end_load(load.table, Some(bytes), load.ahead, wakes));
     }
 
-    /// A table slice could not be read. Others who wait for it will ask for it again.
+    /// A table slice could not be read. Other requests that wait for it will try again.
     pub fn table_failed(&self, load: &TableLoad) {
         self.with(|state, wakes| state.tables.end_load(load.table, None, load.ahead, wakes));
     }
 
-    /// The host has allocated a piece of a table that [`Answer::Allocate`] named, or cannot allocate ahead at all.
+    /// The host has allocated a piece of a table that [`Answer::Allocate`] named, or cannot allocate in advance at all.
     pub fn table_allocated(&self, place: &TablePlace) {
         self.with(|state, _| state.tables.allocated(place.table));
     }
@@ -479,19 +479,19 @@ impl Engine {
         self.change(|state| state.plan_write(offset, length, waker))
     }
 
-    /// Publishes an allocation whose bytes are all written.
+    /// Publishes an allocation after all of its bytes are written.
     pub fn commit_write(&self, done: Allocation) {
         self.with_freeing(|state, wakes| state.commit_write(&self.map, done, wakes));
     }
 
-    /// Gives an allocation up.
+    /// Drops an allocation; the new clusters in it go into quarantine.
     pub fn abort_write(&self, done: Allocation) {
         self.with_freeing(|state, wakes| state.abort_write(done, wakes));
     }
 
-    /// To be asked when the data of an allocation is about to be written: what to write beside it, if a flush is expected
-    /// that would write it anyway. That write has ended, too, when the allocation is committed or given up; if it failed,
-    /// [`Engine::link_failed`] comes before.
+    /// Call this just before the data of an allocation is written. Returns the early commit, a table write to do
+    /// together with the data, if a flush is expected that would write it anyway. End that write, too, before the
+    /// allocation is committed or aborted; if it failed, call [`Engine::link_failed`] first.
     pub fn link_early(&self, new: &mut Allocation) -> Option<TableWrite> {
         if new.early != Early::Wanted || self.has_failed() {
             return None;
@@ -499,7 +499,7 @@ impl Engine {
         self.with(|state, _| state.link_early(&self.map, new))
     }
 
-    /// What [`Engine::link_early`] gave could not be written: the next cut will.
+    /// The early commit failed: the next cut writes the link.
     pub fn link_failed(&self, new: &mut Allocation) {
         self.with(|state, wakes| state.forget_early_link(new, wakes));
     }
@@ -520,7 +520,7 @@ impl Engine {
             .map_err(EngineError::of_change)
     }
 
-    /// Plans to make an L2 table the top image's own; `Ready(None)` if it is.
+    /// Plans to give the top image an L2 table of its own; `Ready(None)` if it has one.
     ///
     /// # Errors
     /// As for [`Engine::plan_write`].
@@ -550,22 +550,22 @@ impl Engine {
         self.change(|state| state.plan_reserve(waker))
     }
 
-    /// The file has the length, and the metadata the space, that the plan named.
+    /// The file has the planned length, and space for the planned metadata is allocated.
     pub fn commit_reserve(&self, plan: ReservePlan) {
         self.with(|state, wakes| state.commit_reserve(plan, wakes));
     }
 
-    /// The host could not do what the plan named.
+    /// The host could not set the length or allocate the space.
     pub fn abort_reserve(&self, plan: ReservePlan) {
         self.with(|state, wakes| state.abort_reserve(plan, wakes));
     }
 
-    /// The host had no room for a window: the next is to be as small as they come. False if that one was.
+    /// The host had no room for a window: makes the next one minimal. False if this one already was.
     pub fn shrink_window(&self) -> bool {
         self.with(|state, _| state.write.as_mut().is_some_and(|write| write.alloc.shrink_window()))
     }
 
-    /// A flush arrives: everything acknowledged so far is to be durable. The ticket goes to [`Engine::plan_flush`].
+    /// A flush arrives, for everything acknowledged so far. The ticket goes to [`Engine::plan_flush`].
     ///
     /// # Errors
     /// The disk has failed or is read-only.
@@ -588,12 +588,12 @@ impl Engine {
         self.with_freeing(|state, wakes| state.commit_cut(cut, wakes));
     }
 
-    /// A cut found no space: everything in it is dirty again.
+    /// A cut failed for lack of space: everything in it is dirty again.
     pub fn fail_cut(&self, cut: &FlushCut, stage: Stage) {
         self.with(|state, wakes| state.fail_cut(cut, stage, wakes));
     }
 
-    /// Plans to reclaim freed clusters; `Ready(None)` if there are none to be had now.
+    /// Plans to reclaim freed clusters; `Ready(None)` if none can be reclaimed now.
     ///
     /// # Errors
     /// The disk has failed; a refcount that is zero already.
@@ -601,12 +601,12 @@ impl Engine {
         self.change(|state| state.plan_reclaim(&self.epochs, waker))
     }
 
-    /// The runs are punched, as far as `punched` says (an item for each).
+    /// The runs are punched where `punched` is true (one item for each run).
     pub fn commit_reclaim(&self, plan: ReclaimPlan, punched: &[bool]) {
         self.with(|state, wakes| state.commit_reclaim(plan, punched, wakes));
     }
 
-    /// At a clean end, with no request in flight: gives reserved clusters back.
+    /// At a clean end, with no request in flight: frees the reserved clusters that were not used.
     ///
     /// # Errors
     /// The disk has failed or is read-only.
@@ -614,8 +614,8 @@ impl Engine {
         self.change(|state| state.release_windows(waker))
     }
 
-    /// At a clean end: the length in bytes to cut the file to. None if the file, `present` bytes long, is longer than
-    /// this session found or made it: something lies there that the refcounts do not know.
+    /// At a clean end: the length in bytes to cut the file to; `None` to leave it. `present` is its length now. If this
+    /// session neither found nor made it so long, its end holds bytes that the refcounts do not know: it is not cut.
     ///
     /// # Errors
     /// The disk is read-only.
@@ -627,7 +627,7 @@ impl Engine {
         })
     }
 
-    /// The file was made at least so long as a cut named, or that failed.
+    /// The file has at least the length that a cut named, or could not be made longer.
     pub fn file_was_lengthened(&self, length: u64) {
         self.with(|state, wakes| {
             if let Some(write) = &mut state.write {
@@ -657,14 +657,14 @@ impl Engine {
         })
     }
 
-    /// Whether the map has memory that [`Engine::sweep_map`] gives back once it is not used. Takes no lock; who filled the map
-    /// sees it at once.
+    /// Whether the map has memory that [`Engine::sweep_map`] could give back once it is unused. Takes no lock; the
+    /// thread that filled the map sees it at once.
     pub fn map_is_sweepable(&self) -> bool {
         self.map.is_sweepable()
     }
 
-    /// Looks through a part of the map, from `from` on (0, then [`IdleMap::next`]), for memory that was not used since the
-    /// last time that it was looked through. What it stood for is resolved anew when it is needed.
+    /// Sweeps a part of the map, from `from` on (0, then [`IdleMap::next`]), for memory that was not used since the
+    /// last sweep. The mappings in it are resolved again when they are needed.
     pub fn sweep_map(&self, from: usize) -> IdleMap<'_> {
         IdleMap { engine: self, swept: self.with(|state, _| state.map_writer.sweep(&self.map, from)) }
     }
@@ -672,7 +672,7 @@ impl Engine {
 
 fn write_state(geometry: qcow2::Geometry, l1: &Entries, top: TopSpec) -> Result<WriteState, EngineError> {
     let refcounts = Refcounts::new(geometry, top.refcount_table, top.refcount_table_offset);
-    // Blocks past the end of the file would be in the way of growth: grow from the last of them.
+    // Refblocks past the end of the file would block its growth: grow from the last of them.
     let last_block = refcounts.table.used().next_back().map_or(0, |(block, _)| block);
     let guard =
         MetadataGuard::of_image(&geometry, l1, top.l1_offset, &refcounts, &top.bitmaps, top.snapshots)?;
@@ -680,7 +680,7 @@ fn write_state(geometry: qcow2::Geometry, l1: &Entries, top: TopSpec) -> Result<
     let end = geometry.clusters_for(top.file_length).max(in_blocks).max(guard.end());
     let mut alloc = Allocator::new(end, geometry.cluster_size(), geometry.size);
     alloc.opened(top.file_length, geometry.cluster_size());
-    // From the very beginning: what is touched later is what the search must leave alone.
+    // From the very beginning: the search must leave alone every cluster touched later.
     alloc.touched = top.may_search_leaks.then(Touched::default);
     Ok(WriteState {
         refcounts,

@@ -1,12 +1,12 @@
-//! Models of what threads share without the engine's lock, for loom: it runs each of them once for every interleaving,
-//! and for every value that a load may give by the memory model. The arguments are in docs/concurrency.md; each has a
-//! model here, on the engine's own code (sync.rs exchanges the atomics below it, map.rs makes its slices short).
+//! Models of state that threads share without the engine's lock. Loom runs each model once for every interleaving, and
+//! for every value that a load may return by the memory model. Each argument in docs/concurrency.md has a model here,
+//! on the engine's own code. For loom, sync.rs replaces the atomics, and map.rs makes slices short.
 //!
 //!     RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom cargo test -p engine --profile loom --lib loom
 //!
-//! loom takes a SeqCst access for an acquire or a release, so what passes here needs SeqCst of its fences only. It
-//! orders two SeqCst fences as if the first released to the second, which is more than they promise: a missing acquire or
-//! release that such a pair happens to cover would not be seen.
+//! Loom treats a SeqCst access as an acquire or a release, so code that passes here needs SeqCst for its fences only.
+//! It orders two SeqCst fences as if the first released to the second, which is more than they guarantee. A missing
+//! acquire or release that such a pair happens to cover is not detected.
 
 mod idle;
 mod runs;
@@ -30,8 +30,8 @@ use crate::sync::{AtomicU64, Mutex, Ordering};
 use crate::waiters::WakeFlag;
 use crate::word::{FileIndex, Word};
 
-/// Runs a model in all its interleavings that preempt threads at most so often (`None`: in all).
-/// `LOOM_MAX_PREEMPTIONS` overrules it, and `LOOM_LOG=1` shows what led to a failure.
+/// Runs a model in all interleavings with at most `preemptions` preemptions (`None`: in all interleavings).
+/// `LOOM_MAX_PREEMPTIONS` overrides the limit, and `LOOM_LOG=1` shows the steps that led to a failure.
 fn explore(preemptions: Option<usize>, model: impl Fn() + Send + Sync + 'static) {
     let mut builder = Builder::new();
     builder.preemption_bound = builder.preemption_bound.or(preemptions);
@@ -54,7 +54,7 @@ fn words(slice: u64) -> Vec<Word> {
     (0..SLICE_WORDS).map(|at| word(slice * SLICE_WORDS + at)).collect()
 }
 
-/// Bytes of a cluster for which the words above are no run.
+/// A cluster size in bytes for which the words above are no run.
 const APART: u64 = 512;
 
 /// A map of some slices and frames, with the first slices resident.
@@ -69,7 +69,7 @@ fn map(slices: u64, frames: usize, resident: u64) -> (Arc<ChainMap>, MapWriter) 
 
 // "The map without a lock".
 
-/// Looks a cluster up in a thread of its own; it may be absent, but never be another.
+/// Looks up a cluster in a thread of its own. It may be absent, but must not have another cluster's word.
 fn reader(map: &Arc<ChainMap>, cluster: u64) -> thread::JoinHandle<()> {
     let map = Arc::clone(map);
     thread::spawn(move || {
@@ -114,12 +114,12 @@ fn two_readers_while_the_clock_turns_over_two_frames() {
     });
 }
 
-/// The words of a cluster of subclusters that lies in host cluster `host`, whose second word names it, too.
+/// The words of a cluster of subclusters in host cluster `host`. Its second word holds `host`, too.
 fn parted(host: u64) -> (Word, Parts) {
     (Word::parts(FileIndex(0), HostOffset(host * 65536), true), Parts(host))
 }
 
-/// A map of some slices and one frame, whose first cluster lies in host cluster 1 in parts.
+/// A map of some slices and one frame; its first cluster has subclusters in host cluster 1.
 fn parted_map(slices: u64) -> (Arc<ChainMap>, MapWriter) {
     let map = ChainMap::new(slices * SLICE_WORDS, 65536, 1, true);
     let mut writer = MapWriter::new();
@@ -132,7 +132,7 @@ fn fill_parted(writer: &mut MapWriter, map: &ChainMap, slice: u64, host: u64) {
     writer.fill_with_parts(map, SliceIndex(slice), &words, &parts);
 }
 
-/// Looks the words of a cluster up in a thread of its own: they are of one host cluster, one of `hosts`.
+/// Looks up the words of a cluster in a thread of its own: both must belong to the same one of `hosts`.
 fn parted_reader(map: &Arc<ChainMap>, cluster: u64, hosts: &'static [u64]) -> thread::JoinHandle<()> {
     let map = Arc::clone(map);
     thread::spawn(move || {
@@ -204,7 +204,7 @@ fn a_first_fill_makes_leaf_and_frame_under_a_readers_eyes() {
     });
 }
 
-/// A slice filled with fewer words than it has: the rest is unresolved, not what the frame held before.
+/// A slice is filled with fewer words than it has: the rest is unresolved, and not the frame's old words.
 #[test]
 fn a_short_fill_leaves_nothing_of_the_slice_before() {
     explore(None, || {
@@ -220,8 +220,8 @@ fn a_short_fill_leaves_nothing_of_the_slice_before() {
     });
 }
 
-/// A commit is made after the data was written: who reads the new word sees the data. And nobody who has seen the new
-/// word sees the old one again, though the slice leaves and comes back.
+/// A commit is made after the data was written: a reader that sees the new word sees the data. And a reader that has
+/// seen the new word never sees the old one again, even if the slice is evicted and filled again.
 #[test]
 fn a_committed_word_brings_its_data_and_stays() {
     explore(Some(3), || {
@@ -248,7 +248,7 @@ fn a_committed_word_brings_its_data_and_stays() {
     });
 }
 
-/// A word published (not filled) in a frame that was another slice's is that slice's only.
+/// A word is published (not filled) in a frame that another slice had before: that slice's readers never see it.
 #[test]
 fn a_commit_into_a_frame_that_went_over_is_not_seen_by_the_slice_before() {
     explore(Some(3), || {
@@ -260,12 +260,12 @@ fn a_commit_into_a_frame_that_went_over_is_not_seen_by_the_slice_before() {
     });
 }
 
-// "Epochs". A cell stands for the host cluster of guest cluster 0: an I/O there is a shared access, its reuse an
-// exclusive one, and loom fails a run in which one is not ordered after the other.
+// "Epochs". A cell stands for the host cluster of guest cluster 0. I/O there is a shared access, and its reuse an
+// exclusive one. Loom fails a run in which the two are not ordered.
 
 type HostData = Arc<UnsafeCell<()>>;
 
-/// What the second stage of a request does: I/O at the old place of cluster 0, if the map still says so.
+/// The second stage of a request: I/O at the old place of cluster 0, if the map still names it.
 fn io_in_place(map: &ChainMap, host: &UnsafeCell<()>) {
     if map.lookup(GuestCluster(0)) == word(0) {
         host.with(|_| ());
@@ -278,7 +278,7 @@ fn request(worker: &mut WorkerEpochs, map: &ChainMap, host: &UnsafeCell<()>) {
     worker.exit(epoch);
 }
 
-/// A disk with cluster 0 mapped, and its only reclaimer's part: unlink, advance, scan, reuse.
+/// A disk with cluster 0 mapped. Its only reclaimer unlinks, advances the epoch, scans and reuses.
 struct Bench {
     map: Arc<ChainMap>,
     writer: MapWriter,
@@ -295,7 +295,7 @@ impl Bench {
         Bench { map, writer, epochs: Epochs::new(workers), host: Arc::new(UnsafeCell::new(())) }
     }
 
-    /// Runs `requests` in a thread, with a worker that is registered in it or before it.
+    /// Runs `requests` in a thread, with a worker that was registered before or that the thread registers.
     fn worker(
         &self,
         registered: Option<WorkerEpochs>,
@@ -329,7 +329,7 @@ fn an_idle_workers_request_keeps_its_cluster_from_reuse() {
     });
 }
 
-/// Its second request may begin in the new epoch, with which it overwrites the withdrawal of the first.
+/// The second request may begin in the new epoch, and publishing that overwrites the withdrawal of the first.
 #[test]
 fn a_worker_that_goes_idle_between_two_requests_keeps_both() {
     explore(None, || {
@@ -344,7 +344,7 @@ fn a_worker_that_goes_idle_between_two_requests_keeps_both() {
     });
 }
 
-/// The second request of a busy worker publishes nothing: the first one's epoch holds for both.
+/// The second request of a busy worker publishes nothing: the epoch of the first protects both.
 #[test]
 fn a_busy_workers_later_requests_are_kept_too() {
     explore(None, || {
@@ -363,7 +363,7 @@ fn a_busy_workers_later_requests_are_kept_too() {
     });
 }
 
-/// The later request ends first: the older one's epoch stays.
+/// The later request ends first: the epoch of the older one stays published.
 #[test]
 fn requests_that_end_out_of_order_keep_the_oldest() {
     explore(None, || {
@@ -383,7 +383,7 @@ fn requests_that_end_out_of_order_keep_the_oldest() {
     });
 }
 
-/// Requests of three epochs at once: when the oldest ends, the middle one's epoch is published, not the newest.
+/// Requests of three epochs at once: when the oldest ends, the middle epoch is published, not the newest.
 #[test]
 fn of_three_epochs_the_middle_one_is_published_next() {
     explore(Some(3), || {
@@ -421,7 +421,7 @@ fn two_workers_are_both_waited_for() {
     });
 }
 
-/// A ring stops and another starts: the slot goes from one to the other.
+/// A ring stops and another starts: the second gets the slot of the first.
 #[test]
 fn a_slot_that_changes_hands_forgets_no_io() {
     explore(Some(3), || {
@@ -434,7 +434,7 @@ fn a_slot_that_changes_hands_forgets_no_io() {
     });
 }
 
-// The quarantine, with the real allocator, epochs and map; what the engine's lock guards is in one mutex.
+// The quarantine, with the real allocator, epochs and map. One mutex stands for the engine's lock.
 
 struct Locked {
     alloc: Allocator,
@@ -442,8 +442,8 @@ struct Locked {
     next_cut: u64,
 }
 
-/// One thread does I/O in place, one unlinks the cluster, one takes a cut, makes it durable, reclaims and reuses: the
-/// cut may come before the unlink or after it, and no reuse may meet the I/O.
+/// One thread does I/O in place, and one unlinks the cluster. A third takes a cut, makes it durable, reclaims and
+/// reuses. The cut may come before or after the unlink, and no reuse may overlap the I/O.
 #[test]
 fn a_cluster_in_quarantine_is_reused_after_its_cut_and_its_io() {
     explore(Some(3), || {
@@ -474,7 +474,7 @@ fn a_cluster_in_quarantine_is_reused_after_its_cut_and_its_io() {
     });
 }
 
-/// A cut, as the engine's flush takes it: the number and the epoch under the lock, the commit under the lock again.
+/// A cut, as in the engine's flush: the number and the epoch under the lock, then the commit under the lock again.
 fn flush_and_reuse(state: &Mutex<Locked>, epochs: &Epochs, host: &UnsafeCell<()>) {
     let (number, epoch) = {
         let mut state = state.lock().expect("lock");
@@ -493,10 +493,10 @@ fn flush_and_reuse(state: &Mutex<Locked>, epochs: &Epochs, host: &UnsafeCell<()>
 
 // "Claims".
 
-/// A guest cluster under claims: loom sees to it that its holders exclude each other, `last` that they come in order.
+/// A guest cluster under claims. Loom checks that its holders exclude each other, `last` that they come in order.
 struct Claimed {
     mapping: UnsafeCell<()>,
-    /// The number of its last holder's claim, plus 1. No part of the model: only its holder touches it.
+    /// The number of its last holder's claim, plus 1. Not modelled: only the holder accesses it.
     last: Unmodelled,
 }
 
@@ -504,7 +504,7 @@ fn claimed() -> Arc<[Claimed; 3]> {
     Arc::new(std::array::from_fn(|_| Claimed { mapping: UnsafeCell::new(()), last: Unmodelled::new(0) }))
 }
 
-/// The holder of a claim changes what it claimed, and lets go.
+/// The holder of a claim changes the claimed clusters, and releases the claim.
 fn change_claimed(claims: &Claims, clusters: &[Claimed; 3], id: ClaimId, first: usize, last: usize) {
     for cluster in &clusters[first..=last] {
         cluster.mapping.with_mut(|_| ());
@@ -514,7 +514,7 @@ fn change_claimed(claims: &Claims, clusters: &[Claimed; 3], id: ClaimId, first: 
     claims.release(id);
 }
 
-/// Claims `first..=last`, waits, changes what it claimed, and lets go.
+/// Claims `first..=last`, waits, changes the claimed clusters, and releases the claim.
 fn claim_and_change(claims: &Claims, clusters: &[Claimed; 3], first: usize, last: usize) {
     let id = claims.add(first as u64, last as u64);
     block_on(poll_fn(
@@ -568,7 +568,7 @@ fn two_threads_claim_again_and_again() {
     });
 }
 
-/// A claim that does not wait is held alone like any other, and whoever it comes before is woken.
+/// A claim that does not wait is exclusive like any other, and its release wakes the claims behind it.
 #[test]
 fn a_claim_that_does_not_wait_excludes_the_others() {
     explore(None, || {
@@ -587,7 +587,7 @@ fn a_claim_that_does_not_wait_excludes_the_others() {
     });
 }
 
-/// A request that is polled by another task than before is woken there.
+/// If another task polls a request than before, that task is woken.
 #[test]
 fn the_last_waker_left_is_woken() {
     explore(None, || {
@@ -609,15 +609,15 @@ fn the_last_waker_left_is_woken() {
     });
 }
 
-// Wake-ups: one flag a task, so that many wakes make one poll.
+// Wake-ups: one flag per task, so that many wakes cause one poll.
 
-/// Two threads that each do something for a task and then wake it, and the thread that polls it. When all is quiet, the
-/// last poll has seen what both did, and the task never stood in the queue twice.
+/// Two threads each do some work for a task and then wake it; a third thread polls it. In the end, the last poll has
+/// seen the work of both, and the task was never in the queue twice.
 #[test]
 fn no_wake_is_lost_between_two_polls() {
     explore(None, || {
         let task = Arc::new((WakeFlag::new(false), Mutex::new(0)));
-        // Relaxed throughout: only the flag makes a poll see what was done before a wake.
+        // Relaxed throughout: only the flag makes the work before a wake visible to a poll.
         let work = Arc::new([AtomicU64::new(0), AtomicU64::new(0)]);
         let wake = |own: usize| {
             let (task, work) = (Arc::clone(&task), Arc::clone(&work));

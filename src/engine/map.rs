@@ -1,22 +1,22 @@
 //! The chain map: one word a guest cluster, read without a lock.
 //!
-//! A directory entry says where the words of a slice ([`SLICE_WORDS`] guest clusters) are. Either they follow from the
-//! first of them, and the entry is that word: a *run*, which takes no memory but the entry. So it is where a slice reads as
-//! zero, or its data lies in one piece. Or they lie in a frame, which the entry names.
+//! A directory entry locates the words of a slice ([`SLICE_WORDS`] guest clusters), in one of two ways. If all words
+//! follow from the first, the slice is a *run*: the entry is the first word, and no other memory is needed. A slice
+//! that reads as zero or whose data is contiguous is a run. Otherwise the entry names the frame that holds the words.
 //!
-//! Readers ([`ChainMap::lookup`]) take no lock and count no reference: load the entry, load the word, load the entry
-//! again. Frames are bounded in number, evicted by clock and never freed while the map lives (their memory may be:
-//! map/idle.rs), so a stale read is harmless and is found out. All changes are made under the engine's one lock, through
-//! [`MapWriter`]. It turns a slice into a run as soon as it is one, and back when it is none.
+//! Readers ([`ChainMap::lookup`]) take no lock and count no reference: they load the entry, the word, and the entry
+//! again. Frames are bounded in number, evicted by clock and never freed while the map lives. Only their memory may be
+//! released (map/idle.rs), so a stale read is harmless and is detected. All changes are made under the engine's one
+//! lock, through [`MapWriter`]. It makes a slice a run as soon as its words allow, and ends the run when they no longer
+//! do.
 //!
-//! Where images have subclusters, a frame has a second word a cluster: which of them are data in the host cluster that
-//! the first word names ([`Word::has_parts`]), and which read as zero. A reader must join no word with the second word of
-//! another host cluster. It loads the entry, the word, the second word, the word again and the entry again
-//! ([`ChainMap::lookup_parts`]). The writer ([`Frame::put`]) goes from one host cluster to another by way of
-//! [`Word::MIXED`]: whoever got the second word of the new cluster sees that store when it loads the word again, and a
-//! word once gone does not come back while the reader is in its epoch: for that its host cluster would have to be freed
-//! and handed out again (docs/concurrency.md, "Epochs"). Where only the subclusters change, one store of the second word
-//! publishes it.
+//! With subclusters, a frame holds a second word for each cluster. It records which subclusters are data in the host
+//! cluster that the first word names ([`Word::has_parts`]), and which read as zero. A reader must not combine a word
+//! with the second word of another host cluster. It loads the entry, the word, the second word, the word again and the
+//! entry again ([`ChainMap::lookup_parts`]). The writer ([`Frame::put`]) stores [`Word::MIXED`] between two host
+//! clusters. A reader that loaded the second word of the new cluster sees that store when it loads the word again. The
+//! old word cannot return while the reader is in its epoch, because its host cluster cannot be freed and reused before
+//! (docs/concurrency.md, "Epochs"). Where only the subclusters change, one store of the second word publishes them.
 
 mod idle;
 
@@ -46,21 +46,21 @@ impl SliceIndex {
     }
 }
 
-/// The second word of a cluster: its subclusters, as far as they are known.
+/// The second word of a cluster: the known state of its subclusters.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Parts(pub(crate) u64);
 
 impl Parts {
-    /// All of them read as zero.
+    /// All subclusters read as zero.
     pub(crate) const ZERO: Parts = Parts((SubclusterSet::ALL.0 as u64) << 32);
 
-    /// Of these subclusters; those without data of their own read as zero if there is nothing below.
+    /// The second word for these subclusters. With `nothing_below`, unallocated subclusters read as zero.
     pub(crate) fn new(subclusters: &Subclusters, nothing_below: bool) -> Self {
         let below = if nothing_below { subclusters.unallocated() } else { SubclusterSet::EMPTY };
         Parts(Subclusters { zero: subclusters.zero.with(below), ..*subclusters }.bitmap())
     }
 
-    /// What a subcluster is, and how many from it on are the same; [`Subcluster::Unallocated`] is not known.
+    /// The state of a subcluster, and how many from it on have the same. [`Subcluster::Unallocated`] means unknown.
     #[inline]
     pub fn at(self, index: u32) -> (Subcluster, u32) {
         let (allocated, zero) = (SubclusterSet(self.0 as u32), SubclusterSet((self.0 >> 32) as u32));
@@ -70,7 +70,7 @@ impl Parts {
 
 type Words = [AtomicU64; SLICE_WORDS as usize];
 
-/// The words of a slice, first or second ones: a page of the system's, so that it can have the memory back.
+/// The first or the second words of a slice: one page of the operating system, so that its memory can be released.
 #[cfg_attr(not(loom), repr(align(4096)))]
 struct Page(Words);
 
@@ -81,14 +81,14 @@ struct Frame<'a> {
 }
 
 impl Frame<'_> {
-    /// Stores what is known of a cluster. The order is that of the module's first lines.
+    /// Stores the words of a cluster, in the order that the module comment requires.
     fn put(&self, at: usize, word: Word, parts: Parts) {
         if let (true, Some(seconds)) = (word.has_parts(), self.parts) {
             let before = self.word(at);
             if before.has_parts() && before != word {
                 self.words[at].store(Word::MIXED.0, Ordering::Release);
             }
-            // Release, paired with the acquire in `lookup_parts`: who loads this sees the store above.
+            // Release, paired with the acquire in `lookup_parts`: a reader that loads this sees the store above.
             seconds[at].store(parts.0, Ordering::Release);
             if before == word {
                 return;
@@ -103,9 +103,9 @@ impl Frame<'_> {
     }
 }
 
-/// A directory entry. Where its kind bits (63–62) are not 0, it is the word of the slice's first cluster, and the slice is
-/// a run. Else it names a frame, by its number + 1 (bits 27–0; 0: no frame) and the generation of its use (61–28): so many
-/// do not go by while a reader is between two loads.
+/// A directory entry. If its kind bits (63–62) are not 0, the slice is a run, and the entry is the word of its first
+/// cluster. Otherwise it names a frame by its number + 1 (bits 27–0; 0: no frame) and the generation of its use
+/// (61–28). Generations do not wrap around between two loads of a reader.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Entry(u64);
 
@@ -118,7 +118,7 @@ const FRAMES_MAX: usize = (1 << FRAME_BITS) - 1;
 /// Where the words of a slice are.
 enum Place {
     Nowhere,
-    /// They follow from this one, the first.
+    /// All follow from this first word.
     Run(Word),
     /// In this frame.
     Frame(usize),
@@ -141,7 +141,7 @@ impl Entry {
         (self.0 >> KIND_SHIFT != 0).then_some(Word(self.0))
     }
 
-    /// Of an entry that is no run: the number of its frame, or one that no frame has.
+    /// The frame's number, for an entry that is no run; if it names none, a number that no frame has.
     #[inline]
     fn frame(self) -> usize {
         ((self.0 & FRAMES_MAX as u64) as usize).wrapping_sub(1)
@@ -161,20 +161,20 @@ type Leaf = Box<[AtomicU64]>;
 /// The shared side of the map.
 pub(crate) struct ChainMap {
     clusters: u64,
-    /// Bytes of a cluster in 512-byte units: from word to word in a run of data.
+    /// Size of a cluster in 512-byte units: the distance from word to word in a run of data.
     step: u64,
     has_parts: bool,
     directory: Box<[OnceLock<Leaf>]>,
     chunks: Box<[OnceLock<Box<[Page]>>]>,
-    /// By frame. Set by readers, cleared by the clock and by sweeps.
+    /// One flag per frame. Set by readers, cleared by the clock and by sweeps.
     referenced: Box<[AtomicBool]>,
     /// For [`ChainMap::is_sweepable`].
     sweepable: AtomicBool,
 }
 
 impl ChainMap {
-    /// A map for `clusters` guest clusters of `unit` bytes in at most `frames` frames (4 KiB each, some of which are made
-    /// when the first is used); with second words for subclusters (8 KiB a frame) if `has_parts`.
+    /// A map for `clusters` guest clusters of `unit` bytes in at most `frames` frames. A frame is 4 KiB, or 8 KiB with
+    /// second words for subclusters (`has_parts`). A chunk of frames is allocated when its first frame is used.
     pub fn new(clusters: u64, unit: u64, frames: usize, has_parts: bool) -> Self {
         let slices = clusters.div_ceil(SLICE_WORDS);
         let leaves = slices.div_ceil(LEAF_ENTRIES) as usize;
@@ -196,16 +196,16 @@ impl ChainMap {
         let slice = SliceIndex::of(cluster);
         let Some(slot) = self.slot(slice) else { return Word::UNRESOLVED };
         loop {
-            // Pairs with the release store in `MapWriter::publish_entry`: the frame's words are this slice's, and the data
-            // of a run is there.
+            // Pairs with the release store in `MapWriter::publish_entry`: the frame's words belong to this slice, and
+            // the data of a run is written.
             let entry = Entry(slot.load(Ordering::Acquire));
             if let Some(first) = entry.run() {
                 return self.word_in_run(first, cluster);
             }
             let frame = entry.frame();
             let Some(words) = self.page(frame, 0) else { return Word::UNRESOLVED };
-            // Acquire, paired with the release of every word store: if this word was stored for another slice, the
-            // store that took the frame away from ours is visible to the load below.
+            // Acquire, paired with the release of every word store. If this word was stored for another slice, the load
+            // below sees the store that took the frame from this slice.
             let word = words[(cluster.0 % SLICE_WORDS) as usize].load(Ordering::Acquire);
             if Entry(slot.load(Ordering::Relaxed)) == entry {
                 let referenced = &self.referenced[frame];
@@ -217,8 +217,8 @@ impl ChainMap {
         }
     }
 
-    /// The word and the second word of a cluster of subclusters; nothing if it is none, or not resident. As
-    /// [`ChainMap::lookup`].
+    /// The word and the second word of a cluster; `None` if it has no second word or is not resident. No lock, no
+    /// allocation.
     #[inline]
     pub fn lookup_parts(&self, cluster: GuestCluster) -> Option<(Word, Parts)> {
         let slot = self.slot(SliceIndex::of(cluster))?;
@@ -233,7 +233,7 @@ impl ChainMap {
             if !word.has_parts() {
                 return None;
             }
-            // Acquire: the loads below see what was stored before this was.
+            // Acquire: the loads below see every store before the store of this word.
             let parts = self.page(entry.frame(), 1)?[at].load(Ordering::Acquire);
             let again = words[at].load(Ordering::Relaxed);
             if again == word.0 && Entry(slot.load(Ordering::Relaxed)) == entry {
@@ -242,7 +242,7 @@ impl ChainMap {
         }
     }
 
-    /// The word of a cluster whose slice is a run. A run ends with the disk.
+    /// The word of a cluster whose slice is a run. A run ends at the end of the disk.
     #[inline]
     fn word_in_run(&self, first: Word, cluster: GuestCluster) -> Word {
         if cluster.0 < self.clusters {
@@ -252,24 +252,24 @@ impl ChainMap {
         }
     }
 
-    /// How many clusters of the disk a slice has.
+    /// The number of clusters of the disk in a slice.
     fn slice_len(&self, slice: SliceIndex) -> usize {
         self.clusters.saturating_sub(slice.first().0).min(SLICE_WORDS) as usize
     }
 
-    /// True if a cluster of this word is followed by one of the next word as in a run.
+    /// True if `next` follows `word` as in a run.
     fn joins(&self, word: Word, next: Word) -> bool {
         word.next(self.step) == Some(next)
     }
 
-    /// How many of its neighbours in a frame a cluster of this word joins.
+    /// The number of neighbours in the frame that a cluster with this word joins.
     fn joints_at(&self, frame: &Frame<'_>, at: usize, word: Word) -> usize {
         let before = at > 0 && self.joins(frame.word(at - 1), word);
         let after = at + 1 < frame.words.len() && self.joins(word, frame.word(at + 1));
         usize::from(before) + usize::from(after)
     }
 
-    /// True if there are second words.
+    /// True if frames hold second words.
     pub fn has_parts(&self) -> bool {
         self.has_parts
     }
@@ -288,7 +288,7 @@ impl ChainMap {
         1 + usize::from(self.has_parts)
     }
 
-    /// The words of a frame, or (page 1) its second words; nothing if there are none.
+    /// The words of a frame (page 0) or its second words (page 1); `None` if it has none.
     #[inline]
     fn page(&self, frame: usize, page: usize) -> Option<&Words> {
         let chunk = self.chunks.get(frame / CHUNK_FRAMES)?.get()?;
@@ -296,7 +296,7 @@ impl ChainMap {
         chunk.get(frame % CHUNK_FRAMES * pages + page).filter(|_| page < pages).map(|page| &page.0)
     }
 
-    /// A frame for the writer, made if it is not there.
+    /// A frame for the writer, allocated on first use.
     fn frame(&self, frame: usize) -> Frame<'_> {
         let (first, pages) = (frame / CHUNK_FRAMES, self.pages_a_frame());
         let chunk = self.chunks[first].get_or_init(|| {
@@ -310,15 +310,15 @@ impl ChainMap {
 
 /// The changing side of the map. Lives in the engine's locked state, so there is one writer at a time.
 pub(crate) struct MapWriter {
-    /// For each frame that was ever used: what it holds.
+    /// The contents of each frame that was ever used.
     owners: Vec<Owner>,
-    /// Those of them that hold no slice and have their memory, and those whose memory was given back.
+    /// Frames without a slice: `free` ones have memory, `bare` ones do not.
     free: Vec<usize>,
     bare: Vec<usize>,
-    /// How many are with whoever gives their memory back, and hold no slice either.
+    /// Number of frames (without a slice) whose memory is being released.
     away: usize,
     hand: usize,
-    /// Leaves made so far.
+    /// Leaves allocated so far.
     leaves: usize,
 }
 
@@ -327,7 +327,7 @@ struct Owner {
     slice: Option<SliceIndex>,
     /// The generation of this use.
     generation: u64,
-    /// Of the slice's neighbouring clusters: how many pairs go on as in a run. If all do, it is one.
+    /// Pairs of neighbouring clusters that join as in a run. If all do, the slice is a run.
     joints: usize,
 }
 
@@ -346,14 +346,14 @@ impl MapWriter {
         self.leaves < LEAVES_MAX || map.slot(slice).is_some()
     }
 
-    /// Makes a slice resident with these words (at most [`SLICE_WORDS`]), evicting another if the map is full; unless
-    /// there is no room for it.
+    /// Makes a slice resident with these words (at most [`SLICE_WORDS`]), evicting another if the map is full. Does
+    /// nothing if [`MapWriter::has_room`] is false.
     #[cfg(test)]
     pub fn fill(&mut self, map: &ChainMap, slice: SliceIndex, words: &[Word]) {
         self.fill_with_parts(map, slice, words, &[]);
     }
 
-    /// As [`MapWriter::fill`]; with the second words of those that have some.
+    /// As [`MapWriter::fill`], with the second words of those clusters that have them.
     pub fn fill_with_parts(&mut self, map: &ChainMap, slice: SliceIndex, words: &[Word], parts: &[Parts]) {
         if !self.has_room(map, slice) {
             return;
@@ -400,7 +400,7 @@ impl MapWriter {
         }
     }
 
-    /// Makes these the words of a slice: as a run if they are one, else in the frame that it has or in another.
+    /// Sets the words of a slice: as a run if they are one, otherwise in its present frame or in a new one.
     fn set(&mut self, map: &ChainMap, slice: SliceIndex, slot: &AtomicU64, words: &[Word], parts: &[Parts]) {
         let present = match Entry(slot.load(Ordering::Relaxed)).place() {
             Place::Frame(number) => Some(number),
@@ -425,12 +425,12 @@ impl MapWriter {
             map.referenced[number].store(true, Ordering::Relaxed);
             owner.slice = Some(slice);
             owner.generation += 1;
-            // Last: until then, whoever reads the slice finds the run that it was, or nothing.
+            // Last: until this store, a reader finds the run that the slice was, or nothing.
             Self::publish_entry(slot, Entry::of_frame(number, owner.generation));
         }
     }
 
-    /// Makes a slice a run; the frame that it had is free from then on.
+    /// Makes a slice a run, and frees its frame.
     fn begin_run(&mut self, slot: &AtomicU64, first: Word, frame: Option<usize>) {
         Self::publish_entry(slot, Entry::of_run(first));
         if let Some(number) = frame {
@@ -443,7 +443,7 @@ impl MapWriter {
         slot.store(entry.0, Ordering::Release);
     }
 
-    /// A frame for a slice that has none: one that holds none, or by clock one that no reader used lately.
+    /// A frame for another slice: a free one, or by clock one that no reader used lately.
     fn take_frame(&mut self, map: &ChainMap) -> usize {
         if let Some(number) = self.free.pop() {
             return number;
@@ -460,7 +460,7 @@ impl MapWriter {
         loop {
             let number = self.hand;
             self.hand = (self.hand + 1) % self.owners.len();
-            // One without a slice is away.
+            // Without a slice: its memory is being released.
             let Some(slice) = self.owners[number].slice else { continue };
             if !map.referenced[number].swap(false, Ordering::Relaxed) {
                 self.forget(map, number, slice);
@@ -469,7 +469,7 @@ impl MapWriter {
         }
     }
 
-    /// Takes its slice out of a frame.
+    /// Removes the slice from a frame.
     fn forget(&mut self, map: &ChainMap, number: usize, slice: SliceIndex) {
         if let Some(slot) = map.slot(slice) {
             Self::publish_entry(slot, Entry::ABSENT);
@@ -478,8 +478,7 @@ impl MapWriter {
     }
 }
 
-/// True if a slice of so many clusters, of which the first has this word and so many are followed by the next as in a run,
-/// is one.
+/// True if a slice of `clusters` clusters is a run, given its first word and the number of joining pairs.
 fn is_run(first: Word, joints: usize, clusters: usize) -> bool {
     first.heads_run() && joints + 1 + usize::from(active(Mutation::GapTakenForRun)) >= clusters
 }
@@ -500,7 +499,8 @@ mod races {
 
     const SLICES: u64 = 64;
 
-    /// Changes a map in few frames while two threads look clusters up, which may be unresolved or have one of their words.
+    /// Changes a map with few frames while two threads look up clusters. Each cluster must be unresolved or have a word
+    /// that `may_be` allows.
     fn while_read(
         (unit, frames): (u64, usize),
         may_be: impl Fn(u64, Word) -> bool + Sync,
@@ -548,7 +548,7 @@ mod races {
             for slice in 0..SLICES {
                 writer.fill(map, SliceIndex(slice), &slice_words(slice));
             }
-            // Each change begins a run or ends one, and the frames go from slice to slice.
+            // Each change begins or ends a run, and the frames move between slices.
             for round in 0..3000u64 {
                 let slice = round.wrapping_mul(31) % SLICES;
                 let cluster = (slice * SLICE_WORDS).next_multiple_of(100) + 7;
@@ -566,7 +566,7 @@ mod races {
             let (writer, filled) = (Mutex::new(writer), AtomicBool::new(false));
             let lock = || writer.lock().expect("no panic under this lock");
             thread::scope(|scope| {
-                // As the housekeeper: it has the lock while it sweeps, not while it takes memory away.
+                // As the housekeeper does: it holds the lock while it sweeps, not while it releases memory.
                 let sweeper = scope.spawn(|| {
                     let mut taken = 0;
                     while !filled.load(Ordering::Relaxed) || taken == 0 {

@@ -1,18 +1,18 @@
-//! Deliberate breakages of the write order, the quarantine and the cut, for tests that must notice each of them.
+//! Deliberate breakages of the write order, the quarantine and the cut. Tests must notice each of them.
 //!
-//! Without the feature `mutations` nothing here does anything and no code asks: [`active`] is constantly false. With it,
-//! a thread breaks what it asks for by [`with`]. Never to be enabled by anything but a test target.
+//! Without the feature `mutations`, [`active`] is constantly false and nothing here has any effect. With it, a thread
+//! activates a mutation for itself by [`with`]. Only test targets may enable the feature.
 
 /// Something to break.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mutation {
-    /// A freed cluster is handed out at once.
+    /// A freed cluster is reused at once.
     ReuseAtOnce,
-    /// A freed cluster is handed out when any cut is durable, not the one that holds its unlink.
+    /// A freed cluster is reused when any cut is durable, instead of the cut that holds its unlink.
     ReuseBeforeUnlink,
-    /// A freed cluster is handed out while I/O that began before its unlink goes on.
+    /// A freed cluster is reused while I/O that began before its unlink is still running.
     ReuseWhileInUse,
-    /// Space is given back after its cluster is free, not before.
+    /// Space is punched out after its cluster is free, instead of before.
     PunchAfterFree,
     /// Refcounts are written together with the links that they count.
     CountsWithLinks,
@@ -26,9 +26,9 @@ pub enum Mutation {
     HeaderFirst,
     /// No fdatasync before the links are written.
     NoSyncBeforeLinks,
-    /// Links to any data are taken to need no data before them.
+    /// A link to any data is treated as needing no data before it.
     LinksNeedNoData,
-    /// A link to a new cluster is taken to need no data before it, whatever lay there before for the guest.
+    /// A link to a new cluster is treated as needing no data before it, whatever the guest read there before.
     LinksForgetBacking,
     /// No fdatasync after new refblocks.
     NoSyncAfterRefblocks,
@@ -38,9 +38,9 @@ pub enum Mutation {
     NoSyncOfData,
     /// No fdatasync of an external data file.
     DataFileNotSynced,
-    /// In a data file that is to be read as a raw image, zeros are not written.
+    /// Zeros are not written to a data file that must be readable as a raw image.
     RawViewForgotten,
-    /// A failed fdatasync is taken for a good one.
+    /// A failed fdatasync is treated as successful.
     FailedSyncIgnored,
     /// A failed metadata write does not stop later writes.
     FailedWriteForgiven,
@@ -52,19 +52,19 @@ pub enum Mutation {
     CommitBeforeData,
     /// A new L2 table is never linked.
     LinkForgotten,
-    /// Every new cluster is taken to read as zero.
+    /// Every new cluster is assumed to read as zero.
     StaleTakenForZero,
-    /// An allocated zero cluster is taken to hold zeros.
+    /// An allocated zero cluster is assumed to hold zeros in the file.
     ZeroClusterTakenForZero,
-    /// What a failed write may have left is taken to read as zero.
+    /// Clusters that a failed write may have changed are assumed to read as zero.
     AbortedTakenForZero,
-    /// A discard shows what lies below.
+    /// A discard exposes the backing file.
     DiscardBaresBacking,
     /// Compressed data is released only in the first of the host clusters that it touches.
     CompressedTailKept,
     /// Compressed data is released twice.
     CompressedReleasedTwice,
-    /// A cluster is free when one of those who share it is gone.
+    /// A shared cluster becomes free when one of its references is gone.
     SharedTakenForFree,
     /// A data cluster that a snapshot shares is written in place.
     SharedTakenForOwn,
@@ -72,68 +72,68 @@ pub enum Mutation {
     SharedTableTakenForOwn,
     /// A write to some subclusters allocates all that are not zero.
     AllPartsAllocated,
-    /// A write leaves the zero bits of what it wrote.
+    /// A write keeps the zero bits of the subclusters that it wrote.
     ZeroPartsKept,
-    /// Subclusters of a shared cluster are taken over without their data.
+    /// A write to a shared cluster does not copy the data of its other subclusters.
     SharedPartsForgotten,
-    /// A discard of some subclusters frees the host cluster of others that are in use.
+    /// A discard of some subclusters frees their host cluster although others in it are in use.
     PartFreesCluster,
-    /// A discarded cluster that keeps its place is emptied while the next write may be there already.
+    /// A discarded cluster that keeps its place is emptied so late that the next write may have begun.
     EmptiedLate,
-    /// Data is written where metadata is, if an entry says so.
+    /// Data is written over metadata if an entry names it.
     GuardBypassed,
-    /// A cluster becomes metadata though data may still be written there.
+    /// A cluster becomes metadata although data may still be written there.
     MetadataWhereAimed,
     /// A clean close cuts a cluster in use off the end of the file.
     CloseCutsTooMuch,
     /// The header names a snapshot, or its disk, before the refcounts are raised.
     SnapshotHeaderFirst,
-    /// What a snapshot comes to share stays flagged as nobody else's.
+    /// Clusters that a new snapshot shares stay flagged as not shared.
     SnapshotFlagsKept,
-    /// Refcounts are lowered before the header stops naming what they count.
+    /// Refcounts are lowered while the header still names what they count.
     SnapshotLoweredFirst,
-    /// Writes go on before it is durable that bitmaps are out of date.
+    /// Writes continue before the mark that bitmaps are out of date is durable.
     BitmapsMarkedLate,
-    /// What is past the new end of a disk is given back, and stays named in the L2 table across that end.
+    /// Clusters past the new end of a disk are freed but stay named in the L2 table across that end.
     ResizeKeepsLinks,
-    /// What the cluster across the old end of a disk has behind that end shows when the disk grows.
+    /// When a disk grows, old bytes past its old end, in the cluster across that end, become visible.
     ResizeKeepsTail,
-    /// The backing file shows in the new part of a disk.
+    /// The backing file is visible in the new part of a disk.
     ResizeBaresBacking,
-    /// A slice of the map that is one run stays one though a cluster of it has changed.
+    /// A slice of the map that is a run stays one although one of its clusters has changed.
     RunKept,
-    /// A slice of the map is taken for one run though one cluster of it goes on elsewhere than where the last ends.
+    /// A slice of the map is treated as a run although one of its clusters does not join the one before.
     GapTakenForRun,
-    /// A claim that is to be held at once is, whoever is in its way.
+    /// A claim that must be held at once or not at all is held despite conflicting claims.
     ClaimForced,
-    /// A link is written beside its data while a cut is under way.
+    /// An early commit is made while a cut is under way.
     EarlyLinkBesideCut,
-    /// A link is written beside its data though the count of its cluster is not on the disk.
+    /// An early commit is made although the count of its cluster is not on the disk.
     EarlyLinkBeforeCounts,
-    /// That a link could not be written beside its data changes nothing.
+    /// The failure of an early commit is ignored.
     EarlyLinkFailureForgotten,
-    /// A link beside its data that was not to be is left on the disk.
+    /// The link of an aborted early commit is left on the disk.
     EarlyLinkLeft,
-    /// A cut is taken while a link is written beside its data.
+    /// A cut is taken during an early commit.
     CutBesideEarlyLink,
     /// A request that ends on a queue that is being stopped keeps its claim.
     ClaimKeptByLeaver,
-    /// A request goes on waiting for space although its queue is being stopped.
+    /// A request keeps waiting for space although its queue is being stopped.
     WaitNotGivenUp,
-    /// The search for leaks takes back what was reserved or unlinked since the disk was opened.
+    /// The search for leaks frees clusters that were reserved or unlinked since the disk was opened.
     LeakSearchForgetsChanges,
-    /// The search for leaks reads tables from the file though they are in memory.
+    /// The search for leaks reads tables from the file although they are in memory.
     LeakSearchReadsTheDisk,
     /// The file does not end with free clusters while it is written.
     TailNotMarked,
-    /// That the file ends with free clusters need not be durable before counts are written.
+    /// Counts are written before the free clusters at the file's end are durable.
     TailNotSynced,
-    /// A change of an image that nobody uses does not keep the free clusters at the file's end.
+    /// A change of an image that is not in use removes the free clusters at the file's end.
     ChangeUnmarks,
 }
 
 impl Mutation {
-    /// All of them.
+    /// All mutations.
     pub const ALL: &[Mutation] = &[
         Mutation::ReuseAtOnce,
         Mutation::ReuseBeforeUnlink,
@@ -218,10 +218,10 @@ pub const fn active(_: Mutation) -> bool {
     false
 }
 
-/// Breaks something for as long as `work` lasts, on this thread.
+/// Activates a mutation on this thread while `work` runs.
 #[cfg(feature = "mutations")]
 pub fn with<T>(mutation: Mutation, work: impl FnOnce() -> T) -> T {
-    /// Mends it, even after a panic.
+    /// Deactivates the mutation, even after a panic.
     struct Mend;
     impl Drop for Mend {
         fn drop(&mut self) {

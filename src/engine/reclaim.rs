@@ -1,4 +1,4 @@
-//! Reclaiming: freed clusters whose unlink is durable, and which no I/O can touch any more, lose their refcount, are
+//! Reclaiming freed clusters whose unlink is durable and which no I/O can reach any more. They lose their refcount, are
 //! punched out of the file, and become free.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -18,14 +18,14 @@ use crate::state::{State, WriteState};
 use crate::tables::TableId;
 use crate::waiters::WakeList;
 
-/// Runs of clusters that nobody uses any more. Punch each, then commit, saying which were punched.
+/// Runs of unused clusters. Punch each, then commit with the list of punched runs.
 #[derive(Debug)]
 #[must_use]
 pub struct ReclaimPlan {
-    /// Where each run lies: offset and length in bytes.
+    /// Offset and length in bytes of each run.
     pub punches: Vec<(HostOffset, u64)>,
     runs: Vec<Run>,
-    /// Cluster → its new count.
+    /// The new count of each cluster.
     counts: BTreeMap<u64, u64>,
     pins: Vec<TableId>,
     /// Clusters that leave the quarantine.
@@ -35,14 +35,14 @@ pub struct ReclaimPlan {
 }
 
 impl ReclaimPlan {
-    /// True if any of it was in use before, and not only taken for a write that failed.
+    /// True if any of the clusters was in use before. The others were only taken for a write that failed.
     pub fn frees(&self) -> bool {
         self.freed > 0
     }
 }
 
 impl State {
-    /// `Ready(None)` if there is nothing to reclaim now, or somebody else does it.
+    /// Plans a reclaim; `Ready(None)` if there is nothing to reclaim now, or another task reclaims.
     pub fn plan_reclaim(
         &mut self,
         epochs: &Epochs,
@@ -80,7 +80,8 @@ impl State {
         let free = |count| count == 0 || active(Mutation::SharedTakenForFree);
         let runs = runs_of(counts.iter().filter(|(_, count)| free(**count)).map(|(cluster, _)| *cluster));
         let write = self.write_state()?;
-        // Two entries of a damaged image named it: the first made it free, and it was handed out since.
+        // If this fails, two entries of a damaged image named the cluster: releasing the first freed it, and it has
+        // been handed out since.
         for run in &runs {
             write.guard.aim(*run).map_err(EngineError::free_metadata)?;
         }
@@ -101,7 +102,7 @@ impl State {
         Ok(Answer::Ready(Some(ReclaimPlan { punches, runs, counts, pins, clusters, freed })))
     }
 
-    /// What each cluster's count will be.
+    /// The new count of each cluster in the batch.
     fn decremented(&self, batch: &[Unlinked]) -> Result<BTreeMap<u64, u64>, EngineError> {
         let WriteState { refcounts, guard, .. } = self.write.as_ref().ok_or(EngineError::ReadOnly)?;
         let mut counts = BTreeMap::new();
@@ -114,7 +115,7 @@ impl State {
                 }
                 let count = counts.entry(cluster).or_insert_with(|| self.refcount(cluster));
                 *count = count.checked_sub(1).ok_or(zero)?;
-                // What was unlinked is in the guard only if a snapshot has it too.
+                // An unlinked cluster is in the guard only if a snapshot has it, too.
                 let holder = guard.within(Run { start: HostCluster(cluster), count: 1 });
                 if let (0, Some(holder)) = (*count, holder) {
                     return Err(EngineError::free_metadata(holder));
@@ -124,7 +125,7 @@ impl State {
         Ok(counts)
     }
 
-    /// Publishes the new counts; what was punched is known to be zero. `punched` has an item for each run.
+    /// Publishes the new counts. Punched runs are known to be zero; `punched` has an item for each run.
     pub fn commit_reclaim(&mut self, plan: ReclaimPlan, punched: &[bool], wakes: &mut WakeList) {
         for (cluster, count) in plan.counts {
             self.set_refcount(cluster, count);

@@ -1,6 +1,6 @@
-//! The refcount structure of the top image: the refcount table in memory and where each count lies.
+//! The refcount structure of the top image: the refcount table in memory and the location of each count.
 //!
-//! Owns the table and what of it differs from the disk. The blocks themselves are slices in the table cache.
+//! Owns the table and the list of its blocks that differ from the disk. The refblocks are slices in the table cache.
 
 use std::collections::BTreeSet;
 
@@ -21,18 +21,18 @@ pub(crate) const TABLE_BYTES_MAX: u64 = 8 << 20;
 
 pub(crate) struct Refcounts {
     pub geometry: Geometry,
-    /// Entries as on disk; the length is what the table's clusters hold.
+    /// Entries as on disk; as many as the table's clusters hold.
     pub table: Entries,
     pub table_offset: HostOffset,
     /// Blocks of the table (see [`table_block_entries`]) that differ from the disk.
     pub dirty: BTreeSet<u64>,
     /// The whole table is at a new place that nothing durable names.
     pub table_is_new: bool,
-    /// The header names another place than `table_offset`.
+    /// The header on disk does not name `table_offset`.
     pub header_stale: bool,
 }
 
-/// One count's place.
+/// The place of one count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct CountPlace {
     pub table: TableId,
@@ -51,7 +51,7 @@ impl Refcounts {
         }
     }
 
-    /// Clusters of the table as it is in memory.
+    /// Clusters of the table in memory.
     pub fn table_clusters(&self) -> u64 {
         self.geometry.clusters_for(self.table.len() * 8)
     }
@@ -114,7 +114,7 @@ impl Refcounts {
         }
     }
 
-    /// Where the blocks of the table lie that name some refblocks (in ascending order), and the bytes of each.
+    /// Offset and length in bytes of each block of the table that names one of these refblocks (in ascending order).
     pub fn table_places(&self, refblocks: impl Iterator<Item = u64>) -> Vec<(HostOffset, u64)> {
         let entries = table_block_entries(&self.geometry);
         let mut blocks: Vec<u64> = refblocks.map(|refblock| refblock / entries).collect();

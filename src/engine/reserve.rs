@@ -1,7 +1,7 @@
-//! Reserving windows of clusters: out of what was freed, out of holes in the file, or by growing it.
+//! Reserving windows of clusters: freed clusters, unused clusters of the file, or new ones past its end.
 //!
-//! Reserved clusters have a refcount of 1 in memory, so a crash leaks at most what is reserved and unused. Growing
-//! makes refblocks, and a larger refcount table, where the file outgrows them.
+//! Reserved clusters have a refcount of 1 in memory, so a crash leaks at most the reserved, unused clusters. If the
+//! file outgrows its refblocks or its refcount table, growing adds refblocks or a larger table.
 
 use std::task::Waker;
 
@@ -19,17 +19,17 @@ use crate::state::{State, WriteState};
 use crate::tables::{Dirt, TableId};
 use crate::waiters::{Waiters, WakeList};
 
-/// The largest file: an offset in a table has 56 bits.
+/// The largest file in bytes: an offset in a table has 56 bits.
 const FILE_BYTES_MAX: u64 = 1 << 56;
 
 /// Clusters about to be reserved. Set the file's length, allocate the metadata on the host, then commit; or abort.
 #[derive(Debug)]
 #[must_use]
 pub struct ReservePlan {
-    /// Make the file at least this many bytes long.
+    /// The file must be at least this many bytes long.
     pub file_length: Option<u64>,
-    /// Metadata (offsets and lengths in bytes), new or about to be changed, to be allocated on the host now, as its writing
-    /// may not fail for lack of space later.
+    /// Metadata (offsets and lengths in bytes), new or about to change. The host must allocate it now, because writing
+    /// it later must not fail for lack of space.
     pub metadata: Vec<(HostOffset, u64)>,
     window: FreeRun,
     growth: Option<Growth>,
@@ -39,16 +39,16 @@ pub struct ReservePlan {
 /// New refcount metadata at the end of the file.
 #[derive(Debug)]
 struct Growth {
-    /// (index in the refcount table, its cluster).
+    /// Each block's index in the refcount table, and its cluster.
     blocks: Vec<(u64, HostCluster)>,
     /// First cluster and number of clusters of a larger refcount table.
     table: Option<Run>,
-    /// All clusters that the new metadata takes.
+    /// All clusters of the new metadata.
     run: Run,
 }
 
 impl Growth {
-    /// Has the guard know of the new metadata.
+    /// Adds the new metadata to the guard.
     fn guard(&self, guard: &mut MetadataGuard) {
         let blocks = guard.add(self.run.start, self.blocks.len() as u64, Structure::Refblock);
         let table =
@@ -72,7 +72,7 @@ impl State {
         if wants_new {
             let planned = self.plan_growth(waker);
             if planned.is_err() {
-                // Others may do with what is free.
+                // Other tasks may be content with free clusters.
                 self.write_state()?.alloc.wants_new = false;
             }
             return planned;
@@ -111,7 +111,7 @@ impl State {
         plan
     }
 
-    /// Searches the next few refblock slices of the file as it was at open for clusters that nobody uses.
+    /// Searches the next few refblock slices for unused clusters, up to the end of the file at open.
     fn scan(&mut self, waker: &Waker) -> Result<Answer<()>, EngineError> {
         let write = self.write_state()?;
         let (from, end) = (write.alloc.scanned, write.alloc.scan_end);
@@ -136,7 +136,7 @@ impl State {
                         == 0
                     {
                         if alloc.free.is_full() {
-                            // It is found when there is room again.
+                            // A later scan finds it when there is room again.
                             alloc.scanned = cluster + at;
                             return Ok(Answer::Ready(()));
                         }
@@ -149,11 +149,12 @@ impl State {
                         }
                         match guard.aimed(cluster + at) {
                             Known::Not => alloc.free.add(FreeRun { run, known_zero: false }),
-                            // An entry names it, and it has not been freed since.
+                            // An entry names the cluster, and it has not been freed since.
                             Known::Surely if !alloc.free.has_left_out() => {
                                 return Err(EngineError::free_data(cluster + at));
                             }
-                            // An entry may name it, or it was left out when it was freed: it stays where it is.
+                            // An entry may name the cluster, or it was left out when it was freed: it is not handed
+                            // out.
                             Known::Surely | Known::Perhaps => {}
                         }
                     }
@@ -161,7 +162,7 @@ impl State {
             } else if let Some(used) =
                 guard.within(Run { start: HostCluster(cluster), count: slice_end - cluster })
             {
-                // A refblock made for the end of the file would say that nobody uses what lies before it.
+                // A refblock added for the end of the file would record these clusters as unused.
                 return Err(EngineError::free_metadata(used));
             }
             cluster = slice_end;
@@ -178,11 +179,11 @@ impl State {
                 return Ok(Answer::Ready(Some(self.start_reserve(plan))));
             }
         }
-        // Entries name so much past the end of the file that the next request is to go on.
+        // Entries name too many clusters past the end of the file: the next request continues.
         Err(EngineError::FileTooLarge)
     }
 
-    /// The same at the present end, which it moves if what comes there would lie where an entry may name data.
+    /// Plans a window at the present end of the file. Moves the end and returns `None` if an entry may name data there.
     fn plan_growth_here(&mut self, waker: &Waker) -> Result<Answer<Option<ReservePlan>>, EngineError> {
         ready!(self.skip_used(waker)?);
         let write = self.write_state()?;
@@ -200,8 +201,8 @@ impl State {
             ready!(self.need_space(pins.iter().copied())?);
             count = (start..start + count).take_while(|cluster| self.refcount(*cluster) == 0).count() as u64;
         }
-        // A new refblock says that nobody uses what it counts before the end, too. Where that is in the file, it may not
-        // have been searched.
+        // A new refblock also records the clusters before the end as unused. Those in the file may not have been
+        // searched.
         let counts_from = if growth.is_some() { end / entries * entries } else { end };
         let WriteState { guard, alloc, .. } = self.write_state()?;
         let in_file = alloc.scan_end.min(end).saturating_sub(counts_from);
@@ -211,10 +212,10 @@ impl State {
         if let Some(cluster) =
             (counts_from..start + count).find(|cluster| guard.aimed(*cluster) == Known::Surely)
         {
-            // An entry names it.
+            // An entry names the cluster.
             return Err(EngineError::free_data(cluster));
         }
-        // What may be named before the end is not handed out by the search either.
+        // Before the end, the search does not hand out clusters that an entry may name either.
         if let Some(cluster) = (end..start + count).rev().find(|cluster| guard.aimed(*cluster) != Known::Not)
         {
             alloc.end = guard.past_neighbours(cluster);
@@ -223,7 +224,7 @@ impl State {
         let geometry = self.top_qcow2().geometry;
         let past =
             (start + count).checked_mul(geometry.cluster_size()).filter(|past| *past <= FILE_BYTES_MAX);
-        // With what shows that nobody has closed the file: see `Allocator::marked_length`.
+        // With the free clusters at the end that mark the file as not closed: see `Allocator::marked_length`.
         let file_length =
             Some(past.ok_or(EngineError::FileTooLarge)? + TAIL_BYTES.max(geometry.cluster_size()));
         let mut metadata = Vec::new();
@@ -238,13 +239,13 @@ impl State {
         }
         let window = FreeRun { run: Run { start: HostCluster(start), count }, known_zero: true };
         if let Some(growth) = &growth {
-            // From now on no word may send data there.
+            // From now on no word may direct data there.
             growth.guard(&mut self.write_state()?.guard);
         }
         Ok(Answer::Ready(Some(ReservePlan { file_length, metadata, window, growth, pins })))
     }
 
-    /// Moves the end of the file past clusters that count as used there: some earlier writer's leaks.
+    /// Moves the end of the file past clusters that count as used there: leaks of an earlier writer.
     fn skip_used(&mut self, waker: &Waker) -> Result<Answer<()>, EngineError> {
         loop {
             let write = self.write_state()?;
@@ -262,7 +263,7 @@ impl State {
         }
     }
 
-    /// How many clusters from `start` to the end of its refblock slice are in use; the slice is resident.
+    /// How many clusters from `start` on, up to the end of its refblock slice, are in use. The slice must be resident.
     fn used_clusters_at(&self, start: u64) -> Result<u64, EngineError> {
         let refcounts = &self.write.as_ref().ok_or(EngineError::ReadOnly)?.refcounts;
         let left = refcounts.slice_entries() - start % refcounts.slice_entries();
@@ -375,18 +376,18 @@ impl State {
 }
 
 impl Refcounts {
-    /// What metadata must be added at cluster `end`, whose block does not exist.
+    /// The metadata to add at cluster `end`, whose refblock does not exist.
     fn growth(&self, end: u64) -> Result<Growth, EngineError> {
         let per_cluster = self.geometry.cluster_size() / 8;
         let entries = self.geometry.refblock_entries();
         let held = self.table.len();
         let mut blocks = 1;
         loop {
-            // The metadata itself, and at least one cluster of a window after it, must be covered.
+            // The new blocks must cover the metadata itself and at least one cluster of a window after it.
             let mut table = 0;
             let mut last_block = self.block_of(end + blocks);
             if last_block >= held {
-                // Half as large again as what is needed, so that growth stays rare, as far as the format allows.
+                // Half as large again as the present table, so that growth stays rare, as far as the format allows.
                 let most = TABLE_BYTES_MAX / self.geometry.cluster_size();
                 table = (last_block + 1).max(held + held / 2).div_ceil(per_cluster).min(most);
                 last_block = self.block_of(end + blocks + table);
@@ -425,7 +426,7 @@ impl Refcounts {
         Ok(missing)
     }
 
-    /// The table moves to a larger place; what it says stays.
+    /// Moves the table to a larger place, with its entries unchanged.
     fn move_table(&mut self, place: Run) {
         self.table.grow(place.count * self.geometry.cluster_size() / 8);
         self.table_offset = self.geometry.host_offset(place.start);

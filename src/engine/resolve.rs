@@ -1,4 +1,4 @@
-//! Resolving: what the whole chain gives for a guest cluster (a word of the map) or a range (extents).
+//! Resolving: where the whole chain has the data of a guest cluster (a word of the map) or of a range (extents).
 //!
 //! Reads tables only; changes nothing but the map.
 
@@ -33,7 +33,7 @@ pub enum Source {
         /// Where the run begins.
         offset: HostOffset,
     },
-    /// It is part of a compressed cluster, once that is inflated.
+    /// It is part of a compressed cluster, which must be inflated first.
     Compressed {
         /// The cluster.
         cluster: CompressedCluster,
@@ -42,11 +42,11 @@ pub enum Source {
     },
 }
 
-/// Where the data of a compressed cluster lies. What lies past the end of the file reads as zero, and the stream may end
-/// before the data does: the next one's begins in the same sector.
+/// Where the data of a compressed cluster lies. Bytes past the end of the file read as zero. The stream may end before
+/// the data does, because the next stream may begin in the same sector.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct CompressedCluster {
-    /// The layer that it belongs to, 0 for the top image: which compression, and how large the cluster is.
+    /// The layer that it belongs to, 0 for the top image. It determines the compression and the cluster size.
     pub layer: u16,
     /// The file.
     pub file: FileIndex,
@@ -65,7 +65,7 @@ pub struct Extent {
     pub length: u64,
 }
 
-/// Adds a run to a list, merging it with the last where the two are one.
+/// Adds a run to a list, merging it with the last run where it continues that one.
 pub fn push_extent(extents: &mut Vec<Extent>, source: Source, length: u64) {
     if let Some(last) = extents.last_mut() {
         let joins = match (last.source, source) {
@@ -86,15 +86,15 @@ pub fn push_extent(extents: &mut Vec<Extent>, source: Source, length: u64) {
     extents.push(Extent { source, length });
 }
 
-/// A fill of a slice under way. What the layers above `layer` gave is settled, so that at any time only the tables of one
-/// layer need be in the cache, however deep the chain and whoever else fills.
+/// A fill of a slice under way. The results of the layers above `layer` are final. So only the tables of one layer need
+/// be in the cache at a time, however deep the chain is and whatever other fills run.
 pub(crate) struct FillJob {
     words: Vec<Word>,
     /// The second words, if the map has some.
     parts: Vec<Parts>,
-    /// Clusters (of the slice) that no layer has answered for.
+    /// Clusters of the slice that no layer has resolved yet.
     open: Vec<u16>,
-    /// The next layer to ask.
+    /// The next layer to search.
     layer: usize,
 }
 
@@ -113,19 +113,19 @@ impl FillJob {
     }
 }
 
-/// How one layer answers for a whole cluster of the top image.
+/// The result of one layer for a whole cluster of the top image.
 enum Step {
-    /// This layer gives the cluster.
+    /// This layer has the cluster.
     Answer(Word),
-    /// This layer gives what these words say of its subclusters.
+    /// This layer has some subclusters, which these words describe.
     Parts(Word, Parts),
-    /// This layer gives none of it: ask the next.
+    /// This layer has none of it: the next layer is searched.
     Below,
     /// A table is missing.
     Unknown,
 }
 
-/// A span of the guest that one map word covers.
+/// The guest range that one map word covers.
 #[derive(Clone, Copy)]
 struct Span {
     start: u64,
@@ -158,7 +158,7 @@ impl State {
         Ok(Answer::Ready(()))
     }
 
-    /// Carries a fill on, layer by layer, until it is whole or lacks tables.
+    /// Continues a fill, layer by layer, until it is complete or lacks tables.
     fn go_on(&mut self, job: &mut FillJob, slice: SliceIndex, unit: u64) -> Missing {
         let size = self.layers[0].size();
         let first = slice.first().0;
@@ -186,14 +186,14 @@ impl State {
                     Ok(Step::Answer(word)) => job.set(*at, word, Parts::default()),
                     Ok(Step::Parts(word, parts)) => job.set(*at, word, parts),
                     Ok(Step::Below | Step::Unknown) => return true,
-                    // One bad entry must not keep its neighbours from being served: the walk names it when it is met.
+                    // One bad entry must not block its neighbours: the walk reports it when a request reaches it.
                     Err(_) => job.set(*at, Word::MIXED, Parts::default()),
                 }
                 false
             });
             job.open = open;
             if missing.any() {
-                // What the next layers will probably be asked for is loaded with it.
+                // The tables that the next layers will probably need are loaded along.
                 missing.look_ahead();
                 for below in layers.iter().take(2 * layer + 2).skip(layer + 1) {
                     note_tables(below, tables, job.open.iter().map(|at| span(*at)), &mut missing);
@@ -208,7 +208,7 @@ impl State {
         missing
     }
 
-    /// Publishes what a cluster of the top image is now that it has got this entry.
+    /// Publishes the words of a cluster of the top image that has just got this entry.
     pub fn publish_entry(&mut self, map: &ChainMap, cluster: GuestCluster, entry: L2Entry) {
         let nothing_below = !self.has_backing();
         let file = self.top_qcow2().data();
@@ -224,7 +224,7 @@ impl State {
         self.publish(map, cluster, word, parts);
     }
 
-    /// Publishes a cluster's new words: in the map if its slice is there, and in a fill of its slice that is under way.
+    /// Publishes a cluster's new words: in the map if its slice is resident, and in a fill of its slice under way.
     pub fn publish(&mut self, map: &ChainMap, cluster: GuestCluster, word: Word, parts: Parts) {
         self.map_writer.publish(map, cluster, word, parts);
         let slice = SliceIndex::of(cluster);
@@ -235,7 +235,7 @@ impl State {
         }
     }
 
-    /// The word of a cluster, filling its slice if need be; unresolved if the map has no room for it.
+    /// The word of a cluster. Fills its slice if necessary; unresolved if the map has no room for the slice.
     pub fn word(
         &mut self,
         map: &ChainMap,
@@ -289,7 +289,7 @@ impl State {
         Ok(Answer::Ready(extents))
     }
 
-    /// Where a range comes from, by its own tables alone: a prefix of at most [`EXACT_BYTES_MAX`].
+    /// Where a prefix of a range comes from (at most [`EXACT_BYTES_MAX`]), by the range's own tables, without the map.
     pub fn exact_extents(
         &mut self,
         offset: GuestOffset,
@@ -329,8 +329,8 @@ impl State {
         Ok(Answer::Ready(()))
     }
 
-    /// Who gives the byte at `offset`, and for how many bytes (at most `length`) the answer surely holds. No source
-    /// if a table is missing.
+    /// The source of the byte at `offset`, and for how many bytes (at most `length`) it surely holds. No source if a
+    /// table is missing.
     fn walk_one(
         &mut self,
         offset: u64,
@@ -382,7 +382,8 @@ impl State {
     }
 }
 
-/// What a cluster of subclusters gives for the byte `within` it, and for how many bytes; nothing where it has nothing.
+/// The source of the byte at `within` in a cluster of subclusters, and for how many bytes it holds. `None` where the
+/// subcluster is unallocated.
 fn subcluster_source(layer: &Qcow2Layer, subclusters: &Subclusters, within: u64) -> (Option<Source>, u64) {
     let size = layer.geometry.granule_size();
     let index = within / size;
@@ -462,7 +463,7 @@ fn qcow2_step(
         }
         Some(L2Entry::Compressed { .. }) => Step::Answer(Word::MIXED),
         Some(L2Entry::Subclusters(subclusters)) => {
-            // The span may be a part of a cluster that is larger than the top image's.
+            // This layer's clusters may be larger than the top image's, and the span a part of one.
             let within = geometry.in_cluster(span.start);
             let (source, alike) = subcluster_source(layer, &subclusters, within);
             match source {
@@ -484,7 +485,7 @@ fn qcow2_step(
     })
 }
 
-/// The map's words for a cluster of subclusters, by its own entry alone.
+/// The map's words for a cluster of subclusters, from its own entry alone.
 fn parts_of(
     file: FileIndex,
     subclusters: &Subclusters,
@@ -494,29 +495,29 @@ fn parts_of(
     let parts = Parts::new(subclusters, nothing_below);
     match subclusters.host {
         _ if parts == Parts::ZERO => (Word::ZERO, Parts::default()),
-        // As a fill has it. So what was written bit by bit ends as a run, too.
+        // As in a fill, so that a slice written in small pieces becomes a run, too.
         Some(host) if subclusters.allocated == SubclusterSet::ALL => {
             (Word::data(file, host.offset, in_place(host)), Parts::default())
         }
         Some(host) => (Word::parts(file, host.offset, in_place(host)), parts),
-        // A few zeros over what lies below.
+        // Only some subclusters read as zero.
         None => (Word::MIXED, Parts::default()),
     }
 }
 
-/// True if a host cluster may be written where it is: the top image's own, and no metadata, which it does not become
-/// from now on.
+/// True if a host cluster may be written in place: it is the top image's own and holds no metadata. From now on it
+/// cannot become metadata.
 fn may_be_written(layer: &Qcow2Layer, host: HostPlace, guard: Option<&mut MetadataGuard>) -> bool {
     let own = host.copied && layer.number == 0;
     if layer.data_file.is_some() {
-        // No metadata is in that file.
+        // A data file holds no metadata.
         return own && guard.is_some();
     }
     let run = Run { start: layer.geometry.host_cluster(host.offset), count: 1 };
     own && guard.is_some_and(|guard| guard.aim(run).is_ok())
 }
 
-/// Notes which tables of a layer are not resident that these spans will need if it is asked for them.
+/// Notes the tables that these spans would need from a layer and that are not resident.
 fn note_tables(layer: &Layer, tables: &mut Tables, spans: impl Iterator<Item = Span>, missing: &mut Missing) {
     let Layer::Qcow2(layer) = layer else { return };
     let mut last = None;
@@ -536,7 +537,7 @@ fn note_tables(layer: &Layer, tables: &mut Tables, spans: impl Iterator<Item = S
     }
 }
 
-/// A layer below with smaller clusters than the top image's: it is asked by extents, unless it has no table here.
+/// The step for a lower layer with smaller clusters than the top image's: extents, unless it has no table there.
 fn smaller_clusters_step(layer: &Qcow2Layer, span: Span) -> Result<Step, EngineError> {
     let geometry = &layer.geometry;
     let first = geometry.l1_index(geometry.guest_cluster(GuestOffset(span.start)));

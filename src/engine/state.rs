@@ -1,4 +1,4 @@
-//! The engine's locked state, and the questions about tables that every plan asks.
+//! The engine's locked state, and the checks of tables that every plan needs.
 
 use std::collections::BTreeSet;
 use std::task::Waker;
@@ -20,14 +20,14 @@ use crate::resolve::FillJob;
 use crate::tables::{Found, TableId, Tables};
 use crate::waiters::Waiters;
 
-/// Everything behind the engine's one lock. Held for memory work only, never across I/O.
+/// Everything behind the engine's one lock, which is held for work in memory only, never across I/O.
 pub(crate) struct State {
     pub layers: Vec<Layer>,
     pub tables: Tables,
     pub map_writer: MapWriter,
     /// Fills of map slices that wait for tables.
     pub fills: HashMap<SliceIndex, FillJob>,
-    /// Above this many bytes of dirty tables, plans ask for a flush first.
+    /// With more bytes of dirty tables than this, plans require a flush first.
     pub dirty_bytes_max: usize,
     /// The top image may be written, whatever its format.
     pub writable: bool,
@@ -35,13 +35,13 @@ pub(crate) struct State {
     pub write: Option<WriteState>,
 }
 
-/// What only a writable qcow2 top image has.
+/// The state that only a writable qcow2 top image has.
 pub(crate) struct WriteState {
     pub refcounts: Refcounts,
     pub alloc: Allocator,
     pub guard: MetadataGuard,
     pub flush: FlushState,
-    /// L2 tables being made the top image's own, and who waits for each.
+    /// L2 tables that are becoming the top image's own, and the tasks that wait for each.
     pub table_jobs: HashMap<TableSlot, Waiters>,
     /// Where the L1 table lies.
     pub l1_offset: HostOffset,
@@ -52,25 +52,25 @@ pub(crate) struct WriteState {
 }
 
 impl WriteState {
-    /// Takes up to `want` clusters in one run out of the reserved windows, for data; nothing if none are reserved.
+    /// Takes a run of up to `want` clusters out of the reserved windows, for data; `None` if none are reserved.
     ///
     /// # Errors
-    /// If one of them holds metadata: two entries of a damaged image named it, so that it became free while in use.
+    /// If one of them holds metadata: two entries of a damaged image named it, so it became free while in use.
     pub fn take(&mut self, want: u64) -> Result<Option<FreeRun>, EngineError> {
         let Some(taken) = self.alloc.take(want) else { return Ok(None) };
         self.guard.aim(taken.run).map_err(EngineError::free_metadata)?;
         Ok(Some(taken))
     }
 
-    /// Takes a cluster for metadata, one at which surely no data I/O was aimed in this session; nothing if none such is reserved,
-    /// and then the next reservation brings some.
+    /// Takes a cluster for metadata: one at which surely no data I/O was aimed in this session. `None` if no such
+    /// cluster is reserved; then the next reservation brings some.
     ///
     /// # Errors
     /// As for [`WriteState::take`].
     pub fn take_for(&mut self, holds: Structure) -> Result<Option<Run>, EngineError> {
         let guard = &self.guard;
         let Some(taken) = self.alloc.take_where(|cluster| guard.aimed(cluster) == Known::Not) else {
-            // Where none are reserved at all, what is free comes first.
+            // If no window is reserved, the next reservation takes free clusters first.
             self.alloc.wants_new = self.alloc.has_window();
             return Ok(None);
         };
@@ -84,7 +84,7 @@ impl WriteState {
 pub(crate) struct Missing {
     absent: Vec<TableId>,
     loading: Vec<TableId>,
-    /// How many of the absent are surely needed; none: all of them.
+    /// How many of the absent slices are surely needed; `None`: all of them.
     needed: Option<usize>,
 }
 
@@ -97,12 +97,12 @@ impl Missing {
         self.absent.len() >= LOADS_MAX
     }
 
-    /// What is noted from now on is only likely to be needed.
+    /// Slices noted from now on are only likely to be needed.
     pub fn look_ahead(&mut self) {
         self.needed.get_or_insert(self.absent.len());
     }
 
-    /// Notes what `found` lacks; true if it is there.
+    /// Notes a slice unless it is resident; true if it is.
     pub fn note(&mut self, id: TableId, found: &Found<'_>) -> bool {
         match found {
             Found::Ready(_) => return true,
@@ -134,7 +134,7 @@ impl State {
         }
     }
 
-    /// For plans that will make tables dirty: `Flush` if too many are.
+    /// For plans that will make tables dirty: `Flush` if too many are dirty already.
     pub fn may_dirty(&self) -> Answer<()> {
         if self.tables.dirty_bytes() > self.dirty_bytes_max { Answer::Flush } else { Answer::Ready(()) }
     }
@@ -148,7 +148,7 @@ impl State {
         self.layers.len() > 1
     }
 
-    /// Answers a plan that lacks tables: load the absent ones, or wait for those that others load.
+    /// The answer to a plan that lacks tables: load the absent slices, or wait for those that other tasks load.
     pub fn ask_for<T>(&mut self, missing: Missing, waker: &Waker) -> Result<Answer<T>, EngineError> {
         if missing.absent.is_empty() {
             for id in missing.loading {
@@ -167,7 +167,7 @@ impl State {
         Ok(Answer::Load(loads))
     }
 
-    /// Where a slice is to be read from. Only slices of tables that exist are ever asked for.
+    /// The load of a slice. Its table must exist.
     fn load_of(&self, id: TableId) -> Result<TableLoad, EngineError> {
         match id {
             TableId::L2 { layer, table, slice } => {
@@ -202,7 +202,7 @@ impl State {
         }
     }
 
-    /// Makes sure that these slices are resident.
+    /// Checks that these slices are resident; otherwise requests those that are not.
     pub fn need_tables(
         &mut self,
         ids: impl IntoIterator<Item = TableId>,
@@ -216,8 +216,8 @@ impl State {
         if missing.any() { self.ask_for(missing, waker) } else { Ok(Answer::Ready(())) }
     }
 
-    /// Makes sure that the host has allocated these resident slices of the top image, which are about to be changed: a cut
-    /// must not need space.
+    /// Checks that the host has allocated these resident slices of the top image, which are about to change: a cut must
+    /// not need space. Otherwise requests the allocation.
     pub fn need_space(&self, ids: impl IntoIterator<Item = TableId>) -> Result<Answer<()>, EngineError> {
         let length = self.top_qcow2().slice_bytes();
         let mut places = Vec::new();
@@ -227,20 +227,20 @@ impl State {
         Ok(if places.is_empty() { Answer::Ready(()) } else { Answer::Allocate(places) })
     }
 
-    /// For plans that may put clusters into quarantine: `Crowded` if it has all that it may have.
+    /// For plans that may put clusters into quarantine: `Crowded` if the quarantine is full.
     pub fn may_free(&mut self) -> Result<Answer<()>, EngineError> {
         let crowded = self.write_state()?.alloc.is_crowded();
         Ok(if crowded { Answer::Crowded } else { Answer::Ready(()) })
     }
 
-    /// The refblock slices that hold the counts of a run of clusters; empty where a refblock does not exist.
+    /// The refblock slices that hold the counts of a run of clusters, without those whose refblock does not exist.
     pub fn refblock_slices(&self, start: HostCluster, count: u64) -> Result<Vec<TableId>, EngineError> {
         let write = self.write.as_ref().ok_or(EngineError::ReadOnly)?;
         write.refcounts.slices_of(start, count)
     }
 
-    /// Refuses an L2 entry of the top image that names metadata: nothing may be written or freed there. Else what it names
-    /// does not become metadata from now on.
+    /// Refuses an L2 entry of the top image that names metadata: nothing may be written or freed there. Otherwise the
+    /// clusters that it names cannot become metadata from now on.
     pub fn guard_entry(&mut self, entry: L2Entry, guest: u64) -> Result<(), EngineError> {
         let Some((start, count)) = self.counted_clusters(entry) else { return Ok(()) };
         let Some(write) = &mut self.write else { return Ok(()) };
@@ -249,19 +249,19 @@ impl State {
         })
     }
 
-    /// The clusters of the top image's own file that count a reference by an entry of it: the first, and how many. What
-    /// is in an external data file has no refcounts.
+    /// The clusters of the top image's own file whose refcounts count this entry: the first, and how many. Clusters of
+    /// an external data file have no refcounts.
     pub fn counted_clusters(&self, entry: L2Entry) -> Option<(HostCluster, u64)> {
         let top = self.top_qcow2();
         if top.data_file.is_some() { None } else { entry.host_clusters(&top.geometry) }
     }
 
-    /// The decoded L2 entry at a resident place of the top image.
+    /// The decoded L2 entry at a place in a resident slice of the top image.
     pub fn top_entry(&self, place: EntryPlace, cluster: u64) -> Result<L2Entry, EngineError> {
         decode_l2(self.top_qcow2(), self.tables.bytes(place.table), place.index, cluster)
     }
 
-    /// Changes an L2 entry of the top image at a resident place.
+    /// Changes an L2 entry of the top image in a resident slice.
     pub fn set_top_entry(&mut self, place: EntryPlace, entry: L2Entry) {
         if let Some(write) = &mut self.write {
             write.flush.links_follow_data();

@@ -1,9 +1,10 @@
-//! The atomics, locks and fences of what threads share outside the engine's lock.
+//! The atomics, locks and fences for state that threads share outside the engine's lock.
 //!
-//! They are the standard library's own, or, in a build with `--cfg loom`, loom's, which try every interleaving that the
-//! memory model allows (loom_tests.rs). Owns that choice only; never anything that a normal build would notice.
+//! They are the standard library's, or loom's in a build with `--cfg loom`. Loom tries every interleaving that the
+//! memory model allows (loom_tests.rs). This file owns that choice only, and never changes the behaviour of a normal
+//! build.
 //!
-//! `Arc` is not here: nothing relies on the order of its count, and loom's cannot be a receiver (`self: &Arc<Self>`).
+//! `Arc` is not here: no code relies on the order of its count, and loom's cannot be a receiver (`self: &Arc<Self>`).
 
 #[cfg(loom)]
 pub(crate) use loom::sync::{
@@ -20,13 +21,13 @@ pub(crate) use std::sync::{
 pub(crate) fn zeroed<const N: usize>() -> [AtomicU64; N] {
     #[cfg(not(loom))]
     return [const { AtomicU64::new(0) }; N];
-    // Loom's are told apart by when they are made: no constant can make them.
+    // Loom identifies an atomic by when it was created, so a constant cannot create one.
     #[cfg(loom)]
     return std::array::from_fn(|_| AtomicU64::new(0));
 }
 
-/// Stands for `std::sync::OnceLock`, which loom lacks, where one thread at a time initialises: an acquire load sees what
-/// the one release store published, and nothing more than that.
+/// Replaces `std::sync::OnceLock`, which loom lacks, where one thread at a time initialises. An acquire load sees what
+/// the one release store published, and no more than that.
 #[cfg(loom)]
 pub(crate) struct OnceLock<T> {
     ready: AtomicBool,
@@ -47,7 +48,7 @@ impl<T> OnceLock<T> {
         if let Some(value) = self.get() {
             return value;
         }
-        // Nothing of loom's is waited for in here: loom may switch threads only where the std lock is not held.
+        // No loom operation runs while the std lock is held: loom must not switch threads there.
         let value = init();
         assert!(self.value.set(value).is_ok(), "one thread at a time initialises");
         self.ready.store(true, Ordering::Release);

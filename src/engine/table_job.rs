@@ -1,6 +1,7 @@
-//! Making an L2 table the top image's own: a new one where there is none, a copy where a snapshot shares it.
+//! Gives the top image an L2 table of its own: a new one if there is none, or a copy of a table that a snapshot shares.
 //!
-//! The new table is all resident and dirty until a cut writes it; only then, in the cut's last stage, is it linked.
+//! All slices of the new table are resident and dirty until a cut writes them. The cut links the table only in its last
+//! stage.
 
 use std::task::Waker;
 
@@ -15,7 +16,7 @@ use crate::state::State;
 use crate::tables::{Dirt, TableId};
 use crate::waiters::{Waiters, WakeList};
 
-/// A cluster that is to become an L2 table. Have the host allocate it, then commit; or abort.
+/// A cluster that will become an L2 table. Have the host allocate it, then commit; or abort.
 #[derive(Debug)]
 #[must_use]
 pub struct TablePlan {
@@ -25,9 +26,9 @@ pub struct TablePlan {
     pub offset: HostOffset,
     /// Its length in bytes: one cluster.
     pub length: u64,
-    /// Where the L1 block lies that will name it, and how long that is: have the host allocate it, too.
+    /// Offset and length in bytes of the L1 block that will name the table. The host must allocate that block, too.
     pub link: (HostOffset, u64),
-    /// The table that it is a copy of; its slices are pinned.
+    /// The table that this one copies; its slices are pinned.
     copy_of: Option<HostOffset>,
 }
 
@@ -36,7 +37,7 @@ fn slices(top: &Qcow2Layer, slot: TableSlot) -> Vec<TableId> {
 }
 
 impl State {
-    /// `Ready(None)` if the table is there already.
+    /// Plans a table; `Ready(None)` if the top image has it already.
     pub fn plan_table(
         &mut self,
         slot: TableSlot,
@@ -99,7 +100,7 @@ impl State {
         }
         let write = self.write.as_mut().expect("a plan was made");
         write.guard.remove(plan.host, 1);
-        // Nothing durable names it, but something may have been written there: it goes the way of a freed cluster.
+        // Nothing durable names the cluster, but it may have been written: it is freed through the quarantine.
         write.alloc.free_later(plan.host, 0);
         wakes.append(write.table_jobs.remove(&plan.slot).expect("the job was noted").take());
     }

@@ -11,8 +11,8 @@ use crate::bounds::{SWEEP_STEPS, TABLE_SLICE_BYTES_MAX};
 use crate::hashed::HashMap;
 use crate::waiters::{Waiters, WakeList};
 
-/// Passes of the clock that a slice outlives before anybody has looked at it: whoever had it loaded will, unless
-/// another of its loads failed.
+/// Passes of the clock that a loaded slice survives before its first use. The plan that requested the load will use it,
+/// unless another of the plan's loads failed.
 const GRACE: u8 = 8;
 
 /// Names a slice of a table.
@@ -49,12 +49,12 @@ pub(crate) enum Dirt {
 pub(crate) struct Table {
     pub bytes: Box<[u8]>,
     dirt: Dirt,
-    /// A copy of it is on its way to the disk.
+    /// A copy of it is being written to the disk.
     writing: bool,
     pins: u32,
-    /// Passes of the clock that it outlives because whoever had it loaded has not looked yet.
+    /// Passes of the clock that it still survives without a first use.
     fresh: u8,
-    /// Used since the clock last came by.
+    /// Used since the last pass of the clock.
     referenced: bool,
     /// It was read as zeros, so the file may have a hole there.
     hole: bool,
@@ -65,7 +65,7 @@ enum Slot {
     Ready(Table),
 }
 
-/// What a look-up finds.
+/// The result of a lookup.
 pub(crate) enum Found<'a> {
     Ready(&'a [u8]),
     Loading,
@@ -106,7 +106,7 @@ impl Tables {
         }
     }
 
-    /// The bytes of a slice, if it is resident; who asks so does not use it.
+    /// The bytes of a slice, if it is resident. This does not count as a use.
     pub fn peek(&self, id: TableId) -> Option<&[u8]> {
         match self.slots.get(&id) {
             Some(Slot::Ready(table)) => Some(&table.bytes),
@@ -122,7 +122,7 @@ impl Tables {
         }
     }
 
-    /// Changes a resident slice and marks it dirty. A slice of a new table stays new.
+    /// A resident slice to be changed; marks it dirty. A slice of a new table stays new.
     pub fn change(&mut self, id: TableId) -> &mut [u8] {
         let table = Self::ready(&mut self.slots, id);
         if table.dirt == Dirt::Clean {
@@ -132,19 +132,19 @@ impl Tables {
         &mut table.bytes
     }
 
-    /// True if a resident slice may be a hole of the file.
+    /// True if a resident slice may be a hole in the file.
     pub fn is_hole(&self, id: TableId) -> bool {
         matches!(self.slots.get(&id), Some(Slot::Ready(table)) if table.hole)
     }
 
-    /// The host has allocated a slice, which may have left the cache meanwhile.
+    /// The host has allocated a slice. The cache may have evicted it meanwhile.
     pub fn allocated(&mut self, id: TableId) {
         if let Some(Slot::Ready(table)) = self.slots.get_mut(&id) {
             table.hole = false;
         }
     }
 
-    /// Marks a resident slice to be written as `dirt` says (never `Clean`).
+    /// Marks a resident slice as dirty, to be written as `dirt` requires (never `Clean`).
     pub fn mark(&mut self, id: TableId, dirt: Dirt) {
         let table = Self::ready(&mut self.slots, id);
         table.dirt = dirt;
@@ -158,7 +158,7 @@ impl Tables {
         }
     }
 
-    /// Notes that somebody loads this slice now.
+    /// Notes that a load of this slice begins.
     pub fn begin_load(&mut self, id: TableId) {
         let before = self.slots.insert(id, Slot::Loading(Waiters::default()));
         assert!(before.is_none(), "one load per table at a time");
@@ -171,7 +171,7 @@ impl Tables {
         }
     }
 
-    /// Ends a load; `None` if it failed. What was loaded on the chance that it is needed has no time of grace.
+    /// Ends a load; `bytes` is `None` if it failed. A slice loaded ahead has no grace.
     pub fn end_load(&mut self, id: TableId, bytes: Option<Box<[u8]>>, ahead: bool, wakes: &mut WakeList) {
         match self.slots.remove(&id) {
             Some(Slot::Loading(mut waiters)) => wakes.append(waiters.take()),
@@ -185,7 +185,7 @@ impl Tables {
         }
     }
 
-    /// Adds a slice made in memory.
+    /// Adds a slice created in memory.
     pub fn insert(&mut self, id: TableId, bytes: Box<[u8]>, dirt: Dirt) {
         self.add(id, bytes, dirt, GRACE);
     }
@@ -220,7 +220,7 @@ impl Tables {
         self.dirty.len() * TABLE_SLICE_BYTES_MAX as usize
     }
 
-    /// Takes all dirty slices into a cut: they are clean, and being written, from now on.
+    /// Takes all dirty slices into a cut: from now on they are clean and being written.
     pub fn cut(&mut self) -> Vec<(TableId, Dirt, Box<[u8]>)> {
         let dirty = std::mem::take(&mut self.dirty);
         let mut taken = Vec::with_capacity(dirty.len());
@@ -233,7 +233,7 @@ impl Tables {
         taken
     }
 
-    /// Changes a resident slice to what the disk has already: it is no more dirty than it was.
+    /// A resident slice for a change that the disk has already: it does not become dirty.
     pub fn change_as_written(&mut self, id: TableId) -> &mut [u8] {
         &mut Self::ready(&mut self.slots, id).bytes
     }
@@ -243,14 +243,14 @@ impl Tables {
         Self::ready(&mut self.slots, id).writing = false;
     }
 
-    /// The copy of a slice that a cut took could not be written: it is dirty again, as `dirt` says.
+    /// The copy of a slice that a cut took could not be written: the slice is dirty again, as `dirt`.
     pub fn not_written(&mut self, id: TableId, dirt: Dirt) {
         Self::ready(&mut self.slots, id).writing = false;
         self.mark(id, dirt);
     }
 
-    /// Evicts by clock until `bytes` more fit. Looks at a bounded number of slices: where most must stay, the cache
-    /// grows past its capacity for a while, and the next insertions go on from there.
+    /// Evicts by clock until `bytes` more fit. It visits a bounded number of slices. If most must stay, the cache
+    /// exceeds its capacity for a while, and the next insertions continue from there.
     fn make_room(&mut self, bytes: usize) {
         let mut steps = SWEEP_STEPS.min(2 * self.ring.len());
         while self.resident_bytes + bytes > self.capacity_bytes && steps > 0 {
@@ -303,7 +303,7 @@ mod tests {
         assert!(matches!(tables.find(id(1)), Found::Ready(_)));
         tables.change(id(1))[0] = 9;
         assert!(matches!(tables.find(id(2)), Found::Ready(_)));
-        // 3 is fresh: nobody has looked yet.
+        // 3 is fresh: no lookup has used it yet.
         for n in 10..16 {
             load(&mut tables, n);
             assert!(matches!(tables.find(id(n)), Found::Ready(_)));

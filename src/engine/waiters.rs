@@ -1,7 +1,7 @@
-//! Who waits for something, and whether a task has been woken already: the small types that every wait list is made of.
+//! The small types that every wait list is made of: the waiting tasks, and whether a task has been woken already.
 //!
-//! Owns no lock and wakes nobody by itself: a wait list lies under the lock of what is waited for, and is woken after
-//! that lock is released.
+//! Owns no lock and wakes no task by itself. A wait list lies under the lock of what its tasks wait for, and the tasks
+//! are woken after that lock is released.
 
 use std::task::Waker;
 
@@ -12,20 +12,20 @@ use crate::sync::{AtomicBool, Ordering};
 pub struct Waiters(Vec<Waker>);
 
 impl Waiters {
-    /// Adds a task, unless it waits already: a task that was woken for another reason asks again.
+    /// Adds a task, unless it waits already: a task that was woken for another reason calls this again.
     pub fn add(&mut self, waker: &Waker) {
         if !self.0.iter().any(|waiting| waiting.will_wake(waker)) {
             self.0.push(waker.clone());
         }
     }
 
-    /// Takes all of them out, to be woken when the lock is released.
+    /// Removes all tasks, to be woken when the lock is released.
     pub fn take(&mut self) -> WakeList {
         WakeList(std::mem::take(&mut self.0))
     }
 }
 
-/// Wakers to be woken when no lock is held any more.
+/// Wakers to be woken when no lock is held.
 #[derive(Debug, Default)]
 #[must_use]
 pub struct WakeList(Vec<Waker>);
@@ -42,7 +42,7 @@ impl WakeList {
     }
 }
 
-/// Whether a task has been woken since it was last about to be polled, so that many wakes make one poll.
+/// Records whether a task has been woken since just before its last poll, so that many wakes cause one poll.
 #[derive(Debug)]
 pub struct WakeFlag(AtomicBool);
 
@@ -52,23 +52,23 @@ impl WakeFlag {
         WakeFlag(AtomicBool::new(raised))
     }
 
-    /// Notes a wake. True if it is the first: whoever gets that sees to it that the task is polled.
+    /// Notes a wake. True if it is the first: then the caller must ensure that the task is polled.
     #[must_use]
     pub fn raise(&self) -> bool {
-        // Releases what the waker did, also where it is not the first: `lower` acquires from the last of them.
+        // Releases what the waking thread did, even if the wake is not the first: `lower` acquires from the last wake.
         !self.0.swap(true, Ordering::Release)
     }
 
-    /// To be called right before a poll, which then sees all that was done before the wakes noted so far. True if there
-    /// were any; a wake from now on is a first one again.
+    /// To be called right before a poll. The poll then sees all that was done before the wakes noted so far. True if
+    /// there were any. The next wake is a first one again.
     pub fn lower(&self) -> bool {
-        // A swap and no store, as a store would not acquire from a wake that it overwrites.
+        // A swap, not a store: a store would not acquire from a wake that it overwrites.
         self.0.swap(false, Ordering::Acquire)
     }
 
     /// True if the task is to be polled.
     pub fn is_raised(&self) -> bool {
-        // Orders nothing: `lower` does, before the poll.
+        // Relaxed: `lower` provides the order, before the poll.
         self.0.load(Ordering::Relaxed)
     }
 }

@@ -1,17 +1,17 @@
-//! The 64-bit word of the chain map: what the whole chain gives for one guest cluster of the top image.
+//! The 64-bit word of the chain map: where the whole chain has the data of one guest cluster of the top image.
 //!
 //! Owns the encoding only. A word is published with one atomic store and read with one atomic load.
 
 use qcow2::HostOffset;
 
-/// An open file by the number its owner gave it. Never renumbered while an engine lives.
+/// The number of an open file, chosen by its owner. It never changes while an engine lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct FileIndex(pub u16);
 
-/// What the whole chain gives for a guest cluster.
+/// Where the whole chain has the data of a guest cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mapping {
-    /// Not known yet: ask the engine to resolve.
+    /// Not known yet: the engine must resolve it.
     Unresolved,
     /// Reads as zero. A write needs the engine: there may or may not be a host cluster.
     Zero,
@@ -21,18 +21,18 @@ pub enum Mapping {
         file: FileIndex,
         /// Where the cluster begins in it, a multiple of 512.
         offset: HostOffset,
-        /// True if the cluster is the top image's own, with a refcount of one: it may be written where it is.
+        /// True if the cluster is the top image's own, with a refcount of one: it may be written in place.
         in_place: bool,
     },
-    /// Subclusters, some of which lie in one host cluster or read as zero; which of them, a second word says: see
+    /// Subclusters, some of which lie in one host cluster or read as zero. A second word records the state of each:
     /// [`crate::Engine::lookup_parts`].
     Parts,
-    /// Pieces from several places: ask the engine for extents.
+    /// Pieces from several places: the engine's extents list them.
     Mixed,
 }
 
-/// A [`Mapping`] in 64 bits: kind (63–62), in-place (61), file (60–47), offset in 512-byte units (46–0). A mixed word that
-/// has any of the lower fields is one of subclusters.
+/// A [`Mapping`] in 64 bits: kind (63–62), in-place (61), file (60–47), offset in 512-byte units (46–0). A mixed
+/// word in which any lower field is not 0 is a word of subclusters ([`Mapping::Parts`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Word(pub u64);
 
@@ -55,8 +55,8 @@ impl Word {
     /// The most files that words can name.
     pub const FILES_MAX: usize = 1 << 14;
 
-    /// The word of [`Mapping::Data`]; [`Word::MIXED`] where the offset is no multiple of 512 or past 2^56 and so has
-    /// no word (only a raw file or a hostile image can bring that about).
+    /// The word of [`Mapping::Data`]; [`Word::MIXED`] where no word can hold the offset, because it is no multiple of
+    /// 512 or past 2^56. Only a raw file or a hostile image has such offsets.
     pub fn data(file: FileIndex, offset: HostOffset, in_place: bool) -> Word {
         let units = offset.0 / 512;
         if !offset.0.is_multiple_of(512) || units > OFFSET_MASK || u64::from(file.0) > FILE_MASK {
@@ -66,27 +66,28 @@ impl Word {
         Word((KIND_DATA << KIND_SHIFT) | place | (u64::from(file.0) << FILE_SHIFT) | units)
     }
 
-    /// The word of [`Mapping::Parts`], for the cluster's place on the host; [`Word::MIXED`] where that has no word.
+    /// The word of [`Mapping::Parts`] for a cluster at this offset; [`Word::MIXED`] where no word can hold the offset.
     pub fn parts(file: FileIndex, offset: HostOffset, in_place: bool) -> Word {
         let Word(data) = Word::data(file, offset, in_place);
         Word(data | Word::MIXED.0)
     }
 
-    /// True if it is a word of [`Mapping::Parts`].
+    /// True for a word of [`Mapping::Parts`].
     #[inline]
     pub fn has_parts(self) -> bool {
         self.0 > Word::MIXED.0
     }
 
-    /// What a word of data or of subclusters names: the file, where the cluster begins, whether it may be written there.
+    /// The fields of a word of data or of subclusters: file, offset of the cluster, and whether it may be written in
+    /// place.
     #[inline]
     pub fn place(self) -> (FileIndex, HostOffset, bool) {
         let file = FileIndex(((self.0 >> FILE_SHIFT) & FILE_MASK) as u16);
         (file, HostOffset((self.0 & OFFSET_MASK) * 512), self.0 & IN_PLACE != 0)
     }
 
-    /// The word of the next cluster, if that goes on as this one does: zeros after zeros, pieces after pieces, data where
-    /// this data ends. `step` is the size of a cluster in 512-byte units. Nothing where no word could say so.
+    /// The word of the next cluster in a run: zeros after zeros, pieces after pieces, data where this data ends. `step`
+    /// is the size of a cluster in 512-byte units. `None` where there is no such word.
     pub(crate) fn next(self, step: u64) -> Option<Word> {
         match self.0 >> KIND_SHIFT {
             KIND_DATA if (self.0 & OFFSET_MASK) + step <= OFFSET_MASK => Some(Word(self.0 + step)),
@@ -95,21 +96,21 @@ impl Word {
         }
     }
 
-    /// True if the words of the clusters behind it can follow from this one ([`Word::next`]). The kind bits of such a word
-    /// are not 0.
+    /// True if the words of the following clusters can follow from this one ([`Word::next`]). The kind bits of such a
+    /// word are not 0.
     #[inline]
     pub(crate) fn heads_run(self) -> bool {
         self.0 >> KIND_SHIFT != 0 && !self.has_parts()
     }
 
-    /// The word so many clusters on in a run that this one heads and that is known to reach there: [`Word::next`], done so
-    /// many times.
+    /// The word `clusters` clusters further on in a run that begins with this word: [`Word::next`], applied that often.
+    /// The caller knows that the run reaches that far.
     #[inline]
     pub(crate) fn in_run(self, clusters: u64, step: u64) -> Word {
         if self.0 >> KIND_SHIFT == KIND_DATA { Word(self.0 + clusters * step) } else { self }
     }
 
-    /// What the word says.
+    /// Decodes the word.
     #[inline]
     pub fn mapping(self) -> Mapping {
         match self.0 >> KIND_SHIFT {
@@ -142,7 +143,7 @@ mod tests {
                         Mapping::Data { file: FileIndex(file), offset: HostOffset(offset), in_place };
                     assert_eq!(word.mapping(), expected);
                     let parts = Word::parts(FileIndex(file), HostOffset(offset), in_place);
-                    // At the header's place there is no data, but in a file of its own.
+                    // Offset 0 holds data only in an external data file: elsewhere the header is there.
                     let named = file != 0 || offset != 0 || in_place;
                     assert_eq!(parts.mapping(), if named { Mapping::Parts } else { Mapping::Mixed });
                     assert_eq!(parts.place(), (FileIndex(file), HostOffset(offset), in_place));

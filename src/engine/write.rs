@@ -22,11 +22,11 @@ use crate::word::FileIndex;
 /// The least unit of I/O in bytes.
 const SECTOR: u64 = 512;
 
-/// What to do for a prefix of a write.
+/// How to do a prefix of a write.
 #[derive(Debug)]
 #[must_use]
 pub enum WritePlan {
-    /// Write it where it is; there is nothing to commit.
+    /// Write the data in place; there is nothing to commit.
     InPlace {
         /// The file.
         file: FileIndex,
@@ -35,12 +35,12 @@ pub enum WritePlan {
         /// Bytes of the guest's range.
         length: u64,
     },
-    /// Write it, and what surrounds it in its granules, to where nothing is; then commit or abort.
+    /// Write the data, and the rest of its granules, to the new run; then commit or abort.
     Allocate(Allocation),
 }
 
-/// A run of granules of host clusters that is to hold a prefix of a write. A granule is the least part of a cluster that
-/// can be allocated: a subcluster with extended L2 entries, else the cluster.
+/// A run of granules of host clusters that will hold a prefix of a write. A granule is the smallest part of a cluster
+/// that can be allocated: a subcluster with extended L2 entries, otherwise the cluster.
 #[derive(Debug)]
 #[must_use]
 pub struct Allocation {
@@ -48,7 +48,7 @@ pub struct Allocation {
     pub file: FileIndex,
     /// Where the run begins in the file.
     pub offset: HostOffset,
-    /// The run reads as zero on the host: what is zero need not be written.
+    /// The run reads as zero on the host, so zeros need not be written.
     pub known_zero: bool,
     /// Bytes of the run before the guest's range.
     pub head: u64,
@@ -59,29 +59,29 @@ pub struct Allocation {
     pub(crate) cluster: GuestCluster,
     pub(crate) host: HostCluster,
     pub(crate) clusters: u64,
-    /// The granules that the run has, by number from the first of the first cluster.
+    /// The granules of the run, numbered from the first granule of the first cluster.
     granules: Range<u64>,
-    /// The clusters are those that the entries have already.
+    /// The entries name these host clusters already.
     pub(crate) reuse: bool,
     pub(crate) place: EntryPlace,
     pub(crate) early: Early,
 }
 
-/// Where the next granule of a write stands.
+/// The state of a granule that a write touches.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Standing {
-    /// It is allocated, in a host cluster of our own.
+    /// It is allocated, in a host cluster that the top image owns.
     InPlace(HostOffset),
-    /// It has a place in a host cluster of our own, and what is there does not matter.
+    /// It has a place in a host cluster that the top image owns; the bytes there do not matter.
     Reuse(HostOffset),
-    /// There is no host cluster, or none of which anything must be kept.
+    /// It has no host cluster, or one of which nothing must be kept.
     New,
-    /// Other granules of its cluster must be kept, but the host cluster is not our own.
+    /// Other granules of its cluster must be kept, but the top image does not own the host cluster.
     Copy,
 }
 
 impl Standing {
-    /// Where a granule stands that is so many bytes further on, if the run goes on.
+    /// The state of a granule `bytes` further on, if the run continues there.
     fn further(self, bytes: u64) -> Standing {
         match self {
             Standing::InPlace(host) => Standing::InPlace(HostOffset(host.0 + bytes)),
@@ -98,7 +98,7 @@ struct Granules {
     size: u64,
     /// Granules in a cluster: 1 or 32.
     per_cluster: u64,
-    /// The first that the write touches, in its cluster.
+    /// Index, in its cluster, of the first granule that the write touches.
     first: u64,
 }
 
@@ -112,7 +112,7 @@ impl Granules {
 
 impl State {
     /// Plans a prefix of a write: at most up to the end of an L2 slice, and one contiguous run on the host. The caller
-    /// holds a claim on the range.
+    /// must hold a claim on the range.
     pub fn plan_write(
         &mut self,
         offset: GuestOffset,
@@ -187,7 +187,7 @@ impl State {
         Ok(Answer::Ready(WritePlan::Allocate(allocation)))
     }
 
-    /// Where a granule of a cluster stands, and how many from it on in that cluster stand likewise.
+    /// The state of a granule, and how many granules of its cluster from it on are alike.
     fn standing(
         &mut self,
         place: EntryPlace,
@@ -202,7 +202,7 @@ impl State {
         self.guard_entry(entry, first.0 + at)?;
         let left = per_cluster - index;
         let Some(subclusters) = Subclusters::of(entry) else {
-            // Compressed data is never written over: it shares its host clusters.
+            // Compressed data is never overwritten: it shares its host clusters.
             return Ok((if per_cluster > 1 { Standing::Copy } else { Standing::New }, left));
         };
         let in_use = subclusters.allocated.contains(index as u32);
@@ -215,19 +215,19 @@ impl State {
                 if in_use { (Standing::InPlace(host), run) } else { (Standing::Reuse(host), run) }
             }
             Some(_) if per_cluster > 1 && !subclusters.allocated.is_empty() => (Standing::Copy, left),
-            // A whole cluster is written anew.
+            // The whole cluster is written to a new host cluster.
             _ => (Standing::New, left),
         })
     }
 
-    /// The place that a cluster has in an external data file, whether or not it is in use.
+    /// The place of a cluster in an external data file, whether or not it is in use.
     fn fixed_place(&self, cluster: GuestCluster) -> Option<HostPlace> {
         let top = self.top_qcow2();
         top.data_file.map(|_| data_file_place(&top.geometry, cluster))
     }
 
-    /// Bytes that a run may have which begins so many bytes into a cluster. An external data file is as long as the disk,
-    /// in whole sectors: nothing is written behind it.
+    /// The most bytes of a run that begins `within` bytes into a cluster. An external data file is as long as the disk,
+    /// in whole sectors, and nothing is written past its end.
     fn room_after(&self, cluster: GuestCluster, within: u64) -> u64 {
         let top = self.top_qcow2();
         let start = top.geometry.guest_offset(cluster).0 + within;
@@ -237,8 +237,8 @@ impl State {
         }
     }
 
-    /// Where the first granule stands, and how many from it on, at most `wanted`, stand alike and, where they have a
-    /// place on the host, contiguously.
+    /// The state of the first granule, and how many from it on (at most `wanted`) are alike. Those that have a place on
+    /// the host must also be contiguous there.
     fn run_like(
         &mut self,
         place: EntryPlace,
@@ -257,8 +257,8 @@ impl State {
         Ok((like, run.min(wanted)))
     }
 
-    /// Granules to be written if the touched ones, up to `end`, go to new clusters: they and, in the first and the last
-    /// cluster, all that lies around them from the first allocated granule to the last.
+    /// The granules to write if the touched ones, up to `end`, move to new clusters. In the first and the last cluster,
+    /// that includes everything from the first allocated granule to the last.
     fn with_what_is_kept(
         &self,
         place: EntryPlace,
@@ -301,7 +301,7 @@ impl State {
         self.write.as_mut().expect("a plan was made").flush.early.allocated(done.early);
     }
 
-    /// The entry of a cluster of an allocation whose bytes have been written.
+    /// The new entry of cluster number `at` of an allocation whose bytes have been written.
     pub(crate) fn written_entry(
         &self,
         place: EntryPlace,
@@ -328,7 +328,7 @@ impl State {
         Subclusters { host: Some(host), allocated, zero }.entry()
     }
 
-    /// Gives up an allocation. What was or may have been written there is no longer known to be zero.
+    /// Aborts an allocation. Data may have been written to its clusters, so they are not known to be zero.
     pub fn abort_write(&mut self, mut done: Allocation, wakes: &mut WakeList) {
         self.forget_early_link(&mut done, wakes);
         self.tables.unpin(done.place.table);
@@ -336,15 +336,15 @@ impl State {
             return;
         }
         let write = self.write.as_mut().expect("a plan was made");
-        // The disk may name it all the same, by a link beside its data; then the slice is dirty since before any cut that
-        // may come to free it, so 0 will do.
+        // An early commit may have left a link to it on the disk. Then the slice has been dirty since before any cut
+        // that may free the cluster, so 0 is late enough.
         for at in 0..done.clusters {
             write.alloc.free_later(HostCluster(done.host.0 + at), 0);
         }
     }
 
-    /// Puts the host clusters that an entry counts in, if any, into quarantine: the entry is about to change. Each loses
-    /// one reference; those that others count in, too, are free only when the last is gone.
+    /// Puts the host clusters that an entry references, if any, into quarantine, because the entry is about to change.
+    /// Each loses one reference. A cluster with other references becomes free only when the last one is gone.
     pub fn release_old(&mut self, place: EntryPlace, guest: GuestCluster) {
         let Ok(entry) = self.top_entry(place, guest.0) else { return };
         let Some((first, count)) = self.counted_clusters(entry) else { return };

@@ -1,4 +1,4 @@
-//! Discard and write zeroes on whole clusters and subclusters: changes of metadata only, planned and committed in one
+//! Discard and write zeroes on whole clusters and subclusters: changes to metadata only, planned and committed in one
 //! step.
 
 use std::task::Waker;
@@ -19,23 +19,23 @@ use crate::word::Word;
 /// What the guest asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ZeroMode {
-    /// Discard: give the space back; reads as zero afterwards where that can be recorded.
+    /// Discard: free the space. The range reads as zero afterwards where the image can record that.
     Discard,
-    /// Write zeroes, space may be given back.
+    /// Write zeroes; the space may be freed.
     Unmap,
-    /// Write zeroes, space is kept.
+    /// Write zeroes; the space is kept.
     Keep,
 }
 
-/// What became of a prefix of the range.
+/// The result for a prefix of the range.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Zeroed {
-    /// It is done.
+    /// The prefix is done.
     Done {
-        /// Bytes of it.
+        /// Length of the prefix in bytes.
         bytes: u64,
-        /// Runs of the file (offset and length in bytes) whose clusters stay where they are and whose space may be given
-        /// back at once, while the claim on the range is held: whoever writes there next must find it done.
+        /// Runs of the file (offset and length in bytes) whose clusters stay in place and whose space may be released
+        /// at once. This must end while the claim on the range is held, before the next write to these clusters.
         unused: Vec<(HostOffset, u64)>,
     },
     /// Bytes that must be written as data: this image cannot record zeros there.
@@ -46,33 +46,33 @@ pub enum Zeroed {
 enum Change {
     /// Nothing: it reads as it should.
     Nothing,
-    /// It reads as it should, and what its place in the file holds is needed no more.
+    /// It reads as it should, and the bytes at its place in the file are no longer needed.
     Empty(L2Entry),
-    /// Give it this entry, and do this with its old host cluster.
+    /// Give it this entry, and treat its old host cluster so.
     Set(L2Entry, OldHost),
     /// Write zeros to it.
     Data,
 }
 
-/// What becomes of the host cluster that an entry has.
+/// What happens to the host cluster of an entry.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum OldHost {
     /// It stays, or there is none.
     Stays,
-    /// It stays; what is in it is needed no more.
+    /// It stays, and its contents are no longer needed.
     Empties,
-    /// It goes back.
+    /// It is freed.
     Goes,
 }
 
-/// A range of the guest's by clusters, the first and the last of which it may cover in part.
+/// A guest range by clusters. It may cover the first and the last cluster only in part.
 #[derive(Clone, Copy)]
 struct Pieces {
     geometry: Geometry,
     /// Bytes of the first cluster before the range.
     before: u64,
     length: u64,
-    /// The range goes to the end of the disk, so that its last granule is whole wherever that ends.
+    /// The range goes to the end of the disk, so its last granule counts as whole.
     to_the_end: bool,
 }
 
@@ -82,12 +82,12 @@ impl Pieces {
         self.geometry.clusters_for(self.before + self.length)
     }
 
-    /// Bytes of the range in so many clusters from the first on.
+    /// Bytes of the range in its first `clusters` clusters.
     fn bytes(&self, clusters: u64) -> u64 {
         (clusters * self.geometry.cluster_size()).saturating_sub(self.before).min(self.length)
     }
 
-    /// The subclusters of a cluster that are in the range; all in an image that has none.
+    /// The subclusters of a cluster in the range; all in an image without subclusters.
     fn subclusters(&self, cluster: u64) -> SubclusterSet {
         let size = self.geometry.cluster_size();
         let start = if cluster == 0 { self.before } else { 0 };
@@ -102,7 +102,8 @@ impl Pieces {
 }
 
 impl State {
-    /// Zeroes or discards a prefix of a range of whole granules, within one L2 slice. The caller holds a claim on it.
+    /// Zeroes or discards a prefix of a range of whole granules, within one L2 slice. The caller must hold a claim on
+    /// the range.
     pub fn zero(
         &mut self,
         map: &ChainMap,
@@ -134,7 +135,7 @@ impl State {
                     return Ok(Answer::Ready(done(pieces.bytes(nothing))));
                 }
                 return Ok(if geometry.version == Version::V2 && entry == L1Entry::Unallocated {
-                    // No zero flag: hide what lies below by data.
+                    // Version 2 has no zero flag: zeros written as data must hide the backing file.
                     Answer::Ready(Zeroed::NeedsData(pieces.bytes(1)))
                 } else {
                     Answer::Table(slot)
@@ -149,11 +150,11 @@ impl State {
         while done < clusters.min(left) {
             let place = EntryPlace { index: place.index + done as usize, ..place };
             let guest = GuestCluster(first.0 + done);
-            // If a table is missing here, what was done so far stands: asked again, it is found to be zero.
+            // If a table is missing here, the changes so far stand: the next call finds those clusters to be zero.
             let entry = self.top_entry(place, guest.0)?;
             self.guard_entry(entry, guest.0)?;
             if !unused.is_empty() && entry.host().is_none() && self.has_backing() {
-                // What lies below may have to be loaded, and what was emptied would be forgotten meanwhile.
+                // A table of a lower layer may need loading. Then this call returns, and `unused` would be lost.
                 break;
             }
             let touched = pieces.subclusters(done);
@@ -189,7 +190,7 @@ impl State {
         Ok(Answer::Ready(Zeroed::Done { bytes: pieces.bytes(done), unused }))
     }
 
-    /// Where the top image has no table of its own: how many clusters from the first read as zero already.
+    /// How many clusters from `first` on read as zero already. The top image has no L2 table of its own there.
     fn nothing_to_zero(
         &mut self,
         map: &ChainMap,
@@ -231,7 +232,7 @@ impl State {
             Some(subclusters) if geometry.extended_l2 => {
                 return self.change_subclusters(map, subclusters, touched, guest, mode, waker);
             }
-            // A compressed cluster has no parts to give back.
+            // No part of a compressed cluster can be freed.
             None if touched != SubclusterSet::ALL && mode == ZeroMode::Discard => {
                 return Ok(Answer::Ready(Change::Nothing));
             }
@@ -240,7 +241,7 @@ impl State {
         }
         let v2 = geometry.version == Version::V2;
         let hides_backing = self.has_backing();
-        // What a cluster without space of its own is to be, so that it reads as zero.
+        // The entry of a cluster without space of its own that reads as zero.
         let bares = mode == ZeroMode::Discard && active(Mutation::DiscardBaresBacking);
         let empty = if hides_backing && !bares { L2Entry::Zero } else { L2Entry::Unallocated };
         let keeps_place = self.write_state()?.keep_discarded;
@@ -258,12 +259,12 @@ impl State {
             (L2Entry::ZeroAllocated { copied: true, .. }, _) if keeps_place => Change::Empty(entry),
             (L2Entry::ZeroAllocated { .. }, _) => Change::Set(empty, OldHost::Goes),
             (L2Entry::Data { .. } | L2Entry::Compressed { .. }, _) if v2 && hides_backing => Change::Data,
-            // Version 2 has no entry for a place that reads as zero: there the space goes back, as with QEMU.
+            // Version 2 has no entry for an allocated cluster that reads as zero: there the space is freed, as in QEMU.
             (L2Entry::Data { offset, copied: true }, _) if !v2 && (keeps_place || mode == ZeroMode::Keep) => {
                 let old = if mode == ZeroMode::Keep { OldHost::Stays } else { OldHost::Empties };
                 Change::Set(L2Entry::ZeroAllocated { offset, copied: true }, old)
             }
-            // Compressed data cannot be kept for a write to come, nor what others share.
+            // The space of compressed or shared clusters cannot be kept for a later write.
             (L2Entry::Data { .. } | L2Entry::Compressed { .. }, _) => Change::Set(empty, OldHost::Goes),
             (L2Entry::Subclusters(_), _) => panic!("only images with extended L2 entries have subclusters"),
         }))
@@ -294,7 +295,7 @@ impl State {
         };
         let keeps = mode == ZeroMode::Keep || self.write_state()?.keep_discarded;
         let allocated = old.allocated.without(touched);
-        // Space kept is space of our own.
+        // Only space that the top image owns can be kept.
         let frees = allocated.is_empty() && !(keeps && host.copied);
         let zero = if hides_backing || (keeps && !frees) {
             old.zero.with(touched)
@@ -312,7 +313,7 @@ impl State {
             () => OldHost::Stays,
         };
         Ok(Answer::Ready(match old_host {
-            // A place that was reserved ahead, or from which data was zeroed.
+            // A preallocated place, or one whose data was zeroed before.
             OldHost::Empties if new == old => Change::Empty(new.entry()),
             _ if new == old => Change::Nothing,
             _ => Change::Set(new.entry(), old_host),
@@ -320,12 +321,12 @@ impl State {
     }
 }
 
-/// So many bytes are done, and no cluster was emptied.
+/// The result for `bytes` that are done without an emptied cluster.
 fn done(bytes: u64) -> Zeroed {
     Zeroed::Done { bytes, unused: Vec::new() }
 }
 
-/// Adds the host cluster of an entry to runs of such, joining it with the last where it can.
+/// Adds an entry's host cluster to a list of runs, joining it with the last run if contiguous.
 fn note_unused(geometry: &Geometry, entry: L2Entry, runs: &mut Vec<(HostOffset, u64)>) {
     let Some(host) = entry.host() else { return };
     match runs.last_mut() {

@@ -1,5 +1,5 @@
-//! How a name is shown to people and given to a shell. Names of files, snapshots, bitmaps and formats come out of images
-//! or from strangers: shown as they are, they could forge log lines, command a terminal, or run commands when pasted.
+//! How a name is shown to people and passed to a shell. Names of files, snapshots, bitmaps and formats come from
+//! images or from strangers. Unescaped, they could forge log lines, control a terminal, or run commands when pasted.
 //!
 //! Owns the two escapes, and nothing else: no I/O, no dependencies. Every message, log field and suggested command of
 //! every crate takes its names from here; `tests/architecture.rs` checks that.
@@ -14,9 +14,9 @@ use std::path::{Path, PathBuf};
 
 pub use shell::ShellCommand;
 
-/// Something that is a name: text, bytes, or a path.
+/// A name: text, bytes, or a path.
 pub trait Name {
-    /// Its bytes, in whatever encoding they are.
+    /// The name's bytes, in any encoding.
     fn name_bytes(&self) -> &[u8];
 }
 
@@ -86,15 +86,15 @@ impl<N: Name + ?Sized> Name for std::sync::Arc<N> {
     }
 }
 
-/// A name as people see it, on one line. Characters that a terminal obeys, that end a line or that change the order of
-/// text are escapes (`\n`, `\u{1b}`), bytes that are not UTF-8 are `\xff`, and a backslash is two: so two different names
-/// never look the same by an escape.
+/// A name as people see it, on one line. Escaped (`
+/// `, `\u{1b}`) are characters that control a terminal, end a line or change the order of text. Bytes that are not
+/// UTF-8 become `\xff`, and a backslash is doubled, so escapes never make two names look the same.
 pub fn shown<N: Name + ?Sized>(name: &N) -> Shown<'_> {
     Shown { bytes: name.name_bytes(), double_backslash: true }
 }
 
-/// A text that is shown already, once more: what is left in it that must not reach a terminal or end a line is an escape.
-/// For messages of other programs and libraries, which may have names in them.
+/// A text whose names are escaped already: escapes the characters left in it that must not reach a terminal or end a
+/// line. For messages of other programs and libraries, which may contain names.
 pub fn one_line(text: &str) -> Shown<'_> {
     Shown { bytes: text.as_bytes(), double_backslash: false }
 }
@@ -124,8 +124,8 @@ impl Display for Shown<'_> {
     }
 }
 
-/// True for a character that may not reach a terminal or a log: controls, what ends a line, what is not seen, and what
-/// changes the order of the text around it.
+/// True for a character that must not reach a terminal or a log: controls, line ends, invisible characters, and those
+/// that change the order of the text around them.
 pub fn must_be_escaped(character: char) -> bool {
     character.is_control()
         || matches!(

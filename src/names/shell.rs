@@ -1,24 +1,25 @@
-//! Commands to paste into a POSIX shell: whatever a name holds, the shell hands the program exactly that name.
+//! Commands to paste into a POSIX shell: the shell passes the program exactly the given name, whatever bytes it
+//! holds.
 
 use std::fmt::{self, Display, Formatter};
 
 use crate::{Name, must_be_escaped};
 
-/// A command that is suggested to people. What is shown is printable text on one line.
+/// A command that is suggested to people. Its displayed form is printable text on one line.
 #[derive(Clone, Debug, Default)]
 pub struct ShellCommand {
-    /// In the shell's own language, perhaps with characters that cannot be shown.
+    /// In shell syntax, possibly with characters that cannot be shown.
     line: Vec<u8>,
 }
 
 impl ShellCommand {
-    /// A command that begins with these words of our own, such as `qemu-img rebase -u`. They are not quoted: the text may
-    /// hold options, and placeholders such as `FILE`.
+    /// A command that begins with these fixed words, such as `qemu-img rebase -u`. They are not quoted: they may hold
+    /// options, and placeholders such as `FILE`.
     pub fn new(words: &'static str) -> Self {
         ShellCommand { line: words.as_bytes().to_vec() }
     }
 
-    /// Appends words of our own.
+    /// Appends fixed words, unquoted.
     #[must_use]
     pub fn words(mut self, words: &'static str) -> Self {
         self.line.push(b' ');
@@ -26,19 +27,20 @@ impl ShellCommand {
         self
     }
 
-    /// Appends a name that is no path, as one word.
+    /// Appends a name that is not a path, as one word.
     #[must_use]
     pub fn name<N: Name + ?Sized>(self, name: &N) -> Self {
         self.word(&[name.name_bytes()])
     }
 
-    /// Appends the path of a file, as one word. A relative path that would be taken for an option begins with `./`.
+    /// Appends the path of a file, as one word. A relative path that could be mistaken for an option gets `./` in
+    /// front.
     #[must_use]
     pub fn path<N: Name + ?Sized>(self, path: &N) -> Self {
         self.path_and(path, "")
     }
 
-    /// As [`ShellCommand::path`], with an ending of our own.
+    /// As [`ShellCommand::path`], with a fixed ending.
     #[must_use]
     pub fn path_and<N: Name + ?Sized>(self, path: &N, ending: &'static str) -> Self {
         let bytes = path.name_bytes();
@@ -46,7 +48,7 @@ impl ShellCommand {
         self.word(&[lead, bytes, ending.as_bytes()])
     }
 
-    /// Appends one word made of an option or a placeholder of our own, and names between.
+    /// Appends one word: a name between fixed text, such as an option and a placeholder.
     #[must_use]
     pub fn joined<N: Name + ?Sized>(self, before: &'static str, name: &N, after: &'static str) -> Self {
         self.word(&[before.as_bytes(), name.name_bytes(), after.as_bytes()])
@@ -71,14 +73,14 @@ impl ShellCommand {
     }
 }
 
-/// A byte that means itself to every shell, wherever it stands in a word.
+/// A byte that no shell treats specially, anywhere in a word.
 fn is_plain(byte: &u8) -> bool {
     byte.is_ascii_alphanumeric() || b"/._-+,:@%=".contains(byte)
 }
 
 impl Display for ShellCommand {
-    /// The command itself if all of it can be shown. Else `eval "$(printf '…')"`, with octal escapes for what cannot: no
-    /// other form of quotes of POSIX can name such bytes.
+    /// The command itself if all of it can be shown. Otherwise `eval "$(printf '…')"` with octal escapes for the
+    /// rest: no other POSIX quoting can express such bytes.
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         if let Ok(line) = str::from_utf8(&self.line)
             && !line.chars().any(must_be_escaped)

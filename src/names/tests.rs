@@ -1,4 +1,4 @@
-//! Tries both escapes by property: what is shown obeys no terminal, and what is pasted names exactly the file.
+//! Tests both escapes by property: shown text cannot control a terminal, and a pasted command names exactly the file.
 #![allow(clippy::disallowed_types, reason = "a shell reads the quoted names back")]
 
 use std::io::Write as _;
@@ -37,7 +37,7 @@ fn commands_stay_plain_where_names_are() {
     assert_eq!(ShellCommand::new("x").name("").to_string(), "x ''");
 }
 
-/// Names without a zero byte, which no file has: any bytes, and many of those that mean something.
+/// Names of any bytes but zero, which no file name has; special bytes come often.
 fn any_name() -> impl Strategy<Value = Vec<u8>> {
     let odd = prop::sample::select(b"\n\r\t\x1b\x7f'\"\\%$`;&| -*?[~#=!\xc2\x9b\xff".to_vec());
     vec(prop_oneof![odd, 1u8..=255], 1..24)
@@ -47,7 +47,7 @@ fn is_fit_for_a_terminal(text: &str) -> bool {
     !text.chars().any(must_be_escaped)
 }
 
-/// What a POSIX shell makes of commands whose program is `show`, which prints its arguments.
+/// The output of a POSIX shell that runs the commands; their program `show` prints its arguments.
 fn run_in_shell(commands: &[String]) -> Vec<u8> {
     let mut script = b"show() { for word; do printf '%s\\000' \"$word\"; done; }\n".to_vec();
     for command in commands {

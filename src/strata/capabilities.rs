@@ -1,11 +1,11 @@
-//! What this backend can do, as QEMU's conventions for backend programs want it told.
+//! What this backend can do, in the form of QEMU's conventions for backend programs.
 
 use std::io::Write;
 use std::process::ExitCode;
 
 use serde::Serialize;
 
-/// The optional parts of the conventions for a block backend that the program has.
+/// The optional parts of the block backend conventions that the program supports.
 const FEATURES: [&str; 2] = ["read-only", "blk-file"];
 
 #[derive(Serialize)]
@@ -20,7 +20,7 @@ fn json() -> String {
     serde_json::to_string(&capabilities).expect("two strings and a list of strings are JSON")
 }
 
-/// Prints the capabilities. Fails only if nobody takes them.
+/// Prints the capabilities. Fails only if they cannot be written.
 pub fn print() -> ExitCode {
     match writeln!(std::io::stdout(), "{}", json()) {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,7 +1,7 @@
-//! `strata check`: what is wrong with an image, for people and for programs, and its repair.
+//! `strata check`: finds and repairs what is wrong with an image, for people and for programs.
 //!
-//! Owns the exit codes, which are those of `qemu-img check`, and the JSON, spelled as there where it has the same fact.
-//! What is wrong is the engine's to say; how it looks as text is in `text_form`.
+//! Owns the exit codes, which are those of `qemu-img check`, and the JSON, spelled as there where it has the same
+//! fact. The engine finds what is wrong; the text form is in `text_form`.
 
 mod text_form;
 
@@ -22,34 +22,34 @@ use crate::cli::{Cache, CheckArgs, ImageFormat, Repairs};
 use crate::error::{ProgramError, Purpose};
 use crate::text::{self, json_name, print};
 
-/// Long enough for the last I/O of a daemon that was just killed, and not so long that one wonders.
+/// Long enough for the last I/O of a daemon that was just killed, short enough that people do not wonder.
 const LOCK_PATIENCE: Duration = Duration::from_millis(500);
-/// There is something to be seen only where a check takes longer than this.
+/// The bar appears only after this many pieces: a shorter check has nothing to show.
 const BAR_DELAY_PIECES: u64 = 8;
 
-/// What a check, and maybe a repair, came to.
+/// The result of a check, and of a repair if one ran.
 struct Outcome {
-    /// As the image is now.
+    /// The image's report now.
     report: Report,
-    /// Before a repair that wrote something.
+    /// The report before a repair that wrote something.
     before: Option<Report>,
-    /// Why there was no repair though one was asked for.
+    /// Why a requested repair did not run.
     not_repaired: Option<String>,
 }
 
-/// The outcome for programs. The numbers that have a name in QEMU's ImageCheck are those.
+/// The outcome for programs. Numbers that QEMU's ImageCheck has use its names.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 struct Facts<'a> {
     filename: String,
     format: &'static str,
-    /// Always 0, as a check that meets an error of the host prints nothing here.
+    /// Always 0: a check that meets a host error prints nothing here.
     check_errors: u64,
     corruptions: u64,
     leaks: u64,
-    /// What the format forbids and harms nothing: it does not change the exit code.
+    /// Harmless breaches of the format: they do not change the exit code.
     notes: u64,
-    /// Only where a repair was asked for, like the next two.
+    /// Only if a repair was requested, like the next two.
     #[serde(skip_serializing_if = "Option::is_none")]
     corruptions_fixed: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -62,9 +62,9 @@ struct Facts<'a> {
     compressed_clusters: u64,
     /// In bytes.
     image_end_offset: u64,
-    /// How many of each kind.
+    /// How many findings of each kind.
     counts: BTreeMap<&'static str, u64>,
-    /// The first of each kind.
+    /// The first findings of each kind.
     findings: Vec<FindingFacts>,
 }
 
@@ -73,7 +73,7 @@ struct Facts<'a> {
 struct FindingFacts {
     kind: &'static str,
     severity: &'static str,
-    /// In the image file, in bytes.
+    /// Offset in the image file, in bytes.
     offset: u64,
     text: String,
 }
@@ -81,7 +81,8 @@ struct FindingFacts {
 /// Runs the command: exit code 0 for a clean image, 2 for a corrupt one, 3 for one with leaks.
 ///
 /// # Errors
-/// When the image could not be checked or repaired, or nobody takes what is printed: exit code 1, or 63 if its format has nothing to check.
+/// When the image could not be checked or repaired, or the result cannot be printed: exit code 1, or 63 if its format
+/// has nothing to check.
 pub fn run(options: &CheckArgs) -> Result<ExitCode, ProgramError> {
     if options.format == ImageFormat::Raw {
         return Err(ProgramError::NothingToCheck { image: options.image.clone() });
@@ -181,7 +182,7 @@ fn json(image: &Path, repair: Option<Repairs>, outcome: &Outcome) -> String {
     text::json(&facts)
 }
 
-/// A bar on the standard error, if that is a terminal.
+/// A progress bar on the standard error, if that is a terminal.
 struct Bar {
     bar: ProgressBar,
     calls: u64,

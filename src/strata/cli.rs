@@ -1,7 +1,7 @@
-//! The command line: commands, options, and what is wrong usage (exit code 2).
+//! The command line: commands, options, and wrong usage (exit code 2).
 //!
-//! Owns the spelling of every option and the checks that need nothing but the option's text. What the options mean is
-//! for the commands.
+//! Owns the spelling of every option and the checks that need only the option's text. The commands own the meaning
+//! of the options.
 
 mod lock;
 
@@ -23,14 +23,14 @@ use crate::log::{LogFormat, LogLevel};
 use crate::size::{Size, SizeChange};
 use crate::text;
 
-/// The longest that `--poll-max` may say, in microseconds: beyond that a sleep costs nothing in comparison.
+/// The maximum of `--poll-max` in microseconds: compared with a longer poll, a sleep costs nothing.
 const POLL_US_MAX: u64 = 10_000;
 
-/// Called by this name (a link to it), the program is `strata serve`: a management layer that follows QEMU's conventions
-/// for backend programs calls a program with options only.
+/// A program called by this name (a link) runs `strata serve`: management layers that follow QEMU's conventions for
+/// backend programs call a program with options only.
 pub const BACKEND_PROGRAM: &str = "strata-blk";
 
-/// The longest serial in bytes: what GET_ID has room for (virtio 1.2, 5.2.6).
+/// The longest serial in bytes: the size of a GET_ID answer (virtio 1.2, 5.2.6).
 pub const SERIAL_MAX: usize = 20;
 
 /// Headings of the help.
@@ -545,7 +545,7 @@ impl From<Discard> for disk::Discards {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Serial(pub [u8; SERIAL_MAX]);
 
-/// Why a text is no serial number.
+/// Why a text is not a serial number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("a serial is at most {SERIAL_MAX} printable ASCII characters")]
 pub struct SerialError;
@@ -565,9 +565,9 @@ impl FromStr for Serial {
 }
 
 impl Serial {
-    /// The beginning of the file's name and a hash of its path, so that disks of the same name in different folders differ.
-    /// The same for the same path, also where the folder is named in another way. Only letters, digits and `.+-_`, so that
-    /// it stays whole in /dev/disk/by-id.
+    /// The beginning of the file's name and a hash of its path, so that disks of the same name in different folders
+    /// differ. Other names of the same folder give the same serial. Only letters, digits and `.+-_`, so that it
+    /// appears unchanged in /dev/disk/by-id.
     pub fn of_image(image: &Path) -> Self {
         let name = image.file_stem().unwrap_or(OsStr::new("disk")).as_encoded_bytes();
         let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b".+-_".contains(byte);
@@ -580,8 +580,8 @@ impl Serial {
     }
 }
 
-/// The path from the root. Symlinks in the folder's name are followed, and a symlink that is the file's own name is not:
-/// what it names changes when a disk gets an overlay.
+/// The path from the root. Symlinks in the folder's path are followed. A symlink that is the file itself is not:
+/// its target changes when a disk gets an overlay.
 fn whole_path(image: &Path) -> PathBuf {
     let folder = image.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     match (std::fs::canonicalize(folder), image.file_name()) {
@@ -626,7 +626,7 @@ fn socket_mode(text: &str) -> Result<u32, String> {
     u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o777).ok_or_else(wrong)
 }
 
-/// The arguments, with the command put in where the program's name implies it.
+/// The arguments, with `serve` inserted where the program's name implies it.
 pub fn arguments(given: impl Iterator<Item = OsString>) -> Vec<OsString> {
     let mut arguments: Vec<OsString> = given.collect();
     let called = arguments.first().and_then(|name| Path::new(name).file_name());
@@ -636,8 +636,8 @@ pub fn arguments(given: impl Iterator<Item = OsString>) -> Vec<OsString> {
     arguments
 }
 
-/// Understands the arguments, or ends the program: after a request for help with exit code 0, else with 2. For `check`
-/// 2 says that the image is corrupt, so there wrong usage is 1, as with `qemu-img check`.
+/// Parses the arguments, or ends the program: with exit code 0 after a request for help, else with 2. For `check`,
+/// 2 means a corrupt image, so wrong usage is 1 there, as with `qemu-img check`.
 pub fn parse(given: impl Iterator<Item = OsString>) -> Cli {
     let arguments = arguments(given);
     Cli::try_parse_from(&arguments).and_then(Cli::consistent).unwrap_or_else(|error| {
@@ -646,10 +646,10 @@ pub fn parse(given: impl Iterator<Item = OsString>) -> Cli {
     })
 }
 
-/// Prints what clap has to say. Values of the command line may be names: what a terminal would obey is escaped.
+/// Prints clap's message. Values of the command line may be names: characters that control a terminal are escaped.
 fn tell_usage(error: &clap::Error, arguments: &[OsString]) {
     let text = error.to_string();
-    // If even that cannot be printed, there is the exit code.
+    // If printing fails, the exit code still tells.
     if text.chars().any(|character| character != '\n' && names::must_be_escaped(character)) {
         let lines: Vec<String> = text.lines().map(|line| names::one_line(line).to_string()).collect();
         let _ = io::stderr().write_all((lines.join("\n") + "\n").as_bytes());
@@ -661,7 +661,7 @@ fn tell_usage(error: &clap::Error, arguments: &[OsString]) {
     }
 }
 
-/// True if wrong arguments ask for JSON as right ones would.
+/// True if invalid arguments request JSON, spelled as in valid ones.
 fn asks_for_json(arguments: &[OsString]) -> bool {
     let mut pairs = arguments.iter().zip(arguments.iter().skip(1)).take_while(|(_, word)| *word != "--");
     pairs.any(|(before, word)| {
@@ -682,7 +682,7 @@ fn usage_exit_code(error: &clap::Error, arguments: &[OsString]) -> i32 {
     if error.use_stderr() && is_check { 1 } else { error.exit_code() }
 }
 
-/// Ends the program: it was not told what to do.
+/// Ends the program: no command was given.
 pub fn exit_without_command() -> ! {
     Cli::command()
         .error(ErrorKind::MissingSubcommand, "a command is missing: serve, info, check, snapshot or resize")

@@ -1,6 +1,6 @@
-//! The glue between a disk and a vhost-user session: requests, names and results are passed on, and nothing else.
+//! Connects a disk to a vhost-user session: passes requests, names and results on, and does nothing else.
 //!
-//! Neither side knows the other. Per request nothing is allocated here once the queue has seen its deepest batch.
+//! Neither side knows the other. A queue allocates nothing per request here once it has seen its largest batch.
 
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 /// Bytes in a sector, and the logical block size.
 const SECTOR: u32 = 512;
-/// What a raw image's requests are best aligned to, in bytes: a page, and a block of most file systems.
+/// The best alignment of a raw image's requests, in bytes: a page, and a block of most file systems.
 const RAW_UNIT: u32 = 4096;
 /// How long a queue whose thread panics waits for the host before it ends the program.
 const PANIC_PATIENCE: Duration = Duration::from_secs(30);
@@ -27,14 +27,14 @@ pub struct DiskDevice<S: Storage> {
     queues: QueueWatch,
 }
 
-/// Tells what a device's queues have in flight, as long as anybody wants to know.
+/// Shows what a device's queues have in flight, for as long as it exists.
 #[derive(Clone, Default)]
 pub struct QueueWatch {
-    /// The queues that there are. A leaf: taken when a queue is made and when somebody asks what is in flight.
+    /// The existing queues. A leaf lock: taken when a queue is created and when the counts are read.
     queues: Arc<Mutex<Vec<Weak<Gauge>>>>,
 }
 
-/// How many requests one queue has in flight. Stored by its thread and loaded by whoever asks: relaxed, it orders
+/// How many requests one queue has in flight. Stored by its thread and loaded by other threads: relaxed, it orders
 /// nothing.
 struct Gauge {
     /// The name of the thread.
@@ -48,12 +48,12 @@ impl<S: Storage> DiskDevice<S> {
         DiskDevice { disk, serial, queues: QueueWatch::default() }
     }
 
-    /// The disk, for questions.
+    /// The disk, for queries.
     pub fn disk(&self) -> &Disk<S> {
         &self.disk
     }
 
-    /// Closes the disk. All queues are gone by then.
+    /// Closes the disk. All queues have been dropped by then.
     ///
     /// # Errors
     /// As [`Disk::close`].
@@ -61,14 +61,14 @@ impl<S: Storage> DiskDevice<S> {
         self.disk.close()
     }
 
-    /// Tells what the queues have in flight, even while the device is being closed.
+    /// A watch on what the queues have in flight, usable even while the device is being closed.
     pub fn watch(&self) -> QueueWatch {
         self.queues.clone()
     }
 }
 
 impl QueueWatch {
-    /// The queues with requests in flight: the names of their threads, and how many.
+    /// The queues with requests in flight: the name of each queue's thread, and its number of requests.
     pub fn in_flight(&self) -> Vec<(String, u32)> {
         let queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
         let gauges = queues.iter().filter_map(Weak::upgrade);
@@ -113,18 +113,18 @@ impl<S: Storage> BlockDevice for DiskDevice<S> {
     }
 }
 
-/// One thread's way to the disk.
+/// One thread's queue on the disk.
 pub struct DeviceQueue<S: Storage> {
     queue: DiskQueue<S>,
-    /// Always empty between two calls; kept for its memory.
+    /// Empty between two calls; retained for its allocation.
     done: Vec<Completed>,
-    /// Requests submitted and not yet handed back.
+    /// Requests submitted and not yet completed to the caller.
     in_flight: u32,
     gauge: Arc<Gauge>,
 }
 
 impl<S: Storage> DeviceQueue<S> {
-    /// Takes in what is done, with a function for each.
+    /// Collects completed requests, and calls a function for each.
     fn take_done(&mut self, mut each: impl FnMut(Completed)) {
         self.queue.turn(&mut self.done);
         self.in_flight -= self.done.len() as u32;
@@ -146,7 +146,7 @@ impl<S: Storage> BlockQueue for DeviceQueue<S> {
 
     fn turn(&mut self, done: &mut Vec<Done>) {
         self.take_done(|completed| {
-            // The disk has logged the reason, which the interface has no room for.
+            // The disk has logged the reason, which the interface cannot pass on.
             let status = if completed.result.is_ok() { Status::Ok } else { Status::IoError };
             done.push(Done { tag: Tag(completed.id.0), status });
         });
@@ -171,8 +171,8 @@ impl<S: Storage> BlockQueue for DeviceQueue<S> {
 }
 
 impl<S: Storage> Drop for DeviceQueue<S> {
-    /// Waits until the host no longer uses any guest memory. After a panic in the disk a request may never end; then
-    /// ending the program is the one safe way left, and as good for the image as a crash.
+    /// Waits until the host no longer uses any guest memory. After a panic in the disk a request may never end. Then
+    /// ending the program is the only safe way, and no worse for the image than a crash.
     fn drop(&mut self) {
         self.queue.give_up();
         let patience = std::thread::panicking().then(|| Instant::now() + PANIC_PATIENCE);

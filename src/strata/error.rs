@@ -1,5 +1,5 @@
-//! What ends the program early, and how it is told to people: what, where, why. What to do about it is in `hint`, the form
-//! for programs in `failure`.
+//! The errors that end the program early, and how people see them: what failed, where, why. `hint` owns what to do
+//! about it, `failure` the form for programs.
 
 use std::error::Error;
 use std::io::{self, Write as _};
@@ -19,7 +19,7 @@ use crate::log;
 /// The exit code of `qemu-img check` for a format that it cannot check.
 const NOTHING_TO_CHECK: u8 = 63;
 
-/// What an image was opened for: a command, and what it does with the image.
+/// What an image was opened for: the command, and what it does with the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
     /// To serve it writable.
@@ -34,9 +34,9 @@ pub enum Purpose {
     Repair,
     /// To list its snapshots.
     SnapshotList,
-    /// To make, apply or delete a snapshot.
+    /// To create, apply or delete a snapshot.
     SnapshotChange,
-    /// To give its disk another size.
+    /// To resize its disk.
     Resize,
 }
 
@@ -66,7 +66,7 @@ pub enum ProgramError {
     Open {
         /// The top image.
         image: PathBuf,
-        /// What for.
+        /// What it was opened for.
         purpose: Purpose,
         /// Why not.
         source: OpenError,
@@ -77,9 +77,9 @@ pub enum ProgramError {
     /// The image could not be checked or repaired.
     #[error("{source}")]
     Check {
-        /// It.
+        /// The image.
         image: PathBuf,
-        /// What for.
+        /// What it was opened for.
         purpose: Purpose,
         /// Why not.
         source: Box<CheckError>,
@@ -87,13 +87,13 @@ pub enum ProgramError {
     /// A raw image has no metadata.
     #[error("{}: a raw image has no metadata, so there is nothing to check", shown(image))]
     NothingToCheck {
-        /// It.
+        /// The image.
         image: PathBuf,
     },
-    /// A snapshot could not be made, applied or deleted.
+    /// A snapshot could not be created, applied or deleted.
     #[error(transparent)]
     Snapshot(disk::snapshot::ChangeError),
-    /// The disk has not got another size.
+    /// The disk could not be resized.
     #[error(transparent)]
     Resize(disk::resize::ResizeError),
     /// The image could not be closed cleanly.
@@ -113,7 +113,7 @@ pub enum ProgramError {
     /// The server could not be set up, or had to stop.
     #[error(transparent)]
     Session(#[from] SessionError),
-    /// The kernel has no room for so long a name.
+    /// The path is longer than the kernel allows.
     #[error(
         "socket {}: the path has {length} bytes, and a unix socket's may have {SOCKET_PATH_MAX}",
         shown(path)
@@ -121,30 +121,30 @@ pub enum ProgramError {
     SocketPathTooLong {
         /// The path.
         path: PathBuf,
-        /// Bytes.
+        /// Its length in bytes.
         length: usize,
     },
-    /// The folder that the socket is to be in cannot be used.
+    /// The folder of the socket cannot be used.
     #[error("socket {}: the folder {} cannot be used: {source}", shown(path), shown(folder))]
     SocketFolder {
         /// The path of the socket.
         path: PathBuf,
         /// The folder.
         folder: PathBuf,
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
-    /// The socket file could not be given to whom it is for.
+    /// The permissions of the socket file could not be set.
     #[error("socket {}: {step} failed: {source}", shown(path))]
     SocketAccess {
         /// The path.
         path: PathBuf,
         /// What was tried.
         step: &'static str,
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
-    /// The service manager passed another number of sockets than one.
+    /// The service manager passed a number of sockets other than one.
     #[error("the service manager passed {count} sockets (LISTEN_FDS), and a disk is served on one")]
     PassedSockets {
         /// How many.
@@ -156,21 +156,21 @@ pub enum ProgramError {
         /// Its name.
         group: String,
     },
-    /// The host refused what the program needs besides the disk and the socket.
+    /// The host refused something the program needs besides the disk and the socket.
     #[error("{step} failed: {source}")]
     Host {
         /// What was tried.
         step: &'static str,
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
-    /// What was to be printed could not be.
+    /// The output could not be printed.
     #[error("printing failed: {0}")]
     Print(io::Error),
 }
 
 impl ProgramError {
-    /// The program's exit code: 1, or 63 if an image's format has nothing that could be checked.
+    /// The program's exit code: 1, or 63 if an image's format has nothing to check.
     pub fn exit_code(&self) -> u8 {
         match self {
             ProgramError::NothingToCheck { .. } => NOTHING_TO_CHECK,
@@ -185,7 +185,7 @@ impl ProgramError {
     }
 }
 
-/// Tells people on the standard error, if anybody reads it.
+/// Prints the error to the standard error; a failure to print is ignored.
 pub fn show(error: &ProgramError) {
     let prefix = log::error_prefix();
     let mut text = format!("{prefix}strata: error: {}\n", one_line(&with_causes(error)));
@@ -195,7 +195,7 @@ pub fn show(error: &ProgramError) {
     let _ = io::stderr().write_all(text.as_bytes());
 }
 
-/// The message, and those of its causes that it does not contain.
+/// The message, followed by those of its causes that it does not contain.
 pub fn with_causes(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();

@@ -1,7 +1,7 @@
 //! An error as programs see it: `{"error": {"kind", "message", "file", "structure", "offset", "hint"}}`.
 //!
-//! Owns that form and the kinds. Each field is always there; what is not known is null. A command that prints JSON prints
-//! this to the standard output in place of its result, and the text for people to the standard error as ever.
+//! Owns that form and the kinds. Every field is always present; an unknown one is null. A command that prints JSON
+//! prints this to the standard output in place of its result. The text for people still goes to the standard error.
 
 use std::io;
 use std::path::Path;
@@ -18,31 +18,31 @@ use crate::error::{ProgramError, with_causes};
 use crate::hint;
 use crate::text::{self, json_name};
 
-/// What kind of error it is. Programs decide by it, so a name stays what it is.
+/// The kind of an error. Programs depend on it, so the names never change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Kind {
     /// The command line is wrong.
     Usage,
-    /// A file is not there.
+    /// A file does not exist.
     NotFound,
-    /// The host does not let this user.
+    /// The host denies this user access.
     PermissionDenied,
     /// Another process uses the image or the socket.
     InUse,
-    /// A file lies outside of the folders that are allowed.
+    /// A file lies outside the allowed folders.
     Outside,
-    /// The file is in another format, or no image.
+    /// The file is in another format, or is no image.
     WrongFormat,
     /// The image's bytes break its format.
     Damaged,
-    /// The image needs what is not built.
+    /// The image needs a feature that is not implemented.
     Unsupported,
     /// The format has no metadata that could be checked.
     NothingToCheck,
-    /// It is valid, but cannot be done with this image.
+    /// The request is valid, but this image does not allow it.
     Refused,
-    /// An option must say more, such as a format or a file.
+    /// An option must specify more, such as a format or a file.
     NotSpecified,
     /// The host has no space.
     NoSpace,
@@ -61,17 +61,17 @@ pub struct Failure {
     pub kind: Kind,
     /// What is wrong, in one line.
     pub message: String,
-    /// The file that it is about.
+    /// The file that the error is about.
     pub file: Option<String>,
     /// The structure of the file.
     pub structure: Option<String>,
-    /// Where the structure is in the file, in bytes.
+    /// The structure's offset in the file, in bytes.
     pub offset: Option<u64>,
-    /// What to do.
+    /// What to do about it.
     pub hint: Option<String>,
 }
 
-/// Where an error is.
+/// The location of an error.
 #[derive(Default)]
 struct Place {
     file: Option<String>,

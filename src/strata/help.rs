@@ -1,4 +1,4 @@
-//! The long part of `--help`: how to put the pieces together, by example.
+//! The long part of `--help`: how to combine the pieces, by example.
 
 /// After `strata --help`.
 pub const PROGRAM: &str = "\

@@ -1,6 +1,7 @@
-//! What to do about an error. A hint names an option only if the command has it and takes it together with what was asked.
+//! What to do about an error. A hint names an option only if the command has it and accepts it with the other
+//! arguments.
 //!
-//! Owns the words of the hints. Each is for one [`Purpose`]; `hint/tests.rs` tries every option that any of them names on the
+//! Owns the texts of the hints. Each is for one [`Purpose`]; `hint/tests.rs` tries every option they name on the
 //! command line itself.
 
 use std::io;
@@ -20,9 +21,9 @@ use crate::error::{ProgramError, Purpose};
 use crate::limits;
 
 impl Purpose {
-    /// The option, as people type it, if the command has it and what was asked for takes it.
+    /// The option, as people type it, if the command has it and the purpose allows it.
     fn option(self, long: &'static str) -> Option<String> {
-        // Nothing is written to an image without its lock.
+        // An image is never written without its lock.
         if long == "force-share" && self.writes() {
             return None;
         }
@@ -156,7 +157,7 @@ fn format_hint(image: &Path, purpose: Purpose, error: &FormatError) -> Option<St
     }
 }
 
-/// About a file without the marks of any format.
+/// For a file that matches no known format.
 fn unknown_hint(purpose: Purpose) -> String {
     match (purpose, purpose.option("format")) {
         (Purpose::Check | Purpose::Repair, _) => {
@@ -167,7 +168,7 @@ fn unknown_hint(purpose: Purpose) -> String {
     }
 }
 
-/// How a file in another format becomes one that can be served.
+/// How to convert a file in another format into one that can be served.
 fn foreign_hint(path: &Path, purpose: Purpose, foreign: Foreign) -> String {
     let convert = |format| {
         let command = ShellCommand::new("qemu-img convert -O qcow2 -f").words(format).path(path);
@@ -210,7 +211,7 @@ fn foreign_hint(path: &Path, purpose: Purpose, foreign: Foreign) -> String {
 
 fn luks_hint(path: &Path) -> String {
     use std::os::unix::ffi::OsStrExt as _;
-    // In the options of an image a comma is two.
+    // In QEMU's image options a comma is escaped by doubling it.
     let bytes: Vec<u8> = path.as_os_str().as_bytes().iter().fold(Vec::new(), |mut bytes, byte| {
         bytes.extend(std::iter::repeat_n(*byte, if *byte == b',' { 2 } else { 1 }));
         bytes
@@ -222,7 +223,7 @@ fn luks_hint(path: &Path) -> String {
     format!("decrypt it with `{}`", command.path_and(path, ".qcow2"))
 }
 
-/// What to do about a layer below the image; the last name of the chain is its own.
+/// What to do about a layer below the image; the last name in the chain is that layer's own.
 fn backing_hint(chain: &[std::path::PathBuf], recorded: bool, purpose: Purpose, error: &OpenError) -> String {
     let (image, overlay, own) = match chain {
         [image, .., overlay, own] => (image, overlay, own),

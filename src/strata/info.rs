@@ -1,7 +1,7 @@
-//! `strata info`: what an image and the layers below it are, for people and for programs.
+//! `strata info`: describes an image and the layers below it, for people and for programs.
 //!
-//! Owns the facts and their JSON, spelled as in `qemu-img info --backing-chain` where it has the same fact. How they look as
-//! text is in `text_form`.
+//! Owns the facts and their JSON, spelled as in `qemu-img info --backing-chain` where that has the same fact. The
+//! text form is in `text_form`.
 
 mod features;
 mod text_form;
@@ -19,7 +19,7 @@ use crate::info::features::{ExtensionFacts, FeatureFacts};
 use crate::snapshot::SnapshotFacts;
 use crate::text::{json, json_name, print};
 
-/// Long enough for the last I/O of a daemon that was just killed, and not so long that one wonders.
+/// Long enough for the last I/O of a daemon that was just killed, short enough that people do not wonder.
 const LOCK_PATIENCE: Duration = Duration::from_millis(500);
 
 /// A layer.
@@ -41,7 +41,7 @@ struct LayerFacts {
     qcow2: Option<Qcow2Facts>,
 }
 
-/// What only a qcow2 layer has.
+/// Facts that only qcow2 layers have.
 #[derive(Debug, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 struct Qcow2Facts {
@@ -60,7 +60,7 @@ struct Qcow2Facts {
     snapshot_count: u32,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     snapshots: Vec<SnapshotFacts>,
-    /// Why their table cannot be read.
+    /// Why the snapshot table cannot be read.
     #[serde(skip_serializing_if = "Option::is_none")]
     snapshots_damaged: Option<String>,
     format_specific: FormatSpecific,
@@ -90,7 +90,7 @@ struct Specifics {
     data_file_raw: Option<bool>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     bitmaps: Vec<BitmapFacts>,
-    /// Why the bitmaps cannot be told.
+    /// Why the bitmaps cannot be listed.
     #[serde(skip_serializing_if = "Option::is_none")]
     bitmaps_damaged: Option<String>,
     features: FeatureFacts,
@@ -100,16 +100,16 @@ struct Specifics {
 #[derive(Debug, PartialEq, Serialize)]
 struct BitmapFacts {
     name: String,
-    /// Bytes that a bit stands for.
+    /// Bytes that one bit covers.
     granularity: u64,
-    /// `in-use`: out of date, not to be trusted. `auto`: enabled, whoever writes must keep it up to date.
+    /// `in-use`: out of date, not to be trusted. `auto`: enabled, every writer must keep it up to date.
     flags: Vec<&'static str>,
 }
 
 /// Runs the command.
 ///
 /// # Errors
-/// When a layer cannot be opened or used, or nobody takes what is printed.
+/// When a layer cannot be opened or used, or the result cannot be printed.
 pub fn run(options: &InfoArgs) -> Result<(), ProgramError> {
     let image = &options.image;
     let how = DiskOptions {

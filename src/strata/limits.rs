@@ -1,4 +1,4 @@
-//! Failures that a limit or a service of the host causes, wherever in the program they come up, and what to do about them.
+//! Failures caused by a limit or a service of the host, anywhere in the program, and what to do about them.
 
 use std::error::Error;
 use std::io;
@@ -6,7 +6,7 @@ use std::io;
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
-/// What to do, if one of the error's causes is such a failure.
+/// What to do, if one of the error's causes is such a host failure.
 pub fn hint(error: &(dyn Error + 'static)) -> Option<String> {
     let own = error.downcast_ref::<io::Error>().and_then(Errno::from_io_error).and_then(hint_of);
     own.or_else(|| hint(error.source()?))

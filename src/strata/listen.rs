@@ -11,17 +11,17 @@ use vhost_blk::Server;
 use crate::cli::ServeArgs;
 use crate::error::ProgramError;
 
-/// The longest path of a unix socket in bytes, with the zero after it 108.
+/// The longest path of a unix socket in bytes: 108 with the terminating zero.
 pub const SOCKET_PATH_MAX: usize = 107;
-/// The socket file's mode where a group was named and no mode.
+/// The socket file's mode if a group was given without a mode.
 const GROUP_MODE: u32 = 0o660;
 
-/// The socket that was asked for.
+/// The requested socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Place {
-    /// A socket file that we make.
+    /// A socket file that this program creates.
     File {
-        /// Where.
+        /// Its path.
         path: PathBuf,
         /// Its permissions.
         mode: Option<u32>,
@@ -54,10 +54,10 @@ impl std::fmt::Display for Place {
 }
 
 impl Place {
-    /// Takes the socket from the options, and finds what is wrong with it before the image is touched.
+    /// Chooses the socket from the options, and reports what is wrong with it before the image is touched.
     ///
     /// # Errors
-    /// A path that is too long, a folder that is not there, a group that is not known.
+    /// When a path is too long, a folder does not exist, or a group is unknown.
     pub fn choose(options: &ServeArgs) -> Result<Self, ProgramError> {
         if let Some(number) = options.fd {
             return Ok(Place::Descriptor(number));
@@ -78,17 +78,17 @@ impl Place {
         Ok(Place::File { path, mode, group })
     }
 
-    /// Starts to listen, or takes the descriptor over.
+    /// Starts to listen, or takes over the descriptor.
     ///
     /// # Errors
-    /// When somebody listens there already, or the host refuses.
+    /// When another program listens on the socket already, or the host refuses.
     pub fn listen(&self) -> Result<Server, ProgramError> {
         let (path, mode, group) = match self {
             Place::Descriptor(number) => return Ok(Server::from_inherited(*number)?),
             Place::Passed => return Ok(Server::from_inherited(PASSED_FIRST)?),
             Place::File { path, mode, group } => (path, *mode, *group),
         };
-        // Nobody else gets in before the file is as it is to be. No other thread makes files now.
+        // No other user can connect before group and mode are set. No other thread creates files now.
         let narrowed = mode.map(|_| rustix::process::umask(Mode::RWXG | Mode::RWXO));
         let bound = Server::bind(path);
         if let Some(before) = narrowed {

@@ -1,4 +1,4 @@
-//! Logs: where they go and how much of them.
+//! Logs: their destination and their level.
 
 use std::io::IsTerminal;
 
@@ -10,7 +10,7 @@ use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
 
-/// What is logged when nobody says otherwise.
+/// The default log level.
 const DEFAULT: &str = "info";
 
 /// How lines of the log look.
@@ -38,7 +38,7 @@ impl std::str::FromStr for LogLevel {
     type Err = LogLevelError;
 
     fn from_str(text: &str) -> Result<Self, LogLevelError> {
-        // A word by itself would be taken for the name of a module, and a misspelt level would silence the rest.
+        // A word by itself would be taken for a module name, and a misspelt level would silence all other modules.
         let mut words = text.split(',').map(str::trim).filter(|part| !part.contains(['=', '[']));
         if text.is_empty() || words.any(|word| word.parse::<LevelFilter>().is_err()) {
             return Err(LogLevelError);
@@ -48,8 +48,8 @@ impl std::str::FromStr for LogLevel {
     }
 }
 
-/// Sends logs to the standard error. As text they have a time stamp, and on a terminal colours unless `NO_COLOR` is set. The
-/// journal has times itself, and gets priorities.
+/// Sends logs to the standard error. Text lines have a time stamp, and colours on a terminal unless `NO_COLOR` is
+/// set. The journal adds times itself, and gets priorities.
 pub fn start(level: Option<&LogLevel>, format: LogFormat) {
     let from_environment = || std::env::var("RUST_LOG").ok().filter(|filter| !filter.is_empty());
     let wanted = level.map(|level| level.0.clone()).or_else(from_environment);
@@ -61,8 +61,8 @@ pub fn start(level: Option<&LogLevel>, format: LogFormat) {
     };
     let colours =
         std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|no| no.is_empty());
-    // A reader of the log that is gone must not end us: told of its own failure, the subscriber would print that to the
-    // standard error in turn, and that panics. The result: nobody else has set a subscriber up.
+    // A log reader that has closed the pipe must not end the program. The subscriber would print its own failure to
+    // the standard error, and that panics. The result is ignored: no other code sets a subscriber.
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
@@ -82,20 +82,20 @@ pub fn start(level: Option<&LogLevel>, format: LogFormat) {
     }
 }
 
-/// What a line for people on the standard error begins with: a priority, if the journal reads it.
+/// The prefix of a line for people on the standard error: a priority, if the journal reads it.
 pub fn error_prefix() -> &'static str {
     if is_journal() { "<3>" } else { "" }
 }
 
-/// Whether the standard error is the journal's: it says so by device and inode (systemd.exec(5), JOURNAL_STREAM), as a
-/// program that was started by a service may have another one.
+/// Whether the standard error is the journal's. JOURNAL_STREAM (systemd.exec(5)) names its device and inode, because
+/// a program started by a service may have another standard error.
 fn is_journal() -> bool {
     let Ok(stream) = std::env::var("JOURNAL_STREAM") else { return false };
     let stat = rustix::fs::fstat(std::io::stderr());
     stat.is_ok_and(|stat| stream == format!("{}:{}", stat.st_dev, stat.st_ino))
 }
 
-/// Lines with the priorities of sd-daemon(3).
+/// Lines with sd-daemon(3) priorities.
 struct Journal<F>(F);
 
 impl<S, N, F> FormatEvent<S, N> for Journal<F>

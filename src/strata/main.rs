@@ -1,7 +1,7 @@
 //! The program `strata`: from a command line to an exit code.
 //!
-//! Owns which command runs and how its end is told. Knows no format and no protocol: it glues a disk to a vhost-user
-//! session and shows people what happens.
+//! Owns which command runs and how its result is reported. Knows no format and no protocol: it connects a disk to a
+//! vhost-user session and shows people what happens.
 #![forbid(unsafe_code)]
 
 mod capabilities;
@@ -29,7 +29,7 @@ use std::process::ExitCode;
 
 use crate::cli::Command;
 
-// Cargo unites features: a build of the program together with tests that want tiny bounds would have them, too.
+// Cargo unites features: building the program together with tests that use tiny bounds would enable them here, too.
 const _: () = assert!(
     !disk::bounds::ARE_TINY && !vhost_blk::bounds::ARE_TINY,
     "the feature tiny-bounds is for tests: build the program without it"
@@ -63,7 +63,7 @@ fn main() -> ExitCode {
         Err(error) => {
             error::show(&error);
             if cli.command.as_ref().is_some_and(Command::prints_json) {
-                // If nobody takes it, there is the exit code.
+                // If printing fails, the exit code still tells.
                 let _ = text::print(&failure::Failure::new(&error).json());
             }
             ExitCode::from(error.exit_code())

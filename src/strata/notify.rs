@@ -1,4 +1,4 @@
-//! Tells a service manager how far the daemon is: the sd_notify protocol, without its library.
+//! Reports the daemon's state to a service manager: the sd_notify protocol, without its library.
 
 use std::ffi::OsString;
 use std::os::linux::net::SocketAddrExt;
@@ -12,7 +12,7 @@ pub const READY: &str = "READY=1";
 /// The daemon is ending.
 pub const STOPPING: &str = "STOPPING=1";
 
-/// Sends a state to the socket that `NOTIFY_SOCKET` names, if there is one. That nobody listens is no reason to stop.
+/// Sends a state to the socket that `NOTIFY_SOCKET` names, if it is set. A failure to send is ignored.
 pub fn send(state: &str) {
     let Some(name) = std::env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty()) else { return };
     if let Err(error) = send_to(&name, state) {

@@ -1,6 +1,6 @@
-//! `strata resize`: gives the disk of an image that nobody uses another size.
+//! `strata resize`: resizes the disk of an image that is not in use.
 //!
-//! Owns what the command line means and what is printed. What is done to the image is the disk's.
+//! Owns the meaning of the command line and what is printed. The disk crate changes the image.
 
 use std::time::Duration;
 
@@ -14,13 +14,13 @@ use crate::signals;
 use crate::size::{SizeChange, in_words};
 use crate::text::print;
 
-/// Long enough for the last I/O of a daemon that was just killed, and not so long that one wonders.
+/// Long enough for the last I/O of a daemon that was just killed, short enough that people do not wonder.
 const LOCK_PATIENCE: Duration = Duration::from_millis(500);
 
 /// Runs the command.
 ///
 /// # Errors
-/// When the image cannot be used, it cannot be done, or nobody takes what is printed.
+/// When the image cannot be used, the resize fails, or the result cannot be printed.
 pub fn run(options: &ResizeArgs) -> Result<(), ProgramError> {
     let storage =
         options.lock.storage().confined(&options.chain.chain_root).map_err(ProgramError::ChainRoot)?;

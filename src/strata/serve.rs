@@ -1,4 +1,4 @@
-//! `strata serve`: opens the disk, listens, serves until it is told to stop, and closes everything in the right order.
+//! `strata serve`: opens the disk, listens, serves until it is stopped, and closes everything in the right order.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -20,7 +20,7 @@ use crate::notify;
 use crate::shutdown::Shutdown;
 use crate::size;
 
-/// How long to wait for the image's last user: a daemon that is being restarted.
+/// How long to wait for the image's lock: the previous user may be a daemon that is being restarted.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 
 type HostDevice = DiskDevice<HostStorage>;
@@ -28,7 +28,7 @@ type HostDevice = DiskDevice<HostStorage>;
 /// Runs the command.
 ///
 /// # Errors
-/// When the disk cannot be opened, the socket not be had, or the image not be closed cleanly.
+/// When the disk cannot be opened, the socket cannot be used, or the image cannot be closed cleanly.
 pub fn run(options: &ServeArgs) -> Result<(), ProgramError> {
     let image = options.image().expect("clap wants an image where there is something to serve");
     raise_file_limit();
@@ -43,7 +43,7 @@ pub fn run(options: &ServeArgs) -> Result<(), ProgramError> {
         ..ServeOptions::new(options.num_queues, options.queue_size)
     };
     let totals = {
-        // Forgotten before the device is closed (`Shutdown::closing`), which needs the last reference to it.
+        // Dropped before the device is closed (`Shutdown::closing`): closing needs the last reference to the device.
         let (device, metrics, image) = (Arc::clone(&device), Arc::clone(&offer.metrics), image.to_owned());
         move || {
             let disk = device.disk();
@@ -72,7 +72,7 @@ fn open(image: &Path, options: &ServeArgs) -> Result<HostDevice, ProgramError> {
         snapshot: options.snapshot.clone(),
         direct: options.chain.cache == Cache::Direct,
         backing_direct: options.backing_cache == Cache::Direct,
-        // At most 64 GiB, as the command line has it.
+        // At most 64 GiB: the command line checks it.
         map_bytes: usize::try_from(options.map_cache_size.0).unwrap_or(usize::MAX),
         on_enospc: options.on_enospc.into(),
         detect_zeroes: options.detect_zeroes.into(),
@@ -100,7 +100,7 @@ fn open(image: &Path, options: &ServeArgs) -> Result<HostDevice, ProgramError> {
     Ok(DiskDevice::new(disk, serial.0))
 }
 
-/// Serves until it is told to stop; the socket file is gone on return.
+/// Serves until it is stopped; the socket file is gone on return.
 fn serve(
     place: &Place,
     image: &Path,
@@ -114,7 +114,7 @@ fn serve(
     Ok(server.serve(device, offer, stop)?)
 }
 
-/// The disk in a few words.
+/// A short description of the disk.
 fn described(device: &HostDevice, offer: &ServeOptions) -> String {
     let disk = device.disk();
     let format = disk
@@ -135,7 +135,7 @@ fn close(image: &Path, device: Arc<HostDevice>) -> Result<(), ProgramError> {
     device.close().map_err(|source| ProgramError::Close { image: image.to_owned(), source })
 }
 
-/// One line of what was done, as `totals name=number …`; programs read it.
+/// Logs one line of totals, as `totals name=number …`; programs read it.
 fn tell_totals(image: &Path, metrics: &Metrics, space: SpaceStatus, map_bytes: usize) {
     let total = metrics.total();
     // st_blocks counts 512 bytes, whatever the file system's blocks are.
@@ -159,7 +159,7 @@ fn tell_totals(image: &Path, metrics: &Metrics, space: SpaceStatus, map_bytes: u
     );
 }
 
-/// A file a layer, several descriptors a queue: the soft limit of 1,024 that most have is soon reached.
+/// Each layer needs a file and each queue several descriptors: the usual soft limit of 1,024 is soon reached.
 fn raise_file_limit() {
     let limit = getrlimit(Resource::Nofile);
     if limit.current == limit.maximum {

@@ -1,7 +1,7 @@
-//! From a signal to the end: who stops the server, what is told meanwhile, and what still hangs.
+//! From a signal to the end: stops the server, logs the progress, and reports requests that hang.
 //!
-//! Two threads: one takes signals, one looks at the clock. Neither ever ends the program while a disk is open; that is
-//! left to the main thread when everything is done.
+//! Two threads: one handles signals, one watches the time. Neither ends the program while a disk is open: the main
+//! thread does, when everything is done.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -18,10 +18,10 @@ use crate::device::QueueWatch;
 use crate::error::ProgramError;
 use crate::notify;
 
-/// A shutdown that takes so long is told to hang, and again each time this has passed.
+/// A shutdown that takes this long is reported as hanging, and again each time this has passed.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// What the main thread is at.
+/// What the main thread is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
     Opening,
@@ -37,26 +37,26 @@ struct State {
     queues: QueueWatch,
     /// Requests that wait for space; none before the disk is open.
     space: Option<SpaceWatch>,
-    /// Logs what was done so far, as long as the disk is served.
+    /// Logs the totals so far, while the disk is served.
     totals: Option<Box<dyn Fn() + Send>>,
 }
 
 struct Shared {
-    /// What is going on. A leaf, but for the socket's lock in `StopHandle::stop` and the disk's in
+    /// The current state. A leaf lock, except for the socket's lock in `StopHandle::stop` and the disk's in
     /// `SpaceWatch`, which are leaves themselves.
     state: Mutex<State>,
     changed: Condvar,
     stop: StopHandle,
 }
 
-/// The way to the end, as the main thread tells it.
+/// The progress of the shutdown, as the main thread reports it.
 #[derive(Clone)]
 pub struct Shutdown {
     shared: Arc<Shared>,
 }
 
 impl Shutdown {
-    /// Takes over SIGTERM, SIGINT and SIGXCPU, which from now on use `stop`; SIGUSR1, which logs the totals; and SIGHUP
+    /// Handles SIGTERM, SIGINT and SIGXCPU, which from now on use `stop`; SIGUSR1, which logs the totals; and SIGHUP
     /// and SIGUSR2, which do nothing.
     ///
     /// # Errors
@@ -87,7 +87,7 @@ impl Shutdown {
         self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The disk is open: from now on a signal waits for a clean end.
+    /// The disk is open: from now on a signal starts a clean shutdown.
     pub fn serving(&self, queues: QueueWatch, space: SpaceWatch, totals: impl Fn() + Send + 'static) {
         let mut state = self.state();
         (state.stage, state.queues, state.space) = (Stage::Serving, queues, Some(space));
@@ -111,7 +111,7 @@ impl Shutdown {
     fn begin(&self, state: &mut State) {
         if state.stopping.is_none() {
             state.stopping = Some(Instant::now());
-            // What waits for space could keep its queue from ending for ever.
+            // A request that waits for space could keep its queue from ending for ever.
             if let Some(space) = &state.space {
                 space.give_up();
             }
@@ -132,7 +132,7 @@ impl Shutdown {
             _ => {}
         }
         if state.stage == Stage::Opening {
-            // Nothing was promised to anybody yet. The lock keeps the main thread from going on.
+            // Nothing is promised to any client yet. The lock keeps the main thread from continuing.
             info!("{name}: stopping before anything is served");
             std::process::exit(0);
         }
@@ -145,7 +145,7 @@ impl Shutdown {
         self.shared.stop.stop();
     }
 
-    /// Tells what hangs, until the end.
+    /// Logs requests that hang, until the end.
     fn look(&self) {
         let mut state = self.state();
         while state.stage != Stage::Done {
@@ -163,7 +163,7 @@ impl Shutdown {
     }
 }
 
-/// What is being waited for.
+/// What the shutdown is waiting for.
 fn in_words(state: &State) -> String {
     let busy = state.queues.in_flight();
     match state.stage {

@@ -1,4 +1,5 @@
-//! Signals that must not end a command in the middle of its work. What ends `strata serve` is in `shutdown`.
+//! Signals that must not end a command in the middle of its work. `shutdown` owns the signals that end `strata
+//! serve`.
 
 use std::io::Write as _;
 use std::sync::Arc;
@@ -14,26 +15,26 @@ fn failed(source: std::io::Error) -> ProgramError {
     ProgramError::Host { step: "setting signal handlers up", source }
 }
 
-/// Survives, in every command, the signals that would end it and that say nothing about it:
+/// Makes every command survive signals that would end it by default without being meant for it:
 ///
-/// - SIGXFSZ: a write past the limit of file sizes (`ulimit -f`, a unit's LimitFSIZE) then fails with EFBIG. Left alone it
-///   would end a daemon, which any guest could bring about, or a change of an image in its middle.
-/// - SIGUSR1 and SIGUSR2, which people send to ask how far a program is.
+/// - SIGXFSZ: a write past the file size limit (`ulimit -f`, a unit's LimitFSIZE) then fails with EFBIG. By default
+/// it would end a daemon, which any guest could provoke, or an image change half way.
+/// - SIGUSR1 and SIGUSR2, which people send to see a program's progress.
 ///
-/// Rust's runtime ignores SIGPIPE, so a write to a pipe that nobody reads fails too.
+/// Rust's runtime ignores SIGPIPE, so a write to a pipe without a reader fails too.
 ///
 /// # Errors
 /// When the host refuses a handler.
 pub fn outlive() -> Result<(), ProgramError> {
     for signal in [SIGXFSZ, SIGUSR1, SIGUSR2] {
-        // Nobody asks whether it came. A handler is not inherited by other programs, as an ignored signal is.
+        // The flag is never read. Unlike an ignored signal, a handler is not inherited by other programs.
         signal_hook::flag::register(signal, Arc::default()).map_err(failed)?;
     }
     Ok(())
 }
 
-/// From now on SIGINT, SIGTERM and SIGHUP let a change of an image come to its end; a second one ends the command at once.
-/// The image survives that, but clusters may be leaked.
+/// From now on the first SIGINT, SIGTERM or SIGHUP lets an image change finish; a second one ends the command at
+/// once. The image survives that, but clusters may be leaked.
 ///
 /// # Errors
 /// When the host refuses a handler or a thread.

@@ -1,4 +1,4 @@
-//! Sizes in bytes as people write and read them.
+//! Sizes in bytes, as people write and read them.
 
 use std::str::FromStr;
 
@@ -6,7 +6,7 @@ use std::str::FromStr;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Size(pub u64);
 
-/// Why a text is no size.
+/// Why a text is not a size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SizeError {
     /// Not digits and one suffix.
@@ -30,7 +30,7 @@ impl FromStr for Size {
             "T" | "t" | "TiB" => 40,
             _ => return Err(SizeError::Syntax),
         };
-        // from_str would take a sign.
+        // `parse` would accept a sign.
         if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
             return Err(SizeError::Syntax);
         }
@@ -39,7 +39,7 @@ impl FromStr for Size {
     }
 }
 
-/// A size in bytes, or by how much one changes.
+/// A size in bytes, or a change of one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SizeChange {
     /// Written without a sign.

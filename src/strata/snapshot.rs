@@ -1,6 +1,6 @@
-//! `strata snapshot`: lists, makes, applies and deletes the internal snapshots of an image that nobody uses.
+//! `strata snapshot`: lists, creates, applies and deletes the internal snapshots of an image that is not in use.
 //!
-//! Owns how a snapshot is told, its JSON spelled as in `qemu-img info`. What is done to the image is the disk's.
+//! Owns how a snapshot is shown; its JSON is spelled as in `qemu-img info`. The disk crate changes the image.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -16,7 +16,7 @@ use crate::signals;
 use crate::size;
 use crate::text::{json, json_name, print};
 
-/// Long enough for the last I/O of a daemon that was just killed, and not so long that one wonders.
+/// Long enough for the last I/O of a daemon that was just killed, short enough that people do not wonder.
 const LOCK_PATIENCE: Duration = Duration::from_millis(500);
 const NANOSECONDS: u64 = 1_000_000_000;
 /// The widest column of the table, in characters.
@@ -42,7 +42,7 @@ pub struct SnapshotFacts {
 }
 
 impl SnapshotFacts {
-    /// What there is to tell of it.
+    /// The facts about a snapshot.
     pub fn new(snapshot: &Snapshot) -> Self {
         SnapshotFacts {
             id: json_name(&snapshot.id),
@@ -57,7 +57,7 @@ impl SnapshotFacts {
         }
     }
 
-    /// In a line: `1 before-update, 2026-11-21 14:44:46 UTC, disk of 10 GiB, VM state of 4 KiB`.
+    /// As one line: `1 before-update, 2026-11-21 14:44:46 UTC, disk of 10 GiB, VM state of 4 KiB`.
     pub fn in_a_line(&self) -> String {
         let sized = |what: &str, bytes: u64| format!(", {what} of {}", size::short(bytes));
         let disk = self.virtual_size.map_or(String::new(), |bytes| sized("disk", bytes));
@@ -70,7 +70,7 @@ impl SnapshotFacts {
 /// Runs the command.
 ///
 /// # Errors
-/// When the image cannot be used, it cannot be done, or nobody takes what is printed.
+/// When the image cannot be used, the change fails, or the result cannot be printed.
 pub fn run(options: &SnapshotArgs) -> Result<(), ProgramError> {
     let image = &options.image;
     let how = DiskOptions {
@@ -98,10 +98,10 @@ pub fn run(options: &SnapshotArgs) -> Result<(), ProgramError> {
     }
 }
 
-/// What is to be done; nothing for a list.
+/// The requested change; none for a list.
 fn wanted(options: &SnapshotArgs) -> Option<Change> {
     if let Some(name) = &options.create {
-        // A clock before 1970 or after 2106 has no place in an image.
+        // The format cannot store a time before 1970 or after 2106.
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let seconds = u32::try_from(now.as_secs()).unwrap_or(u32::MAX);
         return Some(Change::Create { name: name.clone(), seconds, nanoseconds: now.subsec_nanos() });
@@ -123,8 +123,8 @@ fn table(facts: &[SnapshotFacts]) -> String {
             clock(one.vm_clock_sec, one.vm_clock_nsec),
         ]
     }));
-    // A wider cell does not widen its column: one long name would be paid for in each of 65,536 rows, and a format's
-    // width ends at 65,535.
+    // A wider cell does not widen its column: one long name would pad each of 65,536 rows, and a format's width ends
+    // at 65,535.
     let cell_width = |cell: &String| cell.chars().count().min(COLUMN_MAX);
     let width = |column: usize| rows.iter().map(|row| cell_width(&row[column])).max().unwrap_or(0);
     let widths: Vec<usize> = (0..rows[0].len()).map(width).collect();
@@ -146,7 +146,7 @@ fn clock(seconds: u64, nanoseconds: u64) -> String {
 fn date(seconds: u32) -> String {
     let seconds = u64::from(seconds);
     let (days, second) = (seconds / 86_400, seconds % 86_400);
-    // Years that begin in March, so that a leap day is the last of its year; day 0 is the first of March of the year 0.
+    // Years begin in March, so that a leap day is the last of its year; day 0 is 1 March of year 0.
     let day = days + 719_468;
     let (era, day_of_era) = (day / 146_097, day % 146_097);
     let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
@@ -189,7 +189,7 @@ ID  NAME                        DATE (UTC)           DISK    VM STATE  VM CLOCK
 1   before the \\u{1b}[2Jupdate  1970-01-01 00:00:00  -       4 KiB     01:01:01.005
 ";
         assert_eq!(table(&facts), expected);
-        // A name as wide as it can be, which takes more characters than a format's width can say.
+        // The widest possible name: it takes more characters than a format's width can express.
         let wide = Snapshot { name: vec![0x1b; 65_535], ..one.clone() };
         let facts_wide = [SnapshotFacts::new(&wide), SnapshotFacts::new(&one)];
         let text = table(&facts_wide);

@@ -1,4 +1,4 @@
-//! What is printed: JSON that is fit for any terminal and parser, and the way to the standard output.
+//! Printing to the standard output, and JSON that is safe for any terminal and parser.
 
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
@@ -8,19 +8,19 @@ use serde::Serialize;
 
 use crate::error::ProgramError;
 
-/// A name as a value in JSON, which has no bytes: what is not UTF-8 becomes U+FFFD. Never for a message: see
+/// A name as a JSON value. JSON has no bytes, so bytes that are not UTF-8 become U+FFFD. Never for a message: see
 /// [`names::shown`].
 pub fn json_name<N: Name + ?Sized>(name: &N) -> String {
     String::from_utf8_lossy(name.name_bytes()).into_owned()
 }
 
-/// A value as JSON on several lines. Characters that a terminal would obey, or that change the order of text, are escaped
-/// as JSON has it, so a parser sees the same strings.
+/// A value as JSON on several lines. Characters that control a terminal or change the order of text become JSON
+/// escapes, so a parser sees the same strings.
 pub fn json(value: &impl Serialize) -> String {
     let plain = serde_json::to_string_pretty(value).expect("the values have text keys and no odd numbers");
     let mut text = String::with_capacity(plain.len() + 1);
     for character in plain.chars() {
-        // Line ends are the layout's: in a string they are escaped already.
+        // Line ends belong to the layout: those inside strings are escaped already.
         if character == '\n' || !must_be_escaped(character) {
             text.push(character);
             continue;
@@ -33,7 +33,7 @@ pub fn json(value: &impl Serialize) -> String {
     text
 }
 
-/// Prints to the standard output. That the reader has gone, as `head` does, is no error.
+/// Prints to the standard output. A reader that has closed the pipe, as `head` does, is no error.
 ///
 /// # Errors
 /// When the text cannot be written.

@@ -1,20 +1,20 @@
-//! Bounds of the session that decide only how much is done or kept at a time, never what is right.
+//! Session bounds that limit only how much is done or kept at a time, never correctness.
 //!
-//! Under the feature `tiny-bounds` each is so small that a short test goes past it.
+//! With the feature `tiny-bounds` each bound is so small that a short test exceeds it.
 
-/// A bound as the product has it, or a tiny one.
+/// The product's bound, or a tiny one.
 const fn bound(product: u64, tiny: u64) -> u64 {
     if cfg!(feature = "tiny-bounds") { tiny } else { product }
 }
 
-/// True if the bounds are tiny: no program for users is to be built that way.
+/// True if the bounds are tiny: programs for users must not be built that way.
 pub const ARE_TINY: bool = cfg!(feature = "tiny-bounds");
 
-/// The most at a time: of the shortest there are.
+/// The most chains of a portion, for the shortest requests.
 pub(crate) const PORTION_MOST: u16 = bound(128, 1) as u16;
 
-/// At a time for a disk that takes longer than a turn. With all of 32 at a time reads on a disk were a tenth to a fifth
-/// slower here; with fewer than these a request takes more processor time.
+/// Chains of a portion for a disk that takes longer than a turn. With up to 32, reads on a disk were a tenth to a fifth
+/// slower here; with fewer than 8, a request takes more processor time.
 pub(crate) const PORTION_STARTED: u16 = bound(8, 1) as u16;
 
 /// Segments of discards in flight at the same time.

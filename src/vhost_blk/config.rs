@@ -1,5 +1,5 @@
-//! What the device offers: virtio features, protocol features and the configuration space (virtio 1.2, 5.2.3 and
-//! 5.2.4). Pure functions of the disk's profile.
+//! The device's offer: virtio features, protocol features and the configuration space (virtio 1.2, 5.2.3 and 5.2.4).
+//! Pure functions of the disk's profile.
 
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use virtio_bindings::virtio_blk::{
@@ -18,12 +18,12 @@ pub(crate) const FLUSH: u64 = 1 << VIRTIO_BLK_F_FLUSH;
 pub(crate) const EVENT_INDEX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
 /// INDIRECT_DESC.
 pub(crate) const INDIRECT: u64 = 1 << VIRTIO_RING_F_INDIRECT_DESC;
-/// vhost-user's own bit: protocol features can be asked for, and rings start disabled.
+/// vhost-user's own bit: protocol features can be negotiated, and rings start disabled.
 pub(crate) const PROTOCOL_FEATURES: u64 = 1 << 30;
 
 /// Bytes in a sector of the virtio interface, whatever the block size.
 pub(crate) const SECTOR: u64 = 512;
-/// The longest segment we ask for, in bytes.
+/// The longest segment that the device allows, in bytes.
 const SIZE_MAX: u32 = 4 << 20;
 /// The most data segments in a request, where the ring has room for them.
 const SEG_MAX: u16 = 126;
@@ -34,11 +34,11 @@ pub(crate) const MAX_DISCARD_SEGMENTS: usize = 32;
 /// The most segments in a write zeroes.
 pub(crate) const MAX_WRITE_ZEROES_SEGMENTS: usize = 1;
 
-/// Where the `writeback` byte is.
+/// The offset of the `writeback` byte.
 pub(crate) const WRITEBACK_OFFSET: usize = 32;
-/// Bytes of the configuration space that have a meaning here.
+/// Bytes of the configuration space that are used here.
 const CONFIG_BYTES: usize = 60;
-/// A vhost-user configuration space has no more bytes than this; up to here a read is padded with zeros.
+/// The size of a vhost-user configuration space; up to here a read is padded with zeros.
 const CONFIG_SPACE: usize = 256;
 
 /// The virtio features on offer.
@@ -63,7 +63,7 @@ pub(crate) fn features(profile: &DeviceProfile, num_queues: u16) -> u64 {
     features
 }
 
-/// Virtio features by their names in the specification, as far as a block device can have them; others by their bit.
+/// Virtio features of a block device by their names in the specification; others by their bit.
 pub(crate) fn names(features: u64) -> String {
     const NAMES: [(u32, &str); 14] = [
         (VIRTIO_BLK_F_SIZE_MAX, "SIZE_MAX"),
@@ -99,7 +99,7 @@ pub(crate) fn protocol_features() -> VhostUserProtocolFeatures {
         | VhostUserProtocolFeatures::RESET_DEVICE
 }
 
-/// `size` bytes of the configuration space from `offset`, padded with zeros; `None` if they are not all in it.
+/// `size` bytes of the configuration space from `offset`, padded with zeros; `None` if the range exceeds the space.
 pub(crate) fn read(
     profile: &DeviceProfile,
     num_queues: u16,
@@ -115,7 +115,7 @@ pub(crate) fn read(
     Some(space[start..end].to_vec())
 }
 
-/// struct virtio_blk_config up to and with the write-zeroes fields, all little-endian.
+/// struct virtio_blk_config up to and including the write-zeroes fields, all little-endian.
 fn space(profile: &DeviceProfile, num_queues: u16, queue_size: u16, writeback: bool) -> Vec<u8> {
     let mut space = Vec::with_capacity(CONFIG_SPACE);
     space.extend(profile.capacity_sectors.to_le_bytes());

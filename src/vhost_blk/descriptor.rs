@@ -1,9 +1,9 @@
-//! Judges descriptors that a frontend sent, before anybody uses them.
+//! Checks descriptors from a frontend before any use.
 //!
-//! Behind a descriptor may be a file of a FUSE server or a network's that never answers. Whoever asks it for attributes,
-//! touches a page of it or closes it then sleeps where no signal reaches. So only eventfds and their like, memory files
-//! and files of local file systems are let in; a descriptor of /dev/null takes the place of any other, and the message is
-//! refused as one with a wrong descriptor. The judgement itself asks no file system's server.
+//! A descriptor may belong to a file on a FUSE or network server that never answers. A thread that reads its
+//! attributes, touches a page of it or closes it then sleeps where no signal reaches. So only eventfds and their like,
+//! memory files and files of local file systems are admitted. Any other is replaced by a descriptor of /dev/null, and
+//! the message is refused for a wrong descriptor. The check itself never contacts a file system's server.
 
 use std::fs;
 use std::io;
@@ -13,12 +13,12 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, Statx, StatxFlags};
 use tracing::{debug, warn};
 
-/// How many descriptors may wait to be closed before no more are received.
+/// With so many descriptors waiting to be closed, no more are received.
 const WAITING_MAX: usize = 256;
-/// How many threads close at a time. Each may be stuck in a close.
+/// The most threads that close at a time. Each may be stuck in a close.
 const CLOSERS_MAX: usize = 4;
-/// File systems whose pages come from this host's memory or block devices. An overlay is as local as what an
-/// administrator put below it.
+/// File systems whose pages come from this host's memory or block devices. An overlay is as local as the file systems
+/// that an administrator put below it.
 const LOCAL: &[&str] = &[
     "bcachefs",
     "btrfs",
@@ -40,20 +40,20 @@ const LOCAL: &[&str] = &[
     "zfs",
 ];
 
-/// What a descriptor refers to.
+/// The kind of file that a descriptor refers to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// Something without a name in any file system: an eventfd, a timer, an epoll.
+    /// A file without a name in any file system: an eventfd, a timer, an epoll.
     Anonymous,
     /// A file that lives in memory: a memfd, or a file on tmpfs or hugetlbfs.
     Memory,
     /// A file on a local file system.
     Local,
-    /// Anything else, in the words of the log.
+    /// Any other kind, as text for the log.
     Other(String),
 }
 
-/// Looks at a descriptor without asking the server of its file system.
+/// Finds the kind of a descriptor without contacting the server of its file system.
 pub(crate) fn kind_of(fd: impl AsFd) -> Kind {
     let fd = fd.as_fd();
     // Only files in memory can be sealed.
@@ -71,7 +71,7 @@ pub(crate) fn kind_of(fd: impl AsFd) -> Kind {
     }
 }
 
-/// The attributes as the kernel has them. `fstat` would have the file system's server asked for newer ones.
+/// The attributes that the kernel has cached. `fstat` would make the file system's server fetch newer ones.
 pub(crate) fn attributes(fd: impl AsFd) -> rustix::io::Result<Statx> {
     let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
     rustix::fs::statx(fd, c"", flags, StatxFlags::BASIC_STATS | StatxFlags::MNT_ID)
@@ -83,7 +83,7 @@ fn file_kind(found: &Statx) -> Kind {
     match file_system(&mounts, id, (found.stx_dev_major, found.stx_dev_minor)) {
         Some(name) if LOCAL.contains(&name) => Kind::Local,
         Some(name) => Kind::Other(format!("a file on {name}")),
-        // Of a mount that we do not see. File systems without a block device have devices of major number 0.
+        // A mount that we do not see. File systems without a block device have devices of major number 0.
         None if found.stx_dev_major != 0 => Kind::Local,
         None => Kind::Other("a file on a file system that is not mounted here".to_owned()),
     }
@@ -104,7 +104,7 @@ fn file_system(mounts: &str, id: Option<u64>, device: (u32, u32)) -> Option<&str
     by_id.or_else(|| parsed().find(|(_, other, _)| *other == device)).map(|(_, _, name)| name)
 }
 
-/// Lets a descriptor in, or one of /dev/null in its place; none if the host has no descriptor left for that.
+/// Returns the descriptor if it is admitted, else one of /dev/null; `None` if the host has no descriptor left for that.
 pub(crate) fn admit(fd: OwnedFd) -> Option<OwnedFd> {
     let Kind::Other(what) = kind_of(&fd) else { return Some(fd) };
     warn!(
@@ -119,14 +119,14 @@ fn null() -> io::Result<OwnedFd> {
     Ok(rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?)
 }
 
-/// Descriptors that are to be closed by threads of their own.
+/// Descriptors to be closed by separate threads.
 #[derive(Debug)]
 struct Closing {
     waiting: Vec<OwnedFd>,
     threads: usize,
 }
 
-/// Guards what waits to be closed. A leaf: nothing is closed with it held.
+/// Guards the descriptors that wait to be closed. A leaf: nothing is closed with it held.
 static CLOSING: Mutex<Closing> = Mutex::new(Closing { waiting: Vec::new(), threads: 0 });
 
 fn closing() -> MutexGuard<'static, Closing> {
@@ -138,7 +138,7 @@ pub(crate) fn may_receive() -> bool {
     closing().waiting.len() < WAITING_MAX
 }
 
-/// Closes a descriptor on another thread, for the close may never return.
+/// Closes a descriptor on another thread, because the close may never return.
 fn close_beside(fd: OwnedFd) {
     let mut state = closing();
     state.waiting.push(fd);
@@ -186,7 +186,7 @@ mod tests {
             let path = fs::read_link(format!("/proc/self/fd/{}", admitted.as_raw_fd())).expect("procfs");
             assert_eq!(path, std::path::Path::new("/dev/null"));
         }
-        // Not a memory file: procfs is none of the local file systems.
+        // Not a memory file: procfs is not among the local file systems.
         let process = fs::File::open("/proc/self/status").expect("procfs");
         assert_eq!(kind_of(&process), Kind::Other("a file on proc".to_owned()));
     }

@@ -1,4 +1,4 @@
-//! The small trait by which a session reaches its disk, and the requests that pass through it.
+//! The small trait through which a session reaches its disk, and the requests that it carries.
 
 use std::io;
 use std::sync::Arc;
@@ -7,33 +7,32 @@ use std::time::Duration;
 use vm_memory::VolatileSlice;
 use vmm_sys_util::eventfd::EventFd;
 
-/// A span of guest memory, already translated and checked. The session keeps the mapping until the request that it was
-/// given for is done, or its [`BlockQueue`] is dropped.
+/// A span of guest memory, already translated and checked. The session keeps the mapping until its request is done or
+/// the [`BlockQueue`] is dropped.
 pub type GuestSlice = VolatileSlice<'static, ()>;
 
-/// The session's name for a request in flight on one queue: its slot, a small number that is free again once the request
-/// is done.
+/// The session's name for a request in flight on one queue: a small slot number, free again once the request is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Tag(pub u32);
 
-/// What a disk is, as the guest is to see it.
+/// The properties of a disk that the guest sees.
 #[derive(Clone, Debug)]
 pub struct DeviceProfile {
     /// Capacity in 512-byte sectors.
     pub capacity_sectors: u64,
     /// Logical block size in bytes (512).
     pub block_size: u32,
-    /// Best I/O size in bytes: the cluster size of a qcow2 image.
+    /// Preferred I/O size in bytes: the cluster size of a qcow2 image.
     pub optimal_io_size: u32,
     /// Every write, discard and write zeroes fails.
     pub read_only: bool,
     /// Offer DISCARD.
     pub discard: bool,
-    /// Discards should be aligned to this many bytes: the cluster size.
+    /// Preferred alignment of discards in bytes: the cluster size.
     pub discard_alignment: u32,
     /// Offer WRITE_ZEROES.
     pub write_zeroes: bool,
-    /// What GET_ID answers: at most 20 bytes, zero-padded.
+    /// The answer to GET_ID: at most 20 bytes, zero-padded.
     pub serial: [u8; 20],
 }
 
@@ -52,7 +51,7 @@ pub enum Request {
         /// Done only when durable (FLUSH was not negotiated, or the write cache is off).
         write_through: bool,
     },
-    /// Make every write that was done before this was submitted durable.
+    /// Make durable every write that was done before this request was submitted.
     Flush,
     /// The contents of the range are no longer needed.
     Discard {
@@ -69,7 +68,7 @@ pub enum Request {
         offset: u64,
         /// Bytes.
         length: u64,
-        /// The space may be given back.
+        /// The space may be freed.
         unmap: bool,
         /// As for a write.
         write_through: bool,
@@ -98,34 +97,35 @@ pub struct Done {
 
 /// A disk that any number of queues may use at once.
 pub trait BlockDevice: Send + Sync + 'static {
-    /// One thread's way to the disk.
+    /// One thread's access to the disk.
     type Queue: BlockQueue;
 
-    /// What the disk is. Constant while a session lasts.
+    /// The properties of the disk. Constant while a session lasts.
     fn profile(&self) -> DeviceProfile;
 
-    /// Makes the queue of the calling thread, which stays there. `depth` is the most requests it will have in flight.
+    /// Creates a queue for the calling thread, which keeps it there. At most `depth` requests are in flight on it.
     ///
     /// # Errors
-    /// When the host refuses the means (io_uring, memory).
+    /// When the host refuses the resources (io_uring, memory).
     fn queue(&self, depth: u32) -> io::Result<Self::Queue>;
 }
 
-/// One thread's way to the disk. Dropping it waits until no guest memory is in use.
+/// One thread's access to the disk. Dropping it waits until no guest memory is in use.
 pub trait BlockQueue {
-    /// Starts a request. `slices` add up to its length for reads and writes and are empty otherwise; they may have any
-    /// address and length. May complete at once: the next [`BlockQueue::turn`] tells.
+    /// Starts a request. `slices` add up to its length for reads and writes and are empty otherwise. They may have any
+    /// address and length. The request may complete at once; the next [`BlockQueue::turn`] then returns it.
     fn submit(&mut self, tag: Tag, request: Request, slices: &[GuestSlice]);
 
-    /// A hint: whether more requests are at hand, to be submitted once the next turn is over. What takes long should then
-    /// be done beside this thread, if it can be.
+    /// A hint: whether more requests follow after the next turn. The queue should then offload slow work from this
+    /// thread if it can.
     fn expect_more(&mut self, _more: bool) {}
 
-    /// Sends what was submitted to the host, runs what can run, and moves what is done into `done`. Never blocks.
+    /// Sends the submitted requests to the host, runs ready tasks, and moves completed requests into `done`. Never
+    /// blocks.
     fn turn(&mut self, done: &mut Vec<Done>);
 
-    /// Sleeps until a `turn` may find something, a watched eventfd was signalled, the notifier was used, or the
-    /// timeout passed. May return early without reason.
+    /// Sleeps until a `turn` may find something, a watched eventfd was signalled, the notifier was used, or the timeout
+    /// passed. May return early for no reason.
     fn wait(&mut self, timeout: Option<Duration>);
 
     /// The ring is being stopped: from now on no request of this queue waits for anybody's help, such as for space on the

@@ -1,7 +1,7 @@
-//! The door: accepts frontends on a thread of its own, lets in one at a time, and sends away who comes meanwhile.
+//! The door: accepts frontends on its own thread, admits one at a time, and turns the others away.
 //!
-//! It closes first when the server stops, before a session is drained or hung up on. A frontend that connects again at once
-//! then finds no listener, and tries until the next daemon has one.
+//! When the server stops, the door closes first, before a session is drained or hung up on. A frontend that reconnects
+//! at once then finds no listener, and retries until the next daemon has one.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -17,21 +17,21 @@ use crate::peer::Peer;
 use crate::server::StopHandle;
 use crate::socket_file::Listening;
 
-/// A frontend that has not sent a message after so long is dropped.
+/// A frontend without a first message after so long is dropped.
 const SILENCE_MAX: Duration = Duration::from_secs(10);
-/// When the host cannot accept (no descriptors left), the next try is after so long.
+/// When the host cannot accept (no descriptors left), the pause before the next try.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// One process that comes again and again is told of as often.
+/// The shortest time between two warnings about the same process.
 const WARN_PAUSE: Duration = Duration::from_secs(60);
 
-/// A frontend that was let in.
+/// An admitted frontend.
 #[derive(Debug)]
 pub(crate) struct Visitor {
     pub stream: UnixStream,
     pub peer: Peer,
 }
 
-/// What the door's thread and the session's thread share.
+/// The state that the door's thread and the session's thread share.
 #[derive(Debug)]
 pub(crate) struct Door {
     /// A leaf.
@@ -44,11 +44,11 @@ pub(crate) struct Door {
 
 #[derive(Debug, Default)]
 struct State {
-    /// The frontend that is served.
+    /// The frontend in service.
     inside: Option<Inside>,
-    /// The one that comes after it.
+    /// The next frontend.
     next: Option<Visitor>,
-    /// Nobody comes in any more: somebody wants the door closed.
+    /// No frontend is admitted any more: the door must close.
     closing: bool,
     /// The listener is gone.
     closed: bool,
@@ -59,13 +59,13 @@ struct State {
 struct Inside {
     stream: UnixStream,
     peer: Peer,
-    /// Until it has sent a message.
+    /// The time limit for the first message; none once it has arrived.
     deadline: Option<Instant>,
     ending: bool,
 }
 
 impl Inside {
-    /// Whoever comes now can have its place soon.
+    /// True if this frontend is leaving, so that the next one gets its place soon.
     fn is_going(&self) -> bool {
         let mut fds = [PollFd::new(&self.stream, PollFlags::RDHUP)];
         let gone = PollFlags::HUP | PollFlags::RDHUP | PollFlags::ERR;
@@ -129,7 +129,7 @@ impl Door {
         }
     }
 
-    /// The session is ending: whoever comes now waits for that.
+    /// The session is ending: new frontends wait for its end.
     pub fn ending(&self) {
         if let Some(inside) = &mut self.state().inside {
             inside.ending = true;
@@ -147,8 +147,8 @@ impl Door {
         drop(self.changed.wait_while(state, |state| !state.closed).unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// Lets frontends in until the server stops or nobody takes them any more. The socket file and the listener are gone on
-    /// return.
+    /// Admits frontends until the server stops or no thread serves them any more. On return the socket file and the
+    /// listener are gone.
     pub fn keep(&self, listening: Listening, stop: &StopHandle) {
         let mut porter = Porter { door: self, failing: false, warned: None };
         let failed = loop {
@@ -166,7 +166,7 @@ impl Door {
     }
 }
 
-/// Closes the door when the session's thread leaves, whatever the reason.
+/// Closes the door when the session's thread leaves, for any reason.
 pub(crate) struct Leaving<'a>(pub &'a Door);
 
 impl Drop for Leaving<'_> {
@@ -179,19 +179,19 @@ impl Drop for Leaving<'_> {
 /// The door's thread.
 struct Porter<'a> {
     door: &'a Door,
-    /// The host could not accept the last time.
+    /// The last accept failed on the host.
     failing: bool,
-    /// Who was sent away with a warning, and when.
+    /// The last process that was turned away with a warning, and the time.
     warned: Option<(Peer, Instant)>,
 }
 
 impl Porter<'_> {
-    /// Sleeps until there is something to do. False: the door is to close.
+    /// Sleeps until there is work. False: the door must close.
     fn wait(&self, listening: &Listening, stop: &StopHandle) -> io::Result<bool> {
         let deadline = self.door.state().inside.as_ref().and_then(|inside| inside.deadline);
         let until = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         let timeout = if self.failing { Some(ACCEPT_PAUSE) } else { until };
-        // A millisecond at least, so that a deadline is over after the wait.
+        // At least a millisecond, so that a deadline is over after the wait.
         let timeout = timeout.map(|timeout| timeout.max(Duration::from_millis(1)));
         let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
         let mut fds = [
@@ -210,13 +210,13 @@ impl Porter<'_> {
         Ok(!stop.is_stopped() && !state.closing)
     }
 
-    /// Accepts all who are there.
+    /// Accepts all waiting connections.
     fn answer(&mut self, listening: &Listening) {
         loop {
             match listening.listener.accept() {
                 Ok((stream, _)) => self.receive(stream),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                // It is gone already.
+                // The connection is gone already.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
                 Err(error) => {
                     if !self.failing {
@@ -262,7 +262,7 @@ impl Porter<'_> {
     }
 }
 
-/// Hangs up on a frontend that has said nothing for too long.
+/// Hangs up on a frontend whose first message is overdue.
 fn drop_silent(state: &mut State, silence_max: Duration) {
     let Some(inside) = &mut state.inside else { return };
     if inside.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
@@ -272,7 +272,7 @@ fn drop_silent(state: &mut State, silence_max: Duration) {
     }
 }
 
-/// How many files the process may have open at a time.
+/// The most files that the process may have open at a time.
 fn open_files_limit() -> Option<u64> {
     rustix::process::getrlimit(rustix::process::Resource::Nofile).current
 }
@@ -303,7 +303,7 @@ mod tests {
             door.left();
             let (read, visitor) = enter();
             door.heard();
-            // Long enough for the deadline that it would have had.
+            // Long enough to pass the deadline that it would have had.
             std::thread::scope(|scope| {
                 let reading = scope.spawn(read);
                 let end = Instant::now() + Duration::from_millis(120);

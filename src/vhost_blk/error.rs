@@ -1,4 +1,4 @@
-//! The errors of a session. One small enum a boundary; nothing here is ever built from a string.
+//! The errors of a session: one small enum for each boundary. No error here is built from a string.
 
 use std::io;
 use std::path::PathBuf;
@@ -6,37 +6,37 @@ use std::time::Duration;
 
 use names::shown;
 
-/// Why a server could not be set up or had to stop. What one frontend does wrong never shows here: that ends its
-/// session only.
+/// The reasons why a server could not start or had to stop. A frontend's errors never appear here: they end only its
+/// session.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SessionError {
-    /// Somebody accepts connections on the socket.
+    /// Another process accepts connections on the socket.
     #[error("socket {}: another program is listening on it", shown(path))]
     SocketInUse {
         /// The path.
         path: PathBuf,
     },
-    /// Something that is no socket is in the way.
+    /// The path holds a file that is not a socket.
     #[error("{} exists and is not a socket; it was left alone", shown(path))]
     NotASocket {
         /// The path.
         path: PathBuf,
     },
-    /// The socket could not be made.
+    /// The socket could not be created.
     #[error("socket {}: cannot {step}: {source}", shown(path))]
     Socket {
         /// The path.
         path: PathBuf,
-        /// What was tried.
+        /// The failed step.
         step: &'static str,
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
-    /// An inherited descriptor is no unix stream socket.
+    /// An inherited descriptor is not a unix stream socket.
     #[error("the inherited file descriptor is not a unix stream socket: {source}")]
     InheritedFd {
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
     /// An option is out of its range.
@@ -44,22 +44,22 @@ pub enum SessionError {
     Option {
         /// The option.
         name: &'static str,
-        /// What was asked for.
+        /// The given value.
         value: u32,
-        /// What is possible.
+        /// The allowed range.
         range: &'static str,
     },
     /// Waiting for a frontend failed.
     #[error("cannot {step}: {source}")]
     Wait {
-        /// What was tried.
+        /// The failed step.
         step: &'static str,
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
 }
 
-/// Why a session ends.
+/// The reasons why a session ends.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SessionEnd {
     #[error("the frontend left")]
@@ -80,7 +80,7 @@ pub(crate) enum SessionEnd {
     Message(vhost::vhost_user::Error),
 }
 
-/// Why a memory table was refused.
+/// The reasons why a memory table is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     /// A region has no bytes.
@@ -89,7 +89,7 @@ pub enum MemoryError {
         /// Guest physical address.
         guest: u64,
     },
-    /// An address or an offset plus the size is no 64-bit number.
+    /// An address or an offset plus the size does not fit 64 bits.
     #[error("memory region at {guest:#x}: size {size:#x} overflows an address")]
     Overflow {
         /// Guest physical address.
@@ -106,7 +106,7 @@ pub enum MemoryError {
     /// More regions than slots.
     #[error("more than {limit} memory regions")]
     TooMany {
-        /// The most there can be.
+        /// The limit.
         limit: usize,
     },
     /// The number of file descriptors is not the number of regions.
@@ -114,20 +114,20 @@ pub enum MemoryError {
     Descriptors {
         /// Regions in the message.
         regions: usize,
-        /// Descriptors beside it.
+        /// Descriptors sent with it.
         files: usize,
     },
-    /// The file is shorter than the region says: touching its end would be fatal.
+    /// The file is shorter than the region claims: touching its end would be fatal.
     #[error("memory region at {guest:#x} ends at {end:#x} of a file of {length:#x} bytes")]
     BeyondFile {
         /// Guest physical address.
         guest: u64,
-        /// Where in the file the region would end.
+        /// The offset in the file at which the region would end.
         end: u64,
-        /// How long the file is.
+        /// The length of the file.
         length: u64,
     },
-    /// The descriptor is neither memory nor a file.
+    /// The descriptor is neither memory nor a regular file.
     #[error("memory region at {guest:#x} is not backed by a regular file or memfd")]
     NotAFile {
         /// Guest physical address.
@@ -141,19 +141,19 @@ pub enum MemoryError {
         /// Bytes.
         size: u64,
     },
-    /// The host refused to look at the file or to map it.
+    /// The host refused to stat the file or to map it.
     #[error("memory region at {guest:#x}: cannot {step}: {source}")]
     Host {
         /// Guest physical address.
         guest: u64,
-        /// What was tried.
+        /// The failed step.
         step: &'static str,
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
 }
 
-/// A range of guest addresses that is not in guest memory as a whole.
+/// A range of guest addresses that is not completely in guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{length} bytes at guest address {address:#x} are not in guest memory")]
 pub struct BadAddress {
@@ -163,13 +163,13 @@ pub struct BadAddress {
     pub length: u64,
 }
 
-/// Why a ring did not start, or stopped: rule 3 of the rule of four.
+/// The reasons why a ring did not start, or stopped: rule 3 of the rule of four.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RingError {
     /// A part of the ring is not in guest memory.
     #[error("a part of the ring is outside guest memory: {0}")]
     Address(#[from] BadAddress),
-    /// A part of the ring is not aligned as virtio 1.2, 2.7 demands, or its size is not a power of two.
+    /// A part of the ring is not aligned as virtio 1.2, 2.7 requires, or its size is not a power of two.
     #[error("the ring's addresses or its size ({size}) are impossible")]
     Layout {
         /// Descriptors.
@@ -178,9 +178,9 @@ pub enum RingError {
     /// More requests than the ring has descriptors.
     #[error("the available index jumped from {from} to {to} in a ring of {size}")]
     AvailableJump {
-        /// Where we are.
+        /// Our index.
         from: u16,
-        /// What the guest wrote.
+        /// The guest's index.
         to: u16,
         /// Descriptors.
         size: u16,
@@ -188,15 +188,15 @@ pub enum RingError {
     /// The available ring names a descriptor that does not exist.
     #[error("the available ring names descriptor {head} of {size}")]
     HeadOutOfRange {
-        /// What the guest wrote.
+        /// The guest's value.
         head: u16,
         /// Descriptors.
         size: u16,
     },
-    /// A page of guest memory is gone, so what is done cannot be reported.
+    /// A page of guest memory is lost, so completed chains cannot be reported.
     #[error("a part of the guest's memory is gone")]
     MemoryLost,
-    /// The same chain twice at the same time.
+    /// The guest made a chain available that is still in flight.
     #[error("descriptor {head} was made available while it is in flight")]
     HeadInFlight {
         /// The chain's head.

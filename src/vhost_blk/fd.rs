@@ -1,8 +1,8 @@
-//! File descriptors that came from elsewhere: the frontend's eventfds and those a parent process left us.
+//! File descriptors from outside: the frontend's eventfds and those inherited from a parent process.
 //!
 //! Owns the conversions that the compiler cannot check, and the writing of signals. Such a write may block: the counter
-//! is full, and the descriptor blocks or was made to after we looked. The flag is shared with the frontend, so only an
-//! interrupt ends that write for sure (docs/concurrency.md, "Signals to the frontend").
+//! is full, and the descriptor is blocking or became so after the check. The flag is shared with the frontend, so only
+//! an interrupt ends that write for sure (docs/concurrency.md, "Signals to the frontend").
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -22,15 +22,15 @@ use crate::descriptor::{self, Kind};
 /// How often a thread that is stuck in a signal is interrupted.
 pub(crate) const INTERRUPT_EVERY: Duration = Duration::from_millis(5);
 
-/// True if the descriptor may be an eventfd: of those kinds that have no name in any file system, and so no file type.
-/// What has one is refused, for a read or a write of it may last for ever (FUSE, a network's file system) and nothing
-/// ends it, or never wait at all (a file, /dev/zero).
+/// True if the descriptor may be an eventfd: it has no name in any file system, and so no file type. Named descriptors
+/// are refused: a read or a write of one may never wait (a file, /dev/zero). Or it may last for ever, with no way to
+/// end it (FUSE, a network's file system).
 pub(crate) fn may_be_event(file: &File) -> bool {
     descriptor::kind_of(file) == Kind::Anonymous
 }
 
-/// The frontend's kick descriptor as an eventfd. Another descriptor without a name may hide behind it (a timer, an
-/// epoll): reads of it may fail, but they can be ended.
+/// The frontend's kick descriptor as an eventfd. It may be another unnamed descriptor (a timer, an epoll): reads of
+/// that may fail, but they can be ended.
 pub(crate) fn eventfd_from(file: File) -> EventFd {
     // SAFETY: the descriptor is owned by `file`, which gives it up, so the EventFd is its only owner.
     unsafe { EventFd::from_raw_fd(file.into_raw_fd()) }
@@ -46,12 +46,12 @@ pub(crate) fn copy_inherited(raw: RawFd) -> io::Result<OwnedFd> {
     Ok(rustix::io::fcntl_dupfd_cloexec(borrowed, 3)?)
 }
 
-/// An eventfd of the frontend to which we write.
+/// An eventfd of the frontend that we write to.
 #[derive(Debug)]
 pub(crate) struct Signal {
     file: File,
-    /// The frontend left it blocking. We must not change that: the flag is shared with the frontend, which may read
-    /// it blocking.
+    /// The frontend left it blocking. We must not change that: the flag is shared with the frontend, which may rely on
+    /// blocking reads.
     blocking: bool,
 }
 
@@ -61,8 +61,8 @@ impl Signal {
         Signal { file, blocking }
     }
 
-    /// Adds one. A full counter is as good as a signal, and a closed one is the frontend's affair. It may block until
-    /// the thread is interrupted, and then gives up.
+    /// Adds one. A full counter is as good as a signal, and a closed one is the frontend's affair. The write may block
+    /// until the thread is interrupted, and then ends without a signal.
     fn raise(&self) {
         if self.blocking && !self.has_room() {
             return;
@@ -76,13 +76,13 @@ impl Signal {
     }
 }
 
-/// Tells whoever stops a worker whether it is in the middle of a signal. Relaxed: it orders nothing, and is looked at
-/// several times before anything is done about it.
+/// Shows the thread that stops a worker whether the worker is in the middle of a signal. Relaxed: it orders nothing,
+/// and is read several times before any action follows.
 #[derive(Debug, Default)]
 pub(crate) struct RaiseMark(AtomicU32);
 
 impl RaiseMark {
-    /// Does so much as one signal. The count is odd meanwhile. Only the worker stores it.
+    /// Runs `raise`, at most one signal. The count is odd meanwhile. Only the worker stores it.
     fn around(&self, raise: impl FnOnce()) {
         let before = self.0.load(Ordering::Relaxed);
         self.0.store(before.wrapping_add(1), Ordering::Relaxed);
@@ -90,7 +90,7 @@ impl RaiseMark {
         self.0.store(before.wrapping_add(2), Ordering::Relaxed);
     }
 
-    /// Whether the worker is in the same signal as when this was last asked. `seen` keeps what was seen.
+    /// Whether the worker is in the same signal as at the previous call. `seen` keeps the count between calls.
     pub(crate) fn is_stuck(&self, seen: &mut u32) -> bool {
         let now = self.0.load(Ordering::Relaxed);
         now % 2 == 1 && std::mem::replace(seen, now) == now
@@ -98,25 +98,25 @@ impl RaiseMark {
 }
 
 /// Interrupts the signal that a thread is stuck in, if it still is. Other calls of the thread would be interrupted as
-/// well, so this is only for one that was seen to be stuck.
+/// well, so use it only for a thread that was seen to be stuck.
 pub(crate) fn interrupt<T>(thread: &JoinHandle<T>) {
     let _ = thread.kill(interrupting());
 }
 
-/// The signal that interrupts writes. Its handler does nothing, and does not restart what it interrupted.
+/// The signal that interrupts writes. Its handler does nothing, and interrupted calls are not restarted.
 fn interrupting() -> libc::c_int {
     static INSTALLED: Once = Once::new();
     extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
     INSTALLED.call_once(|| {
         if let Err(error) = register_signal_handler(SIGRTMIN(), nothing) {
-            // Nothing but a wrong number could be refused, and an unhandled signal would end the program.
+            // Only a wrong number could be refused, and an unhandled signal would end the program.
             panic!("no handler for the first real-time signal: {error}");
         }
     });
     SIGRTMIN()
 }
 
-/// A timer that interrupts the calling thread again and again while it lives.
+/// A timer that interrupts the calling thread repeatedly while it lives.
 struct Interrupter(libc::timer_t);
 
 impl Interrupter {
@@ -146,13 +146,13 @@ impl Interrupter {
 
 impl Drop for Interrupter {
     fn drop(&mut self) {
-        // SAFETY: the timer was made by `new`, and is deleted once.
+        // SAFETY: the timer was created by `new`, and is deleted once.
         let _ = unsafe { libc::timer_delete(self.0) };
     }
 }
 
-/// Where the session leaves a queue's signal, and from where its worker takes it. The session may change it at any
-/// time: QEMU does whenever an interrupt vector is masked.
+/// The slot through which the session passes a queue's signal to its worker. The session may change it at any time:
+/// QEMU does whenever an interrupt vector is masked.
 #[derive(Debug, Default)]
 pub(crate) struct SignalSlot {
     /// Counts the changes, so that a worker need not lock. Stored with Release after the slot; loaded with Acquire.
@@ -175,7 +175,7 @@ impl SignalSlot {
     /// Raises the signal, on any thread and in bounded time. Costs several system calls.
     pub(crate) fn raise(&self) {
         let Some(signal) = self.get() else { return };
-        // Without a timer nothing could end a write that blocks.
+        // Without a timer nothing could end a blocked write.
         if let Ok(_interrupter) = Interrupter::new() {
             signal.raise();
         }
@@ -198,8 +198,9 @@ impl SignalView {
         SignalView { slot, seen, signal }
     }
 
-    /// Raises the newest signal on the worker's thread, which whoever stops the worker may interrupt (`mark`). If the session changes it at this very moment, the old one may be raised: the
-    /// session raises the new one itself after every change.
+    /// Raises the newest signal on the worker's thread; the thread that stops the worker may interrupt it (`mark`). If
+    /// the session changes the signal at this very moment, the old one may be raised: the session itself raises the new
+    /// one after every change.
     pub(crate) fn raise(&mut self, mark: &RaiseMark) {
         let changes = self.slot.changes.load(Ordering::Acquire);
         if changes != self.seen {
@@ -225,7 +226,7 @@ mod tests {
         assert_eq!(event.read().expect("its count"), u64::MAX - 1);
     }
 
-    /// A full counter whose descriptor was made blocking after it had been looked at.
+    /// A full counter whose descriptor was made blocking after the check.
     fn full_and_blocking_by_surprise() -> (EventFd, File) {
         let event = EventFd::new(libc::EFD_NONBLOCK).expect("an eventfd");
         event.write(u64::MAX - 1).expect("fills the counter");

@@ -1,8 +1,8 @@
-//! The requests of one queue that the disk has: which slot belongs to which chain.
+//! The requests of one queue that the disk has, and the chains that their slots belong to.
 //!
-//! A chain with one request has one slot, and its slot is the tag. A discard of several segments has a slot for the
-//! chain and one for each segment; those come from a small number of extra slots, so that the depth promised to the
-//! disk holds whatever guests send, and wait in line when there are none.
+//! A chain with one request has one slot, which is the tag. A discard of several segments has a slot for the chain and
+//! one for each segment. Segment slots come from a small extra set, so that the depth promised to the disk always
+//! holds. Segments wait in line while that set is used up.
 
 use std::collections::VecDeque;
 
@@ -21,9 +21,9 @@ pub(crate) struct Pending {
     pub status: Status,
     /// Bytes of data, for the counters.
     pub bytes: u32,
-    /// Bytes written to the chain if it ends well, the status byte among them.
+    /// Bytes written to the chain on success, the status byte included.
     pub written: u32,
-    /// Requests of it that are not done.
+    /// Its requests that are not done.
     open: usize,
     /// The portion that it was taken with.
     portion: u32,
@@ -39,7 +39,7 @@ enum Slot {
 #[derive(Debug)]
 pub(crate) struct InFlight {
     slots: Slab<Slot>,
-    /// Segments that have not been sent to the disk, with the slots of their chains.
+    /// Segments not yet sent to the disk, with the slots of their chains.
     waiting: VecDeque<(usize, Request)>,
     /// Slots taken by segments.
     segments: usize,
@@ -58,7 +58,7 @@ impl InFlight {
         }
     }
 
-    /// The most requests a disk will have from a ring of this size.
+    /// The most requests that a ring of this size has in flight on its disk.
     pub(crate) fn depth(ring_size: u16) -> u32 {
         u32::from(ring_size) + SEGMENT_SLOTS as u32 + 1
     }
@@ -67,7 +67,7 @@ impl InFlight {
         self.slots.is_empty()
     }
 
-    /// Requests that the disk has, and chains whose segments it has.
+    /// Slots in use: requests that the disk has, and chains whose segments it has.
     pub(crate) fn len(&self) -> usize {
         self.slots.len()
     }
@@ -82,8 +82,8 @@ impl InFlight {
         pending.portion == self.portion
     }
 
-    /// Adds a chain. Its only request is to be submitted with the tag; if it has several, they wait, and
-    /// [`InFlight::next_segment`] hands them out.
+    /// Adds a chain. A single request is returned, to be submitted with the tag. Several requests wait, and
+    /// [`InFlight::next_segment`] returns them.
     pub(crate) fn add(&mut self, head: u16, submission: Submission) -> Option<(Tag, Request)> {
         let Submission { kind, status_byte, requests, bytes, written } = submission;
         let open = requests.len();
@@ -105,7 +105,7 @@ impl InFlight {
         None
     }
 
-    /// True if [`InFlight::next_segment`] has one.
+    /// True if [`InFlight::next_segment`] would return a segment.
     pub(crate) fn may_submit(&self) -> bool {
         self.segments < SEGMENT_SLOTS && !self.waiting.is_empty()
     }
@@ -120,12 +120,12 @@ impl InFlight {
         Some((tag(self.slots.insert(Slot::Segment { chain })), request))
     }
 
-    /// A tag for a flush of our own.
+    /// A tag for the session's own flush.
     pub(crate) fn add_closing(&mut self) -> Tag {
         tag(self.slots.insert(Slot::Closing))
     }
 
-    /// Takes note of a request that is done; the chain, if that was the last of it.
+    /// Records a request as done. Returns the chain if that was its last request.
     pub(crate) fn finish(&mut self, done: Done) -> Option<Pending> {
         let slot = done.tag.0 as usize;
         let chain =

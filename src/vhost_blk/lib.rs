@@ -1,11 +1,11 @@
 //! The vhost-user-blk session: messages, guest memory, split rings and virtio-blk requests.
 //!
-//! Knows no image and no file: it talks to a [`BlockDevice`]. A [`Server`] accepts frontends, one at a time; a session
-//! (`session`) does what their messages say to the queues (`vring`) and the memory (`memory`); each started queue has
-//! a thread (`worker`) that takes chains from its ring (`ring`), checks them (`request`) and gives them to the disk.
+//! Knows no image and no file, only a [`BlockDevice`]. A [`Server`] accepts frontends, one at a time. A session
+//! (`session`) applies their messages to the queues (`vring`) and the memory (`memory`). Each started queue has a
+//! thread (`worker`) that takes chains from its ring (`ring`), checks them (`request`) and submits them to the disk.
 //!
-//! Unsafe code is in `memory` (mappings), `loss` (the handler for pages that are gone) and `fd` (descriptors that came as
-//! numbers, and the interruption of writes to them), and nowhere else.
+//! Only three files hold unsafe code: `memory` (mappings), `loss` (the handler for lost pages) and `fd` (descriptors
+//! given by number, and the interruption of writes to them).
 
 #![deny(unsafe_code)]
 
@@ -39,8 +39,7 @@ mod socket_file;
 mod vring;
 mod worker;
 
-/// For this project's own benchmarks and fuzz targets, which look at the ring without a session. Nothing of it is
-/// stable.
+/// For this project's own benchmarks and fuzz targets, which use the ring without a session. None of it is stable.
 #[doc(hidden)]
 pub mod internals {
     pub use crate::device::GuestSlice;

@@ -1,10 +1,10 @@
-//! What happens when a page of guest memory is gone: the frontend truncated the file, the file system of a sparse memory
-//! file is full, there are no huge pages left, or the host's memory is damaged.
+//! Handles lost pages of guest memory: the frontend truncated the file, the file system of a sparse memory file is
+//! full, no huge pages are left, or the host's memory is damaged.
 //!
 //! A thread that touches such a page gets SIGBUS. The handler here looks the address up in a static table of the mapped
-//! regions. In a region it puts a page of zeros where the fault was and marks the session's memory as lost. Then no ring of
-//! the session gives a chain back any more ([`MemoryLoss::is_lost`]), so no request that met those zeros is ever
-//! reported as done, and the session ends. A fault anywhere else gets what it would have got without us.
+//! regions. In a region it maps a page of zeros at the fault and marks the session's memory as lost. From then on no
+//! ring of the session gives a chain back ([`MemoryLoss::is_lost`]). So no request that read or wrote those zeros is
+//! reported as done, and the session ends. A fault anywhere else goes to the previous action for SIGBUS.
 //!
 //! Owns the table and the handler. Everything that the handler calls is async-signal-safe: atomics and system calls.
 
@@ -17,44 +17,44 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use rustix::event::EventfdFlags;
 use tracing::warn;
 
-/// Regions that can be mapped at a time: a full table, its successor, and what requests still use of older ones.
+/// The most regions mapped at a time: a full table, its successor, and older regions that requests still use.
 const SLOTS: usize = 2048;
-/// After so many faults in a region all of it is replaced, so that the number of mappings stays bounded.
+/// After so many faults in a region the whole region is replaced, so that the number of mappings stays bounded.
 const FAULTS_MAX: usize = 1024;
 
-/// A session's memory as a whole: whether some of it was found to be gone.
+/// Whether some of a session's memory is lost.
 #[derive(Debug, Default)]
 pub(crate) struct MemoryLoss {
     /// Stored by the handler with Release.
     lost: AtomicBool,
-    /// Becomes readable when something is lost.
+    /// Becomes readable when a page is lost.
     event: Option<OwnedFd>,
 }
 
 impl MemoryLoss {
-    /// Memory of which nothing is lost.
+    /// A session's memory before any loss.
     ///
     /// # Errors
-    /// When the host has no eventfd for us.
+    /// When the host refuses an eventfd.
     pub(crate) fn new() -> io::Result<Self> {
         let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         Ok(MemoryLoss { lost: AtomicBool::new(false), event: Some(event) })
     }
 
-    /// Whether something is lost, as far as the calling thread has touched it before. A fault is taken by the thread that
-    /// touches the page, before its next instruction; so only the compiler must be kept from moving the load.
+    /// Whether a page is lost that the calling thread touched before. The thread that touches the page takes the fault
+    /// before its next instruction, so only the compiler must be kept from moving the load.
     #[inline]
     pub(crate) fn is_lost(&self) -> bool {
         compiler_fence(Ordering::SeqCst);
         self.lost.load(Ordering::Acquire)
     }
 
-    /// What becomes readable when something is lost.
+    /// The eventfd that becomes readable when a page is lost.
     pub(crate) fn event(&self) -> Option<BorrowedFd<'_>> {
         self.event.as_ref().map(AsFd::as_fd)
     }
 
-    /// For the handler.
+    /// Marks the loss; the handler calls it.
     fn tell(&self) {
         self.lost.store(true, Ordering::Release);
         if let Some(event) = &self.event {
@@ -65,13 +65,13 @@ impl MemoryLoss {
     }
 }
 
-/// One region, as the handler sees it.
+/// One region, in the handler's table.
 struct Slot {
     /// Its first byte; 0 while the slot is free. Stored last, with Release, when a slot is taken.
     start: AtomicUsize,
     /// Bytes, whole pages.
     bytes: AtomicUsize,
-    /// Bytes of one of its pages.
+    /// Bytes of one page of the region.
     page: AtomicUsize,
     faults: AtomicUsize,
     loss: AtomicPtr<MemoryLoss>,
@@ -87,22 +87,22 @@ static TABLE: [Slot; SLOTS] = [const {
     }
 }; SLOTS];
 
-/// Held by whoever takes or frees a slot. A leaf.
+/// Held while a slot is taken or freed. A leaf.
 static CHANGING: Mutex<()> = Mutex::new(());
 
-/// What SIGBUS did before.
+/// The previous action for SIGBUS.
 static PREVIOUS: OnceLock<libc::sigaction> = OnceLock::new();
 
-/// A mapped region in the handler's table. It must go before the mapping does.
+/// A mapped region in the handler's table. It must be dropped before the mapping.
 #[derive(Debug)]
 pub(crate) struct Watch {
     slot: usize,
-    /// The slot points to it.
+    /// Kept alive because the slot points to it.
     _loss: Arc<MemoryLoss>,
 }
 
 impl Watch {
-    /// Puts a mapping into the table; none if the table is full.
+    /// Puts a mapping into the table; `None` if the table is full.
     pub(crate) fn new(start: *const u8, bytes: usize, page: usize, loss: &Arc<MemoryLoss>) -> Option<Self> {
         let _changing = CHANGING.lock().unwrap_or_else(PoisonError::into_inner);
         install();
@@ -116,7 +116,7 @@ impl Watch {
         Some(Watch { slot, _loss: Arc::clone(loss) })
     }
 
-    /// Whether a page of this region was found to be gone.
+    /// Whether a page of this region was lost.
     pub(crate) fn is_lost(&self) -> bool {
         TABLE[self.slot].faults.load(Ordering::Acquire) > 0
     }
@@ -129,7 +129,7 @@ impl Drop for Watch {
     }
 }
 
-/// Sets the handler up, once. With [`CHANGING`] held.
+/// Installs the handler, once. Call it with [`CHANGING`] held.
 fn install() {
     if PREVIOUS.get().is_some() {
         return;
@@ -138,7 +138,7 @@ fn install() {
     let (mut action, mut previous) = unsafe { std::mem::zeroed::<(libc::sigaction, libc::sigaction)>() };
     let handler: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) = on_bus_error;
     action.sa_sigaction = handler as usize;
-    // On the stack that Rust gives its threads for signals, if there is one.
+    // On the signal stack that Rust gives its threads, if there is one.
     action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
     // SAFETY: both point to values of ours, and the handler does only what a handler may.
     if unsafe { libc::sigaction(libc::SIGBUS, &raw const action, &raw mut previous) } != 0 {
@@ -161,7 +161,7 @@ extern "C" fn on_bus_error(signal: libc::c_int, info: *mut libc::siginfo_t, _: *
     unsafe { *libc::__errno_location() = errno };
 }
 
-/// Replaces the page at this address if it is guest memory; whether that was done.
+/// Replaces the page at this address if it is guest memory; returns whether it did.
 fn replace(address: usize) -> bool {
     for slot in &TABLE {
         let start = slot.start.load(Ordering::Acquire);
@@ -169,7 +169,7 @@ fn replace(address: usize) -> bool {
         let page = slot.page.load(Ordering::Relaxed);
         let loss = slot.loss.load(Ordering::Relaxed);
         let within = start != 0 && address.checked_sub(start).is_some_and(|offset| offset < bytes);
-        // Another thread may be changing a slot, but not that of a mapping which this thread is using.
+        // Another thread may be changing a slot, but never the slot of a mapping which this thread is using.
         if !within || slot.start.load(Ordering::Acquire) != start {
             continue;
         }
@@ -192,8 +192,8 @@ fn map_zeros(start: usize, bytes: usize) -> bool {
     mapped != libc::MAP_FAILED
 }
 
-/// Leaves the signal to what was there before us: the instruction that faulted is run again, and a signal that somebody
-/// sent is sent again.
+/// Passes the signal to the previous action. A faulting instruction runs again, and a signal that was sent is sent
+/// again.
 fn pass_on(signal: libc::c_int, code: libc::c_int) {
     let previous = PREVIOUS.get().map_or(ptr::null(), ptr::from_ref);
     // SAFETY: the previous action is as the kernel gave it. Before it is known there is no handler but the default.
@@ -218,7 +218,7 @@ mod tests {
 
     const PAGE: usize = 4096;
 
-    /// A page of a file that has no bytes: touching it raises SIGBUS.
+    /// A page of an empty file: touching it raises SIGBUS.
     fn nothing() -> *mut u8 {
         let file = rustix::fs::memfd_create("x", rustix::fs::MemfdFlags::CLOEXEC).expect("a memfd");
         let access = rustix::mm::ProtFlags::READ | rustix::mm::ProtFlags::WRITE;
@@ -236,7 +236,7 @@ mod tests {
         let (page, untouched) = (nothing(), nothing());
         let watch = Watch::new(page, 2 * PAGE, PAGE, &loss).expect("room");
         let unharmed = Watch::new(untouched, 2 * PAGE, PAGE, &other).expect("room");
-        // SAFETY: the mapping stays, and nobody else uses it.
+        // SAFETY: the mapping stays, and no other code uses it.
         let read = unsafe { page.add(PAGE + 5).read_volatile() };
         assert_eq!(read, 0);
         assert!(loss.is_lost() && watch.is_lost());
@@ -257,14 +257,15 @@ mod tests {
         assert_eq!(all.len(), SLOTS);
     }
 
-    /// Faults elsewhere still end the program: it runs again as a child, which is told by its environment to fault.
+    /// Faults elsewhere still end the program. The test runs itself as a child, which an environment variable makes
+    /// fault.
     #[test]
     fn any_other_fault_is_fatal() {
         const CHILD: &str = "STRATA_TEST_FAULT";
         if std::env::var_os(CHILD).is_some() {
             let loss = Arc::new(MemoryLoss::default());
             let _watch = Watch::new(nothing(), PAGE, PAGE, &loss).expect("room");
-            // SAFETY: the mapping stays, and nobody else uses it.
+            // SAFETY: the mapping stays, and no other code uses it.
             unsafe { nothing().read_volatile() };
             return;
         }

@@ -1,9 +1,9 @@
-//! Guest memory: the table of regions that a frontend shares, mapped, and the translation of guest addresses.
+//! Guest memory: maps the regions that a frontend shares, and translates guest addresses.
 //!
-//! This file owns every mapping and is where guest addresses become host addresses. It never decides when a mapping may go:
-//! whoever holds an `Arc<GuestMemory>` keeps it. Nothing here trusts a number of the frontend or the guest.
+//! Owns every mapping and turns guest addresses into host addresses. It never decides when a mapping ends: each holder
+//! of an `Arc<GuestMemory>` keeps it. No number from the frontend or the guest is trusted.
 //!
-//! Guest memory is kept out of core dumps. What happens when a page of it turns out to be gone is in `loss`.
+//! Guest memory is excluded from core dumps. `loss` handles pages that are lost.
 
 use std::fs::File;
 use std::io;
@@ -21,17 +21,17 @@ use crate::device::GuestSlice;
 use crate::error::{BadAddress, MemoryError};
 use crate::loss::{MemoryLoss, Watch};
 
-/// The most regions in a table: what KVM offers too, so no frontend has more.
+/// The most regions in a table: KVM has the same limit, so no frontend has more.
 pub const MAX_MEMORY_SLOTS: usize = 509;
 
-/// What [`GuestMemory::is_untouched`] looks at: so many regions, in pieces of so many bytes; all of so many bytes at the
-/// beginning of each, and so many pieces further on, each so far from the one before.
+/// The samples of [`GuestMemory::is_untouched`], in pieces of UNTOUCHED_PIECE bytes, from UNTOUCHED_REGIONS regions. Of
+/// each region: all of the first UNTOUCHED_BEGIN bytes, then UNTOUCHED_PIECES pieces, one every UNTOUCHED_STEP bytes.
 const UNTOUCHED_REGIONS: usize = 8;
 const UNTOUCHED_PIECE: usize = 4096;
 const UNTOUCHED_BEGIN: usize = 1 << 20;
 const UNTOUCHED_PIECES: usize = 1024;
 const UNTOUCHED_STEP: usize = 2 << 20;
-/// Rings whose flags may be in one piece.
+/// The most rings whose flags may lie in one piece.
 const UNTOUCHED_FLAGS: usize = 8;
 
 /// A region as the frontend describes it: a copy, so that nothing is read twice.
@@ -58,11 +58,11 @@ impl From<&VhostUserMemoryRegion> for RegionInfo {
     }
 }
 
-/// The mapped memory of a guest, immutable. A change makes a new one, which shares the mappings that stay.
+/// The mapped memory of a guest, immutable. A change creates a new value, which shares the mappings that stay.
 #[derive(Debug)]
 pub struct GuestMemory {
-    /// Where the regions of `map` are, in order: what a request's addresses are looked up in. Before `map`: it drops the
-    /// watches first.
+    /// The locations of the regions of `map`, in order, for the lookup of request addresses. Declared before `map`, so
+    /// that the watches drop first.
     spans: Vec<Span>,
     map: GuestMemoryMmap<()>,
     loss: Arc<MemoryLoss>,
@@ -76,8 +76,8 @@ struct Span {
     mapped: Mapped,
 }
 
-/// A mapping that the handler for lost pages knows. Whoever holds one lets go of the watch before the mapping: the last
-/// watch is gone before the last mapping is.
+/// A mapping that the handler for lost pages knows. Every holder drops the watch before the mapping, so the last watch
+/// is gone before the last mapping.
 #[derive(Clone, Debug)]
 pub(crate) struct Mapped {
     watch: Arc<Watch>,
@@ -93,7 +93,7 @@ impl Mapped {
 }
 
 impl GuestMemory {
-    /// Memory with no byte in it.
+    /// Memory without any byte.
     pub fn empty() -> Self {
         Self::empty_of(Arc::default())
     }
@@ -102,18 +102,18 @@ impl GuestMemory {
         GuestMemory { spans: Vec::new(), map: GuestMemoryMmap::new(), loss }
     }
 
-    /// Whether some of the session's memory was found to be gone.
+    /// The state of loss of the session's memory.
     pub(crate) fn loss(&self) -> &Arc<MemoryLoss> {
         &self.loss
     }
 
-    /// The mappings, for what may lie in several of them.
+    /// The mappings, for ranges that may lie in several of them.
     pub fn map(&self) -> &GuestMemoryMmap<()> {
         &self.map
     }
 
-    /// The mapping in which a range lies, and where in it; nothing if it is not in guest memory, or goes on in the next
-    /// region.
+    /// The mapping that holds a range, and the offset in it. None if the range is not in guest memory or crosses into
+    /// the next region.
     pub(crate) fn mapping_of(&self, address: u64, length: usize) -> Option<(&Mapped, usize)> {
         let after = self.spans.partition_point(|span| span.start <= address);
         let Span { start, mapped } = self.spans.get(after.checked_sub(1)?)?;
@@ -122,8 +122,8 @@ impl GuestMemory {
         (left > 0 && length <= left).then_some((mapped, within))
     }
 
-    /// A range as one piece, where [`GuestMemory::mapping_of`] finds it. To be used as what
-    /// [`GuestMemory::translate`] gives.
+    /// A range as one piece, where [`GuestMemory::mapping_of`] finds it. Use it under the rules of
+    /// [`GuestMemory::translate`].
     pub(crate) fn whole(&self, address: u64, length: usize) -> Option<GuestSlice> {
         let (mapped, within) = self.mapping_of(address, length)?;
         let piece = mapped.memory().get_slice(within, length).ok()?;
@@ -131,25 +131,25 @@ impl GuestMemory {
         Some(unsafe { GuestSlice::new(piece.ptr_guard_mut().as_ptr(), piece.len()) })
     }
 
-    /// Checks that a range lies in guest memory, in however many regions. An empty range must still name an address
-    /// in it.
+    /// Checks that a range lies in guest memory, in any number of regions. An empty range must still have an address in
+    /// guest memory.
     ///
     /// # Errors
-    /// When any byte of it is outside, or its end is no 64-bit number.
+    /// When any byte of it is outside, or its end does not fit 64 bits.
     pub fn check(&self, address: u64, length: u64) -> Result<(), BadAddress> {
         let bad = BadAddress { address, length };
         let bytes = usize::try_from(length).map_err(|_| bad)?;
         if self.mapping_of(address, bytes).is_some() {
             return Ok(());
         }
-        // vm-memory lets a walk wrap round to address 0 when it ends exactly at 2^64.
+        // vm-memory lets a walk wrap around to address 0 when it ends exactly at 2^64.
         address.checked_add(length).ok_or(bad)?;
         let sound = bytes > 0 && self.map.get_slices(GuestAddress(address), bytes).all(|piece| piece.is_ok());
         if sound { Ok(()) } else { Err(bad) }
     }
 
-    /// Translates a range, adding its pieces (one for each region it touches) to `pieces`. The slices are good for as
-    /// long as this memory is kept, which the caller must see to: that is why their `'static` is no lie.
+    /// Translates a range, adding its pieces (one for each region it touches) to `pieces`. The slices are valid only
+    /// while this memory is kept. The caller must ensure that, which justifies their `'static`.
     ///
     /// # Errors
     /// As for [`GuestMemory::check`]; then nothing was added.
@@ -178,14 +178,15 @@ impl GuestMemory {
             };
             // SAFETY: the piece was checked to lie in a mapping of this table, and its user keeps the table (an Arc)
             // until the last use of the slice: see Worker, which drops its queue before its memory. The guest writes
-            // this memory at any time, so everybody else, too, uses volatile or atomic accesses or the kernel.
+            // this memory at any time, so all other code, too, uses volatile or atomic accesses or the kernel.
             pieces.push(unsafe { GuestSlice::new(piece.ptr_guard_mut().as_ptr(), piece.len()) });
         }
         Ok(())
     }
 
-    /// Whether there is memory and nobody seems ever to have written to it: the beginning of each region is zero, and so is
-    /// a page at every 2 MiB, where firmware and kernels put their tables and code. Of a guest that runs some are not.
+    /// Whether there is memory that seems never written: the beginning of each region is zero, and so is a page at
+    /// every 2 MiB, where firmware and kernels put their tables and code. In a running guest some of these are not
+    /// zero.
     pub(crate) fn is_untouched(&self) -> bool {
         !self.spans.is_empty()
             && self.spans.iter().take(UNTOUCHED_REGIONS).all(|span| {
@@ -208,14 +209,14 @@ impl GuestMemory {
     /// Copies an object out of guest memory, once.
     ///
     /// # Errors
-    /// When it is not in guest memory as a whole.
+    /// When any part of it is outside guest memory.
     pub fn read<T: ByteValued>(&self, address: u64) -> Result<T, BadAddress> {
         let length = size_of::<T>() as u64;
         self.map.read_obj(GuestAddress(address)).map_err(|_| BadAddress { address, length })
     }
 }
 
-/// The regions of a session in the order of their guest addresses, and the memory they add up to.
+/// The regions of a session in the order of their guest addresses, and the memory they form.
 #[derive(Debug)]
 pub struct MemoryTable {
     regions: Vec<Region>,
@@ -229,17 +230,17 @@ struct Region {
 }
 
 impl MemoryTable {
-    /// A table with no region.
+    /// A table without regions.
     pub fn new() -> Self {
         Self::watched(Arc::default())
     }
 
-    /// A table with no region, of a session that wants to know when a page is gone.
+    /// A table without regions, for a session that watches for lost pages.
     pub(crate) fn watched(loss: Arc<MemoryLoss>) -> Self {
         MemoryTable { regions: Vec::new(), memory: Arc::new(GuestMemory::empty_of(loss)) }
     }
 
-    /// The first region of which a page was found to be gone.
+    /// The first region that lost a page.
     pub(crate) fn lost_region(&self) -> Option<RegionInfo> {
         self.regions.iter().find(|region| region.mapped.watch.is_lost()).map(|region| region.info)
     }
@@ -248,15 +249,15 @@ impl MemoryTable {
         &self.memory.loss
     }
 
-    /// The memory as it is now.
+    /// The current memory.
     pub fn memory(&self) -> Arc<GuestMemory> {
         Arc::clone(&self.memory)
     }
 
-    /// A table of exactly these regions (SET_MEM_TABLE), in any order. Nothing of this one is in it.
+    /// A table of exactly these regions (SET_MEM_TABLE), in any order. It contains nothing of this table.
     ///
     /// # Errors
-    /// When a region is impossible, does not fit its file, or overlaps another. Every file is closed then.
+    /// When a region is invalid, does not fit its file, or overlaps another. Every file is closed then.
     pub fn with_regions(&self, infos: &[RegionInfo], files: Vec<File>) -> Result<Self, MemoryError> {
         if infos.len() != files.len() {
             return Err(MemoryError::Descriptors { regions: infos.len(), files: files.len() });
@@ -265,7 +266,7 @@ impl MemoryTable {
         self.assemble(regions.collect::<Result<_, _>>()?)
     }
 
-    /// This table with one region more (ADD_MEM_REG). The mappings of this one stay in the new one.
+    /// This table with one more region (ADD_MEM_REG). The new table keeps the mappings of this one.
     ///
     /// # Errors
     /// As for [`MemoryTable::with_regions`].
@@ -275,7 +276,7 @@ impl MemoryTable {
         self.assemble(regions)
     }
 
-    /// This table without one region (REM_MEM_REG), which must be named by its guest and user address and its size.
+    /// This table without one region (REM_MEM_REG), which must match in guest address, user address and size.
     ///
     /// # Errors
     /// When there is no such region.
@@ -356,7 +357,7 @@ impl Region {
         let mapping = MmapRegion::<()>::from_file(FileOffset::new(file, offset), bytes)
             .map_err(|error| failed("map it", io::Error::other(error)))?;
         let start = mapping.as_ptr();
-        // SAFETY: the whole pages of a mapping of ours; what they hold does not change.
+        // SAFETY: the whole pages of a mapping of ours; their contents do not change.
         unsafe { rustix::mm::madvise(start.cast(), bytes.next_multiple_of(page), Advice::LinuxDontDump) }
             .map_err(|error| failed("keep it out of core dumps", error.into()))?;
         let region = GuestRegionMmap::new(mapping, GuestAddress(guest)).ok_or(overflow)?;
@@ -367,7 +368,7 @@ impl Region {
     }
 }
 
-/// Bytes of a page of a file in memory.
+/// The page size, in bytes, of a file in memory.
 fn page_bytes(file: &File) -> usize {
     let usual = rustix::param::page_size();
     match rustix::fs::fstatfs(file) {

@@ -1,27 +1,27 @@
-//! What a message says of itself, read before `vhost` handles it.
+//! The facts in a message's own bytes, read before `vhost` handles it.
 //!
-//! `vhost` handles a message and tells only whether that failed. Whether the frontend was told, and the bits of a queue
-//! index that `vhost` drops, are in the message's first bytes. Nothing here judges a message.
+//! `vhost` handles a message and returns only whether that failed. The first bytes of the message show whether the
+//! frontend gets a reply, and the bits of a queue index that `vhost` drops. Nothing here checks a message.
 
 use vhost::vhost_user::message::FrontendReq;
 
 /// Bytes of a message's header: request, flags and the payload's size, 32 bits each.
 pub(crate) const HEADER: usize = 12;
 const NEED_REPLY: u32 = 1 << 3;
-/// In the payload of a message about a queue's descriptors: there is none.
+/// In the payload of a message about a queue's descriptors: no descriptor is sent.
 const NO_DESCRIPTOR: u64 = 1 << 8;
 
-/// How many bytes of payload a whole header announces; none if it is not whole.
+/// The bytes of payload that a whole header announces; 0 if the header is not whole.
 pub(crate) fn payload_bytes(header: &[u8]) -> usize {
     let size = header.get(8..HEADER).and_then(|size| <[u8; 4]>::try_from(size).ok());
     size.map_or(0, |size| u32::from_ne_bytes(size) as usize)
 }
 
-/// The parts of a message that the session needs beside what `vhost` tells it.
+/// The parts of a message that the session needs and `vhost` does not pass on.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Envelope {
     request: Option<FrontendReq>,
-    /// The frontend wants to know how it went.
+    /// The frontend wants an acknowledgement.
     pub needs_reply: bool,
     /// The queue of a kick, call or error message at its full width.
     pub vring_index: Option<u64>,
@@ -47,7 +47,7 @@ impl Envelope {
         Envelope { request, needs_reply: flags & NEED_REPLY != 0, vring_index }
     }
 
-    /// The message has no reply of its own, so that REPLY_ACK gives it one.
+    /// The message has no reply of its own, so REPLY_ACK gives it one.
     pub(crate) fn is_acknowledged(&self) -> bool {
         use FrontendReq as R;
         matches!(
@@ -77,7 +77,7 @@ impl Envelope {
         self.request == Some(FrontendReq::SET_CONFIG)
     }
 
-    /// For the log.
+    /// The name for the log.
     pub(crate) fn name(&self) -> String {
         self.request.map_or_else(|| "unknown".to_owned(), |request| format!("{request:?}"))
     }

@@ -1,6 +1,6 @@
-//! What the queues did: counters that any thread may read while the workers count.
+//! Counters of the queues, which any thread may read while the workers count.
 //!
-//! Every counter stands for itself and is relaxed: a snapshot is no cut through time.
+//! Every counter is independent and relaxed: a snapshot is not consistent across counters.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -62,7 +62,7 @@ pub(crate) struct QueueMetrics {
 }
 
 impl Metrics {
-    /// Counters for so many queues.
+    /// Counters for `num_queues` queues.
     pub fn new(num_queues: u16) -> Self {
         Metrics { queues: (0..num_queues).map(|_| QueueMetrics::default()).collect() }
     }
@@ -160,8 +160,8 @@ impl QueueMetrics {
     }
 }
 
-/// Only the queue's worker counts, so a load and a store do, and no locked instruction is needed. (After a worker's
-/// death the session counts once, with no worker running.)
+/// Only the queue's worker counts, so a load and a store suffice, without a locked instruction. (After a worker's death
+/// the session counts once, with no worker running.)
 fn add(counter: &AtomicU64, amount: u64) {
     counter.store(counter.load(Ordering::Relaxed).wrapping_add(amount), Ordering::Relaxed);
 }

@@ -1,8 +1,8 @@
-//! A part of a ring in guest memory: the descriptor table, the available ring or the used ring. It is found once, and then
-//! read and written by offset.
+//! A part of a ring in guest memory: the descriptor table, the available ring or the used ring. It is located once, and
+//! then read and written by offset.
 //!
-//! Guest addresses that follow each other may lie in two mappings. Hardly any guest has a ring there, but one may: then
-//! each access looks its address up. Every access is checked against the part's end, and no contents are trusted.
+//! Consecutive guest addresses may lie in two mappings. Few guests place a ring there; for them, each access searches
+//! the mappings for its address. Every access is checked against the part's end, and no contents are trusted.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
@@ -12,7 +12,7 @@ use vm_memory::{ByteValued, Bytes, GuestAddress, VolatileMemory};
 use crate::error::BadAddress;
 use crate::memory::{GuestMemory, Mapped};
 
-/// Where a part is. It keeps the mappings that it is in.
+/// The location of a part. It keeps the mappings that hold the part.
 #[derive(Debug)]
 pub(crate) struct Part {
     base: u64,
@@ -22,14 +22,14 @@ pub(crate) struct Part {
 
 #[derive(Debug)]
 enum Place {
-    /// All of it in one mapping, from this byte on.
+    /// All of it in one mapping, from this offset on.
     Whole(Mapped, usize),
-    /// In several.
+    /// In several mappings.
     Spread(Arc<GuestMemory>),
 }
 
 impl Part {
-    /// Finds a part of so many bytes.
+    /// Finds a part of `bytes` bytes.
     ///
     /// # Errors
     /// When some of it is outside guest memory.
@@ -117,7 +117,7 @@ impl Part {
         if within { Ok(()) } else { Err(self.bad::<T>(offset)) }
     }
 
-    /// The guest address of what is within the part.
+    /// The guest address of an offset in the part.
     fn address(&self, offset: usize) -> GuestAddress {
         GuestAddress(self.base + offset as u64)
     }

@@ -1,4 +1,4 @@
-//! Which process is at the other end of a socket, for the log.
+//! The process at the other end of a socket, for the log.
 
 use std::fs;
 use std::os::fd::AsFd;
@@ -11,12 +11,12 @@ const PROGRAM_MAX: usize = 16;
 /// The process that connected.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Peer {
-    /// None: it is in another process namespace, or the host does not tell.
+    /// None: it is in another process namespace, or the host does not report it.
     process: Option<(i32, String)>,
 }
 
 impl Peer {
-    /// Asks the host.
+    /// Reads the process from the host.
     pub fn of(socket: impl AsFd) -> Self {
         let pid = sockopt::socket_peercred(socket).map(|found| found.pid.as_raw_nonzero().get());
         Peer { process: pid.ok().filter(|pid| *pid > 0).map(|pid| (pid, program(pid))) }
@@ -38,7 +38,7 @@ impl std::fmt::Display for Peer {
     }
 }
 
-/// The program's name. A process chooses it, so what is not plain is replaced.
+/// The program's name. The process chooses it, so unusual characters are replaced.
 fn program(pid: i32) -> String {
     let name = fs::read(format!("/proc/{pid}/comm")).unwrap_or_default();
     let name = name.strip_suffix(b"\n").unwrap_or(&name);

@@ -1,30 +1,30 @@
-//! How long a worker that has nothing to do keeps looking before it sleeps.
+//! How long a worker with nothing to do polls before it sleeps.
 //!
-//! Pure arithmetic on durations, no clock of its own. Looking is worth its processor time only if work tends to come
-//! within about the time that a sleep and a wake-up cost.
+//! Pure arithmetic on durations, without a clock of its own. Polling is worth its processor time only if work tends to
+//! arrive within about the time that a sleep and a wake-up cost.
 
 use std::time::Duration;
 
-/// The first step up from not looking at all.
+/// The first step up from no polling.
 const FIRST: Duration = Duration::from_micros(6);
-/// Below this there is no point.
+/// A shorter poll is pointless.
 const LEAST: Duration = Duration::from_micros(3);
-/// So many sleeps in a row, and it looks once for as long as it may. Where wake-ups are slow (a guest as host, a busy host)
-/// a sleep is long although work came soon, which only looking tells.
+/// After so many sleeps in a row, poll once for the longest time. Where wake-ups are slow (a guest as host, a busy
+/// host), a sleep is long even if work arrived soon. Only polling reveals that.
 const TRIAL_AFTER: u32 = 16;
-/// So many looks in a row, each as long as may be, after which work came soon and yet too late: looking does not pay.
+/// After so many longest polls in a row that just missed their work, polling does not pay.
 const VAIN_MAX: u32 = 4;
 
-/// The time to look before sleeping. It doubles when the worker was woken soon after it gave up, and halves when the
-/// sleep was long: an idle queue soon costs next to nothing. What does not help in the end is not done either: a disk
-/// that takes twice as long as may be looked costs one look in a while.
+/// The time to poll before sleeping. It doubles when the worker was woken soon after polling, and halves when the sleep
+/// was long: an idle queue soon costs next to nothing. Polls that keep failing stop too: for a disk that takes twice
+/// the longest poll, the worker polls only now and then.
 #[derive(Clone, Debug)]
 pub(crate) struct PollBudget {
     most: Duration,
     now: Duration,
-    /// Sleeps since looking last found something, or was last tried.
+    /// Sleeps since polling last found something, or was last tried.
     sleeps: u32,
-    /// Looks as long as may be since looking last found something, after which work came soon.
+    /// Longest polls since polling last found something, after which work came soon.
     vain: u32,
 }
 
@@ -33,23 +33,23 @@ impl PollBudget {
         PollBudget { most, now: FIRST.min(most), sleeps: 0, vain: 0 }
     }
 
-    /// How long to look.
+    /// How long to poll.
     pub(crate) fn get(&self) -> Duration {
         if self.sleeps == TRIAL_AFTER { self.most } else { self.now }
     }
 
-    /// Looking found something after that time.
+    /// Polling found something after that time.
     pub(crate) fn found(&mut self, after: Duration) {
         (self.sleeps, self.vain) = (0, 0);
         self.now = self.now.max((after * 2).clamp(FIRST, self.most.max(FIRST)).min(self.most));
     }
 
-    /// The worker looked in vain, slept, and was woken `idle` after it had begun to look.
+    /// A poll found nothing, the worker slept, and was woken `idle` after the poll began.
     pub(crate) fn slept(&mut self, idle: Duration) {
         let soon = idle <= 2 * self.most;
         self.vain = (self.vain + u32::from(soon && self.get() == self.most)).min(VAIN_MAX);
         self.sleeps = if self.sleeps == TRIAL_AFTER { 0 } else { self.sleeps + 1 };
-        // The sleep and the wake-up are a good part of it, and looking saves them.
+        // The sleep and the wake-up are a good part of `idle`, and polling saves them.
         self.now = if self.vain == VAIN_MAX {
             Duration::ZERO
         } else if soon {
@@ -121,7 +121,7 @@ mod tests {
         budget.found(Duration::from_micros(60));
         assert_eq!(budget.get(), most, "it came sooner, and is looked for again");
         for _ in 0..100 {
-            // Half of the looks find something: that is worth it.
+            // Half of the polls find something: that is worth it.
             budget.slept(late);
             budget.found(Duration::from_micros(60));
             assert_eq!(budget.get(), most);

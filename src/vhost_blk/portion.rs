@@ -1,8 +1,8 @@
-//! How many chains a worker takes before it hands back what is done.
+//! How many chains a worker takes before it hands back completed ones.
 //!
-//! Pure arithmetic on counts and durations. A disk that carries requests out in the very turn that starts them (a file in
-//! memory, the page cache) is given few at a time, so that the guest works on the first while the worker is at the next.
-//! Any other is given some for one system call, and begins with them while the worker looks at the rest.
+//! Pure arithmetic on counts and durations. Some disks carry requests out in the same turn that starts them (a file in
+//! memory, the page cache). They get few at a time, so that the guest handles the first while the worker handles the
+//! next. Any other disk gets enough for one system call, and begins with them while the worker takes the rest.
 
 use std::time::Duration;
 
@@ -22,12 +22,13 @@ impl Portion {
         Portion { now: STARTED }
     }
 
-    /// How many, at least 1.
+    /// The number of chains, at least 1.
     pub(crate) fn get(&self) -> u16 {
         self.now
     }
 
-    /// A portion of `taken` chains went to the disk, `done` of them were over when its turn ended, and both took `time`.
+    /// A portion of `taken` chains went to the disk, `done` of them were done by the end of its turn, all within
+    /// `time`.
     pub(crate) fn over(&mut self, taken: u16, done: usize, time: Duration) {
         self.now = if done * 2 < usize::from(taken) {
             STARTED

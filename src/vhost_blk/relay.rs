@@ -1,8 +1,8 @@
-//! Whole messages between the frontend's socket and `vhost`.
+//! Passes whole messages between the frontend's socket and `vhost`.
 //!
-//! A frontend may send a message in any number of pieces. `vhost` reads a payload with one call, so it would take a
+//! A frontend may send a message in any number of pieces. `vhost` reads a payload with one call, so it would mistake a
 //! part for the whole. This file collects each message, hands it to `vhost` through a socket pair in one piece, and
-//! passes the replies on. No wait here outlives a stop, and no descriptor reaches `vhost` before it was judged
+//! passes the replies on. No wait here outlives a stop. No descriptor reaches `vhost` before it is checked
 //! (`descriptor`).
 
 use std::io::{self, IoSlice, IoSliceMut};
@@ -22,27 +22,27 @@ use crate::descriptor;
 use crate::error::SessionEnd;
 use crate::message::{HEADER, payload_bytes};
 
-/// The longest payload that `vhost` takes. It refuses a longer one by the header alone.
+/// The longest payload that `vhost` accepts. It refuses a longer one from the header alone.
 const PAYLOAD_MAX: usize = 4096;
-/// The most descriptors beside a message.
+/// The most descriptors sent with a message.
 const DESCRIPTORS_MAX: usize = 32;
 
-/// A message with everything that belongs to it.
+/// A message with its descriptors.
 #[derive(Debug, Default)]
 pub(crate) struct Message {
     pub bytes: Vec<u8>,
     files: Vec<OwnedFd>,
 }
 
-/// What ends the wait for a message.
+/// The events that end the wait for a message.
 pub(crate) struct Wakers<'a> {
-    /// The server is to stop.
+    /// The server is stopping.
     pub stop: BorrowedFd<'a>,
-    /// A part of the guest's memory is lost.
+    /// Some of the guest's memory is lost.
     pub loss: Option<BorrowedFd<'a>>,
 }
 
-/// The way of messages from the frontend to `vhost`, and of replies back.
+/// Carries messages from the frontend to `vhost`, and replies back.
 #[derive(Debug)]
 pub(crate) struct Relay {
     frontend: UnixStream,
@@ -61,10 +61,10 @@ impl Relay {
         Ok((Relay { frontend: frontend.try_clone()?, inner, limit }, outer))
     }
 
-    /// Waits for the next message, and for all of it.
+    /// Waits for the next message until it is complete.
     ///
     /// # Errors
-    /// When the session has to end instead, whatever the reason.
+    /// When the session must end instead, for any reason.
     pub(crate) fn receive(&self, wakers: &Wakers<'_>) -> Result<Message, SessionEnd> {
         let mut message = Message::default();
         let mut deadline = None;
@@ -99,7 +99,7 @@ impl Relay {
         let mut fds = [on(wakers.stop), on(loss), on(self.frontend.as_fd())];
         loop {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-            // A limit that is no Timespec is as good as none.
+            // A limit that does not fit a Timespec is as good as none.
             let timeout = left.and_then(|left| Timespec::try_from(left).ok());
             match rustix::event::poll(&mut fds, timeout.as_ref()) {
                 Ok(0) => return Err(SessionEnd::Unfinished { limit: self.limit }),
@@ -112,16 +112,16 @@ impl Relay {
         }
     }
 
-    /// Gives a message to `vhost`, whose next read finds it whole.
+    /// Hands a message to `vhost`, whose next read finds it whole.
     ///
     /// # Errors
-    /// When the host has no memory for it.
+    /// When the host has no memory for the message.
     pub(crate) fn hand_over(&self, message: &Message) -> io::Result<()> {
         Ok(give(&self.inner, message)?)
     }
 
-    /// Sends what `vhost` answered to the frontend. A frontend that does not read is waited for; a stop shuts its
-    /// socket down, which ends that wait.
+    /// Sends the replies of `vhost` to the frontend. Waits for a frontend that does not read; a stop shuts its socket
+    /// down, which ends that wait.
     ///
     /// # Errors
     /// When the frontend's socket is broken.
@@ -141,14 +141,14 @@ impl Relay {
 
 struct Taken {
     bytes: usize,
-    /// Descriptors came that there was no room for. The kernel has closed them.
+    /// More descriptors came than there was room for. The kernel has closed the rest.
     cut: bool,
 }
 
-/// Takes at most so many bytes of what is there, and the descriptors beside them. Does not wait.
+/// Takes at most `at_most` available bytes, and the descriptors sent with them. Does not wait.
 fn take(socket: &UnixStream, at_most: usize, message: &mut Message) -> Result<Taken, Errno> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
-    // While too many descriptors wait to be closed, the kernel closes those that come.
+    // While too many descriptors wait to be closed, the kernel closes new ones.
     let room = if descriptor::may_receive() { &mut space[..] } else { &mut [] };
     let mut control = RecvAncillaryBuffer::new(room);
     let mut bytes = vec![0; at_most];

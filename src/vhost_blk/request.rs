@@ -1,7 +1,7 @@
-//! virtio-blk requests (virtio 1.2, 5.2.6): from a chain to what the disk is to do, or to an answer at once.
+//! virtio-blk requests (virtio 1.2, 5.2.6): turns a chain into requests for the disk, or into an immediate answer.
 //!
-//! Owns every check of a request against the disk. It reads each byte of the guest once and uses its copy, and it makes
-//! no assumption about how header, data and status are spread over descriptors.
+//! Owns every check of a request against the disk. It reads each guest byte once and uses its copy. It makes no
+//! assumption about how header, data and status are spread over descriptors.
 
 use smallvec::SmallVec;
 use virtio_bindings::virtio_blk::{
@@ -15,12 +15,12 @@ use crate::ring::{Chain, Fault};
 
 const HEADER_BYTES: usize = 16;
 const SEGMENT_BYTES: usize = 16;
-/// The most data bytes in a request: the used length, data and status, must fit 32 bits, and QEMU's limit is the same.
+/// The most data bytes in a request: the used length (data and status) must fit 32 bits. QEMU has the same limit.
 const MAX_DATA_BYTES: u64 = (i32::MAX as u64) & !(SECTOR - 1);
-/// Write zeroes: the space may be given back.
+/// Write zeroes: the space may be freed.
 const FLAG_UNMAP: u32 = 1;
 
-/// What a request is, for the counters.
+/// The type of a request, for the counters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     Read,
@@ -32,14 +32,14 @@ pub enum Kind {
     Unknown,
 }
 
-/// What becomes of a chain.
+/// The result of parsing a chain.
 #[derive(Debug)]
 pub enum Parsed {
-    /// There is no status byte to write: it goes back with a length of 0.
+    /// There is no status byte to write: the chain goes back with a length of 0.
     NoStatus,
-    /// The disk is not needed.
+    /// The chain is answered without the disk.
     Answer(Answer),
-    /// The disk is.
+    /// The chain needs the disk.
     Submit(Submission),
 }
 
@@ -49,30 +49,30 @@ pub struct Answer {
     pub kind: Kind,
     pub status_byte: GuestSlice,
     pub status: Status,
-    /// Bytes written, the status byte among them.
+    /// Bytes written, the status byte included.
     pub written: u32,
 }
 
-/// Requests for the disk, all to be done before the chain is.
+/// Requests for the disk. The chain is done once all of them are.
 #[derive(Debug)]
 pub struct Submission {
     pub kind: Kind,
     pub status_byte: GuestSlice,
     pub requests: SmallVec<[Request; 2]>,
-    /// Bytes of data, either way.
+    /// Bytes of data, in either direction.
     pub bytes: u32,
-    /// Bytes written to the chain if all goes well, the status byte among them.
+    /// Bytes written to the chain on success, the status byte included.
     pub written: u32,
 }
 
-/// The disk as requests are checked against it.
+/// Checks requests against the disk's profile.
 #[derive(Debug)]
 pub struct Checker {
     profile: DeviceProfile,
     capacity: u64,
 }
 
-/// Why a request is not done.
+/// The status with which a request is refused.
 type Refusal = Status;
 
 impl Checker {
@@ -82,7 +82,7 @@ impl Checker {
         Checker { profile, capacity }
     }
 
-    /// Parses a chain. What is left in it afterwards is the data: `chain.writable` for a read, `chain.readable` for a
+    /// Parses a chain. Afterwards the chain holds only the data: `chain.writable` for a read, `chain.readable` for a
     /// write.
     pub fn parse(&self, chain: &mut Chain, write_through: bool) -> Parsed {
         if chain.fault == Some(Fault::Malformed) {
@@ -134,7 +134,7 @@ impl Checker {
         if self.profile.read_only { Err(Status::IoError) } else { then() }
     }
 
-    /// The offset and the length of a read's or write's data, in bytes.
+    /// The byte offset and length of the data of a read or write.
     fn data_range(&self, sector: u64, data: &[GuestSlice]) -> Result<(u64, u32), Refusal> {
         let bytes: u64 = data.iter().map(|piece| piece.len() as u64).sum();
         if !bytes.is_multiple_of(SECTOR) || bytes > MAX_DATA_BYTES {
@@ -144,7 +144,7 @@ impl Checker {
         Ok((offset, u32::try_from(bytes).map_err(|_| Status::IoError)?))
     }
 
-    /// The byte offset of `sector` if `bytes` from there are on the disk.
+    /// The byte offset of `sector`, if the disk holds `bytes` from there.
     fn in_range(&self, sector: u64, bytes: u64) -> Result<u64, Refusal> {
         let offset = sector.checked_mul(SECTOR).ok_or(Status::IoError)?;
         let end = offset.checked_add(bytes).ok_or(Status::IoError)?;
@@ -228,7 +228,7 @@ fn decode_segment(segment: &[u8; SEGMENT_BYTES]) -> (u64, u32, u32) {
     (sector, u32::from_le_bytes([n0, n1, n2, n3]), u32::from_le_bytes(flags))
 }
 
-/// Moves the first bytes of the slices into `bytes`; false, and nothing taken, if there are not as many.
+/// Moves the first bytes of the slices into `bytes`. False, with nothing taken, if the slices are too short.
 fn take_front(slices: &mut Vec<GuestSlice>, bytes: &mut [u8]) -> bool {
     let mut filled = 0;
     let mut whole = 0;
@@ -269,7 +269,7 @@ fn take_last_byte(slices: &mut Vec<GuestSlice>) -> Option<GuestSlice> {
     Some(byte)
 }
 
-/// Copies as much as there is room for; says how much.
+/// Copies as many bytes as fit; returns their number.
 fn fill(slices: &[GuestSlice], bytes: &[u8]) -> u32 {
     let mut done = 0;
     for slice in slices {

@@ -1,8 +1,8 @@
-//! One split virtqueue (virtio 1.2, 2.7), seen from the device: taking chains out, giving them back, and the
-//! suppression of notifications both ways.
+//! One split virtqueue (virtio 1.2, 2.7), seen from the device: takes chains, gives them back, and suppresses
+//! notifications in both directions.
 //!
 //! Owns the position in both rings and the table of heads in flight. Every descriptor is copied once and only the copy
-//! is used. It never touches what the chains point to.
+//! is used. It never touches the data of the chains.
 
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
@@ -37,7 +37,7 @@ const SIZE_MAX: u16 = 32768;
 /// A chain may have this many descriptors through an indirect table, or as many as the ring if that is more.
 const INDIRECT_CHAIN_LIMIT: usize = 1024;
 
-/// Where a ring lies and how it is read.
+/// The location of a ring and its format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingLayout {
     /// Descriptors: a power of two.
@@ -65,30 +65,30 @@ pub struct Used {
     pub written: u32,
 }
 
-/// What is wrong with a chain.
+/// The defect of a chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// No sense can be made of it (a loop, a `next` out of range, readable after writable, a bad indirect table): there is no
-    /// telling where its status byte is.
+    /// Its shape is invalid: a loop, a `next` out of range, readable after writable, or a bad indirect table. The
+    /// location of its status byte is unknown.
     Malformed,
-    /// Its shape is sound, and its last writable bytes can be reached, but some other part is outside guest memory.
+    /// Its shape is valid and its last writable bytes can be reached, but some other part is outside guest memory.
     Unreachable,
 }
 
-/// A chain taken from the ring, its parts translated. Made once for a queue and filled again and again.
+/// A chain taken from the ring, its parts translated. Created once for a queue and reused for every chain.
 #[derive(Debug, Default)]
 pub struct Chain {
-    /// Its first descriptor: its name when it is given back.
+    /// Its first descriptor, which identifies it when it is given back.
     pub head: u16,
-    /// What the device may read, in order.
+    /// The memory that the device may read, in order.
     pub readable: Vec<GuestSlice>,
-    /// What the device may write, in order.
+    /// The memory that the device may write, in order.
     pub writable: Vec<GuestSlice>,
-    /// What is wrong with it.
+    /// The defect of the chain, if any.
     pub fault: Option<Fault>,
 }
 
-/// A split virtqueue that runs.
+/// A running split virtqueue.
 #[derive(Debug)]
 pub struct Ring {
     table: Part,
@@ -100,17 +100,17 @@ pub struct Ring {
     event_index: bool,
     /// The index in the available ring of the next chain to take.
     next_available: u16,
-    /// The index in the used ring of the next chain to give back, and as it was when notification was last asked about.
+    /// The index in the used ring of the next chain to give back, and its value at the last check for a notification.
     next_used: u16,
     asked_at: u16,
     in_flight: HeadSet,
     /// Whether chains may still be given back.
     loss: Arc<MemoryLoss>,
-    /// The descriptors of the chain at hand; kept to spare the allocation.
+    /// The descriptors of the current chain; kept to reuse the allocation.
     descriptors: Vec<Copied>,
 }
 
-/// A descriptor as it lies in memory, read at once: address, length, flags and next, from the lowest bits up.
+/// A descriptor as it lies in memory, read in one access: address, length, flags and next, from the lowest bits up.
 type RawDescriptor = u128;
 
 /// Our copy of a descriptor.
@@ -134,7 +134,7 @@ impl Descriptor {
     }
 }
 
-/// What of a descriptor is kept.
+/// The fields of a descriptor that are kept.
 #[derive(Clone, Copy, Debug)]
 struct Copied {
     address: u64,
@@ -143,10 +143,10 @@ struct Copied {
 }
 
 impl Ring {
-    /// Starts a ring. The used index goes on from where the guest's memory says it is.
+    /// Starts a ring. The used index continues from its value in guest memory.
     ///
     /// # Errors
-    /// When the layout is impossible or a part of it is outside guest memory.
+    /// When the layout is invalid or a part of it is outside guest memory.
     pub fn new(layout: &RingLayout, memory: &Arc<GuestMemory>) -> Result<Self, RingError> {
         let RingLayout { size, descriptors, available, used, base, event_index, indirect } = *layout;
         let slots = usize::from(size);
@@ -156,7 +156,7 @@ impl Ring {
         if !size.is_power_of_two() || size > SIZE_MAX || !aligned {
             return Err(RingError::Layout { size });
         }
-        // Behind the elements of each ring is the index at which the other side wants to be told.
+        // The elements of each ring are followed by the index at which the other side wants a notification.
         let table = Part::find(memory, descriptors, slots * DESCRIPTOR_BYTES)?;
         let available_ring = Part::find(memory, available, ELEMENTS + slots * AVAILABLE_BYTES + 2)?;
         let used_ring = Part::find(memory, used, ELEMENTS + slots * USED_BYTES + 2)?;
@@ -182,12 +182,12 @@ impl Ring {
         self.next_available
     }
 
-    /// True if anything ever passed through the ring.
+    /// True if any chain ever passed through the ring.
     pub fn was_used(&self) -> bool {
         self.next_available != 0 || self.next_used != 0
     }
 
-    /// How many chains wait to be taken.
+    /// The number of chains that wait to be taken.
     ///
     /// # Errors
     /// When the guest claims more than the ring can hold.
@@ -202,10 +202,10 @@ impl Ring {
         Ok(waiting)
     }
 
-    /// Takes the next chain into `chain`. Only when [`Ring::available`] said that there is one.
+    /// Takes the next chain into `chain`. Only when [`Ring::available`] returned at least one.
     ///
     /// # Errors
-    /// When the ring itself is corrupt; then nothing was taken. What is wrong with a single chain is in its `fault`.
+    /// When the ring itself is corrupt; then nothing was taken. A defect of a single chain is in its `fault`.
     pub fn pop(&mut self, memory: &GuestMemory, chain: &mut Chain) -> Result<(), RingError> {
         let slot = self.slot(self.next_available);
         let head = self.available_ring.load(ELEMENTS + slot * AVAILABLE_BYTES, Ordering::Relaxed)?;
@@ -233,8 +233,8 @@ impl Ring {
     /// Gives chains back, in this order. The guest sees all of them at once.
     ///
     /// # Errors
-    /// When the used ring is not where it was, or some of the guest's memory is gone: the data or the status of these chains
-    /// may have been in it. Then the guest sees none of them.
+    /// When the used ring is no longer accessible, or some guest memory is lost: it may have held the data or the
+    /// status of these chains. Then the guest sees none of them.
     pub fn push_used(&mut self, used: &[Used]) -> Result<(), RingError> {
         let mut next = self.next_used;
         for element in used {
@@ -248,32 +248,33 @@ impl Ring {
             return Err(RingError::MemoryLost);
         }
         self.next_used = next;
-        // Release: whoever sees the index sees the elements, and what was written to their chains.
+        // Release: a reader of the index sees the elements, and the bytes written to their chains.
         Ok(self.used_ring.store(next, INDEX, Ordering::Release)?)
     }
 
-    /// Whether the guest wants to be told of the chains given back since this was last asked.
+    /// Whether the guest wants a notification for the chains given back since the previous call.
     ///
     /// # Errors
-    /// When the rings are not where they were.
+    /// When the rings are no longer accessible.
     pub fn needs_notification(&mut self) -> Result<bool, RingError> {
-        // The used index must be visible before the guest's wish is read: the driver says what it wants, then looks at the
+        // The used index must be visible before the guest's wish is read: the driver stores its wish, then reads the
         // index.
         fence(Ordering::SeqCst);
         let before = std::mem::replace(&mut self.asked_at, self.next_used);
         if !self.event_index {
             return Ok(self.available_ring.load(0, Ordering::Relaxed)? & NO_INTERRUPT == 0);
         }
-        // Virtio 1.2, 2.7.7.2: when the index passes this. More than one may have been given back since then.
+        // Virtio 1.2, 2.7.7.2: notify when the index passes this value. Several chains may have been given back since
+        // then.
         let slots = usize::from(self.size);
         let event = self.available_ring.load(ELEMENTS + slots * AVAILABLE_BYTES, Ordering::Relaxed)?;
         Ok(self.next_used.wrapping_sub(event).wrapping_sub(1) < self.next_used.wrapping_sub(before))
     }
 
-    /// Asks the guest to kick from now on; true if chains are waiting that it may not have kicked for.
+    /// Requests kicks from the guest from now on. True if chains wait for which the guest may not have kicked.
     ///
     /// # Errors
-    /// When the rings are not where they were, or the available index is impossible.
+    /// When the rings are no longer accessible, or the available index is invalid.
     pub fn enable_kicks(&mut self) -> Result<bool, RingError> {
         if self.event_index {
             let event = ELEMENTS + usize::from(self.size) * USED_BYTES;
@@ -281,16 +282,16 @@ impl Ring {
         } else {
             self.used_ring.store(0, 0, Ordering::Relaxed)?;
         }
-        // The wish must be visible before the index is read: the driver stores the index, then looks at the wish.
+        // The wish must be visible before the index is read: the driver stores the index, then reads the wish.
         fence(Ordering::SeqCst);
         Ok(self.available()? > 0)
     }
 
-    /// Tells the guest that it need not kick. With event indexes there is nothing to say: it kicks once for the chain
-    /// that it was asked to kick for, and then for none.
+    /// Lets the guest skip kicks. With event indexes this stores nothing: the guest kicks once, for the requested
+    /// chain, and then no more.
     ///
     /// # Errors
-    /// When the used ring is not where it was.
+    /// When the used ring is no longer accessible.
     pub fn disable_kicks(&mut self) -> Result<(), RingError> {
         if self.event_index {
             return Ok(());
@@ -298,12 +299,12 @@ impl Ring {
         Ok(self.used_ring.store(NO_NOTIFY, 0, Ordering::Relaxed)?)
     }
 
-    /// Where an index points in its ring.
+    /// The slot of an index in its ring.
     fn slot(&self, index: u16) -> usize {
         usize::from(index & (self.size - 1))
     }
 
-    /// Copies the descriptors of the chain that starts at `head`, with bounded work whatever they say.
+    /// Copies the descriptors of the chain that starts at `head`. The work is bounded whatever the descriptors hold.
     fn walk(&mut self, memory: &GuestMemory, head: u16) -> Result<(), Broken> {
         self.descriptors.clear();
         let mut index = head;
@@ -345,7 +346,7 @@ impl Ring {
             let at = index * DESCRIPTOR_BYTES;
             let raw = match &whole {
                 Some(whole) => whole.get_ref::<RawDescriptor>(at).map_err(|_| Broken)?.load(),
-                // It was checked, so the sum is within 64 bits.
+                // The range was checked, so the sum fits 64 bits.
                 None => memory.read(table + at as u64)?,
             };
             let descriptor = Descriptor::decode(raw);
@@ -371,8 +372,8 @@ impl Ring {
         Ok(())
     }
 
-    /// Translates the copied descriptors. A bad address does not hide the status byte behind it, as long as the last
-    /// writable descriptor that has bytes is sound.
+    /// Translates the copied descriptors. A bad address does not hide the status byte after it, as long as the last
+    /// writable descriptor that has bytes is valid.
     fn translate(&self, memory: &GuestMemory, chain: &mut Chain) -> Option<Fault> {
         let mut fault = None;
         for copied in &self.descriptors {
@@ -391,7 +392,7 @@ impl Ring {
     }
 }
 
-/// A chain of which no sense can be made.
+/// A chain that cannot be parsed.
 #[derive(Debug)]
 struct Broken;
 
@@ -401,7 +402,7 @@ impl From<BadAddress> for Broken {
     }
 }
 
-/// Which heads are in flight: one bit each.
+/// The set of heads in flight: one bit each.
 #[derive(Debug)]
 struct HeadSet {
     words: Vec<u64>,
@@ -412,7 +413,7 @@ impl HeadSet {
         HeadSet { words: vec![0; usize::from(size).div_ceil(64)] }
     }
 
-    /// False if it was there already.
+    /// False if the head was already in the set.
     fn insert(&mut self, head: u16) -> bool {
         let (word, bit) = (&mut self.words[usize::from(head / 64)], 1u64 << (head % 64));
         let fresh = *word & bit == 0;
@@ -420,7 +421,7 @@ impl HeadSet {
         fresh
     }
 
-    /// False if it was not there.
+    /// False if the head was not in the set.
     fn remove(&mut self, head: u16) -> bool {
         let (word, bit) = (&mut self.words[usize::from(head / 64)], 1u64 << (head % 64));
         let there = *word & bit != 0;

@@ -1,4 +1,4 @@
-//! The ring against a guest that is played by hand: in one mapping and over several, and what the guest can see meanwhile.
+//! The ring against a hand-driven guest: in one mapping and across several, and the states that the guest can see.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
 
-/// Memory of so many regions without gaps, each a mapping of its own.
+/// Memory of `regions` adjacent regions, each in its own mapping.
 fn memory(regions: u64) -> Arc<GuestMemory> {
     let infos: Vec<_> = (0..regions)
         .map(|n| RegionInfo { guest: n * REGION, size: REGION, user: n * REGION, offset: 0 })
@@ -35,7 +35,7 @@ fn layout(size: u16, descriptors: u64, available: u64, used: u64) -> RingLayout 
 
 /// The three parts in one mapping.
 const TOGETHER: (u64, u64, u64) = (0x0, 0x400, 0x800);
-/// Each of them, and an element of the used ring, over the end of a mapping.
+/// Each part, and an element of the used ring, crosses the end of a mapping.
 const SPREAD: (u64, u64, u64) = (0x0ff0, 0x1ffa, 0x2ff0);
 
 fn write(memory: &GuestMemory, bytes: &[u8], address: u64) {
@@ -59,7 +59,7 @@ fn a_ring_over_several_mappings_is_as_good_as_in_one() {
         let memory = memory(5);
         let mut ring = Ring::new(&layout(4, descriptors, available, used), &memory).expect("a sound ring");
         assert!(!ring.was_used());
-        // Chain 0 is of descriptors 0 and 3; chain 1 has an indirect table over the end of a mapping.
+        // Chain 0 consists of descriptors 0 and 3; chain 1 has an indirect table that crosses the end of a mapping.
         let table = 4 * REGION - 16;
         write(&memory, &descriptor(0x100, 16, NEXT, 3), descriptors);
         write(&memory, &descriptor(table, 32, INDIRECT, 0), descriptors + 16);
@@ -116,7 +116,7 @@ fn who_is_told_follows_the_event_index() {
     assert!(!ask(&mut ring, 1, 9), "8 was given back, 9 is waited for");
 }
 
-/// Not each chain by itself: a guest that polls would find a batch in bits, and each store takes the line from it.
+/// Not one chain at a time: a polling guest would find a batch in bits, and each store takes the cache line from it.
 #[test]
 fn a_batch_is_given_back_at_once() {
     const BATCH: u16 = 32;

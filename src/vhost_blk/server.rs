@@ -1,6 +1,6 @@
-//! The listening socket, one frontend after another, and the way to stop.
+//! The listening socket, the loop that serves one frontend after another, and the stop handle.
 //!
-//! Owns the socket file. Nothing that a frontend does ends the server: its session ends, and the next one is accepted.
+//! Owns the socket file. No frontend can end the server: only its own session ends, and the next frontend is accepted.
 
 use std::io;
 use std::net::Shutdown;
@@ -30,7 +30,7 @@ use crate::relay::{Relay, Wakers};
 use crate::session::Session;
 use crate::socket_file::Listening;
 
-/// `vhost` has 8 bits for a queue in the messages about its descriptors.
+/// `vhost` uses 8 bits for the queue in messages that carry descriptors.
 const MAX_QUEUES: u16 = 256;
 /// Virtio 1.2, 2.7.
 const MAX_QUEUE_SIZE: u16 = 32768;
@@ -38,20 +38,20 @@ const MAX_QUEUE_SIZE: u16 = 32768;
 /// What a server offers its frontends.
 #[derive(Clone, Debug)]
 pub struct ServeOptions {
-    /// Queues on offer, 1 to 256. Those that no guest uses cost nothing.
+    /// Queues on offer, 1 to 256. Unused queues cost nothing.
     pub num_queues: u16,
     /// The largest ring, in descriptors: a power of two from 2 to 32,768.
     pub queue_size: u16,
-    /// How long at most a queue without work looks for some before it sleeps; zero to sleep at once.
+    /// The longest time that a queue without work polls before it sleeps; zero to sleep at once.
     pub poll_max: Duration,
     /// How long a message may take from its first byte to its last.
     pub message_timeout: Duration,
-    /// Where the queues count; for at least as many as there are queues.
+    /// The counters of the queues, for at least `num_queues` queues.
     pub metrics: Arc<Metrics>,
 }
 
 impl ServeOptions {
-    /// The defaults, with another number of queues and another size.
+    /// The defaults, with the given number and size of queues.
     pub fn new(num_queues: u16, queue_size: u16) -> Self {
         ServeOptions {
             num_queues,
@@ -85,7 +85,7 @@ impl Default for ServeOptions {
     }
 }
 
-/// Stops a server from any thread, for good.
+/// Stops a server permanently, from any thread.
 #[derive(Clone, Debug)]
 pub struct StopHandle {
     inner: Arc<StopInner>,
@@ -104,14 +104,14 @@ impl StopHandle {
     /// A handle that has not been used.
     ///
     /// # Errors
-    /// When the host has no eventfd for us.
+    /// When the host refuses an eventfd.
     pub fn new() -> io::Result<Self> {
         let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let (stopped, connection) = (AtomicBool::new(false), Mutex::new(None));
         Ok(StopHandle { inner: Arc::new(StopInner { event, stopped, connection }) })
     }
 
-    /// Closes the door, ends the session at hand, drained, and makes `serve` return. May be called more than once.
+    /// Closes the door, drains and ends the current session, and makes `serve` return. May be called more than once.
     pub fn stop(&self) {
         self.inner.stopped.store(true, Ordering::SeqCst);
         let _ = rustix::io::write(&self.inner.event, &1u64.to_ne_bytes());
@@ -129,7 +129,7 @@ impl StopHandle {
         self.inner.connection.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes note of the socket to shut down; if the stop came first, it is shut down now.
+    /// Stores the socket that a stop shuts down; if the stop came first, shuts it down now.
     fn enter(&self, stream: &UnixStream) -> io::Result<()> {
         *self.connection() = Some(stream.try_clone()?);
         if self.is_stopped() {
@@ -149,12 +149,13 @@ impl AsFd for StopHandle {
     }
 }
 
-/// Ends the session's waits for its frontend, and is no hang-up: that comes when the requests in hand are done.
+/// Ends the session's waits for its frontend without hanging up. The hang-up follows when the requests in flight are
+/// done.
 fn end_waits(connection: &UnixStream) {
     let mut fds = [PollFd::new(connection, PollFlags::OUT)];
     let room = rustix::event::poll(&mut fds, Some(&Timespec::default()));
-    // A frontend that leaves its replies unread may hold the session in a write; hanging up is the only way to end that.
-    // Where there is room, there is enough for the one reply that may still come.
+    // If the frontend leaves its replies unread, the session may block in a write, which only a hang-up ends. If there
+    // is room, it is enough for the one reply that may still follow.
     let how = if matches!(room, Ok(1)) { Shutdown::Read } else { Shutdown::Both };
     let _ = connection.shutdown(how);
 }
@@ -174,19 +175,19 @@ enum Source {
 }
 
 impl Server {
-    /// Listens on a new socket file. One that is there already is replaced only if nobody accepts on it.
+    /// Listens on a new socket file. An existing socket file is replaced only if no process accepts on it.
     ///
     /// # Errors
-    /// When somebody does, when something else is in the way, or when the host refuses.
+    /// When a process accepts on it, when the path holds something else, or when the host refuses.
     pub fn bind(path: impl AsRef<Path>) -> Result<Self, SessionError> {
         let listening = Listening::bind(path.as_ref())?;
         Ok(Server { source: Source::Listening(Mutex::new(Some(listening))) })
     }
 
-    /// Uses a socket that is listening already, or that one frontend is connected to already.
+    /// Uses a socket that is already listening, or is already connected to one frontend.
     ///
     /// # Errors
-    /// When it is no unix stream socket.
+    /// When it is not a unix stream socket.
     pub fn from_fd(fd: OwnedFd) -> Result<Self, SessionError> {
         let wrong = |error: rustix::io::Errno| SessionError::InheritedFd { source: error.into() };
         let domain = sockopt::socket_domain(&fd).map_err(wrong)?;
@@ -205,20 +206,20 @@ impl Server {
         Ok(Server { source: Source::Connected(stream) })
     }
 
-    /// As [`Server::from_fd`], with a descriptor by its number, as a parent process leaves it. It is copied, and stays
-    /// open itself.
+    /// As [`Server::from_fd`], for a descriptor number that a parent process left open. The descriptor is copied, and
+    /// the original stays open.
     ///
     /// # Errors
-    /// When it is no unix stream socket.
+    /// When it is not a unix stream socket.
     pub fn from_inherited(fd: RawFd) -> Result<Self, SessionError> {
         Self::from_fd(copy_inherited(fd).map_err(|source| SessionError::InheritedFd { source })?)
     }
 
-    /// Serves one frontend after another on the calling thread until it is told to stop, or until the only frontend,
-    /// where there can be but one, has left. Every request that was taken is done on return.
+    /// Serves one frontend after another on the calling thread until it is stopped. With a connected socket, it serves
+    /// the one frontend until that leaves. On return every accepted request is done.
     ///
     /// # Errors
-    /// When the options are impossible, or no frontend can be waited for.
+    /// When the options are invalid, or waiting for frontends fails.
     pub fn serve<D: BlockDevice>(
         &self,
         device: &Arc<D>,
@@ -262,7 +263,7 @@ fn serve_all<D: BlockDevice>(
     })
 }
 
-/// Serves one frontend after another: [`Server::serve`] for those who have no use for the server afterwards.
+/// Serves one frontend after another: [`Server::serve`] for callers that do not need the server afterwards.
 ///
 /// # Errors
 /// As for [`Server::serve`].
@@ -275,7 +276,7 @@ pub fn serve<D: BlockDevice>(
     server.serve(&device, options, stop)
 }
 
-/// Serves one frontend until it leaves, sends what ends a session, or the server stops.
+/// Serves one frontend until it leaves, sends a message that ends the session, or the server stops.
 fn run_session<D: BlockDevice>(
     stream: UnixStream,
     peer: &Peer,
@@ -302,14 +303,14 @@ fn run_session<D: BlockDevice>(
     if let Some(door) = door {
         door.ending();
         if stop.is_stopped() {
-            // First the listener, then the drain, and then the hang-up: a frontend that connects again at once must not get
-            // into a queue that nobody serves any more.
+            // First the listener, then the drain, and then the hang-up: a frontend that reconnects at once must not
+            // enter the backlog of a socket that is no longer served.
             door.wait_closed();
         }
     }
     session.lock().unwrap_or_else(PoisonError::into_inner).close();
     stop.leave();
-    // An inherited connection has another descriptor that stays open: the frontend must see the end all the same.
+    // An inherited connection has another descriptor that stays open, but the frontend must still see the end.
     let _ = stream.shutdown(Shutdown::Both);
     debug!("session closed");
 }

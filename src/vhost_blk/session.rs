@@ -1,8 +1,8 @@
 //! One frontend's session: what each vhost-user message does.
 //!
 //! Owns the queues, the memory table and the negotiated features of a session. Only the session's thread touches it, so
-//! the lock that `vhost` needs around it is never waited for; workers see [`Shared`] and their signal slots, nothing
-//! else. Messages that are refused are remembered as such, for the loop to tell them from a broken stream.
+//! the lock that `vhost` needs around it is never contended. Workers see only [`Shared`] and their signal slots. A
+//! refused message is recorded, so that the loop can tell it from a broken stream.
 
 use std::fs::File;
 use std::io;
@@ -53,7 +53,7 @@ enum Refusal {
     NotOffered(&'static str),
 }
 
-/// A session, from SET_OWNER to the frontend's leaving.
+/// A session, from SET_OWNER until the frontend leaves.
 pub(crate) struct Session<D: BlockDevice> {
     device: Arc<D>,
     profile: DeviceProfile,
@@ -66,9 +66,9 @@ pub(crate) struct Session<D: BlockDevice> {
     protocol_features: VhostUserProtocolFeatures,
     /// The `writeback` byte of the configuration space.
     writeback: bool,
-    /// What the message at hand says of itself.
+    /// The envelope of the current message.
     message: Envelope,
-    /// The message at hand was understood, and refused.
+    /// The current message was understood, and refused.
     refused: bool,
 }
 
@@ -94,7 +94,7 @@ impl<D: BlockDevice> Session<D> {
         self.options.message_timeout
     }
 
-    /// The memory region of which a page is gone, if it is still in the table.
+    /// The memory region that lost a page, if it is still in the table.
     pub(crate) fn lost_region(&self) -> Option<RegionInfo> {
         self.table.lost_region()
     }
@@ -105,8 +105,8 @@ impl<D: BlockDevice> Session<D> {
         self.refused = false;
     }
 
-    /// Whether the session goes on after the message at hand failed: it was understood and refused, and the frontend
-    /// knows, or need not.
+    /// Whether the session goes on after the current message failed: it was understood and refused, and the frontend is
+    /// notified or needs no notice.
     pub(crate) fn survives_failure(&self) -> bool {
         let told = self.message.needs_reply
             && self.message.is_acknowledged()
@@ -138,7 +138,7 @@ impl<D: BlockDevice> Session<D> {
         }
     }
 
-    /// The queue of a message whose index `vhost` cuts to 8 bits: the bits that it drops must be zero.
+    /// The queue of a message whose index `vhost` truncates to 8 bits: the dropped bits must be zero.
     fn check_cut_queue(&mut self, index: u8) -> Result<usize> {
         match self.message.vring_index {
             Some(whole) if whole != u64::from(index) => self.refuse(Refusal::Queue { index: whole }),
@@ -146,7 +146,7 @@ impl<D: BlockDevice> Session<D> {
         }
     }
 
-    /// The queue of a message that brings an event's descriptor, and the descriptor if it can be one.
+    /// The queue of a message that carries an event descriptor, and the descriptor if it can be an event.
     fn check_event(&mut self, index: u8, file: Option<File>) -> Result<(usize, Option<File>)> {
         let queue = self.check_cut_queue(index)?;
         if file.as_ref().is_some_and(|file| !may_be_event(file)) {
@@ -155,10 +155,10 @@ impl<D: BlockDevice> Session<D> {
         Ok((queue, file))
     }
 
-    /// Starts queue `index` if everything for it is there.
+    /// Starts queue `index` once its setup is complete.
     fn start(&mut self, index: usize) {
         let Some(features) = self.features else { return };
-        // Without protocol features there is no message to enable a ring.
+        // Without protocol features no message enables a ring.
         if features & PROTOCOL_FEATURES == 0 {
             self.vrings[index].enabled = true;
         }
@@ -180,20 +180,20 @@ impl<D: BlockDevice> Session<D> {
         self.vrings.iter_mut().for_each(|vring| vring.stop(flush));
     }
 
-    /// Takes a memory table into use. Only one that keeps every mapping of the old may be taken while queues run.
+    /// Puts a memory table in use. While queues run, it must keep every mapping of the old table.
     fn use_table(&mut self, table: MemoryTable) {
         self.table = table;
         self.shared.set_memory(self.table.memory());
         self.start_all();
     }
 
-    /// What FLUSH and the `writeback` byte mean together.
+    /// Combines FLUSH and the `writeback` byte.
     fn update_write_through(&mut self) {
         let flush = self.features.is_some_and(|features| features & FLUSH != 0);
         self.shared.set_write_through(!(flush && self.writeback));
     }
 
-    /// Turns the write cache on or off. What was written while it was on must not stay in it.
+    /// Turns the write cache on or off. Writes made while it was on must not stay in it.
     fn set_writeback(&mut self, writeback: bool) {
         let was = std::mem::replace(&mut self.writeback, writeback);
         self.update_write_through();
@@ -239,7 +239,7 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
             );
         }
         let features = features & self.offered();
-        // Sent again, with only the log bit changed, when a migration begins or ends: rings that run go on.
+        // Sent again, with only the log bit changed, when a migration begins or ends: running rings go on.
         if self.features == Some(features) {
             return Ok(());
         }
@@ -355,7 +355,7 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
         let (queue, file) = self.check_event(index, file)?;
         let vring = &self.vrings[queue];
         vring.call.set(file);
-        // The worker may just have raised the one before.
+        // The worker may just have raised the previous descriptor.
         if vring.is_running() {
             vring.call.raise();
         }

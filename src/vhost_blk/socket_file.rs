@@ -1,8 +1,8 @@
-//! The socket file: how it comes to be there, and how it goes.
+//! The socket file: its creation and removal.
 //!
-//! Several daemons may be started on one path at the same time. Whoever looks at the file, removes a stale one or makes
-//! one, holds a lock (flock) on the folder meanwhile, so that none removes what another has just made. A file is stale only
-//! if no socket at all belongs to it: a socket that is bound and does not listen yet is in use.
+//! Several daemons may be started on one path at the same time. Each holds a lock (flock) on the folder while it checks
+//! the file, removes a stale one or creates one. So none removes a file that another has just created. A file is stale
+//! only if no socket at all belongs to it: a socket that is bound but does not listen yet is in use.
 
 use std::fs;
 use std::io;
@@ -19,20 +19,20 @@ use tracing::{debug, info};
 
 use crate::error::SessionError;
 
-/// How long to wait for the lock of the folder. Holders need a moment only.
+/// The longest wait for the lock of the folder. Holders keep it only for a moment.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 /// The pause between two attempts.
 const LOCK_PAUSE: Duration = Duration::from_millis(5);
 
-/// A listening socket, and its file if that is ours.
+/// A listening socket, and its file if this process created it.
 #[derive(Debug)]
 pub(crate) struct Listening {
-    /// Dropped first: while somebody listens, nobody else takes the file for stale.
+    /// Dropped first: while the listener is open, no other daemon treats the file as stale.
     _file: Option<SocketFile>,
     pub listener: UnixListener,
 }
 
-/// A socket file that we made and that we remove, if it is still ours.
+/// A socket file that this process created, and removes if it is still the same file.
 #[derive(Debug)]
 struct SocketFile {
     path: PathBuf,
@@ -66,7 +66,7 @@ impl Listening {
         Ok(listening)
     }
 
-    /// A socket that somebody else has made.
+    /// A socket that another process created.
     pub fn inherited(listener: UnixListener) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
         Ok(Listening { _file: None, listener })
@@ -75,7 +75,7 @@ impl Listening {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        // Without the lock too: whoever has it holds it for a moment only, and does not remove a socket that is in use.
+        // Also without the lock: a holder keeps it only for a moment, and does not remove a socket that is in use.
         let _lock = lock_folder(&self.path, Duration::ZERO);
         let ours = fs::symlink_metadata(&self.path)
             .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == self.identity);
@@ -85,7 +85,7 @@ impl Drop for SocketFile {
     }
 }
 
-/// Locks the folder of a socket; `None` where that cannot be (a folder that may not be read, a file system without locks).
+/// Locks the folder of a socket; `None` where that is impossible (an unreadable folder, a file system without locks).
 fn lock_folder(path: &Path, timeout: Duration) -> io::Result<Option<OwnedFd>> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -111,8 +111,8 @@ fn lock_folder(path: &Path, timeout: Duration) -> io::Result<Option<OwnedFd>> {
     }
 }
 
-/// True if a socket is bound to the file. The question is asked with a socket of another type: it is refused either way, so
-/// that a daemon that listens there sees no frontend come and go.
+/// True if a socket is bound to the file. The check connects with a socket of another type, which is refused either
+/// way. So a daemon that listens there sees no frontend come and go.
 fn is_in_use(path: &Path) -> io::Result<bool> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::DGRAM, flags, None)?;
@@ -146,7 +146,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("s");
         for _ in 0..50 {
-            // Each round finds a stale file.
+            // Each iteration finds a stale file.
             drop(UnixListener::bind(&path).expect("bound"));
             let bound = std::thread::scope(|scope| {
                 let start = || Listening::bind(&path);

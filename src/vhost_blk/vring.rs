@@ -1,7 +1,7 @@
-//! What the frontend has told us about one queue, and the worker that runs when it has told enough.
+//! The frontend's settings for one queue, and the worker that runs once they are complete.
 //!
-//! A ring runs when it has a size, addresses in guest memory, a kick descriptor, and is enabled; it stops, drained, by
-//! anything that takes one of these away or changes it. It never runs half-configured.
+//! A ring runs when it has a size, addresses in guest memory, a kick descriptor, and is enabled. Any message that
+//! removes or changes one of these stops it, drained. It never runs half-configured.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -26,7 +26,7 @@ pub(crate) struct UserAddresses {
     pub used: u64,
 }
 
-/// What a ring needs of its session to start.
+/// The parts of its session that a ring needs to start.
 pub(crate) struct Surroundings<'a, D> {
     pub device: &'a Arc<D>,
     pub table: &'a MemoryTable,
@@ -49,7 +49,7 @@ pub(crate) struct Vring {
     pub call: Arc<SignalSlot>,
     pub error: Arc<SignalSlot>,
     pub enabled: bool,
-    /// The ring was corrupt, or its worker failed: it stays stopped until it is set up anew.
+    /// The ring was corrupt, or its worker failed: it stays stopped until it is set up again.
     broken: bool,
     worker: Option<Worker>,
 }
@@ -72,7 +72,7 @@ impl Vring {
         }
     }
 
-    /// The number of descriptors; false if it cannot change now.
+    /// Sets the number of descriptors; false if it cannot change now.
     pub(crate) fn set_size(&mut self, size: u16) -> bool {
         if self.is_running() && self.size != Some(size) {
             return false;
@@ -115,7 +115,7 @@ impl Vring {
         self.kick = kick;
     }
 
-    /// Starts the worker if everything is there. What is wrong with it is logged: the frontend may still set it right.
+    /// Starts the worker once the setup is complete. Errors are only logged: the frontend may still correct them.
     pub(crate) fn start<D: BlockDevice>(&mut self, surroundings: &Surroundings<'_, D>) {
         let (Some(size), Some(addresses), Some(kick)) = (self.size, self.addresses, &self.kick) else {
             return;
@@ -130,7 +130,7 @@ impl Vring {
             (guest(addresses.descriptors), guest(addresses.available), guest(addresses.used))
         else {
             debug!(queue = self.index, ?addresses, "the ring is not in guest memory; it does not start");
-            // Later it may be so for a moment, while the frontend replaces regions.
+            // Later this may be true for a moment, while the frontend replaces regions.
             if !surroundings.shared.started.load(Ordering::Relaxed) {
                 surroundings.shared.tell_unshared(self.index);
             }

@@ -1,8 +1,8 @@
-//! The thread of one started queue: takes chains out of the ring, gives requests to the disk, and hands back what is
-//! done.
+//! The thread of one started queue: takes chains from the ring, submits requests to the disk, and hands back completed
+//! chains.
 //!
-//! Owns the ring, the disk's queue and the slots while it runs. It takes no lock that anybody holds while waiting, and
-//! no one waits for it but the session thread that stops it, which holds none.
+//! Owns the ring, the disk's queue and the slots while it runs. It takes no lock that another thread holds while
+//! waiting. Only the session thread that stops it waits for it, and that thread holds no such lock.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -27,15 +27,15 @@ use crate::portion::Portion;
 use crate::request::{Checker, Parsed, write_status};
 use crate::ring::{Chain, Ring, Used};
 
-/// Waits in a row that an idle queue may be woken from for nothing. More are no accident: a guest or a frontend that
-/// kicks without end.
+/// An idle queue may wake so many times in a row with nothing to do. More is no accident: a guest or a frontend kicks
+/// without end.
 const IDLE_WAKES_MAX: u32 = 64;
-/// What each wake for nothing costs beyond that.
+/// The pause after each further idle wake.
 const IDLE_WAKE_PAUSE: Duration = Duration::from_millis(1);
 /// A stop that takes longer than this is worth a line in the log, and another for each time it passes again.
 const SLOW_STOP: Duration = Duration::from_secs(30);
 
-/// What the session tells all its workers at any time.
+/// State that the session shares with all its workers.
 #[derive(Debug)]
 pub(crate) struct Shared {
     /// Writes are done only when durable. Relaxed: the guest that changed it waits for the answer of SET_CONFIG, and
@@ -43,11 +43,11 @@ pub(crate) struct Shared {
     write_through: AtomicBool,
     /// Counts the memory's changes. Stored with Release after the memory; loaded with Acquire.
     changes: AtomicU32,
-    /// Guards the memory to use. A leaf: nothing is called with it held.
+    /// Guards the current memory. A leaf: nothing is called with it held.
     memory: Mutex<Arc<GuestMemory>>,
     /// A ring of this session has started. Only the session's thread uses it.
     pub started: AtomicBool,
-    /// It was said that the guest's memory is not shared.
+    /// The log already has the line that the guest's memory is not shared.
     unshared_told: AtomicBool,
 }
 
@@ -62,7 +62,7 @@ impl Shared {
         }
     }
 
-    /// Says once a session that the guest's memory is not shared with us, and what to set.
+    /// Logs once a session that the guest's memory is not shared with us, and the setting that helps.
     pub(crate) fn tell_unshared(&self, queue: u16) {
         if self.unshared_told.swap(true, Ordering::Relaxed) {
             return;
@@ -79,8 +79,8 @@ impl Shared {
         self.write_through.store(write_through, Ordering::Release);
     }
 
-    /// Replaces the memory. Workers that run go over to it before the next chain they take; so while there are any,
-    /// it must have everything that the old one had.
+    /// Replaces the memory. Running workers switch to it before the next chain they take. While any worker runs, the
+    /// new memory must therefore hold everything that the old one held.
     pub(crate) fn set_memory(&self, memory: Arc<GuestMemory>) {
         *self.memory.lock().unwrap_or_else(PoisonError::into_inner) = memory;
         self.changes.fetch_add(1, Ordering::Release);
@@ -91,13 +91,13 @@ impl Shared {
     }
 }
 
-/// What a worker needs to run.
+/// The inputs of a new worker.
 pub(crate) struct WorkerSetup<D> {
     pub index: u16,
     pub device: Arc<D>,
     pub ring: Ring,
     pub ring_size: u16,
-    /// The ring was used before: an interrupt may have been lost with whoever ran it.
+    /// The ring was used before: its previous worker or daemon may have lost an interrupt.
     pub resumed: bool,
     pub memory: Arc<GuestMemory>,
     pub shared: Arc<Shared>,
@@ -108,12 +108,12 @@ pub(crate) struct WorkerSetup<D> {
     pub poll_max: Duration,
 }
 
-/// How a worker ended.
+/// The result of a worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Exit {
     /// The index in the available ring of the next chain to take.
     pub next_available: u16,
-    /// The ring was corrupt, or the worker itself failed: it must be set up anew before it runs again.
+    /// The ring was corrupt, or the worker itself failed: it must be set up again before it runs again.
     pub broken: bool,
 }
 
@@ -125,7 +125,7 @@ const STOP_AND_FLUSH: u8 = 2;
 struct Control {
     /// RUN, STOP or STOP_AND_FLUSH. Stored before the notifier is used, loaded before every wait.
     command: AtomicU8,
-    /// Where the worker is in the available ring, in case it dies. Relaxed: read after a join.
+    /// The worker's position in the available ring, in case it dies. Relaxed: read after a join.
     next_available: AtomicU16,
     raising: RaiseMark,
 }
@@ -136,7 +136,7 @@ impl Control {
     }
 }
 
-/// A running worker, from the session's side. Dropping it stops it.
+/// A running worker, seen from the session. Dropping it stops it.
 pub(crate) struct Worker {
     index: u16,
     control: Arc<Control>,
@@ -146,10 +146,10 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    /// Starts the thread and waits until it has its queue of the disk.
+    /// Starts the thread and waits until it has its queue on the disk.
     ///
     /// # Errors
-    /// When the host refuses a thread, or the disk a queue.
+    /// When the host refuses a thread, or the disk refuses a queue.
     pub(crate) fn start<D: BlockDevice>(setup: WorkerSetup<D>) -> io::Result<Worker> {
         let index = setup.index;
         let control = Arc::new(Control {
@@ -197,7 +197,7 @@ impl Worker {
                         warn!(queue = self.index, waited = ?began.elapsed(), "the queue still has requests in flight");
                     }
                 }
-                // The thread sends before it ends, whatever happens: this is not reached.
+                // Not reached: the thread always sends before it ends.
                 Err(RecvTimeoutError::Disconnected) => {
                     let next_available = self.control.next_available.load(Ordering::Relaxed);
                     break Exit { next_available, broken: true };
@@ -212,7 +212,7 @@ impl Worker {
 }
 
 impl Worker {
-    /// Ends the worker's write to its call descriptor, if it has been in the same one since this was last asked.
+    /// Interrupts the worker's write to its call descriptor, if it is in the same write as at the previous call.
     fn interrupt_signal(&self, seen: &mut u32) {
         if let Some(thread) = &self.thread
             && self.control.raising.is_stuck(seen)
@@ -239,7 +239,7 @@ fn thread_main<D: BlockDevice>(
     exited: &SyncSender<Exit>,
 ) {
     let (index, error_signal, metrics) = (setup.index, Arc::clone(&setup.error), Arc::clone(&setup.metrics));
-    // Whatever unwinds drops the disk's queue first, which waits until no guest memory is in use, and then the memory.
+    // Any unwinding drops the disk's queue first, which waits until no guest memory is in use, and then the memory.
     let exit = catch_unwind(AssertUnwindSafe(|| run(setup, control, started)));
     let exit = exit.unwrap_or_else(|_| {
         error!(queue = index, "the worker failed; its queue is stopped");
@@ -284,13 +284,13 @@ fn run<D: BlockDevice>(setup: WorkerSetup<D>, control: &Control, started: &Start
         retired: Vec::new(),
         shared: setup.shared,
     };
-    // Between the session's look at the memory and this thread's at the counter it may have changed.
+    // The memory may have changed after the session read it and before this thread read the counter.
     running.memory = running.shared.memory();
     let _ = started.send(Ok(notify));
     Some(running.run(setup.resumed))
 }
 
-/// A worker on its own thread. The order of the fields is the order of their drop: the queue before the memory.
+/// A worker on its own thread. Fields drop in their order here: the queue before the memory.
 struct Running<'a, Q: BlockQueue> {
     queue: Q,
     index: u16,
@@ -298,7 +298,7 @@ struct Running<'a, Q: BlockQueue> {
     in_flight: InFlight,
     checker: Checker,
     chain: Chain,
-    /// Chains that are done and not yet handed back.
+    /// Completed chains that are not yet handed back.
     used: Vec<Used>,
     done: Vec<Done>,
     control: &'a Control,
@@ -306,16 +306,16 @@ struct Running<'a, Q: BlockQueue> {
     error: Arc<SignalSlot>,
     metrics: &'a QueueMetrics,
     portion: Portion,
-    /// Chains of the present portion that are done.
+    /// Chains of the current portion that are done.
     at_once: usize,
-    /// For waits with nothing in flight, which the guest ends, and for those with something, which the host ends too. The
-    /// one says nothing about the other: a disk may be slow and its guest quick.
+    /// One budget for waits with nothing in flight, which the guest ends, and one for waits with requests in flight,
+    /// which the host ends too. They are independent: a disk may be slow and its guest quick.
     poll: [PollBudget; 2],
     /// Waits since the last chain that ended with nothing to do and nothing in flight.
     idle_wakes: u32,
     seen: u32,
     memory: Arc<GuestMemory>,
-    /// Memory of before that requests in flight may still use.
+    /// Older memory that requests in flight may still use.
     retired: Vec<Arc<GuestMemory>>,
     shared: Arc<Shared>,
 }
@@ -341,7 +341,7 @@ impl<Q: BlockQueue> Running<'_, Q> {
         Exit { next_available, broken: broken || lost }
     }
 
-    /// Serves the ring until it is told to stop or the ring turns out to be corrupt.
+    /// Serves the ring until a stop, or until the ring is found corrupt.
     fn serve(&mut self) -> Result<(), RingError> {
         self.ring.disable_kicks()?;
         while !self.control.stopping() {
@@ -381,7 +381,7 @@ impl<Q: BlockQueue> Running<'_, Q> {
         Ok(())
     }
 
-    /// Starts the chain at hand.
+    /// Starts the current chain.
     fn start(&mut self, write_through: bool) {
         let head = self.chain.head;
         let submission = match self.checker.parse(&mut self.chain, write_through) {
@@ -415,8 +415,8 @@ impl<Q: BlockQueue> Running<'_, Q> {
         }
     }
 
-    /// Lets the disk work, and hands back what is done, with one interrupt at most. False if there is nothing more to do
-    /// until something happens.
+    /// Lets the disk work, and hands back completed chains with at most one interrupt. False if nothing more can be
+    /// done until an event.
     fn finish(&mut self) -> Result<bool, RingError> {
         while let Some((tag, request)) = self.in_flight.next_segment() {
             self.queue.submit(tag, request, &[]);
@@ -447,13 +447,13 @@ impl<Q: BlockQueue> Running<'_, Q> {
         Ok(true)
     }
 
-    /// Nothing to do: looks around for a while, then sleeps until the guest kicks, the disk has something, or the
-    /// session calls.
+    /// Nothing to do: polls for a while, then sleeps until the guest kicks, the disk has something, or the session
+    /// notifies.
     fn idle(&mut self) -> Result<(), RingError> {
         let began = Instant::now();
         let kind = usize::from(!self.in_flight.is_empty());
-        // Of several requests that the host has, one that waits a moment to be handed back keeps nobody: the host is at the
-        // others meanwhile.
+        // With several requests in flight, poll for a shorter time: a completion that waits briefly costs nothing,
+        // because the host is still busy with the others.
         let budget = self.poll[kind].get() / self.in_flight.len().max(1) as u32;
         let mut round = 0;
         while !budget.is_zero() && began.elapsed() < budget {
@@ -478,8 +478,8 @@ impl<Q: BlockQueue> Running<'_, Q> {
         self.ring.disable_kicks()
     }
 
-    /// A ring that was never used has ended its first sleep, so most likely it was kicked. If nothing was made available
-    /// and nobody ever wrote to the memory, the guest's memory is another.
+    /// The first sleep of a never used ring has ended, so most likely the guest kicked. If no chain is available and
+    /// the memory was never written, the guest uses other memory.
     #[cold]
     fn look_for_guest(&self) -> Result<(), RingError> {
         if !self.control.stopping() && self.ring.available()? == 0 && self.memory.is_untouched() {
@@ -530,18 +530,18 @@ impl<Q: BlockQueue> Running<'_, Q> {
             if self.in_flight.is_empty() {
                 break;
             }
-            // Not after something was done: segments in line may go to the disk now, and nothing else would end the wait.
+            // Not after a completion: waiting segments may go to the disk now, and nothing else would end the wait.
             if idle {
                 self.queue.wait(None);
             }
         }
-        // Whoever takes over should find a ring that kicks. It looks at the ring first anyway.
+        // The next user of the ring should find kicks enabled. It checks the ring first anyway.
         let _ = self.ring.enable_kicks();
         lost
     }
 
-    /// Makes what was written durable. The guest did not ask, so there is no one to tell if it fails; the disk itself
-    /// refuses what comes after.
+    /// Makes all writes durable. The guest did not request this flush, so a failure is only logged; the disk itself
+    /// refuses later requests.
     fn flush(&mut self) {
         let tag = self.in_flight.add_closing();
         self.queue.submit(tag, Request::Flush, &[]);
@@ -566,7 +566,7 @@ impl<Q: BlockQueue> Running<'_, Q> {
     }
 }
 
-/// Passes a moment. Now and then the processor is offered to others: the guest may need this very one.
+/// Waits a moment. Now and then it yields the processor to other threads: the guest may need this very one.
 fn relax(round: &mut u32) {
     *round = round.wrapping_add(1);
     if round.is_multiple_of(8) {

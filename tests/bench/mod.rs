@@ -1,7 +1,8 @@
-//! An image on the bench: what its disk and each of its snapshots must hold, whoever changes them, Strata or QEMU.
+//! An image on the bench: the contents that its disk and each of its snapshots must have, whether Strata or QEMU
+//! changes them.
 //!
-//! Owns the changes of snapshots by either tool and what is compared afterwards. It makes no image and chooses no
-//! operation. Whatever is not as it should be panics.
+//! Owns the changes of snapshots by either tool and the comparisons afterwards. It makes no image and chooses no
+//! operation. Every difference panics.
 
 use std::path::{Path, PathBuf};
 
@@ -16,14 +17,14 @@ use strata_tests::{ByteModel, Qemu};
 use crate::agree::assert_clean;
 use crate::rig::Rig;
 
-/// What is done with a snapshot, named as `qemu-img snapshot` has it.
+/// A change of a snapshot, with the name that `qemu-img snapshot` uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Deed {
-    /// Made.
+    /// The snapshot is made.
     Create,
-    /// Put in the disk's place.
+    /// The disk becomes the snapshot.
     Apply,
-    /// Deleted.
+    /// The snapshot is deleted.
     Delete,
 }
 
@@ -37,7 +38,7 @@ impl Deed {
         }
     }
 
-    /// As Strata takes it.
+    /// Strata's form of the change.
     pub fn of(self, name: &str) -> Change {
         match self {
             Self::Create => Change::Create { name: name.into(), seconds: 1_795_272_286, nanoseconds: 123 },
@@ -47,26 +48,26 @@ impl Deed {
     }
 }
 
-/// An image, what its disk is to hold, and what each of its snapshots is.
+/// An image, the expected contents of its disk, and those of each snapshot.
 pub struct Bench {
     /// QEMU's tools.
     pub qemu: Qemu,
     /// The top image.
     pub image: PathBuf,
-    /// How Strata opens it.
+    /// The options with which Strata opens it.
     pub options: DiskOptions,
-    /// Bytes of what it can allocate by itself: a subcluster or a cluster.
+    /// Bytes of the smallest allocation: a subcluster or a cluster.
     pub granule: u64,
-    /// What its disk holds.
+    /// The expected contents of its disk.
     pub contents: Vec<u8>,
-    /// The snapshots by name, in the order of the image's table, and what each holds.
+    /// The snapshots by name, in the order of the image's table, with the contents of each.
     pub snapshots: Vec<(String, Vec<u8>)>,
-    /// What a discard does.
+    /// The effect of a discard.
     pub rule: DiscardRule,
 }
 
 impl Bench {
-    /// Runs operations on the disk and on a model of it, then compares all of it; the disk is closed afterwards.
+    /// Runs operations on the disk and on a model of it, compares the whole disk, and closes it.
     pub fn run(&mut self, operations: &[Operation]) {
         let size = self.contents.len() as u64;
         let mut model = ByteModel::with_contents(&self.contents, size, self.granule, self.rule);
@@ -77,18 +78,18 @@ impl Bench {
         rig.close();
     }
 
-    /// Does a change by Strata.
+    /// Makes a change with Strata.
     pub fn try_ours(&self, deed: Deed, name: &str) -> Result<Snapshot, ChangeError> {
         disk::snapshot::change(&HostStorage::new(), &self.image, deed.of(name), &self.options)
     }
 
-    /// Does a change by QEMU's tool.
+    /// Makes a change with QEMU's tool.
     pub fn try_theirs(&self, deed: Deed, name: &str) -> Result<String, ImageError> {
         self.qemu.img(["snapshot", deed.option(), name, &self.image.display().to_string()])
     }
 
-    /// Does a change by QEMU's tool on a copy, which takes the image's place if all went well: QEMU may leave leaks
-    /// behind where it fails half-way.
+    /// Makes a change with QEMU's tool on a copy, which replaces the image on success. QEMU may leave leaks when it
+    /// fails half-way.
     pub fn try_theirs_aside(&mut self, deed: Deed, name: &str) -> Result<(), ImageError> {
         let copy = self.image.with_extension("aside");
         std::fs::copy(&self.image, &copy).expect("a copy");
@@ -104,7 +105,7 @@ impl Bench {
         result.map(|_| ())
     }
 
-    /// Does a change by ours or by QEMU's tool.
+    /// Makes a change with Strata, if `ours`, or with QEMU's tool.
     pub fn change(&mut self, deed: Deed, name: &str, ours: bool) {
         if ours {
             self.try_ours(deed, name).unwrap_or_else(|error| panic!("{deed:?} {name}: {error}"));
@@ -114,7 +115,7 @@ impl Bench {
         self.note(deed, name);
     }
 
-    /// A change was made.
+    /// Updates the expected contents after a change.
     pub fn note(&mut self, deed: Deed, name: &str) {
         let place = self.snapshots.iter().position(|(known, _)| known == name);
         match (deed, place) {
@@ -127,7 +128,7 @@ impl Bench {
         }
     }
 
-    /// A change that Strata must refuse, with every byte left as it was.
+    /// Tries a change that Strata must refuse without changing a byte.
     pub fn refused(&self, change: Change) -> ChangeRefusal {
         let before = std::fs::read(&self.image).expect("image");
         let error = match disk::snapshot::change(&HostStorage::new(), &self.image, change, &self.options) {
@@ -141,7 +142,7 @@ impl Bench {
         error
     }
 
-    /// Everything is as it should be, as ours and QEMU's see it.
+    /// Checks the image with both checkers. Compares the disk and all snapshots with the expected contents.
     pub fn examine(&self, what: &str) {
         self.examine_disk(what);
         for (name, contents) in &self.snapshots {
@@ -149,7 +150,7 @@ impl Bench {
         }
     }
 
-    /// As [`Bench::examine`], but for what the snapshots hold.
+    /// As [`Bench::examine`], without the contents of the snapshots.
     pub fn examine_disk(&self, what: &str) {
         assert_clean(&self.image, what);
         self.compare_lists();
@@ -183,12 +184,12 @@ impl Bench {
         }
     }
 
-    /// What Strata reads of a snapshot.
+    /// The contents of a snapshot, read by Strata.
     pub fn read_snapshot(&self, name: &str) -> Vec<u8> {
         read(&self.image, &DiskOptions { snapshot: Some(name.into()), ..self.options.clone() })
     }
 
-    /// What QEMU reads of a snapshot.
+    /// The contents of a snapshot, read by QEMU.
     pub fn theirs(&self, name: &str) -> Vec<u8> {
         let target = self.image.with_extension("raw");
         let [image, out] = [&self.image, &target].map(|path| path.display().to_string());
@@ -205,7 +206,7 @@ pub fn list(image: &Path, options: &DiskOptions) -> Vec<Snapshot> {
     disk::snapshot::list(&HostStorage::new(), image, options).expect("a list")
 }
 
-/// All that a disk holds.
+/// The whole contents of a disk.
 pub fn read(image: &Path, options: &DiskOptions) -> Vec<u8> {
     let mut rig = Rig::open(image, options).expect("it opens");
     let found = rig.read_all();

@@ -1,6 +1,6 @@
 //! Damages one thing in an image at a time: table entries, refcounts, header fields, the file's length.
 //!
-//! Owns where each thing lies in the bytes of a small image. It judges nothing.
+//! Owns the locations of the structures in a small image. It judges nothing.
 
 #[path = "damage/compressed.rs"]
 mod compressed;
@@ -13,28 +13,29 @@ pub use header::{BACKING, EXTENSIONS, HEADER, LENGTHS};
 use qcow2::entry::{COMPRESSED, COPIED, OFFSET_MASK};
 use qcow2::{Geometry, Header, HostOffset, Version, position, set_entry};
 
-/// The bytes of an image file, and where its first tables are.
+/// The bytes of an image file, and the offsets of its first tables.
 #[derive(Clone)]
 pub struct Raw {
     /// The file.
     pub bytes: Vec<u8>,
     geometry: Geometry,
-    /// The active L1 table.
+    /// The offset of the active L1 table.
     l1: u64,
-    /// The first L2 table.
+    /// The offset of the first L2 table.
     l2: u64,
     refcount_table: u64,
     refblock: u64,
 }
 
-/// A damage: its name, and what does it. It answers false where the image gives no occasion for it.
+/// A damage: its name, and the function that does it. The function returns false if the image has no place for this
+/// damage.
 pub type Damage = (&'static str, fn(&mut Raw) -> bool);
 
 /// An offset that no small file reaches.
 const FAR: u64 = 1 << 40;
 
 impl Raw {
-    /// Takes an image apart whose first guest clusters are allocated.
+    /// Finds the structures of an image whose first guest clusters are allocated.
     pub fn new(bytes: Vec<u8>) -> Self {
         let header = Header::parse(&bytes, bytes.len() as u64).expect("a sound image");
         let (l1, refcount_table) = (header.l1_offset.0, header.refcount_table_offset.0);
@@ -58,7 +59,7 @@ impl Raw {
         self.put(at, self.get(at) ^ bits)
     }
 
-    /// Where the L2 entry of one of the first guest clusters is.
+    /// The offset of the L2 entry of one of the first guest clusters.
     fn l2_entry(&self, index: u64) -> u64 {
         self.l2 + index * self.geometry.l2_entry_size()
     }
@@ -85,7 +86,8 @@ impl Raw {
         self.geometry.clusters_for(self.bytes.len() as u64) * self.size()
     }
 
-    /// Sets a refcount, cut to what fits; false if the first refblock does not have it or it is that already.
+    /// Sets a refcount, truncated to its width. Returns false if the first refblock does not have it or it already has
+    /// this value.
     fn count(&mut self, cluster: u64, count: u64) -> bool {
         let order = self.geometry.refcount_order;
         let (block, index) = (self.refblock as usize, cluster as usize);
@@ -236,7 +238,7 @@ fn cut(image: &mut Raw, length: fn(usize) -> usize) -> bool {
     true
 }
 
-/// Adds clusters at the end that nothing names.
+/// Adds clusters without references at the end.
 fn leak(image: &mut Raw, count: u64) -> bool {
     let first = image.cluster_of(image.end());
     let length = image.end() + count * image.size();
@@ -244,7 +246,7 @@ fn leak(image: &mut Raw, count: u64) -> bool {
     (first..first + count).all(|cluster| image.count(cluster, 1))
 }
 
-/// A snapshot's L1 table is where the first entry of the snapshot table says.
+/// Damages of snapshots. The first entry of the snapshot table gives the offset of the L1 table.
 pub const SNAPSHOTS: &[Damage] = &[
     ("a snapshot's L1 table unaligned", |i| i.size() > 512 && i.flip(snapshot(i), 512)),
     ("a snapshot's L1 table far behind the file", |i| i.put(snapshot(i), FAR)),
@@ -297,7 +299,7 @@ pub const BITMAPS: &[Damage] = &[
     ("bitmaps that mean nothing", |i| i.flip(position::AUTOCLEAR as u64, 1)),
 ];
 
-/// Where the bitmaps extension begins.
+/// The offset of the bitmaps extension.
 fn extension(image: &Raw) -> u64 {
     let magic = qcow2::extension::BITMAPS.to_be_bytes();
     let words = image.bytes[..512].chunks_exact(8);
@@ -308,7 +310,7 @@ fn directory(image: &Raw) -> u64 {
     image.get(extension(image) + 24)
 }
 
-/// Where the table of the first bitmap is, whose first entry names a cluster.
+/// The offset of the first bitmap's table, whose first entry names a cluster.
 fn bitmap_table(image: &Raw) -> u64 {
     image.get(directory(image))
 }

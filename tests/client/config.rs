@@ -1,10 +1,10 @@
 //! The configuration space of a block device (virtio 1.2, section 5.2.4).
 
-/// Bytes asked for by default: everything up to and with the write zeroes fields, as Cloud Hypervisor asks.
+/// Bytes requested by default: up to and including the write zeroes fields, as Cloud Hypervisor does.
 pub const CONFIG_BYTES: usize = 60;
 
-/// The fields of struct virtio_blk_config, read from its first 60 bytes. Which of them mean something depends on
-/// the features.
+/// The fields of struct virtio_blk_config, read from its first 60 bytes. The features decide which of them are
+/// valid.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BlockConfig {
     /// Size of the disk in sectors of 512 bytes.
@@ -42,7 +42,7 @@ pub struct BlockConfig {
 }
 
 impl BlockConfig {
-    /// Reads the fields; what lies past the end of `bytes` is 0.
+    /// Reads the fields; fields past the end of `bytes` are 0.
     pub fn parse(bytes: &[u8]) -> Self {
         let mut all = [0u8; CONFIG_BYTES];
         let length = bytes.len().min(CONFIG_BYTES);
@@ -53,7 +53,7 @@ impl BlockConfig {
             capacity_sectors: u64::from(word(0)) | u64::from(word(4)) << 32,
             size_max: word(8),
             seg_max: word(12),
-            // 16 to 19 hold the geometry, which no one has needed for decades.
+            // Bytes 16 to 19 hold the geometry, which is obsolete.
             block_size: word(20),
             physical_block_exponent: all[24],
             alignment_offset: all[25],

@@ -1,13 +1,12 @@
-//! What can go wrong between the client and a device.
+//! The errors between the client and a device.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// Why the client could not go on. A request that the device answers with a bad status is no error: see
-/// [`super::Status`].
+/// Why the client could not continue. A bad status from the device is no error: see [`super::Status`].
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// Nobody accepts on the socket.
+    /// No server accepts on the socket.
     #[error("connect to {path}: {source}")]
     Connect {
         /// The socket.
@@ -18,41 +17,41 @@ pub enum ClientError {
     /// The host refused something that the client needs for itself (memory, an eventfd).
     #[error("{step}: {source}")]
     Host {
-        /// What was asked for.
+        /// What was requested.
         step: &'static str,
-        /// Why not.
+        /// The host's error.
         source: std::io::Error,
     },
-    /// A vhost-user message failed, was refused, or its answer did not come in time.
+    /// A vhost-user message failed, was refused, or was not answered in time.
     #[error("{step}: {source}")]
     Message {
         /// The message.
         step: &'static str,
-        /// What `vhost` says of it.
+        /// The error from `vhost`.
         source: vhost::Error,
     },
-    /// The device does not offer what the options ask for.
+    /// The device does not offer what the options require.
     #[error("the device offers no {0}")]
     NotOffered(&'static str),
-    /// The device has fewer of something than asked for.
+    /// The device has fewer of something than requested.
     #[error("{what}: {wanted} wanted, the device has {offered}")]
     TooFew {
-        /// Of what.
+        /// The thing in question.
         what: &'static str,
-        /// As the options say.
+        /// The number that the options request.
         wanted: u64,
-        /// As the device says.
+        /// The number that the device offers.
         offered: u64,
     },
-    /// The request does not fit into the buffers that the client has (see `Options::data_capacity`).
+    /// The request does not fit into the client's buffers (see `Options::data_capacity`).
     #[error("a request of {length} bytes: the client's buffers have {capacity}")]
     TooLong {
-        /// Bytes asked for.
+        /// Bytes requested.
         length: usize,
         /// Bytes that fit.
         capacity: usize,
     },
-    /// An offset or length that virtio-blk, which counts in sectors of 512 bytes, cannot say.
+    /// An offset or length that virtio-blk cannot express, as it counts in sectors of 512 bytes.
     #[error("{0} is no multiple of 512")]
     Misaligned(u64),
     /// Every slot of the queue is in flight.
@@ -63,9 +62,9 @@ pub enum ClientError {
     Timeout {
         /// The queue.
         queue: usize,
-        /// For how long.
+        /// How long the queue waited.
         waited: Duration,
-        /// How many requests wait.
+        /// How many requests are in flight.
         in_flight: usize,
     },
     /// The device closed the session.
@@ -79,30 +78,30 @@ pub enum ClientError {
     BadUsed {
         /// The queue.
         queue: usize,
-        /// The head as the device gave it.
+        /// The head that the device used.
         id: u32,
     },
-    /// The device says it wrote more bytes than the chain has.
+    /// The device claims to have written more bytes than the chain can hold.
     #[error("queue {queue}: {length} bytes written into a chain with {writable} writable ones")]
     BadUsedLength {
         /// The queue.
         queue: usize,
-        /// As the device says.
+        /// Bytes that the device claims to have written.
         length: u32,
-        /// As the driver gave.
+        /// Writable bytes of the chain.
         writable: u32,
     },
     /// A ticket was waited for twice, or belongs to another queue.
     #[error("queue {0}: no such ticket")]
     NoSuchTicket(usize),
-    /// A request that the simple interface needs was answered with a bad status.
+    /// A request of the simple interface was answered with a bad status.
     #[error("{what} at byte {offset}: {status:?}")]
     Status {
         /// The request.
         what: &'static str,
-        /// Its place on the disk.
+        /// Its byte offset on the disk.
         offset: u64,
-        /// The answer.
+        /// The status.
         status: super::Status,
     },
 }

@@ -1,6 +1,6 @@
 //! The eventfds of one queue, and sleeping on them.
 //!
-//! Knows nothing of rings: it says what woke the sleeper and leaves the rest to the caller.
+//! Knows nothing of rings: it reports what ended the sleep and leaves the rest to the caller.
 
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -23,14 +23,14 @@ pub(super) struct Events {
     pub error: EventFd,
     /// Watches call, error and the socket's end.
     epoll: Epoll,
-    /// Only to see that the device hung up; kept open while it is watched.
+    /// Watched to notice when the device hangs up; must stay open meanwhile.
     _socket: Arc<UnixStream>,
 }
 
 /// What ended a sleep.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Wake {
-    /// A call, or nothing in particular: look at the ring.
+    /// A call, or an interrupted wait: check the ring.
     Called,
     /// The error eventfd.
     RingError,
@@ -45,7 +45,7 @@ const ERROR: u64 = 1;
 const SOCKET: u64 = 2;
 
 impl Events {
-    /// Makes all three, close-on-exec and non-blocking.
+    /// Creates all three, close-on-exec and non-blocking.
     ///
     /// # Errors
     /// When the host has no more descriptors.
@@ -89,7 +89,7 @@ impl Events {
             Err(error) => return Err(ClientError::host("epoll")(error)),
         };
         let is = |name| happened[..count].iter().any(|event| event.data() == name);
-        // That a counter was reset already (EAGAIN) is all the same.
+        // A counter that was reset already (EAGAIN) is fine.
         if is(CALL) {
             let _ = self.call.read();
             return Ok(Wake::Called);

@@ -1,4 +1,4 @@
-//! Where everything of a queue lies in the shared memory.
+//! The layout of a queue's structures in the shared memory.
 //!
 //! Pure arithmetic, so that rings, slots and raw access agree. Offsets are in bytes from the start of the memory.
 
@@ -15,7 +15,7 @@ pub struct QueueLayout {
     pub size: u16,
     /// The ring's parts.
     pub ring: RingLayout,
-    /// Requests that fit.
+    /// Requests that fit at once.
     pub slots: u16,
     /// Descriptors of one request: header, data, status.
     pub chain: u16,
@@ -29,8 +29,8 @@ pub struct QueueLayout {
     pub data: usize,
     /// Bytes of one buffer, whole pages.
     pub capacity: usize,
-    /// Bytes from one buffer to the next: a page more, as buffers a power of two apart would share the same few sets
-    /// of the host's caches and make every device look slower than it is.
+    /// Bytes from one buffer to the next: the capacity and one page more. Buffers a power of two apart would share
+    /// a few sets of the host's caches and make every device look slower than it is.
     pub stride: usize,
     /// A page that no request uses, for raw access.
     pub scratch: usize,
@@ -42,7 +42,7 @@ impl QueueLayout {
     /// Lays a queue out from `start` on.
     ///
     /// # Panics
-    /// When not one request fits into the ring, or sizes are out of all proportion: the options are the caller's.
+    /// When not even one request fits into the ring, or sizes are unreasonable: the caller chooses the options.
     pub fn new(
         start: usize,
         size: u16,

@@ -1,6 +1,6 @@
-//! A queue tried without a session: a thread plays a device that answers everything at once.
+//! Tests a queue without a session: a thread plays a device that answers everything at once.
 //!
-//! Shows that ring, queue and load fit together where no daemon is installed, and what the client costs by itself.
+//! Shows that ring, queue and load work together where no daemon is installed, and what the client itself costs.
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;
@@ -25,7 +25,7 @@ struct Device {
     call: EventFd,
     event_idx: bool,
     next: u16,
-    /// The status to give.
+    /// The status to answer with.
     status: u8,
     available: View<AtomicU16>,
     used_index: View<AtomicU16>,
@@ -55,14 +55,14 @@ impl Device {
         }
     }
 
-    /// Serves until told to stop; polls, and asks for no kicks unless told to sleep between.
+    /// Serves until `stop` is set. Polls, and yields the CPU when a poll finds nothing.
     fn run(mut self, stop: &AtomicBool) {
         while !stop.load(Ordering::Relaxed) {
             if !self.pass() {
                 std::thread::yield_now();
             }
         }
-        // Whatever was kicked meanwhile is nobody's business any more.
+        // Kicks that arrived meanwhile no longer matter.
         let _ = self.kick.read();
     }
 
@@ -98,7 +98,7 @@ impl Device {
         true
     }
 
-    /// Walks a chain to its last descriptor, the status, and sets that. Returns the writable bytes.
+    /// Walks a chain to its last descriptor, the status, and sets the status. Returns the writable bytes.
     fn answer(&self, head: u16) -> u32 {
         let (mut table, mut index, mut written) = (self.layout.ring.descriptors, head, 0);
         loop {
@@ -141,7 +141,7 @@ fn setup(size: u16, segments: u16, indirect: bool, event_idx: bool, base: u16, t
     Setup { queue, device, _peer: peer }
 }
 
-/// Runs a load against the thread that answers at once.
+/// Runs a load against the device thread.
 fn run_load(setup: Setup, spec: &Spec) -> load::Report {
     let Setup { mut queue, device, _peer } = setup;
     let stop = AtomicBool::new(false);
@@ -173,13 +173,13 @@ fn every_kind_of_ring_carries_a_load_over_the_wrap() {
     }
 }
 
-/// Printed, not judged: it depends on the machine and on who else uses it.
+/// Printed, not asserted: the result depends on the machine and its other load.
 #[test]
 fn the_client_by_itself_reports_its_rate() {
     let setup = setup(256, 1, true, true, 0, LONG);
     let report = run_load(setup, &Spec::random_reads(1 << 30, Duration::from_millis(300)));
     assert_eq!((report.errors, report.bytes), (0, report.requests * 4096));
-    // Past the harness, which swallows what a passing test prints.
+    // Bypasses the test harness, which hides the output of a passing test.
     let _ = writeln!(std::io::stderr(), "null device, depth 32: {report}");
 }
 
@@ -190,7 +190,7 @@ fn a_silent_device_is_a_timeout_and_a_closed_one_a_disconnect() {
     assert!(matches!(queue.wait(ticket), Err(ClientError::Timeout { in_flight: 1, .. })));
     drop(_peer);
     assert!(matches!(queue.wait_used(Instant::now() + LONG), Err(ClientError::Disconnected(0))));
-    // What was answered before the end still counts, with whatever status.
+    // Requests answered before the end still count, with any status.
     device.status = 2;
     assert!(device.pass());
     assert_eq!(queue.wait(ticket).expect("answered").status, Status::Unsupported);
@@ -208,7 +208,7 @@ fn a_device_that_breaks_the_rules_is_reported() {
     device.used_index[1].store(2, Ordering::Release);
     device.used[2].store(0, Ordering::Relaxed);
     assert!(matches!(queue.poll(), Err(ClientError::BadUsed { id: 0, .. })));
-    // A length beyond what the chain can take.
+    // A length larger than the chain's buffers.
     let ticket = queue.submit(&Request::Read { offset: 0, length: 512 }).expect("room");
     device.used[4].store(0, Ordering::Relaxed);
     device.used[5].store(514, Ordering::Relaxed);

@@ -1,7 +1,7 @@
 //! The guest memory of the client: one memfd, mapped once, shared with the device.
 //!
-//! Owns the mapping and is the only place of the kit with unsafe code. It never hands out plain references into the
-//! mapping, as the device may write there at any time: access goes through atomics ([`View`]) or by copying.
+//! Owns the mapping and all unsafe code of the kit. It never hands out plain references into the mapping, because
+//! the device may write there at any time: access is by atomics ([`View`]) or by copying.
 
 use std::fs::File;
 use std::marker::PhantomData;
@@ -18,11 +18,11 @@ use vhost::VhostUserMemoryRegionInfo;
 // virtio 1.x fields are little-endian, and the kit stores them as they are.
 const _: () = assert!(cfg!(target_endian = "little"), "the client is written for little-endian hosts");
 
-/// Guest address of the first byte of the mapping. Not 0, so that a device that mixes up guest addresses and offsets
-/// is found out; below 4 GiB on purpose, as nothing may depend on that either way.
+/// Guest address of the first byte of the mapping. Not 0, to expose a device that confuses guest addresses with
+/// offsets. Below 4 GiB on purpose: no device may depend on that either way.
 pub const GUEST_BASE: u64 = 0x4000_0000;
 
-/// The size of a page as far as the layout is concerned, in bytes.
+/// The page size of the layout, in bytes.
 pub const PAGE: usize = 4096;
 
 /// A mapped memfd of fixed length.
@@ -40,7 +40,8 @@ unsafe impl Send for SharedMemory {}
 unsafe impl Sync for SharedMemory {}
 
 impl SharedMemory {
-    /// Makes and maps zeroed memory of `length` bytes, rounded up to whole pages. Pages cost nothing until touched.
+    /// Allocates and maps zeroed memory of `length` bytes, rounded up to whole pages. Pages cost nothing until
+    /// touched.
     ///
     /// # Errors
     /// When the host refuses the memfd, its length or the mapping.
@@ -78,13 +79,13 @@ impl SharedMemory {
         GUEST_BASE + offset as u64
     }
 
-    /// The address in this process of the byte at `offset`, as SET_VRING_ADDR wants it.
+    /// The address of the byte at `offset` in this process, for SET_VRING_ADDR.
     pub fn user_address(&self, offset: usize) -> u64 {
         self.base.as_ptr() as u64 + offset as u64
     }
 
-    /// Describes the memory as `count` adjacent regions, sorted by guest address, each of whole pages. Fewer come
-    /// back if there are fewer pages.
+    /// Describes the memory as `count` adjacent regions of whole pages, sorted by guest address. Returns fewer
+    /// regions if there are fewer pages.
     pub fn regions(&self, count: usize) -> Vec<VhostUserMemoryRegionInfo> {
         let pages = self.length / PAGE;
         let count = count.clamp(1, pages);
@@ -109,8 +110,8 @@ impl SharedMemory {
     /// When the range is not inside the memory.
     pub fn write(&self, offset: usize, bytes: &[u8]) {
         self.assert_inside(offset, bytes.len());
-        // SAFETY: the destination range was just checked, and a borrowed slice cannot be part of the mapping, to
-        // which nobody holds a reference.
+        // SAFETY: the destination range was just checked. A borrowed slice cannot be part of the mapping, because
+        // no reference into the mapping exists.
         unsafe {
             std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.base.as_ptr().add(offset), bytes.len());
         }
@@ -153,8 +154,8 @@ impl SharedMemory {
 
 impl Drop for SharedMemory {
     fn drop(&mut self) {
-        // SAFETY: the mapping was made by `new` with this address and length, and no View outlives its Arc.
-        // A failure to unmap leaves the mapping behind, which harms nobody.
+        // SAFETY: `new` created the mapping with this address and length, and no View outlives its Arc. A failure
+        // to unmap only leaves the mapping behind, which is harmless.
         let _ = unsafe { munmap(self.base.as_ptr().cast(), self.length) };
     }
 }
@@ -164,7 +165,7 @@ impl Drop for SharedMemory {
 /// # Safety
 /// Every bit pattern must be a valid value, and shared access must be allowed.
 pub unsafe trait Shared {}
-// SAFETY: atomics take any bits and any sharing.
+// SAFETY: any bits are valid for atomics, and they may be shared.
 unsafe impl Shared for AtomicU8 {}
 // SAFETY: as above.
 unsafe impl Shared for AtomicU16 {}
@@ -173,7 +174,7 @@ unsafe impl Shared for AtomicU32 {}
 // SAFETY: as above.
 unsafe impl Shared for AtomicU64 {}
 
-/// A run of atomics inside a [`SharedMemory`], which it keeps mapped. Reads as a slice.
+/// A run of atomics inside a [`SharedMemory`], which it keeps mapped. Dereferences to a slice.
 #[derive(Debug)]
 pub struct View<T: Shared> {
     memory: Arc<SharedMemory>,
@@ -186,7 +187,7 @@ pub struct View<T: Shared> {
 unsafe impl<T: Shared> Send for View<T> {}
 
 impl<T: Shared> View<T> {
-    /// Looks at `count` items from the byte `offset` on.
+    /// Views `count` items from the byte `offset` on.
     ///
     /// # Panics
     /// When the range is not inside the memory or not aligned for `T`.

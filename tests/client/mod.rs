@@ -1,7 +1,7 @@
-//! A vhost-user-blk client: a guest's driver and its VMM in one, without either.
+//! A vhost-user-blk client: a guest's driver and its VMM in one, without a guest or a VMM.
 //!
-//! [`Session`] is the VMM's part, [`Queue`] the driver's, [`Client`] both with a simple blocking interface. It
-//! depends on nothing of Strata, so it also drives its rivals.
+//! [`Session`] is the VMM's part, [`Queue`] the driver's, [`Client`] both with a simple blocking interface. It does
+//! not depend on Strata, so it also drives other implementations.
 
 mod config;
 mod error;
@@ -51,27 +51,27 @@ pub enum MemoryMessages {
 /// How a client behaves.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Virtio features to accept, as bits, where the device offers them.
+    /// Virtio features to accept if the device offers them, as bits.
     pub features: u64,
-    /// Protocol features to accept where the device offers them.
+    /// Protocol features to accept if the device offers them.
     pub protocol_features: Protocol,
     /// Queues to start.
     pub queues: usize,
     /// Entries of each ring: a power of two.
     pub queue_size: u16,
-    /// Bytes of data that one request can have; rounded up to whole pages.
+    /// Bytes of data that one request can carry; rounded up to whole pages.
     pub data_capacity: usize,
     /// The most data descriptors of one request: its data is cut into about equal pieces.
     pub segments: u16,
-    /// Put each request's descriptors into an indirect table, where negotiated.
+    /// Put each request's descriptors into an indirect table, if negotiated.
     pub indirect: bool,
-    /// At most so many requests in flight per queue, however large the ring.
+    /// At most this many requests in flight per queue, whatever the size of the ring.
     pub slots_max: u16,
-    /// Cut the memory into so many adjacent regions (at most 32 in a table).
+    /// Cut the memory into this many adjacent regions (at most 32 in a table).
     pub regions: usize,
-    /// How the device learns of them.
+    /// How the device learns of the regions.
     pub memory_messages: MemoryMessages,
-    /// Avail and used index to begin at, as after a migration; near 65,535 to meet the wrap early.
+    /// The first avail and used index, as after a migration; near 65,535 to reach the wrap early.
     pub base: u16,
     /// The longest wait for any answer.
     pub timeout: Duration,
@@ -79,7 +79,7 @@ pub struct Options {
     pub spin_max: Duration,
 }
 
-/// Everything that this driver can do, as bits of the feature word.
+/// Every feature that this driver supports, as bits of the feature word.
 pub const DRIVER_FEATURES: u64 = 1 << VIRTIO_BLK_F_SIZE_MAX
     | 1 << VIRTIO_BLK_F_SEG_MAX
     | 1 << VIRTIO_BLK_F_RO
@@ -119,12 +119,12 @@ impl Default for Options {
 }
 
 impl Options {
-    /// The defaults with so many queues.
+    /// The defaults with this many queues.
     pub fn with_queues(queues: usize) -> Self {
         Self { queues, ..Self::default() }
     }
 
-    /// Takes features, given by their bits' numbers, out of those to accept.
+    /// Removes features, given by their bit numbers, from those to accept.
     #[must_use]
     pub fn without(mut self, bits: &[u32]) -> Self {
         for bit in bits {
@@ -169,7 +169,7 @@ impl Client {
         &mut self.queues
     }
 
-    /// Takes the client apart. The session ends when the [`Session`] is dropped, whoever holds the queues.
+    /// Takes the client apart. Dropping the [`Session`] ends the session, even while queues exist.
     pub fn into_parts(self) -> (Session, Vec<Queue>) {
         (self.session, self.queues)
     }
@@ -184,7 +184,7 @@ impl Client {
         self.session.config().size()
     }
 
-    /// Reads into `data` by one request on queue 0. On a bad status `data` is left alone.
+    /// Reads into `data` by one request on queue 0. On a bad status `data` is unchanged.
     ///
     /// # Errors
     /// When the request could not be sent or answered.
@@ -229,7 +229,7 @@ impl Client {
         self.status(&Request::WriteZeroes(&[Segment { offset, length, flags }]))
     }
 
-    /// Asks for the serial number, without the zero bytes at its end.
+    /// Requests the serial number, without the zero bytes at its end.
     ///
     /// # Errors
     /// When the request could not be sent, or was answered with a bad status.
@@ -242,7 +242,7 @@ impl Client {
         Ok(outcome.data[..end].to_vec())
     }
 
-    /// Reads a range of any length by as many requests as it takes.
+    /// Reads a range of any length by as many requests as necessary.
     ///
     /// # Errors
     /// When a request could not be sent, or was answered with a bad status.
@@ -268,7 +268,7 @@ impl Client {
         self.queues[queue].submit(request)
     }
 
-    /// Collects what has completed on every queue, without waiting. Returns how many requests that were.
+    /// Collects the completed requests of every queue without waiting. Returns their number.
     ///
     /// # Errors
     /// As [`Queue::poll`].
@@ -292,7 +292,7 @@ impl Client {
         self.session.close()
     }
 
-    /// Closes the session without a word; see [`Session::abandon`].
+    /// Closes the session without a message; see [`Session::abandon`].
     pub fn abandon(self) {
         self.session.abandon();
     }

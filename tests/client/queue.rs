@@ -1,8 +1,8 @@
 //! One queue of requests on a ring: slots with their buffers, submission, completion, sleeping.
 //!
-//! Owns the queue's part of the shared memory and its three eventfds. A queue can move to another thread; nothing is
-//! shared with its siblings but the mapping. The path from [`Queue::acquire`] to [`Queue::release`] allocates
-//! nothing. A device that breaks the protocol is reported, never trusted.
+//! Owns the queue's part of the shared memory and its three eventfds. A queue can move to another thread; queues
+//! share only the mapping. The path from [`Queue::acquire`] to [`Queue::release`] allocates nothing. Protocol
+//! errors of a device are reported; the device is never trusted.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -17,21 +17,21 @@ use super::request::{Command, Direction, Outcome, Request, SECTOR, sectors};
 use super::ring::{self, Descriptor, Ring, RingLayout, store_descriptor};
 use super::{ClientError, Status};
 
-/// Names one request's place in a [`Queue`]: its descriptors, header, status and buffer.
+/// One request's location in a [`Queue`]: its descriptors, header, status and buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Slot(pub(super) u16);
 
 impl Slot {
-    /// Counts from 0 to the queue's [`Queue::slots`].
+    /// A number from 0 up to, but not including, [`Queue::slots`].
     pub fn index(self) -> usize {
         usize::from(self.0)
     }
 }
 
-/// A completion on the fast path. The slot's buffer stays as it is until the slot is released.
+/// A completion on the fast path. The slot's buffer is unchanged until the slot is released.
 #[derive(Clone, Copy, Debug)]
 pub struct Completion {
-    /// Where the request was.
+    /// The request's slot.
     pub slot: Slot,
     /// Its status byte.
     pub status: Status,
@@ -39,7 +39,7 @@ pub struct Completion {
     pub used_length: u32,
 }
 
-/// A promise of [`Queue::submit`], to be redeemed once with [`Queue::wait`] or [`Queue::take`].
+/// A handle from [`Queue::submit`] for the outcome, to be redeemed once with [`Queue::wait`] or [`Queue::take`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[must_use = "the outcome is kept until it is asked for"]
 pub struct Ticket {
@@ -48,7 +48,7 @@ pub struct Ticket {
 }
 
 impl Ticket {
-    /// The queue on which the request went out.
+    /// The queue on which the request was sent.
     pub fn queue(self) -> usize {
         self.queue
     }
@@ -57,9 +57,9 @@ impl Ticket {
 #[derive(Clone, Copy, Debug)]
 struct SlotState {
     in_flight: bool,
-    /// Of the request in flight, for the data and the checks at completion.
+    /// The command in flight, for the data and the checks at completion.
     command: Command,
-    /// Set if a ticket stands for the request.
+    /// The serial number of the request's ticket, if it has one.
     serial: Option<u64>,
 }
 
@@ -84,13 +84,13 @@ pub struct Queue {
     next_serial: u64,
     outcomes: HashMap<u64, Outcome>,
     completions: Vec<Completion>,
-    /// Kicks sent, so that a test or a benchmark can see batching work.
+    /// Kicks sent, so that a test or a benchmark can observe batching.
     kicks: u64,
     /// Times the queue slept on its call eventfd.
     sleeps: u64,
 }
 
-/// What a queue is made of; see [`Queue::new`].
+/// The parts of a queue; see [`Queue::new`].
 pub(super) struct Parts {
     pub index: usize,
     pub memory: Arc<SharedMemory>,
@@ -133,7 +133,7 @@ impl Queue {
         }
     }
 
-    /// Which queue of the device this is.
+    /// The number of this queue on the device.
     pub fn index(&self) -> usize {
         self.index
     }
@@ -148,7 +148,7 @@ impl Queue {
         self.in_flight
     }
 
-    /// Bytes of data that one request can have.
+    /// Bytes of data that one request can carry.
     pub fn capacity(&self) -> usize {
         self.layout.capacity
     }
@@ -168,7 +168,7 @@ impl Queue {
         self.timeout
     }
 
-    /// The slot's buffer as words, for contents that are made or checked in place.
+    /// The slot's buffer as words, to write or check contents in place.
     pub fn words(&self, slot: Slot) -> View<AtomicU64> {
         View::new(&self.memory, self.layout.data_of(slot.0), self.layout.capacity / 8)
     }
@@ -185,7 +185,7 @@ impl Queue {
         self.memory.read(self.layout.data_of(slot.0), bytes);
     }
 
-    /// Takes a free slot, or none if all are taken. It goes back by [`Queue::release`].
+    /// Takes a free slot, or none if all are taken. [`Queue::release`] gives it back.
     pub fn acquire(&mut self) -> Option<Slot> {
         self.free.pop()
     }
@@ -200,7 +200,7 @@ impl Queue {
         self.free.push(slot);
     }
 
-    /// Puts a request on the ring. The device hears of it with the next [`Queue::notify`].
+    /// Puts a request on the ring. The next [`Queue::notify`] shows it to the device.
     ///
     /// # Panics
     /// When the slot is in flight or the data is longer than its buffer.
@@ -218,7 +218,7 @@ impl Queue {
         self.ring.offer(head);
     }
 
-    /// Shows everything started to the device, with one kick if it wants one.
+    /// Shows all started requests to the device, with one kick if it wants one.
     ///
     /// # Errors
     /// When the eventfd cannot be written.
@@ -230,10 +230,10 @@ impl Queue {
         Ok(())
     }
 
-    /// Moves every completion to `done` and returns how many there were. The slots stay taken.
+    /// Moves every completion to `done` and returns their number. The slots stay taken.
     ///
     /// # Errors
-    /// When the device used something that it was not given.
+    /// When the device used a chain that it was not given.
     pub fn reap(&mut self, done: &mut Vec<Completion>) -> Result<usize, ClientError> {
         let before = done.len();
         while let Some(used) = self.ring.take_used() {
@@ -257,11 +257,11 @@ impl Queue {
         Ok(done.len() - before)
     }
 
-    /// Waits until something can be reaped: polls for a while that adapts to what polling brought lately, then sleeps
-    /// on the call eventfd.
+    /// Waits until a completion can be reaped. Polls for a time that adapts to the success of recent polls, then
+    /// sleeps on the call eventfd.
     ///
     /// # Errors
-    /// When nothing comes before the deadline, the device hangs up or reports a broken ring.
+    /// When nothing completes before the deadline, or the device hangs up or reports a broken ring.
     pub fn wait_used(&mut self, deadline: Instant) -> Result<(), ClientError> {
         if self.ring.has_used() || self.poll_used() {
             return Ok(());
@@ -272,14 +272,14 @@ impl Queue {
             let slept = self.sleep(deadline, started);
             self.ring.disarm_call();
             if let Err(error) = slept {
-                // What was used before the end still counts.
+                // Chains used before the end still count.
                 return if self.ring.has_used() { Ok(()) } else { Err(error) };
             }
         }
         Ok(())
     }
 
-    /// Sends a request and returns what its outcome will be known by.
+    /// Sends a request and returns the ticket for its outcome.
     ///
     /// # Errors
     /// When the queue is full or the request cannot be put into a slot.
@@ -300,10 +300,10 @@ impl Queue {
         Ok(Ticket { queue: self.index, serial })
     }
 
-    /// Collects what has completed, without waiting. Returns how many requests that were.
+    /// Collects the completed requests without waiting. Returns their number.
     ///
     /// # Errors
-    /// When the device used something that it was not given.
+    /// When the device used a chain that it was not given.
     pub fn poll(&mut self) -> Result<usize, ClientError> {
         let mut completions = std::mem::take(&mut self.completions);
         let result = self.reap(&mut completions);
@@ -314,15 +314,15 @@ impl Queue {
         result
     }
 
-    /// The outcome of a ticket, if it was collected and not yet handed out.
+    /// The outcome of a ticket, if it was collected and not yet returned.
     pub fn take(&mut self, ticket: Ticket) -> Option<Outcome> {
         if ticket.queue == self.index { self.outcomes.remove(&ticket.serial) } else { None }
     }
 
-    /// Waits for a ticket, up to the queue's timeout without any completion.
+    /// Waits for a ticket; the queue's timeout limits the time without any completion.
     ///
     /// # Errors
-    /// When nothing completes in time, the session or the ring ends, or the ticket was redeemed before.
+    /// When nothing completes in time, the session or the ring ends, or the ticket was already redeemed.
     pub fn wait(&mut self, ticket: Ticket) -> Result<Outcome, ClientError> {
         loop {
             self.poll()?;
@@ -346,7 +346,7 @@ impl Queue {
         self.wait(ticket)
     }
 
-    /// The bare ring, for tests that break its rules. Requests of the queue and bare use of it do not mix.
+    /// The bare ring, for tests that break its rules. Do not mix it with requests of the queue.
     pub fn raw(&mut self) -> RawRing<'_> {
         RawRing::new(self.index, &mut self.ring, &self.memory, &self.layout, &self.events)
     }
@@ -381,12 +381,12 @@ impl Queue {
         if length > capacity { Err(ClientError::TooLong { length, capacity }) } else { Ok(()) }
     }
 
-    /// Puts a request's data, whose length was checked, into a slot's buffer.
+    /// Copies a request's data, whose length was checked, into a slot's buffer.
     fn fill(&mut self, slot: Slot, request: &Request<'_>) -> Result<Command, ClientError> {
-        // Lengths fit: a slot's buffer is far below 4 GiB (see QueueLayout).
+        // Lengths fit in 32 bits: a slot's buffer is far below 4 GiB (see QueueLayout).
         Ok(match *request {
             Request::Read { offset, length } => {
-                // A pattern that no test writes, so that bytes the device forgot show.
+                // A pattern that no test writes: it shows bytes that the device did not write.
                 self.memory.fill(self.layout.data_of(slot.0), length, 0xa5);
                 Command::read(sectors(offset)?, length as u32)
             }
@@ -441,7 +441,7 @@ impl Queue {
             Direction::ToDevice => ring::NEXT,
             Direction::FromDevice => ring::NEXT | ring::WRITE,
         };
-        // Pieces of whole sectors where there are enough of them.
+        // Pieces of whole sectors, if there are enough sectors.
         let piece = command.length.div_ceil(u32::from(self.layout.segments)).next_multiple_of(SECTOR as u32);
         let mut done = 0;
         while done < command.length {
@@ -459,7 +459,7 @@ impl Queue {
         slot.0
     }
 
-    /// Keeps the outcome of a completed request, if a ticket stands for it, and frees its slot.
+    /// Records the outcome of a completed request, if it has a ticket, and frees its slot.
     fn settle(&mut self, completion: Completion) {
         let state = self.slots[completion.slot.index()];
         if let Some(serial) = state.serial {
@@ -474,7 +474,7 @@ impl Queue {
         self.release(completion.slot);
     }
 
-    /// Polls for the present spin time. Success doubles it up to its limit, failure halves it.
+    /// Polls for the current spin time. Success doubles that time up to its limit, failure halves it.
     fn poll_used(&mut self) -> bool {
         if self.spin_max.is_zero() {
             return false;
@@ -495,7 +495,7 @@ impl Queue {
         }
     }
 
-    /// Sleeps until the device calls. Woken for nothing, it just returns.
+    /// Sleeps until the device calls. A spurious wake-up just returns.
     fn sleep(&self, deadline: Instant, started: Instant) -> Result<(), ClientError> {
         match self.events.sleep(deadline)? {
             Wake::Called => Ok(()),
@@ -509,5 +509,5 @@ impl Queue {
     }
 }
 
-/// Where the status byte lies in a slot's 64 bytes of header.
+/// Offset of the status byte in a slot's 64 bytes of header.
 pub(super) const STATUS_AT: usize = 32;

@@ -1,6 +1,6 @@
 //! The bare ring, for tests that play a hostile or broken driver.
 //!
-//! Nothing here checks what it is told to write; it only keeps the writes inside the client's own memory.
+//! Nothing here checks the values it writes; it only keeps the writes inside the client's own memory.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,7 +21,7 @@ pub struct RawRing<'a> {
     events: &'a Events,
 }
 
-/// What a wait on a bare ring ended with.
+/// What ended a wait on a bare ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RawEvent {
     /// The device used a chain.
@@ -30,7 +30,7 @@ pub enum RawEvent {
     RingError,
     /// The device closed the session.
     Disconnected,
-    /// Nothing happened in the time given.
+    /// Nothing happened in the given time.
     Nothing,
 }
 
@@ -55,7 +55,7 @@ impl<'a> RawRing<'a> {
         self.memory.guest_address(self.layout.scratch)
     }
 
-    /// Guest address of the buffer of the slot counted by `slot`.
+    /// Guest address of the buffer of slot number `slot`.
     ///
     /// # Panics
     /// When there is no such slot.
@@ -75,7 +75,7 @@ impl<'a> RawRing<'a> {
         [layout.descriptors, layout.available, layout.used].map(|offset| self.memory.guest_address(offset))
     }
 
-    /// First guest address past all memory that the device was given.
+    /// First guest address past all memory shared with the device.
     pub fn memory_end(&self) -> u64 {
         self.memory.guest_address(self.memory.length())
     }
@@ -120,7 +120,7 @@ impl<'a> RawRing<'a> {
         self.ring.set_avail_entry(position, head);
     }
 
-    /// Sets the avail index to anything. No kick is sent.
+    /// Sets the avail index to any value. Sends no kick.
     pub fn set_avail_index(&mut self, index: u16) {
         self.ring.set_avail_index(index);
     }
@@ -135,7 +135,7 @@ impl<'a> RawRing<'a> {
         self.ring.used_index()
     }
 
-    /// Offers a head as a proper driver would, at the next place of the avail ring, and kicks.
+    /// Offers a head as a correct driver would, in the next avail entry, and kicks.
     ///
     /// # Errors
     /// When the eventfd cannot be written.
@@ -153,7 +153,7 @@ impl<'a> RawRing<'a> {
         self.events.kick()
     }
 
-    /// Waits for the next used element, a ring error or the end of the session. What was used comes first.
+    /// Waits for the next used element, a ring error or the end of the session. A used element takes precedence.
     ///
     /// # Errors
     /// When the host fails to poll.
@@ -180,7 +180,7 @@ impl<'a> RawRing<'a> {
         }
     }
 
-    /// Which queue of the device this is.
+    /// The number of this queue on the device.
     pub fn index(&self) -> usize {
         self.index
     }

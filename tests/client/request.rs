@@ -29,7 +29,7 @@ pub enum Status {
 }
 
 impl Status {
-    /// What stands in the status byte before the device answers.
+    /// The value of the status byte before the device answers.
     pub(crate) const UNSET: u8 = 0xff;
 
     /// Reads a status byte.
@@ -67,7 +67,7 @@ impl Segment {
     /// The 16 bytes of the segment (struct virtio_blk_discard_write_zeroes).
     ///
     /// # Errors
-    /// When offset or length are no whole sectors or the length needs more than 32 bits of sectors.
+    /// When offset or length are not whole sectors, or the length in sectors exceeds 32 bits.
     pub fn bytes(self) -> Result<[u8; SEGMENT_BYTES], ClientError> {
         let count = u32::try_from(sectors(self.length)?).map_err(|_| ClientError::Misaligned(self.length))?;
         let mut bytes = [0; SEGMENT_BYTES];
@@ -81,37 +81,37 @@ impl Segment {
 /// Turns bytes into sectors.
 ///
 /// # Errors
-/// When they are no whole sectors.
+/// When they are not whole sectors.
 pub(crate) fn sectors(bytes: u64) -> Result<u64, ClientError> {
     if bytes.is_multiple_of(SECTOR) { Ok(bytes / SECTOR) } else { Err(ClientError::Misaligned(bytes)) }
 }
 
-/// What a guest can ask of a disk. Offsets and lengths are in bytes.
+/// The requests that a guest can send to a disk. Offsets and lengths are in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Request<'a> {
     /// Read `length` bytes.
     Read {
         /// First byte on the disk; a multiple of 512.
         offset: u64,
-        /// Bytes; sent as it is, so a bad one can be tried.
+        /// Bytes; sent unchecked, so that tests can send an invalid length.
         length: usize,
     },
     /// Write the bytes.
     Write {
         /// First byte on the disk; a multiple of 512.
         offset: u64,
-        /// What to write; its length is sent as it is.
+        /// The bytes to write; their length is sent unchecked.
         data: &'a [u8],
     },
     /// Make every completed write durable.
     Flush,
-    /// Tell that the segments' contents are not needed.
+    /// Discard the segments: their contents are no longer needed.
     Discard(&'a [Segment]),
     /// Make the segments read as zero.
     WriteZeroes(&'a [Segment]),
     /// Read the serial number.
     GetId,
-    /// Any request: type, first sector, and bytes that the device is to read or to write.
+    /// Any request: type, first sector, and bytes that the device reads or writes.
     Other {
         /// The type field.
         kind: u32,
@@ -124,7 +124,7 @@ pub enum Request<'a> {
     },
 }
 
-/// Which way a request's data goes.
+/// The direction of a request's data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
     /// The device reads the slot's buffer.
@@ -133,7 +133,7 @@ pub enum Direction {
     FromDevice,
 }
 
-/// A request whose data lies in a slot's buffer already: what the ring needs to know.
+/// A request whose data is in a slot's buffer already, with everything the ring needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Command {
     /// The type field.
@@ -142,7 +142,7 @@ pub struct Command {
     pub sector: u64,
     /// Bytes of the slot's buffer, from its start, that belong to the request.
     pub length: u32,
-    /// Which way they go.
+    /// The direction of those bytes.
     pub direction: Direction,
 }
 
@@ -152,7 +152,7 @@ impl Command {
         Self { kind: virtio::VIRTIO_BLK_T_IN, sector, length, direction: Direction::FromDevice }
     }
 
-    /// A write of what the slot's buffer holds.
+    /// A write of the slot's buffer.
     pub fn write(sector: u64, length: u32) -> Self {
         Self { kind: virtio::VIRTIO_BLK_T_OUT, sector, length, direction: Direction::ToDevice }
     }
@@ -162,17 +162,17 @@ impl Command {
         Self { kind: virtio::VIRTIO_BLK_T_FLUSH, sector: 0, length: 0, direction: Direction::ToDevice }
     }
 
-    /// A discard of the segments that the slot's buffer holds in `length` bytes.
+    /// A discard of the segments in the first `length` bytes of the slot's buffer.
     pub fn discard(length: u32) -> Self {
         Self { kind: virtio::VIRTIO_BLK_T_DISCARD, sector: 0, length, direction: Direction::ToDevice }
     }
 
-    /// A write zeroes of the segments that the slot's buffer holds in `length` bytes.
+    /// A write zeroes of the segments in the first `length` bytes of the slot's buffer.
     pub fn write_zeroes(length: u32) -> Self {
         Self { kind: virtio::VIRTIO_BLK_T_WRITE_ZEROES, sector: 0, length, direction: Direction::ToDevice }
     }
 
-    /// A question for the serial number.
+    /// A request for the serial number.
     pub fn get_id() -> Self {
         Self {
             kind: virtio::VIRTIO_BLK_T_GET_ID,
@@ -183,14 +183,14 @@ impl Command {
     }
 }
 
-/// What came back for a request.
+/// The outcome of a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Outcome {
     /// The status byte.
     pub status: Status,
-    /// The used element's length: bytes that the device says it wrote, the status byte included.
+    /// The used element's length: bytes that the device claims to have written, the status byte included.
     pub used_length: u32,
-    /// What a read returned, whatever the status; empty for other requests.
+    /// The data of a read, whatever the status; empty for other requests.
     pub data: Vec<u8>,
 }
 

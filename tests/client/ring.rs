@@ -1,15 +1,15 @@
 //! A split virtqueue from the driver's side (virtio 1.2, section 2.7).
 //!
-//! Owns the three parts of the ring in shared memory, the driver's indices, and the notification rules. It knows
-//! nothing of requests: heads go out, used elements come back. Descriptors, avail entries and indices may also be
-//! set at will, for tests that play a hostile driver.
+//! Owns the ring's three parts in shared memory, the driver's indices, and the notification rules. It knows nothing
+//! of requests: it sends heads and receives used elements. Tests of a hostile driver may also set descriptors,
+//! avail entries and indices to any value.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
 use super::memory::{SharedMemory, View};
 
-/// The chain goes on with the descriptor named by `next` (VIRTQ_DESC_F_NEXT).
+/// The chain continues with the descriptor that `next` names (VIRTQ_DESC_F_NEXT).
 pub const NEXT: u16 = 1;
 /// The device writes this buffer (VIRTQ_DESC_F_WRITE).
 pub const WRITE: u16 = 2;
@@ -30,20 +30,20 @@ pub struct Descriptor {
     pub length: u32,
     /// [`NEXT`], [`WRITE`], [`INDIRECT`].
     pub flags: u16,
-    /// Index of the next descriptor, where [`NEXT`] says that there is one.
+    /// Index of the next descriptor, valid with [`NEXT`].
     pub next: u16,
 }
 
 impl Descriptor {
-    /// Bytes in a table.
+    /// Bytes of one table entry.
     pub const SIZE: usize = 16;
 
-    /// The two 64-bit words that stand in the table.
+    /// The two 64-bit words of the table entry.
     pub fn words(self) -> [u64; 2] {
         [self.address, u64::from(self.length) | u64::from(self.flags) << 32 | u64::from(self.next) << 48]
     }
 
-    /// The 16 bytes that stand in the table.
+    /// The 16 bytes of the table entry.
     pub fn bytes(self) -> [u8; 16] {
         let [first, second] = self.words();
         let mut bytes = [0; 16];
@@ -53,14 +53,14 @@ impl Descriptor {
     }
 }
 
-/// Stores a descriptor into a table seen as pairs of words.
+/// Stores a descriptor into a table viewed as pairs of words.
 pub(super) fn store_descriptor(table: &[AtomicU64], index: usize, descriptor: Descriptor) {
     let [first, second] = descriptor.words();
     table[2 * index].store(first, Ordering::Relaxed);
     table[2 * index + 1].store(second, Ordering::Relaxed);
 }
 
-/// Where the parts of a ring lie, as offsets in bytes into the shared memory.
+/// Offsets of a ring's parts in the shared memory, in bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct RingLayout {
     /// Offset of the descriptor table.
@@ -74,8 +74,8 @@ pub struct RingLayout {
 }
 
 impl RingLayout {
-    /// Lays a ring of `size` entries out from `start` on. The used ring gets cache lines of its own, as the device
-    /// writes it while the driver writes the others.
+    /// Lays out a ring of `size` entries from `start` on. The used ring gets its own cache lines, because the
+    /// device writes it while the driver writes the others.
     pub fn new(start: usize, size: u16) -> Self {
         let size = usize::from(size);
         let descriptors = start.next_multiple_of(64);
@@ -89,9 +89,9 @@ impl RingLayout {
 /// A used element (virtio 2.7.8).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Used {
-    /// Head of the chain, as the device gave it.
+    /// Head of the chain, as the device wrote it.
     pub id: u32,
-    /// Bytes that the device says it wrote.
+    /// Bytes that the device claims to have written.
     pub length: u32,
 }
 
@@ -112,10 +112,10 @@ pub struct Ring {
 }
 
 impl Ring {
-    /// Makes an empty ring whose indices begin at `base`, with calls off.
+    /// Creates an empty ring whose indices begin at `base`, with calls off.
     ///
     /// # Panics
-    /// When `size` is no power of two up to 32,768, or the layout is not inside the memory.
+    /// When `size` is not a power of two up to 32,768, or the layout is not inside the memory.
     pub fn new(
         memory: &Arc<SharedMemory>,
         layout: RingLayout,
@@ -140,7 +140,7 @@ impl Ring {
             last_used: base,
         };
         ring.used[0].store(u32::from(base) << 16, Ordering::Relaxed);
-        // A device that had run up to `base` would have asked for a kick at the next entry.
+        // A device that had reached `base` would have requested a kick at the next entry.
         ring.used[2 * entries + 1].store(u32::from(base), Ordering::Relaxed);
         ring.set_avail_index(base);
         ring.disarm_call();
@@ -152,7 +152,7 @@ impl Ring {
         self.size
     }
 
-    /// Where the ring lies.
+    /// The layout of the ring.
     pub fn layout(&self) -> RingLayout {
         self.layout
     }
@@ -162,7 +162,7 @@ impl Ring {
         &self.descriptors
     }
 
-    /// Sets any descriptor to anything.
+    /// Sets any descriptor to any value.
     ///
     /// # Panics
     /// When `index` is not in the table.
@@ -176,7 +176,7 @@ impl Ring {
         self.next_avail = self.next_avail.wrapping_add(1);
     }
 
-    /// Shows every offered head to the device. Returns whether the device wants a kick for them.
+    /// Shows every offered head to the device. Returns whether the device wants a kick.
     pub fn publish(&mut self) -> bool {
         if self.published == self.next_avail {
             return false;
@@ -184,10 +184,10 @@ impl Ring {
         let old = std::mem::replace(&mut self.published, self.next_avail);
         // Release: pairs with the device's load of idx, so that it sees descriptors and entries.
         self.available[1].store(self.next_avail, Ordering::Release);
-        // The store of idx before the load of avail_event / flags (virtio 2.7.21): the device does the reverse.
+        // The store of idx precedes the load of avail_event / flags (virtio 2.7.21): the device does the reverse.
         fence(Ordering::SeqCst);
         if self.event_idx {
-            // u16 is meant: avail_event is the low half of the last word.
+            // The truncation to u16 is intended: avail_event is the low half of the last word.
             let event = self.used[self.used.len() - 1].load(Ordering::Relaxed) as u16;
             needs_event(event, self.next_avail, old)
         } else {
@@ -205,19 +205,20 @@ impl Ring {
         Some(element)
     }
 
-    /// Whether a used element waits.
+    /// Whether an unread used element exists.
     pub fn has_used(&self) -> bool {
         self.used_index() != self.last_used
     }
 
-    /// Asks for a call at the next used element. Returns false, with calls off again, if one is there already.
+    /// Requests a call at the next used element. If one exists already, turns calls off again and returns false.
     pub fn arm_call(&self) -> bool {
         if self.event_idx {
             self.available[self.available.len() - 1].store(self.last_used, Ordering::Relaxed);
         } else {
             self.available[0].store(0, Ordering::Relaxed);
         }
-        // The wish before the check (virtio 2.7.10): the device stores used.idx before it loads the wish.
+        // The request is stored before the check (virtio 2.7.10): the device stores used.idx before it loads the
+        // request.
         fence(Ordering::SeqCst);
         if self.has_used() {
             self.disarm_call();
@@ -226,7 +227,7 @@ impl Ring {
         true
     }
 
-    /// Asks for no calls. With EVENT_IDX that means an event index that was passed already.
+    /// Turns calls off. With EVENT_IDX this sets an event index that has already passed.
     pub fn disarm_call(&self) {
         if self.event_idx {
             let passed = self.last_used.wrapping_sub(1);
@@ -236,18 +237,18 @@ impl Ring {
         }
     }
 
-    /// Sets the avail entry that stands for `position` (taken modulo the size) to any head.
+    /// Sets the avail entry for `position` (modulo the size) to any head.
     pub fn set_avail_entry(&self, position: u16, head: u16) {
         let at = usize::from(position & (self.size - 1));
         self.available[2 + at].store(head, Ordering::Relaxed);
     }
 
-    /// Sets the avail index to anything, at once visible to the device.
+    /// Sets the avail index to any value, visible to the device at once.
     pub fn set_avail_index(&self, index: u16) {
         self.available[1].store(index, Ordering::Release);
     }
 
-    /// The avail index as it stands in memory.
+    /// The avail index in memory.
     pub fn avail_index(&self) -> u16 {
         self.available[1].load(Ordering::Relaxed)
     }
@@ -258,7 +259,7 @@ impl Ring {
         (self.used[0].load(Ordering::Acquire) >> 16) as u16
     }
 
-    /// The used element that stands for `position` (taken modulo the size).
+    /// The used element for `position` (modulo the size).
     pub fn used_entry(&self, position: u16) -> Used {
         let at = 1 + 2 * usize::from(position & (self.size - 1));
         let id = self.used[at].load(Ordering::Relaxed);
@@ -267,7 +268,8 @@ impl Ring {
     }
 }
 
-/// Whether going from `old` to `new` passes the point at which the other side wants to hear (virtio 2.7.10).
+/// Whether the step from `old` to `new` passes the index at which the other side wants a notification (virtio
+/// 2.7.10).
 fn needs_event(event: u16, new: u16, old: u16) -> bool {
     new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
 }
@@ -296,10 +298,10 @@ mod tests {
             assert!(ring.arm_call(), "nothing is used yet");
             for round in 0..6u16 {
                 ring.offer(round % 4);
-                // The device's avail_event stays where `new` put it, so only the first entry passes it.
+                // The device's avail_event stays at the value from `new`, so only the first entry passes it.
                 assert_eq!(ring.publish(), round == 0 || !event_idx);
                 assert_eq!(ring.avail_index(), 65535u16.wrapping_add(round));
-                // The device's part, by hand.
+                // The device's part, written by hand.
                 let used = 65534u16.wrapping_add(round);
                 let at = 1 + 2 * usize::from(used % 4);
                 ring.used[at].store(u32::from(round % 4), Ordering::Relaxed);

@@ -1,7 +1,7 @@
 //! The control side of a client: connecting, negotiating, memory, starting and stopping rings.
 //!
-//! Owns the socket and the shared memory; it sends what a frontend sends and knows no requests. [`Session::frontend`]
-//! gives the bare wire to tests that send something else.
+//! Owns the socket and the shared memory. It sends a frontend's messages and knows nothing of requests.
+//! [`Session::frontend`] gives tests the bare protocol for other messages.
 
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -40,21 +40,21 @@ pub struct Session {
 }
 
 impl Session {
-    /// Connects and negotiates: owner, features, protocol features, number of queues, configuration. No memory is
-    /// shared and no ring started yet.
+    /// Connects and negotiates: owner, features, protocol features, number of queues, configuration. Shares no
+    /// memory and starts no ring yet.
     ///
     /// # Errors
-    /// When nobody accepts, a message fails or the device cannot do what the options ask for.
+    /// When no server accepts, a message fails or the device does not support what the options require.
     pub fn connect(path: &Path, options: &Options) -> Result<Self, ClientError> {
         let stream = UnixStream::connect(path)
             .map_err(|source| ClientError::Connect { path: path.to_owned(), source })?;
         Self::over(stream, options)
     }
 
-    /// As [`Session::connect`], over a stream that is connected already.
+    /// As [`Session::connect`], over a stream that is already connected.
     ///
     /// # Errors
-    /// When a message fails or the device cannot do what the options ask for.
+    /// When a message fails or the device does not support what the options require.
     pub fn over(stream: UnixStream, options: &Options) -> Result<Self, ClientError> {
         // A device that never answers must fail a test, not hang it.
         stream.set_read_timeout(Some(options.timeout)).map_err(ClientError::host("socket timeout"))?;
@@ -104,7 +104,7 @@ impl Session {
         self.frontend.set_features(self.features).map_err(message("SET_FEATURES"))
     }
 
-    /// Asks for part of the configuration space (GET_CONFIG), offset and size in bytes.
+    /// Reads part of the configuration space (GET_CONFIG), offset and size in bytes.
     ///
     /// # Errors
     /// When the device refuses or answers with another size.
@@ -153,7 +153,7 @@ impl Session {
             queues.push(queue);
         }
         self.memory = Some(memory);
-        // Without REPLY_ACK nothing so far said that the messages were understood: an answered one does.
+        // Without REPLY_ACK no message so far has confirmed the others: this one has a reply.
         self.frontend.get_features().map_err(ClientError::message("GET_FEATURES"))?;
         Ok(queues)
     }
@@ -211,12 +211,12 @@ impl Session {
     pub fn stop_ring(&mut self, queue: usize) -> Result<u16, ClientError> {
         let base = self.frontend.get_vring_base(queue).map_err(ClientError::message("GET_VRING_BASE"))?;
         self.started.retain(|started| *started != queue);
-        // Only 16 bits of the answer mean anything for a split ring.
+        // Only 16 bits of the answer are valid for a split ring.
         Ok(base as u16)
     }
 
-    /// Starts a stopped ring again at the given index, where the queue's own indices must stand. Its addresses and
-    /// eventfds are sent anew.
+    /// Starts a stopped ring again at the given index, which must equal the queue's own indices. Sends its
+    /// addresses and eventfds again.
     ///
     /// # Errors
     /// When a message fails.
@@ -227,18 +227,18 @@ impl Session {
     /// Stops every ring and closes the session, as a guest that shuts down does. Returns the last index per ring.
     ///
     /// # Errors
-    /// When the device refuses a message; the session is closed all the same.
+    /// When the device refuses a message; the session is closed anyway.
     pub fn close(mut self) -> Result<Vec<u16>, ClientError> {
         let started = std::mem::take(&mut self.started);
         started.into_iter().map(|queue| self.stop_ring(queue)).collect()
     }
 
-    /// Closes the session without a word, as a VMM that is killed does. Dropping a session does the same.
+    /// Closes the session without a message, as a VMM that is killed does. Dropping a session does the same.
     pub fn abandon(self) {
         drop(self);
     }
 
-    /// The bare wire.
+    /// The bare protocol.
     pub fn frontend(&mut self) -> &mut Frontend {
         &mut self.frontend
     }
@@ -248,12 +248,12 @@ impl Session {
         &self.socket
     }
 
-    /// The memory that the device was given, once it is started.
+    /// The memory shared with the device, once the session is started.
     pub fn memory(&self) -> Option<&Arc<SharedMemory>> {
         self.memory.as_ref()
     }
 
-    /// Every virtio feature that the device offered, as bits.
+    /// Every virtio feature that the device offers, as bits.
     pub fn offered_features(&self) -> u64 {
         self.offered
     }
@@ -273,7 +273,7 @@ impl Session {
         self.protocol
     }
 
-    /// The configuration space as it was when the session began.
+    /// The configuration space at the start of the session.
     pub fn config(&self) -> &BlockConfig {
         &self.config
     }
@@ -281,14 +281,14 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        // The queues hold the socket too, so closing our descriptor alone would not end the session. That it has
-        // ended already is all the same.
+        // The queues hold the socket too, so closing our descriptor alone would not end the session. A session that
+        // has already ended is fine.
         let _ = self.socket.shutdown(Shutdown::Both);
     }
 }
 
 impl Queue {
-    /// What SET_VRING_ADDR says of this queue.
+    /// This queue's addresses for SET_VRING_ADDR.
     fn vring_addresses(&self) -> VringConfigData {
         let (layout, memory) = (self.ring_layout(), self.shared_memory());
         VringConfigData {

@@ -1,5 +1,5 @@
-//! A persistent bitmap that every writer must keep up to date: gives one to an image, and says whether a crash has left one
-//! that passes for right. What it holds, nobody looks at.
+//! A persistent bitmap that every writer must keep up to date: adds one to an image, and tells whether a crash state
+//! has one that is marked up to date. The bits themselves are not checked.
 
 use std::path::Path;
 
@@ -15,17 +15,17 @@ fn entry(table: u64) -> Vec<u8> {
     let mut entry = vec![0; 24];
     entry[..8].copy_from_slice(&table.to_be_bytes());
     entry[8..12].copy_from_slice(&1u32.to_be_bytes());
-    // Enabled; one of dirty tracking; 64 KiB for a bit; its name has a byte.
+    // Enabled; the dirty tracking type; 64 KiB per bit; a name of one byte.
     (entry[15], entry[16], entry[17], entry[19]) = (2, 1, 16, 1);
     entry.extend(b"b");
     entry.resize(entry.len().next_multiple_of(8), 0);
     entry
 }
 
-/// Adds a bitmap to the top image, which is whole and closed.
+/// Adds a bitmap to the top image, which must be intact and closed.
 pub fn add(image: &Image) -> Image {
     let mut making = Making::of(image);
-    // All of it is zero, without a cluster of its own.
+    // The bitmap is all zero, without a cluster for its bits.
     let table = making.append(&[0; 8]);
     let directory = entry(table);
     let at = making.append(&directory);
@@ -37,7 +37,7 @@ pub fn add(image: &Image) -> Image {
     image.with(Path::new(TOP), 0, &making.bytes)
 }
 
-/// True if a program that knows bitmaps would take one of this image's to be up to date.
+/// True if a program that supports bitmaps would trust a bitmap of this image.
 pub fn is_trusted(image: &Image, header: &Header) -> bool {
     let Some(bitmaps) = header.bitmaps() else { return false };
     let contents = image.file(Path::new(TOP)).expect("the image");

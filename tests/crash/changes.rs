@@ -1,5 +1,4 @@
-//! A change of the snapshots or of the size of an image by itself: what it makes of an image, and its crashes at every
-//! event.
+//! A single change of the snapshots or the size of an image: its result, and crashes at every event.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -18,10 +17,10 @@ use super::stamp::{SECTOR, Value};
 use super::tally::Tally;
 use super::trial::{Manner, play};
 
-/// The name of a snapshot that is made.
+/// The name of a new snapshot.
 const NEW: &str = "new";
 
-/// All that can be done to an image.
+/// All possible changes of an image.
 pub fn deeds(start: &Start) -> Vec<Deed> {
     let mut deeds = Vec::new();
     if !start.snapshots.is_empty() {
@@ -30,10 +29,10 @@ pub fn deeds(start: &Start) -> Vec<Deed> {
     let shape = &start.shape;
     if shape.is_resizable() {
         let now = start.values.len() as u64;
-        // To the end of the cluster, and not so far.
+        // To the end of the cluster, and to a sector before it.
         let edge = now.next_multiple_of(shape.cluster_sectors());
         let near = [edge, edge - 1].into_iter().filter(|to| *to > now);
-        // Where zeros cannot hide what lies below, only so far.
+        // If zeros cannot hide the backing file, only this far.
         let most = if shape.discards_nothing() { edge } else { u64::MAX };
         let far = sizes(shape).into_iter().filter(|to| *to != now && *to <= most);
         deeds.extend(near.chain(far).map(Deed::Resize));
@@ -41,7 +40,7 @@ pub fn deeds(start: &Start) -> Vec<Deed> {
     deeds
 }
 
-/// Images, most of them with a snapshot; some end in the midst of a cluster, with something behind it.
+/// Images, most of them with a snapshot. Some disks end in the middle of a cluster, with data after the end.
 pub fn starts() -> Vec<Start> {
     let kept = [
         Shape::new(9, 80),
@@ -49,16 +48,16 @@ pub fn starts() -> Vec<Start> {
         Shape::new(12, 128),
         Shape::new(10, 96).v2().over(Below::Raw),
         Shape::new(9, 96).narrow_refcounts(),
-        // New refblocks.
+        // These need new refblocks.
         Shape::new(9, 200).wide_refcounts(),
     ];
     let plain = [
-        // A longer backing file: at the cut a table of the disk, or none.
+        // The backing file is longer. At the new end, the disk has a table or none.
         Shape::new(9, 200).over(Below::Raw),
         Shape::new(12, 128).over(Below::Raw).past(Past::Written),
         Shape::new(10, 98).v2().over(Below::Qcow2).past(Past::Written),
         Shape::new(9, 80).v2().past(Past::Written),
-        // Refblocks that count nothing once the disk is smaller.
+        // These have refblocks without references once the disk is smaller.
         Shape::new(9, 200).wide_refcounts().past(Past::Written),
         Shape::new(14, 320).subclusters().over(Below::Raw).past(Past::Written),
         Shape::new(12, 96).past(Past::Compressed(Compression::Deflate)),
@@ -73,8 +72,8 @@ pub fn starts() -> Vec<Start> {
     starts.into_iter().chain(smaller).collect()
 }
 
-/// An image in which every cluster that its refcount table can count is in use, most of them by nobody: whatever is taken
-/// next needs a larger table.
+/// An image in which every cluster that its refcount table can count is in use. Most of them are leaks. The next
+/// allocation needs a larger table.
 pub fn full() -> Start {
     let start = Shape::new(9, 80).wide_refcounts().past(Past::Kept).make();
     let geometry = start.shape.geometry();
@@ -86,7 +85,7 @@ pub fn full() -> Start {
     bytes.resize(blocks * entries * size, 0);
     for index in 0..blocks {
         if qcow2::entry(&bytes[table..], index) == 0 {
-            // Nothing is there yet: the first of the clusters that it counts.
+            // There is no refblock yet: put it in the first cluster that it counts.
             qcow2::set_entry(&mut bytes[table..], index, (index * entries * size) as u64);
         }
         let block = qcow2::entry(&bytes[table..], index) as usize;
@@ -107,7 +106,7 @@ pub fn refcount_table_clusters(image: &Image) -> u32 {
     Header::parse(&bytes, bytes.len() as u64).expect("an image that was closed").refcount_table_clusters
 }
 
-/// How many refblocks an image has, and how long its file is in bytes.
+/// The number of refblocks of an image, and the length of its file in bytes.
 pub fn extent(image: &Image) -> (usize, usize) {
     let bytes = image.file(Path::new(TOP)).expect("the image").to_bytes();
     let header = Header::parse(&bytes, bytes.len() as u64).expect("an image that was closed");
@@ -126,10 +125,10 @@ fn shrunk(start: &Start) -> Start {
     Start { image: world.image(), values, ..start.clone() }
 }
 
-/// What an image is: its disk and its snapshots.
+/// The state of an image: its disk and its snapshots.
 pub type State = (Vec<Value>, Snapshots);
 
-/// What the image is before and after.
+/// The states before and after a change.
 pub fn states(start: &Start, deed: Deed) -> [State; 2] {
     let (values, kept) = (start.values.clone(), start.snapshots.clone());
     let after = match deed {
@@ -148,10 +147,10 @@ pub fn states(start: &Start, deed: Deed) -> [State; 2] {
     [(values, kept), after]
 }
 
-/// Does it.
+/// Makes the change.
 ///
 /// # Errors
-/// Why it could not be done.
+/// The reason why it failed.
 pub fn run(world: &SimWorld, start: &Start, deed: Deed) -> Result<(), String> {
     let (storage, options) = (world.storage(), start.shape.options());
     let oldest = start.snapshots.first().map(|(name, _)| name.clone()).unwrap_or_default();
@@ -168,10 +167,10 @@ pub fn run(world: &SimWorld, start: &Start, deed: Deed) -> Result<(), String> {
     change(&storage, Path::new(TOP), wanted, &options).map(drop).map_err(|error| error.to_string())
 }
 
-/// Looks at what is left; which of the two states it is.
+/// Examines the image, and returns which of the two states it has.
 ///
 /// # Errors
-/// Why neither.
+/// The reason why it has neither.
 pub fn judge(image: &Image, start: &Start, states: &[State; 2], tally: &Tally) -> Result<usize, String> {
     tally.count_state(image.hash());
     let seen = examine(image, start);
@@ -188,10 +187,10 @@ pub fn judge(image: &Image, start: &Start, states: &[State; 2], tally: &Tally) -
     })
 }
 
-/// Crashes a change everywhere: how often the image was as before, how often as after.
+/// Crashes a change at every event. Returns how often the image was as before and how often as after.
 ///
 /// # Errors
-/// The first crash that left neither.
+/// The first crash that left neither state.
 pub fn crash_all(start: &Start, deed: Deed, tally: &Tally) -> Result<[u64; 2], String> {
     let limits = CrashLimits { exhaustive: 5, samples: 12, tears: 6 };
     let states = states(start, deed);
@@ -214,7 +213,7 @@ pub fn crash_all(start: &Start, deed: Deed, tally: &Tally) -> Result<[u64; 2], S
     }
 }
 
-/// An image whose last writer was killed after a flushed write and a flushed discard, or closed it.
+/// An image after a flushed write and a flushed discard. Its writer closed it if `clean`, or else was killed.
 pub fn written(start: &Start, clean: bool) -> Start {
     let count = start.shape.cluster_sectors();
     let script = [Op::write(0, count), Op::Flush, Op::Discard { sector: 0, count }, Op::Flush];
@@ -223,10 +222,10 @@ pub fn written(start: &Start, clean: bool) -> Start {
     Start { image: run.world.image(), values: run.settled_values(), ..start.clone() }
 }
 
-/// Changes images whose last writer was killed, in every way, and serves them until the search for leaks is over.
+/// Makes every change of images whose last writer was killed, and serves them until the search for leaks ends.
 ///
 /// # Errors
-/// What leaks then, or is not as it should be.
+/// A leak that remains, or another fault.
 pub fn leaks_are_found_after_all() -> Result<(), String> {
     let mut leaky = 0;
     for start in starts().iter().filter(|start| start.leaks == 0 && start.shape.is_qcow2()) {

@@ -1,5 +1,5 @@
-//! Compressed clusters in an image to start from: as a converting tool would have left them, one behind the other, so that
-//! they share clusters of the file.
+//! Compressed clusters in a new image, as a converting tool leaves them: one directly after the other, so that they
+//! share host clusters.
 
 use std::io::Write as _;
 
@@ -9,8 +9,8 @@ use qcow2::{Compression, Geometry, HostOffset, Incompatible, L1Entry, L2Entry, p
 use super::shape::{FIRST_WRITE, Shape};
 use super::stamp::{SECTOR, Value, stamp};
 
-/// Adds compressed clusters to a new image: of four clusters two hold data, which does not compress and takes a little more
-/// than a cluster, the third holds zeros, which take next to nothing, and the last is left as it is.
+/// Adds compressed clusters to a new image. Of every four clusters, two hold data that does not compress and takes a
+/// little more than a cluster. The third holds zeros, which take very little. The last stays unallocated.
 pub fn fill(shape: &Shape, mut bytes: Vec<u8>, values: &mut [Value], how: Compression) -> Vec<u8> {
     let geometry = shape.geometry();
     let cluster = geometry.cluster_size() as usize;
@@ -23,7 +23,7 @@ pub fn fill(shape: &Shape, mut bytes: Vec<u8>, values: &mut [Value], how: Compre
     let mut places = Vec::new();
     for guest in packed {
         let stream = compress(&contents(shape, guest, values), how);
-        // A descriptor speaks of whole sectors, two clusters of them at most.
+        // A descriptor counts whole sectors, at most two clusters of them.
         if data.len() % SECTOR as usize + stream.len() > 2 * cluster {
             data.resize(data.len().next_multiple_of(SECTOR as usize), 0);
         }
@@ -50,7 +50,7 @@ pub fn fill(shape: &Shape, mut bytes: Vec<u8>, values: &mut [Value], how: Compre
         let offset = HostOffset(base + at);
         let sectors = (offset.0 % SECTOR + length).div_ceil(SECTOR);
         let entry = L2Entry::Compressed { offset, sectors }.encode(&geometry).descriptor;
-        // The tables lie one behind the other, as one.
+        // The tables are contiguous, like one table.
         let place = first_table + guest as usize * geometry.l2_entry_size() as usize;
         qcow2::set_entry(&mut bytes[place..], 0, entry);
         count(&mut bytes, &geometry, offset.0, sectors * SECTOR - offset.0 % SECTOR);
@@ -60,7 +60,7 @@ pub fn fill(shape: &Shape, mut bytes: Vec<u8>, values: &mut [Value], how: Compre
     bytes
 }
 
-/// Adds as many refblocks at the end as it takes to count all up to there, themselves, and so much data behind them.
+/// Adds refblocks at the end. They suffice to count the file so far, themselves, and `data` bytes after them.
 fn add_refblocks(bytes: &mut Vec<u8>, geometry: &Geometry, data: usize) -> Vec<u64> {
     let cluster = geometry.cluster_size() as usize;
     let table = qcow2::entry(&bytes[position::REFCOUNT_TABLE_OFFSET..], 0) as usize;
@@ -80,7 +80,7 @@ fn add_refblocks(bytes: &mut Vec<u8>, geometry: &Geometry, data: usize) -> Vec<u
     added
 }
 
-/// What the guest reads from a cluster, which is noted.
+/// The bytes that the guest reads from a cluster. Records them in `values`.
 fn contents(shape: &Shape, guest: u64, values: &mut [Value]) -> Vec<u8> {
     let mut contents = vec![0; shape.cluster_bytes() as usize];
     let first = guest * shape.cluster_sectors();
@@ -104,7 +104,7 @@ fn compress(contents: &[u8], how: Compression) -> Vec<u8> {
     }
 }
 
-/// Counts one reference more in every cluster of a range.
+/// Adds one reference to every cluster of a range.
 fn count(bytes: &mut [u8], geometry: &Geometry, offset: u64, length: u64) {
     let (cluster, order) = (geometry.cluster_size(), geometry.refcount_order);
     let table = qcow2::entry(&bytes[position::REFCOUNT_TABLE_OFFSET..], 0) as usize;

@@ -1,4 +1,4 @@
-//! Looks at what a crash has left: by the checker, and by opening it with the disk's own open and reading everything.
+//! Examines a crash state with the checker, and by opening the disk and reading all of it.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -16,35 +16,36 @@ use super::memory::{WINDOW, gather, memory};
 use super::shape::{Shape, Snapshots, Start, TOP};
 use super::stamp::{SECTOR, Value, read_stamps};
 
-/// What is in an image.
+/// The contents and faults of an image.
 #[derive(Clone, Debug, Default)]
 pub struct Seen {
-    /// By sector; empty if it could not be read.
+    /// The values by sector. Empty if they could not be read.
     pub values: Vec<Value>,
-    /// What the external data file shows as a raw image, by sector.
+    /// The external data file as a raw image, by sector.
     pub raw_view: Option<Vec<Value>>,
-    /// What a hidden snapshot holds, by sector.
+    /// The values of a hidden snapshot, by sector.
     pub snapshot: Option<Vec<Value>>,
     /// Clusters leaked, as the checker counts them.
     pub leaks: u64,
-    /// Clusters past the end of the file that have a refcount: the file's length was lost, and they will be leaks when
+    /// Clusters past the end of the file that have a refcount. The file's length was lost, and they become leaks when
     /// it grows again.
     pub hidden_leaks: u64,
     /// Clusters of the refcount table.
     pub table_clusters: u64,
-    /// It was marked dirty: its refcounts are rebuilt by opening it, and were looked at after that.
+    /// The image was marked dirty. Opening it rebuilds its refcounts, and they were checked after that.
     pub dirty: bool,
-    /// By name, in the order of the table.
+    /// The snapshots by name, in the order of the table.
     pub snapshots: Snapshots,
-    /// It has a bitmap that passes for up to date.
+    /// The image has a bitmap that is marked up to date.
     pub trusted_bitmap: bool,
-    /// Flags COPIED are clear that could be set: costs a copy, nothing else. Version 2 has no mark for what is under way.
+    /// Some COPIED flags are clear that could be set. This costs only a copy. Version 2 has no mark for a change in
+    /// progress.
     pub shy: bool,
-    /// Why the image is not what a crash may leave, whatever was promised.
+    /// A fault of the image that no crash may leave, regardless of the journal.
     pub wrong: Option<String>,
 }
 
-/// Looks at an image that came of `start`. What panics counts as wrong.
+/// Examines an image that was made from `start`. A panic counts as a fault.
 pub fn examine(image: &Image, start: &Start) -> Seen {
     let looked = catch_unwind(AssertUnwindSafe(|| look(image, start)));
     let wrong = match looked {
@@ -55,7 +56,7 @@ pub fn examine(image: &Image, start: &Start) -> Seen {
     Seen { wrong: Some(wrong), ..Seen::default() }
 }
 
-/// What a panic said.
+/// The message of a panic.
 pub fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().cloned();
     text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default()
@@ -105,14 +106,14 @@ fn look(image: &Image, start: &Start) -> Result<Seen, String> {
     })
 }
 
-/// The checker's report, which knows of a hidden snapshot.
+/// The checker's report on the image with a hidden snapshot revealed.
 fn report(image: &Image, start: &Start) -> Result<Report, String> {
     let world = SimWorld::from_image(start.revealed(image), 1, SimOptions::calm());
     check(&world.storage(), Path::new(TOP), &start.shape.options())
         .map_err(|error| format!("the checker could not look: {error}"))
 }
 
-/// A leak, or a clear flag at a cluster that nobody shares.
+/// True for a leak, and for a clear flag of a cluster that is not shared.
 fn is_shy(finding: &Finding) -> bool {
     match finding.kind {
         FindingKind::Copied { raw, refcount, .. } => raw & qcow2::entry::COPIED == 0 && refcount == 1,
@@ -120,7 +121,7 @@ fn is_shy(finding: &Finding) -> bool {
     }
 }
 
-/// What a disk that nobody has open holds.
+/// The values of a closed disk.
 ///
 /// # Errors
 /// Why it cannot be read.
@@ -183,8 +184,8 @@ fn findings(report: &Report) -> String {
     format!("the checker finds {} corruptions:{}", report.corruptions + report.notes, lines.concat())
 }
 
-/// Opens the disk (for writing, if the options say no other, so that whatever a dirty image needs is done), and reads all
-/// of it.
+/// Opens the disk and reads all of it. Unless the options say otherwise it is opened for writing, so that a dirty image
+/// is repaired.
 fn read_all(world: &SimWorld, options: &DiskOptions) -> Result<Vec<Value>, String> {
     let disk = Disk::open_unkept(world.storage(), Path::new(TOP), options)
         .map_err(|error| format!("it does not open: {error}"))?;

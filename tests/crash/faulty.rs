@@ -1,7 +1,7 @@
-//! Runs in which the host fails: one I/O, with a given errno, in part, late, or not at all for a while.
+//! Runs in which the host fails: one I/O fails with a given errno, is partial, is late, or hangs for a while.
 //!
-//! Owns what must be true afterwards besides the oracle: who was told, whether the disk goes on or refuses all writes for
-//! good, and that nothing is lost or half linked once the host is well again.
+//! Owns the checks after the run besides the oracle: which requests failed, and whether the disk continues or refuses
+//! all writes for good. Nothing may be lost or half linked once the host works again.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
@@ -21,13 +21,13 @@ use super::walk::{Choice, Walker};
 /// An I/O that goes wrong: the n-th of its kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Trouble {
-    /// Which kind.
+    /// The kind of I/O.
     pub verb: Verb,
-    /// How many of them are spared first.
+    /// The number of these I/Os that succeed first.
     pub nth: u64,
-    /// And all that come after it.
+    /// All later I/Os of this kind fail as well.
     pub lasting: bool,
-    /// What becomes of it.
+    /// The outcome of the I/O.
     pub outcome: Outcome,
 }
 
@@ -42,7 +42,7 @@ pub const FAILURES: [Outcome; 6] = [
 ];
 
 impl Trouble {
-    /// Some failure.
+    /// A random failure.
     pub fn random(random: &mut Random) -> Trouble {
         let verbs =
             [Verb::Write, Verb::Write, Verb::Sync, Verb::Read, Verb::Punch, Verb::Allocate, Verb::SetLength];
@@ -52,7 +52,7 @@ impl Trouble {
         Trouble { verb, nth: random.below(most), lasting: random.chance(1, 4), outcome }
     }
 
-    /// Something that is late, by far or until everybody waits for it.
+    /// A delay: a long one, or a hang until every request waits for it.
     pub fn delay(random: &mut Random) -> Trouble {
         let verb = [Verb::Write, Verb::Write, Verb::Read, Verb::Sync, Verb::Punch][random.below(5) as usize];
         let outcome = match random.below(4) {
@@ -80,17 +80,17 @@ impl Trouble {
     }
 }
 
-/// How a run with a failure ended.
+/// The end of a run with a failure.
 pub struct Aftermath {
-    /// The run; none if the image could not even be opened.
+    /// The run. None if the image could not be opened.
     pub run: Option<Finished>,
-    /// The failure came.
+    /// The failure happened.
     hit: bool,
-    /// What became of a write and a flush when the host was well again.
+    /// Whether a write and a flush succeeded once the host worked again.
     probe: Option<(bool, bool)>,
 }
 
-/// Plays a script while one I/O fails, then, if that has happened by then, probes the disk with the host well again.
+/// Plays a script while one I/O fails. If that has happened, probes the disk afterwards on a working host.
 ///
 /// # Errors
 /// If the run panicked or hangs.
@@ -122,7 +122,7 @@ pub fn play(start: &Start, script: &[Op], manner: Manner, trouble: &[Trouble]) -
             world.withdraw_faults();
             rig.probe()
         });
-        // What did not hang before may hang in the close, which does not end then.
+        // An I/O that did not hang before may hang in the close, which then never ends.
         let again: Vec<Fault> =
             hangs.iter().map(|trouble| Fault { nth: trouble.nth % 8, ..trouble.fault() }).collect();
         let mut run = if manner.clean { rig.finish_with(&again) } else { rig.abandon() };
@@ -134,10 +134,10 @@ pub fn play(start: &Start, script: &[Op], manner: Manner, trouble: &[Trouble]) -
 }
 
 impl Aftermath {
-    /// What must be true after one failure.
+    /// Checks the run after one failure.
     ///
     /// # Errors
-    /// What is not.
+    /// The first violation.
     pub fn judge(
         &self,
         trouble: &Trouble,
@@ -168,7 +168,7 @@ impl Aftermath {
         walked
     }
 
-    /// Whether the disk still takes writes, or must not, and who was told.
+    /// Checks which requests failed, and whether the disk refuses writes exactly when it must.
     fn judge_statuses(&self, trouble: &Trouble, run: &Finished, manner: Manner) -> Result<(), String> {
         let Some((wrote, flushed)) = self.probe else { return Ok(()) };
         if wrote != flushed {
@@ -184,7 +184,8 @@ impl Aftermath {
             _ if trouble.errno().is_none() => false,
             Verb::Sync => true,
             Verb::Write if !trouble.is_no_space() => {
-                // Either it was a guest's data, who was told, or metadata; if more than one failed, both may be.
+                // The failed write was guest data, and its request failed, or it was metadata. If several failed, both
+                // are possible.
                 if told("writing") == refuses && !(trouble.lasting && refuses) {
                     return Err(format!("a failed write: refuses writes {refuses}, told {:?}", run.failures));
                 }

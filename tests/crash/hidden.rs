@@ -1,10 +1,10 @@
-//! An internal snapshot that the disk is not told of: it shares all L2 tables and data clusters with the active image, so
-//! that nothing may be written in place before it was copied, and no count falls to 0 while the snapshot still uses the
+//! An internal snapshot that is hidden from the disk. It shares all L2 tables and data clusters with the active image.
+//! So nothing may be written in place before it is copied, and no count may fall to 0 while the snapshot uses the
 //! cluster.
 //!
-//! It shows that the flags and refcounts alone keep a snapshot: the header does not count it while the disk is open, so
-//! no guard knows of it, and a crash state is looked at with it (every refcount must be right) and from its own point of view (it must
-//! hold what it held).
+//! It shows that the flags and refcounts alone protect a snapshot. The header does not count it while the disk is open,
+//! so no guard covers it. A crash state is checked with the snapshot revealed: every refcount must be right. The
+//! snapshot itself must read as before.
 
 use std::path::Path;
 
@@ -15,15 +15,15 @@ use storage_sim::Image;
 use super::shape::TOP;
 use super::stamp::Value;
 
-/// Bytes of an entry of the snapshot table before its strings: the fixed part and what version 3 adds.
+/// Bytes of an entry of the snapshot table before its strings: the fixed part and the extra data of version 3.
 const ENTRY_BYTES: usize = 40 + 16;
 
-/// Where a hidden snapshot is, and what it holds.
+/// The location and the values of a hidden snapshot.
 #[derive(Clone)]
 pub struct Hidden {
     header: Header,
     l1_offset: u64,
-    /// By sector.
+    /// The values by sector.
     pub values: Vec<Value>,
 }
 
@@ -36,7 +36,7 @@ pub struct Making {
     geometry: Geometry,
 }
 
-/// Takes a snapshot of the top image, which is whole and closed, and hides it. The image's sectors hold `values`.
+/// Makes a snapshot of the top image, which must be intact and closed, and hides it. The image's sectors hold `values`.
 pub fn hide(image: &Image, values: &[Value]) -> (Image, Hidden) {
     let mut making = Making::of(image);
     let header = making.header.clone();
@@ -54,7 +54,7 @@ impl Hidden {
         image.with(Path::new(TOP), position::SNAPSHOTS as u64, &1u32.to_be_bytes())
     }
 
-    /// The same image with the snapshot for its contents; to be read only.
+    /// The same image with the contents of the snapshot. It may only be read.
     pub fn as_it_was(&self, image: &Image) -> Image {
         let patch = position::patch_l1_table(self.header.l1_entries, qcow2::HostOffset(self.l1_offset));
         image.with(Path::new(TOP), patch.offset.0, &patch.bytes)
@@ -66,7 +66,7 @@ fn entry(l1_offset: u64, header: &Header) -> Vec<u8> {
     let mut entry = vec![0; ENTRY_BYTES];
     entry[..8].copy_from_slice(&l1_offset.to_be_bytes());
     entry[8..12].copy_from_slice(&header.l1_entries.to_be_bytes());
-    // Its name and its identity have a byte each.
+    // Its name and its ID have one byte each.
     entry[12..14].copy_from_slice(&1u16.to_be_bytes());
     entry[14..16].copy_from_slice(&1u16.to_be_bytes());
     entry[36..40].copy_from_slice(&16u32.to_be_bytes());
@@ -77,20 +77,20 @@ fn entry(l1_offset: u64, header: &Header) -> Vec<u8> {
 }
 
 impl Making {
-    /// The top image, which is whole and closed.
+    /// Starts from the top image, which must be intact and closed.
     pub fn of(image: &Image) -> Making {
         let bytes = image.file(Path::new(TOP)).expect("the image").to_bytes();
         let header = Header::parse(&bytes, bytes.len() as u64).expect("an image that was closed");
         Making { bytes, geometry: header.geometry(), header }
     }
 
-    /// Puts bytes at an offset.
+    /// Writes bytes at an offset.
     pub fn put(&mut self, at: u64, bytes: &[u8]) {
         self.bytes[at as usize..at as usize + bytes.len()].copy_from_slice(bytes);
     }
 
-    /// Counts everything that the active L1 table leads to once more, and takes the mark off it that says it is the
-    /// active image's own; the L1 table as it is then.
+    /// Adds a reference to everything that the active L1 table refers to, and clears the COPIED flags. Returns the new
+    /// L1 table.
     fn share(&mut self) -> Vec<u8> {
         let start = self.header.l1_offset.0 as usize;
         for index in 0..self.header.l1_entries as usize {
@@ -116,7 +116,7 @@ impl Making {
         }
     }
 
-    /// Counts the cluster at an offset once more.
+    /// Adds a reference to the cluster at an offset.
     fn count(&mut self, offset: u64) {
         let (cluster, entries) = (self.geometry.cluster_size(), self.geometry.refblock_entries());
         let index = offset / cluster;
@@ -129,7 +129,7 @@ impl Making {
         qcow2::set_refcount(order, counts, index, count + 1);
     }
 
-    /// Adds clusters at the end that hold `bytes`; where.
+    /// Appends clusters that hold `bytes`, and returns their offset.
     pub fn append(&mut self, bytes: &[u8]) -> u64 {
         let cluster = self.geometry.cluster_size() as usize;
         let at = self.bytes.len().next_multiple_of(cluster);

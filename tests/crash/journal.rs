@@ -1,10 +1,13 @@
-//! The oracle: what was asked of a disk and what it answered when, and hence what each sector may hold after a crash.
+//! The oracle: records the requests and results of a disk, and derives the allowed values of each sector after a crash.
 //!
-//! A request is *settled* at an instant if a flush was acknowledged by then that was submitted after the request was
-//! acknowledged, or if the request was write-through and is acknowledged. A sector may hold what any request submitted
-//! by then wrote, or what it held at the start, unless a settled request wrote there that was submitted after the other
-//! one had ended. Requests that were in flight together come in either order. A request that failed may have been
-//! done, or not, in any sector, and settles nothing. It never looks at the disk.
+//! - A request is *settled* once a later flush is acknowledged, one submitted after the request was acknowledged. A
+//!   write-through request is settled once it is acknowledged itself.
+//! - A sector may hold its value from the start, or the value of any request submitted by then. A settled request rules
+//!   out the start, and every request that had ended before the settled one was submitted.
+//! - Requests in flight together may take effect in either order.
+//! - A failed request may or may not have changed each of its sectors. It settles nothing.
+//!
+//! The oracle never reads the disk.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -15,79 +18,79 @@ use storage_sim::Moment;
 use super::shape::{Past, Shape};
 use super::stamp::Value;
 
-/// What is done to an image that nobody uses; the disk is closed for it.
+/// A change of an image, for which the disk is closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Deed {
-    /// The disk is kept as it is.
+    /// Makes a snapshot of the disk.
     Create,
-    /// The disk becomes what the oldest snapshot is.
+    /// Applies the oldest snapshot to the disk.
     Apply,
-    /// The oldest snapshot is forgotten.
+    /// Deletes the oldest snapshot.
     Delete,
-    /// The disk gets so many sectors.
+    /// Changes the size of the disk to this many sectors.
     Resize(u64),
 }
 
-/// A snapshot, and who made and who deleted it: requests by their names.
+/// A snapshot, and the indices of the requests that made and deleted it.
 #[derive(Clone, Debug)]
 pub struct Kept {
     /// Its name.
     pub name: String,
-    /// What it holds, by sector.
+    /// Its values, by sector.
     pub values: Arc<[Value]>,
     made: Option<usize>,
     deleted: Option<usize>,
 }
 
-/// What is asked of a disk. Places and lengths are in sectors.
+/// An operation of the guest. Offsets and lengths are in sectors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Op {
     /// A read, compared at once.
     Read {
-        /// Where.
+        /// The first sector.
         sector: u64,
-        /// How many.
+        /// The number of sectors.
         count: u64,
     },
     /// A write of stamped sectors.
     Write {
-        /// Where.
+        /// The first sector.
         sector: u64,
-        /// How many.
+        /// The number of sectors.
         count: u64,
         /// Acknowledged only when durable.
         through: bool,
     },
     /// A write of stamped sectors and, in every second stretch of the disk ([`Shape::stretch_sectors`]), of zeros.
     Gappy {
-        /// Where.
+        /// The first sector.
         sector: u64,
-        /// How many.
+        /// The number of sectors.
         count: u64,
     },
     /// Write zeroes.
     Zeroes {
-        /// Where.
+        /// The first sector.
         sector: u64,
-        /// How many.
+        /// The number of sectors.
         count: u64,
         /// Space may be given back.
         unmap: bool,
     },
     /// Discard.
     Discard {
-        /// Where.
+        /// The first sector.
         sector: u64,
-        /// How many.
+        /// The number of sectors.
         count: u64,
     },
     /// Flush.
     Flush,
-    /// Nothing is asked for so many milliseconds; what is in flight ends first.
+    /// Submits nothing for this many milliseconds. Requests in flight end first.
     Pause(u64),
-    /// The next request's first I/O takes so many milliseconds longer.
+    /// The next request's first I/O takes this many milliseconds longer.
     Late(u64),
-    /// The disk is closed, its snapshots or its size change, and it is opened again; what is in flight ends first.
+    /// Closes the disk, changes its snapshots or its size, and reopens it. Requests in flight end first.
     Change(Deed),
 }
 
@@ -97,7 +100,7 @@ impl Op {
         Op::Write { sector, count, through: false }
     }
 
-    /// The sectors that it is about.
+    /// The sectors that the operation addresses.
     pub fn sectors(&self) -> Range<u64> {
         match *self {
             Op::Read { sector, count }
@@ -109,7 +112,7 @@ impl Op {
         }
     }
 
-    /// As much of it as there is on a disk of so many sectors.
+    /// The operation, limited to a disk of this many sectors.
     pub fn clipped(mut self, sectors: u64) -> Op {
         if let Op::Read { sector, count }
         | Op::Write { sector, count, .. }
@@ -122,7 +125,7 @@ impl Op {
         self
     }
 
-    /// The sectors that it changes on a disk that has so many.
+    /// The sectors that the operation changes on a disk of this many sectors.
     fn changed(&self, shape: &Shape, sectors: u64) -> Range<u64> {
         match *self {
             Op::Change(Deed::Apply) => 0..shape.sectors_max(),
@@ -133,7 +136,7 @@ impl Op {
             Op::Discard { sector, count } => {
                 let unit = shape.granule_sectors();
                 let end = sector + count;
-                // The last granule is whole where the disk ends.
+                // The last granule counts as whole at the end of the disk.
                 let whole_end = if end == sectors { end } else { end / unit * unit };
                 let start = sector.next_multiple_of(unit);
                 start..whole_end.max(start)
@@ -142,21 +145,21 @@ impl Op {
     }
 }
 
-/// A point in a run: its place in the order of what the guest did and saw, and the instant in the world's history.
+/// A point in a run: its position in the order of submissions and completions, and the instant in the world's history.
 #[derive(Clone, Copy, Debug)]
 struct Point {
     order: u32,
     moment: Moment,
 }
 
-/// A request and its fate.
+/// A request and its result.
 #[derive(Clone, Copy, Debug)]
 pub struct Entry {
-    /// What was asked.
+    /// The operation.
     pub op: Op,
     /// The number of a write.
     pub write: u32,
-    /// The sectors of the disk when it was asked.
+    /// The number of sectors of the disk at submission.
     sectors: u64,
     /// It is acknowledged only when durable.
     through: bool,
@@ -164,30 +167,30 @@ pub struct Entry {
     ended: Option<Point>,
     /// It was acknowledged as done.
     pub done: bool,
-    /// The instant from which on it is settled.
+    /// The instant from which it is settled.
     settled: Option<Moment>,
 }
 
-/// What was asked of a disk, in order.
+/// The requests to a disk, in order.
 #[derive(Clone)]
 pub struct Journal {
     shape: Shape,
-    /// By sector, of as many as the disk may ever have.
+    /// The values at the start, for the most sectors that the disk may ever have.
     start: Vec<Value>,
-    /// How many it has.
+    /// The number of sectors that the disk has now.
     pub sectors: u64,
     entries: Vec<Entry>,
     order: u32,
     /// For each sector the requests that change it.
     touched: Vec<Vec<u32>>,
-    /// What the disk becomes by an applied snapshot.
+    /// The values of the disk after each applied snapshot, by request.
     applied: HashMap<u32, Arc<[Value]>>,
-    /// Every snapshot that there ever was.
+    /// Every snapshot that ever existed.
     pub kept: Vec<Kept>,
 }
 
 impl Journal {
-    /// For a disk whose sectors hold these values, and that has these snapshots.
+    /// A journal of a disk with these values and snapshots.
     pub fn new(shape: Shape, start: Vec<Value>, snapshots: &[(String, Arc<[Value]>)]) -> Self {
         let sectors = start.len() as u64;
         let start = padded(&start, &shape);
@@ -202,19 +205,19 @@ impl Journal {
         Journal { shape, start, sectors, entries: Vec::new(), order: 0, touched, applied, kept }
     }
 
-    /// A request is about to make a snapshot of a disk that holds this.
+    /// Records that a request is about to make a snapshot of a disk with these values.
     pub fn makes(&mut self, request: usize, name: String, values: Arc<[Value]>) {
         self.kept.push(Kept { name, values, made: Some(request), deleted: None });
     }
 
-    /// A request is about to apply a snapshot.
+    /// Records that a request is about to apply a snapshot.
     pub fn applies(&mut self, request: usize, name: &str) {
         let shape = self.shape;
         let values = padded(&self.named(name).values, &shape);
         self.applied.insert(request as u32, values.into());
     }
 
-    /// A request is about to delete a snapshot.
+    /// Records that a request is about to delete a snapshot.
     pub fn deletes(&mut self, request: usize, name: &str) {
         self.named(name).deleted = Some(request);
     }
@@ -223,7 +226,7 @@ impl Journal {
         self.kept.iter_mut().find(|kept| kept.name == name).expect("it was made")
     }
 
-    /// The snapshots that a crash at an instant may leave, and whether it must.
+    /// The snapshots that a crash at an instant may leave. The flag is true if the crash must leave the snapshot.
     pub fn kept_at(&self, moment: Moment) -> Vec<(&Kept, bool)> {
         let visible = |request: usize| self.entries[request].submitted.moment < moment;
         let settled = |request: usize| self.entries[request].settled.is_some_and(|at| at <= moment);
@@ -232,7 +235,7 @@ impl Journal {
         self.kept.iter().filter(may).map(|kept| (kept, must(kept))).collect()
     }
 
-    /// What a request leaves in a sector that it changes.
+    /// The value that a request leaves in a sector that it changes.
     fn value(&self, request: u32, sector: usize) -> Value {
         let entry = &self.entries[request as usize];
         match entry.op {
@@ -249,7 +252,8 @@ impl Journal {
         Point { order: self.order, moment }
     }
 
-    /// A request is about to be submitted, to be acknowledged only when durable if `through`; its name.
+    /// Records that a request is about to be submitted, and returns its index. If `through`, it is acknowledged only
+    /// when durable.
     pub fn submit(&mut self, op: Op, write: u32, through: bool, moment: Moment) -> usize {
         let index = self.entries.len();
         let sectors = self.sectors;
@@ -270,7 +274,7 @@ impl Journal {
         index
     }
 
-    /// A request has ended.
+    /// Records the end of a request.
     pub fn end(&mut self, index: usize, done: bool, moment: Moment) {
         let ended = self.point(moment);
         let entry = &mut self.entries[index];
@@ -285,7 +289,7 @@ impl Journal {
         }
     }
 
-    /// A flush was acknowledged.
+    /// Settles the requests before an acknowledged flush.
     fn settle(&mut self, flush: usize) {
         let Entry { submitted, ended, .. } = self.entries[flush];
         let moment = ended.expect("called as it ends").moment;
@@ -302,11 +306,11 @@ impl Journal {
         &self.entries
     }
 
-    /// The instants at which what is allowed changes, in order.
+    /// The instants at which the allowed values change, in order.
     pub fn changes(&self) -> Vec<Moment> {
         let mut moments: Vec<Moment> = Vec::new();
         for entry in &self.entries {
-            // What it wrote can be there only after its first event.
+            // Its data can be in the image only after its first event.
             moments.push(Moment(entry.submitted.moment.0 + 1));
             moments.extend(entry.settled);
         }
@@ -320,20 +324,20 @@ impl Journal {
         self.entries[index].submitted.moment
     }
 
-    /// What a crash at an instant may leave, by sector.
+    /// The values that a crash at an instant may leave, by sector.
     pub fn allowed_at(&self, moment: Moment) -> Vec<Vec<Value>> {
         let visible = |entry: &Entry| entry.submitted.moment < moment;
         let settled = |entry: &Entry| entry.settled.is_some_and(|at| at <= moment);
         (0..self.start.len()).map(|sector| self.allowed(sector, visible, settled)).collect()
     }
 
-    /// As [`Journal::allowed_at`], of a disk that held this at the start.
+    /// As [`Journal::allowed_at`], for a disk with other values at the start.
     pub fn allowed_from(&self, start: &[Value], moment: Moment) -> Vec<Vec<Value>> {
         let began_so = Journal { start: start.to_vec(), ..self.clone() };
         began_so.allowed_at(moment)
     }
 
-    /// What a read that has just ended may have found in a sector.
+    /// The values that a read may have returned for a sector, if it has just ended.
     pub fn readable(&self, sector: u64, read: usize) -> Vec<Value> {
         let submitted = self.entries[read].submitted;
         let settled =
@@ -341,12 +345,12 @@ impl Journal {
         self.allowed(sector as usize, |_| true, settled)
     }
 
-    /// The image was changed while nobody used it.
+    /// True if the image was changed while closed.
     pub fn has_changes(&self) -> bool {
         self.entries.iter().any(|entry| matches!(entry.op, Op::Change(_)))
     }
 
-    /// What a sector may hold if the settled requests are durable and the visible ones may be.
+    /// The values that a sector may hold if the settled requests are durable and the visible ones may be.
     fn allowed(
         &self,
         sector: usize,
@@ -354,7 +358,7 @@ impl Journal {
         settled: impl Fn(&Entry) -> bool,
     ) -> Vec<Value> {
         let touching = || self.touched[sector].iter().map(|index| (*index, &self.entries[*index as usize]));
-        // Whatever ended before this is overwritten for good.
+        // The data of requests that ended before the horizon is overwritten for good.
         let is_hint = |entry: &Entry| {
             matches!(entry.op, Op::Discard { .. })
                 && self.shape.is_hint(&entry.op.sectors(), sector as u64, entry.sectors)
@@ -375,7 +379,7 @@ impl Journal {
         values
     }
 
-    /// What each sector of the disk holds if all requests are done, one after the other.
+    /// The value of each sector after all successful requests, one after the other.
     pub fn settled_values(&self) -> Vec<Value> {
         let mut values = self.start.clone();
         for (index, entry) in self.entries.iter().enumerate().filter(|(_, entry)| entry.done) {
@@ -387,9 +391,9 @@ impl Journal {
         values
     }
 
-    /// Clusters that may be counted at an instant though nothing durable leads to them: those that requests have taken
-    /// which are not settled, and those that were freed since `quiet`, when everything freed had been given back. What a
-    /// request took in vain, tried so often at most until it found space, goes the way of what is freed.
+    /// Clusters that may be counted at an instant although nothing durable refers to them. These are clusters allocated
+    /// by requests that are not settled, and clusters freed since `quiet`, when everything freed had been given back. A
+    /// request that finds no space is tried up to `tries` times; the clusters of its failed attempts count as freed.
     pub fn unsettled_clusters(&self, quiet: Moment, moment: Moment, tries: u64) -> Unsettled {
         let mut unsettled = Unsettled::default();
         for entry in self.entries.iter().filter(|entry| entry.submitted.moment < moment) {
@@ -406,7 +410,7 @@ impl Journal {
             let compressed = matches!(self.shape.past, Past::Compressed(_));
             let frees = shared || compressed || !matches!(entry.op, Op::Write { .. });
             if frees && entry.ended.is_none_or(|end| end.moment >= quiet) {
-                // Compressed data that is a little more than a cluster touches up to three, and shares them.
+                // Compressed data a little larger than a cluster touches up to three clusters, and shares them.
                 let data = if compressed && data > 0 { 2 * data + 1 } else { data };
                 unsettled.freed += data + if shared { tables } else { 0 };
             }
@@ -414,12 +418,12 @@ impl Journal {
         unsettled
     }
 
-    /// Clusters of the disk that a request changes, and L2 tables that map them.
+    /// The numbers of guest clusters that a request changes, and of L2 tables that map them.
     fn reach(&self, entry: &Entry) -> (u64, u64) {
         if let Op::Change(deed) = entry.op {
-            // Each cluster may be counted once too often for a while, and the tables have new places.
+            // Each cluster may be counted once too often for a while, and the tables move.
             let clusters = self.shape.sectors_max().div_ceil(self.shape.cluster_sectors());
-            // The end of a disk that grows is written by a disk, which reserves clusters.
+            // Growing opens a disk to write the end of the old size. That disk reserves clusters.
             let window = (1 << 20) / self.shape.cluster_bytes();
             let reserved = if matches!(deed, Deed::Resize(_)) { window } else { 0 };
             return (clusters, clusters / self.shape.geometry().l2_entries() + 8 + reserved);
@@ -436,16 +440,16 @@ impl Journal {
     }
 }
 
-/// As many values as the disk may ever have sectors.
+/// The values, padded to the most sectors that the disk may ever have.
 pub fn padded(values: &[Value], shape: &Shape) -> Vec<Value> {
     let missing = (shape.sectors_max() as usize).saturating_sub(values.len());
     [values, &vec![Value::NoSector; missing]].concat()
 }
 
-/// Clusters that a crash may leak because of what was asked.
+/// Clusters that a crash may leak because of the requests.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Unsettled {
-    /// Taken, and not durably linked.
+    /// Allocated, and not durably linked.
     pub taken: u64,
     /// Unlinked, and not durably free.
     pub freed: u64,

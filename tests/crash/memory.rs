@@ -1,4 +1,4 @@
-//! Guest memory for requests in flight: one arena a thread, cut into windows.
+//! Guest memory for requests in flight: one arena per thread, divided into windows.
 
 use std::cell::OnceCell;
 
@@ -10,12 +10,12 @@ use super::stamp::SECTOR;
 pub const SLOTS: usize = 8;
 /// Bytes of a window.
 pub const WINDOW: usize = 256 << 10;
-/// The most sectors that a request moves: so that they fit at an odd address, too.
+/// The most sectors of a request. They fit in a window at an odd address, too.
 pub const SECTORS_MAX: u64 = WINDOW as u64 / SECTOR - 1;
 const ALIGNMENT: usize = 4096;
 
 thread_local! {
-    /// Leaked, so that its slices may well be 'static, and one a thread, so that little leaks.
+    /// Leaked, so that its slices are 'static. One per thread, so that little leaks.
     static ARENA: OnceCell<GuestSlice> = const { OnceCell::new() };
 }
 

@@ -1,12 +1,15 @@
-//! The crash machine: runs whole disks on a simulated host, crashes them everywhere, and compares what is left with what
-//! was promised.
+//! The crash machine: runs whole disks on a simulated host, crashes them at every instant, and compares the images that
+//! remain with the promises of durability.
 //!
-//! `shape` makes images, `hidden` shares their clusters with a snapshot, `rig` runs a disk, `journal` is the oracle, `walk` makes the crash states of a run and compares,
-//! `examine` looks at one, `recovery` has its leaks searched for, `bitmap` at its bitmap, `second` has QEMU look at a sample, `tally` counts. `sequences` are all the short runs, a
-//! `trial` is a long random one that a number stands for, `faulty` is one in which the host fails,
-//! `scarce` one in which it runs out of space;
-//! `windows` are the two mistakes of QEMU; `overlaps` are images on which data and metadata want the same place; `changes`
-//! are those of images that nobody uses, by themselves.
+//! - Images: `shape` makes them, `compressed` adds compressed clusters, `bitmap` adds a bitmap, and `hidden` shares
+//!   their clusters with a snapshot.
+//! - Runs: `rig` runs a disk and `journal` is the oracle.
+//! - Crash states: `walk` makes and compares them, `examine` examines one, and `recovery` completes its search for
+//!   leaks. `second` has QEMU check a sample, and `tally` counts.
+//! - Kinds of runs: `sequences` are all the short runs, and a `trial` is a long random run given by a number.
+//!   In `faulty` the host fails, and in `scarce` it runs out of space. `windows` are the two mistakes of QEMU.
+//!   `overlaps` are images on which data and metadata claim the same location. `changes` are single changes of closed
+//!   images.
 
 pub mod bitmap;
 pub mod changes;
@@ -29,12 +32,12 @@ pub mod trial;
 pub mod walk;
 pub mod windows;
 
-/// A number in the environment.
+/// The number in an environment variable.
 pub fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().and_then(|text| text.parse().ok())
 }
 
-/// How many threads a campaign has.
+/// The number of threads of a campaign.
 pub fn threads() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from).min(16)
 }

@@ -1,5 +1,5 @@
-//! Images whose entries or refcounts lie, so that data and metadata want the same place: whatever the guest asks for,
-//! no data is written over metadata (docs/durability.md, "The guard").
+//! Images with wrong entries or refcounts, so that data and metadata claim the same location. No request of the guest
+//! may write data over metadata (docs/durability.md, "The guard").
 
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -14,7 +14,7 @@ use super::rig::Rig;
 use super::shape::{Shape, Start, TOP};
 use super::stamp::{SECTOR, Value, read_stamp};
 
-/// What an entry may name that it should not.
+/// Metadata that a wrong entry may refer to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {
     /// The active L1 table.
@@ -27,14 +27,14 @@ pub enum Part {
     Refblock,
 }
 
-/// What is wrong with an image.
+/// The damage of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lie {
-    /// The entry of sector 1 names metadata, and says that nobody else does.
+    /// The entry of sector 1 refers to metadata, with the COPIED flag set.
     Names(Part),
-    /// The entries of the sectors 0 and 1 name the same cluster, and each says that nobody else does.
+    /// The entries of sectors 0 and 1 refer to the same cluster, both with the COPIED flag set.
     Twice,
-    /// The cluster of sector 0 counts as free.
+    /// The cluster of sector 0 has a refcount of 0.
     CountsAsFree,
 }
 
@@ -49,11 +49,11 @@ impl Lie {
         Lie::CountsAsFree,
     ];
 
-    /// What makes the damage matter, if nothing is in the way.
+    /// Operations with which the damage does harm, unless it is prevented.
     fn script(self) -> Vec<Op> {
-        // So that the map has it.
+        // Brings both entries into the map.
         let mut ops = vec![Op::Read { sector: 0, count: 2 }];
-        // The first that needs a table of its own: a cluster that is free, or becomes so, would be taken for it.
+        // The first write that needs a new table. A cluster that is free, or becomes free, would be allocated for it.
         let far = Op::write(64, 2);
         match self {
             Lie::Names(_) => ops.extend([Op::write(1, 1), Op::Discard { sector: 1, count: 1 }, far]),
@@ -67,13 +67,13 @@ impl Lie {
         ops
     }
 
-    /// It is noticed, and the image is marked corrupt.
+    /// True if the damage is detected and the image is marked corrupt.
     fn is_noticed(self) -> bool {
         self != Lie::Twice
     }
 }
 
-/// An image's bytes and where its metadata is.
+/// An image's bytes and the locations of its metadata.
 struct Anatomy {
     bytes: Vec<u8>,
     cluster: usize,
@@ -106,13 +106,13 @@ impl Anatomy {
         }
     }
 
-    /// Where the metadata is.
+    /// The locations of the metadata.
     fn places(&self) -> BTreeSet<usize> {
         let fixed = [0, self.l1, self.table].into_iter();
         fixed.chain(self.l2.iter().copied()).chain(self.blocks.iter().copied()).collect()
     }
 
-    /// A cluster of these that holds what a guest has written.
+    /// A cluster of these that holds data of the guest.
     fn written_by_guest(&self, places: &BTreeSet<usize>) -> Option<usize> {
         let is_data = |at: &&usize| {
             self.bytes[**at..**at + self.cluster]
@@ -128,7 +128,7 @@ fn header(bytes: &[u8]) -> Header {
     Header::parse(&bytes[..area], bytes.len() as u64).expect("a header")
 }
 
-/// An image with some data, and what is wrong with it.
+/// An image with some data and this damage.
 fn damaged(lie: Lie) -> Start {
     let empty = Shape::new(9, 200).make();
     let rig = Rig::open(&empty, 1).expect("it opens");
@@ -152,10 +152,10 @@ fn damaged(lie: Lie) -> Start {
     Start { image: image.with(Path::new(TOP), 0, &anatomy.bytes), values, ..empty }
 }
 
-/// Has the guest make the damage matter.
+/// Plays the script of a damage.
 ///
 /// # Errors
-/// If data is where metadata was or is, or damage that can be noticed was not.
+/// If data lies where metadata was or is, or if detectable damage was not detected.
 pub fn try_one(lie: Lie) -> Result<(), String> {
     let start = damaged(lie);
     let before = Anatomy::of(start.image.file(Path::new(TOP)).expect("the image").to_bytes());
@@ -185,7 +185,7 @@ pub fn try_one(lie: Lie) -> Result<(), String> {
     Ok(())
 }
 
-/// Tries all.
+/// Tries every damage.
 ///
 /// # Errors
 /// As for [`try_one`].

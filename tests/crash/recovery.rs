@@ -1,4 +1,4 @@
-//! What a crash has left is served until the search for leaks is over: nothing leaks any more, and the contents are the same.
+//! Serves a crash state until the search for leaks ends. Then nothing leaks any more, and the contents are the same.
 
 use std::path::Path;
 
@@ -8,13 +8,13 @@ use storage_sim::{Image, SimOptions, SimWorld};
 use super::examine::{Seen, examine};
 use super::shape::{Past, Start, TOP};
 
-/// Turns that a search may take.
+/// The most polls of a search.
 const TURNS_MAX: u32 = 100_000;
 
-/// Opens an image, lets the housekeeper do all that it has to do, and closes it.
+/// Opens an image, lets the housekeeper complete its work, and closes it.
 ///
 /// # Errors
-/// What is wrong afterwards; `seen` is what was there before.
+/// A fault of the image afterwards. `seen` is its state before.
 pub fn recover(image: &Image, start: &Start, seen: &Seen, lasting: bool) -> Result<(), String> {
     if !start.shape.is_qcow2() {
         return Ok(());
@@ -23,10 +23,10 @@ pub fn recover(image: &Image, start: &Start, seen: &Seen, lasting: bool) -> Resu
         .map_err(|wrong| format!("after the search for leaks: {wrong}"))
 }
 
-/// What an image is once it was served until the search for leaks was over, and closed.
+/// The image after serving it until the search for leaks ends, and closing it.
 ///
 /// # Errors
-/// Why it cannot be served.
+/// The reason why it cannot be served.
 pub fn serve(image: &Image, start: &Start) -> Result<Image, String> {
     let world = SimWorld::from_image(image.clone(), 1, SimOptions::calm());
     let failed = |error| format!("when leaks are searched for: {error}");
@@ -61,8 +61,8 @@ fn compare(after: &Seen, start: &Start, seen: &Seen, lasting: bool) -> Result<()
     if after.values.len() != seen.values.len() || after.snapshots != seen.snapshots {
         return Err("the disk has another size, or other snapshots".to_owned());
     }
-    // What counts behind the end of a file is not looked at. In version 2 a change of an image that nobody uses makes no
-    // mark of its own, so what it leaves when it is killed stays.
+    // The search ignores refcounts past the end of the file. In version 2 a change of a closed image sets no mark, so
+    // the leaks of a killed change stay.
     let lasting = lasting || start.shape.past == Past::Shared;
     let most = if lasting { seen.leaks } else { start.leaks } + seen.hidden_leaks;
     if after.leaks > most {

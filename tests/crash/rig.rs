@@ -1,5 +1,5 @@
-//! A whole disk in one thread on a simulated host: two queues and the housekeeper, turned in an order that follows from
-//! a seed. The code under test is the production code; here is who runs when, and how much time passes.
+//! A whole disk in one thread on a simulated host: two queues and the housekeeper, polled in an order that a seed
+//! determines. The code under test is the production code. This module decides the order and the passing of time.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
@@ -21,51 +21,51 @@ use super::scarce::Tide;
 use super::shape::{FIRST_WRITE, Past, Shape, Start, TOP};
 use super::stamp::{SECTOR, Value, read_stamps, stamp};
 
-/// Queues of a disk.
+/// Number of queues of a disk.
 const QUEUES: usize = 2;
-/// Operations in flight of each.
+/// Operations in flight on each queue.
 const QUEUE_DEPTH: u32 = 32;
-/// Turns in vain before time passes.
+/// Polls that find nothing before time passes.
 const VAIN_TURNS_MAX: u32 = 300;
-/// How long, by the simulated clock, nothing may end before that counts as a hang.
+/// Simulated time without a completion that counts as a hang.
 const HANG: Duration = Duration::from_secs(60);
-/// How long an I/O hangs, if one hangs.
+/// Time without a completion after which hanging I/O is released.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// How long, by the simulated clock, a queue that is being stopped may take: as long as its I/O, which is well below.
+/// Simulated time that a queue may take to stop. Its I/O takes much less.
 const STOP_MAX: Duration = Duration::from_secs(4);
-/// Time that passes at once where nothing else does.
+/// Step by which simulated time passes when nothing else happens.
 const TICK: Duration = Duration::from_millis(50);
 
-/// An open disk, and what has been asked of it.
+/// An open disk and the journal of its requests.
 pub struct Rig {
     /// The host.
     pub world: SimWorld,
-    /// What was asked and answered.
+    /// The requests and their results.
     pub journal: Journal,
-    /// The requests that failed, and why.
+    /// The requests that failed, with their errors.
     pub failures: Vec<(usize, RequestError)>,
-    /// Those that failed as their queue was being stopped.
+    /// The requests that failed while their queue was being stopped.
     pub given_up: Vec<(usize, RequestError)>,
-    /// A read that found what no read may find.
+    /// The first read that returned a forbidden value.
     pub misread: Option<String>,
     queues: Vec<DiskQueue<SimStorage>>,
     keeper: Option<Keeper<SimStorage>>,
-    /// None only while the image changes.
+    /// None only while the closed image is changed.
     disk: Option<Disk<SimStorage>>,
     shape: Shape,
-    /// The names of the image's snapshots, the oldest first.
+    /// The names of the image's snapshots, oldest first.
     snapshots: Vec<String>,
     flying: Vec<Option<Flight>>,
     next_write: u32,
     random: Random,
     quiet: Vec<Moment>,
     stalled: Duration,
-    /// By how much the next request's first I/O is late.
+    /// Delay of the next request's first I/O.
     late: Option<Duration>,
     reserved: Vec<(Moment, u64)>,
-    /// The host's space comes and goes.
+    /// Set while the host runs out of space from time to time.
     tide: Option<Tide>,
-    /// A queue that is being stopped, and since when.
+    /// The queue that is being stopped, and the start of the stop.
     leaving: Option<(usize, Instant)>,
 }
 
@@ -76,31 +76,32 @@ struct Flight {
     slices: Vec<GuestSlice>,
 }
 
-/// A run that is over.
+/// A run that has ended.
 pub struct Finished {
     /// The host.
     pub world: SimWorld,
-    /// What was asked and answered.
+    /// The requests and their results.
     pub journal: Journal,
-    /// The requests that failed, and why.
+    /// The requests that failed, with their errors.
     pub failures: Vec<(usize, RequestError)>,
-    /// Those that failed as their queue was being stopped.
+    /// The requests that failed while their queue was being stopped.
     pub given_up: Vec<(usize, RequestError)>,
-    /// A read that found what no read may find.
+    /// The first read that returned a forbidden value.
     pub misread: Option<String>,
-    /// Instants at which nothing was dirty and nothing in quarantine, in order; the first is the opening.
+    /// Instants without dirty bytes and without clusters in quarantine, in order. The first is the opening.
     pub quiet: Vec<Moment>,
-    /// How the clean close ended.
+    /// The result of the clean close.
     pub closed: Result<(), OpenError>,
-    /// An I/O of the opening or of the close never ended, and so neither did these.
+    /// An I/O of the opening or of the close never ended, so the opening or the close did not end either.
     pub hung: bool,
-    /// The most that was reserved and not used so far, and when that was seen, in order.
+    /// Each new maximum of the reserved, unused clusters, with the moment of its observation, in order.
     pub reserved: Vec<(Moment, u64)>,
-    /// How often a request may have been tried, if it found no space.
+    /// The most attempts of a request that found no space.
     pub tries: u64,
 }
 
-/// What `work` gives; nothing if it waits for an I/O that a fault made hang, as a process does until the machine crashes.
+/// The result of `work`. None if it waits for an I/O that a fault made hang, as a process waits until the machine
+/// crashes.
 fn until_hung<T>(work: impl FnOnce() -> T) -> Option<T> {
     match catch_unwind(AssertUnwindSafe(work)) {
         Ok(value) => Some(value),
@@ -110,7 +111,7 @@ fn until_hung<T>(work: impl FnOnce() -> T) -> Option<T> {
 }
 
 impl Finished {
-    /// A run that did not get past its opening.
+    /// A run whose opening hung.
     fn hung_in_opening(start: &Start, world: SimWorld) -> Finished {
         Finished {
             world,
@@ -126,13 +127,13 @@ impl Finished {
         }
     }
 
-    /// What each sector holds, if nothing overlapped in time.
+    /// The value of each sector, if no requests overlapped in time.
     pub fn settled_values(&self) -> Vec<Value> {
         self.journal.settled_values()
     }
 }
 
-/// The options of a host that a seed stands for: most can do everything.
+/// The options of a host, from a seed. Most hosts support everything.
 pub fn host(seed: u64) -> SimOptions {
     let mut random = Random::new(seed ^ 0x4057);
     SimOptions { punch: !random.chance(1, 8), allocate: !random.chance(1, 8), ..SimOptions::default() }
@@ -148,13 +149,13 @@ fn open(world: &SimWorld, shape: &Shape) -> Result<Opened, OpenError> {
 }
 
 impl Rig {
-    /// Opens a disk on a world of its own.
+    /// Opens a disk in its own world.
     pub fn open(start: &Start, seed: u64) -> Result<Rig, OpenError> {
         let world = SimWorld::from_image(start.image.clone(), seed, host(seed));
         Rig::open_numbered(start, world, seed, FIRST_WRITE + 1000)
     }
 
-    /// Opens the disk in a world; writes are numbered from `first_write`.
+    /// Opens the disk in a world. Writes are numbered from `first_write`.
     pub fn open_numbered(
         start: &Start,
         world: SimWorld,
@@ -186,7 +187,7 @@ impl Rig {
         })
     }
 
-    /// As [`Rig::open_numbered`]; what there is to see of a run whose opening hangs.
+    /// As [`Rig::open_numbered`]. If the opening hangs, the outer error is the run so far.
     pub fn open_or_hang(
         start: &Start,
         world: &SimWorld,
@@ -197,7 +198,7 @@ impl Rig {
         until_hung(open).ok_or_else(|| Box::new(Finished::hung_in_opening(start, world.clone())))
     }
 
-    /// The engine's numbers.
+    /// The engine's status.
     pub fn status(&self) -> EngineStatus {
         self.disk.as_ref().expect("it is open").status()
     }
@@ -207,12 +208,12 @@ impl Rig {
         self.disk.as_ref().expect("it is open").space().status()
     }
 
-    /// From now on the host's space comes and goes, and queues are stopped and started anew meanwhile.
+    /// From now on the host runs out of space from time to time, and queues are stopped and restarted meanwhile.
     pub fn begin_tide(&mut self, tide: Tide) {
         self.tide = Some(tide);
     }
 
-    /// There is space for good.
+    /// From now on the host always has space.
     pub fn end_tide(&mut self) {
         self.tide = None;
         Tide::ebb(&self.world);
@@ -240,10 +241,10 @@ impl Rig {
         self.leaving.is_some_and(|(leaving, _)| leaving == queue)
     }
 
-    /// Something takes too long.
+    /// Panics: something takes too long.
     fn hang(&mut self, what: &str) -> ! {
         let hanging = self.hanging();
-        // Their drop would wait for what hangs, and end the program.
+        // Dropping the queues would wait for the hanging requests, and end the program.
         self.queues.drain(..).for_each(std::mem::forget);
         panic!("{what}: {hanging}");
     }
@@ -252,17 +253,17 @@ impl Rig {
         self.flying.iter().flatten().count()
     }
 
-    /// Does operations one after the other, lets the housekeeper do its work, and closes.
+    /// Performs operations one after the other, lets the housekeeper do its work, and closes.
     pub fn play_alone(mut self, ops: &[Op]) -> Finished {
         self.play(ops, 1);
         self.rest();
         self.finish()
     }
 
-    /// Does operations in their order, at most `at_once` in flight.
+    /// Performs operations in their order, at most `at_once` in flight.
     ///
     /// # Panics
-    /// When nothing ends any more.
+    /// If no operation ends any more.
     pub fn play(&mut self, ops: &[Op], at_once: usize) {
         let mut next = 0;
         while next < ops.len() || self.in_flight() > 0 {
@@ -277,7 +278,7 @@ impl Rig {
                     Op::Change(deed) => self.change_image(deed),
                     Op::Late(milliseconds) => self.late = Some(Duration::from_millis(milliseconds)),
                     op => {
-                        // Alone, a sequence is to be just what it says.
+                        // A sequence without concurrency is played exactly as written.
                         let through = at_once > 1 && self.random.chance(1, 10);
                         self.submit(op, through);
                     }
@@ -289,10 +290,10 @@ impl Rig {
         }
     }
 
-    /// True if something can be done to the image now.
+    /// True if the image allows this change now.
     fn is_possible(&self, deed: Deed) -> bool {
-        // A snapshot that the image does not know of would not survive.
-        // And of data elsewhere there are none.
+        // A snapshot that the header does not count would not survive.
+        // An image with an external data file has no snapshots.
         let may_have_snapshots =
             self.shape.is_qcow2() && self.shape.past != Past::Shared && !self.shape.has_data_file();
         match deed {
@@ -307,7 +308,7 @@ impl Rig {
     /// Closes the disk, changes its snapshots or its size, and opens it again.
     ///
     /// # Panics
-    /// When any of that fails, but for a refcount that is at its end, and what version 2 cannot say.
+    /// If any of that fails, except for a full refcount and for a size at which version 2 would show the backing file.
     fn change_image(&mut self, deed: Deed) {
         if !self.is_possible(deed) {
             return;
@@ -378,11 +379,11 @@ impl Rig {
         done
     }
 
-    /// Submits a request to some queue, write-through if asked for here or in the operation.
+    /// Submits a request to a random queue. It is write-through if `through` or the operation requires it.
     fn submit(&mut self, op: Op, through: bool) {
         let op = op.clipped(self.journal.sectors);
         if op != Op::Flush && op.sectors().is_empty() {
-            // The disk ends before it.
+            // The disk ends before this operation.
             return;
         }
         let through = match op {
@@ -420,13 +421,13 @@ impl Rig {
         self.queues[queue].submit(RequestId(slot as u32), request(op, through), &slices);
     }
 
-    /// Lets somebody do something.
+    /// Runs one random step: polls the housekeeper or a queue, or lets a little time pass.
     fn act(&mut self) {
         self.turn_tide();
         let done = match self.random.below(QUEUES as u64 * 2 + 4) {
             0 => self.turn_keeper(),
             number if number <= 2 * QUEUES as u64 => self.turn_queue(number as usize % QUEUES),
-            // A little time, so that what is late stays late: the next thing to happen may be far away.
+            // Only a little time, so that a late I/O stays late: the next event may be far away.
             _ => {
                 self.world.pass(Duration::from_nanos(1 << (10 + self.random.below(12))));
                 0
@@ -436,10 +437,10 @@ impl Rig {
             self.stalled = Duration::ZERO;
             return;
         }
-        // Long pauses are rare, but the housekeeper's five seconds must come in the midst of things now and then.
+        // Long pauses are rare, but the housekeeper's five seconds must sometimes pass in the middle of requests.
         let pass = match self.random.below(2048) {
             0 if self.leaving.is_none() => Duration::from_millis(5100),
-            // Now and then the map is swept.
+            // Sometimes the map is swept.
             1 if self.leaving.is_none() => Duration::from_secs(301),
             0..4 => TICK,
             4..16 => Duration::from_micros(500),
@@ -448,7 +449,7 @@ impl Rig {
         self.world.pass(pass);
     }
 
-    /// Nothing ended in this turn; if that goes on, time must pass.
+    /// Counts a poll that found nothing. After many of them, time must pass.
     fn count_vain_turn(&mut self) {
         self.stalled += TICK / VAIN_TURNS_MAX;
         if self.world.is_idle() && self.random.chance(1, 8) {
@@ -472,7 +473,7 @@ impl Rig {
     fn turn_keeper(&mut self) -> usize {
         if let Some(keeper) = &mut self.keeper {
             keeper.turn();
-            // As its thread would; it answers a wake, and lets no time pass.
+            // As its thread does: this answers a wake, and lets no time pass.
             keeper.wait(Some(Duration::ZERO));
         }
         self.note_reserved();
@@ -482,7 +483,7 @@ impl Rig {
     fn note_reserved(&mut self) {
         let EngineStatus { reserved_clusters: reserved, quarantined_clusters, quarantined_max, .. } =
             self.status();
-        // A request under way may free two clusters for each that it writes, if they are compressed, and a table.
+        // A request in flight may free two clusters for each compressed cluster that it writes, and a table.
         let under_way = SLOTS as u64 * (2 * (WINDOW as u64 >> self.shape.cluster_bits) + 8);
         assert!(
             quarantined_clusters <= quarantined_max + under_way,
@@ -516,7 +517,7 @@ impl Rig {
         }
     }
 
-    /// A read finds what may be there.
+    /// Compares what a read returned with the values that the oracle allows.
     fn compare_read(&mut self, flight: &Flight) {
         let Op::Read { sector: first, .. } = self.journal.entries()[flight.index].op else { return };
         for (sector, value) in (first..).zip(read_stamps(first, &gather(&flight.slices))) {
@@ -532,7 +533,7 @@ impl Rig {
         }
     }
 
-    /// Everybody does what can be done without time passing for timers.
+    /// Polls the queues and the housekeeper until nothing is left to do without time passing for timers.
     fn exhaust(&mut self) {
         loop {
             for queue in 0..QUEUES {
@@ -545,7 +546,7 @@ impl Rig {
         }
     }
 
-    /// Nothing is asked for a while; what hangs, hangs no longer than that.
+    /// Submits nothing for a while. Hanging I/O is released afterwards.
     fn pause(&mut self, time: Duration) {
         let end = self.world.now() + time;
         loop {
@@ -567,13 +568,14 @@ impl Rig {
         }
     }
 
-    /// Long enough for the housekeeper to flush, to give back, and to flush that, too: ten seconds each at most.
+    /// Pauses long enough for the housekeeper to flush, to give space back, and to flush that, too: at most ten seconds
+    /// each.
     pub fn rest(&mut self) {
         self.pause(Duration::from_millis(22_000));
     }
 
-    /// Whether a write and a flush are done now. What the housekeeper is about ends before: a failure of its that is still
-    /// under way would come between the two.
+    /// Whether a write and a flush succeed now. The housekeeper's current work ends first: a failure of it that is
+    /// still in flight would come between the two.
     pub fn probe(&mut self) -> (bool, bool) {
         self.world.release_hung();
         self.exhaust();
@@ -581,17 +583,17 @@ impl Rig {
         let entries = self.journal.entries();
         let last = entries.len() - 2;
         let done = (entries[last].done, entries[last + 1].done);
-        // That these fail is what was asked.
+        // The caller asked whether these fail.
         self.failures.retain(|(index, _)| *index < last);
         done
     }
 
-    /// Closes the disk cleanly; nothing is in flight.
+    /// Closes the disk cleanly. Nothing may be in flight.
     pub fn finish(self) -> Finished {
         self.finish_with(&[])
     }
 
-    /// As [`Rig::finish`], with faults from the beginning of the close on.
+    /// As [`Rig::finish`], with faults from the start of the close on.
     pub fn finish_with(mut self, faults: &[Fault]) -> Finished {
         assert_eq!(self.in_flight(), 0, "requests are waited for");
         self.world.release_hung();
@@ -619,9 +621,9 @@ impl Rig {
         }
     }
 
-    /// Stops without closing, as a crash does; nothing is in flight.
+    /// Stops without closing, as a crash does. Nothing may be in flight.
     pub fn abandon(self) -> Finished {
-        // The housekeeper ends what it is about when it is dropped.
+        // When the housekeeper is dropped, it completes its current work.
         self.world.release_hung();
         let closed = Ok(());
         Finished {

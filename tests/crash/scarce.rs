@@ -1,9 +1,12 @@
-//! Runs on a host that runs out of space for a time, and again, while queues are stopped and started anew as a session
-//! would: requests that find no space wait for it, or fail.
+//! Runs on a host that runs out of space several times, while queues are stopped and restarted as a session does it.
+//! Requests that find no space wait for it, or fail.
 //!
-//! Owns when there is how much space, and what must be true of such a run besides the oracle: nothing but what needs
-//! space fails, nothing that waits for it fails unless its queue is stopped, nothing waits for ever, and the disk is
-//! none the worse.
+//! Owns the amount of space over time, and the checks of such a run besides the oracle:
+//!
+//! - Only requests that need space fail.
+//! - A request that waits for space fails only if its queue is stopped.
+//! - No request waits forever.
+//! - The disk is intact afterwards.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
@@ -18,14 +21,14 @@ use super::rig::{Finished, Rig};
 use super::shape::Start;
 use super::trial::Manner;
 
-/// Room for whatever is asked.
+/// More space than any run needs.
 const PLENTY: u64 = 1 << 40;
-/// Times without space in a run, at most: with the longest of them, requests wait less than counts as a hang.
+/// The most shortages in a run. Even with the longest of them, requests wait less than the time that counts as a hang.
 const SHORTAGES_MAX: u64 = 4;
-/// What space is given in.
+/// The unit of space, in bytes.
 const PAGE: u64 = 4096;
 
-/// The host's space, which comes and goes.
+/// The host's space, which changes over time.
 pub struct Tide {
     random: Random,
     /// Shortages still to come.
@@ -35,13 +38,13 @@ pub struct Tide {
 }
 
 impl Tide {
-    /// One that a seed stands for; at first there is space.
+    /// A tide from a seed. It starts with space.
     pub fn new(seed: u64) -> Self {
         let mut random = Random::new(seed ^ 0x71de);
         Tide { left: 1 + random.below(SHORTAGES_MAX), random, short: false, turns: None }
     }
 
-    /// Lets it turn if it is time; a queue to be stopped now, if one is.
+    /// Changes the space if it is time. Returns a queue that must be stopped now, if any.
     pub fn turn(&mut self, world: &SimWorld, queues: usize) -> Option<usize> {
         let now = world.now();
         let turns = *self.turns.get_or_insert_with(|| now + some_time(&mut self.random, 12..28));
@@ -64,13 +67,13 @@ impl Tide {
         stops.then(|| self.random.below(queues as u64) as usize)
     }
 
-    /// There is space.
+    /// Gives the host space.
     pub fn ebb(world: &SimWorld) {
         world.set_space(PLENTY, Errno::ENOSPC);
     }
 }
 
-/// Nanoseconds of so many bits.
+/// A random time in nanoseconds, with a number of bits from this range.
 fn some_time(random: &mut Random, bits: std::ops::Range<u64>) -> Duration {
     let bits = bits.start + random.below(bits.end - bits.start);
     Duration::from_nanos((1 << bits) + random.below(1 << bits))
@@ -80,16 +83,16 @@ fn some_time(random: &mut Random, bits: std::ops::Range<u64>) -> Duration {
 pub struct Scarce {
     /// The run.
     pub run: Finished,
-    /// How many requests waited.
+    /// The counts of requests that waited.
     pub space: SpaceStatus,
-    /// What became of a write and a flush when there was space again.
+    /// Whether a write and a flush succeeded once there was space again.
     probe: (bool, bool),
 }
 
-/// Plays a script while space comes and goes, then probes the disk with space again.
+/// Plays a script with shortages of space, then probes the disk with space again.
 ///
 /// # Errors
-/// If it does not open, panics or hangs.
+/// If the disk does not open, or the run panics or hangs.
 pub fn play(start: &Start, script: &[Op], manner: Manner) -> Result<Scarce, String> {
     let work = || -> Result<Scarce, String> {
         let mut rig = Rig::open(start, manner.seed).map_err(|error| format!("it does not open: {error}"))?;
@@ -110,11 +113,11 @@ pub fn play(start: &Start, script: &[Op], manner: Manner) -> Result<Scarce, Stri
         .unwrap_or_else(|panic| Err(format!("the run panicked: {}", panic_text(&*panic))))
 }
 
-/// How often a request is tried at once at most, as long as others free space: `SPACE_TRIES` and the first.
+/// The most immediate attempts of a request while others free space: the first one and `SPACE_TRIES` more.
 pub const TRIES_AT_ONCE: u64 = 5;
 
-/// How often a request is tried at most that takes so long: at once, and then so often again after each pause of up to a
-/// second, each perhaps followed by one that freed space ends.
+/// The most attempts of a request that takes this long. It is tried `TRIES_AT_ONCE` times at once, and as often after
+/// each pause. Pauses last up to a second; each may be followed by one that freed space ends early.
 fn tries_max(on_enospc: OnEnospc, time: Duration) -> u64 {
     match on_enospc {
         OnEnospc::Report => TRIES_AT_ONCE,
@@ -123,10 +126,10 @@ fn tries_max(on_enospc: OnEnospc, time: Duration) -> u64 {
 }
 
 impl Scarce {
-    /// What must be true of it.
+    /// Checks the run.
     ///
     /// # Errors
-    /// What is not.
+    /// The first violation.
     pub fn judge(&self, on_enospc: OnEnospc) -> Result<(), String> {
         if let Some(misread) = &self.run.misread {
             return Err(misread.clone());

@@ -1,4 +1,4 @@
-//! A second opinion on a sample of the crash states: they are written to real files, which `qemu-img` checks and reads.
+//! A second opinion on a sample of the crash states: `qemu-img` checks and reads them as real files.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -12,10 +12,10 @@ use super::examine::Seen;
 use super::shape::{BASE, DATA, Start, TOP};
 use super::stamp::read_stamps;
 
-/// One state in so many distinct ones is sampled.
+/// One distinct state in this many is sampled.
 const ONE_IN: u64 = 500;
 
-/// QEMU's tools, if they are there.
+/// QEMU's tools, if present.
 pub struct SecondOpinion {
     qemu: Option<Qemu>,
     offered: AtomicU64,
@@ -23,15 +23,15 @@ pub struct SecondOpinion {
 }
 
 impl SecondOpinion {
-    /// Looks for the tools; without them it skips visibly.
+    /// Finds the tools. Without them the comparison is skipped visibly.
     pub fn find() -> Self {
         SecondOpinion { qemu: Qemu::find(), offered: AtomicU64::new(0), given: AtomicU64::new(0) }
     }
 
-    /// Compares with QEMU's opinion if this state is in the sample. Of a dirty image it sees what ours has mended already.
+    /// Compares with QEMU's opinion if this state is in the sample. Dirty images are left out.
     ///
     /// # Errors
-    /// Where the two differ.
+    /// The difference between the two.
     pub fn ask(&self, image: &Image, start: &Start, seen: &Seen) -> Result<(), String> {
         let Some(qemu) = self.qemu.as_ref().filter(|_| !seen.dirty && start.shape.is_qcow2()) else {
             return Ok(());
@@ -54,7 +54,7 @@ fn compare(qemu: &Qemu, image: &Image, seen: &Seen) -> Result<(), String> {
     let top = if image.file(Path::new(DATA)).is_some() {
         let data = folder.path().join(DATA);
         image.export(Path::new(DATA), &data).expect("an export");
-        // Its header names none.
+        // The header names no data file.
         let node = |path: &Path| serde_json::json!({ "driver": "file", "filename": path });
         let name = serde_json::json!({ "driver": "qcow2", "file": node(&top), "data-file": node(&data) });
         PathBuf::from(format!("json:{name}"))
@@ -62,7 +62,7 @@ fn compare(qemu: &Qemu, image: &Image, seen: &Seen) -> Result<(), String> {
         top
     };
     if seen.shy {
-        // What version 2 cannot mark, a repair finds.
+        // Version 2 has no mark for this state, but a repair finds its faults.
         qemu.img(["check", "-q", "-r", "all", "-f", "qcow2", &top.display().to_string()])
             .map_err(|error| format!("qemu-img check -r all: {error}"))?;
     }

@@ -1,7 +1,7 @@
-//! Every short sequence of operations at a few places of a disk.
+//! Every short sequence of operations at a few locations of a disk.
 //!
-//! A sequence's crashes are tried from its last operation on: what comes before is the end of a shorter sequence, which
-//! plays the same as it has the same seed.
+//! A sequence is crashed from its last operation on. The part before is a shorter sequence, which plays identically
+//! because it has the same seed.
 
 use disk::DetectZeroes;
 use qcow2::Compression;
@@ -14,7 +14,7 @@ use super::shape::{Below, Past, Shape, Start};
 use super::trial::{Manner, judge_answers, play};
 use super::walk::{Choice, Walker};
 
-/// The longest sequences.
+/// The length of the longest sequences.
 pub const LENGTH_MAX: u32 = 3;
 
 /// The geometries: the smallest of each kind.
@@ -58,11 +58,11 @@ pub fn shapes() -> Vec<Shape> {
     ]
 }
 
-/// The operations that sequences are made of.
+/// The operations of which sequences consist.
 pub fn alphabet(shape: &Shape) -> Vec<Op> {
     let unit = shape.cluster_sectors();
     let mut ops = vec![Op::Flush, grow(shape)];
-    // In an image with a past: data, data, an allocated or a plain zero cluster; in a new one nothing, but what is below.
+    // With a past these are data, data, and an allocated or plain zero cluster. A new image has none, or backing data.
     for cluster in [0, 1, 2] {
         let (sector, count) = (cluster * unit, unit);
         ops.push(Op::write(sector, count));
@@ -74,7 +74,7 @@ pub fn alphabet(shape: &Shape) -> Vec<Op> {
         ops.push(Op::Discard { sector, count });
     }
     if shape.extended_l2 {
-        // Parts of a cluster: in one of data, in one with a past of its own or none, and across two.
+        // Parts of clusters: in a data cluster, in a cluster with or without subclusters of its past, and across two.
         let part = shape.granule_sectors();
         for sector in [4 * part, unit + 2 * part, 2 * unit - part] {
             let count = 2 * part;
@@ -87,7 +87,7 @@ pub fn alphabet(shape: &Shape) -> Vec<Op> {
     }
     if shape.detect != DetectZeroes::Off {
         let stretch = shape.stretch_sectors();
-        // Zeros only; and data around zeros, from the midst of a stretch to the midst of another.
+        // Only zeros; and data around zeros, from the middle of one stretch to the middle of another.
         ops.push(Op::Gappy { sector: stretch, count: stretch });
         ops.push(Op::Gappy { sector: stretch + stretch / 2, count: 3 * stretch });
     }
@@ -100,15 +100,16 @@ pub fn alphabet(shape: &Shape) -> Vec<Op> {
     ops
 }
 
-/// Other sizes of the disk: smaller, in the midst of a cluster that has data if there is a past; and larger than ever.
+/// Other sizes of the disk. The smaller one ends within a cluster, which has data if the image has a past. The other is
+/// larger than ever.
 pub fn sizes(shape: &Shape) -> [u64; 2] {
     let unit = shape.cluster_sectors();
     let clusters = shape.sectors / unit;
     [clusters / 8 * 4 * unit + unit.div_ceil(2), shape.sectors_max()]
 }
 
-/// A write that needs new tables: it begins where the first L2 table ends, if the disk goes so far, and is long enough to
-/// use up a window of clusters.
+/// A write that needs new tables. It begins at the end of the first L2 table, if the disk is that large. It is long
+/// enough to use up a window of clusters.
 fn grow(shape: &Shape) -> Op {
     let unit = shape.cluster_sectors();
     let table = shape.geometry().l2_entries() * unit;
@@ -116,32 +117,33 @@ fn grow(shape: &Shape) -> Op {
     Op::write(first, shape.sectors - first)
 }
 
-/// How many sequences there are of exactly so many operations.
+/// The number of sequences of exactly this many operations.
 pub fn count(shape: &Shape, length: u32) -> u64 {
     (alphabet(shape).len() as u64).pow(length)
 }
 
-/// One of them.
+/// The sequence with this number.
 pub fn sequence(shape: &Shape, length: u32, number: u64) -> Vec<Op> {
     let ops = alphabet(shape);
     let base = ops.len() as u64;
     (0..length).map(|place| ops[(number / base.pow(place) % base) as usize]).collect()
 }
 
-/// What makes a disk expect a flush after each write: two new clusters, each flushed. Nothing where it could tell nothing.
+/// Operations that make a disk expect a flush after each write: two writes of new clusters, each flushed. None where
+/// they would have no effect.
 pub fn habit(shape: &Shape) -> Vec<Op> {
     let unit = shape.cluster_sectors();
     let clusters = shape.sectors / unit;
     if shape.below != Below::Nothing || shape.has_data_file() || !shape.is_qcow2() {
         return Vec::new();
     }
-    // One after the other, whatever comes together later.
+    // One after the other, even if later operations are concurrent.
     let flushed = |back| [Op::write((clusters - back) * unit, 1), Op::Pause(0), Op::Flush, Op::Pause(0)];
     [2, 1].into_iter().flat_map(flushed).collect()
 }
 
-/// Plays a sequence after some operations, one operation after the other or all at once, lets the housekeeper do its work,
-/// closes, and tries every crash.
+/// Plays a sequence after some operations, one by one or all at once. Then lets the housekeeper do its work, closes,
+/// and tries every crash.
 ///
 /// # Errors
 /// The first violation.
@@ -161,8 +163,8 @@ pub fn exhaust(
     walker.closed(&run, start)
 }
 
-/// Opens, changes a little and closes, while each I/O in turn hangs until the machine crashes (one that a request needs:
-/// until it has been waited for long enough), and tries crashes in that.
+/// Opens, changes a little and closes, while each I/O in turn hangs until the machine crashes. An I/O that a request
+/// needs hangs only until the wait has been long enough. Tries crashes of these runs.
 ///
 /// # Errors
 /// The first violation.
@@ -190,7 +192,7 @@ pub fn exhaust_hanging(start: &Start, walker: &mut Walker) -> Result<usize, Stri
     if hung == 0 { Err("nothing hung in the opening or the close".to_owned()) } else { Ok(runs) }
 }
 
-/// Opens and closes, and tries every crash in that.
+/// Opens and closes, and tries every crash of that run.
 ///
 /// # Errors
 /// The first violation.
@@ -201,8 +203,8 @@ pub fn exhaust_opening(start: &Start, walker: &mut Walker) -> Result<(), String>
     walker.closed(&run, start)
 }
 
-/// Writes to a new cluster and flushes where a link goes to the disk beside its data, while each write of the host in turn
-/// fails, in every way, and tries crashes after that. How many runs that took.
+/// Writes to a new cluster and flushes with an early commit, while each write of the host in turn fails in every way.
+/// Tries crashes after that. Returns the number of runs.
 ///
 /// # Errors
 /// The first violation.
@@ -211,7 +213,7 @@ pub fn exhaust_failing(start: &Start, walker: &mut Walker) -> Result<usize, Stri
     if script.is_empty() {
         return Ok(0);
     }
-    // Time enough for whatever is wrong to reach the disk before anything else is written to the same table.
+    // Time enough for a wrong entry to reach the disk before anything else is written to the same table.
     script.extend([Op::write(0, 1), Op::Pause(0), Op::Flush, Op::Pause(12_000)]);
     let manner = Manner { at_once: 1, rest: false, clean: true, seed: 7 };
     let writes = play(start, &script, manner)?.world.count(Verb::Write);

@@ -1,6 +1,6 @@
-//! The images that a run starts from: geometry, what lies below, what has been written before.
+//! The images that a run starts from: their geometry, their backing file and their past.
 //!
-//! All are made in memory; none needs QEMU.
+//! All are made in memory, without QEMU.
 
 use std::ops::Range;
 use std::path::Path;
@@ -20,19 +20,19 @@ use super::stamp::{SECTOR, Value, read_stamps, stamp};
 
 /// The top image's name in a world.
 pub const TOP: &str = "top";
-/// The backing file's.
+/// The backing file's name.
 pub const BASE: &str = "base";
-/// The external data file's.
+/// The external data file's name.
 pub const DATA: &str = "data";
-/// The number by which the backing file's sectors are stamped.
+/// The write number in the stamps of the backing file's sectors.
 pub const BASE_WRITE: u32 = 1;
-/// The number of the first write that a preparation makes; a run's own come after them.
+/// The number of the first write of a preparation. The writes of a run have later numbers.
 pub const FIRST_WRITE: u32 = 2;
 
-/// What lies below the top image.
+/// The backing file of the top image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Below {
-    /// Nothing: what is not written reads as zero.
+    /// None: sectors that are not written read as zero.
     Nothing,
     /// A raw file, shorter than the disk.
     Raw,
@@ -40,48 +40,48 @@ pub enum Below {
     Qcow2,
 }
 
-/// Where the top image has its data.
+/// The location of the data of the top image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Data {
-    /// In itself.
+    /// In the image file.
     Within,
     /// In an external file.
     Apart,
-    /// In an external file that is to be a raw image, too.
+    /// In an external file that is also a raw image.
     ApartRaw,
 }
 
-/// What has happened to the image before.
+/// The past of the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Past {
-    /// It is new.
+    /// The image is new.
     Fresh,
-    /// Much of it was written, and closed cleanly.
+    /// Much of it was written, and it was closed cleanly.
     Written,
-    /// As written, but marked dirty, with refcounts that are wrong in both ways: opening it rebuilds them.
+    /// As written, but marked dirty, with refcounts that are too low and too high. Opening it rebuilds them.
     Dirty,
-    /// As written, and then an internal snapshot was taken that the disk does not know of: all of it is shared.
+    /// As written, and then an internal snapshot was made that the header does not count: all of it is shared.
     Shared,
-    /// A converting tool has filled it with compressed clusters, which share clusters of the file.
+    /// A converting tool filled it with compressed clusters, which share host clusters.
     Compressed(Compression),
     /// As written, with a snapshot that shares some of it.
     Kept,
-    /// As written, with a bitmap that writers must keep up to date; also marked dirty, as above.
+    /// As written, with a bitmap that writers must keep up to date. It may also be marked dirty, as above.
     Bitmap {
         /// Marked dirty.
         dirty: bool,
     },
-    /// It is new, but its file is so long that a few more clusters need a larger refcount table.
+    /// The image is new, but its file is so long that a few more clusters need a larger refcount table.
     Long,
 }
 
-/// Snapshots by name, and what each holds by sector.
+/// Snapshots: their names, and their values by sector.
 pub type Snapshots = Vec<(String, Arc<[Value]>)>;
 
 /// A kind of image to start from.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
-    /// The top image's format. A raw one has clusters of a sector, and nothing below it.
+    /// The top image's format. A raw image has clusters of one sector and no backing file.
     pub format: Format,
     /// Version of the format: 2 or 3.
     pub version: u32,
@@ -89,42 +89,42 @@ pub struct Shape {
     pub cluster_bits: u32,
     /// Bits of a refcount, as a power of two; 4 in version 2.
     pub refcount_order: u32,
-    /// Sectors of the disk, when it is made.
+    /// Sectors of the new disk.
     pub sectors: u64,
-    /// Its clusters have subclusters.
+    /// The clusters have subclusters.
     pub extended_l2: bool,
-    /// Where its data is.
+    /// The location of its data.
     pub data: Data,
-    /// What lies below.
+    /// The backing file.
     pub below: Below,
-    /// What was before.
+    /// The past.
     pub past: Past,
-    /// Bytes of tables that the disk may keep, which also bounds what is dirty.
+    /// Bytes of tables that the disk may cache. This also bounds the dirty bytes.
     pub table_bytes: usize,
-    /// What becomes of requests that find no space.
+    /// The handling of requests that find no space.
     pub on_enospc: OnEnospc,
-    /// What becomes of writes of zeros.
+    /// The handling of writes of zeros.
     pub detect: DetectZeroes,
-    /// Discarded clusters keep their places.
+    /// Discarded clusters keep their host clusters.
     pub keeps_places: bool,
     /// Its header allows refcounts to be out of date while it is marked dirty.
     pub lazy: bool,
 }
 
-/// A shape, made: the files, and what the guest reads from them.
+/// A made shape: the files, and the values that the guest reads from them.
 #[derive(Clone)]
 pub struct Start {
-    /// How it was made.
+    /// The shape.
     pub shape: Shape,
     /// The files.
     pub image: Image,
-    /// By sector.
+    /// The values by sector.
     pub values: Vec<Value>,
-    /// Its snapshots by name, and what each holds by sector.
+    /// The snapshots of the image.
     pub snapshots: Snapshots,
-    /// Clusters leaked already.
+    /// Clusters that are leaked already.
     pub leaks: u64,
-    /// The snapshot that shares the image's clusters.
+    /// The hidden snapshot that shares the image's clusters.
     pub hidden: Option<Hidden>,
 }
 
@@ -154,7 +154,7 @@ impl Shape {
         Shape { format: Format::Raw, ..Shape::new(9, sectors) }
     }
 
-    /// Over a backing file.
+    /// With a backing file.
     pub const fn over(self, below: Below) -> Shape {
         Shape { below, ..self }
     }
@@ -189,32 +189,32 @@ impl Shape {
         Shape { data: Data::ApartRaw, ..self }
     }
 
-    /// With refcounts of 2 bits, so that no cluster can have more than two snapshots.
+    /// With refcounts of 2 bits, so that at most two snapshots can share a cluster.
     pub const fn narrow_refcounts(self) -> Shape {
         Shape { refcount_order: 1, ..self }
     }
 
-    /// With refcounts of so many bits, as a power of two.
+    /// With refcounts of this many bits, as a power of two.
     pub const fn refcounts(self, refcount_order: u32) -> Shape {
         Shape { refcount_order, ..self }
     }
 
-    /// Writes of zeros are looked for.
+    /// With detection of zeros in writes.
     pub const fn detecting(self, detect: DetectZeroes) -> Shape {
         Shape { detect, ..self }
     }
 
-    /// Discarded clusters keep their places.
+    /// With discarded clusters that keep their host clusters.
     pub const fn keeping_places(self) -> Shape {
         Shape { keeps_places: true, ..self }
     }
 
-    /// With the flag of lazy refcounts.
+    /// With the lazy refcounts flag.
     pub const fn lazy(self) -> Shape {
         Shape { lazy: true, ..self }
     }
 
-    /// With hardly any memory for tables, so that they are evicted and flushed all the time.
+    /// With very little memory for tables, so that they are evicted and flushed all the time.
     pub const fn short_of_memory(self) -> Shape {
         Shape { table_bytes: 6 * 4096, ..self }
     }
@@ -229,12 +229,12 @@ impl Shape {
         self.cluster_bytes() / SECTOR
     }
 
-    /// Its data is in an external file.
+    /// True if the data is in an external file.
     pub fn has_data_file(&self) -> bool {
         self.data != Data::Within
     }
 
-    /// What the external data file shows as a raw image, by sector, if it is to be one.
+    /// The values of the external data file as a raw image, by sector, if it is one.
     pub fn raw_view(&self, image: &Image) -> Option<Vec<Value>> {
         if self.data != Data::ApartRaw {
             return None;
@@ -242,41 +242,41 @@ impl Shape {
         Some(padded(&read_stamps(0, &image.file(Path::new(DATA))?.to_bytes()), self))
     }
 
-    /// As many sectors as the disk may ever have.
+    /// The most sectors that the disk may ever have.
     pub const fn sectors_max(&self) -> u64 {
         self.sectors + self.sectors / 2
     }
 
-    /// Its size may change: bitmaps fit one size only; where snapshots are hidden from the disk, or version 2 does not record what size they have, it
-    /// may not.
+    /// True if the size may change. A bitmap fits one size only. Neither may it change with hidden snapshots, nor with
+    /// snapshots in version 2, which does not record their size.
     pub fn is_resizable(&self) -> bool {
         let has_bitmap = matches!(self.past, Past::Bitmap { .. });
         self.past != Past::Shared && !has_bitmap && (self.version == 3 || self.past != Past::Kept)
     }
 
-    /// It has metadata.
+    /// True if the image has metadata.
     pub fn is_qcow2(&self) -> bool {
         self.format == Format::Qcow2
     }
 
-    /// Sectors of the least part of the disk that is allocated, zeroed or discarded by itself.
+    /// Sectors of the smallest part of the disk that can be allocated, zeroed or discarded separately.
     pub fn granule_sectors(&self) -> u64 {
         self.geometry().granule_size() / SECTOR
     }
 
-    /// Sectors of a stretch: as much as is looked at for zeros at a time.
+    /// Sectors of a stretch: the unit of the detection of zeros.
     pub fn stretch_sectors(&self) -> u64 {
         self.granule_sectors().max(4096 / SECTOR)
     }
 
-    /// A gappy write has zeros in this sector.
+    /// True if a gappy write has zeros in this sector.
     pub fn is_gap(&self, sector: u64) -> bool {
         sector / self.stretch_sectors() % 2 == 1
     }
 
-    /// A discard of these sectors need not make this one zero: that of a raw image, or of one that can be read as such, is
-    /// a hint to the host, no more, and a compressed cluster has no parts that could be zeroed. The disk had so many sectors
-    /// then.
+    /// True if a discard of these sectors need not make this sector zero. On a raw image, or one that can be read as
+    /// raw, a discard is only a hint to the host. A compressed cluster has no parts that could be zeroed. `sectors` is
+    /// the size of the disk at that time.
     pub fn is_hint(&self, discarded: &Range<u64>, sector: u64, sectors: u64) -> bool {
         let unit = self.cluster_sectors();
         let first = sector / unit * unit;
@@ -285,7 +285,7 @@ impl Shape {
         !self.is_qcow2() || self.data == Data::ApartRaw || (compressed && !whole)
     }
 
-    /// A discard leaves everything as it is: version 2 cannot hide what lies below.
+    /// True if a discard changes nothing: version 2 cannot hide the backing file.
     pub fn discards_nothing(&self) -> bool {
         self.version == 2 && self.below != Below::Nothing
     }
@@ -301,21 +301,21 @@ impl Shape {
         }
     }
 
-    /// How the disk is opened.
+    /// The options with which the disk is opened.
     pub fn options(&self) -> DiskOptions {
         DiskOptions {
             format: self.format,
             lock_timeout: std::time::Duration::ZERO,
             map_bytes: 64 << 10,
             table_bytes: self.table_bytes,
-            // A few clusters of 512 bytes, and none of the larger.
+            // Room for a few clusters of 512 bytes, and for no larger ones.
             inflated_bytes: 8 << 10,
-            // All on one thread, in one order.
+            // Everything on one thread, in one order.
             inflate_threads: 0,
             on_enospc: self.on_enospc,
             detect_zeroes: self.detect,
             discard_no_unref: self.keeps_places,
-            // Of a snapshot that the image does not know of all is a leak.
+            // All clusters of a hidden snapshot look like leaks.
             search_leaks: self.past != Past::Shared,
             data_file: self.has_data_file().then(|| DATA.into()),
             ..DiskOptions::default()
@@ -347,7 +347,7 @@ impl Shape {
         world.add_file(TOP, &top);
         match self.data {
             Data::Within => {}
-            // What no entry leads to must never be seen, and it need not be as long as the disk.
+            // The guest must never see bytes that no entry refers to. The file may be shorter than the disk.
             Data::Apart => world.add_file(DATA, &vec![0xee; (self.sectors * SECTOR * 3 / 4) as usize]),
             Data::ApartRaw => world.add_file(DATA, &vec![0; (self.sectors * SECTOR) as usize]),
         }
@@ -393,15 +393,16 @@ impl Shape {
         }
         if self.past == Past::Long {
             let geometry = self.geometry();
-            // One refblock is left in the table.
+            // The table has room for one more refblock.
             let clusters = (geometry.cluster_size() / 8 - 1) * geometry.refblock_entries();
             bytes.resize((clusters * geometry.cluster_size()) as usize, 0);
         }
         bytes
     }
 
-    /// Marks an image dirty, lowers every third refcount of its first refblock to 0 and raises as many that are 0; how
-    /// many of these are past the end of the file: no repair looks there, and they are leaks when the file grows.
+    /// Marks an image dirty, lowers every third refcount of its first refblock to 0, and raises as many that are 0.
+    /// Also returns how many raised refcounts are past the end of the file. No repair reads there, and they are leaks
+    /// when the file grows.
     fn dirtied(&self, image: &Image) -> (Image, u64) {
         let mut bytes = image.file(Path::new(TOP)).expect("the image").to_bytes();
         bytes[qcow2::position::INCOMPATIBLE + 7] |= 1;
@@ -420,7 +421,7 @@ impl Shape {
         (image.with(Path::new(TOP), 0, &bytes), past_end)
     }
 
-    /// A raw file three quarters as long as the disk, with a gap in each eight sectors.
+    /// A raw file three quarters as long as the disk, with a gap in every eight sectors.
     fn raw_base(&self, values: &mut [Value]) -> Vec<u8> {
         let sectors = self.sectors * 3 / 4;
         let mut bytes = vec![0; (sectors * SECTOR) as usize];
@@ -433,7 +434,7 @@ impl Shape {
         bytes
     }
 
-    /// A qcow2 image of other clusters, in which the even clusters of the top image are written, but for the last
+    /// A qcow2 image with another cluster size. It has data at the even clusters of the top, except in the last
     /// quarter.
     fn qcow2_base(&self, values: &mut Vec<Value>) -> Vec<u8> {
         let bits = if self.cluster_bits > 10 { self.cluster_bits - 1 } else { 12 };
@@ -451,7 +452,7 @@ impl Shape {
         let finished = rig.play_alone(&ops);
         *values = finished.settled_values();
         let image = finished.world.image();
-        // All of its writes count as one.
+        // All of its writes get the same number.
         let mut bytes = image.file(Path::new(TOP)).expect("the image").to_bytes();
         for chunk in bytes.chunks_exact_mut(SECTOR as usize) {
             restamp(chunk);
@@ -462,7 +463,7 @@ impl Shape {
         bytes
     }
 
-    /// Plays a past: data in some clusters, zeros in others, something given back.
+    /// Plays a past: data in some clusters, zeros in others, and some clusters given back.
     fn written(&self, world: SimWorld, values: Vec<Value>) -> (SimWorld, Vec<Value>, Snapshots) {
         let start = self.start(world.image(), values);
         let unit = self.cluster_sectors();
@@ -476,7 +477,7 @@ impl Shape {
             ops.push(Op::Zeroes { sector: cluster * unit, count: unit, unmap: cluster % 8 == 2 });
         }
         if self.extended_l2 {
-            // Parts of each kind, in clusters with and without space, and in data.
+            // Subclusters of each kind, in clusters with and without a host cluster, and in data.
             let part = self.granule_sectors();
             for cluster in (0..clusters).filter(|cluster| cluster % 8 >= 4 || cluster % 2 == 1) {
                 let first = cluster * unit;
@@ -501,20 +502,20 @@ impl Shape {
         (finished.world, values, snapshots)
     }
 
-    /// An image without snapshots and leaks.
+    /// A start without snapshots and leaks.
     fn start(&self, image: Image, values: Vec<Value>) -> Start {
         Start { shape: *self, image, values, snapshots: Vec::new(), leaks: 0, hidden: None }
     }
 }
 
 impl Start {
-    /// An image that came of this one, as one sees it who knows of its snapshot.
+    /// An image made from this one, with the hidden snapshot revealed.
     pub fn revealed(&self, image: &Image) -> Image {
         self.hidden.as_ref().map_or_else(|| image.clone(), |hidden| hidden.revealed(image))
     }
 }
 
-/// Gives a stamped sector the number of the backing file.
+/// Restamps a sector with the number of the backing file.
 fn restamp(bytes: &mut [u8]) {
     let name = u64::from_le_bytes(bytes[8..16].try_into().expect("eight bytes"));
     let sector = name >> 32;

@@ -1,5 +1,5 @@
-//! Sectors that say whose they are: which sector of the disk, and by which write. So that bytes in the wrong place, of
-//! the wrong time, or torn, are recognised for what they are.
+//! Stamped sectors: each records its sector number and the number of its write. The stamp identifies bytes that are
+//! misplaced, stale or torn.
 
 use std::fmt;
 
@@ -8,23 +8,23 @@ pub const SECTOR: u64 = 512;
 const WORDS: usize = SECTOR as usize / 8;
 const MAGIC: u64 = 0x5354_5241_5441_1e55;
 
-/// What a sector holds.
+/// The contents of a sector.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Value {
     /// Zeros.
     Zero,
-    /// What a write with this number wrote there.
+    /// Data of the write with this number.
     Write(u32),
-    /// What a write wrote to another sector.
+    /// Data that a write wrote to another sector.
     Foreign {
         /// The sector it was written to.
         sector: u32,
         /// The write.
         write: u32,
     },
-    /// Nothing that was ever written to a sector of this disk.
+    /// Bytes that were never written to a sector of this disk.
     Garbage,
-    /// The disk ends before it.
+    /// The disk ends before this sector.
     NoSector,
 }
 
@@ -40,7 +40,7 @@ impl fmt::Display for Value {
     }
 }
 
-/// Fills a sector's bytes.
+/// Fills a sector with its stamp.
 pub fn stamp(sector: u64, write: u32, bytes: &mut [u8]) {
     let (name, words) = words(sector as u32, write);
     let head = [MAGIC, name].into_iter();
@@ -49,7 +49,7 @@ pub fn stamp(sector: u64, write: u32, bytes: &mut [u8]) {
     }
 }
 
-/// What the bytes of a sector are.
+/// The value that the bytes of a sector hold.
 pub fn read_stamp(sector: u64, bytes: &[u8]) -> Value {
     let mut found =
         bytes.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().expect("eight bytes")));
@@ -64,7 +64,7 @@ pub fn read_stamp(sector: u64, bytes: &[u8]) -> Value {
     if u64::from(owner) == sector { Value::Write(write) } else { Value::Foreign { sector: owner, write } }
 }
 
-/// A stamp's name and all the words after it, so that no part of a sector is like another's.
+/// A stamp's name and the words after it. Every part of a sector differs from other sectors.
 fn words(sector: u32, write: u32) -> (u64, impl Iterator<Item = u64>) {
     let name = u64::from(sector) << 32 | u64::from(write);
     let seed = name.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);

@@ -1,4 +1,4 @@
-//! Counts what was tried, for all threads of a campaign together, and says when the time is over.
+//! Counts the tried runs and states of all threads of a campaign, and decides when the campaign is over.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -8,19 +8,19 @@ use std::time::{Duration, Instant};
 
 use super::second::SecondOpinion;
 
-/// What a campaign has done so far.
+/// The progress of a campaign.
 pub struct Tally {
     started: Instant,
     deadline: Instant,
     /// Hashes of the crash states that were examined.
     distinct: Mutex<HashSet<u64>>,
-    /// Crash states that were compared with what was promised at their instant.
+    /// Crash states that were compared with the promise at their instant.
     compared: AtomicU64,
     runs: AtomicU64,
     requests: AtomicU64,
     /// Requests that waited for space.
     waited: AtomicU64,
-    /// Requests that failed as their queue was stopped.
+    /// Requests that failed because their queue was stopped.
     given_up: AtomicU64,
     findings: Mutex<Vec<String>>,
     /// QEMU's tools, for a sample.
@@ -28,7 +28,7 @@ pub struct Tally {
 }
 
 impl Tally {
-    /// A campaign that is to last so long.
+    /// A campaign that lasts this long.
     pub fn new(time: Duration) -> Self {
         let started = Instant::now();
         Tally {
@@ -45,7 +45,7 @@ impl Tally {
         }
     }
 
-    /// True if the time is over, or enough was found.
+    /// True if the time is over, or enough violations were found.
     pub fn is_over(&self) -> bool {
         Instant::now() >= self.deadline || self.findings.lock().expect("no panic under this lock").len() >= 10
     }
@@ -62,13 +62,13 @@ impl Tally {
         self.requests.fetch_add(requests as u64, Ordering::Relaxed);
     }
 
-    /// Counts the requests of a run that waited for space, and those that were given up.
+    /// Counts the requests of a run that waited for space, and those that failed because their queue was stopped.
     pub fn count_shortage(&self, waited: u64, given_up: u64) {
         self.waited.fetch_add(waited, Ordering::Relaxed);
         self.given_up.fetch_add(given_up, Ordering::Relaxed);
     }
 
-    /// Notes a violation.
+    /// Records a violation.
     pub fn found(&self, finding: String) {
         self.findings.lock().expect("no panic under this lock").push(finding);
     }
@@ -88,18 +88,18 @@ impl Tally {
         self.compared.load(Ordering::Relaxed)
     }
 
-    /// What was found wrong.
+    /// The violations.
     pub fn findings(&self) -> Vec<String> {
         self.findings.lock().expect("no panic under this lock").clone()
     }
 
-    /// Prints the count past the test harness, which swallows what a passing test prints.
+    /// Prints the counts directly to stderr: the test harness discards the output of a passing test.
     ///
     /// # Panics
     /// With all findings, if there are any.
     pub fn conclude(&self, name: &str) {
         use std::io::Write;
-        // If even that cannot be written, there is no one to tell.
+        // A failed write to stderr cannot be reported.
         let _ = writeln!(std::io::stderr(), "{name}: {self}");
         let findings = self.findings();
         assert!(findings.is_empty(), "{name}: {} findings\n\n{}", findings.len(), findings.join("\n\n"));

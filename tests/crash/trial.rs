@@ -1,5 +1,5 @@
-//! A random run, which one number stands for: a shape, a script, an order of turns, crashes; then another run on what
-//! one of the crashes left, and another.
+//! A random run that one number determines: a shape, a script, an order of polls, and crashes. Further runs start from
+//! the image that one of these crashes left.
 
 use std::fmt::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -17,7 +17,7 @@ use super::scarce;
 use super::shape::{Below, Past, Shape, Start};
 use super::walk::{Choice, Walker};
 
-/// Runs of a trial, each on what a crash of the one before left.
+/// Runs of a trial. Each starts from the image that a crash of the previous run left.
 const GENERATIONS: u64 = 3;
 
 /// The kinds of images.
@@ -101,7 +101,7 @@ pub fn shapes() -> Vec<Shape> {
     ]
 }
 
-/// Images of all shapes.
+/// The images of all shapes.
 pub fn starts() -> Vec<Start> {
     shapes().iter().map(Shape::make).collect()
 }
@@ -110,12 +110,12 @@ pub fn starts() -> Vec<Start> {
 pub struct Author<'r> {
     random: &'r mut Random,
     shape: Shape,
-    /// Most operations are about these sectors, so that they meet.
+    /// Most operations touch these sectors, so that they overlap.
     busy: std::ops::Range<u64>,
 }
 
 impl<'r> Author<'r> {
-    /// For disks of a shape.
+    /// An author of scripts for disks of a shape.
     pub fn new(random: &'r mut Random, shape: Shape) -> Self {
         let width = (shape.cluster_sectors() * (2 + random.below(14))).min(shape.sectors);
         let first =
@@ -128,23 +128,23 @@ impl<'r> Author<'r> {
         (0..length).map(|_| self.op()).collect()
     }
 
-    /// A script that frees and takes clusters all the time, so that windows run out and what was freed is used again.
+    /// A script that frees and allocates clusters all the time, so that windows run out and freed clusters are reused.
     pub fn churn(&mut self, length: usize) -> Vec<Op> {
         (0..length).map(|_| self.churning_op()).collect()
     }
 
-    /// A script in which clusters are discarded while they are still written and read, and their space soon used again.
+    /// A script in which clusters are discarded while they are still written and read, and their space is soon reused.
     pub fn overtaken(&mut self) -> Vec<Op> {
         let unit = self.shape.cluster_sectors();
         let clusters = (self.shape.sectors / unit).min(SECTORS_MAX / unit).min(48);
         let count = clusters * unit;
-        // Until what was reserved at first is used up, and then some.
+        // Until more clusters are used than were reserved at first.
         let geometry = self.shape.geometry();
         let window = geometry.refblock_entries().min((1 << 20) / geometry.cluster_size());
         let mut ops = vec![Op::write(0, count)];
         for _ in 0..4 {
-            // What was late has arrived. Nothing else is in flight, so that what follows goes straight to the host and
-            // holds nobody up.
+            // The late I/O has completed. Nothing else is in flight, so the following requests go straight to the host
+            // and delay no other request.
             ops.extend([Op::Pause(0), Op::Read { sector: 0, count }]);
             ops.push(Op::Pause(0));
             for _ in 0..2 {
@@ -157,7 +157,7 @@ impl<'r> Author<'r> {
                 });
             }
             for _ in 0..2 + window / clusters {
-                // In two parts, so that clusters come to hold other places of the disk than before.
+                // In two parts, so that host clusters map other guest clusters than before.
                 let first = (1 + self.random.below(clusters - 1)) * unit;
                 ops.extend([Op::Discard { sector: 0, count }, Op::Flush]);
                 ops.extend([Op::write(first, count - first), Op::write(0, first)]);
@@ -167,7 +167,7 @@ impl<'r> Author<'r> {
         ops
     }
 
-    /// A script in which the disk gets one size after the other, often within its last cluster.
+    /// A script that changes the size of the disk again and again, often within its last cluster.
     pub fn resized(&mut self) -> Vec<Op> {
         let unit = self.shape.cluster_sectors();
         let mut ops = Vec::new();
@@ -183,7 +183,7 @@ impl<'r> Author<'r> {
         ops
     }
 
-    /// A script in which a flush follows most writes at once, and most writes need one cluster.
+    /// A script in which most writes need one cluster and are followed by a flush at once.
     pub fn flushed(&mut self, length: usize) -> Vec<Op> {
         let unit = self.shape.cluster_sectors();
         let mut ops = Vec::new();
@@ -251,14 +251,14 @@ impl<'r> Author<'r> {
         if self.random.chance(1, 3) { sectors.next_multiple_of(unit).min(most) } else { sectors }
     }
 
-    /// A range of sectors: a part of a cluster, a cluster, several, or much.
+    /// A range of sectors: a part of a cluster, a cluster, several clusters, or many.
     fn place(&mut self) -> (u64, u64) {
         let unit = self.shape.cluster_sectors();
         let (first, end) = match self.random.below(8) {
             0 => (0, self.shape.sectors),
             _ => (self.busy.start, self.busy.end),
         };
-        // Of a disk with subclusters, now those, now whole clusters.
+        // On a disk with subclusters, either subclusters or whole clusters.
         let unit = if self.random.chance(1, 2) { self.shape.granule_sectors() } else { unit };
         let clusters = (end - first).div_ceil(unit);
         let cluster = first + self.random.below(clusters) * unit;
@@ -273,23 +273,23 @@ impl<'r> Author<'r> {
     }
 }
 
-/// How a script is run.
+/// The manner in which a script is run.
 #[derive(Clone, Copy, Debug)]
 pub struct Manner {
     /// Requests in flight, at most.
     pub at_once: usize,
     /// The housekeeper has time for its work at the end.
     pub rest: bool,
-    /// The disk is closed, else left as it is.
+    /// The disk is closed; otherwise it is left open.
     pub clean: bool,
-    /// Who is turned when, and how long each I/O takes.
+    /// Determines the order of polls and the time that each I/O takes.
     pub seed: u64,
 }
 
-/// Runs a script and panics not.
+/// Runs a script without panicking.
 ///
 /// # Errors
-/// Whatever went wrong in the run itself.
+/// A failure of the run itself.
 pub fn play(start: &Start, script: &[Op], manner: Manner) -> Result<Finished, String> {
     let run = || -> Result<Finished, String> {
         let mut rig = Rig::open(start, manner.seed).map_err(|error| format!("it does not open: {error}"))?;
@@ -303,7 +303,7 @@ pub fn play(start: &Start, script: &[Op], manner: Manner) -> Result<Finished, St
         .unwrap_or_else(|panic| Err(format!("the run panicked: {}", panic_text(&*panic))))
 }
 
-/// What is needed to see a violation again.
+/// The text that is needed to reproduce a violation.
 pub fn describe(start: &Start, script: &[Op], manner: &str, wrong: &str) -> String {
     let mut text = format!("{wrong}\n{:?}\n{manner}", start.shape);
     for (index, op) in script.iter().enumerate() {
@@ -312,16 +312,16 @@ pub fn describe(start: &Start, script: &[Op], manner: &str, wrong: &str) -> Stri
     text
 }
 
-/// What a trial is to try.
+/// The focus of a trial.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tactic {
-    /// Now this, now that.
+    /// A random focus in every run.
     Any,
     /// In every run an I/O fails.
     Failures,
-    /// In every run the host runs out of space for a time.
+    /// In every run the host runs out of space temporarily.
     Shortages,
-    /// In every run I/O is late, on clusters that are freed meanwhile.
+    /// In every run I/O is late on clusters that are freed meanwhile.
     Overtaken,
     /// In every run the disk changes its size.
     Sizes,
@@ -329,10 +329,10 @@ pub enum Tactic {
     Flushed,
 }
 
-/// Does the trial that a number stands for.
+/// Runs the trial of a number.
 ///
 /// # Errors
-/// The first violation, with all that is needed to see it again.
+/// The first violation, with the text that is needed to reproduce it.
 pub fn trial(
     starts: &[Start],
     seed: u64,
@@ -385,10 +385,10 @@ pub fn trial(
     Ok(())
 }
 
-/// What must be true of a run in which nothing failed.
+/// Checks a run in which no I/O failed.
 ///
 /// # Errors
-/// What is not.
+/// The first misread, failed request or failed close.
 pub fn judge_answers(run: &Finished) -> Result<(), String> {
     if let Some(misread) = &run.misread {
         return Err(misread.clone());
@@ -399,7 +399,7 @@ pub fn judge_answers(run: &Finished) -> Result<(), String> {
     run.closed.as_ref().map_err(|error| format!("the close failed: {error}")).copied()
 }
 
-/// A run in which nothing fails; some crash of it.
+/// Judges a run in which nothing fails. Returns a crash state of it.
 fn judge(run: &Finished, start: &Start, manner: Manner, walker: &mut Walker) -> Result<Start, String> {
     judge_answers(run)?;
     walker.crash(run, start, &Choice::sample_of(run), manner.seed)?;
@@ -409,12 +409,12 @@ fn judge(run: &Finished, start: &Start, manner: Manner, walker: &mut Walker) -> 
     walker.some_crash(run, start, manner.seed)
 }
 
-/// What becomes of an image that is changed where the host fails or hangs is tried by itself, in `crash_changes`.
+/// The script without changes of the image: `crash_changes` tests these on a host that fails or hangs.
 fn without_changes(script: &[Op]) -> Vec<Op> {
     script.iter().copied().filter(|op| !matches!(op, Op::Change(_))).collect()
 }
 
-/// A run in which an I/O fails; some crash of it.
+/// Plays a run in which an I/O fails. Returns a crash state of it.
 fn with_failure(
     start: &Start,
     script: &[Op],
@@ -433,7 +433,7 @@ fn with_failure(
     }
 }
 
-/// A run in which some I/Os are late; some crash of it.
+/// Plays a run in which some I/Os are late. Returns a crash state of it.
 fn with_delays(
     start: &Start,
     script: &[Op],
@@ -448,7 +448,7 @@ fn with_delays(
     judge(&run, start, manner, walker).map_err(name)
 }
 
-/// A run in which the host runs out of space for a time; some crash of it.
+/// Plays a run in which the host temporarily runs out of space. Returns a crash state of it.
 fn with_shortages(
     start: &Start,
     script: &[Op],

@@ -1,4 +1,5 @@
-//! Walks through a run's history, makes the crash states of each instant, and compares each with what was promised.
+//! Walks through a run's history, makes the crash states of each instant, and compares each with the promises of
+//! durability.
 
 use std::collections::HashMap;
 use std::fmt::Write;
@@ -14,67 +15,67 @@ use super::shape::Start;
 use super::stamp::Value;
 use super::tally::Tally;
 
-/// One state in so many is served until the search for leaks is over.
+/// One state in this many is opened and served until the search for leaks ends.
 const RECOVERED_ONE_IN: u64 = 8;
-/// Looks at remembered states, at most.
+/// The most examined states that are remembered.
 const MEMORY_MAX: usize = 30_000;
 
-/// Which crashes of a run are tried.
+/// The choice of crashes of a run that are tried.
 #[derive(Clone, Copy, Debug)]
 pub struct Choice {
-    /// From this instant on.
+    /// The first instant.
     pub from: Moment,
-    /// One instant in so many, of those at which the set of crash states changes.
+    /// One instant in this many, of those at which the set of crash states changes.
     pub one_in: u64,
-    /// At each: which.
+    /// The limits of the crash states at each instant.
     pub limits: CrashLimits,
-    /// At most so many at each, drawn at random from these.
+    /// The most crash states at each instant, drawn at random from these.
     pub states_max: usize,
 }
 
 impl Choice {
-    /// Every instant from one on, and every subset where that is little.
+    /// Every instant from this one on, and every subset if there are few.
     pub fn everything(from: Moment) -> Self {
         Choice { from, one_in: 1, limits: CrashLimits::default(), states_max: usize::MAX }
     }
 
-    /// A sample of a run, about as large whether it is long or short.
+    /// A sample of a run, of about the same size for long and short runs.
     pub fn sample_of(run: &Finished) -> Self {
         Choice::sample((run.world.moment().0 as u64 / 160).max(4))
     }
 
-    /// A sample all over the run.
+    /// A sample over the whole run.
     pub fn sample(one_in: u64) -> Self {
         let limits = CrashLimits { exhaustive: 5, samples: 16, tears: 8 };
         Choice { from: Moment(0), one_in, limits, states_max: 24 }
     }
 }
 
-/// One thread's walks: remembers what it has looked at.
+/// The walks of one thread. Remembers the states that it has examined.
 pub struct Walker<'t> {
     tally: &'t Tally,
     seen: HashMap<u64, Rc<Seen>>,
-    /// The run has changes of the image, which in version 2 leave leaks without a mark.
+    /// The run changes the closed image, which in version 2 leaves leaks without a mark.
     has_changes: bool,
-    /// The host may not make the file longer in the run, and then it has no mark.
+    /// The host may fail to extend the file in the run, and then the image has no mark.
     pub unmarked: bool,
 }
 
 impl<'t> Walker<'t> {
-    /// For a campaign.
+    /// A walker for a campaign.
     pub fn new(tally: &'t Tally) -> Self {
         Walker { tally, seen: HashMap::new(), has_changes: false, unmarked: false }
     }
 
-    /// Counts the requests of a run that waited for space, and those that were given up.
+    /// Counts the requests of a run that waited for space, and those that failed as their queue was stopped.
     pub fn count_shortage(&self, waited: u64, given_up: u64) {
         self.tally.count_shortage(waited, given_up);
     }
 
-    /// Looks at an image, or remembers.
+    /// Examines an image, or returns the remembered result.
     ///
     /// # Errors
-    /// What is wrong with it, whatever was promised.
+    /// A fault of the image that no promise allows.
     pub fn look(&mut self, image: &Image, start: &Start) -> Result<Rc<Seen>, String> {
         let hash = image.hash();
         self.tally.count_state(hash);
@@ -101,14 +102,14 @@ impl<'t> Walker<'t> {
     /// Tries the crashes of a run.
     ///
     /// # Errors
-    /// The first violation: what, where, which crash.
+    /// The first violation, its location and its crash.
     pub fn crash(&mut self, run: &Finished, start: &Start, choice: &Choice, seed: u64) -> Result<(), String> {
         let history = run.world.history();
         self.has_changes = run.journal.has_changes();
         let mut replay = Replay::new(&history);
         let mut random = Random::new(seed ^ 0xc4a5);
         let mut promise = Promise::new(run, start);
-        // With every instant tried, what was possible before was tried before.
+        // If every instant is tried, the states that were possible before have been tried before.
         let scope = if choice.one_in == 1 { CrashScope::New } else { CrashScope::All };
         while replay.advance_to_change() {
             if replay.moment() < choice.from || !random.chance(1, choice.one_in) {
@@ -129,10 +130,10 @@ impl<'t> Walker<'t> {
         Ok(())
     }
 
-    /// Some crash of a run, to start from anew.
+    /// A random crash state of a run, as the start of another run.
     ///
     /// # Errors
-    /// If it is not what was promised.
+    /// If the state violates a promise.
     pub fn some_crash(&mut self, run: &Finished, start: &Start, seed: u64) -> Result<Start, String> {
         let history = run.world.history();
         self.has_changes = run.journal.has_changes();
@@ -146,8 +147,8 @@ impl<'t> Walker<'t> {
         let mut promise = Promise::new(run, start);
         promise.move_to(replay.moment());
         promise.compare(&seen)?;
-        // A repair that writes a refblock also ends what it counts past the end of the file; one that finds the block right
-        // does not, so all of these may stay.
+        // A repair that writes a refblock also clears its counts past the end of the file. A repair that finds the
+        // block right does not, so all of these counts may stay.
         let counted = if start.shape.is_qcow2() { counted_past_end(&image)? } else { 0 };
         let leaks = (seen.leaks + seen.hidden_leaks).max(counted);
         Ok(Start {
@@ -160,10 +161,11 @@ impl<'t> Walker<'t> {
         })
     }
 
-    /// What a clean close left: nothing open, nothing leaked, and the last values.
+    /// Checks the image after a clean close: all writes are durable, nothing new leaks, and the values are the last
+    /// ones.
     ///
     /// # Errors
-    /// What is wrong.
+    /// The first violation.
     pub fn closed(&mut self, run: &Finished, start: &Start) -> Result<(), String> {
         let history = run.world.history();
         self.has_changes = run.journal.has_changes();
@@ -184,23 +186,23 @@ impl<'t> Walker<'t> {
     }
 }
 
-/// Keeps some of the plans.
+/// Retains a random selection of the plans.
 fn thin(plans: &mut Vec<CrashPlan>, most: usize, random: &mut Random) {
     while plans.len() > most {
         plans.swap_remove(random.below(plans.len() as u64) as usize);
     }
 }
 
-/// What a crash may leave at the instant of a walk.
+/// The states that a crash may leave at the instant of a walk.
 struct Promise<'r> {
     run: &'r Finished,
     start: &'r Start,
     changes: Vec<Moment>,
-    /// Changes that are past.
+    /// The number of changes up to this instant.
     past: usize,
     allowed: Vec<Vec<Value>>,
-    /// What the external data file showed as a raw image at the start, and what it may show besides what the guest may
-    /// see: it may be ahead of that, so it may have begun so.
+    /// The external data file as a raw image at the start. It may have been ahead of the guest's view then, so
+    /// `raw_allowed` holds further values that it may show.
     raw_start: Option<Vec<Value>>,
     raw_allowed: Vec<Vec<Value>>,
     leaks_max: u64,
@@ -236,12 +238,13 @@ impl<'r> Promise<'r> {
         self.leaks_max = self.leaks_at(moment);
     }
 
-    /// What a crash may leak (docs/durability.md, "What a crash leaks"), but for a refcount table that is moved.
+    /// The most clusters that a crash may leak (docs/durability.md, "What a crash leaks"), except for a refcount table
+    /// that is being moved.
     fn leaks_at(&self, moment: Moment) -> u64 {
         let quiet = self.run.quiet.iter().rev().find(|quiet| **quiet <= moment).copied();
         let Unsettled { taken, freed } =
             self.run.journal.unsettled_clusters(quiet.unwrap_or(Moment(0)), moment, self.run.tries);
-        // It was seen at some moment after it was reserved.
+        // The reserved clusters were observed some time after the reservation.
         let samples = &self.run.reserved;
         let seen = samples.partition_point(|(at, _)| *at < moment);
         let reserved = samples.get(seen).or(samples.last()).map_or(0, |(_, most)| *most);

@@ -1,7 +1,8 @@
-//! The two ways in which QEMU 10 loses flushed data: a freed host cluster is used again before the removal of its old
-//! link is durable, so that after a crash the old address reads another address's data.
+//! The two ways in which QEMU 10 loses flushed data: it reuses a freed host cluster before the removal of its old link
+//! is durable. After a crash the old address then reads another address's data.
 //!
-//! How much is reserved when the cluster is freed decides whether it is used again at once, so every amount is tried.
+//! The number of clusters reserved at that time decides whether the freed cluster is reused at once. So every number is
+//! tried.
 
 use qcow2::Compression;
 
@@ -10,22 +11,23 @@ use super::shape::{Past, Shape, Start};
 use super::trial::{Manner, describe, judge_answers, play};
 use super::walk::{Choice, Walker};
 
-/// Clusters that are freed.
+/// Number of clusters that are freed.
 const FREED: u64 = 4;
-/// More than are ever reserved in one go with refblocks of 64 counts.
+/// More clusters than one reservation takes with refblocks of 64 counts.
 const RESERVED_MAX: u64 = 66;
 
-/// An empty image of small refblocks, so that little is reserved at a time.
+/// An empty image with small refblocks, so that reservations are small.
 pub fn start() -> Start {
     Shape::new(9, 112).wide_refcounts().make()
 }
 
-/// An image whose first clusters are compressed: they are there before anything is written.
+/// An image whose first clusters are compressed before anything is written.
 pub fn compressed() -> Start {
     Shape::new(9, 112).wide_refcounts().past(Past::Compressed(Compression::Deflate)).make()
 }
 
-/// Has some clusters written and flushed, if they are not compressed, takes `taken` others, frees the first by `free`, and writes elsewhere.
+/// Writes and flushes the first clusters, unless they are compressed. Then allocates `taken` others, frees the first
+/// with `free`, and writes elsewhere.
 fn script(shape: &Shape, free: &[Op], taken: u64) -> (Vec<Op>, usize) {
     let mut ops = match shape.past {
         Past::Compressed(_) => Vec::new(),
@@ -41,8 +43,8 @@ fn script(shape: &Shape, free: &[Op], taken: u64) -> (Vec<Op>, usize) {
     (ops, from)
 }
 
-/// Tries every amount that may be reserved, each request alone and all together, with a crash at every event from the
-/// freeing on. What went wrong in each.
+/// Tries every number of reserved clusters, with requests one by one and all together. Crashes at every event from the
+/// freeing on, and returns the violations.
 pub fn try_all(start: &Start, free: &[Op], walker: &mut Walker) -> Vec<String> {
     let all = (0..=RESERVED_MAX).flat_map(|taken| [(taken, 1), (taken, 7)]);
     all.filter_map(|(taken, at_once)| try_one(start, free, taken, at_once, walker).err()).collect()
@@ -72,17 +74,17 @@ pub fn discard() -> Vec<Op> {
     vec![Op::Discard { sector: 0, count: FREED }]
 }
 
-/// Write zeroes that may give space back.
+/// A write of zeroes that may give space back.
 pub fn unmap() -> Vec<Op> {
     vec![Op::Zeroes { sector: 0, count: FREED, unmap: true }]
 }
 
-/// The same address is written anew, to another place of the file: the old one is freed as it is in a copy on write.
+/// A rewrite of the same address, which goes to another host cluster. The old one is freed as in a copy on write.
 pub fn written_anew() -> Vec<Op> {
     vec![Op::Zeroes { sector: 0, count: FREED, unmap: true }, Op::write(0, FREED)]
 }
 
-/// Written over: compressed clusters are freed by that.
+/// An overwrite, which frees compressed clusters.
 pub fn written_over() -> Vec<Op> {
     vec![Op::write(0, FREED)]
 }

@@ -1,5 +1,5 @@
-//! What becomes of an image that is opened, read, written and closed by us: on a simulated host, in one thread, so that
-//! its time and its memory can be measured.
+//! Probes an image: our disk opens, reads, writes and closes it. This runs on a simulated host in one thread, so that
+//! time and memory can be measured.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -12,46 +12,46 @@ use super::host::{bytes, checked, options, world};
 use super::session::Session;
 use super::victims::{DATA, UNIT, Victim};
 
-/// What a place holds.
+/// The contents at a place.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Read {
     /// One byte throughout.
     All(u8),
     /// Different bytes.
     Mixed,
-    /// It cannot be read, and why.
+    /// The reason why it cannot be read.
     Fails(String),
 }
 
-/// How far an image is opened.
+/// How an image can be opened.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Opened {
     /// For writing.
     Writable,
-    /// For reading only; why not for writing.
+    /// For reading only, and why not for writing.
     ReadOnly(String),
     /// Not at all, and why.
     Refused(String),
 }
 
-/// What became of it.
+/// The outcome of a probe.
 #[derive(Clone, Debug)]
 pub struct Outcome {
-    /// What the checker said of it before anything was done, and of what kinds its findings are; why it could not check.
+    /// The checker's verdict before the probe and the kinds of its findings, or why it could not check.
     pub checked: Result<(Verdict, Vec<&'static str>), String>,
-    /// How far it was opened.
+    /// How it was opened.
     pub opened: Opened,
-    /// By place.
+    /// The contents by place.
     pub reads: BTreeMap<u64, Read>,
-    /// What was written, and why not.
+    /// The writes that were tried, each with the reason if it failed.
     pub writes: Vec<(&'static str, Option<String>)>,
-    /// Places that were not written and hold something else now.
+    /// Places that were not written but have different contents afterwards.
     pub changed: Vec<u64>,
-    /// The corrupt bit is set in the end, and was not before.
+    /// True if the corrupt bit is set at the end and was not before.
     pub marked: bool,
 }
 
-/// Writes that are tried: name, offset, length. The first is a part of a cluster.
+/// The writes to try: name, offset, length. The first covers a part of a cluster.
 pub fn writes(victim: &Victim) -> [(&'static str, u64, u64); 3] {
     let (empty, cluster) = victim.empty;
     [
@@ -61,8 +61,8 @@ pub fn writes(victim: &Victim) -> [(&'static str, u64, u64); 3] {
     ]
 }
 
-/// Does all that to an image, which came of a victim. It is read by a disk that is open for reading only, and written by
-/// another, so that nothing has been found damaged before.
+/// Probes an image that was made from a victim. One disk, open for reading only, reads it, and another one writes it.
+/// So the writing disk has not found any damage before.
 pub fn probe(file: &[u8], victim: &Victim) -> Outcome {
     let mut outcome = Outcome {
         checked: Err(String::new()),
@@ -114,20 +114,20 @@ fn verdict(report: &Report) -> (Verdict, Vec<&'static str>) {
     (report.verdict(), kinds)
 }
 
-/// An image that was written is no worse than before, or it was found damaged.
+/// Asserts that the writes left the image no worse than before, or that they found the damage.
 fn judge(before: &Report, after: Result<Report, CheckError>, found: bool, outcome: &Outcome) {
     let found = found || outcome.writes.iter().any(|(_, failed)| failed.is_some());
     match after {
         Ok(after) => {
             assert!(found || after.verdict() <= before.verdict(), "{before:#?}\nbecame\n{after:#?}");
         }
-        // Data behind the end of the file was written there, as it is in QEMU, and the file has become too long.
+        // The data behind the end of the file was written there, as in QEMU, so the file is now too long.
         Err(CheckError::Refused { .. }) => {}
         Err(error) => panic!("it can be checked no more: {error}"),
     }
 }
 
-/// Writes, sees that nothing else has changed, lets the housekeeper do its work, and closes; whether that could be done.
+/// Writes, compares all other data, lets the housekeeper work, and closes. Returns whether the close succeeded.
 fn write(outcome: &mut Outcome, world: &SimWorld, mut session: Session, victim: &Victim) -> bool {
     let size = session.size();
     for (what, offset, length) in writes(victim).into_iter().filter(|(_, at, length)| at + length <= size) {

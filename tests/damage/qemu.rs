@@ -1,5 +1,5 @@
-//! What QEMU makes of the same images, by qemu-io. It goes on with no image that it has found corrupt, so it is asked again
-//! from there.
+//! Runs QEMU on the same images through qemu-io. QEMU does not continue with an image that it has found corrupt, so it
+//! is started again from there.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -14,27 +14,27 @@ use super::agree::second_opinion;
 use super::probe::{Opened, Outcome, Read, is_marked, writes};
 use super::victims::{DATA, UNIT, Victim};
 
-/// What QEMU does, without its words.
+/// QEMU's outcome, without its messages.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Theirs {
-    /// What its checker said before anything was done; None if it could not check, or not to the end.
+    /// The verdict of its checker before the probe; None if it could not check all of the image.
     pub checked: Option<Verdict>,
-    /// How far it opens.
+    /// How it opens the image.
     pub opened: Opened,
-    /// By place: whether what we read is there, or that it cannot be read.
+    /// By place: the byte where it equals ours, `Mixed` for any other contents, or that it cannot be read.
     pub reads: BTreeMap<u64, Read>,
-    /// Whether each was done.
+    /// Whether each write succeeded.
     pub writes: Vec<bool>,
-    /// The corrupt bit is set in the end, and was not before.
+    /// True if the corrupt bit is set at the end and was not before.
     pub marked: bool,
 }
 
 /// The name of the image in its folder.
 const TOP: &str = "top";
-/// How often it is asked anew in one image.
+/// How often QEMU is started for one image.
 const STARTS_MAX: usize = 5;
 
-/// Asks QEMU about an image, with what we made of it.
+/// Runs QEMU on an image, given our outcome.
 pub fn ask(folder: &Path, file: &[u8], victim: &Victim, ours: &Outcome) -> Theirs {
     std::fs::write(folder.join(TOP), file).expect("an image");
     std::fs::write(folder.join("base"), [0xba; 16 << 10]).expect("a file below");
@@ -42,7 +42,7 @@ pub fn ask(folder: &Path, file: &[u8], victim: &Victim, ours: &Outcome) -> Their
         std::fs::write(folder.join(DATA), data).expect("its data");
     }
     let checked = second_opinion(&folder.join(TOP)).verdict;
-    // Read first, which changes nothing.
+    // The reads come first, as they change nothing.
     let (seen, refused) = reads(folder, &ours.reads);
     let tried = |(name, _, _): &(&str, u64, u64)| ours.writes.iter().any(|(what, _)| what == name);
     let commands = writes(victim).into_iter().filter(tried).map(|(what, offset, length)| match what {
@@ -51,7 +51,7 @@ pub fn ask(folder: &Path, file: &[u8], victim: &Victim, ours: &Outcome) -> Their
     });
     let mut commands: Vec<String> = commands.collect();
     commands.push("flush".into());
-    // As we do, which may find more.
+    // Read again, as we do; this may find more damage.
     commands.extend(ours.reads.keys().map(|place| format!("read {place} {UNIT}")));
     let (said, done) = run(folder, &["-d", "unmap"], &commands);
     let opened = match (refused, refusal(&said)) {
@@ -60,7 +60,7 @@ pub fn ask(folder: &Path, file: &[u8], victim: &Victim, ours: &Outcome) -> Their
         (None, None) => Opened::Writable,
     };
     let mut start = [0; 512];
-    // It may be long now; its header is not.
+    // The file may be long now, so read only its header.
     let file_now = File::open(folder.join(TOP)).expect("the image");
     let _ = file_now.read_at(&mut start, 0).expect("its header");
     Theirs { checked, opened, reads: seen, writes: done, marked: is_marked(&start) && !is_marked(file) }
@@ -71,7 +71,7 @@ fn refusal(said: &str) -> Option<String> {
     said.lines().find(|line| line.contains("can't open")).map(str::to_owned)
 }
 
-/// What is at the places that we read; or why it does not open.
+/// The contents at the places that we read, or why the image does not open.
 fn reads(folder: &Path, ours: &BTreeMap<u64, Read>) -> (BTreeMap<u64, Read>, Option<String>) {
     let mut found = BTreeMap::new();
     let mut left: Vec<(&u64, &Read)> = ours.iter().collect();
@@ -86,7 +86,7 @@ fn reads(folder: &Path, ours: &BTreeMap<u64, Read>) -> (BTreeMap<u64, Read>, Opt
         if refused.is_some() {
             return (found, refused);
         }
-        // After the last that could be read everything may have failed for one reason.
+        // All reads after the last one that succeeded may have failed for the same reason.
         let alive = done.iter().rposition(|done| *done).map_or(1, |last| last + 1).min(done.len());
         for ((place, read), done) in left.iter().zip(&done).take(alive.max(1)) {
             let other = text.contains(&format!("verification failed at offset {place},"));
@@ -105,7 +105,7 @@ fn reads(folder: &Path, ours: &BTreeMap<u64, Read>) -> (BTreeMap<u64, Read>, Opt
     (found, None)
 }
 
-/// Runs commands; all that was said, and whether each was done.
+/// Runs commands. Returns all output, and whether each command succeeded.
 fn run(folder: &Path, flags: &[&str], commands: &[String]) -> (String, Vec<bool>) {
     let mut command = Command::new("timeout");
     command.args(["-k", "1", "20"]).arg(find_tool("qemu-io").expect("found before")).current_dir(folder);

@@ -1,6 +1,7 @@
-//! Why something becomes of a damaged image that does not become of it in QEMU. Whoever makes the two differ says why here.
+//! The reasons why our outcome for a damaged image differs from QEMU's. A change that makes the two differ must add its
+//! reason here.
 
-/// Damages, and the reason for what is different.
+/// Damages, and the reason for the difference.
 const REASONS: &[(&[&str], &str)] = &[
     (
         &[
@@ -141,7 +142,7 @@ const REASONS: &[(&[&str], &str)] = &[
     ),
 ];
 
-/// The same of an image whose data is in an external file.
+/// The same for an image with an external data file.
 const WITH_DATA_FILE: (&[&str], &str) = (
     &[
         "two guest clusters share one",
@@ -156,17 +157,17 @@ const WITH_DATA_FILE: (&[&str], &str) = (
     "such a file has one place for each cluster, and QEMU looks at what an entry says only where it reads",
 );
 
-/// Why QEMU does otherwise with an image that was damaged so, and whose data may be in an external file.
+/// The reason why QEMU treats an image with this damage differently. The image may have an external data file.
 ///
 /// # Panics
-/// If nobody has said it.
+/// If no reason is given.
 pub fn of(damage: &str, has_data_file: bool) -> &'static str {
     let reasons = has_data_file.then_some(&WITH_DATA_FILE).into_iter().chain(REASONS);
     let found = reasons.into_iter().find(|(damages, _)| damages.contains(&damage));
     found.unwrap_or_else(|| panic!("{damage}: QEMU does otherwise, and there is no reason")).1
 }
 
-/// Each damage that has one.
+/// Each damage that has a reason.
 pub fn damages() -> impl Iterator<Item = &'static str> {
     REASONS.iter().chain([&WITH_DATA_FILE]).flat_map(|(damages, _)| damages.iter().copied())
 }

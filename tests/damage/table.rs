@@ -1,4 +1,4 @@
-//! The table of what becomes of damaged images, as text; and where QEMU does otherwise, for what reason.
+//! The text table of the outcomes for damaged images, with the differences from QEMU and their reasons.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -12,25 +12,25 @@ use super::victims::{UNIT, Victim};
 
 /// A damaged image.
 pub struct Row {
-    /// What it was.
+    /// The name of the image before the damage.
     pub victim: &'static str,
-    /// What was done to it.
+    /// The name of the damage.
     pub damage: &'static str,
-    /// What it is now.
+    /// The bytes of the damaged image.
     pub bytes: Vec<u8>,
 }
 
 impl Row {
-    /// What it is called.
+    /// The name of the row.
     pub fn name(&self) -> String {
         format!("{}: {}", self.victim, self.damage)
     }
 }
 
-/// What the table says of an image.
+/// The lines of the table for one image.
 pub fn describe(row: &Row, ours: &Outcome, theirs: Option<&Theirs>, victim: &Victim) -> String {
     let mut text = format!("{}\n", row.name());
-    // Names may hold anything.
+    // Names may contain control characters.
     let mut line = |line: String| text += &format!("    {}\n", line.replace(char::is_control, "?"));
     match &ours.opened {
         Opened::Refused(why) => line(format!("refused: {why}")),
@@ -63,7 +63,7 @@ pub fn describe(row: &Row, ours: &Outcome, theirs: Option<&Theirs>, victim: &Vic
     text
 }
 
-/// What the checker said, if it says more than the refusal.
+/// The checker's result, if it is more than the refusal.
 fn said(ours: &Outcome) -> Option<String> {
     match (&ours.checked, &ours.opened) {
         (Ok((Verdict::Clean, kinds)), _) if kinds.is_empty() => None,
@@ -81,7 +81,7 @@ fn name(verdict: Verdict) -> &'static str {
     }
 }
 
-/// What is not as it was in the sound image.
+/// The reads that differ from the sound image.
 fn reads(ours: &Outcome, victim: &Victim) -> Vec<String> {
     let mut kinds: BTreeMap<String, Vec<u64>> = BTreeMap::new();
     for (place, read) in &ours.reads {
@@ -96,7 +96,7 @@ fn reads(ours: &Outcome, victim: &Victim) -> Vec<String> {
     kinds.iter().map(|(what, at)| format!("{} {what}", places(at))).collect()
 }
 
-/// Without the number of the entry, which is another for each place.
+/// Removes the number of the entry, which differs for each place.
 fn shorter(why: &str) -> String {
     let Some((before, after)) = why.split_once(", entry ") else { return why.to_owned() };
     let rest = after.trim_start_matches(|c: char| c.is_ascii_digit());
@@ -116,13 +116,13 @@ fn places(places: &[u64]) -> String {
     }
 }
 
-/// What QEMU does otherwise.
+/// The differences in QEMU's outcome.
 fn unlike(ours: &Outcome, theirs: &Theirs) -> Vec<String> {
     let mut unlike = Vec::new();
     let checked = ours.checked.as_ref().ok().map(|(verdict, _)| *verdict);
-    // It gives up where it cannot read a structure, and we go on and say what is wrong.
+    // QEMU stops where it cannot read a structure; our checker continues and reports the fault.
     let same = checked == theirs.checked || (checked, theirs.checked) == (Some(Verdict::Corrupt), None);
-    // It lets pass what it then cannot read.
+    // QEMU's checker accepts an image that QEMU then cannot read.
     let is_stricter = (checked, theirs.checked) == (Some(Verdict::Corrupt), Some(Verdict::Clean))
         && theirs.reads.values().any(|read| matches!(read, Read::Fails(_)));
     assert!(
@@ -136,7 +136,7 @@ fn unlike(ours: &Outcome, theirs: &Theirs) -> Vec<String> {
     unlike
 }
 
-/// What QEMU does otherwise when it serves it.
+/// The differences in how QEMU serves the image.
 fn served_unlike(ours: &Outcome, theirs: &Theirs) -> Vec<String> {
     let mut unlike = Vec::new();
     let class = |opened: &Opened| match opened {
@@ -179,7 +179,7 @@ fn served_unlike(ours: &Outcome, theirs: &Theirs) -> Vec<String> {
     unlike
 }
 
-/// Compares with the table that is kept, or keeps the new one.
+/// Compares with the stored table, or stores the new one.
 ///
 /// # Panics
 /// If they differ.
@@ -202,7 +202,7 @@ pub fn compare(text: &str, kept: &Path) {
     assert!(differences.is_empty(), "{} rows differ:\n{}", differences.len(), differences.join("\n"));
 }
 
-/// The rows of a table: names, and their lines.
+/// The rows of a table: their names and lines.
 fn rows(text: &str) -> BTreeMap<String, String> {
     let mut rows: BTreeMap<String, String> = BTreeMap::new();
     let mut name = String::new();

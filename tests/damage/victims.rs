@@ -1,6 +1,6 @@
-//! The images that are damaged: small, sound, and the same everywhere, as they are put together here.
+//! The images to be damaged: small, sound, and always the same, as they are built here byte by byte.
 //!
-//! Owns where everything lies in them. Each guest cluster that holds data holds one byte throughout.
+//! Owns the layout of these images. Each guest cluster with data is filled with one byte.
 
 use std::collections::BTreeMap;
 use std::io::Write as _;
@@ -16,29 +16,29 @@ use qcow2::{
 
 /// The name of an external data file.
 pub const DATA: &str = "data";
-/// What is read at a time.
+/// The bytes of a single read.
 pub const UNIT: u64 = 4096;
 
-/// An image, and what its disk holds.
+/// An image, and the contents of its disk.
 #[derive(Clone)]
 pub struct Victim {
-    /// What is special about it.
+    /// Its name, which tells its kind.
     pub name: &'static str,
     /// The file.
     pub bytes: Vec<u8>,
-    /// The external file that holds its data, if one does.
+    /// The contents of its external data file, if it has one.
     pub data: Option<Arc<[u8]>>,
-    /// What is read of the disk: places, and the byte that is there throughout.
+    /// The places to read, each with the byte that fills it.
     pub contents: BTreeMap<u64, u8>,
-    /// A place in an empty cluster, and the length of a cluster.
+    /// An offset in an empty cluster, and the length of a cluster.
     pub empty: (u64, u64),
 }
 
-/// An image in the making.
+/// Builds an image.
 struct Maker {
     geometry: Geometry,
     bytes: Vec<u8>,
-    /// Empty while the data is in the image itself.
+    /// The external data file; empty if the data is in the image itself.
     data: Vec<u8>,
     contents: BTreeMap<u64, u8>,
 }
@@ -71,7 +71,7 @@ impl Maker {
         entry(&self.bytes[at as usize..], 0)
     }
 
-    /// Another cluster at the end, counted so often, with one byte throughout.
+    /// Adds a cluster at the end, with this refcount, filled with one byte.
     fn add(&mut self, byte: u8, count: u64) -> HostOffset {
         let offset = self.bytes.len() as u64;
         self.bytes.resize((offset + self.cluster()) as usize, byte);
@@ -85,7 +85,7 @@ impl Maker {
         set_refcount(self.geometry.refcount_order, &mut self.bytes[block..], index, count);
     }
 
-    /// The L2 table that an L1 entry names; it is made if there is none.
+    /// The L2 table that an L1 entry names; creates it if there is none.
     fn table(&mut self, index: u64) -> u64 {
         let at = self.header().l1_offset.0 + 8 * index;
         if self.get(at) == 0 {
@@ -113,7 +113,7 @@ impl Maker {
         self.holds(guest, byte);
     }
 
-    /// A host cluster for a guest cluster, with one byte throughout.
+    /// Adds a host cluster for a guest cluster, filled with one byte.
     fn place(&mut self, guest: u64, byte: u8) -> HostOffset {
         if self.data.is_empty() {
             return self.add(byte, 1);
@@ -129,7 +129,7 @@ impl Maker {
         self.set(guest, raw);
     }
 
-    /// The data is in an external file, in which there is something everywhere.
+    /// Declares an external data file, filled with one byte everywhere.
     fn apart(&mut self) {
         self.data = vec![0xdd; self.geometry.size as usize];
         let mut header = self.header();
@@ -140,10 +140,10 @@ impl Maker {
         self.bytes[..bytes.len()].copy_from_slice(&bytes);
     }
 
-    /// Some of everything but compressed clusters: 0 to 3 are data, 4 is zero, 5 is zero and keeps its cluster, 8 is
-    /// empty, and one is far behind.
+    /// Adds every kind of cluster but compressed ones. Clusters 0 to 3 are data, 4 is zero, 5 is zero and keeps its
+    /// cluster, 8 is empty. One data cluster is far behind.
     fn fill(&mut self) {
-        // Both tables first.
+        // Both tables come first.
         let far = self.geometry.guest_clusters() - 1;
         self.table(0);
         self.table(far / self.geometry.l2_entries());
@@ -157,7 +157,7 @@ impl Maker {
         self.data(far);
     }
 
-    /// Guest clusters 6 and 7, in one host cluster.
+    /// Compresses guest clusters 6 and 7 into one host cluster.
     fn pack(&mut self) {
         let host = self.add(0, 2);
         let mut start = host.0 + 0x30;
@@ -176,7 +176,7 @@ impl Maker {
         }
     }
 
-    /// A snapshot of the disk as it is, with which it shares all.
+    /// Adds a snapshot that shares all clusters of the disk.
     fn snapshot(&mut self, name: &str) {
         let (header, cluster) = (self.header(), self.cluster());
         let l1 = header.l1_offset.0;
@@ -209,7 +209,7 @@ impl Maker {
         self.bytes[position::SNAPSHOTS + 3] = 1;
     }
 
-    /// A persistent bitmap of one cluster, which is kept up to date.
+    /// Adds a persistent bitmap of one cluster, which is kept up to date.
     fn bitmap(&mut self, name: &str) {
         let (directory, table, bits) = (self.add(0, 1), self.add(0, 1), self.add(0, 1));
         self.bytes[bits.0 as usize] = 1;
@@ -284,12 +284,12 @@ pub fn bitmap() -> Victim {
     maker.done("with a bitmap")
 }
 
-/// With subclusters: cluster 3 has some of data, some of zeros, some of nothing.
+/// With subclusters: cluster 3 has some with data, some with zeros and some unallocated.
 pub fn subclusters() -> Victim {
     let mut maker = Maker::new(Version::V3, 14, true);
     maker.fill();
     let table = maker.table(0);
-    // The first 16 are data, the next 8 are zero.
+    // The first 16 subclusters are data, the next 8 are zero.
     maker.put(table + 3 * 16 + 8, 0x00ff_0000_0000_ffff);
     let cluster = maker.cluster();
     maker.contents.extend((2..4).map(|n| (3 * cluster + n * UNIT, 0)));

@@ -1,5 +1,5 @@
-//! Freed space that is held back until its unlink is durable: there is a bound to it, and all of it is given back before a
-//! request fails or waits for space.
+//! Freed space that is held back until its unlink is durable. Its amount is bounded, and all of it is given back before
+//! a request fails or waits for space.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ const SIZE: u64 = 64 << 20;
 const SPAN: u64 = 16;
 /// Bytes of freed clusters that may be held back: an eighth of the disk.
 const HELD_MAX: u64 = SIZE / 8;
-/// Bytes that requests in flight may have taken and not yet freed, and new metadata.
+/// Bytes that requests in flight may have allocated and not yet freed, and bytes of new metadata.
 const IN_FLIGHT: u64 = SLOTS as u64 * CLUSTER + 4 * CLUSTER;
 /// The unit in which the host allocates space.
 const PAGE: u64 = 4096;
@@ -23,7 +23,7 @@ fn setup(on_enospc: OnEnospc) -> Setup {
     Setup { size: SIZE, ..Setup::new(on_enospc) }
 }
 
-/// How a guest frees a cluster.
+/// A way in which a guest frees a cluster.
 #[derive(Clone, Copy, Debug)]
 enum Frees {
     Discard,
@@ -40,14 +40,14 @@ impl Frees {
     }
 }
 
-/// Every way to free, in both modes.
+/// Every way of freeing, in both modes.
 fn ways() -> impl Iterator<Item = (OnEnospc, Frees)> {
     let modes = [OnEnospc::Report, OnEnospc::Wait];
     modes.into_iter().flat_map(|mode| [(mode, Frees::Discard), (mode, Frees::Zeroes)])
 }
 
 impl Rig {
-    /// Lets time pass until nothing is in flight, and has something looked at meanwhile.
+    /// Lets time pass until nothing is in flight. Calls `look` meanwhile.
     fn finish(&mut self, look: impl Fn(&Rig)) {
         for _ in 0..20_000 {
             self.pass(Duration::from_millis(1));
@@ -59,7 +59,7 @@ impl Rig {
         panic!("in flight for 20 seconds: {:?}", self.flying);
     }
 
-    /// Writes clusters and frees them, so many times, and never flushes.
+    /// Writes and frees clusters `rounds` times, without a flush.
     fn write_and_free(&mut self, frees: Frees, rounds: u32, look: impl Fn(&Rig)) {
         let half = SLOTS as u64;
         for round in 0..rounds {
@@ -95,7 +95,7 @@ fn freed_space_is_bounded_without_a_flush() {
 fn freed_space_is_given_back_before_a_request_fails_or_waits() {
     for (on_enospc, frees) in ways() {
         let mut rig = setup(on_enospc).open();
-        // Less than what may be held back. Nothing of the new image's tables is allocated yet.
+        // Less than the bytes that may be held back. The host has not allocated the new image's tables yet.
         rig.leave_space(SPAN * CLUSTER + IN_FLIGHT);
         rig.write_and_free(frees, 80, |rig| {
             assert!(rig.failed.is_empty(), "{on_enospc:?}, {frees:?}: {:?}", rig.failed);
@@ -106,7 +106,7 @@ fn freed_space_is_given_back_before_a_request_fails_or_waits() {
     }
 }
 
-/// What one request frees is bounded, too.
+/// The space that a single request frees is bounded, too.
 #[test]
 fn a_discard_of_everything_holds_no_more_back() {
     let mut rig = setup(OnEnospc::Report).open();
@@ -133,7 +133,7 @@ fn a_flush_needs_no_space_where_tables_were_holes() {
         rig.run(write(0, 1, 1));
         rig.run(Operation::Flush);
         rig = rig.copied_with_holes();
-        // In the table, but in a page of it that is a hole.
+        // Its entry is in the table, but in a page that is a hole.
         let far = Operation::Write { offset: SIZE - CLUSTER, length: CLUSTER, seed: 3 };
         rig.leave_space(CLUSTER);
         rig.send(far);

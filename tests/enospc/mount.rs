@@ -1,4 +1,4 @@
-//! The same on a small file system of this host: ext4 on a loop device, or a tmpfs where there are none.
+//! Shortages of space on a small real file system: ext4 on a loop device, or a tmpfs if there are no loop devices.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -20,10 +20,10 @@ const SIZE: u64 = 64 << 20;
 const BLOCK: u64 = 64 << 10;
 /// Blocks that the guest writes and frees, again and again.
 const SPAN: u64 = 16;
-/// Rounds through them: somewhat more than the file system has room for.
+/// Rounds through these blocks: somewhat more than the file system has space for.
 const ROUNDS: u32 = (HOST / (SPAN * BLOCK) + 4) as u32;
 
-/// Bytes that the image may take: what the guest has, what may be held back, and metadata.
+/// The most bytes of the image: the data of the guest, the space that may be held back, and metadata.
 const MOST: u64 = SPAN * BLOCK + SIZE / 8 + (1 << 20);
 
 /// A mounted file system, unmounted when dropped.
@@ -60,7 +60,7 @@ fn succeeds(command: &mut Command) -> bool {
     quiet.status().is_ok_and(|status| status.success())
 }
 
-/// A new image whose tables are holes of its file.
+/// Makes an image whose tables are holes of its file.
 fn create(path: &Path) {
     let geometry = Geometry {
         version: Version::V3,
@@ -83,7 +83,8 @@ fn create(path: &Path) {
 #[test]
 fn a_guest_that_frees_what_it_writes_never_fills_a_small_host() {
     let Some(mount) = Mount::new() else {
-        // No failure where tools are required: containers may not mount, and the simulated host shows the same.
+        // This is no failure even where tools are required: containers may not mount, and the simulated host covers
+        // this case.
         let _ = writeln!(std::io::stderr(), "SKIPPED: no file system can be mounted here (needs root)");
         return;
     };

@@ -1,8 +1,9 @@
-//! Changes inputs at random, with a liking for what formats are made of: big-endian numbers, bits, offsets, lengths.
+//! Changes inputs at random, mostly in terms of what formats consist of: big-endian numbers, bits, offsets,
+//! lengths.
 
 use storage_sim::Random;
 
-/// Numbers at which something ends.
+/// Numbers at the edges of ranges.
 const EDGES: [u64; 20] = [
     0,
     1,
@@ -26,7 +27,7 @@ const EDGES: [u64; 20] = [
     u64::MAX,
 ];
 
-/// An input made of one seed, or of two.
+/// An input derived from one seed, or from two.
 pub fn mutated(seed: &[u8], other: &[u8], random: &mut Random) -> Vec<u8> {
     let mut bytes = seed.to_vec();
     if bytes.is_empty() {
@@ -41,7 +42,7 @@ pub fn mutated(seed: &[u8], other: &[u8], random: &mut Random) -> Vec<u8> {
 fn change(bytes: &mut Vec<u8>, other: &[u8], random: &mut Random) {
     let length = bytes.len() as u64;
     let at = random.below(length.max(1)) as usize;
-    // Fields are aligned more often than not.
+    // Most fields are aligned to 8 bytes.
     let aligned = at / 8 * 8;
     match random.below(12) {
         0..3 => flip(bytes, at, random),
@@ -73,7 +74,7 @@ fn flip(bytes: &mut [u8], at: usize, random: &mut Random) {
     }
 }
 
-/// Puts the low bytes of a number.
+/// Stores the low bytes of a number.
 fn put(bytes: &mut [u8], at: usize, count: usize, value: u64) {
     let value = &value.to_be_bytes()[8 - count..];
     for (to, from) in bytes.iter_mut().skip(at).zip(value) {
@@ -81,7 +82,7 @@ fn put(bytes: &mut [u8], at: usize, count: usize, value: u64) {
     }
 }
 
-/// Adds a little to a number, or takes it away.
+/// Adds a small value to a number, or subtracts it.
 fn nudge(bytes: &mut [u8], at: usize, random: &mut Random) {
     let Some(field) = bytes.get(at..at + 8) else { return };
     let value = u64::from_be_bytes(field.try_into().expect("eight bytes"));

@@ -1,6 +1,6 @@
-//! Where fuzzing starts: small images made by QEMU's tools, and what is in them.
+//! The seeds of the fuzzing: small images made by QEMU's tools, and parts of them.
 //!
-//! Owns which images those are, and how an input of each target is cut out of one.
+//! Owns the choice of images, and how to cut an input for each target out of one.
 
 use std::io::Write as _;
 use std::path::Path;
@@ -14,7 +14,7 @@ use super::targets::encode_image;
 
 const K: u64 = 1024;
 
-/// Inputs of a target by the target's name.
+/// Inputs, each with its target's name.
 pub type Seeds = Vec<(&'static str, Vec<u8>)>;
 
 /// An image's bytes.
@@ -84,7 +84,7 @@ fn samples(qemu: &Qemu, folder: &Path) -> Vec<Sample> {
         qemu.write(&image, Format::Qcow2, &[pattern(8 * K, 12 * K, 5)]).expect("written");
         take(&image);
     }
-    // As if it had not been closed cleanly.
+    // As after an unclean shutdown.
     let mut dirty = samples[0].0.clone();
     dirty[position::INCOMPATIBLE + 7] |= Incompatible::DIRTY.0 as u8;
     samples.push(Sample(dirty));
@@ -126,8 +126,7 @@ pub fn all(qemu: &Qemu) -> Seeds {
     seeds
 }
 
-/// What is done to images, at first: all kinds of requests, a repair, changes of snapshots and of
-/// the size.
+/// The initial scripts: all kinds of requests, a repair, changes of snapshots and of the size.
 fn scripts() -> Vec<(u8, Vec<[u8; 5]>)> {
     let requests = [
         [0x20, 0, 0, 255, 0],
@@ -155,7 +154,7 @@ fn scripts() -> Vec<(u8, Vec<[u8; 5]>)> {
     ]
 }
 
-/// The first entries of the tables, in front of each what the geometry is.
+/// The first entries of the tables, each preceded by the geometry.
 fn tables(file: &[u8], header: &Header) -> Vec<u8> {
     let geometry = header.geometry();
     let word = |at: u64| qcow2::entry(&file[at as usize..], 0);
@@ -172,7 +171,7 @@ fn tagged(geometry: &Geometry, first: u64, second: u64) -> Vec<u8> {
     [&[how, bits][..], &first.to_be_bytes(), &second.to_be_bytes(), &[1]].concat()
 }
 
-/// Rings of some sizes with reads of three descriptors each, in the ring or in a table of their own.
+/// Rings of several sizes with reads of three descriptors each, in the ring or in an indirect table.
 fn rings() -> Seeds {
     let descriptor = |place: u16, length: u16, flags: u8, next: u8| {
         [&place.to_be_bytes()[..], &length.to_be_bytes(), &[flags, next]].concat()
@@ -201,7 +200,7 @@ fn rings() -> Seeds {
     seeds
 }
 
-/// Streams of both kinds, for clusters of some sizes.
+/// Streams of both kinds, for several cluster sizes.
 fn compressed() -> Seeds {
     let mut seeds = Vec::new();
     for (how, cluster) in [(0_u8, 512), (0x70, 64 << 10), (0x32, 16 << 10), (8, 512)] {

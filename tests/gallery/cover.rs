@@ -1,7 +1,7 @@
-//! Which looks the gallery has: every two values that can be had together, together at least once, and of three as many
+//! Chooses the looks of the gallery. Every possible pair of values occurs at least once. Of the triples, as many occur
 //! as the number of images allows.
 //!
-//! Owns the choice. It follows from a seed and from the axes.
+//! Owns the choice, which depends only on a seed and the axes.
 
 use std::collections::BTreeSet;
 
@@ -9,22 +9,22 @@ use strata_tests::random::Random;
 
 use crate::look::{AXES, Choice, Look};
 
-/// Looks that are tried for each that is taken.
+/// The number of looks drawn for each one chosen.
 const TRIED: usize = 60;
 
-/// Two or three values, each as its axis and its place there.
+/// Two or three values, each as its axis and its index in the axis.
 type Pair = [(usize, usize); 2];
 type Triple = [(usize, usize); 3];
 
-/// What was chosen, and how much of the axes it covers.
+/// The chosen looks, and how much of the axes they cover.
 pub struct Choices {
     pub looks: Vec<Look>,
-    /// Pairs that can be had; all are covered.
+    /// The number of possible pairs; all are covered.
     pub pairs: usize,
     pub triples_covered: usize,
 }
 
-/// `count` looks, or as many as the pairs need.
+/// Chooses `count` looks, or as many as the pairs need.
 pub fn choose(seed: u64, count: usize) -> Choices {
     let random = &mut Random::new(seed);
     let mut open: BTreeSet<Pair> = possible_pairs();
@@ -39,7 +39,7 @@ pub fn choose(seed: u64, count: usize) -> Choices {
             None => triples_of(choice).filter(|triple| !triples.contains(triple)).count(),
         };
         let best = tried.iter().max_by_key(|choice| gain(choice)).copied();
-        // A pair that a random draw does not hit has its own completion.
+        // A pair that no random draw hits gets its own simplest look.
         let Some(best) = best.or_else(|| wanted.and_then(completed)) else { continue };
         for pair in pairs_of(&best) {
             open.remove(&pair);
@@ -50,11 +50,11 @@ pub fn choose(seed: u64, count: usize) -> Choices {
     Choices { looks, pairs, triples_covered: triples.len() }
 }
 
-/// A random look with the pair in it; none if what came cannot be.
+/// A random look with this pair; none if that look is impossible.
 fn draw(random: &mut Random, wanted: Option<Pair>) -> Option<Choice> {
     let mut choice: Choice =
         std::array::from_fn(|axis| random.below(AXES[axis].values.len() as u64) as usize);
-    // What rules out much is rare in what is drawn.
+    // Values that exclude many others are drawn less often.
     for name in ["version", "data", "preallocation"] {
         if random.below(2) == 0 {
             choice[AXES.iter().position(|axis| axis.name == name).expect("an axis")] = 0;
@@ -70,7 +70,7 @@ fn put(choice: &mut Choice, values: &[(usize, usize)]) {
     }
 }
 
-/// The simplest look with the pair in it, with at most one other value that is not the simplest.
+/// The simplest look with this pair, with at most one other value that is not the simplest.
 fn completed(pair: Pair) -> Option<Choice> {
     let others =
         (0..AXES.len()).flat_map(|axis| (0..AXES[axis].values.len()).map(move |place| (axis, place)));
@@ -83,7 +83,7 @@ fn completed(pair: Pair) -> Option<Choice> {
     others.map(with).find(|choice| Look::of(choice).is_possible())
 }
 
-/// Every pair that can be had.
+/// Every possible pair.
 pub fn possible_pairs() -> BTreeSet<Pair> {
     let values =
         || (0..AXES.len()).flat_map(|axis| (0..AXES[axis].values.len()).map(move |place| (axis, place)));

@@ -1,6 +1,6 @@
-//! Recipes that failed once. Each always runs; a new finding's line goes here with a word on what it was.
+//! Recipes that failed once. Each always runs. Add the line of a new finding here, with a word on the fault.
 
-/// What was wrong, and the recipe.
+/// The fault, and the recipe.
 pub const KEPT: &[(&str, &str)] = &[
     (
         "the copy of a shared L2 table that is larger than the cache never ended",

@@ -1,7 +1,7 @@
-//! What an image of the gallery is like: a value of each axis. And its recipe, which is a look, a seed, and the steps that
-//! are left out: one line, from which the image and all that is done to it can be made again.
+//! The look of a gallery image: a value of each axis. A recipe is a look, a seed, and the steps left out. Its one line
+//! is enough to make the image again and repeat all steps.
 //!
-//! Owns the axes, what cannot be had together, and the line. It makes nothing.
+//! Owns the axes, the impossible combinations, and the line. It makes no image.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -9,7 +9,7 @@ use std::str::FromStr;
 
 use thiserror::Error;
 
-/// One axis: what it is called in a line, and its values there. The first is the simplest.
+/// One axis: its name in a line, and the names of its values. The first is the simplest.
 pub struct Axis {
     pub name: &'static str,
     pub values: &'static [&'static str],
@@ -34,12 +34,12 @@ macro_rules! axes {
             [$(Axis { name: stringify!($field), values: &[$($name),+] }),+];
 
         impl Look {
-            /// The place of each value in its axis.
+            /// The index of each value in its axis.
             pub fn choice(self) -> Choice {
                 [$(self.$field as usize),+]
             }
 
-            /// The look with the values at these places.
+            /// The look with the values at these indices.
             pub fn of(choice: &Choice) -> Look {
                 let mut places = choice.iter();
                 let mut next = || *places.next().expect("a place for each axis");
@@ -49,7 +49,7 @@ macro_rules! axes {
     };
 }
 
-/// The place of a value in each axis.
+/// The index of a value in each axis.
 pub type Choice = [usize; AXES.len()];
 
 axes! {
@@ -63,26 +63,26 @@ axes! {
     refcount: Refcount { B16 = "16", B1 = "1", B2 = "2", B4 = "4", B8 = "8", B32 = "32", B64 = "64" }
     l2: L2 { Plain = "plain", Extended = "extended" }
     lazy: Lazy { Off = "off", On = "on" }
-    /// How some of the clusters are compressed.
+    /// The compression of some of the clusters.
     compression: Compression { Nothing = "none", Deflate = "zlib", Zstd = "zstd" }
-    /// Where the guest's data is.
+    /// The file that holds the guest's data.
     data: Data { Inside = "inside", File = "file", Raw = "raw-file" }
-    /// What is below the image.
+    /// The backing chain of the image.
     below: Below {
         Nothing = "nothing", Raw = "raw", RawShort = "raw-short", RawLong = "raw-long",
         RawRagged = "raw-ragged", Same = "same", Short = "short", Long = "long", Old = "old",
         Packed = "packed", Parts = "parts", Deep = "deep",
     }
-    /// The disk ends with a cluster, or within one.
+    /// Whether the disk ends at the end of a cluster, or within one.
     size: Size { Whole = "whole", Odd = "odd" }
     preallocation: Allocated { Off = "off", Metadata = "metadata", Falloc = "falloc", Full = "full" }
-    /// Internal snapshots: some that QEMU made, some that are made later, or as many as the refcounts can hold.
+    /// Internal snapshots: some from QEMU, some made later, or as many as the refcounts can hold.
     snapshots: Snapshots { Nothing = "none", Theirs = "theirs", Later = "later", Full = "full" }
-    /// What the disk may have of memory for tables.
+    /// The memory that the disk may use for tables.
     memory: Memory { Ample = "ample", Scarce = "scarce" }
-    /// Whether zeros that the guest writes are looked for.
+    /// Whether zeros in the guest's writes are detected.
     zeros: Zeros { Off = "written", On = "detected", Unmap = "detected-unmap" }
-    /// What becomes of discards; kept are the places of discarded clusters.
+    /// The handling of discards. With `keep`, discarded clusters keep their locations.
     discards: Discarding { Unmap = "unmap", Ignore = "ignore", Keep = "keep" }
 }
 
@@ -126,7 +126,7 @@ impl Refcount {
 }
 
 impl Look {
-    /// False for what no tool can make, and for what would take too long.
+    /// False for a look that no tool can make, or that would take too long.
     pub fn is_possible(&self) -> bool {
         let old = self.version == Version::V2;
         let needs_3 = self.refcount != Refcount::B16
@@ -141,16 +141,16 @@ impl Look {
         let has_snapshots = self.snapshots != Snapshots::Nothing;
         let rules = [
             !(old && needs_3),
-            // Subclusters have at least a sector.
+            // Subclusters are at least a sector long.
             !extended || self.cluster.bytes() >= 16384,
             // An external data file has neither compressed clusters nor snapshots; a raw one is the whole disk.
             !outside || (self.compression == Compression::Nothing && !has_snapshots),
             self.data != Data::Raw || !is_based,
-            // What is allocated hides what is below, but for subclusters.
+            // Allocated clusters hide the backing file, unless there are subclusters.
             self.preallocation == Allocated::Off || !is_based || extended,
             // A count of one bit leaves no room for a snapshot.
             self.refcount != Refcount::B1 || !has_snapshots || self.snapshots == Snapshots::Full,
-            // As many as can be are 1, 3, 15 or 255; each has a cluster for its L1 table.
+            // The most possible snapshots are 1, 3, 15 or 255. Each has a cluster for its L1 table.
             self.snapshots != Snapshots::Full || self.refcount.bits() <= 8,
             self.snapshots != Snapshots::Full
                 || self.refcount != Refcount::B8
@@ -159,18 +159,18 @@ impl Look {
         rules.into_iter().all(|kept| kept)
     }
 
-    /// The name of the axis' value.
+    /// The name of the value on an axis.
     fn name(self, axis: usize) -> &'static str {
         AXES[axis].values[self.choice()[axis]]
     }
 }
 
-/// All that an image and its trial follow from.
+/// Everything that determines an image and its trial.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Recipe {
     pub look: Look,
     pub seed: u64,
-    /// The numbers of steps that are not done.
+    /// The numbers of the steps that are skipped.
     pub without: BTreeSet<usize>,
 }
 
@@ -182,7 +182,7 @@ pub struct NoRecipe {
 }
 
 impl fmt::Display for Recipe {
-    /// Only what is not the simplest is named.
+    /// Names only the values that are not the simplest.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (axis, place) in self.look.choice().into_iter().enumerate() {
             if place > 0 {

@@ -1,7 +1,7 @@
-//! Makes an image as its recipe says, with qemu-img and qemu-io, and knows what it holds without reading it.
+//! Makes an image from its recipe with qemu-img and qemu-io, and knows its contents without reading it.
 //!
-//! Owns what is written into new images. What is written are pieces of patterns of odd lengths, so that no two sectors
-//! near each other are alike and all of it compresses, some well and some badly.
+//! Owns the contents of new images: pieces of patterns with odd lengths. So no two sectors near each other are alike,
+//! and all data compresses, some well and some badly.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -25,25 +25,25 @@ const PATTERNS: [u64; 4] = [61, 251, 1021, 4093];
 /// Bytes of a sector.
 const SECTOR: u64 = 512;
 
-/// The tools, and files that all images are made from.
+/// The tools, and the files from which all images are made.
 pub struct Workshop {
     pub qemu: Qemu,
     patterns: Vec<(PathBuf, Vec<u8>)>,
     folder: TempDir,
 }
 
-/// An image that was made.
+/// A finished image.
 pub struct Made {
     pub bench: Bench,
-    /// The files below it, and their bytes.
+    /// The files of its backing chain, and their bytes.
     pub below: Vec<(PathBuf, Vec<u8>)>,
     /// A raw external data file.
     pub raw_view: Option<PathBuf>,
-    /// Where it all is, until this is dropped.
+    /// The folder with all files; it is deleted when this is dropped.
     _folder: TempDir,
 }
 
-/// What qemu-io writes at once.
+/// A single write by qemu-io.
 #[derive(Clone, Copy, Debug)]
 enum Stroke {
     /// A pattern, compressed or not.
@@ -64,13 +64,13 @@ enum Stroke {
     },
 }
 
-/// A layer: what it is, and what may be done to it.
+/// A layer of a chain, with what may be done to it.
 struct Layer {
     spec: ImageSpec,
     squeezes: bool,
-    /// A raw file whose last sector is cut short.
+    /// True for a raw file that ends within a sector.
     ragged: bool,
-    /// Clusters that something was done to.
+    /// Clusters that a stroke has touched.
     touched: BTreeSet<u64>,
 }
 
@@ -83,7 +83,8 @@ impl Layer {
         self.spec.size.expect("each layer has its size")
     }
 
-    /// The stroke, with what it needs before: QEMU compresses nothing into a cluster that is allocated.
+    /// The stroke, adapted to the layer. QEMU cannot compress into an allocated cluster, so that is discarded before,
+    /// or filled uncompressed.
     fn prepared(&mut self, stroke: Stroke) -> Vec<Stroke> {
         let (Stroke::Fill { offset, length, .. }
         | Stroke::Zeroes { offset, length, .. }
@@ -110,7 +111,7 @@ impl Layer {
     }
 }
 
-/// Bytes of the disk, but for where it ends in its last cluster: some L2 tables where they are small.
+/// The size of the disk in bytes. It gives several L2 tables where they are small.
 pub fn size(look: &Look) -> u64 {
     let cluster = look.cluster.bytes();
     let clusters = match cluster.ilog2() {
@@ -126,17 +127,17 @@ pub fn size(look: &Look) -> u64 {
         _ => 7,
     };
     let odd = if look.size == Size::Odd { (cluster / 3).next_multiple_of(SECTOR) } else { 0 };
-    // A cluster of one sector cannot be ended within.
+    // A disk cannot end within a cluster of one sector.
     clusters * cluster + if odd == cluster { 0 } else { odd }
 }
 
-/// Bytes of what can be allocated by itself.
+/// The smallest unit of allocation in bytes.
 pub fn granule(look: &Look) -> u64 {
     look.cluster.bytes() / if look.l2 == L2::Extended { 32 } else { 1 }
 }
 
 impl Workshop {
-    /// A workshop in memory, where the host has such a place.
+    /// A workshop in memory, if the host has such a folder.
     pub fn new(qemu: Qemu) -> Self {
         let folder = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).expect("a folder");
         let pattern = |length: &u64| {
@@ -152,7 +153,7 @@ impl Workshop {
     /// Makes the image of a recipe.
     ///
     /// # Errors
-    /// When one of QEMU's tools refuses.
+    /// If one of QEMU's tools refuses.
     pub fn make(&self, recipe: &Recipe) -> Result<Made, ImageError> {
         let look = &recipe.look;
         let folder = tempfile::tempdir_in(self.folder.path()).expect("a folder");
@@ -196,7 +197,7 @@ impl Workshop {
             let count = 1 + random.below(look.refcount.snapshots_max().min(3));
             for number in 0..count {
                 let name = format!("made {number}");
-                // Compressed clusters that share one of the file may leave no room in its count.
+                // Several compressed clusters in one host cluster may leave no room in its refcount.
                 if bench.try_theirs_aside(Deed::Create, &name).is_err() && look.refcount.bits() > 4 {
                     bench.try_theirs(Deed::Create, &name)?;
                 }
@@ -209,7 +210,7 @@ impl Workshop {
         Ok(Made { bench, below, raw_view, _folder: folder })
     }
 
-    /// Does the strokes to an image and to its model.
+    /// Applies the strokes to an image and to its model.
     fn paint(
         &self,
         path: &Path,
@@ -242,13 +243,13 @@ impl Workshop {
     }
 }
 
-/// A model of a new layer over what is below.
+/// A model of a new layer over these contents.
 fn start(layer: &Layer, below: &[u8]) -> ByteModel {
-    // QEMU discards whole clusters only, whatever can be allocated by itself.
+    // QEMU discards whole clusters only, even with subclusters.
     ByteModel::with_contents(below, layer.size(), layer.spec.cluster_size.max(SECTOR), layer.rule())
 }
 
-/// How Strata opens it.
+/// The options with which Strata opens the image.
 fn how(look: &Look, data: &Path) -> DiskOptions {
     let mut how = options();
     if look.memory == Memory::Scarce {
@@ -289,7 +290,7 @@ fn top(look: &Look, backing: Option<(PathBuf, Format)>, data: &Path) -> Layer {
     Layer::new(spec, look.compression != Compression::Nothing)
 }
 
-/// What is below, the base first.
+/// The layers of the backing chain, the base first.
 fn layers_below(look: &Look) -> Vec<Layer> {
     let (size, cluster) = (size(look), look.cluster.bytes());
     let shorter = (size / 2 + cluster / 4).next_multiple_of(SECTOR);
@@ -319,7 +320,7 @@ fn layers_below(look: &Look) -> Vec<Layer> {
     }
 }
 
-/// What is written into a new layer.
+/// The strokes for a new layer.
 fn strokes(random: &mut Random, layer: &mut Layer, count: usize) -> Vec<Stroke> {
     let size = layer.size();
     let raw = layer.spec.format == Format::Raw;
@@ -328,9 +329,9 @@ fn strokes(random: &mut Random, layer: &mut Layer, count: usize) -> Vec<Stroke> 
     let mut strokes = Vec::new();
     for _ in 0..count {
         let at = random.below(size.div_ceil(cluster)) * cluster;
-        // Whole clusters, or the disk's end.
+        // Whole clusters, or up to the end of the disk.
         let whole = ((1 + random.below(8)) * cluster).min(length_max).min(size - at);
-        // Any sectors, often near a border of clusters.
+        // Any sectors, often near the border of a cluster.
         let within = random.below(cluster / SECTOR) * SECTOR;
         let offset = (at + random.of(&[0, 0, SECTOR, within])).min(size - SECTOR);
         let length = (1 + random.below(length_max / SECTOR)) * SECTOR;

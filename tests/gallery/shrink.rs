@@ -1,10 +1,11 @@
-//! Makes a failing recipe simpler for as long as it fails.
+//! Simplifies a failing recipe for as long as it fails.
 
 use std::collections::BTreeSet;
 
 use crate::look::{AXES, Look, Recipe};
 
-/// The simplest recipe found that fails as well. `steps` says how many steps a recipe has; at most `tries` are tried.
+/// The simplest recipe found that also fails. `steps` returns how many steps a recipe has; at most `tries` recipes are
+/// tried.
 pub fn shrink(
     failing: &Recipe,
     tries: usize,
@@ -19,7 +20,7 @@ pub fn shrink(
     };
     loop {
         let before = best.clone();
-        // Steps first: each try is quicker afterwards.
+        // Steps come first: each later try is then quicker.
         let mut piece = steps(&best).next_power_of_two();
         while piece > 0 {
             for first in (0..steps(&best)).step_by(piece) {

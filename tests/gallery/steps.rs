@@ -1,6 +1,6 @@
-//! What is done to an image of the gallery, step by step, and what is compared.
+//! Applies steps to an image of the gallery, and compares the results.
 //!
-//! Owns the steps that follow from a recipe, and when an image is served right. It makes no image.
+//! Owns the steps that follow from a recipe, and the rules for correct service. It makes no image.
 
 use disk::OpenError;
 use disk::snapshot::{ChangeError, ChangeRefusal};
@@ -23,11 +23,11 @@ pub enum Step {
     Do(Operation),
     /// The disk is closed, examined by all tools, and opened again.
     Examine,
-    /// A change of a snapshot, by us or by QEMU. `which` is counted round.
+    /// A change of a snapshot, by us or by QEMU. `which` is taken modulo the number of snapshots.
     Change { deed: Deed, which: usize, ours: bool },
 }
 
-/// Why an image did not get as far.
+/// Why a trial could not start.
 #[derive(Debug, Error)]
 pub enum TrialError {
     /// QEMU's tools did not make it.
@@ -38,13 +38,13 @@ pub enum TrialError {
     Open(#[from] OpenError),
 }
 
-/// All steps that a recipe has, left out or not.
+/// All steps of a recipe, including the skipped ones.
 pub fn steps(recipe: &Recipe) -> Vec<Step> {
     let look = &recipe.look;
     let random = &mut Random::new(recipe.seed ^ 0x5354_4550);
     let mut steps = Vec::new();
     if look.snapshots == Snapshots::Full {
-        // One more than there is room for.
+        // One more snapshot than there is room for.
         let create = Step::Change { deed: Deed::Create, which: 0, ours: true };
         steps.extend(std::iter::repeat_n(create, look.refcount.snapshots_max() as usize + 1));
         steps.push(Step::Examine);
@@ -89,8 +89,8 @@ fn operations(recipe: &Recipe) -> Vec<Operation> {
     operations
 }
 
-/// A compressed cluster has no parts that could be discarded, and which are compressed the model does not know: whole
-/// clusters are discarded.
+/// Widens a discard to whole clusters. Parts of a compressed cluster cannot be discarded, and the model does not know
+/// which clusters are compressed.
 fn widen(operation: &mut Operation, cluster: u64, size: u64) {
     if let Operation::Discard { offset, length } = operation {
         let end = (*offset + *length).next_multiple_of(cluster).min(size);
@@ -102,27 +102,27 @@ fn widen(operation: &mut Operation, cluster: u64, size: u64) {
 /// Makes the image of a recipe, serves it step by step, and compares.
 ///
 /// # Errors
-/// When it cannot be made or opened.
+/// If it cannot be made or opened.
 ///
 /// # Panics
-/// When something is not as it should be.
+/// If a comparison fails.
 pub fn run(workshop: &Workshop, recipe: &Recipe) -> Result<(), TrialError> {
     let made = workshop.make(recipe)?;
     run_on(made, recipe)
 }
 
-/// As [`run`], on an image that is made.
+/// As [`run`], on a finished image.
 ///
 /// # Errors
-/// When it cannot be opened.
+/// If it cannot be opened.
 ///
 /// # Panics
-/// When something is not as it should be.
+/// If a comparison fails.
 pub fn run_on(mut made: Made, recipe: &Recipe) -> Result<(), TrialError> {
-    // Nothing of all this is refused.
+    // None of these images may be refused.
     Rig::open(&made.bench.image, &made.bench.options)?.close();
     let bench = &mut made.bench;
-    // What it holds before anything is done.
+    // Compare the contents before the first step.
     bench.run(&[]);
     let mut waiting = Vec::new();
     let left = steps(recipe).into_iter().enumerate().filter(|(number, _)| !recipe.without.contains(number));
@@ -156,7 +156,8 @@ fn change(bench: &mut Bench, number: usize, deed: Deed, which: usize, ours: bool
     if done {
         return;
     }
-    // One has found no room in a refcount. QEMU needs some where we do not: to apply what the disk has already.
+    // One side found no room in a refcount. To apply a snapshot whose clusters the disk already has, QEMU needs room
+    // and we do not.
     let other = if ours { bench.try_theirs_aside(deed, &name).is_ok() } else { try_ours(bench, deed, &name) };
     assert!(
         !other || (deed == Deed::Apply && !ours),
@@ -180,13 +181,13 @@ fn try_ours(bench: &mut Bench, deed: Deed, name: &str) -> bool {
     }
 }
 
-/// Everything is as it should be at the end.
+/// Compares everything at the end.
 fn conclude(made: &Made, look: &Look) {
     let bench = &made.bench;
     bench.examine_disk("at the end");
     let count = bench.snapshots.len();
     for (number, (name, contents)) in bench.snapshots.iter().enumerate() {
-        // Of very many those at the ends and in the middle.
+        // Of very many snapshots, test those at the ends and in the middle.
         if count > 5 && ![0, 1, count / 2, count - 1].contains(&number) {
             continue;
         }
@@ -200,7 +201,7 @@ fn conclude(made: &Made, look: &Look) {
         assert!(std::fs::read(path).expect("a layer") == *before, "{} was changed", path.display());
     }
     if let Some(data) = &made.raw_view {
-        // QEMU makes it as long as the clusters.
+        // QEMU makes the file as long as whole clusters.
         let found = std::fs::read(data).expect("the data file");
         assert!(found.starts_with(&bench.contents), "the raw data file is not the disk");
     }

@@ -1,7 +1,7 @@
-//! What drives disks in tests: the rig, on the host's files, and the crash machine, on a simulated host; and what both
-//! are compared with.
+//! The drivers of disks in tests: the rig on the host's files, the crash machine on a simulated host, and the models
+//! that both are compared with.
 //!
-//! Owns the list of it, and that it is compiled once for all test targets. A test belongs to a target.
+//! Owns the list of these modules, which is compiled once for all test targets. Tests belong to a target.
 #![allow(missing_docs, reason = "it is for the tests beside it, and says what it must where it is")]
 
 #[path = "../agree.rs"]

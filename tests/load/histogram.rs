@@ -2,7 +2,7 @@
 
 /// Steps between two powers of two.
 const STEPS: usize = 32;
-/// Powers of two covered: up to about 18 minutes in nanoseconds; what is longer counts as that.
+/// Powers of two covered: up to about 18 minutes in nanoseconds; longer values count in the last bucket.
 const POWERS: usize = 36;
 
 /// Counts of values, in nanoseconds by convention.
@@ -54,12 +54,12 @@ impl Histogram {
         self.max
     }
 
-    /// The mean, 0 of nothing.
+    /// The mean, 0 without values.
     pub fn mean(&self) -> f64 {
         if self.total == 0 { 0.0 } else { self.sum as f64 / self.total as f64 }
     }
 
-    /// A value that this fraction (0 to 1) of all values do not exceed, to the bucket's upper end; 0 of nothing.
+    /// An upper bound for this fraction (0 to 1) of all values: the upper end of its bucket; 0 without values.
     pub fn percentile(&self, fraction: f64) -> u64 {
         let wanted = (self.total as f64 * fraction.clamp(0.0, 1.0)).ceil().max(1.0) as u64;
         let mut seen = 0;

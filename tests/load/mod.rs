@@ -1,7 +1,7 @@
-//! A load generator on the client: one thread a queue, a fixed number of requests in flight, a histogram.
+//! A load generator on the client: one thread per queue, a fixed number of requests in flight, a histogram.
 //!
-//! Owns what is asked of the disk in which order, and the accounting. Between the first request and the last it
-//! allocates nothing and sleeps only where the client does.
+//! Owns the choice and order of requests, and the accounting. Between the first request and the last it allocates
+//! nothing and sleeps only in the client.
 
 mod histogram;
 mod order;
@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use crate::client::{ClientError, Queue, SECTOR};
 
-/// How often each kind of request comes, relative to the sum of all.
+/// How often each kind of request comes: its weight relative to the sum of all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mix {
     /// Reads.
@@ -34,14 +34,14 @@ pub struct Mix {
 }
 
 impl Mix {
-    /// Nothing at all, to be filled in.
+    /// No requests, to be filled in.
     pub const NONE: Self = Self { read: 0, write: 0, discard: 0, write_zeroes: 0, write_zeroes_unmap: 0 };
     /// Reads only.
     pub const READ: Self = Self { read: 100, ..Self::NONE };
     /// Writes only.
     pub const WRITE: Self = Self { write: 100, ..Self::NONE };
 
-    /// Reads and writes, with so many per cent of reads.
+    /// Reads and writes, with this percentage of reads.
     pub fn reads(percent: u32) -> Self {
         Self { read: percent.min(100), write: 100 - percent.min(100), ..Self::NONE }
     }
@@ -54,25 +54,25 @@ impl Mix {
     }
 }
 
-/// When a load is over. What is in flight then is awaited and counted.
+/// When a load is over. Requests in flight at that time are awaited and counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Limit {
     /// After this time.
     Duration(Duration),
-    /// After so many requests over all queues, flushes of `flush_every` not counted.
+    /// After this many requests over all queues, not counting the flushes of `flush_every`.
     Requests(u64),
-    /// After every block of the range was asked for once. Not for [`Order::Random`].
+    /// After one request for every block of the range. Not for [`Order::Random`].
     Once,
 }
 
-/// What reads must bring and writes leave behind.
+/// The contents that reads must return and writes leave behind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verify {
-    /// Nothing: writes send the same bytes again and again, reads are not looked at.
+    /// No check: writes send the same bytes again and again, reads are not compared.
     Off,
-    /// Writes describe themselves (see [`stamp_block`]); reads must bring such a block, or one of zeroes.
+    /// Writes describe themselves (see [`stamp_block`]); reads must return such a block, or zeroes.
     StampedOrZero,
-    /// As before, but zeroes are wrong.
+    /// As `StampedOrZero`, but zeroes are wrong.
     Stamped,
 }
 
@@ -83,19 +83,19 @@ pub struct Spec {
     pub depth: usize,
     /// Bytes per request, whole sectors, no more than the queue's capacity.
     pub block_size: u32,
-    /// In which order blocks come.
+    /// The order of the blocks.
     pub order: Order,
-    /// What is asked.
+    /// The kinds of requests.
     pub mix: Mix,
-    /// A flush after so many writes of a queue, alongside the others; 0 for never.
+    /// A flush after this many writes of a queue, concurrent with other requests; 0 for never.
     pub flush_every: u64,
     /// When it is over.
     pub limit: Limit,
-    /// What to check.
+    /// The contents to check.
     pub verify: Verify,
     /// The part of the disk, in bytes; only whole blocks of it are used.
     pub range: Range<u64>,
-    /// Makes order and contents reproducible. Stamps of another seed do not verify.
+    /// Makes order and contents reproducible. Stamps of another seed fail verification.
     pub seed: u64,
 }
 
@@ -137,7 +137,7 @@ pub enum LoadError {
     Client(#[from] ClientError),
 }
 
-/// What a load brought.
+/// The result of a load.
 #[derive(Clone, Debug)]
 pub struct Report {
     /// Requests completed with success, flushes included.

@@ -1,20 +1,21 @@
-//! In which order the blocks of a range come.
+//! The order of the blocks of a range.
 
 use crate::random::{Random, mix};
 
 /// The order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Order {
-    /// One after the other; each queue has a contiguous part of the range, and begins again at its end.
+    /// One after the other; each queue has a contiguous part of the range, and starts over at its end.
     Sequential,
-    /// At random, with repeats; every queue over the whole range.
+    /// At random, with repeats; every queue covers the whole range.
     Random,
-    /// At random, every block exactly once before any comes again; the queues share the blocks out.
+    /// At random, every block exactly once before any repeats; the queues share the blocks out.
     RandomOnce,
 }
 
-/// A random-looking one-to-one map of `0..count` onto itself, without a table: a four-round Feistel network on the next
-/// even number of bits; what falls outside is mapped again until it falls inside, four times on average at most.
+/// A random-looking one-to-one map of `0..count` onto itself, without a table: a four-round Feistel network on the
+/// next even number of bits. A result outside the range is mapped again until it falls inside, at most four times
+/// on average.
 #[derive(Clone, Debug)]
 pub struct Permutation {
     count: u64,
@@ -23,7 +24,7 @@ pub struct Permutation {
 }
 
 impl Permutation {
-    /// The permutation of `0..count` that belongs to a seed.
+    /// The permutation of `0..count` for a seed.
     pub fn new(count: u64, seed: u64) -> Self {
         let bits = u64::BITS - count.saturating_sub(1).leading_zeros();
         let mut random = Random::new(seed);
@@ -31,10 +32,10 @@ impl Permutation {
         Self { count, half_bits: bits.div_ceil(2).max(1), keys }
     }
 
-    /// Where `index` goes.
+    /// The image of `index`.
     ///
     /// # Panics
-    /// When it is not below the count.
+    /// When `index` is not below the count.
     pub fn at(&self, index: u64) -> u64 {
         assert!(index < self.count, "the permutation has {} places", self.count);
         let mut value = index;
@@ -56,7 +57,7 @@ impl Permutation {
     }
 }
 
-/// The blocks of one queue, one after the other, numbered from 0 in the range.
+/// The blocks of one queue in order, numbered from 0 in the range.
 #[derive(Clone, Debug)]
 pub(super) enum Blocks {
     Sequential { first: u64, count: u64, next: u64 },
@@ -67,7 +68,7 @@ pub(super) enum Blocks {
 impl Blocks {
     /// Queue `queue` of `queues` over `count` blocks.
     pub fn new(order: Order, count: u64, seed: u64, queue: u64, queues: u64) -> Self {
-        // Widened: the product of a count of blocks and of queues may exceed 64 bits.
+        // Widened: the product of the counts of blocks and of queues may exceed 64 bits.
         let share = |queue: u64| (u128::from(count) * u128::from(queue) / u128::from(queues)) as u64;
         let first = share(queue);
         let part = share(queue + 1) - first;
@@ -80,7 +81,7 @@ impl Blocks {
         }
     }
 
-    /// How many there are before the first comes again.
+    /// How many blocks come before the first one repeats.
     pub fn count(&self) -> u64 {
         match self {
             Self::Sequential { count, .. } | Self::Random { count, .. } | Self::Once { count, .. } => *count,

@@ -1,7 +1,7 @@
-//! Blocks that describe themselves, so that a read can be checked without knowing who wrote when.
+//! Blocks that describe themselves, so that a read can be checked without a record of the writes.
 //!
-//! A sector's contents follow from its place on the disk and a seed: one that lies elsewhere, is torn inside or comes
-//! from another run shows. Two writes of one block are the same, so that racing ones do no harm.
+//! A sector's contents follow from its offset on the disk and a seed. So a check finds a sector that is misplaced,
+//! torn inside or from another run. Two writes of one block are the same, so racing writes are harmless.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -12,11 +12,11 @@ const WORDS: usize = 64;
 
 /// Word `index` of the sector that begins at byte `offset`.
 fn word(seed: u64, offset: u64, index: u64) -> u64 {
-    // The first word says in clear where the sector belongs, for whoever looks at a dump.
+    // The first word is the sector's offset in plain form, for people who read a dump.
     if index == 0 { offset } else { mix(seed ^ offset.rotate_left(17) ^ index) | 1 }
 }
 
-/// Fills a block, given as words, for the place at byte `offset` on the disk.
+/// Fills a block, given as words, for byte `offset` on the disk.
 pub fn stamp_block(words: &[AtomicU64], seed: u64, offset: u64) {
     for (index, place) in words.iter().enumerate() {
         let sector = offset + (index / WORDS * WORDS * 8) as u64;
@@ -24,13 +24,13 @@ pub fn stamp_block(words: &[AtomicU64], seed: u64, offset: u64) {
     }
 }
 
-/// Whether a block, given as words, is what [`stamp_block`] makes for this place, or, if `zero_allowed`, whether each
-/// of its sectors is that or zero.
+/// Whether a block, given as words, is what [`stamp_block`] writes for this offset. If `zero_allowed`, each of its
+/// sectors may also be zero.
 pub fn check_block(words: &[AtomicU64], seed: u64, offset: u64, zero_allowed: bool) -> bool {
     words.chunks(WORDS).enumerate().all(|(number, sector)| {
         let at = offset + (number * WORDS * 8) as u64;
         let load = |place: &AtomicU64| place.load(Ordering::Relaxed);
-        // The last word of a stamped sector is never 0, so it tells the two cases apart.
+        // The last word of a stamped sector is never 0, so it distinguishes the two cases.
         if zero_allowed && sector.last().map(load) == Some(0) {
             return sector.iter().all(|place| load(place) == 0);
         }

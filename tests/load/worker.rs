@@ -11,7 +11,7 @@ use crate::client::{
 };
 use crate::random::Random;
 
-/// What a slot is doing.
+/// The kind of request in a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Read,
@@ -35,14 +35,14 @@ struct Worker<'a> {
     random: Random,
     /// Indexed by slot.
     in_flight: Vec<InFlight>,
-    /// Requests still to be started, flushes not counted; none if time decides.
+    /// Requests still to be started, flushes not counted; none if the time decides.
     left: Option<u64>,
     end: Option<Instant>,
     writes_since_flush: u64,
     report: Report,
 }
 
-/// Runs queue `index` of `count`. All workers begin together.
+/// Runs queue `index` of `count`. All workers start together.
 pub(super) fn run(
     queue: &mut Queue,
     spec: &Spec,
@@ -78,8 +78,8 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// Without verification every write sends what lies in its slot's buffer: bytes that are not zero, and not the
-    /// same in every buffer. Touching the pages also takes the page faults out of the measurement.
+    /// Without verification every write sends the existing bytes of its slot's buffer: not zero, and different in
+    /// each buffer. Touching the pages also takes the page faults out of the measurement.
     fn prepare_buffers(&mut self) {
         let words = self.spec.block_size as usize / 8;
         let mut slots = Vec::new();
@@ -90,7 +90,7 @@ impl<'a> Worker<'a> {
                 break;
             }
         }
-        // Taken from the top of a stack and put back in reverse: the same slots come again.
+        // Released in reverse order of a stack: the same slots are acquired again.
         slots.into_iter().rev().for_each(|slot| self.queue.release(slot));
     }
 

@@ -1,7 +1,7 @@
 //! A disk driven in-process, without a socket: two queues of one [`Disk`] on the test's own thread.
 //!
-//! Requests that do not touch each other are put in flight together, on both queues by turns, from guest memory at
-//! aligned and at odd addresses; what the disk then holds is compared with a [`ByteModel`].
+//! Requests that do not overlap are put in flight together, on both queues by turns, from guest memory at aligned and
+//! at odd addresses. The contents of the disk are compared with a [`ByteModel`].
 
 use std::cell::RefCell;
 use std::fs::{File, OpenOptions};
@@ -22,7 +22,7 @@ pub const K: u64 = 1024;
 /// 1 MiB.
 pub const M: u64 = 1024 * K;
 
-/// What tests open disks with: little patience with locks, all else as users have it.
+/// The options of tests: a short wait for locks, and the defaults otherwise.
 pub fn options() -> DiskOptions {
     DiskOptions { lock_timeout: Duration::from_secs(2), ..DiskOptions::default() }
 }
@@ -63,7 +63,7 @@ const WINDOW: usize = 1 << 20;
 const IN_FLIGHT: usize = 8;
 
 thread_local! {
-    /// Guest memory of rigs that were closed: nobody uses it any more.
+    /// Guest memory of closed rigs, which is free for reuse.
     static MEMORIES: RefCell<Vec<&'static GuestMemoryMmap<()>>> = const { RefCell::new(Vec::new()) };
 }
 
@@ -74,7 +74,7 @@ pub struct Rig {
     memory: &'static GuestMemoryMmap<()>,
 }
 
-/// A request in flight and what it is to do.
+/// A request in flight and its operation.
 struct Flying {
     operation: Operation,
     slices: Vec<GuestSlice>,
@@ -86,14 +86,14 @@ impl Rig {
         Self::open_on(HostStorage::new(), path, options)
     }
 
-    /// The same through a storage of the caller's choice.
+    /// Opens an image through a storage of the caller's choice.
     pub fn open_on(storage: HostStorage, path: &Path, options: &DiskOptions) -> Result<Self, OpenError> {
         let disk = Disk::open(storage, path, options)?;
         let queues = (0..2).map(|_| disk.queue(64)).collect::<Result<Vec<_>, _>>()?;
         let memory = MEMORIES.with_borrow_mut(Vec::pop).unwrap_or_else(|| {
             let range = (GuestAddress(0), WINDOW * IN_FLIGHT);
             let memory = GuestMemoryMmap::<()>::from_ranges(&[range]).expect("guest memory");
-            // Leaked, so that the slices may well be 'static.
+            // Leaked, so that its slices are 'static.
             Box::leak(Box::new(memory))
         });
         Ok(Rig { queues, disk, memory })
@@ -111,8 +111,8 @@ impl Rig {
         &self.disk
     }
 
-    /// Runs operations, in flight together where they do not touch each other, and keeps the model in step. Panics
-    /// where a read differs.
+    /// Runs operations and applies them to the model. Operations that do not overlap are in flight together. Panics if
+    /// a read differs.
     pub fn run(&mut self, operations: &[Operation], model: &mut ByteModel) {
         let mut group: Vec<Operation> = Vec::new();
         for operation in operations {
@@ -157,7 +157,7 @@ impl Rig {
         }
     }
 
-    /// Turns both queues until that many requests are done.
+    /// Polls both queues until that many requests have completed.
     fn collect(&mut self, count: usize) -> Vec<Completed> {
         let mut done: Vec<Completed> = Vec::new();
         let mut idle = 0;
@@ -169,7 +169,7 @@ impl Rig {
             if done.len() == before {
                 idle += 1;
                 if idle == 60_000 {
-                    // To drop them would be to wait for what hangs.
+                    // Dropping the queues would wait for the hanging requests.
                     std::mem::forget(std::mem::take(&mut self.queues));
                     panic!("requests hang: {} of {count} are done", done.len());
                 }

@@ -1,7 +1,7 @@
-//! The inflated clusters of a disk that were used last, and those that somebody is inflating now.
+//! The inflated clusters of a disk that were used last, and those being inflated now.
 //!
-//! Bounded in bytes. A cluster is inflated by one request at a time; others that want it wait for that one. What is kept
-//! of the top image is forgotten before its host space can hold something new: see [`Cache::forget`].
+//! Bounded in bytes. One request at a time inflates a cluster; others that need it wait for that one. Entries of the
+//! top image are removed before their host space can hold anything new: see [`Cache::forget`].
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -13,7 +13,7 @@ use storage::Errno;
 
 use crate::error::RequestError;
 
-/// What an entry takes besides the cluster's bytes, roughly.
+/// The rough size of an entry besides the cluster's bytes.
 const ENTRY_BYTES: usize = 256;
 /// The farthest that the data of a compressed cluster reaches from its first byte: two of the largest clusters.
 const DATA_BYTES_MAX: u64 = 4 << 20;
@@ -31,7 +31,7 @@ pub(crate) struct Cache {
 #[derive(Default)]
 struct State {
     entries: BTreeMap<CompressedCluster, Entry>,
-    /// The entries that are here by their last use.
+    /// The inflated entries by their last use.
     by_use: BTreeMap<u64, CompressedCluster>,
     uses: u64,
     bytes: usize,
@@ -42,7 +42,7 @@ enum Entry {
     Coming(Arc<Flight>),
 }
 
-/// A cluster that somebody is inflating.
+/// A cluster being inflated.
 struct Flight {
     /// Leaf lock.
     state: Mutex<FlightState>,
@@ -54,19 +54,20 @@ struct FlightState {
     waiters: Vec<Waker>,
 }
 
-/// What the cache has of a cluster.
+/// The state of a cluster in the cache.
 pub(crate) enum Found<'a> {
     Here(Inflated),
-    /// Somebody is at it: wait for that.
+    /// Another request inflates it: wait for that.
     Coming(Coming),
-    /// Nobody is at it: the caller is to inflate it, and to say how that ended.
+    /// No request inflates it: the caller must inflate it, and report the outcome.
     Yours(Lease<'a>),
 }
 
-/// A wait for somebody else's inflating.
+/// A wait for another request's inflating.
 pub(crate) struct Coming(Arc<Flight>);
 
-/// The sole right, and the duty, to inflate a cluster. Dropped without an outcome, it fails those who wait.
+/// The sole right, and the duty, to inflate a cluster. If it is dropped without an outcome, the waiting requests
+/// fail.
 #[must_use]
 pub(crate) struct Lease<'a> {
     cache: &'a Cache,
@@ -75,7 +76,7 @@ pub(crate) struct Lease<'a> {
 }
 
 impl Cache {
-    /// An empty cache for so many bytes.
+    /// An empty cache for at most `bytes_max` bytes.
     pub fn new(bytes_max: usize) -> Self {
         Cache { state: Mutex::default(), bytes_max }
     }
@@ -84,7 +85,7 @@ impl Cache {
         self.state.lock().expect("no panic under this lock")
     }
 
-    /// Looks a cluster up.
+    /// Looks up a cluster.
     pub fn find(&self, cluster: CompressedCluster) -> Found<'_> {
         let mut state = self.lock();
         let State { entries, by_use, uses, .. } = &mut *state;
@@ -105,8 +106,8 @@ impl Cache {
         }
     }
 
-    /// Forgets what overlaps a range of a file. To be called before the range is free to hold something new, when no
-    /// request is left that took it for what it was.
+    /// Removes entries that overlap a range of a file. Call this before the range can hold anything new, and after
+    /// the last request that knew its old contents has ended.
     pub fn forget(&self, file: FileIndex, offset: HostOffset, length: u64) {
         let mut state = self.lock();
         let end = offset.0.saturating_add(length);
@@ -119,7 +120,7 @@ impl Cache {
         }
     }
 
-    /// Bytes that are kept.
+    /// Bytes in the cache.
     #[cfg(test)]
     fn bytes(&self) -> usize {
         self.lock().bytes
@@ -134,7 +135,7 @@ impl State {
         }
     }
 
-    /// Keeps a cluster, and lets those go that were not used for longest.
+    /// Adds a cluster, and evicts those that were not used for longest.
     fn keep(&mut self, cluster: CompressedCluster, bytes: Inflated, bytes_max: usize) {
         self.uses += 1;
         self.bytes += bytes.len() + ENTRY_BYTES;
@@ -149,14 +150,14 @@ impl State {
 }
 
 impl Lease<'_> {
-    /// How it ended: those who wait get the same.
+    /// Reports the outcome: the waiting requests get the same.
     pub fn done(self, outcome: &Outcome) {
         self.end(outcome.clone());
     }
 
     fn end(&self, outcome: Outcome) {
         let mut state = self.cache.lock();
-        // If it was forgotten meanwhile, it is not kept.
+        // If it was removed meanwhile, it is not cached.
         let ours =
             |entry: &Entry| matches!(entry, Entry::Coming(flight) if Arc::ptr_eq(flight, &self.flight));
         if state.entries.get(&self.cluster).is_some_and(ours) {
@@ -228,7 +229,7 @@ mod tests {
     }
 
     fn has(cache: &Cache, offset: u64) -> bool {
-        // A lease that is dropped leaves nothing behind.
+        // A dropped lease leaves no entry.
         matches!(cache.find(cluster(offset)), Found::Here(_))
     }
 
@@ -259,7 +260,7 @@ mod tests {
         assert_eq!(left, [0, 1, 2, 3, 5, 6, 7, 8, 9], "data 4000..4600 alone lies in 3600..5000");
         cache.forget(FileIndex(0), HostOffset(3599), 1);
         assert!(!has(&cache, 3000) && has(&cache, 2000));
-        // What is under way when it is forgotten is not kept.
+        // A cluster that is removed while it is being inflated is not cached.
         let Found::Yours(lease) = cache.find(cluster(4000)) else { panic!("it is there") };
         cache.forget(FileIndex(0), HostOffset(4000), 512);
         lease.done(&Ok(bytes(1)));

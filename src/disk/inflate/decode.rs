@@ -1,5 +1,5 @@
-//! One compressed cluster to its bytes. What a stream claims is never believed: it is decoded straight into a buffer of
-//! the cluster's size, and nothing is allocated by what it says.
+//! Inflates one compressed cluster. The decoder trusts no claim of a stream. It decodes straight into a buffer of the
+//! cluster's size, and allocates nothing by a stream's claims.
 
 use flate2::{Decompress, FlushDecompress};
 use qcow2::Compression;
@@ -9,21 +9,21 @@ use zstd::zstd_safe::{DCtx, find_frame_compressed_size};
 /// Why the data of a compressed cluster cannot be inflated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum InflateError {
-    /// It is no stream of its kind.
+    /// The data is not a stream of its kind.
     #[error("the compressed data is damaged")]
     Damaged,
     /// The stream, or the data, ends too early.
     #[error("the compressed data ends after {bytes} bytes of the cluster")]
     Short {
-        /// Bytes that there were.
+        /// Bytes that were inflated.
         bytes: usize,
     },
-    /// A thread ended before it was done.
+    /// A thread ended before the cluster was inflated.
     #[error("inflating was broken off")]
     BrokenOff,
 }
 
-/// Inflates, and keeps the memory that it takes.
+/// Inflates clusters, and retains its memory between them.
 pub(crate) struct Decoder {
     deflate: Option<Decompress>,
     zstd: Option<DCtx<'static>>,
@@ -47,8 +47,8 @@ impl Decoder {
         }
     }
 
-    /// As QEMU does, a stream that would go on after the cluster is full is good: its rest is not looked at. Writers use
-    /// a window of 4 KiB, but as all of the cluster is at hand, a longer one does no harm, there or here.
+    /// As in QEMU, a stream that continues after the cluster is full is valid: its rest is ignored. Writers use a
+    /// window of 4 KiB. A longer one does no harm, as the whole cluster is in memory.
     fn deflate(&mut self, data: &[u8], output: &mut [u8]) -> Result<(), InflateError> {
         let decoder = self.deflate.get_or_insert_with(|| Decompress::new(false));
         decoder.reset(false);
@@ -57,8 +57,8 @@ impl Decoder {
         if bytes == output.len() { Ok(()) } else { Err(InflateError::Short { bytes }) }
     }
 
-    /// As in QEMU, there may be several frames, of which the last must end just where the cluster does. A frame at a
-    /// time is decoded in one go, which needs no window, whatever the frame asks for.
+    /// As in QEMU, there may be several frames, and the last must end exactly where the cluster does. Each frame is
+    /// decoded in one call, which needs no window, whatever the frame claims.
     fn zstd(&mut self, data: &[u8], output: &mut [u8]) -> Result<(), InflateError> {
         let decoder = self.zstd.get_or_insert_with(DCtx::create);
         let (mut data, mut done) = (data, 0);
@@ -86,7 +86,7 @@ mod tests {
 
     const SIZE: usize = 65536;
 
-    /// Bytes that repeat themselves at a distance of 20,000, and not sooner.
+    /// Bytes that repeat at a distance of 20,000, and no shorter one.
     fn contents() -> Vec<u8> {
         let mut state = 1_u64;
         let mut next = || {
@@ -109,7 +109,7 @@ mod tests {
 
     fn inflate(compression: Compression, data: &[u8]) -> Result<Vec<u8>, InflateError> {
         let mut output = vec![0xee; SIZE];
-        // Twice, as a decoder is used again after whatever it met.
+        // Twice, because a decoder is used again after any result.
         let mut decoder = Decoder::new();
         let first = decoder.inflate(compression, data, &mut output);
         assert_eq!(decoder.inflate(compression, data, &mut output), first);

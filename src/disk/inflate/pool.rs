@@ -1,7 +1,7 @@
-//! The threads that inflate, so that a ring's thread goes on serving others meanwhile.
+//! The threads that inflate, so that a ring's thread serves other requests meanwhile.
 //!
-//! Few, started when there is work for one more, gone when there has been none for a while. With none allowed, whoever
-//! asks inflates on its own thread: for a simulator, in which all must happen in one order.
+//! There are few. One more is started when there is work for it, and ends after some time without work. If none are
+//! allowed, the caller inflates on its own thread: for a simulator, in which everything must happen in one order.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -36,15 +36,15 @@ struct Shared {
 #[derive(Default)]
 struct State {
     jobs: VecDeque<Job>,
-    /// Threads that have not made up their minds to end.
+    /// Threads that have not decided to end.
     running: usize,
-    /// Those of them that wait for work.
+    /// Running threads that wait for work.
     idle: usize,
     threads: Vec<JoinHandle<()>>,
     stopping: bool,
 }
 
-/// A cluster to be inflated. Dropped undone, it tells so.
+/// A cluster to be inflated. If it is dropped before, it reports that.
 struct Job {
     compressed: Option<Compressed>,
     answer: Option<Arc<Answer>>,
@@ -53,11 +53,11 @@ struct Job {
 /// The data of a compressed cluster.
 pub(crate) struct Compressed {
     pub compression: Compression,
-    /// What was read.
+    /// The bytes that were read.
     pub buffer: AlignedBuf,
-    /// Where in it the data is.
+    /// The range of the data in the buffer.
     pub data: Range<usize>,
-    /// Bytes that it is to become.
+    /// Bytes of the inflated cluster.
     pub cluster_size: usize,
 }
 
@@ -76,13 +76,13 @@ struct AnswerState {
 }
 
 impl Pool {
-    /// A pool of at most so many threads.
+    /// A pool of at most `threads_max` threads.
     pub fn new(threads_max: usize) -> Self {
         let shared = Shared { state: Mutex::default(), work: Condvar::new() };
         Pool { shared: Arc::new(shared), threads_max }
     }
 
-    /// Inflates a cluster; gives the buffer back, unless a thread was lost with it.
+    /// Inflates a cluster; returns the buffer, unless it was lost with a thread.
     pub async fn inflate(&self, compressed: Compressed) -> (Result<Vec<u8>>, Option<AlignedBuf>) {
         if self.threads_max == 0 {
             return compressed.inflate(&mut Decoder::new());
@@ -124,7 +124,7 @@ impl Pool {
                 drop(state);
                 job.into_iter().for_each(|job| job.run(&mut Decoder::new()));
             }
-            // There are others.
+            // Other threads do the work.
             Err(_) => {}
         }
     }
@@ -150,18 +150,18 @@ impl Shared {
         self.state.lock().expect("no panic under this lock")
     }
 
-    /// What a thread does.
+    /// The loop of a thread.
     fn work(&self) {
         let mut decoder = Decoder::new();
         while let Some(job) = self.next() {
-            // Whoever waits is told when the job is dropped.
+            // The drop of the job reports the panic to the waiting request.
             if catch_unwind(AssertUnwindSafe(|| job.run(&mut decoder))).is_err() {
                 decoder = Decoder::new();
             }
         }
     }
 
-    /// The next job; none if the thread is to end, which it then must.
+    /// The next job; none if the thread must end, because it no longer counts as running.
     fn next(&self) -> Option<Job> {
         let mut state = self.lock();
         loop {
@@ -253,7 +253,7 @@ mod tests {
         }
     }
 
-    /// A stored block of deflate that holds these bytes, behind some that do not belong to it.
+    /// A stored block of deflate with these bytes, after some bytes that do not belong to it.
     fn stored(bytes: &[u8]) -> Compressed {
         let length = bytes.len() as u16;
         let mut data = vec![0xee; 3];

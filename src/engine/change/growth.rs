@@ -1,7 +1,7 @@
-//! Room for new metadata: free clusters of the file or behind its end, and refblocks and a refcount table that reach so
-//! far.
+//! Finds room for new metadata: free clusters in the file or behind its end. Also adds the refblocks and the refcount
+//! table that their refcounts need.
 //!
-//! Owns which clusters are taken; what is written there is the plan's.
+//! Owns which clusters are taken. The plan decides what is written there.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -19,9 +19,9 @@ pub(super) struct Run {
     pub count: u64,
 }
 
-/// The taking of clusters.
+/// Takes free clusters.
 pub(super) struct Room<'a> {
-    /// Every cluster that is taken counts 1 from then on.
+    /// Each taken cluster has the count 1 from then on.
     counts: &'a mut Counts,
     geometry: Geometry,
     /// The first cluster behind the file.
@@ -29,7 +29,7 @@ pub(super) struct Room<'a> {
     pub taken: Vec<Run>,
 }
 
-/// What the refcount structure needs so that all that is taken has a refcount.
+/// The additions to the refcount structure that give all taken clusters a refcount.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Growth {
     /// New refblocks: index in the refcount table → cluster.
@@ -39,16 +39,16 @@ pub(super) struct Growth {
 }
 
 impl<'a> Room<'a> {
-    /// For a file of so many clusters.
+    /// Starts with a file of this many clusters.
     pub fn new(counts: &'a mut Counts, geometry: Geometry, clusters: u64) -> Self {
-        // The cluster behind the last may be in use, as the last table or data of a file need not be written whole.
+        // The cluster behind the last may be in use: the last table or data of a file need not be written whole.
         let end = clusters + u64::from(counts.get(clusters) > 0);
         Room { counts, geometry, end, taken: Vec::new() }
     }
 
-    /// Takes neighbouring clusters, the first that are free.
+    /// Takes the first run of `count` adjacent free clusters.
     pub fn take(&mut self, count: u64) -> Result<Run, ChangeRefusal> {
-        // The header's is never free.
+        // The header's cluster is never free.
         let (mut first, mut at) = (1, 1);
         while at < self.end && at - first < count {
             if self.counts.get(at) > 0 {
@@ -70,14 +70,14 @@ impl<'a> Room<'a> {
         Ok(run)
     }
 
-    /// Sees to it that all that was taken has a place for its refcount.
+    /// Adds refblocks, and a larger refcount table if needed, until every taken cluster has a refcount.
     pub fn grow(&mut self, known: &BTreeSet<u64>, table_entries: u64) -> Result<Growth, ChangeRefusal> {
         let (entries, per_cluster) = (self.geometry.refblock_entries(), self.geometry.cluster_size() / 8);
         let table_clusters_max = REFCOUNT_TABLE_SIZE_MAX >> self.geometry.cluster_bits;
         let mut growth = Growth::default();
         let mut seen = 0;
         loop {
-            // Each new block is taken, too.
+            // Each new block takes a cluster too.
             while let Some(run) = self.taken.get(seen).copied() {
                 seen += 1;
                 for index in run.first / entries..=(run.first + run.count - 1) / entries {
@@ -97,7 +97,7 @@ impl<'a> Room<'a> {
                     self.counts.set(cluster, 0);
                 }
             }
-            // Half as large again as is needed, so that growth stays rare.
+            // The table gets half as many clusters again as needed, so that growth stays rare.
             let needed = (highest + 1).div_ceil(per_cluster);
             let wanted = (needed + needed.div_ceil(2)).min(table_clusters_max);
             if needed > table_clusters_max {
@@ -145,7 +145,7 @@ mod tests {
 
     #[test]
     fn refblocks_count_themselves() {
-        // 64 counts a block; the second block does not exist.
+        // Each block has 64 counts; the second block does not exist.
         let mut counts = full(63);
         let mut room = Room::new(&mut counts, geometry(6), 63);
         room.take(2).expect("room");

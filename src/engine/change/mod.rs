@@ -1,11 +1,11 @@
-//! Changes of an image that nobody uses: internal snapshots are made, applied and deleted, and the disk gets another
-//! size. And what snapshots have of an image file, for those who write to it.
+//! Changes of an image that no process uses: internal snapshots are created, applied and deleted, and the disk is
+//! resized. Also finds the parts of an image file that belong to snapshots, for programs that write to the file.
 //!
-//! A [`Planner`] does no I/O. As a check does, it says what it wants to read ([`Planner::step`]) and is given the bytes
-//! ([`Planner::feed`]); it refuses what it cannot do before anything is written ([`Planner::plan`]). The [`Plan`] then
-//! says what to write in which order (docs/durability.md, "Changes of an image that nobody uses"). The tables are walked
-//! by the checker's own walk, and only those of the active disk and of the one snapshot that it is about; memory is a few
-//! bytes for each cluster in use and for each L2 table.
+//! A [`Planner`] does no I/O. As in a check, [`Planner::step`] returns what to read, and [`Planner::feed`] takes the
+//! bytes. [`Planner::plan`] refuses an impossible change before anything is written. The [`Plan`] gives the writes and
+//! their order (docs/durability.md, "Changes of an image that nobody uses"). The checker's own walk reads the tables,
+//! but only those of the active disk and of the one snapshot concerned. The memory is a few bytes for each cluster in
+//! use and for each L2 table.
 
 mod growth;
 mod pieces;
@@ -31,50 +31,50 @@ use crate::check::walk::{L2Use, Walk};
 
 use self::resize::Cut;
 
-/// The longest name in bytes: what QEMU has room for.
+/// The longest name in bytes, as in QEMU.
 pub const NAME_LENGTH_MAX: usize = 255;
 
-/// What is to be done.
+/// A change of an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// Make, apply or delete a snapshot.
+    /// Create, apply or delete a snapshot.
     Snapshot(SnapshotChange),
-    /// Give the disk another size. What is past its new end is gone; what is new reads as zero.
+    /// Resize the disk. Data past the new end is lost; the new part reads as zero.
     Resize(Resize),
 }
 
-/// What is to be done about snapshots.
+/// A change of the snapshots.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SnapshotChange {
-    /// Keep the disk as it is now under a name.
+    /// Preserve the present state of the disk under a name.
     Create {
         /// The name.
         name: String,
-        /// Now: seconds since 1970.
+        /// The present time in seconds since 1970.
         seconds: u32,
-        /// And nanoseconds.
+        /// The nanoseconds of the present time.
         nanoseconds: u32,
     },
-    /// Make the disk what it was.
+    /// Return the disk to the state of a snapshot.
     Apply {
         /// The snapshot's ID, or its name.
         wanted: String,
     },
-    /// Forget a snapshot.
+    /// Delete a snapshot.
     Delete {
         /// The snapshot's ID, or its name.
         wanted: String,
     },
 }
 
-/// A tree of tables: an L1 table, the L2 tables that it names, and what these name.
+/// A tree of tables: an L1 table, the L2 tables that it names, and the clusters that these name.
 struct Tree {
     walk: Walk,
     part: Part,
     times: L2Use,
     /// Entries of the L1 table as on disk.
     l1: Vec<u64>,
-    /// How many of them belong to the tree.
+    /// The number of entries that belong to the tree.
     entries: u64,
     l1_offset: HostOffset,
 }
@@ -97,7 +97,7 @@ impl Tree {
     }
 }
 
-/// What is being read.
+/// The structure that is being read.
 enum Phase {
     RefcountTable(Sweep<()>),
     Refblocks(Sweep<u64>),
@@ -109,32 +109,32 @@ enum Phase {
     Done,
 }
 
-/// The making of a plan.
+/// Reads the metadata that a plan needs.
 pub struct Planner {
     change: Change,
     header: Header,
     geometry: Geometry,
-    /// The refcounts as the image has them; its references are those of all metadata but L2 tables.
+    /// The refcounts in the image. The references are those of all metadata but L2 tables.
     base: Walk,
     /// The active disk.
     active: Tree,
-    /// The snapshot that is applied or deleted; or what the active disk has past its new end.
+    /// The snapshot that is applied or deleted. For a resize: the part of the active disk past its new end.
     target: Tree,
-    /// Where the active disk is cut in two, if it gets another size.
+    /// Where a resize cuts the active disk in two.
     cut: Cut,
     snapshots: Vec<Snapshot>,
     table_length: u64,
-    /// Which of the snapshots it is about; for a new one, the last.
+    /// The index of the snapshot concerned; a new one is the last.
     index: usize,
     phase: Phase,
     refusal: Option<ChangeRefusal>,
 }
 
 impl Planner {
-    /// For the image with this header in a file of so many bytes. The header is not marked dirty.
+    /// Starts a change of the image with this header in a file of this length in bytes. The header is not marked dirty.
     ///
     /// # Errors
-    /// What can be seen from the header.
+    /// If the header alone shows that the change is impossible.
     pub fn new(header: &Header, file_length: u64, change: Change) -> Result<Self, ChangeRefusal> {
         match &change {
             Change::Resize(resize) => resize.examine(header)?,
@@ -165,7 +165,7 @@ impl Planner {
         })
     }
 
-    /// What to read next, as for a check. Asking again without [`Planner::feed`] gives the same answer.
+    /// The next step, as for a check. A second call without [`Planner::feed`] gives the same step.
     pub fn step(&mut self) -> Step {
         loop {
             let wanted = match &mut self.phase {
@@ -185,7 +185,7 @@ impl Planner {
         }
     }
 
-    /// What [`Planner::step`] will ask for next and after that, so many pieces at most, as far as it is known.
+    /// The next pieces that [`Planner::step`] will return, at most `most` of them, as far as they are known.
     pub fn ahead(&self, most: usize) -> Vec<(HostOffset, usize)> {
         let pieces = match &self.phase {
             Phase::RefcountTable(sweep) | Phase::ActiveL1(sweep) | Phase::TargetL1(sweep) => {
@@ -198,7 +198,7 @@ impl Planner {
         pieces.into_iter().map(|(offset, length)| (HostOffset(offset), length as usize)).collect()
     }
 
-    /// Takes in the bytes that [`Planner::step`] asked for, all of them.
+    /// Takes all the bytes that [`Planner::step`] requested.
     pub fn feed(&mut self, bytes: &[u8]) {
         let (base, active, target) = (&mut self.base, &mut self.active, &mut self.target);
         match &mut self.phase {
@@ -261,7 +261,7 @@ impl Planner {
         Ok(())
     }
 
-    /// Finds what the change is about.
+    /// Finds the snapshot or the cut that the change is about.
     fn resolve(&mut self) -> Result<(), ChangeRefusal> {
         self.active.l1_offset = self.header.l1_offset;
         self.active.entries = self.header.l1_entries.into();
@@ -269,7 +269,7 @@ impl Planner {
             Change::Snapshot(SnapshotChange::Create { name, seconds, nanoseconds }) => {
                 let (seconds, nanoseconds) = (*seconds, *nanoseconds);
                 let snapshot = Snapshot { seconds, nanoseconds, ..self.new_snapshot(name)? };
-                // What lies behind the disk is a VM state, if anything: the new snapshot shares it, as with QEMU.
+                // Data behind the end of the disk is a VM state, if anything. The new snapshot shares it, as in QEMU.
                 self.index = self.snapshots.len();
                 self.snapshots.push(snapshot);
             }
@@ -286,7 +286,7 @@ impl Planner {
                 if let Some(bitmaps) = self.header.bitmaps().filter(|_| size != self.geometry.size) {
                     return Err(ChangeRefusal::ResizeWithBitmaps { count: bitmaps.count });
                 }
-                // With the VM state behind the disk.
+                // The VM state behind the disk is included.
                 (self.target.l1_offset, self.target.entries) = (snapshot.l1_offset, entries);
             }
             Change::Snapshot(SnapshotChange::Delete { wanted }) => {
@@ -305,7 +305,7 @@ impl Planner {
             Change::Resize(resize) => {
                 resize.examine_snapshots(&self.snapshots)?;
                 self.cut = resize.cut(&self.geometry);
-                // The rest of the table maps what is past the end: of the disk as it was, too.
+                // The rest of the table maps data past the new end, and also data past the old end.
                 let entries = self.active.entries;
                 self.active.entries = entries.min(self.cut.tables(&self.geometry));
                 let rest = self.header.l1_offset.0 + self.active.entries * 8;
@@ -316,7 +316,7 @@ impl Planner {
         Ok(())
     }
 
-    /// Refuses an L1 table that is longer than one can be, before it is read.
+    /// Refuses an L1 table longer than the format allows, before it is read.
     fn examine_length(&self, entries: u64) -> Result<(), ChangeRefusal> {
         if entries > L1_TABLE_SIZE_MAX / 8 { examine_findings(&self.base) } else { Ok(()) }
     }
@@ -325,7 +325,7 @@ impl Planner {
         if name.is_empty() || name.len() > NAME_LENGTH_MAX {
             return Err(ChangeRefusal::NameLength { length: name.len(), max: NAME_LENGTH_MAX });
         }
-        // Nobody could tell the two apart by it.
+        // The name alone could not tell the two snapshots apart.
         if qcow2::snapshot::find(&self.snapshots, name.as_bytes()).is_some() {
             return Err(ChangeRefusal::Exists { name: name.to_owned() });
         }
@@ -343,13 +343,13 @@ impl Planner {
         found.ok_or_else(|| ChangeRefusal::NotFound { wanted: wanted.to_owned() })
     }
 
-    /// The plan; nothing has been written so far.
+    /// Makes the plan. Nothing has been written so far.
     ///
     /// # Errors
-    /// Why it cannot be done.
+    /// If the change is impossible.
     ///
     /// # Panics
-    /// If there is more to be read: a programmer error.
+    /// If there is more to read: a programmer error.
     pub fn plan(self) -> Result<Plan, ChangeRefusal> {
         if let Some(refusal) = self.refusal {
             return Err(refusal);
@@ -359,8 +359,8 @@ impl Planner {
         Plan::new(self)
     }
 
-    /// Refuses an image whose tables or refcounts are wrong as far as this change goes: what is in use is to keep its
-    /// clusters.
+    /// Refuses an image whose tables or refcounts are wrong where this change relies on them. Clusters in use must not
+    /// be given away.
     fn examine(&self) -> Result<(), ChangeRefusal> {
         let (base, active, target) = (&self.base, &self.active.walk, &self.target.walk);
         [base, active, target].into_iter().try_for_each(examine_findings)?;
@@ -399,7 +399,7 @@ impl Planner {
     }
 }
 
-/// Refuses an image in which a walk has found something wrong.
+/// Refuses an image if a walk found something wrong.
 fn examine_findings(walk: &Walk) -> Result<(), ChangeRefusal> {
     match walk.report.findings.iter().find(|finding| !finding.kind.is_leak()) {
         Some(finding) => Err(ChangeRefusal::Damaged(Box::new(*finding))),

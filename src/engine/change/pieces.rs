@@ -1,4 +1,4 @@
-//! Bytes and runs of a plan, piece by piece, and the references of two trees.
+//! Splits the bytes and runs of a plan into pieces, and compares the references of two trees.
 
 use std::collections::VecDeque;
 
@@ -9,7 +9,7 @@ use super::plan::PlanStep;
 use crate::check::READ_MAX;
 use crate::check::counts::Counts;
 
-/// Takes a piece off the front of bytes that are to be written.
+/// Takes a piece from the front of bytes to be written.
 pub(super) fn take_piece(offset: &mut u64, bytes: &mut Vec<u8>) -> Option<PlanStep> {
     let length = bytes.len().min(READ_MAX as usize);
     if length == 0 {
@@ -22,7 +22,7 @@ pub(super) fn take_piece(offset: &mut u64, bytes: &mut Vec<u8>) -> Option<PlanSt
     Some(PlanStep::Write { offset: at, bytes: piece })
 }
 
-/// Takes neighbouring tables off the front.
+/// Takes adjacent tables from the front.
 pub(super) fn take_run(runs: &mut VecDeque<(u64, u64)>) -> Option<PlanStep> {
     let (offset, whole) = runs.pop_front()?;
     let mut length = whole.min(READ_MAX);
@@ -39,7 +39,7 @@ pub(super) fn take_run(runs: &mut VecDeque<(u64, u64)>) -> Option<PlanStep> {
     Some(PlanStep::Correct { offset: HostOffset(offset), length: length as usize })
 }
 
-/// Takes from both what both have.
+/// Subtracts the references that both have from both.
 pub(super) fn cancel(one: &mut Counts, other: &mut Counts) {
     for cluster in one.touched(one) {
         let both = one.get(cluster).min(other.get(cluster));
@@ -50,7 +50,7 @@ pub(super) fn cancel(one: &mut Counts, other: &mut Counts) {
     }
 }
 
-/// The bytes of an L1 table of so many entries; COPIED is set where `sole` says so.
+/// The bytes of an L1 table of `entries` entries. COPIED is set where `sole` returns true.
 pub(super) fn encode_l1(l1: &[u64], entries: u64, sole: impl Fn(HostOffset) -> bool) -> Vec<u8> {
     let mut bytes = vec![0; entries as usize * 8];
     for (index, raw) in l1.iter().take(entries as usize).enumerate() {

@@ -1,12 +1,12 @@
-//! What of an image file belongs to its internal snapshots, for the guard of a writable disk.
+//! The parts of an image file that belong to its internal snapshots, for the guard of a writable disk.
 //!
-//! Owns the sorted list of the L2 tables that snapshots name. It reads nothing.
+//! Owns the sorted list of the L2 tables that snapshots name. It reads nothing from the file.
 
 use std::ops::Range;
 
 use qcow2::{Geometry, HostCluster, HostOffset, L1Entry};
 
-/// Named L2 tables that are not looked through for doubles yet, before it is worth while.
+/// The fewest new L2 tables in the list for which sorting is worth while.
 const UNSETTLED_MIN: usize = 1 << 16;
 
 /// Where internal snapshots have metadata.
@@ -14,17 +14,17 @@ const UNSETTLED_MIN: usize = 1 << 16;
 pub struct SnapshotPlaces {
     /// The snapshot table and the L1 tables of snapshots: offset, and length in bytes.
     pub tables: Vec<(HostOffset, u64)>,
-    /// Clusters of the L2 tables that those L1 tables name, the active disk's too where they are shared.
+    /// Clusters of the L2 tables that those L1 tables name, including tables shared with the active disk.
     l2_tables: Vec<u64>,
-    /// Something of a snapshot is not where it says, or has what is not known.
+    /// True if part of a snapshot is not where its entry says, or contains something unknown.
     unknown: bool,
-    /// How many of them are sorted and without doubles, at the front.
+    /// The number of items at the front of `l2_tables` that are sorted and unique.
     settled: usize,
 }
 
 impl SnapshotPlaces {
-    /// Notes the L2 tables that a piece of an L1 table names, as far as they begin in the file. What snapshots share is
-    /// noted once: the list has at most twice as many items as there are tables, and one piece more.
+    /// Notes the L2 tables that a piece of an L1 table names, as far as they begin in the file. Tables that snapshots
+    /// share are stored once: the list has at most twice as many items as there are tables, and one piece more.
     pub fn add_l1(&mut self, geometry: &Geometry, bytes: &[u8], file_length: u64) {
         for word in bytes.as_chunks::<8>().0 {
             match L1Entry::decode(u64::from_be_bytes(*word), geometry) {
@@ -32,27 +32,27 @@ impl SnapshotPlaces {
                 Ok(L1Entry::Table { offset, .. }) if offset.0 < file_length => {
                     self.l2_tables.push(geometry.host_cluster(offset).0);
                 }
-                // What a bad entry was to name nobody knows.
+                // The intended target of a bad entry is unknown.
                 _ => self.unknown = true,
             }
         }
-        // Only when as much has come as was there: so each item is sorted a few times, however many snapshots there are.
+        // Sort only when the list has doubled: so each item is sorted a few times, however many snapshots there are.
         if self.l2_tables.len() - self.settled >= self.settled.max(UNSETTLED_MIN) {
             self.settle();
         }
     }
 
-    /// Notes that a snapshot has something that is not known.
+    /// Notes that a snapshot has an unknown part.
     pub fn has_unknown(&mut self) {
         self.unknown = true;
     }
 
-    /// All that snapshots have of the file is known.
+    /// True if all parts of the file that belong to snapshots are known.
     pub fn is_whole(&self) -> bool {
         !self.unknown
     }
 
-    /// Sorts the L2 tables and drops those that are named twice.
+    /// Sorts the L2 tables and removes duplicates.
     fn settle(&mut self) {
         self.l2_tables.sort_unstable();
         self.l2_tables.dedup();
@@ -66,12 +66,12 @@ impl SnapshotPlaces {
     }
 }
 
-/// The L2 tables that snapshots name. The list stays as it is while the disk is open, as snapshots do.
+/// The L2 tables that snapshots name. The list does not change while the disk is open, as snapshots do not.
 #[derive(Debug, Default)]
 pub(crate) struct L2Tables(Box<[u64]>);
 
 impl L2Tables {
-    /// The first of them in a range of clusters.
+    /// The first L2 table in a range of clusters.
     pub fn first_in(&self, range: Range<u64>) -> Option<u64> {
         let first = self.0.partition_point(|cluster| *cluster < range.start);
         self.0.get(first).copied().filter(|cluster| *cluster < range.end)
@@ -82,7 +82,7 @@ impl L2Tables {
         self.0.binary_search(&cluster.0).is_ok()
     }
 
-    /// The first cluster past all of them.
+    /// The first cluster past all L2 tables.
     pub fn end(&self) -> u64 {
         self.0.last().map_or(0, |last| last + 1)
     }
@@ -108,7 +108,7 @@ mod tests {
         places.add_l1(&geometry(), &bytes, u64::MAX);
     }
 
-    /// How often the list was sorted, and the most items that it had, while so many tables of 8,192 entries were added.
+    /// How often the list was sorted, and its greatest length, while this many tables of 8,192 entries were added.
     fn effort(snapshots: u64, table_of: impl Fn(u64, u64) -> u64) -> (usize, usize) {
         let (mut places, mut sorts, mut most) = (SnapshotPlaces::default(), 0, 0);
         for snapshot in 0..snapshots {

@@ -1,21 +1,21 @@
-//! The steps of a change, in an order that a crash may end anywhere (docs/durability.md, "Changes of an image that
-//! nobody uses").
+//! The steps of a change, in an order in which a crash after any step is safe (docs/durability.md, "Changes of an image
+//! that nobody uses").
 //!
-//! 1. Everything new is written where nothing is: refblocks, a refcount table, L1 table, L2 tables, snapshot table. Sync.
-//!    No space is found out here, when nothing has changed.
-//! 2. The header is marked dirty, if the version knows that. Sync.
+//! 1. All new structures are written to free space: refblocks, a refcount table, L1 table, L2 tables, snapshot table.
+//!    Sync. A lack of space shows here, when nothing has changed.
+//! 2. The header is marked dirty, if the version has the mark. Sync.
 //! 3. New refblocks are named. Sync.
-//! 4. The flags COPIED of what is to be shared are cleared. Sync.
+//! 4. The flags COPIED of clusters that will be shared are cleared. Sync.
 //! 5. Refcounts are raised. Sync.
 //! 6. The header names the new L1 table, with the disk's size, or the new snapshot table: one sector. Sync.
-//! 7. Refcounts are lowered. Sync. Where the disk does not grow, refblocks that count nothing any more are taken out of
-//!    the refcount table. Sync. Their clusters are counted no more. Sync.
-//! 8. The flags COPIED of what is shared no more are set. Sync.
+//! 7. Refcounts are lowered. Sync. If the disk does not grow, refblocks that no longer count anything are removed from
+//!    the refcount table. Sync. Then the refcounts of their clusters are lowered. Sync.
+//! 8. The flags COPIED of clusters that are no longer shared are set. Sync.
 //! 9. The header's mark is cleared. Sync.
-//! 10. What nobody uses is given back to the host, also what new tables do not fill of their clusters. Where the disk
-//!     gets another size the file is cut behind its last cluster in use.
+//! 10. Unused space is given back to the host, including the space that new tables do not fill in their clusters. If
+//!     the disk is resized, the file is cut behind its last cluster in use.
 //!
-//! The steps are made one by one, so that they take little memory.
+//! The steps are generated one by one, to save memory.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::ops::Range;
@@ -38,51 +38,51 @@ use crate::check::counts::Counts;
 use crate::leaks::TAIL_BYTES;
 use crate::mutation::{Mutation, active};
 
-/// Bytes by which a write of what was changed within a table is aligned.
+/// The alignment in bytes of a write of the changed part of a table.
 const SECTOR: usize = 512;
-/// The least that is written of a new table, in bytes: hosts have blocks of that size, or smaller ones.
+/// The unit in bytes of writes of a new table. Hosts have blocks of that size or smaller.
 const BLOCK: u64 = 4096;
 
-/// What to do next.
+/// The next step of a change.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PlanStep {
-    /// Write these bytes, at most [`crate::check::READ_MAX`] or a cluster of them. They may lie behind the end of the file, and they
-    /// need not fill sectors: what else is in a sector stays. Between syncs the order does not matter.
+    /// Write these bytes, at most [`crate::check::READ_MAX`] or a cluster of them. They may lie behind the end of the
+    /// file. They need not fill sectors; the rest of a sector must stay. Between syncs the order does not matter.
     Write {
-        /// Where.
+        /// The offset.
         offset: HostOffset,
-        /// What.
+        /// The bytes.
         bytes: Vec<u8>,
     },
-    /// Read these bytes of a table, hand them to [`Plan::correct`], and write back what it changed.
+    /// Read these bytes of a table, pass them to [`Plan::correct`], and write back the part that it changed.
     Correct {
-        /// Where.
+        /// The offset.
         offset: HostOffset,
-        /// How many.
+        /// The length in bytes.
         length: usize,
     },
-    /// Make all that was written durable before going on.
+    /// Make all earlier writes durable before the next step.
     Sync,
-    /// Nobody uses these bytes any more: the host may have their space.
+    /// These bytes are no longer used: the host may have their space.
     Punch {
-        /// Where.
+        /// The offset.
         offset: HostOffset,
-        /// How many.
+        /// The length in bytes.
         length: u64,
     },
-    /// Behind these bytes nobody uses anything: the file may end there, if it is longer.
+    /// Nothing is in use behind this length: the file may end there, if it is longer.
     Cut {
-        /// How many.
+        /// The length in bytes.
         length: u64,
     },
 }
 
-/// Which flags are corrected.
+/// Which flags a correction changes.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Correction {
-    /// In an L1 table, else in L2 tables.
+    /// True for an L1 table, false for L2 tables.
     in_l1: bool,
-    /// Flags are set too, else only cleared.
+    /// True if flags are also set, false if they are only cleared.
     sets: bool,
 }
 
@@ -96,9 +96,9 @@ enum Action {
     Correct(Correction, VecDeque<(u64, u64)>),
     Sync,
     Lower,
-    /// Takes refblocks that count nothing any more out of the refcount table.
+    /// Removes from the refcount table the refblocks that no longer count anything.
     DropBlocks,
-    /// Their clusters are not used any more.
+    /// Lowers the counts of the removed refblocks' clusters.
     LowerDropped,
 }
 
@@ -106,51 +106,52 @@ enum Action {
 pub struct Plan {
     actions: VecDeque<Action>,
     geometry: Geometry,
-    /// The refcounts as they are to be by now.
+    /// The refcounts that the image must have at this step.
     counts: Counts,
-    /// By how much they are lowered later.
+    /// The amounts by which the counts are lowered later.
     lower: Counts,
-    /// Refblocks: index in the refcount table, and offset.
+    /// Refblocks: the index in the refcount table, and the offset.
     blocks: Vec<(u64, u64)>,
-    /// Where the refcount table is by the time that the counts are lowered.
+    /// The offset of the refcount table when the counts are lowered.
     refcount_table: u64,
     correction: Correction,
-    /// What is to be given back: offset and length in bytes.
+    /// Space to give back: offset and length in bytes.
     free: VecDeque<(u64, u64)>,
-    /// The file is to be cut in the end.
+    /// True if the file is cut at the end.
     cuts: bool,
-    /// Bytes of free clusters that the file is to end with, because it did before; 0 if it did not.
+    /// Bytes of free clusters that the file must end with, because it did before; 0 if it did not.
     tail: u64,
-    /// The first cluster past all that count while the plan is carried out.
+    /// The first cluster past all counted ones while the plan is carried out.
     used_end: u64,
-    /// Where the new active L1 table is, if there is one.
+    /// The offset of the new active L1 table, if there is one.
     new_l1: Option<HostOffset>,
     snapshot: Option<Snapshot>,
 }
 
-/// What a plan is made of.
+/// The parts from which a plan is made.
 struct Draft {
     header: Header,
     geometry: Geometry,
     counts: Counts,
     lower: Counts,
     blocks: Vec<(u64, u64)>,
-    /// Refblocks that exist and whose counts rise.
+    /// Existing refblocks whose counts rise.
     raised: BTreeSet<u64>,
-    /// What is written where nothing is.
+    /// Writes to free space.
     new: Vec<(u64, Vec<u8>)>,
-    /// What those do not fill of their clusters.
+    /// The space that these writes do not fill in their clusters.
     tails: VecDeque<(u64, u64)>,
     new_l1: Option<HostOffset>,
     tables: Option<NewTables>,
     growth: Growth,
     /// The change of the header.
     switch: (u64, Vec<u8>),
-    /// L2 tables, and the L1 table if there is one to be changed, whose flags are cleared before and set after.
+    /// The L2 tables whose flags are cleared before the header changes or set after it, and the L1 table if it changes
+    /// too.
     clear: (Vec<u64>, Option<(u64, u64)>),
     set: (Vec<u64>, Option<(u64, u64)>),
     autoclear: u64,
-    /// The file may become shorter: refblocks that count nothing are not to keep it long.
+    /// True if the file may become shorter: refblocks that count nothing must not keep it long.
     drops_blocks: bool,
 }
 
@@ -186,24 +187,25 @@ impl Plan {
         })
     }
 
-    /// The snapshot that it is about, if it is about one. The place of a new one's L1 table is not told.
+    /// The snapshot that the change is about, if any. For a new one the offset of its L1 table is not set.
     pub fn snapshot(&self) -> Option<&Snapshot> {
         self.snapshot.as_ref()
     }
 
-    /// The length in bytes that the file must durably have before the first step. So it ends with free clusters all the
-    /// time, and the next writer still searches for the leaks of an earlier crash. None if it did not end so before.
+    /// The length in bytes that the file must durably have before the first step. It makes the file end with free
+    /// clusters at every step, so the next writer still searches for the leaks of an earlier crash. None if the file
+    /// did not end so before.
     pub fn marked_length(&self) -> Option<u64> {
         let used = self.used_end.checked_mul(self.geometry.cluster_size())?;
         used.checked_add(self.tail).filter(|_| self.tail > 0)
     }
 
-    /// Where the disk's new L1 table is to be, if it gets one.
+    /// The offset of the disk's new L1 table, if it gets one.
     pub fn new_l1(&self) -> Option<HostOffset> {
         self.new_l1
     }
 
-    /// What to do next; nothing at the end.
+    /// The next step; None at the end.
     pub fn next_step(&mut self) -> Option<PlanStep> {
         loop {
             let step = match self.actions.front_mut() {
@@ -225,7 +227,7 @@ impl Plan {
                 }
                 Some(Action::LowerDropped) => {
                     self.actions.pop_front();
-                    // Those that are not in the table any more have nothing to be written to.
+                    // Refblocks that have left the table have no location to be written to.
                     let mut blocks = self.lower_counts();
                     blocks.retain(|index| self.blocks.binary_search_by_key(index, |block| block.0).is_ok());
                     self.actions.push_front(Action::Refblocks(blocks));
@@ -256,14 +258,14 @@ impl Plan {
         }
     }
 
-    /// True if [`Plan::next_step`] will give more of the tables that the last [`PlanStep::Correct`] was about. Those may
-    /// be read and corrected together; each must be written before the next step that is something else.
+    /// True if [`Plan::next_step`] will return more of the tables that the last [`PlanStep::Correct`] was about. Those
+    /// tables may be read and corrected together. Each must be written before the next step of another kind.
     pub fn corrects_more(&self) -> bool {
         matches!(self.actions.front(), Some(Action::Correct(_, runs)) if !runs.is_empty())
     }
 
-    /// Corrects the flags in bytes that [`PlanStep::Correct`] asked for. The part that changed, if any, in whole sectors
-    /// as far as there are bytes.
+    /// Corrects the flags in the bytes that [`PlanStep::Correct`] names. Returns the changed part, if any, in whole
+    /// sectors as far as there are bytes.
     pub fn correct(&self, bytes: &mut [u8]) -> Option<Range<usize>> {
         let Correction { in_l1, sets } = self.correction;
         let entry_size = if in_l1 { 8 } else { self.geometry.l2_entry_size() as usize };
@@ -285,7 +287,7 @@ impl Plan {
         changed
     }
 
-    /// The cluster that an entry names and that has a flag, and the flag.
+    /// The cluster that an entry names, with its flag, if the entry has one.
     fn named(&self, entry: &[u8], in_l1: bool) -> Option<HostPlace> {
         if entry.iter().all(|byte| *byte == 0) {
             return None;
@@ -300,7 +302,7 @@ impl Plan {
         }
     }
 
-    /// Lowers the counts; the refblocks that change.
+    /// Lowers the counts and returns the indices of the refblocks that change.
     fn lower_counts(&mut self) -> VecDeque<u64> {
         let lower = std::mem::take(&mut self.lower);
         let (entries, size) = (self.geometry.refblock_entries(), self.geometry.cluster_size());
@@ -323,7 +325,7 @@ impl Plan {
         blocks.into_iter().collect()
     }
 
-    /// Plans to take the refblocks out of the refcount table that count nothing but themselves and each other.
+    /// Plans to remove from the refcount table the refblocks that count only themselves and each other.
     fn drop_blocks(&mut self) {
         let (entries, size) = (self.geometry.refblock_entries(), self.geometry.cluster_size());
         let mut left = self.counts.clone();
@@ -342,7 +344,7 @@ impl Plan {
                 writes.push_back(Action::Bytes(self.refcount_table + index * 8, vec![0; 8]));
                 false
             });
-            // Another may have counted one of those and nothing else.
+            // Repeat: another refblock may have counted nothing but a refblock removed here.
             if self.blocks.len() == before {
                 break;
             }
@@ -369,13 +371,13 @@ impl Plan {
     }
 }
 
-/// The first cluster past all that count.
+/// The first cluster past all counted ones.
 fn used_end(counts: &Counts) -> u64 {
     counts.touched(counts).filter(|cluster| counts.get(*cluster) > 0).last().map_or(0, |last| last + 1)
 }
 
-/// How many bytes of free clusters the file must end with to be marked as it is; 0 if it is not marked
-/// (docs/durability.md, "Leaks of an earlier crash").
+/// The bytes of free clusters with which the file must end to be marked as before; 0 if it is not marked. See
+/// docs/durability.md, "Leaks of an earlier crash".
 fn tail_of(planner: &Planner) -> u64 {
     let (base, size) = (&planner.base, planner.geometry.cluster_size());
     let first = base.file_length.saturating_sub(TAIL_BYTES) / size;
@@ -426,14 +428,14 @@ impl Draft {
                 draft.remove_snapshot(snapshots, index, clusters)?;
             }
             Change::Snapshot(SnapshotChange::Apply { .. }) => {
-                // What both have keeps its count all the time.
+                // Clusters that both trees name have the same count at every step.
                 cancel(&mut target.walk.references, &mut active.walk.references);
                 draft.raise(&target.walk.references)?;
                 draft.lower = active.walk.references;
                 draft.free(HostOffset(active_l1.0), active_l1.1);
                 draft.clear.0 = target.walk.l2.keys().copied().collect();
                 let size = snapshots[index].disk_size().unwrap_or(geometry.size);
-                // With the VM state behind the disk, as QEMU does.
+                // The VM state behind the disk is included, as in QEMU.
                 draft.switch_l1(target.l1, target.entries, size, None, clusters)?;
             }
             Change::Resize(resize) => {
@@ -469,7 +471,7 @@ impl Draft {
         Ok(())
     }
 
-    /// The clusters of a table will not be used any more.
+    /// Notes that the clusters of a table will no longer be used.
     fn free(&mut self, offset: HostOffset, length: u64) {
         let first = self.geometry.host_cluster(offset).0;
         for cluster in first..first + self.geometry.clusters_for(length) {
@@ -477,7 +479,7 @@ impl Draft {
         }
     }
 
-    /// Takes room for tables of so many bytes each; where each is to be.
+    /// Takes room for tables of these lengths in bytes, and returns their offsets.
     fn take_room(&mut self, lengths: &[u64], clusters: u64) -> Result<Vec<u64>, ChangeRefusal> {
         let size = self.geometry.cluster_size();
         let entries = self.geometry.refblock_entries();
@@ -504,12 +506,12 @@ impl Draft {
         Ok(places)
     }
 
-    /// A new table, in whole blocks. What is left of its clusters is not written, and given back in the end: it may hold
-    /// what was there before.
+    /// Writes a new table, in whole blocks. The rest of its clusters is not written and may hold old data, so it is
+    /// given back at the end.
     fn write_new(&mut self, offset: u64, mut bytes: Vec<u8>) {
         let cluster = self.geometry.cluster_size();
         let length = bytes.len().next_multiple_of(BLOCK.min(cluster) as usize);
-        // An L1 table may be of 32 MiB, which `resize` alone would have room for twice.
+        // An L1 table may have 32 MiB; `resize` alone might reserve twice that.
         bytes.reserve_exact(length - bytes.len());
         bytes.resize(length, 0);
         let filled = length as u64;
@@ -530,7 +532,7 @@ impl Draft {
         let new_length = snapshots.iter().map(|snapshot| snapshot.encoded_length() as u64).sum();
         let places = self.take_room(&[entries * 8, new_length], clusters)?;
         let new = snapshots.last_mut().expect("the new one is the last");
-        // At most 32 MiB of entries, so it fits.
+        // At most 32 MiB of entries, so the number fits.
         (new.l1_offset, new.l1_entries) = (HostOffset(places[0]), entries as u32);
         self.write_new(places[0], encode_l1(&l1, entries, |_| false));
         self.write_new(places[1], qcow2::snapshot::encode_table(&snapshots));
@@ -554,8 +556,8 @@ impl Draft {
         Ok(())
     }
 
-    /// Has the disk another size and other L1 entries: these, but for new L2 tables. So many at least, and all that the size
-    /// needs.
+    /// Gives the disk another size and a new L1 table with these entries, and entries for the new L2 tables. The table
+    /// has at least `least` entries, and all that the size needs.
     fn switch_l1(
         &mut self,
         mut l1: Vec<u64>,
@@ -564,7 +566,7 @@ impl Draft {
         mut tables: Option<NewTables>,
         clusters: u64,
     ) -> Result<(), ChangeRefusal> {
-        // A disk has an entry, whether it needs one or not.
+        // A disk has at least one entry, whether it needs one or not.
         let entries = Geometry { size, ..self.geometry }.l1_entries().max(least).max(1);
         let length = tables.as_ref().map_or(0, NewTables::length);
         let places = self.take_room(&[entries * 8, length], clusters)?;
@@ -589,7 +591,7 @@ impl Draft {
         self.switch = (patch.offset.0, patch.bytes.to_vec());
     }
 
-    /// All that is to be done, in order.
+    /// All actions, in order.
     fn actions(&mut self) -> VecDeque<Action> {
         let mut actions = VecDeque::new();
         let then_sync = |actions: &mut VecDeque<Action>, some: Vec<Action>| {
@@ -626,7 +628,7 @@ impl Draft {
         actions
     }
 
-    /// Everything that is written where nothing is.
+    /// All writes to free space.
     fn new_structures(&mut self) -> Vec<Action> {
         let mut actions: Vec<Action> =
             self.new.drain(..).map(|(offset, bytes)| Action::Bytes(offset, bytes)).collect();
@@ -650,7 +652,7 @@ impl Draft {
     fn name_structures(&self) -> Vec<Action> {
         let size = self.geometry.cluster_size();
         if let Some(table) = self.growth.table {
-            // At most 8 MiB of clusters, so it fits.
+            // At most 8 MiB of clusters, so the number fits.
             let patch = patch_refcount_table(HostOffset(table.first * size), table.count as u32);
             debug_assert_eq!(patch.offset.0, REFCOUNT_TABLE_OFFSET as u64);
             return vec![Action::Bytes(patch.offset.0, patch.bytes.to_vec())];
@@ -675,7 +677,7 @@ impl Draft {
         actions
     }
 
-    /// Marks the image as dirty, or as sound, and keeps no autoclear bit that is not known. Version 2 has no marks.
+    /// Marks the image as dirty or as sound, and clears unknown autoclear bits. Version 2 has no marks.
     fn mark(&self, dirty: bool) -> Vec<Action> {
         if self.header.version == Version::V2 {
             return Vec::new();

@@ -1,9 +1,9 @@
-//! Another size for the disk: what stays of it, what goes, and the tables that are new.
+//! Plans another size for the disk: what stays, what is removed, and the new tables.
 //!
-//! Owns where the active disk is cut, and the bytes of new L2 tables. A disk keeps what lies before both of its ends. What
-//! an image has past that (what is cut off; or what an old VM state or some other program's resizing left there) goes, and
-//! what is new reads as zero: it is not allocated, or zero where the backing file would show through. In the cluster that
-//! the old end lies in the rest must have been made zero before.
+//! Owns where the active disk is cut, and the bytes of new L2 tables. A disk retains the data before both its old and
+//! its new end. Anything past that is removed: the part cut off, an old VM state, or the rest from another program's
+//! resize. The new part reads as zero: it is not allocated, or has zero entries where the backing file would show
+//! through. The caller must have zeroed the rest of the cluster that contains the old end before.
 
 use std::ops::Range;
 
@@ -15,20 +15,20 @@ use super::refusal::ChangeRefusal;
 use crate::check::READ_MAX;
 use crate::mutation::{Mutation, active};
 
-/// The size that a disk is to have.
+/// The new size of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Resize {
     /// In bytes.
     pub size: u64,
-    /// The size of the disk that the backing file holds, in bytes; 0 if there is none.
+    /// The size of the backing file's disk in bytes; 0 if there is none.
     pub backing_size: u64,
-    /// The L2 table that lies across the end is copied though nothing in it changes, so that it can move to a place nearer
-    /// to the file's start, as the L1 table does.
+    /// True if the L2 table across the end is copied even if nothing in it changes. So it can move nearer to the file's
+    /// start, as the L1 table does.
     pub compacts: bool,
 }
 
 impl Resize {
-    /// Refuses what can be seen from the header.
+    /// Refuses a resize that the header alone shows to be impossible.
     pub(super) fn examine(&self, header: &Header) -> Result<(), ChangeRefusal> {
         let geometry = header.geometry();
         if let Some(bitmaps) = header.bitmaps() {
@@ -48,7 +48,7 @@ impl Resize {
         Ok(())
     }
 
-    /// Refuses a snapshot that would become as large as the disk.
+    /// Refuses a snapshot without its own size, which would change its size with the disk.
     pub(super) fn examine_snapshots(&self, snapshots: &[Snapshot]) -> Result<(), ChangeRefusal> {
         match snapshots.iter().find(|snapshot| snapshot.disk_size().is_none()) {
             Some(snapshot) => {
@@ -66,14 +66,14 @@ impl Resize {
         Cut { clusters, in_table, ..Cut::default() }
     }
 
-    /// The clusters that get an entry which says that they are zero, as the backing file has something there.
+    /// The clusters that get a zero entry, because the backing file has data there.
     fn zeroed(&self, geometry: &Geometry) -> Range<u64> {
         let first = geometry.clusters_for(geometry.size);
         let end = geometry.clusters_for(self.size.min(self.backing_size));
         first..end.max(first)
     }
 
-    /// The L2 tables that are new, of which the first is the one that lies across the cut, if one does and is to change.
+    /// The new L2 tables. The first replaces the one across the cut, if that is replaced.
     pub(super) fn tables(&self, cut: &Cut, geometry: &Geometry) -> NewTables {
         let zeroed = self.zeroed(geometry);
         let per_table = geometry.l2_entries();
@@ -89,28 +89,29 @@ impl Resize {
     }
 }
 
-/// Where the active disk is cut: before it is what stays.
+/// Where the active disk is cut. The part before the cut stays.
 #[derive(Default)]
 pub(super) struct Cut {
     /// Clusters of the disk that stay.
     clusters: u64,
-    /// Where in its L2 table the first that goes has its entry, in bytes; 0 if it is the first of a table.
+    /// The offset in bytes, within its L2 table, of the entry of the first cluster removed; 0 if that entry is the
+    /// first.
     in_table: u64,
-    /// The cluster of that table, if there is one.
+    /// The cluster of that table, if it exists.
     pub table: Option<u64>,
     /// The part of that table that stays.
     stays: Vec<u8>,
-    /// There is something in the other part.
+    /// True if the other part is not empty.
     goes: bool,
 }
 
 impl Cut {
-    /// L2 tables before the cut, also the one across it.
+    /// The number of L2 tables before the cut, including the one across it.
     pub fn tables(&self, geometry: &Geometry) -> u64 {
         self.clusters.div_ceil(geometry.l2_entries())
     }
 
-    /// Finds the table across the cut, which the last of the entries before the cut names.
+    /// Finds the table across the cut. The last of the L1 entries before the cut names it.
     pub fn find_table(&mut self, l1: &[u64], geometry: &Geometry) {
         let last = self.tables(geometry).checked_sub(1).filter(|_| self.in_table > 0);
         let raw = last.and_then(|last| l1.get(last as usize).copied()).unwrap_or(0);
@@ -120,8 +121,8 @@ impl Cut {
         };
     }
 
-    /// Divides a piece of an L2 table of the active disk, which lies at `offset` and begins `within` bytes into its table,
-    /// into what stays and what goes.
+    /// Splits a piece of an L2 table of the active disk into the parts that stay and go. The piece lies at `offset` and
+    /// begins `within` bytes into its table.
     pub fn split<'b>(
         &mut self,
         geometry: &Geometry,
@@ -140,27 +141,27 @@ impl Cut {
     }
 }
 
-/// L2 tables that are written next to each other.
+/// L2 tables that are written one after another without gaps.
 #[derive(Debug)]
 pub(super) struct NewTables {
     geometry: Geometry,
-    /// Which are still to be written: indices in the L1 table.
+    /// The indices in the L1 table of the tables still to be written.
     pub indices: Range<u64>,
-    /// The clusters that are zero.
+    /// The guest clusters that get a zero entry.
     zeroed: Range<u64>,
-    /// How the first begins.
+    /// The first bytes of the first table.
     stays: Vec<u8>,
-    /// Where the next is to be.
+    /// The offset of the next table.
     pub offset: u64,
 }
 
 impl NewTables {
-    /// Bytes of all that are still to be written.
+    /// The length in bytes of all tables still to be written.
     pub fn length(&self) -> u64 {
         (self.indices.end - self.indices.start) << self.geometry.cluster_bits
     }
 
-    /// The next to be written, as many as are written at once: where, and their bytes.
+    /// The next tables to be written at once: their offset and their bytes.
     pub fn next_piece(&mut self) -> Option<(u64, Vec<u8>)> {
         let (size, per_table) = (self.geometry.cluster_size(), self.geometry.l2_entries());
         let count = (READ_MAX / size).max(1).min(self.indices.end - self.indices.start);

@@ -1,13 +1,13 @@
-//! What the counts mean: metadata that something else lies upon, refcounts that are too low or too high.
+//! Judges the counts: metadata that overlaps something else, and refcounts that are too low or too high.
 //!
-//! Owns the judgements that need all references. It reads nothing.
+//! Owns the judgements that need all references. It reads nothing from the file.
 
 use super::report::{FindingKind, Part};
 use super::walk::Walk;
 
 impl Walk {
-    /// Metadata must have its clusters for itself. Asked before the refcount structure is counted, so that one that
-    /// lies upon something is found as its own fault.
+    /// Reports metadata that shares a cluster with something else. This runs before the refcount structure is counted,
+    /// so an overlap of that structure is reported as its own fault.
     pub fn find_overlaps(&mut self) {
         let size = self.geometry.cluster_size();
         for place in &self.places {
@@ -19,7 +19,7 @@ impl Walk {
                 }
             }
         }
-        // An L2 table may be named by many L1 tables, but by nothing else.
+        // Many L1 tables may name an L2 table, but nothing else may.
         for (cluster, times) in &self.l2 {
             let references = self.references.get(*cluster);
             if references != times.all() {
@@ -28,7 +28,7 @@ impl Walk {
         }
     }
 
-    /// The last judgement.
+    /// Compares all refcounts with the references. This is the last judgement.
     pub fn compare(&mut self) {
         let size = self.geometry.cluster_size();
         for place in &self.refcount_places {
@@ -46,8 +46,8 @@ impl Walk {
             if references > max {
                 self.report.add(cluster * size, FindingKind::RefcountOverflow { references, max });
             }
-            // The cluster behind the file may be named by a table that ends there. If it is not, nobody asks for its
-            // refcount.
+            // A table that ends at the end of the file may name the cluster behind it. Otherwise the refcount of that
+            // cluster does not matter.
             if references == 0 && (recorded == 0 || cluster >= self.clusters) {
                 continue;
             }

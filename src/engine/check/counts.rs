@@ -1,7 +1,7 @@
-//! A count per host cluster of the file, in memory that grows with what is counted.
+//! One count per host cluster of the file.
 //!
-//! Pages come into being with their first count, so a sparse file costs little; in all it is two bytes a cluster of the
-//! file. Counts that do not fit two bytes are kept aside.
+//! A page is allocated with its first count, so a sparse file costs little memory. A page takes two bytes per cluster.
+//! Counts that do not fit in two bytes are stored separately.
 
 use std::collections::HashMap;
 
@@ -9,10 +9,10 @@ use qcow2::Geometry;
 
 /// Clusters in a page.
 const PAGE: u64 = 1024;
-/// In a page: the count is among the large ones.
+/// Marks a count in a page that is stored in `large`.
 const LARGE: u16 = u16::MAX;
 
-/// Counts for the clusters of a file, by number; all begin at 0.
+/// One count per cluster number; all begin at 0.
 #[derive(Clone, Default)]
 pub(crate) struct Counts {
     pages: Vec<Option<Box<[u16; PAGE as usize]>>>,
@@ -59,7 +59,7 @@ impl Counts {
         };
     }
 
-    /// Adds to the count of a cluster, up to the largest number there is.
+    /// Adds to the count of a cluster; the sum saturates.
     ///
     /// # Panics
     /// As for [`Counts::set`].
@@ -67,7 +67,7 @@ impl Counts {
         self.set(cluster, self.get(cluster).saturating_add(count));
     }
 
-    /// Takes from the count of a cluster, down to 0.
+    /// Subtracts from the count of a cluster; the result is at least 0.
     ///
     /// # Panics
     /// As for [`Counts::set`].
@@ -75,7 +75,7 @@ impl Counts {
         self.set(cluster, self.get(cluster).saturating_sub(count));
     }
 
-    /// The clusters that may have a count here or in `other`, ascending: whole pages of them.
+    /// The clusters of all pages that are allocated here or in `other`, ascending.
     pub fn touched(&self, other: &Counts) -> impl Iterator<Item = u64> + use<> {
         let last = self.clusters.max(other.clusters);
         let numbers = 0..self.pages.len().max(other.pages.len());
@@ -87,13 +87,13 @@ impl Counts {
         })
     }
 
-    /// Makes room for more clusters, with counts of 0.
+    /// Extends the counts to this many clusters; the new counts are 0.
     pub fn grow(&mut self, clusters: u64) {
         self.clusters = self.clusters.max(clusters);
         self.pages.resize(self.clusters.div_ceil(PAGE) as usize, None);
     }
 
-    /// The bytes of a refblock, by its index in the refcount table.
+    /// The bytes of the refblock at this index in the refcount table.
     pub fn refblock(&self, geometry: &Geometry, index: u64) -> Vec<u8> {
         let mut bytes = vec![0; geometry.cluster_size() as usize];
         let entries = geometry.refblock_entries();
@@ -106,7 +106,7 @@ impl Counts {
         bytes
     }
 
-    /// Bytes of memory held, about.
+    /// Approximate bytes of memory held.
     pub fn held_bytes(&self) -> usize {
         let pages = self.pages.iter().flatten().count();
         self.pages.len() * size_of::<usize>() + pages * PAGE as usize * 2 + self.large.capacity() * 24

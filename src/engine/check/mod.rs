@@ -1,16 +1,18 @@
-//! The read-only check: counts every reference to every cluster anew, and compares with what the image records.
+//! The read-only check. It counts every reference to every cluster and compares the counts with the refcounts of the
+//! image.
 //!
-//! A [`Checker`] does no I/O. It says what it wants to read ([`Checker::step`]), is given the bytes
-//! ([`Checker::feed`]), and ends with a [`Checked`]: a [`Report`], and the means to plan a [`Repair`]. What an image
-//! claims costs nothing: memory is bounded by the clusters of the file (two counts of two bytes each, and what its
-//! tables really hold), and each byte of the file is read a few times at most, however often it is named.
+//! A [`Checker`] does no I/O. [`Checker::step`] returns what to read, and [`Checker::feed`] takes the bytes. The result
+//! is a [`Checked`]: a [`Report`], and the means to plan a [`Repair`]. The costs do not depend on what the image
+//! claims. The clusters of the file bound the memory: two counts of two bytes per cluster, and what the tables really
+//! hold. Each byte of the file is read a few times at most, however often entries name it.
 //!
-//! It says "clean", "leaks" or "corrupt" where `qemu-img check` does, with one exception: metadata that something else
-//! lies upon is corrupt even if the refcounts agree with that. Metadata is written in place whatever its refcount says,
-//! so the next change of a mapping would change guest data, or be changed by it. (And `qemu-img check -r all` makes such
-//! refcounts.) Where QEMU gives up, as it cannot read a structure, the answer is "corrupt" too.
+//! The verdict is "clean", "leaks" or "corrupt" where that of `qemu-img check` is, with one exception. Metadata that
+//! overlaps something else is corrupt even if the refcounts agree with the overlap. Metadata is written in place
+//! whatever its refcount is. So the next change of a mapping would change guest data, or a guest write would change the
+//! mapping. (And `qemu-img check -r all` creates such refcounts.) Where QEMU stops because it cannot read a structure,
+//! the verdict is "corrupt" too.
 //!
-//! Of an image with an external data file this file's metadata is checked; data in the other has no refcounts.
+//! If an image has an external data file, its metadata is checked. The data in the other file has no refcounts.
 
 mod compare;
 pub(crate) mod counts;
@@ -32,34 +34,34 @@ use self::report::FindingKind::{BadBitmap, BadSnapshot};
 use self::sweep::Sweep;
 use self::walk::{L2Use, Walk};
 
-/// The most bytes that a check asks for at a time.
+/// The most bytes that a check reads at a time.
 pub const READ_MAX: u64 = 1 << 20;
-/// The most clusters that a file may have to be checked (QEMU's bound too).
+/// The most clusters of a file that can be checked (QEMU has the same bound).
 pub const CLUSTERS_MAX: u64 = 1 << 31;
 
-/// What a check wants next.
+/// The next step of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// These bytes of the file, at most [`READ_MAX`] of them. Up to seven may be past the end of the file: they are
-    /// zeros.
+    /// Read these bytes of the file, at most [`READ_MAX`] of them. Up to seven may be past the end of the file; they
+    /// count as zeros.
     Read {
-        /// Where, a multiple of 8.
+        /// The offset, a multiple of 8.
         offset: HostOffset,
-        /// How many, a multiple of 8 unless the file ends there.
+        /// The number of bytes, a multiple of 8 unless the file ends there.
         length: usize,
     },
-    /// Nothing: [`Checker::finish`] has the answer.
+    /// Nothing is left: [`Checker::finish`] gives the result.
     Done,
 }
 
-/// How far a check is.
+/// The progress of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress {
-    /// What is being read.
+    /// The structure that is being read.
     pub part: Part,
-    /// Bytes read of it.
+    /// Bytes of it that have been read.
     pub done: u64,
-    /// Bytes to read of it, as far as is known.
+    /// Bytes of it to read in all, as far as is known.
     pub total: u64,
 }
 
@@ -69,24 +71,24 @@ pub struct Checker {
     phase: Phase,
 }
 
-/// What a check found, and all that a repair needs to know.
+/// The result of a check, with all that a repair needs to know.
 pub struct Checked {
     walk: Walk,
 }
 
-/// What is being read. The refcounts come first, so that flags can be compared with them; the flags come last, when it
-/// is known what they should be.
+/// The structure that is being read. The refcounts come first, so that flags can be compared with them. The flags come
+/// last, when their right values are known.
 enum Phase {
     RefcountTable(Sweep<()>),
-    /// With the first cluster that a refblock counts.
+    /// Each with the first cluster that it counts.
     Refblocks(Sweep<u64>),
     Snapshots(SnapshotTable),
     /// None if there are no bitmaps.
     Bitmaps(Option<BitmapDirectory>),
-    /// With the number of bitmaps that share a piece.
+    /// Each piece with the number of bitmaps that share it.
     BitmapTables(Sweep<u64>),
     ActiveL1(Sweep<()>),
-    /// With the number of snapshots that share a piece.
+    /// Each piece with the number of snapshots that share it.
     SnapshotL1(Sweep<u64>),
     L2(Sweep<L2Use>),
     FlagsInL1(Sweep<()>),
@@ -95,10 +97,10 @@ enum Phase {
 }
 
 impl Checker {
-    /// A check of the image with this header in a file of so many bytes.
+    /// Starts a check of the image with this header in a file of this length in bytes.
     ///
     /// # Errors
-    /// If the image has what cannot be checked yet.
+    /// If the image has a feature that cannot be checked yet.
     pub fn new(header: &Header, file_length: u64) -> Result<Self, Refusal> {
         let mut walk = Walk::new(header, file_length)?;
         if let Some(source) = header.damaged_extensions {
@@ -108,7 +110,7 @@ impl Checker {
         Ok(Checker { walk, phase })
     }
 
-    /// Likewise, for an image whose header may name a refcount table or a snapshot table where there can be none.
+    /// Starts a check of an image whose header may give an invalid offset for the refcount table or the snapshot table.
     ///
     /// # Errors
     /// As for [`Checker::new`].
@@ -120,7 +122,7 @@ impl Checker {
         Ok(checker)
     }
 
-    /// What to do next. Asking again without [`Checker::feed`] gives the same answer.
+    /// The next step. A second call without [`Checker::feed`] gives the same step.
     pub fn step(&mut self) -> Step {
         loop {
             let wanted = match &mut self.phase {
@@ -146,10 +148,10 @@ impl Checker {
         }
     }
 
-    /// Takes in the bytes that [`Checker::step`] asked for, all of them.
+    /// Takes all the bytes that [`Checker::step`] requested.
     ///
     /// # Panics
-    /// If they are another number than asked for: a programmer error.
+    /// If the number of bytes is not the requested one: a programmer error.
     pub fn feed(&mut self, bytes: &[u8]) {
         match self.step() {
             Step::Read { length, .. } => assert_eq!(bytes.len(), length, "as many bytes as asked for"),
@@ -196,7 +198,7 @@ impl Checker {
         }
     }
 
-    /// The present phase has read all that it wants: on to the next.
+    /// Begins the next phase, after the present one has read everything.
     fn advance(&mut self) {
         let walk = &mut self.walk;
         self.phase = match &self.phase {
@@ -236,7 +238,7 @@ impl Checker {
         };
     }
 
-    /// How far it is.
+    /// The progress.
     pub fn progress(&self) -> Progress {
         let (part, (done, total)) = match &self.phase {
             Phase::RefcountTable(sweep) => (Part::RefcountTable, sweep.progress()),
@@ -253,7 +255,7 @@ impl Checker {
         Progress { part, done, total }
     }
 
-    /// Bytes of memory held, about: for tests of its bound.
+    /// Approximate bytes of memory held, for tests of the bound.
     pub fn held_bytes(&self) -> usize {
         let phase = match &self.phase {
             Phase::RefcountTable(sweep)
@@ -269,7 +271,7 @@ impl Checker {
         phase + self.walk.held_bytes()
     }
 
-    /// The answer.
+    /// The result.
     ///
     /// # Panics
     /// If the check is not done: a programmer error.
@@ -280,12 +282,12 @@ impl Checker {
 }
 
 impl Checked {
-    /// What was found.
+    /// The report.
     pub fn report(&self) -> &Report {
         &self.walk.report
     }
 
-    /// Drops everything but what was found.
+    /// Drops everything but the report.
     pub fn into_report(self) -> Report {
         self.walk.report
     }

@@ -1,4 +1,4 @@
-//! Which repair mends what was found: asked before a repair is planned, and by whoever advises one.
+//! Decides which repair mends the findings. The planning of a repair uses this, and so does the advice to the user.
 
 use thiserror::Error;
 
@@ -8,25 +8,26 @@ use super::report::Report;
 /// Why a repair cannot mend an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum NotRepairable {
-    /// Tables that lead to guest data are damaged: refcounts made from them would give clusters away that are in use.
+    /// Tables that lead to guest data are damaged. Refcounts computed from them would give away clusters that are in
+    /// use.
     #[error(
         "{findings} finding(s) are not about refcounts, and a repair would give away clusters that may be in use. Restore \
          the image from a copy, or save what can be read of the disk: `strata serve --read-only` serves it, \
          `qemu-img convert --salvage` copies it if QEMU opens the image"
     )]
     Damaged {
-        /// How many.
+        /// The number of findings.
         findings: u64,
     },
     /// The refcount structure itself is damaged, which the repair of leaks does not touch.
     #[error("the refcount structure is damaged: `-r all` makes a new one")]
     StructureDamaged,
-    /// Snapshots cannot be read, and the repair of leaks would free what they may have.
+    /// Snapshots cannot be read, and the repair of leaks might free their clusters.
     #[error(
         "snapshots cannot be read, and what looks like a leak may be theirs: `-r leaks` frees nothing then"
     )]
     SnapshotsUnread,
-    /// Snapshots cannot be read, and there are clusters that may be theirs.
+    /// Snapshots cannot be read, and some clusters may belong to them.
     #[error(
         "snapshots cannot be read, and the clusters without a reference may be theirs. The disk itself is whole: \
          `strata serve --read-only` serves it. To give the unreadable snapshots up and free those clusters: \
@@ -39,7 +40,7 @@ pub enum NotRepairable {
 }
 
 impl Report {
-    /// Why a repair of this kind would be refused, as far as the findings tell.
+    /// Why a repair of this kind would be refused, judged by the findings alone.
     pub fn refusal(&self, kind: RepairKind) -> Option<NotRepairable> {
         if self.beyond_repair > 0 {
             return Some(NotRepairable::Damaged { findings: self.beyond_repair });
@@ -54,13 +55,13 @@ impl Report {
         }
     }
 
-    /// True if snapshots cannot be read, which a repair of all drops from the table.
+    /// True if snapshots cannot be read. A repair of all drops them from the table.
     pub fn has_unread_snapshots(&self) -> bool {
         self.snapshots_lost > 0
     }
 
-    /// True if clusters may belong to snapshots that cannot be read. If all refcounts are right without those snapshots,
-    /// none do: what belonged to them would have a refcount and no reference.
+    /// True if clusters may belong to snapshots that cannot be read. If all refcounts are right without those
+    /// snapshots, no cluster does: it would have a refcount and no reference.
     fn may_hide_snapshots(&self) -> bool {
         self.leaked_clusters > 0 || self.structure_damaged > 0 || self.refcounts_too_low
     }

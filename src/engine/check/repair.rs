@@ -1,23 +1,25 @@
-//! New refcounts for an image whose references are known: what to write, in what order. No I/O.
+//! Plans new refcounts for an image whose references are known: the writes, and their order. It does no I/O.
 //!
 //! The order (docs/durability.md gives the reasons for the same order in normal service):
 //!
-//! 1. If more than the header is to change, and the version knows it, the header is marked dirty. Sync.
-//! 2. Entries that make no sense, and can be cleared without loss, are cleared. Sync.
-//! 3. A new snapshot table, if one is needed, behind the end of the file. Sync.
-//! 4. Refcounts, with the old and the new snapshot table. In place where the structure is sound: between the old count
-//!    and the new one there is nothing that was not there before. Else a whole new structure is written behind the end
-//!    of the file, synced, and only then named by the header, in one sector. Sync.
-//! 5. The header names the new snapshot table, in one sector. Sync. The clusters of the old one are counted no more. Sync.
-//! 6. The flags COPIED that disagree with the new refcounts. Sync.
+//! 1. If more than the header changes, and the version has the mark, the header is marked dirty. Sync.
+//! 2. Invalid entries that can be cleared without loss are cleared. Sync.
+//! 3. A new snapshot table, if one is needed, is written behind the end of the file. Sync.
+//! 4. Refcounts are written, with the old and the new snapshot table. If the structure is sound, they are written in
+//!    place: a crash leaves some old and some new counts, and nothing else. Otherwise a whole new structure is written
+//!    behind the end of the file and synced. Only then does the header name it, in one sector. Sync.
+//! 5. The header names the new snapshot table, in one sector. Sync. The refcounts of the old table's clusters are
+//!    lowered. Sync.
+//! 6. The flags COPIED that disagree with the new refcounts are corrected. Sync.
 //! 7. The header's marks "dirty" and "corrupt" are cleared. Sync.
-//! 8. What nobody uses goes back to the host: freed clusters are punched, and the file is cut behind the last in use.
+//! 8. Unused space goes back to the host: freed clusters are punched, and the file is cut behind the last cluster in
+//!    use.
 //!
-//! Before all of these, autoclear bits that we do not know are cleared. Sync.
+//! Before all of these, unknown autoclear bits are cleared. Sync.
 //!
-//! So a crash leaves an image that is marked dirty (version 2 has no such mark: one that a check finds as wrong as
-//! before), whose references are untouched, and that can be repaired again; what was written behind the end of the file
-//! is then at worst leaked. The lowering of leaks alone needs no mark, as no refcount is ever too low.
+//! So a crash leaves an image that is marked dirty, whose references are untouched, and that can be repaired again.
+//! Version 2 has no such mark: there, a check finds the image as wrong as before. The writes behind the end of the file
+//! are at worst leaked. The repair of leaks alone needs no mark, as it never makes a refcount too low.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -32,59 +34,59 @@ use super::refusal::NotRepairable;
 use super::report::Part;
 use super::walk::{Clearing, FlagFix, Place, Walk};
 
-/// The most bytes of neighbouring flags that are written together.
+/// The most bytes of adjacent flags that are written together.
 const FLAGS_MAX: usize = 64 << 10;
 
-/// What to repair.
+/// The kind of repair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RepairKind {
-    /// Refcounts that are too high; ones that are too low stay.
+    /// Lowers refcounts that are too high; refcounts that are too low stay.
     Leaks,
-    /// All refcounts, flags and marks, and the snapshot table. What a dirty image needs. Snapshots that cannot be read
-    /// are dropped only where no cluster can be theirs.
+    /// Corrects all refcounts, flags and marks, and the snapshot table. A dirty image needs this kind. Snapshots that
+    /// cannot be read are dropped only if no cluster can belong to them.
     All,
-    /// Likewise, and snapshots that cannot be read are dropped in any case.
+    /// Like `All`, but snapshots that cannot be read are always dropped.
     AllDroppingSnapshots,
 }
 
-/// What a repair does next.
+/// The next step of a repair.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RepairStep {
     /// Write these bytes, at most a cluster or a refcount table (8 MiB) of them. They may lie behind the end of the
-    /// file, and they need not fill sectors: what else is in a sector stays. Between syncs the order does not matter.
+    /// file. They need not fill sectors; the rest of a sector must stay. Between syncs the order does not matter.
     Write {
-        /// Where.
+        /// The offset.
         offset: HostOffset,
-        /// What.
+        /// The bytes.
         bytes: Vec<u8>,
     },
-    /// Make all that was written durable before going on.
+    /// Make all earlier writes durable before the next step.
     Sync,
-    /// Nobody uses these bytes: the host may have their space.
+    /// These bytes are unused: the host may have their space.
     Punch {
-        /// Where.
+        /// The offset.
         offset: HostOffset,
-        /// How many.
+        /// The number of bytes.
         length: u64,
     },
-    /// Behind these bytes nobody uses anything: the file may end there, if it is longer.
+    /// Nothing is in use behind this length: the file may end there, if it is longer.
     Cut {
-        /// How many.
+        /// The length in bytes.
         length: u64,
     },
 }
 
-/// The steps of a repair, made one by one, so that they take little memory.
+/// The steps of a repair. They are generated one by one, to save memory.
 pub struct Repair {
     actions: VecDeque<Action>,
     geometry: Geometry,
     /// The new refcounts.
     counts: Counts,
-    /// Those before.
+    /// The refcounts before the repair.
     recorded: Counts,
-    /// Where refblocks are, by index in the refcount table.
+    /// The index in the refcount table → the offset of the refblock.
     blocks: BTreeMap<u64, u64>,
-    /// The first cluster behind all that is in use.
+    /// The first cluster behind all clusters in use.
     end: u64,
 }
 
@@ -99,9 +101,9 @@ enum Action {
     },
     Flag(FlagFix),
     Sync,
-    /// These clusters are not used any more.
+    /// These clusters are no longer used.
     Release(Vec<Place>),
-    /// What nobody uses goes back to the host.
+    /// Gives unused space back to the host.
     GiveBack,
     Punch {
         first: u64,
@@ -113,10 +115,10 @@ enum Action {
 }
 
 impl Checked {
-    /// Plans the repair. Nothing is to be written to the image between the check and the repair, but by the repair.
+    /// Plans the repair. From the check on, only the repair may write to the image.
     ///
     /// # Errors
-    /// If it cannot mend what was found.
+    /// If the repair cannot mend the findings.
     pub fn plan_repair(self, kind: RepairKind) -> Result<Repair, NotRepairable> {
         let mut walk = self.walk;
         if let Some(refusal) = walk.report.refusal(kind) {
@@ -202,7 +204,7 @@ impl Repair {
         RepairStep::Write { offset: HostOffset(first.offset), bytes }
     }
 
-    /// Lowers the counts of clusters that are used no more, and writes their refblocks next.
+    /// Lowers the counts of clusters that are no longer used, and writes their refblocks next.
     fn release(&mut self, places: &[Place]) {
         let clusters = places.iter().flat_map(|place| place.first..place.first + place.count);
         let mut changed = BTreeSet::new();
@@ -211,12 +213,13 @@ impl Repair {
             changed.insert(cluster / self.geometry.refblock_entries());
         }
         for index in changed.into_iter().rev() {
-            // A cluster that was counted has a refblock.
+            // Each counted cluster has a refblock.
             self.actions.push_front(Action::Refblock { index, offset: self.blocks[&index] });
         }
     }
 
-    /// Plans to give back what had a count before and has none now, and what is behind everything.
+    /// Plans to give back clusters whose count was nonzero before and is zero now, and all space behind the last
+    /// cluster in use.
     fn give_back(&mut self) {
         let freed = self.recorded.touched(&self.recorded);
         let freed = freed.filter(|cluster| {
@@ -234,14 +237,14 @@ impl Repair {
     }
 }
 
-/// The first cluster behind all that anything refers to.
+/// The first cluster behind all clusters that have a reference.
 fn first_behind(walk: &Walk) -> u64 {
     let used = walk.references.touched(&walk.references).filter(|cluster| walk.references.get(*cluster) > 0);
     used.last().map_or(1, |last| last + 1)
 }
 
-/// Writes a new snapshot table behind the end of the file, if one is needed: with what can be read of the old one, and
-/// with sizes where version 3 demands them. What names it in the header.
+/// Writes a new snapshot table behind the end of the file, if one is needed. It has the readable entries of the old
+/// one, with the sizes that version 3 demands. Returns the change of the header that names it.
 fn new_snapshot_table(walk: &mut Walk, actions: &mut VecDeque<Action>, end: &mut u64) -> Option<Action> {
     if walk.report.snapshots_incomplete + walk.report.snapshots_lost == 0 {
         return None;
@@ -263,11 +266,11 @@ fn new_snapshot_table(walk: &mut Walk, actions: &mut VecDeque<Action>, end: &mut
     (first..*end).for_each(|cluster| walk.references.add(cluster, 1));
     actions.push_back(Action::Bytes { offset: first * size, bytes });
     actions.push_back(Action::Sync);
-    // At most as many as there were.
+    // At most as many snapshots as before, so the number fits.
     Some(header(patch_snapshots(snapshots.len() as u32, HostOffset(first * size))))
 }
 
-/// Clears the autoclear bits that we do not know before anything else is written, as at any open for writing.
+/// Clears the unknown autoclear bits before anything else is written, as every open for writing does.
 fn keep_known_autoclear(actions: &mut VecDeque<Action>, walk: &Walk) {
     let kept = walk.header.autoclear_kept(walk.header.bitmaps().is_some());
     if kept != walk.header.autoclear {
@@ -276,7 +279,7 @@ fn keep_known_autoclear(actions: &mut VecDeque<Action>, walk: &Walk) {
     }
 }
 
-/// Makes the counts those that the repair of leaks alone gives.
+/// Changes the counts to those that the repair of leaks alone gives.
 fn lower(walk: &mut Walk) {
     for cluster in walk.references.touched(&walk.recorded) {
         let (recorded, references) = (walk.recorded.get(cluster), walk.references.get(cluster));
@@ -312,7 +315,8 @@ fn in_place(walk: &Walk) -> VecDeque<Action> {
     actions
 }
 
-/// Writes a new refcount structure behind the end of the file, then names it. The clusters of the old one become free.
+/// Writes a new refcount structure behind the end of the file, then names it in the header. The clusters of the old one
+/// become free.
 fn anew(
     walk: &mut Walk,
     end: &mut u64,
@@ -324,7 +328,7 @@ fn anew(
         }
     }
     let (geometry, size) = (walk.geometry, walk.geometry.cluster_size());
-    // A table that ends there may have the cluster behind the last.
+    // A table that ends at the end of the file may own the cluster behind the last.
     let start = walk.clusters.max(*end);
     let entries = geometry.refblock_entries();
     let counted = walk.references.touched(&walk.references);
@@ -370,7 +374,7 @@ fn anew(
     Ok(actions)
 }
 
-/// Clears entries, before the refcounts are lowered that they count in.
+/// Clears entries before the refcounts of the clusters that they name are lowered.
 fn clear(walk: &mut Walk) -> Vec<Action> {
     let clearings = std::mem::take(&mut walk.clearings);
     let offsets: BTreeSet<u64> = clearings.iter().map(|clearing| clearing.offset).collect();
@@ -388,7 +392,7 @@ fn clear(walk: &mut Walk) -> Vec<Action> {
     actions
 }
 
-/// Corrects flags, after the refcounts.
+/// Corrects flags. This comes after the refcounts.
 fn flags(actions: &mut VecDeque<Action>, walk: &Walk) {
     if !walk.flag_fixes.is_empty() {
         actions.extend(walk.flag_fixes.iter().copied().map(Action::Flag));
@@ -403,7 +407,7 @@ fn mark(actions: &mut VecDeque<Action>, walk: &Walk) {
         return;
     }
     let sound = marked.without(Incompatible::DIRTY).without(Incompatible::CORRUPT);
-    // A single change of the header leaves nothing half done.
+    // A single change of the header cannot be half done.
     let in_header = |action: &Action| match action {
         Action::Bytes { offset, .. } => *offset < HEADER_LENGTH_V3.into(),
         _ => matches!(action, Action::Sync),

@@ -1,13 +1,13 @@
-//! What a check found: kinds of findings, where each is, and the verdict.
+//! The findings of a check: their kinds, their offsets, and the verdict.
 //!
-//! Owns which finding is a leak and which a corruption, and which of them new refcounts can mend.
+//! Decides which finding is a leak and which a corruption, and which of them new refcounts can mend.
 
 use std::fmt;
 
 use qcow2::{EntryError, FormatError, HostOffset, Structure, Unsupported};
 use thiserror::Error;
 
-/// The most findings of a kind that a report names one by one; it counts them all.
+/// The most findings of a kind that a report lists one by one. It counts all of them.
 pub const FINDINGS_OF_KIND_MAX: u64 = 30;
 
 /// A structure of an image file that a finding is about.
@@ -55,10 +55,10 @@ impl fmt::Display for Part {
     }
 }
 
-/// What is wrong.
+/// The kind of a fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum FindingKind {
-    /// More references are recorded for a cluster than there are: its space is lost, nothing else.
+    /// The refcount of a cluster is higher than its references: the space is lost, but nothing else.
     #[error("leaked cluster: refcount {recorded}, references {references}")]
     Leak {
         /// The refcount in the file.
@@ -66,7 +66,7 @@ pub enum FindingKind {
         /// The references counted.
         references: u64,
     },
-    /// Fewer references are recorded than there are: the cluster can be handed out while it is in use.
+    /// The refcount of a cluster is lower than its references: the cluster can be allocated again while it is in use.
     #[error("refcount {recorded} is too low, references {references}")]
     RefcountTooLow {
         /// The refcount in the file.
@@ -74,7 +74,7 @@ pub enum FindingKind {
         /// The references counted.
         references: u64,
     },
-    /// More references than a refcount of this width can say.
+    /// More references than a refcount of this width can hold.
     #[error("{references} references, but refcounts of this image end at {max}")]
     RefcountOverflow {
         /// The references counted.
@@ -82,14 +82,14 @@ pub enum FindingKind {
         /// The largest refcount.
         max: u64,
     },
-    /// The flag COPIED of an entry is set though the refcount is not one, or clear though it is.
+    /// The flag COPIED of an entry is set though the refcount is not one, or clear though it is one.
     #[error("COPIED of {part} entry {raw:#018x} disagrees with refcount {refcount}")]
     Copied {
         /// The table that the entry is in.
         part: Part,
         /// The entry.
         raw: u64,
-        /// The refcount in the file of the cluster that it names.
+        /// The refcount in the file of the cluster that the entry names.
         refcount: u64,
     },
     /// A compressed cluster has the flag COPIED, which is never right.
@@ -114,15 +114,15 @@ pub enum FindingKind {
         /// The entry.
         raw: u64,
     },
-    /// An entry that says nothing sensible.
+    /// An entry without a valid meaning.
     #[error("{part}: {source}")]
     BadEntry {
         /// The table that the entry is in.
         part: Part,
-        /// What is wrong with it.
+        /// The fault of the entry.
         source: EntryError,
     },
-    /// The zero flag in version 2, which does not know it: no guest cluster that an entry describes so can be read.
+    /// The zero flag in version 2, which does not define it. A guest cluster with such an entry cannot be read.
     #[error("L2 table entry {raw:#018x} has the zero flag, which version 2 does not know{}", if *.has_backing {
         ": `qemu-img amend -o compat=1.1` makes the image version 3, where it means zeros"
     } else {
@@ -131,20 +131,20 @@ pub enum FindingKind {
     ZeroFlag {
         /// The entry.
         raw: u64,
-        /// There is a backing file, so that version 2 has no entry for zeros.
+        /// True if there is a backing file; then version 2 has no entry for zeros.
         has_backing: bool,
     },
-    /// Something is said to lie past the end of the file.
+    /// A structure or data that lies past the end of the file.
     #[error("{part} of {length} bytes at {target} is past the end of the file")]
     PastEnd {
-        /// What is said to be there.
+        /// The structure.
         part: Part,
-        /// Where.
+        /// Its offset.
         target: HostOffset,
-        /// How long it is in bytes.
+        /// Its length in bytes.
         length: u64,
     },
-    /// A cluster of metadata has something else in it too.
+    /// A cluster of metadata is also used for something else.
     #[error("the cluster of the {part} has something else in it too: references {references}")]
     Overlap {
         /// The metadata.
@@ -152,54 +152,54 @@ pub enum FindingKind {
         /// All references to the cluster.
         references: u64,
     },
-    /// A field or a part of the header breaks the format, so that what it describes cannot be read.
+    /// A field or a part of the header breaks the format, so the structure that it describes cannot be read.
     #[error("{}", source.without_advice())]
     BadHeader {
-        /// What is wrong.
+        /// The fault.
         source: FormatError,
     },
-    /// An entry of the snapshot table breaks the format, or the file ends before it: what follows is not known.
+    /// An entry of the snapshot table breaks the format, or the file ends before it. The entries after it are unknown.
     #[error("entry {index} of the snapshot table is broken or missing")]
     BadSnapshot {
-        /// Its place in the table, from 0.
+        /// Its index in the table, from 0.
         index: u32,
     },
-    /// A snapshot's L1 table cannot be where, or as long as, its entry says.
+    /// The offset or the length in a snapshot's entry cannot be that of an L1 table.
     #[error("snapshot {index} cannot have an L1 table of {entries} entries at {target}")]
     BadSnapshotL1 {
-        /// The snapshot's place in the table, from 0.
+        /// The snapshot's index in the table, from 0.
         index: u32,
-        /// Where its L1 table is said to be.
+        /// The offset of its L1 table according to the entry.
         target: HostOffset,
-        /// Entries that it is said to have.
+        /// The number of L1 entries according to the entry.
         entries: u64,
     },
     /// A version 3 snapshot lacks the fields that version 3 demands.
     #[error("entry {index} of the snapshot table lacks its disk size or its VM state size")]
     IncompleteSnapshot {
-        /// Its place in the table, from 0.
+        /// Its index in the table, from 0.
         index: u32,
     },
-    /// Internal snapshots in an image whose data is elsewhere: nothing keeps what they name as it was.
+    /// Internal snapshots in an image with an external data file. Nothing preserves the data that they name.
     #[error("{count} internal snapshot(s) in an image with an external data file")]
     SnapshotsWithDataFile {
-        /// How many.
+        /// The number of snapshots.
         count: u32,
     },
-    /// A compressed cluster in an image whose data is elsewhere, where only plain data can be.
+    /// A compressed cluster in an image with an external data file, which can hold only plain data.
     #[error("compressed cluster, entry {raw:#018x}, in an image with an external data file")]
     CompressedWithDataFile {
         /// The entry.
         raw: u64,
     },
-    /// An entry of the bitmap directory breaks the format, or there are more or fewer than said: what follows is not
-    /// known.
+    /// An entry of the bitmap directory breaks the format, or there are more or fewer entries than the header states.
+    /// The entries after it are unknown.
     #[error("entry {index} of the bitmap directory is broken, missing or one too many")]
     BadBitmap {
-        /// Its place in the directory, from 0.
+        /// Its index in the directory, from 0.
         index: u32,
     },
-    /// An entry of a bitmap's table that says nothing sensible.
+    /// An entry of a bitmap's table without a valid meaning.
     #[error("entry {raw:#018x} of a bitmap's table has reserved bits set or is not aligned")]
     BadBitmapEntry {
         /// The entry.
@@ -207,29 +207,29 @@ pub enum FindingKind {
     },
 }
 
-/// What it takes to mend a finding.
+/// The remedy for a finding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Remedy {
-    /// Another refcount in its place.
+    /// A new refcount.
     Count,
-    /// Another flag COPIED.
+    /// A new value of the flag COPIED.
     Flag,
-    /// Another entry in its place.
+    /// A new entry.
     Entry,
     /// A new refcount structure.
     Structure,
-    /// A new snapshot table, which says more.
+    /// A new snapshot table with more fields.
     Snapshots,
-    /// A new snapshot table, without what cannot be read of the old one.
+    /// A new snapshot table without the entries that cannot be read.
     LostSnapshots,
-    /// Nothing, as far as refcounts go.
+    /// No new refcount is needed.
     NotNeeded,
-    /// Guest data may be lost or unreachable: no new refcount mends that.
+    /// None: guest data may be lost or unreachable, and no new refcount mends that.
     None,
 }
 
 impl FindingKind {
-    /// Its name, for counts and for programs.
+    /// Its name, for tallies and for programs.
     pub fn name(&self) -> &'static str {
         match self {
             FindingKind::Leak { .. } => "leak",
@@ -259,14 +259,14 @@ impl FindingKind {
         }
     }
 
-    /// True if it costs space only.
+    /// True if the finding only wastes space.
     pub fn is_leak(&self) -> bool {
         matches!(self, FindingKind::Leak { .. })
     }
 
-    /// True for what the format forbids and `qemu-img check` lets pass, where nothing else can come to harm by it: the
-    /// flag COPIED on an L2 entry without an offset, which is taken for unallocated. It is told, and does not change the
-    /// verdict.
+    /// True for a fault that the format forbids, that `qemu-img check` accepts, and that harms nothing else. This is
+    /// the flag COPIED on an L2 entry without an offset, which counts as unallocated. It is reported, but does not
+    /// change the verdict.
     pub fn is_note(&self) -> bool {
         let FindingKind::BadEntry { part: Part::L2, source } = self else { return false };
         matches!(source, EntryError::DataAtOffsetZero { .. })
@@ -301,13 +301,13 @@ impl FindingKind {
     }
 }
 
-/// Something wrong, and where.
+/// A fault and its offset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[error("offset {offset}: {kind}")]
 pub struct Finding {
-    /// In the image file: the entry that is wrong, or the cluster whose refcount is.
+    /// The offset in the image file: of the wrong entry, or of the cluster with the wrong refcount.
     pub offset: HostOffset,
-    /// What is wrong.
+    /// The fault.
     pub kind: FindingKind,
 }
 
@@ -316,53 +316,53 @@ pub struct Finding {
 pub enum Verdict {
     /// Nothing is wrong.
     Clean,
-    /// Space is lost, nothing else.
+    /// Only space is lost.
     Leaks,
-    /// Data is or may come to be wrong.
+    /// Data is wrong, or may become wrong.
     Corrupt,
 }
 
-/// How many findings there are of a kind.
+/// The number of findings of a kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tally {
-    /// As [`FindingKind::name`] says.
+    /// The name, as in [`FindingKind::name`].
     pub name: &'static str,
-    /// All of them.
+    /// The number of all findings of this kind.
     pub count: u64,
 }
 
-/// What a check found.
+/// The result of a check.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report {
     /// Findings that are neither leaks nor notes.
     pub corruptions: u64,
     /// Findings that do not change the verdict ([`FindingKind::is_note`]).
     pub notes: u64,
-    /// Clusters with a refcount above their references.
+    /// Clusters whose refcount is higher than their references.
     pub leaked_clusters: u64,
-    /// The first findings of each kind, at most [`FINDINGS_OF_KIND_MAX`]; the tallies have their full numbers.
+    /// The first findings of each kind, at most [`FINDINGS_OF_KIND_MAX`]. The tallies have the full numbers.
     pub findings: Vec<Finding>,
-    /// Each kind that was found, in the order of their first findings.
+    /// The kinds found, in the order of their first findings.
     pub tallies: Vec<Tally>,
     /// Guest clusters of the active disk.
     pub total_clusters: u64,
-    /// Those that have a host cluster, compressed ones included.
+    /// Guest clusters that have a host cluster, compressed ones included.
     pub allocated_clusters: u64,
-    /// Those whose host cluster does not follow that of the one before in their L2 table, and all compressed ones.
+    /// Guest clusters whose host cluster does not follow the previous one in their L2 table, and all compressed ones.
     pub fragmented_clusters: u64,
-    /// Those that are compressed.
+    /// Guest clusters that are compressed.
     pub compressed_clusters: u64,
-    /// Where the last cluster ends that has a refcount or a reference, in bytes.
+    /// The end in bytes of the last cluster that has a refcount or a reference.
     pub image_end_offset: u64,
     /// Findings that no repair mends.
     pub(super) beyond_repair: u64,
     /// Findings that need a new refcount structure.
     pub(super) structure_damaged: u64,
-    /// Findings that need a new snapshot table, which says more.
+    /// Findings that need a new snapshot table with more fields.
     pub(super) snapshots_incomplete: u64,
     /// Findings that make snapshots unreadable.
     pub(super) snapshots_lost: u64,
-    /// The refcounts may be too low: some are, or the image is marked so.
+    /// True if refcounts may be too low: some are, or the image is marked so.
     pub(super) refcounts_too_low: bool,
 }
 
@@ -397,7 +397,7 @@ impl Report {
         }
     }
 
-    /// Counts one more of a kind; how many there are now.
+    /// Counts one more finding of a kind and returns the new number.
     fn tally(&mut self, name: &'static str) -> u64 {
         let known = self.tallies.iter_mut().find(|tally| tally.name == name);
         if let Some(tally) = known {
@@ -409,10 +409,10 @@ impl Report {
     }
 }
 
-/// Why an image is not checked: a wrong answer would be worse than none.
+/// Why an image is not checked: no answer is better than a wrong one.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum Refusal {
-    /// A feature that is not built yet.
+    /// A feature that is not implemented yet.
     #[error(transparent)]
     Unsupported(#[from] Unsupported),
     /// The file has more clusters than a check can count.

@@ -1,25 +1,25 @@
-//! Which pieces of the file to read, and in what order; and regions that lie on top of each other, taken apart.
+//! Decides which pieces of the file to read, and in what order. It also splits overlapping regions.
 //!
-//! Owns the bound on a single read. It does not look at the bytes.
+//! Owns the bound on a single read. It does not inspect the bytes.
 
 use std::collections::BTreeMap;
 
 use super::READ_MAX;
 
-/// A region to be read, and what it is.
+/// A region to be read, and a tag that identifies it.
 struct Item<T> {
     offset: u64,
     length: u64,
     tag: T,
 }
 
-/// Regions of the file to be read in order, each once; neighbours are read together.
+/// Regions of the file to be read in order, each once. Adjacent regions are read together.
 pub(crate) struct Sweep<T> {
     items: Vec<Item<T>>,
     at: usize,
     /// Bytes of the present item that have been read.
     done: u64,
-    /// Bytes of all items, and of those what has been read.
+    /// Bytes of all items, and how many of them have been read.
     total: u64,
     read: u64,
 }
@@ -31,7 +31,7 @@ impl<T> Default for Sweep<T> {
 }
 
 impl<T> Sweep<T> {
-    /// Adds a region, as far as it is in the file; the entry that the end of the file cuts is read whole.
+    /// Adds a region, as far as it is in the file. If the file ends within an entry, that entry is read whole.
     pub fn push(&mut self, offset: u64, length: u64, file_length: u64, tag: T) {
         let length = length.min(file_length.saturating_sub(offset)).next_multiple_of(8);
         if length > 0 {
@@ -40,12 +40,12 @@ impl<T> Sweep<T> {
         }
     }
 
-    /// The next piece to read: where, and how many bytes. Nothing if all have been read.
+    /// The next piece to read: its offset and length in bytes. None if all have been read.
     pub fn next(&self) -> Option<(u64, u64)> {
         self.piece(self.at, self.done)
     }
 
-    /// The next pieces, so many at most, each as [`Sweep::next`] will give it in its turn.
+    /// The next pieces, at most `most`, each as [`Sweep::next`] will return it later.
     pub fn ahead(&self, most: usize) -> Vec<(u64, u64)> {
         let (mut at, mut done) = (self.at, self.done);
         let mut pieces = Vec::new();
@@ -61,7 +61,7 @@ impl<T> Sweep<T> {
         pieces
     }
 
-    /// The piece that begins so far into an item.
+    /// The piece that begins `done` bytes into the item `at`.
     fn piece(&self, at: usize, done: u64) -> Option<(u64, u64)> {
         let first = self.items.get(at)?;
         let start = first.offset + done;
@@ -75,8 +75,8 @@ impl<T> Sweep<T> {
         Some((start, end - start))
     }
 
-    /// Takes in the bytes of the piece that [`Sweep::next`] named: for each region in it, what it is, how far in the
-    /// bytes begin, and the bytes.
+    /// Takes the bytes of the piece that [`Sweep::next`] returned. Calls `each` for every region in it, with its tag,
+    /// the offset of the bytes, and the bytes.
     pub fn feed(&mut self, mut bytes: &[u8], mut each: impl FnMut(&Piece<'_, T>, &[u8])) {
         while let (false, Some(item)) = (bytes.is_empty(), self.items.get(self.at)) {
             let length = (item.length - self.done).min(bytes.len() as u64);
@@ -97,13 +97,13 @@ impl<T> Sweep<T> {
         (self.read, self.total)
     }
 
-    /// Bytes of memory held, about.
+    /// Approximate bytes of memory held.
     pub fn held_bytes(&self) -> usize {
         self.items.capacity() * size_of::<Item<T>>()
     }
 }
 
-/// Where a fed part of a region lies.
+/// The location of a fed part of a region.
 pub(crate) struct Piece<'a, T> {
     pub tag: &'a T,
     /// In the file, in bytes.
@@ -112,14 +112,14 @@ pub(crate) struct Piece<'a, T> {
     pub within: u64,
 }
 
-/// Regions that may lie on top of each other: how many lie on each byte.
+/// Regions that may overlap: how many of them cover each byte.
 #[derive(Default)]
 pub(crate) struct Cover {
-    /// By how much the number of regions changes at an offset.
+    /// The change in the number of regions at each offset.
     changes: BTreeMap<u64, i64>,
 }
 
-/// A region with the same number of others on each of its bytes.
+/// A region in which each byte is covered the same number of times.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Covered {
     pub start: u64,
@@ -136,12 +136,12 @@ impl Cover {
         }
     }
 
-    /// Bytes of memory held, about: a B-tree map takes up to twice its items.
+    /// Approximate bytes of memory held. A B-tree map takes up to twice its items.
     pub fn held_bytes(&self) -> usize {
         self.changes.len() * 2 * size_of::<(u64, i64)>()
     }
 
-    /// The regions taken apart, ascending, none on top of another.
+    /// The regions split so that none overlap, ascending.
     pub fn regions(&self) -> Vec<Covered> {
         let mut regions: Vec<Covered> = Vec::new();
         let (mut times, mut start) = (0_i64, 0);
@@ -160,7 +160,7 @@ impl Cover {
 mod tests {
     use super::*;
 
-    /// Feeds a file in which each byte tells its offset; what came back for each region.
+    /// Feeds a file in which each byte encodes its offset. Returns the reads, and what each region received.
     fn run(sweep: &mut Sweep<char>) -> (Vec<(u64, u64)>, String) {
         let (mut reads, mut seen, mut expected) = (Vec::new(), String::new(), Vec::new());
         while let Some((offset, length)) = sweep.next() {

@@ -1,5 +1,5 @@
-//! The checker on images in memory: what it asks for, what it finds, what a repair makes of it, and that no bytes make
-//! it panic, run on or hold much.
+//! The checker on images in memory: its reads, its findings, and its repairs. No bytes may make it panic, run without
+//! end or use much memory.
 
 use std::collections::HashSet;
 
@@ -22,7 +22,7 @@ struct Image {
 }
 
 impl Image {
-    /// An image with so many guest clusters of data, the first of the disk, L2 tables between them.
+    /// An image whose first `data` guest clusters hold data, with L2 tables between them.
     fn new(version: Version, cluster_bits: u32, refcount_order: u32, data: u64) -> Self {
         let l2_entries = 1 << (cluster_bits - 3);
         let size = (data.next_multiple_of(l2_entries) + l2_entries) << cluster_bits;
@@ -56,7 +56,7 @@ impl Image {
         set_entry(&mut self.bytes[offset as usize..], 0, raw);
     }
 
-    /// Where the refcount of a cluster is: its refblock, and the index in it. The first refblock reaches far enough.
+    /// The location of a cluster's refcount: its refblock, and the index in it. The first refblock reaches far enough.
     fn refblock(&self) -> usize {
         self.entry(self.header().refcount_table_offset.0) as usize
     }
@@ -80,7 +80,7 @@ impl Image {
         offset
     }
 
-    /// Where the L2 entry of a guest cluster is; makes the table if there is none.
+    /// The offset of a guest cluster's L2 entry; creates the table if there is none.
     fn l2_place(&mut self, cluster: u64) -> u64 {
         let l2_entries = self.geometry.l2_entries();
         let l1_place = self.header().l1_offset.0 + cluster / l2_entries * 8;
@@ -125,7 +125,7 @@ impl Image {
         self.check().report().findings.iter().map(|finding| finding.kind).collect()
     }
 
-    /// The whole disk, read with the tables as they are.
+    /// The contents of the whole disk, read through the present tables.
     fn contents(&self) -> Vec<Vec<u8>> {
         let header = self.header();
         let size = self.geometry.cluster_size();
@@ -161,11 +161,12 @@ impl Image {
         }
     }
 
-    /// Repairs, and crashes the repair at every step: between syncs with each write alone done or undone.
+    /// Repairs, and simulates a crash at every step. Between syncs, each write is once the only one done and once the
+    /// only one missing.
     fn repair_everywhere(&mut self, kind: RepairKind) {
         let before = self.contents();
         let mut steps: Vec<RepairStep> = self.check().plan_repair(kind).expect("repairable").collect();
-        // What is given back goes last, when all else is durable.
+        // Space is given back last, when all else is durable.
         let given = steps.iter().rposition(|step| *step == RepairStep::Sync).map_or(0, |last| last + 1);
         let given = steps.split_off(given);
         let is_given = |step: &RepairStep| matches!(step, RepairStep::Punch { .. } | RepairStep::Cut { .. });
@@ -176,7 +177,7 @@ impl Image {
         let first_mark = stages.iter().position(|stage| stage.iter().any(marks));
         let first_mark = first_mark.filter(|_| self.marks() & Incompatible::DIRTY.0 == 0).unwrap_or(0);
         for (number, stage) in stages.iter().enumerate() {
-            // From the first mark to the last but one sync a version 3 image must say that it is not sound.
+            // From the first mark to the last sync but one, a version 3 image must be marked dirty.
             let between = number > first_mark && number + 1 < stages.len();
             let marked = kind != RepairKind::Leaks && self.geometry.version == Version::V3 && between;
             for missing in 0..=stage.len() {
@@ -185,7 +186,7 @@ impl Image {
                     let kept = stage.iter().enumerate().filter(|(n, _)| (*n == missing) == alone);
                     kept.for_each(|(_, step)| crashed.apply(step));
                     assert!(!marked || crashed.marks() & Incompatible::DIRTY.0 != 0, "stage {number}");
-                    // A new structure is named only when it is whole.
+                    // The header names a new structure only when it is complete.
                     let renamed =
                         crashed.header().refcount_table_offset != self.header().refcount_table_offset;
                     assert!(!renamed || crashed.check().report().structure_damaged == 0, "stage {number}");
@@ -202,7 +203,7 @@ impl Image {
         assert_eq!(self.contents(), before);
     }
 
-    /// After a crash: marked dirty if anything but leaks is left, and a second repair ends clean.
+    /// After a crash the contents are intact, and a second repair leaves the image clean.
     fn again(mut self, before: &[Vec<u8>], kind: RepairKind) {
         assert_eq!(self.contents(), before);
         let verdict = self.verdict();
@@ -217,7 +218,7 @@ impl Image {
     }
 }
 
-/// Whether a finding is the one that is looked for.
+/// True if a finding is the expected one.
 type Expected = fn(&FindingKind) -> bool;
 
 fn v3(refcount_order: u32) -> Image {
@@ -277,7 +278,7 @@ fn refcounts_too_low_and_missing_are_rebuilt() {
                 FindingKind::RefcountTooLow { recorded: 0, references: 1 },
             ]
         );
-        // A repair of leaks leaves it, and does no harm.
+        // A repair of leaks leaves this finding, and does no harm.
         let leaks = image.check().plan_repair(RepairKind::Leaks).expect("a plan");
         assert_eq!(leaks.count(), 0);
         image.repair_everywhere(RepairKind::All);
@@ -307,7 +308,7 @@ fn an_unreadable_refcount_structure_is_replaced() {
             assert_eq!((image.verdict(), image.marks()), (Verdict::Clean, 0), "{what}");
         }
     }
-    // The whole table past the end of the file.
+    // The whole table lies past the end of the file.
     let mut image = v3(4);
     let place = position::REFCOUNT_TABLE_OFFSET as u64;
     image.put(place, far);
@@ -332,7 +333,7 @@ fn a_dirty_image_is_marked_until_the_end() {
     assert_eq!(steps.iter().rposition(|step| marks(&step)), Some(last_sync - 1));
     image.repair_everywhere(RepairKind::All);
     assert_eq!((image.verdict(), image.marks()), (Verdict::Clean, 0));
-    // Nothing wrong but the marks.
+    // Only the marks are wrong.
     let both = Incompatible::DIRTY.with(Incompatible::CORRUPT);
     image.put(position::INCOMPATIBLE as u64, both.0);
     image.repair_everywhere(RepairKind::All);
@@ -346,7 +347,7 @@ fn flags_follow_the_new_refcounts() {
     let (first, second) = (image.l2_place(3), image.l2_place(4));
     let raw = image.entry(first);
     image.put(second, raw);
-    // And one has lost its flag.
+    // One of them has lost its flag.
     let third = image.l2_place(9);
     image.put(third, image.entry(third) & !COPIED);
     assert_eq!(image.verdict(), Verdict::Corrupt);
@@ -410,7 +411,7 @@ fn what_qemu_lets_pass_is_noted_or_mended() {
     let report = v2.check().into_report();
     assert_eq!((report.verdict(), report.allocated_clusters), (Verdict::Clean, 7));
     assert_eq!((v2.entry(with), v2.entry(without)), (0, 0));
-    // In an L1 entry it is no note: the table would be where the header is.
+    // In an L1 entry this is no mere note: the table would be where the header is.
     let l1 = image.header().l1_offset.0;
     image.put(l1, COPIED);
     assert_eq!(image.verdict(), Verdict::Corrupt);
@@ -450,7 +451,7 @@ fn findings_are_counted_when_the_list_is_full() {
 
 #[test]
 fn what_a_table_claims_many_times_is_read_once() {
-    // An L1 table of 4096 entries that all name one L2 table, which names one cluster all over.
+    // An L1 table of 4096 entries that all name one L2 table, whose entries all name one cluster.
     let geometry = Geometry {
         version: Version::V3,
         cluster_bits: 9,
@@ -479,7 +480,7 @@ fn many_snapshots_with_one_l1_table_cost_no_more_than_the_file() {
     let count = 700_u64;
     let table = image.bytes.len() as u64;
     for n in 0..count {
-        // Each claims the file from its header's neighbour on, each a little more of it.
+        // Each entry claims the file from the header's neighbour on, each a little more of it.
         let mut entry = vec![0; 56];
         set_entry(&mut entry, 0, 512);
         entry[8..12].copy_from_slice(&(n as u32 * 8).to_be_bytes());
@@ -518,24 +519,24 @@ fn guest_data_in_another_file_is_not_counted() {
     };
     let mut external = image.clone();
     mark(&mut external);
-    // Each guest cluster has its own offset there, 0 and such that are far behind the end of this file.
+    // In the external file each guest cluster is at its own offset: 0, and offsets far behind the end of this file.
     for cluster in 0..40 {
         let place = external.l2_place(cluster);
         external.put(place, (cluster * 512) | COPIED);
     }
-    // What was data is now in another file: its clusters in this one are leaks.
+    // The data is now in another file, so its clusters in this one are leaks.
     let report = external.check().into_report();
     assert_eq!(
         (report.verdict(), report.leaked_clusters, report.allocated_clusters),
         (Verdict::Leaks, 40, 40)
     );
-    // Elsewhere nothing is of this guest cluster.
+    // No other offset may hold this guest cluster.
     external.put(place, 1 << 40 | COPIED);
     assert!(external.kinds().iter().any(|kind| kind.name() == "bad-entry"));
     assert_eq!(external.verdict(), Verdict::Corrupt);
     external.put(place, (3 * 512) | COPIED);
     assert_eq!(external.verdict(), Verdict::Leaks);
-    // A lost flag is mended.
+    // A repair sets a lost flag again.
     external.put(place + 16, external.entry(place + 16) & !COPIED);
     assert_eq!(external.verdict(), Verdict::Corrupt);
     let steps: Vec<RepairStep> = external.check().plan_repair(RepairKind::All).expect("a plan").collect();
@@ -566,7 +567,7 @@ fn progress_ends_at_its_total() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 
-    /// `check` itself asserts that little is read and held.
+    /// `check` itself asserts that it reads little and uses little memory.
     #[test]
     fn no_bytes_make_it_panic_run_on_or_hold_much(
         order in 0_u32..=6,
@@ -577,7 +578,7 @@ proptest! {
         let length = image.bytes.len();
         let mut seen = HashSet::new();
         for (at, bit, anywhere) in flips {
-            // Mostly in the header and the tables that follow it.
+            // Most flips are in the header and the tables that follow it.
             let at = if anywhere { at * 7919 % length } else { at % length };
             if seen.insert((at, bit)) {
                 image.bytes[at] ^= 1 << bit;

@@ -1,6 +1,6 @@
-//! The tables of an image, entry by entry: counts the references and judges each entry by itself.
+//! Walks the tables of an image: counts the references, and judges each entry by itself.
 //!
-//! Owns the counts and the findings of a check while it runs. What the counts mean in the end is in `compare`.
+//! Owns the counts and the findings of a running check. `compare` judges the final counts.
 
 use std::collections::BTreeMap;
 
@@ -47,28 +47,28 @@ pub(crate) struct Place {
     pub part: Part,
 }
 
-/// An entry whose flag COPIED is to change.
+/// An entry whose flag COPIED must change.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct FlagFix {
     pub offset: u64,
     pub raw: u64,
 }
 
-/// An L2 entry as far as references go, and what is odd about it.
+/// An L2 entry decoded for its references, and a note on anything odd in it.
 struct Understood {
     entry: Result<L2Entry, EntryError>,
-    /// What the format forbids, though the references are plain ([`FindingKind::is_note`]).
+    /// A fault against the format that leaves the references clear ([`FindingKind::is_note`]).
     note: Option<EntryError>,
 }
 
-/// An L2 entry that is to say nothing any more: without a backing file its guest cluster then reads as zeros.
+/// An L2 entry to be cleared: without a backing file its guest cluster then reads as zeros.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Clearing {
-    /// Where the entry is in the file.
+    /// The offset of the entry in the file.
     pub offset: u64,
-    /// The cluster that it counts in, if that is in the file.
+    /// The cluster whose references include the entry, if it is in the file.
     pub host: Option<u64>,
-    /// How often it does.
+    /// How many of those references the entry makes.
     pub times: u64,
 }
 
@@ -83,31 +83,31 @@ pub(crate) struct Walk {
     pub header: Header,
     pub geometry: Geometry,
     pub file_length: u64,
-    /// Clusters of the file, the last of which may be cut short. One more may be named: see [`Walk::is_past_end`].
+    /// Clusters of the file; the file may end within the last. Entries may name one more: see [`Walk::is_past_end`].
     pub clusters: u64,
     /// References found.
     pub references: Counts,
-    /// Refcounts as the image has them.
+    /// The refcounts in the image.
     pub recorded: Counts,
-    /// In the order of the table.
+    /// In the order of the refcount table.
     pub refblocks: Vec<Refblock>,
     /// The L2 tables by their cluster.
     pub l2: BTreeMap<u64, L2Use>,
     /// The L1 tables of snapshots, in bytes and in clusters.
     snapshot_l1: (Cover, Cover),
-    /// Bytes of the snapshot table.
+    /// The length of the snapshot table in bytes.
     pub snapshot_table_length: u64,
     /// The tables of bitmaps, likewise in bytes and in clusters.
     bitmap_tables: (Cover, Cover),
     /// Guest data is in another file, which has no refcounts.
     external_data: bool,
-    /// Where the host cluster would begin that follows the last one seen in the present L2 table; 0 at its start.
+    /// The offset right behind the last host cluster seen in the present L2 table; 0 at the start of a table.
     next_contiguous: u64,
-    /// Metadata apart from L2 tables and refcounts, which must have its clusters for itself.
+    /// Metadata apart from L2 tables and refcounts. It must not share its clusters.
     pub places: Vec<Place>,
     /// The refcount table and the refblocks that are in the file.
     pub refcount_places: Vec<Place>,
-    /// Where data is in an external file: clusters of L2 tables, and which of the active L1 table's entries names each.
+    /// With an external data file: the cluster of each active L2 table → the index of the L1 entry that names it.
     own_tables: BTreeMap<u64, u64>,
     pub flag_fixes: Vec<FlagFix>,
     /// The entries of the snapshot table that can be read.
@@ -156,21 +156,22 @@ impl Walk {
         })
     }
 
-    /// True if a region ends a cluster or more behind the end of the file. Up to there it is fine: the last cluster of
-    /// an image need not be written whole.
+    /// True if a region ends a cluster or more behind the end of the file. A smaller overhang is allowed, because the
+    /// last cluster of an image need not be written whole.
     fn is_past_end(&self, target: u64, length: u64) -> bool {
         let Some(end) = target.checked_add(length) else { return true };
         end.saturating_sub(self.file_length) >= self.geometry.cluster_size()
     }
 
-    /// The clusters that a region touches: the first, and how many.
+    /// The clusters that a region touches: the first, and their number.
     fn clusters_of(&self, target: u64, length: u64) -> (u64, u64) {
         let first = target >> self.geometry.cluster_bits;
         let end = self.geometry.clusters_for(target + length);
         (first, end - first)
     }
 
-    /// Counts references to a region, if it is in the file; else that is a finding at `entry`. What it touches.
+    /// Counts references to a region in the file and returns its clusters. A region past the end of the file is a
+    /// finding at `entry`.
     fn count(&mut self, entry: u64, part: Part, target: u64, length: u64, times: u64) -> Option<Place> {
         if length == 0 {
             return None;
@@ -187,7 +188,7 @@ impl Walk {
         Some(Place { first, count, part })
     }
 
-    // The refcounts as the image has them.
+    // The refcounts in the image.
 
     pub fn refcount_table_length(&self) -> u64 {
         u64::from(self.header.refcount_table_clusters) << self.geometry.cluster_bits
@@ -200,7 +201,7 @@ impl Walk {
         sweep
     }
 
-    /// Entries of the refcount table from index `first` on, which lie at `offset`.
+    /// Takes entries of the refcount table, from index `first` on, at `offset`.
     pub fn refcount_table(&mut self, offset: u64, first: u64, bytes: &[u8]) {
         let (part, size) = (Part::RefcountTable, self.geometry.cluster_size());
         for (entry, index, raw) in entries(offset, first, bytes) {
@@ -219,7 +220,7 @@ impl Walk {
         }
     }
 
-    /// The refblocks, as far as they count clusters that can be named.
+    /// The refblocks, as far as they count clusters that entries can name.
     pub fn refblock_sweep(&self) -> Sweep<u64> {
         let mut sweep = Sweep::default();
         for block in &self.refblocks {
@@ -231,7 +232,8 @@ impl Walk {
         sweep
     }
 
-    /// Bytes of the refblock whose first refcount is that of cluster `first`; they begin `within` bytes into it.
+    /// Takes bytes of a refblock. Its first refcount is that of cluster `first`, and the bytes begin `within` bytes
+    /// into it.
     pub fn refblock(&mut self, first: u64, within: u64, bytes: &[u8]) {
         let order = self.geometry.refcount_order;
         let words = bytes.as_chunks::<8>().0;
@@ -272,7 +274,7 @@ impl Walk {
         }
     }
 
-    /// Counts what the header, the snapshot table and the bitmap directory name, but for the refcounts.
+    /// Counts the structures that the header, the snapshot table and the bitmap directory name, except the refcounts.
     pub fn count_fixed_places(&mut self) {
         let header = &self.header;
         let [l1_offset, snapshots_offset] = [header.l1_offset.0, header.snapshots_offset.0];
@@ -308,7 +310,7 @@ impl Walk {
         }
     }
 
-    /// Takes note of a bitmap's table.
+    /// Notes a bitmap's table.
     pub fn bitmap(&mut self, bitmap: &Bitmap) {
         let (target, length) = (bitmap.table_offset, u64::from(bitmap.table_entries) * 8);
         if self.is_past_end(target.0, length) {
@@ -330,7 +332,7 @@ impl Walk {
         sweep
     }
 
-    /// Entries of bitmaps' tables, which lie at `offset` and count `times`.
+    /// Takes entries of bitmaps' tables at `offset`; each counts `times`.
     pub fn bitmap_table(&mut self, offset: u64, bytes: &[u8], times: u64) {
         for (entry, _, raw) in entries(offset, 0, bytes) {
             match qcow2::bitmap_table_entry(raw, &self.geometry) {
@@ -358,7 +360,7 @@ impl Walk {
         sweep
     }
 
-    /// Entries of an L1 table, which lie at `offset` and count `times`.
+    /// Takes entries of an L1 table at `offset`; each counts `times`.
     pub fn l1(&mut self, offset: u64, bytes: &[u8], part: Part, times: L2Use) {
         let size = self.geometry.cluster_size();
         for (entry, _, raw) in entries(offset, 0, bytes) {
@@ -404,7 +406,7 @@ impl Walk {
         sweep
     }
 
-    /// Entries of an L2 table, which lie at `offset`, `within` bytes into it.
+    /// Takes entries of an L2 table at `offset`, which begin `within` bytes into it.
     pub fn l2(&mut self, offset: u64, within: u64, bytes: &[u8], times: L2Use) {
         if within == 0 {
             self.next_contiguous = 0;
@@ -437,7 +439,7 @@ impl Walk {
         }
     }
 
-    /// Reports data in an external file elsewhere than at the guest's own offset.
+    /// Reports data in an external file that is not at the guest's own offset.
     fn elsewhere(&mut self, entry: u64, raw: RawL2Entry, guest: GuestCluster) {
         let decoded = L2Entry::decode_external(raw, &self.geometry, guest);
         if let Err(source @ EntryError::DataFileOffset { .. }) = decoded {
@@ -445,7 +447,7 @@ impl Walk {
         }
     }
 
-    /// Reports a zero flag that the version does not know.
+    /// Reports a zero flag in an image of version 2, which does not define it.
     fn zero_flag(&mut self, entry: u64, raw: RawL2Entry, standard: L2Entry, times: L2Use) {
         let raw = raw.descriptor;
         if self.geometry.version != Version::V2 || raw & COMPRESSED != 0 || raw & ZERO == 0 {
@@ -460,7 +462,7 @@ impl Walk {
         }
     }
 
-    /// What must not be set in an L2 entry, whatever it names.
+    /// Reports bits that must not be set in an L2 entry, whatever it names.
     fn l2_flags(&mut self, entry: u64, RawL2Entry { descriptor: raw, bitmap }: RawL2Entry) {
         let compressed = raw & COMPRESSED != 0;
         if !compressed && raw & L2_RESERVED != 0 {
@@ -504,12 +506,12 @@ impl Walk {
         }
     }
 
-    /// Understands an L2 entry as far as references go.
+    /// Decodes an L2 entry for its references.
     fn understand(&self, mut raw: RawL2Entry) -> Understood {
         let zero = raw.descriptor & ZERO != 0 && !self.geometry.extended_l2;
         let elsewhere = self.external_data && raw.descriptor & (COMPRESSED | COPIED) == COPIED && !zero;
         if elsewhere && raw.descriptor & OFFSET_MASK == 0 {
-            // In another file there may be data at offset 0. Any other place will do, as it is not counted.
+            // An external file may have data at offset 0. Any other offset will do here, as it is not counted.
             raw.descriptor |= self.geometry.cluster_size();
         }
         let nowhere = raw.descriptor & OFFSET_MASK == 0 && raw.descriptor & COPIED != 0;
@@ -544,7 +546,7 @@ impl Walk {
             if !self.external_data {
                 self.flag(entry, raw.descriptor, Part::L2, host.offset, host.copied);
             } else if !host.copied {
-                // What is in another file is never shared.
+                // Data in an external file is never shared.
                 let (part, raw) = (Part::L2, raw.descriptor);
                 self.report.add(entry, FindingKind::Copied { part, raw, refcount: 1 });
                 self.flag_fixes.push(FlagFix { offset: entry, raw: raw | COPIED });
@@ -561,7 +563,7 @@ impl Walk {
         if copied != (refcount == 1) {
             self.report.add(entry, FindingKind::Copied { part, raw, refcount });
         }
-        // The references do not hold the refcount structure yet, which a repair may put elsewhere.
+        // The references do not include the refcount structure yet, which a repair may move.
         if copied != (self.references.get(cluster) == 1) {
             self.flag_fixes.push(FlagFix { offset: entry, raw: raw ^ COPIED });
         }
@@ -569,7 +571,7 @@ impl Walk {
 
     // The refcount structure as a user of clusters.
 
-    /// Counts the refcount table and the refblocks: last, so that what else is in their clusters shows.
+    /// Counts the refcount table and the refblocks. This is the last count, so anything else in their clusters shows.
     pub fn count_refcount_structure(&mut self) {
         let (offset, length) = (self.header.refcount_table_offset.0, self.refcount_table_length());
         let field = qcow2::position::REFCOUNT_TABLE_OFFSET as u64;
@@ -601,8 +603,8 @@ impl Walk {
     }
 }
 
-/// The entries of a piece of an L2 table that are not zero, and their places in the file. Where the end of the file
-/// cuts an entry, its bitmap is zero.
+/// The nonzero entries of a piece of an L2 table, with their offsets in the file. If the file ends within an entry, its
+/// bitmap is zero.
 fn l2_entries(geometry: Geometry, offset: u64, bytes: &[u8]) -> impl Iterator<Item = (u64, RawL2Entry)> {
     let size = geometry.l2_entry_size();
     let extended = geometry.extended_l2;
@@ -614,7 +616,7 @@ fn l2_entries(geometry: Geometry, offset: u64, bytes: &[u8]) -> impl Iterator<It
     })
 }
 
-/// The entries of a piece of a table that are not zero: place in the file, index, and the entry.
+/// The nonzero entries of a piece of a table: the offset in the file, the index, and the entry.
 fn entries(offset: u64, first: u64, bytes: &[u8]) -> impl Iterator<Item = (u64, u64, u64)> {
     let words = bytes.as_chunks::<8>().0.iter().enumerate().filter(|(_, word)| **word != [0; 8]);
     words.map(move |(n, word)| (offset + n as u64 * 8, first + n as u64, u64::from_be_bytes(*word)))

@@ -1,9 +1,9 @@
-//! Models of frames whose memory is taken away and comes back: "The map without a lock" in docs/concurrency.md.
+//! Models of frames whose memory is released and allocated again: "The map without a lock" in docs/concurrency.md.
 
 use super::*;
 
-/// Sweeps the map twice, as the first time it only notes that its slices were filled, and takes away the memory of what
-/// that brings: this thread may be any, and stores zeros as the host does, with no order.
+/// Sweeps the map twice, and releases the memory of the frames found. The first sweep only clears the flags that the
+/// fills set. Any thread may do this. The zeros are stored as the host does it, with no order.
 fn sweep(map: &ChainMap, writer: &mut MapWriter) {
     writer.sweep(map, 0);
     let swept = writer.sweep(map, 0);
@@ -37,7 +37,7 @@ fn a_slice_comes_back_without_a_moment_of_another() {
     });
 }
 
-/// The second word of a cluster is its own, or says nothing.
+/// The second word of a cluster is its own, or zero: no subcluster is known.
 #[test]
 fn second_words_are_their_own_or_say_nothing() {
     explore(Some(3), || {
@@ -59,7 +59,7 @@ fn second_words_are_their_own_or_say_nothing() {
     });
 }
 
-/// Memory is taken away by one thread while another fills slices, and a third reads.
+/// One thread releases memory while another fills slices, and a third reads.
 #[test]
 fn slices_are_filled_while_a_frame_is_away() {
     explore(Some(2), || {

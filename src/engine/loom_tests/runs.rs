@@ -1,13 +1,14 @@
-//! Models of slices that become runs and cease to be: "The map without a lock" in docs/concurrency.md.
+//! Models of slices that become runs and stop being runs: "The map without a lock" in docs/concurrency.md.
 //!
-//! A slice has two clusters here. It is a run if the second lies behind the first, or if both read as zero.
+//! A slice has two clusters here. It is a run if the second directly follows the first on the host, or both read as
+//! zero.
 
 use super::*;
 
-/// Bytes of a cluster for which the words of [`word`] are a run.
+/// A cluster size in bytes for which the words of [`word`] are a run.
 const TOGETHER: u64 = 65536;
 
-/// A map of two slices of clusters: the first with these words, the second with those, if it is to be there.
+/// A map of two slices with these words; the second slice is resident only if its words are given.
 fn map_of(frames: usize, first: [Word; 2], second: Option<[Word; 2]>) -> (Arc<ChainMap>, MapWriter) {
     let map = ChainMap::new(2 * SLICE_WORDS, TOGETHER, frames, false);
     let mut writer = MapWriter::new();
@@ -18,10 +19,10 @@ fn map_of(frames: usize, first: [Word; 2], second: Option<[Word; 2]>) -> (Arc<Ch
     (Arc::new(map), writer)
 }
 
-/// Words of the second slice, which are no run.
+/// Words of the second slice; they are no run.
 const SCATTERED: [Word; 2] = [Word::MIXED, Word::ZERO];
 
-/// Looks a cluster up in a thread of its own, which is to find one of these words.
+/// Looks up a cluster in a thread of its own, which must find one of these words.
 fn finds(map: &Arc<ChainMap>, cluster: u64, words: &[Word]) -> thread::JoinHandle<()> {
     let (map, words) = (Arc::clone(map), words.to_vec());
     thread::spawn(move || {
@@ -36,7 +37,7 @@ fn join<const N: usize>(readers: [thread::JoinHandle<()>; N]) {
     }
 }
 
-/// The frame comes from another slice, which is being read as well.
+/// The frame is taken from another slice, which is read at the same time.
 #[test]
 fn a_run_ends_by_a_commit_in_another_slices_frame() {
     explore(Some(3), || {
@@ -50,7 +51,7 @@ fn a_run_ends_by_a_commit_in_another_slices_frame() {
     });
 }
 
-/// What the commit does not touch is there all the time.
+/// A cluster that the commit does not change stays resident all the time.
 #[test]
 fn the_other_cluster_of_a_run_that_ends_stays() {
     explore(None, || {
@@ -61,7 +62,7 @@ fn the_other_cluster_of_a_run_that_ends_stays() {
     });
 }
 
-/// The frame that a new run gives up goes to another slice at once.
+/// The frame that a new run frees goes to another slice at once.
 #[test]
 fn a_run_begins_and_its_frame_goes_to_another_slice() {
     explore(Some(3), || {
@@ -76,7 +77,7 @@ fn a_run_begins_and_its_frame_goes_to_another_slice() {
     });
 }
 
-/// Run, frame, run, frame: each word is seen after those before it, and there is one at any time.
+/// Run, frame, run, frame: a reader sees the words in order, and finds one at any time.
 #[test]
 fn a_slice_that_becomes_a_run_and_back_goes_forward_only() {
     explore(Some(3), || {
@@ -101,7 +102,7 @@ fn a_slice_that_becomes_a_run_and_back_goes_forward_only() {
     });
 }
 
-/// Who reads a word that began a run sees its data; and likewise one that ended a run.
+/// A reader of a word that began or ended a run sees its data.
 #[test]
 fn a_run_brings_the_data_of_its_last_commit() {
     for before in [[word(0), word(77)], [Word::ZERO, Word::ZERO]] {
@@ -123,7 +124,7 @@ fn a_run_brings_the_data_of_its_last_commit() {
     }
 }
 
-/// A cluster is unlinked by ending a run, and by beginning one: either way it is reused after its I/O only.
+/// A cluster is unlinked by ending a run, or by beginning one. Either way, it is reused only after its I/O.
 #[test]
 fn a_cluster_of_a_run_is_kept_from_reuse_while_in_use() {
     for words in [[word(0), word(1)], [word(0), Word::ZERO]] {
@@ -137,7 +138,7 @@ fn a_cluster_of_a_run_is_kept_from_reuse_while_in_use() {
     }
 }
 
-/// A slice that was a run for a while, and whose frame another slice had meanwhile.
+/// The slice is a run for a while, and another slice has its frame meanwhile.
 #[test]
 fn second_words_do_not_outlive_a_run() {
     explore(Some(3), || {

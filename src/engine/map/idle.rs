@@ -1,24 +1,24 @@
-//! What the map gives back of its memory once nobody uses it.
+//! Releases memory of the map that no reader uses any more.
 //!
-//! A frame whose slice no reader used between two sweeps loses it, as by the clock. Its pages then go to whoever asked
-//! ([`crate::IdleMap`]), to have their memory taken away and be handed back; until that, no slice gets the frame. A
-//! reader that is late finds what was there, or zeros, and those say nothing: a word of zeros is unresolved, and of the
-//! subclusters of a second word none is known. No address ever ceases to be valid.
+//! A sweep evicts the slice of a frame that no reader used since the sweep before, as the clock does. The caller
+//! ([`crate::IdleMap`]) then releases the memory of the frame's pages and returns the frame. Until then, no slice gets
+//! the frame. A late reader finds the old contents or zeros. Zeros are safe: a zero word is unresolved, and a zero
+//! second word means that no subcluster is known. No address ever becomes invalid.
 
 use super::{ChainMap, MapWriter};
 use crate::bounds::MAP_SWEPT_AT_ONCE as SWEPT_AT_ONCE;
 use crate::sync::{AtomicU64, Ordering};
 
-/// What a sweep found.
+/// The result of a sweep.
 pub(crate) struct Swept {
-    /// Frames that hold no slice; the caller has them until [`MapWriter::take_back`].
+    /// Frames without a slice; the caller owns them until [`MapWriter::take_back`].
     pub frames: Vec<usize>,
-    /// Where the next sweep is to go on, if that was not all.
+    /// Where the next sweep continues; `None` at the end.
     pub next: Option<usize>,
 }
 
 impl MapWriter {
-    /// Takes slices that no reader used since the last sweep out of some frames, from number `from` on.
+    /// Evicts slices that no reader used since the last sweep, from some frames from number `from` on.
     pub fn sweep(&mut self, map: &ChainMap, from: usize) -> Swept {
         let end = (from + SWEPT_AT_ONCE).min(self.owners.len());
         for number in from..end {
@@ -35,26 +35,26 @@ impl MapWriter {
         Swept { frames, next: (end < self.owners.len()).then_some(end) }
     }
 
-    /// Frames with memory, but for one that stays, so that the clock finds one whatever is away.
+    /// Number of frames with memory, less one that always stays for the clock.
     fn sweepable(&self) -> usize {
         (self.owners.len() - self.bare.len() - self.away).saturating_sub(1)
     }
 
-    /// Frames of a sweep come back, without their memory: it comes back when they are used again.
+    /// Takes back the frames of a sweep, without memory. The host allocates it again on their next use.
     pub fn take_back(&mut self, map: &ChainMap, frames: &[usize]) {
         self.away -= frames.len();
         self.bare.extend(frames);
         self.note_sweepable(map);
     }
 
-    /// To be called wherever [`MapWriter::sweepable`] may have become 0, or ceased to be.
+    /// To be called wherever [`MapWriter::sweepable`] may have changed to or from 0.
     pub(super) fn note_sweepable(&self, map: &ChainMap) {
         map.sweepable.store(self.sweepable() > 0, Ordering::SeqCst);
     }
 }
 
 impl ChainMap {
-    /// Whether a sweep would give anything if nobody used the map.
+    /// True if a sweep would find frames, provided that no reader uses the map.
     pub fn is_sweepable(&self) -> bool {
         self.sweepable.load(Ordering::SeqCst)
     }

@@ -4,7 +4,7 @@ use super::*;
 use crate::word::FileIndex;
 use qcow2::HostOffset;
 
-/// Bytes of a cluster for which the words below are no run, and for which they are.
+/// Cluster sizes in bytes: with `APART` the words below are no run, with `TOGETHER` they are one.
 pub(super) const APART: u64 = 65536;
 pub(super) const TOGETHER: u64 = 512;
 
@@ -59,7 +59,7 @@ fn a_full_map_evicts_and_never_mixes_slices() {
     assert_eq!(resident, 3);
 }
 
-/// Sweeps the whole map; what is given is cleared, as if the host had taken its memory, and handed back.
+/// Sweeps the whole map. Clears the frames of the sweep, as if the host had released their memory, and returns them.
 #[cfg(not(feature = "tiny-bounds"))]
 fn sweep(map: &ChainMap, writer: &mut MapWriter) -> usize {
     let frames = take_idle(map, writer);
@@ -68,7 +68,7 @@ fn sweep(map: &ChainMap, writer: &mut MapWriter) -> usize {
     frames.len()
 }
 
-/// Sweeps the whole map; the frames that it gives.
+/// Sweeps the whole map, and returns the frames of the sweep.
 #[cfg(not(feature = "tiny-bounds"))]
 fn take_idle(map: &ChainMap, writer: &mut MapWriter) -> Vec<usize> {
     let (mut frames, mut from) = (Vec::new(), Some(0));
@@ -141,7 +141,7 @@ fn no_slice_gets_a_frame_that_is_away() {
     (0..3 * SLICE_WORDS).for_each(|at| assert_eq!(map.lookup(GuestCluster(at)), word(at)));
 }
 
-/// A map of so many clusters, in two frames, that is a run from end to end.
+/// A map of `clusters` clusters that is a run from end to end, with two frames.
 fn run(clusters: u64) -> (ChainMap, MapWriter) {
     let map = ChainMap::new(clusters, TOGETHER, 2, false);
     let mut writer = MapWriter::new();
@@ -165,7 +165,7 @@ fn held(writer: &MapWriter) -> usize {
 
 #[test]
 fn what_lies_in_one_piece_takes_no_frame() {
-    // More than there are frames, in one leaf.
+    // More slices than frames, in one leaf.
     let clusters = 3 * SLICE_WORDS + 5;
     let (map, writer) = run(clusters);
     assert_eq!(writer.owners.len(), 0);
@@ -217,7 +217,7 @@ fn words_published_in_any_order_end_as_a_run() {
     let mut model = slice_words(0);
     for round in 0..3 {
         for n in 0..SLICE_WORDS {
-            // An odd factor gives each cluster once.
+            // With an odd factor, each cluster occurs once.
             let cluster = (n * 77 + round * 13) % SLICE_WORDS;
             let new = if round % 2 == 0 { Word::ZERO } else { word(7000 + cluster) };
             writer.publish(&map, GuestCluster(cluster), new, Parts::default());
@@ -241,7 +241,7 @@ fn a_run_that_ends_in_a_full_map_evicts_another_slice() {
     assert_eq!((resident, held(&writer)), (2, 2));
 }
 
-/// Chance against a plain list of words: fills and commits of all kinds of words, in few frames.
+/// Compares the map with a plain list of words, for random fills and commits of all kinds of words, with few frames.
 #[test]
 fn runs_and_frames_say_what_was_published() {
     let clusters = 4 * SLICE_WORDS + 3;

@@ -1,4 +1,4 @@
-//! Tries what is told of made-up reports.
+//! Tests the output for made-up reports.
 
 use super::*;
 use disk::check::{FindingKind, Tally};

@@ -1,4 +1,4 @@
-//! The outcome of a check as text: the first findings of each kind, how many more there are, and what it comes to.
+//! The outcome of a check as text: the first findings of each kind, how many more there are, and the conclusion.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -10,7 +10,7 @@ use crate::check::{Outcome, severity};
 use crate::cli::Repairs;
 use crate::size;
 
-/// Everything that is told.
+/// The whole text.
 pub(super) fn outcome(image: &Path, repair: Option<Repairs>, outcome: &Outcome) -> String {
     let mut text = String::new();
     if let Some(before) = &outcome.before {
@@ -33,7 +33,7 @@ pub(super) fn outcome(image: &Path, repair: Option<Repairs>, outcome: &Outcome) 
     text
 }
 
-/// The findings by their kinds, each kind's first ones.
+/// The findings grouped by kind, the first ones of each.
 fn findings(report: &Report, text: &mut String) {
     for tally in &report.tallies {
         let of_kind = report.findings.iter().filter(|finding| finding.kind.name() == tally.name);
@@ -75,7 +75,7 @@ fn verdict(report: &Report, repaired: bool) -> String {
     }
 }
 
-/// What can be done about it, if that was not tried: never a repair that would be refused.
+/// The repair to suggest, if none was tried; never one that would be refused.
 fn advice(report: &Report, repair: Option<Repairs>) -> Option<String> {
     let (kind, advice) = match (report.verdict(), repair) {
         (Verdict::Leaks, None) => {

@@ -1,4 +1,4 @@
-//! The options about image locks, which every command that opens an image has.
+//! The options for image locks, shared by every command that opens an image.
 
 use std::time::Duration;
 
@@ -28,7 +28,7 @@ impl LockArgs {
         self.lock_timeout.unwrap_or(default)
     }
 
-    /// A storage that treats locks so.
+    /// A storage that treats locks as the options say.
     pub fn storage(&self) -> HostStorage {
         HostStorage::new().unlocked_allowed(self.allow_unlocked)
     }

@@ -1,4 +1,4 @@
-//! Tries the command line: what is accepted, what it comes to, and what is refused.
+//! Tests the command line: what is accepted, its meaning, and what is refused.
 
 use super::*;
 

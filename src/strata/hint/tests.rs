@@ -1,5 +1,5 @@
-//! Tries every hint on every command: each option that one names is taken by that command line, and each suggested command
-//! of ours is one.
+//! Tests every hint with every command: the command line accepts each option that a hint names, and each suggested
+//! `strata` command is valid.
 
 use std::path::PathBuf;
 
@@ -97,7 +97,7 @@ fn hints(path: &Path, purpose: Purpose) -> Vec<String> {
     hints.collect()
 }
 
-/// The text without the commands in it, and the commands.
+/// The text without its commands, and the commands.
 fn taken_apart(hint: &str) -> (String, Vec<String>) {
     let mut parts = hint.split('`');
     let (mut prose, mut commands) = (String::new(), Vec::new());

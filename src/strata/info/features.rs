@@ -12,11 +12,11 @@ const NAME_ENTRY: usize = 48;
 /// The features that are set, by name.
 #[derive(Debug, PartialEq, Serialize)]
 pub struct FeatureFacts {
-    /// Whoever does not know one of these must not open the image.
+    /// A program that does not know one of these must not open the image.
     pub incompatible: Vec<String>,
-    /// Whoever does not know these may do what they like.
+    /// A program that does not know these may ignore them.
     pub compatible: Vec<String>,
-    /// Whoever does not know these clears them when they write.
+    /// A program that does not know these clears them when it writes.
     pub autoclear: Vec<String>,
 }
 
@@ -31,7 +31,7 @@ pub struct ExtensionFacts {
     pub length: usize,
 }
 
-/// Which of the three fields, as the feature name table numbers them.
+/// One of the three fields, numbered as in the feature name table.
 #[derive(Clone, Copy)]
 enum Field {
     Incompatible = 0,
@@ -72,7 +72,7 @@ fn names(header: &Header, field: Field, bits: u64, known: &[(u64, &str)]) -> Vec
     .collect()
 }
 
-/// The name that the image itself gives to a bit.
+/// The name that the image itself records for a bit.
 fn name_in_image(header: &Header, field: Field, bit: u8) -> Option<String> {
     let tables = header.extensions.iter().filter(|extension| extension.magic == extension::FEATURE_NAMES);
     let mut entries = tables.flat_map(|table| table.data.as_chunks::<NAME_ENTRY>().0);
@@ -81,7 +81,7 @@ fn name_in_image(header: &Header, field: Field, bit: u8) -> Option<String> {
     (!name.is_empty()).then(|| json_name(name))
 }
 
-/// The extensions of a header, in their order.
+/// A header's extensions, in file order.
 pub fn extensions(header: &Header) -> Vec<ExtensionFacts> {
     let facts = |extension: &qcow2::Extension| ExtensionFacts {
         name: extension_name(extension.magic),

@@ -1,4 +1,4 @@
-//! Tries the facts of made-up headers.
+//! Tests the facts of made-up headers.
 
 use super::*;
 use disk::Layer;

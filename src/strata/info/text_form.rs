@@ -5,7 +5,7 @@ use names::{one_line, shown};
 use crate::info::{BitmapFacts, LayerFacts, Qcow2Facts};
 use crate::size;
 
-/// Where the values begin.
+/// The column where the values begin.
 const COLUMN: usize = 18;
 
 /// The whole chain, the image first.
@@ -110,7 +110,7 @@ impl Block {
         self.text += &format!("{:<COLUMN$}{value}\n", format!("{name}:"));
     }
 
-    /// A line only if there is anything in the list.
+    /// Adds a line, but none for an empty list.
     fn list<'a>(&mut self, name: &str, values: impl Iterator<Item = &'a str>) {
         let all: Vec<String> = values.map(|value| shown(value).to_string()).collect();
         if !all.is_empty() {

@@ -1,4 +1,5 @@
-//! `strata info` and the folders of `--chain-root`, by the built program; its JSON against that of `qemu-img info`.
+//! Tests `strata info` and the folders of `--chain-root` with the built program; compares its JSON with that of
+//! `qemu-img info`.
 
 #[allow(dead_code, reason = "each test target uses its own part of the kit")]
 mod kit;
@@ -17,12 +18,12 @@ fn has_qemu(test: &str) -> bool {
     }
     let required = std::env::var_os("STRATA_REQUIRE_TOOLS").is_some_and(|value| value == "1");
     assert!(!required, "STRATA_REQUIRE_TOOLS=1, but qemu-img is not installed");
-    // Not by eprintln, which the test harness hides when a test passes.
+    // Not by eprintln, because the test harness hides its output when a test passes.
     let _ = writeln!(std::io::stderr(), "SKIPPED {test}: qemu-img is not installed");
     false
 }
 
-/// Runs qemu-img in the folder; what it printed.
+/// Runs qemu-img in the folder and returns its output.
 #[track_caller]
 fn qemu_img(bench: &Bench, arguments: &[&str]) -> String {
     let (status, text, errors) = output(Command::new("qemu-img").args(arguments).current_dir(bench.path("")));
@@ -42,7 +43,7 @@ fn json(text: &str) -> Value {
     serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"))
 }
 
-/// What is in both, under the same names, must be the same; the names that were compared.
+/// Asserts that names present in both have equal values; collects the names compared.
 fn compare(ours: &Value, theirs: &Value, at: &str, compared: &mut Vec<String>) {
     match (ours, theirs) {
         (Value::Object(ours), Value::Object(theirs)) => {
@@ -78,7 +79,7 @@ fn agrees(bench: &Bench, image: &str, names: &[&str]) {
     let specific =
         ["compat", "compression-type", "lazy-refcounts", "refcount-bits", "corrupt", "extended-l2"];
     let specific = specific.iter().map(|name| format!("/format-specific/data/{name}"));
-    // Version 2 has no more to say.
+    // Version 2 has no further facts.
     let specific =
         specific.filter(|name| image != "v2" || name.ends_with("/compat") || name.ends_with("-bits"));
     for name in always.iter().map(|name| (*name).to_owned()).chain(specific) {
@@ -159,7 +160,7 @@ fn what_cannot_be_served_is_described() {
     let (status, _, errors) = output(&mut info(&bench, &["--backing-chain", "top.qcow2"]));
     assert_eq!(status, Some(1));
     assert!(errors.contains("(layer 2 of the chain top.qcow2 -> gone.qcow2)"), "{errors}");
-    // Its own backing file.
+    // An image that is its own backing file.
     bench.image_over("gone.qcow2", Some(("top.qcow2", Some("qcow2"))));
     let (status, _, errors) = output(&mut info(&bench, &["--backing-chain", "top.qcow2"]));
     assert_eq!(status, Some(1));

@@ -1,6 +1,6 @@
-//! The built program as a user meets it: messages for what is wrong, one daemon an image, sockets, signals, exit codes.
+//! The built program as a user meets it: error messages, one daemon per image, sockets, signals, exit codes.
 //!
-//! No guest here: what a machine does with the disk is tried by the workspace's tests.
+//! No guest here: the workspace's tests cover what a machine does with the disk.
 
 #[allow(dead_code, reason = "each test target uses its own part of the kit")]
 mod kit;
@@ -15,7 +15,7 @@ use rustix::process::Signal;
 
 use kit::{Bench, Daemon, PROGRAM, output};
 
-/// Runs the program to its end, which must be a failure with these words in its message.
+/// Runs the program to its end, which must be a failure whose message contains these words.
 fn refused(command: &mut Command, code: i32, words: &[&str]) -> String {
     let (status, _, errors) = output(command);
     assert_eq!(status, Some(code), "{command:?}\n{errors}");
@@ -151,7 +151,7 @@ fn a_second_daemon_on_an_image_is_refused() {
     assert_eq!(output(&mut info).0, Some(0));
 }
 
-/// Sets the refcount of a cluster of one of the bench's images, and makes the file long enough for it.
+/// Sets the refcount of a cluster in one of the bench's images, and extends the file to that cluster.
 fn set_refcount(path: &std::path::Path, cluster: usize, count: u64) {
     let mut bytes = std::fs::read(path).expect("read");
     let header = qcow2::Header::parse(&bytes, bytes.len() as u64).expect("a header");
@@ -187,7 +187,7 @@ fn check_has_the_exit_codes_of_qemu_img() {
     let (code, text, _) = check(&["-r", "all"]);
     assert_eq!(code, Some(0), "{text}");
     assert!(text.contains("before the repair") && text.contains("clean after the repair"), "{text}");
-    // An L1 entry that names a table far away: no refcount mends that.
+    // An L1 entry that points to a table far away: no refcount repairs that.
     let mut bytes = std::fs::read(&path).expect("read");
     let header = qcow2::Header::parse(&bytes, bytes.len() as u64).expect("a header");
     qcow2::set_entry(&mut bytes[header.l1_offset.0 as usize..], 0, 1 << 40);
@@ -198,7 +198,7 @@ fn check_has_the_exit_codes_of_qemu_img() {
     assert_eq!(std::fs::read(&path).expect("read"), bytes);
 }
 
-/// Each step is what the one before says, and the last one is right.
+/// Each step follows the hint of the one before, and the last one succeeds.
 #[test]
 fn the_advice_for_snapshots_that_cannot_be_read_leads_to_a_sound_image() {
     let bench = Bench::new();
@@ -217,7 +217,7 @@ fn the_advice_for_snapshots_that_cannot_be_read_leads_to_a_sound_image() {
     let (code, text, _) = run(&["check", "-r", "all"]);
     assert!(code == Some(0) && text.contains("were dropped from the snapshot table"), "{text}");
     assert_eq!(run(&["check"]).0, Some(0));
-    // A cluster that may be a snapshot's.
+    // A cluster that may belong to a snapshot.
     bytes.resize(bytes.len().next_multiple_of(65_536) + 65_536, 7);
     let last = bytes.len() / 65_536 - 1;
     std::fs::write(&path, &bytes).expect("written");
@@ -245,7 +245,7 @@ fn what_cannot_be_checked_is_exit_code_1() {
     };
     refused(Command::new(PROGRAM).arg("check").arg(bench.path("gone")), 1, &["gone", "No such file"]);
     refused(&mut check(&["--format", "raw"]), 63, &["a raw image has no metadata"]);
-    // 2 would say that the image is corrupt.
+    // Exit code 2 would mean that the image is corrupt.
     refused(&mut check(&["--no-such-option"]), 1, &["--no-such-option"]);
     refused(&mut check(&["-U", "-r", "all"]), 1, &["--force-share"]);
     let daemon = Daemon::start(&mut bench.serve("disk.qcow2"));
@@ -461,7 +461,7 @@ fn a_raw_image_is_served() {
 fn a_limit_of_file_sizes_is_an_error_and_not_the_end() {
     let bench = Bench::new();
     bench.image("disk.qcow2");
-    // Its last block is filled up at the start, which grows the file past the limit.
+    // The start fills the image's last block up, which grows the file past the limit.
     let mut image =
         std::fs::OpenOptions::new().append(true).open(bench.path("disk.qcow2")).expect("the image");
     image.write_all(&[0; 100]).expect("written");

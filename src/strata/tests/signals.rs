@@ -38,7 +38,7 @@ fn the_limit_of_open_files_is_named() {
     let (socket, image) =
         (bench.socket().display().to_string(), bench.path("disk.qcow2").display().to_string());
     let arguments = ["serve", "--blk-file", &image, "--socket-path", &socket];
-    // The shell itself needs some.
+    // The shell itself needs some descriptors.
     let (code, _, errors) = output(&mut limited("-n 8", &arguments));
     assert_eq!(code, Some(1), "{errors}");
     assert!(errors.contains("may have 8 files open") && errors.contains("LimitNOFILE"), "{errors}");

@@ -1,5 +1,5 @@
-//! The words of the built program on what is hostile or broken: names that would command a terminal, files in other
-//! formats, copies that were broken off; and errors as JSON.
+//! The built program's messages about hostile or broken input: names that control a terminal, files in other formats,
+//! truncated copies; and errors as JSON.
 
 #[allow(dead_code, reason = "each test target uses its own part of the kit")]
 mod kit;
@@ -11,7 +11,7 @@ use std::process::Command;
 
 use kit::{Bench, Daemon, PROGRAM, output};
 
-/// Names that forge lines, command terminals, or run commands where they are pasted.
+/// Names that forge lines, control terminals, or run commands where they are pasted.
 const HOSTILE: &[&[u8]] = &[
     b"a\nstrata: error: forged",
     b"x;reboot",
@@ -29,7 +29,7 @@ fn fit_for_a_terminal(text: &str) -> bool {
     })
 }
 
-/// Everything that a command printed, which must be lines of ours only.
+/// Everything that a command printed; all lines must be the program's own.
 #[track_caller]
 fn said(command: &mut Command) -> (Option<i32>, String, String) {
     let (status, printed, errors) = output(command);
@@ -38,12 +38,12 @@ fn said(command: &mut Command) -> (Option<i32>, String, String) {
     (status, printed, errors)
 }
 
-/// What a POSIX shell hands to a program when the command in backticks is pasted.
+/// The arguments that a POSIX shell passes on when the command in backticks is pasted.
 fn pasted(hint: &str) -> Vec<u8> {
-    // The last backtick of a line ends its last command: names may have some too.
+    // The last backtick of a line ends its last command: names may contain backticks too.
     let start = hint.find('`').expect("a command");
     let end = hint[..hint.rfind('`').expect("it ends")].to_owned();
-    // A function may not have a hyphen in its name everywhere.
+    // Not every shell allows a hyphen in a function name.
     let command = end[start + 1..].replacen("qemu-img create -f qcow2", "show", 1);
     let script = format!("show() {{ for word; do printf '%s\\000' \"$word\"; done; }}\n{command}\n");
     let output = Command::new("sh").arg("-c").arg(script).output().expect("there is a shell");
@@ -83,7 +83,7 @@ fn hostile_names_of_files_stay_names() {
 fn hostile_names_in_images_stay_names() {
     let bench = Bench::new();
     for name in HOSTILE {
-        // A format has at most 15 bytes.
+        // A format name has at most 15 bytes.
         let format: String = String::from_utf8_lossy(name).chars().take(5).collect();
         bench.image_named("top", Some(name.to_vec()), Some(format));
         for arguments in [

@@ -1,5 +1,5 @@
-//! Every descriptor that a frontend sends is closed, whatever becomes of its message. Alone in its program, as it counts
-//! those of the whole process.
+//! Every descriptor from a frontend is closed, whatever happens to its message. Alone in its program, because it counts
+//! the descriptors of the whole process.
 
 mod kit;
 
@@ -15,13 +15,13 @@ use vhost_blk::ServeOptions;
 fn no_descriptor_is_left_behind() {
     let disk = MemoryDisk::new(64);
     let server = TestServer::start(Arc::new(Shared(disk)), ServeOptions::new(4, 128));
-    // A session is over before the next is served, so that nothing but this one's is counted.
+    // A session is over before the next is served, so only this session's descriptors are counted.
     let count = || {
         let mut raw = Raw::negotiated(&server.path);
         assert!(raw.lives());
         open_descriptors()
     };
-    // A first round, for what is opened once.
+    // A first round, for descriptors that are opened only once.
     round(&server);
     let before = count();
     round(&server);

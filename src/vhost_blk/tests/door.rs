@@ -1,4 +1,4 @@
-//! The door: who gets in while another is served, how a session ends, and in what order a server stops.
+//! The door: which frontend is admitted during a session, how a session ends, and in what order a server stops.
 
 mod kit;
 
@@ -16,7 +16,7 @@ fn start(disk: &Arc<MemoryDisk>) -> TestServer {
     TestServer::start(Arc::new(Shared(Arc::clone(disk))), ServeOptions::new(2, 128))
 }
 
-/// Has the disk hold a read until its gate is opened.
+/// Makes the disk hold a read until its gate is opened.
 fn submit_read(disk: &MemoryDisk, guest: &mut Guest, queue: usize) {
     disk.gate.close();
     let (header, status, data) = (guest.header(T_IN, 0), guest.put(&[UNTOUCHED]), guest.alloc(512));
@@ -29,7 +29,7 @@ fn submit_read(disk: &MemoryDisk, guest: &mut Guest, queue: usize) {
 /// GET_FEATURES as bytes.
 const GET_FEATURES: [u8; 12] = [1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0];
 
-/// Whether a frontend gets an answer; false where it is hung up on.
+/// Whether a frontend gets an answer; false if its connection is closed.
 fn is_answered(stream: &mut UnixStream) -> bool {
     stream.set_read_timeout(Some(Duration::from_secs(60))).expect("a timeout");
     let sent = stream.write_all(&GET_FEATURES);
@@ -53,7 +53,7 @@ fn a_second_frontend_is_refused_at_once() {
     }
     assert!(is_answered(&mut first), "and is not bothered");
     drop(first);
-    // It has hung up, so the next one waits for the end of its session, however long that takes.
+    // The first has hung up, so the next one waits for the end of that session, however long it takes.
     let mut next = UnixStream::connect(&server.path).expect("connected");
     assert!(is_answered(&mut next));
 }
@@ -108,7 +108,7 @@ fn a_frontend_that_reads_no_replies_does_not_hold_a_stop() {
     let server = start(&MemoryDisk::new(64));
     let mut stream = UnixStream::connect(&server.path).expect("connected");
     stream.set_nonblocking(true).expect("set");
-    // Until the session is stuck in a reply, and takes no more.
+    // Until the session is stuck in a reply, and takes no more messages.
     until("nothing more is taken", || never(|| stream.write(&GET_FEATURES).is_ok_and(|length| length > 0)));
     server.finish().expect("a clean end");
 }

@@ -1,8 +1,8 @@
-//! What hostile guests and frontends get, one row a case. The rule: a bad request gets its status byte; a chain without one
-//! a used length of 0; a corrupt ring stops; a bad message is refused, or ends its session.
+//! The results of hostile guests and frontends, one row a case. The rule: a bad request gets its status byte; a chain
+//! without one gets a used length of 0; a corrupt ring stops; a bad message is refused, or ends its session.
 //!
-//! After each row an ordinary request on the same disk must succeed: on the same queue where only a chain was bad, on another
-//! queue where the ring was, and in the next session where the connection was.
+//! After each row an ordinary request on the same disk must succeed: on the same queue after a bad chain, on another
+//! queue after a bad ring, and in the next session after a bad connection.
 
 mod kit;
 
@@ -23,7 +23,7 @@ fn serve(disk: &Arc<MemoryDisk>) -> TestServer {
     TestServer::start(Arc::new(Shared(Arc::clone(disk))), ServeOptions::new(4, 128))
 }
 
-/// What a bad request or chain gets.
+/// The result of a bad request or chain.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Gets {
     /// Its status byte, and a used length of 1.
@@ -35,7 +35,7 @@ use Gets::{Nothing, Status};
 
 type Build = fn(&mut Guest, u64) -> u16;
 
-/// Chains by what is wrong with them. `build` gets the address of a status byte and gives the head.
+/// Chains by their defect. `build` gets the address of a status byte and returns the head.
 const CHAINS: &[(&str, u64, Gets, Build)] = &[
     ("a descriptor that is its own next", ALL, Nothing, |guest, status| {
         let at = guest.header(T_IN, 0);
@@ -120,7 +120,7 @@ const CHAINS: &[(&str, u64, Gets, Build)] = &[
         guest.chain(0, &[(table, 16, INDIRECT)])
     }),
     ("INDIRECT with NEXT", ALL, Nothing, |guest, status| {
-        // Either half would do as a chain without the other.
+        // Either half alone would be a valid chain.
         let table = guest.alloc(32);
         let header = guest.header(T_IN, 0);
         guest.descriptor(table, 0, header, 16, NEXT, 1);
@@ -249,7 +249,8 @@ fn bad_requests() {
     }
 }
 
-/// Corrupt rings: the queue stops and its error descriptor is signalled; another queue goes on; set up anew, it runs.
+/// Corrupt rings: the queue stops and its error descriptor is signalled; another queue goes on; after a new setup it
+/// runs.
 #[test]
 fn corrupt_rings() {
     type Spoil = fn(&mut Guest);
@@ -277,7 +278,7 @@ fn corrupt_rings() {
         until(name, || guest.queues[0].error.read().is_ok());
         assert_eq!(guest.used_index(0), 1, "{name}: nothing came back");
         guest.read(1, 0, 512);
-        // The driver resets the queue: everything again, with clean rings.
+        // The driver resets the queue: a full setup again, with clean rings.
         let base = guest.frontend_base(0);
         assert_eq!(base, 1, "{name}");
         guest.clear_rings(0);
@@ -355,7 +356,7 @@ fn a_panic_in_a_worker_stops_its_queue_only() {
     guest.read(0, 0, 512);
 }
 
-/// What a bad message gets.
+/// The result of a bad message.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Told {
     /// A non-zero acknowledgement, and the session goes on.
@@ -384,7 +385,7 @@ fn bad_messages() {
     let map = [memory.as_raw_fd()];
     let (two_fds, two_maps) = ([fd[0], fd[0]], [map[0], map[0]]);
     let number = |value: u64| value.to_ne_bytes().to_vec();
-    /// Name, request, payload, descriptors, what it gets.
+    /// Name, request, payload, descriptors, expected result.
     type Case<'a> = (&'a str, u32, Vec<u8>, &'a [i32], Told);
     let cases: Vec<Case> = vec![
         ("a size of 0", SET_VRING_NUM, state(0, 0), &[], Told::No),
@@ -446,7 +447,7 @@ fn bad_messages() {
         let mut raw = Raw::negotiated(&server.path);
         let reply = raw.ask(request, &payload, fds);
         let got = told(&reply);
-        // A refusal by `vhost` itself is told and then ends the session; either is right.
+        // After its own refusal, `vhost` may also end the session; either result is right.
         if got != expected {
             failures.push(format!("{name}: {got:?} instead of {expected:?}"));
         }
@@ -484,7 +485,7 @@ fn the_configuration_space_out_of_range() {
         panic!("closed");
     };
     assert_eq!(reply.len(), 12 + 57);
-    // Beyond what any configuration space could be: `vhost` ends it.
+    // Beyond the end of any configuration space: `vhost` ends the session.
     assert_eq!(raw.ask(GET_CONFIG, &config(4095, 2, &[0; 2]), &[]), Reply::Closed);
     assert!(Raw::negotiated(&server.path).lives());
 }
@@ -511,7 +512,7 @@ fn broken_streams() {
         assert_eq!(raw.reply(), Reply::Closed, "{name}");
         assert!(Raw::negotiated(&server.path).lives(), "{name}: the next frontend");
     }
-    // A frontend that never reads what it asked for, and then leaves.
+    // A frontend that never reads its replies, and then leaves.
     let mut raw = Raw::connect(&server.path);
     raw.stream.set_nonblocking(true).unwrap();
     for _ in 0..10_000 {

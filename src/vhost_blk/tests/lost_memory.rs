@@ -1,5 +1,5 @@
-//! Guest memory whose pages are gone when they are needed: the request is not reported as done, the session ends, and the
-//! next is served.
+//! Guest memory whose pages are lost when they are needed: the request is not reported as done, the session ends, and
+//! the next is served.
 
 mod kit;
 
@@ -35,7 +35,7 @@ fn add_region(guest: &mut Guest, file: &File, bytes: u64) {
     guest.frontend.add_mem_region(&region).expect("a region");
 }
 
-/// Makes a request whose data is a page at [`EXTRA`] that is not there: the session ends without an answer.
+/// Starts a request whose data is a missing page at [`EXTRA`]: the session ends without an answer.
 fn assert_ends(server: &TestServer, mut guest: Guest, kind: u32) {
     let queue = guest.add_queue(16);
     guest.read(queue, 0, 512);
@@ -73,7 +73,7 @@ fn rings_that_are_truncated_end_the_session() {
     let mut guest = Guest::connect(&server.path, F_VERSION_1 | F_FLUSH);
     let queue = guest.add_queue(16);
     guest.read(queue, 0, 512);
-    // From here on nothing of the first region may be touched: this process would not survive that.
+    // From here on this process must not touch the first region: it would not survive that.
     guest.files[0].set_len(0).expect("it is cut");
     guest.kick(queue);
     until("the session has ended", || guest.frontend.get_features().is_err());

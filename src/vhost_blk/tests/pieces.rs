@@ -1,5 +1,5 @@
-//! Messages that arrive in pieces: each is taken as if it had come at once, whatever the pieces are, and one that is
-//! never completed ends its session.
+//! Messages that arrive in pieces: any split has the same effect as the whole message, and a message that is never
+//! completed ends its session.
 
 mod kit;
 
@@ -24,8 +24,8 @@ fn serve() -> TestServer {
     TestServer::start(Arc::new(Shared(MemoryDisk::new(64))), ServeOptions::new(4, 128))
 }
 
-/// Sends a message that wants an acknowledgement in pieces of the given lengths and the rest. The descriptors come with
-/// the first. With `apart`, each piece has been taken before the next is sent.
+/// Sends a message that requests an acknowledgement: in pieces of the given lengths, then the rest. The descriptors go
+/// with the first piece. With `apart`, each piece has been taken before the next is sent.
 fn ask_in_pieces(raw: &mut Raw, message: &Message, pieces: &[usize], apart: bool) -> Reply {
     let bytes = message.bytes();
     let mut rest = &bytes[..];
@@ -60,7 +60,7 @@ impl Message {
     }
 }
 
-/// Every message is cut at every byte, and into single bytes, in a session that goes on all the time.
+/// Every message is cut at every byte, and into single bytes, all in one session.
 #[test]
 fn a_message_may_be_cut_anywhere() {
     let server = serve();
@@ -91,7 +91,7 @@ fn a_message_may_be_cut_anywhere() {
     for (at, message) in messages.iter().enumerate() {
         let whole = ask_in_pieces(&mut raw, message, &[], false);
         assert_ne!(whole, Reply::Closed, "message {at}");
-        // What was removed is not there a second time, and what was added is.
+        // A removed region cannot be removed a second time, and an added one cannot be added again.
         let again = match message.request {
             REM_MEM_REG | ADD_MEM_REG => ask_in_pieces(&mut raw, message, &[], false),
             _ => whole,
@@ -107,7 +107,7 @@ fn a_message_may_be_cut_anywhere() {
             assert_eq!(reply, again, "message {at} in single bytes, apart: {apart}");
         }
     }
-    // So many pieces that the socket holds no more of them: the session must take them while they come.
+    // The socket cannot hold so many pieces, so the session must take them while they arrive.
     let largest = Message::new(SET_MEM_TABLE, table(&many), &[map; 32]);
     let reply = ask_in_pieces(&mut raw, &largest, &[1; 1100], false);
     assert_eq!(reply.number(), Some(0));

@@ -1,4 +1,4 @@
-//! Requests through a real socket and real rings: what a well-behaved guest sees.
+//! Requests through a real socket and real rings, as a well-behaved guest sees them.
 
 mod kit;
 
@@ -68,7 +68,7 @@ fn all_segments_of_a_discard() {
         }
         let zeros = disk.bytes.lock().unwrap().iter().filter(|byte| **byte == 0).count();
         assert_eq!(zeros, 32 * 512);
-        // Many of them at once: more segments than the disk may have at a time.
+        // Many of them at once: more segments than the disk may have at the same time.
         let header = guest.header(T_DISCARD, 0);
         let data = guest.put(&segments);
         let mut statuses = Vec::new();
@@ -280,7 +280,7 @@ fn what_a_disk_does_at_once_is_handed_back_bit_by_bit() {
     }
     let portions = disk.portions.lock().unwrap().clone();
     assert!(portions.len() == 17 && portions.iter().all(|(requests, _)| *requests == 1), "{portions:?}");
-    // The first two may have been taken before more were there.
+    // The first two may have been taken before more were available.
     assert!(portions[2..16].iter().all(|(_, more)| *more) && !portions[16].1, "{portions:?}");
 }
 
@@ -302,7 +302,7 @@ fn a_disk_that_takes_its_time_begins_with_the_first() {
     for _ in 0..32 {
         guest.next_used(queue);
     }
-    // It had them all while none was done, a few at a time.
+    // The disk had all requests while none was done, and got them a few at a time.
     let portions = disk.portions.lock().unwrap().clone();
     assert_eq!(portions.iter().map(|(requests, _)| requests).sum::<usize>(), 32);
     assert!(portions.iter().all(|(requests, _)| *requests <= 8), "{portions:?}");

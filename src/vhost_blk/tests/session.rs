@@ -1,4 +1,4 @@
-//! The life of sessions and queues: starting, stopping, changes while running, and notifications.
+//! The life of sessions and queues: start, stop, changes while running, and notifications.
 
 mod kit;
 
@@ -42,7 +42,7 @@ fn both_indices_wrap() {
         let mut interrupts = 0;
         let mut sent = 0u32;
         while sent < 66_000 {
-            // A driver that wants one interrupt, for the last of these, says so before there is any.
+            // To get one interrupt, for the last of these chains, a driver stores its wish before any interrupt.
             let before = guest.queues[queue].next_available;
             guest.write_u16(available + 4 + 2 * 128, before.wrapping_add(31));
             for _ in 0..32 {
@@ -63,7 +63,7 @@ fn both_indices_wrap() {
         assert_eq!(server.options.metrics.total().reads, u64::from(sent));
         if features & F_EVENT_IDX != 0 {
             assert!(server.options.metrics.total().interrupts <= interrupts, "one interrupt a batch at most");
-            // Asleep, the device wants a kick for the very next chain.
+            // The sleeping device wants a kick for the very next chain.
             let next = guest.queues[queue].next_available;
             until("the event index", || guest.read_u16(used + 4 + 8 * 128) == next);
         }
@@ -129,7 +129,7 @@ fn kicks_for_nothing_are_paced() {
     wakes(100);
     let began = Instant::now();
     wakes(50);
-    // Each but the first and the last certainly pauses for a millisecond.
+    // Every wake but the first and the last certainly pauses for a millisecond.
     assert!(began.elapsed() >= Duration::from_millis(48), "{:?}", began.elapsed());
     guest.read(queue, 0, 512);
 }
@@ -152,7 +152,7 @@ fn get_vring_base_drains_and_the_queue_restarts() {
     disk.gate.open();
     assert_eq!(asked.join().unwrap(), 4);
     assert_eq!(guest.used_index(queue), 4, "drained before the reply");
-    // Stopped: nothing is taken, and nothing is written.
+    // A stopped queue takes and writes nothing.
     offer_read(&mut guest, queue);
     guest.kick(queue);
     assert!(never(|| guest.used_index(queue) != 4));
@@ -197,7 +197,7 @@ fn nothing_runs_half_configured() {
     let disk = MemoryDisk::new(64);
     let server = start(&disk);
     let mut guest = Guest::connect(&server.path, ALL);
-    // Everything but the addresses, and a chain that waits.
+    // A setup without addresses, and a chain that waits.
     let queue = guest.add_queue(16);
     guest.read(queue, 0, 512);
     guest.frontend_base(queue);
@@ -209,7 +209,7 @@ fn nothing_runs_half_configured() {
     assert!(never(|| guest.used_index(queue) != 1), "the table is outside memory");
     guest.frontend.set_vring_addr(queue, &guest.config(queue)).unwrap();
     assert_eq!(guest.next_used(queue).1, 513, "kick before address");
-    // Running, its size and its base stay.
+    // While the queue runs, its size and its base stay.
     assert!(guest.frontend.set_vring_num(queue, 32).is_err());
     assert!(guest.frontend.set_vring_base(queue, 0).is_err());
     assert!(guest.frontend.set_vring_num(queue, 16).is_ok());
@@ -278,7 +278,7 @@ fn memory_changes_while_queues_run() {
     let data = pattern(4096, 5);
     guest.write(queue, 0, &data);
 
-    // More memory, with a request in flight, used by the next request.
+    // With a request in flight, memory is added, and the next request uses it.
     disk.gate.close();
     offer_read(&mut guest, queue);
     guest.kick(queue);
@@ -298,7 +298,7 @@ fn memory_changes_while_queues_run() {
     guest.kick(queue);
     disk.await_submitted(3);
 
-    // Less memory: only once nothing uses it.
+    // Memory is removed only once no request uses it.
     let mut frontend = guest.frontend.clone();
     let gone = std::thread::spawn(move || frontend.remove_mem_region(&region).unwrap());
     assert!(never(|| gone.is_finished()), "a request writes to it");
@@ -314,7 +314,7 @@ fn memory_changes_while_queues_run() {
     assert_eq!(guest.run(queue, head), 1);
     assert_eq!(guest.get(status, 1), [IOERR], "it is gone");
 
-    // The whole table again, while requests come in: none is lost, none is done twice.
+    // The same table is set again while requests arrive: none is lost, none is done twice.
     let frontend = guest.frontend.clone();
     let regions = [guest.region(0), guest.region(1)];
     let changer = std::thread::spawn(move || {
@@ -331,7 +331,7 @@ fn memory_changes_while_queues_run() {
     changer.join().unwrap();
     assert_eq!(guest.used_index(queue).wrapping_sub(before), count);
 
-    // A table without the rings stops them; with them, they go on.
+    // A table without the rings stops them; with a table that has them, they go on.
     guest.frontend.set_mem_table(&[guest.region(1)]).unwrap();
     offer_read(&mut guest, queue);
     guest.kick(queue);
@@ -344,7 +344,7 @@ fn memory_changes_while_queues_run() {
 #[test]
 fn a_stop_ends_everything_at_once() {
     let disk = MemoryDisk::later(64);
-    // Nobody connected.
+    // Without a connection.
     start(&disk).finish().unwrap();
     // In the middle of a session with a request in flight, which is drained.
     let server = start(&disk);
@@ -394,7 +394,7 @@ fn sockets_are_replaced_only_when_stale() {
 fn inherited_sockets() {
     let disk = Arc::new(Shared(MemoryDisk::new(64)));
     let options = ServeOptions { poll_max: Duration::ZERO, ..ServeOptions::new(2, 128) };
-    // Connected already: one session, then it is over.
+    // A connected socket serves one session and then ends.
     let (ours, theirs) = UnixStream::pair().unwrap();
     let server = Server::from_inherited(ours.as_raw_fd()).unwrap();
     let (device, its_options) = (Arc::clone(&disk), options.clone());
@@ -405,7 +405,7 @@ fn inherited_sockets() {
     guest.read(0, 0, 512);
     drop(guest);
     thread.join().unwrap().unwrap();
-    // Listening already: until it is told to stop, even before it begins.
+    // A listening socket serves until a stop, even a stop before it begins.
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("disk.sock");
     let listener = UnixListener::bind(&path).unwrap();
@@ -422,10 +422,10 @@ fn inherited_sockets() {
         running.join().unwrap().unwrap();
     });
     serve(&server, Arc::clone(&disk), &options, &stop).expect("stopped before it began");
-    // Neither.
+    // Neither listening nor connected.
     assert!(Server::from_fd(memfd(0).into()).is_err());
     assert!(Server::from_inherited(-1).is_err());
-    // Options that cannot be.
+    // Invalid options.
     for (queues, size) in [(0, 128), (257, 128), (1, 0), (1, 100), (1, 1)] {
         let options = ServeOptions::new(queues, size);
         assert!(matches!(

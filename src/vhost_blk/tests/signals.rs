@@ -1,4 +1,4 @@
-//! Call descriptors that block whoever raises them: no stop, no message and no next session waits for that.
+//! Call descriptors that block the thread that raises them: no stop, no message and no next session waits for that.
 
 mod kit;
 
@@ -12,8 +12,8 @@ use vhost::VhostBackend;
 use vhost_blk::ServeOptions;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-/// A guest whose only queue is stuck in a write to the call descriptor: it was full, and made to block after the session
-/// had looked.
+/// A guest whose only queue is stuck in a write to the call descriptor: it was full, and became blocking after the
+/// session had checked it.
 fn stuck() -> (TestServer, Guest, EventFd) {
     let server = TestServer::start(Arc::new(Shared(MemoryDisk::new(64))), ServeOptions::new(4, 128));
     let mut guest = Guest::connect(&server.path, F_VERSION_1 | F_FLUSH);
@@ -22,7 +22,7 @@ fn stuck() -> (TestServer, Guest, EventFd) {
     let call = EventFd::new(EFD_NONBLOCK).expect("an eventfd");
     guest.frontend.set_vring_call(queue, &call).expect("it is taken");
     guest.read(queue, 0, 512);
-    // Full: every further raise fails until the descriptor is made to block, and blocks from then on.
+    // Full: every further raise fails until the descriptor is made blocking, and blocks from then on.
     let _ = call.read();
     call.write(u64::MAX - 1).expect("fills the counter");
     make_blocking(&call);

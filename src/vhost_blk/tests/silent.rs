@@ -1,4 +1,4 @@
-//! Descriptors of files whose server never answers: no message, no stop and no next session waits for it.
+//! Descriptors of files whose server never answers: no message, no stop and no next session waits for them.
 
 mod kit;
 
@@ -23,7 +23,7 @@ const GETATTR: u32 = 3;
 const OPEN: u32 = 14;
 const INIT: u32 = 26;
 
-/// A file system with one file, `memory`, whose server answers until it is told not to.
+/// A file system with one file, `memory`, whose server answers until it is silenced.
 struct Silent {
     mount: Option<Mount>,
     device: Arc<File>,
@@ -49,7 +49,7 @@ impl Silent {
         Some(Silent { mount: Some(mount), device, silent, thread: Some(thread) })
     }
 
-    /// So many descriptors of the file; from now on nothing about it is answered.
+    /// Opens `count` descriptors of the file, and then silences the server.
     fn files(&mut self, count: usize) -> Vec<File> {
         let path = self.mount.as_ref().expect("until it is dropped").path().join("memory");
         let open = || File::options().read(true).write(true).open(&path).expect("the server answers");
@@ -70,7 +70,7 @@ impl Drop for Silent {
     fn drop(&mut self) {
         self.silence();
         drop(self.mount.take());
-        // The last descriptor of /dev/fuse that is closed ends every request that waits.
+        // Closing the last descriptor of /dev/fuse ends every request that waits.
         assert_eq!(Arc::strong_count(&self.device), 1);
     }
 }
@@ -81,7 +81,7 @@ fn answer(mut device: &File) {
     let word = |at: usize| u32::from_ne_bytes(request[at..at + 4].try_into().expect("four bytes"));
     assert!(length >= 40, "a whole header");
     let body: Result<Vec<u8>, i32> = match word(4) {
-        // Version 7.31; the smallest limits there are.
+        // Version 7.31; the smallest possible limits.
         INIT => Ok(words(&[7, 31, 0, 0, 0, 4096, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0])),
         LOOKUP => Ok([words(&[2, 0, 1, 0, 1000, 0, 0, 0, 0, 0]), attributes(2, 0o100_644)].concat()),
         GETATTR if word(16) == 1 => Ok([words(&[0, 0, 0, 0]), attributes(1, 0o40_755)].concat()),
@@ -127,16 +127,16 @@ fn a_file_whose_server_is_silent_holds_nobody() {
     let two = [memory.as_raw_fd(), fds[0]];
     assert!(refused(raw.ask(SET_MEM_TABLE, &table(&[[0, PAGE, 0, 0], [PAGE, PAGE, PAGE, 0]]), &two)));
     assert!(raw.lives());
-    // Where none belong: the session ends, and they are closed all the same.
+    // In a message that takes no descriptors: the session ends, and they are closed all the same.
     assert_eq!(raw.ask(SET_VRING_NUM, &state(0, 16), &fds), Reply::Closed);
     assert!(Raw::negotiated(&server.path).lives());
-    // Descriptors that the session is the last to have, in a message that is never completed.
+    // Descriptors whose last holder is the session, in a message that is never completed.
     let mut raw = Raw::negotiated(&server.path);
     raw.send(SET_VRING_CALL, 1, 8, &[], &fds);
     drop(raw);
     assert!(Raw::negotiated(&server.path).lives());
     server.finish().expect("it ends well");
-    // The descriptors go only now that nobody answers; their close would wait as well.
+    // The descriptors go only now, with the server silent; their close would wait as well.
     drop(silent);
     drop(files);
 }

@@ -1,5 +1,5 @@
-//! A frontend that does not share the guest's memory: the log says so, once a session, and what to set. Alone in its
-//! program, as it looks at the log of the whole process.
+//! A frontend that does not share the guest's memory: the log reports it once a session, with the setting that helps.
+//! Alone in its program, because it reads the log of the whole process.
 
 mod kit;
 
@@ -25,7 +25,7 @@ fn memory_that_is_not_shared_is_told() {
         assert!(never(|| log::with(NOT_SHARED).len() > count), "{why}: once");
     };
 
-    // A guest whose memory is shared, which is kicked before there is anything to do.
+    // A guest with shared memory, which kicks before there is work.
     let mut guest = Guest::connect(&server.path, F_VERSION_1);
     guest.write_u16(0x9_0000, 0x1234);
     let queue = guest.add_queue(16);
@@ -34,7 +34,7 @@ fn memory_that_is_not_shared_is_told() {
     drop(guest);
     told(0, "a guest that shares its memory");
 
-    // As QEMU does without a memory backend: rings are set up, but there is no memory.
+    // As QEMU without a memory backend: the rings are set up, but there is no memory.
     let kick = EventFd::new(EFD_NONBLOCK).expect("an eventfd");
     let mut raw = Raw::negotiated(&server.path);
     for queue in [0, 1] {
@@ -46,7 +46,7 @@ fn memory_that_is_not_shared_is_told() {
     drop(raw);
     told(1, "no memory at all");
 
-    // As QEMU does with share=off: there are files, and the guest's pages are others.
+    // As QEMU with share=off: there are files, but the guest uses other pages.
     let mut guest = Guest::connect(&server.path, F_VERSION_1);
     for _ in 0..2 {
         let queue = guest.add_queue(16);

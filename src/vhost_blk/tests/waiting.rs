@@ -1,5 +1,5 @@
-//! Requests that wait for help, such as for space on the host, while their ring is stopped: they are answered, the
-//! frontend gets its answer soon, and whatever stops no ring leaves them waiting.
+//! Requests that wait for help, such as for space on the host, while their ring is stopped. They are answered, the
+//! frontend gets its answer soon, and messages that stop no ring leave them waiting.
 
 mod kit;
 
@@ -18,18 +18,18 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 const ALL: u64 = F_VERSION_1 | F_FLUSH | F_INDIRECT;
-/// Where the `writeback` byte lies in the configuration space.
+/// The offset of the `writeback` byte in the configuration space.
 const WRITEBACK: u32 = 32;
-/// The most segments of a discard: as many as the session gives the disk at a time.
+/// The most segments of a discard, which is also the most that the session gives the disk at a time.
 const SEGMENTS: u32 = 32;
 
-/// Makes a write available and kicks: its head and where its status will be.
+/// Makes a write available and kicks; returns its head and the address of its status.
 fn offer_write(guest: &mut Guest, queue: usize) -> (u32, u64) {
     let data = guest.put(&pattern(512, 7));
     offer(guest, queue, T_OUT, 3, data, 512)
 }
 
-/// The same for any request that carries some bytes.
+/// As `offer_write`, for any request that carries some bytes.
 fn offer(guest: &mut Guest, queue: usize, kind: u32, sector: u64, data: u64, bytes: u32) -> (u32, u64) {
     let (header, status) = (guest.header(kind, sector), guest.put(&[UNTOUCHED]));
     let head = guest.chain(queue, &[(header, 16, 0), (data, bytes, 0), (status, 1, WRITE)]);
@@ -43,7 +43,7 @@ struct Scene {
     disk: Arc<MemoryDisk>,
     server: TestServer,
     guest: Guest,
-    /// By queue: the waiting write's head and where its status will be.
+    /// By queue: the waiting write's head and the address of its status.
     waiting: [(u32, u64); 2],
 }
 
@@ -69,7 +69,7 @@ impl Scene {
         assert_eq!(self.guest.get(status, 1), [IOERR]);
     }
 
-    /// The waiting write of a queue waits on, and is done once there is space.
+    /// The waiting write of a queue keeps waiting, and is done once there is space.
     fn assert_waits(mut self, queue: usize) {
         let (head, status) = self.waiting[queue];
         let seen = self.guest.queues[queue].seen_used;
@@ -82,7 +82,7 @@ impl Scene {
     }
 }
 
-/// Does something that the session must answer, whatever waits.
+/// Does work that the session must answer while requests wait.
 fn in_time<T: Send + 'static>(what: &str, work: impl FnOnce() -> T + Send + 'static) -> T {
     let thread = std::thread::spawn(work);
     until(what, || thread.is_finished());
@@ -164,7 +164,7 @@ fn a_frontend_that_leaves_is_answered_and_followed_by_the_next() {
     for (_, status) in scene.waiting {
         assert_eq!(memory.read_obj::<u8>(GuestAddress(status)).unwrap(), IOERR);
     }
-    // The new session's queues wait anew.
+    // The new session's queues wait again.
     let queue = next.add_queue(16);
     let (head, status) = offer_write(&mut next, queue);
     until("it waits", || scene.disk.held.load(Ordering::SeqCst) == 1);
@@ -181,7 +181,7 @@ fn discards_of_many_segments_are_given_up_whole() {
         let data = scene.guest.put(&segments);
         offer(&mut scene.guest, 0, T_DISCARD, 0, data, segments.len() as u32)
     });
-    // The others' are in line for the first's slots.
+    // The segments of the other discards wait in line for the slots of the first.
     until("the first's segments wait", || scene.disk.held.load(Ordering::SeqCst) == 2 + u64::from(SEGMENTS));
     scene.guest.read(0, 0, 512);
     let frontend = scene.guest.frontend.clone();

@@ -1,5 +1,5 @@
-//! Damages of compressed clusters: their entries, and the streams themselves. For images in which guest clusters 6 and 7
-//! are compressed, into one host cluster.
+//! Damages of compressed clusters: their entries, and the streams themselves. The images have guest clusters 6 and 7
+//! compressed into one host cluster.
 
 use qcow2::entry::{COMPRESSED, COPIED};
 
@@ -10,17 +10,17 @@ impl Raw {
         self.l2_entry(6)
     }
 
-    /// Where the first stream is.
+    /// The offset of the first stream.
     fn stream(&self) -> usize {
         (self.get(self.packed()) & ((1 << self.sector_shift()) - 1)) as usize
     }
 
-    /// Where the entry has the number of sectors.
+    /// The bit position of the number of sectors in the entry.
     fn sector_shift(&self) -> u32 {
         62 - (self.geometry.cluster_bits - 8)
     }
 
-    /// Says that the first stream is elsewhere.
+    /// Changes the offset of the first stream in its entry.
     fn move_stream(&mut self, offset: u64) -> bool {
         self.put(self.packed(), COMPRESSED | offset)
     }

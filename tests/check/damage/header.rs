@@ -1,17 +1,17 @@
-//! Damages of single fields of the header, each at its limits and one past them, and of what lies in the header's cluster:
-//! the backing file's name and the extensions. For an image of version 3 with clusters of 4 KiB.
+//! Damages of single header fields, each at its limits and one past them. Also of the other contents of the header's
+//! cluster: the backing file's name and the extensions. The image must have version 3 and clusters of 4 KiB.
 
 use qcow2::header::HEADER_LENGTH_V3;
 use qcow2::{extension, position};
 
 use super::{Damage, Raw};
 
-/// What follows the header, in bytes.
+/// The offset in bytes of the area behind the header.
 const AREA: usize = HEADER_LENGTH_V3 as usize;
-/// Where names are put.
+/// The offset at which names are stored.
 const NAME: usize = 1024;
 const CLUSTER: u64 = 4096;
-/// Where the last cluster begins that a file can have.
+/// The offset of the last cluster that a file can have.
 const LAST: u64 = (1 << 63) - CLUSTER;
 
 impl Raw {
@@ -30,7 +30,7 @@ impl Raw {
         changed
     }
 
-    /// Puts extensions where they belong, and an end mark behind them.
+    /// Writes extensions at their proper offset, and an end mark behind them.
     fn extend(&mut self, extensions: &[(u32, &[u8])]) -> bool {
         let mut at = AREA;
         for (magic, data) in extensions {
@@ -53,7 +53,7 @@ impl Raw {
         self.put32(position::BACKING_FILE_LENGTH, name.len() as u32)
     }
 
-    /// Says where the backing file's name is, and how long.
+    /// Sets the offset and the length of the backing file's name.
     fn name_at(&mut self, offset: u64, length: u32) -> bool {
         self.extend(&[(extension::BACKING_FORMAT, b"raw")]);
         self.put_bytes(NAME, &[b'n'; 2048]);
@@ -61,7 +61,7 @@ impl Raw {
         self.put32(position::BACKING_FILE_LENGTH, length)
     }
 
-    /// Bitmaps by their extension.
+    /// Adds a bitmaps extension with these fields.
     fn bitmaps(&mut self, count: u32, reserved: u32, length: u64, offset: u64) -> bool {
         let mut data = count.to_be_bytes().to_vec();
         data.extend(reserved.to_be_bytes());
@@ -173,7 +173,7 @@ pub const HEADER: &[Damage] = &[
     ("an unknown field of the header", |i| i.put_bytes(position::COMPRESSION_TYPE + 3, &[7])),
 ];
 
-/// Damages of the backing file's name and format. There is a raw file `base`, and the image is called `top`.
+/// Damages of the backing file's name and format. A raw file `base` exists, and the image is called `top`.
 pub const BACKING: &[Damage] = &[
     ("a name within the header", |i| i.name_at(1, 4)),
     ("a name in the last bytes of the header", |i| i.name_at(111, 4)),

@@ -1,11 +1,11 @@
-//! The directory of persistent bitmaps, walked as a disk does.
+//! The directory of persistent bitmaps, walked as by a disk.
 
 use qcow2::{BitmapDirectory, Bitmaps, Geometry, HostOffset, Version};
 
 use super::values::Values;
 
-/// The input: how many bitmaps are claimed, how long the directory is said to be, the disk's size, then the directory,
-/// with which the file ends.
+/// The input: the claimed number of bitmaps, the claimed length of the directory, the disk's size, then the
+/// directory, which ends the file.
 pub fn judge(input: &[u8]) {
     let mut values = Values(input);
     let count = u32::from(values.u16());

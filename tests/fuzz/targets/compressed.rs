@@ -1,5 +1,5 @@
-//! A compressed cluster: what its entry says and what its data is. Whatever both are, other clusters are served, a read
-//! gives the same answer twice, and the cluster can be written whole.
+//! A compressed cluster: its entry and its data. Whatever both hold, other clusters are served, two reads give the
+//! same answer, and the cluster can be written whole.
 
 use disk::DiskOptions;
 use qcow2::{
@@ -11,10 +11,10 @@ use super::host::{options, world};
 use super::session::{Known, SECTOR, Session};
 use super::values::Values;
 
-/// Where the stream may begin, in its cluster.
+/// The largest offset of the stream in its cluster.
 const START_MAX: u64 = 512;
 
-/// The input: how the image is, what the entry says, and the stream, with which the file ends.
+/// The input: the image's properties, the entry, and the stream, which ends the file.
 pub fn judge(input: &[u8]) {
     let mut values = Values(input);
     let (how, wild, start) = (values.u8(), values.u64(), u64::from(values.u16()) % START_MAX);
@@ -29,7 +29,7 @@ pub fn judge(input: &[u8]) {
     };
     let cluster = geometry.cluster_size();
     let stream = values.0;
-    // As much as an entry can name, and a bit.
+    // The most that an entry can cover, and a little more.
     let stream = &stream[..stream.len().min(2 * cluster as usize + 600)];
     let (file, honest) = image(&geometry, how & 1 != 0, stream, start, (how & 4 != 0).then_some(wild));
     let world = world(&file);
@@ -38,13 +38,13 @@ pub fn judge(input: &[u8]) {
     if honest {
         write(&world, &geometry, small, whole.is_some());
     } else {
-        // What it names may be metadata: then writing is refused.
+        // The entry may point to metadata: then the write is refused.
         let _ =
             Session::open(&world, &options(small), None).map(|mut session| session.write(0, SECTOR, 1, true));
     }
 }
 
-/// The bytes of the image, and whether its entry says just where the stream is.
+/// The bytes of the image, and whether its entry points exactly to the stream.
 fn image(geometry: &Geometry, zstd: bool, stream: &[u8], start: u64, wild: Option<u64>) -> (Vec<u8>, bool) {
     let cluster = geometry.cluster_size();
     let mut file: Vec<u8> = Vec::new();
@@ -60,7 +60,7 @@ fn image(geometry: &Geometry, zstd: bool, stream: &[u8], start: u64, wild: Optio
     let encoded = header.encode().expect("a header that the format allows");
     file[..encoded.len()].copy_from_slice(&encoded);
     let table = file.len() as u64;
-    // The field of the entry may be too short for it.
+    // The entry's field may be too small for this number.
     let sectors = (start + stream.len() as u64).div_ceil(512).max(1);
     let sectors_max = 1 << (geometry.cluster_bits - 8);
     let offset = HostOffset(table + cluster + start);
@@ -73,7 +73,7 @@ fn image(geometry: &Geometry, zstd: bool, stream: &[u8], start: u64, wild: Optio
     file.extend(stream);
     let padded = (file.len() + usize::from(stream.is_empty())).next_multiple_of(512);
     file.resize(padded, 0);
-    // Everything once: the clusters of the stream are its own.
+    // Every refcount is 1: the stream's clusters belong to it alone.
     let block = qcow2::entry(&file[header.refcount_table_offset.0 as usize..], 0) as usize;
     let end = geometry.clusters_for(file.len() as u64);
     for index in 0..end as usize {
@@ -82,7 +82,7 @@ fn image(geometry: &Geometry, zstd: bool, stream: &[u8], start: u64, wild: Optio
     (file, wild.is_none())
 }
 
-/// Reads the compressed cluster twice and another once; what the first holds.
+/// Reads the compressed cluster twice and another once; returns the compressed cluster's data.
 fn read(world: &SimWorld, geometry: &Geometry, small: bool) -> Option<Vec<u8>> {
     let options = DiskOptions { read_only: true, ..options(small) };
     let mut session = Session::open(world, &options, Some(Known::default())).expect("its header is right");
@@ -94,7 +94,7 @@ fn read(world: &SimWorld, geometry: &Geometry, small: bool) -> Option<Vec<u8>> {
     first
 }
 
-/// What cannot be inflated cannot be changed in part, but be written whole.
+/// A cluster that cannot be inflated cannot be written in part, but it can be written whole.
 fn write(world: &SimWorld, geometry: &Geometry, small: bool, readable: bool) {
     let cluster = geometry.cluster_size();
     let mut session = Session::open(world, &options(small), Some(Known::default())).expect("it opens");

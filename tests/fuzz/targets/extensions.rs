@@ -1,11 +1,11 @@
-//! The area of header extensions, behind a header that is right.
+//! The area of header extensions, behind a valid header.
 
 use qcow2::{Geometry, Header, NewImage, Version, extension};
 
 use super::header::follow;
 use super::values::Values;
 
-/// The input: how the header is, then the area.
+/// The input: the header's properties, then the area.
 pub fn judge(input: &[u8]) {
     let mut values = Values(input);
     let how = values.u8();
@@ -18,7 +18,7 @@ pub fn judge(input: &[u8]) {
     }
     let mut file = image.layout().expect("a geometry that the format allows").swap_remove(0).1;
     if how & 4 != 0 && version == Version::V3 {
-        // So that bitmaps mean something.
+        // Makes bitmaps valid.
         file[qcow2::position::AUTOCLEAR + 7] |= 1;
     }
     let at = Header::parse(&file, file.len() as u64).expect("a header that is right").header_length as usize;

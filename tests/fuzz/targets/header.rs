@@ -1,5 +1,5 @@
-//! A file's first bytes as a header. What is read must be what is written again, and all that follows from it must have
-//! an answer.
+//! A file's first bytes as a header. A header that was parsed must be the same after writing and reading it again.
+//! Every value derived from it must be defined.
 
 use qcow2::{FormatErrorKind, Header};
 
@@ -13,7 +13,7 @@ pub fn judge(input: &[u8]) {
     }
 }
 
-/// What a header that was taken must bear.
+/// The requirements on a header that was accepted.
 pub fn follow(header: &Header) {
     let geometry = header.geometry();
     assert!(geometry.l1_entries() <= u64::from(header.l1_entries));
@@ -31,7 +31,7 @@ pub fn follow(header: &Header) {
             assert_eq!(again.as_ref(), Ok(header), "what was written is read again");
         }
         Err(error) if Some(error) == header.damaged_extensions => {}
-        // What was apart in the file, with room between, may not fit in the order in which we write.
+        // Pieces that were apart in the file, with gaps between, may not fit in the order in which we write them.
         Err(error) => assert!(matches!(error.kind, FormatErrorKind::HeaderFull { .. }), "{error}"),
     }
 }

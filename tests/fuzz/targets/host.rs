@@ -1,6 +1,6 @@
-//! A file in a simulated host, and what is done to it while no disk has it open.
+//! A file in a simulated host, and operations on it while no disk has it open.
 //!
-//! Each look has a storage of its own, as its lock lasts as long.
+//! Each operation uses a storage of its own, because a lock lasts as long as its storage.
 
 use std::path::Path;
 use std::time::Duration;
@@ -12,9 +12,9 @@ use storage_sim::{SimOptions, SimStorage, SimWorld};
 
 /// The image's name.
 pub const TOP: &str = "top";
-/// The largest cluster.
+/// The largest cluster size in bytes.
 pub const CLUSTER_MAX: u64 = 2 << 20;
-/// The name of a raw file that images may lie over.
+/// The name of a raw file that images may use as their backing file.
 const BASE: &str = "base";
 
 /// The name of a file that may hold the data of an image.
@@ -29,7 +29,7 @@ pub fn world(bytes: &[u8]) -> SimWorld {
     world
 }
 
-/// The first bytes of the image, at most so many: a small file that has grown may be as long as a disk can be.
+/// The first bytes of the image, at most `most`: a small file that has grown may be as long as a disk can be.
 pub fn bytes(world: &SimWorld, most: u64) -> Vec<u8> {
     let image = world.image();
     let contents = image.file(Path::new(TOP)).expect("it was added");
@@ -38,13 +38,13 @@ pub fn bytes(world: &SimWorld, most: u64) -> Vec<u8> {
     bytes
 }
 
-/// The image's header, if it can be read. It may take up the whole first cluster.
+/// The image's header, if it can be parsed. It may take up the whole first cluster.
 pub fn header(world: &SimWorld) -> Option<Header> {
     let start = bytes(world, CLUSTER_MAX);
     Header::parse(&start, start.len() as u64).ok()
 }
 
-/// How disks are opened here: with caches as users have them, or with the least.
+/// The options of disks here: with the default caches, or with the smallest.
 pub fn options(small: bool) -> DiskOptions {
     let options = DiskOptions { lock_timeout: Duration::ZERO, inflate_threads: 0, ..DiskOptions::default() };
     match small {
@@ -53,23 +53,23 @@ pub fn options(small: bool) -> DiskOptions {
     }
 }
 
-/// As [`options`], with the data file that the image wants, as its operator would.
+/// As [`options`], with the data file if the image needs one, as its operator would give it.
 pub fn operated(world: &SimWorld, small: bool) -> DiskOptions {
     let wants = header(world).is_some_and(|header| header.incompatible.contains(Incompatible::DATA_FILE));
     DiskOptions { data_file: wants.then(|| DATA.into()), ..options(small) }
 }
 
-/// What the checker says of it.
+/// Checks the image.
 pub fn checked(world: &SimWorld) -> Result<Report, CheckError> {
     check(&world.storage(), Path::new(TOP), &options(true))
 }
 
-/// Repairs all.
+/// Repairs everything.
 pub fn repaired(world: &SimWorld) -> Result<Repaired, CheckError> {
     repair(&world.storage(), Path::new(TOP), RepairKind::All, &options(true))
 }
 
-/// A new process.
+/// The storage of a new process.
 pub fn storage(world: &SimWorld) -> SimStorage {
     world.storage()
 }

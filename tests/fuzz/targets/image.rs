@@ -1,10 +1,11 @@
 //! A whole image: opened, read, written, discarded, flushed, checked, closed and opened again; or repaired; or its
 //! snapshots or its size changed.
 //!
-//! Where the checker finds nothing but leaks, everything is asked for: each sector that was seen or written reads the
-//! same, no request finds the image damaged, other snapshots keep what they hold, and the checker finds no more than
-//! before. Of any other image it is asked that nothing panics, hangs, or costs more than it may, and that the header can
-//! still be read.
+//! If the checker finds nothing but leaks, everything must hold: each sector read or written reads the same, no
+//! request finds the image damaged, other snapshots retain their contents, and the checker finds no more than
+//! before.
+//! Any other image must not cause a panic, a hang, or more than the allowed cost, and its header must stay
+//! readable.
 
 use std::path::Path;
 use std::time::Duration;
@@ -22,16 +23,16 @@ use super::session::{Known, SECTOR, Session, WINDOW};
 use super::sound::Sound;
 use super::values::Values;
 
-/// The most bytes of the file that an input stands for.
+/// The most bytes of the file that an input describes.
 const FILE_MAX: u64 = 1 << 20;
-/// Pieces of the file begin at multiples of this.
+/// Pieces of the file begin at multiples of this many bytes.
 const PIECE_UNIT: usize = 64;
-/// The unit of a piece's length.
+/// The unit of a piece's length in bytes.
 const LENGTH_UNIT: usize = 8;
 /// The most requests of an input.
 const OPERATIONS_MAX: usize = 48;
 
-/// The input: what is done, then the file, piece by piece, so that an image of many clusters is a short input.
+/// The input: the operations, then the file piece by piece, so that an image of many clusters is a short input.
 pub fn judge(input: &[u8]) {
     let mut values = Values(input);
     let (how, count) = (values.u8(), usize::from(values.u8()) % (OPERATIONS_MAX + 1));
@@ -76,8 +77,8 @@ fn decode(values: &mut Values<'_>) -> Vec<u8> {
     file
 }
 
-/// The input for a file and a script: nothing if the file is too long. What is all the same for `PIECE_UNIT` bytes
-/// counts as guest data, which means nothing, and becomes zeros.
+/// The input for a file and a script; none if the file is too long. A unit of `PIECE_UNIT` equal bytes counts as
+/// guest data without meaning, and becomes zeros.
 pub fn encode(how: u8, script: &[[u8; OPERATION_BYTES]], file: &[u8]) -> Option<Vec<u8>> {
     if file.len() as u64 > FILE_MAX {
         return None;
@@ -125,7 +126,7 @@ fn serve(world: &SimWorld, options: &DiskOptions, script: &[u8], strict: Option<
             10 => {
                 let (known, closed) = session.close();
                 judge_close(closed, strict);
-                // It opened before; now it may say that it is corrupt.
+                // The image opened before; now it may be marked corrupt.
                 let Ok(again) = Session::open(world, options, known) else {
                     assert!(strict.is_none(), "it opened before");
                     return;
@@ -158,7 +159,7 @@ fn serve(world: &SimWorld, options: &DiskOptions, script: &[u8], strict: Option<
     assert!(judge_failures(&session, strict), "what was read before is read again");
 }
 
-/// Where a request is: near the start, anywhere, or near the end.
+/// The offset of a request: near the start, anywhere, or near the end.
 fn offset(what: u8, place: u16, size: u64) -> u64 {
     let place = u64::from(place);
     let offset = match what >> 4 & 3 {
@@ -169,7 +170,7 @@ fn offset(what: u8, place: u16, size: u64) -> u64 {
     offset.min(size.saturating_sub(SECTOR)) / SECTOR * SECTOR
 }
 
-/// An image that was not opened for writing may still be looked at.
+/// Reads an image that could not be opened for writing, if it opens read-only.
 fn look(world: &SimWorld, options: &DiskOptions) {
     let read_only = DiskOptions { read_only: true, ..options.clone() };
     let Ok(mut session) = Session::open(world, &read_only, None) else { return };
@@ -180,9 +181,9 @@ fn look(world: &SimWorld, options: &DiskOptions) {
     let _ = snapshots_hold(world, &read_only);
 }
 
-/// The first bytes of each snapshot that can be read, by name, as far as an image's snapshots are told apart.
+/// The first bytes of at most four snapshots, by identifier; none for one that cannot be read.
 fn snapshots_hold(world: &SimWorld, options: &DiskOptions) -> Vec<(Vec<u8>, Option<Vec<u8>>)> {
-    // A copy, as the disk is open.
+    // A copy, because the disk is open.
     let world = SimWorld::from_image(world.image(), 1, storage_sim::SimOptions::calm());
     let Ok(found) = list(&storage(&world), Path::new(TOP), options) else { return Vec::new() };
     let hold = |snapshot: &Snapshot| {
@@ -195,8 +196,9 @@ fn snapshots_hold(world: &SimWorld, options: &DiskOptions) -> Vec<(Vec<u8>, Opti
     found.iter().take(4).map(|snapshot| (snapshot.id.clone(), hold(snapshot))).collect()
 }
 
-/// In an image that the checker calls sound nothing is found damaged but what a check does not look at: the streams of
-/// compressed clusters, and whether the data in an external file is where it must be. False if the latter is not.
+/// In an image that the checker calls sound, requests may find only damage that a check does not cover. That is the
+/// streams of compressed clusters, and whether data in an external file is at its required offset. False if the
+/// latter is not.
 fn judge_failures(session: &Session, strict: Option<&Sound>) -> bool {
     let Some(Sound { report, .. }) = strict else { return true };
     for failure in &session.failures {
@@ -236,7 +238,7 @@ fn mend(world: &SimWorld, strict: Option<&Sound>) {
     }
 }
 
-/// Makes, applies or deletes snapshots.
+/// Creates, applies or deletes snapshots.
 fn change_snapshots(world: &SimWorld, script: &[u8], strict: Option<&Sound>) {
     for (number, operation) in script.chunks(OPERATION_BYTES).take(4).enumerate() {
         let Ok(found) = list(&storage(world), Path::new(TOP), &options(true)) else { return };
@@ -251,7 +253,7 @@ fn change_snapshots(world: &SimWorld, script: &[u8], strict: Option<&Sound>) {
             _ => Change::Delete { wanted },
         };
         let before = bytes(world, FILE_MAX);
-        // As any open for writing, a change repairs what is marked dirty before it is judged.
+        // Like every open for writing, a change repairs a dirty image before it is judged.
         let dirty = before[qcow2::position::INCOMPATIBLE + 7] & 1 != 0;
         let changed = change(&storage(world), Path::new(TOP), what.clone(), &options(true));
         if let Err(ChangeError::Refused { .. }) = &changed
@@ -305,8 +307,8 @@ fn change_size(world: &SimWorld, options: &DiskOptions, script: &[u8], strict: O
     }
 }
 
-/// A number of bytes for a disk to grow by. An L1 table of up to 32 MiB is made for whoever asks for so much, and is held a
-/// few times then: less than a tenth of that is asked for here at a time, or more than can be had.
+/// A number of bytes to grow a disk by. Growing allocates an L1 table of up to 32 MiB and then holds it several
+/// times. So this requests either less than a tenth of that at a time, or more than is possible.
 fn affordable(world: &SimWorld, by: u64) -> u64 {
     let Some(header) = header(world) else { return by };
     let geometry = header.geometry();
@@ -315,8 +317,8 @@ fn affordable(world: &SimWorld, by: u64) -> u64 {
     if (most..=all).contains(&by) { most } else { by }
 }
 
-/// Reads the first and the last of a disk that nobody has open, and compares it with what is known; what is known then,
-/// and the disk's size.
+/// Reads the start and the end of a disk that is not open, and compares them with what is known. Returns what is
+/// known then, and the disk's size.
 fn ends(world: &SimWorld, options: &DiskOptions, known: Option<Known>) -> Option<(Known, u64)> {
     let read_only = DiskOptions { read_only: true, ..options.clone() };
     let mut session = Session::open(world, &read_only, Some(known.unwrap_or_default())).ok()?;

@@ -1,7 +1,7 @@
-//! What is fuzzed: functions from bytes to nothing, which panic where something is wrong. `tests/fuzz.rs` and cargo-fuzz
-//! run the same ones.
+//! The fuzz targets: functions from bytes to nothing, which panic at a finding. `tests/fuzz.rs` and cargo-fuzz run
+//! the same ones.
 //!
-//! Owns the list of them, and what one run may cost.
+//! Owns the list of them, and the limits of one run.
 #![allow(dead_code, unused_imports, reason = "each runner uses its own part")]
 
 mod bitmaps;
@@ -23,20 +23,20 @@ use std::time::Duration;
 
 use crate::meter::measure;
 
-/// The longest that one run may take.
+/// The longest time that one run may take.
 const TIME_MAX: Duration = Duration::from_secs(1);
-/// The most heap that one run may hold, in bytes. No input stands for a file of more than 1 MiB.
+/// The most heap that one run may hold, in bytes. No input describes a file of more than 1 MiB.
 const BYTES_MAX: usize = 64 << 20;
 
-/// Something that is fuzzed.
+/// A fuzz target.
 pub struct Target {
     /// Its name, also that of its corpus.
     pub name: &'static str,
-    /// Looks at an input; panics at a finding.
+    /// Judges an input; panics at a finding.
     judge: fn(&[u8]),
 }
 
-/// All of them.
+/// All targets.
 pub const TARGETS: &[Target] = &[
     Target { name: "header", judge: header::judge },
     Target { name: "extensions", judge: extensions::judge },
@@ -49,10 +49,10 @@ pub const TARGETS: &[Target] = &[
 ];
 
 impl Target {
-    /// Runs it once.
+    /// Runs the target once.
     ///
     /// # Panics
-    /// At a finding, or if it takes too long or too much.
+    /// At a finding, or if it takes too much time or memory.
     pub fn run(&self, input: &[u8]) {
         let ((), cost) = measure(|| (self.judge)(input));
         assert!(cost.time <= TIME_MAX, "{}: took {:?}", self.name, cost.time);
@@ -60,10 +60,10 @@ impl Target {
     }
 }
 
-/// The target of this name.
+/// The target with this name.
 ///
 /// # Panics
-/// If there is none.
+/// If there is no such target.
 pub fn target(name: &str) -> &'static Target {
     TARGETS.iter().find(|target| target.name == name).expect("a target of this name")
 }

@@ -1,7 +1,7 @@
-//! The split ring beside rust-vmm's: Strata's ring and virtio-queue's `Queue` see the same memory and must take the same
-//! chains, give them back in the same way and want the same notifications.
+//! The split ring compared with rust-vmm's: Strata's ring and virtio-queue's `Queue` see the same memory. They must
+//! take the same chains, give them back in the same way and want the same notifications.
 //!
-//! Where Strata refuses what virtio-queue lets pass, the input must hold one of the reasons that are listed here.
+//! If Strata refuses what virtio-queue accepts, the input must contain one of the reasons listed here.
 
 use std::sync::Arc;
 
@@ -14,15 +14,15 @@ use vm_memory::{Address, Bytes, GuestAddress};
 
 use super::values::Values;
 
-/// Two regions that follow each other, so that a range may cross from one into the other.
+/// Two adjacent regions, so that a range may cross from one into the other.
 const REGION: u64 = 0x1_0000;
 const DESCRIPTORS: u64 = 0x1000;
 const AVAILABLE: u64 = 0x2000;
-/// Each of the two has a used ring of its own; everything else they share.
+/// Each ring has a used ring of its own; they share everything else.
 const USED: u64 = 0x3000;
 const USED_OTHER: u64 = 0x4000;
 const TABLES: u64 = 0x5000;
-/// Descriptors that indirect tables may hold together.
+/// Descriptors that all indirect tables together may hold.
 const TABLE_ENTRIES: u64 = 48;
 
 const NEXT: u16 = 1;
@@ -82,7 +82,7 @@ impl Pair {
             in_flight: Vec::new(),
         };
         pair.write(AVAILABLE + 2, base);
-        // As the next use of the used ring may be anywhere in it.
+        // A ring may start at any used index.
         let used = values.u16();
         pair.write(USED + 2, used);
         pair.ring = Ring::new(&layout, &pair.memory).expect("a sound layout");
@@ -101,7 +101,7 @@ impl Pair {
         found
     }
 
-    /// Writes descriptors of six bytes of the input each.
+    /// Writes descriptors from six bytes of the input each.
     fn write_descriptors(&self, values: &mut Values<'_>, table: u64, count: u64) {
         for index in 0..count {
             let (place, length, flags, next) = (values.u16(), values.u16(), values.u8(), values.u8());
@@ -109,7 +109,7 @@ impl Pair {
             let (address, length) = if flags & INDIRECT != 0 {
                 (TABLES + 16 * (u64::from(place) % TABLE_ENTRIES), u32::from(length) % 0x400 / 4 * 4)
             } else {
-                // Some lie past the end of memory, some cross from one region into the other.
+                // Some are past the end of memory, some cross from one region into the other.
                 (u64::from(place) * 4, u32::from(length) % 0x2000)
             };
             let next = u16::from(next) % (self.layout.size + 2);
@@ -118,10 +118,10 @@ impl Pair {
         }
     }
 
-    /// Makes chains available, takes them, gives some back. False when the ring is corrupt.
+    /// Makes chains available, takes them, gives some back. False if the ring is corrupt.
     fn round(&mut self, values: &mut Values<'_>) -> bool {
         let (count, flags, event) = (values.u8(), values.u8(), values.u8());
-        // Near the used index, as any other event is far from the chains that are given back.
+        // Near the used index: any other event is far from the chains that are given back.
         let event = self.other.next_used().wrapping_add(u16::from(event % 16)).wrapping_sub(8);
         let size = self.layout.size;
         let mut index = self.ring.next_available();
@@ -136,7 +136,7 @@ impl Pair {
         self.take() && self.give_back(values, flags & 1 != 0) && self.suppress()
     }
 
-    /// Takes all that is available from both.
+    /// Takes all available chains from both.
     fn take(&mut self) -> bool {
         let map = self.memory.map().clone();
         let theirs: Option<Vec<_>> = self.other.iter(&map).ok().map(Iterator::collect);
@@ -163,7 +163,7 @@ impl Pair {
         true
     }
 
-    /// A sound chain has the same bytes of guest memory in both; any other has a reason.
+    /// A valid chain has the same bytes of guest memory in both; an invalid one has a reason.
     fn compare(&self, chain: &Chain, theirs: &[Descriptor]) {
         let slices = |writable: bool| -> Option<Vec<GuestSlice>> {
             let mut pieces = Vec::new();
@@ -190,8 +190,8 @@ impl Pair {
         }
     }
 
-    /// Whether the chain names an indirect table where it must not: one that was not negotiated, that NEXT goes
-    /// with, or that is named from within another.
+    /// Whether the chain names an indirect table where it must not: without negotiation, together with NEXT, or
+    /// from inside another table.
     fn has_bad_indirect(&self, head: u16) -> bool {
         let (mut index, mut left) = (head, self.layout.size);
         while index < self.layout.size && left > 0 {
@@ -208,7 +208,7 @@ impl Pair {
         false
     }
 
-    /// Gives some chains back to both, in an order of the input.
+    /// Gives some chains back to both, in an order from the input.
     fn give_back(&mut self, values: &mut Values<'_>, no_interrupt: bool) -> bool {
         let map = self.memory.map().clone();
         let mut given = Vec::new();
@@ -220,12 +220,12 @@ impl Pair {
         for used in &given {
             self.other.add_used(&map, used.head, used.written).expect("guest memory");
         }
-        // Flags and event index, before and behind, are compared with the suppression.
+        // `suppress` compares the flags before this range and the event index behind it.
         let (from, bytes) = (2, 2 + 8 * u64::from(self.layout.size));
         assert_eq!(self.read(USED + from, bytes), self.read(USED_OTHER + from, bytes), "{given:?}");
         let ours = self.ring.needs_notification().expect("guest memory");
         let theirs = self.other.needs_notification(&map).expect("guest memory");
-        // Virtio-queue does not look at the flag.
+        // Virtio-queue does not check the flag.
         let expected = if self.layout.event_index { theirs } else { !no_interrupt };
         assert_eq!(ours, expected, "a notification after {given:?}");
         true
@@ -246,7 +246,7 @@ impl Pair {
     }
 }
 
-/// Where slices lie in this process, joined where one follows the other.
+/// Locations of slices in this process; adjacent slices are joined.
 fn places(slices: &[GuestSlice]) -> Vec<(usize, usize)> {
     let mut places: Vec<(usize, usize)> = Vec::new();
     for slice in slices.iter().filter(|slice| !slice.is_empty()) {

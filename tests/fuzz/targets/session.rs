@@ -1,5 +1,5 @@
-//! A disk that is open on a simulated host, with one request at a time, and a model of what it holds as far as it was
-//! seen: every sector that was read or written must read the same, until it is written again.
+//! An open disk on a simulated host, with one request at a time, and a model of its known contents. Every sector
+//! that was read or written must read the same, until it is written again.
 
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
@@ -14,23 +14,23 @@ use super::host::TOP;
 
 /// Bytes of a sector.
 pub const SECTOR: u64 = 512;
-/// The most bytes that a request moves.
+/// The most bytes that a request transfers.
 pub const WINDOW: u64 = 128 << 10;
-/// Turns in vain after which nothing will happen any more.
+/// Turns without a completion after which a request counts as hanging.
 const VAIN_TURNS_MAX: u32 = 20_000;
 
-/// What sectors hold, as far as it is known.
+/// The known contents of sectors.
 #[derive(Clone, Debug, Default)]
 pub struct Known(BTreeMap<u64, Box<[u8]>>);
 
 impl Known {
-    /// What is known of a disk that ends there.
+    /// The known contents of a disk that ends at `end`.
     pub fn below(mut self, end: u64) -> Known {
         self.0.retain(|sector, _| (sector + 1) * SECTOR <= end);
         self
     }
 
-    /// Those that are known.
+    /// The sectors whose contents are known.
     pub fn sectors(&self) -> Vec<u64> {
         self.0.keys().copied().collect()
     }
@@ -41,14 +41,14 @@ pub struct Session {
     queue: DiskQueue<SimStorage>,
     keeper: Option<Keeper<SimStorage>>,
     disk: Disk<SimStorage>,
-    /// What it must hold; nothing if the image is one of which nothing can be said.
+    /// The expected contents; none if nothing can be required of the image.
     pub known: Option<Known>,
-    /// Requests that failed, and why.
+    /// The errors of failed requests.
     pub failures: Vec<RequestError>,
 }
 
 thread_local! {
-    /// Leaked, so that its slices may well be 'static, and one a thread, so that little leaks.
+    /// Leaked, so that its slices are really 'static; one per thread, so that little leaks.
     static MEMORY: OnceCell<GuestSlice> = const { OnceCell::new() };
 }
 
@@ -64,7 +64,7 @@ fn memory(bytes: u64) -> GuestSlice {
 }
 
 impl Session {
-    /// Opens the image; `known` is what it is known to hold.
+    /// Opens the image; `known` holds its known contents.
     ///
     /// # Errors
     /// As for [`Disk::open`].
@@ -85,7 +85,7 @@ impl Session {
         &self.disk
     }
 
-    /// Closes it; what it was known to hold.
+    /// Closes the disk; returns its known contents.
     ///
     /// # Errors
     /// As for [`Disk::close`].
@@ -95,7 +95,7 @@ impl Session {
         (known, disk.close())
     }
 
-    /// Lets the housekeeper do what is due after so long.
+    /// Lets the housekeeper do the work that is due after `time`.
     pub fn rest(&mut self, world: &SimWorld, time: Duration) {
         world.pass(time);
         for _ in 0..64 {
@@ -128,7 +128,7 @@ impl Session {
         result.map_err(|error| self.failures.push(error)).ok()
     }
 
-    /// Reads sectors, and compares them with what is known; false if it fails.
+    /// Reads sectors, and compares them with the known contents; none if the read fails.
     pub fn read(&mut self, offset: u64, length: u64) -> Option<Vec<u8>> {
         let slice = memory(length);
         let result = self.run(Request::Read { offset }, &[slice]);
@@ -143,7 +143,7 @@ impl Session {
         Some(found)
     }
 
-    /// Writes sectors of one byte each.
+    /// Writes sectors, each filled with one byte value.
     pub fn write(&mut self, offset: u64, length: u64, seed: u8, write_through: bool) {
         let bytes: Vec<u8> = (0..length).map(|at| (at / SECTOR) as u8 ^ seed).collect();
         let slice = memory(length);
@@ -161,7 +161,7 @@ impl Session {
         self.learn(offset, length, |_| done.then(|| vec![0; SECTOR as usize].into()));
     }
 
-    /// Discards: each sector holds what it held, or zeros.
+    /// Discards: each sector retains its contents or becomes zeros.
     pub fn discard(&mut self, offset: u64, length: u64) {
         let before = self.known.clone();
         let result = self.run(Request::Discard { offset, length, write_through: false }, &[]);
@@ -184,7 +184,7 @@ impl Session {
         self.note(result);
     }
 
-    /// Notes what sectors hold now; nothing is known of those for which `now` has nothing.
+    /// Records the new contents of sectors; those for which `now` returns none become unknown.
     fn learn(&mut self, offset: u64, length: u64, now: impl Fn(u64) -> Option<Box<[u8]>>) {
         let Some(Known(known)) = &mut self.known else { return };
         for at in (0..length).step_by(SECTOR as usize) {

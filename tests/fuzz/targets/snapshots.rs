@@ -1,11 +1,11 @@
-//! A table of internal snapshots, walked as a disk does.
+//! A table of internal snapshots, walked as by a disk.
 
 use qcow2::snapshot::{encode_table, find, next_id};
 use qcow2::{HostOffset, SnapshotTable};
 
 use super::values::Values;
 
-/// The input: how many snapshots are claimed, then the table, with which the file ends.
+/// The input: the claimed number of snapshots, then the table, which ends the file.
 pub fn judge(input: &[u8]) {
     let mut values = Values(input);
     let count = u32::from(values.u16());
@@ -35,7 +35,7 @@ pub fn judge(input: &[u8]) {
     }
     let id = next_id(&found);
     assert!(found.iter().all(|snapshot| snapshot.id != id), "an ID that none has");
-    // Every byte that means something comes back: all but what aligns the entries.
+    // Every byte with a meaning is written back: all but the padding that aligns the entries.
     let mut again = SnapshotTable::new(HostOffset(start), found.len() as u32, start + encoded.len() as u64);
     let mut second = Vec::new();
     while let Some((offset, length)) = again.next_piece() {

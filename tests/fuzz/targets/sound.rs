@@ -1,4 +1,4 @@
-//! Images in which the checker finds nothing but leaks: what is done to such a one must leave it so.
+//! Images in which the checker finds nothing but leaks: every operation must leave them so.
 
 use disk::check::{FindingKind, Report, Verdict};
 use qcow2::{Header, entry, refblock_offset, refcount};
@@ -6,14 +6,15 @@ use storage_sim::SimWorld;
 
 use super::host::checked;
 
-/// Such an image, as it was.
+/// A sound image, as it was.
 pub struct Sound {
-    /// What the checker said.
+    /// The checker's report.
     pub report: Report,
-    /// Clusters past the end of the file that are counted: they become leaks when the file grows there.
+    /// Clusters past the end of the file with a refcount: they become leaks when the file grows there.
     hidden: u64,
-    /// A cluster is named more than once, and by no snapshot: by two entries, or by one and a compressed cluster's. When one
-    /// of them goes, nobody knows where the other is, so its flag COPIED stays clear, as with QEMU. It costs a copy.
+    /// A cluster is referenced more than once, but by no snapshot: by two entries, or by an entry and a compressed
+    /// cluster. When one reference goes, the other cannot be found, so its flag COPIED stays clear, as with QEMU.
+    /// This costs a copy.
     shares: bool,
 }
 
@@ -34,7 +35,7 @@ impl Sound {
     /// Checks the image again.
     ///
     /// # Panics
-    /// If it is worse.
+    /// If it is worse than before.
     pub fn judge(&self, world: &SimWorld, what: &str) {
         let (before, after) = (&self.report, checked(world).expect("it can be checked as before"));
         let leaks_max = before.leaked_clusters + self.hidden;
@@ -44,15 +45,15 @@ impl Sound {
     }
 }
 
-/// A clear flag COPIED at a cluster that nobody shares.
+/// A clear flag COPIED at a cluster that is not shared.
 fn is_shy(kind: &FindingKind) -> bool {
     matches!(kind, FindingKind::Copied { raw, refcount: 1, .. } if raw >> 63 == 0)
 }
 
-/// What an image counts.
+/// The refcounts of an image.
 #[derive(Default)]
 struct Counts {
-    /// Clusters by number, and their refcounts.
+    /// Cluster numbers with their refcounts.
     of: Vec<(u64, u64)>,
     /// The first cluster past the end of the file.
     end: u64,
@@ -70,7 +71,7 @@ fn counts(file: &[u8]) -> Counts {
     for block in 0..table.len() / 8 {
         let Ok(Some(offset)) = refblock_offset(entry(table, block), &geometry) else { continue };
         let Some(bytes) = file.get(offset.0 as usize..) else { continue };
-        // The end of the file may cut it.
+        // The end of the file may truncate the block.
         let mut bytes = bytes[..bytes.len().min(size)].to_vec();
         bytes.resize(size, 0);
         let counted =

@@ -1,4 +1,4 @@
-//! Entries of L1 tables, L2 tables, refcount tables and bitmap tables, and refcounts, under every geometry.
+//! Entries of L1, L2, refcount and bitmap tables, and refcounts, under every geometry.
 
 use qcow2::{
     Geometry, L1Entry, L2Entry, RawL2Entry, Subclusters, Version, bitmap_table_entry, refblock_offset,
@@ -7,7 +7,7 @@ use qcow2::{
 
 use super::values::Values;
 
-/// The input: geometries and entries by turns.
+/// The input: geometries and entries in turn.
 pub fn judge(input: &[u8]) {
     let mut values = Values(input);
     while !values.is_empty() {
@@ -61,7 +61,7 @@ fn entries(raw: RawL2Entry, geometry: &Geometry) {
     }
 }
 
-/// Changing one refcount changes that one.
+/// A change of one refcount changes no other.
 fn refcounts(raw: RawL2Entry, order: u32, index: u8) {
     let mut block = [raw.descriptor.to_be_bytes(), raw.bitmap.to_be_bytes()].concat();
     let count = (block.len() * 8) >> order;

@@ -1,6 +1,6 @@
-//! Takes an input apart: numbers, and the bytes that are left. What is missing is zero.
+//! Parses an input: numbers, and the remaining bytes. Missing bytes are zero.
 
-/// What is left of an input.
+/// The rest of an input.
 pub struct Values<'a>(pub &'a [u8]);
 
 impl<'a> Values<'a> {
@@ -33,7 +33,7 @@ impl<'a> Values<'a> {
         u64::from_be_bytes(self.array())
     }
 
-    /// True if nothing is left.
+    /// True if no input is left.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }

@@ -1,4 +1,4 @@
-//! Tables that the header cannot name, and snapshot tables that cannot be read: what a repair makes of them.
+//! Tests the repair of tables whose offset in the header is invalid, and of snapshot tables that cannot be read.
 
 use qcow2::{Snapshot, snapshot::encode_table};
 
@@ -10,7 +10,7 @@ fn put_snapshots(image: &mut Image, count: u32, offset: u64) {
     image.bytes[position::SNAPSHOTS..][..12].copy_from_slice(&field);
 }
 
-/// Adds a snapshot table of these entries, which lacks what `change` takes away.
+/// Adds a snapshot table with these entries, damaged by `change`.
 fn add_table(image: &mut Image, names: &[&str], change: impl Fn(&mut Vec<u8>)) -> u64 {
     let entry = |name: &&str| Snapshot {
         extra: Vec::new(),
@@ -62,7 +62,7 @@ fn snapshots_that_cannot_be_read_are_dropped_where_nothing_can_be_theirs() {
             let refused = image.check().plan_repair(RepairKind::Leaks).err();
             assert_eq!(refused, Some(NotRepairable::SnapshotsUnread));
             image.clone().repair_everywhere(RepairKind::All);
-            // A cluster that nothing refers to may be one of theirs.
+            // A cluster without references may belong to one of the snapshots.
             image.add_cluster(7);
             let refused = image.check().plan_repair(RepairKind::All).err();
             assert_eq!(refused, Some(NotRepairable::SnapshotsLost), "{offset:#x}");
@@ -77,7 +77,7 @@ fn snapshots_that_cannot_be_read_are_dropped_where_nothing_can_be_theirs() {
 #[test]
 fn snapshots_that_can_be_read_stay() {
     let mut image = v3(4);
-    // The second has too much extra data.
+    // The second entry has too much extra data.
     let length = encode_table(&[Snapshot::new(b"1".to_vec(), b"first".to_vec(), 0)]).len() - 24;
     let old = add_table(&mut image, &["first", "second"], |table| table[length + 38] = 0xff);
     assert!(image.kinds().contains(&BadSnapshot { index: 1 }));
@@ -104,7 +104,7 @@ fn snapshots_of_version_3_get_the_sizes_that_they_lack() {
         table.feed(bytes, |entry| sizes.push(entry.snapshot.disk_size()));
     }
     assert_eq!(sizes, [Some(image.geometry.size); 2]);
-    // Version 2 does not demand them.
+    // Version 2 does not require these sizes.
     let mut image = Image::new(Version::V2, 9, 4, 40);
     add_table(&mut image, &["one"], |_| {});
     assert_eq!(image.verdict(), Verdict::Clean);

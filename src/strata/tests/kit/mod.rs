@@ -1,4 +1,4 @@
-//! Images made without qemu-img, and the program as a process that is waited for.
+//! Images created without qemu-img, and the program as a process that is waited for.
 
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
@@ -70,7 +70,7 @@ impl Bench {
     }
 }
 
-/// A test's own environment must not show.
+/// Keeps the test's own environment from changing the output.
 fn quiet(command: &mut Command) -> &mut Command {
     command.env_remove("RUST_LOG").env_remove("NO_COLOR").stdin(Stdio::null())
 }
@@ -85,13 +85,13 @@ pub fn output(command: &mut Command) -> (Option<i32>, String, String) {
 /// A daemon that serves. Dropping it kills it.
 pub struct Daemon {
     process: Child,
-    /// Until nobody is to read them.
+    /// None once the output is no longer read.
     errors: Option<BufReader<ChildStderr>>,
     log: String,
 }
 
 impl Daemon {
-    /// Starts it, and returns when it says that it serves.
+    /// Starts it, and returns once its log says that it serves.
     pub fn start(command: &mut Command) -> Self {
         let command = quiet(command);
         if !command.get_envs().any(|(name, _)| name == "NOTIFY_SOCKET") {
@@ -107,12 +107,12 @@ impl Daemon {
         daemon
     }
 
-    /// Takes in another line; its length in bytes, 0 at the end.
+    /// Reads another line; returns its length in bytes, 0 at the end.
     fn read_line(&mut self) -> usize {
         self.errors.as_mut().map_or(0, |errors| errors.read_line(&mut self.log).expect("text"))
     }
 
-    /// Waits until it says this, beyond what it has said so far.
+    /// Waits until the log holds these words beyond what was read so far.
     pub fn wait_for(&mut self, words: &str) {
         let from = self.log.len();
         while !self.log[from..].contains(words) {
@@ -124,7 +124,7 @@ impl Daemon {
         self.process.id()
     }
 
-    /// What it has said until it served.
+    /// The log up to the line that says it serves.
     pub fn log(&self) -> &str {
         &self.log
     }
@@ -133,7 +133,7 @@ impl Daemon {
         kill_process(Pid::from_child(&self.process), signal).expect("it runs");
     }
 
-    /// Asks it to end, which it must do with exit code 0. Everything that it said.
+    /// Sends the signal, waits for exit code 0, and returns the whole log.
     pub fn stop_with(self, signal: Signal) -> String {
         self.signal(signal);
         self.wait()
@@ -143,7 +143,7 @@ impl Daemon {
         self.stop_with(Signal::TERM)
     }
 
-    /// Stops it when nobody is left to read what it says.
+    /// Stops it after its standard error has lost its reader.
     pub fn stop_unheard(mut self) {
         self.errors = None;
         self.signal(Signal::TERM);
@@ -153,7 +153,7 @@ impl Daemon {
         assert_eq!(self.process.wait().expect("waited for").code(), Some(0));
     }
 
-    /// Waits for its end, which must have exit code 0. Everything that it said.
+    /// Waits for its end, which must have exit code 0, and returns the whole log.
     pub fn wait(mut self) -> String {
         while self.read_line() > 0 {}
         let status = self.process.wait().expect("waited for");
@@ -164,7 +164,7 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        // It may have ended, and there is nobody left to tell.
+        // It may have ended already: a failure is ignored.
         let _ = self.process.kill();
         let _ = self.process.wait();
     }

@@ -1,4 +1,4 @@
-//! A disk in memory, with a queue that is done at once and one that is done when another thread says so.
+//! A disk in memory, with a queue that completes at once and one that completes when another thread allows it.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -40,17 +40,18 @@ pub struct MemoryDisk {
     pub profile: DeviceProfile,
     pub requests: Mutex<Vec<Request>>,
     pub gate: Arc<Gate>,
-    /// Requests that the disk has been given.
+    /// Requests submitted to the disk.
     pub submitted: AtomicU64,
     /// The next submit panics.
     pub trap: AtomicBool,
-    /// There is no space: whatever is no read or flush is held until there is some, or its queue gives up.
+    /// There is no space: requests other than reads and flushes are held until there is space, or until their queue
+    /// gives up.
     pub full: AtomicBool,
     /// Requests held.
     pub held: AtomicU64,
-    /// A disk that completes at once does so when the gate is open, and takes its time.
+    /// A disk that completes at once first waits for the gate, and then is slow.
     pub slow: AtomicBool,
-    /// For each turn that came after any: how many requests were submitted for it, and whether more were announced.
+    /// For each turn after a submission: the number of requests submitted for it, and whether more were announced.
     pub portions: Mutex<Vec<(usize, bool)>>,
     later: bool,
 }
@@ -91,7 +92,7 @@ impl MemoryDisk {
         Self::with(sectors, true, |_| {})
     }
 
-    /// Waits until the disk has been given so many requests in all.
+    /// Waits until `count` requests in all were submitted to the disk.
     pub fn await_submitted(&self, count: u64) {
         super::guest::until("the disk has the requests", || self.submitted.load(Ordering::SeqCst) >= count);
     }
@@ -123,7 +124,7 @@ impl MemoryDisk {
     }
 }
 
-/// A device must be an owner of itself to make queues that outlive the call.
+/// A device needs an owned handle on itself to create queues that outlive the call.
 pub struct Shared(pub Arc<MemoryDisk>);
 
 impl BlockDevice for Shared {
@@ -169,11 +170,11 @@ impl BlockDevice for Shared {
 pub struct MemoryQueue {
     disk: Arc<MemoryDisk>,
     depth: usize,
-    /// Requests since the last turn, and whether more are to come after the next.
+    /// Requests since the last turn, and whether more follow after the next.
     portion: (usize, bool),
     ready: Vec<Done>,
     pending: Vec<(Tag, Request, Vec<GuestSlice>)>,
-    /// Those that there is no space for.
+    /// Requests that wait for space.
     held: Vec<(Tag, Request, Vec<GuestSlice>)>,
     leaving: bool,
     send: Option<Sender<Tag>>,
@@ -200,7 +201,7 @@ impl MemoryQueue {
         self.disk.held.fetch_add(1, Ordering::SeqCst);
     }
 
-    /// Ends what is held, well or not.
+    /// Ends the held requests, with success or an error.
     fn let_go(&mut self, end: impl Fn(&MemoryDisk, Request, &[GuestSlice]) -> Status) {
         for (tag, request, slices) in std::mem::take(&mut self.held) {
             self.ready.push(Done { tag, status: end(&self.disk, request, &slices) });

@@ -1,5 +1,5 @@
-//! A frontend and a guest driver in one: messages by `vhost`'s own client, rings by hand, so that they can be as wrong
-//! as a test wants.
+//! A frontend and a guest driver in one: `vhost`'s own client sends the messages, and the rings are written by hand, so
+//! that a test can make them invalid in any way.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -34,19 +34,19 @@ pub const T_WRITE_ZEROES: u32 = 13;
 pub const OK: u8 = 0;
 pub const IOERR: u8 = 1;
 pub const UNSUPP: u8 = 2;
-/// What a status byte holds before the device writes it.
+/// The status byte before the device writes it.
 pub const UNTOUCHED: u8 = 0xee;
 
-/// The guest has two regions that follow each other.
+/// The size of each of the guest's two adjacent regions.
 pub const REGION: u64 = 2 << 20;
-/// Where a third region may be added.
+/// The address at which a third region may be added.
 pub const EXTRA: u64 = 8 << 20;
-/// What the tests put into buffers starts here.
+/// The start of the tests' buffers.
 pub const DATA: u64 = 1 << 20;
 /// The difference between the frontend's addresses and the guest's.
 pub const USER: u64 = 0x7000_0000_0000;
 
-/// Waits for something that another thread does, and fails if it does not.
+/// Waits for a condition that another thread fulfils, and fails at a deadline.
 pub fn until(what: &str, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(20);
     while !condition() {
@@ -55,7 +55,7 @@ pub fn until(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-/// True if it stays so for a little while.
+/// True if the condition stays false for a little while.
 pub fn never(mut condition: impl FnMut() -> bool) -> bool {
     let deadline = Instant::now() + Duration::from_millis(30);
     while Instant::now() < deadline {
@@ -161,7 +161,7 @@ impl Guest {
         guest
     }
 
-    /// A connection on which nothing has been said.
+    /// A connection without any message.
     pub fn bare(stream: UnixStream) -> Self {
         let files = vec![memfd(REGION), memfd(REGION)];
         let map = |index: u64| {
@@ -227,7 +227,7 @@ impl Guest {
         self.frontend.get_vring_base(queue).expect("the base")
     }
 
-    /// The driver's side of a queue as it was at first.
+    /// Resets the driver's side of a queue to its first state.
     pub fn clear_rings(&mut self, queue: usize) {
         let driver = &mut self.queues[queue];
         (driver.next_available, driver.seen_used, driver.next_descriptor) = (0, 0, 0);
@@ -245,7 +245,7 @@ impl Guest {
             .map(|(_, bytes)| bytes)
     }
 
-    /// A buffer of its own.
+    /// Allocates a separate buffer.
     pub fn alloc(&mut self, bytes: u64) -> u64 {
         let at = self.next_data;
         self.next_data += bytes.next_multiple_of(16);
@@ -286,7 +286,7 @@ impl Guest {
         self.memory.write_slice(&bytes, GuestAddress(table + 16 * u64::from(index))).expect("in memory");
     }
 
-    /// Writes a chain of its parts into the queue's table; gives its head.
+    /// Writes a chain of `parts` into the queue's table; returns its head.
     pub fn chain(&mut self, queue: usize, parts: &[(u64, u32, u16)]) -> u16 {
         let (table, size) = (self.queues[queue].descriptors, self.queues[queue].size);
         let first = self.queues[queue].next_descriptor;
@@ -299,7 +299,7 @@ impl Guest {
         first
     }
 
-    /// Writes a chain into a table of its own; gives the head of the one descriptor that refers to it.
+    /// Writes a chain into a separate table; returns the head of the one descriptor that refers to it.
     pub fn indirect_chain(&mut self, queue: usize, parts: &[(u64, u32, u16)]) -> u16 {
         let bytes = 16 * parts.len() as u32;
         let table = self.alloc(u64::from(bytes));
@@ -334,8 +334,8 @@ impl Guest {
         self.queues[queue].kick.write(1).expect("a kick");
     }
 
-    /// Kicks as a driver does that made chains available from the index `before` on: only if the device wants it
-    /// (virtio 1.2, 2.7.10). A device that goes to sleep without a last look misses what came before.
+    /// Kicks like a driver that made chains available from the index `before` on: only if the device wants it (virtio
+    /// 1.2, 2.7.10). A device that sleeps without a last check of the ring misses earlier chains.
     pub fn kick_if_wanted(&self, queue: usize, before: u16) {
         let driver = &self.queues[queue];
         fence(Ordering::SeqCst);
@@ -367,7 +367,7 @@ impl Guest {
         (number(0), number(4))
     }
 
-    /// Makes a chain available, kicks, and waits until it comes back. Gives the used length.
+    /// Makes a chain available, kicks, and waits until it comes back. Returns the used length.
     pub fn run(&mut self, queue: usize, head: u16) -> u32 {
         self.make_available(queue, head);
         self.kick(queue);
@@ -424,7 +424,7 @@ pub fn segment(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
     bytes
 }
 
-/// Bytes that tell where they come from.
+/// Bytes that identify their position.
 pub fn pattern(bytes: usize, seed: u8) -> Vec<u8> {
     (0..bytes).map(|at| (at as u8).wrapping_mul(31).wrapping_add((at >> 8) as u8) ^ seed).collect()
 }

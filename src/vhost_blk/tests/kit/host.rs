@@ -12,7 +12,7 @@ use rustix::fs::OFlags;
 use tempfile::TempDir;
 use vmm_sys_util::eventfd::EventFd;
 
-/// How many bytes that were sent on a socket the other end has not taken yet.
+/// The number of bytes sent on a socket that the other end has not taken yet.
 pub fn not_taken(stream: &UnixStream) -> i32 {
     let mut bytes = 0;
     // SAFETY: the descriptor is open, and the kernel writes one int.
@@ -21,25 +21,25 @@ pub fn not_taken(stream: &UnixStream) -> i32 {
     bytes
 }
 
-/// Makes an eventfd block, for all who share it.
+/// Makes an eventfd block, for all its holders.
 pub fn make_blocking(event: &EventFd) {
     // SAFETY: the eventfd is open while the borrow lasts.
     let borrowed = unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
     rustix::fs::fcntl_setfl(borrowed, OFlags::empty()).expect("it is open");
 }
 
-/// A file system that is mounted on a folder of its own until this is dropped.
+/// A file system that is mounted on its own folder until this is dropped.
 pub struct Mount {
     folder: TempDir,
 }
 
 impl Mount {
-    /// A tmpfs of so many bytes; none where this process may not mount one.
+    /// A tmpfs of `bytes` bytes; `None` where this process may not mount one.
     pub fn tmpfs(bytes: u64) -> Option<Self> {
         Self::new(c"tmpfs", &format!("size={bytes}"))
     }
 
-    /// The file system of the server that has this descriptor of /dev/fuse; none where this process may not mount it.
+    /// The file system whose server has this descriptor of /dev/fuse; `None` where this process may not mount it.
     pub fn fuse(server: &File) -> Option<Self> {
         let fd = server.as_raw_fd();
         Self::new(c"fuse", &format!("fd={fd},rootmode=40000,user_id=0,group_id=0"))
@@ -69,7 +69,7 @@ impl Drop for Mount {
     }
 }
 
-/// Says that the calling test proves nothing here.
+/// Reports that the calling test proves nothing here.
 pub fn skipped(reason: &str) {
     let thread = std::thread::current();
     let _ = writeln!(std::io::stderr(), "SKIPPED: {}: {reason}", thread.name().unwrap_or("?"));

@@ -1,4 +1,4 @@
-//! The log of the whole process, for tests of what an operator is told.
+//! The log of the whole process, for tests of the operator's messages.
 
 use std::fmt::{Debug, Write};
 use std::sync::Mutex;
@@ -9,12 +9,12 @@ use tracing::{Event, Level, Metadata, Subscriber};
 
 static LINES: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
-/// Keeps warnings and errors from now on. Once a process.
+/// Records warnings and errors from now on. Once a process.
 pub fn keep() {
     tracing::subscriber::set_global_default(Keeper).expect("no other test of the process has set one");
 }
 
-/// The lines so far that have this text in them.
+/// The recorded lines that contain this text.
 pub fn with(text: &str) -> Vec<String> {
     LINES.lock().unwrap().iter().filter(|line| line.contains(text)).cloned().collect()
 }

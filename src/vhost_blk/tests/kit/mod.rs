@@ -1,6 +1,6 @@
-//! What the tests of this crate share: a disk in memory, a server on a socket, and a guest made by hand.
+//! Shared by the tests of this crate: a disk in memory, a server on a socket, and a hand-driven guest.
 //!
-//! Nothing here is used by the crate itself.
+//! The crate itself uses nothing of this.
 #![allow(dead_code, reason = "every test program uses another part")]
 
 pub mod disk;
@@ -36,7 +36,7 @@ impl TestServer {
         TestServer { path, stop, options, thread: Some(thread), _directory: directory }
     }
 
-    /// Stops it and says how it ended.
+    /// Stops the server and returns its result.
     pub fn finish(mut self) -> Result<(), SessionError> {
         self.stop.stop();
         self.thread.take().expect("joined once").join().expect("the server does not panic")

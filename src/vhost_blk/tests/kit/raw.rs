@@ -1,4 +1,4 @@
-//! vhost-user messages by hand, for what a proper client would never send.
+//! vhost-user messages by hand, such as a proper client would never send.
 
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
@@ -31,7 +31,7 @@ pub const REM_MEM_REG: u32 = 38;
 const VERSION: u32 = 1;
 const NEED_REPLY: u32 = 8;
 
-/// What came back.
+/// The reply to a message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reply {
     /// A payload.
@@ -60,7 +60,7 @@ impl Raw {
         Raw { stream }
     }
 
-    /// A connection on which REPLY_ACK, MQ, CONFIG and CONFIGURE_MEM_SLOTS are in force.
+    /// A connection with REPLY_ACK, MQ, CONFIG and CONFIGURE_MEM_SLOTS in force.
     pub fn negotiated(path: &Path) -> Self {
         let mut raw = Self::connect(path);
         raw.tell(SET_OWNER, &[], &[]);
@@ -71,12 +71,12 @@ impl Raw {
         raw
     }
 
-    /// Sends a message that wants no acknowledgement.
+    /// Sends a message without a request for acknowledgement.
     pub fn tell(&mut self, request: u32, payload: &[u8], fds: &[RawFd]) {
         self.send(request, VERSION, payload.len() as u32, payload, fds);
     }
 
-    /// Sends a message that wants one, and gives what comes back.
+    /// Sends a message that requests an acknowledgement, and returns the reply.
     pub fn ask(&mut self, request: u32, payload: &[u8], fds: &[RawFd]) -> Reply {
         self.send(request, VERSION | NEED_REPLY, payload.len() as u32, payload, fds);
         self.reply()
