@@ -24,6 +24,9 @@ struct Options {
     /// The daemon under the VM tests: strata or qemu-storage-daemon
     #[arg(long, default_value = "strata")]
     backend: strata_integration::daemon::Backend,
+    /// Run a part of the tests again with every bound tiny. It builds everything once more
+    #[arg(long)]
+    tiny_bounds: bool,
 }
 
 /// The targets that are run once more with tiny bounds: those that find wrong contents, lost data, and damage.
@@ -85,7 +88,9 @@ fn run(options: &Options, steps: &mut Steps) -> Result<()> {
     steps.run("deliberate breakages", |_| {
         one_test(options, &["--features", "strata-tests/mutations", "--test", "mutations"], &[])
     })?;
-    steps.run("tests with tiny bounds", |_| tiny_bounds(options))?;
+    if options.tiny_bounds {
+        steps.run("tests with tiny bounds", |_| tiny_bounds(options))?;
+    }
     steps.run("fuzz targets, one minute", |_| fuzz(options))?;
     steps.run("documentation tests", |_| cargo(options, &["test", "--quiet", "--workspace", "--doc"]))?;
     steps.run("interleavings (loom)", |_| interleavings(options))
