@@ -18,7 +18,7 @@ fn failed(source: std::io::Error) -> ProgramError {
 /// Makes every command survive signals that would end it by default without being meant for it:
 ///
 /// - SIGXFSZ: a write past the file size limit (`ulimit -f`, a unit's LimitFSIZE) then fails with EFBIG. By default
-/// it would end a daemon, which any guest could provoke, or an image change half way.
+///   it would end a daemon, which any guest could provoke, or an image change half way.
 /// - SIGUSR1 and SIGUSR2, which people send to see a program's progress.
 ///
 /// Rust's runtime ignores SIGPIPE, so a write to a pipe without a reader fails too.
