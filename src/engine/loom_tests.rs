@@ -23,9 +23,10 @@ use loom::thread;
 use qcow2::{GuestCluster, HostCluster, HostOffset};
 
 use crate::alloc::Allocator;
+use crate::bounds::MAP_SLICE_WORDS as SLICE_WORDS;
 use crate::claims::{ClaimId, Claims};
 use crate::epoch::{Epochs, WorkerEpochs};
-use crate::map::{ChainMap, MapWriter, Parts, SLICE_WORDS, SliceIndex};
+use crate::map::{ChainMap, MapWriter, Parts, SliceIndex};
 use crate::sync::{AtomicU64, Mutex, Ordering};
 use crate::waiters::WakeFlag;
 use crate::word::{FileIndex, Word};
