@@ -33,7 +33,7 @@ struct Catch {
 const TRIALS_MAX: u64 = 600;
 
 /// Breakages that the trials above do not notice any more; `STRATA_MUTATION` still hunts them. A cut beside an early
-/// commit went unnoticed from the day on which the first cut of a session lengthens the file. The trials must reach it
+/// commit goes unnoticed since the first cut of a session lengthens the file, which may be the cause. The trials must reach it
 /// again.
 const NOT_HUNTED: &[Mutation] = &[Mutation::CutBesideEarlyLink];
 
