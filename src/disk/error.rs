@@ -8,12 +8,12 @@ use qcow2::{FormatError, HostOffset, Unsupported};
 use storage::{Errno, StorageError};
 use thiserror::Error;
 
-use crate::backing::BackingNameError;
-use crate::bitmaps::BadBitmaps;
-use crate::check::CheckError;
-use crate::foreign::Foreign;
+use crate::image::check::CheckError;
+use crate::image::snapshot::BadSnapshot;
 use crate::inflate::InflateError;
-use crate::snapshot::BadSnapshot;
+use crate::open::backing::BackingNameError;
+use crate::open::bitmaps::BadBitmaps;
+use crate::open::foreign::Foreign;
 
 /// Why a disk could not be opened or closed.
 #[derive(Debug, Error)]

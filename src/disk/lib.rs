@@ -1,55 +1,33 @@
 //! One open disk: opens a chain of images, and runs the engine's plans on a [`storage::Storage`].
 //!
 //! [`Disk`] is shared by all threads; each serves requests through a [`DiskQueue`] of its own. The fast path, for
-//! requests whose clusters are all in the chain map, is straight-line code in queue.rs. All other requests run as
-//! async functions, one file per kind. No lock is held across I/O. Knows nothing of vhost-user or virtio.
+//! requests whose clusters are all in the chain map, is straight-line code in `serve/queue.rs`. All other requests run
+//! as async functions, one file per kind in `serve/`. No lock is held across I/O. Knows nothing of vhost-user or virtio.
 #![forbid(unsafe_code)]
 
-mod backing;
-mod bitmaps;
+mod background;
 pub mod bounds;
-pub mod change;
-pub mod check;
-mod close;
-mod compressed;
-mod cut_short;
-mod data_file;
-mod describe;
-mod driver;
 mod error;
-mod executor;
-mod failures;
-mod flush;
-mod foreign;
-mod header;
-mod housekeeping;
+mod image;
 mod inflate;
-mod jobs;
 mod layer;
-mod leaks;
 mod open;
-mod policy;
-mod queue;
-mod read;
-pub mod resize;
-pub mod snapshot;
-mod space;
-mod worker;
-mod write;
-mod zero;
+mod runtime;
+mod serve;
 
-pub use backing::BackingNameError;
-pub use bitmaps::BadBitmaps;
-pub use describe::{LayerDescription, describe};
+pub use background::housekeeper::Keeper;
 pub use error::{OpenError, RequestError};
-pub use foreign::Foreign;
-pub use housekeeping::Keeper;
+pub use image::{change, check, resize, snapshot};
 pub use inflate::InflateError;
 pub use layer::Layer;
-pub use open::{CHAIN_LAYERS_MAX, DiskOptions, Format};
-pub use policy::{DetectZeroes, Discards};
-pub use queue::{Completed, DiskQueue, Request, RequestId};
-pub use space::{OnEnospc, SpaceStatus, SpaceWatch};
+pub use open::backing::BackingNameError;
+pub use open::bitmaps::BadBitmaps;
+pub use open::chain::{CHAIN_LAYERS_MAX, DiskOptions, Format};
+pub use open::describe::{LayerDescription, describe};
+pub use open::foreign::Foreign;
+pub use serve::policy::{DetectZeroes, Discards};
+pub use serve::queue::{Completed, DiskQueue, Request, RequestId};
+pub use serve::space::{OnEnospc, SpaceStatus, SpaceWatch};
 
 use std::path::Path;
 use std::sync::Arc;
@@ -59,13 +37,15 @@ use engine::mutation::{Mutation, active};
 use engine::{Engine, EngineSpec, EngineStatus, FileIndex};
 use storage::{FileId, FileInfo, Storage, StorageError};
 
-use crate::driver::Driver;
-use crate::header::HeaderSector;
-use crate::housekeeping::{Bell, Housekeeper};
+use crate::background::housekeeper::{Bell, Housekeeper};
+use crate::background::leaks::Leaks;
 use crate::layer::DiskFile;
-use crate::open::{Chain, open_chain};
-use crate::policy::ZeroPolicy;
-use crate::space::Space;
+use crate::open::chain::{Chain, open_chain};
+use crate::open::header::HeaderSector;
+use crate::open::{chain, close, data_file};
+use crate::runtime::driver::Driver;
+use crate::serve::policy::ZeroPolicy;
+use crate::serve::space::Space;
 
 /// Workers of one disk at a time: queues, the housekeeper, and the thread that closes it.
 const WORKERS_MAX: usize = 258;
@@ -103,7 +83,7 @@ pub(crate) struct Shared<S: Storage> {
     /// The threads that inflate compressed clusters.
     pub inflaters: inflate::Pool,
     /// Input and state of the search for leaks.
-    pub leaks: leaks::Leaks,
+    pub leaks: Leaks,
 }
 
 impl<S: Storage> Shared<S> {
@@ -180,7 +160,7 @@ impl<S: Storage> Disk<S> {
     ) -> Result<Self, OpenError> {
         let keeps_header = chain.top.is_some();
         let data = chain.specs[0].data_file();
-        let leaks = leaks::Leaks::of(chain.top.as_ref());
+        let leaks = Leaks::of(chain.top.as_ref());
         // Created before any write, because it may refuse the image.
         let engine = Engine::new(EngineSpec {
             layers: chain.specs,
@@ -195,12 +175,12 @@ impl<S: Storage> Disk<S> {
         let header = match &chain.layers[0].header {
             Some(top) if keeps_header => {
                 let sector = driver.block_on(HeaderSector::load(driver, &chain.files[0]))?;
-                driver.block_on(open::fill_last_block(driver, &chain.files[0]))?;
+                driver.block_on(chain::fill_last_block(driver, &chain.files[0]))?;
                 if data != FileIndex(0) {
                     let file = &mut chain.files[usize::from(data.0)];
                     driver.block_on(data_file::extend(driver, file, chain.layers[0].size))?;
                 }
-                driver.block_on(open::note_writes(
+                driver.block_on(chain::note_writes(
                     driver,
                     &chain.files[0],
                     top,
@@ -211,7 +191,7 @@ impl<S: Storage> Disk<S> {
             }
             // A raw image's file is extended to a whole last sector before any write to it.
             None if !options.read_only => {
-                driver.block_on(open::lengthen(driver, &chain.files[0], chain.layers[0].size))?;
+                driver.block_on(chain::lengthen(driver, &chain.files[0], chain.layers[0].size))?;
                 None
             }
             _ => None,

@@ -14,7 +14,7 @@ use slab::Slab;
 use storage::IoQueue;
 use tracing::{info, warn};
 
-use crate::driver::Driver;
+use crate::runtime::driver::Driver;
 
 /// The first wait before a retry of a request; each wait is twice the one before.
 const PAUSE_MIN: Duration = Duration::from_millis(100);

@@ -18,7 +18,7 @@ use smallvec::SmallVec;
 use storage::{AlignedBuf, BufferPool, Completion, Errno, IoQueue, Notifier, Operation, Part, Parts, Token};
 
 use crate::bounds::{BUFFER_BYTES, INFLATING_BYTES, POOL_BYTES, ROUNDS_OF_A_TURN};
-use crate::executor::{Executor, poll_once};
+use crate::runtime::executor::{Executor, poll_once};
 
 /// Marks the tokens of operations that a future awaits.
 const FUTURE: u64 = 1 << 63;

@@ -13,9 +13,9 @@ use storage::{Errno, FileId, Kind, Operation, Part, Storage};
 use tracing::{debug, error};
 
 use crate::bounds::CUT_WRITES_AT_ONCE as WRITES_AT_ONCE;
-use crate::driver::Outcome;
 use crate::error::{RequestError, is_no_space};
-use crate::worker::Worker;
+use crate::runtime::driver::Outcome;
+use crate::serve::worker::Worker;
 
 /// The failure of a cut.
 enum Failure {

@@ -16,12 +16,12 @@ use storage::{Errno, GuestSlice, IoQueue, Kind, Notifier, Operation, Part, Parts
 
 use crate::Shared;
 use crate::bounds::{FAST_RUNS, SPARE_MAX};
-use crate::driver::Driver;
 use crate::error::{OpenError, RequestError, is_no_space};
-use crate::policy::Discards;
-use crate::read::owned;
-use crate::worker::Worker;
-use crate::zero::Tried;
+use crate::runtime::driver::Driver;
+use crate::serve::policy::Discards;
+use crate::serve::read::owned;
+use crate::serve::worker::Worker;
+use crate::serve::zero::Tried;
 
 /// How often a request that finds no space is tried again at once, as long as others free some.
 const SPACE_TRIES: u32 = 4;

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use engine::mutation::{Mutation, active};
 use storage::{Kind, Operation, Storage};
 
-use crate::driver::Driver;
 use crate::error::{OpenError, RequestError};
-use crate::worker::Worker;
+use crate::runtime::driver::Driver;
+use crate::serve::worker::Worker;
 use crate::{SIDE_QUEUE_DEPTH, Shared};
 
 pub(crate) fn close<S: Storage>(shared: &Arc<Shared<S>>) -> Result<(), OpenError> {

@@ -17,8 +17,8 @@ use tracing::warn;
 
 pub use engine::change::ChangeRefusal;
 
-use crate::check::{CheckError, ImageFile};
 use crate::error::OpenError;
+use crate::image::check::{CheckError, ImageFile};
 use crate::layer::whole_blocks;
 
 /// Operations in flight, of at most 1 MiB each.

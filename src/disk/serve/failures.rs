@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use tracing::warn;
 
 use crate::error::RequestError;
-use crate::queue::RequestId;
+use crate::serve::queue::RequestId;
 
 /// The most lines in a period.
 const LINES_MAX: u32 = 20;

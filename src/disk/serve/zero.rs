@@ -12,9 +12,9 @@ use tracing::debug;
 use crate::bounds::{PUNCHES_AT_ONCE, ROUNDS_AT_ONCE};
 use crate::error::RequestError;
 use crate::layer::DiskFile;
-use crate::policy::Discards;
-use crate::worker::Worker;
-use crate::write::Payload;
+use crate::serve::policy::Discards;
+use crate::serve::worker::Worker;
+use crate::serve::write::Payload;
 
 /// The result of an attempt to zero a range at once.
 pub(crate) enum Tried {

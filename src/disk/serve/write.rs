@@ -7,9 +7,9 @@ use storage::guest::{copy_from_guest, guest_len, subrange};
 use storage::{AlignedBuf, GuestSlice, Kind, Operation, Part, Parts, Storage};
 
 use crate::bounds::{BOUNCE_BYTES, COPIED_MAX};
-use crate::driver::Strand;
 use crate::error::RequestError;
-use crate::worker::Worker;
+use crate::runtime::driver::Strand;
+use crate::serve::worker::Worker;
 
 /// The bytes of a write.
 #[derive(Clone, Copy)]

@@ -16,10 +16,10 @@ pub use engine::check::{
     Finding, FindingKind, NotRepairable, Part, Progress, RepairKind, Report, Tally, Verdict,
 };
 
-use crate::driver::Driver;
 use crate::error::OpenError;
-use crate::foreign;
-use crate::open::DiskOptions;
+use crate::open::chain::DiskOptions;
+use crate::open::foreign;
+use crate::runtime::driver::Driver;
 
 /// Operations in flight: reads go one by one, as each determines the next.
 const QUEUE_DEPTH: u32 = 8;

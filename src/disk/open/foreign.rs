@@ -8,8 +8,8 @@ use qcow2::{FormatError, FormatErrorKind};
 use storage::IoQueue;
 use tracing::warn;
 
-use crate::check::ImageFile;
 use crate::error::OpenError;
+use crate::image::check::ImageFile;
 
 /// Bytes examined from the start of a file.
 const HEAD: u64 = 512;

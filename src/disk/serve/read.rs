@@ -7,9 +7,9 @@ use storage::guest::{GuestSlices, copy_to_guest, fill_guest_zero, guest_len, sub
 use storage::{AlignedBuf, GuestSlice, Kind, Operation, Part, Parts, Storage};
 
 use crate::bounds::BOUNCE_BYTES;
-use crate::driver::Strand;
 use crate::error::RequestError;
-use crate::worker::Worker;
+use crate::runtime::driver::Strand;
+use crate::serve::worker::Worker;
 
 impl<S: Storage> Worker<S> {
     /// Fills guest memory from the disk.

@@ -12,8 +12,8 @@ use storage::zeroes::zero_pieces;
 use storage::{GuestSlice, Storage};
 
 use crate::error::RequestError;
-use crate::worker::Worker;
-use crate::write::Payload;
+use crate::serve::worker::Worker;
+use crate::serve::write::Payload;
 
 /// Zeros are searched for in pieces of a granule, but at least of this size: smaller pieces would cost more than the
 /// space is worth.

@@ -6,7 +6,7 @@ use storage::{Kind, Operation, Storage};
 
 use crate::error::RequestError;
 use crate::inflate::{Compressed, Found, Inflated};
-use crate::worker::Worker;
+use crate::serve::worker::Worker;
 
 impl<S: Storage> Worker<S> {
     /// The bytes of a compressed cluster. It waits for its own I/O and the pool, or for another request that does,

@@ -13,7 +13,7 @@ use serde::Deserialize;
 use thiserror::Error;
 
 use crate::error::OpenError;
-use crate::open::Format;
+use crate::open::chain::Format;
 
 /// The prefix of QEMU's description of a node in JSON.
 const JSON: &[u8] = b"json:";

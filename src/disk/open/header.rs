@@ -11,9 +11,9 @@ use engine::Waiters;
 use qcow2::position::Patch;
 use storage::{AlignedBuf, IoQueue, Kind, Operation, Part};
 
-use crate::driver::Driver;
 use crate::error::{OpenError, RequestError};
 use crate::layer::DiskFile;
+use crate::runtime::driver::Driver;
 
 const SECTOR: usize = 512;
 

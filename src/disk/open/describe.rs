@@ -10,12 +10,12 @@ use std::path::{Path, PathBuf};
 use qcow2::{Bitmap, Snapshot, Unsupported};
 use storage::{OpenOptions, Storage};
 
-use crate::backing::{LayerFile, backing_of};
-use crate::check::{ImageFile, Sharing};
-use crate::driver::Driver;
 use crate::error::OpenError;
+use crate::image::check::{ImageFile, Sharing};
 use crate::layer::Layer;
-use crate::open::{CHAIN_LAYERS_MAX, DiskOptions, Format, raw_layer};
+use crate::open::backing::{LayerFile, backing_of};
+use crate::open::chain::{CHAIN_LAYERS_MAX, DiskOptions, Format, raw_layer};
+use crate::runtime::driver::Driver;
 
 /// Operations in flight: reads go one by one.
 const QUEUE_DEPTH: u32 = 8;

@@ -13,9 +13,9 @@ use tracing::error;
 
 use crate::Shared;
 use crate::bounds::LOADS_AT_ONCE;
-use crate::driver::Driver;
 use crate::error::RequestError;
-use crate::failures::FailureLog;
+use crate::runtime::driver::Driver;
+use crate::serve::failures::FailureLog;
 
 /// One thread's access to a disk. Its async functions are the slow path.
 pub(crate) struct Worker<S: Storage> {

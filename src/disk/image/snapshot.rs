@@ -18,13 +18,13 @@ pub use engine::change::SnapshotChange as Change;
 pub use qcow2::Snapshot;
 
 use crate::bounds::READ_PIECE_BYTES as PIECE;
-pub use crate::change::{ChangeError, ChangeRefusal};
-use crate::change::{QUEUE_DEPTH, carry_out, plan};
-use crate::check::{ImageFile, Sharing, repair_open};
-use crate::driver::Driver;
 use crate::error::OpenError;
+pub use crate::image::change::{ChangeError, ChangeRefusal};
+use crate::image::change::{QUEUE_DEPTH, carry_out, plan};
+use crate::image::check::{ImageFile, Sharing, repair_open};
 use crate::layer::DiskFile;
-use crate::open::{DiskOptions, fill_last_block};
+use crate::open::chain::{DiskOptions, fill_last_block};
+use crate::runtime::driver::Driver;
 
 /// The most bytes that the L1 tables of the snapshots of a writable image may have together: all are read at open. At
 /// clusters of 64 KiB each is 16 KiB for a TiB of disk.

@@ -15,19 +15,19 @@ use qcow2::{Bitmap, Geometry, Header, HostOffset, Incompatible, Unsupported};
 use storage::{AlignedBuf, FileId, FileInfo, IoQueue, Kind, OpenOptions, Operation, Storage};
 use tracing::{info, warn};
 
-use crate::backing::{LayerFile, backing_of};
+use crate::background::leaks::knows_all_owners;
 use crate::bounds::READ_PIECE_BYTES as PIECE;
-use crate::check::{ImageFile, repair_open};
-use crate::cut_short::warn_if_cut_short;
-use crate::data_file::DataFiles;
-use crate::driver::Driver;
 use crate::error::OpenError;
-use crate::foreign;
-use crate::header::HeaderSector;
+use crate::image::check::{ImageFile, repair_open};
 use crate::layer::{DiskFile, Layer};
-use crate::leaks::knows_all_owners;
-use crate::policy::{DetectZeroes, Discards};
-use crate::space::OnEnospc;
+use crate::open::backing::{LayerFile, backing_of};
+use crate::open::cut_short::warn_if_cut_short;
+use crate::open::data_file::DataFiles;
+use crate::open::foreign;
+use crate::open::header::HeaderSector;
+use crate::runtime::driver::Driver;
+use crate::serve::policy::{DetectZeroes, Discards};
+use crate::serve::space::OnEnospc;
 
 /// The most layers of a chain: as many as still open fast and in little memory.
 pub const CHAIN_LAYERS_MAX: usize = 1000;

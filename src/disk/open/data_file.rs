@@ -9,10 +9,10 @@ use std::path::{Path, PathBuf};
 use qcow2::Header;
 use storage::{IoQueue, Kind, OpenOptions, Operation, Storage};
 
-use crate::driver::Driver;
 use crate::error::OpenError;
 use crate::layer::DiskFile;
-use crate::open::DiskOptions;
+use crate::open::chain::DiskOptions;
+use crate::runtime::driver::Driver;
 
 /// The least unit of a disk in bytes.
 const SECTOR: u64 = 512;

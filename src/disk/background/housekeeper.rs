@@ -19,10 +19,10 @@ use storage::{Errno, Kind, Operation, Storage};
 use tracing::warn;
 
 use crate::bounds::PUNCHES_AT_ONCE;
-use crate::driver::{Alarm, Driver, Outcome};
 use crate::error::{OpenError, RequestError};
 use crate::layer::DiskFile;
-use crate::worker::Worker;
+use crate::runtime::driver::{Alarm, Driver, Outcome};
+use crate::serve::worker::Worker;
 use crate::{SIDE_QUEUE_DEPTH, Shared};
 
 /// How long metadata may stay dirty without a flush from the guest. Twice as long if a flush came shortly before it

@@ -8,7 +8,7 @@ use engine::{HeldBack, TablePlace, TableSlot};
 use storage::{Errno, Kind, Operation, Storage};
 
 use crate::error::RequestError;
-use crate::worker::Worker;
+use crate::serve::worker::Worker;
 
 /// The first pause between checks whether freed clusters are out of reach of all I/O; each pause is twice the one
 /// before.

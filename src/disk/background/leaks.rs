@@ -19,10 +19,10 @@ use storage::{Errno, Kind, Operation, Part, Storage};
 use thiserror::Error;
 use tracing::{info, warn};
 
-use crate::check::ImageFile;
-use crate::driver::Alarm;
 use crate::error::{OpenError, RequestError};
-use crate::worker::Worker;
+use crate::image::check::ImageFile;
+use crate::runtime::driver::Alarm;
+use crate::serve::worker::Worker;
 
 /// Bytes of a table read at a time.
 const PIECE: u64 = 64 << 10;

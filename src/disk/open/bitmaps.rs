@@ -11,8 +11,8 @@ use thiserror::Error;
 use tracing::warn;
 
 use crate::bounds::READ_PIECE_BYTES as PIECE;
-use crate::check::ImageFile;
 use crate::error::OpenError;
+use crate::image::check::ImageFile;
 
 /// The most bytes that the tables of all bitmaps may have together. At clusters of 64 KiB they name 512 GiB of bitmaps.
 const TABLE_BYTES_MAX: u64 = 64 << 20;

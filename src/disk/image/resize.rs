@@ -16,15 +16,15 @@ use qcow2::Header;
 use storage::{FileId, Kind, Operation, Storage};
 use thiserror::Error;
 
-use crate::change::{ChangeError, carry_out, plan};
-use crate::check::ImageFile;
-use crate::data_file;
-use crate::driver::Driver;
 use crate::error::OpenError;
+use crate::image::change::{ChangeError, carry_out, plan};
+use crate::image::check::ImageFile;
 use crate::layer::DiskFile;
-use crate::open::{Chain, DiskOptions, fill_last_block, open_chain};
-use crate::queue::{Request, RequestId};
-use crate::{Disk, SIDE_QUEUE_DEPTH, Shared, close};
+use crate::open::chain::{Chain, DiskOptions, fill_last_block, open_chain};
+use crate::open::{close, data_file};
+use crate::runtime::driver::Driver;
+use crate::serve::queue::{Request, RequestId};
+use crate::{Disk, SIDE_QUEUE_DEPTH, Shared};
 
 /// A disk's size is a multiple of this, in bytes.
 const SECTOR: u64 = 512;

@@ -1,0 +1,6 @@
+//! The work that no request asks for: late flushes, freed space, unused memory, leaks of an earlier crash.
+//!
+//! Owns the housekeeper's thread and its schedule.
+
+pub(crate) mod housekeeper;
+pub(crate) mod leaks;

@@ -1,0 +1,16 @@
+//! Serving requests: the queue of a thread, the fast path, and the async functions of the slow path.
+//!
+//! Owns a request from its submission to its completion: one file per kind of request, and one for each thing that a
+//! request may wait for. Opens no file.
+
+mod compressed;
+mod failures;
+mod flush;
+pub(crate) mod policy;
+mod prerequisites;
+pub(crate) mod queue;
+mod read;
+pub(crate) mod space;
+pub(crate) mod worker;
+mod write;
+mod zero;
