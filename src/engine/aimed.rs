@@ -4,9 +4,9 @@
 //! comes to stand for 8 neighbours, then for 64, and so on. Membership is then no longer certain. That is safe for
 //! keeping metadata away from a cluster, but it proves nothing.
 
-use crate::alloc::Run;
 use crate::bounds::{AIMED_CHUNK_BITS, AIMED_CHUNKS_MAX};
 use crate::hashed::HashMap;
+use crate::run::Run;
 
 /// Words of a chunk.
 const WORDS: usize = AIMED_CHUNK_BITS as usize / 64;

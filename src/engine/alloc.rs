@@ -14,27 +14,11 @@ use crate::bounds::{
     WINDOW_BYTES_MAX, WINDOW_BYTES_MIN,
 };
 use crate::epoch::Epoch;
-use crate::free::FreeClusters;
-use crate::leaks::{TAIL_BYTES, Touched};
+use crate::free::{FreeClusters, TAIL_BYTES};
 use crate::mutation::{Mutation, active};
+use crate::run::{FreeRun, Run};
+use crate::touched::Touched;
 use crate::waiters::Waiters;
-
-/// A run of host clusters.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Run {
-    /// The first cluster.
-    pub start: HostCluster,
-    /// The number of clusters.
-    pub count: u64,
-}
-
-/// A run of unused clusters.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct FreeRun {
-    pub run: Run,
-    /// It reads as zero on the host: never written, or punched since.
-    pub known_zero: bool,
-}
 
 /// A run unlinked in memory.
 #[derive(Clone, Copy, Debug)]

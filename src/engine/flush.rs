@@ -1,149 +1,22 @@
-//! Flushing: cuts of all dirty metadata, in the three stages of docs/durability.md, with one leader at a time.
+//! Takes cuts of all dirty metadata, in the three stages of docs/durability.md, and ends them.
 
-use std::collections::BTreeSet;
 use std::task::Waker;
 
 use qcow2::{Geometry, HostOffset, L1Entry};
 
 use crate::bounds::CUT_WRITE_BYTES_MAX;
-use crate::early::EarlyLinks;
-use crate::epoch::{Epoch, Epochs};
+use crate::cut::{FlushCut, FlushStep, HeaderSwitch, Running, Stage, TableWrite};
+use crate::epoch::Epochs;
 use crate::error::EngineError;
 use crate::mutation::{Mutation, active};
 use crate::refcounts::{encode_entries, table_block_entries};
 use crate::state::State;
 use crate::tables::{Dirt, TableId};
-use crate::waiters::{Waiters, WakeList};
+use crate::waiters::WakeList;
 
 /// The block of the L1 table (written as one) that an entry is in.
 pub(crate) fn l1_block_of(geometry: &Geometry, index: u64) -> u64 {
     index / table_block_entries(geometry)
-}
-
-/// Bytes to be written to the top image's file.
-#[derive(Debug)]
-pub struct TableWrite {
-    /// Where they go.
-    pub offset: HostOffset,
-    /// The bytes.
-    pub bytes: Vec<u8>,
-}
-
-/// The refcount table's new location, for the header.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct HeaderSwitch {
-    /// The table's new offset.
-    pub refcount_table_offset: HostOffset,
-    /// The table's new size in clusters.
-    pub refcount_table_clusters: u32,
-}
-
-/// All the metadata that was dirty at one moment. Write the stages in order, with an fdatasync after each that is not
-/// empty. After stage 1 one is always required, as it also makes the guest's data durable, except for
-/// [`FlushCut::links_alone`].
-#[derive(Debug)]
-#[must_use]
-pub struct FlushCut {
-    number: u64,
-    /// First make the file this long in bytes, if possible, so that it ends with free clusters until it is closed. Then
-    /// call [`crate::Engine::file_was_lengthened`], even if that failed.
-    pub lengthen: Option<u64>,
-    /// The file's length must be durable before any of these writes begins.
-    pub length_first: bool,
-    /// Metadata that nothing durable names, and that stage 1 will name.
-    pub stage0: Vec<TableWrite>,
-    /// Refcounts, and tables that stage 2 will name.
-    pub stage1: Vec<TableWrite>,
-    /// The header, to be written in stage 1 with the tables.
-    pub header: Option<HeaderSwitch>,
-    /// The links.
-    pub stage2: Vec<TableWrite>,
-    /// The cut has links alone, and they need nothing durable before them: one fdatasync is enough.
-    pub links_alone: bool,
-}
-
-/// The next step of a flush.
-#[derive(Debug)]
-pub enum FlushStep {
-    /// Everything acknowledged before the flush is durable.
-    Done,
-    /// Another flush leads; the waker is registered.
-    Wait,
-    /// Write this cut, then report the result to the engine.
-    Lead(FlushCut),
-}
-
-/// The stage at which a cut failed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Stage {
-    /// Stage 0 was not complete.
-    Zero,
-    /// Stage 0 is durable, stage 1 was not complete.
-    One,
-    /// Stage 1 is durable, stage 2 was not complete.
-    Two,
-}
-
-pub(crate) struct FlushState {
-    /// The next cut's number, from 1.
-    next: u64,
-    /// The last durable cut.
-    completed: u64,
-    running: Option<Running>,
-    /// A link of the next cut may become durable only after the data that it names.
-    ordered: bool,
-    pub early: EarlyLinks,
-    waiters: Waiters,
-}
-
-/// Everything that the running cut took; dirty again if it fails.
-struct Running {
-    number: u64,
-    epoch: Epoch,
-    slices: Vec<(TableId, Dirt)>,
-    l1_blocks: BTreeSet<u64>,
-    table_blocks: BTreeSet<u64>,
-    table_was_new: bool,
-    header_was_stale: bool,
-}
-
-impl FlushState {
-    pub fn new() -> Self {
-        let (early, waiters) = (EarlyLinks::default(), Waiters::default());
-        FlushState { next: 1, completed: 0, running: None, ordered: false, early, waiters }
-    }
-
-    /// The cut that will hold a change made now.
-    pub fn next_cut(&self) -> u64 {
-        self.next
-    }
-
-    /// The cut with which a flush that arrives now ends.
-    pub fn ticket(&self) -> u64 {
-        match &self.running {
-            Some(running) if active(Mutation::JoinsRunningCut) => running.number,
-            _ => self.next,
-        }
-    }
-
-    /// The next cut holds a link that may become durable only after the data that it names.
-    pub fn links_follow_data(&mut self) {
-        self.ordered = true;
-    }
-
-    pub fn completed(&self) -> u64 {
-        self.completed
-    }
-
-    /// A cut or an early commit is under way: no other may begin.
-    pub fn is_busy(&self) -> bool {
-        self.running.is_some() || self.early.is_running()
-    }
-
-    /// Those who wait for what is on its way, to be woken.
-    pub fn take_waiters(&mut self) -> WakeList {
-        self.waiters.take()
-    }
 }
 
 impl State {
@@ -155,11 +28,11 @@ impl State {
         waker: &Waker,
     ) -> Result<FlushStep, EngineError> {
         let flush = &mut self.write_state()?.flush;
-        if flush.completed >= ticket {
+        if flush.completed() >= ticket {
             return Ok(FlushStep::Done);
         }
-        if flush.running.is_some() || (flush.early.is_running() && !active(Mutation::CutBesideEarlyLink)) {
-            flush.waiters.add(waker);
+        if flush.is_running() || (flush.early.is_running() && !active(Mutation::CutBesideEarlyLink)) {
+            flush.wait(waker);
             return Ok(FlushStep::Wait);
         }
         let dirty = self.has_dirt();
@@ -219,11 +92,10 @@ impl State {
             refcount_table_offset: refcounts.table_offset,
             refcount_table_clusters: refcounts.table_clusters() as u32,
         });
-        let ordered = std::mem::take(&mut write.flush.ordered);
-        let number = write.flush.next;
-        write.flush.next += 1;
+        let ordered = write.flush.take_ordered();
+        let number = write.flush.next_cut();
         let epoch = epochs.advance();
-        write.flush.running = Some(Running {
+        write.flush.begin(Running {
             number,
             epoch,
             slices,
@@ -289,12 +161,9 @@ impl State {
     /// The cut is durable.
     pub fn commit_cut(&mut self, cut: &FlushCut, wakes: &mut WakeList) {
         let write = self.write.as_mut().expect("a writable image");
-        let running = write.flush.running.take().expect("a cut is running");
-        assert_eq!(running.number, cut.number, "one cut at a time");
-        write.flush.completed = running.number;
-        write.flush.early.synced();
+        let running = write.flush.end(cut, wakes);
+        write.flush.note_durable(running.number);
         write.alloc.cut_is_durable(running.number, running.epoch);
-        wakes.append(write.flush.waiters.take());
         for (id, _) in running.slices {
             self.tables.written(id);
         }
@@ -304,9 +173,7 @@ impl State {
     /// disk counts as existing from now on: each change under a durable link must be written in its proper stage.
     pub fn fail_cut(&mut self, cut: &FlushCut, stage: Stage, wakes: &mut WakeList) {
         let write = self.write.as_mut().expect("a writable image");
-        let running = write.flush.running.take().expect("a cut is running");
-        assert_eq!(running.number, cut.number, "one cut at a time");
-        wakes.append(write.flush.waiters.take());
+        let running = write.flush.end(cut, wakes);
         write.flush.links_follow_data();
         write.alloc.length_unsynced |= cut.length_first;
         write.l1_dirty.extend(running.l1_blocks);

@@ -7,10 +7,14 @@ use std::collections::BTreeMap;
 
 use qcow2::HostCluster;
 
-use crate::alloc::{FreeRun, Run};
 use crate::bounds::{
     FREE_CHUNK_CLUSTERS as CHUNK_CLUSTERS, FREE_CHUNKS_MAX as CHUNKS_MAX, FREE_RUNS_MAX as RUNS_MAX,
 };
+use crate::run::{FreeRun, Run};
+
+/// Free bytes at the end of a file that mark it as not closed by its last writer. A clean close leaves fewer, to end at
+/// a block of the host's file system.
+pub(crate) const TAIL_BYTES: u64 = 64 << 10;
 
 type Chunk = [u64; CHUNK_CLUSTERS as usize / 64];
 

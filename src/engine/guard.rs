@@ -14,12 +14,12 @@ use std::collections::BTreeMap;
 use qcow2::{Geometry, HostCluster, HostOffset, L1Entry};
 
 use crate::aimed::{Aimed, Known};
-use crate::alloc::Run;
 use crate::change::{L2Tables, SnapshotPlaces};
 use crate::entries::Entries;
 use crate::error::{EngineError, Proof, Structure};
 use crate::mutation::{Mutation, active};
 use crate::refcounts::Refcounts;
+use crate::run::Run;
 
 /// A cluster and the metadata in it.
 pub(crate) type Holder = (u64, Structure);

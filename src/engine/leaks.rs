@@ -11,11 +11,11 @@ use qcow2::{EntryError, Geometry, HostCluster, HostOffset, L1Entry, L2Entry, Raw
 use thiserror::Error;
 
 use crate::Engine;
-use crate::alloc::Run;
 use crate::bounds::{LEAK_CLUSTERS_AT_ONCE, LEAK_PIECE, LEAKS_AT_ONCE};
 use crate::error::{EngineError, Structure};
-use crate::hashed::HashMap;
+use crate::free::TAIL_BYTES;
 use crate::mutation::{Mutation, active};
+use crate::run::Run;
 use crate::state::State;
 use crate::tables::TableId;
 
@@ -23,36 +23,6 @@ use crate::tables::TableId;
 const REFERENCES_MAX: u8 = u8::MAX;
 /// The most clusters with too low a count that are noted. More are damage, whatever was written meanwhile.
 const TOO_LOW_MAX: usize = 4096;
-/// Free bytes at the end of a file that mark it as not closed by its last writer. A clean close leaves fewer, to end at
-/// a block of the host's file system.
-pub(crate) const TAIL_BYTES: u64 = 64 << 10;
-
-/// Clusters of a chunk of [`Touched`].
-const CHUNK_CLUSTERS: u64 = 512;
-/// The most chunks: enough for 2 TiB of 64 KiB clusters.
-const CHUNKS_MAX: usize = 1 << 16;
-
-/// The clusters whose count changed, or which lost a reference, since the disk was opened.
-#[derive(Default)]
-pub(crate) struct Touched {
-    chunks: HashMap<u64, [u64; CHUNK_CLUSTERS as usize / 64]>,
-}
-
-impl Touched {
-    /// Adds a cluster; false if there are too many.
-    pub fn add(&mut self, cluster: u64) -> bool {
-        let at = cluster % CHUNK_CLUSTERS;
-        self.chunks.entry(cluster / CHUNK_CLUSTERS).or_default()[at as usize / 64] |= 1 << (at % 64);
-        self.chunks.len() <= CHUNKS_MAX
-    }
-
-    pub fn contains(&self, cluster: u64) -> bool {
-        let at = cluster % CHUNK_CLUSTERS;
-        self.chunks
-            .get(&(cluster / CHUNK_CLUSTERS))
-            .is_some_and(|chunk| chunk[at as usize / 64] >> (at % 64) & 1 == 1)
-    }
-}
 
 /// Why a search for leaks stops early. That is no failure of the disk, which continues to be served.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]

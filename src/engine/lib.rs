@@ -14,10 +14,13 @@ pub mod bounds;
 pub mod change;
 pub mod check;
 mod claims;
+mod cut;
 mod early;
+mod early_commit;
 mod entries;
 mod epoch;
 mod error;
+mod fill;
 mod flush;
 mod free;
 mod guard;
@@ -28,14 +31,19 @@ mod leaks;
 mod loom_tests;
 mod map;
 pub mod mutation;
+mod publish;
 mod reclaim;
 mod refcounts;
 mod reserve;
 mod resolve;
+mod run;
+mod spec;
 mod state;
+mod status;
 mod sync;
 mod table_job;
 mod tables;
+mod touched;
 mod waiters;
 mod word;
 mod write;
@@ -45,16 +53,18 @@ pub use answer::{Answer, TableLoad, TablePlace, TableSlot};
 pub use bounds::ARE_TINY as BOUNDS_ARE_TINY;
 pub use bounds::MAP_SLICE_WORDS as SLICE_WORDS;
 pub use claims::ClaimId;
+pub use cut::{FlushCut, FlushStep, HeaderSwitch, Stage, TableWrite};
 pub use entries::Entries;
 pub use epoch::{Epoch, Epochs, WorkerEpochs};
 pub use error::{EngineError, Proof, Structure};
-pub use flush::{FlushCut, FlushStep, HeaderSwitch, Stage, TableWrite};
 pub use layers::{LayerFormat, LayerSpec};
 pub use leaks::{Leak, LeakSearch, LeakSearchEnd, LiveTable, SeenTable};
 pub use map::Parts;
 pub use reclaim::ReclaimPlan;
 pub use reserve::ReservePlan;
 pub use resolve::{CompressedCluster, Extent, Source, push_extent};
+pub use spec::{EngineSpec, TopSpec};
+pub use status::{EngineStatus, HeldBack};
 pub use table_job::TablePlan;
 pub use tables::TableId;
 pub use waiters::{Waiters, WakeFlag, WakeList};
@@ -71,61 +81,23 @@ use qcow2::{GuestCluster, GuestOffset, HostOffset};
 
 use crate::alloc::Allocator;
 use crate::bounds::{MAP_BYTES_MAX, TABLE_SLICE_BYTES_MAX, TABLES_BYTES_MAX};
-use crate::change::SnapshotPlaces;
 use crate::claims::Claims;
+use crate::cut::FlushState;
 use crate::early::Early;
-use crate::flush::FlushState;
 use crate::guard::MetadataGuard;
 use crate::hashed::HashMap;
 use crate::layers::{Layer, Qcow2Layer};
-use crate::leaks::Touched;
 use crate::map::{ChainMap, MapWriter, Swept};
 use crate::refcounts::Refcounts;
 use crate::state::{State, WriteState};
 use crate::sync::AtomicU64;
 use crate::tables::Tables;
+use crate::touched::Touched;
 
 /// The map's unit for a raw top image, in bytes.
 const RAW_UNIT: u64 = 65536;
 /// Bytes of a map frame.
 const FRAME_BYTES: usize = SLICE_WORDS as usize * 8;
-
-/// Parameters of an engine.
-pub struct EngineSpec {
-    /// The chain, the top image first. At least one; at most [`Word::FILES_MAX`].
-    pub layers: Vec<LayerSpec>,
-    /// The top image may be written.
-    pub writable: bool,
-    /// The top image's own metadata; required if the image is qcow2 and writable.
-    pub top: Option<TopSpec>,
-    /// The most bytes of chain map.
-    pub map_bytes: usize,
-    /// The most bytes of cached tables, above a small minimum. Dirty ones may take half before a flush.
-    pub table_bytes: usize,
-    /// The most workers at a time.
-    pub workers: usize,
-}
-
-/// Where the metadata of a writable qcow2 top image lies.
-pub struct TopSpec {
-    /// The active L1 table's offset.
-    pub l1_offset: HostOffset,
-    /// The refcount table's offset.
-    pub refcount_table_offset: HostOffset,
-    /// The entries of the refcount table as on disk: whole clusters of them.
-    pub refcount_table: Entries,
-    /// The file's length in bytes.
-    pub file_length: u64,
-    /// The ranges of the file that bitmaps occupy: offsets, and lengths in bytes.
-    pub bitmaps: Vec<(HostOffset, u64)>,
-    /// The metadata of internal snapshots.
-    pub snapshots: SnapshotPlaces,
-    /// A discarded or zeroed host cluster stays allocated to its guest cluster; only its space is punched. Needs
-    /// version 3.
-    pub keep_discarded: bool,
-    /// All owners of clusters of the file are known, so a search for leaks is safe.
-    pub may_search_leaks: bool,
-}
 
 /// A cluster with some subclusters that are data in one host cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,42 +126,6 @@ pub struct Engine {
     /// A cut is due, because many freed clusters wait for one. Stored under the engine's lock.
     wants_cut: AtomicBool,
     state: Mutex<State>,
-}
-
-/// The freed clusters that are held back.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct HeldBack {
-    /// Clusters that cannot be allocated yet.
-    pub clusters: u64,
-    /// Those that were in use; the others were allocated for writes that failed.
-    pub freed: u64,
-    /// Requests that free or allocate must wait.
-    pub crowded: bool,
-    /// Some of them wait for a cut.
-    pub uncut: bool,
-    /// Clusters that were ever released for reuse.
-    pub given_back: u64,
-}
-
-/// Numbers for logs and metrics.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct EngineStatus {
-    /// Roughly the bytes of metadata that differ from the disk, or are written there and not durable.
-    pub dirty_bytes: usize,
-    /// Freed clusters that cannot be allocated yet.
-    pub quarantined_clusters: u64,
-    /// Their limit; requests under way may exceed it.
-    pub quarantined_max: u64,
-    /// Some are durably unlinked and only wait to be reclaimed.
-    pub reclaimable: bool,
-    /// A search for leaks is under way, or may still begin.
-    pub searching: bool,
-    /// Clusters with a refcount that are still unused. A crash leaks these, besides unflushed changes.
-    pub reserved_clusters: u64,
-    /// Cuts that became durable.
-    pub cuts: u64,
-    /// Memory of the chain map, in bytes.
-    pub map_bytes: usize,
 }
 
 /// Unused memory of the map: pages that may be returned to the system. Afterwards they read as zero or keep their

@@ -6,7 +6,7 @@ use std::task::Waker;
 
 use qcow2::{HostCluster, HostOffset};
 
-use crate::alloc::{FreeRun, Run, Unlinked};
+use crate::alloc::Unlinked;
 use crate::answer::{Answer, ready};
 use crate::bounds::{
     RECLAIM_CLUSTERS_MAX as CLUSTERS_MAX, RECLAIM_RUNS_MAX as RUNS_MAX, RECLAIM_SLICES_MAX as SLICES_MAX,
@@ -14,6 +14,7 @@ use crate::bounds::{
 use crate::epoch::Epochs;
 use crate::error::EngineError;
 use crate::mutation::{Mutation, active};
+use crate::run::{FreeRun, Run};
 use crate::state::{State, WriteState};
 use crate::tables::TableId;
 use crate::waiters::WakeList;

@@ -8,13 +8,13 @@ use std::task::Waker;
 use qcow2::{HostCluster, HostOffset};
 
 use crate::aimed::Known;
-use crate::alloc::{FreeRun, Run};
 use crate::answer::{Answer, ready};
 use crate::bounds::{DOUBTS_MAX, NEW_CLUSTERS, SCAN_CLUSTERS, SCAN_SLICES};
 use crate::error::{EngineError, Structure};
+use crate::free::TAIL_BYTES;
 use crate::guard::MetadataGuard;
-use crate::leaks::TAIL_BYTES;
 use crate::refcounts::{Refcounts, TABLE_BYTES_MAX};
+use crate::run::{FreeRun, Run};
 use crate::state::{State, WriteState};
 use crate::tables::{Dirt, TableId};
 use crate::waiters::{Waiters, WakeList};

@@ -5,18 +5,17 @@
 use std::task::Waker;
 
 use qcow2::entry::compressed_length;
-use qcow2::{
-    GuestCluster, GuestOffset, HostOffset, HostPlace, L1Entry, L2Entry, Subcluster, SubclusterSet,
-    Subclusters,
-};
+use qcow2::{GuestCluster, GuestOffset, HostOffset, HostPlace, L1Entry, L2Entry, Subcluster, Subclusters};
 
-use crate::alloc::Run;
 use crate::answer::{Answer, ready};
 use crate::bounds::{EXACT_BYTES_MAX, EXTENTS_MAX, FILLS_MAX, MAP_SLICE_WORDS};
 use crate::error::EngineError;
+use crate::fill::FillJob;
 use crate::guard::MetadataGuard;
 use crate::layers::{Layer, Qcow2Layer};
 use crate::map::{ChainMap, Parts, SliceIndex};
+use crate::publish::parts_of;
+use crate::run::Run;
 use crate::state::{Missing, State, decode_l2};
 use crate::tables::{Found, TableId, Tables};
 use crate::word::{FileIndex, Mapping, Word};
@@ -84,33 +83,6 @@ pub fn push_extent(extents: &mut Vec<Extent>, source: Source, length: u64) {
         }
     }
     extents.push(Extent { source, length });
-}
-
-/// A fill of a slice under way. The results of the layers above `layer` are final. So only the tables of one layer need
-/// be in the cache at a time, however deep the chain is and whatever other fills run.
-pub(crate) struct FillJob {
-    words: Vec<Word>,
-    /// The second words, if the map has some.
-    parts: Vec<Parts>,
-    /// Clusters of the slice that no layer has resolved yet.
-    open: Vec<u16>,
-    /// The next layer to search.
-    layer: usize,
-}
-
-impl FillJob {
-    fn new(count: u64, has_parts: bool) -> Self {
-        let parts = if has_parts { vec![Parts::default(); count as usize] } else { Vec::new() };
-        let open = (0..count as u16).collect();
-        FillJob { words: vec![Word::UNRESOLVED; count as usize], parts, open, layer: 0 }
-    }
-
-    fn set(&mut self, at: u16, word: Word, parts: Parts) {
-        self.words[usize::from(at)] = word;
-        if let Some(second) = self.parts.get_mut(usize::from(at)) {
-            *second = parts;
-        }
-    }
 }
 
 /// The result of one layer for a whole cluster of the top image.
@@ -206,33 +178,6 @@ impl State {
             job.words[usize::from(at)] = Word::ZERO;
         }
         missing
-    }
-
-    /// Publishes the words of a cluster of the top image that has just got this entry.
-    pub fn publish_entry(&mut self, map: &ChainMap, cluster: GuestCluster, entry: L2Entry) {
-        let nothing_below = !self.has_backing();
-        let file = self.top_qcow2().data();
-        let (word, parts) = match entry {
-            L2Entry::Data { offset, copied } => (Word::data(file, offset, copied), Parts::default()),
-            L2Entry::Zero | L2Entry::ZeroAllocated { .. } => (Word::ZERO, Parts::default()),
-            L2Entry::Subclusters(subclusters) => {
-                parts_of(file, &subclusters, nothing_below, |host| host.copied)
-            }
-            L2Entry::Unallocated if nothing_below => (Word::ZERO, Parts::default()),
-            L2Entry::Unallocated | L2Entry::Compressed { .. } => (Word::MIXED, Parts::default()),
-        };
-        self.publish(map, cluster, word, parts);
-    }
-
-    /// Publishes a cluster's new words: in the map if its slice is resident, and in a fill of its slice under way.
-    pub fn publish(&mut self, map: &ChainMap, cluster: GuestCluster, word: Word, parts: Parts) {
-        self.map_writer.publish(map, cluster, word, parts);
-        let slice = SliceIndex::of(cluster);
-        if let Some(job) = self.fills.get_mut(&slice) {
-            let at = (cluster.0 - slice.first().0) as u16;
-            job.set(at, word, parts);
-            job.open.retain(|open| *open != at);
-        }
     }
 
     /// The word of a cluster. Fills its slice if necessary; unresolved if the map has no room for the slice.
@@ -483,26 +428,6 @@ fn qcow2_step(
             }
         }
     })
-}
-
-/// The map's words for a cluster of subclusters, from its own entry alone.
-fn parts_of(
-    file: FileIndex,
-    subclusters: &Subclusters,
-    nothing_below: bool,
-    in_place: impl FnOnce(HostPlace) -> bool,
-) -> (Word, Parts) {
-    let parts = Parts::new(subclusters, nothing_below);
-    match subclusters.host {
-        _ if parts == Parts::ZERO => (Word::ZERO, Parts::default()),
-        // As in a fill, so that a slice written in small pieces becomes a run, too.
-        Some(host) if subclusters.allocated == SubclusterSet::ALL => {
-            (Word::data(file, host.offset, in_place(host)), Parts::default())
-        }
-        Some(host) => (Word::parts(file, host.offset, in_place(host)), parts),
-        // Only some subclusters read as zero.
-        None => (Word::MIXED, Parts::default()),
-    }
 }
 
 /// True if a host cluster may be written in place: it is the top image's own and holds no metadata. From now on it

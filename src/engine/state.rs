@@ -6,17 +6,18 @@ use std::task::Waker;
 use qcow2::{GuestCluster, HostCluster, HostOffset, L1Entry, L2Entry, RawL2Entry};
 
 use crate::aimed::Known;
-use crate::alloc::{Allocator, FreeRun, Run};
+use crate::alloc::Allocator;
 use crate::answer::{Answer, TableLoad, TablePlace, TableSlot};
 use crate::bounds::LOADS_MAX;
+use crate::cut::FlushState;
 use crate::error::{EngineError, Proof, Structure};
-use crate::flush::FlushState;
+use crate::fill::FillJob;
 use crate::guard::MetadataGuard;
 use crate::hashed::HashMap;
 use crate::layers::{EntryPlace, Layer, Qcow2Layer};
 use crate::map::{MapWriter, SliceIndex};
 use crate::refcounts::Refcounts;
-use crate::resolve::FillJob;
+use crate::run::{FreeRun, Run};
 use crate::tables::{Found, TableId, Tables};
 use crate::waiters::Waiters;
 

@@ -17,7 +17,7 @@ use crate::map::ChainMap;
 use crate::mutation::{Mutation, active};
 use crate::state::State;
 use crate::waiters::WakeList;
-use crate::word::FileIndex;
+use crate::word::{FileIndex, Word};
 
 /// The least unit of I/O in bytes.
 const SECTOR: u64 = 512;
@@ -282,7 +282,7 @@ impl State {
 
     /// Publishes an allocation whose bytes have been written.
     pub fn commit_write(&mut self, map: &ChainMap, done: Allocation, wakes: &mut WakeList) {
-        self.end_early_link(&done, wakes);
+        self.write.as_mut().expect("a plan was made").flush.end_early(done.early, wakes);
         for at in 0..done.clusters {
             let (place, guest, entry) = self.link(&done, at);
             if !done.reuse {
@@ -301,8 +301,24 @@ impl State {
         self.write.as_mut().expect("a plan was made").flush.early.allocated(done.early);
     }
 
+    /// True if the link of an allocation's cluster may become durable before the data: the guest then reads zeros, as
+    /// it would without the write.
+    pub(crate) fn may_precede_data(&self, map: &ChainMap, new: &Allocation, guest: GuestCluster) -> bool {
+        let was_zero = map.lookup(guest) == Word::ZERO || active(Mutation::LinksForgetBacking);
+        new.known_zero && !new.reuse && was_zero
+    }
+
+    /// For a cluster of an allocation: the place of its entry, its guest cluster, and its entry once the data is
+    /// written.
+    pub(crate) fn link(&self, new: &Allocation, at: u64) -> (EntryPlace, GuestCluster, L2Entry) {
+        let place = EntryPlace { index: new.place.index + at as usize, ..new.place };
+        let guest = GuestCluster(new.cluster.0 + at);
+        let offset = self.top_qcow2().geometry.host_offset(HostCluster(new.host.0 + at));
+        (place, guest, self.written_entry(place, guest, new, at, offset))
+    }
+
     /// The new entry of cluster number `at` of an allocation whose bytes have been written.
-    pub(crate) fn written_entry(
+    fn written_entry(
         &self,
         place: EntryPlace,
         guest: GuestCluster,
@@ -326,6 +342,21 @@ impl State {
         let all = active(Mutation::AllPartsAllocated);
         let allocated = if all { SubclusterSet::ALL } else { kept.with(written) }.without(zero);
         Subclusters { host: Some(host), allocated, zero }.entry()
+    }
+
+    /// The early commit of an allocation, if there was one, has ended, but the entry on disk differs, or may differ,
+    /// from the final entry: the slice is written again, with its links after the data.
+    pub fn forget_early_link(&mut self, new: &mut Allocation, wakes: &mut WakeList) {
+        if new.early != Early::Begun {
+            return;
+        }
+        let flush = &mut self.write.as_mut().expect("a plan was made").flush;
+        flush.end_early(new.early, wakes);
+        new.early = Early::No;
+        if !active(Mutation::EarlyLinkLeft) {
+            flush.links_follow_data();
+            self.tables.change(new.place.table);
+        }
     }
 
     /// Aborts an allocation. Data may have been written to its clusters, so they are not known to be zero.

@@ -99,7 +99,7 @@ pub fn run(options: &CheckArgs) -> Result<ExitCode, ProgramError> {
     } else {
         text_form::outcome(&options.image, options.repair, &outcome)
     };
-    print(&text)?;
+    print(&text).map_err(ProgramError::Print)?;
     Ok(exit_code(outcome.report.verdict()))
 }
 

@@ -18,8 +18,8 @@ use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 pub use self::lock::LockArgs;
 use crate::failure::Failure;
 use crate::help;
-use crate::listen;
 use crate::log::{LogFormat, LogLevel};
+use crate::notify;
 use crate::size::{Size, SizeChange};
 use crate::text;
 
@@ -78,7 +78,7 @@ impl Cli {
             && !(self.print_capabilities || serve.print_capabilities)
             && serve.socket_path.is_none()
             && serve.fd.is_none()
-            && listen::passed_sockets() == 0
+            && notify::passed_sockets() == 0
         {
             let why = "a socket is missing: --socket-path PATH, --fd N, or one that a service manager passes";
             return Err(Cli::command().error(ErrorKind::MissingRequiredArgument, why));

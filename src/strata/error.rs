@@ -1,20 +1,18 @@
-//! The errors that end the program early, and how people see them: what failed, where, why. `hint` owns what to do
-//! about it, `failure` the form for programs.
+//! The errors that end the program early: what failed, where, why. `hint` owns what to do about it, `report` how it
+//! reaches people and programs.
 
 use std::error::Error;
-use std::io::{self, Write as _};
+use std::io;
 use std::path::PathBuf;
 
 use disk::check::CheckError;
 use disk::{Foreign, OpenError};
-use names::{one_line, shown};
+use names::shown;
 use storage::StorageError;
 use thiserror::Error;
 use vhost_blk::SessionError;
 
-use crate::hint;
-use crate::listen::SOCKET_PATH_MAX;
-use crate::log;
+use crate::limits::SOCKET_PATH_MAX;
 
 /// The exit code of `qemu-img check` for a format that it cannot check.
 const NOTHING_TO_CHECK: u8 = 63;
@@ -183,16 +181,6 @@ impl ProgramError {
             _ => 1,
         }
     }
-}
-
-/// Prints the error to the standard error; a failure to print is ignored.
-pub fn show(error: &ProgramError) {
-    let prefix = log::error_prefix();
-    let mut text = format!("{prefix}strata: error: {}\n", one_line(&with_causes(error)));
-    if let Some(hint) = hint::of(error) {
-        text += &format!("{prefix}strata: hint: {}\n", one_line(&hint));
-    }
-    let _ = io::stderr().write_all(text.as_bytes());
 }
 
 /// The message, followed by those of its causes that it does not contain.

@@ -131,7 +131,7 @@ pub fn run(options: &InfoArgs) -> Result<(), ProgramError> {
         (true, false) => json(&layers[0]),
         (false, _) => text_form::chain(&layers),
     };
-    print(&text)
+    print(&text).map_err(ProgramError::Print)
 }
 
 fn layer_facts(description: &LayerDescription) -> LayerFacts {

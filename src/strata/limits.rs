@@ -1,10 +1,14 @@
-//! Failures caused by a limit or a service of the host, anywhere in the program, and what to do about them.
+//! Limits of the host: failures caused by one or by a service of the host, anywhere in the program, and what to do
+//! about them.
 
 use std::error::Error;
 use std::io;
 
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
+
+/// The longest path of a unix socket in bytes: 108 with the terminating zero.
+pub const SOCKET_PATH_MAX: usize = 107;
 
 /// What to do, if one of the error's causes is such a host failure.
 pub fn hint(error: &(dyn Error + 'static)) -> Option<String> {

@@ -10,9 +10,9 @@ use vhost_blk::Server;
 
 use crate::cli::ServeArgs;
 use crate::error::ProgramError;
+use crate::limits::SOCKET_PATH_MAX;
+use crate::notify::passed_sockets;
 
-/// The longest path of a unix socket in bytes: 108 with the terminating zero.
-pub const SOCKET_PATH_MAX: usize = 107;
 /// The socket file's mode if a group was given without a mode.
 const GROUP_MODE: u32 = 0o660;
 
@@ -36,12 +36,6 @@ pub enum Place {
 
 /// The first descriptor that a service manager passes (sd_listen_fds(3)).
 const PASSED_FIRST: i32 = 3;
-
-/// How many sockets a service manager passes to this process (sd_listen_fds(3)).
-pub fn passed_sockets() -> u32 {
-    let number = |name| std::env::var(name).ok().and_then(|text| text.parse::<u32>().ok());
-    if number("LISTEN_PID") == Some(std::process::id()) { number("LISTEN_FDS").unwrap_or(0) } else { 0 }
-}
 
 impl std::fmt::Display for Place {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

@@ -17,6 +17,7 @@ mod limits;
 mod listen;
 mod log;
 mod notify;
+mod report;
 mod resize;
 mod serve;
 mod shutdown;
@@ -46,7 +47,7 @@ fn main() -> ExitCode {
     }
     log::start(cli.log_level.as_ref(), cli.log_format);
     if let Err(error) = signals::outlive() {
-        error::show(&error);
+        report::show(&error);
         return ExitCode::FAILURE;
     }
     let mut ended_with = ExitCode::SUCCESS;
@@ -61,10 +62,10 @@ fn main() -> ExitCode {
     match ended {
         Ok(()) => ended_with,
         Err(error) => {
-            error::show(&error);
+            report::show(&error);
             if cli.command.as_ref().is_some_and(Command::prints_json) {
                 // If printing fails, the exit code still tells.
-                let _ = text::print(&failure::Failure::new(&error).json());
+                let _ = text::print(&report::failure(&error).json());
             }
             ExitCode::from(error.exit_code())
         }

@@ -1,4 +1,5 @@
-//! Reports the daemon's state to a service manager: the sd_notify protocol, without its library.
+//! The service manager: reports the state of the daemon to it (the sd_notify protocol, without its library), and finds the
+//! sockets that it passes.
 
 use std::ffi::OsString;
 use std::os::linux::net::SocketAddrExt;
@@ -27,6 +28,12 @@ fn send_to(name: &OsString, state: &str) -> std::io::Result<()> {
     };
     let sent = UnixDatagram::unbound()?.send_to_addr(state.as_bytes(), &address)?;
     if sent == state.len() { Ok(()) } else { Err(std::io::ErrorKind::WriteZero.into()) }
+}
+
+/// How many sockets a service manager passes to this process (sd_listen_fds(3)).
+pub fn passed_sockets() -> u32 {
+    let number = |name| std::env::var(name).ok().and_then(|text| text.parse::<u32>().ok());
+    if number("LISTEN_PID") == Some(std::process::id()) { number("LISTEN_FDS").unwrap_or(0) } else { 0 }
 }
 
 #[cfg(test)]

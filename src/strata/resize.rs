@@ -46,7 +46,7 @@ pub fn run(options: &ResizeArgs) -> Result<(), ProgramError> {
         }
         source => ProgramError::Resize(source),
     })?;
-    print(&told(resized))
+    print(&told(resized)).map_err(ProgramError::Print)
 }
 
 fn told(Resized { from, to }: Resized) -> String {

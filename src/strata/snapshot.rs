@@ -86,7 +86,8 @@ pub fn run(options: &SnapshotArgs) -> Result<(), ProgramError> {
         let failed = |source| ProgramError::Open { image: image.to_owned(), purpose, source };
         let snapshots = list_sharing(&storage, image, sharing, &how).map_err(failed)?;
         let facts: Vec<SnapshotFacts> = snapshots.iter().map(SnapshotFacts::new).collect();
-        return print(&if options.output.is_json() { json(&facts) } else { table(&facts) });
+        let text = if options.output.is_json() { json(&facts) } else { table(&facts) };
+        return print(&text).map_err(ProgramError::Print);
     };
     signals::finish_first()?;
     match change(&storage, image, wanted, &how) {

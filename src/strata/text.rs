@@ -6,8 +6,6 @@ use std::io::{self, Write as _};
 use names::{Name, must_be_escaped};
 use serde::Serialize;
 
-use crate::error::ProgramError;
-
 /// A name as a JSON value. JSON has no bytes, so bytes that are not UTF-8 become U+FFFD. Never for a message: see
 /// [`names::shown`].
 pub fn json_name<N: Name + ?Sized>(name: &N) -> String {
@@ -37,10 +35,10 @@ pub fn json(value: &impl Serialize) -> String {
 ///
 /// # Errors
 /// When the text cannot be written.
-pub fn print(text: &str) -> Result<(), ProgramError> {
+pub fn print(text: &str) -> io::Result<()> {
     match io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush()) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(ProgramError::Print(error)),
-        _ => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        printed => printed,
     }
 }
 

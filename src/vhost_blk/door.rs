@@ -14,8 +14,8 @@ use tracing::{debug, warn};
 
 use crate::error::SessionError;
 use crate::peer::Peer;
-use crate::server::StopHandle;
 use crate::socket_file::Listening;
+use crate::stop::StopHandle;
 
 /// A frontend without a first message after so long is dropped.
 const SILENCE_MAX: Duration = Duration::from_secs(10);

@@ -24,6 +24,7 @@ mod loss;
 mod memory;
 mod message;
 mod metrics;
+mod options;
 mod part;
 mod peer;
 mod poll;
@@ -36,6 +37,7 @@ mod ring_tests;
 mod server;
 mod session;
 mod socket_file;
+mod stop;
 mod vring;
 mod worker;
 
@@ -51,4 +53,6 @@ pub mod internals {
 pub use device::{BlockDevice, BlockQueue, DeviceProfile, Done, GuestSlice, Request, Status, Tag};
 pub use error::SessionError;
 pub use metrics::{Metrics, QueueSnapshot};
-pub use server::{ServeOptions, Server, StopHandle, serve};
+pub use options::ServeOptions;
+pub use server::{Server, serve};
+pub use stop::StopHandle;

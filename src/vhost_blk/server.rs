@@ -1,18 +1,15 @@
-//! The listening socket, the loop that serves one frontend after another, and the stop handle.
+//! The listening socket and the loop that serves one frontend after another.
 //!
 //! Owns the socket file. No frontend can end the server: only its own session ends, and the next frontend is accepted.
 
-use std::io;
 use std::net::Shutdown;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd as _, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::net::{AddressFamily, SocketType, sockopt};
 use tracing::{debug, error, info, warn};
 use vhost::vhost_user::{BackendReqHandler, Error};
@@ -24,141 +21,12 @@ use crate::fd::copy_inherited;
 use crate::loss::MemoryLoss;
 use crate::memory::RegionInfo;
 use crate::message::Envelope;
-use crate::metrics::Metrics;
+use crate::options::ServeOptions;
 use crate::peer::Peer;
 use crate::relay::{Relay, Wakers};
 use crate::session::Session;
 use crate::socket_file::Listening;
-
-/// `vhost` uses 8 bits for the queue in messages that carry descriptors.
-const MAX_QUEUES: u16 = 256;
-/// Virtio 1.2, 2.7.
-const MAX_QUEUE_SIZE: u16 = 32768;
-
-/// What a server offers its frontends.
-#[derive(Clone, Debug)]
-pub struct ServeOptions {
-    /// Queues on offer, 1 to 256. Unused queues cost nothing.
-    pub num_queues: u16,
-    /// The largest ring, in descriptors: a power of two from 2 to 32,768.
-    pub queue_size: u16,
-    /// The longest time that a queue without work polls before it sleeps; zero to sleep at once.
-    pub poll_max: Duration,
-    /// How long a message may take from its first byte to its last.
-    pub message_timeout: Duration,
-    /// The counters of the queues, for at least `num_queues` queues.
-    pub metrics: Arc<Metrics>,
-}
-
-impl ServeOptions {
-    /// The defaults, with the given number and size of queues.
-    pub fn new(num_queues: u16, queue_size: u16) -> Self {
-        ServeOptions {
-            num_queues,
-            queue_size,
-            poll_max: Duration::from_micros(100),
-            message_timeout: Duration::from_secs(10),
-            metrics: Arc::new(Metrics::new(num_queues)),
-        }
-    }
-
-    fn check(&self) -> Result<(), SessionError> {
-        let refuse =
-            |name, value: u16, range| Err(SessionError::Option { name, value: u32::from(value), range });
-        if !(1..=MAX_QUEUES).contains(&self.num_queues) {
-            return refuse("the number of queues", self.num_queues, "from 1 to 256");
-        }
-        if !self.queue_size.is_power_of_two() || !(2..=MAX_QUEUE_SIZE).contains(&self.queue_size) {
-            return refuse("the queue size", self.queue_size, "a power of two from 2 to 32768");
-        }
-        if self.metrics.queues() < usize::from(self.num_queues) {
-            return refuse("the number of queues", self.num_queues, "at most that of the metrics");
-        }
-        Ok(())
-    }
-}
-
-impl Default for ServeOptions {
-    /// 64 queues of up to 1,024 descriptors.
-    fn default() -> Self {
-        Self::new(64, 1024)
-    }
-}
-
-/// Stops a server permanently, from any thread.
-#[derive(Clone, Debug)]
-pub struct StopHandle {
-    inner: Arc<StopInner>,
-}
-
-#[derive(Debug)]
-struct StopInner {
-    /// Becomes readable and stays so.
-    event: OwnedFd,
-    stopped: AtomicBool,
-    /// Guards the present session's socket, so that a stop ends even a wait in the middle of a message. A leaf.
-    connection: Mutex<Option<UnixStream>>,
-}
-
-impl StopHandle {
-    /// A handle that has not been used.
-    ///
-    /// # Errors
-    /// When the host refuses an eventfd.
-    pub fn new() -> io::Result<Self> {
-        let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let (stopped, connection) = (AtomicBool::new(false), Mutex::new(None));
-        Ok(StopHandle { inner: Arc::new(StopInner { event, stopped, connection }) })
-    }
-
-    /// Closes the door, drains and ends the current session, and makes `serve` return. May be called more than once.
-    pub fn stop(&self) {
-        self.inner.stopped.store(true, Ordering::SeqCst);
-        let _ = rustix::io::write(&self.inner.event, &1u64.to_ne_bytes());
-        if let Some(connection) = &*self.connection() {
-            end_waits(connection);
-        }
-    }
-
-    /// True from the first [`StopHandle::stop`] on.
-    pub fn is_stopped(&self) -> bool {
-        self.inner.stopped.load(Ordering::SeqCst)
-    }
-
-    fn connection(&self) -> std::sync::MutexGuard<'_, Option<UnixStream>> {
-        self.inner.connection.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Stores the socket that a stop shuts down; if the stop came first, shuts it down now.
-    fn enter(&self, stream: &UnixStream) -> io::Result<()> {
-        *self.connection() = Some(stream.try_clone()?);
-        if self.is_stopped() {
-            end_waits(stream);
-        }
-        Ok(())
-    }
-
-    fn leave(&self) {
-        *self.connection() = None;
-    }
-}
-
-impl AsFd for StopHandle {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.inner.event.as_fd()
-    }
-}
-
-/// Ends the session's waits for its frontend without hanging up. The hang-up follows when the requests in flight are
-/// done.
-fn end_waits(connection: &UnixStream) {
-    let mut fds = [PollFd::new(connection, PollFlags::OUT)];
-    let room = rustix::event::poll(&mut fds, Some(&Timespec::default()));
-    // If the frontend leaves its replies unread, the session may block in a write, which only a hang-up ends. If there
-    // is room, it is enough for the one reply that may still follow.
-    let how = if matches!(room, Ok(1)) { Shutdown::Read } else { Shutdown::Both };
-    let _ = connection.shutdown(how);
-}
+use crate::stop::StopHandle;
 
 /// Where frontends come from.
 #[derive(Debug)]

@@ -24,7 +24,7 @@ use crate::fd::{eventfd_from, may_be_event};
 use crate::loss::MemoryLoss;
 use crate::memory::{MAX_MEMORY_SLOTS, MemoryTable, RegionInfo};
 use crate::message::Envelope;
-use crate::server::ServeOptions;
+use crate::options::ServeOptions;
 use crate::vring::{Surroundings, UserAddresses, Vring};
 use crate::worker::Shared;
 

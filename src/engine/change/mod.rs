@@ -13,12 +13,14 @@ mod places;
 mod plan;
 mod refusal;
 mod resize;
+mod step;
 
 pub(crate) use places::L2Tables;
 pub use places::SnapshotPlaces;
-pub use plan::{Plan, PlanStep};
+pub use plan::Plan;
 pub use refusal::ChangeRefusal;
 pub use resize::Resize;
+pub use step::PlanStep;
 
 use qcow2::header::{L1_TABLE_SIZE_MAX, SNAPSHOTS_MAX};
 use qcow2::snapshot::TABLE_LENGTH_MAX;

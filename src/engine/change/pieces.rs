@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use qcow2::HostOffset;
 use qcow2::entry::COPIED;
 
-use super::plan::PlanStep;
+use super::step::PlanStep;
 use crate::check::READ_MAX;
 use crate::check::counts::Counts;
 

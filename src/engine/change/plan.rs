@@ -33,49 +33,16 @@ use super::growth::{Growth, Room};
 use super::pieces::{cancel, encode_l1, take_piece, take_run};
 use super::refusal::ChangeRefusal;
 use super::resize::NewTables;
+use super::step::PlanStep;
 use super::{Change, Planner, SnapshotChange};
 use crate::check::counts::Counts;
-use crate::leaks::TAIL_BYTES;
+use crate::free::TAIL_BYTES;
 use crate::mutation::{Mutation, active};
 
 /// The alignment in bytes of a write of the changed part of a table.
 const SECTOR: usize = 512;
 /// The unit in bytes of writes of a new table. Hosts have blocks of that size or smaller.
 const BLOCK: u64 = 4096;
-
-/// The next step of a change.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum PlanStep {
-    /// Write these bytes, at most [`crate::check::READ_MAX`] or a cluster of them. They may lie behind the end of the
-    /// file. They need not fill sectors; the rest of a sector must stay. Between syncs the order does not matter.
-    Write {
-        /// The offset.
-        offset: HostOffset,
-        /// The bytes.
-        bytes: Vec<u8>,
-    },
-    /// Read these bytes of a table, pass them to [`Plan::correct`], and write back the part that it changed.
-    Correct {
-        /// The offset.
-        offset: HostOffset,
-        /// The length in bytes.
-        length: usize,
-    },
-    /// Make all earlier writes durable before the next step.
-    Sync,
-    /// These bytes are no longer used: the host may have their space.
-    Punch {
-        /// The offset.
-        offset: HostOffset,
-        /// The length in bytes.
-        length: u64,
-    },
-    /// Nothing is in use behind this length: the file may end there, if it is longer.
-    Cut {
-        /// The length in bytes.
-        length: u64,
-    },
-}
 
 /// Which flags a correction changes.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -24,8 +24,8 @@ pub(crate) mod sweep;
 mod tests;
 pub(crate) mod walk;
 
-pub use refusal::NotRepairable;
-pub use repair::{Repair, RepairKind, RepairStep};
+pub use refusal::{NotRepairable, RepairKind};
+pub use repair::{Repair, RepairStep};
 pub use report::{FINDINGS_OF_KIND_MAX, Finding, FindingKind, Part, Refusal, Report, Tally, Verdict};
 
 use qcow2::{BitmapDirectory, Header, HostOffset, Salvaged, SnapshotTable};

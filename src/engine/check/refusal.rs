@@ -1,9 +1,20 @@
-//! Decides which repair mends the findings. The planning of a repair uses this, and so does the advice to the user.
+//! The kinds of repair, and which of them mends the findings. The planning of a repair uses this, and so does the advice to the user.
 
 use thiserror::Error;
 
-use super::repair::RepairKind;
 use super::report::Report;
+
+/// The kind of repair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RepairKind {
+    /// Lowers refcounts that are too high; refcounts that are too low stay.
+    Leaks,
+    /// Corrects all refcounts, flags and marks, and the snapshot table. A dirty image needs this kind. Snapshots that
+    /// cannot be read are dropped only if no cluster can belong to them.
+    All,
+    /// Like `All`, but snapshots that cannot be read are always dropped.
+    AllDroppingSnapshots,
+}
 
 /// Why a repair cannot mend an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]

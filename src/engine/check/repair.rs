@@ -30,24 +30,12 @@ use qcow2::{Geometry, HostOffset, Incompatible, Version};
 
 use super::Checked;
 use super::counts::Counts;
-use super::refusal::NotRepairable;
+use super::refusal::{NotRepairable, RepairKind};
 use super::report::Part;
 use super::walk::{Clearing, FlagFix, Place, Walk};
 
 /// The most bytes of adjacent flags that are written together.
 const FLAGS_MAX: usize = 64 << 10;
-
-/// The kind of repair.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RepairKind {
-    /// Lowers refcounts that are too high; refcounts that are too low stay.
-    Leaks,
-    /// Corrects all refcounts, flags and marks, and the snapshot table. A dirty image needs this kind. Snapshots that
-    /// cannot be read are dropped only if no cluster can belong to them.
-    All,
-    /// Like `All`, but snapshots that cannot be read are always dropped.
-    AllDroppingSnapshots,
-}
 
 /// The next step of a repair.
 #[derive(Clone, Debug, PartialEq, Eq)]

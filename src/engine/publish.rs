@@ -1,0 +1,56 @@
+//! Publishes the new words of a cluster whose entry has changed, in the map and in a fill of its slice under way.
+
+use qcow2::{GuestCluster, HostPlace, L2Entry, SubclusterSet, Subclusters};
+
+use crate::map::{ChainMap, Parts, SliceIndex};
+use crate::state::State;
+use crate::word::{FileIndex, Word};
+
+impl State {
+    /// Publishes the words of a cluster of the top image that has just got this entry.
+    pub fn publish_entry(&mut self, map: &ChainMap, cluster: GuestCluster, entry: L2Entry) {
+        let nothing_below = !self.has_backing();
+        let file = self.top_qcow2().data();
+        let (word, parts) = match entry {
+            L2Entry::Data { offset, copied } => (Word::data(file, offset, copied), Parts::default()),
+            L2Entry::Zero | L2Entry::ZeroAllocated { .. } => (Word::ZERO, Parts::default()),
+            L2Entry::Subclusters(subclusters) => {
+                parts_of(file, &subclusters, nothing_below, |host| host.copied)
+            }
+            L2Entry::Unallocated if nothing_below => (Word::ZERO, Parts::default()),
+            L2Entry::Unallocated | L2Entry::Compressed { .. } => (Word::MIXED, Parts::default()),
+        };
+        self.publish(map, cluster, word, parts);
+    }
+
+    /// Publishes a cluster's new words: in the map if its slice is resident, and in a fill of its slice under way.
+    pub fn publish(&mut self, map: &ChainMap, cluster: GuestCluster, word: Word, parts: Parts) {
+        self.map_writer.publish(map, cluster, word, parts);
+        let slice = SliceIndex::of(cluster);
+        if let Some(job) = self.fills.get_mut(&slice) {
+            let at = (cluster.0 - slice.first().0) as u16;
+            job.set(at, word, parts);
+            job.open.retain(|open| *open != at);
+        }
+    }
+}
+
+/// The map's words for a cluster of subclusters, from its own entry alone.
+pub(crate) fn parts_of(
+    file: FileIndex,
+    subclusters: &Subclusters,
+    nothing_below: bool,
+    in_place: impl FnOnce(HostPlace) -> bool,
+) -> (Word, Parts) {
+    let parts = Parts::new(subclusters, nothing_below);
+    match subclusters.host {
+        _ if parts == Parts::ZERO => (Word::ZERO, Parts::default()),
+        // As in a fill, so that a slice written in small pieces becomes a run, too.
+        Some(host) if subclusters.allocated == SubclusterSet::ALL => {
+            (Word::data(file, host.offset, in_place(host)), Parts::default())
+        }
+        Some(host) => (Word::parts(file, host.offset, in_place(host)), parts),
+        // Only some subclusters read as zero.
+        None => (Word::MIXED, Parts::default()),
+    }
+}

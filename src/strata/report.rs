@@ -1,0 +1,223 @@
+//! How an error of the program reaches people, on the standard error, and programs, as a [`Failure`].
+//!
+//! Owns which kind an error has for programs, and which file and place it is about.
+
+use std::io::{self, Write as _};
+use std::path::Path;
+
+use disk::change::ChangeError;
+use disk::check::CheckError;
+use disk::resize::ResizeError;
+use disk::{OpenError, RequestError};
+use names::one_line;
+use storage::{Errno, StorageError};
+use vhost_blk::SessionError;
+
+use crate::error::{ProgramError, with_causes};
+use crate::failure::{Failure, Kind};
+use crate::hint;
+use crate::log;
+use crate::text::json_name;
+
+/// Prints the error to the standard error; a failure to print is ignored.
+pub fn show(error: &ProgramError) {
+    let prefix = log::error_prefix();
+    let mut text = format!("{prefix}strata: error: {}\n", one_line(&with_causes(error)));
+    if let Some(hint) = hint::of(error) {
+        text += &format!("{prefix}strata: hint: {}\n", one_line(&hint));
+    }
+    let _ = io::stderr().write_all(text.as_bytes());
+}
+
+/// An error of the program in the form for programs.
+pub fn failure(error: &ProgramError) -> Failure {
+    let (kind, place) = of_program(error);
+    Failure {
+        kind,
+        message: one_line(&with_causes(error)).to_string(),
+        file: place.file,
+        structure: place.structure,
+        offset: place.offset,
+        hint: hint::of(error),
+    }
+}
+
+/// The location of an error.
+#[derive(Default)]
+struct Place {
+    file: Option<String>,
+    structure: Option<String>,
+    offset: Option<u64>,
+}
+
+impl Place {
+    fn file(path: &Path) -> Self {
+        Place { file: Some(json_name(path)), ..Place::default() }
+    }
+
+    fn at(path: &Path, structure: impl ToString, offset: u64) -> Self {
+        Place { structure: Some(structure.to_string()), offset: Some(offset), ..Place::file(path) }
+    }
+}
+
+fn of_program(error: &ProgramError) -> (Kind, Place) {
+    match error {
+        ProgramError::Open { source, .. } | ProgramError::Close { source, .. } => of_open(source),
+        ProgramError::ChainRoot(source) => of_storage(source),
+        ProgramError::Check { source, .. } => of_check(source),
+        ProgramError::NothingToCheck { image } => (Kind::NothingToCheck, Place::file(image)),
+        ProgramError::Snapshot(source) | ProgramError::Resize(ResizeError::Change(source)) => {
+            of_change(source)
+        }
+        ProgramError::Resize(
+            ResizeError::NothingLeft { path, .. }
+            | ResizeError::Empty { path, .. }
+            | ResizeError::TooLarge { path }
+            | ResizeError::NoSectors { path, .. }
+            | ResizeError::WouldShrink { path, .. }
+            | ResizeError::BlockDevice { path },
+        ) => (Kind::Refused, Place::file(path)),
+        ProgramError::InUse { image } => (Kind::InUse, Place::file(image)),
+        ProgramError::Session(source) => of_session(source),
+        ProgramError::SocketPathTooLong { path, .. } => (Kind::Socket, Place::file(path)),
+        ProgramError::SocketFolder { folder, source, .. } => {
+            (of_io(source, Kind::Socket), Place::file(folder))
+        }
+        ProgramError::SocketAccess { path, source, .. } => (of_io(source, Kind::Socket), Place::file(path)),
+        ProgramError::NoSuchGroup { .. } => (Kind::NotFound, Place::default()),
+        _ => (Kind::Host, Place::default()),
+    }
+}
+
+fn of_open(error: &OpenError) -> (Kind, Place) {
+    match error {
+        OpenError::Backing { source, .. } => of_open(source),
+        OpenError::Storage(source) => of_storage(source),
+        OpenError::Io { path, structure, offset, source } => {
+            (of_errno(*source), Place::at(path, structure, *offset))
+        }
+        OpenError::NotQcow2 { path, source, .. } => {
+            (Kind::WrongFormat, Place::at(path, source.structure, source.offset.0))
+        }
+        OpenError::Format { path, source } => {
+            let wrong = matches!(source.kind, qcow2::FormatErrorKind::BadMagic { .. });
+            let kind = if wrong { Kind::WrongFormat } else { Kind::Damaged };
+            (kind, Place::at(path, source.structure, source.offset.0))
+        }
+        OpenError::SnapshotTable { path, offset, .. } => {
+            (Kind::Damaged, Place::at(path, "snapshot table", offset.0))
+        }
+        OpenError::Bitmaps { path, .. } => (Kind::Damaged, Place::file(path)),
+        OpenError::BadSnapshot { path, .. } => (Kind::Damaged, Place::file(path)),
+        OpenError::Dirty(source) => of_check(source),
+        OpenError::Unsupported { path, source } => {
+            let damaged = *source == qcow2::Unsupported::Corrupt;
+            (if damaged { Kind::Damaged } else { Kind::Unsupported }, Place::file(path))
+        }
+        OpenError::NoSuchSnapshot { path, .. } => (Kind::NotFound, Place::file(path)),
+        OpenError::DataFileMissing { image: path, .. } | OpenError::BackingFormatMissing { path, .. } => {
+            (Kind::NotSpecified, Place::file(path))
+        }
+        OpenError::BackingFormatUnknown { path, .. } | OpenError::BackingName { path, .. } => {
+            (Kind::Unsupported, Place::file(path))
+        }
+        OpenError::Request { path, source } => of_request(path, source),
+        OpenError::SnapshotsTooLarge { path, .. }
+        | OpenError::SnapshotOfRaw { path }
+        | OpenError::WritableBlockDevice { path }
+        | OpenError::NoZeroClusters { path }
+        | OpenError::DataFileNotWanted { image: path, .. }
+        | OpenError::DataFileTwice { image: path, .. }
+        | OpenError::DataFileTooShort { path, .. }
+        | OpenError::BackingLoop { path }
+        | OpenError::ChainTooDeep { path, .. } => (Kind::Refused, Place::file(path)),
+        OpenError::DataFileOfNoLayer { layer } => (Kind::Refused, Place::file(layer)),
+        _ => (Kind::Host, Place::default()),
+    }
+}
+
+fn of_request(path: &Path, error: &RequestError) -> (Kind, Place) {
+    match error {
+        RequestError::Engine(_) => (Kind::Damaged, Place::file(path)),
+        RequestError::Crowded => (Kind::Io, Place::file(path)),
+        RequestError::Io { source, .. } => (of_errno(*source), Place::file(path)),
+        RequestError::Compressed { path, offset, .. } => {
+            (Kind::Damaged, Place::at(path, "compressed cluster", *offset))
+        }
+    }
+}
+
+fn of_check(error: &CheckError) -> (Kind, Place) {
+    match error {
+        CheckError::Open(source) => of_open(source),
+        CheckError::Refused { path, .. } => (Kind::Unsupported, Place::file(path)),
+        CheckError::NotRepairable { path, .. } => (Kind::Damaged, Place::file(path)),
+    }
+}
+
+fn of_change(error: &ChangeError) -> (Kind, Place) {
+    match error {
+        ChangeError::Open(source) | ChangeError::Interrupted { source } => of_open(source),
+        ChangeError::Repair(source) => of_check(source),
+        ChangeError::Refused { path, source: disk::change::ChangeRefusal::NotFound { .. } } => {
+            (Kind::NotFound, Place::file(path))
+        }
+        ChangeError::Refused { path, .. } => (Kind::Refused, Place::file(path)),
+    }
+}
+
+fn of_storage(error: &StorageError) -> (Kind, Place) {
+    match error {
+        StorageError::File { path, source, .. } => (of_io(source, Kind::Io), Place::file(path)),
+        StorageError::NotAnImage { path, .. } => (Kind::WrongFormat, Place::file(path)),
+        StorageError::Outside { path, .. } => (Kind::Outside, Place::file(path)),
+        StorageError::Locked { path, .. } | StorageError::AlreadyOpen { path, .. } => {
+            (Kind::InUse, Place::file(path))
+        }
+        _ => (Kind::Host, Place::default()),
+    }
+}
+
+fn of_session(error: &SessionError) -> (Kind, Place) {
+    match error {
+        SessionError::SocketInUse { path } => (Kind::InUse, Place::file(path)),
+        SessionError::NotASocket { path } => (Kind::Socket, Place::file(path)),
+        SessionError::Socket { path, source, .. } => (of_io(source, Kind::Socket), Place::file(path)),
+        _ => (Kind::Socket, Place::default()),
+    }
+}
+
+fn of_io(error: &io::Error, other: Kind) -> Kind {
+    match error.kind() {
+        io::ErrorKind::NotFound => Kind::NotFound,
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => Kind::PermissionDenied,
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
+            Kind::NoSpace
+        }
+        _ => other,
+    }
+}
+
+fn of_errno(errno: Errno) -> Kind {
+    match errno {
+        Errno::ENOSPC | Errno::EDQUOT | Errno::EFBIG => Kind::NoSpace,
+        _ => Kind::Io,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_has_its_kind_and_its_place() {
+        let path = Path::new("a\n\u{9b}");
+        let source = OpenError::Io { path: path.into(), structure: "header", offset: 7, source: Errno::EIO };
+        let purpose = crate::error::Purpose::Info;
+        let text = failure(&ProgramError::Open { image: path.into(), purpose, source }).json();
+        let value: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        assert_eq!((&value["error"]["offset"], &value["error"]["kind"]), (&7.into(), &"io".into()));
+        assert_eq!(value["error"]["file"], "a\n\u{9b}");
+        assert!(!text.contains('\u{9b}'), "{text}");
+    }
+}
