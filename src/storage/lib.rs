@@ -17,6 +17,7 @@ pub mod host;
 pub mod operation;
 #[allow(unsafe_code)]
 pub mod pages;
+pub mod workers;
 pub mod zeroes;
 
 pub use buffer::{AlignedBuf, BufferPool};

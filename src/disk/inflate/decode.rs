@@ -24,16 +24,13 @@ pub enum InflateError {
 }
 
 /// Inflates clusters, and retains its memory between them.
+#[derive(Default)]
 pub(crate) struct Decoder {
     deflate: Option<Decompress>,
     zstd: Option<DCtx<'static>>,
 }
 
 impl Decoder {
-    pub fn new() -> Self {
-        Decoder { deflate: None, zstd: None }
-    }
-
     /// Fills `output`, a whole cluster, from data that begins with a stream and may have anything after it.
     pub fn inflate(
         &mut self,
@@ -110,7 +107,7 @@ mod tests {
     fn inflate(compression: Compression, data: &[u8]) -> Result<Vec<u8>, InflateError> {
         let mut output = vec![0xee; SIZE];
         // Twice, because a decoder is used again after any result.
-        let mut decoder = Decoder::new();
+        let mut decoder = Decoder::default();
         let first = decoder.inflate(compression, data, &mut output);
         assert_eq!(decoder.inflate(compression, data, &mut output), first);
         first.map(|()| output)

@@ -1,47 +1,22 @@
-//! The threads that inflate, so that a ring's thread serves other requests meanwhile.
+//! Jobs for the threads that inflate, so that a ring's thread serves other requests meanwhile.
 //!
-//! There are few. One more is started when there is work for it, and ends after some time without work. If none are
-//! allowed, the caller inflates on its own thread: for a simulator, in which everything must happen in one order.
+//! If none are allowed, the caller inflates on its own thread: for a simulator, in which everything must happen in one
+//! order.
 
-use std::collections::VecDeque;
 use std::ops::Range;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Poll, Waker};
-use std::thread::JoinHandle;
-use std::time::Duration;
 
 use qcow2::Compression;
 use storage::AlignedBuf;
-use tracing::warn;
+use storage::workers::{self, Workers};
 
 use super::InflateError;
 use super::decode::Decoder;
 
-/// A thread without work ends after this.
-const IDLE: Duration = Duration::from_secs(10);
-
+/// Inflates clusters, on other threads if any are allowed.
 pub(crate) struct Pool {
-    shared: Arc<Shared>,
-    threads_max: usize,
-}
-
-struct Shared {
-    /// Leaf lock.
-    state: Mutex<State>,
-    /// There is work, or the pool is being dropped.
-    work: Condvar,
-}
-
-#[derive(Default)]
-struct State {
-    jobs: VecDeque<Job>,
-    /// Threads that have not decided to end.
-    running: usize,
-    /// Running threads that wait for work.
-    idle: usize,
-    threads: Vec<JoinHandle<()>>,
-    stopping: bool,
+    workers: Option<Workers<Job>>,
 }
 
 /// A cluster to be inflated. If it is dropped before, it reports that.
@@ -76,19 +51,16 @@ struct AnswerState {
 }
 
 impl Pool {
-    /// A pool of at most `threads_max` threads.
+    /// A pool of at most `threads_max` threads. Without any, the caller's thread inflates.
     pub fn new(threads_max: usize) -> Self {
-        let shared = Shared { state: Mutex::default(), work: Condvar::new() };
-        Pool { shared: Arc::new(shared), threads_max }
+        Pool { workers: (threads_max > 0).then(|| Workers::new("strata-inflate", threads_max)) }
     }
 
     /// Inflates a cluster; returns the buffer, unless it was lost with a thread.
     pub async fn inflate(&self, compressed: Compressed) -> (Result<Vec<u8>>, Option<AlignedBuf>) {
-        if self.threads_max == 0 {
-            return compressed.inflate(&mut Decoder::new());
-        }
+        let Some(workers) = &self.workers else { return compressed.inflate(&mut Decoder::default()) };
         let answer = Arc::<Answer>::default();
-        self.push(Job { compressed: Some(compressed), answer: Some(Arc::clone(&answer)) });
+        workers.submit([Job { compressed: Some(compressed), answer: Some(Arc::clone(&answer)) }]);
         std::future::poll_fn(|context| {
             let mut state = answer.lock();
             if let Some(result) = state.result.take() {
@@ -99,92 +71,11 @@ impl Pool {
         })
         .await
     }
-
-    fn push(&self, job: Job) {
-        let mut state = self.shared.lock();
-        state.jobs.push_back(job);
-        if state.jobs.len() <= state.idle {
-            drop(state);
-            return self.shared.work.notify_one();
-        }
-        if state.running >= self.threads_max {
-            return;
-        }
-        state.threads.retain(|thread| !thread.is_finished());
-        let shared = Arc::clone(&self.shared);
-        let thread = std::thread::Builder::new().name("strata-inflate".into()).spawn(move || shared.work());
-        match thread {
-            Ok(thread) => {
-                state.running += 1;
-                state.threads.push(thread);
-            }
-            Err(error) if state.running == 0 => {
-                warn!(%error, "the host refused a thread: a cluster is inflated without one");
-                let job = state.jobs.pop_back();
-                drop(state);
-                job.into_iter().for_each(|job| job.run(&mut Decoder::new()));
-            }
-            // Other threads do the work.
-            Err(_) => {}
-        }
-    }
 }
 
-impl Drop for Pool {
-    fn drop(&mut self) {
-        let mut state = self.shared.lock();
-        state.stopping = true;
-        let threads = std::mem::take(&mut state.threads);
-        drop(state);
-        self.shared.work.notify_all();
-        for thread in threads {
-            if thread.join().is_err() {
-                warn!("a thread that inflated ended in a panic");
-            }
-        }
-    }
-}
+impl workers::Job for Job {
+    type Scratch = Decoder;
 
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().expect("no panic under this lock")
-    }
-
-    /// The loop of a thread.
-    fn work(&self) {
-        let mut decoder = Decoder::new();
-        while let Some(job) = self.next() {
-            // The drop of the job reports the panic to the waiting request.
-            if catch_unwind(AssertUnwindSafe(|| job.run(&mut decoder))).is_err() {
-                decoder = Decoder::new();
-            }
-        }
-    }
-
-    /// The next job; none if the thread must end, because it no longer counts as running.
-    fn next(&self) -> Option<Job> {
-        let mut state = self.lock();
-        loop {
-            if let Some(job) = state.jobs.pop_front() {
-                return Some(job);
-            }
-            if state.stopping {
-                state.running -= 1;
-                return None;
-            }
-            state.idle += 1;
-            let (woken, waited) = self.work.wait_timeout(state, IDLE).expect("no panic under this lock");
-            state = woken;
-            state.idle -= 1;
-            if waited.timed_out() && state.jobs.is_empty() {
-                state.running -= 1;
-                return None;
-            }
-        }
-    }
-}
-
-impl Job {
     fn run(mut self, decoder: &mut Decoder) {
         let compressed = self.compressed.take().expect("a job is run once");
         let result = compressed.inflate(decoder);
@@ -284,7 +175,7 @@ mod tests {
                     });
                 }
             });
-            assert!(pool.shared.lock().running <= threads_max);
+            assert!(pool.workers.is_none_or(|workers| workers.running() <= threads_max));
         }
     }
 

@@ -1,25 +1,22 @@
-//! Threads that make plain system calls, for hosts that refuse io_uring.
+//! Jobs for threads that make plain system calls, for hosts that refuse io_uring.
 //!
-//! One pool serves all queues of a storage in order of arrival. Threads start when there is work and end after some
-//! idle time. Results go to the [`Outbox`] of the job; the pool does not know its queues.
+//! One pool serves all queues of a storage in order of arrival. Results go to the [`Outbox`] of the job; the pool does
+//! not know its queues.
 
-use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
-use tracing::{error, warn};
+use tracing::error;
 
 use super::OpenFile;
 use super::inline;
 use super::notify::Wakeup;
 use super::slots::Slot;
+use crate::workers::{self, Workers};
 use crate::{Errno, Notifier};
 
 /// The most threads, and so concurrent calls, of one storage.
 const THREADS_MAX: usize = 64;
-/// How long a thread waits for work before it ends.
-const IDLE_MAX: Duration = Duration::from_secs(10);
 
 /// An operation that any thread may run.
 pub(super) struct Job {
@@ -66,81 +63,28 @@ impl Outbox {
     }
 }
 
-/// The threads and the jobs that wait for one.
-#[derive(Default)]
-pub(super) struct Pool {
-    state: Mutex<State>,
-    work: Condvar,
+impl workers::Job for Job {
+    type Scratch = ();
+
+    fn run(self, _scratch: &mut ()) {
+        carry_out(self);
+    }
 }
 
-#[derive(Default)]
-struct State {
-    jobs: VecDeque<Job>,
-    threads: usize,
-    idle: usize,
-}
+/// The threads of a storage.
+#[derive(Debug)]
+pub(super) struct Pool(Workers<Job>);
 
-impl std::fmt::Debug for Pool {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let state = lock(&self.state);
-        write!(f, "Pool({} jobs, {} threads, {} idle)", state.jobs.len(), state.threads, state.idle)
+impl Default for Pool {
+    fn default() -> Self {
+        Pool(Workers::new("strata-io", THREADS_MAX))
     }
 }
 
 impl Pool {
     /// Queues the jobs; they run in any order.
-    pub(super) fn submit(self: &Arc<Self>, jobs: impl IntoIterator<Item = Job>) {
-        let mut state = lock(&self.state);
-        state.jobs.extend(jobs);
-        let (waiting, idle) = (state.jobs.len(), state.idle);
-        let lacking = waiting.saturating_sub(idle).min(THREADS_MAX.saturating_sub(state.threads));
-        state.threads += lacking;
-        drop(state);
-        for _ in 0..waiting.min(idle) {
-            self.work.notify_one();
-        }
-        for started in 0..lacking {
-            let pool = Arc::clone(self);
-            let thread = std::thread::Builder::new().name("strata-io".to_owned());
-            if let Err(error) = thread.spawn(move || pool.serve()) {
-                warn!(%error, "no further thread for I/O");
-                self.lack(lacking - started);
-                return;
-            }
-        }
-    }
-
-    /// Corrects the count after threads could not be started. If there are none at all, the caller runs the jobs.
-    fn lack(&self, threads: usize) {
-        let mut state = lock(&self.state);
-        state.threads -= threads;
-        if state.threads == 0 {
-            while let Some(job) = state.jobs.pop_front() {
-                drop(state);
-                carry_out(job);
-                state = lock(&self.state);
-            }
-        }
-    }
-
-    fn serve(&self) {
-        let mut state = lock(&self.state);
-        loop {
-            if let Some(job) = state.jobs.pop_front() {
-                drop(state);
-                carry_out(job);
-                state = lock(&self.state);
-                continue;
-            }
-            state.idle += 1;
-            let waited = self.work.wait_timeout_while(state, IDLE_MAX, |state| state.jobs.is_empty());
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
-            state.idle -= 1;
-            if state.jobs.is_empty() {
-                state.threads -= 1;
-                return;
-            }
-        }
+    pub(super) fn submit(&self, jobs: impl IntoIterator<Item = Job>) {
+        self.0.submit(jobs);
     }
 }
 
