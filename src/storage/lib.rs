@@ -132,6 +132,15 @@ pub trait IoQueue {
     /// the same ring as file I/O, and keeps it open until the queue is dropped.
     fn watch(&mut self, event: EventFd);
 
+    /// Signals on watched eventfds that this queue has met so far, several as one if they came close together.
+    fn signals(&self) -> u64 {
+        0
+    }
+
+    /// A hint: whether signals on watched eventfds are to end waits from now on, as they do at first. While they are
+    /// not, one more signal may still end a wait. A signal that comes meanwhile ends the first wait afterwards.
+    fn heed_signals(&mut self, _heed: bool) {}
+
     /// A handle by which any thread can end this queue's [`IoQueue::wait`].
     fn notifier(&self) -> Arc<dyn Notifier>;
 

@@ -164,6 +164,18 @@ impl<S: Storage> BlockQueue for DeviceQueue<S> {
         self.queue.watch(event);
     }
 
+    fn kicks(&self) -> u64 {
+        self.queue.signals()
+    }
+
+    fn heed_kicks(&mut self, heed: bool) {
+        self.queue.heed_signals(heed);
+    }
+
+    fn waiting(&self) -> usize {
+        self.queue.waiting()
+    }
+
     fn notifier(&self) -> Arc<dyn Fn() + Send + Sync> {
         let notifier = self.queue.notifier();
         Arc::new(move || notifier.notify())

@@ -17,5 +17,15 @@ pub(crate) const PORTION_MOST: u16 = bound(128, 1) as u16;
 /// slower here; with fewer than 8, a request takes more processor time.
 pub(crate) const PORTION_STARTED: u16 = bound(8, 1) as u16;
 
-/// Segments of discards in flight at the same time.
-pub(crate) const SEGMENT_SLOTS: usize = bound(32, 1) as usize;
+/// Bytes of data of a piece of a large request: a multiple of 512. A batch, between two looks for a stop, is less than
+/// two pieces.
+pub(crate) const PIECE_BYTES: u64 = bound(2 << 20, 4096);
+
+/// Clusters or subclusters of a piece of a discard or write zeroes.
+pub(crate) const PIECE_GRANULES: u64 = bound(1024, 1);
+
+/// Pieces in flight on a queue at the same time.
+pub(crate) const PIECE_SLOTS: usize = bound(32, 1) as usize;
+
+/// While a queue has this many bytes in flight, it takes no more chains. A stop has to drain them.
+pub(crate) const IN_FLIGHT_BYTES: u64 = bound(32 << 20, 8192);

@@ -137,6 +137,21 @@ pub trait BlockQueue {
     /// From now on a signal on `event` ends [`BlockQueue::wait`]. The queue reads (resets) the eventfd itself.
     fn watch(&mut self, event: EventFd);
 
+    /// Signals on watched eventfds that this queue has met so far, several as one if they came close together.
+    fn kicks(&self) -> u64 {
+        0
+    }
+
+    /// A hint: whether signals on watched eventfds are to end waits from now on, as they do at first. While they are
+    /// not, one more signal may still end a wait. A signal that comes meanwhile ends the first wait afterwards.
+    fn heed_kicks(&mut self, _heed: bool) {}
+
+    /// How many requests of this queue wait for somebody's help, such as for space on the host. Only requests that
+    /// change the disk, and flushes, may.
+    fn waiting(&self) -> usize {
+        0
+    }
+
     /// A function with which any thread ends this queue's present or next [`BlockQueue::wait`]: used between two waits,
     /// it is not lost. It may be used after the queue is gone, to no effect.
     fn notifier(&self) -> Arc<dyn Fn() + Send + Sync>;

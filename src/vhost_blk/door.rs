@@ -13,7 +13,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use tracing::{debug, warn};
 
 use crate::error::SessionError;
-use crate::peer::Peer;
+use crate::peer::{self, Peer};
 use crate::socket_file::Listening;
 use crate::stop::StopHandle;
 
@@ -67,10 +67,7 @@ struct Inside {
 impl Inside {
     /// True if this frontend is leaving, so that the next one gets its place soon.
     fn is_going(&self) -> bool {
-        let mut fds = [PollFd::new(&self.stream, PollFlags::RDHUP)];
-        let gone = PollFlags::HUP | PollFlags::RDHUP | PollFlags::ERR;
-        let polled = rustix::event::poll(&mut fds, Some(&Timespec::default()));
-        self.ending || (polled.is_ok() && fds[0].revents().intersects(gone))
+        self.ending || peer::has_hung_up(&self.stream)
     }
 }
 

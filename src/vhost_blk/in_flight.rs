@@ -1,21 +1,24 @@
 //! The requests of one queue that the disk has, and the chains that their slots belong to.
 //!
-//! A chain with one request has one slot, which is the tag. A discard of several segments has a slot for the chain and
-//! one for each segment. Segment slots come from a small extra set, so that the depth promised to the disk always
-//! holds. Segments wait in line while that set is used up.
+//! A chain with one small request has one slot, which is the tag. Any other has a slot for the chain and one for each
+//! piece that the disk has; the rest of it waits here. Slots of pieces come from a small extra set, so that the depth
+//! promised to the disk always holds. Counts the bytes that the disk has, and those of the current batch.
 
 use std::collections::VecDeque;
 
 use slab::Slab;
 
-use crate::bounds::SEGMENT_SLOTS;
+use crate::bounds::{IN_FLIGHT_BYTES, PIECE_BYTES, PIECE_SLOTS};
 use crate::device::{Done, GuestSlice, Request, Status, Tag};
+use crate::pieces::{Cutter, Rest};
 use crate::request::{Kind, Submission};
 
 /// A chain that the disk works on, or has finished.
 #[derive(Debug)]
 pub(crate) struct Pending {
     pub head: u16,
+    /// Its index in the available ring.
+    pub index: u16,
     pub kind: Kind,
     pub status_byte: GuestSlice,
     pub status: Status,
@@ -23,53 +26,92 @@ pub(crate) struct Pending {
     pub bytes: u32,
     /// Bytes written to the chain on success, the status byte included.
     pub written: u32,
-    /// Its requests that are not done.
+    /// It is not answered, but put back into the ring.
+    pub put_back: bool,
+    /// Its requests that the disk has.
     open: usize,
+    /// The disk does not have all of it yet.
+    has_rest: bool,
     /// The portion that it was taken with.
     portion: u32,
 }
 
 #[derive(Debug)]
 enum Slot {
-    Chain(Pending),
-    Segment { chain: usize },
+    Chain(Pending, u64),
+    /// A piece of a chain, and its weight.
+    Piece(usize, u64),
     Closing,
 }
 
 #[derive(Debug)]
 pub(crate) struct InFlight {
     slots: Slab<Slot>,
-    /// Segments not yet sent to the disk, with the slots of their chains.
-    waiting: VecDeque<(usize, Request)>,
-    /// Slots taken by segments.
-    segments: usize,
+    cutter: Cutter,
+    /// Chains that the disk does not have all of, in the order of their arrival.
+    rests: VecDeque<Rest>,
+    /// Slots taken by pieces.
+    pieces: usize,
+    /// The weight of what the disk has: reads, and everything else.
+    reads: u64,
+    others: u64,
+    /// The weight of what went to the disk since the last [`InFlight::end_batch`].
+    batch: u64,
     /// Counts portions, for [`InFlight::is_of_portion`].
     portion: u32,
 }
 
 impl InFlight {
     /// Room for every chain of a ring.
-    pub(crate) fn new(ring_size: u16) -> Self {
+    pub(crate) fn new(ring_size: u16, cutter: Cutter) -> Self {
         InFlight {
-            slots: Slab::with_capacity(usize::from(ring_size) + SEGMENT_SLOTS + 1),
-            waiting: VecDeque::new(),
-            segments: 0,
+            slots: Slab::with_capacity(usize::from(ring_size) + PIECE_SLOTS + 1),
+            cutter,
+            rests: VecDeque::new(),
+            pieces: 0,
+            reads: 0,
+            others: 0,
+            batch: 0,
             portion: 0,
         }
     }
 
     /// The most requests that a ring of this size has in flight on its disk.
     pub(crate) fn depth(ring_size: u16) -> u32 {
-        u32::from(ring_size) + SEGMENT_SLOTS as u32 + 1
+        u32::from(ring_size) + PIECE_SLOTS as u32 + 1
     }
 
     pub(crate) fn is_empty(&self) -> bool {
         self.slots.is_empty()
     }
 
-    /// Slots in use: requests that the disk has, and chains whose segments it has.
+    /// Slots in use: requests that the disk has, and chains whose pieces it has.
     pub(crate) fn len(&self) -> usize {
         self.slots.len()
+    }
+
+    /// True if the disk does not have all of some chain yet.
+    pub(crate) fn has_rest(&self) -> bool {
+        !self.rests.is_empty()
+    }
+
+    /// Whether one more chain may be taken, however large. `waits`: the disk has requests that wait for help.
+    ///
+    /// A chain that is not wholly at the disk is the last one taken, so that a stop can put it back. Neither this nor
+    /// the weight in flight counts for requests that wait for help: others must pass them.
+    pub(crate) fn has_room(&self, waits: bool) -> bool {
+        (self.rests.is_empty() || waits) && self.has_weight(waits)
+    }
+
+    /// Whether one more piece may go to the disk in this batch.
+    fn has_weight(&self, waits: bool) -> bool {
+        let others = if waits { 0 } else { self.others };
+        self.batch < PIECE_BYTES && self.reads + others < IN_FLIGHT_BYTES
+    }
+
+    /// A batch has gone to the disk: from now on the next one is counted.
+    pub(crate) fn end_batch(&mut self) {
+        self.batch = 0;
     }
 
     /// Chains that are added from now on are of another portion than those before.
@@ -82,42 +124,62 @@ impl InFlight {
         pending.portion == self.portion
     }
 
-    /// Adds a chain. A single request is returned, to be submitted with the tag. Several requests wait, and
-    /// [`InFlight::next_segment`] returns them.
-    pub(crate) fn add(&mut self, head: u16, submission: Submission) -> Option<(Tag, Request)> {
+    /// Adds a chain with its memory. A small request is returned, to be submitted with the tag. Any other waits, and
+    /// [`InFlight::next_piece`] returns its pieces.
+    pub(crate) fn add(
+        &mut self,
+        head: u16,
+        index: u16,
+        submission: Submission,
+        data: &[GuestSlice],
+    ) -> Option<(Tag, Request)> {
         let Submission { kind, status_byte, requests, bytes, written } = submission;
-        let open = requests.len();
+        let whole = self.cutter.whole(&requests, bytes);
         let pending = Pending {
             head,
+            index,
             kind,
             status_byte,
             status: Status::Ok,
             bytes,
             written,
-            open,
+            put_back: false,
+            open: usize::from(whole.is_some()),
+            has_rest: whole.is_none(),
             portion: self.portion,
         };
-        let slot = self.slots.insert(Slot::Chain(pending));
-        if let [request] = requests[..] {
-            return Some((tag(slot), request));
+        let slot = self.slots.insert(Slot::Chain(pending, whole.unwrap_or(0)));
+        if let Some(weight) = whole {
+            self.count(kind, weight);
+            return Some((tag(slot), requests[0]));
         }
-        self.waiting.extend(requests.into_iter().map(|request| (slot, request)));
+        self.rests.push_back(Rest::new(slot, requests, data, bytes));
         None
     }
 
-    /// True if [`InFlight::next_segment`] would return a segment.
-    pub(crate) fn may_submit(&self) -> bool {
-        self.segments < SEGMENT_SLOTS && !self.waiting.is_empty()
+    /// True if [`InFlight::next_piece`] would return a piece.
+    pub(crate) fn may_submit(&self, waits: bool) -> bool {
+        !self.rests.is_empty() && self.pieces < PIECE_SLOTS && self.has_weight(waits)
     }
 
-    /// The next segment that may be submitted.
-    pub(crate) fn next_segment(&mut self) -> Option<(Tag, Request)> {
-        if !self.may_submit() {
+    /// The next piece that may be submitted. Its memory replaces `slices`.
+    pub(crate) fn next_piece(&mut self, waits: bool, slices: &mut Vec<GuestSlice>) -> Option<(Tag, Request)> {
+        if !self.may_submit(waits) {
             return None;
         }
-        let (chain, request) = self.waiting.pop_front()?;
-        self.segments += 1;
-        Some((tag(self.slots.insert(Slot::Segment { chain })), request))
+        let rest = self.rests.front_mut()?;
+        let (request, weight) = rest.next(&self.cutter, slices);
+        let (chain, ends) = (rest.chain, rest.is_empty());
+        if ends {
+            self.rests.pop_front();
+        }
+        let pending = chain_of(&mut self.slots, chain);
+        pending.open += 1;
+        pending.has_rest = !ends;
+        let kind = pending.kind;
+        self.count(kind, weight);
+        self.pieces += 1;
+        Some((tag(self.slots.insert(Slot::Piece(chain, weight))), request))
     }
 
     /// A tag for the session's own flush.
@@ -128,32 +190,79 @@ impl InFlight {
     /// Records a request as done. Returns the chain if that was its last request.
     pub(crate) fn finish(&mut self, done: Done) -> Option<Pending> {
         let slot = done.tag.0 as usize;
-        let chain =
+        let (chain, weight) =
             match self.slots.try_remove(slot).expect("the disk finished a request that it did not have") {
                 Slot::Closing => return None,
-                Slot::Segment { chain } => {
-                    self.segments -= 1;
-                    chain
-                }
-                Slot::Chain(pending) => {
-                    assert_eq!(pending.open, 1, "the disk finished a request that it did not have");
+                Slot::Piece(chain, weight) => (chain, weight),
+                Slot::Chain(pending, weight) => {
+                    assert!(!pending.has_rest, "the disk finished a request that it did not have");
+                    *self.weight_of(pending.kind) -= weight;
                     return Some(Pending { status: done.status, ..pending });
                 }
             };
-        let Some(Slot::Chain(pending)) = self.slots.get_mut(chain) else {
-            unreachable!("a segment's chain stays until all its segments are done");
-        };
+        self.pieces -= 1;
+        let pending = chain_of(&mut self.slots, chain);
         pending.open -= 1;
         if done.status != Status::Ok {
             pending.status = done.status;
         }
-        if pending.open > 0 {
+        let (kind, failed) = (pending.kind, pending.status != Status::Ok);
+        *self.weight_of(kind) -= weight;
+        if failed {
+            // The guest learns of one error, so the disk is spared the rest.
+            self.rests.retain(|rest| rest.chain != chain);
+            chain_of(&mut self.slots, chain).has_rest = false;
+        }
+        self.take_ended(chain)
+    }
+
+    /// The ring is being stopped: the disk gets no more pieces. A chain whose rest it lacks is put back into the ring
+    /// if no later one stays taken, as `next` is the index after the newest; else it fails. Returns the chains of which
+    /// the disk has nothing, in the order of their arrival; [`InFlight::finish`] returns the others.
+    pub(crate) fn let_rests_go(&mut self, next: u16) -> Vec<Pending> {
+        let mut newest = next.wrapping_sub(1);
+        let mut ended = Vec::new();
+        for rest in std::mem::take(&mut self.rests).into_iter().rev() {
+            let pending = chain_of(&mut self.slots, rest.chain);
+            pending.has_rest = false;
+            pending.put_back = pending.index == newest;
+            if pending.put_back {
+                newest = newest.wrapping_sub(1);
+            } else {
+                pending.status = Status::IoError;
+            }
+            ended.extend(self.take_ended(rest.chain));
+        }
+        ended.reverse();
+        ended
+    }
+
+    /// Removes a chain that goes in pieces, if none of it is left.
+    fn take_ended(&mut self, chain: usize) -> Option<Pending> {
+        let pending = chain_of(&mut self.slots, chain);
+        if pending.open > 0 || pending.has_rest {
             return None;
         }
         match self.slots.remove(chain) {
-            Slot::Chain(pending) => Some(pending),
+            Slot::Chain(pending, _) => Some(pending),
             _ => unreachable!("looked at just before"),
         }
+    }
+
+    fn count(&mut self, kind: Kind, weight: u64) {
+        *self.weight_of(kind) += weight;
+        self.batch += weight;
+    }
+
+    fn weight_of(&mut self, kind: Kind) -> &mut u64 {
+        if kind == Kind::Read { &mut self.reads } else { &mut self.others }
+    }
+}
+
+fn chain_of(slots: &mut Slab<Slot>, chain: usize) -> &mut Pending {
+    match slots.get_mut(chain) {
+        Some(Slot::Chain(pending, _)) => pending,
+        _ => unreachable!("a piece's chain stays until all its pieces are done"),
     }
 }
 

@@ -11,6 +11,7 @@
 
 pub mod bounds;
 mod config;
+mod control;
 mod descriptor;
 pub mod device;
 mod door;
@@ -25,8 +26,10 @@ mod memory;
 mod message;
 mod metrics;
 mod options;
+mod pace;
 mod part;
 mod peer;
+mod pieces;
 mod poll;
 mod portion;
 mod relay;
@@ -35,6 +38,7 @@ mod ring;
 #[cfg(test)]
 mod ring_tests;
 mod server;
+mod serving;
 mod session;
 mod socket_file;
 mod stop;

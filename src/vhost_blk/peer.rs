@@ -1,8 +1,9 @@
-//! The process at the other end of a socket, for the log.
+//! The process at the other end of a socket: its name for the log, and whether it has left.
 
 use std::fs;
 use std::os::fd::AsFd;
 
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::sockopt;
 
 /// The longest name of a program in bytes (`TASK_COMM_LEN`).
@@ -36,6 +37,14 @@ impl std::fmt::Display for Peer {
             None => f.write_str("an unknown process"),
         }
     }
+}
+
+/// True if the process at the other end has closed its socket, or at least sends no more.
+pub(crate) fn has_hung_up(socket: impl AsFd) -> bool {
+    let gone = PollFlags::HUP | PollFlags::RDHUP | PollFlags::ERR;
+    let mut fds = [PollFd::new(&socket, PollFlags::RDHUP)];
+    let polled = rustix::event::poll(&mut fds, Some(&Timespec::default()));
+    polled.is_ok() && fds[0].revents().intersects(gone)
 }
 
 /// The program's name. The process chooses it, so unusual characters are replaced.

@@ -230,6 +230,15 @@ impl Ring {
         Ok(())
     }
 
+    /// Puts the newest chain that is still taken back, unanswered: the next pop finds it again.
+    ///
+    /// # Panics
+    /// If the chain is not in flight.
+    pub fn put_back(&mut self, head: u16) {
+        assert!(self.in_flight.remove(head), "a chain that is not in flight was put back");
+        self.next_available = self.next_available.wrapping_sub(1);
+    }
+
     /// Gives chains back, in this order. The guest sees all of them at once.
     ///
     /// # Errors

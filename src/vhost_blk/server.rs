@@ -22,7 +22,7 @@ use crate::loss::MemoryLoss;
 use crate::memory::RegionInfo;
 use crate::message::Envelope;
 use crate::options::ServeOptions;
-use crate::peer::Peer;
+use crate::peer::{self, Peer};
 use crate::relay::{Relay, Wakers};
 use crate::session::Session;
 use crate::socket_file::Listening;
@@ -159,7 +159,12 @@ fn run_session<D: BlockDevice>(
         Ok(loss) => Arc::new(loss),
         Err(error) => return warn!(%error, "no eventfd for the session; the frontend is turned away"),
     };
-    let session = Session::new(Arc::clone(device), options.clone(), Arc::clone(&loss));
+    let (its_stream, its_stop) = match stream.try_clone() {
+        Ok(stream) => (stream, stop.clone()),
+        Err(error) => return warn!(%error, "no descriptor for the session; the frontend is turned away"),
+    };
+    let hurry = move || its_stop.is_stopped() || peer::has_hung_up(&its_stream);
+    let session = Session::new(Arc::clone(device), options.clone(), Arc::clone(&loss), hurry);
     let session = Arc::new(Mutex::new(session));
     let end = handle_messages(&stream, &session, &loss, door, stop);
     let seconds = began.elapsed().as_secs();

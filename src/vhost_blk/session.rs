@@ -18,6 +18,7 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
 use crate::config::{self, FLUSH, PROTOCOL_FEATURES, WRITEBACK_OFFSET};
+use crate::control::{Shared, Stop};
 use crate::device::{BlockDevice, DeviceProfile};
 use crate::error::MemoryError;
 use crate::fd::{eventfd_from, may_be_event};
@@ -26,7 +27,6 @@ use crate::memory::{MAX_MEMORY_SLOTS, MemoryTable, RegionInfo};
 use crate::message::Envelope;
 use crate::options::ServeOptions;
 use crate::vring::{Surroundings, UserAddresses, Vring};
-use crate::worker::Shared;
 
 /// Why a message is refused.
 #[derive(Debug, thiserror::Error)]
@@ -61,6 +61,8 @@ pub(crate) struct Session<D: BlockDevice> {
     vrings: Vec<Vring>,
     table: MemoryTable,
     shared: Arc<Shared>,
+    /// Whether nobody waits for the answer to a message any more: the frontend is gone, or the server stops.
+    hurry: Box<dyn Fn() -> bool + Send>,
     /// The virtio features in force, once the frontend has set them.
     features: Option<u64>,
     protocol_features: VhostUserProtocolFeatures,
@@ -73,7 +75,12 @@ pub(crate) struct Session<D: BlockDevice> {
 }
 
 impl<D: BlockDevice> Session<D> {
-    pub(crate) fn new(device: Arc<D>, options: ServeOptions, loss: Arc<MemoryLoss>) -> Self {
+    pub(crate) fn new(
+        device: Arc<D>,
+        options: ServeOptions,
+        loss: Arc<MemoryLoss>,
+        hurry: impl Fn() -> bool + Send + 'static,
+    ) -> Self {
         Session {
             profile: device.profile(),
             vrings: (0..options.num_queues).map(Vring::new).collect(),
@@ -81,6 +88,7 @@ impl<D: BlockDevice> Session<D> {
             options,
             table: MemoryTable::watched(loss),
             shared: Arc::new(Shared::new()),
+            hurry: Box::new(hurry),
             features: None,
             protocol_features: VhostUserProtocolFeatures::empty(),
             writeback: true,
@@ -116,7 +124,7 @@ impl<D: BlockDevice> Session<D> {
 
     /// Ends the session: every queue is drained and stopped.
     pub(crate) fn close(&mut self) {
-        self.stop_all(false);
+        self.stop_all();
     }
 
     fn refuse<T>(&mut self, refusal: impl Into<Refusal>) -> Result<T> {
@@ -176,8 +184,8 @@ impl<D: BlockDevice> Session<D> {
         (0..self.vrings.len()).for_each(|index| self.start(index));
     }
 
-    fn stop_all(&mut self, flush: bool) {
-        self.vrings.iter_mut().for_each(|vring| vring.stop(flush));
+    fn stop_all(&mut self) {
+        Vring::stop_all(&mut self.vrings, Stop::Drain, &self.hurry);
     }
 
     /// Puts a memory table in use. While queues run, it must keep every mapping of the old table.
@@ -203,8 +211,8 @@ impl<D: BlockDevice> Session<D> {
         // All are drained before one flushes: a write that began in the cache must not end after the flush.
         let Some(first) = self.vrings.iter().position(Vring::is_running) else { return };
         let (before, after) = self.vrings.split_at_mut(first + 1);
-        after.iter_mut().for_each(|vring| vring.stop(false));
-        before[first].stop(true);
+        Vring::stop_all(after, Stop::Drain, &self.hurry);
+        Vring::stop_all([&mut before[first]], Stop::DrainAndFlush, &self.hurry);
         self.start_all();
     }
 }
@@ -219,7 +227,7 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
     }
 
     fn reset_device(&mut self) -> Result<()> {
-        self.stop_all(false);
+        self.stop_all();
         self.vrings.iter_mut().for_each(|vring| vring.enabled = false);
         self.writeback = true;
         self.update_write_through();
@@ -243,7 +251,7 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
         if self.features == Some(features) {
             return Ok(());
         }
-        self.stop_all(false);
+        self.stop_all();
         info!("features in force: {} ({features:#x})", config::names(features));
         self.features = Some(features);
         self.update_write_through();
@@ -260,7 +268,7 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
         let infos: Vec<_> = regions.iter().map(RegionInfo::from).collect();
         match self.table.with_regions(&infos, files) {
             Ok(table) => {
-                self.stop_all(false);
+                self.stop_all();
                 self.use_table(table);
                 Ok(None)
             }
@@ -290,7 +298,7 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
     fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
         match self.table.without_region(RegionInfo::from(&**region)) {
             Ok(table) => {
-                self.stop_all(false);
+                self.stop_all();
                 self.use_table(table);
                 Ok(())
             }
@@ -391,8 +399,9 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
         if enable {
             self.start(queue);
         } else {
-            // Cloud Hypervisor pauses a machine by this message alone, and its user may then copy the image.
-            self.vrings[queue].stop(true);
+            // Cloud Hypervisor pauses a machine by this message alone, and its user may then copy the image. It resumes
+            // with the available index of that moment as base, so what stays in the ring would be lost.
+            Vring::stop_all([&mut self.vrings[queue]], Stop::Pause, &self.hurry);
         }
         Ok(())
     }

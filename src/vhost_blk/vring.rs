@@ -11,12 +11,13 @@ use tracing::{debug, info, warn};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::{EVENT_INDEX, INDIRECT};
+use crate::control::{Shared, Stop, WorkerSetup};
 use crate::device::BlockDevice;
 use crate::fd::SignalSlot;
 use crate::memory::MemoryTable;
 use crate::metrics::Metrics;
 use crate::ring::{Ring, RingLayout};
-use crate::worker::{Shared, Worker, WorkerSetup};
+use crate::worker::Worker;
 
 /// A ring's parts by their addresses in the frontend's address space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,13 +64,27 @@ impl Vring {
         self.worker.is_some()
     }
 
-    /// Stops the worker, if there is one: its requests are done afterwards, and if asked for, durable.
-    pub(crate) fn stop(&mut self, flush: bool) {
-        if let Some(worker) = self.worker.take() {
-            let exit = worker.stop(flush);
-            self.base = exit.next_available;
-            self.broken |= exit.broken;
+    /// Stops the workers of all these rings that run. All are told first, so that none goes on serving while another
+    /// one drains.
+    pub(crate) fn stop_all<'a>(
+        vrings: impl IntoIterator<Item = &'a mut Vring>,
+        stop: Stop,
+        hurry: &dyn Fn() -> bool,
+    ) {
+        let (vrings, workers): (Vec<_>, Vec<_>) = vrings
+            .into_iter()
+            .filter_map(|vring| vring.worker.take().map(|worker| (vring, worker)))
+            .inspect(|(_, worker)| worker.tell(stop))
+            .unzip();
+        for (vring, exit) in vrings.into_iter().zip(Worker::join_all(workers, hurry)) {
+            vring.base = exit.next_available;
+            vring.broken |= exit.broken;
         }
+    }
+
+    /// Stops the worker, if there is one, as soon as possible.
+    pub(crate) fn drain(&mut self) {
+        Self::stop_all([self], Stop::Drain, &|| false);
     }
 
     /// Sets the number of descriptors; false if it cannot change now.
@@ -93,7 +108,7 @@ impl Vring {
 
     /// The next index in the available ring of a stopped ring. It stays stopped until it gets a new kick descriptor.
     pub(crate) fn take_base(&mut self) -> u16 {
-        self.stop(false);
+        self.drain();
         self.kick = None;
         self.broken = false;
         self.base
@@ -104,13 +119,13 @@ impl Vring {
         if self.addresses == Some(addresses) {
             return;
         }
-        self.stop(false);
+        self.drain();
         self.broken = false;
         self.addresses = Some(addresses);
     }
 
     pub(crate) fn set_kick(&mut self, kick: Option<EventFd>) {
-        self.stop(false);
+        self.drain();
         self.broken = false;
         self.kick = kick;
     }
@@ -165,7 +180,6 @@ impl Vring {
             resumed: ring.was_used(),
             ring,
             ring_size: size,
-            memory,
             shared: Arc::clone(surroundings.shared),
             kick,
             call: Arc::clone(&self.call),

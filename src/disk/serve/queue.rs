@@ -20,6 +20,7 @@ use crate::error::{OpenError, RequestError, is_no_space};
 use crate::runtime::driver::Driver;
 use crate::serve::policy::Discards;
 use crate::serve::read::owned;
+use crate::serve::space::Waiting;
 use crate::serve::worker::Worker;
 use crate::serve::zero::Tried;
 
@@ -369,6 +370,21 @@ impl<S: Storage> DiskQueue<S> {
         self.driver.queue().watch(event);
     }
 
+    /// Signals on watched eventfds that this queue has met so far.
+    pub fn signals(&self) -> u64 {
+        self.driver.queue().signals()
+    }
+
+    /// A hint: whether signals on watched eventfds are to end waits, as [`IoQueue::heed_signals`].
+    pub fn heed_signals(&mut self, heed: bool) {
+        self.driver.queue().heed_signals(heed);
+    }
+
+    /// How many requests of this queue wait for space on the host.
+    pub fn waiting(&self) -> usize {
+        self.worker.waiting.get()
+    }
+
     /// The queue is being stopped: from now on no request of it waits for space on the host, but fails.
     pub fn give_up(&mut self) {
         self.worker.leaving.set(true);
@@ -468,7 +484,7 @@ impl<S: Storage> Worker<S> {
                 return result;
             }
             let waiting = waiting.get_or_insert_with(|| self.shared.space.begin(&self.driver));
-            if !waiting.pause(|| self.gives_up()).await {
+            if !self.wait_for_space(waiting).await {
                 return result;
             }
             result = self.carry_out(self.enter(), request, slices).await;
@@ -531,11 +547,19 @@ impl<S: Storage> Worker<S> {
         }
         if self.waits_after(&Request::Flush, &result) {
             let mut waiting = self.shared.space.begin(&self.driver);
-            while self.waits_after(&Request::Flush, &result) && waiting.pause(|| self.gives_up()).await {
+            while self.waits_after(&Request::Flush, &result) && self.wait_for_space(&mut waiting).await {
                 result = self.flush().await;
             }
         }
         result
+    }
+
+    /// Waits until a retry is worthwhile; false if the request must not wait any more.
+    async fn wait_for_space(&self, waiting: &mut Waiting<'_, S::Queue>) -> bool {
+        self.waiting.set(self.waiting.get() + 1);
+        let go_on = waiting.pause(|| self.gives_up()).await;
+        self.waiting.set(self.waiting.get() - 1);
+        go_on
     }
 
     /// True if requests no longer wait for space, because their queue is being stopped.

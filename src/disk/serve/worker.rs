@@ -24,6 +24,8 @@ pub(crate) struct Worker<S: Storage> {
     epochs: RefCell<WorkerEpochs>,
     /// Its queue is being stopped: its requests no longer wait for space.
     pub leaving: Cell<bool>,
+    /// Requests that wait for space on the host.
+    pub waiting: Cell<usize>,
     pub failures: FailureLog,
 }
 
@@ -31,8 +33,9 @@ impl<S: Storage> Worker<S> {
     /// `None` if the disk has reached its limit of workers.
     pub fn new(shared: Arc<Shared<S>>, driver: Rc<Driver<S::Queue>>) -> Option<Rc<Self>> {
         let epochs = RefCell::new(shared.engine.epochs().register()?);
-        let (leaving, failures) = (Cell::new(false), FailureLog::default());
-        Some(Rc::new(Worker { shared, driver, epochs, leaving, failures }))
+        let (leaving, waiting) = (Cell::new(false), Cell::new(0));
+        let failures = FailureLog::default();
+        Some(Rc::new(Worker { shared, driver, epochs, leaving, waiting, failures }))
     }
 
     pub fn engine(&self) -> &Engine {

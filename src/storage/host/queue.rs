@@ -50,6 +50,14 @@ impl IoQueue for HostQueue {
         either!(self, queue => queue.watch(event));
     }
 
+    fn signals(&self) -> u64 {
+        either!(self, queue => queue.signals())
+    }
+
+    fn heed_signals(&mut self, heed: bool) {
+        either!(self, queue => queue.heed_signals(heed));
+    }
+
     fn notifier(&self) -> Arc<dyn Notifier> {
         either!(self, queue => queue.notifier())
     }

@@ -41,6 +41,9 @@ pub struct ThreadQueue {
     epoll: Epoll,
     /// Edge-triggered, so that they need not be read.
     watches: Vec<EventFd>,
+    heeds_signals: bool,
+    /// Signals on `watches`.
+    signals: u64,
     not_send: PhantomData<*const ()>,
 }
 
@@ -49,7 +52,7 @@ impl ThreadQueue {
         let failed = |source| StorageError::Queue { step: Step::SetUpEpoll, source };
         let wakeup = Arc::new(Wakeup::new()?);
         let epoll = Epoll::new().map_err(failed)?;
-        watch(&epoll, &wakeup.event).map_err(failed)?;
+        epoll.ctl(ControlOperation::Add, wakeup.event.as_raw_fd(), interest(OWN)).map_err(failed)?;
         Ok(ThreadQueue {
             files: SeenFiles::new(table),
             pool,
@@ -63,6 +66,8 @@ impl ThreadQueue {
             cached: CachedReads::default(),
             epoll,
             watches: Vec::new(),
+            heeds_signals: true,
+            signals: 0,
             not_send: PhantomData,
         })
     }
@@ -84,19 +89,23 @@ impl ThreadQueue {
     }
 
     /// Sleeps until any event or the timeout; without a timeout until an event.
-    fn sleep(&self, timeout: Option<Duration>) {
+    fn sleep(&mut self, timeout: Option<Duration>) {
         let millis = timeout
             .map_or(-1, |timeout| i32::try_from(timeout.as_micros().div_ceil(1000)).unwrap_or(i32::MAX));
         let mut events = [EpollEvent::default(); EVENTS];
         // A wait may end early, as it does when a signal interrupts it.
-        let _ = self.epoll.wait(millis, &mut events);
+        let count = self.epoll.wait(millis, &mut events).unwrap_or(0);
+        self.signals += events[..count].iter().filter(|event| event.data() != OWN).count() as u64;
     }
 }
 
+/// The epoll's data for the queue's own eventfd, which the notifier signals, and for the caller's.
+const OWN: u64 = 0;
+const FOREIGN: u64 = 1;
+
 /// Edge-triggered: each signal is one event, and no event remains although the counter is never read.
-fn watch(epoll: &Epoll, event: &EventFd) -> std::io::Result<()> {
-    let wanted = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);
-    epoll.ctl(ControlOperation::Add, event.as_raw_fd(), wanted)
+fn interest(data: u64) -> EpollEvent {
+    EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, data)
 }
 
 impl IoQueue for ThreadQueue {
@@ -153,9 +162,27 @@ impl IoQueue for ThreadQueue {
     }
 
     fn watch(&mut self, event: EventFd) {
-        match watch(&self.epoll, &event) {
+        match self.epoll.ctl(ControlOperation::Add, event.as_raw_fd(), interest(FOREIGN)) {
             Ok(()) => self.watches.push(event),
             Err(error) => warn!(%error, "not watched: it does not behave like an eventfd"),
+        }
+    }
+
+    fn signals(&self) -> u64 {
+        self.signals
+    }
+
+    /// After a time without heed, each eventfd that ever was signalled ends a wait: its counter is never read.
+    fn heed_signals(&mut self, heed: bool) {
+        if std::mem::replace(&mut self.heeds_signals, heed) == heed {
+            return;
+        }
+        let wanted = if heed { interest(FOREIGN) } else { EpollEvent::new(EventSet::empty(), FOREIGN) };
+        for event in &self.watches {
+            // Not reached: the descriptor stays in the epoll as long as it is open.
+            if let Err(error) = self.epoll.ctl(ControlOperation::Modify, event.as_raw_fd(), wanted) {
+                warn!(%error, "the watch of an eventfd cannot be changed");
+            }
         }
     }
 

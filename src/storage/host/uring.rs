@@ -59,6 +59,11 @@ struct State {
     watches: Vec<Watch>,
     /// Watches to be armed.
     unarmed: Vec<u32>,
+    /// Watches of the caller's eventfds that are to be armed once signals are heeded again.
+    unheeded: Vec<u32>,
+    heeds_signals: bool,
+    /// Signals on the caller's eventfds.
+    signals: u64,
     /// Watch and cancel entries in the kernel or in the submission queue.
     controls: u32,
     /// Finished and not yet reaped.
@@ -95,6 +100,9 @@ impl UringQueue {
             completion_entries: ring.params().cq_entries(),
             watches: Vec::new(),
             unarmed: Vec::new(),
+            unheeded: Vec::new(),
+            heeds_signals: true,
+            signals: 0,
             controls: 0,
             ready: Vec::new(),
             woken: false,
@@ -255,6 +263,17 @@ impl IoQueue for UringQueue {
         self.state.add_watch(WatchedEvent::Foreign(event));
     }
 
+    fn signals(&self) -> u64 {
+        self.state.signals
+    }
+
+    fn heed_signals(&mut self, heed: bool) {
+        let state = &mut self.state;
+        state.heeds_signals = heed;
+        let due = std::mem::take(&mut state.unarmed);
+        due.into_iter().chain(std::mem::take(&mut state.unheeded)).for_each(|index| state.arm_later(index));
+    }
+
     fn notifier(&self) -> Arc<dyn Notifier> {
         Arc::clone(&self.state.wakeup) as Arc<dyn Notifier>
     }
@@ -311,7 +330,16 @@ impl State {
     fn add_watch(&mut self, event: WatchedEvent) {
         let index = u32::try_from(self.watches.len()).expect("fewer watches than 2^32 fit in memory");
         self.watches.push(Watch::new(event));
-        self.unarmed.push(index);
+        self.arm_later(index);
+    }
+
+    /// Notes that a watch is to be armed: soon, or once signals are heeded again.
+    fn arm_later(&mut self, index: u32) {
+        if self.heeds_signals || self.watches[index as usize].is_own() {
+            self.unarmed.push(index);
+        } else {
+            self.unheeded.push(index);
+        }
     }
 
     /// The limit of `in_kernel`: every entry in the ring must have room for its completion.
@@ -396,12 +424,14 @@ impl State {
         self.controls -= 1;
         watch.armed -= 1;
         if tag == TAG_WATCH_READ {
-            self.woken |= watch.take_read(result);
+            let signalled = watch.take_read(result);
+            self.woken |= signalled;
+            self.signals += u64::from(signalled && !watch.is_own());
         } else {
             watch.take_poll(result);
         }
         if watch.armed == 0 && !watch.dead && !self.closing {
-            self.unarmed.push(index);
+            self.arm_later(index);
         }
     }
 

@@ -46,6 +46,11 @@ impl Watch {
         Watch { event, counter: Box::new(AtomicU64::new(0)), poll_first: false, armed: 0, dead: false }
     }
 
+    /// True for the queue's own eventfd, which the notifier signals.
+    pub(super) fn is_own(&self) -> bool {
+        matches!(self.event, WatchedEvent::Own(_))
+    }
+
     fn fd(&self) -> RawFd {
         match &self.event {
             WatchedEvent::Foreign(event) => event.as_raw_fd(),

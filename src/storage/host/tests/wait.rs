@@ -119,3 +119,40 @@ fn a_descriptor_that_is_not_an_eventfd_is_no_longer_watched() {
         assert!(waits <= 5, "{waits} waits in 100 ms");
     }
 }
+
+/// Waits on a queue whose eventfd always has a signal; returns the number of waits in the given time.
+fn waits_in(queue: &mut HostQueue, event: &EventFd, time: Duration) -> u32 {
+    let (started, mut waits) = (Instant::now(), 0);
+    while started.elapsed() < time {
+        event.write(1).expect("it can be signalled");
+        queue.wait(Some(Duration::from_millis(20)));
+        waits += 1;
+    }
+    waits
+}
+
+#[test]
+fn signals_that_are_not_heeded_end_no_wait_and_are_not_lost() {
+    for mut queue in queues() {
+        let event = EventFd::new(EFD_NONBLOCK).expect("an eventfd");
+        queue.watch(event.try_clone().expect("a second descriptor"));
+        let before = queue.signals();
+        assert!(waits_in(&mut queue, &event, Duration::from_millis(40)) > 10, "each signal ends a wait");
+        assert!(queue.signals() > before + 10);
+        queue.heed_signals(false);
+        let waits = waits_in(&mut queue, &event, Duration::from_millis(100));
+        assert!(waits <= 8, "{waits} waits in 100 ms");
+        let (notifier, started) = (queue.notifier(), Instant::now());
+        notifier.notify();
+        queue.wait(Some(LONG));
+        assert!(started.elapsed() < LONG / 2, "a notification ends a wait all the same");
+        let before = queue.signals();
+        event.write(1).expect("it can be signalled");
+        queue.heed_signals(true);
+        while queue.signals() == before {
+            queue.wait(Some(LONG));
+            assert!(started.elapsed() < LONG / 2, "the signal came while none was heeded");
+        }
+        signals_arrive(&mut queue, EFD_NONBLOCK, false, 100);
+    }
+}

@@ -53,6 +53,8 @@ pub struct MemoryDisk {
     pub slow: AtomicBool,
     /// For each turn after a submission: the number of requests submitted for it, and whether more were announced.
     pub portions: Mutex<Vec<(usize, bool)>>,
+    /// For each turn after a submission: the bytes of the requests submitted for it, data or ranges.
+    pub batches: Mutex<Vec<u64>>,
     later: bool,
 }
 
@@ -80,6 +82,7 @@ impl MemoryDisk {
             held: AtomicU64::new(0),
             slow: AtomicBool::new(false),
             portions: Mutex::default(),
+            batches: Mutex::default(),
             later,
         })
     }
@@ -153,6 +156,9 @@ impl BlockDevice for Shared {
             disk: Arc::clone(&self.0),
             depth: depth as usize,
             portion: (0, false),
+            batch: 0,
+            kicks: 0,
+            heeds: true,
             ready: Vec::new(),
             pending: Vec::new(),
             held: Vec::new(),
@@ -172,6 +178,11 @@ pub struct MemoryQueue {
     depth: usize,
     /// Requests since the last turn, and whether more follow after the next.
     portion: (usize, bool),
+    /// Bytes since the last turn.
+    batch: u64,
+    /// Signals of the watched eventfds, and whether they end waits.
+    kicks: u64,
+    heeds: bool,
     ready: Vec<Done>,
     pending: Vec<(Tag, Request, Vec<GuestSlice>)>,
     /// Requests that wait for space.
@@ -230,6 +241,10 @@ impl BlockQueue for MemoryQueue {
             self.ready.push(Done { tag, status });
         }
         self.portion.0 += 1;
+        self.batch += match request {
+            Request::Discard { length, .. } | Request::WriteZeroes { length, .. } => length,
+            _ => slices.iter().map(|slice| slice.len() as u64).sum(),
+        };
         self.disk.submitted.fetch_add(1, Ordering::SeqCst);
     }
 
@@ -240,6 +255,7 @@ impl BlockQueue for MemoryQueue {
     fn turn(&mut self, done: &mut Vec<Done>) {
         if self.portion.0 > 0 {
             self.disk.portions.lock().unwrap().push(self.portion);
+            self.disk.batches.lock().unwrap().push(std::mem::take(&mut self.batch));
             self.portion.0 = 0;
         }
         if !self.disk.full.load(Ordering::SeqCst) {
@@ -257,11 +273,29 @@ impl BlockQueue for MemoryQueue {
         let timeout = timeout.map_or(-1, |timeout| timeout.as_millis() as i32);
         let _ = self.epoll.wait(timeout, &mut events);
         let _ = self.wake.read();
-        for event in &self.watched {
+        for event in self.watched.iter().filter(|_| self.heeds) {
             if let Ok(count) = event.read() {
                 assert!(count > 0);
+                self.kicks += 1;
             }
         }
+    }
+
+    fn kicks(&self) -> u64 {
+        self.kicks
+    }
+
+    fn heed_kicks(&mut self, heed: bool) {
+        self.heeds = heed;
+        let wanted = if heed { EventSet::IN } else { EventSet::empty() };
+        for event in &self.watched {
+            let interest = EpollEvent::new(wanted, 1);
+            self.epoll.ctl(ControlOperation::Modify, event.as_raw_fd(), interest).expect("it is watched");
+        }
+    }
+
+    fn waiting(&self) -> usize {
+        self.held.len()
     }
 
     fn give_up(&mut self) {

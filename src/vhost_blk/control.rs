@@ -1,0 +1,177 @@
+//! What a worker and the session have in common: the inputs of a worker, the commands to it, and its result.
+
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tracing::warn;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::fd::{RaiseMark, SignalSlot};
+use crate::memory::GuestMemory;
+use crate::metrics::Metrics;
+use crate::ring::Ring;
+
+/// State that the session shares with all its workers.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    /// Writes are done only when durable. Relaxed: the guest that changed it waits for the answer of SET_CONFIG, and
+    /// the next avail index it stores is loaded with Acquire.
+    write_through: AtomicBool,
+    /// Counts the memory's changes. Stored with Release after the memory; loaded with Acquire.
+    changes: AtomicU32,
+    /// Guards the current memory. A leaf: nothing is called with it held.
+    memory: Mutex<Arc<GuestMemory>>,
+    /// A ring of this session has started. Only the session's thread uses it.
+    pub started: AtomicBool,
+    /// The log already has the line that the guest's memory is not shared.
+    unshared_told: AtomicBool,
+}
+
+impl Shared {
+    pub(crate) fn new() -> Self {
+        Shared {
+            write_through: AtomicBool::new(true),
+            changes: AtomicU32::new(0),
+            memory: Mutex::new(Arc::new(GuestMemory::empty())),
+            started: AtomicBool::new(false),
+            unshared_told: AtomicBool::new(false),
+        }
+    }
+
+    /// Logs once a session that the guest's memory is not shared with us, and the setting that helps.
+    pub(crate) fn tell_unshared(&self, queue: u16) {
+        if self.unshared_told.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        warn!(
+            queue,
+            "the guest uses the disk, but its memory is not shared with this daemon, so its requests cannot be seen and the \
+             guest waits for ever. QEMU: -object memory-backend-memfd,id=mem,size=SIZE,share=on -machine \
+             memory-backend=mem, with the SIZE of -m. Cloud Hypervisor: --memory size=SIZE,shared=on"
+        );
+    }
+
+    pub(crate) fn set_write_through(&self, write_through: bool) {
+        self.write_through.store(write_through, Ordering::Release);
+    }
+
+    /// Whether writes are done only when durable.
+    pub(crate) fn write_through(&self) -> bool {
+        self.write_through.load(Ordering::Relaxed)
+    }
+
+    /// How often the memory has changed. Whoever loads this and then the memory has at least the memory of that change.
+    pub(crate) fn changes(&self) -> u32 {
+        self.changes.load(Ordering::Acquire)
+    }
+
+    /// Replaces the memory. Running workers switch to it before the next chain they take. While any worker runs, the
+    /// new memory must therefore hold everything that the old one held.
+    pub(crate) fn set_memory(&self, memory: Arc<GuestMemory>) {
+        *self.memory.lock().unwrap_or_else(PoisonError::into_inner) = memory;
+        self.changes.fetch_add(1, Ordering::Release);
+    }
+
+    pub(crate) fn memory(&self) -> Arc<GuestMemory> {
+        Arc::clone(&self.memory.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// The inputs of a new worker.
+pub(crate) struct WorkerSetup<D> {
+    pub index: u16,
+    pub device: Arc<D>,
+    pub ring: Ring,
+    pub ring_size: u16,
+    /// The ring was used before: its previous worker or daemon may have lost an interrupt.
+    pub resumed: bool,
+    pub shared: Arc<Shared>,
+    pub kick: EventFd,
+    pub call: Arc<SignalSlot>,
+    pub error: Arc<SignalSlot>,
+    pub metrics: Arc<Metrics>,
+    pub poll_max: Duration,
+}
+
+/// The result of a worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Exit {
+    /// The index in the available ring of the next chain to take.
+    pub next_available: u16,
+    /// The ring was corrupt, or the worker itself failed: it must be set up again before it runs again.
+    pub broken: bool,
+}
+
+/// How a worker is stopped. In each case it takes no more chains, finishes what the disk has, and ends; after that no
+/// guest memory is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stop {
+    /// As soon as possible: what is in the ring stays there, and a large request that is not wholly at the disk goes
+    /// back into it.
+    Drain,
+    /// As `Drain`; then everything is made durable.
+    DrainAndFlush,
+    /// First everything is served that the guest has made available by now. Then everything is made durable.
+    Pause,
+}
+
+const RUN: u8 = 0;
+const DRAIN: u8 = 1;
+const DRAIN_AND_FLUSH: u8 = 2;
+const PAUSE: u8 = 3;
+
+#[derive(Debug)]
+pub(crate) struct Control {
+    /// RUN, DRAIN, DRAIN_AND_FLUSH or PAUSE. Stored before the notifier is used, loaded before every wait.
+    command: AtomicU8,
+    /// The worker's position in the available ring, in case it dies. Relaxed: read after a join.
+    next_available: AtomicU16,
+    pub raising: RaiseMark,
+}
+
+impl Control {
+    /// For a worker whose next chain in the available ring has this index.
+    pub(crate) fn new(next_available: u16) -> Self {
+        Control {
+            command: AtomicU8::new(RUN),
+            next_available: AtomicU16::new(next_available),
+            raising: RaiseMark::default(),
+        }
+    }
+
+    /// Stores the command to stop. The worker sees it at its next look, and has to be woken for that.
+    pub(crate) fn tell(&self, stop: Stop) {
+        let command = match stop {
+            Stop::Drain => DRAIN,
+            Stop::DrainAndFlush => DRAIN_AND_FLUSH,
+            Stop::Pause => PAUSE,
+        };
+        self.command.store(command, Ordering::Release);
+    }
+
+    /// True once there is a command to stop.
+    pub(crate) fn stopping(&self) -> bool {
+        self.command.load(Ordering::Acquire) != RUN
+    }
+
+    /// The present command to stop.
+    pub(crate) fn stop(&self) -> Option<Stop> {
+        match self.command.load(Ordering::Acquire) {
+            DRAIN => Some(Stop::Drain),
+            DRAIN_AND_FLUSH => Some(Stop::DrainAndFlush),
+            PAUSE => Some(Stop::Pause),
+            _ => None,
+        }
+    }
+
+    /// The result of a worker that died.
+    pub(crate) fn broken_exit(&self) -> Exit {
+        Exit { next_available: self.next_available.load(Ordering::Relaxed), broken: true }
+    }
+
+    /// Records the worker's position in the available ring.
+    pub(crate) fn note_next_available(&self, next_available: u16) {
+        self.next_available.store(next_available, Ordering::Relaxed);
+    }
+}

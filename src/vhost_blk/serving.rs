@@ -1,0 +1,427 @@
+//! The work of a queue's thread: takes chains from the ring, submits requests to the disk, and hands back completed
+//! chains.
+//!
+//! Owns the ring, the disk's queue and the slots while it runs. Between two looks for a stop it gives the disk a bounded
+//! number of bytes (`bounds`), and so a stop has a bounded number of bytes to drain.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use tracing::{debug, warn};
+
+use crate::bounds::PORTION_MOST;
+use crate::control::{Control, Exit, Shared, Stop, WorkerSetup};
+use crate::device::{BlockDevice, BlockQueue, Done, GuestSlice, Request, Status};
+use crate::error::RingError;
+use crate::fd::{SignalSlot, SignalView};
+use crate::in_flight::{InFlight, Pending};
+use crate::memory::GuestMemory;
+use crate::metrics::QueueMetrics;
+use crate::pace::Pace;
+use crate::pieces::Cutter;
+use crate::poll::PollBudget;
+use crate::portion::Portion;
+use crate::request::{Checker, Parsed, write_status};
+use crate::ring::{Chain, Ring, Used};
+
+/// The result of a batch.
+struct Step {
+    /// Chains that were taken.
+    taken: u16,
+    /// False if nothing more can be done until an event.
+    progress: bool,
+}
+
+/// A worker on its own thread. Fields drop in their order here: the queue before the memory.
+pub(crate) struct Running<'a, Q: BlockQueue> {
+    queue: Q,
+    index: u16,
+    ring: Ring,
+    in_flight: InFlight,
+    checker: Checker,
+    chain: Chain,
+    /// Completed chains that are not yet handed back.
+    used: Vec<Used>,
+    done: Vec<Done>,
+    /// The memory of a piece; retained to avoid an allocation.
+    slices: Vec<GuestSlice>,
+    control: &'a Control,
+    call: SignalView,
+    error: Arc<SignalSlot>,
+    metrics: &'a QueueMetrics,
+    portion: Portion,
+    /// Chains of the current portion that are done.
+    at_once: usize,
+    /// One budget for waits with nothing in flight, which the guest ends, and one for waits with requests in flight,
+    /// which the host ends too. They are independent: a disk may be slow and its guest quick.
+    poll: [PollBudget; 2],
+    pace: Pace,
+    seen: u32,
+    memory: Arc<GuestMemory>,
+    /// Older memory that requests in flight may still use.
+    retired: Vec<Arc<GuestMemory>>,
+    shared: Arc<Shared>,
+    /// The ring was used before, so the guest may wait for an interrupt.
+    resumed: bool,
+}
+
+impl<'a, Q: BlockQueue> Running<'a, Q> {
+    /// A worker that has not looked at its ring yet.
+    pub(crate) fn new<D: BlockDevice<Queue = Q>>(
+        mut queue: Q,
+        setup: WorkerSetup<D>,
+        control: &'a Control,
+        metrics: &'a QueueMetrics,
+    ) -> Self {
+        queue.watch(setup.kick);
+        let profile = setup.device.profile();
+        // Before the memory is read: it may change at any moment.
+        let seen = setup.shared.changes();
+        Running {
+            queue,
+            index: setup.index,
+            ring: setup.ring,
+            in_flight: InFlight::new(setup.ring_size, Cutter::new(&profile)),
+            checker: Checker::new(profile),
+            chain: Chain::default(),
+            used: Vec::with_capacity(usize::from(PORTION_MOST)),
+            done: Vec::with_capacity(usize::from(PORTION_MOST)),
+            slices: Vec::new(),
+            control,
+            call: SignalView::new(setup.call),
+            error: setup.error,
+            metrics,
+            portion: Portion::new(),
+            at_once: 0,
+            poll: [PollBudget::new(setup.poll_max), PollBudget::new(setup.poll_max)],
+            pace: Pace::default(),
+            seen,
+            memory: setup.shared.memory(),
+            retired: Vec::new(),
+            shared: setup.shared,
+            resumed: setup.resumed,
+        }
+    }
+
+    /// Serves the ring until a stop.
+    pub(crate) fn run(mut self) -> Exit {
+        if self.resumed {
+            self.call.raise(&self.control.raising);
+        }
+        let broken = match self.serve().and_then(|()| self.serve_available()) {
+            Ok(()) => false,
+            Err(error) => {
+                self.report(error);
+                true
+            }
+        };
+        let lost = self.drain();
+        if matches!(self.control.stop(), Some(Stop::Pause | Stop::DrainAndFlush)) {
+            self.flush();
+        }
+        let next_available = self.ring.next_available();
+        debug!(queue = self.index, next_available, broken, "queue stopped");
+        Exit { next_available, broken: broken || lost }
+    }
+
+    /// Serves the ring until a stop, or until the ring is found corrupt.
+    fn serve(&mut self) -> Result<(), RingError> {
+        self.ring.disable_kicks()?;
+        while !self.control.stopping() {
+            let waiting = self.ring.available()?;
+            if !self.advance(waiting)?.progress {
+                self.idle()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Before a pause: serves what the guest has made available by now. What it adds meanwhile cannot prolong that.
+    fn serve_available(&mut self) -> Result<(), RingError> {
+        self.settle();
+        let mut left = if self.control.stop() == Some(Stop::Pause) { self.ring.available()? } else { 0 };
+        while self.control.stop() == Some(Stop::Pause) && (left > 0 || self.in_flight.has_rest()) {
+            let step = self.advance(left)?;
+            left -= step.taken;
+            if !step.progress {
+                self.queue.wait(None);
+            }
+        }
+        Ok(())
+    }
+
+    /// The ring is being stopped. From now on no request waits for help, and no kick ends a wait.
+    fn settle(&mut self) {
+        self.queue.give_up();
+        self.queue.heed_kicks(false);
+    }
+
+    /// One batch: takes some of `waiting` chains if there is room, lets the disk work, and hands back what is done.
+    fn advance(&mut self, waiting: u16) -> Result<Step, RingError> {
+        if waiting == 0 || !self.has_room() {
+            return Ok(Step { taken: 0, progress: self.finish()? });
+        }
+        let began = Instant::now();
+        let chains = waiting.min(self.portion.get());
+        self.queue.expect_more(waiting > chains);
+        self.in_flight.begin_portion();
+        let taken = self.take(chains)?;
+        self.at_once = self.used.len();
+        self.finish()?;
+        self.portion.over(taken, self.at_once, began.elapsed());
+        Ok(Step { taken, progress: true })
+    }
+
+    /// Whether one more chain may be taken.
+    fn has_room(&self) -> bool {
+        self.in_flight.has_room(self.queue.waiting() > 0)
+    }
+
+    /// Takes at most so many chains, which are there, and gives them to the disk. What needs no disk is answered. Returns
+    /// how many it took, at least one: fewer if they are large.
+    fn take(&mut self, chains: u16) -> Result<u16, RingError> {
+        self.pace.chain();
+        // After the available index was loaded: a chain may be in memory that was added before it was made available.
+        self.refresh_memory();
+        let write_through = self.shared.write_through();
+        let mut taken = 0;
+        while taken < chains && (taken == 0 || self.has_room()) {
+            self.ring.pop(&self.memory, &mut self.chain)?;
+            self.start(write_through);
+            taken += 1;
+        }
+        self.control.note_next_available(self.ring.next_available());
+        Ok(taken)
+    }
+
+    /// Starts the current chain.
+    fn start(&mut self, write_through: bool) {
+        let head = self.chain.head;
+        let submission = match self.checker.parse(&mut self.chain, write_through) {
+            Parsed::NoStatus => {
+                self.metrics.malformed();
+                self.used.push(Used { head, written: 0 });
+                return;
+            }
+            Parsed::Answer(answer) => {
+                write_status(&answer.status_byte, answer.status);
+                self.metrics.request(answer.kind, answer.status, 0);
+                self.used.push(Used { head, written: answer.written });
+                return;
+            }
+            Parsed::Submit(submission) => submission,
+        };
+        let data = match submission.requests.first() {
+            Some(Request::Read { .. }) => &self.chain.writable[..],
+            Some(Request::Write { .. }) => &self.chain.readable[..],
+            _ => &[],
+        };
+        let moves = matches!(submission.requests[..], [Request::Read { .. } | Request::Write { .. }]);
+        if submission.requests.is_empty() || (moves && data.is_empty()) {
+            write_status(&submission.status_byte, Status::Ok);
+            self.metrics.request(submission.kind, Status::Ok, 0);
+            self.used.push(Used { head, written: 1 });
+            return;
+        }
+        let index = self.ring.next_available().wrapping_sub(1);
+        if let Some((tag, request)) = self.in_flight.add(head, index, submission, data) {
+            self.queue.submit(tag, request, data);
+        }
+    }
+
+    /// Lets the disk work, and hands back completed chains with at most one interrupt. False if nothing more can be
+    /// done until an event.
+    fn finish(&mut self) -> Result<bool, RingError> {
+        let waits = self.queue.waiting() > 0;
+        while let Some((tag, request)) = self.in_flight.next_piece(waits, &mut self.slices) {
+            self.queue.submit(tag, request, &self.slices);
+        }
+        self.queue.turn(&mut self.done);
+        self.in_flight.end_batch();
+        let mut done = std::mem::take(&mut self.done);
+        for done in done.drain(..) {
+            if let Some(pending) = self.in_flight.finish(done) {
+                self.at_once += usize::from(self.in_flight.is_of_portion(&pending));
+                self.conclude(&pending);
+            }
+        }
+        self.done = done;
+        if self.used.is_empty() {
+            return Ok(self.in_flight.may_submit(self.queue.waiting() > 0));
+        }
+        let pushed = self.ring.push_used(&self.used);
+        self.used.clear();
+        pushed?;
+        if self.ring.needs_notification()? {
+            self.call.raise(&self.control.raising);
+            self.metrics.interrupt();
+        }
+        if self.in_flight.is_empty() {
+            self.retired.clear();
+        }
+        Ok(true)
+    }
+
+    /// Answers a chain of which the disk has nothing any more, or puts it back.
+    fn conclude(&mut self, pending: &Pending) {
+        if pending.put_back {
+            self.ring.put_back(pending.head);
+            return;
+        }
+        write_status(&pending.status_byte, pending.status);
+        self.metrics.request(pending.kind, pending.status, pending.bytes);
+        let written = if pending.status == Status::Ok { pending.written } else { 1 };
+        self.used.push(Used { head: pending.head, written });
+    }
+
+    /// Nothing to do: polls for a while, then sleeps until the guest kicks, the disk has something, or the session
+    /// notifies.
+    fn idle(&mut self) -> Result<(), RingError> {
+        let began = Instant::now();
+        let kind = usize::from(!self.in_flight.is_empty());
+        // With several requests in flight, poll for a shorter time: a completion that waits briefly costs nothing,
+        // because the host is still busy with the others.
+        let budget = self.poll[kind].get() / self.in_flight.len().max(1) as u32;
+        let mut round = 0;
+        while !self.pace.is_slow() && !budget.is_zero() && began.elapsed() < budget {
+            relax(&mut round);
+            let found = self.has_chain()? || (!self.in_flight.is_empty() && self.finish()?);
+            if found {
+                self.poll[kind].found(began.elapsed());
+            }
+            if found || self.control.stopping() {
+                return Ok(());
+            }
+        }
+        // Without room for a chain, only a completion helps, and no kick is asked for.
+        let missed = self.has_room() && self.ring.enable_kicks()?;
+        if !missed && !self.control.stopping() {
+            let paced = self.sleep()?;
+            if !paced {
+                self.poll[kind].slept(began.elapsed());
+            }
+        }
+        self.ring.disable_kicks()
+    }
+
+    /// Whether there is a chain that may be taken.
+    fn has_chain(&self) -> Result<bool, RingError> {
+        Ok(self.has_room() && self.ring.available()? > 0)
+    }
+
+    /// Sleeps until an event. True if that was no sleep to learn from: kicks come for nothing.
+    fn sleep(&mut self) -> Result<bool, RingError> {
+        self.metrics.sleep();
+        let pause = self.pace.pause();
+        let kicks = self.queue.kicks();
+        if pause.is_some() {
+            self.queue.heed_kicks(false);
+            self.queue.wait(pause);
+            self.queue.heed_kicks(true);
+        } else {
+            self.queue.wait(None);
+        }
+        if self.pace.is_fresh() && !self.ring.was_used() {
+            self.look_for_guest()?;
+        }
+        let kicked = self.queue.kicks() != kicks;
+        if pause.is_none() && (kicked || self.in_flight.is_empty()) && !self.has_chain()? {
+            self.pace.vain();
+        }
+        Ok(self.pace.is_slow())
+    }
+
+    /// The first sleep of a never used ring has ended, so most likely the guest kicked. If no chain is available and
+    /// the memory was never written, the guest uses other memory.
+    #[cold]
+    fn look_for_guest(&self) -> Result<(), RingError> {
+        if !self.control.stopping() && self.ring.available()? == 0 && self.memory.is_untouched() {
+            self.shared.tell_unshared(self.index);
+        }
+        Ok(())
+    }
+
+    fn refresh_memory(&mut self) {
+        let changes = self.shared.changes();
+        if changes == self.seen {
+            return;
+        }
+        self.seen = changes;
+        let old = std::mem::replace(&mut self.memory, self.shared.memory());
+        if !self.in_flight.is_empty() {
+            self.retired.push(old);
+        }
+    }
+
+    /// Finishes every request that the disk has; true if the ring was lost meanwhile. The guest may then miss answers,
+    /// but the disk is drained all the same. Requests that wait for help fail, and the disk gets no further piece of a
+    /// large request (docs/concurrency.md, "Stopping a ring").
+    fn drain(&mut self) -> bool {
+        self.settle();
+        let unbegun = self.in_flight.let_rests_go(self.ring.next_available());
+        let mut lost = false;
+        loop {
+            let progress = self.finish_or_lose(&mut lost);
+            if self.in_flight.is_empty() {
+                break;
+            }
+            if !progress {
+                self.queue.wait(None);
+            }
+        }
+        if !unbegun.is_empty() {
+            unbegun.iter().for_each(|pending| self.conclude(pending));
+            self.finish_or_lose(&mut lost);
+        }
+        // The next user of the ring should find kicks enabled. It checks the ring first anyway.
+        let _ = self.ring.enable_kicks();
+        lost
+    }
+
+    /// As [`Running::finish`], for a ring that may be lost.
+    fn finish_or_lose(&mut self, lost: &mut bool) -> bool {
+        self.finish().unwrap_or_else(|error| {
+            *lost = true;
+            self.used.clear();
+            self.report(error);
+            true
+        })
+    }
+
+    /// Makes all writes durable. The guest did not request this flush, so a failure is only logged; the disk itself
+    /// refuses later requests.
+    fn flush(&mut self) {
+        let tag = self.in_flight.add_closing();
+        self.queue.submit(tag, Request::Flush, &[]);
+        while !self.in_flight.is_empty() {
+            self.queue.turn(&mut self.done);
+            for done in self.done.drain(..) {
+                if done.status != Status::Ok {
+                    warn!(queue = self.index, "the flush of a stopping queue failed");
+                }
+                self.in_flight.finish(done);
+            }
+            if !self.in_flight.is_empty() {
+                self.queue.wait(None);
+            }
+        }
+    }
+
+    fn report(&self, error: RingError) {
+        warn!(queue = self.index, %error, "the ring is corrupt; the queue is stopped");
+        self.metrics.ring_error();
+        self.error.raise();
+    }
+}
+
+/// Waits a moment. Now and then it yields the processor to other threads: the guest may need this very one.
+fn relax(round: &mut u32) {
+    *round = round.wrapping_add(1);
+    if round.is_multiple_of(8) {
+        std::thread::yield_now();
+    } else {
+        for _ in 0..16 {
+            std::hint::spin_loop();
+        }
+    }
+}

@@ -1,0 +1,274 @@
+//! How a ring stops: a stop drains a bounded number of bytes, all rings are told before one is waited for, and a pause
+//! serves what the guest has made available.
+
+mod kit;
+
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use kit::TestServer;
+use kit::disk::{MemoryDisk, Shared};
+use kit::guest::*;
+use kit::host::not_taken;
+use vhost::VhostBackend;
+use vhost::vhost_user::VhostUserFrontend;
+use vhost_blk::{Request, ServeOptions};
+
+const ALL: u64 = F_VERSION_1 | F_FLUSH | F_INDIRECT;
+/// Bytes of a large request: many times what a queue may have in flight.
+const LARGE: u64 = 128 << 20;
+const SECTORS: u64 = LARGE / 512;
+/// Bytes that a queue gives to the disk between two looks for a stop.
+const BATCH_MAX: u64 = 4 << 20;
+/// Bytes of a large request that the disk has at a time.
+const IN_FLIGHT: u64 = 32 << 20;
+/// Requests for them.
+const PIECES: u64 = IN_FLIGHT / (2 << 20);
+
+fn serve(disk: &Arc<MemoryDisk>) -> TestServer {
+    TestServer::start(Arc::new(Shared(Arc::clone(disk))), ServeOptions::new(4, 256))
+}
+
+/// Makes a large read available, into one part of guest memory again and again, without a kick. Returns its head and the
+/// address of its status.
+fn offer_large_read(guest: &mut Guest, queue: usize) -> (u32, u64) {
+    let (header, status) = (guest.header(T_IN, 0), guest.put(&[UNTOUCHED]));
+    let mut parts = vec![(header, 16, 0)];
+    parts.resize(1 + (LARGE / REGION) as usize, (REGION, REGION as u32, WRITE));
+    parts.push((status, 1, WRITE));
+    let head = guest.indirect_chain(queue, &parts);
+    guest.make_available(queue, head);
+    (u32::from(head), status)
+}
+
+fn offer_read(guest: &mut Guest, queue: usize) -> (u32, u64) {
+    let (header, status, data) = (guest.header(T_IN, 0), guest.put(&[UNTOUCHED]), guest.alloc(512));
+    let head = guest.indirect_chain(queue, &[(header, 16, 0), (data, 512, WRITE), (status, 1, WRITE)]);
+    guest.make_available(queue, head);
+    (u32::from(head), status)
+}
+
+/// Makes a write of a sector, filled with its number, available without a kick; returns the address of its status.
+fn offer_marked_write(guest: &mut Guest, queue: usize, sector: u8) -> u64 {
+    let (header, data) = (guest.header(T_OUT, u64::from(sector)), guest.put(&[sector; 512]));
+    let status = guest.put(&[UNTOUCHED]);
+    let head = guest.indirect_chain(queue, &[(header, 16, 0), (data, 512, 0), (status, 1, WRITE)]);
+    guest.make_available(queue, head);
+    status
+}
+
+#[test]
+fn a_batch_is_bounded_in_bytes() {
+    let disk = MemoryDisk::new(SECTORS);
+    disk.bytes.lock().unwrap()[LARGE as usize - 1] = 77;
+    let server = serve(&disk);
+    let mut guest = Guest::connect(&server.path, ALL);
+    let queue = guest.add_queue(64);
+    let offered: Vec<_> = (0..3).map(|_| offer_large_read(&mut guest, queue)).collect();
+    let zeroes = guest.put(&segment(0, SECTORS as u32, 1));
+    let (header, status) = (guest.header(T_WRITE_ZEROES, 0), guest.put(&[UNTOUCHED]));
+    guest.kick(queue);
+    for (head, status) in offered {
+        assert_eq!(guest.next_used(queue), (head, LARGE as u32 + 1));
+        assert_eq!(guest.get(status, 1), [OK]);
+    }
+    assert_eq!(guest.get(2 * REGION - 1, 1), [77], "the end of the disk is at the end of the memory");
+    let batches = std::mem::take(&mut *disk.batches.lock().unwrap());
+    assert_eq!(batches.iter().sum::<u64>(), 3 * LARGE);
+    assert!(batches.iter().all(|bytes| *bytes <= BATCH_MAX), "{batches:?}");
+    // A discard or write zeroes of many clusters is bounded as well, here at 64 MiB a piece.
+    let head = guest.indirect_chain(queue, &[(header, 16, 0), (zeroes, 16, 0), (status, 1, WRITE)]);
+    assert_eq!((guest.run(queue, head), guest.get(status, 1)), (1, vec![OK]));
+    assert_eq!(*disk.batches.lock().unwrap(), [64 << 20, 64 << 20]);
+    assert!(disk.bytes.lock().unwrap().iter().all(|byte| *byte == 0));
+}
+
+#[test]
+fn a_stop_drains_what_the_disk_has_and_puts_the_rest_back() {
+    let disk = MemoryDisk::later(SECTORS);
+    let server = serve(&disk);
+    let mut guest = Guest::connect(&server.path, ALL);
+    let queue = guest.add_queue(64);
+    guest.read(queue, 0, 512);
+    disk.gate.close();
+    let first = offer_read(&mut guest, queue);
+    let large = offer_large_read(&mut guest, queue);
+    let last = offer_read(&mut guest, queue);
+    guest.kick(queue);
+    disk.await_submitted(2 + PIECES);
+    assert!(never(|| disk.submitted.load(Ordering::SeqCst) > 2 + PIECES), "no more is in flight");
+    let frontend = guest.frontend.clone();
+    let base = std::thread::spawn(move || frontend.get_vring_base(0).unwrap());
+    assert!(never(|| base.is_finished()), "the disk has requests");
+    disk.gate.open();
+    assert_eq!(base.join().unwrap(), 2, "the large read and the one after it are still in the ring");
+    assert_eq!(disk.submitted.load(Ordering::SeqCst), 2 + PIECES);
+    assert_eq!(guest.next_used(queue).0, first.0);
+    assert_eq!(guest.used_index(queue), 2);
+    assert_eq!(guest.get(large.1, 1), [UNTOUCHED]);
+    guest.start_queue(queue, 2);
+    assert_eq!(guest.next_used(queue), (large.0, LARGE as u32 + 1));
+    assert_eq!(guest.next_used(queue), (last.0, 513));
+    assert_eq!([large.1, last.1].map(|status| guest.get(status, 1)), [[OK], [OK]]);
+}
+
+#[test]
+fn a_hang_up_leaves_the_ring_as_it_is() {
+    let disk = MemoryDisk::later(SECTORS);
+    let server = serve(&disk);
+    let mut guest = Guest::connect(&server.path, ALL);
+    let queue = guest.add_queue(64);
+    disk.gate.close();
+    let large: Vec<_> = (0..8).map(|_| offer_large_read(&mut guest, queue)).collect();
+    guest.kick(queue);
+    disk.await_submitted(PIECES);
+    server.stop.stop();
+    assert!(never(|| disk.submitted.load(Ordering::SeqCst) > PIECES));
+    disk.gate.open();
+    server.finish().unwrap();
+    assert_eq!(disk.submitted.load(Ordering::SeqCst), PIECES);
+    assert_eq!(guest.used_index(queue), 0, "a frontend that counts the used ring sends all again");
+    assert!(large.iter().all(|(_, status)| guest.get(*status, 1) == [UNTOUCHED]));
+}
+
+#[test]
+fn all_rings_are_told_before_the_first_is_waited_for() {
+    let disk = MemoryDisk::later(64);
+    let server = serve(&disk);
+    let mut guest = Guest::connect(&server.path, ALL);
+    let (held, other) = (guest.add_queue(16), guest.add_queue(16));
+    disk.gate.close();
+    offer_read(&mut guest, held);
+    guest.kick(held);
+    disk.await_submitted(1);
+    let mut frontend = guest.frontend.clone();
+    let reset = std::thread::spawn(move || frontend.reset_device().unwrap());
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        assert!(Instant::now() < deadline, "the second ring is served while the first one drains");
+        let (header, id) = (guest.header(T_GET_ID, 0), guest.put(&[UNTOUCHED; 21]));
+        let head = guest.chain(other, &[(header, 16, 0), (id, 21, WRITE)]);
+        let used = guest.used_index(other);
+        guest.make_available(other, head);
+        guest.kick(other);
+        if never(|| guest.used_index(other) != used) {
+            break;
+        }
+    }
+    assert!(!reset.is_finished(), "the first ring still drains");
+    disk.gate.open();
+    reset.join().unwrap();
+}
+
+/// Cloud Hypervisor pauses a machine by disabling its rings, and resumes with the available index as base.
+#[test]
+fn a_pause_serves_what_is_available() {
+    let disk = MemoryDisk::later(64);
+    let server = serve(&disk);
+    let mut guest = Guest::connect(&server.path, ALL);
+    let queue = guest.add_queue(256);
+    let written = 63;
+    // The machine stops after the index was stored, and before the kick.
+    let statuses: Vec<_> = (0..written).map(|sector| offer_marked_write(&mut guest, queue, sector)).collect();
+    guest.frontend.set_vring_enable(queue, false).unwrap();
+    assert_eq!(guest.used_index(queue), u16::from(written));
+    assert!(statuses.iter().all(|status| guest.get(*status, 1) == [OK]));
+    assert_eq!(disk.requests.lock().unwrap().last(), Some(&Request::Flush));
+    assert_eq!(guest.frontend_base(queue), u32::from(written));
+    guest.start_queue(queue, guest.queues[queue].next_available);
+    guest.queues[queue].seen_used = u16::from(written);
+    for sector in 0..written {
+        assert_eq!(guest.read(queue, u64::from(sector), 512), [sector; 512]);
+    }
+}
+
+#[test]
+fn a_guest_that_goes_on_cannot_prolong_a_pause() {
+    let disk = MemoryDisk::new(64);
+    let server = serve(&disk);
+    let mut guest = Guest::connect(&server.path, ALL);
+    let queue = guest.add_queue(256);
+    let (frontend, paused) = (guest.frontend.clone(), AtomicBool::new(false));
+    for _ in 0..20 {
+        std::thread::scope(|scope| {
+            let mut frontend = frontend.clone();
+            let paused = &paused;
+            scope.spawn(move || {
+                frontend.set_vring_enable(queue, false).unwrap();
+                paused.store(true, Ordering::SeqCst);
+            });
+            let mut offered = 0;
+            until("the pause", || {
+                // The ring is never empty, and never overflows.
+                while offered < 200
+                    && guest.queues[queue].next_available.wrapping_sub(guest.used_index(queue)) < 64
+                {
+                    offer_read(&mut guest, queue);
+                    offered += usize::from(paused.load(Ordering::SeqCst));
+                }
+                paused.load(Ordering::SeqCst)
+            });
+        });
+        paused.store(false, Ordering::SeqCst);
+        guest.frontend.set_vring_enable(queue, true).unwrap();
+        let all = guest.queues[queue].next_available;
+        until("what came after the pause", || guest.used_index(queue) == all);
+    }
+}
+
+#[test]
+fn a_stop_of_the_server_ends_a_pause() {
+    let disk = MemoryDisk::later(SECTORS);
+    let server = serve(&disk);
+    let stream = UnixStream::connect(&server.path).unwrap();
+    let ours = stream.try_clone().unwrap();
+    let mut guest = Guest::negotiate(stream, ALL);
+    let queue = guest.add_queue(64);
+    disk.gate.close();
+    let offered = 8;
+    for _ in 0..offered {
+        offer_large_read(&mut guest, queue);
+    }
+    guest.kick(queue);
+    disk.await_submitted(PIECES);
+    let mut frontend = guest.frontend.clone();
+    let pause = std::thread::spawn(move || drop(frontend.set_vring_enable(queue, false)));
+    until("the message is on its way", || pause.is_finished() || not_taken(&ours) == 0);
+    assert!(never(|| pause.is_finished()), "it waits for the disk");
+    server.stop.stop();
+    assert!(never(|| disk.submitted.load(Ordering::SeqCst) > PIECES));
+    disk.gate.open();
+    server.finish().unwrap();
+    pause.join().unwrap();
+    assert!(guest.used_index(queue) < offered, "{} were served", guest.used_index(queue));
+}
+
+#[test]
+fn a_frontend_that_leaves_ends_a_pause() {
+    let disk = MemoryDisk::later(SECTORS);
+    let server = serve(&disk);
+    let stream = UnixStream::connect(&server.path).unwrap();
+    let ours = stream.try_clone().unwrap();
+    let mut guest = Guest::negotiate(stream, ALL);
+    let queue = guest.add_queue(64);
+    disk.gate.close();
+    for _ in 0..8 {
+        offer_large_read(&mut guest, queue);
+    }
+    guest.kick(queue);
+    disk.await_submitted(PIECES);
+    let mut frontend = guest.frontend.clone();
+    let pause = std::thread::spawn(move || drop(frontend.set_vring_enable(queue, false)));
+    until("the message is on its way", || not_taken(&ours) == 0);
+    assert!(never(|| pause.is_finished()), "it waits for the disk");
+    ours.shutdown(std::net::Shutdown::Both).unwrap();
+    pause.join().unwrap();
+    assert!(never(|| disk.submitted.load(Ordering::SeqCst) > PIECES));
+    disk.gate.open();
+    let mut next = Guest::connect(&server.path, ALL);
+    let fresh = next.add_queue(64);
+    next.read(fresh, 0, 512);
+    assert!(guest.used_index(queue) < 8, "{} were served", guest.used_index(queue));
+}
