@@ -1,6 +1,7 @@
 //! Logs: their destination and their level.
 
 use std::io::IsTerminal;
+use std::sync::OnceLock;
 
 use clap::ValueEnum;
 use tracing::{Event, Level, Subscriber};
@@ -9,6 +10,9 @@ use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
+
+/// The format with which the log was started.
+static FORMAT: OnceLock<LogFormat> = OnceLock::new();
 
 /// The default log level.
 const DEFAULT: &str = "info";
@@ -52,6 +56,7 @@ impl std::str::FromStr for LogLevel {
 /// set. The journal adds times itself, and gets priorities.
 pub fn start(level: Option<&LogLevel>, format: LogFormat) {
     let from_environment = || std::env::var("RUST_LOG").ok().filter(|filter| !filter.is_empty());
+    let _ = FORMAT.set(format);
     let wanted = level.map(|level| level.0.clone()).or_else(from_environment);
     let parsed = wanted.as_deref().map(|text| EnvFilter::builder().parse(text));
     let (filter, wrong) = match parsed {
@@ -80,6 +85,25 @@ pub fn start(level: Option<&LogLevel>, format: LogFormat) {
     if wrong {
         tracing::warn!("RUST_LOG is no filter; logging at level {DEFAULT}");
     }
+}
+
+/// The error that ends the program, as a line of the log, if the log is for programs. Whatever the log's level is, this
+/// line is in it. False: the error is to be told to people.
+pub fn tell_last_error(message: &str, hint: Option<&str>) -> bool {
+    if FORMAT.get() != Some(&LogFormat::Json) {
+        return false;
+    }
+    let subscriber = tracing_subscriber::fmt()
+        .with_max_level(Level::ERROR)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .log_internal_errors(false)
+        .json()
+        .flatten_event(true)
+        .with_ansi(false)
+        .finish();
+    tracing::subscriber::with_default(subscriber, || tracing::error!(hint, "{message}"));
+    true
 }
 
 /// The prefix of a line for people on the standard error: a priority, if the journal reads it.

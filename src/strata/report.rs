@@ -19,12 +19,17 @@ use crate::hint;
 use crate::log;
 use crate::text::json_name;
 
-/// Prints the error to the standard error; a failure to print is ignored.
+/// Tells the error on the standard error, to people or as a line of the log, as the log's format is; a failure to print is ignored.
 pub fn show(error: &ProgramError) {
+    let message = one_line(&with_causes(error)).to_string();
+    let hint = hint::of(error).map(|hint| one_line(&hint).to_string());
+    if log::tell_last_error(&message, hint.as_deref()) {
+        return;
+    }
     let prefix = log::error_prefix();
-    let mut text = format!("{prefix}strata: error: {}\n", one_line(&with_causes(error)));
-    if let Some(hint) = hint::of(error) {
-        text += &format!("{prefix}strata: hint: {}\n", one_line(&hint));
+    let mut text = format!("{prefix}strata: error: {message}\n");
+    if let Some(hint) = hint {
+        text += &format!("{prefix}strata: hint: {hint}\n");
     }
     let _ = io::stderr().write_all(text.as_bytes());
 }

@@ -410,13 +410,22 @@ fn logs_for_programs_and_for_the_journal() {
     assert!(text.starts_with("<4>WARN RUST_LOG is no filter"), "{text}");
     assert!(text.lines().all(|line| line.starts_with("<3>") || line.starts_with("<4>")), "{text}");
     assert!(!run(&[], false).contains('<'), "the standard error is not the journal's");
-    let text = run(&["--log-format", "json"], false);
-    let line = text.lines().next().expect("a line");
-    let value: serde_json::Value = serde_json::from_str(line).expect("JSON");
+    let lines = |options: &[&str]| -> Vec<serde_json::Value> {
+        let text = run(options, false);
+        text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
+    };
+    let told = lines(&["--log-format", "json"]);
     assert_eq!(
-        (&value["level"], value["message"].as_str().map(|text| &text[..8])),
+        (&told[0]["level"], told[0]["message"].as_str().map(|text| &text[..8])),
         (&"WARN".into(), Some("RUST_LOG"))
     );
+    // The error that ends the program is a line of the log, whatever the log's level.
+    for told in [told, lines(&["--log-format", "json", "--log-level", "off"])] {
+        let last = told.last().expect("a line");
+        assert_eq!((&last["level"], &last["hint"].is_string()), (&"ERROR".into(), &true), "{last}");
+        assert!(last["message"].as_str().is_some_and(|text| text.contains("none.qcow2")), "{last}");
+        assert!(last["timestamp"].is_string(), "{last}");
+    }
 }
 
 #[test]
