@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::OFlags;
+use rustix::io::FdFlags;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
@@ -34,6 +35,26 @@ pub(crate) fn may_be_event(file: &File) -> bool {
 pub(crate) fn eventfd_from(file: File) -> EventFd {
     // SAFETY: the descriptor is owned by `file`, which gives it up, so the EventFd is its only owner.
     unsafe { EventFd::from_raw_fd(file.into_raw_fd()) }
+}
+
+/// Closes the original of a descriptor that was copied. A descriptor that the process was started with is not
+/// close-on-exec, and all that it opened itself are: those stay open, whatever number was given.
+pub(crate) fn close_inherited(raw: RawFd) -> io::Result<()> {
+    // SAFETY: the borrow lasts for one system call only, which answers EBADF if nothing is open there.
+    let flags = rustix::io::fcntl_getfd(unsafe { BorrowedFd::borrow_raw(raw) })?;
+    if flags.contains(FdFlags::CLOEXEC) {
+        return Ok(());
+    }
+    if raw <= libc::STDERR_FILENO {
+        // The standard descriptors never close, or the next file would get such a number.
+        let null = File::open("/dev/null")?;
+        // SAFETY: the number stays open, and `dup2` owns it for this call only.
+        let mut standard = std::mem::ManuallyDrop::new(unsafe { OwnedFd::from_raw_fd(raw) });
+        return Ok(rustix::io::dup2(null, &mut standard)?);
+    }
+    // SAFETY: open since the start of the process, as it is not close-on-exec, so no other owner in it has the number.
+    drop(unsafe { OwnedFd::from_raw_fd(raw) });
+    Ok(())
 }
 
 /// A close-on-exec copy of a descriptor that the process was started with. The original stays open.

@@ -17,7 +17,7 @@ use vhost::vhost_user::{BackendReqHandler, Error};
 use crate::device::BlockDevice;
 use crate::door::{Door, Leaving};
 use crate::error::{SessionEnd, SessionError};
-use crate::fd::copy_inherited;
+use crate::fd::{close_inherited, copy_inherited};
 use crate::loss::MemoryLoss;
 use crate::memory::RegionInfo;
 use crate::message::Envelope;
@@ -75,12 +75,15 @@ impl Server {
     }
 
     /// As [`Server::from_fd`], for a descriptor number that a parent process left open. The descriptor is copied, and
-    /// the original stays open.
+    /// the original closed: a stop must be able to close the listener.
     ///
     /// # Errors
     /// When it is not a unix stream socket.
     pub fn from_inherited(fd: RawFd) -> Result<Self, SessionError> {
-        Self::from_fd(copy_inherited(fd).map_err(|source| SessionError::InheritedFd { source })?)
+        let failed = |source| SessionError::InheritedFd { source };
+        let server = Self::from_fd(copy_inherited(fd).map_err(failed)?)?;
+        close_inherited(fd).map_err(failed)?;
+        Ok(server)
     }
 
     /// Serves one frontend after another on the calling thread until it is stopped. With a connected socket, it serves

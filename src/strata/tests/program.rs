@@ -348,6 +348,11 @@ fn an_inherited_listener_is_served() {
     command.args(["serve", "--blk-file"]).arg(bench.path("disk.qcow2"));
     let daemon = Daemon::start(command.args(["--fd", &listener.as_raw_fd().to_string()]));
     assert!(daemon.log().contains("on file descriptor"), "{}", daemon.log());
+    // One descriptor, so that the listener is gone as soon as the daemon closes it at a stop.
+    let inode = rustix::fs::fstat(&listener).expect("open").st_ino;
+    let open = std::fs::read_dir(format!("/proc/{}/fd", daemon.pid())).expect("its descriptors");
+    let targets = open.filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok());
+    assert_eq!(targets.filter(|target| target.as_os_str() == &*format!("socket:[{inode}]")).count(), 1);
     daemon.stop();
     assert!(bench.socket().exists(), "a socket file of somebody else's stays");
 }
