@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use strata_integration::daemon::{Backend, Daemon, Profile, Program, ServeSpec};
 use strata_integration::stock;
-use strata_tests::client::{Client, Options, Request, Status};
-use strata_tests::model::{ByteModel, DiscardRule, Operation};
-use strata_tests::play::{manners, perform};
+use strata_kit::client::{Client, Options, Request, Status};
+use strata_kit::model::{ByteModel, DiscardRule, Operation};
+use strata_kit::play::{manners, perform};
 use tempfile::TempDir;
 
 type Failure = Box<dyn std::error::Error>;

@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 
 use strata_integration::daemon::{Backend, Daemon, Profile, ServeSpec};
 use strata_integration::image;
-use strata_tests::Qemu;
-use strata_tests::client::{Client, Options, Queue, Request, Session, Status, Ticket};
-use strata_tests::images::{Format, ImageSpec};
+use strata_kit::Qemu;
+use strata_kit::client::{Client, Options, Queue, Request, Session, Status, Ticket};
+use strata_kit::images::{Format, ImageSpec};
 use tempfile::TempDir;
 
 type Failure = Box<dyn std::error::Error>;

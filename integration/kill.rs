@@ -17,9 +17,9 @@ use std::time::{Duration, Instant};
 use strata_integration::command;
 use strata_integration::daemon::{Backend, Daemon, Profile, Program, ServeSpec};
 use strata_integration::image::{self, Backing, Health};
-use strata_tests::Qemu;
-use strata_tests::client::{Client, Options};
-use strata_tests::random::Random;
+use strata_kit::Qemu;
+use strata_kit::client::{Client, Options};
+use strata_kit::random::Random;
 use tempfile::TempDir;
 
 use survival::guest::{Failure, Guest, Tally};

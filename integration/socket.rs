@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
 use strata_integration::daemon::{Backend, Daemon, Profile, Program, ServeSpec};
 use strata_integration::image::{self, Health};
-use strata_tests::Qemu;
-use strata_tests::client::{Client, Options};
-use strata_tests::images::{Content, Format, ImageSpec};
-use strata_tests::model::{self, ByteModel, DiscardRule, Geometry, Operation};
-use strata_tests::play::{manners, perform};
+use strata_kit::Qemu;
+use strata_kit::client::{Client, Options};
+use strata_kit::images::{Content, Format, ImageSpec};
+use strata_kit::model::{self, ByteModel, DiscardRule, Geometry, Operation};
+use strata_kit::play::{manners, perform};
 use tempfile::TempDir;
 
 type Failure = Box<dyn std::error::Error>;

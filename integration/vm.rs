@@ -17,7 +17,7 @@ use strata_integration::machine::Accelerator;
 use strata_integration::scenario::{self, Work};
 use strata_integration::stand::{self, Stand};
 use strata_integration::{picture, setup};
-use strata_tests::random::Random;
+use strata_kit::random::Random;
 
 const MIB: u64 = 1 << 20;
 /// The disks' size.

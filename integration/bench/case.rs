@@ -3,7 +3,7 @@
 //! Owns the list. It never runs a load and knows no server.
 
 use super::bare::Pattern;
-use strata_tests::load::{Mix, Order};
+use strata_kit::load::{Mix, Order};
 
 /// Bytes of the common request.
 pub const BLOCK: u32 = 4096;

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use strata_integration::command;
 use strata_integration::daemon::workspace;
 use strata_integration::image::{self, Backing};
-use strata_tests::load::stamp_block;
+use strata_kit::load::stamp_block;
 use tempfile::TempDir;
 
 use super::case::{CLUSTER_EXTENDED, Case, Image};

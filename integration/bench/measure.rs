@@ -7,8 +7,8 @@ use anyhow::{Context, Result, bail};
 use std::path::Path;
 use std::time::{Duration, Instant};
 use strata_integration::image::allocated_bytes;
-use strata_tests::Client;
-use strata_tests::load::{self, Histogram, Limit, Mix, Order, Spec, Verify};
+use strata_kit::Client;
+use strata_kit::load::{self, Histogram, Limit, Mix, Order, Spec, Verify};
 
 use super::case::{BLOCK, Case, Job, Unit};
 use super::gallery::SEED;

@@ -12,7 +12,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 use strata_integration::command;
 use strata_integration::daemon::{Program, ServeSpec};
-use strata_tests::{Client, Options};
+use strata_kit::{Client, Options};
 use tempfile::TempDir;
 
 use super::case::Case;

@@ -3,8 +3,8 @@
 
 use anyhow::{Result, bail};
 use std::time::{Duration, Instant};
-use strata_tests::client::{Command, Completion, Queue, SECTOR, Slot};
-use strata_tests::load::{Histogram, Permutation, check_block, stamp_block};
+use strata_kit::client::{Command, Completion, Queue, SECTOR, Slot};
+use strata_kit::load::{Histogram, Permutation, check_block, stamp_block};
 
 use super::case::BLOCK;
 

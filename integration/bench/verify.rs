@@ -7,8 +7,8 @@ use anyhow::{Result, bail};
 use std::path::Path;
 use std::time::Duration;
 use strata_integration::daemon::Program;
-use strata_tests::load::{self, Limit, Mix, Order, Spec, Verify};
-use strata_tests::{Client, Status};
+use strata_kit::load::{self, Limit, Mix, Order, Spec, Verify};
+use strata_kit::{Client, Status};
 
 use super::case::{BLOCK, Case, Image, Job};
 use super::gallery::SEED;
@@ -170,7 +170,7 @@ mod tests {
     use crate::bench::gallery::{Gallery, Place, Sizes};
     use strata_integration::daemon::{Backend, Profile};
     use strata_integration::image::write_pattern;
-    use strata_tests::images::find_tool;
+    use strata_kit::images::find_tool;
 
     /// Shows that the check can fail: one cluster of an image is changed, and the check must report it.
     #[test]

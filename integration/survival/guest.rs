@@ -5,10 +5,10 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use strata_tests::client::{
+use strata_kit::client::{
     Client, ClientError, Command, Completion, Queue, SECTOR, SEGMENT_BYTES, Segment, Slot, Status, UNMAP,
 };
-use strata_tests::random::Random;
+use strata_kit::random::Random;
 
 use super::ledger::{Ledger, Tick};
 use super::stamp::{Value, fill};

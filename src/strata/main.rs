@@ -1,34 +1,7 @@
-//! The program `strata`: from a command line to an exit code.
-//!
-//! Owns which command runs and how its result is reported. Knows no format and no protocol: it connects a disk to a
-//! vhost-user session and shows people what happens.
+//! The program `strata`: hands its command line to the library of the same name.
 #![forbid(unsafe_code)]
 
-mod capabilities;
-mod check;
-mod cli;
-mod device;
-mod error;
-mod failure;
-mod help;
-mod hint;
-mod info;
-mod limits;
-mod listen;
-mod log;
-mod notify;
-mod report;
-mod resize;
-mod serve;
-mod shutdown;
-mod signals;
-mod size;
-mod snapshot;
-mod text;
-
 use std::process::ExitCode;
-
-use crate::cli::Command;
 
 // Cargo unites features: building the program together with tests that use tiny bounds would enable them here, too.
 const _: () = assert!(
@@ -37,37 +10,5 @@ const _: () = assert!(
 );
 
 fn main() -> ExitCode {
-    let cli = cli::parse(std::env::args_os());
-    let asks_capabilities = match &cli.command {
-        Some(Command::Serve(serve)) => cli.print_capabilities || serve.print_capabilities,
-        _ => cli.print_capabilities,
-    };
-    if asks_capabilities {
-        return capabilities::print();
-    }
-    log::start(cli.log_level.as_ref(), cli.log_format);
-    if let Err(error) = signals::outlive() {
-        report::show(&error);
-        return ExitCode::FAILURE;
-    }
-    let mut ended_with = ExitCode::SUCCESS;
-    let ended = match &cli.command {
-        Some(Command::Serve(options)) => serve::run(options),
-        Some(Command::Info(options)) => info::run(options),
-        Some(Command::Check(options)) => check::run(options).map(|code| ended_with = code),
-        Some(Command::Snapshot(options)) => snapshot::run(options),
-        Some(Command::Resize(options)) => resize::run(options),
-        None => cli::exit_without_command(),
-    };
-    match ended {
-        Ok(()) => ended_with,
-        Err(error) => {
-            report::show(&error);
-            if cli.command.as_ref().is_some_and(Command::prints_json) {
-                // If printing fails, the exit code still tells.
-                let _ = text::print(&report::failure(&error).json());
-            }
-            ExitCode::from(error.exit_code())
-        }
-    }
+    strata::run(std::env::args_os())
 }

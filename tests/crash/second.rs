@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use storage_sim::Image;
-use strata_tests::Qemu;
-use strata_tests::images::{Check, Format};
+use strata_kit::Qemu;
+use strata_kit::images::{Check, Format};
 
 use super::examine::Seen;
 use super::shape::{BASE, DATA, Start, TOP};

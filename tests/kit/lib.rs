@@ -1,14 +1,19 @@
-//! The drivers of disks in tests: the rig on the host's files, the crash machine on a simulated host, and the models
-//! that both are compared with.
+//! The kit that tests and benchmarks share: a vhost-user-blk client, a load generator, a model of a disk, and
+//! wrappers of QEMU's image tools.
 //!
-//! Owns the list of these modules, which is compiled once for all test targets. Tests belong to a target.
-#![allow(missing_docs, reason = "it is for the tests beside it, and says what it must where it is")]
+//! It uses none of Strata's crates: it sees a disk through a socket, as a guest does, and an image as another program
+//! does. It reports failures as error values; only programmer errors panic.
 
-#[path = "../agree.rs"]
-pub mod agree;
-#[path = "../bench/mod.rs"]
-pub mod bench;
-#[path = "../crash/mod.rs"]
-pub mod crash;
-#[path = "../rig/mod.rs"]
-pub mod rig;
+pub mod client;
+pub mod images;
+pub mod load;
+pub mod model;
+pub mod play;
+pub mod storage_daemon;
+
+pub use client::{Client, ClientError, Options, Request, Status};
+
+pub use images::Qemu;
+pub use model::{ByteModel, Operation};
+pub use storage_daemon::StorageDaemon;
+pub use strata_random as random;

@@ -1,7 +1,6 @@
 //! The random numbers of all tests and simulations: a small generator whose whole sequence follows from its seed.
-//!
-//! It never asks the host for randomness, so a seed is enough to repeat a run. Recorded seeds (tests/gallery, the crash
-//! machine) rely on this very sequence.
+//! //! It never asks the host for randomness, so a seed is enough to repeat a run. Recorded seeds (tests/cases/gallery, the
+//! crash machine) rely on this very sequence.
 #![forbid(unsafe_code)]
 
 /// A SplitMix64 generator: fast, and any seed is a good one.

@@ -221,5 +221,4 @@ fn is_unsupported(error: &io::Error) -> bool {
 }
 
 #[cfg(test)]
-#[path = "lock_tests.rs"]
 mod tests;

@@ -302,5 +302,4 @@ impl Slots {
 }
 
 #[cfg(test)]
-#[path = "slots_tests.rs"]
 mod tests;

@@ -1,0 +1,143 @@
+//! Changes of the snapshots or the size of an image, crashed at every event, and with every I/O failing in turn. The
+//! disk and the list of snapshots with their contents are then, as a whole, either the old state or the new one.
+//!
+//! `crash_exhaustive` and `crash_random` change images between other requests.
+
+use std::time::Duration;
+
+use storage::Errno;
+use storage_sim::{CrashLimits, CrashScope, Fault, Image, Outcome, Random, Replay, SimOptions, SimWorld};
+use strata_crash::changes::{
+    State, crash_all, deeds, extent, full, judge, leaks_are_found_after_all, refcount_table_clusters, run,
+    starts, states, written,
+};
+use strata_crash::journal::Deed;
+use strata_crash::recovery::serve;
+use strata_crash::shape::{Shape, Start};
+use strata_crash::tally::Tally;
+
+#[test]
+fn no_crash_leaves_a_change_half_done() {
+    let tally = Tally::new(Duration::from_secs(600));
+    for start in starts() {
+        for deed in deeds(&start) {
+            match crash_all(&start, deed, &tally) {
+                Ok(seen) => assert!(seen[0] > 0 && seen[1] > 0, "{:?}, {deed:?}: {seen:?}", start.shape),
+                Err(wrong) => tally.found(format!("{:?}, {deed:?}: {wrong}", start.shape)),
+            }
+            tally.count_run(1);
+        }
+    }
+    tally.conclude("crashed changes");
+}
+
+/// The changes of a full image enlarge its refcount table, so the crashes above cover that, too.
+#[test]
+fn a_full_refcount_table_is_replaced_by_each_change_that_takes_clusters() {
+    let start = full();
+    assert_eq!(refcount_table_clusters(&start.image), 1);
+    // Without its only snapshot the image needs no snapshot table.
+    for deed in deeds(&start).into_iter().filter(|deed| *deed != Deed::Delete) {
+        let world = SimWorld::from_image(start.image.clone(), 5, SimOptions::calm());
+        run(&world, &start, deed).expect("it is done");
+        assert!(refcount_table_clusters(&world.image()) > 1, "{deed:?}");
+    }
+}
+
+/// The crashes above also cover changes that remove refblocks, and those that move the new tables again and truncate
+/// the file.
+#[test]
+fn a_smaller_disk_has_fewer_refblocks_and_a_shorter_file() {
+    let (mut fewer, mut shorter) = (0, 0);
+    // A full image has no free clusters for new tables.
+    for start in starts().into_iter().filter(|start| start.leaks == 0) {
+        for deed in deeds(&start) {
+            let Deed::Resize(to) = deed else { continue };
+            if to >= start.values.len() as u64 || !start.shape.is_qcow2() {
+                continue;
+            }
+            let world = SimWorld::from_image(start.image.clone(), 5, SimOptions::calm());
+            run(&world, &start, deed).expect("it is done");
+            let (before, after) = (extent(&start.image), extent(&world.image()));
+            assert!(
+                after.1 <= before.1,
+                "{:?}, {deed:?}: the file grew from {} to {}",
+                start.shape,
+                before.1,
+                after.1
+            );
+            fewer += u32::from(after.0 < before.0);
+            shorter += u32::from(after.1 < before.1);
+        }
+    }
+    assert!(fewer > 0 && shorter > 0, "fewer refblocks {fewer} times, a shorter file {shorter} times");
+}
+
+#[test]
+fn every_io_of_a_change_may_fail() {
+    let tally = Tally::new(Duration::from_secs(600));
+    let outcomes = [Outcome::Short(Errno::EIO), Outcome::Fail(Errno::ENOSPC)];
+    for start in starts() {
+        // Examining the full image is slow, and it matters most for failures to find space.
+        let outcomes = if start.leaks > 0 { &outcomes[1..] } else { &outcomes[..] };
+        for deed in deeds(&start) {
+            let states = states(&start, deed);
+            for outcome in outcomes.iter().copied() {
+                for nth in 0.. {
+                    let world = SimWorld::from_image(start.image.clone(), nth, SimOptions::default());
+                    let fault = world.inject(Fault::nth(nth, outcome));
+                    let result = run(&world, &start, deed);
+                    if world.hits(fault) == 0 {
+                        result.expect("nothing failed");
+                        break;
+                    }
+                    let found = after_failure(&world, &start, &states, &tally, result.is_ok());
+                    if let Err(wrong) = found {
+                        tally.found(format!("{:?}, {deed:?}, {outcome:?} of {nth}: {wrong}", start.shape));
+                    }
+                    tally.count_run(1);
+                }
+            }
+        }
+    }
+    tally.conclude("failures in changes");
+}
+
+/// The free clusters at the end of the file, which trigger the search for leaks, survive a change.
+#[test]
+fn what_a_killed_writer_leaked_is_still_found_after_a_change() {
+    leaks_are_found_after_all().expect("no leaks are left");
+}
+
+#[test]
+fn a_file_that_was_searched_ends_like_one_that_was_closed() {
+    let start = Shape::new(16, 1024).make();
+    let [killed, closed] = [false, true].map(|clean| written(&start, clean));
+    let served = serve(&killed.image, &killed).expect("it is served");
+    let ends = [&killed.image, &served, &closed.image].map(|image| extent(image).1);
+    assert!(ends[0] > ends[1] && ends[1] == ends[2], "{ends:?}");
+}
+
+/// Checks that the image now, and after a crash, has one of the two states. If `done`, it must be the second.
+fn after_failure(
+    world: &SimWorld,
+    start: &Start,
+    states: &[State; 2],
+    tally: &Tally,
+    done: bool,
+) -> Result<(), String> {
+    let history = world.history();
+    let mut replay = Replay::new(&history);
+    replay.advance_to(history.end());
+    let limits = CrashLimits { exhaustive: 2, samples: 2, tears: 2 };
+    let mut images: Vec<Image> = vec![world.image()];
+    let plans = replay.plans(&limits, CrashScope::All, &mut Random::new(9));
+    images.extend(plans.iter().map(|plan| replay.image(plan)));
+    for image in images {
+        let which = judge(&image, start, states, tally)?;
+        if done && which == 0 {
+            return Err("it was said to be done, and is not".into());
+        }
+    }
+    Ok(())
+}

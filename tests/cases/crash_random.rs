@@ -1,0 +1,54 @@
+//! Long random runs of whole disks on a simulated host, with several requests in flight, crashed at random instants.
+//!
+//! - `STRATA_CRASH_SECONDS=7200` makes a long run.
+//! - `STRATA_CRASH_SEED=n` begins with another seed.
+//! - `STRATA_CRASH_ONLY=n` runs only the trial of one seed.
+//! - `STRATA_CRASH_TACTIC=shortages` (or `failures`, `overtaken`, `sizes`, `flushed`) makes runs of one kind.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use strata_crash::tally::Tally;
+use strata_crash::trial::{Tactic, starts, trial};
+use strata_crash::walk::Walker;
+use strata_crash::{number, threads};
+
+#[test]
+fn no_crash_of_a_random_run_loses_what_was_flushed() {
+    let starts = starts();
+    let tally = Tally::new(Duration::from_secs(number("STRATA_CRASH_SECONDS").unwrap_or(40)));
+    let only = number("STRATA_CRASH_ONLY");
+    let next = AtomicU64::new(only.or(number("STRATA_CRASH_SEED")).unwrap_or(1));
+    let tactic = tactic();
+    std::thread::scope(|scope| {
+        for _ in 0..if only.is_some() { 1 } else { threads() } {
+            scope.spawn(|| {
+                let mut walker = Walker::new(&tally);
+                while !tally.is_over() {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    let count = |requests| tally.count_run(requests);
+                    if let Err(finding) = trial(&starts, seed, tactic, &mut walker, count) {
+                        tally.found(finding);
+                    }
+                    if only.is_some() {
+                        break;
+                    }
+                }
+            });
+        }
+    });
+    tally.conclude(&format!("random runs up to seed {}", next.load(Ordering::Relaxed)));
+}
+
+/// The tactic of the runs.
+fn tactic() -> Tactic {
+    match std::env::var("STRATA_CRASH_TACTIC").as_deref() {
+        Err(_) => Tactic::Any,
+        Ok("failures") => Tactic::Failures,
+        Ok("overtaken") => Tactic::Overtaken,
+        Ok("shortages") => Tactic::Shortages,
+        Ok("sizes") => Tactic::Sizes,
+        Ok("flushed") => Tactic::Flushed,
+        Ok(other) => panic!("STRATA_CRASH_TACTIC={other}: there is no such tactic"),
+    }
+}
