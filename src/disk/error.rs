@@ -3,19 +3,16 @@
 use std::path::PathBuf;
 
 use engine::EngineError;
-use names::shown;
+use engine::check::{NotRepairable, Refusal, Report};
+use names::{one_line, shown};
 use qcow2::{FormatError, HostOffset, Unsupported};
 use storage::{Errno, StorageError};
 use thiserror::Error;
 
-use crate::image::check::CheckError;
-use crate::image::snapshot::BadSnapshot;
 use crate::inflate::InflateError;
-use crate::open::backing::BackingNameError;
-use crate::open::bitmaps::BadBitmaps;
 use crate::open::foreign::Foreign;
 
-/// Why a disk could not be opened or closed.
+/// Why an image could not be opened, checked, repaired or closed.
 #[derive(Debug, Error)]
 pub enum OpenError {
     /// The host could not open, lock or size the file, or has no means for I/O.
@@ -63,7 +60,25 @@ pub enum OpenError {
     #[error(
         "the image is marked dirty (it was not closed cleanly), and its refcounts cannot be rebuilt: {0}"
     )]
-    Dirty(Box<CheckError>),
+    Dirty(Box<OpenError>),
+    /// The image has something that cannot be checked yet.
+    #[error("{}: {source}", shown(path))]
+    NotCheckable {
+        /// The image.
+        path: PathBuf,
+        /// The reason.
+        source: Refusal,
+    },
+    /// New refcounts cannot repair the image. Nothing was written.
+    #[error("{}: {source}", shown(path))]
+    NotRepairable {
+        /// The image.
+        path: PathBuf,
+        /// The reason.
+        source: NotRepairable,
+        /// The report of the check.
+        found: Box<Report>,
+    },
     /// The image's persistent bitmaps break the format.
     #[error("{}: {source}", shown(path))]
     Bitmaps {
@@ -347,4 +362,119 @@ impl RequestError {
 /// True for the host's errors when there is no space, or none left for this user, or for this file.
 pub(crate) fn is_no_space(errno: Errno) -> bool {
     matches!(errno, Errno::ENOSPC | Errno::EDQUOT | Errno::EFBIG)
+}
+
+/// Why a backing name is not accepted.
+#[derive(Debug, Error)]
+pub enum BackingNameError {
+    /// No name follows `file:`.
+    #[error("it is empty")]
+    Empty,
+    /// The name is not one of a file.
+    #[error("\"{}\" is a protocol, and only files are opened", shown(protocol))]
+    Protocol {
+        /// Its name.
+        protocol: Vec<u8>,
+    },
+    /// The JSON is broken, or holds more than a format and a file.
+    #[error(
+        "as a json: name it may hold \"driver\", and \"file\" with \"driver\" and \"filename\", and no more: {}",
+        one_line(&.0.to_string())
+    )]
+    Json(serde_json::Error),
+    /// The JSON names no file, or two.
+    #[error("its JSON must name one file")]
+    JsonFile,
+    /// The JSON names a format that is not served.
+    #[error("its JSON has the driver \"{}\"; only qcow2 and raw are served", shown(driver))]
+    JsonFormat {
+        /// The driver.
+        driver: String,
+    },
+    /// The JSON names something other than a file.
+    #[error("its JSON has the driver \"{}\" for the file; only files are opened", shown(driver))]
+    JsonProtocol {
+        /// The driver.
+        driver: String,
+    },
+    /// The JSON has a relative name, whose folder is unknown.
+    #[error(
+        "its JSON has the relative name \"{}\", which QEMU looks for in the folder where it is started; only \
+         a whole path is taken",
+        shown(filename)
+    )]
+    JsonRelative {
+        /// The name.
+        filename: String,
+    },
+    /// The name and the header disagree.
+    #[error(
+        "its JSON has the driver \"{}\", but the header has the format \"{}\"",
+        shown(driver),
+        shown(format)
+    )]
+    JsonDisagrees {
+        /// The driver in the name.
+        driver: String,
+        /// The format in the header.
+        format: String,
+    },
+}
+
+/// Why the bitmaps of an image cannot be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum BadBitmaps {
+    /// An entry of the directory is bad.
+    #[error("entry {index} of the bitmap directory, at offset {offset}, is broken or missing")]
+    Directory {
+        /// Its index in the directory, from 0.
+        index: u32,
+        /// Its offset.
+        offset: HostOffset,
+    },
+    /// The tables together are too large.
+    #[error("the tables of its bitmaps have {length} bytes together, and at most {max} are looked at")]
+    TooLarge {
+        /// Bytes of all tables.
+        length: u64,
+        /// The limit in bytes.
+        max: u64,
+    },
+    /// An entry of a table is bad.
+    #[error("the bitmap table entry {raw:#018x} at offset {offset} makes no sense")]
+    TableEntry {
+        /// The entry.
+        raw: u64,
+        /// Its offset.
+        offset: HostOffset,
+    },
+    /// A table or a part of a bitmap is not in the file.
+    #[error("{length} bytes of a bitmap at offset {start} are past the end of the file")]
+    PastEnd {
+        /// The recorded offset.
+        start: HostOffset,
+        /// Bytes.
+        length: u64,
+    },
+}
+
+/// Why a snapshot cannot be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum BadSnapshot {
+    /// No L1 table can be at that offset.
+    #[error("its L1 table of {entries} entries cannot be at offset {offset}")]
+    L1Place {
+        /// The recorded offset.
+        offset: HostOffset,
+        /// The recorded number of entries.
+        entries: u32,
+    },
+    /// The L1 table cannot map the whole disk.
+    #[error("its L1 table has {entries} entries, but its disk needs {needed}")]
+    TooFewL1Entries {
+        /// Entries of the table.
+        entries: u32,
+        /// Entries needed.
+        needed: u64,
+    },
 }

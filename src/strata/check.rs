@@ -10,10 +10,8 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use disk::DiskOptions;
-use disk::check::{
-    CheckError, Finding, Progress, RepairKind, Report, Sharing, Verdict, check_watched, repair_watched,
-};
+use disk::check::{Finding, Progress, RepairKind, Report, Sharing, Verdict, check_watched, repair_watched};
+use disk::{DiskOptions, OpenError};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 use storage::host::HostStorage;
@@ -111,7 +109,7 @@ fn exit_code(verdict: Verdict) -> ExitCode {
     }
 }
 
-fn examine(storage: &HostStorage, options: &CheckArgs) -> Result<Outcome, CheckError> {
+fn examine(storage: &HostStorage, options: &CheckArgs) -> Result<Outcome, OpenError> {
     let how = DiskOptions {
         direct: options.cache == Cache::Direct,
         lock_timeout: options.lock.timeout(LOCK_PATIENCE),
@@ -134,7 +132,7 @@ fn examine(storage: &HostStorage, options: &CheckArgs) -> Result<Outcome, CheckE
             let before = (repaired.writes > 0).then_some(repaired.found);
             Ok(Outcome { report: repaired.left, before, not_repaired: None })
         }
-        Err(CheckError::NotRepairable { source, found, .. }) => {
+        Err(OpenError::NotRepairable { source, found, .. }) => {
             Ok(Outcome { report: *found, before: None, not_repaired: Some(source.to_string()) })
         }
         Err(error) => Err(error),

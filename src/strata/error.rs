@@ -5,7 +5,6 @@ use std::error::Error;
 use std::io;
 use std::path::PathBuf;
 
-use disk::check::CheckError;
 use disk::{Foreign, OpenError};
 use names::shown;
 use storage::StorageError;
@@ -80,7 +79,7 @@ pub enum ProgramError {
         /// What it was opened for.
         purpose: Purpose,
         /// Why not.
-        source: Box<CheckError>,
+        source: Box<OpenError>,
     },
     /// A raw image has no metadata.
     #[error("{}: a raw image has no metadata, so there is nothing to check", shown(image))]
@@ -173,9 +172,7 @@ impl ProgramError {
         match self {
             ProgramError::NothingToCheck { .. } => NOTHING_TO_CHECK,
             ProgramError::Check { source, .. } => match source.as_ref() {
-                CheckError::Open(OpenError::NotQcow2 { foreign, .. }) if *foreign != Foreign::Empty => {
-                    NOTHING_TO_CHECK
-                }
+                OpenError::NotQcow2 { foreign, .. } if *foreign != Foreign::Empty => NOTHING_TO_CHECK,
                 _ => 1,
             },
             _ => 1,

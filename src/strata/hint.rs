@@ -8,7 +8,6 @@ use std::io;
 use std::path::Path;
 
 use clap::CommandFactory as _;
-use disk::check::CheckError;
 use disk::{Foreign, OpenError};
 use names::{ShellCommand, shown};
 use qcow2::{FormatError, FormatErrorKind, Structure, Unsupported};
@@ -42,10 +41,7 @@ pub fn of(error: &ProgramError) -> Option<String> {
 fn own(error: &ProgramError) -> Option<String> {
     match error {
         ProgramError::Open { image, purpose, source } => open_hint(image, *purpose, source),
-        ProgramError::Check { image, purpose, source } => match source.as_ref() {
-            CheckError::Open(source) => open_hint(image, *purpose, source),
-            _ => None,
-        },
+        ProgramError::Check { image, purpose, source } => open_hint(image, *purpose, source),
         ProgramError::Close { image, .. } => {
             Some(format!("look at the image with `{}`", ShellCommand::new("strata check").path(image)))
         }

@@ -6,7 +6,6 @@ use std::io::{self, Write as _};
 use std::path::Path;
 
 use disk::change::ChangeError;
-use disk::check::CheckError;
 use disk::resize::ResizeError;
 use disk::{OpenError, RequestError};
 use names::one_line;
@@ -68,8 +67,8 @@ impl Place {
 fn of_program(error: &ProgramError) -> (Kind, Place) {
     match error {
         ProgramError::Open { source, .. } | ProgramError::Close { source, .. } => of_open(source),
+        ProgramError::Check { source, .. } => of_open(source),
         ProgramError::ChainRoot(source) => of_storage(source),
-        ProgramError::Check { source, .. } => of_check(source),
         ProgramError::NothingToCheck { image } => (Kind::NothingToCheck, Place::file(image)),
         ProgramError::Snapshot(source) | ProgramError::Resize(ResizeError::Change(source)) => {
             of_change(source)
@@ -114,7 +113,9 @@ fn of_open(error: &OpenError) -> (Kind, Place) {
         }
         OpenError::Bitmaps { path, .. } => (Kind::Damaged, Place::file(path)),
         OpenError::BadSnapshot { path, .. } => (Kind::Damaged, Place::file(path)),
-        OpenError::Dirty(source) => of_check(source),
+        OpenError::Dirty(source) => of_open(source),
+        OpenError::NotCheckable { path, .. } => (Kind::Unsupported, Place::file(path)),
+        OpenError::NotRepairable { path, .. } => (Kind::Damaged, Place::file(path)),
         OpenError::Unsupported { path, source } => {
             let damaged = *source == qcow2::Unsupported::Corrupt;
             (if damaged { Kind::Damaged } else { Kind::Unsupported }, Place::file(path))
@@ -152,18 +153,11 @@ fn of_request(path: &Path, error: &RequestError) -> (Kind, Place) {
     }
 }
 
-fn of_check(error: &CheckError) -> (Kind, Place) {
-    match error {
-        CheckError::Open(source) => of_open(source),
-        CheckError::Refused { path, .. } => (Kind::Unsupported, Place::file(path)),
-        CheckError::NotRepairable { path, .. } => (Kind::Damaged, Place::file(path)),
-    }
-}
-
 fn of_change(error: &ChangeError) -> (Kind, Place) {
     match error {
-        ChangeError::Open(source) | ChangeError::Interrupted { source } => of_open(source),
-        ChangeError::Repair(source) => of_check(source),
+        ChangeError::Open(source) | ChangeError::Repair(source) | ChangeError::Interrupted { source } => {
+            of_open(source)
+        }
         ChangeError::Refused { path, source: disk::change::ChangeRefusal::NotFound { .. } } => {
             (Kind::NotFound, Place::file(path))
         }

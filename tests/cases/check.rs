@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use disk::check::{CheckError, NotRepairable, RepairKind, Repaired, Report, Verdict};
+use disk::check::{NotRepairable, RepairKind, Repaired, Report, Verdict};
 use disk::{DiskOptions, OpenError};
 use qcow2::Header;
 use storage::host::HostStorage;
@@ -25,7 +25,7 @@ fn options() -> DiskOptions {
     DiskOptions { lock_timeout: Duration::from_secs(5), ..DiskOptions::default() }
 }
 
-fn repair(image: &Path, kind: RepairKind) -> Result<Repaired, CheckError> {
+fn repair(image: &Path, kind: RepairKind) -> Result<Repaired, OpenError> {
     disk::check::repair(&HostStorage::new(), image, kind, &options())
 }
 
@@ -185,14 +185,14 @@ fn suffer(qemu: &Qemu, image: &Path, what: &str) -> (Option<Verdict>, bool) {
     // A repair succeeds exactly if the report advises it.
     let refusal = report.refusal(RepairKind::All);
     let repaired = match repair(image, RepairKind::All) {
-        Err(CheckError::NotRepairable { source: source @ NotRepairable::SnapshotsLost, .. }) => {
+        Err(OpenError::NotRepairable { source: source @ NotRepairable::SnapshotsLost, .. }) => {
             assert_eq!(refusal, Some(source), "{what}");
             assert_eq!(std::fs::read(image).expect("read"), before, "{what}: not repaired, but written");
             repair(image, RepairKind::AllDroppingSnapshots)
         }
-        Err(CheckError::NotRepairable { path, source, found }) => {
+        Err(OpenError::NotRepairable { path, source, found }) => {
             assert_eq!(refusal, Some(source), "{what}");
-            Err(CheckError::NotRepairable { path, source, found })
+            Err(OpenError::NotRepairable { path, source, found })
         }
         other => {
             assert_eq!(refusal, None, "{what}");
@@ -213,7 +213,7 @@ fn suffer(qemu: &Qemu, image: &Path, what: &str) -> (Option<Verdict>, bool) {
             }
             (Some(report.verdict()), true)
         }
-        Err(CheckError::NotRepairable { .. }) => {
+        Err(OpenError::NotRepairable { .. }) => {
             assert_eq!(std::fs::read(image).expect("read"), before, "{what}: not repaired, but written");
             (Some(report.verdict()), false)
         }
@@ -469,7 +469,7 @@ fn a_zero_flag_in_version_2_is_found_and_cleared() {
         assert_eq!((report.verdict(), found), (Verdict::Corrupt, 1), "{what}: {report:#?}");
         let repaired = repair(&image, RepairKind::All);
         if backed {
-            assert!(matches!(repaired, Err(CheckError::NotRepairable { .. })), "{what}");
+            assert!(matches!(repaired, Err(OpenError::NotRepairable { .. })), "{what}");
             assert!(report.findings[0].to_string().contains("amend"), "{what}: {report:#?}");
             assert!(std::fs::read(&image).expect("read") == bytes, "{what}");
         } else {
@@ -504,7 +504,7 @@ fn metadata_that_data_lies_upon_is_corrupt_whatever_qemu_says() {
     let report = check_agrees(&image, "data on the L1 table").expect("a sound header");
     assert_eq!(report.verdict(), Verdict::Corrupt);
     assert!(report.findings.iter().all(|finding| is_exception(&finding.kind)), "{report:#?}");
-    assert!(matches!(repair(&image, RepairKind::All), Err(CheckError::NotRepairable { .. })));
+    assert!(matches!(repair(&image, RepairKind::All), Err(OpenError::NotRepairable { .. })));
 }
 
 #[test]
@@ -537,7 +537,7 @@ fn it_agrees_on_images_with_random_bits_flipped() {
                 },
                 Err(error) => {
                     let theirs = second_opinion(&image);
-                    let format = matches!(error, CheckError::Open(OpenError::Format { .. }));
+                    let format = matches!(error, OpenError::Format { .. });
                     // Our rules for headers refuse a table in the header's cluster. QEMU opens such an image and finds
                     // it corrupt.
                     let bad = theirs.verdict.is_none_or(|verdict| verdict == Verdict::Corrupt);

@@ -4,8 +4,8 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use disk::DiskOptions;
-use disk::check::{CheckError, RepairKind, Verdict};
+use disk::check::{RepairKind, Verdict};
+use disk::{DiskOptions, OpenError};
 use storage::host::HostStorage;
 use strata_kit::Qemu;
 use strata_kit::images::{Content, Format, ImageSpec, find_tool};
@@ -219,7 +219,7 @@ impl Bench {
         match disk::check::repair(&HostStorage::new(), &image, RepairKind::All, &options()) {
             Ok(repaired) if repaired.writes == 0 => "nothing to do".into(),
             Ok(repaired) => format!("mends; then {}", verdict(repaired.left.verdict())),
-            Err(CheckError::NotRepairable { .. }) => "refused".into(),
+            Err(OpenError::NotRepairable { .. }) => "refused".into(),
             Err(error) => panic!("{}: {error}", oddity.name),
         }
     }

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use disk::check::{CheckError, FindingKind, Report, Verdict};
+use disk::check::{FindingKind, Report, Verdict};
 use disk::{DiskOptions, OpenError};
 use qcow2::EntryError;
 use serde_json::Value;
@@ -61,7 +61,7 @@ impl Second {
 ///
 /// # Panics
 /// If it takes longer.
-pub fn our_opinion(image: &Path) -> Result<Report, CheckError> {
+pub fn our_opinion(image: &Path) -> Result<Report, OpenError> {
     let options =
         DiskOptions { lock_timeout: Duration::from_secs(5), direct: false, ..DiskOptions::default() };
     let start = Instant::now();
@@ -100,7 +100,7 @@ pub fn check_agrees(image: &Path, what: &str) -> Option<Report> {
     let theirs = second_opinion(image);
     let ours = match our_opinion(image) {
         Ok(report) => report,
-        Err(CheckError::Open(OpenError::Format { .. })) if theirs.verdict.is_none() => return None,
+        Err(OpenError::Format { .. }) if theirs.verdict.is_none() => return None,
         Err(error) => panic!("{what}: {error}\n{}", theirs.text),
     };
     // QEMU aborts the check if it cannot read a structure.

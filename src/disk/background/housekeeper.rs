@@ -4,26 +4,24 @@
 //! It sleeps while there is no such work.
 
 use std::convert::Infallible;
-use std::future::{Future, poll_fn};
+use std::future::poll_fn;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, mpsc};
-use std::task::{Poll, Waker};
+use std::sync::{Arc, mpsc};
+use std::task::Poll;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use engine::mutation::{Mutation, active};
-use engine::{Engine, FileIndex};
+use engine::Engine;
+use storage::Storage;
 use storage::pages::give_back;
-use storage::{Errno, Kind, Operation, Storage};
 use tracing::warn;
 
-use crate::bounds::PUNCHES_AT_ONCE;
-use crate::error::{OpenError, RequestError};
-use crate::layer::DiskFile;
-use crate::runtime::driver::{Alarm, Driver, Outcome};
+use crate::background::bell::Bell;
+use crate::error::OpenError;
+use crate::runtime::driver::Driver;
+use crate::runtime::timers::Alarm;
 use crate::serve::worker::Worker;
-use crate::{SIDE_QUEUE_DEPTH, Shared};
+use crate::shared::{SIDE_QUEUE_DEPTH, Shared, WORKERS_MAX};
 
 /// How long metadata may stay dirty without a flush from the guest. Twice as long if a flush came shortly before it
 /// got dirty, as the housekeeper is not notified of that.
@@ -33,82 +31,6 @@ const RECLAIM_RETRY: Duration = Duration::from_millis(50);
 
 /// The period of the sweep of the map. Memory that was unused for one period, at most two, is given back.
 const SWEEP_EVERY: Duration = Duration::from_secs(300);
-
-/// Wakes the housekeeper from other threads.
-#[derive(Default)]
-pub(crate) struct Bell {
-    /// The housekeeper sleeps until rung. Stored (SeqCst) before its last check for work; rung after the work was
-    /// created. So one of the two sees the other.
-    listening: AtomicBool,
-    /// The housekeeper has planned the next sweep of the map: it needs no notice that there is something to sweep.
-    sweeping: AtomicBool,
-    /// So many changes wait for a cut that one is due at once.
-    hurry: AtomicBool,
-    stop: AtomicBool,
-    /// Leaf lock.
-    waker: Mutex<Option<Waker>>,
-}
-
-impl Bell {
-    /// There is work to do soon.
-    pub fn ring(&self) {
-        if self.listening.load(Ordering::SeqCst) && self.listening.swap(false, Ordering::SeqCst) {
-            self.wake();
-        }
-    }
-
-    /// A cut is due at once.
-    fn hurry(&self) {
-        if !self.hurry.load(Ordering::Relaxed) && !self.hurry.swap(true, Ordering::SeqCst) {
-            self.wake();
-        }
-    }
-
-    fn wake(&self) {
-        let waker = self.waker.lock().expect("no panic under this lock").take();
-        if let Some(waker) = waker {
-            waker.wake();
-        }
-    }
-
-    /// True if the map can be swept and no sweep is planned yet.
-    fn has_sweep<S: Storage>(&self, worker: &Worker<S>) -> bool {
-        !self.sweeping.load(Ordering::SeqCst) && worker.engine().map_is_sweepable()
-    }
-
-    pub fn stopped(&self) -> bool {
-        self.stop.load(Ordering::SeqCst)
-    }
-
-    /// Waits until rung (if `listen`), stopped, or the time has come.
-    async fn idle<S: Storage>(&self, worker: &Worker<S>, until: Option<Instant>, listen: bool) {
-        let mut alarm = until.map(|until| worker.driver.alarm(until));
-        let mut started = false;
-        poll_fn(|context| {
-            *self.waker.lock().expect("no panic under this lock") = Some(context.waker().clone());
-            if !started {
-                started = true;
-                self.listening.store(listen, Ordering::SeqCst);
-            }
-            let rung = listen && !self.listening.load(Ordering::SeqCst);
-            let over = alarm.as_ref().is_some_and(Alarm::is_over);
-            if self.stopped() || rung || over || (listen && (has_work(worker) || self.has_sweep(worker))) {
-                return Poll::Ready(());
-            }
-            if let Some(alarm) = &mut alarm {
-                alarm.wake(context.waker());
-            }
-            Poll::Pending
-        })
-        .await;
-        self.listening.store(false, Ordering::SeqCst);
-    }
-}
-
-fn has_work<S: Storage>(worker: &Worker<S>) -> bool {
-    let status = worker.engine().status();
-    status.dirty_bytes > 0 || status.quarantined_clusters > 0
-}
 
 /// The housekeeper's thread.
 pub(crate) struct Housekeeper {
@@ -142,8 +64,7 @@ impl Housekeeper {
 
     /// Ends the thread after its present work.
     pub fn stop(self) {
-        self.bell.stop.store(true, Ordering::SeqCst);
-        self.bell.wake();
+        self.bell.stop();
         if self.thread.join().is_err() {
             warn!("the housekeeper of a disk ended in a panic");
         }
@@ -161,7 +82,7 @@ impl<S: Storage> Keeper<S> {
     pub(crate) fn new(shared: Arc<Shared<S>>) -> Result<Self, OpenError> {
         let driver = Driver::new(shared.storage.queue(SIDE_QUEUE_DEPTH)?);
         let bell = Arc::clone(&shared.bell);
-        let limit = crate::WORKERS_MAX;
+        let limit = WORKERS_MAX;
         let worker = Worker::new(shared, Rc::clone(&driver)).ok_or(OpenError::TooManyQueues { limit })?;
         driver.spawn(async move { keep(&worker).await });
         Ok(Keeper { driver, bell })
@@ -178,28 +99,10 @@ impl<S: Storage> Keeper<S> {
     }
 }
 
-impl Bell {
-    /// Waits until stopped, the time has come, a cut after number `cuts` is durable, or (if `heeds`) a cut is due.
-    async fn pause<S: Storage>(&self, worker: &Worker<S>, until: Instant, cuts: u64, heeds: bool) {
-        let mut alarm = worker.driver.alarm(until);
-        poll_fn(|context| {
-            *self.waker.lock().expect("no panic under this lock") = Some(context.waker().clone());
-            let due = heeds && self.hurry.load(Ordering::SeqCst);
-            if self.stopped() || due || alarm.is_over() || worker.engine().status().cuts != cuts {
-                return Poll::Ready(());
-            }
-            alarm.wake(context.waker());
-            Poll::Pending
-        })
-        .await;
-    }
-}
-
 impl<S: Storage> Drop for Keeper<S> {
     /// Ends the housekeeper after its present work.
     fn drop(&mut self) {
-        self.bell.stop.store(true, Ordering::SeqCst);
-        self.bell.wake();
+        self.bell.stop();
         while self.driver.has_tasks() {
             self.turn();
             if self.driver.has_tasks() {
@@ -225,7 +128,7 @@ impl Sweeps {
             self.next = None;
         }
         let filled = worker.engine().map_is_sweepable();
-        bell.sweeping.store(filled, Ordering::SeqCst);
+        bell.set_sweeping(filled);
         self.next = filled.then(|| self.next.unwrap_or(now + SWEEP_EVERY));
         self.next
     }
@@ -262,13 +165,13 @@ async fn do_chores<S: Storage>(worker: &Worker<S>) {
         let next_sweep = sweeps.turn(worker);
         if !has_work(worker) {
             dirty_since = None;
-            bell.idle(worker, next_sweep, true).await;
+            idle(worker, next_sweep, true).await;
             continue;
         }
         let since = *dirty_since.get_or_insert_with(|| worker.driver.now());
         let mut age = worker.driver.now().saturating_duration_since(since);
         // After a failed flush the next one waits for its time.
-        let due = !flush_failed && bell.hurry.swap(false, Ordering::SeqCst) && worker.engine().wants_cut();
+        let due = !flush_failed && bell.take_hurry() && worker.engine().wants_cut();
         if age >= DIRTY_AGE_MAX || due {
             flush_failed = false;
             if let Err(error) = worker.flush().await {
@@ -279,76 +182,68 @@ async fn do_chores<S: Storage>(worker: &Worker<S>) {
         }
         if let Err(error) = worker.reclaim_until_stopped().await {
             warn!(%error, "giving freed space back failed");
-            bell.idle(worker, Some(worker.driver.now() + DIRTY_AGE_MAX), false).await;
+            idle(worker, Some(worker.driver.now() + DIRTY_AGE_MAX), false).await;
         }
         let status = worker.engine().status();
         let left = DIRTY_AGE_MAX.saturating_sub(age);
         let pause = if status.reclaimable { RECLAIM_RETRY.min(left) } else { left };
         // A guest's flush ends the pause if it unlinked anything, so that this space is given back at once.
-        bell.pause(worker, worker.driver.now() + pause, status.cuts, !flush_failed).await;
+        pause_until(worker, worker.driver.now() + pause, status.cuts, !flush_failed).await;
         if worker.engine().status().cuts != status.cuts {
             (dirty_since, flush_failed) = (None, false);
         }
     }
 }
 
-impl<S: Storage> Worker<S> {
-    /// Punches the whole file system blocks in a run, if there are any. Also returns whether they are the whole run.
-    /// A punch that ends inside a block would collide with direct I/O in the same block
-    /// ([`storage::FileInfo::block_size`]).
-    pub fn start_punch(
-        &self,
-        file: &DiskFile,
-        offset: u64,
-        length: u64,
-    ) -> (bool, Option<impl Future<Output = Outcome>>) {
-        let (start, end) = file.whole_blocks(offset, length);
-        let whole = (start, end) == (offset, offset + length);
-        let punch = Operation::bare(file.id, Kind::Punch { length: end.saturating_sub(start) }, start);
-        (whole, (start < end).then(|| self.driver.run(punch)))
-    }
+fn has_work<S: Storage>(worker: &Worker<S>) -> bool {
+    let status = worker.engine().status();
+    status.dirty_bytes > 0 || status.quarantined_clusters > 0
+}
 
-    async fn reclaim_until_stopped(&self) -> Result<(), RequestError> {
-        while !self.shared.bell.stopped() && self.reclaim_some().await? {}
-        Ok(())
-    }
+/// True if the map can be swept and no sweep is planned yet.
+fn has_sweep<S: Storage>(worker: &Worker<S>) -> bool {
+    !worker.shared.bell.is_sweeping() && worker.engine().map_is_sweepable()
+}
 
-    /// Gives some of the freed space back; false if none can be given back now.
-    pub async fn reclaim_some(&self) -> Result<bool, RequestError> {
-        let Some(plan) = self.ask(|engine, waker| engine.plan_reclaim(waker)).await? else {
-            return Ok(false);
-        };
-        for (offset, length) in &plan.punches {
-            // No request can put an entry back any more: those that knew the clusters as compressed have ended.
-            self.shared.inflated.forget(FileIndex(0), *offset, *length);
+/// Waits until rung (if `listen`), stopped, or the time has come.
+async fn idle<S: Storage>(worker: &Worker<S>, until: Option<Instant>, listen: bool) {
+    let bell = &worker.shared.bell;
+    let mut alarm = until.map(|until| worker.driver.alarm(until));
+    let mut started = false;
+    poll_fn(|context| {
+        bell.set_waker(context.waker());
+        if !started {
+            started = true;
+            bell.listen(listen);
         }
-        let top = &self.shared.files[0];
-        let mut punched = Vec::with_capacity(plan.punches.len());
-        for some in plan.punches.chunks(PUNCHES_AT_ONCE) {
-            let started: Vec<_> =
-                some.iter().map(|(offset, length)| self.start_punch(top, offset.0, *length)).collect();
-            for (whole, operation) in started {
-                let result = match operation {
-                    // The punch runs all the same.
-                    Some(_) if active(Mutation::PunchAfterFree) => Ok(()),
-                    Some(operation) => operation.await.0,
-                    None => Ok(()),
-                };
-                if let Err(error) = result
-                    && error != Errno::EOPNOTSUPP
-                {
-                    warn!(%error, "freed space could not be given back to the host; it is reused all the same");
-                }
-                punched.push(whole && result.is_ok());
-            }
+        let rung = listen && !bell.is_listening();
+        let over = alarm.as_ref().is_some_and(Alarm::is_over);
+        if bell.stopped() || rung || over || (listen && (has_work(worker) || has_sweep(worker))) {
+            return Poll::Ready(());
         }
-        let frees = plan.frees();
-        self.engine().commit_reclaim(plan, &punched);
-        if frees {
-            self.shared.space.reclaimed();
+        if let Some(alarm) = &mut alarm {
+            alarm.wake(context.waker());
         }
-        Ok(true)
-    }
+        Poll::Pending
+    })
+    .await;
+    bell.listen(false);
+}
+
+/// Waits until stopped, the time has come, a cut after number `cuts` is durable, or (if `heeds`) a cut is due.
+async fn pause_until<S: Storage>(worker: &Worker<S>, until: Instant, cuts: u64, heeds: bool) {
+    let bell = &worker.shared.bell;
+    let mut alarm = worker.driver.alarm(until);
+    poll_fn(|context| {
+        bell.set_waker(context.waker());
+        let due = heeds && bell.is_hurried();
+        if bell.stopped() || due || alarm.is_over() || worker.engine().status().cuts != cuts {
+            return Poll::Ready(());
+        }
+        alarm.wake(context.waker());
+        Poll::Pending
+    })
+    .await;
 }
 
 impl<S: Storage> Shared<S> {
@@ -362,7 +257,7 @@ impl<S: Storage> Shared<S> {
 
     /// The engine answered a question, and may have filled the map for it.
     pub(crate) fn asked(&self) {
-        if self.engine.map_is_sweepable() && !self.bell.sweeping.load(Ordering::SeqCst) {
+        if self.engine.map_is_sweepable() && !self.bell.is_sweeping() {
             self.bell.ring();
         }
     }

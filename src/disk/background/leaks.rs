@@ -6,22 +6,21 @@
 
 use std::collections::HashSet;
 use std::future::poll_fn;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use engine::bounds::TABLE_SLICE_BYTES_MAX;
-use engine::{EngineError, LeakSearch, LeakSearchEnd, LiveTable, TopSpec};
+use engine::{EngineError, LeakSearch, LeakSearchEnd, LiveTable};
 use names::shown;
-use qcow2::feature::{AUTOCLEAR_BITMAPS, AUTOCLEAR_RAW_DATA_FILE, COMPATIBLE_LAZY_REFCOUNTS};
-use qcow2::{Geometry, Header, HostCluster, HostOffset, extension};
+use qcow2::{Geometry, HostCluster, HostOffset};
 use storage::{Errno, Kind, Operation, Part, Storage};
 use thiserror::Error;
 use tracing::{info, warn};
 
 use crate::error::{OpenError, RequestError};
-use crate::image::check::ImageFile;
-use crate::runtime::driver::Alarm;
+use crate::image::image_file::ImageFile;
+use crate::runtime::timers::Alarm;
 use crate::serve::worker::Worker;
 
 /// Bytes of a table read at a time.
@@ -39,24 +38,6 @@ const REST_MAX: Duration = Duration::from_millis(200);
 
 /// The pause before checking whether some clusters that were taken back are free.
 const ROOM_RETRY: Duration = Duration::from_millis(20);
-
-/// Input of a disk's search, and whether it is still to run.
-#[derive(Debug, Default)]
-pub(crate) struct Leaks {
-    /// The L1 tables of snapshots: offset, and length in bytes.
-    pub snapshot_l1: Vec<(HostOffset, u64)>,
-    /// There is nothing to search, or the search went as far as it can.
-    settled: AtomicBool,
-}
-
-impl Leaks {
-    /// The input of a top image's search.
-    pub fn of(top: Option<&TopSpec>) -> Self {
-        // The first is the snapshot table.
-        let tables = top.map_or(&[][..], |top| &top.snapshots.tables);
-        Leaks { snapshot_l1: tables.iter().skip(1).copied().collect(), settled: AtomicBool::new(false) }
-    }
-}
 
 /// Why a search stops early.
 #[derive(Debug, Error)]
@@ -78,18 +59,6 @@ enum End {
     SnapshotL1(HostOffset),
     #[error("snapshots name more than {SNAPSHOT_TABLES_MAX} L2 tables")]
     ManyTables,
-}
-
-/// True if the header names nothing that may own clusters unknown to us. `bitmaps`: the image's bitmaps are known.
-pub(crate) fn knows_all_owners(header: &Header, bitmaps: bool) -> bool {
-    let known = [extension::BACKING_FORMAT, extension::FEATURE_NAMES, extension::DATA_FILE];
-    let has_bitmaps = header.extensions.iter().any(|extension| extension.magic == extension::BITMAPS);
-    let known = |magic| known.contains(&magic) || magic == extension::BITMAPS;
-    header.extensions.iter().all(|extension| known(extension.magic))
-        && (bitmaps || !has_bitmaps)
-        && header.unknown_fields.iter().all(|byte| *byte == 0)
-        && header.compatible & !COMPATIBLE_LAZY_REFCOUNTS == 0
-        && header.autoclear & !(AUTOCLEAR_BITMAPS | AUTOCLEAR_RAW_DATA_FILE) == 0
 }
 
 /// A piece of an L2 table or of a refblock that may change meanwhile.

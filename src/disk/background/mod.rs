@@ -2,5 +2,9 @@
 //!
 //! Owns the housekeeper's thread and its schedule.
 
+pub(crate) mod bell;
 pub(crate) mod housekeeper;
-pub(crate) mod leaks;
+pub(crate) mod leak_input;
+mod leaks;
+mod punch;
+mod reclaim;

@@ -18,7 +18,7 @@ use tracing::warn;
 pub use engine::change::ChangeRefusal;
 
 use crate::error::OpenError;
-use crate::image::check::{CheckError, ImageFile};
+use crate::image::image_file::ImageFile;
 use crate::layer::whole_blocks;
 
 /// Operations in flight, of at most 1 MiB each.
@@ -34,7 +34,7 @@ pub enum ChangeError {
     Open(#[from] OpenError),
     /// The image was not closed cleanly, and could not be repaired.
     #[error(transparent)]
-    Repair(#[from] CheckError),
+    Repair(OpenError),
     /// The change is impossible. Nothing has changed.
     #[error("{}: {source}", shown(path))]
     Refused {

@@ -16,15 +16,18 @@ use qcow2::Header;
 use storage::{FileId, Kind, Operation, Storage};
 use thiserror::Error;
 
+use crate::disk::Disk;
 use crate::error::OpenError;
 use crate::image::change::{ChangeError, carry_out, plan};
-use crate::image::check::ImageFile;
+use crate::image::image_file::ImageFile;
 use crate::layer::DiskFile;
-use crate::open::chain::{Chain, DiskOptions, fill_last_block, open_chain};
+use crate::open::chain::{Chain, open_chain};
+use crate::open::file_end::fill_last_block;
 use crate::open::{close, data_file};
+use crate::options::DiskOptions;
 use crate::runtime::driver::Driver;
-use crate::serve::queue::{Request, RequestId};
-use crate::{Disk, SIDE_QUEUE_DEPTH, Shared};
+use crate::serve::request::{Request, RequestId};
+use crate::shared::{SIDE_QUEUE_DEPTH, Shared};
 
 /// A disk's size is a multiple of this, in bytes.
 const SECTOR: u64 = 512;

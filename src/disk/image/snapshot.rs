@@ -18,12 +18,14 @@ pub use engine::change::SnapshotChange as Change;
 pub use qcow2::Snapshot;
 
 use crate::bounds::READ_PIECE_BYTES as PIECE;
-use crate::error::OpenError;
+use crate::error::{BadSnapshot, OpenError};
 pub use crate::image::change::{ChangeError, ChangeRefusal};
 use crate::image::change::{QUEUE_DEPTH, carry_out, plan};
-use crate::image::check::{ImageFile, Sharing, repair_open};
+use crate::image::check::repair_open;
+use crate::image::image_file::{ImageFile, Sharing};
 use crate::layer::DiskFile;
-use crate::open::chain::{DiskOptions, fill_last_block};
+use crate::open::file_end::fill_last_block;
+use crate::options::DiskOptions;
 use crate::runtime::driver::Driver;
 
 /// The most bytes that the L1 tables of the snapshots of a writable image may have together: all are read at open. At
@@ -51,11 +53,7 @@ pub fn list_sharing<S: Storage>(
     options: &DiskOptions,
 ) -> Result<Vec<Snapshot>, OpenError> {
     let driver = Driver::new(storage.queue(QUEUE_DEPTH)?);
-    let how = OpenOptions { writable: false, direct: options.direct, lock_timeout: options.lock_timeout };
-    let (id, info) = match sharing {
-        Sharing::Readers => storage.open(path, &how)?,
-        Sharing::All => storage.open_shared(path, options.direct)?,
-    };
+    let (id, info) = sharing.open(storage, path, options)?;
     driver.block_on(async {
         let image = ImageFile { driver: &driver, id, info: &info };
         let header = image.header(info.length).await?;
@@ -125,32 +123,11 @@ async fn sound_header<S: Storage>(
         return Err(OpenError::Unsupported { path: info.path, source }.into());
     }
     if header.incompatible.contains(Incompatible::DIRTY) {
-        repair_open(driver, id, &info, RepairKind::All, &mut |_| {}).await?;
+        repair_open(driver, id, &info, RepairKind::All, &mut |_| {}).await.map_err(ChangeError::Repair)?;
         info.length = storage.length(id).map_err(OpenError::from)?;
         header = ImageFile { driver, id, info: &info }.header(info.length).await?;
     }
     Ok((header, info))
-}
-
-/// Why a snapshot cannot be used.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum BadSnapshot {
-    /// No L1 table can be at that offset.
-    #[error("its L1 table of {entries} entries cannot be at offset {offset}")]
-    L1Place {
-        /// The recorded offset.
-        offset: HostOffset,
-        /// The recorded number of entries.
-        entries: u32,
-    },
-    /// The L1 table cannot map the whole disk.
-    #[error("its L1 table has {entries} entries, but its disk needs {needed}")]
-    TooFewL1Entries {
-        /// Entries of the table.
-        entries: u32,
-        /// Entries needed.
-        needed: u64,
-    },
 }
 
 /// Whether a snapshot's L1 table can be where the entry says.
@@ -220,7 +197,7 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
             return Err(OpenError::SnapshotsTooLarge { path: path(), length, max: L1_BYTES_MAX });
         }
         for (offset, length) in l1_tables {
-            let in_file = length.min(self.info.length.saturating_sub(offset.0)).next_multiple_of(8);
+            let in_file = self.in_file(offset, length).next_multiple_of(8);
             for at in (0..in_file).step_by(PIECE as usize) {
                 let bytes =
                     self.read("L1 table of a snapshot", offset.0 + at, PIECE.min(in_file - at)).await?;
@@ -245,12 +222,8 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
         if needed > u64::from(entries) {
             return Err(bad(BadSnapshot::TooFewL1Entries { entries, needed }));
         }
-        let in_file = length.min(self.info.length.saturating_sub(offset.0)).next_multiple_of(8);
-        let mut l1 = Entries::new(u64::from(entries));
-        for at in (0..in_file).step_by(PIECE as usize) {
-            let bytes = self.read("L1 table of the snapshot", offset.0 + at, PIECE.min(in_file - at)).await?;
-            l1.read(at / 8, &bytes);
-        }
+        let in_file = self.in_file(offset, length).next_multiple_of(8);
+        let l1 = self.table("L1 table of the snapshot", offset, in_file, u64::from(entries)).await?;
         Ok((geometry.size, l1))
     }
 }

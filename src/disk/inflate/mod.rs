@@ -1,6 +1,7 @@
 //! Compressed clusters: a cache of inflated ones, and the threads that inflate.
 //!
-//! Knows no request and does no I/O: the caller brings a cluster's data. See `Worker::inflated` in `serve/compressed.rs`.
+//! Knows no request and does no I/O: the caller brings a cluster's data. See `Worker::inflated` in
+//! `serve/compressed.rs`.
 
 mod cache;
 mod decode;

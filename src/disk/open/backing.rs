@@ -7,13 +7,11 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use names::{one_line, shown};
 use qcow2::Header;
 use serde::Deserialize;
-use thiserror::Error;
 
-use crate::error::OpenError;
-use crate::open::chain::Format;
+use crate::error::{BackingNameError, OpenError};
+use crate::options::Format;
 
 /// The prefix of QEMU's description of a node in JSON.
 const JSON: &[u8] = b"json:";
@@ -29,63 +27,6 @@ pub(crate) struct LayerFile {
     pub format: Format,
     /// Its overlay records its format; otherwise the user names it.
     pub recorded: bool,
-}
-
-/// Why a backing name is not accepted.
-#[derive(Debug, Error)]
-pub enum BackingNameError {
-    /// No name follows `file:`.
-    #[error("it is empty")]
-    Empty,
-    /// The name is not one of a file.
-    #[error("\"{}\" is a protocol, and only files are opened", shown(protocol))]
-    Protocol {
-        /// Its name.
-        protocol: Vec<u8>,
-    },
-    /// The JSON is broken, or holds more than a format and a file.
-    #[error(
-        "as a json: name it may hold \"driver\", and \"file\" with \"driver\" and \"filename\", and no more: {}",
-        one_line(&.0.to_string())
-    )]
-    Json(serde_json::Error),
-    /// The JSON names no file, or two.
-    #[error("its JSON must name one file")]
-    JsonFile,
-    /// The JSON names a format that is not served.
-    #[error("its JSON has the driver \"{}\"; only qcow2 and raw are served", shown(driver))]
-    JsonFormat {
-        /// The driver.
-        driver: String,
-    },
-    /// The JSON names something other than a file.
-    #[error("its JSON has the driver \"{}\" for the file; only files are opened", shown(driver))]
-    JsonProtocol {
-        /// The driver.
-        driver: String,
-    },
-    /// The JSON has a relative name, whose folder is unknown.
-    #[error(
-        "its JSON has the relative name \"{}\", which QEMU looks for in the folder where it is started; only \
-         a whole path is taken",
-        shown(filename)
-    )]
-    JsonRelative {
-        /// The name.
-        filename: String,
-    },
-    /// The name and the header disagree.
-    #[error(
-        "its JSON has the driver \"{}\", but the header has the format \"{}\"",
-        shown(driver),
-        shown(format)
-    )]
-    JsonDisagrees {
-        /// The driver in the name.
-        driver: String,
-        /// The format in the header.
-        format: String,
-    },
 }
 
 /// The accepted part of QEMU's description of a node. Any other field would change which bytes are read.

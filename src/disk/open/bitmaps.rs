@@ -7,52 +7,14 @@
 use names::shown;
 use qcow2::{Bitmap, BitmapDirectory, Header, HostOffset, bitmap_table_entry};
 use storage::IoQueue;
-use thiserror::Error;
 use tracing::warn;
 
 use crate::bounds::READ_PIECE_BYTES as PIECE;
-use crate::error::OpenError;
-use crate::image::check::ImageFile;
+use crate::error::{BadBitmaps, OpenError};
+use crate::image::image_file::ImageFile;
 
 /// The most bytes that the tables of all bitmaps may have together. At clusters of 64 KiB they name 512 GiB of bitmaps.
 const TABLE_BYTES_MAX: u64 = 64 << 20;
-
-/// Why the bitmaps of an image cannot be used.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-pub enum BadBitmaps {
-    /// An entry of the directory is bad.
-    #[error("entry {index} of the bitmap directory, at offset {offset}, is broken or missing")]
-    Directory {
-        /// Its index in the directory, from 0.
-        index: u32,
-        /// Its offset.
-        offset: HostOffset,
-    },
-    /// The tables together are too large.
-    #[error("the tables of its bitmaps have {length} bytes together, and at most {max} are looked at")]
-    TooLarge {
-        /// Bytes of all tables.
-        length: u64,
-        /// The limit in bytes.
-        max: u64,
-    },
-    /// An entry of a table is bad.
-    #[error("the bitmap table entry {raw:#018x} at offset {offset} makes no sense")]
-    TableEntry {
-        /// The entry.
-        raw: u64,
-        /// Its offset.
-        offset: HostOffset,
-    },
-    /// A table or a part of a bitmap is not in the file.
-    #[error("{length} bytes of a bitmap at offset {start} are past the end of the file")]
-    PastEnd {
-        /// The recorded offset.
-        start: HostOffset,
-        /// Bytes.
-        length: u64,
-    },
-}
 
 /// The bitmaps of an image that is to be written.
 pub(crate) struct Guarded {

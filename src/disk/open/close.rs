@@ -9,7 +9,7 @@ use storage::{Kind, Operation, Storage};
 use crate::error::{OpenError, RequestError};
 use crate::runtime::driver::Driver;
 use crate::serve::worker::Worker;
-use crate::{SIDE_QUEUE_DEPTH, Shared};
+use crate::shared::{SIDE_QUEUE_DEPTH, Shared};
 
 pub(crate) fn close<S: Storage>(shared: &Arc<Shared<S>>) -> Result<(), OpenError> {
     if shared.read_only {

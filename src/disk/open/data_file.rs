@@ -11,7 +11,7 @@ use storage::{IoQueue, Kind, OpenOptions, Operation, Storage};
 
 use crate::error::OpenError;
 use crate::layer::DiskFile;
-use crate::open::chain::DiskOptions;
+use crate::options::DiskOptions;
 use crate::runtime::driver::Driver;
 
 /// The least unit of a disk in bytes.

@@ -8,13 +8,15 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use qcow2::{Bitmap, Snapshot, Unsupported};
-use storage::{OpenOptions, Storage};
+use storage::Storage;
 
 use crate::error::OpenError;
-use crate::image::check::{ImageFile, Sharing};
+use crate::image::image_file::{ImageFile, Sharing};
 use crate::layer::Layer;
 use crate::open::backing::{LayerFile, backing_of};
-use crate::open::chain::{CHAIN_LAYERS_MAX, DiskOptions, Format, raw_layer};
+use crate::open::chain::CHAIN_LAYERS_MAX;
+use crate::open::raw::raw_layer;
+use crate::options::{DiskOptions, Format};
 use crate::runtime::driver::Driver;
 
 /// Operations in flight: reads go one by one.
@@ -37,8 +39,9 @@ pub struct LayerDescription {
     pub backing: Option<PathBuf>,
 }
 
-/// Describes the image at `path`, and with `whole_chain` every backing file below it. Nothing is written. Of the options,
-/// the formats, `direct` and `lock_timeout` matter. The files stay open, and locked, as long as the storage lives.
+/// Describes the image at `path`, and with `whole_chain` every backing file below it. Nothing is written. Of the
+/// options, the formats, `direct` and `lock_timeout` matter. The files stay open, and locked, as long as the storage
+/// lives.
 ///
 /// # Errors
 /// If a file cannot be opened or read, a header is broken, or the name of a backing file is not accepted.
@@ -91,11 +94,7 @@ async fn describe_one<S: Storage>(
     if seen.len() >= CHAIN_LAYERS_MAX {
         return Err(OpenError::ChainTooDeep { path: file.path.clone(), limit: CHAIN_LAYERS_MAX });
     }
-    let how = OpenOptions { writable: false, direct: options.direct, lock_timeout: options.lock_timeout };
-    let (id, info) = match sharing {
-        Sharing::Readers => storage.open(&file.path, &how)?,
-        Sharing::All => storage.open_shared(&file.path, options.direct)?,
-    };
+    let (id, info) = sharing.open(storage, &file.path, options)?;
     if !seen.insert(info.identity) {
         return Err(OpenError::BackingLoop { path: file.path.clone() });
     }

@@ -3,20 +3,12 @@
 //! Owns the marks. A found format is only reported to people. It never decides how a file is opened, because a guest
 //! can write any bytes.
 
-use names::shown;
-use qcow2::{FormatError, FormatErrorKind};
-use storage::IoQueue;
-use tracing::warn;
-
-use crate::error::OpenError;
-use crate::image::check::ImageFile;
-
 /// Bytes examined from the start of a file.
-const HEAD: u64 = 512;
+pub(crate) const HEAD: u64 = 512;
 /// Where an ISO 9660 file system has its first volume descriptor.
-const ISO_DESCRIPTOR: u64 = 0x8000;
+pub(crate) const ISO_DESCRIPTOR: u64 = 0x8000;
 /// Bytes examined there, and at the end of a file.
-const SECTOR: u64 = 512;
+pub(crate) const SECTOR: u64 = 512;
 
 /// A format that is not served, by its marks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -118,72 +110,6 @@ impl Foreign {
             Foreign::Lz4 => "is compressed by lz4",
             Foreign::Zip => "is a zip archive",
             Foreign::Tar => "is a tar archive (an OVA is one)",
-        }
-    }
-}
-
-/// The format of an open file; none if it has no mark, or cannot be read.
-pub(crate) async fn recognise<Q: IoQueue>(image: &ImageFile<'_, Q>) -> Option<Foreign> {
-    let length = image.info.length;
-    if length == 0 {
-        return Some(Foreign::Empty);
-    }
-    let part = async |offset: u64, bytes: u64| {
-        let bytes = bytes.min(length.saturating_sub(offset));
-        if bytes == 0 { Ok(Vec::new()) } else { image.read("start", offset, bytes).await }
-    };
-    let head = part(0, HEAD).await.ok()?;
-    let descriptor = part(ISO_DESCRIPTOR, SECTOR).await.ok()?;
-    let tail = part(length.saturating_sub(SECTOR), SECTOR).await.ok()?;
-    Foreign::of_bytes(&head, &descriptor, &tail)
-}
-
-/// The error for a file without a qcow2 header, with the format that the file has instead.
-pub(crate) async fn explain<Q: IoQueue>(image: &ImageFile<'_, Q>, source: FormatError) -> OpenError {
-    let path = image.info.path.clone();
-    let no_header = match source.kind {
-        FormatErrorKind::BadMagic { .. } => true,
-        FormatErrorKind::Truncated { .. } => image.info.length == 0,
-        _ => false,
-    };
-    match if no_header { recognise(image).await } else { None } {
-        Some(foreign) => OpenError::NotQcow2 { path, source, foreign },
-        None => OpenError::Format { path, source },
-    }
-}
-
-/// Warns of a raw layer whose bytes have the marks of a format. The guest sees the marks, and its writes destroy the
-/// contents in that format.
-pub(crate) async fn warn_of_marks<Q: IoQueue>(image: &ImageFile<'_, Q>, writable: bool) {
-    let Some(foreign) = recognise(image).await else { return };
-    let (path, what) = (shown(&image.info.path), foreign.in_words());
-    match (foreign, writable) {
-        // A raw disk may well be an ISO image.
-        (Foreign::Iso9660, false) => {}
-        (Foreign::Iso9660, true) => {
-            warn!(%path, "opened writable as a raw image, but the file {what}: open it read-only");
-        }
-        (Foreign::Empty, _) => {
-            warn!(%path, "opened as a raw image, but the file {what}: the disk has no bytes");
-        }
-        (Foreign::Luks, _) => {
-            warn!(
-                %path,
-                "opened as a raw image, but the file {what}: this is right only if the guest decrypts it itself"
-            );
-        }
-        (_, true) => {
-            warn!(
-                %path,
-                "opened WRITABLE as a raw image, but the file {what}: the guest sees its raw bytes, and what the \
-                 guest writes destroys the file's contents; stop now unless this is meant"
-            );
-        }
-        (_, false) => {
-            warn!(
-                %path,
-                "opened as a raw image, but the file {what}: the guest sees its raw bytes and not the disk in it"
-            );
         }
     }
 }

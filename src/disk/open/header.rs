@@ -11,7 +11,7 @@ use engine::Waiters;
 use qcow2::position::Patch;
 use storage::{AlignedBuf, IoQueue, Kind, Operation, Part};
 
-use crate::error::{OpenError, RequestError};
+use crate::error::OpenError;
 use crate::layer::DiskFile;
 use crate::runtime::driver::Driver;
 
@@ -109,24 +109,5 @@ impl Drop for HeaderChange<'_> {
             inner.waiters.take()
         };
         waiters.wake();
-    }
-}
-
-impl<S: storage::Storage> crate::Shared<S> {
-    /// Sets the incompatible bit "corrupt" in the top image's header, once, if it can have one.
-    pub(crate) async fn mark_corrupt(&self, driver: &Driver<S::Queue>) -> Result<(), RequestError> {
-        let Some(header) = &self.header else { return Ok(()) };
-        let version3 =
-            self.layers[0].header.as_ref().is_some_and(|header| header.version == qcow2::Version::V3);
-        if !version3 || !self.claim_corrupt_mark() {
-            return Ok(());
-        }
-        let change = header.change().await;
-        let bits = u64::from_be_bytes(header.field(qcow2::position::INCOMPATIBLE));
-        let marked = qcow2::Incompatible(bits).with(qcow2::Incompatible::CORRUPT);
-        let write = change.write(&self.files[0], qcow2::position::patch_incompatible(marked));
-        driver.run_all([write]).await.map_err(RequestError::io("header write"))?;
-        let sync = Operation::bare(self.top_file(), Kind::Sync, 0);
-        driver.run_bare(sync).await.map_err(RequestError::io("fdatasync"))
     }
 }

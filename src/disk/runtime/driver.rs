@@ -1,4 +1,4 @@
-//! A thread's I/O queue, executor, buffers and timers. Knows no disk and no request.
+//! A thread's I/O queue, and how its executor, buffers and timers work on it. Knows no disk and no request.
 //!
 //! Completions of operations that async functions pushed wake their task. Those of the fast path go to the caller of
 //! [`Driver::turn`].
@@ -18,7 +18,9 @@ use smallvec::SmallVec;
 use storage::{AlignedBuf, BufferPool, Completion, Errno, IoQueue, Notifier, Operation, Part, Parts, Token};
 
 use crate::bounds::{BUFFER_BYTES, INFLATING_BYTES, POOL_BYTES, ROUNDS_OF_A_TURN};
+use crate::runtime::budget::{Budget, BufferPermit};
 use crate::runtime::executor::{Executor, poll_once};
+use crate::runtime::timers::{Alarm, Timers};
 
 /// Marks the tokens of operations that a future awaits.
 const FUTURE: u64 = 1 << 63;
@@ -39,8 +41,7 @@ pub(crate) struct Driver<Q> {
     executor: RefCell<Executor>,
     waiting: RefCell<Slab<Waiting>>,
     scratch: RefCell<Vec<Completion>>,
-    /// The time and the waker of each timer; no waker once it was woken.
-    timers: RefCell<Slab<(Instant, Option<Waker>)>>,
+    timers: Timers,
     pub pool: BufferPool,
     buffers: Budget,
     inflating: Budget,
@@ -56,7 +57,7 @@ impl<Q: IoQueue> Driver<Q> {
             executor: RefCell::new(executor),
             waiting: RefCell::new(Slab::new()),
             scratch: RefCell::new(Vec::new()),
-            timers: RefCell::new(Slab::new()),
+            timers: Timers::default(),
             pool: BufferPool::new(POOL_BYTES),
             buffers: Budget::new(BUFFER_BYTES),
             inflating: Budget::new(INFLATING_BYTES),
@@ -199,7 +200,7 @@ impl<Q: IoQueue> Driver<Q> {
 
     /// An alarm for a time. Until it is asked to wake somebody it is silent.
     pub fn alarm(&self, until: Instant) -> Alarm<'_, Q> {
-        Alarm { driver: self, until, timer: None }
+        Alarm::new(&self.timers, &self.queue, until)
     }
 
     /// Submits operations, reaps completions and runs tasks, until there is nothing more to do at once. Completions
@@ -221,7 +222,7 @@ impl<Q: IoQueue> Driver<Q> {
                 }
             }
             *self.scratch.borrow_mut() = completions;
-            self.fire_timers();
+            self.timers.fire(|| self.now());
             busy |= self.run_ready();
             if !busy {
                 break;
@@ -235,21 +236,6 @@ impl<Q: IoQueue> Driver<Q> {
         let before = std::mem::replace(&mut self.waiting.borrow_mut()[index], done);
         if let Waiting::For(Some(waker)) = before {
             waker.wake();
-        }
-    }
-
-    fn fire_timers(&self) {
-        let mut timers = self.timers.borrow_mut();
-        if timers.is_empty() {
-            return;
-        }
-        let now = self.now();
-        for (_, (until, waker)) in timers.iter_mut() {
-            if *until <= now
-                && let Some(waker) = waker.take()
-            {
-                waker.wake();
-            }
         }
     }
 
@@ -277,11 +263,7 @@ impl<Q: IoQueue> Driver<Q> {
         if self.executor.borrow().has_ready() {
             return;
         }
-        let next = {
-            let timers = self.timers.borrow();
-            timers.iter().filter_map(|(_, (until, waker))| waker.as_ref().map(|_| *until)).min()
-        };
-        let next = next.map(|until| until.saturating_duration_since(self.now()));
+        let next = self.timers.next().map(|until| until.saturating_duration_since(self.now()));
         let timeout = match (timeout, next) {
             (Some(a), Some(b)) => Some(a.min(b)),
             (a, b) => a.or(b),
@@ -304,39 +286,6 @@ impl<Q: IoQueue> Driver<Q> {
             if !flag.woken.is_raised() {
                 self.wait(None);
             }
-        }
-    }
-}
-
-/// Wakes a task at a time, or soon after, unless it is dropped before.
-pub(crate) struct Alarm<'a, Q> {
-    driver: &'a Driver<Q>,
-    until: Instant,
-    /// Its key in the driver's timers, once a task was named.
-    timer: Option<usize>,
-}
-
-impl<Q: IoQueue> Alarm<'_, Q> {
-    /// Whether its time has come.
-    pub fn is_over(&self) -> bool {
-        self.driver.now() >= self.until
-    }
-
-    /// Names the task to wake, instead of any named before.
-    pub fn wake(&mut self, waker: &Waker) {
-        let mut timers = self.driver.timers.borrow_mut();
-        let entry = (self.until, Some(waker.clone()));
-        match self.timer {
-            Some(timer) => timers[timer] = entry,
-            None => self.timer = Some(timers.insert(entry)),
-        }
-    }
-}
-
-impl<Q> Drop for Alarm<'_, Q> {
-    fn drop(&mut self) {
-        if let Some(timer) = self.timer {
-            self.driver.timers.borrow_mut().remove(timer);
         }
     }
 }
@@ -373,70 +322,6 @@ impl std::task::Wake for Flag {
     }
 }
 
-/// Bounds the memory that one thread's requests use for one purpose, first come first served.
-struct Budget {
-    bytes: usize,
-    free: Cell<usize>,
-    waiters: RefCell<VecDeque<(u64, Waker)>>,
-}
-
-impl Budget {
-    fn new(bytes: usize) -> Self {
-        Budget { bytes, free: Cell::new(bytes), waiters: RefCell::new(VecDeque::new()) }
-    }
-
-    /// A larger amount counts as the whole budget.
-    async fn take(&self, bytes: usize) -> BufferPermit<'_> {
-        let bytes = bytes.min(self.bytes);
-        let mut number = None;
-        poll_fn(|context| self.poll_take(bytes, &mut number, context.waker())).await;
-        BufferPermit { budget: self, bytes }
-    }
-
-    fn poll_take(&self, bytes: usize, number: &mut Option<u64>, waker: &Waker) -> Poll<()> {
-        let mut waiters = self.waiters.borrow_mut();
-        let first = waiters.front().is_none_or(|(front, _)| Some(*front) == *number);
-        if first && self.free.get() >= bytes {
-            self.free.set(self.free.get() - bytes);
-            if number.is_some() {
-                waiters.pop_front();
-            }
-            if let Some((_, next)) = waiters.front() {
-                next.wake_by_ref();
-            }
-            return Poll::Ready(());
-        }
-        match number {
-            Some(number) => {
-                let own = waiters.iter_mut().find(|(queued, _)| queued == number).expect("queued before");
-                own.1 = waker.clone();
-            }
-            None => {
-                let next = waiters.back().map_or(0, |(last, _)| last + 1);
-                *number = Some(next);
-                waiters.push_back((next, waker.clone()));
-            }
-        }
-        Poll::Pending
-    }
-}
-
-/// Permission to hold some buffer memory, until dropped.
-#[must_use]
-pub(crate) struct BufferPermit<'a> {
-    budget: &'a Budget,
-    bytes: usize,
-}
-
-impl Drop for BufferPermit<'_> {
-    fn drop(&mut self) {
-        self.budget.free.set(self.budget.free.get() + self.bytes);
-        if let Some((_, next)) = self.budget.waiters.borrow().front() {
-            next.wake_by_ref();
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use storage::Storage;
@@ -457,7 +342,7 @@ mod tests {
             other.wake(&waker);
             other.wake(&waker);
             first.wake(&waker);
-            assert_eq!(driver.timers.borrow().len(), 2);
+            assert_eq!(driver.timers.len(), 2);
         }
         driver.turn(|_| ());
         assert!(!flag.woken.is_raised() && !first.is_over());
@@ -467,6 +352,6 @@ mod tests {
         driver.turn(|_| ());
         assert!(!flag.woken.is_raised(), "once");
         drop(first);
-        assert!(driver.timers.borrow().is_empty());
+        assert_eq!(driver.timers.len(), 0);
     }
 }

@@ -2,5 +2,7 @@
 //!
 //! Knows no disk and no request.
 
+mod budget;
 pub(crate) mod driver;
 mod executor;
+pub(crate) mod timers;

@@ -3,13 +3,18 @@
 //! Owns a request from its submission to its completion: one file per kind of request, and one for each thing that a
 //! request may wait for. Opens no file.
 
+mod claim;
 mod compressed;
+mod detect;
 mod failures;
+mod fast;
 mod flush;
 pub(crate) mod policy;
 mod prerequisites;
 pub(crate) mod queue;
 mod read;
+pub(crate) mod request;
+mod slow;
 pub(crate) mod space;
 pub(crate) mod worker;
 mod write;

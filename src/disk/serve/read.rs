@@ -1,4 +1,5 @@
-//! Reads that the fast path does not serve: unresolved, mixed or compressed clusters, and memory that needs a bounce buffer.
+//! Reads that the fast path does not serve: unresolved, mixed or compressed clusters, and memory that needs a bounce
+//! buffer.
 
 use engine::{CompressedCluster, Extent, Source};
 use qcow2::{GuestOffset, HostOffset};
@@ -154,9 +155,4 @@ fn guest_operation(
 ) -> Operation {
     let parts = memory.iter().copied().map(Part::Guest).collect();
     Operation::new(file, kind, offset.0, parts)
-}
-
-/// A copy of a request's slices that outlives the call of `submit`.
-pub(crate) fn owned(slices: &[GuestSlice]) -> GuestSlices {
-    slices.iter().copied().collect()
 }

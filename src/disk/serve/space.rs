@@ -1,7 +1,7 @@
 //! Requests that find no space on the host: whether they wait for it, for how long at a time, and what is logged.
 //!
 //! Owns the wait and its count. A waiting request holds no claim and no epoch, so that freed clusters can be
-//! reclaimed meanwhile. The retries themselves are in queue.rs.
+//! reclaimed meanwhile. The retries themselves are in slow.rs.
 
 use std::future::poll_fn;
 use std::path::{Path, PathBuf};
@@ -14,6 +14,7 @@ use slab::Slab;
 use storage::IoQueue;
 use tracing::{info, warn};
 
+use crate::options::OnEnospc;
 use crate::runtime::driver::Driver;
 
 /// The first wait before a retry of a request; each wait is twice the one before.
@@ -22,16 +23,6 @@ const PAUSE_MIN: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
 /// The least time between two log lines about the beginning of a wait.
 const TELL_AGAIN: Duration = Duration::from_secs(10);
-
-/// How to treat a request that finds no space on the host.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum OnEnospc {
-    /// It fails.
-    #[default]
-    Report,
-    /// It waits until there is space; other requests continue.
-    Wait,
-}
 
 /// Numbers of requests that wait for space on the host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

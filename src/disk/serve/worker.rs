@@ -11,11 +11,11 @@ use names::shown;
 use storage::{AlignedBuf, Errno, Kind, Operation, Part, Storage};
 use tracing::error;
 
-use crate::Shared;
 use crate::bounds::LOADS_AT_ONCE;
 use crate::error::RequestError;
 use crate::runtime::driver::Driver;
 use crate::serve::failures::FailureLog;
+use crate::shared::Shared;
 
 /// One thread's access to a disk. Its async functions are the slow path.
 pub(crate) struct Worker<S: Storage> {

@@ -1,7 +1,7 @@
 //! Writes that the fast path does not serve: allocation, copy-on-write, and memory that needs a bounce buffer.
 
 use engine::mutation::{Mutation, active};
-use engine::{Allocation, ClaimId, Extent, FileIndex, Mapping, Source, WritePlan};
+use engine::{Allocation, Extent, FileIndex, Mapping, Source, WritePlan};
 use qcow2::{GuestOffset, HostOffset};
 use storage::guest::{copy_from_guest, guest_len, subrange};
 use storage::{AlignedBuf, GuestSlice, Kind, Operation, Part, Parts, Storage};
@@ -26,22 +26,6 @@ impl Payload<'_> {
             Payload::Guest(slices) => guest_len(slices) as u64,
             Payload::Zeros(length) => *length,
         }
-    }
-}
-
-/// A claim on guest clusters, released when dropped.
-#[must_use]
-pub(crate) struct Claim<'a, S: Storage> {
-    worker: &'a Worker<S>,
-    id: ClaimId,
-}
-
-impl<S: Storage> Drop for Claim<'_, S> {
-    fn drop(&mut self) {
-        if active(Mutation::ClaimKeptByLeaver) && self.worker.leaving.get() {
-            return;
-        }
-        self.worker.engine().release_claim(self.id);
     }
 }
 
@@ -75,27 +59,6 @@ impl Fill {
 }
 
 impl<S: Storage> Worker<S> {
-    /// Waits for the sole right to change the mapping of a range. The caller must hold nothing else.
-    pub async fn claim(&self, offset: u64, length: u64) -> Claim<'_, S> {
-        let id = self.engine().claim(GuestOffset(offset), length);
-        let claim = Claim { worker: self, id };
-        std::future::poll_fn(|context| {
-            if self.engine().claim_held(id, context.waker()) {
-                std::task::Poll::Ready(())
-            } else {
-                std::task::Poll::Pending
-            }
-        })
-        .await;
-        claim
-    }
-
-    /// The same without waiting; `None` if another claim is in the way.
-    pub fn try_claim(&self, offset: u64, length: u64) -> Option<Claim<'_, S>> {
-        let id = self.engine().try_claim(GuestOffset(offset), length)?;
-        Some(Claim { worker: self, id })
-    }
-
     /// Writes; the caller holds a claim on the range, unless the top image is raw.
     pub async fn write(&self, offset: u64, payload: Payload<'_>) -> Result<(), RequestError> {
         let length = payload.len();

@@ -12,7 +12,7 @@ use tracing::debug;
 use crate::bounds::{PUNCHES_AT_ONCE, ROUNDS_AT_ONCE};
 use crate::error::RequestError;
 use crate::layer::DiskFile;
-use crate::serve::policy::Discards;
+use crate::options::Discards;
 use crate::serve::worker::Worker;
 use crate::serve::write::Payload;
 

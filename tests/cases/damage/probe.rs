@@ -4,8 +4,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use disk::DiskOptions;
-use disk::check::{CheckError, Report, Verdict};
+use disk::check::{Report, Verdict};
+use disk::{DiskOptions, OpenError};
 use storage_sim::SimWorld;
 
 use strata_fuzz_targets::host::{bytes, checked, options, world};
@@ -115,14 +115,14 @@ fn verdict(report: &Report) -> (Verdict, Vec<&'static str>) {
 }
 
 /// Asserts that the writes left the image no worse than before, or that they found the damage.
-fn judge(before: &Report, after: Result<Report, CheckError>, found: bool, outcome: &Outcome) {
+fn judge(before: &Report, after: Result<Report, OpenError>, found: bool, outcome: &Outcome) {
     let found = found || outcome.writes.iter().any(|(_, failed)| failed.is_some());
     match after {
         Ok(after) => {
             assert!(found || after.verdict() <= before.verdict(), "{before:#?}\nbecame\n{after:#?}");
         }
         // The data behind the end of the file was written there, as in QEMU, so the file is now too long.
-        Err(CheckError::Refused { .. }) => {}
+        Err(OpenError::NotCheckable { .. }) => {}
         Err(error) => panic!("it can be checked no more: {error}"),
     }
 }

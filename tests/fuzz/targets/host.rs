@@ -5,8 +5,8 @@
 use std::path::Path;
 use std::time::Duration;
 
-use disk::DiskOptions;
-use disk::check::{CheckError, RepairKind, Repaired, Report, check, repair};
+use disk::check::{RepairKind, Repaired, Report, check, repair};
+use disk::{DiskOptions, OpenError};
 use qcow2::{Header, Incompatible};
 use storage_sim::{SimOptions, SimStorage, SimWorld};
 
@@ -60,12 +60,12 @@ pub fn operated(world: &SimWorld, small: bool) -> DiskOptions {
 }
 
 /// Checks the image.
-pub fn checked(world: &SimWorld) -> Result<Report, CheckError> {
+pub fn checked(world: &SimWorld) -> Result<Report, OpenError> {
     check(&world.storage(), Path::new(TOP), &options(true))
 }
 
 /// Repairs everything.
-pub fn repaired(world: &SimWorld) -> Result<Repaired, CheckError> {
+pub fn repaired(world: &SimWorld) -> Result<Repaired, OpenError> {
     repair(&world.storage(), Path::new(TOP), RepairKind::All, &options(true))
 }
 

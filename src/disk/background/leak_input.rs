@@ -1,0 +1,38 @@
+//! What an open learns for the search for leaks: the tables of snapshots, and whether anything unknown may own
+//! clusters.
+
+use std::sync::atomic::AtomicBool;
+
+use engine::TopSpec;
+use qcow2::feature::{AUTOCLEAR_BITMAPS, AUTOCLEAR_RAW_DATA_FILE, COMPATIBLE_LAZY_REFCOUNTS};
+use qcow2::{Header, HostOffset, extension};
+
+/// Input of a disk's search, and whether it is still to run.
+#[derive(Debug, Default)]
+pub(crate) struct LeakInput {
+    /// The L1 tables of snapshots: offset, and length in bytes.
+    pub snapshot_l1: Vec<(HostOffset, u64)>,
+    /// There is nothing to search, or the search went as far as it can.
+    pub settled: AtomicBool,
+}
+
+impl LeakInput {
+    /// The input of a top image's search.
+    pub fn of(top: Option<&TopSpec>) -> Self {
+        // The first is the snapshot table.
+        let tables = top.map_or(&[][..], |top| &top.snapshots.tables);
+        LeakInput { snapshot_l1: tables.iter().skip(1).copied().collect(), settled: AtomicBool::new(false) }
+    }
+}
+
+/// True if the header names nothing that may own clusters unknown to us. `bitmaps`: the image's bitmaps are known.
+pub(crate) fn knows_all_owners(header: &Header, bitmaps: bool) -> bool {
+    let known = [extension::BACKING_FORMAT, extension::FEATURE_NAMES, extension::DATA_FILE];
+    let has_bitmaps = header.extensions.iter().any(|extension| extension.magic == extension::BITMAPS);
+    let known = |magic| known.contains(&magic) || magic == extension::BITMAPS;
+    header.extensions.iter().all(|extension| known(extension.magic))
+        && (bitmaps || !has_bitmaps)
+        && header.unknown_fields.iter().all(|byte| *byte == 0)
+        && header.compatible & !COMPATIBLE_LAZY_REFCOUNTS == 0
+        && header.autoclear & !(AUTOCLEAR_BITMAPS | AUTOCLEAR_RAW_DATA_FILE) == 0
+}

@@ -1,0 +1,218 @@
+//! An open disk: opens a chain of images, starts the housekeeper, creates queues, and closes.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use engine::{Engine, EngineSpec, EngineStatus, FileIndex};
+use storage::{FileInfo, Storage, StorageError};
+
+use crate::background::housekeeper::{Housekeeper, Keeper};
+use crate::background::leak_input::LeakInput;
+use crate::error::OpenError;
+use crate::inflate;
+use crate::layer::Layer;
+use crate::open::chain::{Chain, note_writes, open_chain};
+use crate::open::file_end::{fill_last_block, lengthen};
+use crate::open::header::HeaderSector;
+use crate::open::{close, data_file};
+use crate::options::DiskOptions;
+use crate::runtime::driver::Driver;
+use crate::serve::policy::ZeroPolicy;
+use crate::serve::queue::DiskQueue;
+use crate::serve::space::{Space, SpaceWatch};
+use crate::shared::{SIDE_QUEUE_DEPTH, Shared, WORKERS_MAX};
+
+/// An open disk.
+pub struct Disk<S: Storage> {
+    pub(crate) shared: Arc<Shared<S>>,
+    housekeeper: Option<Housekeeper>,
+}
+
+impl<S: Storage> Disk<S> {
+    /// Opens the chain whose top image is at `path`.
+    ///
+    /// # Errors
+    /// Names the file, the structure and the offset at fault. By then a writable image may have been changed, but not
+    /// in its contents. Changes may be: refcounts rebuilt if it was marked dirty, autoclear bits, flags of bitmaps,
+    /// and the end of the file.
+    pub fn open(storage: S, path: &Path, options: &DiskOptions) -> Result<Self, OpenError> {
+        let mut disk = Self::open_unkept(storage, path, options)?;
+        if disk.needs_keeping() {
+            disk.housekeeper = Some(Housekeeper::start(Arc::clone(&disk.shared))?);
+        }
+        Ok(disk)
+    }
+
+    /// As [`Disk::open`], but without a housekeeping thread: the caller drives a [`Keeper`].
+    ///
+    /// # Errors
+    /// As for [`Disk::open`].
+    pub fn open_unkept(storage: S, path: &Path, options: &DiskOptions) -> Result<Self, OpenError> {
+        // An internal snapshot is always read-only.
+        let read_only = options.read_only || options.snapshot.is_some();
+        let options = &DiskOptions { read_only, ..options.clone() };
+        let driver = Driver::new(storage.queue(SIDE_QUEUE_DEPTH)?);
+        let chain = driver.block_on(open_chain(&driver, &storage, path, options))?;
+        Self::of_chain(storage, path, options, &driver, chain)
+    }
+
+    /// Builds a disk without a housekeeping thread from an open chain.
+    pub(crate) fn of_chain(
+        storage: S,
+        path: &Path,
+        options: &DiskOptions,
+        driver: &Driver<S::Queue>,
+        mut chain: Chain,
+    ) -> Result<Self, OpenError> {
+        let keeps_header = chain.top.is_some();
+        let data = chain.specs[0].data_file();
+        let leaks = LeakInput::of(chain.top.as_ref());
+        // Created before any write, because it may refuse the image.
+        let engine = Engine::new(EngineSpec {
+            layers: chain.specs,
+            writable: !options.read_only,
+            top: chain.top,
+            map_bytes: options.map_bytes,
+            table_bytes: options.table_bytes,
+            workers: WORKERS_MAX,
+        });
+        let engine =
+            engine.map_err(|error| OpenError::Request { path: path.to_owned(), source: error.into() })?;
+        let header = match &chain.layers[0].header {
+            Some(top) if keeps_header => {
+                let sector = driver.block_on(HeaderSector::load(driver, &chain.files[0]))?;
+                driver.block_on(fill_last_block(driver, &chain.files[0]))?;
+                if data != FileIndex(0) {
+                    let file = &mut chain.files[usize::from(data.0)];
+                    driver.block_on(data_file::extend(driver, file, chain.layers[0].size))?;
+                }
+                driver.block_on(note_writes(driver, &chain.files[0], top, &sector, &mut chain.bitmaps))?;
+                Some(sector)
+            }
+            // A raw image's file is extended to a whole last sector before any write to it.
+            None if !options.read_only => {
+                driver.block_on(lengthen(driver, &chain.files[0], chain.layers[0].size))?;
+                None
+            }
+            _ => None,
+        };
+        let shared = Arc::new(Shared {
+            storage,
+            engine,
+            layers: chain.layers,
+            files: chain.files,
+            data,
+            header,
+            read_only: options.read_only,
+            bell: Arc::default(),
+            corrupt_marked: AtomicBool::new(false),
+            space: Space::new(options.on_enospc, path),
+            policy: ZeroPolicy {
+                detect: options.detect_zeroes,
+                discards: options.discards,
+                keeps_place: options.discard_no_unref,
+            },
+            inflated: inflate::Cache::new(options.inflated_bytes),
+            inflaters: inflate::Pool::new(options.inflate_threads),
+            leaks,
+        });
+        Ok(Disk { shared, housekeeper: None })
+    }
+
+    /// A housekeeper for a disk that was opened by [`Disk::open_unkept`]. Drop it before the disk is closed.
+    ///
+    /// # Errors
+    /// If the host refuses the resources.
+    pub fn keeper(&self) -> Result<Keeper<S>, OpenError> {
+        Keeper::new(Arc::clone(&self.shared))
+    }
+
+    fn needs_keeping(&self) -> bool {
+        self.shared.is_qcow2()
+    }
+
+    /// Virtual size in bytes.
+    pub fn size(&self) -> u64 {
+        self.shared.engine.size()
+    }
+
+    /// The top image's cluster size in bytes; none for a raw image.
+    pub fn cluster_size(&self) -> Option<u64> {
+        self.shared.is_qcow2().then(|| self.shared.engine.unit())
+    }
+
+    /// Bytes of the smallest unit that is allocated, zeroed or discarded by itself: the top image's subclusters if it
+    /// has them, else its clusters. None for a raw image.
+    pub fn granule_size(&self) -> Option<u64> {
+        self.shared.is_qcow2().then(|| self.shared.engine.granule())
+    }
+
+    /// True if nothing may be written.
+    pub fn is_read_only(&self) -> bool {
+        self.shared.read_only
+    }
+
+    /// The external file that holds the top image's data.
+    pub fn data_file(&self) -> Option<&Path> {
+        self.shared.has_data_file().then(|| self.shared.data_file().info.path.as_path())
+    }
+
+    /// The layers, the top image first.
+    pub fn layers(&self) -> &[Layer] {
+        &self.shared.layers
+    }
+
+    /// The open files: the layers' files in order, then external data files.
+    pub fn files(&self) -> impl Iterator<Item = &FileInfo> {
+        self.shared.files.iter().map(|file| &file.info)
+    }
+
+    /// Bytes that the host has allocated for a layer's file.
+    ///
+    /// # Errors
+    /// If the host cannot report it.
+    pub fn allocated(&self, layer: usize) -> Result<u64, StorageError> {
+        self.shared.storage.allocated(self.shared.files[layer].id)
+    }
+
+    /// The engine's counters.
+    pub fn status(&self) -> EngineStatus {
+        self.shared.engine.status()
+    }
+
+    /// The requests that wait for space on the host: their number, and how to end their wait.
+    pub fn space(&self) -> SpaceWatch {
+        self.shared.space.watch()
+    }
+
+    /// Creates the calling thread's queue, for at most `depth` requests in flight.
+    ///
+    /// # Errors
+    /// If the host refuses the resources, or the disk has too many queues.
+    pub fn queue(&self, depth: u32) -> Result<DiskQueue<S>, OpenError> {
+        DiskQueue::new(Arc::clone(&self.shared), depth)
+    }
+
+    /// Makes everything durable and closes the image cleanly: releases reserved clusters, punches freed space, and
+    /// cuts the file to its length. All queues must be gone.
+    ///
+    /// # Errors
+    /// If something could not be made durable. Unless the disk had failed before, the image then needs at most a leak
+    /// repair.
+    pub fn close(mut self) -> Result<(), OpenError> {
+        if let Some(housekeeper) = self.housekeeper.take() {
+            housekeeper.stop();
+        }
+        close::close(&self.shared)
+    }
+}
+
+impl<S: Storage> Drop for Disk<S> {
+    /// Without [`Disk::close`]: only stops the housekeeper. The image stays as a crash would leave it.
+    fn drop(&mut self) {
+        if let Some(housekeeper) = self.housekeeper.take() {
+            housekeeper.stop();
+        }
+    }
+}

@@ -1,0 +1,111 @@
+//! The state that all threads of an open disk share.
+//!
+//! Owns which file holds what, and the mark of a corrupt image. Does no I/O but for that mark.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use engine::mutation::{Mutation, active};
+use engine::{Engine, FileIndex};
+use qcow2::{Incompatible, Version, position};
+use storage::{FileId, Kind, Operation, Storage};
+
+use crate::background::bell::Bell;
+use crate::background::leak_input::LeakInput;
+use crate::error::RequestError;
+use crate::inflate;
+use crate::layer::{DiskFile, Layer};
+use crate::open::header::HeaderSector;
+use crate::runtime::driver::Driver;
+use crate::serve::policy::ZeroPolicy;
+use crate::serve::space::Space;
+
+/// Workers of one disk at a time: queues, the housekeeper, and the thread that closes it.
+pub(crate) const WORKERS_MAX: usize = 258;
+/// Operations in flight of the thread that opens or closes a disk, and of the housekeeper.
+pub(crate) const SIDE_QUEUE_DEPTH: u32 = 64;
+
+/// State that all threads of a disk share.
+pub(crate) struct Shared<S: Storage> {
+    pub storage: S,
+    pub engine: Engine,
+    pub layers: Vec<Layer>,
+    /// The files of the layers in order, then external data files.
+    pub files: Vec<DiskFile>,
+    /// The file that holds the top image's data: its own, or an external one.
+    pub data: FileIndex,
+    /// The top image's first sector, for changes of the header; none for a raw or read-only top image.
+    pub header: Option<HeaderSector>,
+    pub read_only: bool,
+    /// Wakes the housekeeper.
+    pub bell: Arc<Bell>,
+    /// Set once, by the first thread that is to set the corrupt bit.
+    pub corrupt_marked: AtomicBool,
+    /// Requests that wait for space on the host.
+    pub space: Arc<Space>,
+    /// How zeros and discards are treated.
+    pub policy: ZeroPolicy,
+    /// A cache of inflated clusters.
+    pub inflated: inflate::Cache,
+    /// The threads that inflate compressed clusters.
+    pub inflaters: inflate::Pool,
+    /// Input and state of the search for leaks.
+    pub leaks: LeakInput,
+}
+
+impl<S: Storage> Shared<S> {
+    pub fn file(&self, index: FileIndex) -> &DiskFile {
+        &self.files[usize::from(index.0)]
+    }
+
+    /// The file that holds the top image's data.
+    pub fn data_file(&self) -> &DiskFile {
+        self.file(self.data)
+    }
+
+    /// True if the top image's data is in an external data file.
+    pub fn has_data_file(&self) -> bool {
+        self.data != FileIndex(0)
+    }
+
+    /// The file with the top image's data at the guest's offsets, which can thus be read as a raw image. This is a
+    /// raw top image itself, or an external data file that is flagged as raw.
+    pub fn raw_file(&self) -> Option<&DiskFile> {
+        let is_raw = match &self.layers[0].header {
+            None => true,
+            Some(header) => header.is_data_file_raw() && !active(Mutation::RawViewForgotten),
+        };
+        is_raw.then(|| self.data_file())
+    }
+
+    /// The top image's file.
+    pub fn top_file(&self) -> FileId {
+        self.files[0].id
+    }
+
+    /// True if the top image is a qcow2 image.
+    pub fn is_qcow2(&self) -> bool {
+        self.layers[0].header.is_some()
+    }
+
+    /// True for the first call alone: its caller sets the corrupt bit.
+    fn claim_corrupt_mark(&self) -> bool {
+        !self.corrupt_marked.swap(true, Ordering::AcqRel)
+    }
+
+    /// Sets the incompatible bit "corrupt" in the top image's header, once, if it can have one.
+    pub async fn mark_corrupt(&self, driver: &Driver<S::Queue>) -> Result<(), RequestError> {
+        let Some(header) = &self.header else { return Ok(()) };
+        let version3 = self.layers[0].header.as_ref().is_some_and(|header| header.version == Version::V3);
+        if !version3 || !self.claim_corrupt_mark() {
+            return Ok(());
+        }
+        let change = header.change().await;
+        let bits = u64::from_be_bytes(header.field(position::INCOMPATIBLE));
+        let marked = Incompatible(bits).with(Incompatible::CORRUPT);
+        let write = change.write(&self.files[0], position::patch_incompatible(marked));
+        driver.run_all([write]).await.map_err(RequestError::io("header write"))?;
+        let sync = Operation::bare(self.top_file(), Kind::Sync, 0);
+        driver.run_bare(sync).await.map_err(RequestError::io("fdatasync"))
+    }
+}
