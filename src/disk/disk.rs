@@ -21,6 +21,7 @@ use crate::runtime::driver::Driver;
 use crate::serve::policy::ZeroPolicy;
 use crate::serve::queue::DiskQueue;
 use crate::serve::space::{Space, SpaceWatch};
+use crate::serve::zero_route::ZeroRoute;
 use crate::shared::{SIDE_QUEUE_DEPTH, Shared, WORKERS_MAX};
 
 /// An open disk.
@@ -97,6 +98,7 @@ impl<S: Storage> Disk<S> {
             }
             _ => None,
         };
+        let zero_route = ZeroRoute::of(&chain.layers[0], data != FileIndex(0), options.discard_no_unref);
         let shared = Arc::new(Shared {
             storage,
             engine,
@@ -108,11 +110,8 @@ impl<S: Storage> Disk<S> {
             bell: Arc::default(),
             corrupt_marked: AtomicBool::new(false),
             space: Space::new(options.on_enospc, path),
-            policy: ZeroPolicy {
-                detect: options.detect_zeroes,
-                discards: options.discards,
-                keeps_place: options.discard_no_unref,
-            },
+            policy: ZeroPolicy { detect: options.detect_zeroes, discards: options.discards },
+            zero_route,
             inflated: inflate::Cache::new(options.inflated_bytes),
             inflaters: inflate::Pool::new(options.inflate_threads),
             leaks,

@@ -322,10 +322,10 @@ pub enum RequestError {
     #[error(transparent)]
     Engine(#[from] EngineError),
     /// The host's I/O failed.
-    #[error("{what} failed: {source}")]
+    #[error("{action} failed: {source}")]
     Io {
         /// The action that failed.
-        what: &'static str,
+        action: &'static str,
         /// The host's error.
         source: Errno,
     },
@@ -349,8 +349,8 @@ pub enum RequestError {
 
 impl RequestError {
     /// Makes an error with the action in which the host failed.
-    pub(crate) fn io(what: &'static str) -> impl FnOnce(Errno) -> RequestError {
-        move |source| RequestError::Io { what, source }
+    pub(crate) fn io(action: &'static str) -> impl FnOnce(Errno) -> RequestError {
+        move |source| RequestError::Io { action, source }
     }
 
     /// True if the host has no space (left for this user): nothing is broken.

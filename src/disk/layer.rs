@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use qcow2::{Header, Version};
 use storage::{FileId, FileInfo};
 
+use crate::range::ByteRange;
+
 /// A layer of an open chain.
 #[derive(Clone, Debug)]
 pub struct Layer {
@@ -40,9 +42,9 @@ pub(crate) struct DiskFile {
 }
 
 impl DiskFile {
-    /// The whole file system blocks in a range: first byte, and first byte past them.
-    pub fn whole_blocks(&self, offset: u64, length: u64) -> (u64, u64) {
-        whole_blocks(&self.info, offset, length)
+    /// The whole file system blocks in a range.
+    pub fn whole_blocks(&self, range: ByteRange) -> ByteRange {
+        whole_blocks(&self.info, range)
     }
 
     /// True if memory at these addresses and lengths may be used for direct I/O on this file.
@@ -53,8 +55,7 @@ impl DiskFile {
     }
 }
 
-/// The whole file system blocks in a range of a file: first byte, and first byte past them.
-pub(crate) fn whole_blocks(info: &FileInfo, offset: u64, length: u64) -> (u64, u64) {
-    let block = u64::from(info.block_size.max(1));
-    (offset.next_multiple_of(block), (offset + length) / block * block)
+/// The whole file system blocks in a range of a file.
+pub(crate) fn whole_blocks(info: &FileInfo, range: ByteRange) -> ByteRange {
+    range.whole_blocks(info.block_size.max(1).into())
 }

@@ -15,6 +15,7 @@ mod inflate;
 mod layer;
 mod open;
 mod options;
+mod range;
 mod runtime;
 mod serve;
 mod shared;

@@ -5,7 +5,6 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use engine::mutation::{Mutation, active};
 use engine::{Engine, FileIndex};
 use qcow2::{Incompatible, Version, position};
 use storage::{FileId, Kind, Operation, Storage};
@@ -19,6 +18,7 @@ use crate::open::header::HeaderSector;
 use crate::runtime::driver::Driver;
 use crate::serve::policy::ZeroPolicy;
 use crate::serve::space::Space;
+use crate::serve::zero_route::ZeroRoute;
 
 /// Workers of one disk at a time: queues, the housekeeper, and the thread that closes it.
 pub(crate) const WORKERS_MAX: usize = 258;
@@ -43,8 +43,10 @@ pub(crate) struct Shared<S: Storage> {
     pub corrupt_marked: AtomicBool,
     /// Requests that wait for space on the host.
     pub space: Arc<Space>,
-    /// How zeros and discards are treated.
+    /// Which writes and discards become something else.
     pub policy: ZeroPolicy,
+    /// How ranges are zeroed and discarded.
+    pub zero_route: ZeroRoute,
     /// A cache of inflated clusters.
     pub inflated: inflate::Cache,
     /// The threads that inflate compressed clusters.
@@ -66,16 +68,6 @@ impl<S: Storage> Shared<S> {
     /// True if the top image's data is in an external data file.
     pub fn has_data_file(&self) -> bool {
         self.data != FileIndex(0)
-    }
-
-    /// The file with the top image's data at the guest's offsets, which can thus be read as a raw image. This is a
-    /// raw top image itself, or an external data file that is flagged as raw.
-    pub fn raw_file(&self) -> Option<&DiskFile> {
-        let is_raw = match &self.layers[0].header {
-            None => true,
-            Some(header) => header.is_data_file_raw() && !active(Mutation::RawViewForgotten),
-        };
-        is_raw.then(|| self.data_file())
     }
 
     /// The top image's file.

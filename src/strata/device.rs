@@ -157,7 +157,7 @@ impl<S: Storage> BlockQueue for DeviceQueue<S> {
     }
 
     fn give_up(&mut self) {
-        self.queue.give_up();
+        self.queue.stop_waiting();
     }
 
     fn watch(&mut self, event: EventFd) {
@@ -186,7 +186,7 @@ impl<S: Storage> Drop for DeviceQueue<S> {
     /// Waits until the host no longer uses any guest memory. After a panic in the disk a request may never end. Then
     /// ending the program is the only safe way, and no worse for the image than a crash.
     fn drop(&mut self) {
-        self.queue.give_up();
+        self.queue.stop_waiting();
         let patience = std::thread::panicking().then(|| Instant::now() + PANIC_PATIENCE);
         loop {
             self.take_done(drop);

@@ -113,7 +113,7 @@ impl Shutdown {
             state.stopping = Some(Instant::now());
             // A request that waits for space could keep its queue from ending for ever.
             if let Some(space) = &state.space {
-                space.give_up();
+                space.stop_waiting();
             }
             self.shared.changed.notify_all();
             notify::send(notify::STOPPING);

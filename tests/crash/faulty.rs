@@ -176,7 +176,7 @@ impl Aftermath {
         }
         let told = |what: &str| {
             let is =
-                |error: &RequestError| matches!(error, RequestError::Io { what: name, .. } if *name == what);
+                |error: &RequestError| matches!(error, RequestError::Io { action, .. } if *action == what);
             run.failures.iter().any(|(_, error)| is(error))
         };
         let refuses = !wrote;

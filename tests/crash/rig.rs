@@ -224,7 +224,7 @@ impl Rig {
         let stops = tide.turn(&self.world, QUEUES);
         let Some((queue, since)) = self.leaving else {
             if let Some(queue) = stops {
-                self.queues[queue].give_up();
+                self.queues[queue].stop_waiting();
                 self.leaving = Some((queue, self.world.now()));
             }
             return;

@@ -248,7 +248,7 @@ async fn pause_until<S: Storage>(worker: &Worker<S>, until: Instant, cuts: u64, 
 
 impl<S: Storage> Shared<S> {
     /// Metadata was changed: notifies the housekeeper, which flushes it in time.
-    pub(crate) fn touched(&self) {
+    pub(crate) fn note_change(&self) {
         self.bell.ring();
         if self.engine.wants_cut() {
             self.bell.hurry();
@@ -256,7 +256,7 @@ impl<S: Storage> Shared<S> {
     }
 
     /// The engine answered a question, and may have filled the map for it.
-    pub(crate) fn asked(&self) {
+    pub(crate) fn note_answer(&self) {
         if self.engine.map_is_sweepable() && !self.bell.is_sweeping() {
             self.bell.ring();
         }
@@ -264,7 +264,7 @@ impl<S: Storage> Shared<S> {
 
     /// A cut is durable: clusters that it unlinked can be given back. If there are none, the housekeeper stays
     /// asleep: waking its thread would slow every flush.
-    pub(crate) fn flushed(&self) {
+    pub(crate) fn note_cut(&self) {
         if self.engine.status().quarantined_clusters > 0 {
             self.bell.wake();
         }

@@ -20,6 +20,7 @@ use tracing::{info, warn};
 
 use crate::error::{OpenError, RequestError};
 use crate::image::image_file::ImageFile;
+use crate::range::ByteRange;
 use crate::runtime::timers::Alarm;
 use crate::serve::worker::Worker;
 
@@ -146,7 +147,7 @@ impl<'a, S: Storage> Search<'a, S> {
         loop {
             let portion = self.worker.engine().give_back_leaks(search)?;
             taken += portion;
-            self.worker.shared.touched();
+            self.worker.shared.note_change();
             if self.worker.engine().wants_cut() {
                 self.worker.flush().await.map_err(failed)?;
             }
@@ -206,8 +207,8 @@ impl<'a, S: Storage> Search<'a, S> {
         let (file, info) = (&shared.files[0], &shared.files[0].info);
         let image = ImageFile { driver: &self.worker.driver, id: file.id, info };
         for (start, length) in &shared.leaks.snapshot_l1 {
-            for at in (0..*length).step_by(L1_PIECE as usize) {
-                let read = image.read("L1 table of a snapshot", start.0 + at, L1_PIECE.min(length - at));
+            for piece in ByteRange::new(start.0, *length).pieces(L1_PIECE) {
+                let read = image.read("L1 table of a snapshot", piece);
                 let bytes = read.await.map_err(|error| End::Open(Box::new(error)))?;
                 for word in bytes.as_chunks::<8>().0.iter().filter(|word| **word != [0; 8]) {
                     match qcow2::L1Entry::decode(u64::from_be_bytes(*word), &self.geometry) {

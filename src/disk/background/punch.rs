@@ -5,6 +5,7 @@ use std::future::Future;
 use storage::{Kind, Operation, Storage};
 
 use crate::layer::DiskFile;
+use crate::range::ByteRange;
 use crate::runtime::driver::Outcome;
 use crate::serve::worker::Worker;
 
@@ -15,12 +16,10 @@ impl<S: Storage> Worker<S> {
     pub fn start_punch(
         &self,
         file: &DiskFile,
-        offset: u64,
-        length: u64,
+        run: ByteRange,
     ) -> (bool, Option<impl Future<Output = Outcome>>) {
-        let (start, end) = file.whole_blocks(offset, length);
-        let whole = (start, end) == (offset, offset + length);
-        let punch = Operation::bare(file.id, Kind::Punch { length: end.saturating_sub(start) }, start);
-        (whole, (start < end).then(|| self.driver.run(punch)))
+        let blocks = file.whole_blocks(run);
+        let punch = Operation::bare(file.id, Kind::Punch { length: blocks.length }, blocks.offset);
+        (blocks == run, (!blocks.is_empty()).then(|| self.driver.run(punch)))
     }
 }

@@ -9,6 +9,7 @@ use tracing::warn;
 
 use crate::bounds::PUNCHES_AT_ONCE;
 use crate::error::RequestError;
+use crate::range::ByteRange;
 use crate::serve::worker::Worker;
 
 impl<S: Storage> Worker<S> {
@@ -30,8 +31,10 @@ impl<S: Storage> Worker<S> {
         let top = &self.shared.files[0];
         let mut punched = Vec::with_capacity(plan.punches.len());
         for some in plan.punches.chunks(PUNCHES_AT_ONCE) {
-            let started: Vec<_> =
-                some.iter().map(|(offset, length)| self.start_punch(top, offset.0, *length)).collect();
+            let started: Vec<_> = some
+                .iter()
+                .map(|(offset, length)| self.start_punch(top, ByteRange::new(offset.0, *length)))
+                .collect();
             for (whole, operation) in started {
                 let result = match operation {
                     // The punch runs all the same.

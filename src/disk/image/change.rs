@@ -20,6 +20,7 @@ pub use engine::change::ChangeRefusal;
 use crate::error::OpenError;
 use crate::image::image_file::ImageFile;
 use crate::layer::whole_blocks;
+use crate::range::ByteRange;
 
 /// Operations in flight, of at most 1 MiB each.
 pub(crate) const QUEUE_DEPTH: u32 = 16;
@@ -79,7 +80,9 @@ async fn read_all<Q: IoQueue>(
     image: &ImageFile<'_, Q>,
     pieces: &[(HostOffset, usize)],
 ) -> Result<Vec<Vec<u8>>, OpenError> {
-    let reads = pieces.iter().map(|(offset, length)| image.read("metadata", offset.0, *length as u64));
+    let reads = pieces
+        .iter()
+        .map(|(offset, length)| image.read("metadata", ByteRange::new(offset.0, *length as u64)));
     all(reads.collect()).await.into_iter().collect()
 }
 
@@ -124,7 +127,7 @@ async fn write_all<Q: IoQueue>(image: &ImageFile<'_, Q>, plan: &mut Plan) -> Res
             PlanStep::Sync => image.sync().await?,
             PlanStep::Correct { offset, length } => corrections.push((offset, length)),
             PlanStep::Punch { offset, length } => {
-                punches = punches && image.give_back(offset.0, length).await;
+                punches = punches && image.give_back(ByteRange::new(offset.0, length)).await;
             }
             PlanStep::Cut { length } => image.cut(length, end).await,
         }
@@ -161,12 +164,12 @@ async fn correct<Q: IoQueue>(
 
 impl<Q: IoQueue> ImageFile<'_, Q> {
     /// Gives space back to the host; false if that is of no use.
-    pub(crate) async fn give_back(&self, offset: u64, length: u64) -> bool {
-        let (start, end) = whole_blocks(self.info, offset, length);
-        if start >= end {
+    pub(crate) async fn give_back(&self, range: ByteRange) -> bool {
+        let blocks = whole_blocks(self.info, range);
+        if blocks.is_empty() {
             return true;
         }
-        let punch = Operation::bare(self.id, Kind::Punch { length: end - start }, start);
+        let punch = Operation::bare(self.id, Kind::Punch { length: blocks.length }, blocks.offset);
         match self.driver.run_bare(punch).await {
             Ok(()) => true,
             Err(Errno::EOPNOTSUPP) => false,

@@ -16,6 +16,7 @@ use crate::error::OpenError;
 use crate::image::image_file::ImageFile;
 pub use crate::image::image_file::Sharing;
 use crate::options::DiskOptions;
+use crate::range::ByteRange;
 use crate::runtime::driver::Driver;
 
 /// Operations in flight: reads go one by one, as each determines the next.
@@ -130,7 +131,7 @@ pub(crate) async fn repair_open<Q: IoQueue>(
             }
             RepairStep::Sync => image.sync().await?,
             RepairStep::Punch { offset, length } => {
-                punches = punches && image.give_back(offset.0, length).await;
+                punches = punches && image.give_back(ByteRange::new(offset.0, length)).await;
             }
             RepairStep::Cut { length } => image.cut(length, end).await,
         }
@@ -145,7 +146,7 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
         let mut checker = Checker::of_salvaged(&salvaged, length).map_err(refused)?;
         while let Step::Read { offset, length } = checker.step() {
             watch(checker.progress());
-            checker.feed(&self.read("metadata", offset.0, length as u64).await?);
+            checker.feed(&self.read("metadata", ByteRange::new(offset.0, length as u64)).await?);
         }
         Ok(checker.finish())
     }

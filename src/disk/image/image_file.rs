@@ -13,6 +13,7 @@ use crate::bounds::READ_PIECE_BYTES as PIECE;
 use crate::error::OpenError;
 use crate::open::foreign::{Foreign, HEAD, ISO_DESCRIPTOR, SECTOR as MARKED_SECTOR};
 use crate::options::DiskOptions;
+use crate::range::ByteRange;
 use crate::runtime::driver::Driver;
 
 /// The least unit of a write in bytes. Smaller writes read, change and write back a unit.
@@ -69,12 +70,12 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
 
     /// The bytes that the header may take: the first cluster.
     async fn header_area(&self, length: u64) -> Result<Vec<u8>, OpenError> {
-        let prefix = self.read("header", 0, length.min(Header::PREFIX_MAX as u64)).await?;
+        let prefix = self.read("header", ByteRange::new(0, length.min(Header::PREFIX_MAX as u64))).await?;
         let wanted = match Header::cluster_size_hint(&prefix) {
             Ok(wanted) => wanted,
             Err(source) => return Err(self.explain(source).await),
         };
-        self.read("header", 0, wanted.min(length)).await
+        self.read("header", ByteRange::new(0, wanted.min(length))).await
     }
 
     /// The host's unit of I/O on this file, in bytes.
@@ -83,15 +84,10 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
     }
 
     /// Reads a range of any alignment; zeros past the end of the file.
-    pub async fn read(
-        &self,
-        structure: &'static str,
-        offset: u64,
-        length: u64,
-    ) -> Result<Vec<u8>, OpenError> {
-        let (start, mut buffer) = self.read_around(structure, offset, length).await?;
-        let at = (offset - start) as usize;
-        buffer.truncate(at + length as usize);
+    pub async fn read(&self, structure: &'static str, range: ByteRange) -> Result<Vec<u8>, OpenError> {
+        let (start, mut buffer) = self.read_around(structure, range).await?;
+        let at = (range.offset - start) as usize;
+        buffer.truncate(at + range.length as usize);
         Ok(buffer.as_slice()[at..].to_vec())
     }
 
@@ -99,11 +95,11 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
     async fn read_around(
         &self,
         structure: &'static str,
-        offset: u64,
-        length: u64,
+        range: ByteRange,
     ) -> Result<(u64, AlignedBuf), OpenError> {
+        let offset = range.offset;
         let start = offset - offset % self.unit();
-        let bytes = (offset + length - start).next_multiple_of(self.unit());
+        let bytes = (range.end() - start).next_multiple_of(self.unit());
         let operation = Operation::bare(self.id, Kind::Read, start);
         let (result, buffer) = self.driver.run_buffer(operation, AlignedBuf::new(bytes as usize)).await;
         let path = self.info.path.clone();
@@ -111,25 +107,24 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
         Ok((start, buffer))
     }
 
-    /// The entries of a table of which the first `bytes` are in the file; the others are zero, and so is half an entry.
+    /// The entries of a table of which `present` is read. The other entries are zero, and so is half an entry at its
+    /// end.
     pub async fn table(
         &self,
         structure: &'static str,
-        offset: HostOffset,
-        bytes: u64,
+        present: ByteRange,
         entries: u64,
     ) -> Result<Entries, OpenError> {
         let mut table = Entries::new(entries);
-        for at in (0..bytes).step_by(PIECE as usize) {
-            let piece = self.read(structure, offset.0 + at, PIECE.min(bytes - at)).await?;
-            table.read(at / 8, &piece);
+        for piece in present.pieces(PIECE) {
+            table.read((piece.offset - present.offset) / 8, &self.read(structure, piece).await?);
         }
         Ok(table)
     }
 
-    /// How many of `length` bytes from an offset on are in the file.
-    pub fn in_file(&self, offset: HostOffset, length: u64) -> u64 {
-        length.min(self.info.length.saturating_sub(offset.0))
+    /// The part of a range that is in the file.
+    pub fn in_file(&self, offset: HostOffset, length: u64) -> ByteRange {
+        ByteRange::new(offset.0, length.min(self.info.length.saturating_sub(offset.0)))
     }
 
     /// Writes bytes at any alignment, and leaves the other bytes of their units as they are. A change within a unit
@@ -140,7 +135,7 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
         let (start, mut buffer) = if offset.is_multiple_of(unit) && length.is_multiple_of(unit) {
             (offset, AlignedBuf::new(bytes.len()))
         } else {
-            self.read_around("metadata", offset, length).await?
+            self.read_around("metadata", ByteRange::new(offset, length)).await?
         };
         let at = (offset - start) as usize;
         buffer.as_mut_slice()[at..at + bytes.len()].copy_from_slice(bytes);
@@ -165,7 +160,7 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
         }
         let part = async |offset: u64, bytes: u64| {
             let bytes = bytes.min(length.saturating_sub(offset));
-            if bytes == 0 { Ok(Vec::new()) } else { self.read("start", offset, bytes).await }
+            if bytes == 0 { Ok(Vec::new()) } else { self.read("start", ByteRange::new(offset, bytes)).await }
         };
         let head = part(0, HEAD).await.ok()?;
         let descriptor = part(ISO_DESCRIPTOR, MARKED_SECTOR).await.ok()?;

@@ -26,6 +26,7 @@ use crate::image::image_file::{ImageFile, Sharing};
 use crate::layer::DiskFile;
 use crate::open::file_end::fill_last_block;
 use crate::options::DiskOptions;
+use crate::range::ByteRange;
 use crate::runtime::driver::Driver;
 
 /// The most bytes that the L1 tables of the snapshots of a writable image may have together: all are read at open. At
@@ -157,7 +158,7 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
         let mut table = SnapshotTable::new(header.snapshots_offset, header.snapshots, self.info.length);
         let mut snapshots = Vec::new();
         while let Some((offset, length)) = table.next_piece() {
-            let bytes = self.read("snapshot table", offset.0, length).await?;
+            let bytes = self.read("snapshot table", ByteRange::new(offset.0, length)).await?;
             table.feed(&bytes, |entry| snapshots.push(entry.snapshot));
         }
         if table.is_broken() {
@@ -197,10 +198,8 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
             return Err(OpenError::SnapshotsTooLarge { path: path(), length, max: L1_BYTES_MAX });
         }
         for (offset, length) in l1_tables {
-            let in_file = self.in_file(offset, length).next_multiple_of(8);
-            for at in (0..in_file).step_by(PIECE as usize) {
-                let bytes =
-                    self.read("L1 table of a snapshot", offset.0 + at, PIECE.min(in_file - at)).await?;
+            for piece in self.l1_in_file(offset, length).pieces(PIECE) {
+                let bytes = self.read("L1 table of a snapshot", piece).await?;
                 places.add_l1(&geometry, &bytes, self.info.length);
             }
         }
@@ -222,8 +221,14 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
         if needed > u64::from(entries) {
             return Err(bad(BadSnapshot::TooFewL1Entries { entries, needed }));
         }
-        let in_file = self.in_file(offset, length).next_multiple_of(8);
-        let l1 = self.table("L1 table of the snapshot", offset, in_file, u64::from(entries)).await?;
+        let present = self.l1_in_file(offset, length);
+        let l1 = self.table("L1 table of the snapshot", present, u64::from(entries)).await?;
         Ok((geometry.size, l1))
+    }
+
+    /// The part of an L1 table that is in the file. An entry in which the file ends counts whole: its rest is zero.
+    fn l1_in_file(&self, offset: HostOffset, length: u64) -> ByteRange {
+        let present = self.in_file(offset, length);
+        ByteRange { length: present.length.next_multiple_of(8), ..present }
     }
 }

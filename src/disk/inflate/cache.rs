@@ -178,7 +178,7 @@ impl Lease<'_> {
 impl Drop for Lease<'_> {
     fn drop(&mut self) {
         if self.flight.lock().outcome.is_none() {
-            self.end(Err(RequestError::Io { what: "inflating", source: Errno::EIO }));
+            self.end(Err(RequestError::Io { action: "inflating", source: Errno::EIO }));
         }
     }
 }
@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn the_longest_unused_goes_first() {
+    fn the_least_recently_used_cluster_is_evicted_first() {
         let cache = Cache::new(3 * (4096 + ENTRY_BYTES));
         for n in 0..3 {
             put(&cache, u64::from(n) * 1000, n);
@@ -249,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn what_overlaps_is_forgotten() {
+    fn overlapping_clusters_are_forgotten() {
         let cache = Cache::new(1 << 20);
         for n in 0..10 {
             put(&cache, u64::from(n) * 1000, n);
@@ -268,12 +268,12 @@ mod tests {
     }
 
     #[test]
-    fn others_wait_and_get_the_same() {
+    fn other_requests_wait_and_get_the_same_outcome() {
         let cache = Cache::new(1 << 20);
         let mut context = Context::from_waker(Waker::noop());
         for good in [true, false] {
             let Found::Yours(lease) = cache.find(cluster(0)) else { panic!("it is there") };
-            let Found::Coming(coming) = cache.find(cluster(0)) else { panic!("nobody is at it") };
+            let Found::Coming(coming) = cache.find(cluster(0)) else { panic!("no request inflates it") };
             let mut wait = std::pin::pin!(coming.outcome());
             assert!(wait.as_mut().poll(&mut context).is_pending());
             if good {

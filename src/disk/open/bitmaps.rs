@@ -12,6 +12,7 @@ use tracing::warn;
 use crate::bounds::READ_PIECE_BYTES as PIECE;
 use crate::error::{BadBitmaps, OpenError};
 use crate::image::image_file::ImageFile;
+use crate::range::ByteRange;
 
 /// The most bytes that the tables of all bitmaps may have together. At clusters of 64 KiB they name 512 GiB of bitmaps.
 const TABLE_BYTES_MAX: u64 = 64 << 20;
@@ -30,7 +31,7 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
         let mut directory = BitmapDirectory::new(&bitmaps, header.geometry(), self.info.length);
         let mut list = Vec::new();
         while let Some((offset, length)) = directory.next_piece() {
-            let bytes = self.read("bitmap directory", offset.0, length).await?;
+            let bytes = self.read("bitmap directory", ByteRange::new(offset.0, length)).await?;
             directory.feed(&bytes, |bitmap| list.push(bitmap));
         }
         if directory.is_broken() {
@@ -72,16 +73,14 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
         let directory = header.bitmaps().map(|bitmaps| (bitmaps.directory_offset, bitmaps.directory_size));
         let mut places = Vec::from_iter(directory);
         for bitmap in list {
-            let (start, length) = (bitmap.table_offset.0, bitmap.table_length());
-            self.bitmap_place(bitmap.table_offset, length, size)?;
-            places.push((bitmap.table_offset, length));
-            let mut done = 0;
-            while done < length {
-                let (at, piece) = (start + done, PIECE.min(length - done));
-                let bytes = self.read("bitmap table", at, piece).await?;
+            let table = ByteRange::new(bitmap.table_offset.0, bitmap.table_length());
+            self.bitmap_place(bitmap.table_offset, table.length, size)?;
+            places.push((bitmap.table_offset, table.length));
+            for piece in table.pieces(PIECE) {
+                let bytes = self.read("bitmap table", piece).await?;
                 for (index, word) in bytes.as_chunks::<8>().0.iter().enumerate() {
                     let raw = u64::from_be_bytes(*word);
-                    let offset = HostOffset(at + index as u64 * 8);
+                    let offset = HostOffset(piece.offset + index as u64 * 8);
                     let cluster = bitmap_table_entry(raw, &geometry)
                         .map_err(|raw| self.bad_bitmaps(BadBitmaps::TableEntry { raw, offset }))?;
                     let Some(cluster) = cluster else { continue };
@@ -92,7 +91,6 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
                         _ => places.push((cluster, size)),
                     }
                 }
-                done += piece;
             }
         }
         Ok(places)

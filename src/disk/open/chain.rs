@@ -250,6 +250,6 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
         offset: HostOffset,
         entries: u64,
     ) -> Result<Entries, OpenError> {
-        self.table(structure, offset, self.in_file(offset, entries * 8), entries).await
+        self.table(structure, self.in_file(offset, entries * 8), entries).await
     }
 }

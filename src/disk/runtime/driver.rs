@@ -198,7 +198,7 @@ impl<Q: IoQueue> Driver<Q> {
         .await;
     }
 
-    /// An alarm for a time. Until it is asked to wake somebody it is silent.
+    /// An alarm for a time. It wakes nothing until a task is named.
     pub fn alarm(&self, until: Instant) -> Alarm<'_, Q> {
         Alarm::new(&self.timers, &self.queue, until)
     }

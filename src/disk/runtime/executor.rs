@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wake_meant_for_the_task_before_does_not_lose_the_next() {
+    fn a_late_wake_of_an_ended_task_does_not_lose_the_next_task() {
         // The late wake comes before the next task. It then stays in the queue, or a round finds that its task has
         // ended.
         for found in [false, true] {
@@ -219,19 +219,19 @@ mod tests {
             if found {
                 let mut tasks = executor.take_ready();
                 let number = tasks.pop_front().expect("the wake queued it");
-                assert!(executor.take(number).is_none(), "nobody is there");
+                assert!(executor.take(number).is_none(), "the slot has no task");
                 executor.give_back(tasks);
             }
             executor.spawn(Box::pin(std::future::pending()));
             assert_eq!((round(&mut executor), executor.tasks()), (vec![0], 1));
             assert!(!executor.has_ready(), "it was queued once");
             left.borrow().as_ref().expect("the task has left its waker").wake_by_ref();
-            assert_eq!(round(&mut executor), [0], "it can be woken by what the task before has left");
+            assert_eq!(round(&mut executor), [0], "the waker of the ended task wakes it");
         }
     }
 
     #[test]
-    fn what_a_round_leaves_comes_first_in_the_next() {
+    fn tasks_that_a_round_leaves_come_first_in_the_next() {
         let mut executor = Executor::new(Arc::new(Bells::default()));
         for _ in 0..3 {
             executor.spawn(Box::pin(std::future::pending()));

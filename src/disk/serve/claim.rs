@@ -10,6 +10,7 @@ use engine::mutation::{Mutation, active};
 use qcow2::GuestOffset;
 use storage::Storage;
 
+use crate::range::ByteRange;
 use crate::serve::worker::Worker;
 
 /// A claim on guest clusters, released when dropped.
@@ -21,7 +22,7 @@ pub(crate) struct Claim<'a, S: Storage> {
 
 impl<S: Storage> Drop for Claim<'_, S> {
     fn drop(&mut self) {
-        if active(Mutation::ClaimKeptByLeaver) && self.worker.leaving.get() {
+        if active(Mutation::ClaimKeptByLeaver) && self.worker.stop_waiting.get() {
             return;
         }
         self.worker.engine().release_claim(self.id);
@@ -30,8 +31,8 @@ impl<S: Storage> Drop for Claim<'_, S> {
 
 impl<S: Storage> Worker<S> {
     /// Waits for the sole right to change the mapping of a range. The caller must hold nothing else.
-    pub async fn claim(&self, offset: u64, length: u64) -> Claim<'_, S> {
-        let id = self.engine().claim(GuestOffset(offset), length);
+    pub async fn claim(&self, range: ByteRange) -> Claim<'_, S> {
+        let id = self.engine().claim(GuestOffset(range.offset), range.length);
         let claim = Claim { worker: self, id };
         poll_fn(
             |context| {
@@ -43,8 +44,8 @@ impl<S: Storage> Worker<S> {
     }
 
     /// The same without waiting; `None` if another claim is in the way.
-    pub fn try_claim(&self, offset: u64, length: u64) -> Option<Claim<'_, S>> {
-        let id = self.engine().try_claim(GuestOffset(offset), length)?;
+    pub fn try_claim(&self, range: ByteRange) -> Option<Claim<'_, S>> {
+        let id = self.engine().try_claim(GuestOffset(range.offset), range.length)?;
         Some(Claim { worker: self, id })
     }
 }

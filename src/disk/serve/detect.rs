@@ -2,7 +2,6 @@
 //!
 //! How a range is zeroed is in zero.rs.
 
-use std::cell::Cell;
 use std::ops::ControlFlow;
 
 use smallvec::SmallVec;
@@ -12,6 +11,7 @@ use storage::{GuestSlice, Storage};
 
 use crate::error::RequestError;
 use crate::options::DetectZeroes;
+use crate::range::ByteRange;
 use crate::serve::worker::Worker;
 use crate::serve::write::Payload;
 
@@ -69,7 +69,7 @@ impl<S: Storage> Worker<S> {
         for run in self.runs_of_zeroes(offset, slices) {
             let at = offset + done;
             if run.zero {
-                self.zero_range(at, run.length, mode, &Cell::new(0)).await?;
+                self.zero_range(ByteRange::new(at, run.length), mode).await?;
             } else {
                 let part = subrange(slices, done as usize, run.length as usize);
                 self.write(at, Payload::Guest(&part)).await?;

@@ -23,7 +23,7 @@ pub(crate) struct FailureLog {
     /// Lines in it.
     lines: Cell<u32>,
     /// Failures since the last line.
-    untold: Cell<u64>,
+    unlogged: Cell<u64>,
 }
 
 impl FailureLog {
@@ -32,7 +32,9 @@ impl FailureLog {
         let Err(error) = result else { return };
         match self.line(now()) {
             Some(0) => warn!(request = id.0, %error, "a request failed"),
-            Some(untold) => warn!(request = id.0, %error, untold, "a request failed, as did others untold"),
+            Some(unlogged) => {
+                warn!(request = id.0, %error, unlogged, "a request failed; failures before it were not logged");
+            }
             None => {}
         }
     }
@@ -44,19 +46,19 @@ impl FailureLog {
             self.lines.set(0);
         }
         if self.lines.get() == LINES_MAX {
-            self.untold.set(self.untold.get() + 1);
+            self.unlogged.set(self.unlogged.get() + 1);
             return None;
         }
         self.lines.set(self.lines.get() + 1);
-        Some(self.untold.take())
+        Some(self.unlogged.take())
     }
 }
 
 impl Drop for FailureLog {
     fn drop(&mut self) {
-        let untold = self.untold.get();
-        if untold > 0 {
-            warn!(untold, "requests failed");
+        let unlogged = self.unlogged.get();
+        if unlogged > 0 {
+            warn!(unlogged, "requests failed and were not logged");
         }
     }
 }
@@ -66,7 +68,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_flood_of_failures_is_counted_and_not_told() {
+    fn failures_beyond_the_bound_are_counted_and_not_logged() {
         let log = FailureLog::default();
         let start = Instant::now();
         for _ in 0..LINES_MAX {

@@ -15,6 +15,7 @@ use storage::{Completion, Errno, GuestSlice, IoQueue, Kind, Operation, Part, Par
 
 use crate::bounds::{FAST_RUNS, SPARE_MAX};
 use crate::error::{RequestError, is_no_space};
+use crate::range::ByteRange;
 use crate::serve::request::{Completed, RequestId};
 use crate::serve::worker::Worker;
 
@@ -49,7 +50,7 @@ struct Kept {
 
 /// The answer to a request.
 pub(crate) enum Started {
-    /// The slow path must serve it; its epoch goes on.
+    /// The slow path must serve it; its epoch has not ended.
     Not,
     /// Its operations are queued, and its end comes from [`FastPath::complete`].
     InFlight,
@@ -102,8 +103,8 @@ impl<S: Storage> FastPath<S> {
         slices: &[GuestSlice],
     ) -> Started {
         let writes = kind == Kind::Write;
-        let length = guest_len(slices) as u64;
-        let Some(runs) = self.runs(offset, length, writes) else { return Started::Not };
+        let range = ByteRange::new(offset, guest_len(slices) as u64);
+        let Some(runs) = self.runs(range, writes) else { return Started::Not };
         let shared = &self.worker.shared;
         let takes = |run: &Run| match run.target {
             Target::Zero => true,
@@ -143,11 +144,11 @@ impl<S: Storage> FastPath<S> {
 
     /// The targets of a range by the map, in at most [`FAST_RUNS`] runs. `None` if there are more, if the map does
     /// not know one, or if a write may not go there.
-    fn runs(&self, offset: u64, length: u64, writes: bool) -> Option<SmallVec<[Run; FAST_RUNS]>> {
+    fn runs(&self, range: ByteRange, writes: bool) -> Option<SmallVec<[Run; FAST_RUNS]>> {
         let engine = self.worker.engine();
         let unit = engine.unit();
         let mut runs: SmallVec<[Run; FAST_RUNS]> = SmallVec::new();
-        let (mut at, end) = (offset, offset + length);
+        let (mut at, end) = (range.offset, range.end());
         while at < end {
             let within = at & (unit - 1);
             let mut piece = (unit - within).min(end - at);

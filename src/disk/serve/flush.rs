@@ -66,33 +66,33 @@ impl<S: Storage> Worker<S> {
         let result = self.driver.run_bare(Operation::bare(self.shared.top_file(), Kind::Sync, 0)).await;
         if let Err(source) = result {
             self.fail("fdatasync", source);
-            return Err(RequestError::Io { what: "fdatasync", source });
+            return Err(RequestError::Io { action: "fdatasync", source });
         }
         Ok(())
     }
 
-    fn fail(&self, what: &'static str, source: Errno) {
+    fn fail(&self, action: &'static str, source: Errno) {
         self.engine().fail();
         let path = shown(&self.shared.layers[0].path);
-        error!(%path, what, error = %source, "the disk has failed: writes and flushes are refused from now on");
+        error!(%path, what = action, error = %source, "the disk has failed: writes and flushes are refused from now on");
     }
 
     async fn lead(&self, cut: FlushCut) -> Result<(), RequestError> {
         match self.write_cut(&cut).await {
             Ok(()) => {
                 self.engine().commit_cut(&cut);
-                self.shared.flushed();
+                self.shared.note_cut();
                 Ok(())
             }
             Err(Failure::NoSpace(stage, source)) => {
                 self.engine().fail_cut(&cut, stage);
-                Err(RequestError::Io { what: "writing metadata", source })
+                Err(RequestError::Io { action: "writing metadata", source })
             }
-            Err(Failure::Fatal(what, source)) => {
-                self.fail(what, source);
+            Err(Failure::Fatal(action, source)) => {
+                self.fail(action, source);
                 // Wakes the flushes that wait for this cut; they find that the disk has failed.
                 self.engine().fail_cut(&cut, Stage::Two);
-                Err(RequestError::Io { what, source })
+                Err(RequestError::Io { action, source })
             }
         }
     }
@@ -181,9 +181,9 @@ impl<S: Storage> Worker<S> {
         let Err(source) = ended else { return Ok(()) };
         let result = match Failure::of_write(Stage::Two, source) {
             Failure::NoSpace(..) => Ok(()),
-            Failure::Fatal(what, source) => {
-                self.fail(what, source);
-                Err(RequestError::Io { what, source })
+            Failure::Fatal(action, source) => {
+                self.fail(action, source);
+                Err(RequestError::Io { action, source })
             }
         };
         if !active(Mutation::EarlyLinkFailureForgotten) {

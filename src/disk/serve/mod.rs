@@ -19,3 +19,4 @@ pub(crate) mod space;
 pub(crate) mod worker;
 mod write;
 mod zero;
+pub(crate) mod zero_route;

@@ -9,8 +9,6 @@ use crate::options::{DetectZeroes, Discards};
 pub(crate) struct ZeroPolicy {
     pub detect: DetectZeroes,
     pub discards: Discards,
-    /// Discarded clusters keep their location, emptied.
-    pub keeps_place: bool,
 }
 
 impl ZeroPolicy {

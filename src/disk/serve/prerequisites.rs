@@ -26,7 +26,8 @@ impl<S: Storage> Worker<S> {
         }
         let goal = before.given_back + before.clusters;
         // An error is not reported here: a retry of the request meets it again.
-        let done = |held: &HeldBack| held.given_back >= goal || held.clusters == 0 || self.gives_up();
+        let done =
+            |held: &HeldBack| held.given_back >= goal || held.clusters == 0 || self.must_stop_waiting();
         self.give_back_until(done).await.is_ok()
     }
 
@@ -146,13 +147,13 @@ impl<S: Storage> Worker<S> {
         match result {
             Ok(()) => {
                 self.engine().commit_table(plan);
-                self.shared.touched();
+                self.shared.note_change();
                 Ok(())
             }
             Err(error) => {
                 self.engine().abort_table(plan);
-                self.shared.touched();
-                Err(RequestError::Io { what: "allocating an L2 table", source: error })
+                self.shared.note_change();
+                Err(RequestError::Io { action: "allocating an L2 table", source: error })
             }
         }
     }

@@ -7,11 +7,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use engine::{EngineError, Epoch, ZeroMode};
-use storage::guest::{GuestSlices, guest_len};
+use storage::guest::GuestSlices;
 use storage::{GuestSlice, IoQueue, Kind, Notifier, Storage};
 
 use crate::error::OpenError;
 use crate::options::Discards;
+use crate::range::ByteRange;
 use crate::runtime::driver::Driver;
 use crate::serve::fast::{Ended, FastPath, Started};
 use crate::serve::request::{Completed, Request, RequestId};
@@ -56,11 +57,11 @@ impl<S: Storage> DiskQueue<S> {
             Request::Discard { offset, length, write_through: false }
                 if self.worker.shared.policy.discards == Discards::Unmap =>
             {
-                return self.zero(id, epoch, request, (offset, length, ZeroMode::Discard));
+                return self.zero(id, epoch, request, ByteRange::new(offset, length), ZeroMode::Discard);
             }
             Request::WriteZeroes { offset, length, unmap, write_through: false } => {
                 let mode = self.worker.shared.policy.mode(unmap);
-                return self.zero(id, epoch, request, (offset, length, mode));
+                return self.zero(id, epoch, request, ByteRange::new(offset, length), mode);
             }
             _ => Started::Not,
         };
@@ -72,9 +73,8 @@ impl<S: Storage> DiskQueue<S> {
     }
 
     /// Zeroes a range at once, or by a task.
-    fn zero(&self, id: RequestId, epoch: Epoch, request: Request, range: (u64, u64, ZeroMode)) {
-        let (offset, length, mode) = range;
-        match self.worker.try_zero(offset, length, mode) {
+    fn zero(&self, id: RequestId, epoch: Epoch, request: Request, range: ByteRange, mode: ZeroMode) {
+        match self.worker.try_zero(range, mode) {
             Tried::Done => {
                 self.worker.exit(epoch);
                 self.complete(Completed { id, result: Ok(()) });
@@ -92,13 +92,7 @@ impl<S: Storage> DiskQueue<S> {
     }
 
     fn check_range(&self, request: &Request, slices: &[GuestSlice]) {
-        let (offset, length) = match *request {
-            Request::Read { offset } | Request::Write { offset, .. } => (offset, guest_len(slices) as u64),
-            Request::Flush => return,
-            Request::Discard { offset, length, .. } | Request::WriteZeroes { offset, length, .. } => {
-                (offset, length)
-            }
-        };
+        let Some(ByteRange { offset, length }) = request.range(slices) else { return };
         let end = offset.checked_add(length);
         let within = end.is_some_and(|end| end <= self.worker.engine().size());
         assert!(
@@ -179,8 +173,8 @@ impl<S: Storage> DiskQueue<S> {
     }
 
     /// The queue is being stopped: from now on no request of it waits for space on the host, but fails.
-    pub fn give_up(&mut self) {
-        self.worker.leaving.set(true);
+    pub fn stop_waiting(&mut self) {
+        self.worker.stop_waiting.set(true);
         self.worker.shared.space.wake();
     }
 
@@ -194,7 +188,7 @@ impl<S: Storage> Drop for DiskQueue<S> {
     /// Waits until every request has ended and no guest memory is in use. Requests are never cancelled, but those
     /// that wait for space fail.
     fn drop(&mut self) {
-        self.give_up();
+        self.stop_waiting();
         let mut done = Vec::new();
         while !self.fast.is_idle() || self.driver.has_tasks() {
             self.turn(&mut done);

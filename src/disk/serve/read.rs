@@ -9,6 +9,7 @@ use storage::{AlignedBuf, GuestSlice, Kind, Operation, Part, Parts, Storage};
 
 use crate::bounds::BOUNCE_BYTES;
 use crate::error::RequestError;
+use crate::range::ByteRange;
 use crate::runtime::driver::Strand;
 use crate::serve::worker::Worker;
 
@@ -96,12 +97,12 @@ impl<S: Storage> Worker<S> {
     }
 
     /// The sources of a whole range.
-    pub async fn extents(&self, offset: u64, length: u64) -> Result<Vec<Extent>, RequestError> {
+    pub async fn extents(&self, range: ByteRange) -> Result<Vec<Extent>, RequestError> {
         let mut all = Vec::new();
         let mut done = 0;
-        while done < length {
-            let at = GuestOffset(offset + done);
-            let some = self.some_extents(at, length - done).await?;
+        while done < range.length {
+            let at = GuestOffset(range.offset + done);
+            let some = self.some_extents(at, range.length - done).await?;
             for extent in some {
                 done += extent.length;
                 engine::push_extent(&mut all, extent.source, extent.length);
@@ -134,7 +135,7 @@ impl<S: Storage> Worker<S> {
             Source::Data { file, offset } => {
                 let operation = Operation::bare(self.shared.file(file).id, Kind::Read, offset.0);
                 let (result, buffer) = self.driver.run_buffer(operation, self.buffer(length)).await;
-                result.map_err(RequestError::io("reading what is copied on write")).map(|()| buffer)
+                result.map_err(RequestError::io("reading data for a copy-on-write")).map(|()| buffer)
             }
             Source::Compressed { cluster, within } => {
                 let bytes = self.inflated(cluster).await?;

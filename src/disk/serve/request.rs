@@ -1,8 +1,12 @@
-//! Requests, and what becomes of them.
+//! Requests and their results.
 //!
 //! Owns the types that cross the border to whoever submits requests.
 
+use storage::GuestSlice;
+use storage::guest::guest_len;
+
 use crate::error::RequestError;
+use crate::range::ByteRange;
 
 /// The caller's ID of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -48,16 +52,28 @@ pub enum Request {
 }
 
 impl Request {
+    /// The bytes of the disk that the request is about; none for a flush.
+    pub(crate) fn range(&self, slices: &[GuestSlice]) -> Option<ByteRange> {
+        match *self {
+            Request::Read { offset } | Request::Write { offset, .. } => {
+                Some(ByteRange::new(offset, guest_len(slices) as u64))
+            }
+            Request::Flush => None,
+            Request::Discard { offset, length, .. } | Request::WriteZeroes { offset, length, .. } => {
+                Some(ByteRange::new(offset, length))
+            }
+        }
+    }
+
     /// True if the request may change the disk.
     pub(crate) fn writes(&self) -> bool {
         !matches!(self, Request::Read { .. } | Request::Flush)
     }
 
-    /// True if the request completes only when durable.
-    pub(crate) fn is_through(&self) -> bool {
+    /// True if the request completes only when its own changes are durable.
+    pub(crate) fn is_write_through(&self) -> bool {
         match self {
-            Request::Read { .. } => false,
-            Request::Flush => true,
+            Request::Read { .. } | Request::Flush => false,
             Request::Write { write_through, .. }
             | Request::Discard { write_through, .. }
             | Request::WriteZeroes { write_through, .. } => *write_through,

@@ -11,6 +11,7 @@ use storage::guest::guest_len;
 use storage::{GuestSlice, Storage};
 
 use crate::error::RequestError;
+use crate::range::ByteRange;
 use crate::serve::request::Request;
 use crate::serve::space::Waiting;
 use crate::serve::worker::Worker;
@@ -20,19 +21,24 @@ const SPACE_TRIES: u32 = 4;
 
 impl<S: Storage> Worker<S> {
     /// Serves a request off the fast path. If it finds no space, it is retried after freed space was made ready. Then
-    /// it is retried after each wait, if requests wait for space.
+    /// it is retried after each wait, if requests wait for space. With `write_through` it ends with a flush.
     pub async fn serve(
         &self,
         epoch: Epoch,
         request: Request,
         slices: &[GuestSlice],
     ) -> Result<(), RequestError> {
+        if request == Request::Flush {
+            // It uses nothing that it could have looked up.
+            self.exit(epoch);
+            return Box::pin(self.flush_patiently()).await;
+        }
         let mut result = self.carry_out(epoch, request, slices).await;
         if self.lacks_space(&request, &result) {
             result = Box::pin(self.find_space(request, slices, result)).await;
         }
         result?;
-        if request.is_through() { Box::pin(self.flush_patiently()).await } else { Ok(()) }
+        if request.is_write_through() { Box::pin(self.flush_patiently()).await } else { Ok(()) }
     }
 
     /// Retries a request that found no space: at once whenever freed space was given back meanwhile, and after each
@@ -95,16 +101,18 @@ impl<S: Storage> Worker<S> {
             // Boxed: a future has the size of its largest branch, and is moved as often as it is nested.
             Request::Read { offset } => Box::pin(self.read(offset, slices)).await,
             Request::Write { offset, .. } => {
-                let claim = self.claim(offset, guest_len(slices) as u64).await;
+                let claim = self.claim(ByteRange::new(offset, guest_len(slices) as u64)).await;
                 let result = Box::pin(self.write_or_zero(offset, slices)).await;
                 drop(claim);
                 result
             }
-            Request::Discard { offset, length, .. } => self.discard(offset, length, done).await,
-            Request::WriteZeroes { offset, length, unmap, .. } => {
-                self.write_zeroes(offset, length, unmap, done).await
+            Request::Discard { offset, length, .. } => {
+                self.discard(ByteRange::new(offset, length), done).await
             }
-            Request::Flush => Ok(()),
+            Request::WriteZeroes { offset, length, unmap, .. } => {
+                self.write_zeroes(ByteRange::new(offset, length), unmap, done).await
+            }
+            Request::Flush => unreachable!("a flush is served by itself"),
         };
         self.exit(epoch);
         result
@@ -130,14 +138,14 @@ impl<S: Storage> Worker<S> {
     /// Waits until a retry is worthwhile; false if the request must not wait any more.
     async fn wait_for_space(&self, waiting: &mut Waiting<'_, S::Queue>) -> bool {
         self.waiting.set(self.waiting.get() + 1);
-        let go_on = waiting.pause(|| self.gives_up()).await;
+        let go_on = waiting.pause(|| self.must_stop_waiting()).await;
         self.waiting.set(self.waiting.get() - 1);
         go_on
     }
 
     /// True if requests no longer wait for space, because their queue is being stopped.
-    pub fn gives_up(&self) -> bool {
-        self.leaving.get() && !active(Mutation::WaitNotGivenUp)
+    pub fn must_stop_waiting(&self) -> bool {
+        self.stop_waiting.get() && !active(Mutation::WaitNotGivenUp)
     }
 
     /// Whether a request with this result may succeed once there is space.

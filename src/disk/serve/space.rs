@@ -22,7 +22,7 @@ const PAUSE_MIN: Duration = Duration::from_millis(100);
 /// The longest wait.
 const PAUSE_MAX: Duration = Duration::from_secs(1);
 /// The least time between two log lines about the beginning of a wait.
-const TELL_AGAIN: Duration = Duration::from_secs(10);
+const LOG_AGAIN: Duration = Duration::from_secs(10);
 
 /// Numbers of requests that wait for space on the host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -46,8 +46,8 @@ impl SpaceWatch {
     }
 
     /// The disk is being stopped: requests that wait fail, and none waits from now on.
-    pub fn give_up(&self) {
-        self.space.lock().stopping = true;
+    pub fn stop_waiting(&self) {
+        self.space.lock().stop_waiting = true;
         self.space.wake();
     }
 }
@@ -63,16 +63,17 @@ pub(crate) struct Space {
 
 #[derive(Default)]
 struct State {
-    stopping: bool,
+    /// The disk is being stopped.
+    stop_waiting: bool,
     /// Requests that wait or retry.
     waiters: Slab<Option<Waker>>,
     waited: u64,
     /// Counts the times that freed clusters were given back.
     reclaims: u64,
     /// When the beginning of a wait was last logged.
-    told: Option<Instant>,
+    logged_at: Option<Instant>,
     /// The end of that wait is still to be logged.
-    telling: bool,
+    end_is_due: bool,
 }
 
 impl Space {
@@ -118,18 +119,18 @@ impl Space {
         let first = state.waiters.is_empty();
         let key = state.waiters.insert(None);
         state.waited += 1;
-        let recent = state.told.is_some_and(|told| began.saturating_duration_since(told) < TELL_AGAIN);
-        let tell = first && !recent;
-        if tell {
-            (state.told, state.telling) = (Some(began), true);
+        let recent = state.logged_at.is_some_and(|at| began.saturating_duration_since(at) < LOG_AGAIN);
+        let logs = first && !recent;
+        if logs {
+            (state.logged_at, state.end_is_due) = (Some(began), true);
         }
         let seen = state.reclaims;
         drop(state);
-        if tell {
+        if logs {
             let path = shown(&self.path);
-            warn!(%path, "the host has no space: requests that need some wait for it, others go on");
+            warn!(%path, "the host has no space: requests that need space wait for it, and others continue");
         }
-        Waiting { space: self, driver, key, began, seen, listen: true, pause: PAUSE_MIN, given_up: false }
+        Waiting { space: self, driver, key, began, seen, listen: true, pause: PAUSE_MIN, stopped: false }
     }
 }
 
@@ -147,18 +148,18 @@ pub(crate) struct Waiting<'a, Q: IoQueue> {
     listen: bool,
     pause: Duration,
     /// It has stopped waiting although there is no space.
-    given_up: bool,
+    stopped: bool,
 }
 
 impl<Q: IoQueue> Waiting<'_, Q> {
-    /// Waits until a retry is worthwhile; false if the disk, or the request's queue (`leaving`), is being stopped.
-    pub async fn pause(&mut self, leaving: impl Fn() -> bool) -> bool {
+    /// Waits until a retry is worthwhile; false if the disk, or the request's queue (`must_stop`), is being stopped.
+    pub async fn pause(&mut self, must_stop: impl Fn() -> bool) -> bool {
         let mut alarm = self.driver.alarm(self.driver.now() + self.pause);
         let (go_on, reclaimed) = poll_fn(|context| {
             let mut state = self.space.lock();
             state.waiters[self.key] = Some(context.waker().clone());
             let reclaimed = self.listen && state.reclaims != self.seen;
-            if state.stopping || leaving() {
+            if state.stop_waiting || must_stop() {
                 return Poll::Ready((false, false));
             }
             if reclaimed || alarm.is_over() {
@@ -172,7 +173,7 @@ impl<Q: IoQueue> Waiting<'_, Q> {
         .await;
         self.listen = !reclaimed;
         self.pause = (self.pause * 2).min(PAUSE_MAX);
-        self.given_up = !go_on;
+        self.stopped = !go_on;
         go_on
     }
 }
@@ -181,14 +182,14 @@ impl<Q: IoQueue> Drop for Waiting<'_, Q> {
     fn drop(&mut self) {
         let mut state = self.space.lock();
         state.waiters.remove(self.key);
-        let tell = state.waiters.is_empty() && std::mem::take(&mut state.telling);
+        let logs = state.waiters.is_empty() && std::mem::take(&mut state.end_is_due);
         drop(state);
-        if !tell {
+        if !logs {
             return;
         }
         let path = shown(&self.space.path);
         let waited = self.driver.now().saturating_duration_since(self.began);
-        if self.given_up {
+        if self.stopped {
             warn!(%path, ?waited, "the disk or the queue is being stopped: requests that waited for space fail");
         } else {
             info!(%path, ?waited, "no request waits for space on the host any more");

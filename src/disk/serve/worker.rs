@@ -23,7 +23,7 @@ pub(crate) struct Worker<S: Storage> {
     pub driver: Rc<Driver<S::Queue>>,
     epochs: RefCell<WorkerEpochs>,
     /// Its queue is being stopped: its requests no longer wait for space.
-    pub leaving: Cell<bool>,
+    pub stop_waiting: Cell<bool>,
     /// Requests that wait for space on the host.
     pub waiting: Cell<usize>,
     pub failures: FailureLog,
@@ -33,9 +33,9 @@ impl<S: Storage> Worker<S> {
     /// `None` if the disk has reached its limit of workers.
     pub fn new(shared: Arc<Shared<S>>, driver: Rc<Driver<S::Queue>>) -> Option<Rc<Self>> {
         let epochs = RefCell::new(shared.engine.epochs().register()?);
-        let (leaving, waiting) = (Cell::new(false), Cell::new(0));
+        let (stop_waiting, waiting) = (Cell::new(false), Cell::new(0));
         let failures = FailureLog::default();
-        Some(Rc::new(Worker { shared, driver, epochs, leaving, waiting, failures }))
+        Some(Rc::new(Worker { shared, driver, epochs, stop_waiting, waiting, failures }))
     }
 
     pub fn engine(&self) -> &Engine {
@@ -63,7 +63,7 @@ impl<S: Storage> Worker<S> {
             .await;
             match answer {
                 Ok(Answer::Ready(value)) => {
-                    self.shared.asked();
+                    self.shared.note_answer();
                     return Ok(value);
                 }
                 Ok(Answer::Wait) => {}

@@ -3,11 +3,12 @@
 use engine::mutation::{Mutation, active};
 use engine::{Allocation, Extent, FileIndex, Mapping, Source, WritePlan};
 use qcow2::{GuestOffset, HostOffset};
-use storage::guest::{copy_from_guest, guest_len, subrange};
+use storage::guest::{GuestSlices, copy_from_guest, guest_len, subrange};
 use storage::{AlignedBuf, GuestSlice, Kind, Operation, Part, Parts, Storage};
 
 use crate::bounds::{BOUNCE_BYTES, COPIED_MAX};
 use crate::error::RequestError;
+use crate::range::ByteRange;
 use crate::runtime::driver::Strand;
 use crate::serve::worker::Worker;
 
@@ -58,6 +59,11 @@ impl Fill {
     }
 }
 
+/// The memory of a part of a request's slices.
+fn memory_of(slices: &[GuestSlice], part: ByteRange) -> GuestSlices {
+    subrange(slices, part.offset as usize, part.length as usize)
+}
+
 impl<S: Storage> Worker<S> {
     /// Writes; the caller holds a claim on the range, unless the top image is raw.
     pub async fn write(&self, offset: u64, payload: Payload<'_>) -> Result<(), RequestError> {
@@ -78,7 +84,7 @@ impl<S: Storage> Worker<S> {
             };
             done += match plan {
                 WritePlan::InPlace { file, offset, length } => {
-                    self.write_in_place(file, offset, payload, done, length).await?;
+                    self.write_in_place(file, offset, payload, ByteRange::new(done, length)).await?;
                     length
                 }
                 WritePlan::Allocate(allocation) => self.write_new(allocation, at.0, payload, done).await?,
@@ -93,11 +99,10 @@ impl<S: Storage> Worker<S> {
         file: FileIndex,
         offset: HostOffset,
         payload: Payload<'_>,
-        done: u64,
-        length: u64,
+        part: ByteRange,
     ) -> Result<(), RequestError> {
-        let permit = self.payload_permit(payload, done, length, 0).await;
-        let parts = self.parts(payload, done, length);
+        let permit = self.payload_permit(payload, part, 0).await;
+        let parts = self.parts(payload, part);
         let file = self.shared.file(file).id;
         let operation = Operation::new(file, Kind::Write, offset.0, parts);
         let result = self.driver.run_all([operation]).await.map_err(RequestError::io("writing"));
@@ -106,13 +111,13 @@ impl<S: Storage> Worker<S> {
     }
 
     /// Writes zeros at the guest's offsets in the data file, regardless of the tables.
-    pub async fn write_raw_zeros(&self, offset: u64, length: u64) -> Result<(), RequestError> {
-        let (file, payload) = (self.shared.data, Payload::Zeros(length));
+    pub async fn write_raw_zeros(&self, range: ByteRange) -> Result<(), RequestError> {
+        let (file, payload) = (self.shared.data, Payload::Zeros(range.length));
         let mut done = 0;
-        while done < length {
-            let piece = self.piece(payload, length - done);
-            self.write_in_place(file, HostOffset(offset + done), payload, done, piece).await?;
-            done += piece;
+        while done < range.length {
+            let part = ByteRange::new(done, self.piece(payload, range.length - done));
+            self.write_in_place(file, HostOffset(range.offset + done), payload, part).await?;
+            done = part.end();
         }
         Ok(())
     }
@@ -131,37 +136,29 @@ impl<S: Storage> Worker<S> {
     }
 
     /// Reserves the buffer memory that this part of a payload needs, and `more` bytes.
-    async fn payload_permit(
-        &self,
-        payload: Payload<'_>,
-        done: u64,
-        length: u64,
-        more: u64,
-    ) -> impl Sized + '_ {
+    async fn payload_permit(&self, payload: Payload<'_>, part: ByteRange, more: u64) -> impl Sized + '_ {
         let copied = match payload {
-            Payload::Guest(slices) => {
-                !self.shared.data_file().takes(&subrange(slices, done as usize, length as usize))
-            }
+            Payload::Guest(slices) => !self.shared.data_file().takes(&memory_of(slices, part)),
             Payload::Zeros(_) => true,
         };
-        let bytes = more + if copied { length } else { 0 };
+        let bytes = more + if copied { part.length } else { 0 };
         if bytes == 0 { None } else { Some(self.driver.reserve_buffers(bytes as usize).await) }
     }
 
     /// The memory of a part of a payload: the guest's own where direct I/O accepts it, else a buffer.
-    fn parts(&self, payload: Payload<'_>, done: u64, length: u64) -> Parts {
+    fn parts(&self, payload: Payload<'_>, part: ByteRange) -> Parts {
         match payload {
             Payload::Guest(slices) => {
-                let memory = subrange(slices, done as usize, length as usize);
+                let memory = memory_of(slices, part);
                 if self.shared.data_file().takes(&memory) {
                     return memory.into_iter().map(Part::Guest).collect();
                 }
-                let mut buffer = self.buffer(length as usize);
+                let mut buffer = self.buffer(part.length as usize);
                 copy_from_guest(&memory, &mut buffer, 0);
                 Parts::from_iter([Part::Owned(buffer)])
             }
             Payload::Zeros(_) => {
-                Parts::from_iter([Part::Owned(self.driver.pool.take_zeroed(length as usize))])
+                Parts::from_iter([Part::Owned(self.driver.pool.take_zeroed(part.length as usize))])
             }
         }
     }
@@ -178,12 +175,12 @@ impl<S: Storage> Worker<S> {
             Ok(()) => {
                 let length = allocation.length;
                 self.engine().commit_write(allocation);
-                self.shared.touched();
+                self.shared.note_change();
                 Ok(length)
             }
             Err(error) => {
                 self.engine().abort_write(allocation);
-                self.shared.touched();
+                self.shared.note_change();
                 Err(error)
             }
         }
@@ -201,9 +198,10 @@ impl<S: Storage> Worker<S> {
             (fill.head.as_ref().map_or(0, |_| new.head), fill.tail.as_ref().map_or(0, |_| new.tail));
         let around = fill.around(new.length);
         let more = head + tail + around.map_or(0, |_| new.length);
-        let permit = self.payload_permit(payload, done, new.length, more).await;
+        let part = ByteRange::new(done, new.length);
+        let permit = self.payload_permit(payload, part, more).await;
         let whole = match around {
-            Some(source) => self.read_around(new, source, payload, done).await,
+            Some(source) => self.read_around(new, source, payload, part).await,
             None => None,
         };
         // One write for all: the contents before, the guest's bytes, the contents after.
@@ -211,7 +209,7 @@ impl<S: Storage> Worker<S> {
             Some(buffer) => Parts::from_iter([Part::Owned(buffer)]),
             None => {
                 let (mut parts, after) = self.read_fill(new, &fill).await?;
-                parts.extend(self.parts(payload, done, new.length));
+                parts.extend(self.parts(payload, part));
                 parts.extend(after);
                 parts
             }
@@ -257,7 +255,7 @@ impl<S: Storage> Worker<S> {
         new: &Allocation,
         source: Around,
         payload: Payload<'_>,
-        done: u64,
+        part: ByteRange,
     ) -> Option<AlignedBuf> {
         let (head, length) = (new.head as usize, new.length as usize);
         let mut buffer = self.buffer(head + length + new.tail as usize);
@@ -274,7 +272,7 @@ impl<S: Storage> Worker<S> {
         buffer.as_mut_slice()[source.length as usize..].fill(0);
         match payload {
             Payload::Guest(slices) => {
-                copy_from_guest(&subrange(slices, done as usize, length), &mut buffer, head);
+                copy_from_guest(&memory_of(slices, part), &mut buffer, head);
             }
             Payload::Zeros(_) => buffer.as_mut_slice()[head..head + length].fill(0),
         }
@@ -290,13 +288,13 @@ impl<S: Storage> Worker<S> {
         };
         let mut fill = Fill { head: None, tail: None };
         if new.head > 0 {
-            fill.head = needed(self.extents(at - new.head, new.head).await?);
+            fill.head = needed(self.extents(ByteRange::between(at - new.head, at)).await?);
         }
         if new.tail > 0 {
             let end = at + new.length;
             // Bytes past the end of the disk are zero.
             let within = new.tail.min(self.engine().size() - end);
-            fill.tail = needed(self.extents(end, within).await?);
+            fill.tail = needed(self.extents(ByteRange::new(end, within)).await?);
         }
         Ok(fill)
     }

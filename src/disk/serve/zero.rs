@@ -11,10 +11,11 @@ use tracing::debug;
 
 use crate::bounds::{PUNCHES_AT_ONCE, ROUNDS_AT_ONCE};
 use crate::error::RequestError;
-use crate::layer::DiskFile;
 use crate::options::Discards;
+use crate::range::ByteRange;
 use crate::serve::worker::Worker;
 use crate::serve::write::Payload;
+use crate::serve::zero_route::ZeroRoute;
 
 /// The result of an attempt to zero a range at once.
 pub(crate) enum Tried {
@@ -29,22 +30,19 @@ pub(crate) enum Tried {
 impl<S: Storage> Worker<S> {
     /// Discards or zeroes a range of one cluster without waiting, by a change of tables in memory: all of it or
     /// nothing. A longer range might be done in part, and then repeated after another request's write.
-    pub fn try_zero(&self, offset: u64, length: u64, mode: ZeroMode) -> Tried {
+    pub fn try_zero(&self, range: ByteRange, mode: ZeroMode) -> Tried {
         let unit = self.engine().unit();
-        let one = length > 0 && offset / unit == (offset + length - 1) / unit;
-        // Clusters that keep their location must be emptied before the claim is released.
-        let empties =
-            mode != ZeroMode::Keep && (self.shared.policy.keeps_place || self.shared.has_data_file());
-        let by_tables = self.shared.is_qcow2() && self.shared.raw_file().is_none() && !empties;
-        if !one || !by_tables || self.whole_granules(offset, length) != (offset, offset + length) {
+        let is_in_one = !range.is_empty() && range.offset / unit == (range.end() - 1) / unit;
+        let route = self.shared.zero_route;
+        if !is_in_one || !route.needs_only_tables(mode) || self.whole_granules(range) != range {
             return Tried::Not;
         }
-        let Some(_claim) = self.try_claim(offset, length) else { return Tried::Not };
-        match self.engine().zero(GuestOffset(offset), length, mode, Waker::noop()) {
-            Ok(Answer::Ready(Zeroed::Done { bytes, unused })) if bytes == length => {
+        let Some(_claim) = self.try_claim(range) else { return Tried::Not };
+        match self.engine().zero(GuestOffset(range.offset), range.length, mode, Waker::noop()) {
+            Ok(Answer::Ready(Zeroed::Done { bytes, unused })) if bytes == range.length => {
                 debug_assert!(unused.is_empty(), "nothing stays in its place");
-                self.shared.asked();
-                self.shared.touched();
+                self.shared.note_answer();
+                self.shared.note_change();
                 Tried::Done
             }
             Ok(Answer::Load(loads)) => Tried::Lacks(loads),
@@ -55,83 +53,89 @@ impl<S: Storage> Worker<S> {
 
     /// Discards a range: whole granules only, the rest keeps its contents. `done` holds how far the range is done,
     /// and is advanced.
-    pub async fn discard(&self, offset: u64, length: u64, done: &Cell<u64>) -> Result<(), RequestError> {
+    pub async fn discard(&self, range: ByteRange, done: &Cell<u64>) -> Result<(), RequestError> {
         if self.shared.policy.discards == Discards::Ignore {
             return self.check_writable();
         }
-        if !self.shared.is_qcow2() {
-            return self.raw_discard(offset, length).await;
+        let route = self.shared.zero_route;
+        if route == ZeroRoute::Raw {
+            return self.raw_discard(range).await;
         }
-        let (start, end) = self.whole_granules(offset, length);
-        let start = start.max(done.get());
-        if start >= end {
+        let granules = self.whole_granules(range).from(done.get());
+        if granules.is_empty() {
             return self.check_writable();
         }
-        if let Some(file) = self.shared.raw_file() {
-            return Box::pin(self.raw_view_discard(file, start, end - start)).await;
+        if route == ZeroRoute::RawView {
+            return Box::pin(self.raw_view_discard(granules)).await;
         }
-        let _claim = self.claim(start, end - start).await;
-        self.zero_granules(start, end, ZeroMode::Discard, done).await
+        let _claim = self.claim(granules).await;
+        self.zero_granules(granules, ZeroMode::Discard, done).await
     }
 
     /// Makes exactly this range read as zero. `done` holds how far it is done, and is advanced.
     pub async fn write_zeroes(
         &self,
-        offset: u64,
-        length: u64,
+        range: ByteRange,
         unmap: bool,
         done: &Cell<u64>,
     ) -> Result<(), RequestError> {
         let mode = self.shared.policy.mode(unmap);
-        if let Some(file) = self.shared.raw_file() {
-            return Box::pin(self.raw_zeroes(file, offset, length, mode)).await;
+        if self.shared.zero_route.is_raw() {
+            return Box::pin(self.raw_zeroes(range, mode)).await;
         }
-        let start = offset.max(done.get());
-        let left = (offset + length).saturating_sub(start);
-        let _claim = self.claim(start, left).await;
-        self.zero_range(start, left, mode, done).await
+        let left = range.from(done.get());
+        let _claim = self.claim(left).await;
+        self.zero_by_tables(left, mode, done).await
     }
 
-    /// As [`Worker::write_zeroes`]; the caller holds a claim on the range, unless the top image is raw.
-    pub async fn zero_range(
+    /// As [`Worker::write_zeroes`], for a range on which the caller holds a claim.
+    pub async fn zero_range(&self, range: ByteRange, mode: ZeroMode) -> Result<(), RequestError> {
+        if self.shared.zero_route.is_raw() {
+            return Box::pin(self.raw_zeroes(range, mode)).await;
+        }
+        self.zero_by_tables(range, mode, &Cell::new(0)).await
+    }
+
+    /// Zeroes whole granules by the tables, and the ragged ends as data.
+    async fn zero_by_tables(
         &self,
-        offset: u64,
-        length: u64,
+        range: ByteRange,
         mode: ZeroMode,
         done: &Cell<u64>,
     ) -> Result<(), RequestError> {
-        if let Some(file) = self.shared.raw_file() {
-            return Box::pin(self.raw_zeroes(file, offset, length, mode)).await;
+        let granules = self.whole_granules(range);
+        if granules.is_empty() {
+            return Box::pin(self.zero_piece(range)).await;
         }
-        let (start, end) = self.whole_granules(offset, length);
-        if start >= end {
-            return Box::pin(self.zero_piece(offset, length)).await;
+        let (head, tail) = (range.before(granules.offset), range.from(granules.end()));
+        if !head.is_empty() {
+            Box::pin(self.zero_piece(head)).await?;
         }
-        if offset < start {
-            Box::pin(self.zero_piece(offset, start - offset)).await?;
-        }
-        self.zero_granules(start, end, mode, done).await?;
-        let left = (offset + length).saturating_sub(end);
-        if left > 0 { Box::pin(self.zero_piece(end, left)).await } else { Ok(()) }
+        self.zero_granules(granules, mode, done).await?;
+        if tail.is_empty() { Ok(()) } else { Box::pin(self.zero_piece(tail)).await }
     }
 
     /// The whole granules (clusters or subclusters) in a range. The disk's last granule counts as whole where the
     /// disk ends.
-    fn whole_granules(&self, offset: u64, length: u64) -> (u64, u64) {
+    fn whole_granules(&self, range: ByteRange) -> ByteRange {
         let granule = self.engine().granule();
-        let end = offset + length;
-        let whole_end = if end == self.engine().size() { end } else { end / granule * granule };
-        (offset.next_multiple_of(granule), whole_end)
+        let whole = range.whole_blocks(granule);
+        if range.end() == self.engine().size() {
+            ByteRange::between(whole.offset, range.end())
+        } else {
+            whole
+        }
     }
 
     async fn zero_granules(
         &self,
-        start: u64,
-        end: u64,
+        granules: ByteRange,
         mode: ZeroMode,
         done: &Cell<u64>,
     ) -> Result<(), RequestError> {
-        let mut at = start;
+        // Emptied at once at the end: until then nothing of the range is done.
+        let at_the_end = self.shared.zero_route == ZeroRoute::DataFile;
+        let (mut at, end) = (granules.offset, granules.end());
         let mut rounds = 0_u32;
         while at < end {
             rounds += 1;
@@ -140,10 +144,10 @@ impl<S: Storage> Worker<S> {
             }
             let zeroed = self.ask(|engine, waker| engine.zero(GuestOffset(at), end - at, mode, waker)).await;
             // Also after a failure: part of the range may have been changed before.
-            self.shared.touched();
+            self.shared.note_change();
             at += match zeroed? {
                 Zeroed::Done { bytes, unused } => {
-                    if !self.shared.has_data_file() {
+                    if !at_the_end {
                         self.empty(&unused).await;
                     }
                     bytes
@@ -153,13 +157,12 @@ impl<S: Storage> Worker<S> {
                     bytes
                 }
             };
-            if !self.shared.has_data_file() {
+            if !at_the_end {
                 done.set(at);
             }
         }
-        if mode != ZeroMode::Keep && self.shared.has_data_file() {
-            // In an external data file every cluster keeps its location.
-            self.empty(&[(HostOffset(start), end - start)]).await;
+        if at_the_end && mode != ZeroMode::Keep {
+            self.empty(&[(HostOffset(granules.offset), granules.length)]).await;
         }
         Ok(())
     }
@@ -170,7 +173,7 @@ impl<S: Storage> Worker<S> {
         for some in runs.chunks(PUNCHES_AT_ONCE) {
             let started: Vec<_> = some
                 .iter()
-                .filter_map(|(offset, length)| self.start_punch(file, offset.0, *length).1)
+                .filter_map(|(offset, length)| self.start_punch(file, ByteRange::new(offset.0, *length)).1)
                 .collect();
             if active(Mutation::EmptiedLate) {
                 continue;
@@ -185,36 +188,36 @@ impl<S: Storage> Worker<S> {
     }
 
     /// Zeroes part of a granule by writing zeros, unless it reads as zero.
-    async fn zero_piece(&self, offset: u64, length: u64) -> Result<(), RequestError> {
+    async fn zero_piece(&self, range: ByteRange) -> Result<(), RequestError> {
         self.check_writable()?;
-        let extents = self.extents(offset, length).await?;
+        let extents = self.extents(range).await?;
         if extents.iter().all(|extent| extent.source == Source::Zero) {
             return Ok(());
         }
-        self.write(offset, Payload::Zeros(length)).await
+        self.write(range.offset, Payload::Zeros(range.length)).await
     }
 
     /// Punches the whole file system blocks of the range; the rest keeps its contents.
-    async fn raw_discard(&self, offset: u64, length: u64) -> Result<(), RequestError> {
+    async fn raw_discard(&self, range: ByteRange) -> Result<(), RequestError> {
         self.check_writable()?;
-        let (start, end) = self.shared.data_file().whole_blocks(offset, length);
-        self.raw_punch(start, end).await.map(|_| ())
+        let blocks = self.shared.data_file().whole_blocks(range);
+        self.raw_punch(blocks).await.map(|_| ())
     }
 
     /// Discards whole granules in an external data file that can be read as a raw image. They then read as zero there
     /// too, so tables that lead to them may stay as they are.
-    async fn raw_view_discard(&self, file: &DiskFile, offset: u64, length: u64) -> Result<(), RequestError> {
+    async fn raw_view_discard(&self, granules: ByteRange) -> Result<(), RequestError> {
         self.check_writable()?;
-        let (start, end) = file.whole_blocks(offset, length);
-        let ends = if start >= end {
-            [(offset, length), (end, 0)]
-        } else if self.raw_punch(start, end).await? {
-            [(offset, start - offset), (end, offset + length - end)]
+        let blocks = self.shared.data_file().whole_blocks(granules);
+        let (head, tail) = if blocks.is_empty() {
+            (granules, ByteRange::new(granules.end(), 0))
+        } else if self.raw_punch(blocks).await? {
+            (granules.before(blocks.offset), granules.from(blocks.end()))
         } else {
             return Ok(());
         };
-        for (offset, length) in ends {
-            match self.write_raw_zeros(offset, length).await {
+        for range in [head, tail] {
+            match self.write_raw_zeros(range).await {
                 // A discard must not fail for lack of space.
                 Err(error) if error.is_no_space() => return Ok(()),
                 ended => ended?,
@@ -224,41 +227,36 @@ impl<S: Storage> Worker<S> {
     }
 
     /// Punches a hole for a discard; false where the host cannot. A discard is a hint, so nothing is lost then.
-    async fn raw_punch(&self, start: u64, end: u64) -> Result<bool, RequestError> {
-        if start >= end {
+    async fn raw_punch(&self, blocks: ByteRange) -> Result<bool, RequestError> {
+        if blocks.is_empty() {
             return Ok(true);
         }
-        let file = self.shared.data_file().id;
-        let punch = Operation::bare(file, Kind::Punch { length: end - start }, start);
+        let punch =
+            Operation::bare(self.shared.data_file().id, Kind::Punch { length: blocks.length }, blocks.offset);
         match self.driver.run_bare(punch).await {
             Ok(()) => Ok(true),
             Err(Errno::EOPNOTSUPP) => Ok(false),
-            Err(source) => Err(RequestError::Io { what: "punching", source }),
+            Err(source) => Err(RequestError::Io { action: "punching", source }),
         }
     }
 
     /// Zeroes whole file system blocks by the host's operation, and the ragged ends by writing zeros.
-    async fn raw_zeroes(
-        &self,
-        file: &DiskFile,
-        offset: u64,
-        length: u64,
-        mode: ZeroMode,
-    ) -> Result<(), RequestError> {
+    async fn raw_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<(), RequestError> {
         self.check_writable()?;
-        let (start, end) = file.whole_blocks(offset, length);
-        if start >= end {
-            return self.write_raw_zeros(offset, length).await;
+        let file = self.shared.data_file();
+        let blocks = file.whole_blocks(range);
+        if blocks.is_empty() {
+            return self.write_raw_zeros(range).await;
         }
-        self.write_raw_zeros(offset, start - offset).await?;
-        self.write_raw_zeros(end, offset + length - end).await?;
-        let length = end - start;
+        self.write_raw_zeros(range.before(blocks.offset)).await?;
+        self.write_raw_zeros(range.from(blocks.end())).await?;
+        let ByteRange { offset, length } = blocks;
         if mode == ZeroMode::Unmap
-            && self.driver.run_bare(Operation::bare(file.id, Kind::Punch { length }, start)).await.is_ok()
+            && self.driver.run_bare(Operation::bare(file.id, Kind::Punch { length }, offset)).await.is_ok()
         {
             return Ok(());
         }
-        let zero = Operation::bare(file.id, Kind::Zero { length }, start);
+        let zero = Operation::bare(file.id, Kind::Zero { length }, offset);
         self.driver.run_bare(zero).await.map_err(RequestError::io("writing zeroes"))
     }
 }

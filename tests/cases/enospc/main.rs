@@ -432,7 +432,7 @@ fn a_disk_that_is_stopped_waits_no_more() {
     rig.send(write(10, 1, 2));
     rig.pass(Duration::from_secs(2));
     assert_eq!(rig.space().waiting, 1);
-    rig.disk.space().give_up();
+    rig.disk.space().stop_waiting();
     rig.exhaust();
     let (_, error) = rig.failed.pop().expect("it ends");
     assert!(error.is_no_space(), "{error}");
@@ -461,14 +461,14 @@ fn a_queue_that_is_dropped_waits_no_more() {
 }
 
 #[test]
-fn a_queue_that_gives_up_fails_what_waits_and_nothing_else() {
+fn a_queue_that_stops_waiting_fails_its_waiting_requests_and_no_others() {
     let mut rig = full(Setup::new(OnEnospc::Wait));
     // Alternately on the first and the second queue.
     rig.send(write(1, 2, 2));
     rig.send(write(10, 1, 3));
     rig.pass(Duration::from_secs(2));
     assert_eq!(rig.space().waiting, 2);
-    rig.queues[0].give_up();
+    rig.queues[0].stop_waiting();
     rig.exhaust();
     let (operation, error) = rig.failed.pop().expect("it ends at once");
     assert!(operation == write(1, 2, 2) && error.is_no_space(), "{operation:?}: {error}");
@@ -488,7 +488,7 @@ fn a_queue_that_gives_up_fails_what_waits_and_nothing_else() {
 }
 
 #[test]
-fn a_request_that_is_given_up_in_the_midst_of_a_try_frees_its_claim() {
+fn a_request_that_stops_waiting_during_a_retry_frees_its_claim() {
     let mut rig = full(Setup::new(OnEnospc::Wait));
     rig.send(write(20, 1, 2));
     rig.pass(Duration::from_secs(2));
@@ -499,7 +499,7 @@ fn a_request_that_is_given_up_in_the_midst_of_a_try_frees_its_claim() {
     rig.send(write(20, 1, 3));
     rig.pass(Duration::from_millis(500));
     assert_eq!((rig.flying.len(), rig.space().waiting), (2, 1), "the second is behind the first's claim");
-    rig.queues[0].give_up();
+    rig.queues[0].stop_waiting();
     rig.world.release_hung();
     rig.exhaust();
     let (operation, _) = rig.failed.pop().expect("the first has ended");
