@@ -6,9 +6,11 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::task::Waker;
 
 use qcow2::HostCluster;
 
+use crate::answer::TableSlot;
 use crate::bounds::{
     CUT_SHARE, QUARANTINE_BYTES_MAX, QUARANTINE_BYTES_MIN, QUARANTINE_CLUSTERS_MAX, QUARANTINE_SHARE,
     WINDOW_BYTES_MAX, WINDOW_BYTES_MIN,
@@ -18,7 +20,9 @@ use crate::free::{FreeClusters, TAIL_BYTES};
 use crate::mutation::{Mutation, active};
 use crate::run::{FreeRun, Run};
 use crate::touched::Touched;
-use crate::waiters::Waiters;
+use crate::turns::{Turn, Turns, Wanted};
+use crate::waiters::{Waiters, WakeList};
+use crate::windows::Windows;
 
 /// A run unlinked in memory.
 #[derive(Clone, Copy, Debug)]
@@ -39,7 +43,9 @@ pub(crate) struct Unlinked {
 }
 
 pub(crate) struct Allocator {
-    windows: VecDeque<FreeRun>,
+    windows: Windows,
+    /// The requests that wait for a window, and the clusters set aside for them.
+    turns: Turns,
     pub free: FreeClusters,
     /// The first cluster past all that were ever in use: the file grows from here.
     pub end: u64,
@@ -58,14 +64,14 @@ pub(crate) struct Allocator {
     /// Clusters that ever left the quarantine.
     pub given_back: u64,
     /// Tasks that wait for clusters to leave the quarantine.
-    pub held_up: Waiters,
+    held_up: Waiters,
     /// The file's greatest length in this session, in bytes.
     pub file_length: u64,
-    /// Metadata needs a cluster to which this session surely sent no data I/O, and no window has one.
-    pub wants_new: bool,
-    /// Somebody reserves, or makes the file longer: who waits for it. The file's length has one writer at a time, as setting
-    /// it to what another found too short would cut off what was written meanwhile.
-    pub reserving: Option<Waiters>,
+    /// A task reserves, or makes the file longer. The file's length has one writer at a time: a late writer could cut off
+    /// what was written behind its length.
+    reserving: bool,
+    /// Flushes that wait for the end of that.
+    awaits_length: Waiters,
     /// Somebody reclaims.
     pub reclaiming: bool,
     /// Refblock slices before this cluster have been searched for free clusters.
@@ -89,7 +95,8 @@ impl Allocator {
     pub fn new(end: u64, cluster_size: u64, disk: u64) -> Self {
         let held_bytes = (disk / QUARANTINE_SHARE).clamp(QUARANTINE_BYTES_MIN, QUARANTINE_BYTES_MAX);
         Allocator {
-            windows: VecDeque::new(),
+            windows: Windows::default(),
+            turns: Turns::default(),
             free: FreeClusters::default(),
             end,
             window_clusters: (WINDOW_BYTES_MIN / cluster_size).max(1),
@@ -103,8 +110,8 @@ impl Allocator {
             given_back: 0,
             held_up: Waiters::default(),
             file_length: 0,
-            wants_new: false,
-            reserving: None,
+            reserving: false,
+            awaits_length: Waiters::default(),
             reclaiming: false,
             scanned: 0,
             scan_end: end,
@@ -135,8 +142,7 @@ impl Allocator {
             return None;
         }
         let length = self.wanted_length(cluster_size)?;
-        assert!(self.reserving.is_none(), "the file's length has one writer at a time");
-        self.reserving = Some(Waiters::default());
+        self.begin_reserving();
         self.file_length = length;
         self.length_unsynced = true;
         Some(length)
@@ -149,10 +155,46 @@ impl Allocator {
         (length > self.file_length).then_some(length)
     }
 
-    /// The list for flushes that wait while a task sets the file's length; `None` if the next cut need not wait.
-    pub fn waits_for_length(&mut self, cluster_size: u64) -> Option<&mut Waiters> {
-        let grows = self.wanted_length(cluster_size).is_some();
-        self.reserving.as_mut().filter(|_| grows)
+    /// True if the next cut is to lengthen the file, and must wait while a task reserves. Then the waker is registered.
+    pub fn awaits_length(&mut self, cluster_size: u64, waker: &Waker) -> bool {
+        let waits = self.reserving && self.wanted_length(cluster_size).is_some();
+        if waits {
+            self.awaits_length.add(waker);
+        }
+        waits
+    }
+
+    /// A task begins to reserve, or to make the file longer.
+    pub fn begin_reserving(&mut self) {
+        assert!(!self.reserving, "the file's length has one writer at a time");
+        self.reserving = true;
+    }
+
+    /// The task that reserved has ended: its window, if any, is there. Serves the line.
+    pub fn end_reserving(&mut self, fits: impl Fn(u64) -> bool, wakes: &mut WakeList) {
+        assert!(self.reserving, "a task reserves");
+        self.reserving = false;
+        wakes.append(self.awaits_length.take());
+        self.serve(fits, wakes);
+    }
+
+    /// True if a request in the line is to reserve the next window now: it is the first, has no clusters, and nobody
+    /// reserves. Otherwise the waker is registered.
+    pub fn may_reserve(&mut self, turn: &Turn, waker: &Waker) -> bool {
+        if self.reserving {
+            self.turns.await_turn(turn, waker);
+        }
+        !self.reserving && self.turns.is_first(turn, waker)
+    }
+
+    /// True if a request has no clusters, although it still waits for some.
+    pub fn waits_for_clusters(&self, turn: &Turn) -> bool {
+        turn.is_open() && self.turns.clusters_of(turn).is_none()
+    }
+
+    /// True if the windows have no cluster that a request needs for a table.
+    pub fn wants_new(&self, turn: &Turn) -> bool {
+        self.turns.was_passed_over(turn)
     }
 
     /// The refcount of a cluster changes, or the cluster loses a reference: it is no leak.
@@ -172,39 +214,80 @@ impl Allocator {
         self.window_clusters
     }
 
-    /// Takes up to `want` clusters as one run from the reserved windows.
-    pub fn take(&mut self, want: u64) -> Option<FreeRun> {
-        let window = self.windows.front_mut()?;
-        let count = want.min(window.run.count);
-        let taken = FreeRun { run: Run { start: window.run.start, count }, known_zero: window.known_zero };
-        window.run.start.0 += count;
-        window.run.count -= count;
-        if window.run.count == 0 {
-            self.windows.pop_front();
+    /// Clusters for a request: those set aside for it, or up to `want` as one run from the windows. If there are none,
+    /// the request joins the line. Call [`Allocator::taken`] once they are used.
+    pub fn take(&mut self, turn: &Turn, want: u64) -> Option<FreeRun> {
+        if turn.is_open() {
+            let FreeRun { mut run, known_zero } = self.turns.clusters_of(turn)?;
+            run.count = run.count.min(want);
+            return Some(FreeRun { run, known_zero });
         }
-        Some(taken)
+        let taken = self.windows.take(want);
+        if taken.is_none() {
+            self.turns.join(turn, Wanted::Data(want));
+        }
+        taken
     }
 
-    /// Takes a cluster for which `fits` is true from either end of a window; `None` if there is none.
-    pub fn take_where(&mut self, fits: impl Fn(u64) -> bool) -> Option<Run> {
-        for at in 0..self.windows.len() {
-            let run = &mut self.windows[at].run;
-            let (first, last) = (run.start.0, run.start.0 + run.count - 1);
-            let taken = if fits(first) {
-                run.start.0 += 1;
-                first
-            } else if fits(last) {
-                last
-            } else {
-                continue;
-            };
-            run.count -= 1;
-            if run.count == 0 {
-                self.windows.remove(at);
+    /// A cluster for a table; else as [`Allocator::take`]. `fits` tells whether a cluster may become a table.
+    pub fn take_for_table(
+        &mut self,
+        turn: &Turn,
+        slot: TableSlot,
+        fits: impl Fn(u64) -> bool,
+        wakes: &mut WakeList,
+    ) -> Option<FreeRun> {
+        match self.turns.clusters_of(turn) {
+            Some(run) if fits(run.run.start.0) => return Some(run),
+            // An entry has named the cluster since it was set aside.
+            Some(_) => {
+                self.end_turn(turn, &fits, wakes);
             }
-            return Some(Run { start: HostCluster(taken), count: 1 });
+            None if turn.is_open() => return None,
+            None => {}
         }
-        None
+        let taken = self.windows.take_where(&fits);
+        if taken.is_none() {
+            self.turns.join(turn, Wanted::Table(slot));
+            // Notes that a window is left, if so, and that it has no cluster for this request.
+            self.turns.serve(&mut self.windows, fits, wakes);
+        }
+        taken
+    }
+
+    /// A request uses so many clusters. If they were set aside for it, its turn ends, and clusters that it does not want
+    /// any more go to others.
+    pub fn taken(&mut self, turn: &Turn, used: u64, fits: impl Fn(u64) -> bool, wakes: &mut WakeList) {
+        if let Some((Some(FreeRun { run, known_zero }), _)) = self.turns.end(turn)
+            && used < run.count
+        {
+            let rest = Run { start: HostCluster(run.start.0 + used), count: run.count - used };
+            self.windows.give_back(FreeRun { run: rest, known_zero });
+            self.serve(fits, wakes);
+        }
+    }
+
+    /// A request no longer plans. Clusters that were set aside for it go to others. Returns what it waited for.
+    pub fn end_turn(
+        &mut self,
+        turn: &Turn,
+        fits: impl Fn(u64) -> bool,
+        wakes: &mut WakeList,
+    ) -> Option<Wanted> {
+        let (given, wanted) = self.turns.end(turn)?;
+        if let Some(run) = given {
+            self.windows.give_back(run);
+        }
+        self.serve(fits, wakes);
+        Some(wanted)
+    }
+
+    /// Serves the line from the windows. If nobody reserves, the first request that is left is to do so.
+    fn serve(&mut self, fits: impl Fn(u64) -> bool, wakes: &mut WakeList) {
+        self.turns.serve(&mut self.windows, fits, wakes);
+        if !self.reserving {
+            self.turns.wake_first(wakes);
+        }
     }
 
     /// True if requests that free or allocate must wait until held-back clusters are released.
@@ -247,19 +330,17 @@ impl Allocator {
         if self.windows.is_empty() {
             self.window_clusters = (self.window_clusters * 2).min(self.window_clusters_max);
         }
-        if window.run.count > 0 {
-            self.windows.push_back(window);
-        }
+        self.windows.add(window);
     }
 
-    /// Clusters in the windows.
+    /// Clusters in the windows, and those set aside.
     pub fn reserved_clusters(&self) -> u64 {
-        self.windows.iter().map(|window| window.run.count).sum()
+        self.windows.clusters() + self.turns.clusters()
     }
 
     /// The clusters in the windows. A clean end frees them.
     pub fn windows(&self) -> Vec<FreeRun> {
-        self.windows.iter().copied().collect()
+        self.windows.runs()
     }
 
     pub fn clear_windows(&mut self) {
@@ -288,6 +369,22 @@ impl Allocator {
             }
         }
         self.quarantine = later;
+    }
+
+    /// A task waits for clusters to leave the quarantine.
+    pub fn await_reclaim(&mut self, waker: &Waker) {
+        self.held_up.add(waker);
+    }
+
+    /// A task no longer waits for that.
+    pub fn stop_waiting(&mut self, waker: &Waker) {
+        self.held_up.remove(waker);
+    }
+
+    /// Clusters have left the quarantine: as many tasks go on as there is room for.
+    pub fn wake_held_up(&mut self, wakes: &mut WakeList) {
+        let room = self.quarantined_max.saturating_sub(self.quarantined);
+        wakes.append(self.held_up.take_first(room.max(1)));
     }
 
     /// Splits the oldest unlinked run so that it has at most `count` clusters.
@@ -327,34 +424,6 @@ impl Allocator {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn run(start: u64, count: u64, known_zero: bool) -> FreeRun {
-        FreeRun { run: Run { start: HostCluster(start), count }, known_zero }
-    }
-
-    #[test]
-    fn windows_are_taken_in_order() {
-        let mut alloc = Allocator::new(100, 65536, 1 << 30);
-        alloc.add_window(run(100, 4, true));
-        alloc.add_window(run(50, 2, false));
-        assert_eq!(alloc.take(3), Some(run(100, 3, true)));
-        assert_eq!(alloc.take(3), Some(run(103, 1, true)));
-        assert_eq!(alloc.take(3), Some(run(50, 2, false)));
-        assert_eq!(alloc.take(1), None);
-    }
-
-    #[test]
-    fn a_cluster_is_chosen_at_either_end_of_a_window() {
-        let mut alloc = Allocator::new(100, 65536, 1 << 30);
-        alloc.add_window(run(10, 4, true));
-        alloc.add_window(run(20, 1, true));
-        let fits = |wanted: u64| move |cluster| cluster >= wanted;
-        let one = |start| Some(Run { start: HostCluster(start), count: 1 });
-        assert_eq!(alloc.take_where(fits(13)), one(13));
-        assert_eq!(alloc.take_where(fits(0)), one(10));
-        assert_eq!(alloc.take_where(fits(13)), one(20));
-        assert_eq!((alloc.take_where(fits(13)), alloc.reserved_clusters()), (None, 2));
-    }
 
     fn freed(alloc: &mut Allocator, clusters: u64, cut: u64) {
         (0..clusters).for_each(|number| alloc.free_later(HostCluster(1000 + 2 * number), cut));

@@ -16,7 +16,8 @@ pub enum Answer<T> {
     Load(Vec<TableLoad>),
     /// Another task does what this call needs. The waker is registered: call again when woken.
     Wait,
-    /// Run [`crate::Engine::plan_reserve`] to its end, then call again.
+    /// The request has a place in the line of those that wait for clusters. Run [`crate::Engine::plan_reserve`] to its
+    /// end, then call again, with the same turn.
     Reserve,
     /// Too many tables are dirty: flush, then call again.
     Flush,

@@ -37,10 +37,8 @@ impl State {
         }
         let dirty = self.has_dirt();
         let write = self.write_state()?;
-        if dirty && let Some(waiters) = write.alloc.waits_for_length(write.refcounts.geometry.cluster_size())
-        {
-            // No deadlock: a reservation never waits for a flush.
-            waiters.add(waker);
+        // No deadlock: a reservation never waits for a flush.
+        if dirty && write.alloc.awaits_length(write.refcounts.geometry.cluster_size(), waker) {
             return Ok(FlushStep::Wait);
         }
         self.take_cut(epochs).map(FlushStep::Lead)

@@ -161,6 +161,11 @@ impl MetadataGuard {
             .collect()
     }
 
+    /// True if a cluster that no metadata holds may do so: no data I/O was aimed at it.
+    pub fn may_become_metadata(&self, cluster: u64) -> bool {
+        self.aimed(cluster) == Known::Not
+    }
+
     /// Declares that data may be written to a run, or the run punched, now or later: from now on it never becomes
     /// metadata. Call this before such I/O is planned, and before a word that allows it is published.
     ///

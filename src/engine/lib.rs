@@ -44,7 +44,9 @@ mod sync;
 mod table_job;
 mod tables;
 mod touched;
+mod turns;
 mod waiters;
+mod windows;
 mod word;
 mod write;
 mod zero;
@@ -67,6 +69,7 @@ pub use spec::{EngineSpec, TopSpec};
 pub use status::{EngineStatus, HeldBack};
 pub use table_job::TablePlan;
 pub use tables::TableId;
+pub use turns::Turn;
 pub use waiters::{Waiters, WakeFlag, WakeList};
 pub use word::{FileIndex, Mapping, Word};
 pub use write::{Allocation, WritePlan};
@@ -310,7 +313,7 @@ impl Engine {
         self.with(|state, _| {
             let Some(WriteState { alloc, .. }) = &mut state.write else { return HeldBack::default() };
             if !waker.will_wake(Waker::noop()) {
-                alloc.held_up.add(waker);
+                alloc.await_reclaim(waker);
             }
             HeldBack {
                 clusters: alloc.quarantined,
@@ -322,10 +325,22 @@ impl Engine {
         })
     }
 
+    /// The task no longer waits for held-back clusters to be released.
+    pub fn stop_waiting(&self, waker: &Waker) {
+        self.with(|state, _| {
+            if let Some(WriteState { alloc, .. }) = &mut state.write {
+                alloc.stop_waiting(waker);
+            }
+        });
+    }
+
     /// Plans a change of the top image: an entry that makes no sense is proof of damage. Not for reads.
-    fn change<T>(&self, plan: impl FnOnce(&mut State) -> Result<T, EngineError>) -> Result<T, EngineError> {
+    fn change<T>(
+        &self,
+        plan: impl FnOnce(&mut State, &mut WakeList) -> Result<T, EngineError>,
+    ) -> Result<T, EngineError> {
         self.check()?;
-        self.with(|state, _| plan(state)).map_err(EngineError::of_change)
+        self.with(plan).map_err(EngineError::of_change)
     }
 
     fn check(&self) -> Result<(), EngineError> {
@@ -410,9 +425,10 @@ impl Engine {
         &self,
         offset: GuestOffset,
         length: u64,
+        turn: &Turn,
         waker: &Waker,
     ) -> Result<Answer<WritePlan>, EngineError> {
-        self.change(|state| state.plan_write(offset, length, waker))
+        self.change(|state, wakes| state.plan_write(offset, length, turn, waker, wakes))
     }
 
     /// Publishes an allocation after all of its bytes are written.
@@ -463,9 +479,10 @@ impl Engine {
     pub fn plan_table(
         &self,
         slot: TableSlot,
+        turn: &Turn,
         waker: &Waker,
     ) -> Result<Answer<Option<TablePlan>>, EngineError> {
-        self.change(|state| state.plan_table(slot, waker))
+        self.change(|state, wakes| state.plan_table(slot, turn, waker, wakes))
     }
 
     /// The table's cluster is allocated on the host.
@@ -478,12 +495,27 @@ impl Engine {
         self.with(|state, wakes| state.abort_table(plan, wakes));
     }
 
-    /// Plans to reserve clusters for allocations to come; `Ready(None)` if some are reserved.
+    /// Plans to reserve clusters for the requests in the line; `Ready(None)` if this one does not wait in it. Requests
+    /// behind the first only wait.
     ///
     /// # Errors
     /// As for [`Engine::plan_write`], [`EngineError::RefcountTableFull`] and [`EngineError::FileTooLarge`].
-    pub fn plan_reserve(&self, waker: &Waker) -> Result<Answer<Option<ReservePlan>>, EngineError> {
-        self.change(|state| state.plan_reserve(waker))
+    pub fn plan_reserve(
+        &self,
+        turn: &Turn,
+        waker: &Waker,
+    ) -> Result<Answer<Option<ReservePlan>>, EngineError> {
+        self.change(|state, _| state.plan_reserve(turn, waker))
+    }
+
+    /// A request that got a turn has its plan, or has failed: others are served.
+    pub fn end_turn(&self, turn: &Turn) {
+        if turn.is_open() {
+            self.with(|state, wakes| {
+                let write = state.write.as_mut().expect("only plans of writable images give turns");
+                write.end_turn(turn, wakes);
+            });
+        }
     }
 
     /// The file has the planned length, and space for the planned metadata is allocated.
@@ -534,7 +566,7 @@ impl Engine {
     /// # Errors
     /// The disk has failed; a refcount that is zero already.
     pub fn plan_reclaim(&self, waker: &Waker) -> Result<Answer<Option<ReclaimPlan>>, EngineError> {
-        self.change(|state| state.plan_reclaim(&self.epochs, waker))
+        self.change(|state, _| state.plan_reclaim(&self.epochs, waker))
     }
 
     /// The runs are punched where `punched` is true (one item for each run).
@@ -547,7 +579,7 @@ impl Engine {
     /// # Errors
     /// The disk has failed or is read-only.
     pub fn release_windows(&self, waker: &Waker) -> Result<Answer<()>, EngineError> {
-        self.change(|state| state.release_windows(waker))
+        self.change(|state, _| state.release_windows(waker))
     }
 
     /// At a clean end: the length in bytes to cut the file to; `None` to leave it. `present` is its length now. If this
@@ -568,7 +600,7 @@ impl Engine {
         self.with(|state, wakes| {
             if let Some(write) = &mut state.write {
                 write.alloc.file_length = write.alloc.file_length.max(length);
-                wakes.append(write.alloc.reserving.take().expect("nobody else sets it").take());
+                write.end_reserving(wakes);
             }
         });
     }

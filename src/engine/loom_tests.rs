@@ -10,6 +10,7 @@
 
 mod idle;
 mod runs;
+mod turns;
 
 use std::future::poll_fn;
 use std::sync::Arc;
@@ -552,6 +553,37 @@ fn three_claims_on_one_cluster_take_turns() {
 #[test]
 fn three_claims_in_a_chain_take_turns() {
     claimants(Some(3), [(0, 1), (1, 2), (2, 2)]);
+}
+
+#[test]
+fn a_wide_claim_waits_for_two_narrow_ones() {
+    claimants(Some(3), [(0, 0), (2, 2), (0, 2)]);
+}
+
+/// A claim that is given up while it waits: the claims behind it still wait for those before it.
+#[test]
+fn a_claim_that_is_given_up_lets_nobody_overtake() {
+    explore(Some(3), || {
+        let claims = Arc::new(Claims::default());
+        let clusters = claimed();
+        let first = claims.add(0, 1);
+        let given_up = claims.add(0, 2);
+        let others = [
+            {
+                let (claims, clusters) = (Arc::clone(&claims), Arc::clone(&clusters));
+                thread::spawn(move || claim_and_change(&claims, &clusters, 0, 2))
+            },
+            {
+                let claims = Arc::clone(&claims);
+                thread::spawn(move || claims.release(given_up))
+            },
+        ];
+        change_claimed(&claims, &clusters, first, 0, 1);
+        for other in others {
+            other.join().expect("claimant");
+        }
+        assert!(claims.try_add(0, 2).is_some(), "nothing is left");
+    });
 }
 
 #[test]

@@ -139,7 +139,7 @@ impl State {
         alloc.quarantined -= plan.clusters;
         alloc.freed -= plan.freed;
         alloc.given_back += plan.clusters;
-        wakes.append(alloc.held_up.take());
+        alloc.wake_held_up(wakes);
         for (run, punched) in plan.runs.into_iter().zip(punched) {
             alloc.free.add(FreeRun { run, known_zero: *punched });
         }

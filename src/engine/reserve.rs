@@ -17,7 +17,8 @@ use crate::refcounts::{Refcounts, TABLE_BYTES_MAX};
 use crate::run::{FreeRun, Run};
 use crate::state::{State, WriteState};
 use crate::tables::{Dirt, TableId};
-use crate::waiters::{Waiters, WakeList};
+use crate::turns::Turn;
+use crate::waiters::WakeList;
 
 /// The largest file in bytes: an offset in a table has 56 bits.
 const FILE_BYTES_MAX: u64 = 1 << 56;
@@ -58,24 +59,22 @@ impl Growth {
 }
 
 impl State {
-    /// Plans a window; `Ready(None)` if there is one. One is planned at a time; others wait.
-    pub fn plan_reserve(&mut self, waker: &Waker) -> Result<Answer<Option<ReservePlan>>, EngineError> {
+    /// Plans a window; `Ready(None)` if the request does not wait for one. The first request in the line plans one at a
+    /// time; the others wait.
+    pub fn plan_reserve(
+        &mut self,
+        turn: &Turn,
+        waker: &Waker,
+    ) -> Result<Answer<Option<ReservePlan>>, EngineError> {
         let write = self.write_state()?;
-        let wants_new = write.alloc.wants_new;
-        if write.alloc.has_window() && !wants_new {
+        if !write.alloc.waits_for_clusters(turn) {
             return Ok(Answer::Ready(None));
         }
-        if let Some(waiters) = &mut write.alloc.reserving {
-            waiters.add(waker);
+        if !write.alloc.may_reserve(turn, waker) {
             return Ok(Answer::Wait);
         }
-        if wants_new {
-            let planned = self.plan_growth(waker);
-            if planned.is_err() {
-                // Other tasks may be content with free clusters.
-                self.write_state()?.alloc.wants_new = false;
-            }
-            return planned;
+        if write.alloc.wants_new(turn) {
+            return self.plan_growth(waker);
         }
         if let Some(free) = write.alloc.free.first() {
             return self.plan_free_window(free, waker);
@@ -107,7 +106,7 @@ impl State {
         for id in &plan.pins {
             self.tables.pin(*id);
         }
-        self.write.as_mut().expect("a plan was made").alloc.reserving = Some(Waiters::default());
+        self.write.as_mut().expect("a plan was made").alloc.begin_reserving();
         plan
     }
 
@@ -192,7 +191,8 @@ impl State {
         let growth = if grows { Some(write.refcounts.growth(end)?) } else { None };
         let start = end + growth.as_ref().map_or(0, |growth| growth.run.count);
         let wanted = write.alloc.window_clusters();
-        let wanted = if write.alloc.wants_new { wanted.min(NEW_CLUSTERS) } else { wanted };
+        // If a window is left, only its clusters must not become metadata.
+        let wanted = if write.alloc.has_window() { wanted.min(NEW_CLUSTERS) } else { wanted };
         let mut count = wanted.min(entries - start % entries);
         let mut pins = Vec::new();
         if growth.is_none() {
@@ -304,10 +304,7 @@ impl State {
         write.alloc.used_end = write.alloc.used_end.max(run.start.0 + run.count);
         write.alloc.length_unsynced |= plan.file_length.is_some();
         write.alloc.add_window(plan.window);
-        if plan.file_length.is_some() {
-            write.alloc.wants_new = false;
-        }
-        wakes.append(write.alloc.reserving.take().expect("this plan reserves").take());
+        write.end_reserving(wakes);
     }
 
     fn commit_growth(&mut self, growth: &Growth) {
@@ -349,8 +346,7 @@ impl State {
             write.guard.remove(growth.run.start, growth.blocks.len() as u64);
             growth.table.iter().for_each(|table| write.guard.remove(table.start, table.count));
         }
-        write.alloc.wants_new = false;
-        wakes.append(write.alloc.reserving.take().expect("this plan reserves").take());
+        write.end_reserving(wakes);
     }
 }
 

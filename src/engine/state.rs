@@ -5,7 +5,6 @@ use std::task::Waker;
 
 use qcow2::{GuestCluster, HostCluster, HostOffset, L1Entry, L2Entry, RawL2Entry};
 
-use crate::aimed::Known;
 use crate::alloc::Allocator;
 use crate::answer::{Answer, TableLoad, TablePlace, TableSlot};
 use crate::bounds::LOADS_MAX;
@@ -19,7 +18,8 @@ use crate::map::{MapWriter, SliceIndex};
 use crate::refcounts::Refcounts;
 use crate::run::{FreeRun, Run};
 use crate::tables::{Found, TableId, Tables};
-use crate::waiters::Waiters;
+use crate::turns::{TableJob, Turn, Wanted};
+use crate::waiters::WakeList;
 
 /// Everything behind the engine's one lock, which is held for work in memory only, never across I/O.
 pub(crate) struct State {
@@ -42,8 +42,8 @@ pub(crate) struct WriteState {
     pub alloc: Allocator,
     pub guard: MetadataGuard,
     pub flush: FlushState,
-    /// L2 tables that are becoming the top image's own, and the tasks that wait for each.
-    pub table_jobs: HashMap<TableSlot, Waiters>,
+    /// L2 tables that are becoming the top image's own.
+    pub table_jobs: HashMap<TableSlot, TableJob>,
     /// Where the L1 table lies.
     pub l1_offset: HostOffset,
     /// L1 blocks that differ from the disk.
@@ -53,30 +53,62 @@ pub(crate) struct WriteState {
 }
 
 impl WriteState {
-    /// Takes a run of up to `want` clusters out of the reserved windows, for data; `None` if none are reserved.
+    /// Takes a run of up to `want` clusters out of the reserved windows, for data; `None` if the request must wait for
+    /// its turn.
     ///
     /// # Errors
     /// If one of them holds metadata: two entries of a damaged image named it, so it became free while in use.
-    pub fn take(&mut self, want: u64) -> Result<Option<FreeRun>, EngineError> {
-        let Some(taken) = self.alloc.take(want) else { return Ok(None) };
+    pub fn take(
+        &mut self,
+        turn: &Turn,
+        want: u64,
+        wakes: &mut WakeList,
+    ) -> Result<Option<FreeRun>, EngineError> {
+        let Some(taken) = self.alloc.take(turn, want) else { return Ok(None) };
         self.guard.aim(taken.run).map_err(EngineError::free_metadata)?;
+        let guard = &self.guard;
+        self.alloc.taken(turn, taken.run.count, |cluster| guard.may_become_metadata(cluster), wakes);
         Ok(Some(taken))
     }
 
-    /// Takes a cluster for metadata: one at which surely no data I/O was aimed in this session. `None` if no such
-    /// cluster is reserved; then the next reservation brings some.
+    /// Takes a cluster for an L2 table: one at which surely no data I/O was aimed in this session. `None` if the request
+    /// must wait for its turn.
     ///
     /// # Errors
     /// As for [`WriteState::take`].
-    pub fn take_for(&mut self, holds: Structure) -> Result<Option<Run>, EngineError> {
+    pub fn take_for_table(
+        &mut self,
+        turn: &Turn,
+        slot: TableSlot,
+        wakes: &mut WakeList,
+    ) -> Result<Option<Run>, EngineError> {
         let guard = &self.guard;
-        let Some(taken) = self.alloc.take_where(|cluster| guard.aimed(cluster) == Known::Not) else {
-            // If no window is reserved, the next reservation takes free clusters first.
-            self.alloc.wants_new = self.alloc.has_window();
+        let fits = |cluster| guard.may_become_metadata(cluster);
+        let Some(FreeRun { run, .. }) = self.alloc.take_for_table(turn, slot, fits, wakes) else {
             return Ok(None);
         };
-        self.guard.add(taken.start, taken.count, holds).map_err(EngineError::free_metadata)?;
-        Ok(Some(taken))
+        self.guard.add(run.start, run.count, Structure::L2).map_err(EngineError::free_metadata)?;
+        let guard = &self.guard;
+        self.alloc.taken(turn, run.count, |cluster| guard.may_become_metadata(cluster), wakes);
+        Ok(Some(run))
+    }
+
+    /// The task that reserved, or made the file longer, has ended.
+    pub fn end_reserving(&mut self, wakes: &mut WakeList) {
+        let WriteState { guard, alloc, .. } = self;
+        alloc.end_reserving(|cluster| guard.may_become_metadata(cluster), wakes);
+    }
+
+    /// A request no longer plans: its clusters and its place in the line go to others, as does the making of its table.
+    pub fn end_turn(&mut self, turn: &Turn, wakes: &mut WakeList) {
+        let number = turn.number();
+        let WriteState { guard, alloc, .. } = self;
+        let ended = alloc.end_turn(turn, |cluster| guard.may_become_metadata(cluster), wakes);
+        if let Some(Wanted::Table(slot)) = ended
+            && self.table_jobs.get(&slot).is_some_and(|job| job.turn == number)
+        {
+            wakes.append(self.table_jobs.remove(&slot).expect("it was just found").waiters.take());
+        }
     }
 }
 

@@ -8,13 +8,14 @@ use std::task::Waker;
 use qcow2::{HostCluster, HostOffset, L1Entry};
 
 use crate::answer::{Answer, TableSlot, ready};
-use crate::error::{EngineError, Structure};
+use crate::error::EngineError;
 use crate::flush::l1_block_of;
 use crate::layers::Qcow2Layer;
 use crate::mutation::{Mutation, active};
 use crate::state::State;
 use crate::tables::{Dirt, TableId};
-use crate::waiters::{Waiters, WakeList};
+use crate::turns::Turn;
+use crate::waiters::WakeList;
 
 /// A cluster that will become an L2 table. Have the host allocate it, then commit; or abort.
 #[derive(Debug)]
@@ -41,7 +42,9 @@ impl State {
     pub fn plan_table(
         &mut self,
         slot: TableSlot,
+        turn: &Turn,
         waker: &Waker,
+        wakes: &mut WakeList,
     ) -> Result<Answer<Option<TablePlan>>, EngineError> {
         let copy_of = match self.top_qcow2().l1_entry(slot.0)? {
             L1Entry::Table { copied: true, .. } => return Ok(Answer::Ready(None)),
@@ -49,15 +52,21 @@ impl State {
             L1Entry::Unallocated => None,
         };
         ready!(self.may_dirty());
-        if let Some(waiters) = self.write_state()?.table_jobs.get_mut(&slot) {
-            waiters.add(waker);
+        if let Some(job) = self.write_state()?.table_jobs.get_mut(&slot)
+            && !turn.has(job.turn)
+        {
+            job.waiters.add(waker);
             return Ok(Answer::Wait);
         }
         let ids = if copy_of.is_some() { slices(self.top_qcow2(), slot) } else { Vec::new() };
         ready!(self.need_tables(ids.iter().copied(), waker)?);
         let write = self.write_state()?;
-        let Some(taken) = write.take_for(Structure::L2)? else { return Ok(Answer::Reserve) };
-        write.table_jobs.insert(slot, Waiters::default());
+        let Some(taken) = write.take_for_table(turn, slot, wakes)? else {
+            // Others that need the table wait for it meanwhile, not for clusters.
+            write.table_jobs.entry(slot).or_default().turn = turn.number();
+            return Ok(Answer::Reserve);
+        };
+        write.table_jobs.entry(slot).or_default().turn = None;
         for id in ids {
             self.tables.pin(id);
         }
@@ -89,7 +98,7 @@ impl State {
             write.guard.remove(old, 1);
             write.alloc.free_later(old, write.flush.next_cut());
         }
-        wakes.append(write.table_jobs.remove(&plan.slot).expect("the job was noted").take());
+        wakes.append(write.table_jobs.remove(&plan.slot).expect("the job was noted").waiters.take());
     }
 
     pub fn abort_table(&mut self, plan: TablePlan, wakes: &mut WakeList) {
@@ -102,6 +111,6 @@ impl State {
         write.guard.remove(plan.host, 1);
         // Nothing durable names the cluster, but it may have been written: it is freed through the quarantine.
         write.alloc.free_later(plan.host, 0);
-        wakes.append(write.table_jobs.remove(&plan.slot).expect("the job was noted").take());
+        wakes.append(write.table_jobs.remove(&plan.slot).expect("the job was noted").waiters.take());
     }
 }

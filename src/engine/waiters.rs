@@ -3,25 +3,63 @@
 //! Owns no lock and wakes no task by itself. A wait list lies under the lock of what its tasks wait for, and the tasks
 //! are woken after that lock is released.
 
+use std::collections::BTreeMap;
+use std::collections::hash_map::Entry;
 use std::task::Waker;
 
+use crate::hashed::HashMap;
 use crate::sync::{AtomicBool, Ordering};
 
 /// The tasks that wait for one thing, each once, in order of arrival.
 #[derive(Debug, Default)]
-pub struct Waiters(Vec<Waker>);
+pub struct Waiters {
+    /// By number.
+    tasks: BTreeMap<u64, Waker>,
+    numbers: HashMap<Identity, u64>,
+    next: u64,
+}
+
+/// Tells the wakers of one task from those of others: the addresses of its data and of its functions. A stored waker
+/// keeps its task's data in memory, so no other task has that address meanwhile.
+type Identity = (usize, usize);
+
+fn identity(waker: &Waker) -> Identity {
+    (waker.data().addr(), std::ptr::from_ref(waker.vtable()).addr())
+}
 
 impl Waiters {
     /// Adds a task, unless it waits already: a task that was woken for another reason calls this again.
     pub fn add(&mut self, waker: &Waker) {
-        if !self.0.iter().any(|waiting| waiting.will_wake(waker)) {
-            self.0.push(waker.clone());
+        if let Entry::Vacant(entry) = self.numbers.entry(identity(waker)) {
+            entry.insert(self.next);
+            self.tasks.insert(self.next, waker.clone());
+            self.next += 1;
+        }
+    }
+
+    /// Removes a task that no longer waits.
+    pub fn remove(&mut self, waker: &Waker) {
+        if let Some(number) = self.numbers.remove(&identity(waker)) {
+            self.tasks.remove(&number);
         }
     }
 
     /// Removes all tasks, to be woken when the lock is released.
     pub fn take(&mut self) -> WakeList {
-        WakeList(std::mem::take(&mut self.0))
+        self.numbers.clear();
+        WakeList(std::mem::take(&mut self.tasks).into_values().collect())
+    }
+
+    /// Removes the first `count` tasks, to be woken when the lock is released.
+    pub fn take_first(&mut self, count: u64) -> WakeList {
+        let mut first = WakeList::default();
+        while (first.0.len() as u64) < count
+            && let Some((_, waker)) = self.tasks.pop_first()
+        {
+            self.numbers.remove(&identity(&waker));
+            first.0.push(waker);
+        }
+        first
     }
 }
 
@@ -31,6 +69,11 @@ impl Waiters {
 pub struct WakeList(Vec<Waker>);
 
 impl WakeList {
+    /// Adds a waker, if there is one.
+    pub(crate) fn add(&mut self, waker: Option<Waker>) {
+        self.0.extend(waker);
+    }
+
     /// Adds what another list holds.
     pub(crate) fn append(&mut self, mut other: WakeList) {
         self.0.append(&mut other.0);
@@ -110,6 +153,24 @@ mod tests {
         waiters.add(&wakers[1]);
         waiters.take().wake();
         assert_eq!(woken(), [1, 2]);
+    }
+
+    #[test]
+    fn the_first_are_woken_first_and_those_that_left_not_at_all() {
+        let tasks: [Arc<Counted>; 4] = Default::default();
+        let wakers = tasks.each_ref().map(|task| Waker::from(Arc::clone(task)));
+        let woken = || tasks.each_ref().map(|task| task.0.load(Ordering::Relaxed));
+        let mut waiters = Waiters::default();
+        wakers.iter().for_each(|waker| waiters.add(waker));
+        waiters.remove(&wakers[0]);
+        waiters.take_first(2).wake();
+        assert_eq!(woken(), [0, 1, 1, 0]);
+        waiters.remove(&wakers[1]);
+        waiters.add(&wakers[0]);
+        waiters.take_first(1).wake();
+        assert_eq!(woken(), [0, 1, 1, 1], "a task that comes back is the last");
+        waiters.take_first(9).wake();
+        assert_eq!(woken(), [1, 1, 1, 1]);
     }
 
     #[test]

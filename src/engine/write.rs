@@ -16,6 +16,7 @@ use crate::layers::EntryPlace;
 use crate::map::ChainMap;
 use crate::mutation::{Mutation, active};
 use crate::state::State;
+use crate::turns::Turn;
 use crate::waiters::WakeList;
 use crate::word::{FileIndex, Word};
 
@@ -117,7 +118,9 @@ impl State {
         &mut self,
         offset: GuestOffset,
         length: u64,
+        turn: &Turn,
         waker: &Waker,
+        wakes: &mut WakeList,
     ) -> Result<Answer<WritePlan>, EngineError> {
         self.write_state()?;
         ready!(self.may_dirty());
@@ -153,7 +156,9 @@ impl State {
             Standing::New | Standing::Copy => {
                 ready!(self.may_free()?);
                 let clusters = end.div_ceil(per_cluster);
-                let Some(taken) = self.write_state()?.take(clusters)? else { return Ok(Answer::Reserve) };
+                let Some(taken) = self.write_state()?.take(turn, clusters, wakes)? else {
+                    return Ok(Answer::Reserve);
+                };
                 let end = end.min(taken.run.count * per_cluster);
                 let span = if standing == Standing::Copy {
                     self.with_what_is_kept(place, first, granules, end)?

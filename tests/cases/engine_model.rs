@@ -7,7 +7,7 @@ use std::task::Waker;
 
 use engine::{
     Answer, Engine, EngineError, EngineSpec, Extent, FileIndex, FlushStep, LayerFormat, LayerSpec, Mapping,
-    Source, TableSlot, TopSpec, WritePlan, ZeroMode, Zeroed,
+    Source, TableSlot, TopSpec, Turn, WritePlan, ZeroMode, Zeroed,
 };
 use proptest::prelude::*;
 use qcow2::{
@@ -172,6 +172,25 @@ impl Bench {
     /// Repeats a question to the engine until it answers, and does the I/O that it requests.
     fn ask<T>(
         &mut self,
+        question: impl FnMut(&Engine, &Waker) -> Result<Answer<T>, EngineError>,
+    ) -> Result<T, EngineError> {
+        self.ask_in_turn(&Turn::default(), question)
+    }
+
+    /// The same for a question with a turn, which is over then.
+    fn ask_in_turn<T>(
+        &mut self,
+        turn: &Turn,
+        question: impl FnMut(&Engine, &Waker) -> Result<Answer<T>, EngineError>,
+    ) -> Result<T, EngineError> {
+        let answer = self.ask_until_ready(turn, question);
+        self.engine.end_turn(turn);
+        answer
+    }
+
+    fn ask_until_ready<T>(
+        &mut self,
+        turn: &Turn,
         mut question: impl FnMut(&Engine, &Waker) -> Result<Answer<T>, EngineError>,
     ) -> Result<T, EngineError> {
         loop {
@@ -187,7 +206,7 @@ impl Bench {
                     places.iter().for_each(|place| self.engine.table_allocated(place));
                 }
                 Answer::Crowded => self.flush()?,
-                Answer::Reserve => self.reserve()?,
+                Answer::Reserve => self.reserve(turn)?,
                 Answer::Flush => self.flush()?,
                 Answer::Table(slot) => self.make_table(slot)?,
                 Answer::Wait => panic!("there is nobody to wait for"),
@@ -196,14 +215,17 @@ impl Bench {
     }
 
     fn make_table(&mut self, slot: TableSlot) -> Result<(), EngineError> {
-        if let Some(plan) = self.ask(|engine, waker| engine.plan_table(slot, waker))? {
+        let turn = Turn::default();
+        let plan = self.ask_in_turn(&turn, |engine, waker| engine.plan_table(slot, &turn, waker))?;
+        if let Some(plan) = plan {
             self.engine.commit_table(plan);
         }
         Ok(())
     }
 
-    fn reserve(&mut self) -> Result<(), EngineError> {
-        let Some(plan) = self.ask(|engine, waker| engine.plan_reserve(waker))? else { return Ok(()) };
+    fn reserve(&mut self, turn: &Turn) -> Result<(), EngineError> {
+        let plan = self.ask(|engine, waker| engine.plan_reserve(turn, waker))?;
+        let Some(plan) = plan else { return Ok(()) };
         if let Some(length) = plan.file_length
             && (self.files.0[0].len() as u64) < length
         {
@@ -320,7 +342,9 @@ impl Bench {
         let (mut done, mut failed) = (0, None);
         while done < data.len() {
             let (at, left) = (offset + done as u64, (data.len() - done) as u64);
-            let plan = self.ask(|engine, waker| engine.plan_write(GuestOffset(at), left, waker))?;
+            let turn = Turn::default();
+            let plan = self
+                .ask_in_turn(&turn, |engine, waker| engine.plan_write(GuestOffset(at), left, &turn, waker))?;
             match plan {
                 WritePlan::InPlace { file, offset, length } => {
                     assert_eq!(file, self.files.data(), "only the top image is written");

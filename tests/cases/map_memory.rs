@@ -12,7 +12,7 @@ use std::task::Waker;
 
 use engine::{
     Allocation, Answer, Engine, EngineError, EngineSpec, Entries, FileIndex, FlushStep, IdleMap, LayerFormat,
-    LayerSpec, Mapping, SLICE_WORDS, Source, TableSlot, TopSpec, WritePlan,
+    LayerSpec, Mapping, SLICE_WORDS, Source, TableSlot, TopSpec, Turn, WritePlan,
 };
 use qcow2::{Geometry, GuestOffset, Header, HostOffset, NewImage, Version};
 use storage::pages::give_back;
@@ -90,10 +90,22 @@ impl Bench {
     }
 
     /// Repeats a question to the engine until it answers, and does the I/O that it requests.
-    fn ask<T>(&self, mut question: impl FnMut(&Engine, &Waker) -> Result<Answer<T>, EngineError>) -> T {
+    fn ask<T>(&self, question: impl FnMut(&Engine, &Waker) -> Result<Answer<T>, EngineError>) -> T {
+        self.ask_in_turn(&Turn::default(), question)
+    }
+
+    /// The same for a question with a turn, which is over then.
+    fn ask_in_turn<T>(
+        &self,
+        turn: &Turn,
+        mut question: impl FnMut(&Engine, &Waker) -> Result<Answer<T>, EngineError>,
+    ) -> T {
         loop {
             match question(&self.engine, Waker::noop()).expect("a sound image") {
-                Answer::Ready(value) => return value,
+                Answer::Ready(value) => {
+                    self.engine.end_turn(turn);
+                    return value;
+                }
                 Answer::Load(loads) => {
                     for load in loads {
                         let read = bytes(&self.file, load.offset.0, load.length);
@@ -104,7 +116,7 @@ impl Bench {
                     places.iter().for_each(|place| self.engine.table_allocated(place));
                 }
                 Answer::Crowded => panic!("nothing is freed here"),
-                Answer::Reserve => self.reserve(),
+                Answer::Reserve => self.reserve(turn),
                 Answer::Flush => self.flush(),
                 Answer::Table(slot) => self.make_table(slot),
                 Answer::Wait => panic!("there is nobody to wait for"),
@@ -112,14 +124,16 @@ impl Bench {
         }
     }
 
-    fn reserve(&self) {
-        if let Some(plan) = self.ask(|engine, waker| engine.plan_reserve(waker)) {
+    fn reserve(&self, turn: &Turn) {
+        if let Some(plan) = self.ask(|engine, waker| engine.plan_reserve(turn, waker)) {
             self.engine.commit_reserve(plan);
         }
     }
 
     fn make_table(&self, slot: TableSlot) {
-        if let Some(plan) = self.ask(|engine, waker| engine.plan_table(slot, waker)) {
+        let turn = Turn::default();
+        let plan = self.ask_in_turn(&turn, |engine, waker| engine.plan_table(slot, &turn, waker));
+        if let Some(plan) = plan {
             self.engine.commit_table(plan);
         }
     }
@@ -149,7 +163,9 @@ impl Bench {
                 // As the disk does: the slice starts as zeros, which are a run.
                 self.ask(|engine, waker| engine.plan_read(GuestOffset(at), 1, waker));
             }
-            let plan = self.ask(|engine, waker| engine.plan_write(GuestOffset(at), left, waker));
+            let turn = Turn::default();
+            let plan = self
+                .ask_in_turn(&turn, |engine, waker| engine.plan_write(GuestOffset(at), left, &turn, waker));
             let WritePlan::Allocate(part) = plan else { panic!("{at:#x} has a place already") };
             let begin = at;
             at += part.length;

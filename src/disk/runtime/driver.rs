@@ -92,6 +92,11 @@ impl<Q: IoQueue> Driver<Q> {
         self.more.get() || self.executor.borrow().tasks() > 1
     }
 
+    /// How often tasks were polled since the beginning.
+    pub fn polls(&self) -> u64 {
+        self.executor.borrow().polls()
+    }
+
     /// True if a task has not ended.
     pub fn has_tasks(&self) -> bool {
         self.executor.borrow().has_tasks()

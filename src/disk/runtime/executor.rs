@@ -31,6 +31,8 @@ pub(crate) struct Executor {
     ready: Arc<Ready>,
     /// An empty queue, retained for its memory.
     spare: VecDeque<usize>,
+    /// How often tasks were polled.
+    polls: u64,
 }
 
 /// The tasks to be polled. Leaf lock: no other lock is taken while it is held.
@@ -64,7 +66,7 @@ impl Wake for TaskWaker {
 impl Executor {
     pub fn new(notifier: Arc<dyn Notifier>) -> Self {
         let ready = Arc::new(Ready { queue: Mutex::new(VecDeque::new()), notifier });
-        Executor { tasks: Vec::new(), vacant: Vec::new(), ready, spare: VecDeque::new() }
+        Executor { tasks: Vec::new(), vacant: Vec::new(), ready, spare: VecDeque::new(), polls: 0 }
     }
 
     /// Adds a task, ready to run.
@@ -90,6 +92,11 @@ impl Executor {
     /// Tasks that have not ended.
     pub fn tasks(&self) -> usize {
         self.tasks.len() - self.vacant.len()
+    }
+
+    /// How often tasks were polled since the beginning.
+    pub fn polls(&self) -> u64 {
+        self.polls
     }
 
     /// True if a task has not ended.
@@ -125,6 +132,7 @@ impl Executor {
         // it again.
         entry.wake.queued.lower();
         let task = entry.task.take()?;
+        self.polls += 1;
         Some((task, entry.waker.clone()))
     }
 

@@ -4,7 +4,7 @@ use std::future::poll_fn;
 use std::task::{Poll, Waker};
 use std::time::Duration;
 
-use engine::{HeldBack, TablePlace, TableSlot};
+use engine::{HeldBack, TablePlace, TableSlot, Turn};
 use storage::{Errno, Kind, Operation, Storage};
 
 use crate::error::RequestError;
@@ -58,6 +58,7 @@ impl<S: Storage> Worker<S> {
         let mut alarm = self.driver.alarm(self.driver.now() + pause);
         poll_fn(|context| {
             if done(&self.engine().held_back(context.waker())) || alarm.is_over() {
+                self.engine().stop_waiting(context.waker());
                 return Poll::Ready(());
             }
             alarm.wake(context.waker());
@@ -66,18 +67,20 @@ impl<S: Storage> Worker<S> {
         .await;
     }
 
-    /// Reserves a window of clusters; a small one where the host has no room for a larger.
-    pub async fn reserve(&self) -> Result<(), RequestError> {
+    /// Reserves a window of clusters when it is this request's turn, or waits until it is served from another's. The
+    /// window is small where the host has no room for a larger.
+    pub async fn reserve(&self, turn: &Turn) -> Result<(), RequestError> {
         loop {
-            match self.reserve_window().await {
+            match self.reserve_window(turn).await {
                 Err(error) if error.is_no_space() && self.engine().shrink_window() => {}
                 ended => return ended,
             }
         }
     }
 
-    async fn reserve_window(&self) -> Result<(), RequestError> {
-        let Some(mut plan) = self.ask(|engine, waker| engine.plan_reserve(waker)).await? else {
+    async fn reserve_window(&self, turn: &Turn) -> Result<(), RequestError> {
+        let plan = self.ask(|engine, waker| engine.plan_reserve(turn, waker)).await?;
+        let Some(mut plan) = plan else {
             return Ok(());
         };
         let top = self.shared.top_file();
@@ -134,7 +137,9 @@ impl<S: Storage> Worker<S> {
 
     /// Gives the top image an L2 table of its own.
     pub async fn make_table(&self, slot: TableSlot) -> Result<(), RequestError> {
-        let Some(plan) = self.ask(|engine, waker| engine.plan_table(slot, waker)).await? else {
+        let turn = self.turn();
+        let plan = self.ask_in_turn(&turn, |engine, waker| engine.plan_table(slot, &turn, waker)).await?;
+        let Some(plan) = plan else {
             return Ok(());
         };
         let mut result = Ok(());

@@ -128,6 +128,12 @@ impl<S: Storage> DiskQueue<S> {
         });
     }
 
+    /// How often this queue's tasks were polled since the beginning. Requests of the fast path have none. A measure of
+    /// work for tests.
+    pub fn polls(&self) -> u64 {
+        self.driver.polls()
+    }
+
     /// A hint: whether the caller has more requests to submit after the next turn.
     pub fn expect_more(&mut self, more: bool) {
         self.driver.expect_more(more);

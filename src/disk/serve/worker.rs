@@ -2,11 +2,12 @@
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
+use std::ops::Deref;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Poll, Waker};
 
-use engine::{Answer, Engine, EngineError, Epoch, TableLoad, WorkerEpochs};
+use engine::{Answer, Engine, EngineError, Epoch, TableLoad, Turn, WorkerEpochs};
 use names::shown;
 use storage::{AlignedBuf, Errno, Kind, Operation, Part, Storage};
 use tracing::error;
@@ -27,6 +28,27 @@ pub(crate) struct Worker<S: Storage> {
     /// Requests that wait for space on the host.
     pub waiting: Cell<usize>,
     pub failures: FailureLog,
+}
+
+/// A request's turn for clusters, ended when dropped.
+#[must_use]
+pub(crate) struct OwnTurn<'a, S: Storage> {
+    worker: &'a Worker<S>,
+    turn: Turn,
+}
+
+impl<S: Storage> Deref for OwnTurn<'_, S> {
+    type Target = Turn;
+
+    fn deref(&self) -> &Turn {
+        &self.turn
+    }
+}
+
+impl<S: Storage> Drop for OwnTurn<'_, S> {
+    fn drop(&mut self) {
+        self.worker.engine().end_turn(&self.turn);
+    }
 }
 
 impl<S: Storage> Worker<S> {
@@ -50,9 +72,23 @@ impl<S: Storage> Worker<S> {
         self.epochs.borrow_mut().exit(epoch);
     }
 
+    /// A turn for clusters, for a plan that may need some.
+    pub fn turn(&self) -> OwnTurn<'_, S> {
+        OwnTurn { worker: self, turn: Turn::default() }
+    }
+
     /// Asks the engine until it has an answer, doing what it says meanwhile.
     pub async fn ask<T>(
         &self,
+        question: impl FnMut(&Engine, &Waker) -> Result<Answer<T>, EngineError>,
+    ) -> Result<T, RequestError> {
+        self.ask_in_turn(&Turn::default(), question).await
+    }
+
+    /// The same for a question with a turn.
+    pub async fn ask_in_turn<T>(
+        &self,
+        turn: &Turn,
         mut question: impl FnMut(&Engine, &Waker) -> Result<Answer<T>, EngineError>,
     ) -> Result<T, RequestError> {
         loop {
@@ -72,7 +108,7 @@ impl<S: Storage> Worker<S> {
                 Ok(Answer::Load(loads)) => Box::pin(self.load_tables(loads)).await?,
                 Ok(Answer::Allocate(places)) => Box::pin(self.allocate_tables(places)).await?,
                 Ok(Answer::Crowded) => return Err(RequestError::Crowded),
-                Ok(Answer::Reserve) => Box::pin(self.reserve()).await?,
+                Ok(Answer::Reserve) => Box::pin(self.reserve(turn)).await?,
                 Ok(Answer::Flush) => Box::pin(self.flush()).await?,
                 Ok(Answer::Table(slot)) => Box::pin(self.make_table(slot)).await?,
                 Err(error) => return Err(Box::pin(self.judge(error)).await),

@@ -77,7 +77,8 @@ impl<S: Storage> Worker<S> {
                 let _ = self.ask(|engine, waker| engine.plan_read(at, 1, waker)).await;
             }
             let plan = if self.shared.is_qcow2() {
-                self.ask(|engine, waker| engine.plan_write(at, left, waker)).await?
+                let turn = self.turn();
+                self.ask_in_turn(&turn, |engine, waker| engine.plan_write(at, left, &turn, waker)).await?
             } else {
                 self.check_writable()?;
                 WritePlan::InPlace { file: self.shared.data, offset: HostOffset(at.0), length: left }
