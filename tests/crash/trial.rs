@@ -200,6 +200,42 @@ impl<'r> Author<'r> {
         ops
     }
 
+    /// A script in which an early commit meets a change of its own table and a flush. Each round makes the disk expect
+    /// a flush after each write. Then it writes to a new cluster, discards another, and flushes, all at once and in any
+    /// order. The flush that follows must find every link where it belongs.
+    pub fn beside(&mut self) -> Vec<Op> {
+        let unit = self.shape.cluster_sectors();
+        let clusters = (self.shape.sectors / unit).min(self.shape.geometry().l2_entries());
+        // Each cluster of a round is drawn from so many.
+        let count = (clusters / 4).min(16);
+        let mut ops = Vec::new();
+        for _ in 0..4 {
+            let first = self.random.below(clusters - 3 * count + 1);
+            let place = |at: u64, random: &mut Random| (first + at * count + random.below(count)) * unit;
+            // New clusters, and time to give back what they had.
+            ops.extend([
+                Op::Discard { sector: first * unit, count: 3 * count * unit },
+                Op::Flush,
+                Op::Pause(0),
+            ]);
+            let [one, two, three] = [0, 1, 2].map(|at| place(at, self.random));
+            for sector in [one, two] {
+                ops.extend([Op::write(sector, 1), Op::Pause(0), Op::Flush, Op::Pause(0)]);
+            }
+            let mut meeting = vec![Op::write(three, 1), Op::Discard { sector: one, count: unit }, Op::Flush];
+            let at = self.random.below(3) as usize;
+            meeting.rotate_left(at);
+            if self.random.chance(2, 3) {
+                // The first I/O of one of them is late.
+                let at = self.random.below(3) as usize;
+                meeting.insert(at, Op::Late(16 << self.random.below(4)));
+            }
+            ops.extend(meeting);
+            ops.extend([Op::Pause(0), Op::Flush, Op::Pause(0)]);
+        }
+        ops
+    }
+
     fn churning_op(&mut self) -> Op {
         let unit = self.shape.cluster_sectors();
         let clusters = (self.busy.end - self.busy.start).div_ceil(unit);
@@ -325,7 +361,7 @@ pub enum Tactic {
     Overtaken,
     /// In every run the disk changes its size.
     Sizes,
-    /// In every run a flush follows most writes.
+    /// In every run flushes follow single writes, so that the disk makes early commits.
     Flushed,
 }
 
@@ -347,7 +383,7 @@ pub fn trial(
         let kind = match tactic {
             Tactic::Overtaken => 0,
             Tactic::Sizes => 5,
-            Tactic::Flushed => 6,
+            Tactic::Flushed => 7 + random.below(2),
             _ => random.below(16),
         };
         let mut author = Author::new(&mut random, start.shape);
@@ -355,12 +391,14 @@ pub fn trial(
             0 => author.overtaken(),
             1..5 => author.churn(2 * length),
             5 => author.resized(),
-            6..9 => author.flushed(length),
+            6..8 => author.flushed(length),
+            8 => author.beside(),
             _ => author.script(length),
         };
         let at_once = match kind {
             0 => 7,
-            6..9 => 1 + random.below(4) as usize,
+            8 => 3,
+            6..8 => 1 + random.below(4) as usize,
             _ => 1 + random.below(7) as usize,
         };
         let (rest, clean) = (random.chance(1, 4), random.chance(1, 2));
