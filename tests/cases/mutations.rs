@@ -12,7 +12,7 @@ use engine::mutation::{self, Mutation};
 use strata_crash::changes;
 use strata_crash::overlaps;
 use strata_crash::sequences::{self, exhaust_failing};
-use strata_crash::shape::{Past, Start};
+use strata_crash::shape::{Below, Data, Past, Shape, Start};
 use strata_crash::tally::Tally;
 use strata_crash::trial::{Tactic, starts, trial};
 use strata_crash::walk::Walker;
@@ -33,10 +33,7 @@ const TRIALS_MAX: u64 = 600;
 
 /// Runs trials of all kinds by turns until one detects the mutation. None if the trials or the time run out first.
 fn hunt(mutation: Mutation, starts: &[Start], time: Duration) -> Option<Catch> {
-    // Only these images have what the mutation breaks.
-    let has_bitmap = |start: &&Start| matches!(start.shape.past, Past::Bitmap { .. });
-    let with_bitmaps: Vec<Start> = starts.iter().filter(has_bitmap).cloned().collect();
-    let starts = if mutation == Mutation::BitmapsMarkedLate { &with_bitmaps } else { starts };
+    let starts = &fitting(mutation, starts);
     let tally = Tally::new(time);
     let mut walker = Walker::new(&tally);
     let started = Instant::now();
@@ -75,6 +72,29 @@ fn hunt(mutation: Mutation, starts: &[Start], time: Duration) -> Option<Catch> {
         }
     }
     None
+}
+
+/// The images on which trials reach what a mutation breaks. On most others nothing would be wrong.
+fn fitting(mutation: Mutation, starts: &[Start]) -> Vec<Start> {
+    let fits = |shape: &Shape| match mutation {
+        Mutation::BitmapsMarkedLate => matches!(shape.past, Past::Bitmap { .. }),
+        Mutation::HeaderFirst => shape.past == Past::Long,
+        Mutation::DataFileNotSynced => shape.has_data_file(),
+        Mutation::RawViewForgotten => shape.data == Data::ApartRaw,
+        Mutation::CompressedTailKept | Mutation::CompressedReleasedTwice => {
+            matches!(shape.past, Past::Compressed(_))
+        }
+        Mutation::AllPartsAllocated
+        | Mutation::ZeroPartsKept
+        | Mutation::SharedPartsForgotten
+        | Mutation::PartFreesCluster => shape.extended_l2,
+        Mutation::EmptiedLate => shape.keeps_places,
+        Mutation::EarlyLinkBesideCut | Mutation::EarlyLinkBeforeCounts | Mutation::CutBesideEarlyLink => {
+            shape.is_qcow2() && !shape.has_data_file() && shape.below == Below::Nothing
+        }
+        _ => true,
+    };
+    starts.iter().filter(|start| fits(&start.shape)).cloned().collect()
 }
 
 /// The only tactic that detects a mutation, if there is one. This holds for mutations of the handling of failed I/O, of
