@@ -1,9 +1,9 @@
 //! `cargo verify`: every check of the repository, from set-up to VM tests.
 //!
-//! Owns the order of the steps and the summary. Steps run one after the other, because each may use every core. It
-//! never continues after a failed step.
+//! Owns the order of the steps and the summary. Steps run one after the other, because each may use every core; only the
+//! set-up, which mostly waits, runs beside the first ones. It never continues after a failed step.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use clap::Parser;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
@@ -51,42 +51,61 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options, steps: &mut Steps) -> Result<()> {
-    steps.run("set-up", |line| {
-        let say = &mut |text: &str| line.now(text);
-        if options.no_install {
-            let missing = setup::missing_tools();
-            if !missing.is_empty() {
-                bail!("missing: {missing:?}");
-            }
-        } else {
-            setup::ensure_tools(say)?;
-            setup::ensure_rust_components(say)?;
-        }
-        let kit = GuestKit::prepare(say)?;
-        let accelerator = Accelerator::choose(&kit)?;
-        line.keep(&format!("guest kernel {}, accelerator {accelerator:?}", kit.release));
-        Ok(())
+    if !options.no_install {
+        steps.run("Rust components", |line| setup::ensure_rust_components(&mut |text| line.now(text)))?;
+    }
+    std::thread::scope(|scope| {
+        // Mostly waits for the network and the disk, so the compiler works meanwhile.
+        let prepared = scope.spawn(|| prepare(options));
+        check_and_build(options, steps)?;
+        steps.run("set-up", |line| {
+            let (kit, said) = prepared.join().expect("the set-up does not panic");
+            said.iter().for_each(|text| line.keep(text));
+            // Alone: a trial boot that takes too long counts as failed.
+            let kit = kit?;
+            let accelerator = Accelerator::choose(&kit)?;
+            line.keep(&format!("guest kernel {}, accelerator {accelerator:?}", kit.release));
+            Ok(())
+        })
     })?;
+    run_tests(options, steps)
+}
+
+/// Installs the tools and prepares the guest. Also returns the progress messages.
+fn prepare(options: &Options) -> (Result<GuestKit>, Vec<String>) {
+    let mut said = Vec::new();
+    let say = &mut |text: &str| said.push(text.to_owned());
+    let missing = setup::missing_tools();
+    let tools = match options.no_install {
+        true if missing.is_empty() => Ok(()),
+        true => Err(anyhow!("missing: {missing:?}")),
+        false => setup::ensure_tools(say),
+    };
+    (tools.and_then(|()| GuestKit::prepare(say)), said)
+}
+
+/// Needs nothing but Rust.
+fn check_and_build(options: &Options, steps: &mut Steps) -> Result<()> {
     steps.run("format", |_| cargo(options, &["fmt", "--all", "--check"]))?;
     steps.run("clippy", |_| {
         cargo(options, &["clippy", "--quiet", "--workspace", "--all-targets", "--", "--deny", "warnings"])
     })?;
+    let build = if nextest_works() { &["nextest", "run"][..] } else { &["test", "--quiet"] };
+    steps.run("build tests", |_| cargo(options, &[build, &["--workspace", "--no-run"]].concat()))
+}
+
+fn run_tests(options: &Options, steps: &mut Steps) -> Result<()> {
     // The dev profile is quick to build, partly optimised, and has every check enabled.
-    if nextest_works() {
-        steps.run("build tests", |_| cargo(options, &["nextest", "run", "--workspace", "--no-run"]))?;
-        steps.run("tests and VM tests", |_| {
-            all_tests(options, &["nextest", "run", "--workspace", "--no-fail-fast"])
-        })?;
+    let run: &[&str] = if nextest_works() {
+        &["nextest", "run", "--workspace", "--no-fail-fast"]
     } else {
-        steps.run("build tests", |_| cargo(options, &["test", "--quiet", "--workspace", "--no-run"]))?;
-        steps.run("tests and VM tests", |_| {
-            // The same targets as with `--no-run` and with nextest: no benchmarks, which clippy has checked.
-            all_tests(options, &["test", "--workspace", "--lib", "--bins", "--tests", "--no-fail-fast"])
-        })?;
-    }
+        // The same targets as with `--no-run` and with nextest: no benchmarks, which clippy has checked.
+        &["test", "--workspace", "--lib", "--bins", "--tests", "--no-fail-fast"]
+    };
+    steps.run("tests and VM tests", |_| all_tests(options, run))?;
     // After the tests: a pass of the crash tests means something only if a broken rule makes them fail.
     steps.run("deliberate breakages", |_| {
-        one_test(options, &["--features", "strata-tests/mutations", "--test", "mutations"], &[])
+        some_tests(options, &["--features", "strata-tests/mutations", "--test", "mutations"], &[])
     })?;
     if options.tiny_bounds {
         steps.run("tests with tiny bounds", |_| tiny_bounds(options))?;
@@ -107,24 +126,22 @@ fn all_tests(options: &Options, arguments: &[&str]) -> Result<()> {
     run_through(cargo)
 }
 
-/// Runs one test target of strata-tests. `--workspace` selects all packages, so that the features of dependencies stay
+/// Runs some test targets of strata-tests. `--workspace` selects all packages, so that the features of dependencies stay
 /// the same and cargo reuses what it has built.
-fn one_test(options: &Options, arguments: &[&str], environment: &[(&str, &str)]) -> Result<()> {
+fn some_tests(options: &Options, arguments: &[&str], environment: &[(&str, &str)]) -> Result<()> {
     let mut cargo = cargo_command(options, &["test", "--quiet", "--workspace"]);
     cargo.args(arguments).envs(environment.iter().copied());
     run_through(cargo)
 }
 
-/// Tests with tiny bounds (src/engine/bounds.rs), so that they go past every bound. The program cannot be built that way,
-/// and the unit tests of storage and vhost_blk are about the bounds of the product.
+/// Runs some tests with tiny bounds (src/engine/bounds.rs), so that they go past every bound. Only the crates below the
+/// tests are built again: unit tests are about the bounds of the product, and the program cannot be built that way.
 fn tiny_bounds(options: &Options) -> Result<()> {
-    let mut cargo = cargo_command(options, &["test", "--quiet", "--workspace"]);
-    let excluded = ["strata", "strata-integration", "storage", "vhost_blk"];
-    cargo.args(excluded.iter().flat_map(|package| ["--exclude", package]));
-    cargo.args(["--features", "strata-tests/tiny-bounds", "--lib"]);
-    cargo.args(TINY_BOUNDS_TARGETS.iter().flat_map(|target| ["--test", target]));
-    cargo.env("STRATA_CRASH_SECONDS", "5");
-    run_through(cargo)
+    let mut arguments = vec!["--features", "strata-tests/tiny-bounds"];
+    arguments.extend(TINY_BOUNDS_TARGETS.iter().flat_map(|target| ["--test", target]));
+    // With tiny bounds each of these does many more steps.
+    let few = [("STRATA_CRASH_TRIALS", "100"), ("STRATA_CRASH_SEQUENCES", "600")];
+    some_tests(options, &arguments, &few)
 }
 
 /// Runs the loom models of the engine's lock-free and waiting code (src/engine/loom_tests.rs): bounded, some ten
@@ -139,7 +156,7 @@ fn interleavings(options: &Options) -> Result<()> {
 /// Runs the fuzz targets on random mutations of their seeds (tests/README.md), and checks that the targets for
 /// cargo-fuzz compile. Those are in their own package; the check needs no libFuzzer.
 fn fuzz(options: &Options) -> Result<()> {
-    one_test(options, &["--test", "fuzz", "--", "--nocapture"], &[("STRATA_FUZZ_SECONDS", "60")])?;
+    some_tests(options, &["--test", "fuzz", "--", "--nocapture"], &[("STRATA_FUZZ_SECONDS", "60")])?;
     let check = ["check", "--quiet", "--manifest-path", "tests/fuzz/Cargo.toml", "--no-default-features"];
     let mut cargo = cargo_command(options, &check);
     // The profile is the workspace's, so the dependencies are built already.
