@@ -26,6 +26,7 @@ mod signals;
 mod size;
 mod snapshot;
 mod text;
+mod watchdog;
 
 use std::ffi::OsString;
 use std::process::ExitCode;

@@ -6,19 +6,37 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 
-use tracing::warn;
+use tracing::{debug, warn};
+use vhost_blk::Stage;
 
 /// The daemon accepts frontends.
 pub const READY: &str = "READY=1";
 /// The daemon is ending.
 pub const STOPPING: &str = "STOPPING=1";
+/// The daemon gets on.
+pub const WATCHDOG: &str = "WATCHDOG=1";
 
 /// Sends a state to the socket that `NOTIFY_SOCKET` names, if it is set. A failure to send is ignored.
 pub fn send(state: &str) {
     let Some(name) = std::env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty()) else { return };
-    if let Err(error) = send_to(&name, state) {
-        warn!(%error, "the service manager could not be told {state}");
+    match send_to(&name, state) {
+        Ok(()) => {}
+        // The manager has not read earlier states; nobody may be held up by that.
+        Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+            debug!("the service manager has no room for {state}");
+        }
+        Err(error) => warn!(%error, "the service manager could not be told {state}"),
     }
+}
+
+/// What the server does, as the service manager shows it.
+pub fn status(stage: Stage) -> String {
+    let text = match stage {
+        Stage::Waiting => "waiting for a frontend",
+        Stage::Attached => "attached to a frontend",
+        Stage::Draining => "draining the requests in hand",
+    };
+    format!("STATUS={text}")
 }
 
 fn send_to(name: &OsString, state: &str) -> std::io::Result<()> {
@@ -26,7 +44,9 @@ fn send_to(name: &OsString, state: &str) -> std::io::Result<()> {
         [b'@', name @ ..] => SocketAddr::from_abstract_name(name)?,
         _ => SocketAddr::from_pathname(name)?,
     };
-    let sent = UnixDatagram::unbound()?.send_to_addr(state.as_bytes(), &address)?;
+    let socket = UnixDatagram::unbound()?;
+    socket.set_nonblocking(true)?;
+    let sent = socket.send_to_addr(state.as_bytes(), &address)?;
     if sent == state.len() { Ok(()) } else { Err(std::io::ErrorKind::WriteZero.into()) }
 }
 

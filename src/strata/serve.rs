@@ -10,7 +10,7 @@ use names::shown;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use storage::host::HostStorage;
 use tracing::{debug, info, warn};
-use vhost_blk::{Metrics, ServeOptions, StopHandle};
+use vhost_blk::{Metrics, Pulse, ServeOptions, Stage, StopHandle};
 
 use crate::cli::{Cache, Serial, ServeArgs};
 use crate::device::DiskDevice;
@@ -19,6 +19,7 @@ use crate::listen::Place;
 use crate::notify;
 use crate::shutdown::Shutdown;
 use crate::size;
+use crate::watchdog::Watchdog;
 
 /// How long to wait for the image's lock: the previous user may be a daemon that is being restarted.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
@@ -36,12 +37,13 @@ pub fn run(options: &ServeArgs) -> Result<(), ProgramError> {
     let stop =
         StopHandle::new().map_err(|source| ProgramError::Host { step: "making an eventfd", source })?;
     let shutdown = Shutdown::start(stop.clone())?;
-    let device = Arc::new(open(image, options)?);
-    let space = device.disk().space();
     let offer = ServeOptions {
         poll_max: Duration::from_micros(options.poll_max),
+        pulse: Arc::new(Pulse::new(options.num_queues, |stage| notify::send(&notify::status(stage)))),
         ..ServeOptions::new(options.num_queues, options.queue_size)
     };
+    let device = Arc::new(open(image, options)?);
+    let space = device.disk().space();
     let totals = {
         // Dropped before the device is closed (`Shutdown::closing`): closing needs the last reference to the device.
         let (device, metrics, image) = (Arc::clone(&device), Arc::clone(&offer.metrics), image.to_owned());
@@ -110,7 +112,8 @@ fn serve(
 ) -> Result<(), ProgramError> {
     let server = place.listen()?;
     info!("serving {} on {place}: {}", shown(image), described(device, offer));
-    notify::send(notify::READY);
+    notify::send(&format!("{}\n{}", notify::READY, notify::status(Stage::Waiting)));
+    let _pings = Watchdog::start(Arc::clone(&offer.pulse))?;
     Ok(server.serve(device, offer, stop)?)
 }
 

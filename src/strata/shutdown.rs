@@ -116,7 +116,7 @@ impl Shutdown {
                 space.stop_waiting();
             }
             self.shared.changed.notify_all();
-            notify::send(notify::STOPPING);
+            notify::send(&format!("{}\n{}", notify::STOPPING, notify::status(vhost_blk::Stage::Draining)));
         }
     }
 

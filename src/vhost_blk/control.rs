@@ -10,6 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::fd::{RaiseMark, SignalSlot};
 use crate::memory::GuestMemory;
 use crate::metrics::Metrics;
+use crate::pulse::Pulse;
 use crate::ring::Ring;
 
 /// State that the session shares with all its workers.
@@ -91,6 +92,7 @@ pub(crate) struct WorkerSetup<D> {
     pub call: Arc<SignalSlot>,
     pub error: Arc<SignalSlot>,
     pub metrics: Arc<Metrics>,
+    pub pulse: Arc<Pulse>,
     pub poll_max: Duration,
 }
 

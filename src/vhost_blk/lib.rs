@@ -32,6 +32,7 @@ mod peer;
 mod pieces;
 mod poll;
 mod portion;
+mod pulse;
 mod relay;
 mod request;
 mod ring;
@@ -58,5 +59,6 @@ pub use device::{BlockDevice, BlockQueue, DeviceProfile, Done, GuestSlice, Reque
 pub use error::SessionError;
 pub use metrics::{Metrics, QueueSnapshot};
 pub use options::ServeOptions;
+pub use pulse::{Pulse, Stage};
 pub use server::{Server, serve};
 pub use stop::StopHandle;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use crate::error::SessionError;
 use crate::metrics::Metrics;
+use crate::pulse::Pulse;
 
 /// `vhost` uses 8 bits for the queue in messages that carry descriptors.
 const MAX_QUEUES: u16 = 256;
@@ -24,6 +25,8 @@ pub struct ServeOptions {
     pub message_timeout: Duration,
     /// The counters of the queues, for at least `num_queues` queues.
     pub metrics: Arc<Metrics>,
+    /// Shows what the server does and whether its threads get on, for at least `num_queues` queues.
+    pub pulse: Arc<Pulse>,
 }
 
 impl ServeOptions {
@@ -35,6 +38,7 @@ impl ServeOptions {
             poll_max: Duration::from_micros(100),
             message_timeout: Duration::from_secs(10),
             metrics: Arc::new(Metrics::new(num_queues)),
+            pulse: Arc::new(Pulse::new(num_queues, |_| {})),
         }
     }
 
@@ -50,6 +54,9 @@ impl ServeOptions {
         }
         if self.metrics.queues() < usize::from(self.num_queues) {
             return refuse("the number of queues", self.num_queues, "at most that of the metrics");
+        }
+        if self.pulse.queues() < usize::from(self.num_queues) {
+            return refuse("the number of queues", self.num_queues, "at most that of the pulse");
         }
         Ok(())
     }

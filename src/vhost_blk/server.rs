@@ -23,6 +23,7 @@ use crate::memory::RegionInfo;
 use crate::message::Envelope;
 use crate::options::ServeOptions;
 use crate::peer::{self, Peer};
+use crate::pulse::{Pulse, Stage};
 use crate::relay::{Relay, Wakers};
 use crate::session::Session;
 use crate::socket_file::Listening;
@@ -169,7 +170,11 @@ fn run_session<D: BlockDevice>(
     let hurry = move || its_stop.is_stopped() || peer::has_hung_up(&its_stream);
     let session = Session::new(Arc::clone(device), options.clone(), Arc::clone(&loss), hurry);
     let session = Arc::new(Mutex::new(session));
-    let end = handle_messages(&stream, &session, &loss, door, stop);
+    let pulse = &options.pulse;
+    pulse.tell(Stage::Attached);
+    let end = handle_messages(&stream, &session, &loss, door, stop, pulse);
+    pulse.session.rest();
+    pulse.tell(Stage::Draining);
     let seconds = began.elapsed().as_secs();
     match end {
         SessionEnd::Left | SessionEnd::Stopped => info!("the session of {seconds} s ends ({peer}): {end}"),
@@ -188,6 +193,9 @@ fn run_session<D: BlockDevice>(
     stop.leave();
     // An inherited connection has another descriptor that stays open, but the frontend must still see the end.
     let _ = stream.shutdown(Shutdown::Both);
+    if !stop.is_stopped() && door.is_some() {
+        pulse.tell(Stage::Waiting);
+    }
     debug!("session closed");
 }
 
@@ -210,6 +218,7 @@ fn handle_messages<D: BlockDevice>(
     loss: &MemoryLoss,
     door: Option<&Door>,
     stop: &StopHandle,
+    pulse: &Pulse,
 ) -> SessionEnd {
     let limit = session.lock().unwrap_or_else(PoisonError::into_inner).message_timeout();
     let set_up = stop.enter(stream).and_then(|()| Relay::new(stream, limit));
@@ -221,11 +230,13 @@ fn handle_messages<D: BlockDevice>(
     let wakers = Wakers { stop: stop.as_fd(), loss: loss.event() };
     let mut heard = false;
     loop {
+        pulse.session.rest();
         let message = match relay.receive(&wakers) {
             Ok(message) => message,
             Err(_) if stop.is_stopped() => return SessionEnd::Stopped,
             Err(end) => return end,
         };
+        pulse.session.step();
         let lock = || session.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(door) = door.filter(|_| !std::mem::replace(&mut heard, true)) {
             door.heard();

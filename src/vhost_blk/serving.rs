@@ -5,7 +5,7 @@
 //! number of bytes (`bounds`), and so a stop has a bounded number of bytes to drain.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tracing::{debug, warn};
 
@@ -21,6 +21,7 @@ use crate::pace::Pace;
 use crate::pieces::Cutter;
 use crate::poll::PollBudget;
 use crate::portion::Portion;
+use crate::pulse::Beat;
 use crate::request::{Checker, Parsed, write_status};
 use crate::ring::{Chain, Ring, Used};
 
@@ -49,6 +50,8 @@ pub(crate) struct Running<'a, Q: BlockQueue> {
     call: SignalView,
     error: Arc<SignalSlot>,
     metrics: &'a QueueMetrics,
+    /// A step is what happens between two looks at the command.
+    beat: &'a Beat,
     portion: Portion,
     /// Chains of the current portion that are done.
     at_once: usize,
@@ -71,7 +74,7 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
         mut queue: Q,
         setup: WorkerSetup<D>,
         control: &'a Control,
-        metrics: &'a QueueMetrics,
+        (metrics, beat): (&'a QueueMetrics, &'a Beat),
     ) -> Self {
         queue.watch(setup.kick);
         let profile = setup.device.profile();
@@ -91,6 +94,7 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
             call: SignalView::new(setup.call),
             error: setup.error,
             metrics,
+            beat,
             portion: Portion::new(),
             at_once: 0,
             poll: [PollBudget::new(setup.poll_max), PollBudget::new(setup.poll_max)],
@@ -128,6 +132,7 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
     fn serve(&mut self) -> Result<(), RingError> {
         self.ring.disable_kicks()?;
         while !self.control.stopping() {
+            self.beat.step();
             let waiting = self.ring.available()?;
             if !self.advance(waiting)?.progress {
                 self.idle()?;
@@ -141,13 +146,21 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
         self.settle();
         let mut left = if self.control.stop() == Some(Stop::Pause) { self.ring.available()? } else { 0 };
         while self.control.stop() == Some(Stop::Pause) && (left > 0 || self.in_flight.has_rest()) {
+            self.beat.step();
             let step = self.advance(left)?;
             left -= step.taken;
             if !step.progress {
-                self.queue.wait(None);
+                self.wait(None);
             }
         }
         Ok(())
+    }
+
+    /// Sleeps until an event or the timeout.
+    fn wait(&mut self, timeout: Option<Duration>) {
+        self.beat.rest();
+        self.queue.wait(timeout);
+        self.beat.step();
     }
 
     /// The ring is being stopped. From now on no request waits for help, and no kick ends a wait.
@@ -316,10 +329,10 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
         let kicks = self.queue.kicks();
         if pause.is_some() {
             self.queue.heed_kicks(false);
-            self.queue.wait(pause);
+            self.wait(pause);
             self.queue.heed_kicks(true);
         } else {
-            self.queue.wait(None);
+            self.wait(None);
         }
         if self.pace.is_fresh() && !self.ring.was_used() {
             self.look_for_guest()?;
@@ -366,7 +379,7 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
                 break;
             }
             if !progress {
-                self.queue.wait(None);
+                self.wait(None);
             }
         }
         if !unbegun.is_empty() {
@@ -402,7 +415,7 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
                 self.in_flight.finish(done);
             }
             if !self.in_flight.is_empty() {
-                self.queue.wait(None);
+                self.wait(None);
             }
         }
     }

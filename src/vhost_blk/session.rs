@@ -175,6 +175,7 @@ impl<D: BlockDevice> Session<D> {
             table: &self.table,
             shared: &self.shared,
             metrics: &self.options.metrics,
+            pulse: &self.options.pulse,
             features,
             poll_max: self.options.poll_max,
         });

@@ -16,6 +16,7 @@ use crate::device::BlockDevice;
 use crate::fd::SignalSlot;
 use crate::memory::MemoryTable;
 use crate::metrics::Metrics;
+use crate::pulse::Pulse;
 use crate::ring::{Ring, RingLayout};
 use crate::worker::Worker;
 
@@ -33,6 +34,7 @@ pub(crate) struct Surroundings<'a, D> {
     pub table: &'a MemoryTable,
     pub shared: &'a Arc<Shared>,
     pub metrics: &'a Arc<Metrics>,
+    pub pulse: &'a Arc<Pulse>,
     /// The virtio features in force.
     pub features: u64,
     pub poll_max: Duration,
@@ -185,6 +187,7 @@ impl Vring {
             call: Arc::clone(&self.call),
             error: Arc::clone(&self.error),
             metrics: Arc::clone(surroundings.metrics),
+            pulse: Arc::clone(surroundings.pulse),
             poll_max: surroundings.poll_max,
         });
         match started {

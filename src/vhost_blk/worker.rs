@@ -129,6 +129,7 @@ fn thread_main<D: BlockDevice>(
     exited: &SyncSender<Exit>,
 ) {
     let (index, error_signal, metrics) = (setup.index, Arc::clone(&setup.error), Arc::clone(&setup.metrics));
+    let pulse = Arc::clone(&setup.pulse);
     // Any unwinding drops the disk's queue first, which waits until no guest memory is in use, and then the memory.
     let exit = catch_unwind(AssertUnwindSafe(|| run(setup, control, started)));
     let exit = exit.unwrap_or_else(|_| {
@@ -137,6 +138,7 @@ fn thread_main<D: BlockDevice>(
         error_signal.raise();
         Some(control.broken_exit())
     });
+    pulse.queue(index).rest();
     if let Some(exit) = exit {
         let _ = exited.send(exit);
     }
@@ -150,9 +152,9 @@ fn run<D: BlockDevice>(setup: WorkerSetup<D>, control: &Control, started: &Start
             return None;
         }
     };
-    let (notify, all_metrics) = (queue.notifier(), Arc::clone(&setup.metrics));
-    let metrics = all_metrics.queue(setup.index);
-    let running = Running::new(queue, setup, control, metrics);
+    let (index, notify) = (setup.index, queue.notifier());
+    let (metrics, pulse) = (Arc::clone(&setup.metrics), Arc::clone(&setup.pulse));
+    let running = Running::new(queue, setup, control, (metrics.queue(index), pulse.queue(index)));
     let _ = started.send(Ok(notify));
     Some(running.run())
 }

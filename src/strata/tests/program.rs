@@ -456,9 +456,47 @@ fn a_service_manager_is_told() {
         let length = manager.recv(&mut buffer).expect("received");
         String::from_utf8_lossy(&buffer[..length]).into_owned()
     };
-    assert_eq!(told(), "READY=1");
+    assert_eq!(told(), "READY=1\nSTATUS=waiting for a frontend");
+    let frontend = UnixStream::connect(bench.socket()).expect("it listens");
+    assert_eq!(told(), "STATUS=attached to a frontend");
+    drop(frontend);
+    assert_eq!(told(), "STATUS=draining the requests in hand");
+    assert_eq!(told(), "STATUS=waiting for a frontend");
     daemon.stop();
-    assert_eq!(told(), "STOPPING=1");
+    assert_eq!(told(), "STOPPING=1\nSTATUS=draining the requests in hand");
+}
+
+#[test]
+fn a_watchdog_is_pinged_if_it_is_ours() {
+    let bench = Bench::new();
+    bench.image("disk.qcow2");
+    let manager = UnixDatagram::bind(bench.path("notify")).expect("bound");
+    let start = |pid: Option<&str>| {
+        let mut command = bench.serve("disk.qcow2");
+        command.env("NOTIFY_SOCKET", bench.path("notify")).env("WATCHDOG_USEC", "200000");
+        if let Some(pid) = pid {
+            command.env("WATCHDOG_PID", pid);
+        }
+        Daemon::start(&mut command)
+    };
+    let mut buffer = [0; 64];
+    let mut told =
+        || manager.recv(&mut buffer).map(|length| String::from_utf8_lossy(&buffer[..length]).into_owned());
+    let daemon = start(None);
+    assert!(told().expect("received").starts_with("READY=1"));
+    for _ in 0..3 {
+        assert_eq!(told().expect("received"), "WATCHDOG=1");
+    }
+    daemon.stop();
+    while told().is_ok_and(|told| !told.starts_with("STOPPING=1")) {}
+    manager.set_nonblocking(true).expect("set");
+    while told().is_ok() {}
+    let daemon = start(Some("1"));
+    manager.set_nonblocking(false).expect("set");
+    manager.set_read_timeout(Some(std::time::Duration::from_millis(500))).expect("set");
+    assert!(told().expect("received").starts_with("READY=1"));
+    assert!(told().is_err(), "the watchdog of another process");
+    daemon.stop();
 }
 
 #[test]
