@@ -15,7 +15,7 @@ use tempfile::TempDir;
 type Failure = Box<dyn std::error::Error>;
 
 const CLUSTER: u64 = 64 << 10;
-const SECTOR: usize = 512;
+const SECTOR: usize = strata_kit::client::SECTOR as usize;
 /// Bytes of the disk.
 const SIZE: u64 = 16 << 20;
 /// The file size at which there is no space: past the image's metadata, and less than a batch needs.

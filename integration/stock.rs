@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result};
+use strata_kit::client::SECTOR;
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 use vhost_user_backend::{VhostUserBackend, VhostUserDaemon, VringRwLock, VringT};
 use virtio_bindings::virtio_blk::{
@@ -26,8 +27,6 @@ use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
-/// Bytes of a sector.
-const SECTOR: u64 = 512;
 /// The largest ring size on offer.
 const QUEUE_SIZE: usize = 1024;
 /// Bytes of the configuration space up to and including the discard fields.

@@ -3,8 +3,7 @@
 //! Each generation belongs to one request, so a sector identifies the request that wrote it, and shows whether it is at
 //! the right offset.
 
-/// Bytes in a sector.
-pub const SECTOR: u64 = 512;
+pub use strata_kit::client::SECTOR;
 /// 64-bit words in a sector: the address in bytes, the generation, filling, and the checksum of the words before it.
 const WORDS: usize = 64;
 

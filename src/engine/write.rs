@@ -5,8 +5,8 @@ use std::task::Waker;
 
 use qcow2::external::data_file_place;
 use qcow2::{
-    Geometry, GuestCluster, GuestOffset, HostCluster, HostOffset, HostPlace, L1Entry, L2Entry, SUBCLUSTERS,
-    SubclusterSet, Subclusters,
+    Geometry, GuestCluster, GuestOffset, HostCluster, HostOffset, HostPlace, L1Entry, L2Entry, SECTOR,
+    SUBCLUSTERS, SubclusterSet, Subclusters,
 };
 
 use crate::answer::{Answer, TableSlot, ready};
@@ -19,9 +19,6 @@ use crate::state::State;
 use crate::turns::Turn;
 use crate::waiters::WakeList;
 use crate::word::{FileIndex, Word};
-
-/// The least unit of I/O in bytes.
-const SECTOR: u64 = 512;
 
 /// How to do a prefix of a write.
 #[derive(Debug)]

@@ -5,6 +5,8 @@
 
 use crate::address::{GuestCluster, GuestOffset, HostCluster, HostOffset};
 
+/// Bytes of a sector: the unit of a disk's size, and the least unit of an access to it and to its files.
+pub const SECTOR: u64 = 512;
 /// Subclusters in a cluster of an image with extended L2 entries.
 pub const SUBCLUSTERS: u32 = 32;
 /// The smallest cluster: 512 bytes.

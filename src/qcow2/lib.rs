@@ -32,7 +32,7 @@ pub use entry::{EntryError, L1Entry, L2Entry, RawL2Entry, refblock_offset};
 pub use error::{FormatError, FormatErrorKind, Structure};
 pub use extension::Extension;
 pub use feature::{Compression, Incompatible, Unsupported};
-pub use geometry::{Geometry, SUBCLUSTERS, Version};
+pub use geometry::{Geometry, SECTOR, SUBCLUSTERS, Version};
 pub use header::Header;
 pub use parse::Salvaged;
 pub use refcount::{refcount, refcount_max, set_refcount};

@@ -8,13 +8,12 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use disk::{Completed, Disk, DiskQueue, OpenError, RequestId};
+use qcow2::SECTOR;
 use storage::Storage;
 use tracing::error;
 use vhost_blk::{BlockDevice, BlockQueue, DeviceProfile, Done, GuestSlice, Request, Status, Tag};
 use vmm_sys_util::eventfd::EventFd;
 
-/// Bytes in a sector, and the logical block size.
-const SECTOR: u32 = 512;
 /// The best alignment of a raw image's requests, in bytes: a page, and a block of most file systems.
 const RAW_UNIT: u32 = 4096;
 /// How long a queue whose thread panics waits for the host before it ends the program.
@@ -95,8 +94,8 @@ impl<S: Storage> BlockDevice for DiskDevice<S> {
         let unit = self.disk.granule_size().map_or(RAW_UNIT, |size| u32::try_from(size).unwrap_or(RAW_UNIT));
         let writable = !self.disk.is_read_only();
         DeviceProfile {
-            capacity_sectors: self.disk.size() / u64::from(SECTOR),
-            block_size: SECTOR,
+            capacity_sectors: self.disk.size() / SECTOR,
+            block_size: SECTOR as u32,
             optimal_io_size: unit,
             read_only: !writable,
             discard: writable,

@@ -13,52 +13,61 @@ pub struct Metrics {
     queues: Vec<QueueMetrics>,
 }
 
-/// The counters of one queue, or the sum over queues, at a moment.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct QueueSnapshot {
-    /// Read requests done.
-    pub reads: u64,
-    /// Write requests done.
-    pub writes: u64,
-    /// Flush requests done.
-    pub flushes: u64,
-    /// Discard requests done.
-    pub discards: u64,
-    /// Write-zeroes requests done.
-    pub write_zeroes: u64,
-    /// GET_ID and unknown requests done.
-    pub others: u64,
-    /// Bytes read by successful reads.
-    pub read_bytes: u64,
-    /// Bytes written by successful writes.
-    pub written_bytes: u64,
-    /// Requests that ended with IOERR or UNSUPP.
-    pub errors: u64,
-    /// Chains without a usable status byte.
-    pub malformed: u64,
-    /// Times the ring was found corrupt or its worker failed.
-    pub ring_errors: u64,
-    /// Interrupts sent.
-    pub interrupts: u64,
-    /// Times the worker went to sleep.
-    pub sleeps: u64,
+/// The counters of a queue. Their names stand only in the list below.
+macro_rules! counters {
+    ($($(#[$doc:meta])* $name:ident,)*) => {
+        /// The counters of one queue, or the sum over queues, at a moment.
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+        pub struct QueueSnapshot {
+            $($(#[$doc])* pub $name: u64,)*
+        }
+
+        #[derive(Debug, Default)]
+        pub(crate) struct QueueMetrics {
+            $($name: AtomicU64,)*
+        }
+
+        impl QueueSnapshot {
+            fn plus(self, other: Self) -> Self {
+                QueueSnapshot { $($name: self.$name + other.$name,)* }
+            }
+        }
+
+        impl QueueMetrics {
+            fn snapshot(&self) -> QueueSnapshot {
+                QueueSnapshot { $($name: self.$name.load(Ordering::Relaxed),)* }
+            }
+        }
+    };
 }
 
-#[derive(Debug, Default)]
-pub(crate) struct QueueMetrics {
-    reads: AtomicU64,
-    writes: AtomicU64,
-    flushes: AtomicU64,
-    discards: AtomicU64,
-    write_zeroes: AtomicU64,
-    others: AtomicU64,
-    read_bytes: AtomicU64,
-    written_bytes: AtomicU64,
-    errors: AtomicU64,
-    malformed: AtomicU64,
-    ring_errors: AtomicU64,
-    interrupts: AtomicU64,
-    sleeps: AtomicU64,
+counters! {
+    /// Read requests done.
+    reads,
+    /// Write requests done.
+    writes,
+    /// Flush requests done.
+    flushes,
+    /// Discard requests done.
+    discards,
+    /// Write-zeroes requests done.
+    write_zeroes,
+    /// GET_ID and unknown requests done.
+    others,
+    /// Bytes read by successful reads.
+    read_bytes,
+    /// Bytes written by successful writes.
+    written_bytes,
+    /// Requests that ended with IOERR or UNSUPP.
+    errors,
+    /// Chains without a usable status byte.
+    malformed,
+    /// Times the ring was found corrupt or its worker failed.
+    ring_errors,
+    /// Interrupts sent.
+    interrupts,
+    /// Times the worker went to sleep.
+    sleeps,
 }
 
 impl Metrics {
@@ -83,26 +92,6 @@ impl Metrics {
 
     pub(crate) fn queue(&self, index: u16) -> &QueueMetrics {
         &self.queues[usize::from(index)]
-    }
-}
-
-impl QueueSnapshot {
-    fn plus(self, other: Self) -> Self {
-        QueueSnapshot {
-            reads: self.reads + other.reads,
-            writes: self.writes + other.writes,
-            flushes: self.flushes + other.flushes,
-            discards: self.discards + other.discards,
-            write_zeroes: self.write_zeroes + other.write_zeroes,
-            others: self.others + other.others,
-            read_bytes: self.read_bytes + other.read_bytes,
-            written_bytes: self.written_bytes + other.written_bytes,
-            errors: self.errors + other.errors,
-            malformed: self.malformed + other.malformed,
-            ring_errors: self.ring_errors + other.ring_errors,
-            interrupts: self.interrupts + other.interrupts,
-            sleeps: self.sleeps + other.sleeps,
-        }
     }
 }
 
@@ -138,25 +127,6 @@ impl QueueMetrics {
 
     pub(crate) fn sleep(&self) {
         add(&self.sleeps, 1);
-    }
-
-    fn snapshot(&self) -> QueueSnapshot {
-        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        QueueSnapshot {
-            reads: get(&self.reads),
-            writes: get(&self.writes),
-            flushes: get(&self.flushes),
-            discards: get(&self.discards),
-            write_zeroes: get(&self.write_zeroes),
-            others: get(&self.others),
-            read_bytes: get(&self.read_bytes),
-            written_bytes: get(&self.written_bytes),
-            errors: get(&self.errors),
-            malformed: get(&self.malformed),
-            ring_errors: get(&self.ring_errors),
-            interrupts: get(&self.interrupts),
-            sleeps: get(&self.sleeps),
-        }
     }
 }
 

@@ -3,8 +3,8 @@
 
 use std::fmt;
 
-/// Bytes of a sector.
-pub const SECTOR: u64 = 512;
+pub use qcow2::SECTOR;
+
 const WORDS: usize = SECTOR as usize / 8;
 const MAGIC: u64 = 0x5354_5241_5441_1e55;
 

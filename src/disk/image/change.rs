@@ -10,7 +10,7 @@ use std::task::Poll;
 use engine::change::{Change, Plan, PlanStep, Planner};
 use engine::check::Step;
 use names::shown;
-use qcow2::{Header, HostOffset};
+use qcow2::{Header, HostOffset, SECTOR};
 use storage::{Errno, IoQueue, Kind, Operation};
 use thiserror::Error;
 use tracing::warn;
@@ -24,8 +24,6 @@ use crate::range::ByteRange;
 
 /// Operations in flight, of at most 1 MiB each.
 pub(crate) const QUEUE_DEPTH: u32 = 16;
-/// A correction changes whole sectors of this many bytes.
-const SECTOR: u64 = 512;
 
 /// Why a change failed.
 #[derive(Debug, Error)]

@@ -6,18 +6,15 @@
 use std::path::Path;
 
 use engine::Entries;
-use qcow2::{FormatError, FormatErrorKind, Header, HostOffset, Salvaged};
+use qcow2::{FormatError, FormatErrorKind, Header, HostOffset, SECTOR, Salvaged};
 use storage::{AlignedBuf, FileId, FileInfo, IoQueue, Kind, OpenOptions, Operation, Storage, StorageError};
 
 use crate::bounds::READ_PIECE_BYTES as PIECE;
 use crate::error::OpenError;
-use crate::open::foreign::{Foreign, HEAD, ISO_DESCRIPTOR, SECTOR as MARKED_SECTOR};
+use crate::open::foreign::{Foreign, HEAD, ISO_DESCRIPTOR};
 use crate::options::DiskOptions;
 use crate::range::ByteRange;
 use crate::runtime::driver::Driver;
-
-/// The least unit of a write in bytes. Smaller writes read, change and write back a unit.
-const SECTOR: u64 = 512;
 
 /// Which other processes may use an image while it is checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -163,8 +160,8 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
             if bytes == 0 { Ok(Vec::new()) } else { self.read("start", ByteRange::new(offset, bytes)).await }
         };
         let head = part(0, HEAD).await.ok()?;
-        let descriptor = part(ISO_DESCRIPTOR, MARKED_SECTOR).await.ok()?;
-        let tail = part(length.saturating_sub(MARKED_SECTOR), MARKED_SECTOR).await.ok()?;
+        let descriptor = part(ISO_DESCRIPTOR, SECTOR).await.ok()?;
+        let tail = part(length.saturating_sub(SECTOR), SECTOR).await.ok()?;
         Foreign::of_bytes(&head, &descriptor, &tail)
     }
 

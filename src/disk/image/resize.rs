@@ -12,7 +12,7 @@ use engine::LayerFormat;
 use engine::change::{Change, Resize};
 use engine::mutation::{Mutation, active};
 use names::shown;
-use qcow2::Header;
+use qcow2::{Header, SECTOR};
 use storage::{FileId, Kind, Operation, Storage};
 use thiserror::Error;
 
@@ -28,9 +28,6 @@ use crate::options::DiskOptions;
 use crate::runtime::driver::Driver;
 use crate::serve::request::{Request, RequestId};
 use crate::shared::{SIDE_QUEUE_DEPTH, Shared};
-
-/// A disk's size is a multiple of this, in bytes.
-const SECTOR: u64 = 512;
 
 /// A size, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -78,6 +78,7 @@ mod tests {
 
     use flate2::Compression as Level;
     use flate2::write::DeflateEncoder;
+    use storage_sim::Random;
 
     use super::*;
 
@@ -85,12 +86,8 @@ mod tests {
 
     /// Bytes that repeat at a distance of 20,000, and no shorter one.
     fn contents() -> Vec<u8> {
-        let mut state = 1_u64;
-        let mut next = || {
-            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            (state >> 33) as u8
-        };
-        let unit: Vec<u8> = (0..20_000).map(|_| next()).collect();
+        let mut random = Random::new(1);
+        let unit: Vec<u8> = (0..20_000).map(|_| random.next_bits() as u8).collect();
         unit.iter().copied().cycle().take(SIZE).collect()
     }
 

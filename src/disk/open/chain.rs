@@ -10,7 +10,7 @@ use engine::check::RepairKind;
 use engine::mutation::{Mutation, active};
 use engine::{Entries, FileIndex, LayerFormat, LayerSpec, TopSpec};
 use names::shown;
-use qcow2::{Bitmap, Geometry, Header, HostOffset, Incompatible, Unsupported};
+use qcow2::{Bitmap, Geometry, Header, HostOffset, Incompatible, SECTOR, Unsupported};
 use storage::{FileId, FileInfo, IoQueue, OpenOptions, Storage};
 use tracing::{info, warn};
 
@@ -29,9 +29,6 @@ use crate::runtime::driver::Driver;
 
 /// The most layers of a chain: as many as still open fast and in little memory.
 pub const CHAIN_LAYERS_MAX: usize = 1000;
-
-/// Bytes of a sector, the unit of a disk's size.
-const SECTOR: u64 = 512;
 
 /// An opened chain, ready to become an engine.
 pub(crate) struct Chain {

@@ -6,16 +6,13 @@
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
-use qcow2::Header;
+use qcow2::{Header, SECTOR};
 use storage::{IoQueue, Kind, OpenOptions, Operation, Storage};
 
 use crate::error::OpenError;
 use crate::layer::DiskFile;
 use crate::options::DiskOptions;
 use crate::runtime::driver::Driver;
-
-/// The least unit of a disk in bytes.
-const SECTOR: u64 = 512;
 
 /// The operator's choice of data files, and which of them were used.
 pub(crate) struct DataFiles<'a> {

@@ -7,8 +7,6 @@
 pub(crate) const HEAD: u64 = 512;
 /// Where an ISO 9660 file system has its first volume descriptor.
 pub(crate) const ISO_DESCRIPTOR: u64 = 0x8000;
-/// Bytes examined there, and at the end of a file.
-pub(crate) const SECTOR: u64 = 512;
 
 /// A format that is not served, by its marks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

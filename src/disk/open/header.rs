@@ -15,7 +15,8 @@ use crate::error::OpenError;
 use crate::layer::DiskFile;
 use crate::runtime::driver::Driver;
 
-const SECTOR: usize = 512;
+/// Bytes of the sector that has the header.
+const SECTOR: usize = qcow2::SECTOR as usize;
 
 pub(crate) struct HeaderSector {
     /// Leaf lock, held only to copy.

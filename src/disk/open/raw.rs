@@ -3,15 +3,13 @@
 use std::path::Path;
 
 use names::shown;
+use qcow2::SECTOR;
 use storage::{FileInfo, IoQueue};
 use tracing::warn;
 
 use crate::image::image_file::ImageFile;
 use crate::layer::Layer;
 use crate::open::foreign::Foreign;
-
-/// Bytes of a sector, the unit of a disk's size.
-const SECTOR: u64 = 512;
 
 /// A raw layer. As in QEMU, a sector in which its file ends is part of the disk, and its missing bytes read as zero.
 pub(crate) fn raw_layer(path: &Path, info: &FileInfo) -> Layer {

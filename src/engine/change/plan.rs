@@ -40,7 +40,7 @@ use crate::free::TAIL_BYTES;
 use crate::mutation::{Mutation, active};
 
 /// The alignment in bytes of a write of the changed part of a table.
-const SECTOR: usize = 512;
+const SECTOR: usize = qcow2::SECTOR as usize;
 /// The unit in bytes of writes of a new table. Hosts have blocks of that size or smaller.
 const BLOCK: u64 = 4096;
 

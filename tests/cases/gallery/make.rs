@@ -11,6 +11,7 @@ use crate::look::{
     Version, Zeros,
 };
 use disk::{DetectZeroes, Discards, DiskOptions};
+use strata_kit::client::SECTOR;
 use strata_kit::images::{Format, ImageError, ImageSpec, Preallocation};
 use strata_kit::model::{DiscardRule, contents};
 use strata_kit::random::Random;
@@ -21,8 +22,6 @@ use tempfile::TempDir;
 
 /// Lengths of the patterns in bytes: primes, below the window of QEMU's deflate streams.
 const PATTERNS: [u64; 4] = [61, 251, 1021, 4093];
-/// Bytes of a sector.
-const SECTOR: u64 = 512;
 
 /// The tools, and the files from which all images are made.
 pub struct Workshop {

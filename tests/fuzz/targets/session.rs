@@ -7,13 +7,12 @@ use std::path::Path;
 use std::time::Duration;
 
 use disk::{Completed, Disk, DiskOptions, DiskQueue, Keeper, OpenError, Request, RequestError, RequestId};
+pub use qcow2::SECTOR;
 use storage::GuestSlice;
 use storage_sim::{SimStorage, SimWorld};
 
 use super::host::TOP;
 
-/// Bytes of a sector.
-pub const SECTOR: u64 = 512;
 /// The most bytes that a request transfers.
 pub const WINDOW: u64 = 128 << 10;
 /// Turns without a completion after which a request counts as hanging.
