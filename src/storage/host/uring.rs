@@ -68,8 +68,10 @@ struct State {
     controls: u32,
     /// Finished and not yet reaped.
     ready: Vec<Completion>,
-    /// A watched eventfd was signalled since the last wait ended.
+    /// The queue's own eventfd was signalled since the last wait ended.
     woken: bool,
+    /// One of the caller's was, since the last wait that heeded signals ended.
+    signalled: bool,
     /// The queue is being dropped and starts no calls.
     closing: bool,
     wakeup: Arc<Wakeup>,
@@ -106,6 +108,7 @@ impl UringQueue {
             controls: 0,
             ready: Vec::new(),
             woken: false,
+            signalled: false,
             closing: false,
             wakeup: Arc::clone(&wakeup),
         };
@@ -243,7 +246,8 @@ impl IoQueue for UringQueue {
 
     fn wait(&mut self, timeout: Option<Duration>) {
         self.drain();
-        let at_once = timeout == Some(Duration::ZERO) || self.state.woken || !self.state.ready.is_empty();
+        let woken = self.state.woken || (self.state.signalled && self.state.heeds_signals);
+        let at_once = timeout == Some(Duration::ZERO) || woken || !self.state.ready.is_empty();
         if at_once {
             self.submit_all();
             self.state.wakeup.end_sleep();
@@ -255,6 +259,7 @@ impl IoQueue for UringQueue {
         }
         self.drain();
         self.state.woken = false;
+        self.state.signalled &= !self.state.heeds_signals;
     }
 
     /// A descriptor that turns out not to be an eventfd is no longer watched, with a warning. One that always has eight
@@ -425,8 +430,12 @@ impl State {
         watch.armed -= 1;
         if tag == TAG_WATCH_READ {
             let signalled = watch.take_read(result);
-            self.woken |= signalled;
-            self.signals += u64::from(signalled && !watch.is_own());
+            if watch.is_own() {
+                self.woken |= signalled;
+            } else {
+                self.signalled |= signalled;
+                self.signals += u64::from(signalled);
+            }
         } else {
             watch.take_poll(result);
         }

@@ -156,3 +156,22 @@ fn signals_that_are_not_heeded_end_no_wait_and_are_not_lost() {
         signals_arrive(&mut queue, EFD_NONBLOCK, false, 100);
     }
 }
+
+#[test]
+fn an_event_that_always_has_a_signal_can_be_left_unheeded() {
+    for mut queue in queues() {
+        let event = EventFd::new(EFD_NONBLOCK | vmm_sys_util::eventfd::EFD_SEMAPHORE).expect("an eventfd");
+        event.write(1_000_000).expect("it can be signalled");
+        queue.watch(event);
+        for _ in 0..3 {
+            // The queue meets a signal while it is at work.
+            queue.heed_signals(true);
+            queue.submit();
+            queue.reap(&mut Vec::new());
+            queue.heed_signals(false);
+            let started = Instant::now();
+            queue.wait(Some(Duration::from_millis(20)));
+            assert!(started.elapsed() >= Duration::from_millis(15), "{:?}", started.elapsed());
+        }
+    }
+}
