@@ -210,7 +210,8 @@ impl<'ast> Visit<'ast> for Paths<'_> {
     }
 }
 
-fn is_left_out(attributes: &[Attribute]) -> bool {
+/// True for an item that only a test or a loom model compiles.
+pub fn is_left_out(attributes: &[Attribute]) -> bool {
     attributes.iter().any(|attribute| match &attribute.meta {
         Meta::List(list) if list.path.is_ident("cfg") => {
             let condition = list.tokens.to_string();
