@@ -11,8 +11,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use vhost_blk::{
-    BlockDevice, BlockQueue, DeviceProfile, Done, GuestSlice, Request, ServeOptions, Server, Status,
-    StopHandle, Tag,
+    BlockDevice, BlockQueue, Completed, DeviceProfile, GuestSlice, Request, RequestId, ServeOptions, Server,
+    StopHandle,
 };
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -58,18 +58,20 @@ impl BlockDevice for NullDevice {
 }
 
 struct NullQueue {
-    finished: Vec<Done>,
+    finished: Vec<Completed<()>>,
     epoll: Epoll,
     wake: Arc<EventFd>,
     watched: Vec<EventFd>,
 }
 
 impl BlockQueue for NullQueue {
-    fn submit(&mut self, tag: Tag, _: Request, _: &[GuestSlice]) {
-        self.finished.push(Done { tag, status: Status::Ok });
+    type Error = ();
+
+    fn submit(&mut self, id: RequestId, _: Request, _: &[GuestSlice]) {
+        self.finished.push(Completed { id, result: Ok(()) });
     }
 
-    fn turn(&mut self, done: &mut Vec<Done>) {
+    fn turn(&mut self, done: &mut Vec<Completed<()>>) {
         done.append(&mut self.finished);
     }
 

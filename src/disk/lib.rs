@@ -21,6 +21,7 @@ mod serve;
 mod shared;
 
 pub use background::housekeeper::Keeper;
+pub use block::{Request, RequestId};
 pub use disk::Disk;
 pub use error::{BackingNameError, BadBitmaps, OpenError, RequestError};
 pub use image::{change, check, resize, snapshot};
@@ -31,5 +32,5 @@ pub use open::describe::{LayerDescription, describe};
 pub use open::foreign::Foreign;
 pub use options::{DetectZeroes, Discards, DiskOptions, Format, OnEnospc};
 pub use serve::queue::DiskQueue;
-pub use serve::request::{Completed, Request, RequestId};
+pub use serve::request::Completed;
 pub use serve::space::{SpaceStatus, SpaceWatch};

@@ -1,17 +1,18 @@
-//! Connects a disk to a vhost-user session: passes requests, names and results on, and does nothing else.
+//! Connects a disk to a vhost-user session: passes requests and results on unchanged, and counts those in flight.
 //!
-//! Neither side knows the other. A queue allocates nothing per request here once it has seen its largest batch.
+//! Neither side knows the other. Nothing is allocated per request here.
 
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use disk::{Completed, Disk, DiskQueue, OpenError, RequestId};
+use block::{Request, RequestId};
+use disk::{Completed, Disk, DiskQueue, OpenError, RequestError};
 use qcow2::SECTOR;
 use storage::Storage;
 use tracing::error;
-use vhost_blk::{BlockDevice, BlockQueue, DeviceProfile, Done, GuestSlice, Request, Status, Tag};
+use vhost_blk::{BlockDevice, BlockQueue, DeviceProfile, GuestSlice};
 use vmm_sys_util::eventfd::EventFd;
 
 /// The best alignment of a raw image's requests, in bytes: a page, and a block of most file systems.
@@ -107,48 +108,42 @@ impl<S: Storage> BlockDevice for DiskDevice<S> {
 
     fn queue(&self, depth: u32) -> io::Result<DeviceQueue<S>> {
         let queue = self.disk.queue(depth).map_err(io::Error::other)?;
-        let done = Vec::with_capacity(depth as usize);
-        Ok(DeviceQueue { queue, done, in_flight: 0, gauge: self.queues.gauge() })
+        Ok(DeviceQueue { queue, in_flight: 0, gauge: self.queues.gauge() })
     }
 }
 
 /// One thread's queue on the disk.
 pub struct DeviceQueue<S: Storage> {
     queue: DiskQueue<S>,
-    /// Empty between two calls; retained for its allocation.
-    done: Vec<Completed>,
     /// Requests submitted and not yet completed to the caller.
     in_flight: u32,
     gauge: Arc<Gauge>,
 }
 
 impl<S: Storage> DeviceQueue<S> {
-    /// Collects completed requests, and calls a function for each.
-    fn take_done(&mut self, mut each: impl FnMut(Completed)) {
-        self.queue.turn(&mut self.done);
-        self.in_flight -= self.done.len() as u32;
-        self.gauge.in_flight.store(self.in_flight, Ordering::Relaxed);
-        self.done.drain(..).for_each(&mut each);
+    /// Records how many requests are in flight.
+    fn count(&mut self, in_flight: u32) {
+        self.in_flight = in_flight;
+        self.gauge.in_flight.store(in_flight, Ordering::Relaxed);
     }
 }
 
 impl<S: Storage> BlockQueue for DeviceQueue<S> {
-    fn submit(&mut self, tag: Tag, request: Request, slices: &[GuestSlice]) {
-        self.in_flight += 1;
-        self.gauge.in_flight.store(self.in_flight, Ordering::Relaxed);
-        self.queue.submit(RequestId(tag.0), translated(request), slices);
+    type Error = RequestError;
+
+    fn submit(&mut self, id: RequestId, request: Request, slices: &[GuestSlice]) {
+        self.count(self.in_flight + 1);
+        self.queue.submit(id, request, slices);
     }
 
     fn expect_more(&mut self, more: bool) {
         self.queue.expect_more(more);
     }
 
-    fn turn(&mut self, done: &mut Vec<Done>) {
-        self.take_done(|completed| {
-            // The disk has logged the reason, which the interface cannot pass on.
-            let status = if completed.result.is_ok() { Status::Ok } else { Status::IoError };
-            done.push(Done { tag: Tag(completed.id.0), status });
-        });
+    fn turn(&mut self, done: &mut Vec<Completed>) {
+        let before = done.len();
+        self.queue.turn(done);
+        self.count(self.in_flight - (done.len() - before) as u32);
     }
 
     fn wait(&mut self, timeout: Option<Duration>) {
@@ -188,7 +183,7 @@ impl<S: Storage> Drop for DeviceQueue<S> {
         self.queue.stop_waiting();
         let patience = std::thread::panicking().then(|| Instant::now() + PANIC_PATIENCE);
         loop {
-            self.take_done(drop);
+            self.turn(&mut Vec::new());
             if self.in_flight == 0 {
                 return;
             }
@@ -200,20 +195,6 @@ impl<S: Storage> Drop for DeviceQueue<S> {
                 std::process::abort();
             }
             self.queue.wait(patience.map(|end| end.saturating_duration_since(Instant::now())));
-        }
-    }
-}
-
-fn translated(request: Request) -> disk::Request {
-    match request {
-        Request::Read { offset } => disk::Request::Read { offset },
-        Request::Write { offset, write_through } => disk::Request::Write { offset, write_through },
-        Request::Flush => disk::Request::Flush,
-        Request::Discard { offset, length, write_through } => {
-            disk::Request::Discard { offset, length, write_through }
-        }
-        Request::WriteZeroes { offset, length, unmap, write_through } => {
-            disk::Request::WriteZeroes { offset, length, unmap, write_through }
         }
     }
 }

@@ -1,19 +1,16 @@
-//! The small trait through which a session reaches its disk, and the requests that it carries.
+//! The small traits through which a session reaches its disk. The requests are those of the crate `block`.
 
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use block::{Completed, Request, RequestId};
 use vm_memory::VolatileSlice;
 use vmm_sys_util::eventfd::EventFd;
 
 /// A span of guest memory, already translated and checked. The session keeps the mapping until its request is done or
 /// the [`BlockQueue`] is dropped.
 pub type GuestSlice = VolatileSlice<'static, ()>;
-
-/// The session's name for a request in flight on one queue: a small slot number, free again once the request is done.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Tag(pub u32);
 
 /// The properties of a disk that the guest sees.
 #[derive(Clone, Debug)]
@@ -36,65 +33,6 @@ pub struct DeviceProfile {
     pub serial: [u8; 20],
 }
 
-/// A request, with offsets and lengths in bytes, already checked against the capacity; all are multiples of 512.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Request {
-    /// Fill the slices from the disk.
-    Read {
-        /// Byte offset on the disk.
-        offset: u64,
-    },
-    /// Write the slices to the disk.
-    Write {
-        /// Byte offset on the disk.
-        offset: u64,
-        /// Done only when durable (FLUSH was not negotiated, or the write cache is off).
-        write_through: bool,
-    },
-    /// Make durable every write that was done before this request was submitted.
-    Flush,
-    /// The contents of the range are no longer needed.
-    Discard {
-        /// Byte offset on the disk.
-        offset: u64,
-        /// Bytes.
-        length: u64,
-        /// As for a write.
-        write_through: bool,
-    },
-    /// The range must read as zero.
-    WriteZeroes {
-        /// Byte offset on the disk.
-        offset: u64,
-        /// Bytes.
-        length: u64,
-        /// The space may be freed.
-        unmap: bool,
-        /// As for a write.
-        write_through: bool,
-    },
-}
-
-/// How a request ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Status {
-    /// Done.
-    Ok,
-    /// Failed: VIRTIO_BLK_S_IOERR.
-    IoError,
-    /// Not supported here: VIRTIO_BLK_S_UNSUPP.
-    Unsupported,
-}
-
-/// A request that is done. Its guest memory is no longer touched.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Done {
-    /// The request.
-    pub tag: Tag,
-    /// How it ended.
-    pub status: Status,
-}
-
 /// A disk that any number of queues may use at once.
 pub trait BlockDevice: Send + Sync + 'static {
     /// One thread's access to the disk.
@@ -112,9 +50,12 @@ pub trait BlockDevice: Send + Sync + 'static {
 
 /// One thread's access to the disk. Dropping it waits until no guest memory is in use.
 pub trait BlockQueue {
+    /// Why a request failed. The guest learns only that it did.
+    type Error;
+
     /// Starts a request. `slices` add up to its length for reads and writes and are empty otherwise. They may have any
     /// address and length. The request may complete at once; the next [`BlockQueue::turn`] then returns it.
-    fn submit(&mut self, tag: Tag, request: Request, slices: &[GuestSlice]);
+    fn submit(&mut self, id: RequestId, request: Request, slices: &[GuestSlice]);
 
     /// A hint: whether more requests follow after the next turn. The queue should then offload slow work from this
     /// thread if it can.
@@ -122,7 +63,7 @@ pub trait BlockQueue {
 
     /// Sends the submitted requests to the host, runs ready tasks, and moves completed requests into `done`. Never
     /// blocks.
-    fn turn(&mut self, done: &mut Vec<Done>);
+    fn turn(&mut self, done: &mut Vec<Completed<Self::Error>>);
 
     /// Sleeps until a `turn` may find something, a watched eventfd was signalled, the notifier was used, or the timeout
     /// passed. May return early for no reason.

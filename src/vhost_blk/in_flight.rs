@@ -1,17 +1,18 @@
 //! The requests of one queue that the disk has, and the chains that their slots belong to.
 //!
-//! A chain with one small request has one slot, which is the tag. Any other has a slot for the chain and one for each
+//! A chain with one small request has one slot, whose number is its ID. Any other has a slot for the chain and one for each
 //! piece that the disk has; the rest of it waits here. Slots of pieces come from a small extra set, so that the depth
 //! promised to the disk always holds. Counts the bytes that the disk has, and those of the current batch.
 
 use std::collections::VecDeque;
 
+use block::{Completed, Request, RequestId};
 use slab::Slab;
 
 use crate::bounds::{IN_FLIGHT_BYTES, PIECE_BYTES, PIECE_SLOTS};
-use crate::device::{Done, GuestSlice, Request, Status, Tag};
+use crate::device::GuestSlice;
 use crate::pieces::{Cutter, Rest};
-use crate::request::{Kind, Submission};
+use crate::request::{Kind, Status, Submission};
 
 /// A chain that the disk works on, or has finished.
 #[derive(Debug)]
@@ -124,7 +125,7 @@ impl InFlight {
         pending.portion == self.portion
     }
 
-    /// Adds a chain with its memory. A small request is returned, to be submitted with the tag. Any other waits, and
+    /// Adds a chain with its memory. A small request is returned, to be submitted with the ID. Any other waits, and
     /// [`InFlight::next_piece`] returns its pieces.
     pub(crate) fn add(
         &mut self,
@@ -132,7 +133,7 @@ impl InFlight {
         index: u16,
         submission: Submission,
         data: &[GuestSlice],
-    ) -> Option<(Tag, Request)> {
+    ) -> Option<(RequestId, Request)> {
         let Submission { kind, status_byte, requests, bytes, written } = submission;
         let whole = self.cutter.whole(&requests, bytes);
         let pending = Pending {
@@ -151,7 +152,7 @@ impl InFlight {
         let slot = self.slots.insert(Slot::Chain(pending, whole.unwrap_or(0)));
         if let Some(weight) = whole {
             self.count(kind, weight);
-            return Some((tag(slot), requests[0]));
+            return Some((id_of(slot), requests[0]));
         }
         self.rests.push_back(Rest::new(slot, requests, data, bytes));
         None
@@ -163,7 +164,11 @@ impl InFlight {
     }
 
     /// The next piece that may be submitted. Its memory replaces `slices`.
-    pub(crate) fn next_piece(&mut self, waits: bool, slices: &mut Vec<GuestSlice>) -> Option<(Tag, Request)> {
+    pub(crate) fn next_piece(
+        &mut self,
+        waits: bool,
+        slices: &mut Vec<GuestSlice>,
+    ) -> Option<(RequestId, Request)> {
         if !self.may_submit(waits) {
             return None;
         }
@@ -179,17 +184,18 @@ impl InFlight {
         let kind = pending.kind;
         self.count(kind, weight);
         self.pieces += 1;
-        Some((tag(self.slots.insert(Slot::Piece(chain, weight))), request))
+        Some((id_of(self.slots.insert(Slot::Piece(chain, weight))), request))
     }
 
-    /// A tag for the session's own flush.
-    pub(crate) fn add_closing(&mut self) -> Tag {
-        tag(self.slots.insert(Slot::Closing))
+    /// The ID of the session's own flush.
+    pub(crate) fn add_closing(&mut self) -> RequestId {
+        id_of(self.slots.insert(Slot::Closing))
     }
 
     /// Records a request as done. Returns the chain if that was its last request.
-    pub(crate) fn finish(&mut self, done: Done) -> Option<Pending> {
-        let slot = done.tag.0 as usize;
+    pub(crate) fn finish<E>(&mut self, done: Completed<E>) -> Option<Pending> {
+        let slot = done.id.0 as usize;
+        let status = if done.result.is_ok() { Status::Ok } else { Status::IoError };
         let (chain, weight) =
             match self.slots.try_remove(slot).expect("the disk finished a request that it did not have") {
                 Slot::Closing => return None,
@@ -197,14 +203,14 @@ impl InFlight {
                 Slot::Chain(pending, weight) => {
                     assert!(!pending.has_rest, "the disk finished a request that it did not have");
                     *self.weight_of(pending.kind) -= weight;
-                    return Some(Pending { status: done.status, ..pending });
+                    return Some(Pending { status, ..pending });
                 }
             };
         self.pieces -= 1;
         let pending = chain_of(&mut self.slots, chain);
         pending.open -= 1;
-        if done.status != Status::Ok {
-            pending.status = done.status;
+        if status != Status::Ok {
+            pending.status = status;
         }
         let (kind, failed) = (pending.kind, pending.status != Status::Ok);
         *self.weight_of(kind) -= weight;
@@ -266,6 +272,6 @@ fn chain_of(slots: &mut Slab<Slot>, chain: usize) -> &mut Pending {
     }
 }
 
-fn tag(slot: usize) -> Tag {
-    Tag(u32::try_from(slot).expect("a ring has at most 32,768 descriptors"))
+fn id_of(slot: usize) -> RequestId {
+    RequestId(u32::try_from(slot).expect("a ring has at most 32,768 descriptors"))
 }

@@ -55,7 +55,8 @@ pub mod internals {
     pub use crate::ring::{Chain, Fault, Ring, RingLayout, Used};
 }
 
-pub use device::{BlockDevice, BlockQueue, DeviceProfile, Done, GuestSlice, Request, Status, Tag};
+pub use block::{Completed, Request, RequestId};
+pub use device::{BlockDevice, BlockQueue, DeviceProfile, GuestSlice};
 pub use error::SessionError;
 pub use metrics::{Metrics, QueueSnapshot};
 pub use options::ServeOptions;

@@ -4,8 +4,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::device::Status;
-use crate::request::Kind;
+use crate::request::{Kind, Status};
 
 /// The counters of all queues of a server. They outlive sessions.
 #[derive(Debug)]

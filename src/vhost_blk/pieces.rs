@@ -5,8 +5,10 @@
 
 use std::collections::VecDeque;
 
+use block::Request;
+
 use crate::bounds::{PIECE_BYTES, PIECE_GRANULES};
-use crate::device::{DeviceProfile, GuestSlice, Request};
+use crate::device::{DeviceProfile, GuestSlice};
 
 /// Decides which requests are large, and how they are cut.
 ///

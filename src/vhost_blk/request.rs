@@ -3,6 +3,7 @@
 //! Owns every check of a request against the disk. It reads each guest byte once and uses its copy. It makes no
 //! assumption about how header, data and status are spread over descriptors.
 
+use block::Request;
 use smallvec::SmallVec;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
@@ -10,7 +11,7 @@ use virtio_bindings::virtio_blk::{
 };
 
 use crate::config::{MAX_DISCARD_SEGMENTS, MAX_RANGE_SECTORS, MAX_WRITE_ZEROES_SEGMENTS, SECTOR};
-use crate::device::{DeviceProfile, GuestSlice, Request, Status};
+use crate::device::{DeviceProfile, GuestSlice};
 use crate::ring::{Chain, Fault};
 
 const HEADER_BYTES: usize = 16;
@@ -19,6 +20,17 @@ const SEGMENT_BYTES: usize = 16;
 const MAX_DATA_BYTES: u64 = (i32::MAX as u64) & !(SECTOR - 1);
 /// Write zeroes: the space may be freed.
 const FLAG_UNMAP: u32 = 1;
+
+/// How a request ended for the guest (virtio 1.3, 5.2.6).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    /// Done.
+    Ok,
+    /// Failed: VIRTIO_BLK_S_IOERR.
+    IoError,
+    /// Not supported here: VIRTIO_BLK_S_UNSUPP.
+    Unsupported,
+}
 
 /// The type of a request, for the counters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

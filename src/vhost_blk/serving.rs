@@ -7,11 +7,12 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use block::{Completed, Request};
 use tracing::{debug, warn};
 
 use crate::bounds::PORTION_MOST;
 use crate::control::{Control, Exit, Shared, Stop, WorkerSetup};
-use crate::device::{BlockDevice, BlockQueue, Done, GuestSlice, Request, Status};
+use crate::device::{BlockDevice, BlockQueue, GuestSlice};
 use crate::error::RingError;
 use crate::fd::{SignalSlot, SignalView};
 use crate::in_flight::{InFlight, Pending};
@@ -22,7 +23,7 @@ use crate::pieces::Cutter;
 use crate::poll::PollBudget;
 use crate::portion::Portion;
 use crate::pulse::Beat;
-use crate::request::{Checker, Parsed, write_status};
+use crate::request::{Checker, Parsed, Status, write_status};
 use crate::ring::{Chain, Ring, Used};
 
 /// The result of a batch.
@@ -43,7 +44,7 @@ pub(crate) struct Running<'a, Q: BlockQueue> {
     chain: Chain,
     /// Completed chains that are not yet handed back.
     used: Vec<Used>,
-    done: Vec<Done>,
+    done: Vec<Completed<Q::Error>>,
     /// The memory of a piece; retained to avoid an allocation.
     slices: Vec<GuestSlice>,
     control: &'a Control,
@@ -237,8 +238,8 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
             return;
         }
         let index = self.ring.next_available().wrapping_sub(1);
-        if let Some((tag, request)) = self.in_flight.add(head, index, submission, data) {
-            self.queue.submit(tag, request, data);
+        if let Some((id, request)) = self.in_flight.add(head, index, submission, data) {
+            self.queue.submit(id, request, data);
         }
     }
 
@@ -246,8 +247,8 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
     /// done until an event.
     fn finish(&mut self) -> Result<bool, RingError> {
         let waits = self.queue.waiting() > 0;
-        while let Some((tag, request)) = self.in_flight.next_piece(waits, &mut self.slices) {
-            self.queue.submit(tag, request, &self.slices);
+        while let Some((id, request)) = self.in_flight.next_piece(waits, &mut self.slices) {
+            self.queue.submit(id, request, &self.slices);
         }
         self.queue.turn(&mut self.done);
         self.in_flight.end_batch();
@@ -404,12 +405,12 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
     /// Makes all writes durable. The guest did not request this flush, so a failure is only logged; the disk itself
     /// refuses later requests.
     fn flush(&mut self) {
-        let tag = self.in_flight.add_closing();
-        self.queue.submit(tag, Request::Flush, &[]);
+        let id = self.in_flight.add_closing();
+        self.queue.submit(id, Request::Flush, &[]);
         while !self.in_flight.is_empty() {
             self.queue.turn(&mut self.done);
             for done in self.done.drain(..) {
-                if done.status != Status::Ok {
+                if done.result.is_err() {
                     warn!(queue = self.index, "the flush of a stopping queue failed");
                 }
                 self.in_flight.finish(done);

@@ -26,8 +26,8 @@ use crate::open::file_end::fill_last_block;
 use crate::open::{close, data_file};
 use crate::options::DiskOptions;
 use crate::runtime::driver::Driver;
-use crate::serve::request::{Request, RequestId};
 use crate::shared::{SIDE_QUEUE_DEPTH, Shared};
+use block::{Request, RequestId};
 
 /// A size, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

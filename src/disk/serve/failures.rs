@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use tracing::warn;
 
 use crate::error::RequestError;
-use crate::serve::request::RequestId;
+use block::RequestId;
 
 /// The most lines in a period.
 const LINES_MAX: u32 = 20;

@@ -6,6 +6,7 @@
 
 use std::rc::Rc;
 
+use block::RequestId;
 use engine::{EngineError, Epoch, FileIndex, Mapping, PartedCluster};
 use qcow2::{GuestOffset, HostOffset, SUBCLUSTERS, Subcluster};
 use slab::Slab;
@@ -16,7 +17,7 @@ use storage::{Completion, Errno, GuestSlice, IoQueue, Kind, Operation, Part, Par
 use crate::bounds::{FAST_RUNS, SPARE_MAX};
 use crate::error::{RequestError, is_no_space};
 use crate::range::ByteRange;
-use crate::serve::request::{Completed, RequestId};
+use crate::serve::request::Completed;
 use crate::serve::worker::Worker;
 
 /// A run of a request's bytes that has one target.

@@ -6,6 +6,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use block::{Request, RequestId};
 use engine::{EngineError, Epoch, ZeroMode};
 use storage::guest::GuestSlices;
 use storage::{GuestSlice, IoQueue, Kind, Notifier, Storage};
@@ -15,7 +16,7 @@ use crate::options::Discards;
 use crate::range::ByteRange;
 use crate::runtime::driver::Driver;
 use crate::serve::fast::{Ended, FastPath, Started};
-use crate::serve::request::{Completed, Request, RequestId};
+use crate::serve::request::{Completed, range_of};
 use crate::serve::worker::Worker;
 use crate::serve::zero::Tried;
 use crate::shared::{Shared, WORKERS_MAX};
@@ -92,7 +93,7 @@ impl<S: Storage> DiskQueue<S> {
     }
 
     fn check_range(&self, request: &Request, slices: &[GuestSlice]) {
-        let Some(ByteRange { offset, length }) = request.range(slices) else { return };
+        let Some(ByteRange { offset, length }) = range_of(request, slices) else { return };
         let end = offset.checked_add(length);
         let within = end.is_some_and(|end| end <= self.worker.engine().size());
         assert!(

@@ -12,9 +12,9 @@ use storage::{GuestSlice, Storage};
 
 use crate::error::RequestError;
 use crate::range::ByteRange;
-use crate::serve::request::Request;
 use crate::serve::space::Waiting;
 use crate::serve::worker::Worker;
+use block::Request;
 
 /// How often a request that finds no space is tried again at once, as long as others free some.
 const SPACE_TRIES: u32 = 4;

@@ -11,13 +11,14 @@ use crate::{assert_none, read, root};
 /// architecture and is to be argued for as one. `storage_sim` is for tests alone: see [`TESTS_ONLY`].
 pub const EDGES: &[(&str, &[&str])] = &[
     ("names", &[]),
+    ("block", &[]),
     ("qcow2", &["names"]),
     ("engine", &["names", "qcow2"]),
     ("storage", &["names"]),
     ("storage_sim", &["storage", "strata-random"]),
-    ("disk", &["engine", "names", "qcow2", "storage", "storage_sim"]),
-    ("vhost_blk", &["names"]),
-    ("strata", &["disk", "engine", "names", "qcow2", "storage", "vhost_blk"]),
+    ("disk", &["block", "engine", "names", "qcow2", "storage", "storage_sim"]),
+    ("vhost_blk", &["block", "names"]),
+    ("strata", &["block", "disk", "engine", "names", "qcow2", "storage", "vhost_blk"]),
 ];
 /// Crates under src that only dev-dependencies may name, so that the program never contains them.
 const TESTS_ONLY: &[&str] = &["storage_sim"];

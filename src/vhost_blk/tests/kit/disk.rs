@@ -8,7 +8,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use vhost_blk::{BlockDevice, BlockQueue, DeviceProfile, Done, GuestSlice, Request, Status, Tag};
+use vhost_blk::{BlockDevice, BlockQueue, Completed, DeviceProfile, GuestSlice, Request, RequestId};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -100,7 +100,7 @@ impl MemoryDisk {
         super::guest::until("the disk has the requests", || self.submitted.load(Ordering::SeqCst) >= count);
     }
 
-    fn perform(&self, request: Request, slices: &[GuestSlice]) -> Status {
+    fn perform(&self, request: Request, slices: &[GuestSlice]) -> Result<(), ()> {
         let mut bytes = self.bytes.lock().unwrap();
         match request {
             Request::Read { offset } => {
@@ -123,7 +123,7 @@ impl MemoryDisk {
             }
         }
         self.requests.lock().unwrap().push(request);
-        Status::Ok
+        Ok(())
     }
 }
 
@@ -142,13 +142,13 @@ impl BlockDevice for Shared {
         let epoll = Epoll::new()?;
         let event = EpollEvent::new(EventSet::IN, 0);
         epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), event)?;
-        let (send, its_receive) = channel::<Tag>();
+        let (send, its_receive) = channel::<RequestId>();
         let (its_send, receive) = channel();
         let (gate, its_wake) = (Arc::clone(&self.0.gate), Arc::clone(&wake));
         let helper = std::thread::spawn(move || {
-            for tag in its_receive {
+            for id in its_receive {
                 gate.pass();
-                let _ = its_send.send(tag);
+                let _ = its_send.send(id);
                 let _ = its_wake.write(1);
             }
         });
@@ -173,6 +173,9 @@ impl BlockDevice for Shared {
     }
 }
 
+/// A completed request; the cause of an error does not matter here.
+type Done = Completed<()>;
+
 pub struct MemoryQueue {
     disk: Arc<MemoryDisk>,
     depth: usize,
@@ -184,12 +187,12 @@ pub struct MemoryQueue {
     kicks: u64,
     heeds: bool,
     ready: Vec<Done>,
-    pending: Vec<(Tag, Request, Vec<GuestSlice>)>,
+    pending: Vec<(RequestId, Request, Vec<GuestSlice>)>,
     /// Requests that wait for space.
-    held: Vec<(Tag, Request, Vec<GuestSlice>)>,
+    held: Vec<(RequestId, Request, Vec<GuestSlice>)>,
     leaving: bool,
-    send: Option<Sender<Tag>>,
-    receive: Receiver<Tag>,
+    send: Option<Sender<RequestId>>,
+    receive: Receiver<RequestId>,
     helper: Option<JoinHandle<()>>,
     wake: Arc<EventFd>,
     watched: Vec<EventFd>,
@@ -197,48 +200,50 @@ pub struct MemoryQueue {
 }
 
 impl MemoryQueue {
-    fn complete(&mut self, tag: Tag) -> Done {
-        let at = self.pending.iter().position(|entry| entry.0 == tag).expect("a tag that was submitted");
-        let (tag, request, slices) = self.pending.swap_remove(at);
-        Done { tag, status: self.disk.perform(request, &slices) }
+    fn complete(&mut self, id: RequestId) -> Done {
+        let at = self.pending.iter().position(|entry| entry.0 == id).expect("an ID that was submitted");
+        let (id, request, slices) = self.pending.swap_remove(at);
+        Done { id, result: self.disk.perform(request, &slices) }
     }
 
-    fn hold(&mut self, tag: Tag, request: Request, slices: &[GuestSlice]) {
+    fn hold(&mut self, id: RequestId, request: Request, slices: &[GuestSlice]) {
         if self.leaving {
-            return self.ready.push(Done { tag, status: Status::IoError });
+            return self.ready.push(Done { id, result: Err(()) });
         }
-        self.held.push((tag, request, slices.to_vec()));
+        self.held.push((id, request, slices.to_vec()));
         assert!(self.held.len() <= self.depth, "more requests than were announced");
         self.disk.held.fetch_add(1, Ordering::SeqCst);
     }
 
     /// Ends the held requests, with success or an error.
-    fn let_go(&mut self, end: impl Fn(&MemoryDisk, Request, &[GuestSlice]) -> Status) {
-        for (tag, request, slices) in std::mem::take(&mut self.held) {
-            self.ready.push(Done { tag, status: end(&self.disk, request, &slices) });
+    fn let_go(&mut self, end: impl Fn(&MemoryDisk, Request, &[GuestSlice]) -> Result<(), ()>) {
+        for (id, request, slices) in std::mem::take(&mut self.held) {
+            self.ready.push(Done { id, result: end(&self.disk, request, &slices) });
             self.disk.held.fetch_sub(1, Ordering::SeqCst);
         }
     }
 }
 
 impl BlockQueue for MemoryQueue {
-    fn submit(&mut self, tag: Tag, request: Request, slices: &[GuestSlice]) {
+    type Error = ();
+
+    fn submit(&mut self, id: RequestId, request: Request, slices: &[GuestSlice]) {
         assert!(!self.disk.trap.swap(false, Ordering::SeqCst), "a trap of the test");
-        assert!(self.pending.iter().all(|entry| entry.0 != tag), "a tag that is in flight");
+        assert!(self.pending.iter().all(|entry| entry.0 != id), "an ID that is in flight");
         let needs_space = !matches!(request, Request::Read { .. } | Request::Flush);
         if needs_space && self.disk.full.load(Ordering::SeqCst) {
-            self.hold(tag, request, slices);
+            self.hold(id, request, slices);
         } else if self.disk.later {
-            self.pending.push((tag, request, slices.to_vec()));
+            self.pending.push((id, request, slices.to_vec()));
             assert!(self.pending.len() <= self.depth, "more requests than were announced");
-            self.send.as_ref().expect("until drop").send(tag).expect("the helper lives");
+            self.send.as_ref().expect("until drop").send(id).expect("the helper lives");
         } else {
             if self.disk.slow.load(Ordering::SeqCst) {
                 self.disk.gate.pass();
                 std::thread::sleep(Duration::from_micros(100));
             }
-            let status = self.disk.perform(request, slices);
-            self.ready.push(Done { tag, status });
+            let result = self.disk.perform(request, slices);
+            self.ready.push(Done { id, result });
         }
         self.portion.0 += 1;
         self.batch += match request {
@@ -262,8 +267,8 @@ impl BlockQueue for MemoryQueue {
             self.let_go(MemoryDisk::perform);
         }
         done.append(&mut self.ready);
-        while let Ok(tag) = self.receive.try_recv() {
-            let finished = self.complete(tag);
+        while let Ok(id) = self.receive.try_recv() {
+            let finished = self.complete(id);
             done.push(finished);
         }
     }
@@ -300,7 +305,7 @@ impl BlockQueue for MemoryQueue {
 
     fn give_up(&mut self) {
         self.leaving = true;
-        self.let_go(|_, _, _| Status::IoError);
+        self.let_go(|_, _, _| Err(()));
     }
 
     fn watch(&mut self, event: EventFd) {
@@ -324,8 +329,8 @@ impl Drop for MemoryQueue {
         if let Some(helper) = self.helper.take() {
             let _ = helper.join();
         }
-        while let Ok(tag) = self.receive.try_recv() {
-            self.complete(tag);
+        while let Ok(id) = self.receive.try_recv() {
+            self.complete(id);
         }
     }
 }
