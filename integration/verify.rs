@@ -24,14 +24,13 @@ struct Options {
     /// The daemon under the VM tests: strata or qemu-storage-daemon
     #[arg(long, default_value = "strata")]
     backend: strata_integration::daemon::Backend,
-    /// Run a part of the tests again with every bound tiny. It builds everything once more
+    /// Run the crash tests again with every bound tiny. It builds storage, the engine and the disk once more
     #[arg(long)]
     tiny_bounds: bool,
 }
 
 /// The targets that are run once more with tiny bounds: those that find wrong contents, lost data, and damage.
-const TINY_BOUNDS_TARGETS: [&str; 6] =
-    ["engine_model", "crash_random", "crash_exhaustive", "guard", "faults", "disk_damage"];
+const TINY_BOUNDS_TARGETS: [&str; 4] = ["crash_random", "crash_exhaustive", "crash_windows", "faults"];
 
 fn main() -> ExitCode {
     let options = Options::parse();
@@ -105,7 +104,7 @@ fn run_tests(options: &Options, steps: &mut Steps) -> Result<()> {
     steps.run("tests and VM tests", |_| all_tests(options, run))?;
     // After the tests: a pass of the crash tests means something only if a broken rule makes them fail.
     steps.run("deliberate breakages", |_| {
-        some_tests(options, &["--features", "strata-tests/mutations", "--test", "mutations"], &[])
+        some_tests(options, &["--features", "strata-crash/mutations", "--test", "mutations"], &[])
     })?;
     if options.tiny_bounds {
         steps.run("tests with tiny bounds", |_| tiny_bounds(options))?;
@@ -126,7 +125,7 @@ fn all_tests(options: &Options, arguments: &[&str]) -> Result<()> {
     run_through(cargo)
 }
 
-/// Runs some test targets of strata-tests. `--workspace` selects all packages, so that the features of dependencies stay
+/// Runs some test targets. `--workspace` selects all packages, so that the features of dependencies stay
 /// the same and cargo reuses what it has built.
 fn some_tests(options: &Options, arguments: &[&str], environment: &[(&str, &str)]) -> Result<()> {
     let mut cargo = cargo_command(options, &["test", "--quiet", "--workspace"]);
@@ -134,14 +133,12 @@ fn some_tests(options: &Options, arguments: &[&str], environment: &[(&str, &str)
     run_through(cargo)
 }
 
-/// Runs some tests with tiny bounds (src/engine/bounds.rs), so that they go past every bound. Only the crates below the
-/// tests are built again: unit tests are about the bounds of the product, and the program cannot be built that way.
+/// Runs crash tests with tiny bounds (src/engine/bounds.rs), so that they go past every bound. Those are a package by
+/// themselves, so only storage, the engine and the disk are built again with them.
 fn tiny_bounds(options: &Options) -> Result<()> {
-    let mut arguments = vec!["--features", "strata-tests/tiny-bounds"];
+    let mut arguments = vec!["--features", "strata-crash/tiny-bounds"];
     arguments.extend(TINY_BOUNDS_TARGETS.iter().flat_map(|target| ["--test", target]));
-    // With tiny bounds each of these does many more steps.
-    let few = [("STRATA_CRASH_TRIALS", "100"), ("STRATA_CRASH_SEQUENCES", "600")];
-    some_tests(options, &arguments, &few)
+    some_tests(options, &arguments, &[("STRATA_CRASH_SECONDS", "5")])
 }
 
 /// Runs the loom models of the engine's lock-free and waiting code (src/engine/loom_tests.rs): bounded, some ten

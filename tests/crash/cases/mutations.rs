@@ -1,7 +1,7 @@
 //! Shows that the crash machine detects each deliberate breakage of the write order, the quarantine and the cut. Prints
 //! the time until detection.
 //!
-//! Needs the feature `mutations`: `cargo test -p strata-tests --features mutations --test mutations -- --nocapture`.
+//! Needs the feature `mutations`: `cargo test -p strata-crash --features mutations --test mutations -- --nocapture`.
 //! `STRATA_MUTATION=ReuseAtOnce` runs only one.
 
 use std::sync::Mutex;
