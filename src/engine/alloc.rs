@@ -4,96 +4,58 @@
 //! (unlinked in memory) → free again. The last step requires that the unlink is durable and that all I/O begun before
 //! it has ended.
 
-use std::collections::VecDeque;
 use std::ops::Range;
 use std::task::Waker;
 
 use qcow2::HostCluster;
 
 use crate::answer::TableSlot;
-use crate::bounds::{
-    CUT_SHARE, QUARANTINE_BYTES_MAX, QUARANTINE_BYTES_MIN, QUARANTINE_CLUSTERS_MAX, QUARANTINE_SHARE,
-    WINDOW_BYTES_MAX, WINDOW_BYTES_MIN,
-};
-use crate::epoch::Epoch;
+use crate::bounds::{WINDOW_BYTES_MAX, WINDOW_BYTES_MIN};
 use crate::free::{FreeClusters, TAIL_BYTES};
 use crate::mutation::{Mutation, active};
+use crate::quarantine::Quarantine;
 use crate::run::{FreeRun, Run};
 use crate::touched::Touched;
 use crate::turns::{Turn, Turns, Wanted};
 use crate::waiters::{Waiters, WakeList};
 use crate::windows::Windows;
 
-/// A run unlinked in memory.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Freed {
-    pub run: Run,
-    /// The cut that makes the unlink durable; 0 if it was never linked in memory.
-    pub cut: u64,
-}
-
-/// A run whose unlink is durable.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Unlinked {
-    pub run: Run,
-    /// It was in use before, not only allocated for a write that failed.
-    pub was_used: bool,
-    /// I/O begun in this epoch or earlier may still access the run.
-    pub epoch: Epoch,
-}
-
 pub(crate) struct Allocator {
     windows: Windows,
     /// The requests that wait for a window, and the clusters set aside for them.
     turns: Turns,
-    pub free: FreeClusters,
+    free: FreeClusters,
     /// The first cluster past all that were ever in use: the file grows from here.
-    pub end: u64,
+    end: u64,
     window_clusters: u64,
     window_clusters_max: u64,
-    pub quarantine: VecDeque<Freed>,
-    pub unlinked: VecDeque<Unlinked>,
-    /// Clusters in quarantine or unlinked.
-    pub quarantined: u64,
-    /// Clusters in quarantine, which wait for a cut.
-    uncut: u64,
-    /// Clusters in quarantine or unlinked that were in use before.
-    pub freed: u64,
-    /// With so many in quarantine or unlinked, requests that free or allocate must wait.
-    quarantined_max: u64,
-    /// Clusters that ever left the quarantine.
-    pub given_back: u64,
-    /// Tasks that wait for clusters to leave the quarantine.
-    held_up: Waiters,
+    quarantine: Quarantine,
     /// The file's greatest length in this session, in bytes.
-    pub file_length: u64,
+    file_length: u64,
     /// A task reserves, or makes the file longer. The file's length has one writer at a time: a late writer could cut off
     /// what was written behind its length.
     reserving: bool,
     /// Flushes that wait for the end of that.
     awaits_length: Waiters,
-    /// Somebody reclaims.
-    pub reclaiming: bool,
     /// Refblock slices before this cluster have been searched for free clusters.
-    pub scanned: u64,
+    scanned: u64,
     /// Where the search ends: the end of the file at open.
-    pub scan_end: u64,
+    scan_end: u64,
     /// The clusters at the end of the file at open that are free if its last writer did not close it.
-    pub tail: Range<u64>,
+    tail: Range<u64>,
     /// No cluster from this one on has a refcount or is reserved.
-    pub used_end: u64,
+    used_end: u64,
     /// A search for leaks is complete, and found no reference to the tail.
-    pub tail_is_spare: bool,
+    tail_is_spare: bool,
     /// The file was made longer, and its new length may not be durable.
-    pub length_unsynced: bool,
-    /// Clusters that the search for leaks must leave alone; `None` if it is over.
-    pub touched: Option<Touched>,
+    length_unsynced: bool,
+    /// Clusters that the search for leaks must leave alone; `None` if there is none, or it is over.
+    touched: Option<Touched>,
 }
 
 impl Allocator {
     /// An allocator for a file of `end` clusters, for a disk of `disk` bytes.
     pub fn new(end: u64, cluster_size: u64, disk: u64) -> Self {
-        let held_bytes = (disk / QUARANTINE_SHARE).clamp(QUARANTINE_BYTES_MIN, QUARANTINE_BYTES_MAX);
         Allocator {
             windows: Windows::default(),
             turns: Turns::default(),
@@ -101,18 +63,10 @@ impl Allocator {
             end,
             window_clusters: (WINDOW_BYTES_MIN / cluster_size).max(1),
             window_clusters_max: (WINDOW_BYTES_MAX / cluster_size).max(1),
-            quarantine: VecDeque::new(),
-            unlinked: VecDeque::new(),
-            quarantined: 0,
-            uncut: 0,
-            freed: 0,
-            quarantined_max: (held_bytes / cluster_size).clamp(1, QUARANTINE_CLUSTERS_MAX),
-            given_back: 0,
-            held_up: Waiters::default(),
+            quarantine: Quarantine::new(cluster_size, disk),
             file_length: 0,
             reserving: false,
             awaits_length: Waiters::default(),
-            reclaiming: false,
             scanned: 0,
             scan_end: end,
             tail: 0..0,
@@ -123,16 +77,111 @@ impl Allocator {
         }
     }
 
-    /// Records the file's length in bytes at open.
-    pub fn opened(&mut self, file_length: u64, cluster_size: u64) {
+    /// Records the file's length in bytes at open. From then on clusters are touched, if leaks may be searched for.
+    pub fn opened(&mut self, file_length: u64, cluster_size: u64, may_search_leaks: bool) {
         self.scan_end = file_length.div_ceil(cluster_size);
         self.file_length = file_length;
         self.tail = file_length.saturating_sub(TAIL_BYTES) / cluster_size..self.scan_end;
+        self.touched = may_search_leaks.then(Touched::default);
     }
 
-    /// [`Allocator::used_end`] once the tail is known to be free: the tail's start, if nothing was reserved past it.
-    pub fn used_end_without_tail(&self) -> u64 {
-        if self.used_end == self.scan_end { self.tail.start } else { self.used_end }
+    /// The clusters at the end of the file at open that are free if its last writer did not close it.
+    pub fn tail(&self) -> Range<u64> {
+        self.tail.clone()
+    }
+
+    /// The tail is free. If nothing was reserved past it, nothing is in use from its start on.
+    pub fn tail_is_free(&mut self) {
+        if self.used_end == self.scan_end {
+            self.used_end = self.tail.start;
+        }
+    }
+
+    /// The end of the file at open, in clusters.
+    pub fn end_at_open(&self) -> u64 {
+        self.scan_end
+    }
+
+    /// The first cluster past all that were ever in use: the file grows from here.
+    pub fn end(&self) -> u64 {
+        self.end
+    }
+
+    /// Clusters before this one are in use, or might be: the file grows from here.
+    pub fn move_end(&mut self, end: u64) {
+        self.end = end;
+    }
+
+    /// True if the file was at least so many bytes long at some moment of this session.
+    pub fn was_so_long(&self, length: u64) -> bool {
+        length <= self.file_length
+    }
+
+    /// The file is at least so many bytes long.
+    pub fn note_length(&mut self, length: u64) {
+        self.file_length = self.file_length.max(length);
+    }
+
+    /// True once if the file's length must become durable: the cut that asks makes it so, or calls
+    /// [`Allocator::length_is_unsynced`].
+    pub fn take_unsynced_length(&mut self) -> bool {
+        std::mem::take(&mut self.length_unsynced)
+    }
+
+    /// The file's length may not be durable.
+    pub fn length_is_unsynced(&mut self) {
+        self.length_unsynced = true;
+    }
+
+    /// The clusters of the file at open that are still to be searched for free ones.
+    pub fn unsearched(&self) -> Range<u64> {
+        self.scanned..self.scan_end.max(self.scanned)
+    }
+
+    /// Clusters before this one have been searched.
+    pub fn searched_to(&mut self, cluster: u64) {
+        self.scanned = cluster;
+    }
+
+    /// The unused clusters.
+    pub fn free(&self) -> &FreeClusters {
+        &self.free
+    }
+
+    /// The first run of unused clusters.
+    pub fn first_free(&mut self) -> Option<FreeRun> {
+        self.free.first()
+    }
+
+    /// Takes up to `count` clusters from the front of the first run of unused ones.
+    pub fn take_free(&mut self, count: u64) -> Option<FreeRun> {
+        self.free.take(count)
+    }
+
+    /// Adds unused clusters.
+    pub fn add_free(&mut self, run: FreeRun) {
+        self.free.add(run);
+    }
+
+    /// The freed clusters that are held back.
+    pub fn quarantine(&self) -> &Quarantine {
+        &self.quarantine
+    }
+
+    /// The same, to be changed. New clusters go through [`Allocator::free_later`].
+    pub fn quarantine_mut(&mut self) -> &mut Quarantine {
+        &mut self.quarantine
+    }
+
+    /// The clusters that the search for leaks must leave alone; `None` if there is no search, or it is over.
+    pub fn touched(&self) -> Option<&Touched> {
+        self.touched.as_ref()
+    }
+
+    /// The search for leaks is over. `tail_is_spare`: it was complete, and found no reference to the tail.
+    pub fn end_search(&mut self, tail_is_spare: bool) {
+        self.tail_is_spare = tail_is_spare;
+        self.touched = None;
     }
 
     /// The length that the file needs before refcounts are written, so that it ends with free clusters until it is
@@ -290,31 +339,6 @@ impl Allocator {
         }
     }
 
-    /// True if requests that free or allocate must wait until held-back clusters are released.
-    pub fn is_crowded(&self) -> bool {
-        self.quarantined >= self.quarantined_max
-    }
-
-    /// The most clusters that may be held back; requests under way may exceed it.
-    pub fn quarantined_max(&self) -> u64 {
-        self.quarantined_max
-    }
-
-    /// True if enough clusters wait for a cut to make one due.
-    pub fn wants_cut(&self) -> bool {
-        self.uncut > 0 && self.uncut >= self.quarantined_max / CUT_SHARE
-    }
-
-    /// True if leaks, too, may be held back without making a request wait for that.
-    pub fn has_room_for_leaks(&self) -> bool {
-        self.quarantined < (self.quarantined_max / CUT_SHARE).max(1)
-    }
-
-    /// True if anything waits for a cut.
-    pub fn waits_for_cut(&self) -> bool {
-        self.uncut > 0
-    }
-
     /// The host had no room for a window: makes the next one minimal. False if it already was.
     pub fn shrink_window(&mut self) -> bool {
         std::mem::replace(&mut self.window_clusters, 1) > 1
@@ -325,8 +349,16 @@ impl Allocator {
         !self.windows.is_empty()
     }
 
-    /// Adds a reserved window. If no other is left, the next one will be twice as large.
-    pub fn add_window(&mut self, window: FreeRun) {
+    /// Adds a reserved window; the file must be `file_length` bytes long for it. If no other window is left, the next one
+    /// will be twice as large.
+    pub fn add_window(&mut self, window: FreeRun, file_length: Option<u64>) {
+        let past = window.run.start.0 + window.run.count;
+        self.end = self.end.max(past);
+        self.used_end = self.used_end.max(past);
+        if let Some(length) = file_length {
+            self.note_length(length);
+            self.length_unsynced = true;
+        }
         if self.windows.is_empty() {
             self.window_clusters = (self.window_clusters * 2).min(self.window_clusters_max);
         }
@@ -338,13 +370,16 @@ impl Allocator {
         self.windows.clusters() + self.turns.clusters()
     }
 
-    /// The clusters in the windows. A clean end frees them.
-    pub fn windows(&self) -> Vec<FreeRun> {
-        self.windows.runs()
+    /// Removes the windows, and returns their clusters: a clean end frees them.
+    pub fn take_windows(&mut self) -> Vec<FreeRun> {
+        let runs = self.windows.runs();
+        self.windows.clear();
+        runs
     }
 
-    pub fn clear_windows(&mut self) {
-        self.windows.clear();
+    /// The clusters in the windows.
+    pub fn windows(&self) -> Vec<FreeRun> {
+        self.windows.runs()
     }
 
     /// Forgets the free clusters at the file's very end, so that it can be cut there. Returns the new end.
@@ -357,104 +392,15 @@ impl Allocator {
         self.end
     }
 
-    /// Moves what a durable cut unlinked from `quarantine` to `unlinked`.
-    pub fn cut_is_durable(&mut self, cut: u64, epoch: Epoch) {
-        let mut later = VecDeque::new();
-        for freed in self.quarantine.drain(..) {
-            if freed.cut <= cut || active(Mutation::ReuseBeforeUnlink) {
-                self.uncut -= freed.run.count;
-                self.unlinked.push_back(Unlinked { run: freed.run, was_used: freed.cut != 0, epoch });
-            } else {
-                later.push_back(freed);
-            }
-        }
-        self.quarantine = later;
-    }
-
-    /// A task waits for clusters to leave the quarantine.
-    pub fn await_reclaim(&mut self, waker: &Waker) {
-        self.held_up.add(waker);
-    }
-
-    /// A task no longer waits for that.
-    pub fn stop_waiting(&mut self, waker: &Waker) {
-        self.held_up.remove(waker);
-    }
-
-    /// Clusters have left the quarantine: as many tasks go on as there is room for.
-    pub fn wake_held_up(&mut self, wakes: &mut WakeList) {
-        let room = self.quarantined_max.saturating_sub(self.quarantined);
-        wakes.append(self.held_up.take_first(room.max(1)));
-    }
-
-    /// Splits the oldest unlinked run so that it has at most `count` clusters.
-    pub fn split_first_unlinked(&mut self, count: u64) {
-        let Some(first) = self.unlinked.front_mut() else { return };
-        if first.run.count > count {
-            let rest = Run { start: HostCluster(first.run.start.0 + count), count: first.run.count - count };
-            let rest = Unlinked { run: rest, ..*first };
-            first.run.count = count;
-            self.unlinked.insert(1, rest);
-        }
-    }
-
-    /// Puts a cluster into quarantine, joined with the last run where possible.
+    /// Puts a cluster into quarantine. `cut` is the cut that makes its unlink durable; 0 if it was never linked in memory.
     pub fn free_later(&mut self, cluster: HostCluster, cut: u64) {
         self.touch(cluster.0);
-        if active(Mutation::ReuseAtOnce) {
-            return self.free.add(FreeRun { run: Run { start: cluster, count: 1 }, known_zero: false });
+        let at_once = active(Mutation::ReuseAtOnce);
+        let taken_for_zero = cut == 0 && active(Mutation::AbortedTakenForZero);
+        if at_once || taken_for_zero {
+            let run = Run { start: cluster, count: 1 };
+            return self.free.add(FreeRun { run, known_zero: !at_once });
         }
-        if cut == 0 && active(Mutation::AbortedTakenForZero) {
-            return self.free.add(FreeRun { run: Run { start: cluster, count: 1 }, known_zero: true });
-        }
-        self.quarantined += 1;
-        self.uncut += 1;
-        self.freed += u64::from(cut != 0);
-        if let Some(last) = self.quarantine.back_mut()
-            && last.cut == cut
-            && last.run.start.0 + last.run.count == cluster.0
-        {
-            last.run.count += 1;
-            return;
-        }
-        self.quarantine.push_back(Freed { run: Run { start: cluster, count: 1 }, cut });
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn freed(alloc: &mut Allocator, clusters: u64, cut: u64) {
-        (0..clusters).for_each(|number| alloc.free_later(HostCluster(1000 + 2 * number), cut));
-    }
-
-    #[test]
-    fn what_is_held_back_is_bounded_by_bytes_clusters_and_the_disk() {
-        for (disk, cluster, most) in [
-            (1 << 40, 65536, QUARANTINE_BYTES_MAX / 65536),
-            (1 << 40, 512, QUARANTINE_CLUSTERS_MAX),
-            (16 * QUARANTINE_BYTES_MIN, 4096, QUARANTINE_BYTES_MIN * 16 / QUARANTINE_SHARE / 4096),
-            (0, 4096, QUARANTINE_BYTES_MIN / 4096),
-            (0, 2 << 20, 1),
-        ] {
-            let (mut alloc, most) = (Allocator::new(100, cluster, disk), most.max(1));
-            freed(&mut alloc, most - 1, 1);
-            assert!(!alloc.is_crowded(), "{disk} {cluster}");
-            freed(&mut alloc, 1, 1);
-            assert!(alloc.is_crowded() && alloc.wants_cut(), "{disk} {cluster}");
-        }
-    }
-
-    #[test]
-    fn a_cut_is_due_for_what_it_would_unlink_and_nothing_else() {
-        let mut alloc = Allocator::new(100, 65536, 1 << 40);
-        let due = (alloc.quarantined_max / CUT_SHARE).max(1);
-        freed(&mut alloc, due, 1);
-        assert!(alloc.wants_cut());
-        alloc.cut_is_durable(1, Epoch(1));
-        assert!(!alloc.wants_cut() && !alloc.waits_for_cut() && alloc.quarantined == due);
-        freed(&mut alloc, due - 1, 2);
-        assert_eq!((alloc.wants_cut(), alloc.waits_for_cut()), (false, due > 1));
+        self.quarantine.add(cluster, cut);
     }
 }

@@ -12,7 +12,7 @@ use crate::write::Allocation;
 
 impl State {
     /// The table slice with the link of an allocation whose data is about to be written, if writing both at once is
-    /// worthwhile and safe. After that write has ended, commit or abort the allocation. Until then wait for nothing
+    /// worthwhile and safe. After that write has ended, commit or drop the allocation. Until then wait for nothing
     /// else: a flush waits for the early commit, and so may the other work.
     pub fn link_early(&mut self, map: &ChainMap, new: &mut Allocation) -> Option<TableWrite> {
         if !self.may_link_early(map, new) {

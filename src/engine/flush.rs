@@ -72,7 +72,7 @@ impl State {
         write.flush.early.cut(dirty);
         let cluster_size = write.refcounts.geometry.cluster_size();
         let lengthen = if dirty { write.alloc.marked_length(cluster_size) } else { None };
-        let length_first = dirty && std::mem::take(&mut write.alloc.length_unsynced);
+        let length_first = dirty && write.alloc.take_unsynced_length();
         let l1_blocks = std::mem::take(&mut write.l1_dirty);
         let refcounts = &mut write.refcounts;
         let table_blocks = std::mem::take(&mut refcounts.dirty);
@@ -161,7 +161,7 @@ impl State {
         let write = self.write.as_mut().expect("a writable image");
         let running = write.flush.end(cut, wakes);
         write.flush.note_durable(running.number);
-        write.alloc.cut_is_durable(running.number, running.epoch);
+        write.alloc.quarantine_mut().cut_is_durable(running.number, running.epoch);
         for (id, _) in running.slices {
             self.tables.written(id);
         }
@@ -173,7 +173,9 @@ impl State {
         let write = self.write.as_mut().expect("a writable image");
         let running = write.flush.end(cut, wakes);
         write.flush.links_follow_data();
-        write.alloc.length_unsynced |= cut.length_first;
+        if cut.length_first {
+            write.alloc.length_is_unsynced();
+        }
         write.l1_dirty.extend(running.l1_blocks);
         write.refcounts.header_stale |= running.header_was_stale;
         write.refcounts.dirty.extend(running.table_blocks);

@@ -244,7 +244,7 @@ impl State {
         let write = self.write.as_ref()?;
         let last = write.refcounts.table.used().next_back().map_or(0, |(block, _)| block + 1);
         let counted = last.saturating_mul(write.refcounts.geometry.refblock_entries());
-        write.alloc.touched.as_ref().map(|_| write.alloc.scan_end.min(counted))
+        write.alloc.touched().map(|_| write.alloc.end_at_open().min(counted))
     }
 
     /// A part of a live table; `None` if there is no such table.
@@ -279,11 +279,11 @@ impl State {
         let write = self.write.as_mut().ok_or(LeakSearchEnd::CalledOff)?;
         let mut taken = 0;
         for _ in 0..LEAK_PIECE {
-            if !write.alloc.has_room_for_leaks() {
+            if !write.alloc.quarantine().has_room_for_leaks() {
                 break;
             }
             let Some(leak) = leaks.pop_front() else { break };
-            let touched = write.alloc.touched.as_ref().ok_or(LeakSearchEnd::CalledOff)?;
+            let touched = write.alloc.touched().ok_or(LeakSearchEnd::CalledOff)?;
             if touched.contains(leak.cluster) && !active(Mutation::LeakSearchForgetsChanges) {
                 continue;
             }
@@ -307,14 +307,14 @@ impl Engine {
     pub fn ends_in_free_clusters(&self, counts_zero: impl Fn(u64) -> bool) -> bool {
         self.with(|state, _| {
             let Some(write) = &mut state.write else { return false };
-            let Some(touched) = &write.alloc.touched else { return false };
-            let tail = write.alloc.tail.clone();
+            let Some(touched) = write.alloc.touched() else { return false };
+            let tail = write.alloc.tail();
             let free = |cluster: u64| counts_zero(cluster) || touched.contains(cluster);
             if tail.is_empty() || !tail.clone().all(free) {
                 return false;
             }
             if !tail.clone().any(|cluster| touched.contains(cluster)) {
-                write.alloc.used_end = write.alloc.used_end_without_tail();
+                write.alloc.tail_is_free();
             }
             true
         })
@@ -327,7 +327,7 @@ impl Engine {
 
     /// The clusters at the file's end at open. They are free if its last writer did not close it.
     pub fn tail_at_open(&self) -> Range<u64> {
-        self.with(|state, _| state.write.as_ref().map_or(0..0, |write| write.alloc.tail.clone()))
+        self.with(|state, _| state.write.as_ref().map_or(0..0, |write| write.alloc.tail()))
     }
 
     /// Begins to count the references to the clusters from `from` on. `None` if there are no more, or there is nothing
@@ -392,7 +392,7 @@ impl Engine {
         for wrong in std::mem::take(&mut search.too_low) {
             let LeakSearchEnd::WrongRefcount { cluster, .. } = wrong else { return Err(wrong) };
             let changed = self.with(|state, _| {
-                let touched = state.write.as_ref().and_then(|write| write.alloc.touched.as_ref());
+                let touched = state.write.as_ref().and_then(|write| write.alloc.touched());
                 touched.is_none_or(|touched| touched.contains(cluster))
             });
             if !changed {
@@ -408,11 +408,10 @@ impl Engine {
         self.with(|state, _| {
             let searched = state.searched_end();
             if let Some(write) = &mut state.write {
-                let tail = write.alloc.tail.clone();
+                let tail = write.alloc.tail();
                 let run = Run { start: HostCluster(tail.start), count: tail.end - tail.start };
                 let has_counts = searched.is_some_and(|end| tail.end <= end);
-                write.alloc.tail_is_spare = complete && has_counts && write.guard.within(run).is_none();
-                write.alloc.touched = None;
+                write.alloc.end_search(complete && has_counts && write.guard.within(run).is_none());
             }
         });
     }

@@ -27,11 +27,13 @@ mod guard;
 mod hashed;
 mod layers;
 mod leaks;
+mod locked;
 #[cfg(all(test, loom))]
 mod loom_tests;
 mod map;
 pub mod mutation;
 mod publish;
+mod quarantine;
 mod reclaim;
 mod refcounts;
 mod reserve;
@@ -76,8 +78,8 @@ pub use write::{Allocation, WritePlan};
 pub use zero::{ZeroMode, Zeroed};
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 use std::task::Waker;
 
 use qcow2::{GuestCluster, GuestOffset, HostOffset};
@@ -95,7 +97,7 @@ use crate::refcounts::Refcounts;
 use crate::state::{State, WriteState};
 use crate::sync::AtomicU64;
 use crate::tables::Tables;
-use crate::touched::Touched;
+use crate::write::EngineLock;
 
 /// The map's unit for a raw top image, in bytes.
 const RAW_UNIT: u64 = 65536;
@@ -126,9 +128,9 @@ pub struct Engine {
     epochs: Arc<Epochs>,
     claims: Claims,
     failed: AtomicBool,
-    /// A cut is due, because many freed clusters wait for one. Stored under the engine's lock.
-    wants_cut: AtomicBool,
-    state: Mutex<State>,
+    /// See [`State::wants_cut`].
+    wants_cut: Arc<AtomicBool>,
+    state: Arc<EngineLock>,
 }
 
 /// Unused memory of the map: pages that may be returned to the system. Afterwards they read as zero or keep their
@@ -212,7 +214,9 @@ impl Engine {
             }
             _ => None,
         };
+        let wants_cut = Arc::new(AtomicBool::new(false));
         let state = State {
+            wants_cut: Arc::clone(&wants_cut),
             map_writer: MapWriter::new(),
             fills: HashMap::default(),
             tables: Tables::new(table_bytes),
@@ -230,8 +234,8 @@ impl Engine {
             epochs: Epochs::new(spec.workers),
             claims: Claims::default(),
             failed: AtomicBool::new(false),
-            wants_cut: AtomicBool::new(false),
-            state: Mutex::new(state),
+            wants_cut,
+            state: Arc::new(EngineLock::new(state)),
         })
     }
 
@@ -285,19 +289,14 @@ impl Engine {
     }
 
     fn with<R>(&self, f: impl FnOnce(&mut State, &mut WakeList) -> R) -> R {
-        let mut wakes = WakeList::default();
-        let result = f(&mut self.state.lock().expect("no panic under the engine's lock"), &mut wakes);
-        wakes.wake();
-        result
+        self.state.with(f)
     }
 
     /// As [`Engine::with`], for changes that may make a cut due, or no longer due.
     fn with_freeing<R>(&self, f: impl FnOnce(&mut State, &mut WakeList) -> R) -> R {
         self.with(|state, wakes| {
             let result = f(state, wakes);
-            // Relaxed: it orders nothing. A reader that misses this value sees it after the next change.
-            let wants = state.write.as_ref().is_some_and(|write| write.alloc.wants_cut());
-            self.wants_cut.store(wants, Ordering::Relaxed);
+            state.note_wanted_cut();
             result
         })
     }
@@ -313,15 +312,9 @@ impl Engine {
         self.with(|state, _| {
             let Some(WriteState { alloc, .. }) = &mut state.write else { return HeldBack::default() };
             if !waker.will_wake(Waker::noop()) {
-                alloc.await_reclaim(waker);
+                alloc.quarantine_mut().await_room(waker);
             }
-            HeldBack {
-                clusters: alloc.quarantined,
-                freed: alloc.freed,
-                crowded: alloc.is_crowded(),
-                uncut: alloc.waits_for_cut(),
-                given_back: alloc.given_back,
-            }
+            alloc.quarantine().held_back()
         })
     }
 
@@ -329,7 +322,7 @@ impl Engine {
     pub fn stop_waiting(&self, waker: &Waker) {
         self.with(|state, _| {
             if let Some(WriteState { alloc, .. }) = &mut state.write {
-                alloc.stop_waiting(waker);
+                alloc.quarantine_mut().stop_waiting(waker);
             }
         });
     }
@@ -428,22 +421,22 @@ impl Engine {
         turn: &Turn,
         waker: &Waker,
     ) -> Result<Answer<WritePlan>, EngineError> {
-        self.change(|state, wakes| state.plan_write(offset, length, turn, waker, wakes))
+        let mut answer = self.change(|state, wakes| state.plan_write(offset, length, turn, waker, wakes));
+        if let Ok(Answer::Ready(WritePlan::Allocate(new))) = &mut answer {
+            new.arm(&self.state);
+        }
+        answer
     }
 
     /// Publishes an allocation after all of its bytes are written.
-    pub fn commit_write(&self, done: Allocation) {
+    pub fn commit_write(&self, mut done: Allocation) {
+        done.disarm();
         self.with_freeing(|state, wakes| state.commit_write(&self.map, done, wakes));
-    }
-
-    /// Drops an allocation; the new clusters in it go into quarantine.
-    pub fn abort_write(&self, done: Allocation) {
-        self.with_freeing(|state, wakes| state.abort_write(done, wakes));
     }
 
     /// Call this just before the data of an allocation is written. Returns the early commit, a table write to do
     /// together with the data, if a flush is expected that would write it anyway. End that write, too, before the
-    /// allocation is committed or aborted; if it failed, call [`Engine::link_failed`] first.
+    /// allocation is committed or dropped; if it failed, call [`Engine::link_failed`] first.
     pub fn link_early(&self, new: &mut Allocation) -> Option<TableWrite> {
         if new.early != Early::Wanted || self.has_failed() {
             return None;
@@ -453,7 +446,8 @@ impl Engine {
 
     /// The early commit failed: the next cut writes the link.
     pub fn link_failed(&self, new: &mut Allocation) {
-        self.with(|state, wakes| state.forget_early_link(new, wakes));
+        let table = new.place.table;
+        self.with(|state, wakes| state.forget_early_link(&mut new.early, table, wakes));
     }
 
     /// Discards or zeroes a prefix of a range of whole granules, in memory; the caller holds a claim on it.
@@ -591,7 +585,7 @@ impl Engine {
         self.with(|state, _| {
             let alloc = &mut state.write_state()?.alloc;
             let length = alloc.trim_end() << self.unit_bits;
-            Ok((length < present && present <= alloc.file_length).then_some(length))
+            Ok((length < present && alloc.was_so_long(present)).then_some(length))
         })
     }
 
@@ -599,7 +593,7 @@ impl Engine {
     pub fn file_was_lengthened(&self, length: u64) {
         self.with(|state, wakes| {
             if let Some(write) = &mut state.write {
-                write.alloc.file_length = write.alloc.file_length.max(length);
+                write.alloc.note_length(length);
                 write.end_reserving(wakes);
             }
         });
@@ -614,11 +608,11 @@ impl Engine {
             };
             EngineStatus {
                 dirty_bytes: state.tables.dirty_bytes() + write.flush.early.unsynced_bytes(),
-                quarantined_clusters: write.alloc.quarantined,
-                quarantined_max: write.alloc.quarantined_max(),
+                quarantined_clusters: write.alloc.quarantine().held_back().clusters,
+                quarantined_max: write.alloc.quarantine().clusters_max(),
                 reserved_clusters: write.alloc.reserved_clusters(),
-                reclaimable: !write.alloc.unlinked.is_empty(),
-                searching: write.alloc.touched.is_some(),
+                reclaimable: write.alloc.quarantine().is_reclaimable(),
+                searching: write.alloc.touched().is_some(),
                 cuts: write.flush.completed(),
                 map_bytes,
             }
@@ -647,9 +641,7 @@ fn write_state(geometry: qcow2::Geometry, l1: &Entries, top: TopSpec) -> Result<
     let in_blocks = last_block * geometry.refblock_entries();
     let end = geometry.clusters_for(top.file_length).max(in_blocks).max(guard.end());
     let mut alloc = Allocator::new(end, geometry.cluster_size(), geometry.size);
-    alloc.opened(top.file_length, geometry.cluster_size());
-    // From the very beginning: the search must leave alone every cluster touched later.
-    alloc.touched = top.may_search_leaks.then(Touched::default);
+    alloc.opened(top.file_length, geometry.cluster_size(), top.may_search_leaks);
     Ok(WriteState {
         refcounts,
         alloc,

@@ -8,6 +8,7 @@
 //! It orders two SeqCst fences as if the first released to the second, which is more than they guarantee. A missing
 //! acquire or release that such a pair happens to cover is not detected.
 
+mod dropped;
 mod idle;
 mod runs;
 mod turns;
@@ -29,7 +30,7 @@ use crate::claims::{ClaimId, Claims};
 use crate::epoch::{Epochs, WorkerEpochs};
 use crate::map::{ChainMap, MapWriter, Parts, SliceIndex};
 use crate::sync::{AtomicU64, Mutex, Ordering};
-use crate::waiters::WakeFlag;
+use crate::waiters::{WakeFlag, WakeList};
 use crate::word::{FileIndex, Word};
 
 /// Runs a model in all interleavings with at most `preemptions` preemptions (`None`: in all interleavings).
@@ -472,7 +473,7 @@ fn a_cluster_in_quarantine_is_reused_after_its_cut_and_its_io() {
         doing_io.join().expect("request");
         unlinking.join().expect("unlink");
         let state = state.lock().expect("lock");
-        assert!(state.alloc.quarantine.len() + state.alloc.unlinked.len() <= 1);
+        assert!(state.alloc.quarantine().held_back().clusters <= 1);
     });
 }
 
@@ -485,10 +486,12 @@ fn flush_and_reuse(state: &Mutex<Locked>, epochs: &Epochs, host: &UnsafeCell<()>
         (number, epochs.advance())
     };
     let mut state = state.lock().expect("lock");
-    state.alloc.cut_is_durable(number, epoch);
-    let reclaimed = state.alloc.unlinked.front().is_some_and(|unlinked| epochs.passed(unlinked.epoch));
+    let quarantine = state.alloc.quarantine_mut();
+    quarantine.cut_is_durable(number, epoch);
+    let reclaimed = quarantine.unlinked(1).front().is_some_and(|unlinked| epochs.passed(unlinked.epoch));
     if reclaimed {
-        state.alloc.unlinked.pop_front();
+        quarantine.begin_reclaim(1);
+        quarantine.end_reclaim(1, 1, &mut WakeList::default());
         host.with_mut(|_| ());
     }
 }

@@ -6,7 +6,6 @@ use std::task::Waker;
 
 use qcow2::{HostCluster, HostOffset};
 
-use crate::alloc::Unlinked;
 use crate::answer::{Answer, ready};
 use crate::bounds::{
     RECLAIM_CLUSTERS_MAX as CLUSTERS_MAX, RECLAIM_RUNS_MAX as RUNS_MAX, RECLAIM_SLICES_MAX as SLICES_MAX,
@@ -14,6 +13,7 @@ use crate::bounds::{
 use crate::epoch::Epochs;
 use crate::error::EngineError;
 use crate::mutation::{Mutation, active};
+use crate::quarantine::Unlinked;
 use crate::run::{FreeRun, Run};
 use crate::state::{State, WriteState};
 use crate::tables::TableId;
@@ -50,15 +50,14 @@ impl State {
         waker: &Waker,
     ) -> Result<Answer<Option<ReclaimPlan>>, EngineError> {
         let write = self.write_state()?;
-        if write.alloc.reclaiming {
+        if write.alloc.quarantine().is_reclaiming() {
             return Ok(Answer::Ready(None));
         }
         let most = CLUSTERS_MAX.min(SLICES_MAX as u64 / 2 * write.refcounts.slice_entries());
-        write.alloc.split_first_unlinked(most);
         let mut batch: Vec<Unlinked> = Vec::new();
         let mut clusters = 0;
         let mut pins = BTreeSet::new();
-        for unlinked in &write.alloc.unlinked {
+        for unlinked in write.alloc.quarantine_mut().unlinked(most) {
             let passed = epochs.passed(unlinked.epoch) || active(Mutation::ReuseWhileInUse);
             if batch.len() >= RUNS_MAX || !passed {
                 break;
@@ -90,11 +89,10 @@ impl State {
             self.tables.pin(*id);
         }
         let write = self.write_state()?;
-        write.alloc.unlinked.drain(..batch.len());
         let count = |unlinked: &Unlinked| unlinked.run.count;
         let clusters = batch.iter().map(count).sum();
         let freed = batch.iter().filter(|unlinked| unlinked.was_used).map(count).sum();
-        write.alloc.reclaiming = true;
+        write.alloc.quarantine_mut().begin_reclaim(batch.len());
         let geometry = write.refcounts.geometry;
         let punches = runs
             .iter()
@@ -135,13 +133,9 @@ impl State {
             self.tables.unpin(*id);
         }
         let alloc = &mut self.write.as_mut().expect("a plan was made").alloc;
-        alloc.reclaiming = false;
-        alloc.quarantined -= plan.clusters;
-        alloc.freed -= plan.freed;
-        alloc.given_back += plan.clusters;
-        alloc.wake_held_up(wakes);
+        alloc.quarantine_mut().end_reclaim(plan.clusters, plan.freed, wakes);
         for (run, punched) in plan.runs.into_iter().zip(punched) {
-            alloc.free.add(FreeRun { run, known_zero: *punched });
+            alloc.add_free(FreeRun { run, known_zero: *punched });
         }
     }
 }

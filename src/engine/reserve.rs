@@ -3,6 +3,7 @@
 //! Reserved clusters have a refcount of 1 in memory, so a crash leaks at most the reserved, unused clusters. If the
 //! file outgrows its refblocks or its refcount table, growing adds refblocks or a larger table.
 
+use std::ops::Range;
 use std::task::Waker;
 
 use qcow2::{HostCluster, HostOffset};
@@ -76,11 +77,11 @@ impl State {
         if write.alloc.wants_new(turn) {
             return self.plan_growth(waker);
         }
-        if let Some(free) = write.alloc.free.first() {
+        if let Some(free) = write.alloc.first_free() {
             return self.plan_free_window(free, waker);
         }
         ready!(self.scan(waker)?);
-        if let Some(free) = self.write_state()?.alloc.free.first() {
+        if let Some(free) = self.write_state()?.alloc.first_free() {
             return self.plan_free_window(free, waker);
         }
         self.plan_growth(waker)
@@ -97,7 +98,7 @@ impl State {
         ready!(self.need_tables(pins.iter().copied(), waker)?);
         ready!(self.need_space(pins.iter().copied())?);
         let write = self.write_state()?;
-        let window = write.alloc.free.take(wanted).expect("a free run was seen");
+        let window = write.alloc.take_free(wanted).expect("a free run was seen");
         let plan = ReservePlan { file_length: None, metadata: Vec::new(), window, growth: None, pins };
         Ok(Answer::Ready(Some(self.start_reserve(plan))))
     }
@@ -113,7 +114,7 @@ impl State {
     /// Searches the next few refblock slices for unused clusters, up to the end of the file at open.
     fn scan(&mut self, waker: &Waker) -> Result<Answer<()>, EngineError> {
         let write = self.write_state()?;
-        let (from, end) = (write.alloc.scanned, write.alloc.scan_end);
+        let Range { start: from, end } = write.alloc.unsearched();
         if from >= end {
             return Ok(Answer::Ready(()));
         }
@@ -134,22 +135,22 @@ impl State {
                     if qcow2::refcount(refcounts.geometry.refcount_order, bytes, place.index + at as usize)
                         == 0
                     {
-                        if alloc.free.is_full() {
+                        if alloc.free().is_full() {
                             // A later scan finds it when there is room again.
-                            alloc.scanned = cluster + at;
+                            alloc.searched_to(cluster + at);
                             return Ok(Answer::Ready(()));
                         }
                         let run = Run { start: HostCluster(cluster + at), count: 1 };
                         if let Some(holder) = guard.within(run) {
                             return Err(EngineError::free_metadata(holder));
                         }
-                        if alloc.free.contains(cluster + at) {
+                        if alloc.free().contains(cluster + at) {
                             continue;
                         }
                         match guard.aimed(cluster + at) {
-                            Known::Not => alloc.free.add(FreeRun { run, known_zero: false }),
+                            Known::Not => alloc.add_free(FreeRun { run, known_zero: false }),
                             // An entry names the cluster, and it has not been freed since.
-                            Known::Surely if !alloc.free.has_left_out() => {
+                            Known::Surely if !alloc.free().has_left_out() => {
                                 return Err(EngineError::free_data(cluster + at));
                             }
                             // An entry may name the cluster, or it was left out when it was freed: it is not handed
@@ -166,7 +167,7 @@ impl State {
             }
             cluster = slice_end;
         }
-        alloc.scanned = to;
+        alloc.searched_to(to);
         Ok(Answer::Ready(()))
     }
 
@@ -186,7 +187,7 @@ impl State {
     fn plan_growth_here(&mut self, waker: &Waker) -> Result<Answer<Option<ReservePlan>>, EngineError> {
         ready!(self.skip_used(waker)?);
         let write = self.write_state()?;
-        let (end, entries) = (write.alloc.end, write.refcounts.geometry.refblock_entries());
+        let (end, entries) = (write.alloc.end(), write.refcounts.geometry.refblock_entries());
         let grows = write.refcounts.block_offset(write.refcounts.block_of(end))?.is_none();
         let growth = if grows { Some(write.refcounts.growth(end)?) } else { None };
         let start = end + growth.as_ref().map_or(0, |growth| growth.run.count);
@@ -205,7 +206,7 @@ impl State {
         // searched.
         let counts_from = if growth.is_some() { end / entries * entries } else { end };
         let WriteState { guard, alloc, .. } = self.write_state()?;
-        let in_file = alloc.scan_end.min(end).saturating_sub(counts_from);
+        let in_file = alloc.end_at_open().min(end).saturating_sub(counts_from);
         if let Some(holder) = guard.within(Run { start: HostCluster(counts_from), count: in_file }) {
             return Err(EngineError::free_metadata(holder));
         }
@@ -218,7 +219,7 @@ impl State {
         // Before the end, the search does not hand out clusters that an entry may name either.
         if let Some(cluster) = (end..start + count).rev().find(|cluster| guard.aimed(*cluster) != Known::Not)
         {
-            alloc.end = guard.past_neighbours(cluster);
+            alloc.move_end(guard.past_neighbours(cluster));
             return Ok(Answer::Ready(None));
         }
         let geometry = self.top_qcow2().geometry;
@@ -249,7 +250,7 @@ impl State {
     fn skip_used(&mut self, waker: &Waker) -> Result<Answer<()>, EngineError> {
         loop {
             let write = self.write_state()?;
-            let end = write.alloc.end;
+            let end = write.alloc.end();
             if write.refcounts.block_offset(write.refcounts.block_of(end))?.is_none() {
                 return Ok(Answer::Ready(()));
             }
@@ -259,7 +260,7 @@ impl State {
             if used == 0 {
                 return Ok(Answer::Ready(()));
             }
-            self.write_state()?.alloc.end += used;
+            self.write_state()?.alloc.move_end(end + used);
         }
     }
 
@@ -299,11 +300,7 @@ impl State {
             self.set_refcount(cluster, 1);
         }
         let write = self.write.as_mut().expect("a plan was made");
-        write.alloc.file_length = write.alloc.file_length.max(plan.file_length.unwrap_or(0));
-        write.alloc.end = write.alloc.end.max(run.start.0 + run.count);
-        write.alloc.used_end = write.alloc.used_end.max(run.start.0 + run.count);
-        write.alloc.length_unsynced |= plan.file_length.is_some();
-        write.alloc.add_window(plan.window);
+        write.alloc.add_window(plan.window, plan.file_length);
         write.end_reserving(wakes);
     }
 
@@ -340,7 +337,7 @@ impl State {
         }
         let write = self.write.as_mut().expect("a plan was made");
         if plan.file_length.is_none() {
-            write.alloc.free.add(plan.window);
+            write.alloc.add_free(plan.window);
         }
         if let Some(growth) = &plan.growth {
             write.guard.remove(growth.run.start, growth.blocks.len() as u64);
@@ -360,13 +357,12 @@ impl State {
         }
         slices.dedup();
         ready!(self.need_tables(slices, waker)?);
-        for window in windows {
+        for window in self.write_state()?.alloc.take_windows() {
             for cluster in window.run.start.0..window.run.start.0 + window.run.count {
                 self.set_refcount(cluster, 0);
             }
-            self.write_state()?.alloc.free.add(window);
+            self.write_state()?.alloc.add_free(window);
         }
-        self.write_state()?.alloc.clear_windows();
         Ok(Answer::Ready(()))
     }
 }

@@ -1,6 +1,8 @@
 //! The engine's locked state, and the checks of tables that every plan needs.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Waker;
 
 use qcow2::{GuestCluster, HostCluster, HostOffset, L1Entry, L2Entry, RawL2Entry};
@@ -34,6 +36,8 @@ pub(crate) struct State {
     pub writable: bool,
     /// Present if the top image is a qcow2 image open for writing.
     pub write: Option<WriteState>,
+    /// A cut is due, because many freed clusters wait for one. Stored under the engine's lock, read without.
+    pub wants_cut: Arc<AtomicBool>,
 }
 
 /// The state that only a writable qcow2 top image has.
@@ -172,6 +176,13 @@ impl State {
         if self.tables.dirty_bytes() > self.dirty_bytes_max { Answer::Flush } else { Answer::Ready(()) }
     }
 
+    /// After changes that may make a cut due, or no longer due.
+    pub fn note_wanted_cut(&mut self) {
+        let wants = self.write.as_ref().is_some_and(|write| write.alloc.quarantine().wants_cut());
+        // Relaxed: it orders nothing. A reader that misses this value sees it after the next change.
+        self.wants_cut.store(wants, Ordering::Relaxed);
+    }
+
     pub fn write_state(&mut self) -> Result<&mut WriteState, EngineError> {
         self.write.as_mut().ok_or(EngineError::ReadOnly)
     }
@@ -262,7 +273,7 @@ impl State {
 
     /// For plans that may put clusters into quarantine: `Crowded` if the quarantine is full.
     pub fn may_free(&mut self) -> Result<Answer<()>, EngineError> {
-        let crowded = self.write_state()?.alloc.is_crowded();
+        let crowded = self.write_state()?.alloc.quarantine().is_crowded();
         Ok(if crowded { Answer::Crowded } else { Answer::Ready(()) })
     }
 

@@ -222,8 +222,10 @@ mod tests {
             self.alloc.begin_reserving();
             assert!((0..self.turns.len()).all(|request| !self.may_reserve(request)), "one at a time");
             let mut wakes = WakeList::default();
-            self.alloc
-                .add_window(FreeRun { run: Run { start: HostCluster(start), count }, known_zero: true });
+            self.alloc.add_window(
+                FreeRun { run: Run { start: HostCluster(start), count }, known_zero: true },
+                None,
+            );
             self.alloc.end_reserving(fits, &mut wakes);
             wakes.wake();
             self.woken()
@@ -255,7 +257,7 @@ mod tests {
         assert_eq!(line.take(1, 1), Some((1001, 1)));
         assert_eq!(line.take(0, 1), Some((1000, 1)), "each has its own, whoever comes first");
         assert_eq!((line.take(4, 1), line.may_reserve(4)), (None, false), "it is not its turn");
-        assert_eq!(line.window(3, 1003, 5), [2, 3, 4, 5]);
+        assert_eq!(line.window(3, 1003, 5), [3, 4, 5], "the other is awake already");
         assert_eq!(line.alloc.reserved_clusters(), 6);
         for request in 2..6 {
             assert_eq!(line.take(request, 1), Some((1000 + request as u64, 1)));
@@ -282,7 +284,7 @@ mod tests {
     fn who_gives_up_its_turn_holds_up_nobody() {
         let mut line = Line::of(&[1; 5]);
         assert_eq!(line.window(0, 1000, 2), [0, 1, 2]);
-        assert_eq!(line.end(1), [2], "its cluster goes to the next");
+        assert_eq!(line.end(1), [3], "its cluster goes to the next, which is awake; the one behind reserves");
         assert_eq!(line.take(2, 1), Some((1001, 1)));
         assert!(!line.may_reserve(4));
         assert_eq!(line.end(3), [4], "the next is the first");

@@ -1,6 +1,7 @@
 //! Planning and committing guest writes to a qcow2 top image.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::task::Waker;
 
 use qcow2::external::data_file_place;
@@ -13,9 +14,11 @@ use crate::answer::{Answer, TableSlot, ready};
 use crate::early::Early;
 use crate::error::EngineError;
 use crate::layers::EntryPlace;
+use crate::locked::{Locked, TakeBack};
 use crate::map::ChainMap;
 use crate::mutation::{Mutation, active};
 use crate::state::State;
+use crate::tables::TableId;
 use crate::turns::Turn;
 use crate::waiters::WakeList;
 use crate::word::{FileIndex, Word};
@@ -33,12 +36,15 @@ pub enum WritePlan {
         /// Bytes of the guest's range.
         length: u64,
     },
-    /// Write the data, and the rest of its granules, to the new run; then commit or abort.
+    /// Write the data, and the rest of its granules, to the new run; then commit or drop it.
     Allocate(Allocation),
 }
 
 /// A run of granules of host clusters that will hold a prefix of a write. A granule is the smallest part of a cluster
 /// that can be allocated: a subcluster with extended L2 entries, otherwise the cluster.
+///
+/// If it is dropped before [`crate::Engine::commit_write`], its new clusters go into quarantine, on any thread. All I/O
+/// for it must have ended.
 #[derive(Debug)]
 #[must_use]
 pub struct Allocation {
@@ -63,6 +69,41 @@ pub struct Allocation {
     pub(crate) reuse: bool,
     pub(crate) place: EntryPlace,
     pub(crate) early: Early,
+    /// What takes the clusters back; `None` once they are committed.
+    armed: Option<Arc<EngineLock>>,
+}
+
+/// The engine's lock.
+pub(crate) type EngineLock = Locked<State, Dropped>;
+
+/// What an allocation held that was dropped before its commit.
+pub(crate) struct Dropped {
+    host: HostCluster,
+    clusters: u64,
+    reuse: bool,
+    table: TableId,
+    early: Early,
+}
+
+impl Allocation {
+    /// From now on a drop gives the clusters back.
+    pub(crate) fn arm(&mut self, lock: &Arc<EngineLock>) {
+        self.armed = Some(Arc::clone(lock));
+    }
+
+    /// Its clusters are about to be linked: they stay.
+    pub(crate) fn disarm(&mut self) {
+        self.armed = None;
+    }
+}
+
+impl Drop for Allocation {
+    fn drop(&mut self) {
+        if let Some(lock) = self.armed.take() {
+            let Allocation { host, clusters, reuse, place, early, .. } = *self;
+            lock.leave(Dropped { host, clusters, reuse, table: place.table, early });
+        }
+    }
 }
 
 /// The state of a granule that a write touches.
@@ -185,6 +226,7 @@ impl State {
             reuse,
             place,
             early: self.write_state()?.flush.early.of_next(),
+            armed: None,
         };
         Ok(Answer::Ready(WritePlan::Allocate(allocation)))
     }
@@ -348,31 +390,16 @@ impl State {
 
     /// The early commit of an allocation, if there was one, has ended, but the entry on disk differs, or may differ,
     /// from the final entry: the slice is written again, with its links after the data.
-    pub fn forget_early_link(&mut self, new: &mut Allocation, wakes: &mut WakeList) {
-        if new.early != Early::Begun {
+    pub fn forget_early_link(&mut self, early: &mut Early, table: TableId, wakes: &mut WakeList) {
+        if *early != Early::Begun {
             return;
         }
         let flush = &mut self.write.as_mut().expect("a plan was made").flush;
-        flush.end_early(new.early, wakes);
-        new.early = Early::No;
+        flush.end_early(*early, wakes);
+        *early = Early::No;
         if !active(Mutation::EarlyLinkLeft) {
             flush.links_follow_data();
-            self.tables.change(new.place.table);
-        }
-    }
-
-    /// Aborts an allocation. Data may have been written to its clusters, so they are not known to be zero.
-    pub fn abort_write(&mut self, mut done: Allocation, wakes: &mut WakeList) {
-        self.forget_early_link(&mut done, wakes);
-        self.tables.unpin(done.place.table);
-        if done.reuse {
-            return;
-        }
-        let write = self.write.as_mut().expect("a plan was made");
-        // An early commit may have left a link to it on the disk. Then the slice has been dirty since before any cut
-        // that may free the cluster, so 0 is late enough.
-        for at in 0..done.clusters {
-            write.alloc.free_later(HostCluster(done.host.0 + at), 0);
+            self.tables.change(table);
         }
     }
 
@@ -390,5 +417,23 @@ impl State {
                 write.alloc.free_later(HostCluster(host), write.flush.next_cut());
             }
         }
+    }
+}
+
+impl TakeBack<Dropped> for State {
+    /// Takes an allocation back. Data may have been written to its clusters, so they are not known to be zero.
+    fn take_back(&mut self, mut dropped: Dropped, wakes: &mut WakeList) {
+        self.forget_early_link(&mut dropped.early, dropped.table, wakes);
+        self.tables.unpin(dropped.table);
+        if dropped.reuse {
+            return;
+        }
+        let write = self.write.as_mut().expect("a plan was made");
+        // An early commit may have left a link to it on the disk. Then the slice has been dirty since before any cut
+        // that may free the cluster, so 0 is late enough.
+        for at in 0..dropped.clusters {
+            write.alloc.free_later(HostCluster(dropped.host.0 + at), 0);
+        }
+        self.note_wanted_cut();
     }
 }

@@ -166,7 +166,8 @@ impl State {
                 Change::Data => return Ok(Answer::Ready(Zeroed::NeedsData(pieces.bytes(1)))),
                 Change::Set(entry, old) => {
                     ready!(self.need_space([place.table])?);
-                    if old == OldHost::Goes && done > 0 && self.write_state()?.alloc.is_crowded() {
+                    if old == OldHost::Goes && done > 0 && self.write_state()?.alloc.quarantine().is_crowded()
+                    {
                         break;
                     }
                     if old == OldHost::Goes {

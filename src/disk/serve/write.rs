@@ -180,7 +180,7 @@ impl<S: Storage> Worker<S> {
                 Ok(length)
             }
             Err(error) => {
-                self.engine().abort_write(allocation);
+                drop(allocation);
                 self.shared.note_change();
                 Err(error)
             }

@@ -82,7 +82,7 @@ impl Bench {
         self.with(|line, wakes| {
             let run = Run { start: HostCluster(line.next), count: self.window };
             line.next += self.window;
-            line.alloc.add_window(FreeRun { run, known_zero: true });
+            line.alloc.add_window(FreeRun { run, known_zero: true }, None);
             line.alloc.end_reserving(|_| true, wakes);
         });
     }
