@@ -14,7 +14,7 @@ use vm_memory::{Bytes, GuestAddress};
 use harness::{Case, Named};
 use vhost_blk::DeviceProfile;
 use vhost_blk::internals::{
-    Chain, Checker, GuestMemory, MemoryTable, Parsed, RegionInfo, Ring, RingLayout, Used,
+    Chain, Checker, GuestMemory, MemoryTable, Parsed, RegionInfo, Ring, RingLayout, SplitTracker, Used,
 };
 
 /// Chains per run.
@@ -46,6 +46,8 @@ const CASES: &[Named] = &[
     ("pop and parse, indirect table of 3", || pops(Shape::Indirect, parse)),
     ("push of 1, and whether to notify", || pushes(1)),
     ("push of 32, and whether to notify", || pushes(32)),
+    ("in-flight record of 1, taken and handed back", || records(1)),
+    ("in-flight record of 32, taken and handed back", || records(32)),
 ];
 
 fn main() {
@@ -198,4 +200,23 @@ fn pushes(batch: u16) -> Case {
     Case::new(u64::from(CHAINS / batch), Guest::new(Shape::Direct), prepare, move |guest| {
         guest.give_back(usize::from(batch));
     })
+}
+
+/// What a worker adds for the in-flight region to chains that it takes and hands back in batches.
+fn records(batch: u16) -> Case {
+    let heads: Vec<u16> = (0..CHAINS).map(|chain| 3 * chain).collect();
+    let state = (SplitTracker::alone(SIZE), heads, 0u16);
+    Case::new(
+        u64::from(CHAINS / batch),
+        state,
+        |_| {},
+        move |(tracker, heads, used)| {
+            for heads in heads.chunks(usize::from(batch)) {
+                black_box(heads).iter().for_each(|head| tracker.begin(*head));
+                tracker.list(heads.iter().copied());
+                *used = used.wrapping_add(batch);
+                tracker.clear(heads.iter().copied(), *used);
+            }
+        },
+    )
 }

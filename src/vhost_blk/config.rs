@@ -14,6 +14,8 @@ use crate::device::DeviceProfile;
 
 /// FLUSH: without it every write must be durable before it is done.
 pub(crate) const FLUSH: u64 = 1 << VIRTIO_BLK_F_FLUSH;
+/// CONFIG_WCE: the guest may turn the write cache off and on.
+pub(crate) const CONFIG_WCE: u64 = 1 << VIRTIO_BLK_F_CONFIG_WCE;
 /// EVENT_IDX.
 pub(crate) const EVENT_INDEX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
 /// INDIRECT_DESC.
@@ -54,7 +56,7 @@ pub(crate) fn features(profile: &DeviceProfile, num_queues: u16) -> u64 {
         | bit(VIRTIO_BLK_F_SEG_MAX)
         | bit(VIRTIO_BLK_F_BLK_SIZE)
         | bit(VIRTIO_BLK_F_TOPOLOGY)
-        | bit(VIRTIO_BLK_F_CONFIG_WCE);
+        | CONFIG_WCE;
     let mut offer = |wanted: bool, number: u32| features |= if wanted { bit(number) } else { 0 };
     offer(num_queues > 1, VIRTIO_BLK_F_MQ);
     offer(profile.read_only, VIRTIO_BLK_F_RO);
@@ -97,6 +99,7 @@ pub(crate) fn protocol_features() -> VhostUserProtocolFeatures {
         | VhostUserProtocolFeatures::CONFIG
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
         | VhostUserProtocolFeatures::RESET_DEVICE
+        | VhostUserProtocolFeatures::INFLIGHT_SHMFD
 }
 
 /// `size` bytes of the configuration space from `offset`, padded with zeros; `None` if the range exceeds the space.

@@ -8,6 +8,7 @@ use tracing::warn;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::fd::{RaiseMark, SignalSlot};
+use crate::in_flight_region::SplitTracker;
 use crate::memory::GuestMemory;
 use crate::metrics::Metrics;
 use crate::pulse::Pulse;
@@ -85,6 +86,10 @@ pub(crate) struct WorkerSetup<D> {
     pub device: Arc<D>,
     pub ring: Ring,
     pub ring_size: u16,
+    /// The record of the chains in flight, if the frontend keeps one.
+    pub tracker: Option<SplitTracker>,
+    /// The heads of the chains that the last worker had in flight, to be done first and in this order.
+    pub again: Vec<u16>,
     /// The ring was used before: its previous worker or daemon may have lost an interrupt.
     pub resumed: bool,
     pub shared: Arc<Shared>,

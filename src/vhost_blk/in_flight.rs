@@ -18,8 +18,8 @@ use crate::request::{Kind, Status, Submission};
 #[derive(Debug)]
 pub(crate) struct Pending {
     pub head: u16,
-    /// Its index in the available ring.
-    pub index: u16,
+    /// Its index in the available ring, if it is known.
+    pub index: Option<u16>,
     pub kind: Kind,
     pub status_byte: GuestSlice,
     pub status: Status,
@@ -130,7 +130,7 @@ impl InFlight {
     pub(crate) fn add(
         &mut self,
         head: u16,
-        index: u16,
+        index: Option<u16>,
         submission: Submission,
         data: &[GuestSlice],
     ) -> Option<(RequestId, Request)> {
@@ -231,7 +231,7 @@ impl InFlight {
         for rest in std::mem::take(&mut self.rests).into_iter().rev() {
             let pending = chain_of(&mut self.slots, rest.chain);
             pending.has_rest = false;
-            pending.put_back = pending.index == newest;
+            pending.put_back = pending.index == Some(newest);
             if pending.put_back {
                 newest = newest.wrapping_sub(1);
             } else {

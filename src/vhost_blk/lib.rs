@@ -4,8 +4,10 @@
 //! (`session`) applies their messages to the queues (`vring`) and the memory (`memory`). Each started queue has a
 //! thread (`worker`) that takes chains from its ring (`ring`), checks them (`request`) and submits them to the disk.
 //!
-//! Only three files hold unsafe code: `memory` (mappings), `loss` (the handler for lost pages) and `fd` (descriptors
-//! given by number, and the interruption of writes to them).
+//! Where the frontend keeps an in-flight region (`in_flight_region`), a worker records in it what it has taken.
+//!
+//! Only four files hold unsafe code: `memory` and `in_flight_region/region` (mappings), `loss` (the handler for lost
+//! pages) and `fd` (descriptors given by number, and the interruption of writes to them).
 
 #![deny(unsafe_code)]
 
@@ -19,6 +21,7 @@ mod error;
 #[allow(unsafe_code)]
 mod fd;
 mod in_flight;
+mod in_flight_region;
 #[allow(unsafe_code)]
 mod loss;
 #[allow(unsafe_code)]
@@ -45,11 +48,13 @@ mod socket_file;
 mod stop;
 mod vring;
 mod worker;
+mod write_cache;
 
 /// For this project's own benchmarks and fuzz targets, which use the ring without a session. None of it is stable.
 #[doc(hidden)]
 pub mod internals {
     pub use crate::device::GuestSlice;
+    pub use crate::in_flight_region::SplitTracker;
     pub use crate::memory::{GuestMemory, MemoryTable, RegionInfo};
     pub use crate::request::{Checker, Parsed};
     pub use crate::ring::{Chain, Fault, Ring, RingLayout, Used};

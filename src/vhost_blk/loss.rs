@@ -212,7 +212,7 @@ fn pass_on(signal: libc::c_int, code: libc::c_int) {
 #[cfg(test)]
 mod tests {
     use std::os::unix::process::ExitStatusExt;
-    use std::process::Command;
+    use std::process::{Command, Output};
 
     use super::*;
 
@@ -227,6 +227,12 @@ mod tests {
         unsafe { rustix::mm::mmap(ptr::null_mut(), 2 * PAGE, access, flags, file, 0) }
             .expect("a mapping")
             .cast()
+    }
+
+    /// Runs one test in a process of its own, with this environment variable set.
+    fn run_alone(test: &str, variable: &str) -> Output {
+        let program = std::env::current_exe().expect("this program");
+        Command::new(program).args(["--exact", test]).env(variable, "1").output().expect("it starts")
     }
 
     #[test]
@@ -246,8 +252,14 @@ mod tests {
         assert_eq!(u64::from_ne_bytes(count), 1);
     }
 
+    /// The test takes every slot, so it runs in a process of its own.
     #[test]
     fn a_slot_is_free_again_when_its_watch_is_gone() {
+        const CHILD: &str = "STRATA_TEST_SLOTS";
+        if std::env::var_os(CHILD).is_none() {
+            let child = run_alone("loss::tests::a_slot_is_free_again_when_its_watch_is_gone", CHILD);
+            return assert!(child.status.success(), "{child:?}");
+        }
         let loss = Arc::new(MemoryLoss::default());
         let page = nothing();
         for _ in 0..3 * SLOTS {
@@ -269,10 +281,7 @@ mod tests {
             unsafe { nothing().read_volatile() };
             return;
         }
-        let program = std::env::current_exe().expect("this program");
-        let name = "loss::tests::any_other_fault_is_fatal";
-        let child =
-            Command::new(program).args(["--exact", name]).env(CHILD, "1").output().expect("it starts");
+        let child = run_alone("loss::tests::any_other_fault_is_fatal", CHILD);
         assert_eq!(child.status.signal(), Some(libc::SIGBUS), "{child:?}");
     }
 }

@@ -369,7 +369,7 @@ impl Region {
 }
 
 /// The page size, in bytes, of a file in memory.
-fn page_bytes(file: &File) -> usize {
+pub(crate) fn page_bytes(file: &File) -> usize {
     let usual = rustix::param::page_size();
     match rustix::fs::fstatfs(file) {
         Ok(found) if found.f_type == libc::HUGETLBFS_MAGIC => {

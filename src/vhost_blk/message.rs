@@ -69,6 +69,7 @@ impl Envelope {
                     | R::SET_VRING_ERR
                     | R::SET_VRING_ENABLE
                     | R::SET_CONFIG
+                    | R::SET_INFLIGHT_FD
             )
         )
     }

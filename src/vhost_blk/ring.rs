@@ -182,6 +182,26 @@ impl Ring {
         self.next_available
     }
 
+    /// The index in the used ring of the next chain to give back.
+    pub fn next_used(&self) -> u16 {
+        self.next_used
+    }
+
+    /// The driver's index in the available ring.
+    ///
+    /// # Errors
+    /// When the ring is no longer accessible.
+    pub fn available_index(&self) -> Result<u16, RingError> {
+        // Acquire, paired with the driver's barrier before it stores the index: the chains are there.
+        Ok(self.available_ring.load(INDEX, Ordering::Acquire)?)
+    }
+
+    /// Continues after another device, which took so many chains that it has not given back. Each of them comes by
+    /// [`Ring::take_again`].
+    pub fn resume(&mut self, in_flight: u16) {
+        self.next_available = self.next_used.wrapping_add(in_flight);
+    }
+
     /// True if any chain ever passed through the ring.
     pub fn was_used(&self) -> bool {
         self.next_available != 0 || self.next_used != 0
@@ -192,8 +212,7 @@ impl Ring {
     /// # Errors
     /// When the guest claims more than the ring can hold.
     pub fn available(&self) -> Result<u16, RingError> {
-        // Acquire, paired with the driver's barrier before it stores the index: the chains are there.
-        let to = self.available_ring.load(INDEX, Ordering::Acquire)?;
+        let to = self.available_index()?;
         let from = self.next_available;
         let waiting = to.wrapping_sub(from);
         if waiting > self.size {
@@ -209,13 +228,27 @@ impl Ring {
     pub fn pop(&mut self, memory: &GuestMemory, chain: &mut Chain) -> Result<(), RingError> {
         let slot = self.slot(self.next_available);
         let head = self.available_ring.load(ELEMENTS + slot * AVAILABLE_BYTES, Ordering::Relaxed)?;
+        self.take_again(head, memory, chain)?;
+        self.next_available = self.next_available.wrapping_add(1);
+        Ok(())
+    }
+
+    /// Takes the chain with this head into `chain`, wherever it was made available.
+    ///
+    /// # Errors
+    /// As for [`Ring::pop`].
+    pub fn take_again(
+        &mut self,
+        head: u16,
+        memory: &GuestMemory,
+        chain: &mut Chain,
+    ) -> Result<(), RingError> {
         if head >= self.size {
             return Err(RingError::HeadOutOfRange { head, size: self.size });
         }
         if !self.in_flight.insert(head) {
             return Err(RingError::HeadInFlight { head });
         }
-        self.next_available = self.next_available.wrapping_add(1);
         chain.head = head;
         chain.readable.clear();
         chain.writable.clear();

@@ -200,11 +200,12 @@ fn run_session<D: BlockDevice>(
 }
 
 fn tell_loss<D: BlockDevice>(session: &Mutex<Session<D>>) {
-    let region = session.lock().unwrap_or_else(PoisonError::into_inner).lost_region();
-    let which = region
-        .map_or("a memory region that was removed".to_owned(), |RegionInfo { guest, size, .. }| {
-            format!("the memory region at {guest:#x} of {size:#x} bytes")
-        });
+    let session = session.lock().unwrap_or_else(PoisonError::into_inner);
+    let which = match session.lost_region() {
+        Some(RegionInfo { guest, size, .. }) => format!("the memory region at {guest:#x} of {size:#x} bytes"),
+        None if session.lost_in_flight_region() => "the in-flight region".to_owned(),
+        None => "a memory region that was removed".to_owned(),
+    };
     error!(
         "a page of {which} is gone: its file was truncated, or its file system or the pool of huge pages is full; the \
          session ends, and requests in flight are not answered"

@@ -4,6 +4,7 @@
 //! Owns the ring, the disk's queue and the slots while it runs. Between two looks for a stop it gives the disk a bounded
 //! number of bytes (`bounds`), and so a stop has a bounded number of bytes to drain.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,6 +17,7 @@ use crate::device::{BlockDevice, BlockQueue, GuestSlice};
 use crate::error::RingError;
 use crate::fd::{SignalSlot, SignalView};
 use crate::in_flight::{InFlight, Pending};
+use crate::in_flight_region::SplitTracker;
 use crate::memory::GuestMemory;
 use crate::metrics::QueueMetrics;
 use crate::pace::Pace;
@@ -39,6 +41,9 @@ pub(crate) struct Running<'a, Q: BlockQueue> {
     queue: Q,
     index: u16,
     ring: Ring,
+    tracker: Option<SplitTracker>,
+    /// Chains of the last worker that the disk does not have again yet.
+    again: VecDeque<u16>,
     in_flight: InFlight,
     checker: Checker,
     chain: Chain,
@@ -85,6 +90,8 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
             queue,
             index: setup.index,
             ring: setup.ring,
+            tracker: setup.tracker,
+            again: setup.again.into(),
             in_flight: InFlight::new(setup.ring_size, Cutter::new(&profile)),
             checker: Checker::new(profile),
             chain: Chain::default(),
@@ -113,7 +120,8 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
         if self.resumed {
             self.call.raise(&self.control.raising);
         }
-        let broken = match self.serve().and_then(|()| self.serve_available()) {
+        let served = self.serve_again().and_then(|()| self.serve()).and_then(|()| self.serve_available());
+        let broken = match served {
             Ok(()) => false,
             Err(error) => {
                 self.report(error);
@@ -126,7 +134,28 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
         }
         let next_available = self.ring.next_available();
         debug!(queue = self.index, next_available, broken, "queue stopped");
-        Exit { next_available, broken: broken || lost }
+        let broken = broken || lost;
+        // Nothing is in flight now, but for chains that are back in the ring. In a broken ring the record stays.
+        if let (false, Some(tracker)) = (broken, self.tracker.take()) {
+            tracker.close();
+        }
+        Exit { next_available, broken }
+    }
+
+    /// Gives the disk what the last worker had in flight, before anything new and whatever the session wants meanwhile:
+    /// these chains cannot go back into the ring, as their places there may be in use again.
+    fn serve_again(&mut self) -> Result<(), RingError> {
+        while !self.again.is_empty() || (self.in_flight.has_rest() && self.queue.waiting() == 0) {
+            self.beat.step();
+            if self.control.stopping() {
+                self.settle();
+            }
+            // At most as many as the ring has descriptors.
+            if !self.advance(self.again.len() as u16)?.progress {
+                self.wait(None);
+            }
+        }
+        Ok(())
     }
 
     /// Serves the ring until a stop, or until the ring is found corrupt.
@@ -200,16 +229,31 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
         let write_through = self.shared.write_through();
         let mut taken = 0;
         while taken < chains && (taken == 0 || self.has_room()) {
-            self.ring.pop(&self.memory, &mut self.chain)?;
-            self.start(write_through);
+            let index = self.next_chain()?;
+            self.start(index, write_through);
             taken += 1;
         }
         self.control.note_next_available(self.ring.next_available());
         Ok(taken)
     }
 
+    /// Makes the next chain the current one: first those that are to be done again. Returns its index in the available
+    /// ring, if it is known.
+    fn next_chain(&mut self) -> Result<Option<u16>, RingError> {
+        if let Some(head) = self.again.pop_front() {
+            self.ring.take_again(head, &self.memory, &mut self.chain)?;
+            return Ok(None);
+        }
+        let index = self.ring.next_available();
+        self.ring.pop(&self.memory, &mut self.chain)?;
+        if let Some(tracker) = &mut self.tracker {
+            tracker.begin(self.chain.head);
+        }
+        Ok(Some(index))
+    }
+
     /// Starts the current chain.
-    fn start(&mut self, write_through: bool) {
+    fn start(&mut self, index: Option<u16>, write_through: bool) {
         let head = self.chain.head;
         let submission = match self.checker.parse(&mut self.chain, write_through) {
             Parsed::NoStatus => {
@@ -237,7 +281,6 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
             self.used.push(Used { head, written: 1 });
             return;
         }
-        let index = self.ring.next_available().wrapping_sub(1);
         if let Some((id, request)) = self.in_flight.add(head, index, submission, data) {
             self.queue.submit(id, request, data);
         }
@@ -263,7 +306,7 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
         if self.used.is_empty() {
             return Ok(self.in_flight.may_submit(self.queue.waiting() > 0));
         }
-        let pushed = self.ring.push_used(&self.used);
+        let pushed = self.hand_back();
         self.used.clear();
         pushed?;
         if self.ring.needs_notification()? {
@@ -274,6 +317,16 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
             self.retired.clear();
         }
         Ok(true)
+    }
+
+    /// Hands completed chains back. The order of the records: docs/concurrency.md, "The in-flight region".
+    fn hand_back(&mut self) -> Result<(), RingError> {
+        let heads = || self.used.iter().map(|used| used.head);
+        let Some(tracker) = &mut self.tracker else { return self.ring.push_used(&self.used) };
+        tracker.list(heads());
+        self.ring.push_used(&self.used)?;
+        tracker.clear(heads(), self.ring.next_used());
+        Ok(())
     }
 
     /// Answers a chain of which the disk has nothing any more, or puts it back.

@@ -22,11 +22,13 @@ use crate::control::{Shared, Stop};
 use crate::device::{BlockDevice, DeviceProfile};
 use crate::error::MemoryError;
 use crate::fd::{eventfd_from, may_be_event};
+use crate::in_flight_region::{Claim, Layout, Region, RegionError};
 use crate::loss::MemoryLoss;
 use crate::memory::{MAX_MEMORY_SLOTS, MemoryTable, RegionInfo};
 use crate::message::Envelope;
 use crate::options::ServeOptions;
 use crate::vring::{Surroundings, UserAddresses, Vring};
+use crate::write_cache::WriteCache;
 
 /// Why a message is refused.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +51,8 @@ enum Refusal {
     ConfigRead { offset: u32, size: u32 },
     #[error("{0}")]
     Memory(#[from] MemoryError),
+    #[error("{0}")]
+    Region(#[from] RegionError),
     #[error("{0} was not offered")]
     NotOffered(&'static str),
 }
@@ -66,8 +70,9 @@ pub(crate) struct Session<D: BlockDevice> {
     /// The virtio features in force, once the frontend has set them.
     features: Option<u64>,
     protocol_features: VhostUserProtocolFeatures,
-    /// The `writeback` byte of the configuration space.
-    writeback: bool,
+    cache: WriteCache,
+    /// The in-flight region that the frontend sent back.
+    region: Option<Region>,
     /// The envelope of the current message.
     message: Envelope,
     /// The current message was understood, and refused.
@@ -91,7 +96,8 @@ impl<D: BlockDevice> Session<D> {
             hurry: Box::new(hurry),
             features: None,
             protocol_features: VhostUserProtocolFeatures::empty(),
-            writeback: true,
+            cache: WriteCache::new(),
+            region: None,
             message: Envelope::default(),
             refused: false,
         }
@@ -122,6 +128,11 @@ impl<D: BlockDevice> Session<D> {
         self.refused && (told || self.message.is_set_config())
     }
 
+    /// Whether a page of the in-flight region was lost.
+    pub(crate) fn lost_in_flight_region(&self) -> bool {
+        self.region.as_ref().is_some_and(Region::is_lost)
+    }
+
     /// Ends the session: every queue is drained and stopped.
     pub(crate) fn close(&mut self) {
         self.stop_all();
@@ -136,6 +147,11 @@ impl<D: BlockDevice> Session<D> {
 
     fn offered(&self) -> u64 {
         config::features(&self.profile, self.options.num_queues)
+    }
+
+    /// The most queues and descriptors that an in-flight region may be for.
+    fn region_limits(&self) -> Layout {
+        Layout { queues: self.options.num_queues, queue_size: self.options.queue_size }
     }
 
     fn check_queue(&mut self, index: u32) -> Result<usize> {
@@ -170,15 +186,27 @@ impl<D: BlockDevice> Session<D> {
         if features & PROTOCOL_FEATURES == 0 {
             self.vrings[index].enabled = true;
         }
-        self.vrings[index].start(&Surroundings {
+        let surroundings = Surroundings {
             device: &self.device,
             table: &self.table,
+            region: self.region.as_ref(),
             shared: &self.shared,
             metrics: &self.options.metrics,
             pulse: &self.options.pulse,
             features,
             poll_max: self.options.poll_max,
-        });
+        };
+        let Some(prepared) = self.vrings[index].prepare(&surroundings) else { return };
+        if prepared.is_unrecorded() && self.cache.is_unsure(features) {
+            info!(
+                queue = index,
+                "the queue was in use before, and nothing says whether the guest's write cache is on: it begins as off"
+            );
+            // Kept in the region before the ring has a record there.
+            self.change_cache(|cache| cache.set(false));
+            return self.start(index);
+        }
+        self.vrings[index].run(prepared, &surroundings);
     }
 
     fn start_all(&mut self) {
@@ -199,14 +227,18 @@ impl<D: BlockDevice> Session<D> {
     /// Combines FLUSH and the `writeback` byte.
     fn update_write_through(&mut self) {
         let flush = self.features.is_some_and(|features| features & FLUSH != 0);
-        self.shared.set_write_through(!(flush && self.writeback));
+        self.shared.set_write_through(!(flush && self.cache.is_on()));
     }
 
     /// Turns the write cache on or off. Writes made while it was on must not stay in it.
-    fn set_writeback(&mut self, writeback: bool) {
-        let was = std::mem::replace(&mut self.writeback, writeback);
+    fn change_cache(&mut self, change: impl FnOnce(&mut WriteCache)) {
+        let was = self.cache.is_on();
+        change(&mut self.cache);
+        if let (Some(region), Some(on)) = (&self.region, self.cache.known()) {
+            region.keep_write_cache(on);
+        }
         self.update_write_through();
-        if !was || writeback {
+        if !was || self.cache.is_on() {
             return;
         }
         // All are drained before one flushes: a write that began in the cache must not end after the flush.
@@ -230,7 +262,9 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
     fn reset_device(&mut self) -> Result<()> {
         self.stop_all();
         self.vrings.iter_mut().for_each(|vring| vring.enabled = false);
-        self.writeback = true;
+        // The device begins anew, and so does its record.
+        self.region = None;
+        self.cache = WriteCache::new();
         self.update_write_through();
         Ok(())
     }
@@ -409,7 +443,7 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
 
     fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
         let ServeOptions { num_queues, queue_size, .. } = self.options;
-        match config::read(&self.profile, num_queues, queue_size, self.writeback, offset, size) {
+        match config::read(&self.profile, num_queues, queue_size, self.cache.is_on(), offset, size) {
             Some(bytes) => Ok(bytes),
             None => self.refuse(Refusal::ConfigRead { offset, size }),
         }
@@ -419,7 +453,7 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
         match bytes {
             [value @ (0 | 1)] if usize::try_from(offset) == Ok(WRITEBACK_OFFSET) => {
                 debug!(writeback = value, "the guest sets the write cache");
-                self.set_writeback(*value == 1);
+                self.change_cache(|cache| cache.set(*value == 1));
                 Ok(())
             }
             _ => self.refuse(Refusal::ConfigWrite { offset }),
@@ -434,12 +468,28 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
         self.refuse(Refusal::NotOffered("SHARED_OBJECT"))
     }
 
-    fn get_inflight_fd(&mut self, _: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        self.refuse(Refusal::NotOffered("INFLIGHT_SHMFD"))
+    fn get_inflight_fd(&mut self, wanted: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        // It is used once the frontend sends it back.
+        match Claim::check(wanted, self.region_limits()).and_then(Claim::create) {
+            Ok(created) => Ok(created),
+            Err(error) => self.refuse(error),
+        }
     }
 
-    fn set_inflight_fd(&mut self, _: &VhostUserInflight, _: File) -> Result<()> {
-        self.refuse(Refusal::NotOffered("INFLIGHT_SHMFD"))
+    fn set_inflight_fd(&mut self, claimed: &VhostUserInflight, file: File) -> Result<()> {
+        let memory = self.table.memory();
+        let checked = Claim::check(claimed, self.region_limits());
+        match checked.and_then(|claim| Region::map(claim, file, memory.loss())) {
+            Ok(region) => {
+                self.stop_all();
+                let kept = region.write_cache();
+                self.region = Some(region);
+                self.change_cache(|cache| cache.take_over(kept));
+                self.start_all();
+                Ok(())
+            }
+            Err(error) => self.refuse(error),
+        }
     }
 
     fn set_device_state_fd(

@@ -13,7 +13,9 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::config::{EVENT_INDEX, INDIRECT};
 use crate::control::{Shared, Stop, WorkerSetup};
 use crate::device::BlockDevice;
+use crate::error::RingError;
 use crate::fd::SignalSlot;
+use crate::in_flight_region::{AreaError, QueueArea, Recovered, Region, RingIndexes, SplitTracker};
 use crate::memory::MemoryTable;
 use crate::metrics::Metrics;
 use crate::pulse::Pulse;
@@ -32,6 +34,8 @@ pub(crate) struct UserAddresses {
 pub(crate) struct Surroundings<'a, D> {
     pub device: &'a Arc<D>,
     pub table: &'a MemoryTable,
+    /// The in-flight region, if the frontend keeps one.
+    pub region: Option<&'a Region>,
     pub shared: &'a Arc<Shared>,
     pub metrics: &'a Arc<Metrics>,
     pub pulse: &'a Arc<Pulse>,
@@ -54,6 +58,8 @@ pub(crate) struct Vring {
     pub enabled: bool,
     /// The ring was corrupt, or its worker failed: it stays stopped until it is set up again.
     broken: bool,
+    /// A worker of this session has served it.
+    served: bool,
     worker: Option<Worker>,
 }
 
@@ -132,13 +138,14 @@ impl Vring {
         self.kick = kick;
     }
 
-    /// Starts the worker once the setup is complete. Errors are only logged: the frontend may still correct them.
-    pub(crate) fn start<D: BlockDevice>(&mut self, surroundings: &Surroundings<'_, D>) {
+    /// Prepares the ring once its setup is complete; [`Vring::run`] then starts the worker. Errors are only logged: the
+    /// frontend may still correct them.
+    pub(crate) fn prepare<D>(&mut self, surroundings: &Surroundings<'_, D>) -> Option<Prepared> {
         let (Some(size), Some(addresses), Some(kick)) = (self.size, self.addresses, &self.kick) else {
-            return;
+            return None;
         };
         if self.is_running() || self.broken || !self.enabled {
-            return;
+            return None;
         }
         let table = surroundings.table;
         let memory = table.memory();
@@ -151,7 +158,7 @@ impl Vring {
             if !surroundings.shared.started.load(Ordering::Relaxed) {
                 surroundings.shared.tell_unshared(self.index);
             }
-            return;
+            return None;
         };
         let layout = RingLayout {
             size,
@@ -166,22 +173,47 @@ impl Vring {
             Ok(ring) => ring,
             Err(error) => {
                 debug!(queue = self.index, %error, "the ring does not start");
-                return;
+                return None;
             }
         };
         let kick = match kick.try_clone() {
             Ok(kick) => kick,
             Err(error) => {
                 warn!(queue = self.index, %error, "the ring does not start: no file descriptor for its kicks");
+                return None;
+            }
+        };
+        let area = surroundings.region.map(|region| region.queue(self.index));
+        // Whoever used an area knew the write cache, and kept it where the region has a place for it.
+        let recorded = surroundings.region.is_some_and(Region::keeps_write_cache)
+            && area.iter().flatten().any(SplitTracker::was_used);
+        let recorded = self.served || recorded;
+        Some(Prepared { ring, size, kick, area, recorded })
+    }
+
+    /// Starts the worker of a ring that is prepared.
+    pub(crate) fn run<D: BlockDevice>(&mut self, prepared: Prepared, surroundings: &Surroundings<'_, D>) {
+        let Prepared { mut ring, size, kick, area, .. } = prepared;
+        let recovered = match area.map(|area| recover(area, size, &mut ring)).transpose() {
+            Ok(recovered) => recovered,
+            Err(error) => {
+                warn!(queue = self.index, "the queue cannot start: {error}");
+                self.broken = true;
+                self.error.raise();
                 return;
             }
         };
+        let (tracker, again) =
+            recovered.map_or((None, Vec::new()), |recovered| (Some(recovered.tracker), recovered.in_flight));
+        let (base, in_flight) = (ring.next_available(), again.len());
         let started = Worker::start(WorkerSetup {
             index: self.index,
             device: Arc::clone(surroundings.device),
             resumed: ring.was_used(),
             ring,
             ring_size: size,
+            tracker,
+            again,
             shared: Arc::clone(surroundings.shared),
             kick,
             call: Arc::clone(&self.call),
@@ -192,7 +224,8 @@ impl Vring {
         });
         match started {
             Ok(worker) => {
-                info!(queue = self.index, size, base = self.base, "queue started");
+                info!(queue = self.index, size, base, in_flight, "queue started");
+                self.served = true;
                 surroundings.shared.started.store(true, Ordering::Relaxed);
                 self.worker = Some(worker);
             }
@@ -203,4 +236,44 @@ impl Vring {
             }
         }
     }
+}
+
+/// A ring that may start.
+pub(crate) struct Prepared {
+    ring: Ring,
+    size: u16,
+    kick: EventFd,
+    /// Where the frontend keeps a region: its area there, if it has one.
+    area: Option<Option<QueueArea>>,
+    /// What is known of the write cache holds for it: it was served in this session, or with this region.
+    recorded: bool,
+}
+
+impl Prepared {
+    /// The ring was served before, and nothing was recorded of that.
+    pub(crate) fn is_unrecorded(&self) -> bool {
+        self.ring.was_used() && !self.recorded
+    }
+}
+
+/// The reasons why a queue with an in-flight region does not start.
+#[derive(Debug, thiserror::Error)]
+enum RecoverError {
+    #[error("{0}")]
+    Ring(#[from] RingError),
+    #[error("the in-flight region has no area for it")]
+    NoArea,
+    #[error("its area in the in-flight region cannot be true: {0}")]
+    Area(#[from] AreaError),
+}
+
+/// Takes the ring over from whoever served it last. It continues after the chains in flight: the frontend's base may
+/// already count chains that nobody has taken.
+fn recover(area: Option<QueueArea>, size: u16, ring: &mut Ring) -> Result<Recovered, RecoverError> {
+    let area = area.ok_or(RecoverError::NoArea)?;
+    let indexes = RingIndexes { size, available: ring.available_index()?, used: ring.next_used() };
+    let recovered = SplitTracker::recover(area, indexes)?;
+    // At most as many as the ring has descriptors.
+    ring.resume(recovered.in_flight.len() as u16);
+    Ok(recovered)
 }

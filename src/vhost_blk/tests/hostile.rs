@@ -435,7 +435,7 @@ fn bad_messages() {
         ("a read-only field", SET_CONFIG, config(0, 8, &[0; 8]), &[], Told::No),
         ("a config of another size", SET_CONFIG, config(0, 8, &[0; 4]), &[], Told::No),
         ("the base of queue 9", GET_VRING_BASE, state(9, 0), &[], Told::End),
-        ("an in-flight region, not offered", GET_INFLIGHT_FD, vec![0; 24], &[], Told::End),
+        ("an in-flight region, not negotiated", GET_INFLIGHT_FD, vec![0; 24], &[], Told::End),
         ("an unknown request", 200, vec![], &[], Told::End),
         ("request 0", 0, vec![], &[], Told::End),
         ("a payload too short", SET_FEATURES, vec![0; 4], &[], Told::End),

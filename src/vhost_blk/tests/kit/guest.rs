@@ -19,6 +19,7 @@ pub const WRITE: u16 = 2;
 pub const INDIRECT: u16 = 4;
 
 pub const F_FLUSH: u64 = 1 << 9;
+pub const F_CONFIG_WCE: u64 = 1 << 11;
 pub const F_INDIRECT: u64 = 1 << 28;
 pub const F_EVENT_IDX: u64 = 1 << 29;
 pub const F_PROTOCOL: u64 = 1 << 30;
@@ -185,10 +186,15 @@ impl Guest {
         }
     }
 
+    /// Adds a queue that the device does not know yet.
+    pub fn add_stopped_queue(&mut self, size: u16) {
+        self.queues.push(Driver::new(self.queues.len(), size));
+    }
+
     /// Sets up the next queue and starts it.
     pub fn add_queue(&mut self, size: u16) -> usize {
         let index = self.queues.len();
-        self.queues.push(Driver::new(index, size));
+        self.add_stopped_queue(size);
         self.start_queue(index, 0);
         index
     }

@@ -3,6 +3,7 @@
 //! The crate itself uses nothing of this.
 #![allow(dead_code, reason = "every test program uses another part")]
 
+pub mod cloud;
 pub mod disk;
 pub mod guest;
 pub mod host;

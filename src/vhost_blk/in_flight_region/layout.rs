@@ -1,0 +1,78 @@
+//! The layout of the in-flight region: where each queue's area lies, and the page behind them that only Strata uses.
+//!
+//! Pure arithmetic. The areas and their fields are those of the vhost-user specification ("Inflight I/O tracking"),
+//! which leaves the space between areas to the back-end: here each begins at a multiple of 64 bytes, so that no two
+//! workers share a cache line.
+
+/// Bytes of an area before its descriptor states.
+pub(super) const HEADER_BYTES: usize = 16;
+/// Bytes of the state of one descriptor.
+pub(super) const ENTRY_BYTES: usize = 16;
+/// The areas begin at multiples of this.
+const AREA_ALIGNMENT: usize = 64;
+/// Strata's own page begins at a multiple of this and has this many bytes, whatever the host's pages are.
+pub(super) const OWN_BYTES: usize = 4096;
+
+/// The layout of a region for so many queues of so many descriptors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Layout {
+    /// Queues, from queue 0 on.
+    pub queues: u16,
+    /// Descriptor states in each queue's area.
+    pub queue_size: u16,
+}
+
+impl Layout {
+    /// The offset of a queue's area, in bytes.
+    pub(super) fn queue_at(self, index: u16) -> usize {
+        usize::from(index) * self.area_bytes()
+    }
+
+    /// Bytes from one area to the next.
+    fn area_bytes(self) -> usize {
+        (HEADER_BYTES + usize::from(self.queue_size) * ENTRY_BYTES).next_multiple_of(AREA_ALIGNMENT)
+    }
+
+    /// Bytes of all areas together: the least that any back-end needs.
+    pub(super) fn areas_bytes(self) -> usize {
+        self.queue_at(self.queues)
+    }
+
+    /// The offset of Strata's own page.
+    pub(super) fn own_at(self) -> usize {
+        self.areas_bytes().next_multiple_of(OWN_BYTES)
+    }
+
+    /// Bytes of the whole region, Strata's page included.
+    pub(crate) fn bytes(self) -> usize {
+        self.own_at() + OWN_BYTES
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn areas_are_aligned_and_do_not_overlap() {
+        for (queues, queue_size) in [(1, 1), (1, 128), (3, 7), (64, 1024), (256, 32768), (u16::MAX, u16::MAX)]
+        {
+            let layout = Layout { queues, queue_size };
+            let used = 16 + 16 * usize::from(queue_size);
+            for index in [0, queues / 2, queues - 1] {
+                assert!(layout.queue_at(index).is_multiple_of(64));
+                assert!(layout.queue_at(index) + used <= layout.queue_at(index.saturating_add(1)).max(used));
+            }
+            assert!(layout.queue_at(queues - 1) + used <= layout.areas_bytes());
+            assert!(layout.areas_bytes() <= layout.own_at() && layout.own_at().is_multiple_of(4096));
+            assert_eq!(layout.bytes(), layout.own_at() + 4096);
+        }
+    }
+
+    #[test]
+    fn the_sizes_are_those_of_the_specification() {
+        let layout = Layout { queues: 2, queue_size: 128 };
+        assert_eq!(layout.queue_at(1), 16 + 128 * 16 + 48, "rounded up to 64 bytes");
+        assert_eq!((layout.areas_bytes(), layout.own_at(), layout.bytes()), (4224, 8192, 12288));
+    }
+}

@@ -1,0 +1,317 @@
+//! The in-flight region as memory: a new memfd for a frontend that asks for one, and the mapping of the one that it
+//! sends back.
+//!
+//! Owns the mapping and the only unsafe code of in-flight tracking. No number from the message is trusted: the file is
+//! as long as the message claims, and only the bytes of the layout are mapped. The frontend may truncate its file
+//! later; `loss` handles that as for guest memory.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use rustix::fs::{MemfdFlags, SealFlags};
+use vhost::vhost_user::message::VhostUserInflight;
+use vm_memory::{FileOffset, MmapRegion};
+
+use super::cells::{Entry, Header, MAGIC, OWN_VERSION, Own};
+use super::layout::Layout;
+use crate::descriptor::{self, Kind};
+use crate::loss::{MemoryLoss, Watch};
+use crate::memory::page_bytes;
+
+/// The values of [`Own::write_cache`].
+const CACHE_OFF: u8 = 1;
+const CACHE_ON: u8 = 2;
+
+/// The reasons why an in-flight region is refused.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RegionError {
+    #[error("an in-flight region for {queues} queues: it must be for 1 to {limit}")]
+    Queues { queues: u16, limit: u16 },
+    #[error("an in-flight region for queues of {size} descriptors: it must be for 1 to {limit}")]
+    QueueSize { size: u16, limit: u16 },
+    #[error("an in-flight region of {bytes:#x} bytes: its queues need {needed:#x}")]
+    TooShort { bytes: u64, needed: u64 },
+    #[error("an in-flight region at offset {offset:#x} of its file, which is no multiple of {page:#x}")]
+    Unaligned { offset: u64, page: usize },
+    #[error("an in-flight region of {bytes:#x} bytes at offset {offset:#x} in a file of {length:#x} bytes")]
+    BeyondFile { bytes: u64, offset: u64, length: u64 },
+    #[error("an in-flight region that is not backed by a memfd or a regular file")]
+    NotAFile,
+    #[error("an in-flight region, with too many regions mapped already")]
+    TooMany,
+    #[error("an in-flight region: cannot {step}: {source}")]
+    Host { step: &'static str, source: io::Error },
+}
+
+/// What a frontend claims about a region, and the bounds for it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Claim {
+    bytes: u64,
+    offset: u64,
+    layout: Layout,
+}
+
+impl Claim {
+    /// Checks the claimed numbers of queues and descriptors, each from 1 to its limit in `most`.
+    ///
+    /// # Errors
+    /// When one is out of its range.
+    pub(crate) fn check(claimed: &VhostUserInflight, most: Layout) -> Result<Self, RegionError> {
+        // The message is packed, so its fields are copied out.
+        let VhostUserInflight { mmap_size: bytes, mmap_offset: offset, num_queues, queue_size } = *claimed;
+        if !(1..=most.queues).contains(&num_queues) {
+            return Err(RegionError::Queues { queues: num_queues, limit: most.queues });
+        }
+        if !(1..=most.queue_size).contains(&queue_size) {
+            return Err(RegionError::QueueSize { size: queue_size, limit: most.queue_size });
+        }
+        Ok(Claim { bytes, offset, layout: Layout { queues: num_queues, queue_size } })
+    }
+
+    /// A new region with this layout (GET_INFLIGHT_FD): its file, sealed against any change of its length, and the
+    /// message that describes it. All queue areas are zero, which means that they hold nothing.
+    ///
+    /// # Errors
+    /// When the host refuses the file.
+    pub(crate) fn create(self) -> Result<(VhostUserInflight, File), RegionError> {
+        let failed = |step| move |source: io::Error| RegionError::Host { step, source };
+        let bytes = self.layout.bytes() as u64;
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let file = rustix::fs::memfd_create("strata-in-flight", flags)
+            .map_err(|error| failed("create its file")(error.into()))?;
+        let file = File::from(file);
+        file.set_len(bytes).map_err(failed("set its length"))?;
+        rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
+            .map_err(|error| failed("seal its file")(error.into()))?;
+        // The two fields of `Own` that say whose page it is.
+        let mark = [&MAGIC.to_ne_bytes()[..], &OWN_VERSION.to_ne_bytes()].concat();
+        file.write_all_at(&mark, self.layout.own_at() as u64).map_err(failed("mark it"))?;
+        let Layout { queues, queue_size } = self.layout;
+        Ok((VhostUserInflight::new(bytes, 0, queues, queue_size), file))
+    }
+}
+
+/// A mapped region.
+#[derive(Clone, Debug)]
+pub(crate) struct Region {
+    mapping: Arc<Mapping>,
+    layout: Layout,
+    /// The mapping holds Strata's page, whoever it belongs to.
+    has_own: bool,
+}
+
+/// The mapping. Its watch is declared first, so that it drops before the mapping.
+#[derive(Debug)]
+struct Mapping {
+    watch: Watch,
+    memory: MmapRegion<()>,
+}
+
+impl Region {
+    /// Maps a region that a frontend sent (SET_INFLIGHT_FD).
+    ///
+    /// # Errors
+    /// When its file is shorter than claimed or no file at all, or the host refuses.
+    pub(crate) fn map(claim: Claim, file: File, loss: &Arc<MemoryLoss>) -> Result<Self, RegionError> {
+        let Claim { bytes, offset, layout } = claim;
+        let failed = |step, source| RegionError::Host { step, source };
+        let kind = descriptor::kind_of(&file);
+        if !matches!(kind, Kind::Memory | Kind::Local) {
+            return Err(RegionError::NotAFile);
+        }
+        let page = if kind == Kind::Memory { page_bytes(&file) } else { rustix::param::page_size() };
+        if !offset.is_multiple_of(page as u64) {
+            return Err(RegionError::Unaligned { offset, page });
+        }
+        let length =
+            descriptor::attributes(&file).map_err(|error| failed("stat its file", error.into()))?.stx_size;
+        if offset.checked_add(bytes).is_none_or(|end| end > length || end > i64::MAX as u64) {
+            return Err(RegionError::BeyondFile { bytes, offset, length });
+        }
+        let needed = layout.areas_bytes() as u64;
+        if bytes < needed {
+            return Err(RegionError::TooShort { bytes, needed });
+        }
+        // Never more than the layout has, whatever the claim.
+        let has_own = bytes >= layout.bytes() as u64;
+        let mapped = if has_own { layout.bytes() } else { layout.areas_bytes() };
+        let memory = MmapRegion::<()>::from_file(FileOffset::new(file, offset), mapped)
+            .map_err(|error| failed("map it", io::Error::other(error)))?;
+        let watch = Watch::new(memory.as_ptr(), mapped, page, loss).ok_or(RegionError::TooMany)?;
+        Ok(Region { mapping: Arc::new(Mapping { watch, memory }), layout, has_own })
+    }
+
+    /// A new region that no frontend has.
+    ///
+    /// # Errors
+    /// When the host refuses it.
+    pub(crate) fn alone(layout: Layout) -> Result<Self, RegionError> {
+        let (message, file) = Claim { bytes: 0, offset: 0, layout }.create()?;
+        Self::map(Claim::check(&message, layout)?, file, &Arc::default())
+    }
+
+    /// Whether a page of the region was lost.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.mapping.watch.is_lost()
+    }
+
+    /// The area of a queue; `None` if the region has none for it.
+    pub(crate) fn queue(&self, index: u16) -> Option<QueueArea> {
+        (index < self.layout.queues).then(|| QueueArea {
+            mapping: Arc::clone(&self.mapping),
+            at: self.layout.queue_at(index),
+            entries: usize::from(self.layout.queue_size),
+        })
+    }
+
+    /// Whether the region has Strata's page, and so keeps the write cache.
+    pub(crate) fn keeps_write_cache(&self) -> bool {
+        self.own().is_some()
+    }
+
+    /// What the guest last set its write cache to, if the region says so.
+    pub(crate) fn write_cache(&self) -> Option<bool> {
+        match self.own()?.write_cache.load() {
+            CACHE_OFF => Some(false),
+            CACHE_ON => Some(true),
+            _ => None,
+        }
+    }
+
+    /// Keeps what the guest set its write cache to. Without effect if the region was made by another program.
+    pub(crate) fn keep_write_cache(&self, on: bool) {
+        if let Some(own) = self.own() {
+            own.write_cache.store(if on { CACHE_ON } else { CACHE_OFF });
+        }
+    }
+
+    /// Strata's page, if the region has one.
+    fn own(&self) -> Option<&Own> {
+        if !self.has_own {
+            return None;
+        }
+        // SAFETY: the page lies in the mapping, which `self` keeps, at a multiple of 4096 bytes. It consists of atomics,
+        // for which every bit pattern is a value, and which others may change at any time.
+        let own = unsafe { &*self.mapping.memory.as_ptr().add(self.layout.own_at()).cast::<Own>() };
+        (own.magic.load() == MAGIC && own.version.load() == OWN_VERSION).then_some(own)
+    }
+}
+
+/// One queue's area. It keeps the mapping.
+#[derive(Debug)]
+pub(crate) struct QueueArea {
+    mapping: Arc<Mapping>,
+    /// Offset in the mapping, in bytes.
+    at: usize,
+    /// Descriptor states, at least 1.
+    entries: usize,
+}
+
+impl QueueArea {
+    #[inline]
+    pub(super) fn header(&self) -> &Header {
+        // SAFETY: the area lies in the mapping, which `self` keeps, at a multiple of 64 bytes (see `Layout`). It
+        // consists of atomics, for which every bit pattern is a value, and which others may change at any time.
+        unsafe { &*self.mapping.memory.as_ptr().add(self.at).cast::<Header>() }
+    }
+
+    #[inline]
+    pub(super) fn entries(&self) -> &[Entry] {
+        // SAFETY: as for the header. So many entries follow it within the mapping.
+        unsafe {
+            let first = self.mapping.memory.as_ptr().add(self.at + size_of::<Header>()).cast::<Entry>();
+            std::slice::from_raw_parts(first, self.entries)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MOST: Layout = Layout { queues: 4, queue_size: 256 };
+
+    fn claim(bytes: u64, offset: u64, queues: u16, size: u16) -> Result<Claim, RegionError> {
+        Claim::check(&VhostUserInflight::new(bytes, offset, queues, size), MOST)
+    }
+
+    fn map(bytes: u64, offset: u64, file: &File) -> Result<Region, RegionError> {
+        let file = file.try_clone().expect("a copy");
+        Region::map(claim(bytes, offset, 2, 128)?, file, &Arc::default())
+    }
+
+    #[test]
+    fn a_new_region_is_sealed_and_empty() {
+        let (message, file) = claim(0, 0, 2, 128).and_then(Claim::create).expect("a region");
+        let VhostUserInflight { mmap_size, mmap_offset, num_queues, queue_size } = message;
+        assert_eq!((mmap_size, mmap_offset, num_queues, queue_size), (12288, 0, 2, 128));
+        assert_eq!(file.metadata().expect("its length").len(), mmap_size);
+        assert!(file.set_len(0).is_err() && file.set_len(2 * mmap_size).is_err());
+        let region = map(mmap_size, 0, &file).expect("it fits");
+        for index in 0..2 {
+            let area = region.queue(index).expect("an area");
+            assert_eq!((area.header().version.load(), area.entries().len()), (0, 128));
+        }
+        assert!(region.queue(2).is_none());
+    }
+
+    #[test]
+    fn the_write_cache_outlives_the_mapping() {
+        let (message, file) = claim(0, 0, 2, 128).and_then(Claim::create).expect("a region");
+        let bytes = message.mmap_size;
+        assert_eq!(map(bytes, 0, &file).expect("it fits").write_cache(), None);
+        for on in [false, true] {
+            map(bytes, 0, &file).expect("it fits").keep_write_cache(on);
+            assert_eq!(map(bytes, 0, &file).expect("it fits").write_cache(), Some(on));
+        }
+        let foreign = map(8192, 0, &file).expect("the areas of another program fit");
+        foreign.keep_write_cache(false);
+        assert_eq!((foreign.keeps_write_cache(), foreign.write_cache()), (false, None));
+        assert_eq!(map(bytes, 0, &file).expect("it fits").write_cache(), Some(true), "left alone");
+        file.write_all_at(&[9], 8192).expect("another magic");
+        assert_eq!(map(bytes, 0, &file).expect("it fits").write_cache(), None);
+    }
+
+    #[test]
+    fn numbers_that_cannot_be_true_are_refused() {
+        for (queues, size) in [(0, 128), (5, 128), (2, 0), (2, 257), (u16::MAX, u16::MAX)] {
+            assert!(claim(1 << 40, 0, queues, size).is_err(), "{queues} queues of {size}");
+        }
+        let (_, file) = claim(0, 0, 2, 128).and_then(Claim::create).expect("a region");
+        let cases = [
+            (0, 0, "nothing"),
+            (4223, 0, "shorter than the areas"),
+            (12289, 0, "longer than the file"),
+            (u64::MAX, 0, "as long as can be"),
+            (12288, 4096, "its end is beyond the file"),
+            (4224, u64::MAX - 4095, "its end overflows"),
+            (4224, i64::MAX as u64 & !4095, "its end overflows a file offset"),
+            (4224, 64, "an offset inside a page"),
+        ];
+        for (bytes, offset, what) in cases {
+            assert!(map(bytes, offset, &file).is_err(), "{what}");
+        }
+        assert!(map(4224, 4096, &file).is_ok());
+        let null = File::options().read(true).write(true).open("/dev/null").expect("/dev/null");
+        assert!(matches!(map(4224, 0, &null), Err(RegionError::NotAFile)));
+        let (pipe, _) = io::pipe().expect("a pipe");
+        assert!(map(4224, 0, &File::from(std::os::fd::OwnedFd::from(pipe))).is_err());
+    }
+
+    #[test]
+    fn a_file_that_is_truncated_is_noticed() {
+        let file = tempfile::tempfile().expect("a file");
+        file.set_len(12288).expect("its length");
+        let loss = Arc::new(MemoryLoss::new().expect("an eventfd"));
+        let checked = claim(12288, 0, 2, 128).expect("in range");
+        let region = Region::map(checked, file.try_clone().expect("a copy"), &loss).expect("it fits");
+        let area = region.queue(1).expect("an area");
+        area.header().used_idx.store(7);
+        assert!(!region.is_lost() && !loss.is_lost());
+        file.set_len(0).expect("it is cut");
+        area.entries()[127].counter.store(1);
+        assert!(region.is_lost() && loss.is_lost());
+    }
+}
