@@ -330,6 +330,13 @@ pub fn totals(log: &str) -> BTreeMap<String, u64> {
     pairs.filter_map(|(name, number)| Some((name.to_owned(), number.parse().ok()?))).collect()
 }
 
+/// The numbers of a field in all lines of a log.
+pub fn numbers(log: &str, field: &str) -> Vec<u64> {
+    let wanted = format!("{field}=");
+    let plain = without_colours(log);
+    plain.split_whitespace().filter_map(|word| word.strip_prefix(&wanted)?.parse().ok()).collect()
+}
+
 fn without_colours(line: &str) -> String {
     let mut plain = String::new();
     let mut characters = line.chars();
@@ -376,6 +383,12 @@ mod tests {
         assert_eq!(found.get("writes"), Some(&9));
         assert_eq!(found.len(), 2);
         assert!(totals("nothing here").is_empty());
+    }
+
+    #[test]
+    fn numbers_are_read_from_every_line() {
+        let log = "INFO started queue=0 in_flight=3\nWARN in_flight is odd\nINFO \x1b[3min_flight\x1b[0m\x1b[2m=\x1b[0m12 x=1";
+        assert_eq!(numbers(log, "in_flight"), [3, 12]);
     }
 
     #[test]

@@ -7,6 +7,7 @@
 //! `STRATA_KILL_ROUNDS` sets the number of rounds of all cases together (500), `STRATA_KILL_SEED` the random choices.
 //! `STRATA_TEST_BACKEND=qemu-storage-daemon` shows that the test can fail.
 
+mod restarts;
 mod survival;
 
 use std::fmt::Display;

@@ -1,7 +1,7 @@
 //! A virtual machine: QEMU's command line, the guest's script, its reports and its end.
 //!
 //! Owns the QEMU process, which is killed by its id on drop. It never starts the daemon behind a disk and never checks
-//! a guest's reports. It uses only options that both QEMU 7.2 and 10 support.
+//! a guest's reports. It uses only options that both QEMU 7.2 and 10 support, apart from [`reconnect_option`].
 //!
 //! The guest has two serial ports. The console goes to a file. The second port carries lines `@@ key=value` to the
 //! host, and one empty line back for each checkpoint, so the guest waits while the host measures.
@@ -82,6 +82,27 @@ pub struct Disk {
     pub queues: u16,
     /// True if the guest may see VIRTIO_BLK_F_CONFIG_WCE, if the daemon offers it.
     pub cache_switch: bool,
+    /// The option of its socket by which QEMU connects again when the daemon is gone, see [`reconnect_option`].
+    pub reconnect: Option<&'static str>,
+}
+
+/// The option by which this machine's QEMU connects again to a socket: in milliseconds since 9.2, in seconds before.
+///
+/// # Errors
+/// When QEMU does not say its version.
+pub fn reconnect_option() -> Result<&'static str> {
+    let said = command::output(Command::new("qemu-system-x86_64").arg("--version"))?;
+    Ok(if qemu_version(&said).context("QEMU's version")? >= (9, 2) {
+        "reconnect-ms=100"
+    } else {
+        "reconnect=1"
+    })
+}
+
+fn qemu_version(said: &str) -> Option<(u32, u32)> {
+    let version = said.split_whitespace().skip_while(|word| *word != "version").nth(1)?;
+    let mut numbers = version.split('.').map(str::parse);
+    Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
 }
 
 /// The machine to boot.
@@ -116,7 +137,8 @@ impl MachineSpec {
         for (number, disk) in self.disks.iter().enumerate() {
             // QEMU requires commas in option values to be doubled.
             let socket = disk.socket.display().to_string().replace(',', ",,");
-            qemu.args(["-chardev", &format!("socket,id=disk{number},path={socket}")]);
+            let reconnect = disk.reconnect.map_or_else(String::new, |option| format!(",{option}"));
+            qemu.args(["-chardev", &format!("socket,id=disk{number},path={socket}{reconnect}")]);
             let switch = if disk.cache_switch { "" } else { ",config-wce=off" };
             let device =
                 format!("vhost-user-blk-pci,chardev=disk{number},num-queues={}{switch}", disk.queues);
@@ -294,12 +316,26 @@ mod tests {
     }
 
     #[test]
+    fn qemus_version_is_parsed() {
+        let said = "QEMU emulator version 10.0.2 (Debian 1:10.0.2+ds-2)\nCopyright (c) 2003-2025";
+        assert_eq!(qemu_version(said), Some((10, 0)));
+        assert_eq!(qemu_version("QEMU emulator version 7.2.17"), Some((7, 2)));
+        assert_eq!(qemu_version("QEMU"), None);
+    }
+
+    #[test]
     fn the_command_line_shares_memory_and_names_every_disk() {
-        let disk = |path: &str| Disk { socket: PathBuf::from(path), queues: 2, cache_switch: true };
+        let disk = |path: &str| Disk {
+            socket: PathBuf::from(path),
+            queues: 2,
+            cache_switch: true,
+            reconnect: path.contains('c').then_some("reconnect=1"),
+        };
         let spec = MachineSpec { disks: vec![disk("/a,b"), disk("/c")], ..MachineSpec::new(String::new()) };
         let line = command::shown(&spec.command(Path::new("k"), Path::new("i")));
         assert!(line.contains("memory-backend-memfd,id=mem,size=512M,share=on"));
-        assert!(line.contains("socket,id=disk0,path=/a,,b"));
+        assert!(line.contains("socket,id=disk0,path=/a,,b "));
+        assert!(line.contains("socket,id=disk1,path=/c,reconnect=1 "));
         assert!(line.contains("vhost-user-blk-pci,chardev=disk1,num-queues=2"));
         assert!(line.contains("strata.disks=2"));
     }

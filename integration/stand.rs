@@ -6,11 +6,12 @@
 use crate::daemon::{self, Daemon, Program, ServeSpec};
 use crate::guest::GuestKit;
 use crate::image;
-use crate::machine::{Accelerator, Disk, MachineSpec, Report, Vm};
+use crate::machine::{self, Accelerator, Disk, MachineSpec, Report, Vm};
 use anyhow::{Context, Result, bail};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+use strata_kit::random::Random;
 
 /// The settings that visits share.
 #[derive(Clone, Debug)]
@@ -187,12 +188,47 @@ impl Stand {
         Ok(visit)
     }
 
+    /// Runs a visit in which the daemon gets SIGKILL and is started again `kills` times, each time after some reports
+    /// `tick` of the guest. After the last one the guest receives a line, upon which the script must end.
+    ///
+    /// # Errors
+    /// Also when the script fails.
+    pub fn restarts(&self, name: &str, script: &str, kills: u64, random: &mut Random) -> Result<Visit> {
+        let folder = self.folder.join(name);
+        std::fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
+        let log = folder.join("daemon.log");
+        let mut daemon = Daemon::start(&self.program, &self.serve, &log)?;
+        let mut machine = self.machine(script);
+        for disk in &mut machine.disks {
+            disk.reconnect = Some(machine::reconnect_option()?);
+        }
+        let mut vm = Vm::boot(&self.kit, &machine, &folder)?;
+        let mut visit = Visit::default();
+        let deadline = Instant::now() + PATIENCE;
+        for _ in 0..kills {
+            let mut ticks = 1 + random.below(4);
+            while ticks > 0 {
+                let said = visit.facts.len();
+                record_report(&mut vm, &mut visit, deadline).with_context(|| daemon.log_tail())?;
+                ticks -= u64::from(visit.facts[said..].iter().any(|(key, _)| key == "tick"));
+            }
+            daemon.kill()?;
+            daemon = Daemon::start(&self.program, &self.serve, &log)?;
+        }
+        vm.proceed()?;
+        let ran = self.listen(&mut vm, &mut visit, &mut |_| {}).and_then(|()| vm.wait());
+        ran.with_context(|| format!("visit {name}\n{}", daemon.log_tail()))?;
+        daemon.stop()?;
+        Ok(visit)
+    }
+
     /// The machine of this stand's visits.
     pub fn machine(&self, script: &str) -> MachineSpec {
         let disk = Disk {
             socket: self.serve.socket.clone(),
             queues: self.serve.queues,
             cache_switch: !self.program.backend.offers_a_wrong_cache_switch(),
+            reconnect: None,
         };
         MachineSpec {
             disks: vec![disk],

@@ -2,7 +2,8 @@
 //! contents that it read are compared with those that QEMU's tools read.
 //!
 //! `STRATA_TEST_BACKEND` chooses the daemon (default strata), and `STRATA_REQUIRE_TOOLS=1` turns a skip into a failure.
-//! `STRATA_GUEST_KILLS` is the number of kills of the daemon under a guest (3), `STRATA_KILL_SEED` chooses the moments.
+//! `STRATA_GUEST_KILLS` is the number of kills of the daemon under a guest (3), `STRATA_GUEST_RESTARTS` that of kills
+//! under a guest that lives on (5), and `STRATA_KILL_SEED` chooses the moments.
 //! `cargo verify` or `cargo demo` prepares the machine; these tests install nothing.
 
 use anyhow::{Context, Result, bail};
@@ -166,6 +167,35 @@ fn synced_data_survives_killed_daemons() -> Result<()> {
             );
         }
         record.last_life(stand).with_context(|| format!("seed {seed}"))?;
+        match image::check(&stand.serve.image)? {
+            image::Health::Broken(words) => bail!("seed {seed}: the image is damaged at the end:\n{words}"),
+            image::Health::Clean | image::Health::Leaks(_) => Ok(()),
+        }
+    })
+}
+
+#[test]
+fn a_guest_does_not_notice_killed_daemons() -> Result<()> {
+    with_stand("a_guest_does_not_notice_killed_daemons", |stand, folder| {
+        if stand.program.backend != Backend::Strata {
+            return Ok(());
+        }
+        let kills = setting("STRATA_GUEST_RESTARTS", 5)?;
+        let seed = setting("STRATA_KILL_SEED", 1)?;
+        const AREA_MIB: u64 = 8;
+        image::create(&stand.serve.image, "qcow2", DISK_MIB * MIB, None, "")?;
+        let script = format!("AREA_MIB={AREA_MIB}\n{}", include_str!("guest/restarts.sh"));
+        let visit = stand.restarts("restarts", &script, kills, &mut Random::new(seed));
+        let visit = visit.with_context(|| format!("seed {seed}"))?;
+        assert_eq!(visit.number("errors")?, 0, "the guest saw errors");
+        for key in ["disk.cache", "disk.cache.end"] {
+            assert_eq!(visit.fact(key)?, "write through");
+        }
+        let flat = folder.join("flat.raw");
+        image::flatten(&stand.serve.image, &stand.serve.format, &flat)?;
+        assert_eq!(visit.fact("disk.md5")?, image::md5(&flat, 2 * AREA_MIB)?);
+        let passes = visit.facts.iter().filter(|(key, _)| key == "passes").count();
+        println!("{kills} kills, seed {seed}: {passes} passes of fio written and verified");
         match image::check(&stand.serve.image)? {
             image::Health::Broken(words) => bail!("seed {seed}: the image is damaged at the end:\n{words}"),
             image::Health::Clean | image::Health::Leaks(_) => Ok(()),

@@ -3,6 +3,7 @@
 //! It runs until the test kills the daemon, and then collects the last completions.
 
 use std::ops::Range;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use strata_kit::client::{
@@ -137,13 +138,67 @@ impl<'a> Guest<'a> {
         }
     }
 
+    /// Reads the whole disk: it must hold what was last written. Nothing may be in flight.
+    ///
+    /// # Errors
+    /// As [`Guest::settle`].
+    pub fn check_latest(&mut self) -> Result<(), Failure> {
+        let disk = read_all(&mut self.client)?;
+        self.ledger.check_latest(&disk).map_err(Failure)
+    }
+
+    /// Sends some requests on each queue, whether or not a daemon serves them.
+    ///
+    /// # Errors
+    /// As [`Guest::work`].
+    pub fn send(&mut self) -> Result<(), Failure> {
+        (0..self.flights.len()).try_for_each(|queue| self.send_some(queue))
+    }
+
+    /// After the kill: collects what the daemon completed before it.
+    ///
+    /// # Errors
+    /// As [`Guest::work`].
+    pub fn collect(&mut self) -> Result<(), Failure> {
+        self.take_answers()?;
+        let cut_off: u64 = self.client.queues().iter().map(|queue| queue.in_flight() as u64).sum();
+        self.tally.cut_off += cut_off;
+        Ok(())
+    }
+
+    /// Connects to the next daemon, with all requests in flight.
+    ///
+    /// # Errors
+    /// When the daemon does not answer.
+    pub fn reconnect(&mut self, socket: &Path) -> Result<(), Failure> {
+        Ok(self.client.reconnect(socket)?)
+    }
+
+    /// Sends nothing more, and waits until every request is answered.
+    ///
+    /// # Errors
+    /// As [`Guest::work`].
+    pub fn finish(&mut self) -> Result<(), Failure> {
+        let mut last_answer = Instant::now();
+        while self.client.queues().iter().any(|queue| queue.in_flight() > 0) {
+            if self.take_answers()? {
+                last_answer = Instant::now();
+            } else if last_answer.elapsed() > HANG {
+                let lost = self.flights.iter().flatten().flatten().map(|flight| format!("{flight:?}"));
+                return Err(Failure(format!("never answered: {}", lost.collect::<Vec<_>>().join(", "))));
+            } else {
+                std::thread::yield_now();
+            }
+        }
+        Ok(())
+    }
+
     /// Collects the requests that the daemon completed before the kill, and disconnects.
     ///
     /// # Errors
     /// As [`Guest::work`].
     pub fn leave(mut self) -> Result<Tally, Failure> {
-        self.take_answers()?;
-        self.tally.cut_off = self.client.queues().iter().map(|queue| queue.in_flight() as u64).sum();
+        self.collect()?;
         self.client.abandon();
         Ok(self.tally)
     }

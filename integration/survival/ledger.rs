@@ -141,6 +141,17 @@ impl Ledger {
         Err(format!("{count} sectors are wrong:\n{}", wrong.join("\n")))
     }
 
+    /// Checks that the whole disk holds what was last written, whether it was flushed or not. Nothing may be in flight.
+    ///
+    /// # Errors
+    /// As [`Ledger::settle`].
+    pub fn check_latest(&mut self, disk: &[u8]) -> Result<(), String> {
+        for entries in &mut self.sectors {
+            entries.drain(..entries.len() - 1);
+        }
+        self.settle(disk)
+    }
+
     fn wrong(&self, when: &str, sector: usize, found: Result<Value, Foreign>) -> String {
         let found = match found {
             Ok(value) => format!("{value:?}"),

@@ -73,6 +73,8 @@ pub struct Options {
     pub memory_messages: MemoryMessages,
     /// The first avail and used index, as after a migration; near 65,535 to reach the wrap early.
     pub base: u16,
+    /// Keep an in-flight region, so that the client can connect again after the device died.
+    pub in_flight: bool,
     /// The longest wait for any answer.
     pub timeout: Duration,
     /// The longest polling of a used ring before sleeping; zero sleeps at once.
@@ -112,6 +114,7 @@ impl Default for Options {
             regions: 1,
             memory_messages: MemoryMessages::Table,
             base: 0,
+            in_flight: false,
             timeout: Duration::from_secs(30),
             spin_max: Duration::from_micros(50),
         }
@@ -149,6 +152,15 @@ impl Client {
         let mut session = Session::connect(path.as_ref(), options)?;
         let queues = session.start()?;
         Ok(Self { session, queues })
+    }
+
+    /// Connects to another device, or to the same one started again, with the rings, the requests in flight and the
+    /// in-flight region as they are; see [`Session::reconnect`]. On an error the client is as before.
+    ///
+    /// # Errors
+    /// When no server accepts, or a message fails.
+    pub fn reconnect(&mut self, path: impl AsRef<Path>) -> Result<(), ClientError> {
+        self.session.reconnect(path.as_ref(), &mut self.queues)
     }
 
     /// The control side.

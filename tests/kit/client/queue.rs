@@ -367,6 +367,15 @@ impl Queue {
         &self.events
     }
 
+    pub(super) fn set_events(&mut self, events: Events) {
+        self.events = events;
+    }
+
+    /// The index up to which requests are available to the device.
+    pub(super) fn available_index(&self) -> u16 {
+        self.ring.avail_index()
+    }
+
     fn check_length(&self, request: &Request<'_>) -> Result<(), ClientError> {
         let capacity = self.layout.capacity;
         let length = match request {

@@ -3,7 +3,9 @@
 //! Owns the socket and the shared memory. It sends a frontend's messages and knows nothing of requests.
 //! [`Session::frontend`] gives tests the bare protocol for other messages.
 
+use std::fs::File;
 use std::net::Shutdown;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -11,7 +13,8 @@ use std::sync::Arc;
 use vhost::VhostBackend;
 use vhost::VringConfigData;
 use vhost::vhost_user::message::{
-    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures as Protocol, VhostUserVirtioFeatures,
+    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures as Protocol,
+    VhostUserVirtioFeatures,
 };
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
@@ -26,6 +29,12 @@ use super::{ClientError, MemoryMessages, Options};
 
 const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 
+/// The in-flight region that a device made and the client keeps.
+struct InFlightRegion {
+    message: VhostUserInflight,
+    file: File,
+}
+
 /// A negotiated session.
 pub struct Session {
     frontend: Frontend,
@@ -36,6 +45,7 @@ pub struct Session {
     protocol: Protocol,
     config: BlockConfig,
     memory: Option<Arc<SharedMemory>>,
+    region: Option<Arc<InFlightRegion>>,
     started: Vec<usize>,
 }
 
@@ -69,6 +79,7 @@ impl Session {
             protocol: Protocol::empty(),
             config: BlockConfig::default(),
             memory: None,
+            region: None,
             started: Vec::new(),
         };
         session.negotiate()?;
@@ -85,6 +96,12 @@ impl Session {
         }
         let offered = self.frontend.get_protocol_features().map_err(message("GET_PROTOCOL_FEATURES"))?;
         self.protocol = offered & self.options.protocol_features;
+        if self.options.in_flight {
+            if !offered.contains(Protocol::INFLIGHT_SHMFD) {
+                return Err(ClientError::NotOffered("in-flight region"));
+            }
+            self.protocol |= Protocol::INFLIGHT_SHMFD;
+        }
         self.frontend.set_protocol_features(self.protocol).map_err(message("SET_PROTOCOL_FEATURES"))?;
         if self.protocol.contains(Protocol::REPLY_ACK) {
             self.frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
@@ -114,6 +131,15 @@ impl Session {
         Ok(reply.map_err(ClientError::message("GET_CONFIG"))?.1)
     }
 
+    /// Writes one byte of the configuration space (SET_CONFIG).
+    ///
+    /// # Errors
+    /// When the device refuses.
+    pub fn write_config(&mut self, offset: u32, byte: u8) -> Result<(), ClientError> {
+        let written = self.frontend.set_config(offset, VhostUserConfigFlags::WRITABLE, &[byte]);
+        written.map_err(ClientError::message("SET_CONFIG"))
+    }
+
     /// Lays out and shares the memory for all queues, and starts their rings.
     ///
     /// # Errors
@@ -137,6 +163,13 @@ impl Session {
         }
         let memory = Arc::new(SharedMemory::new(end).map_err(ClientError::host("shared memory"))?);
         self.share_memory(&memory)?;
+        if options.in_flight {
+            let wanted = VhostUserInflight::new(0, 0, options.queues as u16, options.queue_size);
+            let (message, file) =
+                self.frontend.get_inflight_fd(&wanted).map_err(ClientError::message("GET_INFLIGHT_FD"))?;
+            self.region = Some(Arc::new(InFlightRegion { message, file }));
+            self.send_region()?;
+        }
         let mut queues = Vec::with_capacity(layouts.len());
         for (index, layout) in layouts.into_iter().enumerate() {
             let queue = Queue::new(Parts {
@@ -156,6 +189,50 @@ impl Session {
         // Without REPLY_ACK no message so far has confirmed the others: this one has a reply.
         self.frontend.get_features().map_err(ClientError::message("GET_FEATURES"))?;
         Ok(queues)
+    }
+
+    /// Replaces the session by a new one with the same memory, rings and in-flight region. It does so in the order of
+    /// Cloud Hypervisor: a ring begins at the index up to which requests are available, whether or not the device that
+    /// died had taken them, and nothing but the region says what it had in flight.
+    ///
+    /// # Errors
+    /// When no server accepts, or a message fails; then the old session is left.
+    pub fn reconnect(&mut self, path: &Path, queues: &mut [Queue]) -> Result<(), ClientError> {
+        let message = ClientError::message;
+        let mut session = Self::connect(path, &self.options)?;
+        session.memory.clone_from(&self.memory);
+        session.region.clone_from(&self.region);
+        if let Some(memory) = &self.memory {
+            session.share_memory(memory)?;
+        }
+        let frontend = &mut session.frontend;
+        for queue in queues.iter() {
+            frontend.set_vring_num(queue.index(), queue.ring_size()).map_err(message("SET_VRING_NUM"))?;
+        }
+        session.send_region()?;
+        let frontend = &mut session.frontend;
+        for queue in queues.iter_mut() {
+            let index = queue.index();
+            queue.set_events(Events::new(&session.socket)?);
+            let (addresses, events) = (queue.vring_addresses(), queue.events());
+            frontend.set_vring_addr(index, &addresses).map_err(message("SET_VRING_ADDR"))?;
+            frontend.set_vring_base(index, queue.available_index()).map_err(message("SET_VRING_BASE"))?;
+            frontend.set_vring_call(index, &events.call).map_err(message("SET_VRING_CALL"))?;
+            frontend.set_vring_err(index, &events.error).map_err(message("SET_VRING_ERR"))?;
+            frontend.set_vring_kick(index, &events.kick).map_err(message("SET_VRING_KICK"))?;
+        }
+        for queue in queues.iter() {
+            session.enable(queue.index(), true)?;
+            session.started.push(queue.index());
+        }
+        *self = session;
+        Ok(())
+    }
+
+    fn send_region(&mut self) -> Result<(), ClientError> {
+        let Some(region) = &self.region else { return Ok(()) };
+        let sent = self.frontend.set_inflight_fd(&region.message, region.file.as_raw_fd());
+        sent.map_err(ClientError::message("SET_INFLIGHT_FD"))
     }
 
     fn share_memory(&mut self, memory: &Arc<SharedMemory>) -> Result<(), ClientError> {
