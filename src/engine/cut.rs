@@ -9,7 +9,7 @@ use qcow2::HostOffset;
 
 use crate::early::{Early, EarlyLinks};
 use crate::epoch::Epoch;
-use crate::mutation::{Mutation, active};
+use crate::rules::order;
 use crate::tables::{Dirt, TableId};
 use crate::waiters::{Waiters, WakeList};
 
@@ -66,17 +66,6 @@ pub enum FlushStep {
     Lead(FlushCut),
 }
 
-/// The stage at which a cut failed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Stage {
-    /// Stage 0 was not complete.
-    Zero,
-    /// Stage 0 is durable, stage 1 was not complete.
-    One,
-    /// Stage 1 is durable, stage 2 was not complete.
-    Two,
-}
-
 /// The cuts of a disk: the running one, and what is known of the next.
 pub(crate) struct FlushState {
     /// The next cut's number, from 1.
@@ -119,10 +108,7 @@ impl FlushState {
 
     /// The cut with which a flush that arrives now ends.
     pub fn ticket(&self) -> u64 {
-        match &self.running {
-            Some(running) if active(Mutation::JoinsRunningCut) => running.number,
-            _ => self.next,
-        }
+        order::flush_ends_with(self.running.as_ref().map(|running| running.number), self.next)
     }
 
     /// The next cut holds a link that may become durable only after the data that it names.

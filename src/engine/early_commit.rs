@@ -6,7 +6,7 @@
 use crate::cut::TableWrite;
 use crate::early::Early;
 use crate::map::ChainMap;
-use crate::mutation::{Mutation, active};
+use crate::rules::order;
 use crate::state::State;
 use crate::write::Allocation;
 
@@ -31,10 +31,9 @@ impl State {
 
     fn may_link_early(&self, map: &ChainMap, new: &Allocation) -> bool {
         let Some(write) = &self.write else { return false };
-        let busy = write.flush.is_busy() && !active(Mutation::EarlyLinkBesideCut);
-        let dirty = self.has_dirt() && !active(Mutation::EarlyLinkBeforeCounts);
+        let may_begin = order::may_commit_early(write.flush.is_busy(), self.has_dirt());
         // False if another allocation was published since this one was planned.
         let first = write.flush.early.of_next() == Early::Wanted;
-        first && !busy && !dirty && new.clusters == 1 && self.may_precede_data(map, new, new.cluster)
+        first && may_begin && new.clusters == 1 && self.may_precede_data(map, new, new.cluster)
     }
 }

@@ -5,11 +5,11 @@ use std::task::Waker;
 use qcow2::{Geometry, HostOffset, L1Entry};
 
 use crate::bounds::CUT_WRITE_BYTES_MAX;
-use crate::cut::{FlushCut, FlushStep, HeaderSwitch, Running, Stage, TableWrite};
+use crate::cut::{FlushCut, FlushStep, HeaderSwitch, Running, TableWrite};
 use crate::epoch::Epochs;
 use crate::error::EngineError;
-use crate::mutation::{Mutation, active};
 use crate::refcounts::{encode_entries, table_block_entries};
+use crate::rules::order::{self, Stage};
 use crate::state::State;
 use crate::tables::{Dirt, TableId};
 use crate::waiters::WakeList;
@@ -31,7 +31,7 @@ impl State {
         if flush.completed() >= ticket {
             return Ok(FlushStep::Done);
         }
-        if flush.is_running() || (flush.early.is_running() && !active(Mutation::CutBesideEarlyLink)) {
+        if !order::may_take_cut(flush.is_running(), flush.early.is_running()) {
             flush.wait(waker);
             return Ok(FlushStep::Wait);
         }
@@ -52,18 +52,10 @@ impl State {
         let (mut stage0, mut stage1, mut stage2) = (Vec::new(), Vec::new(), Vec::new());
         let mut slices = Vec::new();
         for ((id, dirt, bytes), offset) in self.tables.cut().into_iter().zip(places) {
-            let stage = match (id, dirt) {
-                (TableId::Refblock { .. }, Dirt::New) if active(Mutation::RefblocksWithEntries) => {
-                    &mut stage1
-                }
-                (TableId::Refblock { .. }, Dirt::Existing) if active(Mutation::CountsWithLinks) => {
-                    &mut stage2
-                }
-                (TableId::L2 { .. }, Dirt::New) if active(Mutation::TablesWithLinks) => &mut stage2,
-                (TableId::L2 { .. }, Dirt::Existing) if active(Mutation::LinksBeforeData) => &mut stage1,
-                (TableId::Refblock { .. }, Dirt::New) => &mut stage0,
-                (TableId::Refblock { .. }, _) | (TableId::L2 { .. }, Dirt::New) => &mut stage1,
-                (TableId::L2 { .. }, _) => &mut stage2,
+            let stage = match order::stage_of(id, dirt) {
+                Stage::Zero => &mut stage0,
+                Stage::One => &mut stage1,
+                Stage::Two => &mut stage2,
             };
             stage.push(TableWrite { offset, bytes: bytes.into_vec() });
             slices.push((id, dirt));
@@ -107,7 +99,7 @@ impl State {
             && header.is_none()
             && l1_blocks.is_empty()
             && !stage2.is_empty()
-            && (!ordered || active(Mutation::LinksNeedNoData));
+            && order::links_need_no_data(ordered);
         for block in l1_blocks {
             stage2.push(self.l1_block(block));
         }
@@ -185,11 +177,7 @@ impl State {
             let entries = table_block_entries(&write.refcounts.geometry);
             write.refcounts.dirty.extend(0..write.refcounts.table.len().div_ceil(entries));
         }
-        for (id, dirt) in running.slices {
-            if active(Mutation::FailedCutForgotten) {
-                self.tables.written(id);
-                continue;
-            }
+        for (id, dirt) in order::to_write_again(running.slices) {
             let linked = match id {
                 TableId::Refblock { .. } => stage >= Stage::One,
                 TableId::L2 { .. } => stage >= Stage::Two,

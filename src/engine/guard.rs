@@ -17,8 +17,8 @@ use crate::aimed::{Aimed, Known};
 use crate::change::{L2Tables, SnapshotPlaces};
 use crate::entries::Entries;
 use crate::error::{EngineError, Proof, Structure};
-use crate::mutation::{Mutation, active};
 use crate::refcounts::Refcounts;
+use crate::rules::places;
 use crate::run::Run;
 
 /// A cluster and the metadata in it.
@@ -172,9 +172,7 @@ impl MetadataGuard {
     /// # Errors
     /// A cluster of the run that holds metadata.
     pub fn aim(&mut self, run: Run) -> Result<(), Holder> {
-        if !active(Mutation::GuardBypassed)
-            && let Some(holder) = self.within(run)
-        {
+        if let Some(holder) = places::obstacle(self.within(run)) {
             return Err(holder);
         }
         self.aimed.add(run);
@@ -184,7 +182,7 @@ impl MetadataGuard {
     /// Whether data I/O was aimed at a cluster in this session. If it was, or may have been, the cluster never becomes
     /// metadata.
     pub fn aimed(&self, cluster: u64) -> Known {
-        if active(Mutation::MetadataWhereAimed) { Known::Not } else { self.aimed.knows(cluster) }
+        places::aimed(self.aimed.knows(cluster))
     }
 
     /// The first cluster past the neighbours that the record no longer distinguishes from `cluster`.

@@ -14,7 +14,7 @@ use crate::Engine;
 use crate::bounds::{LEAK_CLUSTERS_AT_ONCE, LEAK_PIECE, LEAKS_AT_ONCE};
 use crate::error::{EngineError, Structure};
 use crate::free::TAIL_BYTES;
-use crate::mutation::{Mutation, active};
+use crate::rules::reuse;
 use crate::run::Run;
 use crate::state::State;
 use crate::tables::TableId;
@@ -264,8 +264,7 @@ impl State {
                 LiveTable::L2(table) => TableId::L2 { layer: 0, table, slice },
                 LiveTable::Refblock(block) => TableId::Refblock { block, slice },
             };
-            let bytes = self.tables.peek(id).filter(|_| !active(Mutation::LeakSearchReadsTheDisk));
-            bytes.map(Box::from)
+            reuse::seen_by_leak_search(self.tables.peek(id)).map(Box::from)
         });
         Ok(Some(SeenTable {
             slices: resident.collect(),
@@ -284,7 +283,7 @@ impl State {
             }
             let Some(leak) = leaks.pop_front() else { break };
             let touched = write.alloc.touched().ok_or(LeakSearchEnd::CalledOff)?;
-            if touched.contains(leak.cluster) && !active(Mutation::LeakSearchForgetsChanges) {
+            if touched.contains(leak.cluster) {
                 continue;
             }
             let run = Run { start: HostCluster(leak.cluster), count: 1 };

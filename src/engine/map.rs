@@ -28,7 +28,7 @@ use crate::bounds::{
     MAP_CHUNK_FRAMES as CHUNK_FRAMES, MAP_LEAF_ENTRIES as LEAF_ENTRIES, MAP_LEAVES_MAX as LEAVES_MAX,
     MAP_SLICE_WORDS as SLICE_WORDS,
 };
-use crate::mutation::{Mutation, active};
+use crate::rules::places;
 use crate::sync::{AtomicBool, AtomicU64, OnceLock, Ordering, zeroed};
 use crate::word::{KIND_SHIFT, Word};
 
@@ -373,7 +373,7 @@ impl MapWriter {
         let at = (cluster.0 % SLICE_WORDS) as usize;
         match Entry(slot.load(Ordering::Relaxed)).place() {
             Place::Nowhere => {}
-            Place::Run(first) if first.in_run(at as u64, map.step) == word || active(Mutation::RunKept) => {}
+            Place::Run(first) if places::stays_run(first.in_run(at as u64, map.step) == word) => {}
             Place::Run(first) => {
                 let count = map.slice_len(slice);
                 let mut words: [Word; SLICE_WORDS as usize] =
@@ -480,7 +480,7 @@ impl MapWriter {
 
 /// True if a slice of `clusters` clusters is a run, given its first word and the number of joining pairs.
 fn is_run(first: Word, joints: usize, clusters: usize) -> bool {
-    first.heads_run() && joints + 1 + usize::from(active(Mutation::GapTakenForRun)) >= clusters
+    first.heads_run() && places::all_join(joints, clusters)
 }
 
 #[cfg(test)]

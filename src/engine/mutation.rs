@@ -1,6 +1,6 @@
 //! Deliberate breakages of the write order, the quarantine and the cut. Tests must notice each of them.
 //!
-//! Without the feature `mutations`, [`active`] is constantly false and nothing here has any effect. With it, a thread
+//! A rule is a plain function in `rules` and names its breakages beside its answer, through [`unless_broken`]. Without the feature `mutations`, [`active`] is constantly false and nothing here has any effect. With it, a thread
 //! activates a mutation for itself by [`with`]. Only test targets may enable the feature.
 
 /// Something to break.
@@ -216,6 +216,14 @@ pub fn active(mutation: Mutation) -> bool {
 #[inline(always)]
 pub const fn active(_: Mutation) -> bool {
     false
+}
+
+/// The answer of a rule: `right`, unless this thread is to break the rule in one of these ways. Then it is the answer
+/// beside that breakage. Without the feature `mutations` nothing is left of the other answers.
+#[inline(always)]
+pub fn unless_broken<T, const N: usize>(right: T, breakages: [(Mutation, T); N]) -> T {
+    let broken = breakages.into_iter().find(|(mutation, _)| active(*mutation));
+    broken.map_or(right, |(_, wrong)| wrong)
 }
 
 /// Activates a mutation on this thread while `work` runs.

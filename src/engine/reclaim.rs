@@ -12,8 +12,8 @@ use crate::bounds::{
 };
 use crate::epoch::Epochs;
 use crate::error::EngineError;
-use crate::mutation::{Mutation, active};
 use crate::quarantine::Unlinked;
+use crate::rules::reuse;
 use crate::run::{FreeRun, Run};
 use crate::state::{State, WriteState};
 use crate::tables::TableId;
@@ -58,8 +58,7 @@ impl State {
         let mut clusters = 0;
         let mut pins = BTreeSet::new();
         for unlinked in write.alloc.quarantine_mut().unlinked(most) {
-            let passed = epochs.passed(unlinked.epoch) || active(Mutation::ReuseWhileInUse);
-            if batch.len() >= RUNS_MAX || !passed {
+            if batch.len() >= RUNS_MAX || !reuse::is_out_of_reach(epochs.passed(unlinked.epoch)) {
                 break;
             }
             let slices = write.refcounts.slices_of(unlinked.run.start, unlinked.run.count)?;
@@ -77,8 +76,8 @@ impl State {
         ready!(self.may_dirty());
         ready!(self.need_tables(pins.iter().copied(), waker)?);
         let counts = self.decremented(&batch)?;
-        let free = |count| count == 0 || active(Mutation::SharedTakenForFree);
-        let runs = runs_of(counts.iter().filter(|(_, count)| free(**count)).map(|(cluster, _)| *cluster));
+        let free = counts.iter().filter(|(_, count)| reuse::is_free(**count));
+        let runs = runs_of(free.map(|(cluster, _)| *cluster));
         let write = self.write_state()?;
         // If this fails, two entries of a damaged image named the cluster: releasing the first freed it, and it has
         // been handed out since.

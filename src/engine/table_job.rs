@@ -11,7 +11,7 @@ use crate::answer::{Answer, TableSlot, ready};
 use crate::error::EngineError;
 use crate::flush::l1_block_of;
 use crate::layers::Qcow2Layer;
-use crate::mutation::{Mutation, active};
+use crate::rules::order;
 use crate::state::State;
 use crate::tables::{Dirt, TableId};
 use crate::turns::Turn;
@@ -91,9 +91,7 @@ impl State {
             }
         }
         let write = self.write.as_mut().expect("a plan was made");
-        if !active(Mutation::LinkForgotten) {
-            write.l1_dirty.insert(block);
-        }
+        write.l1_dirty.extend(order::block_to_link(block));
         if let Some(old) = old {
             write.guard.remove(old, 1);
             write.alloc.free_later(old, write.flush.next_cut());

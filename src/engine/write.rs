@@ -16,7 +16,8 @@ use crate::error::EngineError;
 use crate::layers::EntryPlace;
 use crate::locked::{Locked, TakeBack};
 use crate::map::ChainMap;
-use crate::mutation::{Mutation, active};
+use crate::rules::clusters::{self, Named, is_own};
+use crate::rules::order;
 use crate::state::State;
 use crate::tables::TableId;
 use crate::turns::Turn;
@@ -166,8 +167,7 @@ impl State {
         let (geometry, file) = (top.geometry, top.data());
         let first = geometry.guest_cluster(offset);
         let slot = TableSlot(geometry.l1_index(first));
-        let own = |copied| copied || active(Mutation::SharedTableTakenForOwn);
-        if !matches!(top.l1_entry(slot.0)?, L1Entry::Table { copied, .. } if own(copied)) {
+        if !matches!(top.l1_entry(slot.0)?, L1Entry::Table { copied, .. } if is_own(Named::Table, copied)) {
             return Ok(Answer::Table(slot));
         }
         let place = top.entry_place(first);
@@ -188,8 +188,7 @@ impl State {
                 return Ok(Answer::Ready(WritePlan::InPlace { file, offset, length: covered(end) }));
             }
             Standing::Reuse(host) => {
-                let known_zero = active(Mutation::ZeroClusterTakenForZero);
-                (geometry.host_cluster(host), known_zero, end, begin..end, true)
+                (geometry.host_cluster(host), clusters::is_known_zero(None), end, begin..end, true)
             }
             Standing::New | Standing::Copy => {
                 ready!(self.may_free()?);
@@ -203,8 +202,7 @@ impl State {
                 } else {
                     begin..end
                 };
-                let known_zero = taken.known_zero || active(Mutation::StaleTakenForZero);
-                (taken.run.start, known_zero, end, span, false)
+                (taken.run.start, clusters::is_known_zero(Some(taken)), end, span, false)
             }
         };
         self.tables.pin(place.table);
@@ -251,9 +249,7 @@ impl State {
         };
         let in_use = subclusters.allocated.contains(index as u32);
         Ok(match subclusters.host.or(self.fixed_place(GuestCluster(first.0 + at))) {
-            Some(HostPlace { offset, copied })
-                if copied || (in_use && active(Mutation::SharedTakenForOwn)) =>
-            {
+            Some(HostPlace { offset, copied }) if is_own(Named::Data { in_use }, copied) => {
                 let host = HostOffset(offset.0 + index * size);
                 let run = u64::from(subclusters.allocated.run(index as u32)).min(left);
                 if in_use { (Standing::InPlace(host), run) } else { (Standing::Reuse(host), run) }
@@ -318,10 +314,7 @@ impl State {
             let hull = subclusters.map_or(0..per_cluster as u32, |subclusters| subclusters.allocated.hull());
             Ok(at * per_cluster + u64::from(hull.start)..at * per_cluster + u64::from(hull.end))
         };
-        if active(Mutation::SharedPartsForgotten) {
-            return Ok(granules.first..end);
-        }
-        Ok(granules.first.min(kept(0)?.start)..end.max(kept(last)?.end))
+        Ok(clusters::span_to_write(granules.first..end, kept(0)?.start..kept(last)?.end))
     }
 
     /// Publishes an allocation whose bytes have been written.
@@ -348,8 +341,7 @@ impl State {
     /// True if the link of an allocation's cluster may become durable before the data: the guest then reads zeros, as
     /// it would without the write.
     pub(crate) fn may_precede_data(&self, map: &ChainMap, new: &Allocation, guest: GuestCluster) -> bool {
-        let was_zero = map.lookup(guest) == Word::ZERO || active(Mutation::LinksForgetBacking);
-        new.known_zero && !new.reuse && was_zero
+        order::link_may_precede_data(new.known_zero && !new.reuse, map.lookup(guest) == Word::ZERO)
     }
 
     /// For a cluster of an allocation: the place of its entry, its guest cluster, and its entry once the data is
@@ -378,14 +370,8 @@ impl State {
         let within = |number: u64| number.saturating_sub(at * of_cluster).min(of_cluster) as u32;
         let written = SubclusterSet::range(within(done.granules.start)..within(done.granules.end));
         let old = self.top_entry(place, guest.0).ok().and_then(Subclusters::of);
-        let Subclusters { allocated, zero, .. } = old.unwrap_or(Subclusters::NONE);
-        let stays = done.reuse || active(Mutation::SharedPartsForgotten);
-        let kept = if stays { allocated } else { SubclusterSet::EMPTY };
-        assert!(kept.with(written).covers(allocated), "what was there has been copied");
-        let zero = if active(Mutation::ZeroPartsKept) { zero } else { zero.without(written) };
-        let all = active(Mutation::AllPartsAllocated);
-        let allocated = if all { SubclusterSet::ALL } else { kept.with(written) }.without(zero);
-        Subclusters { host: Some(host), allocated, zero }.entry()
+        let new = clusters::after_write(old.unwrap_or(Subclusters::NONE), written, done.reuse);
+        Subclusters { host: Some(host), ..new }.entry()
     }
 
     /// The early commit of an allocation, if there was one, has ended, but the entry on disk differs, or may differ,
@@ -397,7 +383,7 @@ impl State {
         let flush = &mut self.write.as_mut().expect("a plan was made").flush;
         flush.end_early(*early, wakes);
         *early = Early::No;
-        if !active(Mutation::EarlyLinkLeft) {
+        if order::aborted_link_is_dirty() {
             flush.links_follow_data();
             self.tables.change(table);
         }
@@ -408,12 +394,10 @@ impl State {
     pub fn release_old(&mut self, place: EntryPlace, guest: GuestCluster) {
         let Ok(entry) = self.top_entry(place, guest.0) else { return };
         let Some((first, count)) = self.counted_clusters(entry) else { return };
-        let compressed = matches!(entry, L2Entry::Compressed { .. });
-        let count = if compressed && active(Mutation::CompressedTailKept) { 1 } else { count };
+        let (count, times) = clusters::references_lost(matches!(entry, L2Entry::Compressed { .. }), count);
         let write = self.write.as_mut().expect("a plan was made");
         for host in first.0..first.0 + count {
-            write.alloc.free_later(HostCluster(host), write.flush.next_cut());
-            if compressed && active(Mutation::CompressedReleasedTwice) {
+            for _ in 0..times {
                 write.alloc.free_later(HostCluster(host), write.flush.next_cut());
             }
         }

@@ -12,7 +12,7 @@ use crate::answer::{Answer, TableSlot, ready};
 use crate::error::EngineError;
 use crate::layers::EntryPlace;
 use crate::map::{ChainMap, Parts};
-use crate::mutation::{Mutation, active};
+use crate::rules::clusters::{self, OldHost};
 use crate::state::State;
 use crate::word::Word;
 
@@ -52,17 +52,6 @@ enum Change {
     Set(L2Entry, OldHost),
     /// Write zeros to it.
     Data,
-}
-
-/// What happens to the host cluster of an entry.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum OldHost {
-    /// It stays, or there is none.
-    Stays,
-    /// It stays, and its contents are no longer needed.
-    Empties,
-    /// It is freed.
-    Goes,
 }
 
 /// A guest range by clusters. It may cover the first and the last cluster only in part.
@@ -241,13 +230,13 @@ impl State {
             _ => {}
         }
         let v2 = geometry.version == Version::V2;
-        let hides_backing = self.has_backing();
+        let has_backing = self.has_backing();
         // The entry of a cluster without space of its own that reads as zero.
-        let bares = mode == ZeroMode::Discard && active(Mutation::DiscardBaresBacking);
-        let empty = if hides_backing && !bares { L2Entry::Zero } else { L2Entry::Unallocated };
+        let hides_backing = clusters::hides_backing(has_backing, mode == ZeroMode::Discard);
+        let empty = if hides_backing { L2Entry::Zero } else { L2Entry::Unallocated };
         let keeps_place = self.write_state()?.keep_discarded;
         Ok(Answer::Ready(match (entry, mode) {
-            (L2Entry::Unallocated, _) if !hides_backing => Change::Nothing,
+            (L2Entry::Unallocated, _) if !has_backing => Change::Nothing,
             (L2Entry::Unallocated, _) => {
                 match ready!(self.word(map, geometry.cluster_size(), guest, waker)?) {
                     Word::ZERO => Change::Nothing,
@@ -259,7 +248,7 @@ impl State {
             (L2Entry::ZeroAllocated { .. }, ZeroMode::Keep) => Change::Nothing,
             (L2Entry::ZeroAllocated { copied: true, .. }, _) if keeps_place => Change::Empty(entry),
             (L2Entry::ZeroAllocated { .. }, _) => Change::Set(empty, OldHost::Goes),
-            (L2Entry::Data { .. } | L2Entry::Compressed { .. }, _) if v2 && hides_backing => Change::Data,
+            (L2Entry::Data { .. } | L2Entry::Compressed { .. }, _) if v2 && has_backing => Change::Data,
             // Version 2 has no entry for an allocated cluster that reads as zero: there the space is freed, as in QEMU.
             (L2Entry::Data { offset, copied: true }, _) if !v2 && (keeps_place || mode == ZeroMode::Keep) => {
                 let old = if mode == ZeroMode::Keep { OldHost::Stays } else { OldHost::Empties };
@@ -281,14 +270,13 @@ impl State {
         mode: ZeroMode,
         waker: &Waker,
     ) -> Result<Answer<Change>, EngineError> {
-        let bares = mode == ZeroMode::Discard && active(Mutation::DiscardBaresBacking);
-        let hides_backing = self.has_backing() && !bares;
+        let hides_backing = clusters::hides_backing(self.has_backing(), mode == ZeroMode::Discard);
         let Some(host) = old.host else {
-            if !self.has_backing() || old.zero.covers(touched) {
+            if !hides_backing || old.zero.covers(touched) {
                 return Ok(Answer::Ready(Change::Nothing));
             }
             let unit = self.top_qcow2().geometry.cluster_size();
-            if ready!(self.word(map, unit, guest, waker)?) == Word::ZERO || bares {
+            if ready!(self.word(map, unit, guest, waker)?) == Word::ZERO {
                 return Ok(Answer::Ready(Change::Nothing));
             }
             let new = Subclusters { zero: old.zero.with(touched), ..old };
@@ -306,13 +294,8 @@ impl State {
             old.zero.without(touched)
         };
         let new = Subclusters { host: (!frees).then_some(host), allocated, zero };
-        let frees = frees || (active(Mutation::PartFreesCluster) && !keeps);
         let empties = mode != ZeroMode::Keep && allocated.is_empty();
-        let old_host = match () {
-            () if frees => OldHost::Goes,
-            () if empties => OldHost::Empties,
-            () => OldHost::Stays,
-        };
+        let old_host = clusters::old_host(frees, empties, keeps);
         Ok(Answer::Ready(match old_host {
             // A preallocated place, or one whose data was zeroed before.
             OldHost::Empties if new == old => Change::Empty(new.entry()),

@@ -37,7 +37,7 @@ use super::step::PlanStep;
 use super::{Change, Planner, SnapshotChange};
 use crate::check::counts::Counts;
 use crate::free::TAIL_BYTES;
-use crate::mutation::{Mutation, active};
+use crate::rules::change::{self as rules, Group};
 
 /// The alignment in bytes of a write of the changed part of a table.
 const SECTOR: usize = qcow2::SECTOR as usize;
@@ -350,7 +350,7 @@ fn tail_of(planner: &Planner) -> u64 {
     let first = base.file_length.saturating_sub(TAIL_BYTES) / size;
     let is_free = |cluster: u64| base.recorded.get(cluster) == 0;
     let is_marked = first < base.clusters && (first..base.clusters).all(is_free);
-    if is_marked && !active(Mutation::ChangeUnmarks) { TAIL_BYTES.max(size) } else { 0 }
+    if rules::keeps_mark(is_marked) { TAIL_BYTES.max(size) } else { 0 }
 }
 
 impl Draft {
@@ -561,38 +561,31 @@ impl Draft {
     /// All actions, in order.
     fn actions(&mut self) -> VecDeque<Action> {
         let mut actions = VecDeque::new();
-        let then_sync = |actions: &mut VecDeque<Action>, some: Vec<Action>| {
-            if !some.is_empty() {
-                actions.extend(some);
-                actions.push_back(Action::Sync);
-            }
-        };
-        then_sync(&mut actions, self.new_structures());
-        then_sync(&mut actions, self.mark(true));
-        let switch = || vec![Action::Bytes(self.switch.0, self.switch.1.clone())];
-        if active(Mutation::SnapshotHeaderFirst) {
-            then_sync(&mut actions, switch());
+        for group in rules::order() {
+            let some = self.group(*group);
+            // The removal of refblocks brings its own syncs, if there is anything to remove.
+            let is_synced = !some.is_empty() && *group != Group::DropBlocks;
+            actions.extend(some);
+            actions.extend(is_synced.then_some(Action::Sync));
         }
-        then_sync(&mut actions, self.name_structures());
-        if !active(Mutation::SnapshotFlagsKept) {
-            then_sync(&mut actions, self.corrections(&self.clear, false));
-        }
-        if active(Mutation::SnapshotLoweredFirst) {
-            then_sync(&mut actions, vec![Action::Lower]);
-        }
-        then_sync(&mut actions, vec![Action::Refblocks(self.raised.iter().copied().collect())]);
-        if !active(Mutation::SnapshotHeaderFirst) {
-            then_sync(&mut actions, switch());
-        }
-        if !active(Mutation::SnapshotLoweredFirst) {
-            then_sync(&mut actions, vec![Action::Lower]);
-        }
-        if self.drops_blocks {
-            actions.push_back(Action::DropBlocks);
-        }
-        then_sync(&mut actions, self.corrections(&self.set, true));
-        then_sync(&mut actions, self.mark(false));
         actions
+    }
+
+    /// The actions of a group, but for the sync that ends it.
+    fn group(&mut self, group: Group) -> Vec<Action> {
+        match group {
+            Group::NewStructures => self.new_structures(),
+            Group::MarkDirty => self.mark(true),
+            Group::NameStructures => self.name_structures(),
+            Group::ClearFlags => self.corrections(&self.clear, false),
+            Group::RaiseCounts => vec![Action::Refblocks(self.raised.iter().copied().collect())],
+            Group::SwitchHeader => vec![Action::Bytes(self.switch.0, self.switch.1.clone())],
+            Group::LowerCounts => vec![Action::Lower],
+            Group::DropBlocks if self.drops_blocks => vec![Action::DropBlocks],
+            Group::DropBlocks => Vec::new(),
+            Group::SetFlags => self.corrections(&self.set, true),
+            Group::ClearMark => self.mark(false),
+        }
     }
 
     /// All writes to free space.

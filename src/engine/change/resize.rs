@@ -13,7 +13,7 @@ use qcow2::{Geometry, Header, HostCluster, L1Entry, L2Entry, Snapshot, Version};
 
 use super::refusal::ChangeRefusal;
 use crate::check::READ_MAX;
-use crate::mutation::{Mutation, active};
+use crate::rules::change as rules;
 
 /// The new size of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -135,7 +135,7 @@ impl Cut {
         }
         let staying = self.in_table.saturating_sub(within).min(bytes.len() as u64);
         let (stays, goes) = bytes.split_at(staying as usize);
-        self.stays.extend_from_slice(if active(Mutation::ResizeKeepsLinks) { bytes } else { stays });
+        self.stays.extend_from_slice(rules::kept_entries(bytes, stays));
         self.goes |= goes.iter().any(|byte| *byte != 0);
         (stays, goes)
     }
