@@ -149,8 +149,8 @@ fn lookups_of_subclusters(engine: Engine) -> Case {
         |(engine, offsets)| {
             for offset in offsets {
                 let offset = black_box(*offset);
-                assert_eq!(engine.lookup(offset), Mapping::Parts);
-                black_box(engine.lookup_parts(offset).expect("a cluster in the map"));
+                assert_eq!(engine.lookup(offset), Mapping::Subclusters);
+                black_box(engine.lookup_subclusters(offset).expect("a cluster in the map"));
             }
         },
     )

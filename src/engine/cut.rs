@@ -159,7 +159,7 @@ impl FlushState {
     /// The cut with this number is durable.
     pub fn note_durable(&mut self, number: u64) {
         self.completed = number;
-        self.early.synced();
+        self.early.note_sync();
     }
 
     /// The early commit of an allocation has ended, if there was one.

@@ -39,13 +39,13 @@ impl EarlyLinks {
     }
 
     /// An allocation is published; `linked` says how it was linked.
-    pub fn allocated(&mut self, linked: Early) {
+    pub fn note_allocation(&mut self, linked: Early) {
         self.allocations = self.allocations.saturating_add(1);
         self.unsynced |= linked == Early::Begun;
     }
 
     /// A cut is taken; `dirty` says whether it has anything to write.
-    pub fn cut(&mut self, dirty: bool) {
+    pub fn note_cut(&mut self, dirty: bool) {
         let in_vain = self.unsynced && dirty;
         self.lone_cuts = match std::mem::take(&mut self.allocations) {
             0 => self.lone_cuts,
@@ -55,7 +55,7 @@ impl EarlyLinks {
     }
 
     /// A cut is durable.
-    pub fn synced(&mut self) {
+    pub fn note_sync(&mut self) {
         self.unsynced = false;
     }
 

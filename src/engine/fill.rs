@@ -1,6 +1,6 @@
 //! The unfinished fill of a slice of the map. It waits for tables; resolve.rs continues it.
 
-use crate::map::Parts;
+use crate::map::SubclusterMap;
 use crate::word::Word;
 
 /// A fill of a slice under way. The results of the layers above `layer` are final. So only the tables of one layer need
@@ -8,7 +8,7 @@ use crate::word::Word;
 pub(crate) struct FillJob {
     pub words: Vec<Word>,
     /// The second words, if the map has some.
-    pub parts: Vec<Parts>,
+    pub seconds: Vec<SubclusterMap>,
     /// Clusters of the slice that no layer has resolved yet.
     pub open: Vec<u16>,
     /// The next layer to search.
@@ -17,17 +17,18 @@ pub(crate) struct FillJob {
 
 impl FillJob {
     /// A fill of a slice of `count` clusters, about which nothing is known yet.
-    pub fn new(count: u64, has_parts: bool) -> Self {
-        let parts = if has_parts { vec![Parts::default(); count as usize] } else { Vec::new() };
+    pub fn new(count: u64, has_subclusters: bool) -> Self {
+        let seconds =
+            if has_subclusters { vec![SubclusterMap::default(); count as usize] } else { Vec::new() };
         let open = (0..count as u16).collect();
-        FillJob { words: vec![Word::UNRESOLVED; count as usize], parts, open, layer: 0 }
+        FillJob { words: vec![Word::UNRESOLVED; count as usize], seconds, open, layer: 0 }
     }
 
     /// Sets the words of cluster number `at` of the slice.
-    pub fn set(&mut self, at: u16, word: Word, parts: Parts) {
+    pub fn set(&mut self, at: u16, word: Word, second: SubclusterMap) {
         self.words[usize::from(at)] = word;
-        if let Some(second) = self.parts.get_mut(usize::from(at)) {
-            *second = parts;
+        if let Some(stored) = self.seconds.get_mut(usize::from(at)) {
+            *stored = second;
         }
     }
 }

@@ -61,7 +61,7 @@ impl State {
             slices.push((id, dirt));
         }
         let write = self.write.as_mut().expect("a writable image");
-        write.flush.early.cut(dirty);
+        write.flush.early.note_cut(dirty);
         let cluster_size = write.refcounts.geometry.cluster_size();
         let lengthen = if dirty { write.alloc.marked_length(cluster_size) } else { None };
         let length_first = dirty && write.alloc.take_unsynced_length();
@@ -155,7 +155,7 @@ impl State {
         write.flush.note_durable(running.number);
         write.alloc.quarantine_mut().cut_is_durable(running.number, running.epoch);
         for (id, _) in running.slices {
-            self.tables.written(id);
+            self.tables.note_written(id);
         }
     }
 
@@ -182,7 +182,7 @@ impl State {
                 TableId::Refblock { .. } => stage >= Stage::One,
                 TableId::L2 { .. } => stage >= Stage::Two,
             };
-            self.tables.not_written(id, if linked { Dirt::Existing } else { dirt });
+            self.tables.note_not_written(id, if linked { Dirt::Existing } else { dirt });
         }
     }
 }

@@ -64,7 +64,7 @@ pub use epoch::{Epoch, Epochs, WorkerEpochs};
 pub use error::{EngineError, Proof, Structure};
 pub use layers::{LayerFormat, LayerSpec};
 pub use leaks::{Leak, LeakSearch, LeakSearchEnd, LiveTable, SeenTable};
-pub use map::Parts;
+pub use map::SubclusterMap;
 pub use reclaim::ReclaimPlan;
 pub use reserve::ReservePlan;
 pub use resolve::{CompressedCluster, Extent, Source, push_extent};
@@ -108,7 +108,7 @@ const FRAME_BYTES: usize = SLICE_WORDS as usize * 8;
 
 /// A cluster with some subclusters that are data in one host cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PartedCluster {
+pub struct SubclusterPlaces {
     /// The file.
     pub file: FileIndex,
     /// Where the host cluster begins in the file.
@@ -116,7 +116,7 @@ pub struct PartedCluster {
     /// True if the data subclusters may be written in place.
     pub in_place: bool,
     /// The kind of each subcluster.
-    pub parts: Parts,
+    pub subclusters: SubclusterMap,
 }
 
 /// The engine of one disk, shared by all its workers.
@@ -185,18 +185,18 @@ impl Engine {
         let clusters = size.div_ceil(unit);
         let slices = usize::try_from(clusters.div_ceil(SLICE_WORDS)).unwrap_or(usize::MAX);
         // A second word for each cluster, if a layer has subclusters and its cluster size is the map's unit.
-        let has_parts = layers.iter().any(|layer| match layer {
+        let has_subclusters = layers.iter().any(|layer| match layer {
             Layer::Qcow2(Qcow2Layer { geometry, .. }) => {
                 geometry.extended_l2 && geometry.cluster_size() == unit
             }
             Layer::Raw { .. } => false,
         });
-        let frame_bytes = if has_parts { 2 * FRAME_BYTES } else { FRAME_BYTES };
+        let frame_bytes = if has_subclusters { 2 * FRAME_BYTES } else { FRAME_BYTES };
         let map = ChainMap::new(
             clusters,
             unit,
             slices.min(spec.map_bytes.min(MAP_BYTES_MAX) / frame_bytes),
-            has_parts,
+            has_subclusters,
         );
         // An exact walk needs a slice of each layer at once, a copy of an L2 table the whole table. Several
         // requests may do so together. In a smaller cache they would evict each other's slices for ever.
@@ -269,13 +269,13 @@ impl Engine {
         self.map.lookup(GuestCluster(offset.0 >> self.unit_bits)).mapping()
     }
 
-    /// The subclusters of the cluster at a guest offset where [`Engine::lookup`] returned [`Mapping::Parts`]; `None` if
+    /// The subclusters of the cluster at a guest offset where [`Engine::lookup`] returned [`Mapping::Subclusters`]; `None` if
     /// that has changed meanwhile. The caller is in an epoch, as for [`Engine::lookup`]. No lock.
     #[inline]
-    pub fn lookup_parts(&self, offset: GuestOffset) -> Option<PartedCluster> {
-        let (word, parts) = self.map.lookup_parts(GuestCluster(offset.0 >> self.unit_bits))?;
+    pub fn lookup_subclusters(&self, offset: GuestOffset) -> Option<SubclusterPlaces> {
+        let (word, subclusters) = self.map.lookup_subclusters(GuestCluster(offset.0 >> self.unit_bits))?;
         let (file, offset, in_place) = word.place();
-        Some(PartedCluster { file, offset, in_place, parts })
+        Some(SubclusterPlaces { file, offset, in_place, subclusters })
     }
 
     /// True if the disk has failed: no write may be acknowledged any more.
@@ -334,11 +334,12 @@ impl Engine {
         &self,
         plan: impl FnOnce(&mut State, &mut WakeList) -> Result<T, EngineError>,
     ) -> Result<T, EngineError> {
-        self.check()?;
+        self.ensure_healthy()?;
         self.with(plan).map_err(EngineError::of_change)
     }
 
-    fn check(&self) -> Result<(), EngineError> {
+    /// Refuses once the disk has failed.
+    fn ensure_healthy(&self) -> Result<(), EngineError> {
         if self.has_failed() { Err(EngineError::Failed) } else { Ok(()) }
     }
 
@@ -409,7 +410,7 @@ impl Engine {
 
     /// The host has allocated a piece of a table that [`Answer::Allocate`] named, or cannot allocate in advance at all.
     pub fn table_allocated(&self, place: &TablePlace) {
-        self.with(|state, _| state.tables.allocated(place.table));
+        self.with(|state, _| state.tables.note_allocated(place.table));
     }
 
     /// Plans a prefix of a write; the caller holds a claim on the range.
@@ -456,15 +457,15 @@ impl Engine {
     ///
     /// # Errors
     /// As for [`Engine::plan_write`].
-    pub fn zero(
+    pub fn apply_zero(
         &self,
         offset: GuestOffset,
         length: u64,
         mode: ZeroMode,
         waker: &Waker,
     ) -> Result<Answer<Zeroed>, EngineError> {
-        self.check()?;
-        self.with_freeing(|state, _| state.zero(&self.map, offset, length, mode, waker))
+        self.ensure_healthy()?;
+        self.with_freeing(|state, _| state.apply_zero(&self.map, offset, length, mode, waker))
             .map_err(EngineError::of_change)
     }
 
@@ -534,7 +535,7 @@ impl Engine {
     /// # Errors
     /// The disk has failed or is read-only.
     pub fn begin_flush(&self) -> Result<u64, EngineError> {
-        self.check()?;
+        self.ensure_healthy()?;
         self.with(|state, _| Ok(state.write_state()?.flush.ticket()))
     }
 
@@ -543,7 +544,7 @@ impl Engine {
     /// # Errors
     /// The disk has failed.
     pub fn plan_flush(&self, ticket: u64, waker: &Waker) -> Result<FlushStep, EngineError> {
-        self.check()?;
+        self.ensure_healthy()?;
         self.with(|state, _| state.plan_flush(&self.epochs, ticket, waker))
     }
 

@@ -28,7 +28,7 @@ use crate::alloc::Allocator;
 use crate::bounds::MAP_SLICE_WORDS as SLICE_WORDS;
 use crate::claims::{ClaimId, Claims};
 use crate::epoch::{Epochs, WorkerEpochs};
-use crate::map::{ChainMap, MapWriter, Parts, SliceIndex};
+use crate::map::{ChainMap, MapWriter, SliceIndex, SubclusterMap};
 use crate::sync::{AtomicU64, Mutex, Ordering};
 use crate::waiters::{WakeFlag, WakeList};
 use crate::word::{FileIndex, Word};
@@ -118,29 +118,29 @@ fn two_readers_while_the_clock_turns_over_two_frames() {
 }
 
 /// The words of a cluster of subclusters in host cluster `host`. Its second word holds `host`, too.
-fn parted(host: u64) -> (Word, Parts) {
-    (Word::parts(FileIndex(0), HostOffset(host * 65536), true), Parts(host))
+fn split(host: u64) -> (Word, SubclusterMap) {
+    (Word::subclusters(FileIndex(0), HostOffset(host * 65536), true), SubclusterMap(host))
 }
 
 /// A map of some slices and one frame; its first cluster has subclusters in host cluster 1.
-fn parted_map(slices: u64) -> (Arc<ChainMap>, MapWriter) {
+fn split_map(slices: u64) -> (Arc<ChainMap>, MapWriter) {
     let map = ChainMap::new(slices * SLICE_WORDS, 65536, 1, true);
     let mut writer = MapWriter::new();
-    fill_parted(&mut writer, &map, 0, 1);
+    fill_split(&mut writer, &map, 0, 1);
     (Arc::new(map), writer)
 }
 
-fn fill_parted(writer: &mut MapWriter, map: &ChainMap, slice: u64, host: u64) {
-    let (words, parts): (Vec<_>, Vec<_>) = [parted(host), parted(host + 10)].into_iter().unzip();
-    writer.fill_with_parts(map, SliceIndex(slice), &words, &parts);
+fn fill_split(writer: &mut MapWriter, map: &ChainMap, slice: u64, host: u64) {
+    let (words, subclusters): (Vec<_>, Vec<_>) = [split(host), split(host + 10)].into_iter().unzip();
+    writer.fill_with_seconds(map, SliceIndex(slice), &words, &subclusters);
 }
 
 /// Looks up the words of a cluster in a thread of its own: both must belong to the same one of `hosts`.
-fn parted_reader(map: &Arc<ChainMap>, cluster: u64, hosts: &'static [u64]) -> thread::JoinHandle<()> {
+fn split_reader(map: &Arc<ChainMap>, cluster: u64, hosts: &'static [u64]) -> thread::JoinHandle<()> {
     let map = Arc::clone(map);
     thread::spawn(move || {
-        let found = map.lookup_parts(GuestCluster(cluster));
-        let known = hosts.iter().any(|host| found == Some(parted(*host)));
+        let found = map.lookup_subclusters(GuestCluster(cluster));
+        let known = hosts.iter().any(|host| found == Some(split(*host)));
         assert!(found.is_none() || known, "{found:?} for cluster {cluster}");
     })
 }
@@ -148,10 +148,10 @@ fn parted_reader(map: &Arc<ChainMap>, cluster: u64, hosts: &'static [u64]) -> th
 #[test]
 fn no_word_is_joined_with_the_second_word_of_another_host_cluster() {
     explore(None, || {
-        let (map, mut writer) = parted_map(1);
-        let reader = parted_reader(&map, 0, &[1, 2]);
-        let (word, parts) = parted(2);
-        writer.publish(&map, GuestCluster(0), word, parts);
+        let (map, mut writer) = split_map(1);
+        let reader = split_reader(&map, 0, &[1, 2]);
+        let (word, subclusters) = split(2);
+        writer.publish(&map, GuestCluster(0), word, subclusters);
         reader.join().expect("reader");
     });
 }
@@ -159,11 +159,11 @@ fn no_word_is_joined_with_the_second_word_of_another_host_cluster() {
 #[test]
 fn a_cluster_that_was_whole_for_a_while_keeps_its_own_second_word() {
     explore(None, || {
-        let (map, mut writer) = parted_map(1);
-        let reader = parted_reader(&map, 0, &[1, 2]);
-        writer.publish(&map, GuestCluster(0), word(0), Parts::default());
-        let (second, parts) = parted(2);
-        writer.publish(&map, GuestCluster(0), second, parts);
+        let (map, mut writer) = split_map(1);
+        let reader = split_reader(&map, 0, &[1, 2]);
+        writer.publish(&map, GuestCluster(0), word(0), SubclusterMap::default());
+        let (second, subclusters) = split(2);
+        writer.publish(&map, GuestCluster(0), second, subclusters);
         reader.join().expect("reader");
     });
 }
@@ -171,9 +171,9 @@ fn a_cluster_that_was_whole_for_a_while_keeps_its_own_second_word() {
 #[test]
 fn second_words_of_two_slices_in_one_frame_are_not_mixed_up() {
     explore(Some(2), || {
-        let (map, mut writer) = parted_map(2);
-        let reader = parted_reader(&map, 0, &[1]);
-        fill_parted(&mut writer, &map, 1, 5);
+        let (map, mut writer) = split_map(2);
+        let reader = split_reader(&map, 0, &[1]);
+        fill_split(&mut writer, &map, 1, 5);
         reader.join().expect("reader");
     });
 }
@@ -181,15 +181,16 @@ fn second_words_of_two_slices_in_one_frame_are_not_mixed_up() {
 #[test]
 fn subclusters_are_published_by_their_word_alone() {
     explore(None, || {
-        let (map, mut writer) = parted_map(1);
+        let (map, mut writer) = split_map(1);
         let reading = Arc::clone(&map);
         let reader = thread::spawn(move || {
-            let (word, parts) = reading.lookup_parts(GuestCluster(0)).expect("it is always there");
-            assert!(word == parted(1).0 && (1..=3).contains(&parts.0), "{parts:?}");
-            parts.0
+            let (word, subclusters) =
+                reading.lookup_subclusters(GuestCluster(0)).expect("it is always there");
+            assert!(word == split(1).0 && (1..=3).contains(&subclusters.0), "{subclusters:?}");
+            subclusters.0
         });
-        for parts in [2, 3] {
-            writer.publish(&map, GuestCluster(0), parted(1).0, Parts(parts));
+        for subclusters in [2, 3] {
+            writer.publish(&map, GuestCluster(0), split(1).0, SubclusterMap(subclusters));
         }
         reader.join().expect("reader");
     });
@@ -244,7 +245,7 @@ fn a_committed_word_brings_its_data_and_stays() {
             })
         };
         data.with_mut(|_| ());
-        writer.publish(&map, GuestCluster(0), new, Parts::default());
+        writer.publish(&map, GuestCluster(0), new, SubclusterMap::default());
         writer.fill(&map, SliceIndex(1), &words(1));
         writer.fill(&map, SliceIndex(0), &[new, word(1)]);
         reader.join().expect("reader");
@@ -258,7 +259,7 @@ fn a_commit_into_a_frame_that_went_over_is_not_seen_by_the_slice_before() {
         let (map, mut writer) = map(2, 1, 1);
         let reader = reader(&map, 0);
         writer.fill(&map, SliceIndex(1), &words(1));
-        writer.publish(&map, GuestCluster(SLICE_WORDS), word(77), Parts::default());
+        writer.publish(&map, GuestCluster(SLICE_WORDS), word(77), SubclusterMap::default());
         reader.join().expect("reader");
     });
 }
@@ -313,7 +314,7 @@ impl Bench {
     }
 
     fn reclaim(&mut self) {
-        self.writer.publish(&self.map, GuestCluster(0), Word::ZERO, Parts::default());
+        self.writer.publish(&self.map, GuestCluster(0), Word::ZERO, SubclusterMap::default());
         let epoch = self.epochs.advance();
         if self.epochs.passed(epoch) {
             self.host.with_mut(|_| ());
@@ -463,7 +464,7 @@ fn a_cluster_in_quarantine_is_reused_after_its_cut_and_its_io() {
             thread::spawn(move || {
                 let mut state = state.lock().expect("lock");
                 let cut = state.next_cut;
-                state.writer.publish(&map, GuestCluster(0), Word::ZERO, Parts::default());
+                state.writer.publish(&map, GuestCluster(0), Word::ZERO, SubclusterMap::default());
                 state.alloc.free_later(HostCluster(1), cut);
             })
         };

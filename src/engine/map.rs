@@ -11,9 +11,9 @@
 //! do.
 //!
 //! With subclusters, a frame holds a second word for each cluster. It records which subclusters are data in the host
-//! cluster that the first word names ([`Word::has_parts`]), and which read as zero. A reader must not combine a word
+//! cluster that the first word names ([`Word::has_subclusters`]), and which read as zero. A reader must not combine a word
 //! with the second word of another host cluster. It loads the entry, the word, the second word, the word again and the
-//! entry again ([`ChainMap::lookup_parts`]). The writer ([`Frame::put`]) stores [`Word::MIXED`] between two host
+//! entry again ([`ChainMap::lookup_subclusters`]). The writer ([`Frame::put`]) stores [`Word::MIXED`] between two host
 //! clusters. A reader that loaded the second word of the new cluster sees that store when it loads the word again. The
 //! old word cannot return while the reader is in its epoch, because its host cluster cannot be freed and reused before
 //! (docs/concurrency.md, "Epochs"). Where only the subclusters change, one store of the second word publishes them.
@@ -48,16 +48,16 @@ impl SliceIndex {
 
 /// The second word of a cluster: the known state of its subclusters.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Parts(pub(crate) u64);
+pub struct SubclusterMap(pub(crate) u64);
 
-impl Parts {
+impl SubclusterMap {
     /// All subclusters read as zero.
-    pub(crate) const ZERO: Parts = Parts((SubclusterSet::ALL.0 as u64) << 32);
+    pub(crate) const ZERO: SubclusterMap = SubclusterMap((SubclusterSet::ALL.0 as u64) << 32);
 
     /// The second word for these subclusters. With `nothing_below`, unallocated subclusters read as zero.
     pub(crate) fn new(subclusters: &Subclusters, nothing_below: bool) -> Self {
         let below = if nothing_below { subclusters.unallocated() } else { SubclusterSet::EMPTY };
-        Parts(Subclusters { zero: subclusters.zero.with(below), ..*subclusters }.bitmap())
+        SubclusterMap(Subclusters { zero: subclusters.zero.with(below), ..*subclusters }.bitmap())
     }
 
     /// The state of a subcluster, and how many from it on have the same. [`Subcluster::Unallocated`] means unknown.
@@ -77,19 +77,19 @@ struct Page(Words);
 struct Frame<'a> {
     words: &'a Words,
     /// The second words, where images have subclusters.
-    parts: Option<&'a Words>,
+    seconds: Option<&'a Words>,
 }
 
 impl Frame<'_> {
     /// Stores the words of a cluster, in the order that the module comment requires.
-    fn put(&self, at: usize, word: Word, parts: Parts) {
-        if let (true, Some(seconds)) = (word.has_parts(), self.parts) {
+    fn put(&self, at: usize, word: Word, second: SubclusterMap) {
+        if let (true, Some(seconds)) = (word.has_subclusters(), self.seconds) {
             let before = self.word(at);
-            if before.has_parts() && before != word {
+            if before.has_subclusters() && before != word {
                 self.words[at].store(Word::MIXED.0, Ordering::Release);
             }
-            // Release, paired with the acquire in `lookup_parts`: a reader that loads this sees the store above.
-            seconds[at].store(parts.0, Ordering::Release);
+            // Release, paired with the acquire in `lookup_subclusters`: a reader that loads this sees the store above.
+            seconds[at].store(second.0, Ordering::Release);
             if before == word {
                 return;
             }
@@ -163,7 +163,7 @@ pub(crate) struct ChainMap {
     clusters: u64,
     /// Size of a cluster in 512-byte units: the distance from word to word in a run of data.
     step: u64,
-    has_parts: bool,
+    has_subclusters: bool,
     directory: Box<[OnceLock<Leaf>]>,
     chunks: Box<[OnceLock<Box<[Page]>>]>,
     /// One flag per frame. Set by readers, cleared by the clock and by sweeps.
@@ -174,15 +174,15 @@ pub(crate) struct ChainMap {
 
 impl ChainMap {
     /// A map for `clusters` guest clusters of `unit` bytes in at most `frames` frames. A frame is 4 KiB, or 8 KiB with
-    /// second words for subclusters (`has_parts`). A chunk of frames is allocated when its first frame is used.
-    pub fn new(clusters: u64, unit: u64, frames: usize, has_parts: bool) -> Self {
+    /// second words for subclusters (`has_subclusters`). A chunk of frames is allocated when its first frame is used.
+    pub fn new(clusters: u64, unit: u64, frames: usize, has_subclusters: bool) -> Self {
         let slices = clusters.div_ceil(SLICE_WORDS);
         let leaves = slices.div_ceil(LEAF_ENTRIES) as usize;
         let frames = frames.clamp(1, FRAMES_MAX);
         ChainMap {
             clusters,
             step: unit / 512,
-            has_parts,
+            has_subclusters,
             directory: (0..leaves).map(|_| OnceLock::new()).collect(),
             chunks: (0..frames.div_ceil(CHUNK_FRAMES)).map(|_| OnceLock::new()).collect(),
             referenced: (0..frames).map(|_| AtomicBool::new(false)).collect(),
@@ -220,7 +220,7 @@ impl ChainMap {
     /// The word and the second word of a cluster; `None` if it has no second word or is not resident. No lock, no
     /// allocation.
     #[inline]
-    pub fn lookup_parts(&self, cluster: GuestCluster) -> Option<(Word, Parts)> {
+    pub fn lookup_subclusters(&self, cluster: GuestCluster) -> Option<(Word, SubclusterMap)> {
         let slot = self.slot(SliceIndex::of(cluster))?;
         let at = (cluster.0 % SLICE_WORDS) as usize;
         loop {
@@ -230,14 +230,14 @@ impl ChainMap {
             }
             let words = self.page(entry.frame(), 0)?;
             let word = Word(words[at].load(Ordering::Acquire));
-            if !word.has_parts() {
+            if !word.has_subclusters() {
                 return None;
             }
             // Acquire: the loads below see every store before the store of this word.
-            let parts = self.page(entry.frame(), 1)?[at].load(Ordering::Acquire);
+            let second = self.page(entry.frame(), 1)?[at].load(Ordering::Acquire);
             let again = words[at].load(Ordering::Relaxed);
             if again == word.0 && Entry(slot.load(Ordering::Relaxed)) == entry {
-                return Some((word, Parts(parts)));
+                return Some((word, SubclusterMap(second)));
             }
         }
     }
@@ -270,8 +270,8 @@ impl ChainMap {
     }
 
     /// True if frames hold second words.
-    pub fn has_parts(&self) -> bool {
-        self.has_parts
+    pub fn has_subclusters(&self) -> bool {
+        self.has_subclusters
     }
 
     #[inline]
@@ -285,7 +285,7 @@ impl ChainMap {
     }
 
     fn pages_a_frame(&self) -> usize {
-        1 + usize::from(self.has_parts)
+        1 + usize::from(self.has_subclusters)
     }
 
     /// The words of a frame (page 0) or its second words (page 1); `None` if it has none.
@@ -304,7 +304,7 @@ impl ChainMap {
             (0..frames * pages).map(|_| Page(zeroed())).collect()
         });
         let at = frame % CHUNK_FRAMES * pages;
-        Frame { words: &chunk[at].0, parts: self.has_parts.then(|| &chunk[at + 1].0) }
+        Frame { words: &chunk[at].0, seconds: self.has_subclusters.then(|| &chunk[at + 1].0) }
     }
 }
 
@@ -350,11 +350,17 @@ impl MapWriter {
     /// nothing if [`MapWriter::has_room`] is false.
     #[cfg(test)]
     pub fn fill(&mut self, map: &ChainMap, slice: SliceIndex, words: &[Word]) {
-        self.fill_with_parts(map, slice, words, &[]);
+        self.fill_with_seconds(map, slice, words, &[]);
     }
 
     /// As [`MapWriter::fill`], with the second words of those clusters that have them.
-    pub fn fill_with_parts(&mut self, map: &ChainMap, slice: SliceIndex, words: &[Word], parts: &[Parts]) {
+    pub fn fill_with_seconds(
+        &mut self,
+        map: &ChainMap,
+        slice: SliceIndex,
+        words: &[Word],
+        seconds: &[SubclusterMap],
+    ) {
         if !self.has_room(map, slice) {
             return;
         }
@@ -363,11 +369,11 @@ impl MapWriter {
             self.leaves += 1;
         }
         let leaf = leaf.get_or_init(|| (0..LEAF_ENTRIES).map(|_| AtomicU64::new(0)).collect());
-        self.set(map, slice, &leaf[(slice.0 % LEAF_ENTRIES) as usize], words, parts);
+        self.set(map, slice, &leaf[(slice.0 % LEAF_ENTRIES) as usize], words, seconds);
     }
 
     /// Publishes a cluster's new words, if its slice is resident.
-    pub fn publish(&mut self, map: &ChainMap, cluster: GuestCluster, word: Word, parts: Parts) {
+    pub fn publish(&mut self, map: &ChainMap, cluster: GuestCluster, word: Word, second: SubclusterMap) {
         let slice = SliceIndex::of(cluster);
         let Some(slot) = map.slot(slice) else { return };
         let at = (cluster.0 % SLICE_WORDS) as usize;
@@ -378,8 +384,8 @@ impl MapWriter {
                 let count = map.slice_len(slice);
                 let mut words: [Word; SLICE_WORDS as usize] =
                     std::array::from_fn(|at| first.in_run(at as u64, map.step));
-                let mut seconds = [Parts::default(); SLICE_WORDS as usize];
-                (words[at], seconds[at]) = (word, parts);
+                let mut seconds = [SubclusterMap::default(); SLICE_WORDS as usize];
+                (words[at], seconds[at]) = (word, second);
                 self.set(map, slice, slot, &words[..count], &seconds[..count]);
             }
             Place::Frame(number) => {
@@ -391,7 +397,7 @@ impl MapWriter {
                     owner.joints += map.joints_at(&frame, at, word);
                 }
                 let joints = owner.joints;
-                frame.put(at, word, parts);
+                frame.put(at, word, second);
                 let first = frame.word(0);
                 if is_run(first, joints, map.slice_len(slice)) {
                     self.begin_run(slot, first, Some(number));
@@ -401,7 +407,14 @@ impl MapWriter {
     }
 
     /// Sets the words of a slice: as a run if they are one, otherwise in its present frame or in a new one.
-    fn set(&mut self, map: &ChainMap, slice: SliceIndex, slot: &AtomicU64, words: &[Word], parts: &[Parts]) {
+    fn set(
+        &mut self,
+        map: &ChainMap,
+        slice: SliceIndex,
+        slot: &AtomicU64,
+        words: &[Word],
+        seconds: &[SubclusterMap],
+    ) {
         let present = match Entry(slot.load(Ordering::Relaxed)).place() {
             Place::Frame(number) => Some(number),
             Place::Run(_) | Place::Nowhere => None,
@@ -414,7 +427,7 @@ impl MapWriter {
         let number = present.unwrap_or_else(|| self.take_frame(map));
         let frame = map.frame(number);
         for (at, word) in words.iter().enumerate() {
-            frame.put(at, *word, parts.get(at).copied().unwrap_or_default());
+            frame.put(at, *word, seconds.get(at).copied().unwrap_or_default());
         }
         for stored in frame.words.iter().skip(words.len()) {
             stored.store(0, Ordering::Release);
@@ -553,7 +566,7 @@ mod races {
                 let slice = round.wrapping_mul(31) % SLICES;
                 let cluster = (slice * SLICE_WORDS).next_multiple_of(100) + 7;
                 for word in [Word::ZERO, word(cluster)] {
-                    writer.publish(map, GuestCluster(cluster), word, Parts::default());
+                    writer.publish(map, GuestCluster(cluster), word, SubclusterMap::default());
                 }
             }
         });

@@ -1,7 +1,8 @@
 //! Deliberate breakages of the write order, the quarantine and the cut. Tests must notice each of them.
 //!
-//! A rule is a plain function in `rules` and names its breakages beside its answer, through [`unless_broken`]. Without the feature `mutations`, [`active`] is constantly false and nothing here has any effect. With it, a thread
-//! activates a mutation for itself by [`with`]. Only test targets may enable the feature.
+//! A rule is a plain function in `rules` and names its breakages beside its answer, through [`unless_broken`]. Without
+//! the feature `mutations`, [`active`] is constantly false and nothing here has any effect. With it, a thread activates a
+//! mutation for itself by [`with`]. Only test targets may enable the feature.
 
 /// Something to break.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,13 +72,13 @@ pub enum Mutation {
     /// An L2 table that a snapshot shares is changed in place.
     SharedTableTakenForOwn,
     /// A write to some subclusters allocates all that are not zero.
-    AllPartsAllocated,
+    AllSubclustersAllocated,
     /// A write keeps the zero bits of the subclusters that it wrote.
-    ZeroPartsKept,
+    ZeroSubclustersKept,
     /// A write to a shared cluster does not copy the data of its other subclusters.
-    SharedPartsForgotten,
+    SharedSubclustersForgotten,
     /// A discard of some subclusters frees their host cluster although others in it are in use.
-    PartFreesCluster,
+    SubclusterFreesCluster,
     /// A discarded cluster that keeps its place is emptied so late that the next write may have begun.
     EmptiedLate,
     /// Data is written over metadata if an entry names it.
@@ -167,10 +168,10 @@ impl Mutation {
         Mutation::SharedTakenForFree,
         Mutation::SharedTakenForOwn,
         Mutation::SharedTableTakenForOwn,
-        Mutation::AllPartsAllocated,
-        Mutation::ZeroPartsKept,
-        Mutation::SharedPartsForgotten,
-        Mutation::PartFreesCluster,
+        Mutation::AllSubclustersAllocated,
+        Mutation::ZeroSubclustersKept,
+        Mutation::SharedSubclustersForgotten,
+        Mutation::SubclusterFreesCluster,
         Mutation::EmptiedLate,
         Mutation::GuardBypassed,
         Mutation::MetadataWhereAimed,

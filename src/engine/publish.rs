@@ -2,7 +2,7 @@
 
 use qcow2::{GuestCluster, HostPlace, L2Entry, SubclusterSet, Subclusters};
 
-use crate::map::{ChainMap, Parts, SliceIndex};
+use crate::map::{ChainMap, SliceIndex, SubclusterMap};
 use crate::state::State;
 use crate::word::{FileIndex, Word};
 
@@ -11,46 +11,46 @@ impl State {
     pub fn publish_entry(&mut self, map: &ChainMap, cluster: GuestCluster, entry: L2Entry) {
         let nothing_below = !self.has_backing();
         let file = self.top_qcow2().data();
-        let (word, parts) = match entry {
-            L2Entry::Data { offset, copied } => (Word::data(file, offset, copied), Parts::default()),
-            L2Entry::Zero | L2Entry::ZeroAllocated { .. } => (Word::ZERO, Parts::default()),
+        let (word, second) = match entry {
+            L2Entry::Data { offset, copied } => (Word::data(file, offset, copied), SubclusterMap::default()),
+            L2Entry::Zero | L2Entry::ZeroAllocated { .. } => (Word::ZERO, SubclusterMap::default()),
             L2Entry::Subclusters(subclusters) => {
-                parts_of(file, &subclusters, nothing_below, |host| host.copied)
+                words_of(file, &subclusters, nothing_below, |host| host.copied)
             }
-            L2Entry::Unallocated if nothing_below => (Word::ZERO, Parts::default()),
-            L2Entry::Unallocated | L2Entry::Compressed { .. } => (Word::MIXED, Parts::default()),
+            L2Entry::Unallocated if nothing_below => (Word::ZERO, SubclusterMap::default()),
+            L2Entry::Unallocated | L2Entry::Compressed { .. } => (Word::MIXED, SubclusterMap::default()),
         };
-        self.publish(map, cluster, word, parts);
+        self.publish(map, cluster, word, second);
     }
 
     /// Publishes a cluster's new words: in the map if its slice is resident, and in a fill of its slice under way.
-    pub fn publish(&mut self, map: &ChainMap, cluster: GuestCluster, word: Word, parts: Parts) {
-        self.map_writer.publish(map, cluster, word, parts);
+    pub fn publish(&mut self, map: &ChainMap, cluster: GuestCluster, word: Word, second: SubclusterMap) {
+        self.map_writer.publish(map, cluster, word, second);
         let slice = SliceIndex::of(cluster);
         if let Some(job) = self.fills.get_mut(&slice) {
             let at = (cluster.0 - slice.first().0) as u16;
-            job.set(at, word, parts);
+            job.set(at, word, second);
             job.open.retain(|open| *open != at);
         }
     }
 }
 
 /// The map's words for a cluster of subclusters, from its own entry alone.
-pub(crate) fn parts_of(
+pub(crate) fn words_of(
     file: FileIndex,
     subclusters: &Subclusters,
     nothing_below: bool,
     in_place: impl FnOnce(HostPlace) -> bool,
-) -> (Word, Parts) {
-    let parts = Parts::new(subclusters, nothing_below);
+) -> (Word, SubclusterMap) {
+    let second = SubclusterMap::new(subclusters, nothing_below);
     match subclusters.host {
-        _ if parts == Parts::ZERO => (Word::ZERO, Parts::default()),
+        _ if second == SubclusterMap::ZERO => (Word::ZERO, SubclusterMap::default()),
         // As in a fill, so that a slice written in small pieces becomes a run, too.
         Some(host) if subclusters.allocated == SubclusterSet::ALL => {
-            (Word::data(file, host.offset, in_place(host)), Parts::default())
+            (Word::data(file, host.offset, in_place(host)), SubclusterMap::default())
         }
-        Some(host) => (Word::parts(file, host.offset, in_place(host)), parts),
+        Some(host) => (Word::subclusters(file, host.offset, in_place(host)), second),
         // Only some subclusters read as zero.
-        None => (Word::MIXED, Parts::default()),
+        None => (Word::MIXED, SubclusterMap::default()),
     }
 }

@@ -13,8 +13,8 @@ use crate::error::EngineError;
 use crate::fill::FillJob;
 use crate::guard::MetadataGuard;
 use crate::layers::{Layer, Qcow2Layer};
-use crate::map::{ChainMap, Parts, SliceIndex};
-use crate::publish::parts_of;
+use crate::map::{ChainMap, SliceIndex, SubclusterMap};
+use crate::publish::words_of;
 use crate::run::Run;
 use crate::state::{Missing, State, decode_l2};
 use crate::tables::{Found, TableId, Tables};
@@ -90,7 +90,7 @@ enum Step {
     /// This layer has the cluster.
     Answer(Word),
     /// This layer has some subclusters, which these words describe.
-    Parts(Word, Parts),
+    Subclusters(Word, SubclusterMap),
     /// This layer has none of it: the next layer is searched.
     Below,
     /// A table is missing.
@@ -117,7 +117,7 @@ impl State {
         waker: &Waker,
     ) -> Result<Answer<()>, EngineError> {
         let count = self.layers[0].size().div_ceil(unit).saturating_sub(slice.first().0).min(MAP_SLICE_WORDS);
-        let mut job = self.fills.remove(&slice).unwrap_or_else(|| FillJob::new(count, map.has_parts()));
+        let mut job = self.fills.remove(&slice).unwrap_or_else(|| FillJob::new(count, map.has_subclusters()));
         let missing = self.go_on(&mut job, slice, unit);
         if missing.any() {
             if self.fills.len() >= FILLS_MAX {
@@ -126,7 +126,7 @@ impl State {
             self.fills.insert(slice, job);
             return self.ask_for(missing, waker);
         }
-        self.map_writer.fill_with_parts(map, slice, &job.words, &job.parts);
+        self.map_writer.fill_with_seconds(map, slice, &job.words, &job.seconds);
         Ok(Answer::Ready(()))
     }
 
@@ -155,11 +155,11 @@ impl State {
                     }
                 };
                 match step {
-                    Ok(Step::Answer(word)) => job.set(*at, word, Parts::default()),
-                    Ok(Step::Parts(word, parts)) => job.set(*at, word, parts),
+                    Ok(Step::Answer(word)) => job.set(*at, word, SubclusterMap::default()),
+                    Ok(Step::Subclusters(word, second)) => job.set(*at, word, second),
                     Ok(Step::Below | Step::Unknown) => return true,
                     // One bad entry must not block its neighbours: the walk reports it when a request reaches it.
-                    Err(_) => job.set(*at, Word::MIXED, Parts::default()),
+                    Err(_) => job.set(*at, Word::MIXED, SubclusterMap::default()),
                 }
                 false
             });
@@ -222,8 +222,8 @@ impl State {
                     let offset = HostOffset(offset.0 + within);
                     push_extent(&mut extents, Source::Data { file, offset }, piece);
                 }
-                Mapping::Parts | Mapping::Mixed | Mapping::Unresolved if may_walk == 0 => break,
-                Mapping::Parts | Mapping::Mixed | Mapping::Unresolved => {
+                Mapping::Subclusters | Mapping::Mixed | Mapping::Unresolved if may_walk == 0 => break,
+                Mapping::Subclusters | Mapping::Mixed | Mapping::Unresolved => {
                     piece = piece.min(may_walk);
                     ready!(self.walk(at, piece, &mut extents, waker)?);
                     may_walk -= piece;
@@ -414,8 +414,8 @@ fn qcow2_step(
             match source {
                 _ if alike < span.end - span.start && geometry.cluster_size() == span.cluster => {
                     let own = |host| may_be_written(layer, host, guard);
-                    let (word, parts) = parts_of(layer.data(), &subclusters, lowest, own);
-                    Step::Parts(word, parts)
+                    let (word, second) = words_of(layer.data(), &subclusters, lowest, own);
+                    Step::Subclusters(word, second)
                 }
                 _ if alike < span.end - span.start => Step::Answer(Word::MIXED),
                 Some(Source::Zero) => Step::Answer(Word::ZERO),

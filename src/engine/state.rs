@@ -310,7 +310,7 @@ impl State {
         if let Some(write) = &mut self.write {
             write.flush.links_follow_data();
         }
-        self.set_free_entry(place, entry);
+        self.set_entry_unordered(place, entry);
     }
 
     /// The same for an entry that is on the disk already, in a slice that was clean before.
@@ -321,7 +321,7 @@ impl State {
 
     /// The same for an entry that may become durable before the data that it names: docs/durability.md, "One fdatasync
     /// where it is enough".
-    pub fn set_free_entry(&mut self, place: EntryPlace, entry: L2Entry) {
+    pub fn set_entry_unordered(&mut self, place: EntryPlace, entry: L2Entry) {
         let (geometry, raw) = (self.top_qcow2().geometry, self.top_qcow2().encode_entry(entry));
         raw.store(self.tables.change(place.table), place.index, &geometry);
     }

@@ -138,7 +138,7 @@ impl Tables {
     }
 
     /// The host has allocated a slice. The cache may have evicted it meanwhile.
-    pub fn allocated(&mut self, id: TableId) {
+    pub fn note_allocated(&mut self, id: TableId) {
         if let Some(Slot::Ready(table)) = self.slots.get_mut(&id) {
             table.hole = false;
         }
@@ -239,12 +239,12 @@ impl Tables {
     }
 
     /// The copy of a slice that a cut took is on disk.
-    pub fn written(&mut self, id: TableId) {
+    pub fn note_written(&mut self, id: TableId) {
         Self::ready(&mut self.slots, id).writing = false;
     }
 
     /// The copy of a slice that a cut took could not be written: the slice is dirty again, as `dirt`.
-    pub fn not_written(&mut self, id: TableId, dirt: Dirt) {
+    pub fn note_not_written(&mut self, id: TableId, dirt: Dirt) {
         Self::ready(&mut self.slots, id).writing = false;
         self.mark(id, dirt);
     }
@@ -318,7 +318,7 @@ mod tests {
             assert!(matches!(tables.find(id(n)), Found::Ready(_)));
         }
         assert!(resident(&tables, 1), "being written");
-        tables.written(id(1));
+        tables.note_written(id(1));
         tables.unpin(id(0));
         for n in 30..40 {
             load(&mut tables, n);

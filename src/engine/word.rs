@@ -25,14 +25,14 @@ pub enum Mapping {
         in_place: bool,
     },
     /// Subclusters, some of which lie in one host cluster or read as zero. A second word records the state of each:
-    /// [`crate::Engine::lookup_parts`].
-    Parts,
+    /// [`crate::Engine::lookup_subclusters`].
+    Subclusters,
     /// Pieces from several places: the engine's extents list them.
     Mixed,
 }
 
 /// A [`Mapping`] in 64 bits: kind (63–62), in-place (61), file (60–47), offset in 512-byte units (46–0). A mixed
-/// word in which any lower field is not 0 is a word of subclusters ([`Mapping::Parts`]).
+/// word in which any lower field is not 0 is a word of subclusters ([`Mapping::Subclusters`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Word(pub u64);
 
@@ -66,15 +66,15 @@ impl Word {
         Word((KIND_DATA << KIND_SHIFT) | place | (u64::from(file.0) << FILE_SHIFT) | units)
     }
 
-    /// The word of [`Mapping::Parts`] for a cluster at this offset; [`Word::MIXED`] where no word can hold the offset.
-    pub fn parts(file: FileIndex, offset: HostOffset, in_place: bool) -> Word {
+    /// The word of [`Mapping::Subclusters`] for a cluster at this offset; [`Word::MIXED`] where no word can hold the offset.
+    pub fn subclusters(file: FileIndex, offset: HostOffset, in_place: bool) -> Word {
         let Word(data) = Word::data(file, offset, in_place);
         Word(data | Word::MIXED.0)
     }
 
-    /// True for a word of [`Mapping::Parts`].
+    /// True for a word of [`Mapping::Subclusters`].
     #[inline]
-    pub fn has_parts(self) -> bool {
+    pub fn has_subclusters(self) -> bool {
         self.0 > Word::MIXED.0
     }
 
@@ -100,7 +100,7 @@ impl Word {
     /// word are not 0.
     #[inline]
     pub(crate) fn heads_run(self) -> bool {
-        self.0 >> KIND_SHIFT != 0 && !self.has_parts()
+        self.0 >> KIND_SHIFT != 0 && !self.has_subclusters()
     }
 
     /// The word `clusters` clusters further on in a run that begins with this word: [`Word::next`], applied that often.
@@ -120,7 +120,7 @@ impl Word {
                 let (file, offset, in_place) = self.place();
                 Mapping::Data { file, offset, in_place }
             }
-            _ if self.has_parts() => Mapping::Parts,
+            _ if self.has_subclusters() => Mapping::Subclusters,
             _ => Mapping::Mixed,
         }
     }
@@ -142,11 +142,14 @@ mod tests {
                     let expected =
                         Mapping::Data { file: FileIndex(file), offset: HostOffset(offset), in_place };
                     assert_eq!(word.mapping(), expected);
-                    let parts = Word::parts(FileIndex(file), HostOffset(offset), in_place);
+                    let subclusters = Word::subclusters(FileIndex(file), HostOffset(offset), in_place);
                     // Offset 0 holds data only in an external data file: elsewhere the header is there.
                     let named = file != 0 || offset != 0 || in_place;
-                    assert_eq!(parts.mapping(), if named { Mapping::Parts } else { Mapping::Mixed });
-                    assert_eq!(parts.place(), (FileIndex(file), HostOffset(offset), in_place));
+                    assert_eq!(
+                        subclusters.mapping(),
+                        if named { Mapping::Subclusters } else { Mapping::Mixed }
+                    );
+                    assert_eq!(subclusters.place(), (FileIndex(file), HostOffset(offset), in_place));
                 }
             }
         }
@@ -166,7 +169,7 @@ mod tests {
             assert!(word.heads_run());
             assert_eq!((word.next(128), word.in_run(7, 128)), (Some(word), word));
         }
-        for word in [Word::UNRESOLVED, Word::parts(FileIndex(3), HostOffset(65536), true)] {
+        for word in [Word::UNRESOLVED, Word::subclusters(FileIndex(3), HostOffset(65536), true)] {
             assert!(!word.heads_run());
             assert_eq!(word.next(128), None);
         }
@@ -177,6 +180,6 @@ mod tests {
         assert_eq!(Word::data(FileIndex(0), HostOffset(100), true), Word::MIXED);
         assert_eq!(Word::data(FileIndex(0), HostOffset(1 << 56), true), Word::MIXED);
         assert_eq!(Word::data(FileIndex(16384), HostOffset(512), true), Word::MIXED);
-        assert_eq!(Word::parts(FileIndex(0), HostOffset(100), true), Word::MIXED);
+        assert_eq!(Word::subclusters(FileIndex(0), HostOffset(100), true), Word::MIXED);
     }
 }

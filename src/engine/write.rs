@@ -328,14 +328,14 @@ impl State {
             if done.early == Early::Begun {
                 self.set_linked_entry(place, entry);
             } else if self.may_precede_data(map, &done, guest) {
-                self.set_free_entry(place, entry);
+                self.set_entry_unordered(place, entry);
             } else {
                 self.set_top_entry(place, entry);
             }
             self.publish_entry(map, guest, entry);
         }
         self.tables.unpin(done.place.table);
-        self.write.as_mut().expect("a plan was made").flush.early.allocated(done.early);
+        self.write.as_mut().expect("a plan was made").flush.early.note_allocation(done.early);
     }
 
     /// True if the link of an allocation's cluster may become durable before the data: the guest then reads zeros, as

@@ -11,7 +11,7 @@ use qcow2::{
 use crate::answer::{Answer, TableSlot, ready};
 use crate::error::EngineError;
 use crate::layers::EntryPlace;
-use crate::map::{ChainMap, Parts};
+use crate::map::{ChainMap, SubclusterMap};
 use crate::rules::clusters::{self, OldHost};
 use crate::state::State;
 use crate::word::Word;
@@ -84,16 +84,16 @@ impl Pieces {
         if !self.geometry.extended_l2 {
             return SubclusterSet::ALL;
         }
-        let part = self.geometry.granule_size();
-        let last = if self.to_the_end && end < size { u64::from(SUBCLUSTERS) } else { end / part };
-        SubclusterSet::range((start / part) as u32..last as u32)
+        let granule = self.geometry.granule_size();
+        let last = if self.to_the_end && end < size { u64::from(SUBCLUSTERS) } else { end / granule };
+        SubclusterSet::range((start / granule) as u32..last as u32)
     }
 }
 
 impl State {
     /// Zeroes or discards a prefix of a range of whole granules, within one L2 slice. The caller must hold a claim on
     /// the range.
-    pub fn zero(
+    pub fn apply_zero(
         &mut self,
         map: &ChainMap,
         offset: GuestOffset,
@@ -169,7 +169,7 @@ impl State {
                     }
                     self.set_top_entry(place, entry);
                     if touched == SubclusterSet::ALL {
-                        self.publish(map, guest, Word::ZERO, Parts::default());
+                        self.publish(map, guest, Word::ZERO, SubclusterMap::default());
                     } else {
                         self.publish_entry(map, guest, entry);
                     }

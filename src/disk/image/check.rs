@@ -9,7 +9,7 @@ use engine::check::{Checked, Checker, RepairStep, Step};
 use storage::{FileId, FileInfo, IoQueue, OpenOptions, Storage};
 
 pub use engine::check::{
-    Finding, FindingKind, NotRepairable, Part, Progress, RepairKind, Report, Tally, Verdict,
+    Finding, FindingKind, ImagePart, NotRepairable, Progress, RepairKind, Report, Tally, Verdict,
 };
 
 use crate::error::OpenError;

@@ -7,7 +7,7 @@
 use std::rc::Rc;
 
 use block::RequestId;
-use engine::{EngineError, Epoch, FileIndex, Mapping, PartedCluster};
+use engine::{EngineError, Epoch, FileIndex, Mapping, SubclusterPlaces};
 use qcow2::{GuestOffset, HostOffset, SUBCLUSTERS, Subcluster};
 use slab::Slab;
 use smallvec::SmallVec;
@@ -158,8 +158,8 @@ impl<S: Storage> FastPath<S> {
                 Mapping::Data { file, offset, in_place } if in_place || !writes => {
                     Target::Data(file, HostOffset(offset.0 + within))
                 }
-                Mapping::Parts => {
-                    let cluster = engine.lookup_parts(GuestOffset(at))?;
+                Mapping::Subclusters => {
+                    let cluster = engine.lookup_subclusters(GuestOffset(at))?;
                     let (target, alike) = part(&cluster, unit, within, writes)?;
                     piece = piece.min(alike);
                     target
@@ -227,10 +227,10 @@ fn keep(kept: &mut Vec<Kept>, slot: usize, offset: u64, slices: &[GuestSlice]) {
 
 /// The target of a byte in a cluster with subclusters, and for how many bytes from there it holds. `None` if it is
 /// unknown, or a write may not go there.
-fn part(cluster: &PartedCluster, unit: u64, within: u64, writes: bool) -> Option<(Target, u64)> {
+fn part(cluster: &SubclusterPlaces, unit: u64, within: u64, writes: bool) -> Option<(Target, u64)> {
     let size = unit / u64::from(SUBCLUSTERS);
     let index = within / size;
-    let (kind, run) = cluster.parts.at(index as u32);
+    let (kind, run) = cluster.subclusters.at(index as u32);
     let target = match kind {
         Subcluster::Zero if !writes => Target::Zero,
         Subcluster::Data if cluster.in_place || !writes => {

@@ -38,7 +38,7 @@ impl<S: Storage> Worker<S> {
             return Tried::Not;
         }
         let Some(_claim) = self.try_claim(range) else { return Tried::Not };
-        match self.engine().zero(GuestOffset(range.offset), range.length, mode, Waker::noop()) {
+        match self.engine().apply_zero(GuestOffset(range.offset), range.length, mode, Waker::noop()) {
             Ok(Answer::Ready(Zeroed::Done { bytes, unused })) if bytes == range.length => {
                 debug_assert!(unused.is_empty(), "nothing stays in its place");
                 self.shared.note_answer();
@@ -142,7 +142,8 @@ impl<S: Storage> Worker<S> {
             if rounds.is_multiple_of(ROUNDS_AT_ONCE) {
                 self.driver.yield_now().await;
             }
-            let zeroed = self.ask(|engine, waker| engine.zero(GuestOffset(at), end - at, mode, waker)).await;
+            let zeroed =
+                self.ask(|engine, waker| engine.apply_zero(GuestOffset(at), end - at, mode, waker)).await;
             // Also after a failure: part of the range may have been changed before.
             self.shared.note_change();
             at += match zeroed? {

@@ -26,7 +26,7 @@ use qcow2::header::{L1_TABLE_SIZE_MAX, SNAPSHOTS_MAX};
 use qcow2::snapshot::TABLE_LENGTH_MAX;
 use qcow2::{Geometry, Header, HostOffset, Incompatible, Snapshot, SnapshotTable};
 
-use crate::check::Part;
+use crate::check::ImagePart;
 use crate::check::Step;
 use crate::check::sweep::Sweep;
 use crate::check::walk::{L2Use, Walk};
@@ -72,7 +72,7 @@ pub enum SnapshotChange {
 /// A tree of tables: an L1 table, the L2 tables that it names, and the clusters that these name.
 struct Tree {
     walk: Walk,
-    part: Part,
+    part: ImagePart,
     times: L2Use,
     /// Entries of the L1 table as on disk.
     l1: Vec<u64>,
@@ -82,7 +82,7 @@ struct Tree {
 }
 
 impl Tree {
-    fn new(header: &Header, file_length: u64, part: Part, times: L2Use) -> Result<Self, ChangeRefusal> {
+    fn new(header: &Header, file_length: u64, part: ImagePart, times: L2Use) -> Result<Self, ChangeRefusal> {
         let walk = Walk::new(header, file_length)?;
         Ok(Tree { walk, part, times, l1: Vec::new(), entries: 0, l1_offset: HostOffset(0) })
     }
@@ -147,9 +147,9 @@ impl Planner {
         }
         let base = Walk::new(header, file_length)?;
         let once = L2Use { active: 1, snapshots: 0 };
-        let active = Tree::new(header, file_length, Part::ActiveL1, once)?;
+        let active = Tree::new(header, file_length, ImagePart::ActiveL1, once)?;
         let once = L2Use { active: 0, snapshots: 1 };
-        let target = Tree::new(header, file_length, Part::SnapshotL1, once)?;
+        let target = Tree::new(header, file_length, ImagePart::SnapshotL1, once)?;
         let phase = Phase::RefcountTable(base.refcount_table_sweep());
         Ok(Planner {
             change,

@@ -2,7 +2,7 @@
 //!
 //! Owns the judgements that need all references. It reads nothing from the file.
 
-use super::report::{FindingKind, Part};
+use super::report::{FindingKind, ImagePart};
 use super::walk::Walk;
 
 impl Walk {
@@ -23,7 +23,7 @@ impl Walk {
         for (cluster, times) in &self.l2 {
             let references = self.references.get(*cluster);
             if references != times.all() {
-                self.report.add(cluster * size, FindingKind::Overlap { part: Part::L2, references });
+                self.report.add(cluster * size, FindingKind::Overlap { part: ImagePart::L2, references });
             }
         }
     }

@@ -26,7 +26,7 @@ pub(crate) mod walk;
 
 pub use refusal::{NotRepairable, RepairKind};
 pub use repair::{Repair, RepairStep};
-pub use report::{FINDINGS_OF_KIND_MAX, Finding, FindingKind, Part, Refusal, Report, Tally, Verdict};
+pub use report::{FINDINGS_OF_KIND_MAX, Finding, FindingKind, ImagePart, Refusal, Report, Tally, Verdict};
 
 use qcow2::{BitmapDirectory, Header, HostOffset, Salvaged, SnapshotTable};
 
@@ -58,7 +58,7 @@ pub enum Step {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress {
     /// The structure that is being read.
-    pub part: Part,
+    pub part: ImagePart,
     /// Bytes of it that have been read.
     pub done: u64,
     /// Bytes of it to read in all, as far as is known.
@@ -179,11 +179,11 @@ impl Checker {
             }
             Phase::ActiveL1(sweep) => {
                 let once = L2Use { active: 1, snapshots: 0 };
-                sweep.feed(bytes, |piece, bytes| walk.l1(piece.offset, bytes, Part::ActiveL1, once));
+                sweep.feed(bytes, |piece, bytes| walk.l1(piece.offset, bytes, ImagePart::ActiveL1, once));
             }
             Phase::SnapshotL1(sweep) => sweep.feed(bytes, |piece, bytes| {
                 let times = L2Use { active: 0, snapshots: *piece.tag };
-                walk.l1(piece.offset, bytes, Part::SnapshotL1, times);
+                walk.l1(piece.offset, bytes, ImagePart::SnapshotL1, times);
             }),
             Phase::L2(sweep) => {
                 sweep.feed(bytes, |piece, bytes| walk.l2(piece.offset, piece.within, bytes, *piece.tag));
@@ -241,16 +241,16 @@ impl Checker {
     /// The progress.
     pub fn progress(&self) -> Progress {
         let (part, (done, total)) = match &self.phase {
-            Phase::RefcountTable(sweep) => (Part::RefcountTable, sweep.progress()),
-            Phase::Refblocks(sweep) => (Part::Refblock, sweep.progress()),
-            Phase::Snapshots(_) => (Part::SnapshotTable, (0, 0)),
-            Phase::Bitmaps(_) => (Part::BitmapDirectory, (0, 0)),
-            Phase::BitmapTables(sweep) => (Part::BitmapTable, sweep.progress()),
-            Phase::ActiveL1(sweep) | Phase::FlagsInL1(sweep) => (Part::ActiveL1, sweep.progress()),
-            Phase::SnapshotL1(sweep) => (Part::SnapshotL1, sweep.progress()),
-            Phase::L2(sweep) => (Part::L2, sweep.progress()),
-            Phase::FlagsInL2(sweep) => (Part::L2, sweep.progress()),
-            Phase::Done => (Part::L2, (0, 0)),
+            Phase::RefcountTable(sweep) => (ImagePart::RefcountTable, sweep.progress()),
+            Phase::Refblocks(sweep) => (ImagePart::Refblock, sweep.progress()),
+            Phase::Snapshots(_) => (ImagePart::SnapshotTable, (0, 0)),
+            Phase::Bitmaps(_) => (ImagePart::BitmapDirectory, (0, 0)),
+            Phase::BitmapTables(sweep) => (ImagePart::BitmapTable, sweep.progress()),
+            Phase::ActiveL1(sweep) | Phase::FlagsInL1(sweep) => (ImagePart::ActiveL1, sweep.progress()),
+            Phase::SnapshotL1(sweep) => (ImagePart::SnapshotL1, sweep.progress()),
+            Phase::L2(sweep) => (ImagePart::L2, sweep.progress()),
+            Phase::FlagsInL2(sweep) => (ImagePart::L2, sweep.progress()),
+            Phase::Done => (ImagePart::L2, (0, 0)),
         };
         Progress { part, done, total }
     }

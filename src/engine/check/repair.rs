@@ -31,7 +31,7 @@ use qcow2::{Geometry, HostOffset, Incompatible, Version};
 use super::Checked;
 use super::counts::Counts;
 use super::refusal::{NotRepairable, RepairKind};
-use super::report::Part;
+use super::report::ImagePart;
 use super::walk::{Clearing, FlagFix, Place, Walk};
 
 /// The most bytes of adjacent flags that are written together.
@@ -129,7 +129,7 @@ impl Checked {
             }
             if let Some(header) = table {
                 actions.extend([header, Action::Sync]);
-                let old = walk.places.iter().filter(|place| place.part == Part::SnapshotTable);
+                let old = walk.places.iter().filter(|place| place.part == ImagePart::SnapshotTable);
                 let old: Vec<Place> = old.copied().collect();
                 if !old.is_empty() {
                     actions.extend([Action::Release(old), Action::Sync]);

@@ -12,7 +12,7 @@ pub const FINDINGS_OF_KIND_MAX: u64 = 30;
 
 /// A structure of an image file that a finding is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Part {
+pub enum ImagePart {
     /// The header's cluster.
     Header,
     /// The active L1 table.
@@ -37,20 +37,20 @@ pub enum Part {
     Bitmap,
 }
 
-impl fmt::Display for Part {
+impl fmt::Display for ImagePart {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Part::Header => "header",
-            Part::ActiveL1 => "active L1 table",
-            Part::SnapshotL1 => "L1 table of a snapshot",
-            Part::L2 => "L2 table",
-            Part::Data => "guest data",
-            Part::RefcountTable => "refcount table",
-            Part::Refblock => "refblock",
-            Part::SnapshotTable => "snapshot table",
-            Part::BitmapDirectory => "bitmap directory",
-            Part::BitmapTable => "table of a bitmap",
-            Part::Bitmap => "bitmap",
+            ImagePart::Header => "header",
+            ImagePart::ActiveL1 => "active L1 table",
+            ImagePart::SnapshotL1 => "L1 table of a snapshot",
+            ImagePart::L2 => "L2 table",
+            ImagePart::Data => "guest data",
+            ImagePart::RefcountTable => "refcount table",
+            ImagePart::Refblock => "refblock",
+            ImagePart::SnapshotTable => "snapshot table",
+            ImagePart::BitmapDirectory => "bitmap directory",
+            ImagePart::BitmapTable => "table of a bitmap",
+            ImagePart::Bitmap => "bitmap",
         })
     }
 }
@@ -86,7 +86,7 @@ pub enum FindingKind {
     #[error("COPIED of {part} entry {raw:#018x} disagrees with refcount {refcount}")]
     Copied {
         /// The table that the entry is in.
-        part: Part,
+        part: ImagePart,
         /// The entry.
         raw: u64,
         /// The refcount in the file of the cluster that the entry names.
@@ -110,7 +110,7 @@ pub enum FindingKind {
     #[error("{part} entry {raw:#018x} has reserved bits set")]
     ReservedBits {
         /// The table that the entry is in.
-        part: Part,
+        part: ImagePart,
         /// The entry.
         raw: u64,
     },
@@ -118,7 +118,7 @@ pub enum FindingKind {
     #[error("{part}: {source}")]
     BadEntry {
         /// The table that the entry is in.
-        part: Part,
+        part: ImagePart,
         /// The fault of the entry.
         source: EntryError,
     },
@@ -138,7 +138,7 @@ pub enum FindingKind {
     #[error("{part} of {length} bytes at {target} is past the end of the file")]
     PastEnd {
         /// The structure.
-        part: Part,
+        part: ImagePart,
         /// Its offset.
         target: HostOffset,
         /// Its length in bytes.
@@ -148,7 +148,7 @@ pub enum FindingKind {
     #[error("the cluster of the {part} has something else in it too: references {references}")]
     Overlap {
         /// The metadata.
-        part: Part,
+        part: ImagePart,
         /// All references to the cluster.
         references: u64,
     },
@@ -268,7 +268,7 @@ impl FindingKind {
     /// the flag COPIED on an L2 entry without an offset, which counts as unallocated. It is reported, but does not
     /// change the verdict.
     pub fn is_note(&self) -> bool {
-        let FindingKind::BadEntry { part: Part::L2, source } = self else { return false };
+        let FindingKind::BadEntry { part: ImagePart::L2, source } = self else { return false };
         matches!(source, EntryError::DataAtOffsetZero { .. })
     }
 
@@ -276,7 +276,7 @@ impl FindingKind {
         if self.is_note() {
             return Remedy::NotNeeded;
         }
-        let refcounts = |part| matches!(part, Part::RefcountTable | Part::Refblock);
+        let refcounts = |part| matches!(part, ImagePart::RefcountTable | ImagePart::Refblock);
         match *self {
             FindingKind::Leak { .. } | FindingKind::RefcountTooLow { .. } => Remedy::Count,
             FindingKind::Copied { .. } => Remedy::Flag,

@@ -271,7 +271,7 @@ fn refcounts_too_low_and_missing_are_rebuilt() {
             image.kinds(),
             [
                 FindingKind::Copied {
-                    part: Part::L2,
+                    part: ImagePart::L2,
                     raw: image.entry(image.clone().l2_place(39)),
                     refcount: 0
                 },
@@ -365,16 +365,18 @@ fn each_broken_entry_is_named_and_not_repaired() {
     let end = image.bytes.len() as u64;
     let (l1_raw, l2_raw) = (image.entry(l1), image.entry(l2));
     let cases: [(u64, u64, Expected); 11] = [
-        (l1, l1_raw | 1 << 56, |kind| matches!(kind, FindingKind::ReservedBits { part: Part::ActiveL1, .. })),
-        (l1, l1_raw | 1, |kind| matches!(kind, FindingKind::ReservedBits { part: Part::ActiveL1, .. })),
-        (l1, COPIED, |kind| matches!(kind, FindingKind::BadEntry { part: Part::ActiveL1, .. })),
-        (l1, far | COPIED, |kind| matches!(kind, FindingKind::PastEnd { part: Part::L2, .. })),
-        (l1, l1 | COPIED, |kind| matches!(kind, FindingKind::Overlap { part: Part::ActiveL1, .. })),
-        (l2, l2_raw | 2, |kind| matches!(kind, FindingKind::ReservedBits { part: Part::L2, .. })),
-        (l2, l2_raw | 1 << 61, |kind| matches!(kind, FindingKind::ReservedBits { part: Part::L2, .. })),
-        (l2, end | COPIED, |kind| matches!(kind, FindingKind::PastEnd { part: Part::Data, .. })),
-        (l2, l1 | COPIED, |kind| matches!(kind, FindingKind::Overlap { part: Part::ActiveL1, .. })),
-        (l2, (l2 & !511) | COPIED, |kind| matches!(kind, FindingKind::Overlap { part: Part::L2, .. })),
+        (l1, l1_raw | 1 << 56, |kind| {
+            matches!(kind, FindingKind::ReservedBits { part: ImagePart::ActiveL1, .. })
+        }),
+        (l1, l1_raw | 1, |kind| matches!(kind, FindingKind::ReservedBits { part: ImagePart::ActiveL1, .. })),
+        (l1, COPIED, |kind| matches!(kind, FindingKind::BadEntry { part: ImagePart::ActiveL1, .. })),
+        (l1, far | COPIED, |kind| matches!(kind, FindingKind::PastEnd { part: ImagePart::L2, .. })),
+        (l1, l1 | COPIED, |kind| matches!(kind, FindingKind::Overlap { part: ImagePart::ActiveL1, .. })),
+        (l2, l2_raw | 2, |kind| matches!(kind, FindingKind::ReservedBits { part: ImagePart::L2, .. })),
+        (l2, l2_raw | 1 << 61, |kind| matches!(kind, FindingKind::ReservedBits { part: ImagePart::L2, .. })),
+        (l2, end | COPIED, |kind| matches!(kind, FindingKind::PastEnd { part: ImagePart::Data, .. })),
+        (l2, l1 | COPIED, |kind| matches!(kind, FindingKind::Overlap { part: ImagePart::ActiveL1, .. })),
+        (l2, (l2 & !511) | COPIED, |kind| matches!(kind, FindingKind::Overlap { part: ImagePart::L2, .. })),
         (l2, l2_raw | COPIED | 1 << 62, |kind| matches!(kind, FindingKind::CopiedCompressed { .. })),
     ];
     for (at, raw, expected) in cases {
@@ -561,7 +563,7 @@ fn progress_ends_at_its_total() {
         assert_eq!(after.done - before.done, length as u64);
         seen.push(after.part);
     }
-    assert_eq!(seen[..3], [Part::RefcountTable, Part::Refblock, Part::ActiveL1]);
+    assert_eq!(seen[..3], [ImagePart::RefcountTable, ImagePart::Refblock, ImagePart::ActiveL1]);
 }
 
 proptest! {

@@ -14,7 +14,7 @@ use qcow2::{
 
 use super::CLUSTERS_MAX;
 use super::counts::Counts;
-use super::report::{FindingKind, Part, Refusal, Report};
+use super::report::{FindingKind, ImagePart, Refusal, Report};
 use super::sweep::{Cover, Covered, Sweep};
 
 /// Reserved bits of an L1 entry.
@@ -44,7 +44,7 @@ impl L2Use {
 pub(crate) struct Place {
     pub first: u64,
     pub count: u64,
-    pub part: Part,
+    pub part: ImagePart,
 }
 
 /// An entry whose flag COPIED must change.
@@ -172,7 +172,7 @@ impl Walk {
 
     /// Counts references to a region in the file and returns its clusters. A region past the end of the file is a
     /// finding at `entry`.
-    fn count(&mut self, entry: u64, part: Part, target: u64, length: u64, times: u64) -> Option<Place> {
+    fn count(&mut self, entry: u64, part: ImagePart, target: u64, length: u64, times: u64) -> Option<Place> {
         if length == 0 {
             return None;
         }
@@ -203,7 +203,7 @@ impl Walk {
 
     /// Takes entries of the refcount table, from index `first` on, at `offset`.
     pub fn refcount_table(&mut self, offset: u64, first: u64, bytes: &[u8]) {
-        let (part, size) = (Part::RefcountTable, self.geometry.cluster_size());
+        let (part, size) = (ImagePart::RefcountTable, self.geometry.cluster_size());
         for (entry, index, raw) in entries(offset, first, bytes) {
             if raw & REFCOUNT_TABLE_RESERVED != 0 {
                 self.report.add(entry, FindingKind::ReservedBits { part, raw });
@@ -211,7 +211,7 @@ impl Walk {
             match qcow2::refblock_offset(raw, &self.geometry) {
                 Ok(None) => {}
                 Ok(Some(target)) if target.0 >> self.geometry.cluster_bits >= self.clusters => {
-                    let kind = FindingKind::PastEnd { part: Part::Refblock, target, length: size };
+                    let kind = FindingKind::PastEnd { part: ImagePart::Refblock, target, length: size };
                     self.report.add(entry, kind);
                 }
                 Ok(Some(target)) => self.refblocks.push(Refblock { index, offset: target.0 }),
@@ -264,7 +264,7 @@ impl Walk {
         if !self.geometry.is_aligned(target.0) || length > L1_TABLE_SIZE_MAX {
             self.report.add(offset, FindingKind::BadSnapshotL1 { index, target, entries });
         } else if length > 0 && self.is_past_end(target.0, length) {
-            let part = Part::SnapshotL1;
+            let part = ImagePart::SnapshotL1;
             self.report.add(offset, FindingKind::PastEnd { part, target, length });
         } else if length > 0 {
             let (first, count) = self.clusters_of(target.0, length);
@@ -282,17 +282,23 @@ impl Walk {
         let [l1_field, snapshots_field] =
             [qcow2::position::L1_OFFSET, qcow2::position::SNAPSHOTS_OFFSET].map(|at| at as u64);
         let places = [
-            self.count(0, Part::Header, 0, self.geometry.cluster_size(), 1),
-            self.count(l1_field, Part::ActiveL1, l1_offset, l1_length, 1),
-            self.count(snapshots_field, Part::SnapshotTable, snapshots_offset, self.snapshot_table_length, 1),
+            self.count(0, ImagePart::Header, 0, self.geometry.cluster_size(), 1),
+            self.count(l1_field, ImagePart::ActiveL1, l1_offset, l1_length, 1),
+            self.count(
+                snapshots_field,
+                ImagePart::SnapshotTable,
+                snapshots_offset,
+                self.snapshot_table_length,
+                1,
+            ),
         ];
         self.places.extend(places.into_iter().flatten());
         let (l1, tables) = (self.snapshot_l1.1.regions(), self.bitmap_tables.1.regions());
-        self.count_covered(l1, Part::SnapshotL1);
-        self.count_covered(tables, Part::BitmapTable);
+        self.count_covered(l1, ImagePart::SnapshotL1);
+        self.count_covered(tables, ImagePart::BitmapTable);
         if let Some(bitmaps) = self.header.bitmaps() {
             let (target, length) = (bitmaps.directory_offset.0, bitmaps.directory_size);
-            let place = self.count(0, Part::BitmapDirectory, target, length, 1);
+            let place = self.count(0, ImagePart::BitmapDirectory, target, length, 1);
             self.places.extend(place);
         }
         if self.external_data && self.header.snapshots > 0 {
@@ -301,7 +307,7 @@ impl Walk {
         }
     }
 
-    fn count_covered(&mut self, regions: Vec<Covered>, part: Part) {
+    fn count_covered(&mut self, regions: Vec<Covered>, part: ImagePart) {
         for Covered { start, end, times } in regions {
             for cluster in start..end {
                 self.references.add(cluster, times);
@@ -314,7 +320,7 @@ impl Walk {
     pub fn bitmap(&mut self, bitmap: &Bitmap) {
         let (target, length) = (bitmap.table_offset, u64::from(bitmap.table_entries) * 8);
         if self.is_past_end(target.0, length) {
-            let kind = FindingKind::PastEnd { part: Part::BitmapTable, target, length };
+            let kind = FindingKind::PastEnd { part: ImagePart::BitmapTable, target, length };
             self.report.add(bitmap.offset.0, kind);
             return;
         }
@@ -338,7 +344,7 @@ impl Walk {
             match qcow2::bitmap_table_entry(raw, &self.geometry) {
                 Ok(None) => {}
                 Ok(Some(target)) => {
-                    self.count(entry, Part::Bitmap, target.0, self.geometry.cluster_size(), times);
+                    self.count(entry, ImagePart::Bitmap, target.0, self.geometry.cluster_size(), times);
                 }
                 Err(raw) => self.report.add(entry, FindingKind::BadBitmapEntry { raw }),
             }
@@ -361,7 +367,7 @@ impl Walk {
     }
 
     /// Takes entries of an L1 table at `offset`; each counts `times`.
-    pub fn l1(&mut self, offset: u64, bytes: &[u8], part: Part, times: L2Use) {
+    pub fn l1(&mut self, offset: u64, bytes: &[u8], part: ImagePart, times: L2Use) {
         let size = self.geometry.cluster_size();
         for (entry, _, raw) in entries(offset, 0, bytes) {
             if raw & L1_RESERVED != 0 {
@@ -373,11 +379,11 @@ impl Walk {
             match L1Entry::decode(raw, &self.geometry) {
                 Ok(L1Entry::Unallocated) => {}
                 Ok(L1Entry::Table { offset: target, .. }) => {
-                    if let Some(place) = self.count(entry, Part::L2, target.0, size, times.all()) {
+                    if let Some(place) = self.count(entry, ImagePart::L2, target.0, size, times.all()) {
                         let known = self.l2.entry(place.first).or_default();
                         known.active = known.active.saturating_add(times.active);
                         known.snapshots = known.snapshots.saturating_add(times.snapshots);
-                        if self.external_data && part == Part::ActiveL1 {
+                        if self.external_data && part == ImagePart::ActiveL1 {
                             self.own_tables.insert(place.first, (entry - self.header.l1_offset.0) / 8);
                         }
                     }
@@ -423,7 +429,7 @@ impl Walk {
                 self.zero_flag(entry, raw, standard, times);
             }
             if let Some(source) = understood.note {
-                self.report.add(entry, FindingKind::BadEntry { part: Part::L2, source });
+                self.report.add(entry, FindingKind::BadEntry { part: ImagePart::L2, source });
             }
             match understood.entry {
                 Ok(L2Entry::Compressed { offset, sectors }) => {
@@ -434,7 +440,7 @@ impl Walk {
                         self.standard(entry, raw.descriptor, host.offset, times);
                     }
                 }
-                Err(source) => self.report.add(entry, FindingKind::BadEntry { part: Part::L2, source }),
+                Err(source) => self.report.add(entry, FindingKind::BadEntry { part: ImagePart::L2, source }),
             }
         }
     }
@@ -443,7 +449,7 @@ impl Walk {
     fn elsewhere(&mut self, entry: u64, raw: RawL2Entry, guest: GuestCluster) {
         let decoded = L2Entry::decode_external(raw, &self.geometry, guest);
         if let Err(source @ EntryError::DataFileOffset { .. }) = decoded {
-            self.report.add(entry, FindingKind::BadEntry { part: Part::L2, source });
+            self.report.add(entry, FindingKind::BadEntry { part: ImagePart::L2, source });
         }
     }
 
@@ -466,7 +472,7 @@ impl Walk {
     fn l2_flags(&mut self, entry: u64, RawL2Entry { descriptor: raw, bitmap }: RawL2Entry) {
         let compressed = raw & COMPRESSED != 0;
         if !compressed && raw & L2_RESERVED != 0 {
-            self.report.add(entry, FindingKind::ReservedBits { part: Part::L2, raw });
+            self.report.add(entry, FindingKind::ReservedBits { part: ImagePart::L2, raw });
         }
         if compressed && raw & COPIED != 0 {
             self.report.add(entry, FindingKind::CopiedCompressed { raw });
@@ -488,7 +494,7 @@ impl Walk {
             *number = number.saturating_add(times.active);
         }
         let length = compressed_length(target, sectors);
-        self.count(entry, Part::Data, target.0, length, times.all());
+        self.count(entry, ImagePart::Data, target.0, length, times.all());
     }
 
     fn standard(&mut self, entry: u64, raw: u64, target: HostOffset, times: L2Use) {
@@ -502,7 +508,7 @@ impl Walk {
         }
         self.next_contiguous = offset.saturating_add(size);
         if !self.external_data {
-            self.count(entry, Part::Data, target.0, size, times.all());
+            self.count(entry, ImagePart::Data, target.0, size, times.all());
         }
     }
 
@@ -534,7 +540,7 @@ impl Walk {
     pub fn flags_in_l1(&mut self, offset: u64, bytes: &[u8]) {
         for (entry, _, raw) in entries(offset, 0, bytes) {
             if let Ok(L1Entry::Table { offset: target, copied }) = L1Entry::decode(raw, &self.geometry) {
-                self.flag(entry, raw, Part::ActiveL1, target, copied);
+                self.flag(entry, raw, ImagePart::ActiveL1, target, copied);
             }
         }
     }
@@ -544,17 +550,17 @@ impl Walk {
         for (entry, raw) in l2_entries(self.geometry, offset, bytes) {
             let Some(host) = self.understand(raw).entry.ok().and_then(L2Entry::host) else { continue };
             if !self.external_data {
-                self.flag(entry, raw.descriptor, Part::L2, host.offset, host.copied);
+                self.flag(entry, raw.descriptor, ImagePart::L2, host.offset, host.copied);
             } else if !host.copied {
                 // Data in an external file is never shared.
-                let (part, raw) = (Part::L2, raw.descriptor);
+                let (part, raw) = (ImagePart::L2, raw.descriptor);
                 self.report.add(entry, FindingKind::Copied { part, raw, refcount: 1 });
                 self.flag_fixes.push(FlagFix { offset: entry, raw: raw | COPIED });
             }
         }
     }
 
-    fn flag(&mut self, entry: u64, raw: u64, part: Part, target: HostOffset, copied: bool) {
+    fn flag(&mut self, entry: u64, raw: u64, part: ImagePart, target: HostOffset, copied: bool) {
         let cluster = target.0 >> self.geometry.cluster_bits;
         if cluster >= self.clusters {
             return;
@@ -575,12 +581,12 @@ impl Walk {
     pub fn count_refcount_structure(&mut self) {
         let (offset, length) = (self.header.refcount_table_offset.0, self.refcount_table_length());
         let field = qcow2::position::REFCOUNT_TABLE_OFFSET as u64;
-        let table = self.count(field, Part::RefcountTable, offset, length, 1);
+        let table = self.count(field, ImagePart::RefcountTable, offset, length, 1);
         self.refcount_places.extend(table);
         for n in 0..self.refblocks.len() {
             let Refblock { index, offset: target } = self.refblocks[n];
             let entry = offset + index * 8;
-            let place = self.count(entry, Part::Refblock, target, self.geometry.cluster_size(), 1);
+            let place = self.count(entry, ImagePart::Refblock, target, self.geometry.cluster_size(), 1);
             self.refcount_places.extend(place);
         }
     }

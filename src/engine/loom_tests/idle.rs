@@ -43,18 +43,18 @@ fn second_words_are_their_own_or_say_nothing() {
     explore(Some(3), || {
         let map = Arc::new(ChainMap::new(4 * SLICE_WORDS, 65536, 2, true));
         let mut writer = MapWriter::new();
-        fill_parted(&mut writer, &map, 0, 1);
-        fill_parted(&mut writer, &map, 1, 2);
+        fill_split(&mut writer, &map, 0, 1);
+        fill_split(&mut writer, &map, 1, 2);
         let reading = Arc::clone(&map);
         let reader = thread::spawn(move || {
-            let found = reading.lookup_parts(GuestCluster(SLICE_WORDS));
-            let (word, parts) = parted(2);
-            let known = [None, Some((word, parts)), Some((word, Parts(0)))].contains(&found);
+            let found = reading.lookup_subclusters(GuestCluster(SLICE_WORDS));
+            let (word, subclusters) = split(2);
+            let known = [None, Some((word, subclusters)), Some((word, SubclusterMap(0)))].contains(&found);
             assert!(known, "{found:?}");
         });
         sweep(&map, &mut writer);
-        fill_parted(&mut writer, &map, 2, 3);
-        fill_parted(&mut writer, &map, 3, 4);
+        fill_split(&mut writer, &map, 2, 3);
+        fill_split(&mut writer, &map, 3, 4);
         reader.join().expect("reader");
     });
 }

@@ -46,7 +46,7 @@ fn a_run_ends_by_a_commit_in_another_slices_frame() {
             finds(&map, 1, &[word(1), word(77)]),
             finds(&map, SLICE_WORDS, &[Word::UNRESOLVED, SCATTERED[0]]),
         ];
-        writer.publish(&map, GuestCluster(1), word(77), Parts::default());
+        writer.publish(&map, GuestCluster(1), word(77), SubclusterMap::default());
         join(readers);
     });
 }
@@ -57,7 +57,7 @@ fn the_other_cluster_of_a_run_that_ends_stays() {
     explore(None, || {
         let (map, mut writer) = map_of(1, [word(0), word(1)], None);
         let reader = finds(&map, 0, &[word(0)]);
-        writer.publish(&map, GuestCluster(1), word(77), Parts::default());
+        writer.publish(&map, GuestCluster(1), word(77), SubclusterMap::default());
         join([reader]);
     });
 }
@@ -71,7 +71,7 @@ fn a_run_begins_and_its_frame_goes_to_another_slice() {
             finds(&map, 1, &[word(1), word(77)]),
             finds(&map, SLICE_WORDS + 1, &[Word::UNRESOLVED, SCATTERED[1]]),
         ];
-        writer.publish(&map, GuestCluster(1), word(1), Parts::default());
+        writer.publish(&map, GuestCluster(1), word(1), SubclusterMap::default());
         writer.fill(&map, SliceIndex(1), &SCATTERED);
         join(readers);
     });
@@ -94,9 +94,9 @@ fn a_slice_that_becomes_a_run_and_back_goes_forward_only() {
                 assert!(first <= place(), "a commit was undone");
             })
         };
-        writer.publish(&map, GuestCluster(0), Word::ZERO, Parts::default());
+        writer.publish(&map, GuestCluster(0), Word::ZERO, SubclusterMap::default());
         for word in &story[1..] {
-            writer.publish(&map, GuestCluster(1), *word, Parts::default());
+            writer.publish(&map, GuestCluster(1), *word, SubclusterMap::default());
         }
         join([reader]);
     });
@@ -118,7 +118,7 @@ fn a_run_brings_the_data_of_its_last_commit() {
                 })
             };
             data.with_mut(|_| ());
-            writer.publish(&map, GuestCluster(1), word(1), Parts::default());
+            writer.publish(&map, GuestCluster(1), word(1), SubclusterMap::default());
             join([reader]);
         });
     }
@@ -144,15 +144,15 @@ fn second_words_do_not_outlive_a_run() {
     explore(Some(3), || {
         let map = ChainMap::new(2 * SLICE_WORDS, TOGETHER, 1, true);
         let mut writer = MapWriter::new();
-        fill_parted(&mut writer, &map, 0, 1);
+        fill_split(&mut writer, &map, 0, 1);
         let map = Arc::new(map);
-        let reader = parted_reader(&map, 0, &[1, 2]);
+        let reader = split_reader(&map, 0, &[1, 2]);
         for cluster in [0, 1] {
-            writer.publish(&map, GuestCluster(cluster), word(cluster), Parts::default());
+            writer.publish(&map, GuestCluster(cluster), word(cluster), SubclusterMap::default());
         }
-        fill_parted(&mut writer, &map, 1, 5);
-        let (second, parts) = parted(2);
-        writer.publish(&map, GuestCluster(0), second, parts);
+        fill_split(&mut writer, &map, 1, 5);
+        let (second, subclusters) = split(2);
+        writer.publish(&map, GuestCluster(0), second, subclusters);
         join([reader]);
     });
 }

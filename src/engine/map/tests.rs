@@ -24,8 +24,8 @@ fn absent_slices_are_unresolved_and_filled_ones_answer() {
     assert_eq!(map.lookup(GuestCluster(u64::MAX)), Word::UNRESOLVED);
     writer.fill(&map, SliceIndex(0), &slice_words(0));
     assert_eq!(map.lookup(GuestCluster(5)), word(5));
-    writer.publish(&map, GuestCluster(5), Word::ZERO, Parts::default());
-    writer.publish(&map, GuestCluster(9999), Word::ZERO, Parts::default());
+    writer.publish(&map, GuestCluster(5), Word::ZERO, SubclusterMap::default());
+    writer.publish(&map, GuestCluster(9999), Word::ZERO, SubclusterMap::default());
     assert_eq!(map.lookup(GuestCluster(5)), Word::ZERO);
     assert_eq!(map.lookup(GuestCluster(9999)), Word::UNRESOLVED);
 }
@@ -90,8 +90,8 @@ fn clear(map: &ChainMap, frames: &[usize]) {
 #[cfg(not(feature = "tiny-bounds"))]
 #[test]
 fn a_sweep_takes_what_nobody_looked_up_since_the_last() {
-    for has_parts in [false, true] {
-        let map = ChainMap::new(100 * SLICE_WORDS, APART, 40, has_parts);
+    for has_subclusters in [false, true] {
+        let map = ChainMap::new(100 * SLICE_WORDS, APART, 40, has_subclusters);
         let mut writer = MapWriter::new();
         for slice in 0..30 {
             writer.fill(&map, SliceIndex(slice), &slice_words(slice));
@@ -202,7 +202,7 @@ fn a_change_ends_a_run_and_the_same_change_undone_begins_it() {
     let mut model: Vec<Word> = (0..clusters).map(word).collect();
     for cluster in [0, 7, SLICE_WORDS - 1, SLICE_WORDS, clusters - 1] {
         for (new, taken) in [(word(cluster), 0), (word(5000), 1), (word(5000), 1), (word(cluster), 0)] {
-            writer.publish(&map, GuestCluster(cluster), new, Parts::default());
+            writer.publish(&map, GuestCluster(cluster), new, SubclusterMap::default());
             model[cluster as usize] = new;
             agrees(&map, &model);
             assert_eq!(held(&writer), taken, "{new:?} at {cluster}");
@@ -220,7 +220,7 @@ fn words_published_in_any_order_end_as_a_run() {
             // With an odd factor, each cluster occurs once.
             let cluster = (n * 77 + round * 13) % SLICE_WORDS;
             let new = if round % 2 == 0 { Word::ZERO } else { word(7000 + cluster) };
-            writer.publish(&map, GuestCluster(cluster), new, Parts::default());
+            writer.publish(&map, GuestCluster(cluster), new, SubclusterMap::default());
             model[cluster as usize] = new;
             assert_eq!(map.lookup(GuestCluster(cluster)), new);
             assert_eq!(held(&writer), usize::from(n + 1 < SLICE_WORDS));
@@ -233,7 +233,7 @@ fn words_published_in_any_order_end_as_a_run() {
 fn a_run_that_ends_in_a_full_map_evicts_another_slice() {
     let (map, mut writer) = run(6 * SLICE_WORDS);
     for slice in 0..6 {
-        writer.publish(&map, SliceIndex(slice).first(), Word::ZERO, Parts::default());
+        writer.publish(&map, SliceIndex(slice).first(), Word::ZERO, SubclusterMap::default());
         assert_eq!(map.lookup(SliceIndex(slice).first()), Word::ZERO);
         assert_eq!(map.lookup(GuestCluster(slice * SLICE_WORDS + 1)), word(slice * SLICE_WORDS + 1));
     }
@@ -270,7 +270,7 @@ fn runs_and_frames_say_what_was_published() {
                 1 => Word::MIXED,
                 _ => word(cluster + 10_000 * kind),
             };
-            writer.publish(&map, GuestCluster(cluster), new, Parts::default());
+            writer.publish(&map, GuestCluster(cluster), new, SubclusterMap::default());
             model[cluster as usize] = new;
         }
         for (cluster, word) in (0..).zip(&model) {

@@ -43,7 +43,7 @@ pub fn is_known_zero(taken: Option<FreeRun>) -> bool {
 /// The granules that a write to a new host cluster must write: those that it touches, and those whose data must be kept.
 pub fn span_to_write(touched: Range<u64>, kept: Range<u64>) -> Range<u64> {
     let whole = touched.start.min(kept.start)..touched.end.max(kept.end);
-    unless_broken(whole, [(Mutation::SharedPartsForgotten, touched)])
+    unless_broken(whole, [(Mutation::SharedSubclustersForgotten, touched)])
 }
 
 /// The subclusters after a write, with the host cluster of `old`. `stays`: the data is still in that host cluster, so the
@@ -56,9 +56,9 @@ pub fn after_write(old: Subclusters, written: SubclusterSet, stays: bool) -> Sub
     let new = unless_broken(
         with(kept, zero),
         [
-            (Mutation::SharedPartsForgotten, with(old.allocated, zero)),
-            (Mutation::ZeroPartsKept, with(kept, old.zero)),
-            (Mutation::AllPartsAllocated, with(SubclusterSet::ALL, zero)),
+            (Mutation::SharedSubclustersForgotten, with(old.allocated, zero)),
+            (Mutation::ZeroSubclustersKept, with(kept, old.zero)),
+            (Mutation::AllSubclustersAllocated, with(SubclusterSet::ALL, zero)),
         ],
     );
     assert!(new.allocated.covers(old.allocated), "what was there has been copied");
@@ -101,5 +101,5 @@ pub fn old_host(frees: bool, empties: bool, keeps: bool) -> OldHost {
         (false, true) => OldHost::Empties,
         (false, false) => OldHost::Stays,
     };
-    unless_broken(right, [(Mutation::PartFreesCluster, if keeps { right } else { OldHost::Goes })])
+    unless_broken(right, [(Mutation::SubclusterFreesCluster, if keeps { right } else { OldHost::Goes })])
 }

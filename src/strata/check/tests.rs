@@ -8,7 +8,7 @@ fn report() -> Report {
     let finding = |offset, kind| Finding { offset: HostOffset(offset), kind };
     let leak = FindingKind::Leak { recorded: 2, references: 1 };
     let source = EntryError::DataAtOffsetZero { raw: 1 << 63 };
-    let odd = FindingKind::BadEntry { part: disk::check::Part::L2, source };
+    let odd = FindingKind::BadEntry { part: disk::check::ImagePart::L2, source };
     let low = FindingKind::RefcountTooLow { recorded: 0, references: 1 };
     let mut report = Report::default();
     (report.corruptions, report.notes, report.leaked_clusters) = (1, 1, 5);

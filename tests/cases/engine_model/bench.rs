@@ -303,7 +303,7 @@ impl Bench {
         let found = match self.engine.lookup(GuestOffset(offset)) {
             Mapping::Zero => vec![0; length as usize],
             Mapping::Data { file, offset, .. } => self.files.read(file, offset.0 + within, length),
-            Mapping::Parts => return self.agree_with_parts(offset, within, bytes),
+            Mapping::Subclusters => return self.agree_with_parts(offset, within, bytes),
             Mapping::Mixed | Mapping::Unresolved => return,
         };
         assert!(found == bytes[..length as usize], "the map and the tables differ at {offset:#x}");
@@ -311,10 +311,10 @@ impl Bench {
 
     /// As [`Bench::agree_with_map`], for the first subcluster.
     pub fn agree_with_parts(&self, offset: u64, within: u64, bytes: &[u8]) {
-        let cluster = self.engine.lookup_parts(GuestOffset(offset)).expect("nobody changes the map");
+        let cluster = self.engine.lookup_subclusters(GuestOffset(offset)).expect("nobody changes the map");
         let size = self.engine.unit() / 32;
         let length = (size - within % size).min(bytes.len() as u64);
-        let found = match cluster.parts.at((within / size) as u32).0 {
+        let found = match cluster.subclusters.at((within / size) as u32).0 {
             Subcluster::Zero => vec![0; length as usize],
             Subcluster::Data => self.files.read(cluster.file, cluster.offset.0 + within, length),
             Subcluster::Unallocated => return,
@@ -397,7 +397,7 @@ impl Bench {
         let mut at = start;
         while at < whole_end {
             let left = whole_end - at;
-            at += match self.ask(|engine, waker| engine.zero(GuestOffset(at), left, mode, waker))? {
+            at += match self.ask(|engine, waker| engine.apply_zero(GuestOffset(at), left, mode, waker))? {
                 Zeroed::Done { bytes, .. } => {
                     if mode != ZeroMode::Keep && self.files.data() != FileIndex(0) {
                         // The cluster may be punched, or hold anything: no entry may refer to it.

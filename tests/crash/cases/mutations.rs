@@ -84,10 +84,10 @@ fn fitting(mutation: Mutation, starts: &[Start]) -> Vec<Start> {
         Mutation::CompressedTailKept | Mutation::CompressedReleasedTwice => {
             matches!(shape.past, Past::Compressed(_))
         }
-        Mutation::AllPartsAllocated
-        | Mutation::ZeroPartsKept
-        | Mutation::SharedPartsForgotten
-        | Mutation::PartFreesCluster => shape.extended_l2,
+        Mutation::AllSubclustersAllocated
+        | Mutation::ZeroSubclustersKept
+        | Mutation::SharedSubclustersForgotten
+        | Mutation::SubclusterFreesCluster => shape.extended_l2,
         Mutation::EmptiedLate => shape.keeps_places,
         Mutation::EarlyLinkBesideCut | Mutation::EarlyLinkBeforeCounts | Mutation::CutBesideEarlyLink => {
             shape.is_qcow2() && !shape.has_data_file() && shape.below == Below::Nothing
