@@ -1,5 +1,7 @@
 //! A range of bytes of a disk or of a file.
 
+use qcow2::HostRange;
+
 /// Some bytes from an offset on; perhaps none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ByteRange {
@@ -7,6 +9,12 @@ pub(crate) struct ByteRange {
     pub offset: u64,
     /// Number of bytes.
     pub length: u64,
+}
+
+impl From<HostRange> for ByteRange {
+    fn from(range: HostRange) -> Self {
+        ByteRange::new(range.offset.0, range.length)
+    }
 }
 
 impl ByteRange {

@@ -6,7 +6,7 @@
 
 use crate::bounds::{AIMED_CHUNK_BITS, AIMED_CHUNKS_MAX};
 use crate::hashed::HashMap;
-use crate::run::Run;
+use crate::run::HostRun;
 
 /// Words of a chunk.
 const WORDS: usize = AIMED_CHUNK_BITS as usize / 64;
@@ -33,7 +33,7 @@ pub(crate) struct Aimed {
 
 impl Aimed {
     /// Adds a run.
-    pub fn add(&mut self, run: Run) {
+    pub fn add(&mut self, run: HostRun) {
         if run.count == 0 {
             return;
         }
@@ -96,8 +96,8 @@ mod tests {
 
     use super::*;
 
-    fn run(start: u64, count: u64) -> Run {
-        Run { start: HostCluster(start), count }
+    fn run(start: u64, count: u64) -> HostRun {
+        HostRun { start: HostCluster(start), count }
     }
 
     #[test]

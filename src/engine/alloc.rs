@@ -14,7 +14,7 @@ use crate::bounds::{WINDOW_BYTES_MAX, WINDOW_BYTES_MIN};
 use crate::free::{FreeClusters, TAIL_BYTES};
 use crate::mutation::{Mutation, active};
 use crate::quarantine::Quarantine;
-use crate::run::{FreeRun, Run};
+use crate::run::{FreeRun, HostRun};
 use crate::touched::Touched;
 use crate::turns::{Turn, Turns, Wanted};
 use crate::waiters::{Waiters, WakeList};
@@ -310,7 +310,7 @@ impl Allocator {
         if let Some((Some(FreeRun { run, known_zero }), _)) = self.turns.end(turn)
             && used < run.count
         {
-            let rest = Run { start: HostCluster(run.start.0 + used), count: run.count - used };
+            let rest = HostRun { start: HostCluster(run.start.0 + used), count: run.count - used };
             self.windows.give_back(FreeRun { run: rest, known_zero });
             self.serve(fits, wakes);
         }
@@ -398,7 +398,7 @@ impl Allocator {
         let at_once = active(Mutation::ReuseAtOnce);
         let taken_for_zero = cut == 0 && active(Mutation::AbortedTakenForZero);
         if at_once || taken_for_zero {
-            let run = Run { start: cluster, count: 1 };
+            let run = HostRun { start: cluster, count: 1 };
             return self.free.add(FreeRun { run, known_zero: !at_once });
         }
         self.quarantine.add(cluster, cut);

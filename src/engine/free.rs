@@ -10,7 +10,7 @@ use qcow2::HostCluster;
 use crate::bounds::{
     FREE_CHUNK_CLUSTERS as CHUNK_CLUSTERS, FREE_CHUNKS_MAX as CHUNKS_MAX, FREE_RUNS_MAX as RUNS_MAX,
 };
-use crate::run::{FreeRun, Run};
+use crate::run::{FreeRun, HostRun};
 
 /// Free bytes at the end of a file that mark it as not closed by its last writer. A clean close leaves fewer, to end at
 /// a block of the host's file system.
@@ -78,9 +78,9 @@ impl FreeClusters {
         }
         let start = HostCluster(whole.run.start.0 + count);
         let rest =
-            FreeRun { run: Run { start, count: whole.run.count - count }, known_zero: whole.known_zero };
+            FreeRun { run: HostRun { start, count: whole.run.count - count }, known_zero: whole.known_zero };
         self.runs.insert(start.0, rest);
-        Some(FreeRun { run: Run { start: whole.run.start, count }, known_zero: whole.known_zero })
+        Some(FreeRun { run: HostRun { start: whole.run.start, count }, known_zero: whole.known_zero })
     }
 
     /// Adds a run and merges it with its neighbours. Clusters that are free already stay as they are.
@@ -101,7 +101,7 @@ impl FreeClusters {
             }
             let next = self.runs.range(start..end).next().map_or(end, |(next, _)| *next);
             let next = self.first_bit(start, next);
-            let run = Run { start: HostCluster(start), count: next - start };
+            let run = HostRun { start: HostCluster(start), count: next - start };
             self.insert(FreeRun { run, known_zero: added.known_zero });
             start = next;
         }
@@ -119,7 +119,7 @@ impl FreeClusters {
             && before.known_zero == added.known_zero
         {
             self.runs.remove(&before.run.start.0);
-            added.run = Run { start: before.run.start, count: before.run.count + added.run.count };
+            added.run = HostRun { start: before.run.start, count: before.run.count + added.run.count };
         }
         let end = added.run.start.0 + added.run.count;
         if let Some(after) = self.runs.get(&end).copied()
@@ -132,7 +132,7 @@ impl FreeClusters {
     }
 
     /// Turns a run into bits while there is room for chunks; leaves out the rest.
-    fn spill(&mut self, run: Run) {
+    fn spill(&mut self, run: HostRun) {
         let (mut cluster, end) = (run.start.0, run.start.0 + run.count);
         while cluster < end {
             let number = cluster / CHUNK_CLUSTERS;
@@ -201,13 +201,13 @@ fn bit_of(cluster: u64) -> u64 {
 }
 
 /// The runs of a chunk's bits.
-fn runs_of(number: u64, chunk: &Chunk) -> Vec<Run> {
-    let mut runs: Vec<Run> = Vec::new();
+fn runs_of(number: u64, chunk: &Chunk) -> Vec<HostRun> {
+    let mut runs: Vec<HostRun> = Vec::new();
     let clusters = number * CHUNK_CLUSTERS..(number + 1) * CHUNK_CLUSTERS;
     for cluster in clusters.filter(|cluster| chunk[word_of(*cluster)] & bit_of(*cluster) != 0) {
         match runs.last_mut() {
             Some(last) if last.start.0 + last.count == cluster => last.count += 1,
-            _ => runs.push(Run { start: HostCluster(cluster), count: 1 }),
+            _ => runs.push(HostRun::one(HostCluster(cluster))),
         }
     }
     runs
@@ -218,7 +218,7 @@ mod tests {
     use super::*;
 
     fn run(start: u64, count: u64, known_zero: bool) -> FreeRun {
-        FreeRun { run: Run { start: HostCluster(start), count }, known_zero }
+        FreeRun { run: HostRun { start: HostCluster(start), count }, known_zero }
     }
 
     fn listed(free: &FreeClusters) -> Vec<(u64, u64, bool)> {
@@ -252,7 +252,7 @@ mod tests {
     #[test]
     fn the_end_is_trimmed_through_bits() {
         let mut free = FreeClusters::with_room(16, 16);
-        free.spill(Run { start: HostCluster(500), count: 20 });
+        free.spill(HostRun { start: HostCluster(500), count: 20 });
         free.add(run(520, 4, true));
         free.add(run(490, 10, false));
         assert_eq!(free.trim(524), 490);
@@ -263,7 +263,7 @@ mod tests {
     fn what_is_free_is_known() {
         let mut free = FreeClusters::with_room(16, 16);
         free.add(run(10, 2, true));
-        free.spill(Run { start: HostCluster(12), count: 1 });
+        free.spill(HostRun::one(HostCluster(12)));
         assert_eq!([9, 10, 12, 13].map(|cluster| free.contains(cluster)), [false, true, true, false]);
         free.add(run(9, 5, true));
         assert_eq!(listed(&free), [(9, 3, true), (13, 1, true)]);

@@ -19,7 +19,7 @@ use crate::entries::Entries;
 use crate::error::{EngineError, Proof, Structure};
 use crate::refcounts::Refcounts;
 use crate::rules::places;
-use crate::run::Run;
+use crate::run::HostRun;
 
 /// A cluster and the metadata in it.
 pub(crate) type Holder = (u64, Structure);
@@ -146,7 +146,7 @@ impl MetadataGuard {
     }
 
     /// A cluster of a run that holds metadata, if there is one.
-    pub fn within(&self, run: Run) -> Option<Holder> {
+    pub fn within(&self, run: HostRun) -> Option<Holder> {
         let end = run.start.0 + run.count;
         let of_snapshot = self.snapshot_l2.first_in(run.start.0..end);
         self.overlap(run.start.0, end).or(of_snapshot.map(|cluster| (cluster, Structure::SnapshotL2)))
@@ -171,7 +171,7 @@ impl MetadataGuard {
     ///
     /// # Errors
     /// A cluster of the run that holds metadata.
-    pub fn aim(&mut self, run: Run) -> Result<(), Holder> {
+    pub fn aim(&mut self, run: HostRun) -> Result<(), Holder> {
         if let Some(holder) = places::obstacle(self.within(run)) {
             return Err(holder);
         }
@@ -205,8 +205,8 @@ impl MetadataGuard {
 mod tests {
     use super::*;
 
-    fn run(start: u64, count: u64) -> Run {
-        Run { start: HostCluster(start), count }
+    fn run(start: u64, count: u64) -> HostRun {
+        HostRun { start: HostCluster(start), count }
     }
 
     fn guard(runs: &[(u64, u64)]) -> MetadataGuard {

@@ -15,7 +15,7 @@ use crate::bounds::{LEAK_CLUSTERS_AT_ONCE, LEAK_PIECE, LEAKS_AT_ONCE};
 use crate::error::{EngineError, Structure};
 use crate::free::TAIL_BYTES;
 use crate::rules::reuse;
-use crate::run::Run;
+use crate::run::HostRun;
 use crate::state::State;
 use crate::tables::TableId;
 
@@ -286,7 +286,7 @@ impl State {
             if touched.contains(leak.cluster) {
                 continue;
             }
-            let run = Run { start: HostCluster(leak.cluster), count: 1 };
+            let run = HostRun { start: HostCluster(leak.cluster), count: 1 };
             if leak.whole
                 && let Some((cluster, holds)) = write.guard.within(run)
             {
@@ -408,7 +408,7 @@ impl Engine {
             let searched = state.searched_end();
             if let Some(write) = &mut state.write {
                 let tail = write.alloc.tail();
-                let run = Run { start: HostCluster(tail.start), count: tail.end - tail.start };
+                let run = HostRun { start: HostCluster(tail.start), count: tail.end - tail.start };
                 let has_counts = searched.is_some_and(|end| tail.end <= end);
                 write.alloc.end_search(complete && has_counts && write.guard.within(run).is_none());
             }

@@ -13,14 +13,14 @@ use crate::bounds::{
 };
 use crate::epoch::Epoch;
 use crate::mutation::{Mutation, active};
-use crate::run::Run;
+use crate::run::HostRun;
 use crate::status::HeldBack;
 use crate::waiters::{Waiters, WakeList};
 
 /// A run unlinked in memory.
 #[derive(Clone, Copy, Debug)]
 struct Freed {
-    run: Run,
+    run: HostRun,
     /// The cut that makes the unlink durable; 0 if it was never linked in memory.
     cut: u64,
 }
@@ -28,7 +28,7 @@ struct Freed {
 /// A run whose unlink is durable.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Unlinked {
-    pub run: Run,
+    pub run: HostRun,
     /// It was in use before, not only allocated for a write that failed.
     pub was_used: bool,
     /// I/O begun in this epoch or earlier may still access the run.
@@ -87,7 +87,7 @@ impl Quarantine {
             last.run.count += 1;
             return;
         }
-        self.freed_runs.push_back(Freed { run: Run { start: cluster, count: 1 }, cut });
+        self.freed_runs.push_back(Freed { run: HostRun { start: cluster, count: 1 }, cut });
     }
 
     /// A cut is durable: what it unlinked waits only for I/O of `epoch` and before.
@@ -151,7 +151,8 @@ impl Quarantine {
         if let Some(first) = self.unlinked.front_mut()
             && first.run.count > count
         {
-            let rest = Run { start: HostCluster(first.run.start.0 + count), count: first.run.count - count };
+            let rest =
+                HostRun { start: HostCluster(first.run.start.0 + count), count: first.run.count - count };
             let rest = Unlinked { run: rest, ..*first };
             first.run.count = count;
             self.unlinked.insert(1, rest);

@@ -14,7 +14,7 @@ use crate::epoch::Epochs;
 use crate::error::EngineError;
 use crate::quarantine::Unlinked;
 use crate::rules::reuse;
-use crate::run::{FreeRun, Run};
+use crate::run::{FreeRun, HostRun};
 use crate::state::{State, WriteState};
 use crate::tables::TableId;
 use crate::waiters::WakeList;
@@ -25,7 +25,7 @@ use crate::waiters::WakeList;
 pub struct ReclaimPlan {
     /// Offset and length in bytes of each run.
     pub punches: Vec<(HostOffset, u64)>,
-    runs: Vec<Run>,
+    runs: Vec<HostRun>,
     /// The new count of each cluster.
     counts: BTreeMap<u64, u64>,
     pins: Vec<TableId>,
@@ -106,7 +106,7 @@ impl State {
         let mut counts = BTreeMap::new();
         for unlinked in batch {
             let run = unlinked.run;
-            for cluster in run.start.0..run.start.0 + run.count {
+            for cluster in run.clusters() {
                 let zero = EngineError::free_data(cluster);
                 if refcounts.block_offset(refcounts.block_of(cluster))?.is_none() {
                     return Err(zero);
@@ -114,7 +114,7 @@ impl State {
                 let count = counts.entry(cluster).or_insert_with(|| self.refcount(cluster));
                 *count = count.checked_sub(1).ok_or(zero)?;
                 // An unlinked cluster is in the guard only if a snapshot has it, too.
-                let holder = guard.within(Run { start: HostCluster(cluster), count: 1 });
+                let holder = guard.within(HostRun::one(HostCluster(cluster)));
                 if let (0, Some(holder)) = (*count, holder) {
                     return Err(EngineError::free_metadata(holder));
                 }
@@ -140,12 +140,12 @@ impl State {
 }
 
 /// Joins ascending cluster numbers into runs.
-fn runs_of(clusters: impl Iterator<Item = u64>) -> Vec<Run> {
-    let mut runs: Vec<Run> = Vec::new();
+fn runs_of(clusters: impl Iterator<Item = u64>) -> Vec<HostRun> {
+    let mut runs: Vec<HostRun> = Vec::new();
     for cluster in clusters {
         match runs.last_mut() {
             Some(last) if last.start.0 + last.count == cluster => last.count += 1,
-            _ => runs.push(Run { start: HostCluster(cluster), count: 1 }),
+            _ => runs.push(HostRun::one(HostCluster(cluster))),
         }
     }
     runs

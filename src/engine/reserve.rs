@@ -15,7 +15,7 @@ use crate::error::{EngineError, Structure};
 use crate::free::TAIL_BYTES;
 use crate::guard::MetadataGuard;
 use crate::refcounts::{Refcounts, TABLE_BYTES_MAX};
-use crate::run::{FreeRun, Run};
+use crate::run::{FreeRun, HostRun};
 use crate::state::{State, WriteState};
 use crate::tables::{Dirt, TableId};
 use crate::turns::Turn;
@@ -44,9 +44,9 @@ struct Growth {
     /// Each block's index in the refcount table, and its cluster.
     blocks: Vec<(u64, HostCluster)>,
     /// First cluster and number of clusters of a larger refcount table.
-    table: Option<Run>,
+    table: Option<HostRun>,
     /// All clusters of the new metadata.
-    run: Run,
+    run: HostRun,
 }
 
 impl Growth {
@@ -140,7 +140,7 @@ impl State {
                             alloc.searched_to(cluster + at);
                             return Ok(Answer::Ready(()));
                         }
-                        let run = Run { start: HostCluster(cluster + at), count: 1 };
+                        let run = HostRun { start: HostCluster(cluster + at), count: 1 };
                         if let Some(holder) = guard.within(run) {
                             return Err(EngineError::free_metadata(holder));
                         }
@@ -160,7 +160,7 @@ impl State {
                     }
                 }
             } else if let Some(used) =
-                guard.within(Run { start: HostCluster(cluster), count: slice_end - cluster })
+                guard.within(HostRun { start: HostCluster(cluster), count: slice_end - cluster })
             {
                 // A refblock added for the end of the file would record these clusters as unused.
                 return Err(EngineError::free_metadata(used));
@@ -207,7 +207,7 @@ impl State {
         let counts_from = if growth.is_some() { end / entries * entries } else { end };
         let WriteState { guard, alloc, .. } = self.write_state()?;
         let in_file = alloc.end_at_open().min(end).saturating_sub(counts_from);
-        if let Some(holder) = guard.within(Run { start: HostCluster(counts_from), count: in_file }) {
+        if let Some(holder) = guard.within(HostRun { start: HostCluster(counts_from), count: in_file }) {
             return Err(EngineError::free_metadata(holder));
         }
         if let Some(cluster) =
@@ -238,7 +238,7 @@ impl State {
                 );
             }
         }
-        let window = FreeRun { run: Run { start: HostCluster(start), count }, known_zero: true };
+        let window = FreeRun { run: HostRun { start: HostCluster(start), count }, known_zero: true };
         if let Some(growth) = &growth {
             // From now on no word may direct data there.
             growth.guard(&mut self.write_state()?.guard);
@@ -396,11 +396,11 @@ impl Refcounts {
                 let blocks_taken = missing.len() as u64;
                 let new_blocks =
                     missing.into_iter().zip(end..).map(|(block, at)| (block, HostCluster(at))).collect();
-                let table_run = Run { start: HostCluster(end + blocks_taken), count: table };
+                let table_run = HostRun { start: HostCluster(end + blocks_taken), count: table };
                 return Ok(Growth {
                     blocks: new_blocks,
                     table: (table > 0).then_some(table_run),
-                    run: Run { start: HostCluster(end), count: blocks_taken + table },
+                    run: HostRun { start: HostCluster(end), count: blocks_taken + table },
                 });
             }
             blocks = missing.len() as u64;
@@ -419,7 +419,7 @@ impl Refcounts {
     }
 
     /// Moves the table to a larger place, with its entries unchanged.
-    fn move_table(&mut self, place: Run) {
+    fn move_table(&mut self, place: HostRun) {
         self.table.grow(place.count * self.geometry.cluster_size() / 8);
         self.table_offset = self.geometry.host_offset(place.start);
         self.table_is_new = true;

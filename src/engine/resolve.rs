@@ -15,7 +15,7 @@ use crate::guard::MetadataGuard;
 use crate::layers::{Layer, Qcow2Layer};
 use crate::map::{ChainMap, SliceIndex, SubclusterMap};
 use crate::publish::words_of;
-use crate::run::Run;
+use crate::run::HostRun;
 use crate::state::{Missing, State, decode_l2};
 use crate::tables::{Found, TableId, Tables};
 use crate::word::{FileIndex, Mapping, Word};
@@ -438,7 +438,7 @@ fn may_be_written(layer: &Qcow2Layer, host: HostPlace, guard: Option<&mut Metada
         // A data file holds no metadata.
         return own && guard.is_some();
     }
-    let run = Run { start: layer.geometry.host_cluster(host.offset), count: 1 };
+    let run = HostRun { start: layer.geometry.host_cluster(host.offset), count: 1 };
     own && guard.is_some_and(|guard| guard.aim(run).is_ok())
 }
 

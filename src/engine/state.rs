@@ -18,7 +18,7 @@ use crate::hashed::HashMap;
 use crate::layers::{EntryPlace, Layer, Qcow2Layer};
 use crate::map::{MapWriter, SliceIndex};
 use crate::refcounts::Refcounts;
-use crate::run::{FreeRun, Run};
+use crate::run::{FreeRun, HostRun};
 use crate::tables::{Found, TableId, Tables};
 use crate::turns::{TableJob, Turn, Wanted};
 use crate::waiters::WakeList;
@@ -85,7 +85,7 @@ impl WriteState {
         turn: &Turn,
         slot: TableSlot,
         wakes: &mut WakeList,
-    ) -> Result<Option<Run>, EngineError> {
+    ) -> Result<Option<HostRun>, EngineError> {
         let guard = &self.guard;
         let fits = |cluster| guard.may_become_metadata(cluster);
         let Some(FreeRun { run, .. }) = self.alloc.take_for_table(turn, slot, fits, wakes) else {
@@ -288,7 +288,7 @@ impl State {
     pub fn guard_entry(&mut self, entry: L2Entry, guest: u64) -> Result<(), EngineError> {
         let Some((start, count)) = self.counted_clusters(entry) else { return Ok(()) };
         let Some(write) = &mut self.write else { return Ok(()) };
-        write.guard.aim(Run { start, count }).map_err(|(cluster, holds)| {
+        write.guard.aim(HostRun { start, count }).map_err(|(cluster, holds)| {
             Proof::Overlap { structure: Structure::L2, index: guest, cluster, holds }.into()
         })
     }

@@ -168,7 +168,7 @@ mod tests {
 
     use super::*;
     use crate::alloc::Allocator;
-    use crate::run::Run;
+    use crate::run::HostRun;
 
     #[derive(Default)]
     struct Counted(AtomicUsize);
@@ -223,7 +223,7 @@ mod tests {
             assert!((0..self.turns.len()).all(|request| !self.may_reserve(request)), "one at a time");
             let mut wakes = WakeList::default();
             self.alloc.add_window(
-                FreeRun { run: Run { start: HostCluster(start), count }, known_zero: true },
+                FreeRun { run: HostRun { start: HostCluster(start), count }, known_zero: true },
                 None,
             );
             self.alloc.end_reserving(fits, &mut wakes);
@@ -276,7 +276,7 @@ mod tests {
         assert_eq!(line.take(2, 1), Some((1005, 1)), "it wants less than before");
         assert_eq!(
             line.alloc.windows(),
-            [FreeRun { run: Run { start: HostCluster(1006), count: 7 }, known_zero: true }]
+            [FreeRun { run: HostRun { start: HostCluster(1006), count: 7 }, known_zero: true }]
         );
     }
 

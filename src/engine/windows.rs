@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use qcow2::HostCluster;
 
-use crate::run::{FreeRun, Run};
+use crate::run::{FreeRun, HostRun};
 
 /// Reserved clusters that no request has.
 #[derive(Default)]
@@ -37,7 +37,8 @@ impl Windows {
     pub fn take(&mut self, want: u64) -> Option<FreeRun> {
         let window = self.0.front_mut()?;
         let count = want.min(window.run.count);
-        let taken = FreeRun { run: Run { start: window.run.start, count }, known_zero: window.known_zero };
+        let taken =
+            FreeRun { run: HostRun { start: window.run.start, count }, known_zero: window.known_zero };
         window.run.start.0 += count;
         window.run.count -= count;
         if window.run.count == 0 {
@@ -63,7 +64,7 @@ impl Windows {
             if run.count == 0 {
                 self.0.remove(at);
             }
-            return Some(FreeRun { run: Run { start: HostCluster(taken), count: 1 }, known_zero });
+            return Some(FreeRun { run: HostRun { start: HostCluster(taken), count: 1 }, known_zero });
         }
         None
     }
@@ -94,7 +95,7 @@ mod tests {
     use super::*;
 
     fn run(start: u64, count: u64, known_zero: bool) -> FreeRun {
-        FreeRun { run: Run { start: HostCluster(start), count }, known_zero }
+        FreeRun { run: HostRun { start: HostCluster(start), count }, known_zero }
     }
 
     #[test]

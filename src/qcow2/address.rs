@@ -1,4 +1,4 @@
-//! Addresses of the guest's disk and of the image file, each a type of its own.
+//! Addresses and ranges of the guest's disk and of the image file, each a type of its own.
 //!
 //! Owns the names only: the arithmetic that needs a cluster size is in [`Geometry`](crate::Geometry).
 
@@ -19,6 +19,27 @@ pub struct GuestCluster(pub u64);
 /// The number of a cluster in the image file, from 0 (the header's).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub struct HostCluster(pub u64);
+
+/// A range of bytes in the image file.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct HostRange {
+    /// Where it begins.
+    pub offset: HostOffset,
+    /// Its length in bytes.
+    pub length: u64,
+}
+
+impl HostRange {
+    /// A range of `length` bytes from an offset on.
+    pub const fn new(offset: HostOffset, length: u64) -> HostRange {
+        HostRange { offset, length }
+    }
+
+    /// The first byte past it. It is for ranges that do not reach past 2^64 bytes.
+    pub const fn end(self) -> HostOffset {
+        HostOffset(self.offset.0 + self.length)
+    }
+}
 
 impl fmt::Display for GuestOffset {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -2,7 +2,7 @@
 //!
 //! Owns the offsets and the bounds of their fields, and the flags. It never reads the bits of a bitmap.
 
-use crate::address::HostOffset;
+use crate::address::{HostOffset, HostRange};
 use crate::extension;
 use crate::feature::AUTOCLEAR_BITMAPS;
 use crate::geometry::Geometry;
@@ -132,9 +132,9 @@ impl BitmapDirectory {
         BitmapDirectory { geometry, count, end, file_length, at, index: 0, broken: false }
     }
 
-    /// The offset and the length in bytes of the next piece to read; `None` at the end of the directory, or where it is
+    /// The next piece to read; `None` at the end of the directory, or where it is
     /// broken. Up to seven bytes of it may be past the end of the file: they count as zeros.
-    pub fn next_piece(&mut self) -> Option<(HostOffset, u64)> {
+    pub fn next_piece(&mut self) -> Option<HostRange> {
         if self.broken || (self.index == self.count && self.at == self.end) {
             return None;
         }
@@ -144,7 +144,7 @@ impl BitmapDirectory {
             self.broken = true;
             return None;
         }
-        Some((HostOffset(self.at), length))
+        Some(HostRange::new(HostOffset(self.at), length))
     }
 
     /// Consumes the bytes that [`BitmapDirectory::next_piece`] named, and calls `each` for every bitmap in them.
@@ -264,7 +264,7 @@ mod tests {
         let bitmaps = Bitmaps { count, directory_offset, directory_size };
         let mut walk = BitmapDirectory::new(&bitmaps, GEOMETRY, file.len() as u64 - cut);
         let mut seen = Vec::new();
-        while let Some((at, length)) = walk.next_piece() {
+        while let Some(HostRange { offset: at, length }) = walk.next_piece() {
             let mut bytes = file[at.0 as usize..].to_vec();
             bytes.truncate((file.len() as u64 - cut - at.0) as usize);
             bytes.resize(length as usize, 0);
@@ -296,7 +296,7 @@ mod tests {
         let bitmaps = Bitmaps { count: 2, directory_offset, directory_size };
         let mut walk = BitmapDirectory::new(&bitmaps, GEOMETRY, 64 + directory_size);
         let mut seen = Vec::new();
-        assert_eq!(walk.next_piece(), Some((HostOffset(64), directory_size)));
+        assert_eq!(walk.next_piece(), Some(HostRange::new(HostOffset(64), directory_size)));
         walk.feed(&entries.concat(), |bitmap| seen.push(bitmap));
         assert_eq!([seen[0].name.as_slice(), &seen[1].name], [b"first".as_slice(), b"second one"]);
         let told = |bitmap: &Bitmap| (bitmap.is_in_use(), bitmap.is_auto(), bitmap.granularity());

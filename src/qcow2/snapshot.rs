@@ -3,7 +3,7 @@
 //! Owns the layout of an entry and of the table, and the search for a snapshot by ID or name. [`SnapshotTable`] walks a
 //! table in pieces. It checks lengths only: its user must check an entry's L1 table.
 
-use crate::address::HostOffset;
+use crate::address::{HostOffset, HostRange};
 use crate::parse::{u32_at, u64_at};
 
 /// Bytes of an entry before its variable parts.
@@ -205,9 +205,9 @@ impl SnapshotTable {
         SnapshotTable { start: start.0, at: start.0, index: 0, count, file_length, broken: false }
     }
 
-    /// The offset and the length in bytes of the next piece to read; `None` at the end of the table, or where it is
+    /// The next piece to read; `None` at the end of the table, or where it is
     /// broken.
-    pub fn next_piece(&mut self) -> Option<(HostOffset, u64)> {
+    pub fn next_piece(&mut self) -> Option<HostRange> {
         if self.index == self.count || self.broken {
             return None;
         }
@@ -216,7 +216,7 @@ impl SnapshotTable {
             self.broken = true;
             return None;
         }
-        Some((HostOffset(self.at), length))
+        Some(HostRange::new(HostOffset(self.at), length))
     }
 
     /// Consumes the bytes that [`SnapshotTable::next_piece`] named.
@@ -300,7 +300,7 @@ mod tests {
     fn walk(file: &[u8], count: u32) -> (Vec<Snapshot>, SnapshotTable) {
         let mut walk = SnapshotTable::new(HostOffset(512), count, file.len() as u64);
         let mut seen = Vec::new();
-        while let Some((at, length)) = walk.next_piece() {
+        while let Some(HostRange { offset: at, length }) = walk.next_piece() {
             let bytes = &file[at.0 as usize..(at.0 + length) as usize];
             walk.feed(bytes, |found| {
                 assert_eq!(found.index as usize, seen.len());

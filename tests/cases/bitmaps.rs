@@ -37,7 +37,7 @@ fn bitmaps(path: &Path) -> (Vec<Bitmap>, Vec<u64>) {
     let (geometry, bitmaps) = (header.geometry(), header.bitmaps().expect("bitmaps"));
     let mut directory = BitmapDirectory::new(&bitmaps, geometry, file.len() as u64);
     let mut list = Vec::new();
-    while let Some((at, length)) = directory.next_piece() {
+    while let Some(qcow2::HostRange { offset: at, length }) = directory.next_piece() {
         directory.feed(&file[at.0 as usize..(at.0 + length) as usize], |bitmap| list.push(bitmap));
     }
     assert!(!directory.is_broken());

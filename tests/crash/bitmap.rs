@@ -43,7 +43,7 @@ pub fn is_trusted(image: &Image, header: &Header) -> bool {
     let contents = image.file(Path::new(TOP)).expect("the image");
     let mut directory = BitmapDirectory::new(&bitmaps, header.geometry(), contents.length());
     let mut list: Vec<Bitmap> = Vec::new();
-    while let Some((at, length)) = directory.next_piece() {
+    while let Some(qcow2::HostRange { offset: at, length }) = directory.next_piece() {
         let mut bytes = vec![0; length as usize];
         contents.read(at.0, &mut bytes);
         directory.feed(&bytes, |bitmap| list.push(bitmap));

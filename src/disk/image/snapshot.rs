@@ -157,8 +157,8 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
     async fn snapshot_table(&self, header: &Header) -> Result<(Vec<Snapshot>, u64), OpenError> {
         let mut table = SnapshotTable::new(header.snapshots_offset, header.snapshots, self.info.length);
         let mut snapshots = Vec::new();
-        while let Some((offset, length)) = table.next_piece() {
-            let bytes = self.read("snapshot table", ByteRange::new(offset.0, length)).await?;
+        while let Some(piece) = table.next_piece() {
+            let bytes = self.read("snapshot table", piece.into()).await?;
             table.feed(&bytes, |entry| snapshots.push(entry.snapshot));
         }
         if table.is_broken() {

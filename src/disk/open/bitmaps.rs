@@ -30,8 +30,8 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
         let Some(bitmaps) = header.bitmaps() else { return Ok(None) };
         let mut directory = BitmapDirectory::new(&bitmaps, header.geometry(), self.info.length);
         let mut list = Vec::new();
-        while let Some((offset, length)) = directory.next_piece() {
-            let bytes = self.read("bitmap directory", ByteRange::new(offset.0, length)).await?;
+        while let Some(piece) = directory.next_piece() {
+            let bytes = self.read("bitmap directory", piece.into()).await?;
             directory.feed(&bytes, |bitmap| list.push(bitmap));
         }
         if directory.is_broken() {

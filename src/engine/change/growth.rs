@@ -5,19 +5,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use qcow2::Geometry;
 use qcow2::entry::HOST_OFFSET_LIMIT;
 use qcow2::header::REFCOUNT_TABLE_SIZE_MAX;
+use qcow2::{Geometry, HostCluster};
 
 use super::refusal::ChangeRefusal;
 use crate::check::counts::Counts;
-
-/// A run of clusters.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Run {
-    pub first: u64,
-    pub count: u64,
-}
+use crate::run::HostRun;
 
 /// Takes free clusters.
 pub(super) struct Room<'a> {
@@ -26,7 +20,7 @@ pub(super) struct Room<'a> {
     geometry: Geometry,
     /// The first cluster behind the file.
     end: u64,
-    pub taken: Vec<Run>,
+    pub taken: Vec<HostRun>,
 }
 
 /// The additions to the refcount structure that give all taken clusters a refcount.
@@ -35,7 +29,7 @@ pub(super) struct Growth {
     /// New refblocks: index in the refcount table → cluster.
     pub blocks: BTreeMap<u64, u64>,
     /// A larger refcount table.
-    pub table: Option<Run>,
+    pub table: Option<HostRun>,
 }
 
 impl<'a> Room<'a> {
@@ -47,7 +41,7 @@ impl<'a> Room<'a> {
     }
 
     /// Takes the first run of `count` adjacent free clusters.
-    pub fn take(&mut self, count: u64) -> Result<Run, ChangeRefusal> {
+    pub fn take(&mut self, count: u64) -> Result<HostRun, ChangeRefusal> {
         // The header's cluster is never free.
         let (mut first, mut at) = (1, 1);
         while at < self.end && at - first < count {
@@ -65,7 +59,7 @@ impl<'a> Room<'a> {
         for cluster in first..end {
             self.counts.set(cluster, 1);
         }
-        let run = Run { first, count };
+        let run = HostRun::new(HostCluster(first), count);
         self.taken.push(run);
         Ok(run)
     }
@@ -80,10 +74,10 @@ impl<'a> Room<'a> {
             // Each new block takes a cluster too.
             while let Some(run) = self.taken.get(seen).copied() {
                 seen += 1;
-                for index in run.first / entries..=(run.first + run.count - 1) / entries {
+                for index in run.start.0 / entries..=(run.end().0 - 1) / entries {
                     if !known.contains(&index) && !growth.blocks.contains_key(&index) {
                         let block = self.take(1)?;
-                        growth.blocks.insert(index, block.first);
+                        growth.blocks.insert(index, block.start.0);
                     }
                 }
             }
@@ -93,7 +87,7 @@ impl<'a> Room<'a> {
                 return Ok(growth);
             }
             if let Some(table) = growth.table.take() {
-                for cluster in table.first..table.first + table.count {
+                for cluster in table.clusters() {
                     self.counts.set(cluster, 0);
                 }
             }
@@ -130,7 +124,7 @@ mod tests {
             counts.set(hole, 0);
         }
         let mut room = Room::new(&mut counts, geometry(4), 20);
-        let firsts: Vec<u64> = [3, 2, 4, 1].map(|count| room.take(count).expect("room").first).to_vec();
+        let firsts: Vec<u64> = [3, 2, 4, 1].map(|count| room.take(count).expect("room").start.0).to_vec();
         assert_eq!(firsts, [8, 5, 18, 22]);
         assert_eq!(room.taken.len(), 4);
         assert_eq!((counts.get(21), counts.get(22), counts.get(23)), (1, 1, 0));
@@ -140,7 +134,7 @@ mod tests {
     fn the_cluster_behind_a_ragged_end_may_be_in_use() {
         let mut counts = full(4);
         counts.set(4, 1);
-        assert_eq!(Room::new(&mut counts, geometry(4), 4).take(1).expect("room").first, 5);
+        assert_eq!(Room::new(&mut counts, geometry(4), 4).take(1).expect("room").start.0, 5);
     }
 
     #[test]
@@ -162,6 +156,6 @@ mod tests {
         room.take(1).expect("room");
         let growth = room.grow(&known, 64).expect("growth");
         assert_eq!(growth.blocks, BTreeMap::from([(64, 64 * 64 + 1)]));
-        assert_eq!(growth.table, Some(Run { first: 64 * 64 + 2, count: 3 }));
+        assert_eq!(growth.table, Some(HostRun::new(HostCluster(64 * 64 + 2), 3)));
     }
 }

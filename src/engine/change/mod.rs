@@ -24,7 +24,7 @@ pub use step::PlanStep;
 
 use qcow2::header::{L1_TABLE_SIZE_MAX, SNAPSHOTS_MAX};
 use qcow2::snapshot::TABLE_LENGTH_MAX;
-use qcow2::{Geometry, Header, HostOffset, Incompatible, Snapshot, SnapshotTable};
+use qcow2::{Geometry, Header, HostOffset, HostRange, Incompatible, Snapshot, SnapshotTable};
 
 use crate::check::ImagePart;
 use crate::check::Step;
@@ -175,11 +175,11 @@ impl Planner {
                 Phase::RefcountTable(sweep) | Phase::ActiveL1(sweep) | Phase::TargetL1(sweep) => sweep.next(),
                 Phase::Refblocks(sweep) => sweep.next(),
                 Phase::ActiveL2(sweep) | Phase::TargetL2(sweep) => sweep.next(),
-                Phase::Table(table) => table.next_piece().map(|(offset, length)| (offset.0, length)),
+                Phase::Table(table) => table.next_piece(),
                 Phase::Done => return Step::Done,
             };
-            if let Some((offset, length)) = wanted {
-                return Step::Read { offset: HostOffset(offset), length: length as usize };
+            if let Some(HostRange { offset, length }) = wanted {
+                return Step::Read { offset, length: length as usize };
             }
             if let Err(refusal) = self.advance() {
                 self.refusal = Some(refusal);
@@ -197,7 +197,7 @@ impl Planner {
             Phase::ActiveL2(sweep) | Phase::TargetL2(sweep) => sweep.ahead(most),
             Phase::Table(_) | Phase::Done => Vec::new(),
         };
-        pieces.into_iter().map(|(offset, length)| (HostOffset(offset), length as usize)).collect()
+        pieces.into_iter().map(|piece| (piece.offset, piece.length as usize)).collect()
     }
 
     /// Takes all the bytes that [`Planner::step`] requested.
@@ -370,7 +370,7 @@ impl Planner {
         let damaged = |cluster: u64| ChangeRefusal::Overlap { offset: HostOffset(cluster * size) };
         let too_low = |cluster: u64| ChangeRefusal::RefcountTooLow { offset: HostOffset(cluster * size) };
         for place in base.places.iter().chain(&base.refcount_places) {
-            for cluster in place.first..place.first + place.count {
+            for cluster in place.run.clusters() {
                 if base.references.get(cluster) != 1 {
                     return Err(damaged(cluster));
                 }

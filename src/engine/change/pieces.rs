@@ -2,8 +2,8 @@
 
 use std::collections::VecDeque;
 
-use qcow2::HostOffset;
 use qcow2::entry::COPIED;
+use qcow2::{HostOffset, HostRange};
 
 use super::step::PlanStep;
 use crate::check::READ_MAX;
@@ -23,20 +23,20 @@ pub(super) fn take_piece(offset: &mut u64, bytes: &mut Vec<u8>) -> Option<PlanSt
 }
 
 /// Takes adjacent tables from the front.
-pub(super) fn take_run(runs: &mut VecDeque<(u64, u64)>) -> Option<PlanStep> {
-    let (offset, whole) = runs.pop_front()?;
-    let mut length = whole.min(READ_MAX);
-    if length < whole {
-        runs.push_front((offset + length, whole - length));
+pub(super) fn take_run(tables: &mut VecDeque<HostRange>) -> Option<PlanStep> {
+    let whole = tables.pop_front()?;
+    let mut taken = HostRange::new(whole.offset, whole.length.min(READ_MAX));
+    if taken.length < whole.length {
+        tables.push_front(HostRange::new(taken.end(), whole.length - taken.length));
     }
-    while let Some(&(next, more)) = runs.front()
-        && next == offset + length
-        && length + more <= READ_MAX
+    while let Some(next) = tables.front()
+        && next.offset == taken.end()
+        && taken.length + next.length <= READ_MAX
     {
-        runs.pop_front();
-        length += more;
+        taken.length += next.length;
+        tables.pop_front();
     }
-    Some(PlanStep::Correct { offset: HostOffset(offset), length: length as usize })
+    Some(PlanStep::Correct { offset: taken.offset, length: taken.length as usize })
 }
 
 /// Subtracts the references that both have from both.

@@ -25,8 +25,8 @@ use qcow2::position::{
     Patch, REFCOUNT_TABLE_OFFSET, patch_disk, patch_features, patch_refcount_table, patch_snapshots,
 };
 use qcow2::{
-    Geometry, Header, HostCluster, HostOffset, HostPlace, Incompatible, L1Entry, L2Entry, RawL2Entry,
-    Snapshot, Version,
+    Geometry, Header, HostCluster, HostOffset, HostPlace, HostRange, Incompatible, L1Entry, L2Entry,
+    RawL2Entry, Snapshot, Version,
 };
 
 use super::growth::{Growth, Room};
@@ -59,8 +59,8 @@ enum Action {
     Tables(NewTables),
     /// Refblocks, by index in the refcount table.
     Refblocks(VecDeque<u64>),
-    /// Runs of tables: offset and length.
-    Correct(Correction, VecDeque<(u64, u64)>),
+    /// Tables in which flags are corrected.
+    Correct(Correction, VecDeque<HostRange>),
     Sync,
     Lower,
     /// Removes from the refcount table the refblocks that no longer count anything.
@@ -77,13 +77,13 @@ pub struct Plan {
     counts: Counts,
     /// The amounts by which the counts are lowered later.
     lower: Counts,
-    /// Refblocks: the index in the refcount table, and the offset.
-    blocks: Vec<(u64, u64)>,
+    /// By index, ascending.
+    blocks: Vec<Refblock>,
     /// The offset of the refcount table when the counts are lowered.
     refcount_table: u64,
     correction: Correction,
-    /// Space to give back: offset and length in bytes.
-    free: VecDeque<(u64, u64)>,
+    /// Space to give back.
+    free: VecDeque<HostRange>,
     /// True if the file is cut at the end.
     cuts: bool,
     /// Bytes of free clusters that the file must end with, because it did before; 0 if it did not.
@@ -95,19 +95,37 @@ pub struct Plan {
     snapshot: Option<Snapshot>,
 }
 
+/// A refblock.
+#[derive(Clone, Copy)]
+struct Refblock {
+    /// Its index in the refcount table.
+    index: u64,
+    /// Where it lies.
+    offset: HostOffset,
+}
+
+/// Tables in which flags change.
+#[derive(Default)]
+struct Flagged {
+    /// The clusters of the L2 tables.
+    l2_tables: Vec<u64>,
+    /// The L1 table, if its flags change too.
+    l1: Option<HostRange>,
+}
+
 /// The parts from which a plan is made.
 struct Draft {
     header: Header,
     geometry: Geometry,
     counts: Counts,
     lower: Counts,
-    blocks: Vec<(u64, u64)>,
+    blocks: Vec<Refblock>,
     /// Existing refblocks whose counts rise.
     raised: BTreeSet<u64>,
     /// Writes to free space.
     new: Vec<(u64, Vec<u8>)>,
     /// The space that these writes do not fill in their clusters.
-    tails: VecDeque<(u64, u64)>,
+    tails: VecDeque<HostRange>,
     new_l1: Option<HostOffset>,
     tables: Option<NewTables>,
     growth: Growth,
@@ -115,8 +133,8 @@ struct Draft {
     switch: (u64, Vec<u8>),
     /// The L2 tables whose flags are cleared before the header changes or set after it, and the L1 table if it changes
     /// too.
-    clear: (Vec<u64>, Option<(u64, u64)>),
-    set: (Vec<u64>, Option<(u64, u64)>),
+    clear: Flagged,
+    set: Flagged,
     autoclear: u64,
     /// True if the file may become shorter: refblocks that count nothing must not keep it long.
     drops_blocks: bool,
@@ -133,7 +151,7 @@ impl Plan {
         let actions = draft.actions();
         let correction = Correction { in_l1: false, sets: false };
         let refcount_table = match draft.growth.table {
-            Some(table) => table.first * geometry.cluster_size(),
+            Some(table) => table.start.0 * geometry.cluster_size(),
             None => draft.header.refcount_table_offset.0,
         };
         let Draft { counts, lower, blocks, tails: free, new_l1, .. } = draft;
@@ -196,7 +214,8 @@ impl Plan {
                     self.actions.pop_front();
                     // Refblocks that have left the table have no location to be written to.
                     let mut blocks = self.lower_counts();
-                    blocks.retain(|index| self.blocks.binary_search_by_key(index, |block| block.0).is_ok());
+                    blocks
+                        .retain(|index| self.blocks.binary_search_by_key(index, |block| block.index).is_ok());
                     self.actions.push_front(Action::Refblocks(blocks));
                     None
                 }
@@ -205,8 +224,8 @@ impl Plan {
                     .next_piece()
                     .map(|(offset, bytes)| PlanStep::Write { offset: HostOffset(offset), bytes }),
                 Some(Action::Refblocks(indices)) => indices.pop_front().map(|index| {
-                    let at = self.blocks.binary_search_by_key(&index, |block| block.0);
-                    let offset = HostOffset(self.blocks[at.expect("a known refblock")].1);
+                    let at = self.blocks.binary_search_by_key(&index, |block| block.index);
+                    let offset = self.blocks[at.expect("a known refblock")].offset;
                     PlanStep::Write { offset, bytes: self.counts.refblock(&self.geometry, index) }
                 }),
                 Some(Action::Correct(correction, runs)) => {
@@ -285,8 +304,8 @@ impl Plan {
                 continue;
             }
             match self.free.back_mut() {
-                Some((offset, length)) if *offset + *length == cluster * size => *length += size,
-                _ => self.free.push_back((cluster * size, size)),
+                Some(last) if last.end().0 == cluster * size => last.length += size,
+                _ => self.free.push_back(HostRange::new(HostOffset(cluster * size), size)),
             }
         }
         blocks.into_iter().collect()
@@ -299,8 +318,8 @@ impl Plan {
         let mut writes = VecDeque::new();
         loop {
             let before = self.blocks.len();
-            self.blocks.retain(|(index, offset)| {
-                let own = offset / size;
+            self.blocks.retain(|Refblock { index, offset }| {
+                let own = offset.0 / size;
                 let mut counted = index * entries..(index + 1) * entries;
                 if counted.any(|cluster| left.get(cluster) != u64::from(cluster == own)) {
                     return true;
@@ -328,8 +347,8 @@ impl Plan {
     }
 
     fn give_back(&mut self) -> Option<PlanStep> {
-        if let Some((offset, length)) = self.free.pop_front() {
-            return Some(PlanStep::Punch { offset: HostOffset(offset), length });
+        if let Some(HostRange { offset, length }) = self.free.pop_front() {
+            return Some(PlanStep::Punch { offset, length });
         }
         std::mem::take(&mut self.cuts).then(|| {
             let end = used_end(&self.counts).max(1);
@@ -358,9 +377,10 @@ impl Draft {
         let Planner { change, header, geometry, base, mut active, mut target, cut, .. } = planner;
         let (snapshots, index) = (planner.snapshots, planner.index);
         let clusters = base.clusters;
-        let mut blocks: Vec<(u64, u64)> =
-            base.refblocks.iter().map(|block| (block.index, block.offset)).collect();
-        blocks.sort_unstable();
+        let known = base.refblocks.iter();
+        let mut blocks: Vec<Refblock> =
+            known.map(|block| Refblock { index: block.index, offset: HostOffset(block.offset) }).collect();
+        blocks.sort_unstable_by_key(|block| block.index);
         let mut draft = Draft {
             geometry,
             counts: base.recorded,
@@ -373,25 +393,25 @@ impl Draft {
             tables: None,
             growth: Growth::default(),
             switch: (0, Vec::new()),
-            clear: (Vec::new(), None),
-            set: (Vec::new(), None),
+            clear: Flagged::default(),
+            set: Flagged::default(),
             autoclear: header.autoclear_kept(header.bitmaps().is_some()),
             drops_blocks: matches!(&change, Change::Resize(resize) if resize.size <= geometry.size),
             header,
         };
-        let active_l1 = (draft.header.l1_offset.0, u64::from(draft.header.l1_entries) * 8);
+        let active_l1 = HostRange::new(draft.header.l1_offset, u64::from(draft.header.l1_entries) * 8);
         let active_tables: Vec<u64> = active.walk.l2.keys().copied().collect();
         match change {
             Change::Snapshot(SnapshotChange::Create { .. }) => {
                 draft.raise(&active.walk.references)?;
-                draft.clear = (active_tables, Some(active_l1));
+                draft.clear = Flagged { l2_tables: active_tables, l1: Some(active_l1) };
                 draft.add_snapshot(snapshots, active.l1, active.entries, clusters)?;
             }
             Change::Snapshot(SnapshotChange::Delete { .. }) => {
                 draft.lower = target.walk.references;
-                let l1 = (snapshots[index].l1_offset, u64::from(snapshots[index].l1_entries) * 8);
-                draft.free(l1.0, l1.1);
-                draft.set = (active_tables, Some(active_l1));
+                let length = u64::from(snapshots[index].l1_entries) * 8;
+                draft.free(HostRange::new(snapshots[index].l1_offset, length));
+                draft.set = Flagged { l2_tables: active_tables, l1: Some(active_l1) };
                 draft.remove_snapshot(snapshots, index, clusters)?;
             }
             Change::Snapshot(SnapshotChange::Apply { .. }) => {
@@ -399,15 +419,15 @@ impl Draft {
                 cancel(&mut target.walk.references, &mut active.walk.references);
                 draft.raise(&target.walk.references)?;
                 draft.lower = active.walk.references;
-                draft.free(HostOffset(active_l1.0), active_l1.1);
-                draft.clear.0 = target.walk.l2.keys().copied().collect();
+                draft.free(active_l1);
+                draft.clear.l2_tables = target.walk.l2.keys().copied().collect();
                 let size = snapshots[index].disk_size().unwrap_or(geometry.size);
                 // The VM state behind the disk is included, as in QEMU.
                 draft.switch_l1(target.l1, target.entries, size, None, clusters)?;
             }
             Change::Resize(resize) => {
                 draft.lower = target.walk.references;
-                draft.free(HostOffset(active_l1.0), active_l1.1);
+                draft.free(active_l1);
                 let tables = resize.tables(&cut, &geometry);
                 if let Some(table) = cut.table.filter(|_| tables.length() > 0) {
                     draft.lower.add(table, 1);
@@ -439,9 +459,9 @@ impl Draft {
     }
 
     /// Notes that the clusters of a table will no longer be used.
-    fn free(&mut self, offset: HostOffset, length: u64) {
-        let first = self.geometry.host_cluster(offset).0;
-        for cluster in first..first + self.geometry.clusters_for(length) {
+    fn free(&mut self, table: HostRange) {
+        let first = self.geometry.host_cluster(table.offset).0;
+        for cluster in first..first + self.geometry.clusters_for(table.length) {
             self.lower.add(cluster, 1);
         }
     }
@@ -450,25 +470,26 @@ impl Draft {
     fn take_room(&mut self, lengths: &[u64], clusters: u64) -> Result<Vec<u64>, ChangeRefusal> {
         let size = self.geometry.cluster_size();
         let entries = self.geometry.refblock_entries();
-        let known: BTreeSet<u64> = self.blocks.iter().map(|block| block.0).collect();
+        let known: BTreeSet<u64> = self.blocks.iter().map(|block| block.index).collect();
         let table_entries = u64::from(self.header.refcount_table_clusters) * (size / 8);
         let mut room = Room::new(&mut self.counts, self.geometry, clusters);
         let mut places = Vec::new();
         for length in lengths {
             let wanted = self.geometry.clusters_for(*length);
-            places.push(if wanted == 0 { 0 } else { room.take(wanted)?.first * size });
+            places.push(if wanted == 0 { 0 } else { room.take(wanted)?.start.0 * size });
         }
         self.growth = room.grow(&known, table_entries)?;
         for run in &room.taken {
-            self.raised.extend(run.first / entries..=(run.first + run.count - 1) / entries);
+            self.raised.extend(run.start.0 / entries..=(run.end().0 - 1) / entries);
         }
-        self.blocks.extend(self.growth.blocks.iter().map(|(index, cluster)| (*index, cluster * size)));
-        self.blocks.sort_unstable();
+        let new = self.growth.blocks.iter();
+        self.blocks.extend(
+            new.map(|(index, cluster)| Refblock { index: *index, offset: HostOffset(cluster * size) }),
+        );
+        self.blocks.sort_unstable_by_key(|block| block.index);
         if self.growth.table.is_some() {
-            self.free(
-                self.header.refcount_table_offset,
-                u64::from(self.header.refcount_table_clusters) * size,
-            );
+            let length = u64::from(self.header.refcount_table_clusters) * size;
+            self.free(HostRange::new(self.header.refcount_table_offset, length));
         }
         Ok(places)
     }
@@ -483,7 +504,8 @@ impl Draft {
         bytes.resize(length, 0);
         let filled = length as u64;
         if !filled.is_multiple_of(cluster) {
-            self.tails.push_back((offset + filled, filled.next_multiple_of(cluster) - filled));
+            let rest = filled.next_multiple_of(cluster) - filled;
+            self.tails.push_back(HostRange::new(HostOffset(offset + filled), rest));
         }
         self.new.push((offset, bytes));
     }
@@ -504,7 +526,7 @@ impl Draft {
         self.write_new(places[0], encode_l1(&l1, entries, |_| false));
         self.write_new(places[1], qcow2::snapshot::encode_table(&snapshots));
         self.switch_to(patch_snapshots(snapshots.len() as u32, HostOffset(places[1])));
-        self.free(self.header.snapshots_offset, old_length);
+        self.free(HostRange::new(self.header.snapshots_offset, old_length));
         Ok(())
     }
 
@@ -515,7 +537,7 @@ impl Draft {
         clusters: u64,
     ) -> Result<(), ChangeRefusal> {
         let length = |snapshots: &[Snapshot]| snapshots.iter().map(|one| one.encoded_length() as u64).sum();
-        self.free(self.header.snapshots_offset, length(&snapshots));
+        self.free(HostRange::new(self.header.snapshots_offset, length(&snapshots)));
         snapshots.remove(index);
         let places = self.take_room(&[length(&snapshots)], clusters)?;
         self.write_new(places[0], qcow2::snapshot::encode_table(&snapshots));
@@ -599,11 +621,11 @@ impl Draft {
         if let Some(table) = self.growth.table {
             let size = self.geometry.cluster_size();
             let mut bytes = vec![0; (table.count * size) as usize];
-            for (index, offset) in &self.blocks {
-                let raw = encode_refblock_offset(HostOffset(*offset), &self.geometry);
+            for Refblock { index, offset } in &self.blocks {
+                let raw = encode_refblock_offset(*offset, &self.geometry);
                 qcow2::set_entry(&mut bytes, *index as usize, raw);
             }
-            actions.push(Action::Bytes(table.first * size, bytes));
+            actions.push(Action::Bytes(table.start.0 * size, bytes));
         }
         actions
     }
@@ -613,7 +635,7 @@ impl Draft {
         let size = self.geometry.cluster_size();
         if let Some(table) = self.growth.table {
             // At most 8 MiB of clusters, so the number fits.
-            let patch = patch_refcount_table(HostOffset(table.first * size), table.count as u32);
+            let patch = patch_refcount_table(HostOffset(table.start.0 * size), table.count as u32);
             debug_assert_eq!(patch.offset.0, REFCOUNT_TABLE_OFFSET as u64);
             return vec![Action::Bytes(patch.offset.0, patch.bytes.to_vec())];
         }
@@ -624,14 +646,16 @@ impl Draft {
         self.growth.blocks.iter().map(name).collect()
     }
 
-    fn corrections(&self, tables: &(Vec<u64>, Option<(u64, u64)>), sets: bool) -> Vec<Action> {
+    fn corrections(&self, tables: &Flagged, sets: bool) -> Vec<Action> {
         let size = self.geometry.cluster_size();
         let mut actions = Vec::new();
-        if !tables.0.is_empty() {
-            let runs = tables.0.iter().map(|cluster| (cluster * size, size)).collect();
-            actions.push(Action::Correct(Correction { in_l1: false, sets }, runs));
+        if !tables.l2_tables.is_empty() {
+            let l2_tables = tables.l2_tables.iter();
+            let l2_tables =
+                l2_tables.map(|cluster| HostRange::new(HostOffset(cluster * size), size)).collect();
+            actions.push(Action::Correct(Correction { in_l1: false, sets }, l2_tables));
             actions.extend(
-                tables.1.map(|l1| Action::Correct(Correction { in_l1: true, sets }, VecDeque::from([l1]))),
+                tables.l1.map(|l1| Action::Correct(Correction { in_l1: true, sets }, VecDeque::from([l1]))),
             );
         }
         actions

@@ -11,7 +11,7 @@ impl Walk {
     pub fn find_overlaps(&mut self) {
         let size = self.geometry.cluster_size();
         for place in &self.places {
-            for cluster in place.first..place.first + place.count {
+            for cluster in place.run.clusters() {
                 let references = self.references.get(cluster);
                 if references > 1 {
                     let kind = FindingKind::Overlap { part: place.part, references };
@@ -32,7 +32,7 @@ impl Walk {
     pub fn compare(&mut self) {
         let size = self.geometry.cluster_size();
         for place in &self.refcount_places {
-            for cluster in place.first..place.first + place.count {
+            for cluster in place.run.clusters() {
                 let references = self.references.get(cluster);
                 if references > 1 {
                     let kind = FindingKind::Overlap { part: place.part, references };

@@ -28,7 +28,7 @@ pub use refusal::{NotRepairable, RepairKind};
 pub use repair::{Repair, RepairStep};
 pub use report::{FINDINGS_OF_KIND_MAX, Finding, FindingKind, ImagePart, Refusal, Report, Tally, Verdict};
 
-use qcow2::{BitmapDirectory, Header, HostOffset, Salvaged, SnapshotTable};
+use qcow2::{BitmapDirectory, Header, HostOffset, HostRange, Salvaged, SnapshotTable};
 
 use self::report::FindingKind::{BadBitmap, BadSnapshot};
 use self::sweep::Sweep;
@@ -134,15 +134,13 @@ impl Checker {
                     sweep.next()
                 }
                 Phase::L2(sweep) => sweep.next(),
-                Phase::Snapshots(table) => table.next_piece().map(|(offset, length)| (offset.0, length)),
+                Phase::Snapshots(table) => table.next_piece(),
                 Phase::Bitmaps(None) => None,
-                Phase::Bitmaps(Some(directory)) => {
-                    directory.next_piece().map(|(offset, length)| (offset.0, length))
-                }
+                Phase::Bitmaps(Some(directory)) => directory.next_piece(),
                 Phase::Done => return Step::Done,
             };
-            if let Some((offset, length)) = wanted {
-                return Step::Read { offset: HostOffset(offset), length: length as usize };
+            if let Some(HostRange { offset, length }) = wanted {
+                return Step::Read { offset, length: length as usize };
             }
             self.advance();
         }

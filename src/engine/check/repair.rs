@@ -26,13 +26,14 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use qcow2::entry::encode_refblock_offset;
 use qcow2::header::{HEADER_LENGTH_V3, REFCOUNT_TABLE_SIZE_MAX};
 use qcow2::position::{Patch, patch_autoclear, patch_incompatible, patch_refcount_table, patch_snapshots};
-use qcow2::{Geometry, HostOffset, Incompatible, Version};
+use qcow2::{Geometry, HostCluster, HostOffset, Incompatible, Version};
 
 use super::Checked;
 use super::counts::Counts;
 use super::refusal::{NotRepairable, RepairKind};
 use super::report::ImagePart;
 use super::walk::{Clearing, FlagFix, Place, Walk};
+use crate::run::HostRun;
 
 /// The most bytes of adjacent flags that are written together.
 const FLAGS_MAX: usize = 64 << 10;
@@ -93,10 +94,7 @@ enum Action {
     Release(Vec<Place>),
     /// Gives unused space back to the host.
     GiveBack,
-    Punch {
-        first: u64,
-        count: u64,
-    },
+    Punch(HostRun),
     Cut {
         clusters: u64,
     },
@@ -161,8 +159,8 @@ impl Iterator for Repair {
                     RepairStep::Write { offset: HostOffset(offset), bytes }
                 }
                 Action::Flag(first) => self.neighbouring_flags(first),
-                Action::Punch { first, count } => {
-                    RepairStep::Punch { offset: HostOffset(first * size), length: count * size }
+                Action::Punch(run) => {
+                    RepairStep::Punch { offset: HostOffset(run.start.0 * size), length: run.count * size }
                 }
                 Action::Cut { clusters } => RepairStep::Cut { length: clusters * size },
                 Action::Release(places) => {
@@ -194,7 +192,7 @@ impl Repair {
 
     /// Lowers the counts of clusters that are no longer used, and writes their refblocks next.
     fn release(&mut self, places: &[Place]) {
-        let clusters = places.iter().flat_map(|place| place.first..place.first + place.count);
+        let clusters = places.iter().flat_map(|place| place.run.clusters());
         let mut changed = BTreeSet::new();
         for cluster in clusters {
             self.counts.subtract(cluster, 1);
@@ -213,14 +211,14 @@ impl Repair {
         let freed = freed.filter(|cluster| {
             *cluster < self.end && self.recorded.get(*cluster) > 0 && self.counts.get(*cluster) == 0
         });
-        let mut runs: Vec<(u64, u64)> = Vec::new();
+        let mut runs: Vec<HostRun> = Vec::new();
         for cluster in freed {
             match runs.last_mut() {
-                Some((first, count)) if *first + *count == cluster => *count += 1,
-                _ => runs.push((cluster, 1)),
+                Some(last) if last.end().0 == cluster => last.count += 1,
+                _ => runs.push(HostRun::one(HostCluster(cluster))),
             }
         }
-        self.actions.extend(runs.into_iter().map(|(first, count)| Action::Punch { first, count }));
+        self.actions.extend(runs.into_iter().map(Action::Punch));
         self.actions.push_back(Action::Cut { clusters: self.end });
     }
 }
@@ -311,7 +309,7 @@ fn anew(
     known: &mut BTreeMap<u64, u64>,
 ) -> Result<VecDeque<Action>, NotRepairable> {
     for place in &walk.refcount_places {
-        for cluster in place.first..place.first + place.count {
+        for cluster in place.run.clusters() {
             walk.references.subtract(cluster, 1);
         }
     }

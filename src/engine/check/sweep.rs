@@ -3,6 +3,9 @@
 //! Owns the bound on a single read. It does not inspect the bytes.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
+
+use qcow2::{HostOffset, HostRange};
 
 use super::READ_MAX;
 
@@ -40,18 +43,18 @@ impl<T> Sweep<T> {
         }
     }
 
-    /// The next piece to read: its offset and length in bytes. None if all have been read.
-    pub fn next(&self) -> Option<(u64, u64)> {
+    /// The next piece to read. None if all have been read.
+    pub fn next(&self) -> Option<HostRange> {
         self.piece(self.at, self.done)
     }
 
     /// The next pieces, at most `most`, each as [`Sweep::next`] will return it later.
-    pub fn ahead(&self, most: usize) -> Vec<(u64, u64)> {
+    pub fn ahead(&self, most: usize) -> Vec<HostRange> {
         let (mut at, mut done) = (self.at, self.done);
         let mut pieces = Vec::new();
-        while let (true, Some((start, length))) = (pieces.len() < most, self.piece(at, done)) {
-            pieces.push((start, length));
-            let mut left = length;
+        while let (true, Some(piece)) = (pieces.len() < most, self.piece(at, done)) {
+            pieces.push(piece);
+            let mut left = piece.length;
             while let (true, Some(item)) = (left > 0, self.items.get(at)) {
                 let here = left.min(item.length - done);
                 left -= here;
@@ -62,7 +65,7 @@ impl<T> Sweep<T> {
     }
 
     /// The piece that begins `done` bytes into the item `at`.
-    fn piece(&self, at: usize, done: u64) -> Option<(u64, u64)> {
+    fn piece(&self, at: usize, done: u64) -> Option<HostRange> {
         let first = self.items.get(at)?;
         let start = first.offset + done;
         let mut end = start;
@@ -72,7 +75,7 @@ impl<T> Sweep<T> {
             }
             end = (item.offset + item.length).min(start + READ_MAX);
         }
-        Some((start, end - start))
+        Some(HostRange::new(HostOffset(start), end - start))
     }
 
     /// Takes the bytes of the piece that [`Sweep::next`] returned. Calls `each` for every region in it, with its tag,
@@ -129,10 +132,10 @@ pub(crate) struct Covered {
 
 impl Cover {
     /// Adds a region.
-    pub fn add(&mut self, start: u64, end: u64) {
-        if start < end {
-            *self.changes.entry(start).or_default() += 1;
-            *self.changes.entry(end).or_default() -= 1;
+    pub fn add(&mut self, region: Range<u64>) {
+        if !region.is_empty() {
+            *self.changes.entry(region.start).or_default() += 1;
+            *self.changes.entry(region.end).or_default() -= 1;
         }
     }
 
@@ -163,14 +166,14 @@ mod tests {
     /// Feeds a file in which each byte encodes its offset. Returns the reads, and what each region received.
     fn run(sweep: &mut Sweep<char>) -> (Vec<(u64, u64)>, String) {
         let (mut reads, mut seen, mut expected) = (Vec::new(), String::new(), Vec::new());
-        while let Some((offset, length)) = sweep.next() {
+        while let Some(piece) = sweep.next() {
             let ahead = sweep.ahead(3);
-            assert_eq!(ahead[0], (offset, length));
+            assert_eq!(ahead[0], piece);
             expected.truncate(ahead.len());
             assert_eq!(ahead[..expected.len()], expected[..]);
             expected = ahead[1..].to_vec();
-            reads.push((offset, length));
-            let bytes: Vec<u8> = (offset..offset + length).map(|at| (at / 8) as u8).collect();
+            reads.push((piece.offset.0, piece.length));
+            let bytes: Vec<u8> = (piece.offset.0..piece.end().0).map(|at| (at / 8) as u8).collect();
             sweep.feed(&bytes, |item, bytes| {
                 assert_eq!(bytes[0], (item.offset / 8) as u8);
                 seen.push_str(&format!("{}{}+{} ", item.tag, item.within, bytes.len()));
@@ -206,10 +209,10 @@ mod tests {
     #[test]
     fn regions_on_top_of_each_other_are_taken_apart() {
         let mut cover = Cover::default();
-        cover.add(10, 20);
-        cover.add(10, 20);
-        cover.add(15, 30);
-        cover.add(40, 40);
+        cover.add(10..20);
+        cover.add(10..20);
+        cover.add(15..30);
+        cover.add(40..40);
         let region = |start, end, times| Covered { start, end, times };
         assert_eq!(cover.regions(), [region(10, 15, 2), region(15, 20, 3), region(20, 30, 1)]);
         assert_eq!(Cover::default().regions(), []);

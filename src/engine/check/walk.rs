@@ -8,14 +8,15 @@ use qcow2::entry::{COMPRESSED, COPIED, OFFSET_MASK, ZERO, compressed_length};
 use qcow2::header::L1_TABLE_SIZE_MAX;
 use qcow2::snapshot::{EXTRA_LENGTH_V3, TableEntry};
 use qcow2::{
-    Bitmap, EntryError, Geometry, GuestCluster, Header, HostOffset, HostPlace, Incompatible, L1Entry,
-    L2Entry, RawL2Entry, Snapshot, SnapshotTable, Version,
+    Bitmap, EntryError, Geometry, GuestCluster, Header, HostCluster, HostOffset, HostPlace, Incompatible,
+    L1Entry, L2Entry, RawL2Entry, Snapshot, SnapshotTable, Version,
 };
 
 use super::CLUSTERS_MAX;
 use super::counts::Counts;
 use super::report::{FindingKind, ImagePart, Refusal, Report};
 use super::sweep::{Cover, Covered, Sweep};
+use crate::run::HostRun;
 
 /// Reserved bits of an L1 entry.
 const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
@@ -42,8 +43,7 @@ impl L2Use {
 /// A run of clusters that belong to one structure.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Place {
-    pub first: u64,
-    pub count: u64,
+    pub run: HostRun,
     pub part: ImagePart,
 }
 
@@ -163,11 +163,11 @@ impl Walk {
         end.saturating_sub(self.file_length) >= self.geometry.cluster_size()
     }
 
-    /// The clusters that a region touches: the first, and their number.
-    fn clusters_of(&self, target: u64, length: u64) -> (u64, u64) {
+    /// The clusters that a region touches.
+    fn clusters_of(&self, target: u64, length: u64) -> HostRun {
         let first = target >> self.geometry.cluster_bits;
         let end = self.geometry.clusters_for(target + length);
-        (first, end - first)
+        HostRun::new(HostCluster(first), end - first)
     }
 
     /// Counts references to a region in the file and returns its clusters. A region past the end of the file is a
@@ -181,11 +181,11 @@ impl Walk {
             self.report.add(entry, kind);
             return None;
         }
-        let (first, count) = self.clusters_of(target, length);
-        for cluster in first..first + count {
+        let run = self.clusters_of(target, length);
+        for cluster in run.clusters() {
             self.references.add(cluster, times);
         }
-        Some(Place { first, count, part })
+        Some(Place { run, part })
     }
 
     // The refcounts in the image.
@@ -267,10 +267,10 @@ impl Walk {
             let part = ImagePart::SnapshotL1;
             self.report.add(offset, FindingKind::PastEnd { part, target, length });
         } else if length > 0 {
-            let (first, count) = self.clusters_of(target.0, length);
+            let run = self.clusters_of(target.0, length);
             let (bytes, clusters) = &mut self.snapshot_l1;
-            bytes.add(target.0, target.0 + length);
-            clusters.add(first, first + count);
+            bytes.add(target.0..target.0 + length);
+            clusters.add(run.clusters());
         }
     }
 
@@ -312,7 +312,7 @@ impl Walk {
             for cluster in start..end {
                 self.references.add(cluster, times);
             }
-            self.places.push(Place { first: start, count: end - start, part });
+            self.places.push(Place { run: HostRun::new(HostCluster(start), end - start), part });
         }
     }
 
@@ -324,10 +324,10 @@ impl Walk {
             self.report.add(bitmap.offset.0, kind);
             return;
         }
-        let (first, count) = self.clusters_of(target.0, length);
+        let run = self.clusters_of(target.0, length);
         let (bytes, clusters) = &mut self.bitmap_tables;
-        bytes.add(target.0, target.0 + length);
-        clusters.add(first, first + count);
+        bytes.add(target.0..target.0 + length);
+        clusters.add(run.clusters());
     }
 
     pub fn bitmap_table_sweep(&self) -> Sweep<u64> {
@@ -380,11 +380,11 @@ impl Walk {
                 Ok(L1Entry::Unallocated) => {}
                 Ok(L1Entry::Table { offset: target, .. }) => {
                     if let Some(place) = self.count(entry, ImagePart::L2, target.0, size, times.all()) {
-                        let known = self.l2.entry(place.first).or_default();
+                        let known = self.l2.entry(place.run.start.0).or_default();
                         known.active = known.active.saturating_add(times.active);
                         known.snapshots = known.snapshots.saturating_add(times.snapshots);
                         if self.external_data && part == ImagePart::ActiveL1 {
-                            self.own_tables.insert(place.first, (entry - self.header.l1_offset.0) / 8);
+                            self.own_tables.insert(place.run.start.0, (entry - self.header.l1_offset.0) / 8);
                         }
                     }
                 }

@@ -1,7 +1,7 @@
 //! Models of the line for clusters: "Windows by turns" in docs/concurrency.md. One mutex stands for the engine's lock.
 
 use super::*;
-use crate::run::{FreeRun, Run};
+use crate::run::{FreeRun, HostRun};
 use crate::turns::Turn;
 use crate::waiters::WakeList;
 
@@ -80,7 +80,7 @@ impl Bench {
     fn reserve(&self) {
         self.length.with_mut(|_| ());
         self.with(|line, wakes| {
-            let run = Run { start: HostCluster(line.next), count: self.window };
+            let run = HostRun { start: HostCluster(line.next), count: self.window };
             line.next += self.window;
             line.alloc.add_window(FreeRun { run, known_zero: true }, None);
             line.alloc.end_reserving(|_| true, wakes);

@@ -23,7 +23,7 @@ pub fn judge(input: &[u8]) {
     let bitmaps = Bitmaps { count, directory_offset: HostOffset(start), directory_size };
     let mut walk = BitmapDirectory::new(&bitmaps, geometry, start + directory.len() as u64);
     let mut found = Vec::new();
-    while let Some((offset, length)) = walk.next_piece() {
+    while let Some(qcow2::HostRange { offset, length }) = walk.next_piece() {
         let at = (offset.0 - start) as usize;
         let mut bytes = directory[at..directory.len().min(at + length as usize)].to_vec();
         assert!(length - (bytes.len() as u64) < 8, "no more than is there");

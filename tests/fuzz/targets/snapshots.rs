@@ -13,7 +13,7 @@ pub fn judge(input: &[u8]) {
     let start = 512;
     let mut walk = SnapshotTable::new(HostOffset(start), count, start + table.len() as u64);
     let (mut found, mut places) = (Vec::new(), Vec::new());
-    while let Some((offset, length)) = walk.next_piece() {
+    while let Some(qcow2::HostRange { offset, length }) = walk.next_piece() {
         let at = (offset.0 - start) as usize;
         walk.feed(&table[at..at + length as usize], |entry| {
             assert_eq!(entry.index as usize, found.len());
@@ -38,7 +38,7 @@ pub fn judge(input: &[u8]) {
     // Every byte with a meaning is written back: all but the padding that aligns the entries.
     let mut again = SnapshotTable::new(HostOffset(start), found.len() as u32, start + encoded.len() as u64);
     let mut second = Vec::new();
-    while let Some((offset, length)) = again.next_piece() {
+    while let Some(qcow2::HostRange { offset, length }) = again.next_piece() {
         let at = (offset.0 - start) as usize;
         again.feed(&encoded[at..at + length as usize], |entry| second.push(entry.snapshot));
     }

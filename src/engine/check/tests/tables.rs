@@ -99,7 +99,7 @@ fn snapshots_of_version_3_get_the_sizes_that_they_lack() {
     image.repair_everywhere(RepairKind::All);
     let mut table = SnapshotTable::new(image.header().snapshots_offset, 2, image.bytes.len() as u64);
     let mut sizes = Vec::new();
-    while let Some((at, length)) = table.next_piece() {
+    while let Some(qcow2::HostRange { offset: at, length }) = table.next_piece() {
         let bytes = &image.bytes[at.0 as usize..(at.0 + length) as usize];
         table.feed(bytes, |entry| sizes.push(entry.snapshot.disk_size()));
     }
