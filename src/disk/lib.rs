@@ -16,6 +16,7 @@ mod layer;
 mod open;
 mod options;
 mod range;
+mod rules;
 mod runtime;
 mod serve;
 mod shared;

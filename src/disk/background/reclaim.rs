@@ -3,13 +3,13 @@
 //! The engine decides which clusters these are (docs/durability.md).
 
 use engine::FileIndex;
-use engine::mutation::{Mutation, active};
 use storage::{Errno, Storage};
 use tracing::warn;
 
 use crate::bounds::PUNCHES_AT_ONCE;
 use crate::error::RequestError;
 use crate::range::ByteRange;
+use crate::rules::{self, Awaited};
 use crate::serve::worker::Worker;
 
 impl<S: Storage> Worker<S> {
@@ -37,10 +37,8 @@ impl<S: Storage> Worker<S> {
                 .collect();
             for (whole, operation) in started {
                 let result = match operation {
-                    // The punch runs all the same.
-                    Some(_) if active(Mutation::PunchAfterFree) => Ok(()),
-                    Some(operation) => operation.await.0,
-                    None => Ok(()),
+                    Some(operation) if rules::waits_for(Awaited::PunchOfFreed) => operation.await.0,
+                    _ => Ok(()),
                 };
                 if let Err(error) = result
                     && error != Errno::EOPNOTSUPP

@@ -10,7 +10,6 @@ use std::sync::Arc;
 
 use engine::LayerFormat;
 use engine::change::{Change, Resize};
-use engine::mutation::{Mutation, active};
 use names::shown;
 use qcow2::{Header, SECTOR};
 use storage::{FileId, Kind, Operation, Storage};
@@ -25,6 +24,7 @@ use crate::open::chain::{Chain, open_chain};
 use crate::open::file_end::fill_last_block;
 use crate::open::{close, data_file};
 use crate::options::DiskOptions;
+use crate::rules;
 use crate::runtime::driver::Driver;
 use crate::shared::{SIDE_QUEUE_DEPTH, Shared};
 use block::{Request, RequestId};
@@ -208,7 +208,7 @@ fn resize_qcow2<S: Storage>(
     let header = chain.layers[0].header.as_ref().expect("a qcow2 image has a header");
     let cluster_size = header.geometry().cluster_size();
     let backing_size = chain.layers.get(1).map_or(0, |below| below.size);
-    let backing_size = if active(Mutation::ResizeBaresBacking) { 0 } else { backing_size };
+    let backing_size = rules::hidden_backing_size(backing_size);
     let change = Change::Resize(Resize { size: to, backing_size, compacts: false });
     let is_raw = header.is_data_file_raw();
     let data = usize::from(chain.specs[0].data_file().0);
@@ -236,7 +236,7 @@ fn resize_qcow2<S: Storage>(
         }
         driver.block_on(data_file::resize(driver, file, to))?;
     }
-    if from.is_multiple_of(cluster_size) || active(Mutation::ResizeKeepsTail) {
+    if !rules::must_zero_tail(from, cluster_size) {
         return driver.block_on(carry_out_alone(&storage, driver, &chain.files[0], change));
     }
     let end = from.next_multiple_of(cluster_size).min(to);

@@ -7,7 +7,6 @@ use std::collections::HashSet;
 use std::path::Path;
 
 use engine::check::RepairKind;
-use engine::mutation::{Mutation, active};
 use engine::{Entries, FileIndex, LayerFormat, LayerSpec, TopSpec};
 use names::shown;
 use qcow2::{Bitmap, Geometry, Header, HostOffset, Incompatible, SECTOR, Unsupported};
@@ -25,6 +24,7 @@ use crate::open::data_file::DataFiles;
 use crate::open::header::HeaderSector;
 use crate::open::raw::{raw_layer, warn_of_marks};
 use crate::options::{DiskOptions, Format};
+use crate::rules::{self, Awaited};
 use crate::runtime::driver::Driver;
 
 /// The most layers of a chain: as many as still open fast and in little memory.
@@ -178,7 +178,7 @@ pub(crate) async fn note_writes<Q: IoQueue>(
     };
     if kept != header.autoclear {
         sector.patch_and_sync(driver, file, qcow2::position::patch_autoclear(kept)).await?;
-    } else if retired && !active(Mutation::BitmapsMarkedLate) {
+    } else if retired && rules::waits_for(Awaited::BitmapMarks) {
         image.sync().await?;
     }
     Ok(())

@@ -3,10 +3,10 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
-use engine::mutation::{Mutation, active};
 use storage::{Kind, Operation, Storage};
 
 use crate::error::{OpenError, RequestError};
+use crate::rules;
 use crate::runtime::driver::Driver;
 use crate::serve::worker::Worker;
 use crate::shared::{SIDE_QUEUE_DEPTH, Shared};
@@ -50,8 +50,7 @@ impl<S: Storage> Worker<S> {
             if length >= present {
                 return Ok(());
             }
-            let length =
-                if active(Mutation::CloseCutsTooMuch) { length - self.engine().unit() } else { length };
+            let length = rules::closed_length(length, self.engine().unit());
             let cut = Operation::bare(top, Kind::SetLength, length);
             self.driver.run_bare(cut).await.map_err(RequestError::io("cutting the image file"))?;
         }

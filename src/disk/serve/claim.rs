@@ -6,11 +6,11 @@ use std::future::poll_fn;
 use std::task::Poll;
 
 use engine::ClaimId;
-use engine::mutation::{Mutation, active};
 use qcow2::GuestOffset;
 use storage::Storage;
 
 use crate::range::ByteRange;
+use crate::rules;
 use crate::serve::worker::Worker;
 
 /// A claim on guest clusters, released when dropped.
@@ -22,10 +22,9 @@ pub(crate) struct Claim<'a, S: Storage> {
 
 impl<S: Storage> Drop for Claim<'_, S> {
     fn drop(&mut self) {
-        if active(Mutation::ClaimKeptByLeaver) && self.worker.stop_waiting.get() {
-            return;
+        if rules::releases_claim(self.worker.stop_waiting.get()) {
+            self.worker.engine().release_claim(self.id);
         }
-        self.worker.engine().release_claim(self.id);
     }
 }
 

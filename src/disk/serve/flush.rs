@@ -6,7 +6,6 @@
 use std::future::poll_fn;
 use std::task::Poll;
 
-use engine::mutation::{Mutation, active};
 use engine::{Allocation, FlushCut, FlushStep, HeaderSwitch, Stage, TableWrite};
 use names::shown;
 use storage::{Errno, FileId, Kind, Operation, Part, Storage};
@@ -14,6 +13,7 @@ use tracing::{debug, error};
 
 use crate::bounds::CUT_WRITES_AT_ONCE as WRITES_AT_ONCE;
 use crate::error::{RequestError, is_no_space};
+use crate::rules::{self, Awaited, Synced, needs_sync};
 use crate::runtime::driver::Outcome;
 use crate::serve::worker::Worker;
 
@@ -27,7 +27,7 @@ enum Failure {
 
 impl Failure {
     fn of_write(stage: Stage, source: Errno) -> Self {
-        if is_no_space(source) || active(Mutation::FailedWriteForgiven) {
+        if rules::may_write_on(is_no_space(source)) {
             Failure::NoSpace(stage, source)
         } else {
             Failure::Fatal("writing metadata", source)
@@ -98,38 +98,30 @@ impl<S: Storage> Worker<S> {
     }
 
     async fn write_cut(&self, cut: &FlushCut) -> Result<(), Failure> {
-        if active(Mutation::HeaderFirst)
-            && let Some(switch) = cut.header
-        {
-            self.switch_header(switch).await?;
-        }
         if cut.length_first {
             self.mark_end(cut.lengthen).await?;
         }
         if cut.links_alone && !self.shared.has_data_file() {
             self.write_stage(Stage::Two, &cut.stage2).await?;
-            return self.sync_unless(Mutation::NoSyncAfterLinks).await;
+            return self.sync_after(Synced::Links).await;
         }
         if !cut.stage0.is_empty() {
+            self.switch_header_in(Stage::Zero, cut).await?;
             self.write_stage(Stage::Zero, &cut.stage0).await?;
-            self.sync_unless(Mutation::NoSyncAfterRefblocks).await?;
+            self.sync_after(Synced::Refblocks).await?;
         }
         self.write_stage(Stage::One, &cut.stage1).await?;
-        if let Some(switch) = cut.header {
-            self.switch_header(switch).await?;
-        }
-        if active(Mutation::NoSyncOfData) && cut.stage1.is_empty() && cut.stage2.is_empty() {
-            return Ok(());
-        }
+        self.switch_header_in(Stage::One, cut).await?;
         // Always sync: this also makes the guest's data durable, before any link to it.
         let (data, tables) = (self.shared.data_file().id, self.shared.top_file());
-        let syncs = [(data, Mutation::DataFileNotSynced), (tables, Mutation::NoSyncBeforeLinks)];
+        let alone = cut.stage1.is_empty() && cut.stage2.is_empty();
+        let syncs = [(data, Synced::DataFile { alone }), (tables, Synced::Counts { alone })];
         // Where the data is in the image's own file, the second sync is enough.
         let syncs = &syncs[usize::from(!self.shared.has_data_file())..];
-        self.sync(syncs.iter().filter(|(_, unless)| !active(*unless)).map(|(file, _)| *file)).await?;
+        self.sync(syncs.iter().filter(|(_, writes)| needs_sync(*writes)).map(|(file, _)| *file)).await?;
         if !cut.stage2.is_empty() {
             self.write_stage(Stage::Two, &cut.stage2).await?;
-            self.sync_unless(Mutation::NoSyncAfterLinks).await?;
+            self.sync_after(Synced::Links).await?;
         }
         Ok(())
     }
@@ -145,7 +137,7 @@ impl<S: Storage> Worker<S> {
             }
             self.engine().file_was_lengthened(length);
         }
-        self.sync_unless(Mutation::TailNotSynced).await
+        self.sync_after(Synced::Length).await
     }
 
     async fn write_stage(&self, stage: Stage, writes: &[TableWrite]) -> Result<(), Failure> {
@@ -186,10 +178,18 @@ impl<S: Storage> Worker<S> {
                 Err(RequestError::Io { action, source })
             }
         };
-        if !active(Mutation::EarlyLinkFailureForgotten) {
+        if rules::waits_for(Awaited::FailedLink) {
             self.engine().link_failed(new);
         }
         result
+    }
+
+    /// Points the header at the refcount table's new location, if the cut moves it and this is the stage for that.
+    async fn switch_header_in(&self, stage: Stage, cut: &FlushCut) -> Result<(), Failure> {
+        match cut.header {
+            Some(switch) if rules::header_stage() == stage => self.switch_header(switch).await,
+            _ => Ok(()),
+        }
     }
 
     /// Points the header at the refcount table's new location, which is durable already.
@@ -210,17 +210,15 @@ impl<S: Storage> Worker<S> {
         operation
     }
 
-    async fn sync_unless(&self, mutation: Mutation) -> Result<(), Failure> {
-        if active(mutation) { Ok(()) } else { self.sync([self.shared.top_file()]).await }
+    async fn sync_after(&self, writes: Synced) -> Result<(), Failure> {
+        if needs_sync(writes) { self.sync([self.shared.top_file()]).await } else { Ok(()) }
     }
 
     /// After a failed fdatasync the contents of the disk are unknown: the kernel may have dropped pages that it could
     /// not write.
     async fn sync(&self, files: impl IntoIterator<Item = FileId>) -> Result<(), Failure> {
         let syncs = files.into_iter().map(|file| Operation::bare(file, Kind::Sync, 0));
-        match self.driver.run_all(syncs).await {
-            Err(_) if active(Mutation::FailedSyncIgnored) => Ok(()),
-            result => result.map_err(|source| Failure::Fatal("fdatasync", source)),
-        }
+        let result = rules::judged_sync(self.driver.run_all(syncs).await);
+        result.map_err(|source| Failure::Fatal("fdatasync", source))
     }
 }

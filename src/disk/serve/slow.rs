@@ -6,12 +6,12 @@
 use std::cell::Cell;
 
 use engine::Epoch;
-use engine::mutation::{Mutation, active};
 use storage::guest::guest_len;
 use storage::{GuestSlice, Storage};
 
 use crate::error::RequestError;
 use crate::range::ByteRange;
+use crate::rules;
 use crate::serve::space::Waiting;
 use crate::serve::worker::Worker;
 use block::Request;
@@ -145,7 +145,7 @@ impl<S: Storage> Worker<S> {
 
     /// True if requests no longer wait for space, because their queue is being stopped.
     pub fn must_stop_waiting(&self) -> bool {
-        self.stop_waiting.get() && !active(Mutation::WaitNotGivenUp)
+        rules::gives_up(self.stop_waiting.get())
     }
 
     /// Whether a request with this result may succeed once there is space.

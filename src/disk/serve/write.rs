@@ -1,6 +1,5 @@
 //! Writes that the fast path does not serve: allocation, copy-on-write, and memory that needs a bounce buffer.
 
-use engine::mutation::{Mutation, active};
 use engine::{Allocation, Extent, FileIndex, Mapping, Source, WritePlan};
 use qcow2::{GuestOffset, HostOffset};
 use storage::guest::{GuestSlices, copy_from_guest, guest_len, subrange};
@@ -9,6 +8,7 @@ use storage::{AlignedBuf, GuestSlice, Kind, Operation, Part, Parts, Storage};
 use crate::bounds::{BOUNCE_BYTES, COPIED_MAX};
 use crate::error::RequestError;
 use crate::range::ByteRange;
+use crate::rules::{self, Awaited};
 use crate::runtime::driver::Strand;
 use crate::serve::worker::Worker;
 
@@ -219,7 +219,7 @@ impl<S: Storage> Worker<S> {
         let mut operation = Operation::new(self.shared.file(new.file).id, Kind::Write, offset, parts);
         // Where the file is in memory, this write mostly waits for the host to allocate memory.
         operation.offload = self.driver.has_other_work();
-        if active(Mutation::CommitBeforeData) {
+        if !rules::waits_for(Awaited::Data) {
             drop(self.driver.run(operation));
             return Ok(());
         }

@@ -3,7 +3,6 @@
 use std::cell::Cell;
 use std::task::Waker;
 
-use engine::mutation::{Mutation, active};
 use engine::{Answer, Source, TableLoad, ZeroMode, Zeroed};
 use qcow2::{GuestOffset, HostOffset};
 use storage::{Errno, Kind, Operation, Storage};
@@ -13,6 +12,7 @@ use crate::bounds::{PUNCHES_AT_ONCE, ROUNDS_AT_ONCE};
 use crate::error::RequestError;
 use crate::options::Discards;
 use crate::range::ByteRange;
+use crate::rules::{self, Awaited};
 use crate::serve::worker::Worker;
 use crate::serve::write::Payload;
 use crate::serve::zero_route::ZeroRoute;
@@ -176,7 +176,7 @@ impl<S: Storage> Worker<S> {
                 .iter()
                 .filter_map(|(offset, length)| self.start_punch(file, ByteRange::new(offset.0, *length)).1)
                 .collect();
-            if active(Mutation::EmptiedLate) {
+            if !rules::waits_for(Awaited::PunchInPlace) {
                 continue;
             }
             for punch in started {

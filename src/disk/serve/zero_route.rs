@@ -1,9 +1,9 @@
 //! How ranges of a disk are zeroed and discarded: one choice for each disk, made at open.
 
 use engine::ZeroMode;
-use engine::mutation::{Mutation, active};
 
 use crate::layer::Layer;
+use crate::rules;
 
 /// How ranges of a disk are zeroed and discarded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,7 +26,7 @@ impl ZeroRoute {
     /// The route of a disk with this top image. `keeps_place`: discarded clusters are to keep their location.
     pub fn of(top: &Layer, has_data_file: bool, keeps_place: bool) -> Self {
         let Some(header) = &top.header else { return ZeroRoute::Raw };
-        let is_raw_view = header.is_data_file_raw() && !active(Mutation::RawViewForgotten);
+        let is_raw_view = rules::is_raw_view(header.is_data_file_raw());
         match (has_data_file, keeps_place) {
             _ if is_raw_view => ZeroRoute::RawView,
             (true, _) => ZeroRoute::DataFile,

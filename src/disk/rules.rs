@@ -1,0 +1,117 @@
+//! The disk's part of the rules that keep data safe, each a plain function, with its deliberate breakages beside it.
+//!
+//! The engine's part is in its own `rules`. The code that follows a rule names no breakage. Owns no state.
+
+use engine::Stage;
+use engine::mutation::{Mutation, unless_broken};
+
+/// Writes that an fdatasync makes durable before anything else is written.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Synced {
+    /// The length of the file with free clusters at its end.
+    Length,
+    /// New refblocks and a new refcount table.
+    Refblocks,
+    /// The guest's data in an external data file. `alone`: no metadata is dirty.
+    DataFile {
+        /// No metadata is dirty.
+        alone: bool,
+    },
+    /// Counts, new tables, and the guest's data in the image's own file.
+    Counts {
+        /// No metadata is dirty.
+        alone: bool,
+    },
+    /// The links.
+    Links,
+}
+
+/// True if an fdatasync must follow these writes.
+pub fn needs_sync(writes: Synced) -> bool {
+    let is_alone = matches!(writes, Synced::DataFile { alone: true } | Synced::Counts { alone: true });
+    unless_broken(
+        true,
+        [
+            (Mutation::TailNotSynced, writes != Synced::Length),
+            (Mutation::NoSyncAfterRefblocks, writes != Synced::Refblocks),
+            (Mutation::DataFileNotSynced, !matches!(writes, Synced::DataFile { .. })),
+            (Mutation::NoSyncBeforeLinks, !matches!(writes, Synced::Counts { .. })),
+            (Mutation::NoSyncOfData, !is_alone),
+            (Mutation::NoSyncAfterLinks, writes != Synced::Links),
+        ],
+    )
+}
+
+/// The stage of a cut in which the header names a new refcount table: after the table is durable.
+pub fn header_stage() -> Stage {
+    unless_broken(Stage::One, [(Mutation::HeaderFirst, Stage::Zero)])
+}
+
+/// The result of an fdatasync as it counts.
+pub fn judged_sync<E>(result: Result<(), E>) -> Result<(), E> {
+    unless_broken(result, [(Mutation::FailedSyncIgnored, Ok(()))])
+}
+
+/// True if metadata may still be written after a failed write of metadata: only space was lacking.
+pub fn may_write_on(no_space: bool) -> bool {
+    unless_broken(no_space, [(Mutation::FailedWriteForgiven, true)])
+}
+
+/// An operation that must have ended before the next step.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Awaited {
+    /// The write of data, before the new mapping is committed.
+    Data,
+    /// The record that an early commit failed, before its allocation is committed.
+    FailedLink,
+    /// The punch of freed clusters, before they are free.
+    PunchOfFreed,
+    /// The punch of clusters that keep their place, before the claim on them is released.
+    PunchInPlace,
+    /// The sync of the mark that bitmaps are out of date, before anything else is written.
+    BitmapMarks,
+}
+
+/// True if the next step must wait for this.
+pub fn waits_for(operation: Awaited) -> bool {
+    unless_broken(
+        true,
+        [
+            (Mutation::CommitBeforeData, operation != Awaited::Data),
+            (Mutation::EarlyLinkFailureForgotten, operation != Awaited::FailedLink),
+            (Mutation::PunchAfterFree, operation != Awaited::PunchOfFreed),
+            (Mutation::EmptiedLate, operation != Awaited::PunchInPlace),
+            (Mutation::BitmapsMarkedLate, operation != Awaited::BitmapMarks),
+        ],
+    )
+}
+
+/// True if requests no longer wait for space, given whether their queue is being stopped.
+pub fn gives_up(is_stopping: bool) -> bool {
+    unless_broken(is_stopping, [(Mutation::WaitNotGivenUp, false)])
+}
+
+/// True if a request that ends releases its claim, whether or not its queue is being stopped.
+pub fn releases_claim(is_stopping: bool) -> bool {
+    unless_broken(true, [(Mutation::ClaimKeptByLeaver, !is_stopping)])
+}
+
+/// True if the data file of an image with this flag must be readable as a raw image.
+pub fn is_raw_view(is_flagged: bool) -> bool {
+    unless_broken(is_flagged, [(Mutation::RawViewForgotten, false)])
+}
+
+/// The length in bytes to which a clean close cuts the file, given the end of its last cluster in use.
+pub fn closed_length(end: u64, cluster_size: u64) -> u64 {
+    unless_broken(end, [(Mutation::CloseCutsTooMuch, end.wrapping_sub(cluster_size))])
+}
+
+/// Bytes of the backing file that the new part of a disk must hide.
+pub fn hidden_backing_size(backing_size: u64) -> u64 {
+    unless_broken(backing_size, [(Mutation::ResizeBaresBacking, 0)])
+}
+
+/// True if a disk that grows from this size must first zero the rest of the cluster in which it ends.
+pub fn must_zero_tail(size: u64, cluster_size: u64) -> bool {
+    unless_broken(!size.is_multiple_of(cluster_size), [(Mutation::ResizeKeepsTail, false)])
+}
