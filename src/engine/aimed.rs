@@ -101,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn it_holds_what_was_added() {
+    fn aimed_clusters_are_remembered() {
         let mut aimed = Aimed::default();
         for (start, count) in [(0, 1), (500, 40), (1 << 40, 64), (7, 0)] {
             aimed.add(run(start, count));
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn beyond_its_memory_it_knows_neighbourhoods_and_nothing_for_sure() {
+    fn past_the_memory_bound_no_cluster_is_certain() {
         let mut aimed = Aimed::default();
         let far = AIMED_CHUNK_BITS * 1000;
         for number in 0..=AIMED_CHUNKS_MAX as u64 {
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn it_forgets_nothing_when_it_becomes_coarser() {
+    fn coarser_bits_forget_no_cluster() {
         let mut aimed = Aimed::default();
         let mut added = Vec::new();
         for n in 0..200 {

@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_free_is_known() {
+    fn free_clusters_are_found_in_runs_and_chunks() {
         let mut free = FreeClusters::with_room(16, 16);
         free.add(run(10, 2, true));
         free.spill(HostRun::one(HostCluster(12)));
@@ -289,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn beyond_that_clusters_are_left_out() {
+    fn clusters_past_both_bounds_are_left_out() {
         let (runs, chunks) = (10, 20);
         let mut free = FreeClusters::with_room(runs, chunks);
         let far = |number: u64| run(number * CHUNK_CLUSTERS, 1, true);

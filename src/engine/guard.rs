@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn each_run_knows_what_it_holds() {
+    fn each_run_records_its_content() {
         let mut guard = guard(&[(4, 2)]);
         guard.add(HostCluster(6), 2, Structure::Refblock).expect("no overlap");
         guard.add(HostCluster(3), 1, Structure::Refblock).expect("no overlap");

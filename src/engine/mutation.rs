@@ -1,8 +1,8 @@
 //! Deliberate breakages of the write order, the quarantine and the cut. Tests must notice each of them.
 //!
-//! A rule is a plain function in `rules` (here or in the disk) and names its breakages beside its answer, through [`unless_broken`]. Without
-//! the feature `mutations`, [`active`] is constantly false and nothing here has any effect. With it, a thread activates a
-//! mutation for itself by [`with`]. Only test targets may enable the feature.
+//! A rule is a plain function in `rules`, here or in the disk. It names its breakages beside its answer, through
+//! [`unless_broken`]. Without the feature `mutations`, [`active`] is constantly false and nothing here has any effect.
+//! With it, a thread activates a mutation for itself by [`with`]. Only test targets may enable the feature.
 
 /// Something to break.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -293,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn eviction_spares_what_is_fresh_pinned_dirty_or_being_written() {
+    fn eviction_spares_slices_that_are_fresh_pinned_dirty_or_being_written() {
         let mut tables = Tables::new(4 * 4096);
         for n in 0..4 {
             load(&mut tables, n);

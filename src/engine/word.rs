@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_no_word_is_mixed() {
+    fn offsets_that_no_word_can_hold_are_mixed() {
         assert_eq!(Word::data(FileIndex(0), HostOffset(100), true), Word::MIXED);
         assert_eq!(Word::data(FileIndex(0), HostOffset(1 << 56), true), Word::MIXED);
         assert_eq!(Word::data(FileIndex(16384), HostOffset(512), true), Word::MIXED);

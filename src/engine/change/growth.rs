@@ -131,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn the_cluster_behind_a_ragged_end_may_be_in_use() {
+    fn the_cluster_past_a_partial_last_cluster_may_be_in_use() {
         let mut counts = full(4);
         counts.set(4, 1);
         assert_eq!(Room::new(&mut counts, geometry(4), 4).take(1).expect("room").start.0, 5);

@@ -121,13 +121,13 @@ mod tests {
     }
 
     #[test]
-    fn snapshots_that_share_nothing_are_sorted_a_few_times() {
+    fn tables_of_unrelated_snapshots_are_sorted_a_few_times() {
         let (sorts, _) = effort(512, |snapshot, entry| 1 + snapshot + entry * 512);
         assert!(sorts <= 8, "512 tables of 8,192 entries were sorted {sorts} times");
     }
 
     #[test]
-    fn what_snapshots_share_takes_memory_once() {
+    fn l2_tables_that_snapshots_share_are_stored_once() {
         let (_, most) = effort(512, |_, entry| 1 + entry);
         assert!(most <= 8192 + UNSETTLED_MIN + 8192, "{most} items for 8,192 tables");
         let mut places = SnapshotPlaces::default();

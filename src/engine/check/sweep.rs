@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn regions_on_top_of_each_other_are_taken_apart() {
+    fn overlapping_regions_are_split() {
         let mut cover = Cover::default();
         cover.add(10..20);
         cover.add(10..20);

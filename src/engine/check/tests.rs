@@ -571,7 +571,7 @@ proptest! {
 
     /// `check` itself asserts that it reads little and uses little memory.
     #[test]
-    fn no_bytes_make_it_panic_run_on_or_hold_much(
+    fn no_image_makes_a_check_panic_hang_or_use_much_memory(
         order in 0_u32..=6,
         flips in prop::collection::vec((0_usize..4096, 0_u8..8, any::<bool>()), 1..24),
         cut in prop::option::of(0_usize..40_000),
