@@ -1,9 +1,10 @@
 //! The fast path: reads and overwrites whose clusters are all in the chain map go to the host at once. No future, no
 //! allocation, no lock, no copy.
 //!
-//! Owns these requests while they are in flight. It answers [`Started::Not`] for every request that it cannot serve;
-//! the slow path is in slow.rs.
+//! Owns these requests while they are in flight. It refuses every request that it cannot serve; the slow path is in
+//! slow.rs.
 
+use std::cell::RefCell;
 use std::rc::Rc;
 
 use block::RequestId;
@@ -49,25 +50,11 @@ struct Kept {
     slices: GuestSlices,
 }
 
-/// The answer to a request.
-pub(crate) enum Started {
-    /// The slow path must serve it; its epoch has not ended.
-    Not,
-    /// Its operations are queued, and its end comes from [`FastPath::complete`].
-    InFlight,
-    /// It has ended already.
-    Ended(Ended),
-}
-
-/// The end of a request.
-pub(crate) enum Ended {
-    Completed(Completed),
-    /// A write that found no space, where requests wait for it: the slow path must serve it from the beginning.
-    NoSpace {
-        id: RequestId,
-        offset: u64,
-        slices: GuestSlices,
-    },
+/// A write that found no space, where requests wait for it: the slow path must serve it from the beginning.
+pub(crate) struct NoSpace {
+    pub id: RequestId,
+    pub offset: u64,
+    pub slices: GuestSlices,
 }
 
 /// The fast path of one thread.
@@ -81,12 +68,15 @@ pub(crate) struct FastPath<S: Storage> {
     spare: Vec<Parts>,
     /// The memory of a run; retained to avoid an allocation.
     memory: GuestSlices,
+    /// Where completed requests go: the queue's list.
+    done: Rc<RefCell<Vec<Completed>>>,
 }
 
 impl<S: Storage> FastPath<S> {
-    pub fn new(worker: Rc<Worker<S>>) -> Self {
+    /// A fast path that adds completed requests to `done`.
+    pub fn new(worker: Rc<Worker<S>>, done: Rc<RefCell<Vec<Completed>>>) -> Self {
         let (kept, spare, memory) = (Vec::new(), Vec::new(), GuestSlices::new());
-        FastPath { worker, in_flight: Slab::new(), kept, spare, memory }
+        FastPath { worker, in_flight: Slab::new(), kept, spare, memory, done }
     }
 
     /// True if no request is in flight.
@@ -94,7 +84,7 @@ impl<S: Storage> FastPath<S> {
         self.in_flight.is_empty()
     }
 
-    /// Serves a read or write from the map alone, if it can.
+    /// Serves a read or write from the map alone. False if it cannot: the slow path must, and its epoch has not ended.
     pub fn start(
         &mut self,
         id: RequestId,
@@ -102,17 +92,17 @@ impl<S: Storage> FastPath<S> {
         kind: Kind,
         offset: u64,
         slices: &[GuestSlice],
-    ) -> Started {
+    ) -> bool {
         let writes = kind == Kind::Write;
         let range = ByteRange::new(offset, guest_len(slices) as u64);
-        let Some(runs) = self.runs(range, writes) else { return Started::Not };
+        let Some(runs) = self.runs(range, writes) else { return false };
         let shared = &self.worker.shared;
         let takes = |run: &Run| match run.target {
             Target::Zero => true,
             Target::Data(file, _) => shared.file(file).takes(slices),
         };
         if !runs.iter().all(takes) {
-            return Started::Not;
+            return false;
         }
         let pending = runs.iter().filter(|run| run.target != Target::Zero).count() as u32;
         let slot = self.in_flight.insert(InFlight { id, epoch, pending, result: Ok(()), writes });
@@ -140,7 +130,11 @@ impl<S: Storage> FastPath<S> {
                 }
             }
         }
-        if pending == 0 { Started::Ended(self.finish(slot)) } else { Started::InFlight }
+        if pending == 0 {
+            let lacking = self.finish(slot);
+            debug_assert!(lacking.is_none(), "a request without I/O needs no space");
+        }
+        true
     }
 
     /// The targets of a range by the map, in at most [`FAST_RUNS`] runs. `None` if there are more, if the map does
@@ -177,8 +171,9 @@ impl<S: Storage> FastPath<S> {
         Some(runs)
     }
 
-    /// Takes the completion of one operation; returns the end of its request with the last one.
-    pub fn complete(&mut self, completion: Completion) -> Option<Ended> {
+    /// Takes the completion of one operation. After its last one a request is completed, or returned for the slow path.
+    #[inline]
+    pub fn complete(&mut self, completion: Completion) -> Option<Box<NoSpace>> {
         let slot = completion.token.0 as usize;
         let request = &mut self.in_flight[slot];
         request.pending -= 1;
@@ -189,10 +184,11 @@ impl<S: Storage> FastPath<S> {
             parts.clear();
             self.spare.push(parts);
         }
-        is_last.then(|| self.finish(slot))
+        if is_last { self.finish(slot) } else { None }
     }
 
-    fn finish(&mut self, slot: usize) -> Ended {
+    #[inline]
+    fn finish(&mut self, slot: usize) -> Option<Box<NoSpace>> {
         let ended = self.in_flight.remove(slot);
         let worker = &self.worker;
         worker.exit(ended.epoch);
@@ -202,7 +198,7 @@ impl<S: Storage> FastPath<S> {
             && let Some(Kept { offset, slices }) = self.kept.get_mut(slot).map(std::mem::take)
         {
             // The location may have another owner by now: look up the whole range again.
-            return Ended::NoSpace { id: ended.id, offset, slices };
+            return Some(Box::new(NoSpace { id: ended.id, offset, slices }));
         }
         let mut result =
             ended.result.map_err(RequestError::io(if ended.writes { "writing" } else { "reading" }));
@@ -210,7 +206,8 @@ impl<S: Storage> FastPath<S> {
             result = result.and(Err(EngineError::Failed.into()));
         }
         worker.failures.note(ended.id, &result, || worker.driver.now());
-        Ended::Completed(Completed { id: ended.id, result })
+        self.done.borrow_mut().push(Completed { id: ended.id, result });
+        None
     }
 }
 

@@ -15,7 +15,7 @@ use crate::error::OpenError;
 use crate::options::Discards;
 use crate::range::ByteRange;
 use crate::runtime::driver::Driver;
-use crate::serve::fast::{Ended, FastPath, Started};
+use crate::serve::fast::FastPath;
 use crate::serve::request::{Completed, range_of};
 use crate::serve::worker::Worker;
 use crate::serve::zero::Tried;
@@ -34,8 +34,9 @@ impl<S: Storage> DiskQueue<S> {
         let driver = Driver::new(shared.storage.queue(depth)?);
         let worker =
             Worker::new(shared, Rc::clone(&driver)).ok_or(OpenError::TooManyQueues { limit: WORKERS_MAX })?;
-        let fast = FastPath::new(Rc::clone(&worker));
-        Ok(DiskQueue { worker, driver, fast, done: Rc::default() })
+        let done = Rc::default();
+        let fast = FastPath::new(Rc::clone(&worker), Rc::clone(&done));
+        Ok(DiskQueue { worker, driver, fast, done })
     }
 
     /// Starts a request. The slices cover exactly its bytes and stay valid until it completes.
@@ -64,12 +65,10 @@ impl<S: Storage> DiskQueue<S> {
                 let mode = self.worker.shared.policy.mode(unmap);
                 return self.zero(id, epoch, request, ByteRange::new(offset, length), mode);
             }
-            _ => Started::Not,
+            _ => false,
         };
-        match started {
-            Started::InFlight => {}
-            Started::Ended(ended) => self.end(ended),
-            Started::Not => self.start_slow(id, epoch, request, slices),
+        if !started {
+            self.start_slow(id, epoch, request, slices);
         }
     }
 
@@ -100,17 +99,6 @@ impl<S: Storage> DiskQueue<S> {
             within && (offset | length).is_multiple_of(512),
             "{request:?} of {length} bytes was not checked"
         );
-    }
-
-    /// Takes the end of a request of the fast path.
-    fn end(&self, ended: Ended) {
-        match ended {
-            Ended::Completed(completed) => self.complete(completed),
-            Ended::NoSpace { id, offset, slices } => {
-                let request = Request::Write { offset, write_through: false };
-                self.start_slow(id, self.worker.enter(), request, &slices);
-            }
-        }
     }
 
     fn complete(&self, completed: Completed) {
@@ -144,8 +132,9 @@ impl<S: Storage> DiskQueue<S> {
     pub fn turn(&mut self, done: &mut Vec<Completed>) {
         let driver = Rc::clone(&self.driver);
         driver.turn(|completion| {
-            if let Some(ended) = self.fast.complete(completion) {
-                self.end(ended);
+            if let Some(write) = self.fast.complete(completion) {
+                let request = Request::Write { offset: write.offset, write_through: false };
+                self.start_slow(write.id, self.worker.enter(), request, &write.slices);
             }
         });
         done.append(&mut self.done.borrow_mut());
