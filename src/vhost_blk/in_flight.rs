@@ -14,6 +14,17 @@ use crate::device::GuestSlice;
 use crate::pieces::{Cutter, Rest};
 use crate::request::{Kind, Status, Submission};
 
+/// What becomes of a chain once the disk has nothing of it any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    /// It is answered.
+    Answer,
+    /// It goes back into the ring: whoever serves the ring next does all of it again.
+    PutBack,
+    /// It stays recorded as in flight in the region, so that the next worker does all of it again.
+    Leave,
+}
+
 /// A chain that the disk works on, or has finished.
 #[derive(Debug)]
 pub(crate) struct Pending {
@@ -27,8 +38,7 @@ pub(crate) struct Pending {
     pub bytes: u32,
     /// Bytes written to the chain on success, the status byte included.
     pub written: u32,
-    /// It is not answered, but put back into the ring.
-    pub put_back: bool,
+    pub end: End,
     /// Its requests that the disk has.
     open: usize,
     /// The disk does not have all of it yet.
@@ -144,7 +154,7 @@ impl InFlight {
             status: Status::Ok,
             bytes,
             written,
-            put_back: false,
+            end: End::Answer,
             open: usize::from(whole.is_some()),
             has_rest: whole.is_none(),
             portion: self.portion,
@@ -223,7 +233,8 @@ impl InFlight {
     }
 
     /// The ring is being stopped: the disk gets no more pieces. A chain whose rest it lacks is put back into the ring
-    /// if no later one stays taken, as `next` is the index after the newest; else it fails. Returns the chains of which
+    /// if no later one stays taken, as `next` is the index after the newest; else it fails. A chain of an earlier worker,
+    /// which has no index, stays recorded as in flight. Returns the chains of which
     /// the disk has nothing, in the order of their arrival; [`InFlight::finish`] returns the others.
     pub(crate) fn let_rests_go(&mut self, next: u16) -> Vec<Pending> {
         let mut newest = next.wrapping_sub(1);
@@ -231,11 +242,13 @@ impl InFlight {
         for rest in std::mem::take(&mut self.rests).into_iter().rev() {
             let pending = chain_of(&mut self.slots, rest.chain);
             pending.has_rest = false;
-            pending.put_back = pending.index == Some(newest);
-            if pending.put_back {
-                newest = newest.wrapping_sub(1);
-            } else {
-                pending.status = Status::IoError;
+            match pending.index {
+                None => pending.end = End::Leave,
+                Some(index) if index == newest => {
+                    newest = newest.wrapping_sub(1);
+                    pending.end = End::PutBack;
+                }
+                Some(_) => pending.status = Status::IoError,
             }
             ended.extend(self.take_ended(rest.chain));
         }

@@ -75,6 +75,13 @@ impl Beat {
         self.0.store(before.wrapping_add(before & 1), Ordering::Relaxed);
     }
 
+    /// The thread begins to wait for others. True if that interrupts a step, which goes on after the wait.
+    pub(crate) fn pause(&self) -> bool {
+        let in_step = self.now().is_some();
+        self.rest();
+        in_step
+    }
+
     fn now(&self) -> Option<u32> {
         Some(self.0.load(Ordering::Relaxed)).filter(|count| count % 2 == 1)
     }

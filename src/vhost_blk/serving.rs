@@ -16,7 +16,7 @@ use crate::control::{Control, Exit, Shared, Stop, WorkerSetup};
 use crate::device::{BlockDevice, BlockQueue, GuestSlice};
 use crate::error::RingError;
 use crate::fd::{SignalSlot, SignalView};
-use crate::in_flight::{InFlight, Pending};
+use crate::in_flight::{End, InFlight, Pending};
 use crate::in_flight_region::SplitTracker;
 use crate::memory::GuestMemory;
 use crate::metrics::QueueMetrics;
@@ -44,6 +44,8 @@ pub(crate) struct Running<'a, Q: BlockQueue> {
     tracker: Option<SplitTracker>,
     /// Chains of the last worker that the disk does not have again yet.
     again: VecDeque<u16>,
+    /// Some of them were begun and stay recorded as in flight.
+    leaves_some: bool,
     in_flight: InFlight,
     checker: Checker,
     chain: Chain,
@@ -92,6 +94,7 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
             ring: setup.ring,
             tracker: setup.tracker,
             again: setup.again.into(),
+            leaves_some: false,
             in_flight: InFlight::new(setup.ring_size, Cutter::new(&profile)),
             checker: Checker::new(profile),
             chain: Chain::default(),
@@ -135,20 +138,25 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
         let next_available = self.ring.next_available();
         debug!(queue = self.index, next_available, broken, "queue stopped");
         let broken = broken || lost;
-        // Nothing is in flight now, but for chains that are back in the ring. In a broken ring the record stays.
-        if let (false, Some(tracker)) = (broken, self.tracker.take()) {
+        // The record stays in a broken ring, and where chains of an earlier worker were not done again. Else nothing is
+        // in flight now but chains that are back in the ring.
+        let leaves_some = self.leaves_some || !self.again.is_empty();
+        if let (false, false, Some(tracker)) = (broken, leaves_some, self.tracker.take()) {
             tracker.close();
         }
         Exit { next_available, broken }
     }
 
-    /// Gives the disk what the last worker had in flight, before anything new and whatever the session wants meanwhile:
-    /// these chains cannot go back into the ring, as their places there may be in use again.
+    /// Gives the disk what the last worker had in flight, before anything new. These chains cannot go back into the ring,
+    /// as their places there may be in use again. So a pause waits for them; any other stop leaves them to the next
+    /// worker, as the guest may have made them large.
     fn serve_again(&mut self) -> Result<(), RingError> {
         while !self.again.is_empty() || (self.in_flight.has_rest() && self.queue.waiting() == 0) {
             self.beat.step();
-            if self.control.stopping() {
-                self.settle();
+            match self.control.stop() {
+                None => {}
+                Some(Stop::Pause) => self.settle(),
+                Some(Stop::Drain | Stop::DrainAndFlush) => return Ok(()),
             }
             // At most as many as the ring has descriptors.
             if !self.advance(self.again.len() as u16)?.progress {
@@ -331,9 +339,13 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
 
     /// Answers a chain of which the disk has nothing any more, or puts it back.
     fn conclude(&mut self, pending: &Pending) {
-        if pending.put_back {
-            self.ring.put_back(pending.head);
-            return;
+        match pending.end {
+            End::Answer => {}
+            End::PutBack => return self.ring.put_back(pending.head),
+            End::Leave => {
+                self.leaves_some = true;
+                return;
+            }
         }
         write_status(&pending.status_byte, pending.status);
         self.metrics.request(pending.kind, pending.status, pending.bytes);

@@ -193,7 +193,7 @@ impl Vring {
 
     /// Starts the worker of a ring that is prepared.
     pub(crate) fn run<D: BlockDevice>(&mut self, prepared: Prepared, surroundings: &Surroundings<'_, D>) {
-        let Prepared { mut ring, size, kick, area, .. } = prepared;
+        let Prepared { mut ring, size, kick, area, recorded } = prepared;
         let recovered = match area.map(|area| recover(area, size, &mut ring)).transpose() {
             Ok(recovered) => recovered,
             Err(error) => {
@@ -209,7 +209,8 @@ impl Vring {
         let started = Worker::start(WorkerSetup {
             index: self.index,
             device: Arc::clone(surroundings.device),
-            resumed: ring.was_used(),
+            // A used index may have come round to 0.
+            resumed: ring.was_used() || recorded,
             ring,
             ring_size: size,
             tracker,

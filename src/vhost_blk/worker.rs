@@ -17,6 +17,7 @@ use crate::control::{Control, Exit, Stop, WorkerSetup};
 use crate::device::{BlockDevice, BlockQueue};
 use crate::fd;
 use crate::in_flight::InFlight;
+use crate::pulse::Pulse;
 use crate::serving::Running;
 
 /// A stop that takes longer than this is worth a line in the log, and another for each time it passes again.
@@ -31,6 +32,7 @@ pub(crate) struct Worker {
     thread: Option<JoinHandle<()>>,
     /// The signal in which it was last seen.
     seen: u32,
+    pulse: Arc<Pulse>,
 }
 
 impl Worker {
@@ -39,7 +41,7 @@ impl Worker {
     /// # Errors
     /// When the host refuses a thread, or the disk refuses a queue.
     pub(crate) fn start<D: BlockDevice>(setup: WorkerSetup<D>) -> io::Result<Worker> {
-        let index = setup.index;
+        let (index, pulse) = (setup.index, Arc::clone(&setup.pulse));
         let control = Arc::new(Control::new(setup.ring.next_available()));
         let (started, starting) = mpsc::sync_channel(1);
         let (exited, exit) = mpsc::sync_channel(1);
@@ -48,7 +50,9 @@ impl Worker {
             .name(format!("strata-q{index}"))
             .spawn(move || thread_main(setup, &its_control, &started, &exited))?;
         match starting.recv() {
-            Ok(Ok(notify)) => Ok(Worker { index, control, notify, exit, thread: Some(thread), seen: 0 }),
+            Ok(Ok(notify)) => {
+                Ok(Worker { index, control, notify, exit, thread: Some(thread), seen: 0, pulse })
+            }
             Ok(Err(error)) => {
                 let _ = thread.join();
                 Err(error)
@@ -74,8 +78,10 @@ impl Worker {
 
     /// Waits for the first of these workers, and keeps all of them from being held by a signal.
     fn join_first(workers: &mut [Worker], hurry: &dyn Fn() -> bool) -> Exit {
-        let began = Instant::now();
+        let (began, pulse) = (Instant::now(), Arc::clone(&workers[0].pulse));
         let mut told = began;
+        // A worker that is stuck shows in its own beat.
+        let in_step = pulse.session.pause();
         let exit = loop {
             match workers[0].exit.recv_timeout(fd::INTERRUPT_EVERY) {
                 Ok(exit) => break exit,
@@ -97,6 +103,9 @@ impl Worker {
         };
         if let Some(thread) = workers[0].thread.take() {
             let _ = thread.join();
+        }
+        if in_step {
+            pulse.session.step();
         }
         exit
     }

@@ -51,6 +51,16 @@ impl<S: Storage> Drop for OwnTurn<'_, S> {
     }
 }
 
+impl<S: Storage> Drop for Worker<S> {
+    /// After a panic a request may have ended in the middle of a change, and its epoch never ends. Then the disk fails, so
+    /// that no other thread waits for what this one has left undone.
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.engine().fail();
+        }
+    }
+}
+
 impl<S: Storage> Worker<S> {
     /// `None` if the disk has reached its limit of workers.
     pub fn new(shared: Arc<Shared<S>>, driver: Rc<Driver<S::Queue>>) -> Option<Rc<Self>> {

@@ -79,7 +79,10 @@ impl Claim {
         let failed = |step| move |source: io::Error| RegionError::Host { step, source };
         let bytes = self.layout.bytes() as u64;
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let file = rustix::fs::memfd_create("strata-in-flight", flags)
+        let make = |more| rustix::fs::memfd_create("strata-in-flight", flags | more);
+        // Linux before 6.3 does not know NOEXEC_SEAL; later ones may refuse a file without it (vm.memfd_noexec).
+        let file = make(MemfdFlags::NOEXEC_SEAL)
+            .or_else(|_| make(MemfdFlags::empty()))
             .map_err(|error| failed("create its file")(error.into()))?;
         let file = File::from(file);
         file.set_len(bytes).map_err(failed("set its length"))?;
@@ -136,7 +139,9 @@ impl Region {
         }
         // Never more than the layout has, whatever the claim.
         let has_own = bytes >= layout.bytes() as u64;
-        let mapped = if has_own { layout.bytes() } else { layout.areas_bytes() };
+        let used = if has_own { layout.bytes() } else { layout.areas_bytes() };
+        // Huge pages are mapped and unmapped whole; such a file's length is a multiple of them.
+        let mapped = used.next_multiple_of(page);
         let memory = MmapRegion::<()>::from_file(FileOffset::new(file, offset), mapped)
             .map_err(|error| failed("map it", io::Error::other(error)))?;
         let watch = Watch::new(memory.as_ptr(), mapped, page, loss).ok_or(RegionError::TooMany)?;

@@ -169,9 +169,14 @@ fn an_event_that_always_has_a_signal_can_be_left_unheeded() {
             queue.submit();
             queue.reap(&mut Vec::new());
             queue.heed_signals(false);
+            // One signal that was under way may still end a wait; after it, none does.
+            let mut waits = 0;
             let started = Instant::now();
-            queue.wait(Some(Duration::from_millis(20)));
-            assert!(started.elapsed() >= Duration::from_millis(15), "{:?}", started.elapsed());
+            while started.elapsed() < Duration::from_millis(35) {
+                queue.wait(Some(Duration::from_millis(20)));
+                waits += 1;
+            }
+            assert!(waits <= 3, "{waits} waits of 20 ms in {:?}", started.elapsed());
         }
     }
 }
