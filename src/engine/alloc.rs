@@ -298,8 +298,9 @@ impl Allocator {
         let taken = self.windows.take_where(&fits);
         if taken.is_none() {
             self.turns.join(turn, Wanted::Table(slot));
-            // Notes that a window is left, if so, and that it has no cluster for this request.
-            self.turns.serve(&mut self.windows, fits, wakes);
+            if !self.windows.is_empty() {
+                self.turns.pass_over(turn);
+            }
         }
         taken
     }

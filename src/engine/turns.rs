@@ -47,6 +47,12 @@ pub(crate) enum Wanted {
     Table(TableSlot),
 }
 
+impl Wanted {
+    fn is_for_data(self) -> bool {
+        matches!(self, Wanted::Data(_))
+    }
+}
+
 /// An L2 table in the making.
 #[derive(Default)]
 pub(crate) struct TableJob {
@@ -70,6 +76,8 @@ pub(crate) struct Turns {
     next: u64,
     /// Those that wait, by number.
     line: BTreeMap<u64, Waiting>,
+    /// How many of them want clusters for data.
+    for_data: usize,
     /// Those that have clusters, by number.
     served: BTreeMap<u64, (FreeRun, Wanted)>,
 }
@@ -81,6 +89,7 @@ impl Turns {
             return;
         }
         self.line.insert(self.next, Waiting { wanted, passed_over: false, waker: None });
+        self.for_data += usize::from(wanted.is_for_data());
         turn.0.set(Some(self.next));
         self.next += 1;
     }
@@ -108,28 +117,43 @@ impl Turns {
         }
     }
 
+    /// Notes that the windows have clusters, but none for this request, which waits.
+    pub fn pass_over(&mut self, turn: &Turn) {
+        if let Some(waiting) = turn.0.get().and_then(|number| self.line.get_mut(&number)) {
+            waiting.passed_over = true;
+        }
+    }
+
     /// True if the request waits, and the last window had no cluster for it.
     pub fn was_passed_over(&self, turn: &Turn) -> bool {
         turn.0.get().and_then(|number| self.line.get(&number)).is_some_and(|waiting| waiting.passed_over)
     }
 
     /// Sets clusters aside for requests in the line, as long as there are any. `fits` tells whether a cluster may become
-    /// a table.
+    /// a table. A long line of requests for tables that no cluster fits costs one attempt: the first of them alone must
+    /// know, as it makes the next window.
     pub fn serve(&mut self, windows: &mut Windows, fits: impl Fn(u64) -> bool, wakes: &mut WakeList) {
         let mut from = 0;
+        let mut may_fit = true;
         while !windows.is_empty()
             && let Some((&number, waiting)) = self.line.range_mut(from..).next()
         {
             from = number + 1;
             let run = match waiting.wanted {
-                Wanted::Data(clusters) => windows.take(clusters),
-                Wanted::Table(_) => windows.take_where(&fits),
+                // What is left begins with another cluster, which may fit.
+                Wanted::Data(clusters) => windows.take(clusters).inspect(|_| may_fit = true),
+                Wanted::Table(_) if may_fit => windows.take_where(&fits),
+                Wanted::Table(_) => None,
             };
             let Some(run) = run else {
                 waiting.passed_over = true;
+                may_fit = false;
+                if self.for_data == 0 {
+                    break;
+                }
                 continue;
             };
-            let Waiting { wanted, waker, .. } = self.line.remove(&number).expect("it was just found");
+            let Waiting { wanted, waker, .. } = self.leave(number).expect("it was just found");
             self.served.insert(number, (run, wanted));
             wakes.add(waker);
         }
@@ -148,7 +172,14 @@ impl Turns {
         if let Some((run, wanted)) = self.served.remove(&number) {
             return Some((Some(run), wanted));
         }
-        self.line.remove(&number).map(|waiting| (None, waiting.wanted))
+        self.leave(number).map(|waiting| (None, waiting.wanted))
+    }
+
+    /// Takes a request out of the line.
+    fn leave(&mut self, number: u64) -> Option<Waiting> {
+        let waiting = self.line.remove(&number)?;
+        self.for_data -= usize::from(waiting.wanted.is_for_data());
+        Some(waiting)
     }
 
     /// The clusters that are set aside.
@@ -292,6 +323,41 @@ mod tests {
         assert_eq!(line.end(4), []);
         assert_eq!(line.take(0, 1), Some((1000, 1)), "what was set aside stays");
         assert_eq!(line.alloc.reserved_clusters(), 0);
+    }
+
+    /// Reclaimed clusters may fit no table. A guest can then make any number of requests wait for tables.
+    #[test]
+    fn many_tables_that_no_cluster_fits_cost_a_few_attempts_each() {
+        const TABLES: usize = 2000;
+        let mut line = Line::of(&[]);
+        let window = FreeRun { run: HostRun { start: HostCluster(10), count: 5 }, known_zero: true };
+        line.alloc.add_window(window, None);
+        let attempts = AtomicUsize::new(0);
+        let counted = |cluster| {
+            attempts.fetch_add(1, Ordering::Relaxed);
+            fits(cluster)
+        };
+        let (turns, mut wakes) =
+            ((0..TABLES).map(|_| Turn::default()).collect::<Vec<_>>(), WakeList::default());
+        for turn in &turns {
+            assert!(line.alloc.take_for_table(turn, TableSlot(0), counted, &mut wakes).is_none());
+        }
+        assert!(line.alloc.wants_new(&turns[0]));
+        for served in (0..TABLES).step_by(10) {
+            line.alloc.begin_reserving();
+            let start = HostCluster(1000 + served as u64);
+            line.alloc.add_window(FreeRun { run: HostRun { start, count: 10 }, known_zero: true }, None);
+            line.alloc.end_reserving(counted, &mut wakes);
+            assert!(
+                line.alloc.wants_new(turns.get(served + 10).unwrap_or(&turns[0])) || served + 10 == TABLES
+            );
+        }
+        let attempts = attempts.load(Ordering::Relaxed);
+        assert!(attempts < 10 * TABLES, "{attempts} attempts");
+        turns.iter().for_each(|turn| assert!(!line.alloc.waits_for_clusters(turn)));
+        for turn in &turns {
+            assert!(matches!(line.alloc.end_turn(turn, fits, &mut wakes), Some(Wanted::Table(_))));
+        }
     }
 
     #[test]

@@ -1,13 +1,14 @@
 //! What a worker and the session have in common: the inputs of a worker, the commands to it, and its result.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use tracing::warn;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::fd::{RaiseMark, SignalSlot};
+use crate::fd::{self, RaiseMark, SignalSlot};
 use crate::in_flight_region::SplitTracker;
 use crate::memory::GuestMemory;
 use crate::metrics::Metrics;
@@ -24,6 +25,8 @@ pub(crate) struct Shared {
     changes: AtomicU32,
     /// Guards the current memory. A leaf: nothing is called with it held.
     memory: Mutex<Arc<GuestMemory>>,
+    /// The threads of the workers, also of those that have ended. Only the session's thread uses it.
+    threads: Mutex<Vec<Weak<WorkerThread>>>,
     /// A ring of this session has started. Only the session's thread uses it.
     pub started: AtomicBool,
     /// The log already has the line that the guest's memory is not shared.
@@ -36,6 +39,7 @@ impl Shared {
             write_through: AtomicBool::new(true),
             changes: AtomicU32::new(0),
             memory: Mutex::new(Arc::new(GuestMemory::empty())),
+            threads: Mutex::default(),
             started: AtomicBool::new(false),
             unshared_told: AtomicBool::new(false),
         }
@@ -52,6 +56,19 @@ impl Shared {
              guest waits for ever. QEMU: -object memory-backend-memfd,id=mem,size=SIZE,share=on -machine \
              memory-backend=mem, with the SIZE of -m. Cloud Hypervisor: --memory size=SIZE,shared=on"
         );
+    }
+
+    /// Notes the thread of a worker that has started.
+    pub(crate) fn add_thread(&self, thread: &Arc<WorkerThread>) {
+        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        threads.retain(|other| other.strong_count() > 0);
+        threads.push(Arc::downgrade(thread));
+    }
+
+    /// Interrupts each worker's write to its call descriptor, if it is in the same write as at the previous call.
+    pub(crate) fn interrupt_signals(&self) {
+        let threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        threads.iter().filter_map(Weak::upgrade).for_each(|thread| thread.interrupt_signal());
     }
 
     pub(crate) fn set_write_through(&self, write_through: bool) {
@@ -77,6 +94,44 @@ impl Shared {
 
     pub(crate) fn memory(&self) -> Arc<GuestMemory> {
         Arc::clone(&self.memory.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// A worker's thread. Only the session's thread uses it.
+#[derive(Debug)]
+pub(crate) struct WorkerThread {
+    control: Arc<Control>,
+    /// `None` once it was joined. A leaf lock.
+    handle: Mutex<Option<JoinHandle<()>>>,
+    /// The signal in which it was last seen.
+    seen: AtomicU32,
+}
+
+impl WorkerThread {
+    pub(crate) fn new(control: Arc<Control>, handle: JoinHandle<()>) -> Self {
+        WorkerThread { control, handle: Mutex::new(Some(handle)), seen: AtomicU32::new(0) }
+    }
+
+    pub(crate) fn is_joined(&self) -> bool {
+        self.handle.lock().unwrap_or_else(PoisonError::into_inner).is_none()
+    }
+
+    /// Waits for the thread's end.
+    pub(crate) fn join(&self) {
+        let handle = self.handle.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(handle) = handle {
+            let _ = handle.join();
+        }
+    }
+
+    fn interrupt_signal(&self) {
+        let mut seen = self.seen.load(Ordering::Relaxed);
+        if let Some(handle) = &*self.handle.lock().unwrap_or_else(PoisonError::into_inner)
+            && self.control.raising.is_stuck(&mut seen)
+        {
+            fd::interrupt(handle);
+        }
+        self.seen.store(seen, Ordering::Relaxed);
     }
 }
 

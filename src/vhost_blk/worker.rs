@@ -8,12 +8,11 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use tracing::{error, warn};
 
-use crate::control::{Control, Exit, Stop, WorkerSetup};
+use crate::control::{Control, Exit, Shared, Stop, WorkerSetup, WorkerThread};
 use crate::device::{BlockDevice, BlockQueue};
 use crate::fd;
 use crate::in_flight::InFlight;
@@ -29,9 +28,8 @@ pub(crate) struct Worker {
     control: Arc<Control>,
     notify: Arc<dyn Fn() + Send + Sync>,
     exit: Receiver<Exit>,
-    thread: Option<JoinHandle<()>>,
-    /// The signal in which it was last seen.
-    seen: u32,
+    thread: Arc<WorkerThread>,
+    shared: Arc<Shared>,
     pulse: Arc<Pulse>,
 }
 
@@ -41,7 +39,7 @@ impl Worker {
     /// # Errors
     /// When the host refuses a thread, or the disk refuses a queue.
     pub(crate) fn start<D: BlockDevice>(setup: WorkerSetup<D>) -> io::Result<Worker> {
-        let (index, pulse) = (setup.index, Arc::clone(&setup.pulse));
+        let (index, pulse, shared) = (setup.index, Arc::clone(&setup.pulse), Arc::clone(&setup.shared));
         let control = Arc::new(Control::new(setup.ring.next_available()));
         let (started, starting) = mpsc::sync_channel(1);
         let (exited, exit) = mpsc::sync_channel(1);
@@ -51,7 +49,9 @@ impl Worker {
             .spawn(move || thread_main(setup, &its_control, &started, &exited))?;
         match starting.recv() {
             Ok(Ok(notify)) => {
-                Ok(Worker { index, control, notify, exit, thread: Some(thread), seen: 0, pulse })
+                let thread = Arc::new(WorkerThread::new(Arc::clone(&control), thread));
+                shared.add_thread(&thread);
+                Ok(Worker { index, control, notify, exit, thread, shared, pulse })
             }
             Ok(Err(error)) => {
                 let _ = thread.join();
@@ -76,7 +76,8 @@ impl Worker {
         (0..workers.len()).map(|at| Self::join_first(&mut workers[at..], hurry)).collect()
     }
 
-    /// Waits for the first of these workers, and keeps all of them from being held by a signal.
+    /// Waits for the first of these workers. Keeps every worker of the session from being held by a signal: another one may
+    /// have what this one waits for.
     fn join_first(workers: &mut [Worker], hurry: &dyn Fn() -> bool) -> Exit {
         let (began, pulse) = (Instant::now(), Arc::clone(&workers[0].pulse));
         let mut told = began;
@@ -86,7 +87,7 @@ impl Worker {
             match workers[0].exit.recv_timeout(fd::INTERRUPT_EVERY) {
                 Ok(exit) => break exit,
                 Err(RecvTimeoutError::Timeout) => {
-                    workers.iter_mut().for_each(Worker::interrupt_signal);
+                    workers[0].shared.interrupt_signals();
                     let pauses = |worker: &&Worker| worker.control.stop() == Some(Stop::Pause);
                     if workers.iter().any(|worker| pauses(&worker)) && hurry() {
                         workers.iter().filter(pauses).for_each(|worker| worker.tell(Stop::Drain));
@@ -101,28 +102,17 @@ impl Worker {
                 Err(RecvTimeoutError::Disconnected) => break workers[0].control.broken_exit(),
             }
         };
-        if let Some(thread) = workers[0].thread.take() {
-            let _ = thread.join();
-        }
+        workers[0].thread.join();
         if in_step {
             pulse.session.step();
         }
         exit
     }
-
-    /// Interrupts the worker's write to its call descriptor, if it is in the same write as at the previous call.
-    fn interrupt_signal(&mut self) {
-        if let Some(thread) = &self.thread
-            && self.control.raising.is_stuck(&mut self.seen)
-        {
-            fd::interrupt(thread);
-        }
-    }
 }
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        if self.thread.is_some() {
+        if !self.thread.is_joined() {
             self.tell(Stop::Drain);
             Self::join_first(std::slice::from_mut(self), &|| false);
         }
