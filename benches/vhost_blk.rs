@@ -202,7 +202,7 @@ fn pushes(batch: u16) -> Case {
     })
 }
 
-/// What a worker adds for the in-flight region to chains that it takes and hands back in batches.
+/// The stores to the in-flight region for chains that a worker takes and hands back in batches.
 fn records(batch: u16) -> Case {
     let heads: Vec<u16> = (0..CHAINS).map(|chain| 3 * chain).collect();
     let state = (SplitTracker::alone(SIZE), heads, 0u16);

@@ -1,6 +1,6 @@
 //! How a disk is opened: formats, files, caches, and policies.
 //!
-//! Owns the options and their defaults. They are read at open; what they cause is in the rooms.
+//! Owns the options and their defaults. An open reads them; the files of each room apply them.
 
 use std::path::PathBuf;
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! The disk's part of the rules that keep data safe, each a plain function, with its deliberate breakages beside it.
+//! The disk's rules that keep data safe. Each rule is a plain function, and its deliberate breakages stand beside it.
 //!
 //! The engine's part is in its own `rules`. The code that follows a rule names no breakage. Owns no state.
 

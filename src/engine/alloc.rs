@@ -32,8 +32,8 @@ pub(crate) struct Allocator {
     quarantine: Quarantine,
     /// The file's greatest length in this session, in bytes.
     file_length: u64,
-    /// A task reserves, or makes the file longer. The file's length has one writer at a time: a late writer could cut off
-    /// what was written behind its length.
+    /// A task reserves, or makes the file longer. The file's length has one writer at a time: a late, shorter length would
+    /// cut data off the file.
     reserving: bool,
     /// Flushes that wait for the end of that.
     awaits_length: Waiters,
@@ -49,7 +49,7 @@ pub(crate) struct Allocator {
     tail_is_spare: bool,
     /// The file was made longer, and its new length may not be durable.
     length_unsynced: bool,
-    /// Clusters that the search for leaks must leave alone; `None` if there is none, or it is over.
+    /// Clusters that the search for leaks must leave alone. `None` while no search runs.
     touched: Option<Touched>,
 }
 

@@ -1,4 +1,4 @@
-//! What an open learns for the search for leaks: the tables of snapshots, and whether anything unknown may own
+//! The input of the search for leaks, collected at open: the tables of snapshots, and whether anything unknown may own
 //! clusters.
 
 use std::sync::atomic::AtomicBool;

@@ -1,4 +1,4 @@
-//! What a thread of a disk runs on: its I/O queue, its executor, its timers, and its budgets of memory.
+//! The runtime of one thread of a disk: I/O queue, executor, timers and memory budgets.
 //!
 //! Knows no disk and no request.
 
