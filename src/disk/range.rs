@@ -37,7 +37,7 @@ impl ByteRange {
     }
 
     /// The part of the range from an offset on.
-    pub fn from(self, offset: u64) -> Self {
+    pub fn starting_at(self, offset: u64) -> Self {
         ByteRange::between(self.offset.max(offset), self.end())
     }
 
@@ -68,8 +68,8 @@ mod tests {
         assert_eq!(range.whole_blocks(512), ByteRange::between(1024, 3584));
         assert!(ByteRange::new(100, 600).whole_blocks(512).is_empty(), "no whole block");
         assert_eq!(ByteRange::new(512, 512).whole_blocks(512), ByteRange::new(512, 512));
-        assert_eq!((range.from(0), range.from(2000)), (range, ByteRange::between(2000, 4000)));
-        assert!(range.from(5000).is_empty() && range.before(500).is_empty());
+        assert_eq!((range.starting_at(0), range.starting_at(2000)), (range, ByteRange::between(2000, 4000)));
+        assert!(range.starting_at(5000).is_empty() && range.before(500).is_empty());
         assert_eq!((range.before(9000), range.before(2000)), (range, ByteRange::between(1000, 2000)));
         let pieces: Vec<_> = range.pieces(1024).map(|piece| (piece.offset, piece.length)).collect();
         assert_eq!(pieces, [(1000, 1024), (2024, 1024), (3048, 952)]);

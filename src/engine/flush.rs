@@ -2,7 +2,7 @@
 
 use std::task::Waker;
 
-use qcow2::{Geometry, HostOffset, L1Entry};
+use qcow2::{Geometry, HostOffset, HostRange, L1Entry};
 
 use crate::bounds::CUT_WRITE_BYTES_MAX;
 use crate::cut::{FlushCut, FlushStep, HeaderSwitch, Running, TableWrite};
@@ -138,14 +138,14 @@ impl State {
         let top = self.top_qcow2();
         let entries = table_block_entries(&top.geometry);
         let bytes = encode_entries(&top.l1, block * entries, entries).into_vec();
-        TableWrite { offset: self.l1_block_place(block).0, bytes }
+        TableWrite { offset: self.l1_block_place(block).offset, bytes }
     }
 
-    /// The offset of a block of the L1 table, and its length in bytes.
-    pub(crate) fn l1_block_place(&self, block: u64) -> (HostOffset, u64) {
+    /// The place of a block of the L1 table.
+    pub(crate) fn l1_block_place(&self, block: u64) -> HostRange {
         let bytes = table_block_entries(&self.top_qcow2().geometry) * 8;
         let base = self.write.as_ref().expect("a writable image").l1_offset;
-        (HostOffset(base.0 + block * bytes), bytes)
+        HostRange::new(HostOffset(base.0 + block * bytes), bytes)
     }
 
     /// The cut is durable.

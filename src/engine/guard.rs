@@ -11,7 +11,7 @@
 
 use std::collections::BTreeMap;
 
-use qcow2::{Geometry, HostCluster, HostOffset, L1Entry};
+use qcow2::{Geometry, HostCluster, HostOffset, HostRange, L1Entry};
 
 use crate::aimed::{Aimed, Known};
 use crate::change::{L2Tables, SnapshotPlaces};
@@ -45,7 +45,7 @@ impl MetadataGuard {
         l1: &Entries,
         l1_offset: HostOffset,
         refcounts: &Refcounts,
-        bitmaps: &[(HostOffset, u64)],
+        bitmaps: &[HostRange],
         snapshots: SnapshotPlaces,
     ) -> Result<Self, EngineError> {
         let mut guard = MetadataGuard::default();
@@ -78,16 +78,18 @@ impl MetadataGuard {
                 guard.add(cluster, 1, Structure::L2).map_err(overlap(Structure::L1, index))?;
             }
         }
-        for (index, (offset, length)) in bitmaps.iter().enumerate() {
-            let (first, clusters) = (geometry.host_cluster(*offset), geometry.clusters_for(*length));
+        for (index, range) in bitmaps.iter().enumerate() {
+            let (first, clusters) =
+                (geometry.host_cluster(range.offset), geometry.clusters_for(range.length));
             guard
                 .add(first, clusters, Structure::Bitmaps)
                 .map_err(overlap(Structure::Bitmaps, index as u64))?;
         }
-        for (index, (offset, length)) in snapshots.tables.iter().enumerate() {
-            let clusters = geometry.clusters_for(*length);
+        for (index, range) in snapshots.tables.iter().enumerate() {
+            let (first, clusters) =
+                (geometry.host_cluster(range.offset), geometry.clusters_for(range.length));
             guard
-                .add(geometry.host_cluster(*offset), clusters, Structure::Snapshots)
+                .add(first, clusters, Structure::Snapshots)
                 .map_err(overlap(Structure::Snapshots, index as u64))?;
         }
         guard.snapshot_l2 = snapshots.into_l2_tables();

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::task::Waker;
 
-use qcow2::{HostCluster, HostOffset};
+use qcow2::{HostCluster, HostRange};
 
 use crate::answer::{Answer, ready};
 use crate::bounds::{
@@ -23,8 +23,8 @@ use crate::waiters::WakeList;
 #[derive(Debug)]
 #[must_use]
 pub struct ReclaimPlan {
-    /// Offset and length in bytes of each run.
-    pub punches: Vec<(HostOffset, u64)>,
+    /// The bytes of each run.
+    pub punches: Vec<HostRange>,
     runs: Vec<HostRun>,
     /// The new count of each cluster.
     counts: BTreeMap<u64, u64>,
@@ -95,7 +95,7 @@ impl State {
         let geometry = write.refcounts.geometry;
         let punches = runs
             .iter()
-            .map(|run| (geometry.host_offset(run.start), run.count * geometry.cluster_size()))
+            .map(|run| HostRange::new(geometry.host_offset(run.start), run.count * geometry.cluster_size()))
             .collect();
         Ok(Answer::Ready(Some(ReclaimPlan { punches, runs, counts, pins, clusters, freed })))
     }

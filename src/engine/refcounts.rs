@@ -4,7 +4,7 @@
 
 use std::collections::BTreeSet;
 
-use qcow2::{Geometry, HostCluster, HostOffset};
+use qcow2::{Geometry, HostCluster, HostOffset, HostRange};
 
 use crate::bounds::TABLE_SLICE_BYTES_MAX;
 use crate::entries::Entries;
@@ -114,13 +114,14 @@ impl Refcounts {
         }
     }
 
-    /// Offset and length in bytes of each block of the table that names one of these refblocks (in ascending order).
-    pub fn table_places(&self, refblocks: impl Iterator<Item = u64>) -> Vec<(HostOffset, u64)> {
+    /// The place of each block of the table that names one of these refblocks (in ascending order).
+    pub fn table_places(&self, refblocks: impl Iterator<Item = u64>) -> Vec<HostRange> {
         let entries = table_block_entries(&self.geometry);
         let mut blocks: Vec<u64> = refblocks.map(|refblock| refblock / entries).collect();
         blocks.dedup();
         let bytes = entries * 8;
-        blocks.into_iter().map(|block| (HostOffset(self.table_offset.0 + block * bytes), bytes)).collect()
+        let place = |block| HostRange::new(HostOffset(self.table_offset.0 + block * bytes), bytes);
+        blocks.into_iter().map(place).collect()
     }
 
     /// The bytes of a block of the table, for writing.

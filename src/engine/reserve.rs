@@ -6,7 +6,7 @@
 use std::ops::Range;
 use std::task::Waker;
 
-use qcow2::{HostCluster, HostOffset};
+use qcow2::{HostCluster, HostRange};
 
 use crate::aimed::Known;
 use crate::answer::{Answer, ready};
@@ -30,9 +30,9 @@ const FILE_BYTES_MAX: u64 = 1 << 56;
 pub struct ReservePlan {
     /// The file must be at least this many bytes long.
     pub file_length: Option<u64>,
-    /// Metadata (offsets and lengths in bytes), new or about to change. The host must allocate it now, because writing
-    /// it later must not fail for lack of space.
-    pub metadata: Vec<(HostOffset, u64)>,
+    /// Metadata, new or about to change. The host must allocate it now, because writing it later must not fail for
+    /// lack of space.
+    pub metadata: Vec<HostRange>,
     window: FreeRun,
     growth: Option<Growth>,
     pins: Vec<TableId>,
@@ -231,7 +231,7 @@ impl State {
         let mut metadata = Vec::new();
         if let Some(growth) = &growth {
             let length = growth.run.count * geometry.cluster_size();
-            metadata.push((geometry.host_offset(growth.run.start), length));
+            metadata.push(HostRange::new(geometry.host_offset(growth.run.start), length));
             if growth.table.is_none() {
                 metadata.extend(
                     self.write_state()?.refcounts.table_places(growth.blocks.iter().map(|(block, _)| *block)),

@@ -1,6 +1,6 @@
 //! The parameters of an engine: the chain, the bounds of its memory, and where the top image has its metadata.
 
-use qcow2::HostOffset;
+use qcow2::{HostOffset, HostRange};
 
 use crate::change::SnapshotPlaces;
 use crate::entries::Entries;
@@ -32,8 +32,8 @@ pub struct TopSpec {
     pub refcount_table: Entries,
     /// The file's length in bytes.
     pub file_length: u64,
-    /// The ranges of the file that bitmaps occupy: offsets, and lengths in bytes.
-    pub bitmaps: Vec<(HostOffset, u64)>,
+    /// The ranges of the file that bitmaps occupy.
+    pub bitmaps: Vec<HostRange>,
     /// The metadata of internal snapshots.
     pub snapshots: SnapshotPlaces,
     /// A discarded or zeroed host cluster stays allocated to its guest cluster; only its space is punched. Needs

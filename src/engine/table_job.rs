@@ -5,7 +5,7 @@
 
 use std::task::Waker;
 
-use qcow2::{HostCluster, HostOffset, L1Entry};
+use qcow2::{HostCluster, HostOffset, HostRange, L1Entry};
 
 use crate::answer::{Answer, TableSlot, ready};
 use crate::error::EngineError;
@@ -23,12 +23,10 @@ use crate::waiters::WakeList;
 pub struct TablePlan {
     slot: TableSlot,
     host: HostCluster,
-    /// Where it lies, in bytes.
-    pub offset: HostOffset,
-    /// Its length in bytes: one cluster.
-    pub length: u64,
-    /// Offset and length in bytes of the L1 block that will name the table. The host must allocate that block, too.
-    pub link: (HostOffset, u64),
+    /// Where the table will lie: one cluster.
+    pub place: HostRange,
+    /// The L1 block that will name the table. The host must allocate that block, too.
+    pub link: HostRange,
     /// The table that this one copies; its slices are pinned.
     copy_of: Option<HostOffset>,
 }
@@ -71,15 +69,16 @@ impl State {
             self.tables.pin(id);
         }
         let geometry = &self.top_qcow2().geometry;
-        let (host, offset) = (taken.start, geometry.host_offset(taken.start));
-        let (length, link) = (geometry.cluster_size(), self.l1_block_place(l1_block_of(geometry, slot.0)));
-        Ok(Answer::Ready(Some(TablePlan { slot, host, offset, length, link, copy_of })))
+        let host = taken.start;
+        let place = HostRange::new(geometry.host_offset(host), geometry.cluster_size());
+        let link = self.l1_block_place(l1_block_of(geometry, slot.0));
+        Ok(Answer::Ready(Some(TablePlan { slot, host, place, link, copy_of })))
     }
 
     pub fn commit_table(&mut self, plan: TablePlan, wakes: &mut WakeList) {
         let top = self.top_qcow2_mut();
         let (ids, slice_bytes) = (slices(top, plan.slot), top.slice_bytes() as usize);
-        top.l1.set(plan.slot.0, L1Entry::Table { offset: plan.offset, copied: true }.encode());
+        top.l1.set(plan.slot.0, L1Entry::Table { offset: plan.place.offset, copied: true }.encode());
         let block = l1_block_of(&top.geometry, plan.slot.0);
         let old = plan.copy_of.map(|offset| top.geometry.host_cluster(offset));
         for id in ids {

@@ -4,7 +4,7 @@
 use std::task::Waker;
 
 use qcow2::{
-    Geometry, GuestCluster, GuestOffset, HostOffset, L1Entry, L2Entry, SUBCLUSTERS, SubclusterSet,
+    Geometry, GuestCluster, GuestOffset, HostRange, L1Entry, L2Entry, SUBCLUSTERS, SubclusterSet,
     Subclusters, Version,
 };
 
@@ -36,7 +36,7 @@ pub enum Zeroed {
         bytes: u64,
         /// Runs of the file (offset and length in bytes) whose clusters stay in place and whose space may be released
         /// at once. This must end while the claim on the range is held, before the next write to these clusters.
-        unused: Vec<(HostOffset, u64)>,
+        unused: Vec<HostRange>,
     },
     /// Bytes that must be written as data: this image cannot record zeros there.
     NeedsData(u64),
@@ -311,10 +311,10 @@ fn done(bytes: u64) -> Zeroed {
 }
 
 /// Adds an entry's host cluster to a list of runs, joining it with the last run if contiguous.
-fn note_unused(geometry: &Geometry, entry: L2Entry, runs: &mut Vec<(HostOffset, u64)>) {
+fn note_unused(geometry: &Geometry, entry: L2Entry, runs: &mut Vec<HostRange>) {
     let Some(host) = entry.host() else { return };
     match runs.last_mut() {
-        Some((start, length)) if start.0 + *length == host.offset.0 => *length += geometry.cluster_size(),
-        _ => runs.push((host.offset, geometry.cluster_size())),
+        Some(run) if run.end() == host.offset => run.length += geometry.cluster_size(),
+        _ => runs.push(HostRange::new(host.offset, geometry.cluster_size())),
     }
 }

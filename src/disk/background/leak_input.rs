@@ -5,13 +5,13 @@ use std::sync::atomic::AtomicBool;
 
 use engine::TopSpec;
 use qcow2::feature::{AUTOCLEAR_BITMAPS, AUTOCLEAR_RAW_DATA_FILE, COMPATIBLE_LAZY_REFCOUNTS};
-use qcow2::{Header, HostOffset, extension};
+use qcow2::{Header, HostRange, extension};
 
 /// Input of a disk's search, and whether it is still to run.
 #[derive(Debug, Default)]
 pub(crate) struct LeakInput {
     /// The L1 tables of snapshots: offset, and length in bytes.
-    pub snapshot_l1: Vec<(HostOffset, u64)>,
+    pub snapshot_l1: Vec<HostRange>,
     /// There is nothing to search, or the search went as far as it can.
     pub settled: AtomicBool,
 }

@@ -206,8 +206,8 @@ impl<'a, S: Storage> Search<'a, S> {
         let shared = &self.worker.shared;
         let (file, info) = (&shared.files[0], &shared.files[0].info);
         let image = ImageFile { driver: &self.worker.driver, id: file.id, info };
-        for (start, length) in &shared.leaks.snapshot_l1 {
-            for piece in ByteRange::new(start.0, *length).pieces(L1_PIECE) {
+        for table in &shared.leaks.snapshot_l1 {
+            for piece in ByteRange::from(*table).pieces(L1_PIECE) {
                 let read = image.read("L1 table of a snapshot", piece);
                 let bytes = read.await.map_err(|error| End::Open(Box::new(error)))?;
                 for word in bytes.as_chunks::<8>().0.iter().filter(|word| **word != [0; 8]) {
@@ -215,7 +215,7 @@ impl<'a, S: Storage> Search<'a, S> {
                         Ok(qcow2::L1Entry::Table { offset, .. }) => {
                             named.push(self.geometry.host_cluster(offset).0);
                         }
-                        _ => return Err(End::SnapshotL1(*start)),
+                        _ => return Err(End::SnapshotL1(table.offset)),
                     }
                 }
                 if named.len() >= SNAPSHOT_TABLES_MAX {

@@ -8,7 +8,6 @@ use tracing::warn;
 
 use crate::bounds::PUNCHES_AT_ONCE;
 use crate::error::RequestError;
-use crate::range::ByteRange;
 use crate::rules::{self, Awaited};
 use crate::serve::worker::Worker;
 
@@ -24,17 +23,14 @@ impl<S: Storage> Worker<S> {
         let Some(plan) = self.ask(|engine, waker| engine.plan_reclaim(waker)).await? else {
             return Ok(false);
         };
-        for (offset, length) in &plan.punches {
+        for run in &plan.punches {
             // No request can put an entry back any more: those that knew the clusters as compressed have ended.
-            self.shared.inflated.forget(FileIndex(0), *offset, *length);
+            self.shared.inflated.forget(FileIndex(0), *run);
         }
         let top = &self.shared.files[0];
         let mut punched = Vec::with_capacity(plan.punches.len());
         for some in plan.punches.chunks(PUNCHES_AT_ONCE) {
-            let started: Vec<_> = some
-                .iter()
-                .map(|(offset, length)| self.start_punch(top, ByteRange::new(offset.0, *length)))
-                .collect();
+            let started: Vec<_> = some.iter().map(|run| self.start_punch(top, (*run).into())).collect();
             for (whole, operation) in started {
                 let result = match operation {
                     Some(operation) if rules::waits_for(Awaited::PunchOfFreed) => operation.await.0,

@@ -10,7 +10,7 @@ use std::task::Poll;
 use engine::change::{Change, Plan, PlanStep, Planner};
 use engine::check::Step;
 use names::shown;
-use qcow2::{Header, HostOffset, SECTOR};
+use qcow2::{Header, HostRange, SECTOR};
 use storage::{Errno, IoQueue, Kind, Operation};
 use thiserror::Error;
 use tracing::warn;
@@ -64,7 +64,7 @@ pub(crate) async fn plan<Q: IoQueue>(
     while let Step::Read { offset, length } = planner.step() {
         let mut pieces = planner.ahead(QUEUE_DEPTH as usize);
         if pieces.is_empty() {
-            pieces.push((offset, length));
+            pieces.push(HostRange::new(offset, length as u64));
         }
         for bytes in read_all(image, &pieces).await? {
             planner.feed(&bytes);
@@ -76,11 +76,9 @@ pub(crate) async fn plan<Q: IoQueue>(
 /// Reads pieces concurrently.
 async fn read_all<Q: IoQueue>(
     image: &ImageFile<'_, Q>,
-    pieces: &[(HostOffset, usize)],
+    pieces: &[HostRange],
 ) -> Result<Vec<Vec<u8>>, OpenError> {
-    let reads = pieces
-        .iter()
-        .map(|(offset, length)| image.read("metadata", ByteRange::new(offset.0, *length as u64)));
+    let reads = pieces.iter().map(|piece| image.read("metadata", (*piece).into()));
     all(reads.collect()).await.into_iter().collect()
 }
 
@@ -123,7 +121,9 @@ async fn write_all<Q: IoQueue>(image: &ImageFile<'_, Q>, plan: &mut Plan) -> Res
                 image.write(offset.0, &bytes).await?;
             }
             PlanStep::Sync => image.sync().await?,
-            PlanStep::Correct { offset, length } => corrections.push((offset, length)),
+            PlanStep::Correct { offset, length } => {
+                corrections.push(HostRange::new(offset, length as u64));
+            }
             PlanStep::Punch { offset, length } => {
                 punches = punches && image.give_back(ByteRange::new(offset.0, length)).await;
             }
@@ -143,12 +143,12 @@ async fn write_all<Q: IoQueue>(image: &ImageFile<'_, Q>, plan: &mut Plan) -> Res
 async fn correct<Q: IoQueue>(
     image: &ImageFile<'_, Q>,
     plan: &Plan,
-    pieces: &[(HostOffset, usize)],
+    pieces: &[HostRange],
 ) -> Result<(), OpenError> {
     let mut writes = Vec::new();
-    for ((offset, _), mut bytes) in pieces.iter().zip(read_all(image, pieces).await?) {
+    for (piece, mut bytes) in pieces.iter().zip(read_all(image, pieces).await?) {
         if let Some(changed) = plan.correct(&mut bytes) {
-            writes.push((offset.0 + changed.start as u64, bytes[changed].to_vec()));
+            writes.push((piece.offset.0 + changed.start as u64, bytes[changed].to_vec()));
         }
     }
     // Two concurrent changes within one unit would overwrite each other.

@@ -6,7 +6,7 @@
 use std::path::Path;
 
 use engine::Entries;
-use qcow2::{FormatError, FormatErrorKind, Header, HostOffset, SECTOR, Salvaged};
+use qcow2::{FormatError, FormatErrorKind, Header, HostRange, SECTOR, Salvaged};
 use storage::{AlignedBuf, FileId, FileInfo, IoQueue, Kind, OpenOptions, Operation, Storage, StorageError};
 
 use crate::bounds::READ_PIECE_BYTES as PIECE;
@@ -120,8 +120,8 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
     }
 
     /// The part of a range that is in the file.
-    pub fn in_file(&self, offset: HostOffset, length: u64) -> ByteRange {
-        ByteRange::new(offset.0, length.min(self.info.length.saturating_sub(offset.0)))
+    pub fn in_file(&self, range: HostRange) -> ByteRange {
+        ByteRange::new(range.offset.0, range.length.min(self.info.length.saturating_sub(range.offset.0)))
     }
 
     /// Writes bytes at any alignment, and leaves the other bytes of their units as they are. A change within a unit

@@ -10,7 +10,7 @@ use engine::change::SnapshotPlaces;
 use engine::check::RepairKind;
 use names::shown;
 use qcow2::header::L1_TABLE_SIZE_MAX;
-use qcow2::{Geometry, Header, HostOffset, Incompatible, SnapshotTable};
+use qcow2::{Geometry, Header, HostRange, Incompatible, SnapshotTable};
 use storage::{FileId, FileInfo, IoQueue, OpenOptions, Storage};
 use tracing::warn;
 
@@ -132,11 +132,7 @@ async fn sound_header<S: Storage>(
 }
 
 /// Whether a snapshot's L1 table can be where the entry says.
-fn l1_place(
-    snapshot: &Snapshot,
-    geometry: &Geometry,
-    file_length: u64,
-) -> Result<(HostOffset, u64), BadSnapshot> {
+fn l1_place(snapshot: &Snapshot, geometry: &Geometry, file_length: u64) -> Result<HostRange, BadSnapshot> {
     let (offset, entries) = (snapshot.l1_offset, snapshot.l1_entries);
     let length = u64::from(entries) * 8;
     // A table of no bytes has no location.
@@ -144,7 +140,7 @@ fn l1_place(
     if length > L1_TABLE_SIZE_MAX || !geometry.is_aligned(offset.0) || !is_in_file {
         return Err(BadSnapshot::L1Place { offset, entries });
     }
-    Ok((offset, length))
+    Ok(HostRange::new(offset, length))
 }
 
 impl<Q: IoQueue> ImageFile<'_, Q> {
@@ -175,12 +171,12 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
             return Ok(places);
         }
         let (snapshots, length) = self.snapshot_table(header).await?;
-        places.tables.push((header.snapshots_offset, length));
+        places.tables.push(HostRange::new(header.snapshots_offset, length));
         let geometry = header.geometry();
         let path = || self.info.path.clone();
         for snapshot in &snapshots {
             match l1_place(snapshot, &geometry, self.info.length) {
-                Ok((_, 0)) => {}
+                Ok(HostRange { length: 0, .. }) => {}
                 Ok(place) => places.tables.push(place),
                 Err(bad) => {
                     places.has_unknown();
@@ -193,12 +189,12 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
             }
         }
         let l1_tables = places.tables[1..].to_vec();
-        let length = l1_tables.iter().map(|(_, length)| length).sum();
+        let length = l1_tables.iter().map(|table| table.length).sum();
         if length > L1_BYTES_MAX {
             return Err(OpenError::SnapshotsTooLarge { path: path(), length, max: L1_BYTES_MAX });
         }
-        for (offset, length) in l1_tables {
-            for piece in self.l1_in_file(offset, length).pieces(PIECE) {
+        for table in l1_tables {
+            for piece in self.l1_in_file(table).pieces(PIECE) {
                 let bytes = self.read("L1 table of a snapshot", piece).await?;
                 places.add_l1(&geometry, &bytes, self.info.length);
             }
@@ -216,19 +212,19 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
         };
         let bad = |source| OpenError::BadSnapshot { path: path(), wanted: wanted.to_owned(), source };
         let geometry = Geometry { size: snapshot.disk_size().unwrap_or(header.size), ..header.geometry() };
-        let (offset, length) = l1_place(snapshot, &geometry, self.info.length).map_err(bad)?;
+        let table = l1_place(snapshot, &geometry, self.info.length).map_err(bad)?;
         let (entries, needed) = (snapshot.l1_entries, geometry.l1_entries());
         if needed > u64::from(entries) {
             return Err(bad(BadSnapshot::TooFewL1Entries { entries, needed }));
         }
-        let present = self.l1_in_file(offset, length);
+        let present = self.l1_in_file(table);
         let l1 = self.table("L1 table of the snapshot", present, u64::from(entries)).await?;
         Ok((geometry.size, l1))
     }
 
     /// The part of an L1 table that is in the file. An entry in which the file ends counts whole: its rest is zero.
-    fn l1_in_file(&self, offset: HostOffset, length: u64) -> ByteRange {
-        let present = self.in_file(offset, length);
+    fn l1_in_file(&self, table: HostRange) -> ByteRange {
+        let present = self.in_file(table);
         ByteRange { length: present.length.next_multiple_of(8), ..present }
     }
 }

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Poll, Waker};
 
 use engine::{CompressedCluster, FileIndex};
-use qcow2::HostOffset;
+use qcow2::{HostOffset, HostRange};
 use storage::Errno;
 
 use crate::error::RequestError;
@@ -108,13 +108,14 @@ impl Cache {
 
     /// Removes entries that overlap a range of a file. Call this before the range can hold anything new, and after
     /// the last request that knew its old contents has ended.
-    pub fn forget(&self, file: FileIndex, offset: HostOffset, length: u64) {
+    pub fn forget(&self, file: FileIndex, range: HostRange) {
         let mut state = self.lock();
-        let end = offset.0.saturating_add(length);
+        let start = range.offset.0;
+        let end = start.saturating_add(range.length);
         let at = |offset| CompressedCluster { layer: 0, file, offset: HostOffset(offset), length: 0 };
-        let near = state.entries.range(at(offset.0.saturating_sub(DATA_BYTES_MAX))..at(end));
+        let near = state.entries.range(at(start.saturating_sub(DATA_BYTES_MAX))..at(end));
         let over: Vec<CompressedCluster> =
-            near.map(|(cluster, _)| *cluster).filter(|at| at.offset.0 + at.length > offset.0).collect();
+            near.map(|(cluster, _)| *cluster).filter(|at| at.offset.0 + at.length > start).collect();
         for cluster in over {
             state.remove(cluster);
         }
@@ -254,15 +255,15 @@ mod tests {
         for n in 0..10 {
             put(&cache, u64::from(n) * 1000, n);
         }
-        cache.forget(FileIndex(0), HostOffset(3600), 1400);
-        cache.forget(FileIndex(1), HostOffset(0), 1 << 20);
+        cache.forget(FileIndex(0), HostRange::new(HostOffset(3600), 1400));
+        cache.forget(FileIndex(1), HostRange::new(HostOffset(0), 1 << 20));
         let left: Vec<u64> = (0..10).filter(|n| has(&cache, n * 1000)).collect();
         assert_eq!(left, [0, 1, 2, 3, 5, 6, 7, 8, 9], "data 4000..4600 alone lies in 3600..5000");
-        cache.forget(FileIndex(0), HostOffset(3599), 1);
+        cache.forget(FileIndex(0), HostRange::new(HostOffset(3599), 1));
         assert!(!has(&cache, 3000) && has(&cache, 2000));
         // A cluster that is removed while it is being inflated is not cached.
         let Found::Yours(lease) = cache.find(cluster(4000)) else { panic!("it is there") };
-        cache.forget(FileIndex(0), HostOffset(4000), 512);
+        cache.forget(FileIndex(0), HostRange::new(HostOffset(4000), 512));
         lease.done(&Ok(bytes(1)));
         assert!(!has(&cache, 4000));
     }
@@ -284,7 +285,7 @@ mod tests {
             let Poll::Ready(outcome) = wait.as_mut().poll(&mut context) else { panic!("it is over") };
             assert_eq!(outcome.is_ok(), good);
             assert_eq!(has(&cache, 0), good);
-            cache.forget(FileIndex(0), HostOffset(0), 1);
+            cache.forget(FileIndex(0), HostRange::new(HostOffset(0), 1));
         }
     }
 }

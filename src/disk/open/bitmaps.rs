@@ -5,7 +5,7 @@
 //! of bitmaps are never read or written.
 
 use names::shown;
-use qcow2::{Bitmap, BitmapDirectory, Header, HostOffset, bitmap_table_entry};
+use qcow2::{Bitmap, BitmapDirectory, Header, HostOffset, HostRange, bitmap_table_entry};
 use storage::IoQueue;
 use tracing::warn;
 
@@ -20,8 +20,8 @@ const TABLE_BYTES_MAX: u64 = 64 << 20;
 /// The bitmaps of an image that is to be written.
 pub(crate) struct Guarded {
     pub list: Vec<Bitmap>,
-    /// Their ranges of the file: offsets, and lengths in bytes.
-    pub places: Vec<(HostOffset, u64)>,
+    /// Their ranges of the file.
+    pub places: Vec<HostRange>,
 }
 
 impl<Q: IoQueue> ImageFile<'_, Q> {
@@ -59,24 +59,21 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
         }
     }
 
-    async fn bitmap_places(
-        &self,
-        header: &Header,
-        list: &[Bitmap],
-    ) -> Result<Vec<(HostOffset, u64)>, OpenError> {
+    async fn bitmap_places(&self, header: &Header, list: &[Bitmap]) -> Result<Vec<HostRange>, OpenError> {
         let length = list.iter().map(Bitmap::table_length).sum();
         if length > TABLE_BYTES_MAX {
             return Err(self.bad_bitmaps(BadBitmaps::TooLarge { length, max: TABLE_BYTES_MAX }));
         }
         let geometry = header.geometry();
         let size = geometry.cluster_size();
-        let directory = header.bitmaps().map(|bitmaps| (bitmaps.directory_offset, bitmaps.directory_size));
+        let directory =
+            header.bitmaps().map(|maps| HostRange::new(maps.directory_offset, maps.directory_size));
         let mut places = Vec::from_iter(directory);
         for bitmap in list {
-            let table = ByteRange::new(bitmap.table_offset.0, bitmap.table_length());
-            self.bitmap_place(bitmap.table_offset, table.length, size)?;
-            places.push((bitmap.table_offset, table.length));
-            for piece in table.pieces(PIECE) {
+            let table = HostRange::new(bitmap.table_offset, bitmap.table_length());
+            self.check_in_file(table, size)?;
+            places.push(table);
+            for piece in ByteRange::from(table).pieces(PIECE) {
                 let bytes = self.read("bitmap table", piece).await?;
                 for (index, word) in bytes.as_chunks::<8>().0.iter().enumerate() {
                     let raw = u64::from_be_bytes(*word);
@@ -84,11 +81,12 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
                     let cluster = bitmap_table_entry(raw, &geometry)
                         .map_err(|raw| self.bad_bitmaps(BadBitmaps::TableEntry { raw, offset }))?;
                     let Some(cluster) = cluster else { continue };
-                    self.bitmap_place(cluster, size, size)?;
+                    let cluster = HostRange::new(cluster, size);
+                    self.check_in_file(cluster, size)?;
                     match places.last_mut() {
                         // A table may end inside a cluster: then no cluster follows it directly.
-                        Some((last, length)) if last.0 + *length == cluster.0 => *length += size,
-                        _ => places.push((cluster, size)),
+                        Some(last) if last.end() == cluster.offset => last.length += size,
+                        _ => places.push(cluster),
                     }
                 }
             }
@@ -97,12 +95,12 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
     }
 
     /// Refuses a range that is not in the file; the last cluster of a file need not be whole.
-    fn bitmap_place(&self, start: HostOffset, length: u64, cluster_size: u64) -> Result<(), OpenError> {
+    fn check_in_file(&self, range: HostRange, cluster_size: u64) -> Result<(), OpenError> {
         let end = self.info.length.next_multiple_of(cluster_size);
-        if start.0.saturating_add(length) <= end {
+        if range.offset.0.saturating_add(range.length) <= end {
             return Ok(());
         }
-        Err(self.bad_bitmaps(BadBitmaps::PastEnd { start, length }))
+        Err(self.bad_bitmaps(BadBitmaps::PastEnd { start: range.offset, length: range.length }))
     }
 
     fn bad_bitmaps(&self, source: BadBitmaps) -> OpenError {

@@ -9,7 +9,7 @@ use std::path::Path;
 use engine::check::RepairKind;
 use engine::{Entries, FileIndex, LayerFormat, LayerSpec, TopSpec};
 use names::shown;
-use qcow2::{Bitmap, Geometry, Header, HostOffset, Incompatible, SECTOR, Unsupported};
+use qcow2::{Bitmap, Geometry, Header, HostOffset, HostRange, Incompatible, SECTOR, Unsupported};
 use storage::{FileId, FileInfo, IoQueue, OpenOptions, Storage};
 use tracing::{info, warn};
 
@@ -247,6 +247,6 @@ impl<Q: IoQueue> ImageFile<'_, Q> {
         offset: HostOffset,
         entries: u64,
     ) -> Result<Entries, OpenError> {
-        self.table(structure, self.in_file(offset, entries * 8), entries).await
+        self.table(structure, self.in_file(HostRange::new(offset, entries * 8)), entries).await
     }
 }

@@ -5,6 +5,7 @@ use std::task::{Poll, Waker};
 use std::time::Duration;
 
 use engine::{HeldBack, TablePlace, TableSlot, Turn};
+use qcow2::HostRange;
 use storage::{Errno, Kind, Operation, Storage};
 
 use crate::error::RequestError;
@@ -83,7 +84,6 @@ impl<S: Storage> Worker<S> {
         let Some(mut plan) = plan else {
             return Ok(());
         };
-        let top = self.shared.top_file();
         let mut result = Ok(());
         // The file always ends with a block of its file system: see `fill_last_block`.
         let block = u64::from(self.shared.files[0].info.block_size.max(1));
@@ -91,10 +91,9 @@ impl<S: Storage> Worker<S> {
         if let Some(length) = plan.file_length {
             result = self.grow_file(length).await;
         }
-        for (offset, length) in &plan.metadata {
+        for range in &plan.metadata {
             if result.is_ok() {
-                let length = *length;
-                result = self.allocate(Operation::bare(top, Kind::Allocate { length }, offset.0)).await;
+                result = self.allocate(*range).await;
             }
         }
         match result {
@@ -117,8 +116,9 @@ impl<S: Storage> Worker<S> {
 
     /// Has the host allocate metadata, where its file system can. Elsewhere the write of the table finds that there
     /// is no space.
-    async fn allocate(&self, operation: Operation) -> Result<(), Errno> {
-        match self.driver.run_bare(operation).await {
+    async fn allocate(&self, range: HostRange) -> Result<(), Errno> {
+        let kind = Kind::Allocate { length: range.length };
+        match self.driver.run_bare(Operation::bare(self.shared.top_file(), kind, range.offset.0)).await {
             Err(Errno::EOPNOTSUPP) => Ok(()),
             other => other,
         }
@@ -127,9 +127,8 @@ impl<S: Storage> Worker<S> {
     /// Has the host allocate pieces of tables that are about to be changed.
     pub async fn allocate_tables(&self, places: Vec<TablePlace>) -> Result<(), RequestError> {
         for place in places {
-            let length = place.length;
-            let allocate = Operation::bare(self.shared.top_file(), Kind::Allocate { length }, place.offset.0);
-            self.allocate(allocate).await.map_err(RequestError::io("allocating a piece of a table"))?;
+            let range = HostRange::new(place.offset, place.length);
+            self.allocate(range).await.map_err(RequestError::io("allocating a piece of a table"))?;
             self.engine().table_allocated(&place);
         }
         Ok(())
@@ -143,10 +142,9 @@ impl<S: Storage> Worker<S> {
             return Ok(());
         };
         let mut result = Ok(());
-        for (offset, length) in [plan.link, (plan.offset, plan.length)] {
+        for range in [plan.link, plan.place] {
             if result.is_ok() {
-                let allocate = Operation::bare(self.shared.top_file(), Kind::Allocate { length }, offset.0);
-                result = self.allocate(allocate).await;
+                result = self.allocate(range).await;
             }
         }
         match result {

@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::task::Waker;
 
 use engine::{Answer, Source, TableLoad, ZeroMode, Zeroed};
-use qcow2::{GuestOffset, HostOffset};
+use qcow2::{GuestOffset, HostOffset, HostRange};
 use storage::{Errno, Kind, Operation, Storage};
 use tracing::debug;
 
@@ -61,7 +61,7 @@ impl<S: Storage> Worker<S> {
         if route == ZeroRoute::Raw {
             return self.raw_discard(range).await;
         }
-        let granules = self.whole_granules(range).from(done.get());
+        let granules = self.whole_granules(range).starting_at(done.get());
         if granules.is_empty() {
             return self.check_writable();
         }
@@ -83,7 +83,7 @@ impl<S: Storage> Worker<S> {
         if self.shared.zero_route.is_raw() {
             return Box::pin(self.raw_zeroes(range, mode)).await;
         }
-        let left = range.from(done.get());
+        let left = range.starting_at(done.get());
         let _claim = self.claim(left).await;
         self.zero_by_tables(left, mode, done).await
     }
@@ -107,7 +107,7 @@ impl<S: Storage> Worker<S> {
         if granules.is_empty() {
             return Box::pin(self.zero_piece(range)).await;
         }
-        let (head, tail) = (range.before(granules.offset), range.from(granules.end()));
+        let (head, tail) = (range.before(granules.offset), range.starting_at(granules.end()));
         if !head.is_empty() {
             Box::pin(self.zero_piece(head)).await?;
         }
@@ -163,19 +163,17 @@ impl<S: Storage> Worker<S> {
             }
         }
         if at_the_end && mode != ZeroMode::Keep {
-            self.empty(&[(HostOffset(granules.offset), granules.length)]).await;
+            self.empty(&[HostRange::new(HostOffset(granules.offset), granules.length)]).await;
         }
         Ok(())
     }
 
     /// Gives the space of clusters that keep their location back to the host.
-    async fn empty(&self, runs: &[(HostOffset, u64)]) {
+    async fn empty(&self, runs: &[HostRange]) {
         let file = self.shared.data_file();
         for some in runs.chunks(PUNCHES_AT_ONCE) {
-            let started: Vec<_> = some
-                .iter()
-                .filter_map(|(offset, length)| self.start_punch(file, ByteRange::new(offset.0, *length)).1)
-                .collect();
+            let started: Vec<_> =
+                some.iter().filter_map(|run| self.start_punch(file, (*run).into()).1).collect();
             if !rules::waits_for(Awaited::PunchInPlace) {
                 continue;
             }
@@ -213,7 +211,7 @@ impl<S: Storage> Worker<S> {
         let (head, tail) = if blocks.is_empty() {
             (granules, ByteRange::new(granules.end(), 0))
         } else if self.raw_punch(blocks).await? {
-            (granules.before(blocks.offset), granules.from(blocks.end()))
+            (granules.before(blocks.offset), granules.starting_at(blocks.end()))
         } else {
             return Ok(());
         };
@@ -250,7 +248,7 @@ impl<S: Storage> Worker<S> {
             return self.write_raw_zeros(range).await;
         }
         self.write_raw_zeros(range.before(blocks.offset)).await?;
-        self.write_raw_zeros(range.from(blocks.end())).await?;
+        self.write_raw_zeros(range.starting_at(blocks.end())).await?;
         let ByteRange { offset, length } = blocks;
         if mode == ZeroMode::Unmap
             && self.driver.run_bare(Operation::bare(file.id, Kind::Punch { length }, offset)).await.is_ok()

@@ -188,16 +188,15 @@ impl Planner {
     }
 
     /// The next pieces that [`Planner::step`] will return, at most `most` of them, as far as they are known.
-    pub fn ahead(&self, most: usize) -> Vec<(HostOffset, usize)> {
-        let pieces = match &self.phase {
+    pub fn ahead(&self, most: usize) -> Vec<HostRange> {
+        match &self.phase {
             Phase::RefcountTable(sweep) | Phase::ActiveL1(sweep) | Phase::TargetL1(sweep) => {
                 sweep.ahead(most)
             }
             Phase::Refblocks(sweep) => sweep.ahead(most),
             Phase::ActiveL2(sweep) | Phase::TargetL2(sweep) => sweep.ahead(most),
             Phase::Table(_) | Phase::Done => Vec::new(),
-        };
-        pieces.into_iter().map(|piece| (piece.offset, piece.length as usize)).collect()
+        }
     }
 
     /// Takes all the bytes that [`Planner::step`] requested.

@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use qcow2::{Geometry, HostCluster, HostOffset, L1Entry};
+use qcow2::{Geometry, HostCluster, HostRange, L1Entry};
 
 /// The fewest new L2 tables in the list for which sorting is worth while.
 const UNSETTLED_MIN: usize = 1 << 16;
@@ -12,8 +12,8 @@ const UNSETTLED_MIN: usize = 1 << 16;
 /// Where internal snapshots have metadata.
 #[derive(Clone, Debug, Default)]
 pub struct SnapshotPlaces {
-    /// The snapshot table and the L1 tables of snapshots: offset, and length in bytes.
-    pub tables: Vec<(HostOffset, u64)>,
+    /// The snapshot table, then the L1 tables of snapshots.
+    pub tables: Vec<HostRange>,
     /// Clusters of the L2 tables that those L1 tables name, including tables shared with the active disk.
     l2_tables: Vec<u64>,
     /// True if part of a snapshot is not where its entry says, or contains something unknown.

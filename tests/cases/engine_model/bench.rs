@@ -258,10 +258,10 @@ impl Bench {
         drop(idle);
         while let Some(plan) = self.ask(|engine, waker| engine.plan_reclaim(waker))? {
             // Punched ranges read as zero. The result must not depend on punches that are left out.
-            let punched: Vec<bool> = plan.punches.iter().map(|(offset, _)| offset.0 % 3 != 0).collect();
-            for ((offset, length), punched) in plan.punches.clone().into_iter().zip(&punched) {
-                let bytes = vec![if *punched { 0 } else { 0xee }; length as usize];
-                self.files.write(offset.0, &bytes);
+            let punched: Vec<bool> = plan.punches.iter().map(|run| run.offset.0 % 3 != 0).collect();
+            for (run, punched) in plan.punches.iter().zip(&punched) {
+                let bytes = vec![if *punched { 0 } else { 0xee }; run.length as usize];
+                self.files.write(run.offset.0, &bytes);
             }
             self.engine.commit_reclaim(plan, &punched);
         }
