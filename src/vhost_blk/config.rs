@@ -20,6 +20,8 @@ pub(crate) const CONFIG_WCE: u64 = 1 << VIRTIO_BLK_F_CONFIG_WCE;
 pub(crate) const EVENT_INDEX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
 /// INDIRECT_DESC.
 pub(crate) const INDIRECT: u64 = 1 << VIRTIO_RING_F_INDIRECT_DESC;
+/// vhost's own bit: all writes to guest memory are logged for a migration. A guest never sees it.
+pub(crate) const LOG_ALL: u64 = 1 << 26;
 /// vhost-user's own bit: protocol features can be negotiated, and rings start disabled.
 pub(crate) const PROTOCOL_FEATURES: u64 = 1 << 30;
 
@@ -51,6 +53,7 @@ pub(crate) fn features(profile: &DeviceProfile, num_queues: u16) -> u64 {
         | INDIRECT
         | EVENT_INDEX
         | PROTOCOL_FEATURES
+        | LOG_ALL
         | FLUSH
         | bit(VIRTIO_BLK_F_SIZE_MAX)
         | bit(VIRTIO_BLK_F_SEG_MAX)
@@ -86,6 +89,7 @@ pub(crate) fn names(features: u64) -> String {
     let name = |bit: u32| match NAMES.iter().find(|(number, _)| *number == bit) {
         Some((_, name)) => (*name).to_owned(),
         None if PROTOCOL_FEATURES == 1 << bit => "PROTOCOL_FEATURES".to_owned(),
+        None if LOG_ALL == 1 << bit => "LOG_ALL".to_owned(),
         None => format!("bit {bit}"),
     };
     let names: Vec<String> = (0..u64::BITS).filter(|bit| features & (1 << bit) != 0).map(name).collect();
@@ -100,6 +104,7 @@ pub(crate) fn protocol_features() -> VhostUserProtocolFeatures {
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
         | VhostUserProtocolFeatures::RESET_DEVICE
         | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+        | VhostUserProtocolFeatures::LOG_SHMFD
 }
 
 /// `size` bytes of the configuration space from `offset`, padded with zeros; `None` if the range exceeds the space.

@@ -8,6 +8,7 @@ use std::time::Duration;
 use tracing::warn;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::dirty_log::DirtyLog;
 use crate::fd::{self, RaiseMark, SignalSlot};
 use crate::in_flight_region::SplitTracker;
 use crate::memory::GuestMemory;
@@ -145,6 +146,8 @@ pub(crate) struct WorkerSetup<D> {
     pub tracker: Option<SplitTracker>,
     /// The heads of the chains that the last worker had in flight, to be done first and in this order.
     pub again: Vec<u16>,
+    /// Where the data and the status bytes that are written to guest memory are logged, if they are.
+    pub log: Option<Arc<DirtyLog>>,
     /// The ring was used before: its previous worker or daemon may have lost an interrupt.
     pub resumed: bool,
     pub shared: Arc<Shared>,

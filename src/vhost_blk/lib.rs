@@ -16,6 +16,7 @@ mod config;
 mod control;
 mod descriptor;
 pub mod device;
+mod dirty_log;
 mod door;
 mod error;
 #[allow(unsafe_code)]

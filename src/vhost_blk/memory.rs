@@ -292,6 +292,12 @@ impl MemoryTable {
         self.assemble(regions)
     }
 
+    /// The guest address after the last byte of the last region; 0 without regions.
+    pub fn end(&self) -> u64 {
+        // Cannot overflow: checked when the region was mapped.
+        self.regions.last().map_or(0, |region| region.info.guest + region.info.size)
+    }
+
     /// The guest address of an address in the frontend's address space.
     pub fn guest_address(&self, user: u64) -> Option<u64> {
         self.regions.iter().find_map(|region| {

@@ -14,6 +14,7 @@ use virtio_bindings::virtio_ring::{
 use vm_memory::VolatileMemory;
 
 use crate::device::GuestSlice;
+use crate::dirty_log::UsedRingLog;
 use crate::error::{BadAddress, RingError};
 use crate::loss::MemoryLoss;
 use crate::memory::GuestMemory;
@@ -106,6 +107,8 @@ pub struct Ring {
     in_flight: HeadSet,
     /// Whether chains may still be given back.
     loss: Arc<MemoryLoss>,
+    /// Where writes to the used ring are logged, if they are.
+    used_log: Option<UsedRingLog>,
     /// The descriptors of the current chain; kept to reuse the allocation.
     descriptors: Vec<Copied>,
 }
@@ -159,7 +162,7 @@ impl Ring {
         // The elements of each ring are followed by the index at which the other side wants a notification.
         let table = Part::find(memory, descriptors, slots * DESCRIPTOR_BYTES)?;
         let available_ring = Part::find(memory, available, ELEMENTS + slots * AVAILABLE_BYTES + 2)?;
-        let used_ring = Part::find(memory, used, ELEMENTS + slots * USED_BYTES + 2)?;
+        let used_ring = Part::find(memory, used, Self::used_bytes(size) as usize)?;
         let next_used = used_ring.load(INDEX, Ordering::Acquire)?;
         Ok(Ring {
             table,
@@ -173,8 +176,26 @@ impl Ring {
             asked_at: next_used,
             in_flight: HeadSet::new(size),
             loss: Arc::clone(memory.loss()),
+            used_log: None,
             descriptors: Vec::with_capacity(slots),
         })
+    }
+
+    /// Bytes of the used ring of `size` descriptors, with its flags, its index and its event index.
+    pub(crate) fn used_bytes(size: u16) -> u64 {
+        (ELEMENTS + usize::from(size) * USED_BYTES + 2) as u64
+    }
+
+    /// Logs all writes to the used ring from now on.
+    pub(crate) fn log_used_ring(&mut self, log: UsedRingLog) {
+        self.used_log = Some(log);
+    }
+
+    /// The writable descriptors of the chain that was last taken: guest address and bytes, not checked to be in guest
+    /// memory.
+    pub(crate) fn writable(&self) -> impl Iterator<Item = (u64, u32)> {
+        let writable = self.descriptors.iter().filter(|copied| copied.writable);
+        writable.map(|copied| (copied.address, copied.length))
     }
 
     /// The index in the available ring of the next chain to take.
@@ -289,9 +310,11 @@ impl Ring {
         if self.loss.is_lost() {
             return Err(RingError::MemoryLost);
         }
-        self.next_used = next;
+        let first = std::mem::replace(&mut self.next_used, next);
         // Release: a reader of the index sees the elements, and the bytes written to their chains.
-        Ok(self.used_ring.store(next, INDEX, Ordering::Release)?)
+        self.used_ring.store(next, INDEX, Ordering::Release)?;
+        self.log_used(first, next);
+        Ok(())
     }
 
     /// Whether the guest wants a notification for the chains given back since the previous call.
@@ -320,9 +343,9 @@ impl Ring {
     pub fn enable_kicks(&mut self) -> Result<bool, RingError> {
         if self.event_index {
             let event = ELEMENTS + usize::from(self.size) * USED_BYTES;
-            self.used_ring.store(self.next_available, event, Ordering::Relaxed)?;
+            self.store_wish(self.next_available, event)?;
         } else {
-            self.used_ring.store(0, 0, Ordering::Relaxed)?;
+            self.store_wish(0, 0)?;
         }
         // The wish must be visible before the index is read: the driver stores the index, then reads the wish.
         fence(Ordering::SeqCst);
@@ -338,7 +361,31 @@ impl Ring {
         if self.event_index {
             return Ok(());
         }
-        Ok(self.used_ring.store(NO_NOTIFY, 0, Ordering::Relaxed)?)
+        self.store_wish(NO_NOTIFY, 0)
+    }
+
+    /// Stores what kicks are wanted, at an offset in the used ring.
+    fn store_wish(&self, wish: u16, offset: usize) -> Result<(), RingError> {
+        self.used_ring.store(wish, offset, Ordering::Relaxed)?;
+        if let Some(log) = &self.used_log {
+            log.mark(offset, size_of::<u16>());
+        }
+        Ok(())
+    }
+
+    /// Logs the elements from one index up to another, not both the same, and the index itself.
+    fn log_used(&self, from: u16, to: u16) {
+        let Some(log) = &self.used_log else { return };
+        log.mark(INDEX, size_of::<u16>());
+        let (from, to) = (self.slot(from), self.slot(to));
+        let elements =
+            |from: usize, to: usize| log.mark(ELEMENTS + from * USED_BYTES, (to - from) * USED_BYTES);
+        if from < to {
+            elements(from, to);
+        } else {
+            elements(from, usize::from(self.size));
+            elements(0, to);
+        }
     }
 
     /// The slot of an index in its ring.

@@ -204,6 +204,7 @@ fn tell_loss<D: BlockDevice>(session: &Mutex<Session<D>>) {
     let which = match session.lost_region() {
         Some(RegionInfo { guest, size, .. }) => format!("the memory region at {guest:#x} of {size:#x} bytes"),
         None if session.lost_in_flight_region() => "the in-flight region".to_owned(),
+        None if session.lost_log() => "the dirty log".to_owned(),
         None => "a memory region that was removed".to_owned(),
     };
     error!(

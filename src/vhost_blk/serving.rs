@@ -14,6 +14,7 @@ use tracing::{debug, warn};
 use crate::bounds::PORTION_MOST;
 use crate::control::{Control, Exit, Shared, Stop, WorkerSetup};
 use crate::device::{BlockDevice, BlockQueue, GuestSlice};
+use crate::dirty_log::ChainLog;
 use crate::error::RingError;
 use crate::fd::{SignalSlot, SignalView};
 use crate::in_flight::{End, InFlight, Pending};
@@ -47,6 +48,8 @@ pub(crate) struct Running<'a, Q: BlockQueue> {
     /// Some of them were begun and stay recorded as in flight.
     leaves_some: bool,
     in_flight: InFlight,
+    /// While guest memory is logged: what the chains in flight may write.
+    chain_log: Option<ChainLog>,
     checker: Checker,
     chain: Chain,
     /// Completed chains that are not yet handed back.
@@ -95,6 +98,7 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
             tracker: setup.tracker,
             again: setup.again.into(),
             leaves_some: false,
+            chain_log: setup.log.map(|log| ChainLog::new(log, setup.ring_size)),
             in_flight: InFlight::new(setup.ring_size, Cutter::new(&profile)),
             checker: Checker::new(profile),
             chain: Chain::default(),
@@ -263,6 +267,9 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
     /// Starts the current chain.
     fn start(&mut self, index: Option<u16>, write_through: bool) {
         let head = self.chain.head;
+        if let Some(log) = &mut self.chain_log {
+            log.begin(head, self.ring.writable());
+        }
         let submission = match self.checker.parse(&mut self.chain, write_through) {
             Parsed::NoStatus => {
                 self.metrics.malformed();
@@ -330,6 +337,9 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
     /// Hands completed chains back. The order of the records: docs/concurrency.md, "The in-flight region".
     fn hand_back(&mut self) -> Result<(), RingError> {
         let heads = || self.used.iter().map(|used| used.head);
+        if let Some(log) = &mut self.chain_log {
+            heads().for_each(|head| log.end(head));
+        }
         let Some(tracker) = &mut self.tracker else { return self.ring.push_used(&self.used) };
         tracker.list(heads());
         self.ring.push_used(&self.used)?;
@@ -339,6 +349,9 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
 
     /// Answers a chain of which the disk has nothing any more, or puts it back.
     fn conclude(&mut self, pending: &Pending) {
+        if let (End::PutBack | End::Leave, Some(log)) = (&pending.end, &mut self.chain_log) {
+            log.end(pending.head);
+        }
         match pending.end {
             End::Answer => {}
             End::PutBack => return self.ring.put_back(pending.head),

@@ -17,9 +17,10 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
-use crate::config::{self, FLUSH, PROTOCOL_FEATURES, WRITEBACK_OFFSET};
+use crate::config::{self, FLUSH, LOG_ALL, PROTOCOL_FEATURES, WRITEBACK_OFFSET};
 use crate::control::{Shared, Stop};
 use crate::device::{BlockDevice, DeviceProfile};
+use crate::dirty_log::{DirtyLog, LogError};
 use crate::error::MemoryError;
 use crate::fd::{eventfd_from, may_be_event};
 use crate::in_flight_region::{Claim, Layout, Region, RegionError};
@@ -53,6 +54,8 @@ enum Refusal {
     Memory(#[from] MemoryError),
     #[error("{0}")]
     Region(#[from] RegionError),
+    #[error("{0}")]
+    Log(#[from] LogError),
     #[error("{0} was not offered")]
     NotOffered(&'static str),
 }
@@ -73,6 +76,8 @@ pub(crate) struct Session<D: BlockDevice> {
     cache: WriteCache,
     /// The in-flight region that the frontend sent back.
     region: Option<Region>,
+    /// The log of dirty pages that the frontend last sent. It is in use while LOG_ALL is negotiated.
+    log: Option<Arc<DirtyLog>>,
     /// The envelope of the current message.
     message: Envelope,
     /// The current message was understood, and refused.
@@ -98,6 +103,7 @@ impl<D: BlockDevice> Session<D> {
             protocol_features: VhostUserProtocolFeatures::empty(),
             cache: WriteCache::new(),
             region: None,
+            log: None,
             message: Envelope::default(),
             refused: false,
         }
@@ -131,6 +137,28 @@ impl<D: BlockDevice> Session<D> {
     /// Whether a page of the in-flight region was lost.
     pub(crate) fn lost_in_flight_region(&self) -> bool {
         self.region.as_ref().is_some_and(Region::is_lost)
+    }
+
+    /// Whether a page of the dirty log was lost.
+    pub(crate) fn lost_log(&self) -> bool {
+        self.log.as_ref().is_some_and(|log| log.is_lost())
+    }
+
+    /// The log, while writes to guest memory are logged.
+    fn log_in_use(&self) -> Option<&Arc<DirtyLog>> {
+        self.log.as_ref().filter(|_| self.is_logging_wanted())
+    }
+
+    fn is_logging_wanted(&self) -> bool {
+        self.features.is_some_and(|features| features & LOG_ALL != 0)
+    }
+
+    /// Refuses a memory table of which the log cannot hold every page.
+    fn check_logged(&mut self, table: &MemoryTable) -> Result<()> {
+        match self.log_in_use().map(|log| log.check_covers(table.end())) {
+            Some(Err(error)) => self.refuse(error),
+            _ => Ok(()),
+        }
     }
 
     /// Ends the session: every queue is drained and stopped.
@@ -186,10 +214,12 @@ impl<D: BlockDevice> Session<D> {
         if features & PROTOCOL_FEATURES == 0 {
             self.vrings[index].enabled = true;
         }
+        let log = self.log_in_use().cloned();
         let surroundings = Surroundings {
             device: &self.device,
             table: &self.table,
             region: self.region.as_ref(),
+            log: log.as_ref(),
             shared: &self.shared,
             metrics: &self.options.metrics,
             pulse: &self.options.pulse,
@@ -282,10 +312,11 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
             );
         }
         let features = features & self.offered();
-        // Sent again, with only the log bit changed, when a migration begins or ends: running rings go on.
         if self.features == Some(features) {
             return Ok(());
         }
+        // Also where only LOG_ALL changes, when a migration begins or ends: the rings start anew, with all their
+        // requests logged or none.
         self.stop_all();
         info!("features in force: {} ({features:#x})", config::names(features));
         self.features = Some(features);
@@ -303,6 +334,7 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
         let infos: Vec<_> = regions.iter().map(RegionInfo::from).collect();
         match self.table.with_regions(&infos, files) {
             Ok(table) => {
+                self.check_logged(&table)?;
                 self.stop_all();
                 self.use_table(table);
                 Ok(None)
@@ -323,6 +355,7 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
     ) -> Result<Option<u64>> {
         match self.table.with_region(RegionInfo::from(&**region), file) {
             Ok(table) => {
+                self.check_logged(&table)?;
                 self.use_table(table);
                 Ok(None)
             }
@@ -356,14 +389,20 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
     fn set_vring_addr(
         &mut self,
         index: u32,
-        _flags: VhostUserVringAddrFlags,
+        flags: VhostUserVringAddrFlags,
         descriptor: u64,
         used: u64,
         available: u64,
-        _log: u64,
+        log: u64,
     ) -> Result<()> {
         let queue = self.check_queue(index)?;
-        self.vrings[queue].set_addresses(UserAddresses { descriptors: descriptor, available, used });
+        let used_log = flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG).then_some(log);
+        self.vrings[queue].set_addresses(UserAddresses {
+            descriptors: descriptor,
+            available,
+            used,
+            used_log,
+        });
         self.start(queue);
         Ok(())
     }
@@ -509,7 +548,23 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
         self.refuse(Refusal::NotOffered("SHMEM"))
     }
 
-    fn set_log_base(&mut self, _: &VhostUserLog, _: File) -> Result<()> {
-        self.refuse(Refusal::NotOffered("LOG_SHMFD"))
+    fn set_log_base(&mut self, claimed: &VhostUserLog, file: File) -> Result<()> {
+        let memory = self.table.memory();
+        let mapped = DirtyLog::map(claimed, file, memory.loss());
+        match mapped.and_then(|log| log.check_covers(self.table.end()).map(|()| log)) {
+            Ok(log) => {
+                // Nothing goes to the old log after the answer: the frontend then reads it for the last time.
+                let in_use = self.is_logging_wanted();
+                if in_use {
+                    self.stop_all();
+                }
+                self.log = Some(Arc::new(log));
+                if in_use {
+                    self.start_all();
+                }
+                Ok(())
+            }
+            Err(error) => self.refuse(error),
+        }
     }
 }

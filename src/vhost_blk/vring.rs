@@ -13,6 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::config::{EVENT_INDEX, INDIRECT};
 use crate::control::{Shared, Stop, WorkerSetup};
 use crate::device::BlockDevice;
+use crate::dirty_log::{DirtyLog, UsedRingLog};
 use crate::error::RingError;
 use crate::fd::SignalSlot;
 use crate::in_flight_region::{AreaError, QueueArea, Recovered, Region, RingIndexes, SplitTracker};
@@ -28,6 +29,8 @@ pub(crate) struct UserAddresses {
     pub descriptors: u64,
     pub available: u64,
     pub used: u64,
+    /// The guest address at which writes to the used ring are logged, if they are to be.
+    pub used_log: Option<u64>,
 }
 
 /// The parts of its session that a ring needs to start.
@@ -36,6 +39,8 @@ pub(crate) struct Surroundings<'a, D> {
     pub table: &'a MemoryTable,
     /// The in-flight region, if the frontend keeps one.
     pub region: Option<&'a Region>,
+    /// The log of writes to guest memory, while they are logged.
+    pub log: Option<&'a Arc<DirtyLog>>,
     pub shared: &'a Arc<Shared>,
     pub metrics: &'a Arc<Metrics>,
     pub pulse: &'a Arc<Pulse>,
@@ -123,7 +128,8 @@ impl Vring {
     }
 
     pub(crate) fn set_addresses(&mut self, addresses: UserAddresses) {
-        // Both QEMU and Cloud Hypervisor send a live ring's addresses again when dirty logging starts or ends.
+        // Both QEMU and Cloud Hypervisor send a live ring's addresses again when dirty logging starts or ends. Then the
+        // ring starts anew, so that no request in flight escapes the log.
         if self.addresses == Some(addresses) {
             return;
         }
@@ -169,13 +175,25 @@ impl Vring {
             event_index: surroundings.features & EVENT_INDEX != 0,
             indirect: surroundings.features & INDIRECT != 0,
         };
-        let ring = match Ring::new(&layout, &memory) {
+        let mut ring = match Ring::new(&layout, &memory) {
             Ok(ring) => ring,
             Err(error) => {
                 debug!(queue = self.index, %error, "the ring does not start");
                 return None;
             }
         };
+        if let (Some(log), Some(address)) = (surroundings.log, addresses.used_log) {
+            match UsedRingLog::new(Arc::clone(log), address, Ring::used_bytes(size)) {
+                Ok(log) => ring.log_used_ring(log),
+                Err(error) => {
+                    warn!(
+                        queue = self.index,
+                        "the ring does not start: its used ring cannot be logged in {error}"
+                    );
+                    return None;
+                }
+            }
+        }
         let kick = match kick.try_clone() {
             Ok(kick) => kick,
             Err(error) => {
@@ -215,6 +233,7 @@ impl Vring {
             ring_size: size,
             tracker,
             again,
+            log: surroundings.log.cloned(),
             shared: Arc::clone(surroundings.shared),
             kick,
             call: Arc::clone(&self.call),

@@ -149,7 +149,8 @@ impl Guest {
                         | VhostUserProtocolFeatures::REPLY_ACK
                         | VhostUserProtocolFeatures::CONFIG
                         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
-                        | VhostUserProtocolFeatures::RESET_DEVICE),
+                        | VhostUserProtocolFeatures::RESET_DEVICE
+                        | VhostUserProtocolFeatures::LOG_SHMFD),
             )
             .expect("protocol features");
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);

@@ -1,0 +1,297 @@
+//! The log of dirty pages that a frontend keeps while it migrates a guest: one bit for each 4096 bytes of guest memory,
+//! in memory that it shares with the daemon (vhost-user, "Migration").
+//!
+//! Owns the mapping of the log, and each worker's memory of what its chains will write. A page is marked after it was
+//! written and before the guest learns of that, so a frontend that fetches the log between the two fetches the mark
+//! later. No number from the message is trusted; a file that is truncated later is handled by `loss`.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering, fence};
+
+use vhost::vhost_user::message::VhostUserLog;
+use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
+
+use crate::descriptor::{self, Kind};
+use crate::loss::{MemoryLoss, Watch};
+use crate::memory::page_bytes;
+
+/// Bytes of guest memory for which one bit stands.
+const LOG_PAGE: u64 = 4096;
+/// Pages in a byte of the log.
+const PAGES_IN_BYTE: u64 = 8;
+/// The longest log, in bytes: 2^52 bytes of guest memory, as much as an x86-64 processor can address.
+const BYTES_MAX: u64 = 1 << 37;
+
+/// The reasons why a log is refused.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LogError {
+    #[error("a dirty log of {bytes:#x} bytes: it must have 1 to {BYTES_MAX:#x}")]
+    Size { bytes: u64 },
+    #[error("a dirty log at offset {offset:#x} of its file, which is no multiple of {page:#x}")]
+    Unaligned { offset: u64, page: usize },
+    #[error("a dirty log of {bytes:#x} bytes at offset {offset:#x} in a file of {length:#x} bytes")]
+    BeyondFile { bytes: u64, offset: u64, length: u64 },
+    #[error("a dirty log that is not backed by a memfd or a regular file")]
+    NotAFile,
+    #[error("a dirty log for {covered:#x} bytes, while guest memory ends at {end:#x}")]
+    TooShort { covered: u64, end: u64 },
+    #[error("a dirty log, with too many regions mapped already")]
+    TooMany,
+    #[error("a dirty log: cannot {step}: {source}")]
+    Host { step: &'static str, source: io::Error },
+}
+
+/// A mapped log. Its watch is declared first, so that it drops before the mapping.
+#[derive(Debug)]
+pub(crate) struct DirtyLog {
+    watch: Watch,
+    memory: MmapRegion<()>,
+    bytes: u64,
+}
+
+impl DirtyLog {
+    /// Maps the log of a SET_LOG_BASE message.
+    ///
+    /// # Errors
+    /// When its file is shorter than claimed or no file at all, or the host refuses.
+    pub(crate) fn map(claimed: &VhostUserLog, file: File, loss: &Arc<MemoryLoss>) -> Result<Self, LogError> {
+        // The message is packed, so its fields are copied out.
+        let VhostUserLog { mmap_size: bytes, mmap_offset: offset } = *claimed;
+        let failed = |step, source| LogError::Host { step, source };
+        if !(1..=BYTES_MAX).contains(&bytes) {
+            return Err(LogError::Size { bytes });
+        }
+        let kind = descriptor::kind_of(&file);
+        if !matches!(kind, Kind::Memory | Kind::Local) {
+            return Err(LogError::NotAFile);
+        }
+        let page = if kind == Kind::Memory { page_bytes(&file) } else { rustix::param::page_size() };
+        if !offset.is_multiple_of(page as u64) {
+            return Err(LogError::Unaligned { offset, page });
+        }
+        let length =
+            descriptor::attributes(&file).map_err(|error| failed("stat its file", error.into()))?.stx_size;
+        if offset.checked_add(bytes).is_none_or(|end| end > length || end > i64::MAX as u64) {
+            return Err(LogError::BeyondFile { bytes, offset, length });
+        }
+        // At most 2^37 bytes, and huge pages are mapped and unmapped whole.
+        let mapped = (bytes as usize).next_multiple_of(page);
+        let memory = MmapRegion::<()>::from_file(FileOffset::new(file, offset), mapped)
+            .map_err(|error| failed("map it", io::Error::other(error)))?;
+        let watch = Watch::new(memory.as_ptr(), mapped, page, loss).ok_or(LogError::TooMany)?;
+        Ok(DirtyLog { watch, memory, bytes })
+    }
+
+    /// Whether a page of the log was lost.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.watch.is_lost()
+    }
+
+    /// Checks that the log has a bit for every page before `end`, a guest address.
+    ///
+    /// # Errors
+    /// When it is shorter.
+    pub(crate) fn check_covers(&self, end: u64) -> Result<(), LogError> {
+        let covered = self.bytes * PAGES_IN_BYTE * LOG_PAGE;
+        if end > covered { Err(LogError::TooShort { covered, end }) } else { Ok(()) }
+    }
+
+    /// Marks the pages of a range of guest memory that the calling thread, or the host for it, has written. Pages that
+    /// the log has no bit for are left out.
+    pub(crate) fn mark(&self, address: u64, bytes: u64) {
+        let Some(last) = bytes.checked_sub(1) else { return };
+        let last = (address.saturating_add(last) / LOG_PAGE).min(self.bytes * PAGES_IN_BYTE - 1);
+        let first = address / LOG_PAGE;
+        if first > last {
+            return;
+        }
+        // A bit that is already set must be seen after the pages were written: the frontend clears the bit, then
+        // copies the page.
+        fence(Ordering::SeqCst);
+        for byte in first / PAGES_IN_BYTE..=last / PAGES_IN_BYTE {
+            let from = first.saturating_sub(byte * PAGES_IN_BYTE);
+            let to = (last - byte * PAGES_IN_BYTE).min(PAGES_IN_BYTE - 1);
+            // Bits from..=to, both below 8.
+            let mask = (0xffu8 << from) & (0xffu8 >> (PAGES_IN_BYTE - 1 - to));
+            let cell = self.memory.get_atomic_ref::<AtomicU8>(byte as usize);
+            let cell = cell.expect("the byte lies in the mapping");
+            if cell.load(Ordering::Relaxed) & mask != mask {
+                cell.fetch_or(mask, Ordering::SeqCst);
+            }
+        }
+    }
+}
+
+/// What one worker's chains in flight may write, so that it is marked once they are done.
+#[derive(Debug)]
+pub(crate) struct ChainLog {
+    log: Arc<DirtyLog>,
+    /// The writable parts of each chain, by its head: guest address and bytes. Empty for a chain that is not in flight.
+    writable: Vec<Vec<(u64, u32)>>,
+}
+
+impl ChainLog {
+    /// For a ring of `size` descriptors without chains in flight.
+    pub(crate) fn new(log: Arc<DirtyLog>, size: u16) -> Self {
+        ChainLog { log, writable: vec![Vec::new(); usize::from(size)] }
+    }
+
+    /// Notes a chain that was just taken.
+    pub(crate) fn begin(&mut self, head: u16, writable: impl Iterator<Item = (u64, u32)>) {
+        let noted = &mut self.writable[usize::from(head)];
+        noted.clear();
+        noted.extend(writable);
+    }
+
+    /// Marks what a chain may have written. Nothing writes for it any more.
+    pub(crate) fn end(&mut self, head: u16) {
+        for (address, bytes) in self.writable[usize::from(head)].drain(..) {
+            self.log.mark(address, u64::from(bytes));
+        }
+    }
+}
+
+/// Where a log counts the used ring of a queue, which may be elsewhere than the ring itself.
+#[derive(Clone, Debug)]
+pub(crate) struct UsedRingLog {
+    log: Arc<DirtyLog>,
+    /// The address of the used ring in the log.
+    address: u64,
+}
+
+impl UsedRingLog {
+    /// A used ring of `bytes` bytes, logged at `address`. All of it is marked: a daemon that was killed may have
+    /// written some of it that it did not mark.
+    ///
+    /// # Errors
+    /// When the log does not have all of it.
+    pub(crate) fn new(log: Arc<DirtyLog>, address: u64, bytes: u64) -> Result<Self, LogError> {
+        log.check_covers(address.saturating_add(bytes))?;
+        log.mark(address, bytes);
+        Ok(UsedRingLog { log, address })
+    }
+
+    /// Marks bytes of the used ring that were just written.
+    pub(crate) fn mark(&self, offset: usize, bytes: usize) {
+        self.log.mark(self.address + offset as u64, bytes as u64);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::FileExt;
+
+    fn file(bytes: u64) -> File {
+        let fd = rustix::fs::memfd_create("log", rustix::fs::MemfdFlags::CLOEXEC).expect("a memfd");
+        let file = File::from(fd);
+        file.set_len(bytes).expect("its length");
+        file
+    }
+
+    fn map(bytes: u64, offset: u64, file: &File) -> Result<DirtyLog, LogError> {
+        DirtyLog::map(&VhostUserLog::new(bytes, offset), file.try_clone().expect("a copy"), &Arc::default())
+    }
+
+    fn bytes_of(file: &File, count: usize) -> Vec<u8> {
+        let mut bytes = vec![0; count];
+        file.read_exact_at(&mut bytes, 0).expect("the log");
+        bytes
+    }
+
+    #[test]
+    fn exactly_the_pages_of_a_range_are_marked() {
+        let cases: [(u64, u64, [u8; 4]); 9] = [
+            (0, 0, [0, 0, 0, 0]),
+            (0, 1, [1, 0, 0, 0]),
+            (4095, 2, [3, 0, 0, 0]),
+            (4096, 4096, [2, 0, 0, 0]),
+            (7 * 4096, 2 * 4096, [0x80, 1, 0, 0]),
+            (3 * 4096 + 5, 20 * 4096, [0xf8, 0xff, 0xff, 0]),
+            (31 * 4096, u64::MAX, [0, 0, 0, 0x80]),
+            (32 * 4096, 4096, [0, 0, 0, 0]),
+            (u64::MAX, 1, [0, 0, 0, 0]),
+        ];
+        for (address, bytes, expected) in cases {
+            let file = file(4);
+            map(4, 0, &file).expect("a log").mark(address, bytes);
+            assert_eq!(bytes_of(&file, 4), expected, "{address:#x}, {bytes:#x}");
+        }
+    }
+
+    #[test]
+    fn marks_are_added() {
+        let file = file(4);
+        let log = map(4, 0, &file).expect("a log");
+        log.mark(0, 1);
+        log.mark(4096, 1);
+        log.mark(0, 8192);
+        assert_eq!(bytes_of(&file, 4), [3, 0, 0, 0]);
+        // The frontend has fetched them.
+        file.write_all_at(&[0], 0).expect("cleared");
+        log.mark(4096, 1);
+        assert_eq!(bytes_of(&file, 4), [2, 0, 0, 0]);
+    }
+
+    #[test]
+    fn a_chain_is_marked_when_it_ends() {
+        let file = file(8);
+        let mut chains = ChainLog::new(Arc::new(map(8, 0, &file).expect("a log")), 4);
+        chains.begin(2, [(0, 512), (5 * 4096, 1)].into_iter());
+        chains.begin(3, [(8 * 4096, 1)].into_iter());
+        assert_eq!(bytes_of(&file, 2), [0, 0]);
+        chains.end(2);
+        assert_eq!(bytes_of(&file, 2), [0b10_0001, 0]);
+        chains.begin(2, [(4096, 1)].into_iter());
+        chains.end(2);
+        chains.end(2);
+        assert_eq!(bytes_of(&file, 2), [0b10_0011, 0]);
+        chains.end(3);
+        assert_eq!(bytes_of(&file, 2), [0b10_0011, 1]);
+    }
+
+    #[test]
+    fn a_log_must_hold_what_is_to_be_logged() {
+        let log = Arc::new(map(2, 0, &file(4096)).expect("a log"));
+        assert!(log.check_covers(16 * 4096).is_ok());
+        assert!(matches!(log.check_covers(16 * 4096 + 1), Err(LogError::TooShort { .. })));
+        assert!(UsedRingLog::new(Arc::clone(&log), 15 * 4096, 4096).is_ok());
+        assert!(UsedRingLog::new(Arc::clone(&log), 15 * 4096, 4097).is_err());
+        assert!(UsedRingLog::new(log, u64::MAX, 4097).is_err());
+    }
+
+    #[test]
+    fn numbers_that_cannot_be_true_are_refused() {
+        let file = file(8192);
+        let cases = [
+            (0, 0, "nothing"),
+            (8193, 0, "longer than the file"),
+            (BYTES_MAX + 1, 0, "longer than any guest"),
+            (u64::MAX, 0, "as long as can be"),
+            (4097, 4096, "its end is beyond the file"),
+            (1, u64::MAX - 4095, "its end overflows"),
+            (1, i64::MAX as u64 & !4095, "its end overflows a file offset"),
+            (1, 64, "an offset inside a page"),
+        ];
+        for (bytes, offset, what) in cases {
+            assert!(map(bytes, offset, &file).is_err(), "{what}");
+        }
+        assert!(map(4096, 4096, &file).is_ok());
+        let null = File::options().read(true).write(true).open("/dev/null").expect("/dev/null");
+        assert!(matches!(map(1, 0, &null), Err(LogError::NotAFile)));
+    }
+
+    #[test]
+    fn a_file_that_is_truncated_is_noticed() {
+        let file = file(4096);
+        let loss = Arc::new(MemoryLoss::new().expect("an eventfd"));
+        let copy = file.try_clone().expect("a copy");
+        let log = DirtyLog::map(&VhostUserLog::new(4096, 0), copy, &loss).expect("a log");
+        assert!(!log.is_lost());
+        file.set_len(0).expect("it is cut");
+        log.mark(0, 1);
+        assert!(log.is_lost() && loss.is_lost());
+    }
+}
