@@ -105,6 +105,7 @@ impl Guest {
             discard: true,
             discard_alignment: 65536,
             write_zeroes: true,
+            zeroes_are_data: false,
             serial: [0; 20],
         };
         let used = Vec::with_capacity(usize::from(CHAINS));

@@ -45,6 +45,7 @@ impl BlockDevice for NullDevice {
             discard: true,
             discard_alignment: 65536,
             write_zeroes: true,
+            zeroes_are_data: false,
             serial: [0; 20],
         }
     }

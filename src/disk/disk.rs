@@ -112,6 +112,7 @@ impl<S: Storage> Disk<S> {
             space: Space::new(options.on_enospc, path),
             policy: ZeroPolicy { detect: options.detect_zeroes, discards: options.discards },
             zero_route,
+            work: Arc::default(),
             inflated: inflate::Cache::new(options.inflated_bytes),
             inflaters: inflate::Pool::new(options.inflate_threads),
             leaks,
@@ -145,6 +146,12 @@ impl<S: Storage> Disk<S> {
     /// has them, else its clusters. None for a raw image.
     pub fn granule_size(&self) -> Option<u64> {
         self.shared.is_qcow2().then(|| self.shared.engine.granule())
+    }
+
+    /// True if write zeroes of whole clusters may have to write that many bytes, because the image or the host cannot
+    /// record zeros.
+    pub fn zeros_are_data(&self) -> bool {
+        self.shared.zeros_are_data()
     }
 
     /// True if nothing may be written.

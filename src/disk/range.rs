@@ -51,6 +51,14 @@ impl ByteRange {
         ByteRange::between(self.offset.next_multiple_of(block), self.end() / block * block)
     }
 
+    /// All blocks that the range touches; none if it is empty.
+    pub fn around_blocks(self, block: u64) -> Self {
+        if self.is_empty() {
+            return self;
+        }
+        ByteRange::between(self.offset / block * block, self.end().next_multiple_of(block))
+    }
+
     /// The range in pieces of `size` bytes, the last perhaps shorter.
     pub fn pieces(self, size: u64) -> impl Iterator<Item = ByteRange> {
         let starts = (0..self.length).step_by(size as usize);
@@ -68,6 +76,8 @@ mod tests {
         assert_eq!(range.whole_blocks(512), ByteRange::between(1024, 3584));
         assert!(ByteRange::new(100, 600).whole_blocks(512).is_empty(), "no whole block");
         assert_eq!(ByteRange::new(512, 512).whole_blocks(512), ByteRange::new(512, 512));
+        assert_eq!(range.around_blocks(512), ByteRange::between(512, 4096));
+        assert!(ByteRange::new(7, 0).around_blocks(512).is_empty());
         assert_eq!((range.starting_at(0), range.starting_at(2000)), (range, ByteRange::between(2000, 4000)));
         assert!(range.starting_at(5000).is_empty() && range.before(500).is_empty());
         assert_eq!((range.before(9000), range.before(2000)), (range, ByteRange::between(1000, 2000)));

@@ -3,7 +3,7 @@
 //! Owns which file holds what, and the mark of a corrupt image. Does no I/O but for that mark.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use engine::{Engine, FileIndex};
 use qcow2::{Incompatible, Version, position};
@@ -47,6 +47,8 @@ pub(crate) struct Shared<S: Storage> {
     pub policy: ZeroPolicy,
     /// How ranges are zeroed and discarded.
     pub zero_route: ZeroRoute,
+    /// The work of all queues' requests off the fast path.
+    pub work: Arc<AtomicU64>,
     /// A cache of inflated clusters.
     pub inflated: inflate::Cache,
     /// The threads that inflate compressed clusters.
@@ -78,6 +80,12 @@ impl<S: Storage> Shared<S> {
     /// True if the top image is a qcow2 image.
     pub fn is_qcow2(&self) -> bool {
         self.layers[0].header.is_some()
+    }
+
+    /// True if zeros over a range of whole clusters may have to be written as data. In a raw image that depends on the
+    /// host's file system, which is known only once it has refused.
+    pub fn zeros_are_data(&self) -> bool {
+        self.zero_route.is_raw() || (self.layers.len() > 1 && !self.layers[0].knows_zero_clusters())
     }
 
     /// True for the first call alone: its caller sets the corrupt bit.

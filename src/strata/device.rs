@@ -102,6 +102,7 @@ impl<S: Storage> BlockDevice for DiskDevice<S> {
             discard: writable,
             discard_alignment: unit,
             write_zeroes: writable,
+            zeroes_are_data: self.disk.zeros_are_data(),
             serial: self.serial,
         }
     }
@@ -164,6 +165,10 @@ impl<S: Storage> BlockQueue for DeviceQueue<S> {
 
     fn heed_kicks(&mut self, heed: bool) {
         self.queue.heed_signals(heed);
+    }
+
+    fn has_room(&self) -> bool {
+        self.queue.has_room()
     }
 
     fn waiting(&self) -> usize {

@@ -168,6 +168,7 @@ mod tests {
             discard: true,
             discard_alignment: 65536,
             write_zeroes: true,
+            zeroes_are_data: false,
             serial: [0; 20],
         }
     }

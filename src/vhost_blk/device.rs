@@ -29,6 +29,8 @@ pub struct DeviceProfile {
     pub discard_alignment: u32,
     /// Offer WRITE_ZEROES.
     pub write_zeroes: bool,
+    /// A write zeroes may have to write its whole range as data, so it is as much work as a write.
+    pub zeroes_are_data: bool,
     /// The answer to GET_ID: at most 20 bytes, zero-padded.
     pub serial: [u8; 20],
 }
@@ -86,6 +88,13 @@ pub trait BlockQueue {
     /// A hint: whether signals on watched eventfds are to end waits from now on, as they do at first. While they are
     /// not, one more signal may still end a wait. A signal that comes meanwhile ends the first wait afterwards.
     fn heed_kicks(&mut self, _heed: bool) {}
+
+    /// Whether one more request may be submitted. False while the requests in flight may be so much work that a drain would
+    /// take long. Then this queue has requests in flight that wait for nobody's help, and the end of one of them changes
+    /// it.
+    fn has_room(&self) -> bool {
+        true
+    }
 
     /// How many requests of this queue wait for somebody's help, such as for space on the host. Only requests that
     /// change the disk, and flushes, may.

@@ -12,17 +12,21 @@ use crate::device::{DeviceProfile, GuestSlice};
 
 /// Decides which requests are large, and how they are cut.
 ///
-/// The *weight* of a request is its work in bytes of data. A discard or write zeroes weighs as much for each piece of it
+/// The *weight* of a request is its size in bytes of data. A discard or write zeroes weighs as much for each piece of it
 /// as a piece of data does.
 #[derive(Debug)]
 pub(crate) struct Cutter {
-    /// Bytes of a piece of a discard or write zeroes: whole clusters, and so whole subclusters.
-    range_bytes: u64,
+    /// Bytes of a piece of a discard: whole clusters, and so whole subclusters.
+    discard_bytes: u64,
+    /// Bytes of a piece of a write zeroes: the same, or as of a write where it may be one.
+    zeroes_bytes: u64,
 }
 
 impl Cutter {
     pub(crate) fn new(profile: &DeviceProfile) -> Self {
-        Cutter { range_bytes: u64::from(profile.discard_alignment.max(512)) * PIECE_GRANULES }
+        let discard_bytes = u64::from(profile.discard_alignment.max(512)) * PIECE_GRANULES;
+        let zeroes_bytes = if profile.zeroes_are_data { PIECE_BYTES } else { discard_bytes };
+        Cutter { discard_bytes, zeroes_bytes }
     }
 
     /// The weight of a chain that goes to the disk as it is; `None` if it goes in pieces. `bytes` is its data.
@@ -36,9 +40,14 @@ impl Cutter {
             Request::Read { .. } | Request::Write { .. } => bytes,
             Request::Flush => 0,
             Request::Discard { length, .. } | Request::WriteZeroes { length, .. } => {
-                length.saturating_mul(PIECE_BYTES).div_ceil(self.range_bytes)
+                length.saturating_mul(PIECE_BYTES).div_ceil(self.range_bytes(request))
             }
         }
+    }
+
+    /// Bytes of a piece of a discard or write zeroes.
+    fn range_bytes(&self, request: &Request) -> u64 {
+        if matches!(request, Request::WriteZeroes { .. }) { self.zeroes_bytes } else { self.discard_bytes }
     }
 }
 
@@ -82,6 +91,7 @@ impl Rest {
         slices.clear();
         let front = self.requests.front_mut().expect("a rest that is not empty");
         let mut piece = *front;
+        let step = cutter.range_bytes(front);
         let left = match (front, &mut piece) {
             (Request::Read { offset }, _) | (Request::Write { offset, .. }, _) => {
                 let taken = cut(offset, &mut self.bytes, PIECE_BYTES);
@@ -92,7 +102,7 @@ impl Rest {
                 Request::Discard { offset, length, .. } | Request::WriteZeroes { offset, length, .. },
                 Request::Discard { length: taken, .. } | Request::WriteZeroes { length: taken, .. },
             ) => {
-                *taken = cut(offset, length, cutter.range_bytes);
+                *taken = cut(offset, length, step);
                 *length
             }
             _ => 0,
@@ -142,6 +152,7 @@ mod tests {
             discard: true,
             discard_alignment: GRANULE,
             write_zeroes: true,
+            zeroes_are_data: false,
             serial: [0; 20],
         };
         Cutter::new(&profile)

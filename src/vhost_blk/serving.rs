@@ -229,7 +229,7 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
 
     /// Whether one more chain may be taken.
     fn has_room(&self) -> bool {
-        self.in_flight.has_room(self.queue.waiting() > 0)
+        self.in_flight.has_room(self.queue.waiting() > 0) && self.queue.has_room()
     }
 
     /// Takes at most so many chains, which are there, and gives them to the disk. What needs no disk is answered. Returns
@@ -305,7 +305,9 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
     /// done until an event.
     fn finish(&mut self) -> Result<bool, RingError> {
         let waits = self.queue.waiting() > 0;
-        while let Some((id, request)) = self.in_flight.next_piece(waits, &mut self.slices) {
+        while self.queue.has_room()
+            && let Some((id, request)) = self.in_flight.next_piece(waits, &mut self.slices)
+        {
             self.queue.submit(id, request, &self.slices);
         }
         self.queue.turn(&mut self.done);
@@ -319,7 +321,7 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
         }
         self.done = done;
         if self.used.is_empty() {
-            return Ok(self.in_flight.may_submit(self.queue.waiting() > 0));
+            return Ok(self.queue.has_room() && self.in_flight.may_submit(self.queue.waiting() > 0));
         }
         let pushed = self.hand_back();
         self.used.clear();

@@ -2,11 +2,14 @@
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use disk::DiskOptions;
+use disk::{Disk, DiskOptions, Request, RequestId};
 use flate2::write::DeflateEncoder;
 use proptest::test_runner::{Config, TestRunner};
 use qcow2::{Geometry, HostOffset, L2Entry, Version};
+use storage::GuestSlice;
+use storage::host::HostStorage;
 use strata_kit::images::{Format, ImageSpec};
 use strata_kit::model::{DiscardRule, Operation, contents, sequences};
 use strata_kit::{ByteModel, Qemu, model};
@@ -99,6 +102,40 @@ fn the_space_of_compressed_clusters_is_given_back() {
     rig.close();
     assert_clean(&image, "the closed image");
     assert!(length() <= M, "{} bytes are left", length());
+}
+
+/// Reads of 512 bytes, each in a compressed cluster of its own, are as much work as reads of whole clusters: long before
+/// there are many, the queue has no room for more. What one queue has leaves each other one its share.
+#[test]
+fn reads_of_compressed_clusters_leave_room_for_few() {
+    let Some(qemu) = Qemu::find() else { return };
+    let (folder, count) = (tempfile::tempdir().expect("a folder"), 1024);
+    let image = converted(&qemu, folder.path(), &mixed(count * 64 * K, 64 * K, 1), "cluster_size=64k");
+    let disk = Disk::open(HostStorage::new(), &image, &options()).expect("the image opens");
+    let mut queues = [(); 2].map(|()| disk.queue(count as u32).expect("a queue"));
+    let memory = [GuestSlice::from(Vec::leak(vec![0; 512]))];
+    let mut taken = [0; 2];
+    for (queue, taken) in queues.iter_mut().zip(&mut taken) {
+        while queue.has_room() {
+            assert!(*taken < count, "a queue takes any number of them");
+            let request = Request::Read { offset: *taken * 64 * K };
+            queue.submit(RequestId(*taken as u32), request, &memory);
+            *taken += 1;
+        }
+    }
+    assert!((1..=32 * M / (64 * K)).contains(&taken[0]), "{taken:?}");
+    assert!((1..=8).contains(&taken[1]), "{taken:?}");
+    let mut done = Vec::new();
+    while (done.len() as u64) < taken[0] + taken[1] {
+        for queue in &mut queues {
+            queue.turn(&mut done);
+            queue.wait(Some(Duration::from_millis(1)));
+        }
+    }
+    assert!(done.iter().all(|done| done.result.is_ok()));
+    assert!(queues.iter().all(|queue| queue.has_room()));
+    drop(queues);
+    disk.close().expect("a clean close");
 }
 
 /// Makes an image whose only cluster is this compressed stream.

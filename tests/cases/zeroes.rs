@@ -308,6 +308,29 @@ fn version_2_gives_back_what_is_zeroed() {
     assert!(left < M, "the file has {left} bytes");
 }
 
+/// Such write zeroes are as much work as writes, and the session bounds them so.
+#[test]
+fn zeros_are_data_where_they_cannot_be_recorded() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let at = |name: &str| folder.path().join(name);
+    qemu.create(&at("base"), &ImageSpec::raw(SIZE)).expect("an image");
+    let over = |spec: ImageSpec| spec.backing("base", Format::Raw);
+    let raw_too = DiskOptions { format: disk::Format::Raw, ..options() };
+    let cases = [
+        ("old", ImageSpec::qcow2(SIZE).version(2), options(), false),
+        ("old over a base", over(ImageSpec::qcow2(SIZE).version(2)), options(), true),
+        ("new over a base", over(ImageSpec::qcow2(SIZE)), options(), false),
+        ("raw", ImageSpec::raw(SIZE), raw_too, true),
+    ];
+    for (name, spec, how, expected) in cases {
+        qemu.create(&at(name), &spec).expect("an image");
+        let rig = Rig::open(&at(name), &how).expect("opens");
+        assert_eq!(rig.disk().zeros_are_data(), expected, "{name}");
+        rig.close();
+    }
+}
+
 #[test]
 fn clusters_keep_their_places_only_where_zeros_can_be_recorded() {
     let Some(qemu) = Qemu::find() else { return };

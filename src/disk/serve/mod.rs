@@ -16,6 +16,7 @@ mod read;
 pub(crate) mod request;
 mod slow;
 pub(crate) mod space;
+pub(crate) mod work;
 pub(crate) mod worker;
 mod write;
 mod zero;

@@ -110,8 +110,9 @@ impl<S: Storage> DiskQueue<S> {
         let (worker, done) = (Rc::clone(&self.worker), Rc::clone(&self.done));
         // A copy that outlives the call of `submit`.
         let slices: GuestSlices = slices.iter().copied().collect();
+        let work = worker.count_work(&request, &slices);
         self.driver.spawn(async move {
-            let result = worker.serve(epoch, request, &slices).await;
+            let result = worker.serve(epoch, request, &slices, work).await;
             worker.failures.note(id, &result, || worker.driver.now());
             done.borrow_mut().push(Completed { id, result });
         });
@@ -161,6 +162,13 @@ impl<S: Storage> DiskQueue<S> {
     /// A hint: whether signals on watched eventfds are to end waits, as [`IoQueue::heed_signals`].
     pub fn heed_signals(&mut self, heed: bool) {
         self.driver.queue().heed_signals(heed);
+    }
+
+    /// Whether one more request may be submitted. False while the requests in flight may be so much work that a drain would
+    /// take long. Then this queue has some of them, and the end of one of its own changes that. A hint: more may be
+    /// submitted all the same.
+    pub fn has_room(&self) -> bool {
+        self.worker.work.has_room()
     }
 
     /// How many requests of this queue wait for space on the host.

@@ -12,7 +12,9 @@ use storage::{GuestSlice, Storage};
 use crate::error::RequestError;
 use crate::range::ByteRange;
 use crate::rules;
+use crate::serve::request::range_of;
 use crate::serve::space::Waiting;
+use crate::serve::work::Work;
 use crate::serve::worker::Worker;
 use block::Request;
 
@@ -27,13 +29,14 @@ impl<S: Storage> Worker<S> {
         epoch: Epoch,
         request: Request,
         slices: &[GuestSlice],
+        work: Work,
     ) -> Result<(), RequestError> {
         if request == Request::Flush {
             // It uses nothing that it could have looked up.
             self.exit(epoch);
             return Box::pin(self.flush_patiently()).await;
         }
-        let mut result = self.carry_out(epoch, request, slices).await;
+        let mut result = self.carry_out(epoch, request, slices, work).await;
         if self.lacks_space(&request, &result) {
             result = Box::pin(self.find_space(request, slices, result)).await;
         }
@@ -57,7 +60,7 @@ impl<S: Storage> Worker<S> {
             let mut tries = 0;
             while self.lacks_space(&request, &result) && tries < SPACE_TRIES && self.make_space(all).await {
                 (tries, all) = (tries + 1, false);
-                result = self.carry_out(self.enter(), request, slices).await;
+                result = self.try_again(request, slices).await;
             }
             if !self.waits_after(&request, &result) {
                 return result;
@@ -66,17 +69,28 @@ impl<S: Storage> Worker<S> {
             if !self.wait_for_space(waiting).await {
                 return result;
             }
-            result = self.carry_out(self.enter(), request, slices).await;
+            result = self.try_again(request, slices).await;
         }
     }
 
+    async fn try_again(&self, request: Request, slices: &[GuestSlice]) -> Result<(), RequestError> {
+        let work = self.count_work(&request, slices);
+        self.carry_out(self.enter(), request, slices, work).await
+    }
+
+    /// Counts the work of a request, until the result is dropped.
+    pub fn count_work(&self, request: &Request, slices: &[GuestSlice]) -> Work {
+        self.work.count(self.engine(), request, range_of(request, slices))
+    }
+
     /// Carries out the request, not yet durably. Where too much freed space is held back, the request gives up its
-    /// claim and epoch until there is room, and then continues.
+    /// claim and epoch until there is room, and then continues. Its work ends here: what waits for space has none.
     async fn carry_out(
         &self,
         mut epoch: Epoch,
         request: Request,
         slices: &[GuestSlice],
+        _work: Work,
     ) -> Result<(), RequestError> {
         let done = Cell::new(0);
         loop {

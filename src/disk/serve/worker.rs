@@ -16,6 +16,7 @@ use crate::bounds::LOADS_AT_ONCE;
 use crate::error::RequestError;
 use crate::runtime::driver::Driver;
 use crate::serve::failures::FailureLog;
+use crate::serve::work::WorkMeter;
 use crate::shared::Shared;
 
 /// One thread's access to a disk. Its async functions are the slow path.
@@ -28,6 +29,7 @@ pub(crate) struct Worker<S: Storage> {
     /// Requests that wait for space on the host.
     pub waiting: Cell<usize>,
     pub failures: FailureLog,
+    pub work: Rc<WorkMeter>,
 }
 
 /// A request's turn for clusters, ended when dropped.
@@ -67,7 +69,8 @@ impl<S: Storage> Worker<S> {
         let epochs = RefCell::new(shared.engine.epochs().register()?);
         let (stop_waiting, waiting) = (Cell::new(false), Cell::new(0));
         let failures = FailureLog::default();
-        Some(Rc::new(Worker { shared, driver, epochs, stop_waiting, waiting, failures }))
+        let work = WorkMeter::new(&shared.layers, shared.zeros_are_data(), &shared.work);
+        Some(Rc::new(Worker { shared, driver, epochs, stop_waiting, waiting, failures, work }))
     }
 
     pub fn engine(&self) -> &Engine {

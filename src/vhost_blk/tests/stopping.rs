@@ -86,6 +86,45 @@ fn a_batch_is_bounded_in_bytes() {
 }
 
 #[test]
+fn zeroes_that_become_data_are_bounded_as_data() {
+    let disk = MemoryDisk::with(SECTORS, false, |profile| profile.zeroes_are_data = true);
+    let server = serve(&disk);
+    let mut guest = Guest::connect(&server.path, ALL);
+    let queue = guest.add_queue(64);
+    let zeroes = guest.put(&segment(0, SECTORS as u32, 1));
+    let (header, status) = (guest.header(T_WRITE_ZEROES, 0), guest.put(&[UNTOUCHED]));
+    let head = guest.indirect_chain(queue, &[(header, 16, 0), (zeroes, 16, 0), (status, 1, WRITE)]);
+    assert_eq!((guest.run(queue, head), guest.get(status, 1)), (1, vec![OK]));
+    let batches = std::mem::take(&mut *disk.batches.lock().unwrap());
+    assert_eq!(batches.iter().sum::<u64>(), LARGE);
+    assert!(batches.iter().all(|bytes| *bytes <= BATCH_MAX), "{batches:?}");
+}
+
+/// Small requests may be much work: the disk knows, and the worker asks it.
+#[test]
+fn a_disk_without_room_gets_no_more_requests() {
+    let disk = MemoryDisk::later(SECTORS);
+    let server = serve(&disk);
+    let mut guest = Guest::connect(&server.path, ALL);
+    let queue = guest.add_queue(64);
+    disk.gate.close();
+    disk.room.store(3, Ordering::SeqCst);
+    (0..10).for_each(|_| _ = offer_read(&mut guest, queue));
+    let large = offer_large_read(&mut guest, queue);
+    guest.kick(queue);
+    disk.await_submitted(3);
+    assert!(never(|| disk.submitted.load(Ordering::SeqCst) > 3), "there is no room");
+    let frontend = guest.frontend.clone();
+    let base = std::thread::spawn(move || frontend.get_vring_base(0).unwrap());
+    assert!(never(|| base.is_finished()), "the disk has requests");
+    disk.gate.open();
+    assert_eq!(base.join().unwrap(), 3, "the others are still in the ring");
+    guest.start_queue(queue, 3);
+    until("all are done", || guest.used_index(queue) == 11);
+    assert_eq!(guest.get(large.1, 1), [OK], "in pieces, three at a time");
+}
+
+#[test]
 fn a_stop_drains_what_the_disk_has_and_puts_the_rest_back() {
     let disk = MemoryDisk::later(SECTORS);
     let server = serve(&disk);

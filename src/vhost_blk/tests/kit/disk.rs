@@ -49,6 +49,8 @@ pub struct MemoryDisk {
     pub full: AtomicBool,
     /// Requests held.
     pub held: AtomicU64,
+    /// Requests that may be in flight while there is room for one more.
+    pub room: AtomicU64,
     /// A disk that completes at once first waits for the gate, and then is slow.
     pub slow: AtomicBool,
     /// For each turn after a submission: the number of requests submitted for it, and whether more were announced.
@@ -68,6 +70,7 @@ impl MemoryDisk {
             discard: true,
             discard_alignment: 65536,
             write_zeroes: true,
+            zeroes_are_data: false,
             serial: *b"serial-of-this-disk\0",
         };
         change(&mut profile);
@@ -80,6 +83,7 @@ impl MemoryDisk {
             trap: AtomicBool::new(false),
             full: AtomicBool::new(false),
             held: AtomicU64::new(0),
+            room: AtomicU64::new(u64::MAX),
             slow: AtomicBool::new(false),
             portions: Mutex::default(),
             batches: Mutex::default(),
@@ -297,6 +301,10 @@ impl BlockQueue for MemoryQueue {
             let interest = EpollEvent::new(wanted, 1);
             self.epoll.ctl(ControlOperation::Modify, event.as_raw_fd(), interest).expect("it is watched");
         }
+    }
+
+    fn has_room(&self) -> bool {
+        (self.pending.len() as u64) < self.disk.room.load(Ordering::SeqCst)
     }
 
     fn waiting(&self) -> usize {
