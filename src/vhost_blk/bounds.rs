@@ -24,7 +24,7 @@ pub(crate) const PIECE_BYTES: u64 = bound(2 << 20, 4096);
 /// Clusters or subclusters of a piece of a discard or write zeroes.
 pub(crate) const PIECE_GRANULES: u64 = bound(1024, 1);
 
-/// Pieces in flight on a queue at the same time.
+/// Pieces of one kind of request in flight on a queue at the same time.
 pub(crate) const PIECE_SLOTS: usize = bound(32, 1) as usize;
 
 /// While a queue has this many bytes in flight, it takes no more chains. A stop has to drain them.

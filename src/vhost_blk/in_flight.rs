@@ -55,14 +55,32 @@ enum Slot {
     Closing,
 }
 
+/// Reads, writes, write zeroes, discards.
+const LANES: usize = 4;
+
+/// The chains of one kind that go in pieces.
+#[derive(Debug, Default)]
+struct Lane {
+    /// Those that the disk does not have all of, in the order of their arrival.
+    rests: VecDeque<Rest>,
+    /// Slots taken by their pieces.
+    pieces: usize,
+}
+
+impl Lane {
+    /// Whether the next piece has a slot.
+    fn is_ready(&self) -> bool {
+        !self.rests.is_empty() && self.pieces < PIECE_SLOTS
+    }
+}
+
 #[derive(Debug)]
 pub(crate) struct InFlight {
     slots: Slab<Slot>,
     cutter: Cutter,
-    /// Chains that the disk does not have all of, in the order of their arrival.
-    rests: VecDeque<Rest>,
-    /// Slots taken by pieces.
-    pieces: usize,
+    /// One for each kind of request that goes in pieces. Requests of one kind may all wait for help; they must not hold
+    /// back those of another, and above all no reads and no discards, which may free space.
+    lanes: [Lane; LANES],
     /// The weight of what the disk has: reads, and everything else.
     reads: u64,
     others: u64,
@@ -76,10 +94,9 @@ impl InFlight {
     /// Room for every chain of a ring.
     pub(crate) fn new(ring_size: u16, cutter: Cutter) -> Self {
         InFlight {
-            slots: Slab::with_capacity(usize::from(ring_size) + PIECE_SLOTS + 1),
+            slots: Slab::with_capacity(Self::depth(ring_size) as usize),
             cutter,
-            rests: VecDeque::new(),
-            pieces: 0,
+            lanes: Default::default(),
             reads: 0,
             others: 0,
             batch: 0,
@@ -89,7 +106,7 @@ impl InFlight {
 
     /// The most requests that a ring of this size has in flight on its disk.
     pub(crate) fn depth(ring_size: u16) -> u32 {
-        u32::from(ring_size) + PIECE_SLOTS as u32 + 1
+        u32::from(ring_size) + (LANES * PIECE_SLOTS) as u32 + 1
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -103,7 +120,7 @@ impl InFlight {
 
     /// True if the disk does not have all of some chain yet.
     pub(crate) fn has_rest(&self) -> bool {
-        !self.rests.is_empty()
+        self.lanes.iter().any(|lane| !lane.rests.is_empty())
     }
 
     /// Whether one more chain may be taken, however large. `waits`: the disk has requests that wait for help.
@@ -111,7 +128,7 @@ impl InFlight {
     /// A chain that is not wholly at the disk is the last one taken, so that a stop can put it back. Neither this nor
     /// the weight in flight counts for requests that wait for help: others must pass them.
     pub(crate) fn has_room(&self, waits: bool) -> bool {
-        (self.rests.is_empty() || waits) && self.has_weight(waits)
+        (waits || !self.has_rest()) && self.has_weight(waits)
     }
 
     /// Whether one more piece may go to the disk in this batch.
@@ -164,13 +181,13 @@ impl InFlight {
             self.count(kind, weight);
             return Some((id_of(slot), requests[0]));
         }
-        self.rests.push_back(Rest::new(slot, requests, data, bytes));
+        self.lanes[lane_of(kind)].rests.push_back(Rest::new(slot, requests, data, bytes));
         None
     }
 
     /// True if [`InFlight::next_piece`] would return a piece.
     pub(crate) fn may_submit(&self, waits: bool) -> bool {
-        !self.rests.is_empty() && self.pieces < PIECE_SLOTS && self.has_weight(waits)
+        self.has_weight(waits) && self.lanes.iter().any(Lane::is_ready)
     }
 
     /// The next piece that may be submitted. Its memory replaces `slices`.
@@ -179,21 +196,22 @@ impl InFlight {
         waits: bool,
         slices: &mut Vec<GuestSlice>,
     ) -> Option<(RequestId, Request)> {
-        if !self.may_submit(waits) {
+        if !self.has_weight(waits) {
             return None;
         }
-        let rest = self.rests.front_mut()?;
+        let lane = self.lanes.iter_mut().find(|lane| lane.is_ready())?;
+        let rest = lane.rests.front_mut()?;
         let (request, weight) = rest.next(&self.cutter, slices);
         let (chain, ends) = (rest.chain, rest.is_empty());
         if ends {
-            self.rests.pop_front();
+            lane.rests.pop_front();
         }
+        lane.pieces += 1;
         let pending = chain_of(&mut self.slots, chain);
         pending.open += 1;
         pending.has_rest = !ends;
         let kind = pending.kind;
         self.count(kind, weight);
-        self.pieces += 1;
         Some((id_of(self.slots.insert(Slot::Piece(chain, weight))), request))
     }
 
@@ -216,7 +234,6 @@ impl InFlight {
                     return Some(Pending { status, ..pending });
                 }
             };
-        self.pieces -= 1;
         let pending = chain_of(&mut self.slots, chain);
         pending.open -= 1;
         if status != Status::Ok {
@@ -224,9 +241,11 @@ impl InFlight {
         }
         let (kind, failed) = (pending.kind, pending.status != Status::Ok);
         *self.weight_of(kind) -= weight;
+        let lane = &mut self.lanes[lane_of(kind)];
+        lane.pieces -= 1;
         if failed {
             // The guest learns of one error, so the disk is spared the rest.
-            self.rests.retain(|rest| rest.chain != chain);
+            lane.rests.retain(|rest| rest.chain != chain);
             chain_of(&mut self.slots, chain).has_rest = false;
         }
         self.take_ended(chain)
@@ -234,13 +253,20 @@ impl InFlight {
 
     /// The ring is being stopped: the disk gets no more pieces. A chain whose rest it lacks is put back into the ring
     /// if no later one stays taken, as `next` is the index after the newest; else it fails. A chain of an earlier worker,
-    /// which has no index, stays recorded as in flight. Returns the chains of which
-    /// the disk has nothing, in the order of their arrival; [`InFlight::finish`] returns the others.
+    /// which has no index, stays recorded as in flight. Returns the chains of which the disk has nothing, in
+    /// the order of their arrival; [`InFlight::finish`] returns the others.
     pub(crate) fn let_rests_go(&mut self, next: u16) -> Vec<Pending> {
         let mut newest = next.wrapping_sub(1);
         let mut ended = Vec::new();
-        for rest in std::mem::take(&mut self.rests).into_iter().rev() {
-            let pending = chain_of(&mut self.slots, rest.chain);
+        let mut chains: Vec<usize> =
+            self.lanes.iter_mut().flat_map(|lane| lane.rests.drain(..)).map(|rest| rest.chain).collect();
+        // The newest first.
+        chains.sort_by_key(|chain| {
+            let index = chain_of(&mut self.slots, *chain).index;
+            index.map_or(u32::MAX, |index| next.wrapping_sub(index).into())
+        });
+        for chain in chains {
+            let pending = chain_of(&mut self.slots, chain);
             pending.has_rest = false;
             match pending.index {
                 None => pending.end = End::Leave,
@@ -250,7 +276,7 @@ impl InFlight {
                 }
                 Some(_) => pending.status = Status::IoError,
             }
-            ended.extend(self.take_ended(rest.chain));
+            ended.extend(self.take_ended(chain));
         }
         ended.reverse();
         ended
@@ -275,6 +301,16 @@ impl InFlight {
 
     fn weight_of(&mut self, kind: Kind) -> &mut u64 {
         if kind == Kind::Read { &mut self.reads } else { &mut self.others }
+    }
+}
+
+fn lane_of(kind: Kind) -> usize {
+    match kind {
+        Kind::Read => 0,
+        Kind::Write => 1,
+        Kind::WriteZeroes => 2,
+        Kind::Discard => 3,
+        Kind::Flush | Kind::GetId | Kind::Unknown => unreachable!("these do not go in pieces"),
     }
 }
 

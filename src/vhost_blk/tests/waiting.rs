@@ -23,6 +23,9 @@ const WRITEBACK: u32 = 32;
 /// The most segments of a discard, which is also the most that the session gives the disk at a time.
 const SEGMENTS: u32 = 32;
 
+/// Bytes of a request of more pieces than there are slots.
+const LARGE: u64 = 128 << 20;
+
 /// Makes a write available and kicks; returns its head and the address of its status.
 fn offer_write(guest: &mut Guest, queue: usize) -> (u32, u64) {
     let data = guest.put(&pattern(512, 7));
@@ -191,6 +194,35 @@ fn discards_of_many_segments_are_given_up_whole() {
         assert_eq!(scene.guest.next_used(0), (head, 1));
         assert_eq!(scene.guest.get(status, 1), [IOERR]);
     }
+}
+
+/// Reads and discards in pieces have slots of their own: a discard may free the very space.
+#[test]
+fn large_requests_pass_a_large_write_that_waits() {
+    let disk = MemoryDisk::new(LARGE / 512);
+    let server = TestServer::start(Arc::new(Shared(Arc::clone(&disk))), ServeOptions::new(1, 256));
+    let mut guest = Guest::connect(&server.path, ALL);
+    guest.add_queue(32);
+    disk.full.store(true, Ordering::SeqCst);
+    let mut offer_large = |kind: u32, flags: u16| {
+        let (header, status) = (guest.header(kind, 0), guest.put(&[UNTOUCHED]));
+        let mut parts = vec![(header, 16, 0)];
+        parts.resize(1 + (LARGE / REGION) as usize, (REGION, REGION as u32, flags));
+        parts.push((status, 1, WRITE));
+        let head = guest.indirect_chain(0, &parts);
+        guest.make_available(0, head);
+        guest.kick(0);
+        (u32::from(head), status)
+    };
+    let write = offer_large(T_OUT, 0);
+    until("all slots of writes are taken", || disk.held.load(Ordering::SeqCst) == 32);
+    let read = offer_large(T_IN, WRITE);
+    assert_eq!(guest.next_used(0), (read.0, LARGE as u32 + 1));
+    assert_eq!(guest.get(read.1, 1), [OK]);
+    disk.full.store(false, Ordering::SeqCst);
+    guest.kick(0);
+    assert_eq!(guest.next_used(0), (write.0, 1));
+    assert_eq!(guest.get(write.1, 1), [OK]);
 }
 
 #[test]
