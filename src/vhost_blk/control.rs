@@ -166,6 +166,8 @@ pub(crate) struct Exit {
     pub next_available: u16,
     /// The ring was corrupt, or the worker itself failed: it must be set up again before it runs again.
     pub broken: bool,
+    /// The stop was to make everything durable, and that failed.
+    pub unflushed: bool,
 }
 
 /// How a worker is stopped. In each case it takes no more chains, finishes what the disk has, and ends; after that no
@@ -179,6 +181,13 @@ pub(crate) enum Stop {
     DrainAndFlush,
     /// First everything is served that the guest has made available by now. Then everything is made durable.
     Pause,
+}
+
+impl Stop {
+    /// Whether everything is made durable at the end.
+    pub(crate) fn flushes(self) -> bool {
+        matches!(self, Stop::Pause | Stop::DrainAndFlush)
+    }
 }
 
 const RUN: u8 = 0;
@@ -232,7 +241,8 @@ impl Control {
 
     /// The result of a worker that died.
     pub(crate) fn broken_exit(&self) -> Exit {
-        Exit { next_available: self.next_available.load(Ordering::Relaxed), broken: true }
+        let unflushed = self.stop().is_some_and(Stop::flushes);
+        Exit { next_available: self.next_available.load(Ordering::Relaxed), broken: true, unflushed }
     }
 
     /// Records the worker's position in the available ring.

@@ -136,9 +136,7 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
             }
         };
         let lost = self.drain();
-        if matches!(self.control.stop(), Some(Stop::Pause | Stop::DrainAndFlush)) {
-            self.flush();
-        }
+        let unflushed = self.control.stop().is_some_and(Stop::flushes) && !self.flush();
         let next_available = self.ring.next_available();
         debug!(queue = self.index, next_available, broken, "queue stopped");
         let broken = broken || lost;
@@ -148,7 +146,7 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
         if let (false, false, Some(tracker)) = (broken, leaves_some, self.tracker.take()) {
             tracker.close();
         }
-        Exit { next_available, broken }
+        Exit { next_available, broken, unflushed }
     }
 
     /// Gives the disk what the last worker had in flight, before anything new. These chains cannot go back into the ring,
@@ -482,9 +480,10 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
         })
     }
 
-    /// Makes all writes durable. The guest did not request this flush, so a failure is only logged; the disk itself
-    /// refuses later requests.
-    fn flush(&mut self) {
+    /// Makes all writes durable; false if that failed. The guest did not request this flush, so the frontend has to learn of
+    /// a failure. The disk itself refuses later requests.
+    fn flush(&mut self) -> bool {
+        let mut durable = true;
         let id = self.in_flight.add_closing();
         self.queue.submit(id, Request::Flush, &[]);
         while !self.in_flight.is_empty() {
@@ -492,6 +491,7 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
             for done in self.done.drain(..) {
                 if done.result.is_err() {
                     warn!(queue = self.index, "the flush of a stopping queue failed");
+                    durable = false;
                 }
                 self.in_flight.finish(done);
             }
@@ -499,6 +499,7 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
                 self.wait(None);
             }
         }
+        durable
     }
 
     fn report(&self, error: RingError) {

@@ -56,6 +56,8 @@ enum Refusal {
     Region(#[from] RegionError),
     #[error("{0}")]
     Log(#[from] LogError),
+    #[error("what was written could not be made durable; the disk has failed")]
+    NotDurable,
     #[error("{0} was not offered")]
     NotOffered(&'static str),
 }
@@ -260,8 +262,9 @@ impl<D: BlockDevice> Session<D> {
         self.shared.set_write_through(!(flush && self.cache.is_on()));
     }
 
-    /// Turns the write cache on or off. Writes made while it was on must not stay in it.
-    fn change_cache(&mut self, change: impl FnOnce(&mut WriteCache)) {
+    /// Turns the write cache on or off. Writes made while it was on must not stay in it: false if the disk could not make
+    /// them durable.
+    fn change_cache(&mut self, change: impl FnOnce(&mut WriteCache)) -> bool {
         let was = self.cache.is_on();
         change(&mut self.cache);
         if let (Some(region), Some(on)) = (&self.region, self.cache.known()) {
@@ -269,14 +272,15 @@ impl<D: BlockDevice> Session<D> {
         }
         self.update_write_through();
         if !was || self.cache.is_on() {
-            return;
+            return true;
         }
         // All are drained before one flushes: a write that began in the cache must not end after the flush.
-        let Some(first) = self.vrings.iter().position(Vring::is_running) else { return };
+        let Some(first) = self.vrings.iter().position(Vring::is_running) else { return true };
         let (before, after) = self.vrings.split_at_mut(first + 1);
         Vring::stop_all(after, Stop::Drain, &self.hurry);
-        Vring::stop_all([&mut before[first]], Stop::DrainAndFlush, &self.hurry);
+        let flushed = Vring::stop_all([&mut before[first]], Stop::DrainAndFlush, &self.hurry);
         self.start_all();
+        flushed
     }
 }
 
@@ -475,7 +479,10 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
         } else {
             // Cloud Hypervisor pauses a machine by this message alone, and its user may then copy the image. It resumes
             // with the available index of that moment as base, so what stays in the ring would be lost.
-            Vring::stop_all([&mut self.vrings[queue]], Stop::Pause, &self.hurry);
+            let flushed = Vring::stop_all([&mut self.vrings[queue]], Stop::Pause, &self.hurry);
+            if !flushed {
+                return self.refuse(Refusal::NotDurable);
+            }
         }
         Ok(())
     }
@@ -492,8 +499,8 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
         match bytes {
             [value @ (0 | 1)] if usize::try_from(offset) == Ok(WRITEBACK_OFFSET) => {
                 debug!(writeback = value, "the guest sets the write cache");
-                self.change_cache(|cache| cache.set(*value == 1));
-                Ok(())
+                let durable = self.change_cache(|cache| cache.set(*value == 1));
+                if durable { Ok(()) } else { self.refuse(Refusal::NotDurable) }
             }
             _ => self.refuse(Refusal::ConfigWrite { offset }),
         }

@@ -78,21 +78,24 @@ impl Vring {
     }
 
     /// Stops the workers of all these rings that run. All are told first, so that none goes on serving while another
-    /// one drains.
+    /// one drains. False if one of them was to flush the disk and could not.
     pub(crate) fn stop_all<'a>(
         vrings: impl IntoIterator<Item = &'a mut Vring>,
         stop: Stop,
         hurry: &dyn Fn() -> bool,
-    ) {
+    ) -> bool {
         let (vrings, workers): (Vec<_>, Vec<_>) = vrings
             .into_iter()
             .filter_map(|vring| vring.worker.take().map(|worker| (vring, worker)))
             .inspect(|(_, worker)| worker.tell(stop))
             .unzip();
+        let mut flushed = true;
         for (vring, exit) in vrings.into_iter().zip(Worker::join_all(workers, hurry)) {
             vring.base = exit.next_available;
             vring.broken |= exit.broken;
+            flushed &= !exit.unflushed;
         }
+        flushed
     }
 
     /// Stops the worker, if there is one, as soon as possible.

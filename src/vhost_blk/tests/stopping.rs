@@ -14,6 +14,7 @@ use kit::guest::*;
 use kit::host::not_taken;
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag};
 use vhost_blk::{Request, ServeOptions};
 
 const ALL: u64 = F_VERSION_1 | F_FLUSH | F_INDIRECT;
@@ -255,6 +256,34 @@ fn a_guest_that_goes_on_cannot_prolong_a_pause() {
         let all = guest.queues[queue].next_available;
         until("what came after the pause", || guest.used_index(queue) == all);
     }
+}
+
+/// A frontend that copies the image after a pause must not believe it to be whole.
+#[test]
+fn a_pause_that_cannot_flush_is_refused() {
+    let disk = MemoryDisk::new(64);
+    let server = serve(&disk);
+    let mut guest = Guest::connect(&server.path, ALL | F_CONFIG_WCE);
+    let queue = guest.add_queue(64);
+    guest.write(queue, 0, &[1; 512]);
+    disk.broken.store(true, Ordering::SeqCst);
+    let status = offer_marked_write(&mut guest, queue, 7);
+    guest.frontend.set_vring_enable(queue, false).unwrap_err();
+    assert_eq!(guest.get(status, 1), [OK], "the ring was served and stopped all the same");
+    assert_eq!(guest.frontend_base(queue), 2, "the session goes on");
+    guest.start_queue(queue, 2);
+    // So with a cache that is turned off.
+    guest.frontend.set_config(32, VhostUserConfigFlags::WRITABLE, &[0]).unwrap_err();
+    assert_eq!(guest.read_config(32, 1), Some(vec![0]));
+    disk.broken.store(false, Ordering::SeqCst);
+    guest.frontend.set_vring_enable(queue, false).unwrap();
+    guest.frontend.set_vring_enable(queue, true).unwrap();
+    // A frontend that asks for no answer can learn of it only by the session's end.
+    disk.broken.store(true, Ordering::SeqCst);
+    guest.frontend.set_hdr_flags(VhostUserHeaderFlag::empty());
+    guest.frontend.set_vring_enable(queue, false).unwrap();
+    guest.frontend.get_features().unwrap_err();
+    Guest::connect(&server.path, ALL);
 }
 
 #[test]

@@ -49,6 +49,8 @@ pub struct MemoryDisk {
     pub full: AtomicBool,
     /// Requests held.
     pub held: AtomicU64,
+    /// Flushes fail.
+    pub broken: AtomicBool,
     /// Requests that may be in flight while there is room for one more.
     pub room: AtomicU64,
     /// A disk that completes at once first waits for the gate, and then is slow.
@@ -83,6 +85,7 @@ impl MemoryDisk {
             trap: AtomicBool::new(false),
             full: AtomicBool::new(false),
             held: AtomicU64::new(0),
+            broken: AtomicBool::new(false),
             room: AtomicU64::new(u64::MAX),
             slow: AtomicBool::new(false),
             portions: Mutex::default(),
@@ -121,6 +124,7 @@ impl MemoryDisk {
                     at += slice.len();
                 }
             }
+            Request::Flush if self.broken.load(Ordering::SeqCst) => return Err(()),
             Request::Flush => {}
             Request::Discard { offset, length, .. } | Request::WriteZeroes { offset, length, .. } => {
                 bytes[offset as usize..(offset + length) as usize].fill(0);
