@@ -4,16 +4,18 @@
 //! A request that may allocate, discard or zero claims its whole range at once, before it plans. It holds nothing else
 //! while it waits, so claims cannot deadlock. No claim overtakes an earlier overlapping one, so none starves.
 //!
-//! For each cluster only the last claim on it is recorded, by runs of clusters. A new claim waits for the last claims
-//! on its range. These waited for all earlier claims on their ranges, so nothing else must be known of those. The cost
-//! of a claim, from its request to its release, is a few steps in a tree, however many claims there are.
+//! For each cluster only the last claim on it is recorded, by runs of clusters (`claimed_runs.rs`). A new claim waits
+//! for the last claims on its range. These waited for all earlier claims on their ranges, so nothing else must be known
+//! of those. The cost of a claim, from its request to its release, is a few steps in a tree, however many claims there
+//! are.
 
-use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 use std::task::Waker;
 
 use slab::Slab;
 use smallvec::{SmallVec, smallvec};
 
+use crate::claimed_runs::{ClaimedRun, ClaimedRuns};
 use crate::mutation::{Mutation, active};
 use crate::sync::Mutex;
 
@@ -35,23 +37,15 @@ impl ClaimId {
 struct Claim {
     /// Its place in the order of arrival.
     number: u64,
-    /// Pieces that it took over from claims not yet released. Zero: held.
+    /// Runs that it took over from claims not yet released. Zero: held.
     blockers: u32,
-    /// The slots of later claims that took over pieces from this one, one item for each piece.
+    /// The slots of later claims that took over runs from this one, one item for each run.
     followers: Vec<usize>,
-    /// The first clusters of all pieces that it ever was the last claim on.
-    pieces: SmallVec<[u64; 1]>,
+    /// The first clusters of all runs that it ever was the last claim on.
+    runs: SmallVec<[u64; 1]>,
     /// It was given up while it waited. Its followers still wait until it would be held.
     given_up: bool,
     waker: Option<Waker>,
-}
-
-/// A run of clusters with the same last claim.
-struct Piece {
-    /// The last cluster.
-    end: u64,
-    /// The slot of the last claim.
-    claim: usize,
 }
 
 /// All claims of one disk. Leaf lock: nothing is locked while it is held, and wakers are woken after it is released.
@@ -64,20 +58,19 @@ pub(crate) struct Claims {
 struct Inner {
     next: u64,
     claims: Slab<Claim>,
-    /// By first cluster; pieces do not overlap. Clusters in none are not claimed.
-    pieces: BTreeMap<u64, Piece>,
+    runs: ClaimedRuns,
 }
 
 impl Inner {
-    /// Adds a claim that is the last on no cluster.
-    fn insert(&mut self) -> ClaimId {
+    /// Adds a claim that is the last on these runs, given by their first clusters.
+    fn insert(&mut self, runs: SmallVec<[u64; 1]>) -> ClaimId {
         let number = self.next;
         self.next += 1;
         let slot = self.claims.insert(Claim {
             number,
             blockers: 0,
             followers: Vec::new(),
-            pieces: SmallVec::new(),
+            runs,
             given_up: false,
             waker: None,
         });
@@ -89,39 +82,39 @@ impl Inner {
         claim.expect("a claim that was added and not released")
     }
 
-    /// Adds a claim on clusters `first..=last`, behind all earlier ones there.
-    fn queue(&mut self, first: u64, last: u64) -> ClaimId {
-        let id = self.insert();
-        let mut from = first;
-        if let Some((_, before)) = self.pieces.range_mut(..first).next_back()
-            && before.end >= first
-        {
-            // Only the part before the new claim stays.
-            let piece = Piece { end: std::mem::replace(&mut before.end, first - 1), claim: before.claim };
-            from = self.take_over(id.slot, piece, last);
-        }
-        while from <= last
-            && let Some((&start, _)) = self.pieces.range(from..=last).next()
-        {
-            let piece = self.pieces.remove(&start).expect("it was just found");
-            from = self.take_over(id.slot, piece, last);
-        }
-        self.pieces.insert(first, Piece { end: last, claim: id.slot });
-        self.claims[id.slot].pieces = smallvec![first];
+    /// Adds a claim on clusters that no other claim is on.
+    fn add_alone(&mut self, clusters: RangeInclusive<u64>) -> ClaimId {
+        let (first, last) = clusters.into_inner();
+        let id = self.insert(smallvec![first]);
+        self.runs.insert(ClaimedRun { first, last, claim: id.slot });
         id
     }
 
-    /// Takes over the clusters of a piece up to `last`: the piece's claim blocks the new one. Returns the first cluster
-    /// after the piece.
-    fn take_over(&mut self, slot: usize, piece: Piece, last: u64) -> u64 {
-        let earlier = &mut self.claims[piece.claim];
+    /// Adds a claim behind all earlier ones on its clusters.
+    fn queue(&mut self, clusters: RangeInclusive<u64>) -> ClaimId {
+        let (first, last) = (*clusters.start(), *clusters.end());
+        let id = self.insert(smallvec![first]);
+        while let Some(run) = self.runs.take_overlapping(first, last) {
+            self.take_over(id.slot, run, &clusters);
+        }
+        self.runs.insert(ClaimedRun { first, last, claim: id.slot });
+        id
+    }
+
+    /// Takes over the clusters of a run that are among those of a new claim. The run's claim blocks the new one, and
+    /// stays the last claim on the rest of the run.
+    fn take_over(&mut self, slot: usize, run: ClaimedRun, clusters: &RangeInclusive<u64>) {
+        let (first, last) = (*clusters.start(), *clusters.end());
+        let earlier = &mut self.claims[run.claim];
         earlier.followers.push(slot);
-        if piece.end > last {
-            earlier.pieces.push(last + 1);
-            self.pieces.insert(last + 1, Piece { end: piece.end, claim: piece.claim });
+        if run.first < first {
+            self.runs.insert(ClaimedRun { last: first - 1, ..run });
+        }
+        if run.last > last {
+            earlier.runs.push(last + 1);
+            self.runs.insert(ClaimedRun { first: last + 1, ..run });
         }
         self.claims[slot].blockers += 1;
-        piece.end + 1
     }
 
     /// Removes a held claim, and those given up that are now held. Returns the wakers of the other claims now held.
@@ -130,10 +123,8 @@ impl Inner {
         let mut gone: SmallVec<[usize; 1]> = smallvec![slot];
         while let Some(slot) = gone.pop() {
             let claim = self.claims.remove(slot);
-            for first in claim.pieces {
-                if self.pieces.get(&first).is_some_and(|piece| piece.claim == slot) {
-                    self.pieces.remove(&first);
-                }
+            for first in claim.runs {
+                self.runs.remove(first, slot);
             }
             for follower in claim.followers {
                 let later = &mut self.claims[follower];
@@ -153,18 +144,18 @@ impl Inner {
 type Wakers = SmallVec<[Waker; 1]>;
 
 impl Claims {
-    /// Queues a claim on guest clusters `first..=last`.
-    pub fn add(&self, first: u64, last: u64) -> ClaimId {
-        self.inner.lock().expect("no panic under this lock").queue(first, last)
+    /// Queues a claim on these guest clusters.
+    pub fn add(&self, clusters: RangeInclusive<u64>) -> ClaimId {
+        self.inner.lock().expect("no panic under this lock").queue(clusters)
     }
 
-    /// A claim on guest clusters `first..=last`, held at once; `None` if any other overlaps it, held or waiting.
-    pub fn try_add(&self, first: u64, last: u64) -> Option<ClaimId> {
+    /// A claim on these guest clusters, held at once; `None` if any other overlaps it, held or waiting.
+    pub fn try_add(&self, clusters: RangeInclusive<u64>) -> Option<ClaimId> {
         let mut inner = self.inner.lock().expect("no panic under this lock");
-        if inner.pieces.range(..=last).next_back().is_none_or(|(_, before)| before.end < first) {
-            return Some(inner.queue(first, last));
+        if !inner.runs.overlaps(*clusters.start(), *clusters.end()) {
+            return Some(inner.add_alone(clusters));
         }
-        active(Mutation::ClaimForced).then(|| inner.insert())
+        active(Mutation::ClaimForced).then(|| inner.insert(SmallVec::new()))
     }
 
     /// True if the claim is held; otherwise `waker` is woken once it is.
@@ -204,10 +195,10 @@ mod tests {
     fn overlapping_claims_are_served_in_order() {
         let claims = Claims::default();
         let waker = Waker::noop();
-        let a = claims.add(0, 9);
-        let b = claims.add(5, 14);
-        let c = claims.add(12, 20);
-        let d = claims.add(30, 30);
+        let a = claims.add(0..=9);
+        let b = claims.add(5..=14);
+        let c = claims.add(12..=20);
+        let d = claims.add(30..=30);
         assert!(claims.held(a, waker));
         assert!(!claims.held(b, waker));
         assert!(!claims.held(c, waker), "c waits behind b, which came first, though nobody holds its range");
@@ -218,101 +209,124 @@ mod tests {
         assert!(claims.held(c, waker));
         claims.release(c);
         claims.release(d);
-        assert!(claims.held(claims.add(0, 100), waker));
+        assert!(claims.held(claims.add(0..=100), waker));
     }
 
     #[test]
     fn a_claim_to_be_held_at_once_overtakes_nobody() {
         let claims = Claims::default();
         let waker = Waker::noop();
-        let a = claims.add(0, 9);
-        let b = claims.add(5, 14);
-        assert_eq!(claims.try_add(3, 3), None, "held by a");
-        assert_eq!(claims.try_add(12, 12), None, "b waits for it");
-        let c = claims.try_add(15, 15).expect("nobody's");
+        let a = claims.add(0..=9);
+        let b = claims.add(5..=14);
+        assert_eq!(claims.try_add(3..=3), None, "held by a");
+        assert_eq!(claims.try_add(12..=12), None, "b waits for it");
+        let c = claims.try_add(15..=15).expect("nobody's");
         assert!(claims.held(c, waker));
-        let d = claims.add(15, 20);
+        let d = claims.add(15..=20);
         assert!(!claims.held(d, waker), "it is a claim like any other");
         claims.release(c);
         assert!(claims.held(d, waker));
         for claim in [a, b, d] {
             claims.release(claim);
         }
-        assert!(claims.try_add(0, 100).is_some());
+        assert!(claims.try_add(0..=100).is_some());
     }
 
-    /// How much is recorded for each claim. Each item costs one step of a later call: a claim adds at most two pieces,
+    /// How much is recorded for each claim. Each item costs one step of a later call: a claim adds at most two runs,
     /// and takes over at most two in part.
     fn recorded_per_claim(claims: &Claims) -> usize {
         let inner = claims.inner.lock().expect("no panic under this lock");
         let of_claims: usize =
-            inner.claims.iter().map(|(_, claim)| claim.followers.len() + claim.pieces.len()).sum();
-        (of_claims + inner.pieces.len()).div_ceil(inner.claims.len().max(1))
+            inner.claims.iter().map(|(_, claim)| claim.followers.len() + claim.runs.len()).sum();
+        (of_claims + inner.runs.len()).div_ceil(inner.claims.len().max(1))
     }
 
     /// Each of many claims that overlap waits for its direct predecessors only.
     #[test]
     fn the_work_for_a_claim_does_not_grow_with_their_number() {
         const MANY: u64 = 8000;
-        /// The first and the last cluster of a claim, by its number.
-        type Range = fn(u64) -> (u64, u64);
-        let ranges: [(&str, Range); 5] = [
-            ("one range", |_| (7, 90)),
-            ("steps", |n| (n, n + 100)),
-            ("each within the one before", |n| (n, 2 * MANY - n)),
-            ("each around the one before", |n| (MANY - n, MANY + n)),
-            ("a wide one, then narrow ones", |n| if n % 100 == 0 { (0, MANY) } else { (n, n) }),
+        /// The clusters of a claim, by its number.
+        type Clusters = fn(u64) -> RangeInclusive<u64>;
+        let ranges: [(&str, Clusters); 6] = [
+            ("one range", |_| 7..=90),
+            ("apart", |n| 3 * n..=3 * n + 1),
+            ("steps", |n| n..=n + 100),
+            ("each within the one before", |n| n..=2 * MANY - n),
+            ("each around the one before", |n| MANY - n..=MANY + n),
+            ("a wide one, then narrow ones", |n| if n % 100 == 0 { 0..=MANY } else { n..=n }),
         ];
         for (name, range) in ranges {
             let claims = Claims::default();
-            let ids: Vec<_> = (0..MANY).map(range).map(|(first, last)| claims.add(first, last)).collect();
+            let ids: Vec<_> = (0..MANY).map(|n| claims.add(range(n))).collect();
             assert!(recorded_per_claim(&claims) <= 8, "{name}: {}", recorded_per_claim(&claims));
             for id in ids {
                 assert!(claims.held(id, Waker::noop()), "{name}: all before {id:?} were released");
                 claims.release(id);
             }
             let inner = claims.inner.lock().expect("no panic under this lock");
-            assert!(inner.claims.is_empty() && inner.pieces.is_empty(), "{name}");
+            assert!(inner.claims.is_empty() && inner.runs.len() == 0, "{name}");
         }
     }
 
     /// Claims as the rule states it: held if no earlier overlapping claim is left. One that is given up while it waits
     /// is left until it would be held.
     #[derive(Default)]
-    struct Model(Vec<(ClaimId, u64, u64, bool)>);
+    struct Model(Vec<Modelled>);
+
+    #[derive(Clone)]
+    struct Modelled {
+        id: ClaimId,
+        clusters: RangeInclusive<u64>,
+        given_up: bool,
+    }
 
     impl Model {
-        fn overlaps(&self, first: u64, last: u64) -> bool {
-            self.0.iter().any(|(_, start, end, _)| *start <= last && first <= *end)
+        fn add(&mut self, id: ClaimId, clusters: RangeInclusive<u64>) {
+            self.0.push(Modelled { id, clusters, given_up: false });
+        }
+
+        fn overlaps(&self, clusters: &RangeInclusive<u64>) -> bool {
+            let meets = |other: &RangeInclusive<u64>| {
+                other.start() <= clusters.end() && clusters.start() <= other.end()
+            };
+            self.0.iter().any(|claim| meets(&claim.clusters))
         }
 
         fn held(&self, id: ClaimId) -> bool {
-            let at = self.0.iter().position(|claim| claim.0 == id).expect("in the model");
-            let (_, first, last, _) = self.0[at];
-            !Model(self.0[..at].to_vec()).overlaps(first, last)
+            let at = self.0.iter().position(|claim| claim.id == id).expect("in the model");
+            !Model(self.0[..at].to_vec()).overlaps(&self.0[at].clusters)
         }
 
         fn release(&mut self, id: ClaimId) {
-            let claim = self.0.iter_mut().find(|claim| claim.0 == id).expect("in the model");
-            claim.3 = true;
-            while let Some(gone) = self.0.iter().position(|claim| claim.3 && self.held(claim.0)) {
+            let claim = self.0.iter_mut().find(|claim| claim.id == id).expect("in the model");
+            claim.given_up = true;
+            while let Some(gone) = self.0.iter().position(|claim| claim.given_up && self.held(claim.id)) {
                 self.0.remove(gone);
             }
+        }
+
+        /// The claims not yet released.
+        fn live(&self) -> impl Iterator<Item = ClaimId> {
+            self.0.iter().filter(|claim| !claim.given_up).map(|claim| claim.id)
         }
     }
 
     #[derive(Clone, Debug)]
     enum Step {
-        Add(u64, u64),
-        Try(u64, u64),
+        Add(RangeInclusive<u64>),
+        Try(RangeInclusive<u64>),
         Release(prop::sample::Index),
     }
 
     fn step() -> impl Strategy<Value = Step> {
-        let range = || (0u64..40, 0u64..12).prop_map(|(first, more)| (first, first + more));
+        let clusters = || (0u64..40, 0u64..12).prop_map(|(first, more)| first..=first + more);
+        // Many of these do not overlap.
+        let apart = || (0u64..40).prop_map(|number| 100 + 2 * number..=100 + 2 * number);
         prop_oneof![
-            3 => range().prop_map(|(first, last)| Step::Add(first, last)),
-            1 => range().prop_map(|(first, last)| Step::Try(first, last)),
+            3 => clusters().prop_map(Step::Add),
+            2 => apart().prop_map(Step::Add),
+            1 => clusters().prop_map(Step::Try),
+            2 => apart().prop_map(Step::Try),
             3 => any::<prop::sample::Index>().prop_map(Step::Release),
         ]
     }
@@ -320,26 +334,28 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
         #[test]
-        fn claims_are_held_as_the_rule_says(steps in proptest::collection::vec(step(), 1..80)) {
+        fn claims_are_held_as_the_rule_says(steps in proptest::collection::vec(step(), 1..120)) {
             let (claims, mut model) = (Claims::default(), Model::default());
             for step in steps {
                 match step {
-                    Step::Add(first, last) => model.0.push((claims.add(first, last), first, last, false)),
-                    Step::Try(first, last) => {
-                        let tried = claims.try_add(first, last);
-                        prop_assert_eq!(tried.is_some(), !model.overlaps(first, last));
-                        model.0.extend(tried.map(|id| (id, first, last, false)));
+                    Step::Add(clusters) => model.add(claims.add(clusters.clone()), clusters),
+                    Step::Try(clusters) => {
+                        let tried = claims.try_add(clusters.clone());
+                        prop_assert_eq!(tried.is_some(), !model.overlaps(&clusters));
+                        if let Some(id) = tried {
+                            model.add(id, clusters);
+                        }
                     }
                     Step::Release(which) => {
-                        let live: Vec<_> = model.0.iter().filter(|claim| !claim.3).map(|claim| claim.0).collect();
+                        let live: Vec<_> = model.live().collect();
                         if !live.is_empty() {
                             claims.release(*which.get(&live));
                             model.release(*which.get(&live));
                         }
                     }
                 }
-                for (id, ..) in model.0.iter().filter(|claim| !claim.3) {
-                    prop_assert_eq!(claims.held(*id, Waker::noop()), model.held(*id));
+                for id in model.live() {
+                    prop_assert_eq!(claims.held(id, Waker::noop()), model.held(id));
                 }
             }
         }

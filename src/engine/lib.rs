@@ -13,6 +13,7 @@ mod answer;
 pub mod bounds;
 pub mod change;
 pub mod check;
+mod claimed_runs;
 mod claims;
 mod cut;
 mod early;
@@ -80,6 +81,7 @@ pub use write::{Allocation, WritePlan};
 pub use zero::{ZeroMode, Zeroed};
 
 use std::collections::BTreeSet;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Waker;
@@ -345,20 +347,18 @@ impl Engine {
 
     /// Queues a claim on the clusters that a range touches; see [`Engine::claim_held`].
     pub fn claim(&self, offset: GuestOffset, length: u64) -> ClaimId {
-        let (first, last) = self.units(offset, length);
-        self.claims.add(first, last)
+        self.claims.add(self.units(offset, length))
     }
 
     /// A claim on the clusters that a range touches, held at once; `None` if another overlaps it.
     pub fn try_claim(&self, offset: GuestOffset, length: u64) -> Option<ClaimId> {
-        let (first, last) = self.units(offset, length);
-        self.claims.try_add(first, last)
+        self.claims.try_add(self.units(offset, length))
     }
 
-    /// The first and the last unit that a range touches.
-    fn units(&self, offset: GuestOffset, length: u64) -> (u64, u64) {
+    /// The units that a range touches.
+    fn units(&self, offset: GuestOffset, length: u64) -> RangeInclusive<u64> {
         let last = offset.0 + length.saturating_sub(1);
-        (offset.0 >> self.unit_bits, last >> self.unit_bits)
+        offset.0 >> self.unit_bits..=last >> self.unit_bits
     }
 
     /// True if the claim is held; otherwise the waker is woken once it is.

@@ -522,7 +522,7 @@ fn change_claimed(claims: &Claims, clusters: &[Claimed; 3], id: ClaimId, first: 
 
 /// Claims `first..=last`, waits, changes the claimed clusters, and releases the claim.
 fn claim_and_change(claims: &Claims, clusters: &[Claimed; 3], first: usize, last: usize) {
-    let id = claims.add(first as u64, last as u64);
+    let id = claims.add(first as u64..=last as u64);
     block_on(poll_fn(
         |context| {
             if claims.held(id, context.waker()) { Poll::Ready(()) } else { Poll::Pending }
@@ -570,8 +570,8 @@ fn a_claim_that_is_given_up_lets_nobody_overtake() {
     explore(Some(3), || {
         let claims = Arc::new(Claims::default());
         let clusters = claimed();
-        let first = claims.add(0, 1);
-        let given_up = claims.add(0, 2);
+        let first = claims.add(0..=1);
+        let given_up = claims.add(0..=2);
         let others = [
             {
                 let (claims, clusters) = (Arc::clone(&claims), Arc::clone(&clusters));
@@ -586,7 +586,7 @@ fn a_claim_that_is_given_up_lets_nobody_overtake() {
         for other in others {
             other.join().expect("claimant");
         }
-        assert!(claims.try_add(0, 2).is_some(), "nothing is left");
+        assert!(claims.try_add(0..=2).is_some(), "nothing is left");
     });
 }
 
@@ -616,7 +616,7 @@ fn a_claim_that_does_not_wait_excludes_the_others() {
             thread::spawn(move || claim_and_change(&claims, &clusters, 0, 2))
         };
         for cluster in [1, 2] {
-            if let Some(id) = claims.try_add(cluster, cluster) {
+            if let Some(id) = claims.try_add(cluster..=cluster) {
                 change_claimed(&claims, &clusters, id, cluster as usize, cluster as usize);
             }
         }
@@ -629,12 +629,12 @@ fn a_claim_that_does_not_wait_excludes_the_others() {
 fn the_last_waker_left_is_woken() {
     explore(None, || {
         let claims = Arc::new(Claims::default());
-        let first = claims.add(0, 0);
+        let first = claims.add(0..=0);
         let other = {
             let claims = Arc::clone(&claims);
             thread::spawn(move || claims.release(first))
         };
-        let second = claims.add(0, 0);
+        let second = claims.add(0..=0);
         claims.held(second, Waker::noop());
         block_on(poll_fn(
             |context| {
