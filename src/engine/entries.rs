@@ -13,6 +13,15 @@ pub struct Entries {
     len: u64,
 }
 
+/// An entry that is not zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UsedEntry {
+    /// Its index in the table.
+    pub index: u64,
+    /// The entry as on disk.
+    pub raw: u64,
+}
+
 impl Entries {
     /// A table of `len` entries, all zero.
     pub fn new(len: u64) -> Self {
@@ -65,22 +74,22 @@ impl Entries {
         self.len = self.len.max(len);
     }
 
-    /// The entries that are not zero, with their indices, in order.
-    pub fn used(&self) -> impl DoubleEndedIterator<Item = (u64, u64)> {
+    /// The entries that are not zero, in order.
+    pub fn used(&self) -> impl DoubleEndedIterator<Item = UsedEntry> {
         self.used_in_pieces(0)
     }
 
     /// The same from an index on.
-    pub fn used_from(&self, first: u64) -> impl Iterator<Item = (u64, u64)> {
-        self.used_in_pieces(split(first).0).skip_while(move |(index, _)| *index < first)
+    pub fn used_from(&self, first: u64) -> impl Iterator<Item = UsedEntry> {
+        self.used_in_pieces(split(first).0).skip_while(move |entry| entry.index < first)
     }
 
-    fn used_in_pieces(&self, first: usize) -> impl DoubleEndedIterator<Item = (u64, u64)> {
+    fn used_in_pieces(&self, first: usize) -> impl DoubleEndedIterator<Item = UsedEntry> {
         let pieces = self.pieces.iter().enumerate().skip(first);
         let pieces = pieces.filter_map(|(n, piece)| Some((n, piece.as_ref()?)));
         pieces.flat_map(|(n, piece)| {
             let entries = piece.iter().enumerate().filter(|(_, raw)| **raw != 0);
-            entries.map(move |(at, raw)| ((n * PIECE + at) as u64, *raw))
+            entries.map(move |(at, raw)| UsedEntry { index: (n * PIECE + at) as u64, raw: *raw })
         })
     }
 }
@@ -121,9 +130,10 @@ mod tests {
         let mut table = Entries::new(1030);
         table.read(510, &[1u64, 0, 2, 3].map(u64::to_be_bytes).concat());
         table.read(1028, &[8u64, 9, 10].map(u64::to_be_bytes).concat());
-        let used = [(510, 1), (512, 2), (513, 3), (1028, 8), (1029, 9)];
+        let used =
+            [(510, 1), (512, 2), (513, 3), (1028, 8), (1029, 9)].map(|(index, raw)| UsedEntry { index, raw });
         assert_eq!(table.used().collect::<Vec<_>>(), used, "the last is past the end");
-        assert_eq!(table.used().next_back(), Some((1029, 9)));
+        assert_eq!(table.used().next_back(), Some(UsedEntry { index: 1029, raw: 9 }));
         table.grow(2000);
         table.set(1999, 5);
         assert_eq!([1030, 1999, 2000].map(|index| table.get(index)), [0, 5, 0]);

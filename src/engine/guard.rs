@@ -10,12 +10,13 @@
 //! every write. Here they are read once, at open, which bounds the size of the L1 tables of snapshots.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use qcow2::{Geometry, HostCluster, HostOffset, HostRange, L1Entry};
 
 use crate::aimed::{Aimed, Known};
 use crate::change::{L2Tables, SnapshotPlaces};
-use crate::entries::Entries;
+use crate::entries::{Entries, UsedEntry};
 use crate::error::{EngineError, Proof, Structure};
 use crate::refcounts::Refcounts;
 use crate::rules::places;
@@ -33,6 +34,15 @@ pub(crate) struct MetadataGuard {
     aimed: Aimed,
     /// The L2 tables of snapshots; the active disk shares many of them.
     snapshot_l2: L2Tables,
+}
+
+/// A run of metadata of the same kind.
+#[derive(Clone, Copy, Debug)]
+pub struct MetadataRun {
+    /// The clusters.
+    pub run: HostRun,
+    /// True for L2 tables. No other metadata is named by references.
+    pub is_l2: bool,
 }
 
 impl MetadataGuard {
@@ -63,7 +73,7 @@ impl MetadataGuard {
                 Structure::RefcountTable,
             )
             .map_err(overlap(Structure::RefcountTable, 0))?;
-        for (index, _) in refcounts.table.used() {
+        for UsedEntry { index, .. } in refcounts.table.used() {
             if let Some(offset) = refcounts.block_offset(index)? {
                 let cluster = geometry.host_cluster(offset);
                 guard
@@ -71,7 +81,7 @@ impl MetadataGuard {
                     .map_err(overlap(Structure::RefcountTable, index))?;
             }
         }
-        for (index, raw) in l1.used() {
+        for UsedEntry { index, raw } in l1.used() {
             // A bad L1 entry is reported when its range is used: the rest of the disk can be served.
             if let Ok(L1Entry::Table { offset, .. }) = L1Entry::decode(raw, geometry) {
                 let cluster = geometry.host_cluster(offset);
@@ -93,7 +103,7 @@ impl MetadataGuard {
                 .map_err(overlap(Structure::Snapshots, index as u64))?;
         }
         guard.snapshot_l2 = snapshots.into_l2_tables();
-        for (index, raw) in l1.used() {
+        for UsedEntry { index, raw } in l1.used() {
             // The entry allows changes in place although a snapshot uses the table, too.
             if let Ok(L1Entry::Table { offset, copied: true }) = L1Entry::decode(raw, geometry)
                 && guard.snapshot_l2.contains(geometry.host_cluster(offset))
@@ -114,7 +124,7 @@ impl MetadataGuard {
             return Ok(());
         }
         let (mut start, mut end) = (start.0, start.0 + count);
-        if let Some(holder) = self.overlap(start, end) {
+        if let Some(holder) = self.overlap(start..end) {
             return Err(holder);
         }
         let joins = |run: &(u64, Structure)| run.1 == holds;
@@ -149,18 +159,20 @@ impl MetadataGuard {
 
     /// A cluster of a run that holds metadata, if there is one.
     pub fn within(&self, run: HostRun) -> Option<Holder> {
-        let end = run.start.0 + run.count;
-        let of_snapshot = self.snapshot_l2.first_in(run.start.0..end);
-        self.overlap(run.start.0, end).or(of_snapshot.map(|cluster| (cluster, Structure::SnapshotL2)))
+        let of_snapshot = self.snapshot_l2.first_in(run.clusters());
+        self.overlap(run.clusters()).or(of_snapshot.map(|cluster| (cluster, Structure::SnapshotL2)))
     }
 
-    /// Up to `most` runs of metadata that end past a cluster, in order: the first cluster, the count, and whether they
-    /// are L2 tables. Leaves out the tables that only snapshots name.
-    pub fn runs_from(&self, cluster: u64, most: usize) -> Vec<(HostCluster, u64, bool)> {
+    /// Up to `most` runs of metadata that end past a cluster, in order. Leaves out the tables that only snapshots name.
+    pub fn runs_from(&self, cluster: u64, most: usize) -> Vec<MetadataRun> {
         let before = self.runs.range(..cluster).next_back().filter(|(_, run)| run.0 > cluster);
         let runs = before.into_iter().chain(self.runs.range(cluster..)).take(most);
-        runs.map(|(start, (past, holds))| (HostCluster(*start), past - start, *holds == Structure::L2))
-            .collect()
+        let run = |start: u64, past| HostRun::new(HostCluster(start), past - start);
+        runs.map(|(start, (past, holds))| MetadataRun {
+            run: run(*start, past),
+            is_l2: *holds == Structure::L2,
+        })
+        .collect()
     }
 
     /// True if a cluster that no metadata holds may do so: no data I/O was aimed at it.
@@ -197,9 +209,10 @@ impl MetadataGuard {
         self.runs.last_key_value().map_or(0, |(_, (past, _))| *past).max(self.snapshot_l2.end())
     }
 
-    fn overlap(&self, start: u64, end: u64) -> Option<Holder> {
-        let (&first, &(past, holds)) = self.runs.range(..end).next_back()?;
-        (past > start && start < end).then(|| (first.max(start), holds))
+    /// A cluster of a range that is in a run.
+    fn overlap(&self, range: Range<u64>) -> Option<Holder> {
+        let (&first, &(past, holds)) = self.runs.range(..range.end).next_back()?;
+        (past > range.start && !range.is_empty()).then(|| (first.max(range.start), holds))
     }
 }
 

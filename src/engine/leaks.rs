@@ -12,8 +12,10 @@ use thiserror::Error;
 
 use crate::Engine;
 use crate::bounds::{LEAK_CLUSTERS_AT_ONCE, LEAK_PIECE, LEAKS_AT_ONCE};
+use crate::entries::UsedEntry;
 use crate::error::{EngineError, Structure};
 use crate::free::TAIL_BYTES;
+use crate::guard::MetadataRun;
 use crate::rules::reuse;
 use crate::run::HostRun;
 use crate::state::State;
@@ -140,8 +142,9 @@ impl LeakSearch {
     }
 
     /// Excludes clusters that hold metadata permanently.
-    pub fn exclude(&mut self, start: HostCluster, count: u64) {
-        for cluster in start.0.max(self.range.start)..start.0.saturating_add(count).min(self.range.end) {
+    pub fn exclude(&mut self, run: HostRun) {
+        let end = run.start.0.saturating_add(run.count).min(self.range.end);
+        for cluster in run.start.0.max(self.range.start)..end {
             self.references[(cluster - self.range.start) as usize] = REFERENCES_MAX;
         }
     }
@@ -181,8 +184,8 @@ impl LeakSearch {
                 source,
             })?;
             let flagged = active && !matches!(entry, L2Entry::Compressed { .. });
-            let Some((start, count)) = entry.host_clusters(&geometry) else { continue };
-            for cluster in start.0..start.0 + count {
+            let Some(run) = entry.host_clusters(&geometry) else { continue };
+            for cluster in run.clusters() {
                 self.count(HostCluster(cluster), flagged, times);
             }
         }
@@ -242,7 +245,7 @@ impl State {
     /// The end of the search for leaks: the file's end at open, or the end of its refblocks if lower.
     fn searched_end(&self) -> Option<u64> {
         let write = self.write.as_ref()?;
-        let last = write.refcounts.table.used().next_back().map_or(0, |(block, _)| block + 1);
+        let last = write.refcounts.table.used().next_back().map_or(0, |block| block.index + 1);
         let counted = last.saturating_mul(write.refcounts.geometry.refblock_entries());
         write.alloc.touched().map(|_| write.alloc.end_at_open().min(counted))
     }
@@ -340,9 +343,8 @@ impl Engine {
         })
     }
 
-    /// Some of the metadata from a cluster on, in order: the first cluster, how many, and whether it is an L2 table.
-    /// Only L2 tables are named by references. An empty list: there is no more.
-    pub fn metadata_from(&self, from: u64) -> Vec<(HostCluster, u64, bool)> {
+    /// Some of the metadata from a cluster on, in order. An empty list: there is no more.
+    pub fn metadata_from(&self, from: u64) -> Vec<MetadataRun> {
         self.with(|state, _| {
             state.write.as_ref().map_or(Vec::new(), |write| write.guard.runs_from(from, LEAK_PIECE))
         })
@@ -357,7 +359,7 @@ impl Engine {
         self.with(|state, _| {
             let top = state.top_qcow2();
             let mut tables = Vec::new();
-            for (index, raw) in top.l1.used_from(from).take(LEAK_PIECE) {
+            for UsedEntry { index, raw } in top.l1.used_from(from).take(LEAK_PIECE) {
                 let bad = |source| LeakSearchEnd::BadEntry { structure: Structure::L1, index, source };
                 match L1Entry::decode(raw, &top.geometry).map_err(bad)? {
                     L1Entry::Table { offset, .. } => tables.push((index, top.geometry.host_cluster(offset))),

@@ -60,9 +60,10 @@ pub use bounds::ARE_TINY as BOUNDS_ARE_TINY;
 pub use bounds::MAP_SLICE_WORDS as SLICE_WORDS;
 pub use claims::ClaimId;
 pub use cut::{FlushCut, FlushStep, HeaderSwitch, TableWrite};
-pub use entries::Entries;
+pub use entries::{Entries, UsedEntry};
 pub use epoch::{Epoch, Epochs, WorkerEpochs};
 pub use error::{EngineError, Proof, Structure};
+pub use guard::MetadataRun;
 pub use layers::{LayerFormat, LayerSpec};
 pub use leaks::{Leak, LeakSearch, LeakSearchEnd, LiveTable, SeenTable};
 pub use map::SubclusterMap;
@@ -638,7 +639,7 @@ impl Engine {
 fn write_state(geometry: qcow2::Geometry, l1: &Entries, top: TopSpec) -> Result<WriteState, EngineError> {
     let refcounts = Refcounts::new(geometry, top.refcount_table, top.refcount_table_offset);
     // Refblocks past the end of the file would block its growth: grow from the last of them.
-    let last_block = refcounts.table.used().next_back().map_or(0, |(block, _)| block);
+    let last_block = refcounts.table.used().next_back().map_or(0, |block| block.index);
     let guard =
         MetadataGuard::of_image(&geometry, l1, top.l1_offset, &refcounts, &top.bitmaps, top.snapshots)?;
     let in_blocks = last_block * geometry.refblock_entries();

@@ -286,16 +286,16 @@ impl State {
     /// Refuses an L2 entry of the top image that names metadata: nothing may be written or freed there. Otherwise the
     /// clusters that it names cannot become metadata from now on.
     pub fn guard_entry(&mut self, entry: L2Entry, guest: u64) -> Result<(), EngineError> {
-        let Some((start, count)) = self.counted_clusters(entry) else { return Ok(()) };
+        let Some(run) = self.counted_clusters(entry) else { return Ok(()) };
         let Some(write) = &mut self.write else { return Ok(()) };
-        write.guard.aim(HostRun { start, count }).map_err(|(cluster, holds)| {
+        write.guard.aim(run).map_err(|(cluster, holds)| {
             Proof::Overlap { structure: Structure::L2, index: guest, cluster, holds }.into()
         })
     }
 
-    /// The clusters of the top image's own file whose refcounts count this entry: the first, and how many. Clusters of
-    /// an external data file have no refcounts.
-    pub fn counted_clusters(&self, entry: L2Entry) -> Option<(HostCluster, u64)> {
+    /// The clusters of the top image's own file whose refcounts count this entry. Clusters of an external data file
+    /// have no refcounts.
+    pub fn counted_clusters(&self, entry: L2Entry) -> Option<HostRun> {
         let top = self.top_qcow2();
         if top.data_file.is_some() { None } else { entry.host_clusters(&top.geometry) }
     }

@@ -393,11 +393,11 @@ impl State {
     /// Each loses one reference. A cluster with other references becomes free only when the last one is gone.
     pub fn release_old(&mut self, place: EntryPlace, guest: GuestCluster) {
         let Ok(entry) = self.top_entry(place, guest.0) else { return };
-        let Some((first, count)) = self.counted_clusters(entry) else { return };
-        let (count, times) = clusters::references_lost(matches!(entry, L2Entry::Compressed { .. }), count);
+        let Some(run) = self.counted_clusters(entry) else { return };
+        let lost = clusters::references_lost(matches!(entry, L2Entry::Compressed { .. }), run);
         let write = self.write.as_mut().expect("a plan was made");
-        for host in first.0..first.0 + count {
-            for _ in 0..times {
+        for host in lost.run.clusters() {
+            for _ in 0..lost.times {
                 write.alloc.free_later(HostCluster(host), write.flush.next_cut());
             }
         }

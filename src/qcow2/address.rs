@@ -3,6 +3,7 @@
 //! Owns the names only: the arithmetic that needs a cluster size is in [`Geometry`](crate::Geometry).
 
 use std::fmt;
+use std::ops::Range;
 
 /// A byte offset on the guest's disk.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
@@ -38,6 +39,37 @@ impl HostRange {
     /// The first byte past it. It is for ranges that do not reach past 2^64 bytes.
     pub const fn end(self) -> HostOffset {
         HostOffset(self.offset.0 + self.length)
+    }
+}
+
+/// A run of clusters in the image file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostRun {
+    /// The first cluster.
+    pub start: HostCluster,
+    /// The number of clusters.
+    pub count: u64,
+}
+
+impl HostRun {
+    /// A run of `count` clusters.
+    pub const fn new(start: HostCluster, count: u64) -> HostRun {
+        HostRun { start, count }
+    }
+
+    /// A run of one cluster.
+    pub const fn one(cluster: HostCluster) -> HostRun {
+        HostRun::new(cluster, 1)
+    }
+
+    /// The first cluster past it.
+    pub const fn end(self) -> HostCluster {
+        HostCluster(self.start.0 + self.count)
+    }
+
+    /// The numbers of its clusters.
+    pub const fn clusters(self) -> Range<u64> {
+        self.start.0..self.start.0 + self.count
     }
 }
 

@@ -5,7 +5,7 @@
 
 use thiserror::Error;
 
-use crate::address::{HostCluster, HostOffset};
+use crate::address::{HostOffset, HostRun};
 use crate::geometry::{Geometry, Version};
 use crate::subcluster::{HostPlace, SubclusterSet, Subclusters};
 use crate::table::{entry, set_entry};
@@ -257,16 +257,16 @@ impl L2Entry {
         }
     }
 
-    /// The host clusters that this entry references: the first cluster and the number of clusters. Compressed data
-    /// references every cluster that it touches, and may share clusters with other compressed data.
-    pub fn host_clusters(self, geometry: &Geometry) -> Option<(HostCluster, u64)> {
+    /// The host clusters that this entry references. Compressed data references every cluster that it touches, and may
+    /// share clusters with other compressed data.
+    pub fn host_clusters(self, geometry: &Geometry) -> Option<HostRun> {
         match self {
             L2Entry::Compressed { offset, sectors } => {
                 let first = geometry.host_cluster(offset);
                 let past = geometry.clusters_for(offset.0 + compressed_length(offset, sectors));
-                Some((first, past - first.0))
+                Some(HostRun::new(first, past - first.0))
             }
-            _ => self.host().map(|host| (geometry.host_cluster(host.offset), 1)),
+            _ => self.host().map(|host| HostRun::one(geometry.host_cluster(host.offset))),
         }
     }
 

@@ -25,7 +25,7 @@ pub mod subcluster;
 pub mod table;
 mod validate;
 
-pub use address::{GuestCluster, GuestOffset, HostCluster, HostOffset, HostRange};
+pub use address::{GuestCluster, GuestOffset, HostCluster, HostOffset, HostRange, HostRun};
 pub use bitmap::{Bitmap, BitmapDirectory, Bitmaps, bitmap_table_entry};
 pub use create::NewImage;
 pub use entry::{EntryError, L1Entry, L2Entry, RawL2Entry, refblock_offset};

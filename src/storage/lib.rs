@@ -64,10 +64,19 @@ pub struct FileInfo {
     pub block_size: u32,
     /// True if it is a block device: it cannot grow and past its end nothing reads as zero.
     pub block_device: bool,
-    /// (device, inode), or (0, device number) for a block device: the file's identity, whatever its name.
-    pub identity: (u64, u64),
+    /// The file's identity, whatever its name.
+    pub identity: FileIdentity,
     /// True if opened for writing.
     pub writable: bool,
+}
+
+/// Tells files apart, whatever their names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FileIdentity {
+    /// The device that holds the file; 0 if the file is a block device.
+    pub device: u64,
+    /// The file's number on that device; for a block device its own device number.
+    pub number: u64,
 }
 
 /// The open image files, shared by every thread.

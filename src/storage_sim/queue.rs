@@ -18,8 +18,8 @@ use crate::world::{Asked, Holder, Rest, World};
 use crate::{SimOptions, SimWorld};
 use storage::error::{LockConflict, Permission, Step};
 use storage::{
-    Completion, Errno, FileId, FileInfo, IoQueue, Kind, Notifier, OpenOptions, Operation, Part, Parts,
-    Storage, StorageError, Token,
+    Completion, Errno, FileId, FileIdentity, FileInfo, IoQueue, Kind, Notifier, OpenOptions, Operation, Part,
+    Parts, Storage, StorageError, Token,
 };
 
 /// The byte that fills the memory of a failed read.
@@ -92,7 +92,7 @@ impl SimStorage {
             memory_alignment: world.options.memory_alignment,
             block_size: 512,
             block_device: false,
-            identity: (1, file as u64 + 1),
+            identity: FileIdentity { device: 1, number: file as u64 + 1 },
             writable,
         };
         if locked {

@@ -36,7 +36,20 @@ pub(crate) struct Listening {
 #[derive(Debug)]
 struct SocketFile {
     path: PathBuf,
-    identity: (u64, u64),
+    identity: Identity,
+}
+
+/// Tells files apart, whatever their names.
+#[derive(Debug, PartialEq, Eq)]
+struct Identity {
+    device: u64,
+    inode: u64,
+}
+
+impl Identity {
+    fn of(metadata: &fs::Metadata) -> Self {
+        Identity { device: metadata.dev(), inode: metadata.ino() }
+    }
 }
 
 impl Listening {
@@ -60,7 +73,7 @@ impl Listening {
         }
         let listener = UnixListener::bind(path).map_err(|error| failed("bind it", error))?;
         let metadata = fs::symlink_metadata(path).map_err(|error| failed("stat it", error))?;
-        let file = SocketFile { path: path.to_owned(), identity: (metadata.dev(), metadata.ino()) };
+        let file = SocketFile { path: path.to_owned(), identity: Identity::of(&metadata) };
         let listening = Listening { _file: Some(file), listener };
         listening.listener.set_nonblocking(true).map_err(|error| failed("set it up", error))?;
         Ok(listening)
@@ -77,8 +90,8 @@ impl Drop for SocketFile {
     fn drop(&mut self) {
         // Also without the lock: a holder keeps it only for a moment, and does not remove a socket that is in use.
         let _lock = lock_folder(&self.path, Duration::ZERO);
-        let ours = fs::symlink_metadata(&self.path)
-            .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == self.identity);
+        let ours =
+            fs::symlink_metadata(&self.path).is_ok_and(|metadata| Identity::of(&metadata) == self.identity);
         if ours {
             let _ = fs::remove_file(&self.path);
         }

@@ -259,11 +259,9 @@ impl<'a, S: Storage> Search<'a, S> {
         let mut from = search.range().start;
         loop {
             let runs = self.worker.engine().metadata_from(from);
-            let Some((start, count, _)) = runs.last() else { break };
-            from = start.0 + count;
-            for (start, count, _) in runs.iter().filter(|(.., is_l2)| !is_l2) {
-                search.exclude(*start, *count);
-            }
+            let Some(last) = runs.last() else { break };
+            from = last.run.end().0;
+            runs.iter().filter(|run| !run.is_l2).for_each(|run| search.exclude(run.run));
         }
     }
 

@@ -4,7 +4,7 @@
 //! Owns the comparison with the tables in memory at open. It reads nothing, so it costs only a pass over those
 //! tables. Data clusters past the end are not searched for. The engine decides how requests treat such tables.
 
-use engine::Entries;
+use engine::{Entries, UsedEntry};
 use names::shown;
 use qcow2::{Header, HostOffset, L1Entry};
 use storage::FileInfo;
@@ -43,7 +43,7 @@ pub(crate) fn past_end(
     if header.snapshots > 0 && header.snapshots_offset.0 >= length {
         note("snapshot table", header.snapshots_offset);
     }
-    for (_, raw) in l1.used() {
+    for UsedEntry { raw, .. } in l1.used() {
         if let Ok(L1Entry::Table { offset, .. }) = L1Entry::decode(raw, &geometry)
             && offset.0 >= length
         {
@@ -51,7 +51,7 @@ pub(crate) fn past_end(
         }
     }
     let refblocks = refcount_table.into_iter().flat_map(Entries::used);
-    for offset in refblocks.map(|(_, raw)| raw).filter(|raw| geometry.is_aligned(*raw) && *raw >= length) {
+    for offset in refblocks.map(|entry| entry.raw).filter(|raw| geometry.is_aligned(*raw) && *raw >= length) {
         note("refcount block", HostOffset(offset));
     }
     found

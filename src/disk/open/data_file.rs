@@ -7,7 +7,7 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use qcow2::{Header, SECTOR};
-use storage::{IoQueue, Kind, OpenOptions, Operation, Storage};
+use storage::{FileIdentity, IoQueue, Kind, OpenOptions, Operation, Storage};
 
 use crate::error::OpenError;
 use crate::layer::DiskFile;
@@ -42,7 +42,7 @@ impl<'a> DataFiles<'a> {
         layer: (usize, &Path),
         header: Option<&Header>,
         how: &OpenOptions,
-        seen: &mut HashSet<(u64, u64)>,
+        seen: &mut HashSet<FileIdentity>,
     ) -> Result<(), OpenError> {
         let (number, image) = layer;
         let given = if number == 0 { self.top } else { self.given_below(image) };

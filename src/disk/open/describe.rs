@@ -8,7 +8,7 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use qcow2::{Bitmap, Snapshot, Unsupported};
-use storage::Storage;
+use storage::{FileIdentity, Storage};
 
 use crate::error::OpenError;
 use crate::image::image_file::{ImageFile, Sharing};
@@ -89,7 +89,7 @@ async fn describe_one<S: Storage>(
     file: &LayerFile,
     options: &DiskOptions,
     sharing: Sharing,
-    seen: &mut HashSet<(u64, u64)>,
+    seen: &mut HashSet<FileIdentity>,
 ) -> Result<LayerDescription, OpenError> {
     if seen.len() >= CHAIN_LAYERS_MAX {
         return Err(OpenError::ChainTooDeep { path: file.path.clone(), limit: CHAIN_LAYERS_MAX });

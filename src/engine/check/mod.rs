@@ -238,19 +238,19 @@ impl Checker {
 
     /// The progress.
     pub fn progress(&self) -> Progress {
-        let (part, (done, total)) = match &self.phase {
-            Phase::RefcountTable(sweep) => (ImagePart::RefcountTable, sweep.progress()),
-            Phase::Refblocks(sweep) => (ImagePart::Refblock, sweep.progress()),
-            Phase::Snapshots(_) => (ImagePart::SnapshotTable, (0, 0)),
-            Phase::Bitmaps(_) => (ImagePart::BitmapDirectory, (0, 0)),
-            Phase::BitmapTables(sweep) => (ImagePart::BitmapTable, sweep.progress()),
-            Phase::ActiveL1(sweep) | Phase::FlagsInL1(sweep) => (ImagePart::ActiveL1, sweep.progress()),
-            Phase::SnapshotL1(sweep) => (ImagePart::SnapshotL1, sweep.progress()),
-            Phase::L2(sweep) => (ImagePart::L2, sweep.progress()),
-            Phase::FlagsInL2(sweep) => (ImagePart::L2, sweep.progress()),
-            Phase::Done => (ImagePart::L2, (0, 0)),
-        };
-        Progress { part, done, total }
+        let not_counted = |part| Progress { part, done: 0, total: 0 };
+        match &self.phase {
+            Phase::RefcountTable(sweep) => sweep.progress(ImagePart::RefcountTable),
+            Phase::Refblocks(sweep) => sweep.progress(ImagePart::Refblock),
+            Phase::Snapshots(_) => not_counted(ImagePart::SnapshotTable),
+            Phase::Bitmaps(_) => not_counted(ImagePart::BitmapDirectory),
+            Phase::BitmapTables(sweep) => sweep.progress(ImagePart::BitmapTable),
+            Phase::ActiveL1(sweep) | Phase::FlagsInL1(sweep) => sweep.progress(ImagePart::ActiveL1),
+            Phase::SnapshotL1(sweep) => sweep.progress(ImagePart::SnapshotL1),
+            Phase::L2(sweep) => sweep.progress(ImagePart::L2),
+            Phase::FlagsInL2(sweep) => sweep.progress(ImagePart::L2),
+            Phase::Done => not_counted(ImagePart::L2),
+        }
     }
 
     /// Approximate bytes of memory held, for tests of the bound.

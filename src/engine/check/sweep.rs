@@ -7,7 +7,8 @@ use std::ops::Range;
 
 use qcow2::{HostOffset, HostRange};
 
-use super::READ_MAX;
+use super::report::ImagePart;
+use super::{Progress, READ_MAX};
 
 /// A region to be read, and a tag that identifies it.
 struct Item<T> {
@@ -95,9 +96,9 @@ impl<T> Sweep<T> {
         }
     }
 
-    /// Bytes read, and bytes to read in all.
-    pub fn progress(&self) -> (u64, u64) {
-        (self.read, self.total)
+    /// The progress through `part`.
+    pub fn progress(&self, part: ImagePart) -> Progress {
+        Progress { part, done: self.read, total: self.total }
     }
 
     /// Approximate bytes of memory held.

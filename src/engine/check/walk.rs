@@ -8,8 +8,8 @@ use qcow2::entry::{COMPRESSED, COPIED, OFFSET_MASK, ZERO, compressed_length};
 use qcow2::header::L1_TABLE_SIZE_MAX;
 use qcow2::snapshot::{EXTRA_LENGTH_V3, TableEntry};
 use qcow2::{
-    Bitmap, EntryError, Geometry, GuestCluster, Header, HostCluster, HostOffset, HostPlace, Incompatible,
-    L1Entry, L2Entry, RawL2Entry, Snapshot, SnapshotTable, Version,
+    Bitmap, EntryError, Geometry, GuestCluster, Header, HostCluster, HostOffset, HostPlace, HostRange,
+    Incompatible, L1Entry, L2Entry, RawL2Entry, Snapshot, SnapshotTable, Version,
 };
 
 use super::CLUSTERS_MAX;
@@ -158,30 +158,34 @@ impl Walk {
 
     /// True if a region ends a cluster or more behind the end of the file. A smaller overhang is allowed, because the
     /// last cluster of an image need not be written whole.
-    fn is_past_end(&self, target: u64, length: u64) -> bool {
-        let Some(end) = target.checked_add(length) else { return true };
+    fn is_past_end(&self, region: HostRange) -> bool {
+        let Some(end) = region.offset.0.checked_add(region.length) else { return true };
         end.saturating_sub(self.file_length) >= self.geometry.cluster_size()
     }
 
     /// The clusters that a region touches.
-    fn clusters_of(&self, target: u64, length: u64) -> HostRun {
-        let first = target >> self.geometry.cluster_bits;
-        let end = self.geometry.clusters_for(target + length);
-        HostRun::new(HostCluster(first), end - first)
+    fn clusters_of(&self, region: HostRange) -> HostRun {
+        let first = self.geometry.host_cluster(region.offset);
+        HostRun::new(first, self.geometry.clusters_for(region.end().0) - first.0)
+    }
+
+    /// The region of a cluster at `offset`.
+    fn cluster_at(&self, offset: HostOffset) -> HostRange {
+        HostRange::new(offset, self.geometry.cluster_size())
     }
 
     /// Counts references to a region in the file and returns its clusters. A region past the end of the file is a
     /// finding at `entry`.
-    fn count(&mut self, entry: u64, part: ImagePart, target: u64, length: u64, times: u64) -> Option<Place> {
-        if length == 0 {
+    fn count(&mut self, entry: u64, part: ImagePart, region: HostRange, times: u64) -> Option<Place> {
+        if region.length == 0 {
             return None;
         }
-        if self.is_past_end(target, length) {
-            let kind = FindingKind::PastEnd { part, target: HostOffset(target), length };
+        if self.is_past_end(region) {
+            let kind = FindingKind::PastEnd { part, target: region.offset, length: region.length };
             self.report.add(entry, kind);
             return None;
         }
-        let run = self.clusters_of(target, length);
+        let run = self.clusters_of(region);
         for cluster in run.clusters() {
             self.references.add(cluster, times);
         }
@@ -204,7 +208,7 @@ impl Walk {
     /// Takes entries of the refcount table, from index `first` on, at `offset`.
     pub fn refcount_table(&mut self, offset: u64, first: u64, bytes: &[u8]) {
         let (part, size) = (ImagePart::RefcountTable, self.geometry.cluster_size());
-        for (entry, index, raw) in entries(offset, first, bytes) {
+        for UsedEntry { offset: entry, index, raw } in entries(offset, first, bytes) {
             if raw & REFCOUNT_TABLE_RESERVED != 0 {
                 self.report.add(entry, FindingKind::ReservedBits { part, raw });
             }
@@ -263,11 +267,11 @@ impl Walk {
         let length = entries * 8;
         if !self.geometry.is_aligned(target.0) || length > L1_TABLE_SIZE_MAX {
             self.report.add(offset, FindingKind::BadSnapshotL1 { index, target, entries });
-        } else if length > 0 && self.is_past_end(target.0, length) {
+        } else if length > 0 && self.is_past_end(HostRange::new(target, length)) {
             let part = ImagePart::SnapshotL1;
             self.report.add(offset, FindingKind::PastEnd { part, target, length });
         } else if length > 0 {
-            let run = self.clusters_of(target.0, length);
+            let run = self.clusters_of(HostRange::new(target, length));
             let (bytes, clusters) = &mut self.snapshot_l1;
             bytes.add(target.0..target.0 + length);
             clusters.add(run.clusters());
@@ -277,28 +281,23 @@ impl Walk {
     /// Counts the structures that the header, the snapshot table and the bitmap directory name, except the refcounts.
     pub fn count_fixed_places(&mut self) {
         let header = &self.header;
-        let [l1_offset, snapshots_offset] = [header.l1_offset.0, header.snapshots_offset.0];
-        let l1_length = u64::from(header.l1_entries) * 8;
+        let first = HostRange::new(HostOffset(0), self.geometry.cluster_size());
+        let l1 = HostRange::new(header.l1_offset, u64::from(header.l1_entries) * 8);
+        let snapshots = HostRange::new(header.snapshots_offset, self.snapshot_table_length);
         let [l1_field, snapshots_field] =
             [qcow2::position::L1_OFFSET, qcow2::position::SNAPSHOTS_OFFSET].map(|at| at as u64);
         let places = [
-            self.count(0, ImagePart::Header, 0, self.geometry.cluster_size(), 1),
-            self.count(l1_field, ImagePart::ActiveL1, l1_offset, l1_length, 1),
-            self.count(
-                snapshots_field,
-                ImagePart::SnapshotTable,
-                snapshots_offset,
-                self.snapshot_table_length,
-                1,
-            ),
+            self.count(0, ImagePart::Header, first, 1),
+            self.count(l1_field, ImagePart::ActiveL1, l1, 1),
+            self.count(snapshots_field, ImagePart::SnapshotTable, snapshots, 1),
         ];
         self.places.extend(places.into_iter().flatten());
         let (l1, tables) = (self.snapshot_l1.1.regions(), self.bitmap_tables.1.regions());
         self.count_covered(l1, ImagePart::SnapshotL1);
         self.count_covered(tables, ImagePart::BitmapTable);
         if let Some(bitmaps) = self.header.bitmaps() {
-            let (target, length) = (bitmaps.directory_offset.0, bitmaps.directory_size);
-            let place = self.count(0, ImagePart::BitmapDirectory, target, length, 1);
+            let directory = HostRange::new(bitmaps.directory_offset, bitmaps.directory_size);
+            let place = self.count(0, ImagePart::BitmapDirectory, directory, 1);
             self.places.extend(place);
         }
         if self.external_data && self.header.snapshots > 0 {
@@ -318,15 +317,16 @@ impl Walk {
 
     /// Notes a bitmap's table.
     pub fn bitmap(&mut self, bitmap: &Bitmap) {
-        let (target, length) = (bitmap.table_offset, u64::from(bitmap.table_entries) * 8);
-        if self.is_past_end(target.0, length) {
+        let table = HostRange::new(bitmap.table_offset, u64::from(bitmap.table_entries) * 8);
+        if self.is_past_end(table) {
+            let HostRange { offset: target, length } = table;
             let kind = FindingKind::PastEnd { part: ImagePart::BitmapTable, target, length };
             self.report.add(bitmap.offset.0, kind);
             return;
         }
-        let run = self.clusters_of(target.0, length);
+        let run = self.clusters_of(table);
         let (bytes, clusters) = &mut self.bitmap_tables;
-        bytes.add(target.0..target.0 + length);
+        bytes.add(table.offset.0..table.end().0);
         clusters.add(run.clusters());
     }
 
@@ -340,11 +340,11 @@ impl Walk {
 
     /// Takes entries of bitmaps' tables at `offset`; each counts `times`.
     pub fn bitmap_table(&mut self, offset: u64, bytes: &[u8], times: u64) {
-        for (entry, _, raw) in entries(offset, 0, bytes) {
+        for UsedEntry { offset: entry, raw, .. } in entries(offset, 0, bytes) {
             match qcow2::bitmap_table_entry(raw, &self.geometry) {
                 Ok(None) => {}
                 Ok(Some(target)) => {
-                    self.count(entry, ImagePart::Bitmap, target.0, self.geometry.cluster_size(), times);
+                    self.count(entry, ImagePart::Bitmap, self.cluster_at(target), times);
                 }
                 Err(raw) => self.report.add(entry, FindingKind::BadBitmapEntry { raw }),
             }
@@ -368,8 +368,7 @@ impl Walk {
 
     /// Takes entries of an L1 table at `offset`; each counts `times`.
     pub fn l1(&mut self, offset: u64, bytes: &[u8], part: ImagePart, times: L2Use) {
-        let size = self.geometry.cluster_size();
-        for (entry, _, raw) in entries(offset, 0, bytes) {
+        for UsedEntry { offset: entry, raw, .. } in entries(offset, 0, bytes) {
             if raw & L1_RESERVED != 0 {
                 self.report.add(entry, FindingKind::ReservedBits { part, raw });
             } else if raw & OFFSET_MASK == 0 {
@@ -379,7 +378,8 @@ impl Walk {
             match L1Entry::decode(raw, &self.geometry) {
                 Ok(L1Entry::Unallocated) => {}
                 Ok(L1Entry::Table { offset: target, .. }) => {
-                    if let Some(place) = self.count(entry, ImagePart::L2, target.0, size, times.all()) {
+                    let table = self.cluster_at(target);
+                    if let Some(place) = self.count(entry, ImagePart::L2, table, times.all()) {
                         let known = self.l2.entry(place.run.start.0).or_default();
                         known.active = known.active.saturating_add(times.active);
                         known.snapshots = known.snapshots.saturating_add(times.snapshots);
@@ -493,8 +493,8 @@ impl Walk {
         {
             *number = number.saturating_add(times.active);
         }
-        let length = compressed_length(target, sectors);
-        self.count(entry, ImagePart::Data, target.0, length, times.all());
+        let data = HostRange::new(target, compressed_length(target, sectors));
+        self.count(entry, ImagePart::Data, data, times.all());
     }
 
     fn standard(&mut self, entry: u64, raw: u64, target: HostOffset, times: L2Use) {
@@ -508,7 +508,7 @@ impl Walk {
         }
         self.next_contiguous = offset.saturating_add(size);
         if !self.external_data {
-            self.count(entry, ImagePart::Data, target.0, size, times.all());
+            self.count(entry, ImagePart::Data, self.cluster_at(target), times.all());
         }
     }
 
@@ -538,7 +538,7 @@ impl Walk {
 
     /// Compares the flags of entries of the active L1 table.
     pub fn flags_in_l1(&mut self, offset: u64, bytes: &[u8]) {
-        for (entry, _, raw) in entries(offset, 0, bytes) {
+        for UsedEntry { offset: entry, raw, .. } in entries(offset, 0, bytes) {
             if let Ok(L1Entry::Table { offset: target, copied }) = L1Entry::decode(raw, &self.geometry) {
                 self.flag(entry, raw, ImagePart::ActiveL1, target, copied);
             }
@@ -581,20 +581,21 @@ impl Walk {
     pub fn count_refcount_structure(&mut self) {
         let (offset, length) = (self.header.refcount_table_offset.0, self.refcount_table_length());
         let field = qcow2::position::REFCOUNT_TABLE_OFFSET as u64;
-        let table = self.count(field, ImagePart::RefcountTable, offset, length, 1);
+        let table = HostRange::new(HostOffset(offset), length);
+        let table = self.count(field, ImagePart::RefcountTable, table, 1);
         self.refcount_places.extend(table);
         for n in 0..self.refblocks.len() {
             let Refblock { index, offset: target } = self.refblocks[n];
             let entry = offset + index * 8;
-            let place = self.count(entry, ImagePart::Refblock, target, self.geometry.cluster_size(), 1);
+            let place = self.count(entry, ImagePart::Refblock, self.cluster_at(HostOffset(target)), 1);
             self.refcount_places.extend(place);
         }
     }
 
     pub fn held_bytes(&self) -> usize {
         // A B-tree map takes up to twice its items.
-        let l2 = self.l2.len() * 2 * size_of::<(u64, L2Use)>()
-            + self.own_tables.len() * 2 * size_of::<(u64, u64)>();
+        let l2 =
+            self.l2.len() * 2 * size_of::<(u64, L2Use)>() + self.own_tables.len() * 2 * 2 * size_of::<u64>();
         self.references.held_bytes()
             + self.recorded.held_bytes()
             + self.refblocks.capacity() * size_of::<Refblock>()
@@ -622,8 +623,20 @@ fn l2_entries(geometry: Geometry, offset: u64, bytes: &[u8]) -> impl Iterator<It
     })
 }
 
-/// The nonzero entries of a piece of a table: the offset in the file, the index, and the entry.
-fn entries(offset: u64, first: u64, bytes: &[u8]) -> impl Iterator<Item = (u64, u64, u64)> {
+/// A nonzero entry of a table.
+struct UsedEntry {
+    /// Its offset in the file.
+    offset: u64,
+    index: u64,
+    raw: u64,
+}
+
+/// The nonzero entries of a piece of a table. The piece is at `offset` and begins with entry `first`.
+fn entries(offset: u64, first: u64, bytes: &[u8]) -> impl Iterator<Item = UsedEntry> {
     let words = bytes.as_chunks::<8>().0.iter().enumerate().filter(|(_, word)| **word != [0; 8]);
-    words.map(move |(n, word)| (offset + n as u64 * 8, first + n as u64, u64::from_be_bytes(*word)))
+    words.map(move |(n, word)| UsedEntry {
+        offset: offset + n as u64 * 8,
+        index: first + n as u64,
+        raw: u64::from_be_bytes(*word),
+    })
 }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use qcow2::{SubclusterSet, Subclusters};
 
 use crate::mutation::{Mutation, unless_broken};
-use crate::run::FreeRun;
+use crate::run::{FreeRun, HostRun};
 
 /// What an entry names.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -65,14 +65,25 @@ pub fn after_write(old: Subclusters, written: SubclusterSet, stays: bool) -> Sub
     new
 }
 
-/// How many host clusters lose references when an entry that names `clusters` of them goes, and how many each loses.
-pub fn references_lost(is_compressed: bool, clusters: u64) -> (u64, u32) {
-    let of_compressed = |lost| if is_compressed { lost } else { (clusters, 1) };
+/// References that go with an entry.
+#[derive(Clone, Copy)]
+pub struct ReferencesLost {
+    /// The clusters that lose references.
+    pub run: HostRun,
+    /// How many each of them loses.
+    pub times: u32,
+}
+
+/// The references lost when an entry that names the clusters `run` goes.
+pub fn references_lost(is_compressed: bool, run: HostRun) -> ReferencesLost {
+    let once = ReferencesLost { run, times: 1 };
+    let of_compressed = |lost| if is_compressed { lost } else { once };
+    let first_only = ReferencesLost { run: HostRun::one(run.start), times: 1 };
     unless_broken(
-        (clusters, 1),
+        once,
         [
-            (Mutation::CompressedTailKept, of_compressed((1, 1))),
-            (Mutation::CompressedReleasedTwice, of_compressed((clusters, 2))),
+            (Mutation::CompressedTailKept, of_compressed(first_only)),
+            (Mutation::CompressedReleasedTwice, of_compressed(ReferencesLost { run, times: 2 })),
         ],
     )
 }

@@ -199,7 +199,7 @@ proptest! {
                 // The data ends at the end of its last sector, and has at most two clusters.
                 prop_assert_eq!(offset.0 + length, (offset.0 / 512 + sectors) * 512);
                 prop_assert!(length > 0 && length <= 2 * geometry.cluster_size());
-                let touched = Some((
+                let touched = Some(qcow2::HostRun::new(
                     qcow2::HostCluster(offset.0 / geometry.cluster_size()),
                     (offset.0 + length - 1) / geometry.cluster_size() - offset.0 / geometry.cluster_size() + 1,
                 ));

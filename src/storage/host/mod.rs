@@ -35,7 +35,7 @@ use tracing::warn;
 use self::confine::Roots;
 use self::pool::Pool;
 use crate::error::{Step, StorageError};
-use crate::{FileId, FileInfo, OpenOptions, Storage};
+use crate::{FileId, FileIdentity, FileInfo, OpenOptions, Storage};
 
 pub use open::is_readable;
 pub use queue::HostQueue;
@@ -282,7 +282,7 @@ impl FileTable {
     fn refuse_second_writer(
         &self,
         path: &Path,
-        identity: (u64, u64),
+        identity: FileIdentity,
         writable: bool,
     ) -> Result<(), StorageError> {
         let files = self.files.read().expect("no thread panics while it holds the file table");
@@ -295,7 +295,7 @@ impl FileTable {
 fn refuse_second_writer(
     files: &[Arc<OpenFile>],
     path: &Path,
-    identity: (u64, u64),
+    identity: FileIdentity,
     writable: bool,
 ) -> Result<(), StorageError> {
     let same = |open: &&Arc<OpenFile>| open.info.identity == identity && (writable || open.info.writable);

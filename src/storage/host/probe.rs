@@ -10,6 +10,7 @@ use names::shown;
 use rustix::fs::{AtFlags, FileType, OFlags, SeekFrom, StatxFlags};
 use tracing::warn;
 
+use crate::FileIdentity;
 use crate::buffer::BUFFER_ALIGNMENT;
 use crate::error::{FileKind, Step, StorageError};
 
@@ -31,7 +32,7 @@ pub(super) struct Probed {
     pub(super) memory_backed: bool,
     /// Goes through the page cache, and does not lie in memory. Set by [`settle_flags`].
     pub(super) buffered: bool,
-    pub(super) identity: (u64, u64),
+    pub(super) identity: FileIdentity,
     /// The needs of direct I/O; [`settle_flags`] replaces both by 1 when the file ends up buffered.
     pub(super) offset_alignment: u32,
     pub(super) memory_alignment: u32,
@@ -50,7 +51,10 @@ pub(super) fn probe(file: &File, path: &Path) -> Result<Probed, StorageError> {
         FileType::BlockDevice => true,
         other => return Err(StorageError::NotAnImage { path: path.into(), kind: file_kind(other) }),
     };
-    let identity = if block_device { (0, stat.st_rdev) } else { (stat.st_dev, stat.st_ino) };
+    let identity = match block_device {
+        true => FileIdentity { device: 0, number: stat.st_rdev },
+        false => FileIdentity { device: stat.st_dev, number: stat.st_ino },
+    };
     // A device's node may lie on a tmpfs (/dev), which says nothing about the device.
     let memory_backed = !block_device && is_tmpfs(file).map_err(failed(Step::StatFileSystem))?;
     let sector = match block_device {

@@ -1,5 +1,5 @@
-//! The repository's own rules, as tests: which crate may import which, how files look, which files form circles, and
-//! that the walks in docs/architecture.md name functions that exist.
+//! The repository's own rules, as tests: which crate may import which, how files look, which files form circles, that
+//! no tuple holds two bare numbers, and that the walks in docs/architecture.md name functions that exist.
 //!
 //! Each rule is a function from its input to a list of complaints, tried first on input that must fail. What the
 //! compiler or clippy can check is left to them: `unsafe_code` is forbidden or denied in each crate's root file, and
@@ -8,6 +8,7 @@
 mod circles;
 mod edges;
 mod names;
+mod pairs;
 mod walks;
 
 use std::collections::BTreeSet;

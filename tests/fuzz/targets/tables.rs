@@ -39,10 +39,10 @@ fn entries(raw: RawL2Entry, geometry: &Geometry) {
         let mut table = vec![0; 64];
         raw.store(&mut table, 1, geometry);
         assert_eq!(L2Entry::decode(RawL2Entry::load(&table, 1, geometry), geometry), Ok(entry));
-        if let Some((first, count)) = entry.host_clusters(geometry) {
-            let last = first.0.checked_add(count - 1).expect("a last cluster");
+        if let Some(run) = entry.host_clusters(geometry) {
+            let last = run.start.0.checked_add(run.count - 1).expect("a last cluster");
             assert!(
-                count <= 3 && geometry.host_offset_checked(qcow2::HostCluster(last)).is_some(),
+                run.count <= 3 && geometry.host_offset_checked(qcow2::HostCluster(last)).is_some(),
                 "{entry:?}"
             );
         }

@@ -3,7 +3,7 @@
 use std::sync::atomic::AtomicBool;
 
 use super::*;
-use crate::{AlignedBuf, FileInfo};
+use crate::{AlignedBuf, FileIdentity, FileInfo};
 
 fn file(offset_alignment: u32) -> OpenFile {
     let info = FileInfo {
@@ -13,7 +13,7 @@ fn file(offset_alignment: u32) -> OpenFile {
         memory_alignment: 1,
         block_size: 4096,
         block_device: false,
-        identity: (1, 1),
+        identity: FileIdentity { device: 1, number: 1 },
         writable: true,
     };
     let file = tempfile::tempfile().expect("a temporary file");

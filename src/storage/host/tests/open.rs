@@ -114,7 +114,7 @@ fn a_block_device_is_served() {
     for direct in [true, false] {
         let storage = HostStorage::new();
         let (file, info) = storage.open(Path::new(&device.0), &options(true, direct)).expect("it opens");
-        assert_eq!((info.block_device, info.length, info.identity.0), (true, 1 << 20, 0));
+        assert_eq!((info.block_device, info.length, info.identity.device), (true, 1 << 20, 0));
         assert_eq!(info.offset_alignment, if direct { 512 } else { 1 });
         assert_eq!(storage.length(file).expect("the host reports it"), 1 << 20);
         assert_eq!(storage.allocated(file).expect("the host reports it"), 1 << 20);
