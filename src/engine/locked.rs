@@ -7,7 +7,7 @@
 use std::fmt;
 use std::sync::PoisonError;
 
-use crate::sync::{AtomicBool, Mutex, Ordering, fence};
+use crate::sync::{AtomicBool, Mutex, MutexGuard, Ordering, fence};
 use crate::waiters::WakeList;
 
 /// State that takes back what dropped plans held.
@@ -41,10 +41,17 @@ impl<S: TakeBack<D>, D> Locked<S, D> {
         }
     }
 
-    /// Works under the lock, then wakes.
+    /// Works under the lock, then wakes. The state has taken back what was dropped before the call.
     pub fn with<R>(&self, f: impl FnOnce(&mut S, &mut WakeList) -> R) -> R {
+        self.work(self.state.lock().expect("no panic under the engine's lock"), f)
+    }
+
+    fn work<R>(&self, mut state: MutexGuard<'_, S>, f: impl FnOnce(&mut S, &mut WakeList) -> R) -> R {
         let mut wakes = WakeList::default();
-        let result = f(&mut self.state.lock().expect("no panic under the engine's lock"), &mut wakes);
+        // A thread that drops a plan and then takes the lock may come before the thread that is to settle the drop.
+        self.take_all_back(&mut state, &mut wakes);
+        let result = f(&mut state, &mut wakes);
+        drop(state);
         wakes.wake();
         self.settle();
         result
@@ -70,16 +77,26 @@ impl<S: TakeBack<D>, D> Locked<S, D> {
                 return;
             }
             let Ok(mut state) = self.state.try_lock() else { return };
-            let list = {
-                let mut list = self.dropped.lock().unwrap_or_else(PoisonError::into_inner);
-                self.any_dropped.store(false, Ordering::Relaxed);
-                std::mem::take(&mut *list)
-            };
             let mut wakes = WakeList::default();
-            list.into_iter().for_each(|dropped| state.take_back(dropped, &mut wakes));
+            self.take_all_back(&mut state, &mut wakes);
             drop(state);
             wakes.wake();
         }
+    }
+
+    /// Takes back what is in the list.
+    fn take_all_back(&self, state: &mut S, wakes: &mut WakeList) {
+        // A drop that happened before this lock was taken has stored true, and nobody but a holder of the lock stores
+        // false: so relaxed is enough.
+        if !self.any_dropped.load(Ordering::Relaxed) {
+            return;
+        }
+        let list = {
+            let mut list = self.dropped.lock().unwrap_or_else(PoisonError::into_inner);
+            self.any_dropped.store(false, Ordering::Relaxed);
+            std::mem::take(&mut *list)
+        };
+        list.into_iter().for_each(|dropped| state.take_back(dropped, wakes));
     }
 
     /// Looks at the state, and takes nothing back.

@@ -8,12 +8,12 @@
 
 #[cfg(loom)]
 pub(crate) use loom::sync::{
-    Mutex,
+    Mutex, MutexGuard,
     atomic::{AtomicBool, AtomicU64, Ordering, fence},
 };
 #[cfg(not(loom))]
 pub(crate) use std::sync::{
-    Mutex, OnceLock,
+    Mutex, MutexGuard, OnceLock,
     atomic::{AtomicBool, AtomicU64, Ordering, fence},
 };
 

@@ -45,3 +45,18 @@ fn two_drops_and_one_under_the_lock_come_back() {
         assert_eq!(locked.peek(|count| count.0), 7);
     });
 }
+
+/// A request that has given up its plan must find what the plan held taken back.
+#[test]
+fn who_has_dropped_finds_it_taken_back() {
+    explore(None, || {
+        let locked = Arc::new(Locked::new(Count::default()));
+        let other = {
+            let locked = Arc::clone(&locked);
+            thread::spawn(move || locked.with(|count, _| count.0 += 10))
+        };
+        locked.leave(1);
+        assert_eq!(locked.with(|count, _| count.0) % 10, 1);
+        other.join().expect("no panic");
+    });
+}
