@@ -227,6 +227,13 @@ impl Allocator {
         self.serve(fits, wakes);
     }
 
+    /// Wakes all that wait for clusters, for room in the quarantine, or for the file's length.
+    pub fn wake_all(&mut self, wakes: &mut WakeList) {
+        self.turns.wake_all(wakes);
+        self.quarantine.wake_all(wakes);
+        wakes.append(self.awaits_length.take());
+    }
+
     /// True if a request in the line is to reserve the next window now: it is the first, has no clusters, and nobody
     /// reserves. Otherwise the waker is registered.
     pub fn may_reserve(&mut self, turn: &Turn, waker: &Waker) -> bool {

@@ -136,6 +136,11 @@ impl FlushState {
         self.waiters.add(waker);
     }
 
+    /// Wakes all tasks that wait for the end of what is under way.
+    pub fn wake_all(&mut self, wakes: &mut WakeList) {
+        wakes.append(self.waiters.take());
+    }
+
     /// True if a link of the next cut may become durable only after its data. From now on this is about the cut after.
     pub fn take_ordered(&mut self) -> bool {
         std::mem::take(&mut self.ordered)

@@ -288,9 +288,11 @@ impl Engine {
         self.failed.load(Ordering::Acquire)
     }
 
-    /// From now on every write and flush fails.
+    /// From now on every write and flush fails, also those that wait: what they wait for may have been lost in a panic.
     pub fn fail(&self) {
         self.failed.store(true, Ordering::Release);
+        // A change looks at `failed` under the lock. So it either sees the store, or has noted its waker by now.
+        self.state.with_any(State::wake_all);
     }
 
     fn with<R>(&self, f: impl FnOnce(&mut State, &mut WakeList) -> R) -> R {
@@ -337,11 +339,15 @@ impl Engine {
         &self,
         plan: impl FnOnce(&mut State, &mut WakeList) -> Result<T, EngineError>,
     ) -> Result<T, EngineError> {
-        self.ensure_healthy()?;
-        self.with(plan).map_err(EngineError::of_change)
+        self.with(|state, wakes| {
+            self.ensure_healthy()?;
+            plan(state, wakes)
+        })
+        .map_err(EngineError::of_change)
     }
 
-    /// Refuses once the disk has failed.
+    /// Refuses once the disk has failed. A call that may register a waker checks this under the lock: see
+    /// [`Engine::fail`].
     fn ensure_healthy(&self) -> Result<(), EngineError> {
         if self.has_failed() { Err(EngineError::Failed) } else { Ok(()) }
     }
@@ -465,9 +471,11 @@ impl Engine {
         mode: ZeroMode,
         waker: &Waker,
     ) -> Result<Answer<Zeroed>, EngineError> {
-        self.ensure_healthy()?;
-        self.with_freeing(|state, _| state.apply_zero(&self.map, offset, length, mode, waker))
-            .map_err(EngineError::of_change)
+        self.with_freeing(|state, _| {
+            self.ensure_healthy()?;
+            state.apply_zero(&self.map, offset, length, mode, waker)
+        })
+        .map_err(EngineError::of_change)
     }
 
     /// Plans to give the top image an L2 table of its own; `Ready(None)` if it has one.
@@ -545,8 +553,10 @@ impl Engine {
     /// # Errors
     /// The disk has failed.
     pub fn plan_flush(&self, ticket: u64, waker: &Waker) -> Result<FlushStep, EngineError> {
-        self.ensure_healthy()?;
-        self.with(|state, _| state.plan_flush(&self.epochs, ticket, waker))
+        self.with(|state, _| {
+            self.ensure_healthy()?;
+            state.plan_flush(&self.epochs, ticket, waker)
+        })
     }
 
     /// A cut is durable.

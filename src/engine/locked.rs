@@ -46,6 +46,11 @@ impl<S: TakeBack<D>, D> Locked<S, D> {
         self.work(self.state.lock().expect("no panic under the engine's lock"), f)
     }
 
+    /// The same, also after a panic under the lock: for work that is right whatever the state is.
+    pub fn with_any<R>(&self, f: impl FnOnce(&mut S, &mut WakeList) -> R) -> R {
+        self.work(self.state.lock().unwrap_or_else(PoisonError::into_inner), f)
+    }
+
     fn work<R>(&self, mut state: MutexGuard<'_, S>, f: impl FnOnce(&mut S, &mut WakeList) -> R) -> R {
         let mut wakes = WakeList::default();
         // A thread that drops a plan and then takes the lock may come before the thread that is to settle the drop.

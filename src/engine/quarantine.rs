@@ -145,6 +145,11 @@ impl Quarantine {
         self.waiters.remove(waker);
     }
 
+    /// Wakes all tasks that wait for clusters to leave.
+    pub fn wake_all(&mut self, wakes: &mut WakeList) {
+        wakes.append(self.waiters.take());
+    }
+
     /// The runs whose unlink is durable, the oldest first. The first has at most `count` clusters: the rest of a longer
     /// one is a run of its own.
     pub fn unlinked(&mut self, count: u64) -> &VecDeque<Unlinked> {

@@ -183,6 +183,15 @@ impl State {
         self.wants_cut.store(wants, Ordering::Relaxed);
     }
 
+    /// Wakes all tasks that wait for anything under this lock, as the disk has failed: changes find that, reads wait again.
+    pub fn wake_all(&mut self, wakes: &mut WakeList) {
+        self.tables.wake_all(wakes);
+        let Some(write) = &mut self.write else { return };
+        write.alloc.wake_all(wakes);
+        write.flush.wake_all(wakes);
+        write.table_jobs.values_mut().for_each(|job| wakes.append(job.waiters.take()));
+    }
+
     pub fn write_state(&mut self) -> Result<&mut WriteState, EngineError> {
         self.write.as_mut().ok_or(EngineError::ReadOnly)
     }

@@ -171,6 +171,15 @@ impl Tables {
         }
     }
 
+    /// Wakes all that wait for a load.
+    pub fn wake_all(&mut self, wakes: &mut WakeList) {
+        for slot in self.slots.values_mut() {
+            if let Slot::Loading(waiters) = slot {
+                wakes.append(waiters.take());
+            }
+        }
+    }
+
     /// Ends a load; `bytes` is `None` if it failed. A slice loaded ahead has no grace.
     pub fn end_load(&mut self, id: TableId, bytes: Option<Box<[u8]>>, ahead: bool, wakes: &mut WakeList) {
         match self.slots.remove(&id) {

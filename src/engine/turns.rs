@@ -166,6 +166,11 @@ impl Turns {
         }
     }
 
+    /// Wakes all requests in the line.
+    pub fn wake_all(&mut self, wakes: &mut WakeList) {
+        self.line.values_mut().for_each(|waiting| wakes.add(waiting.waker.take()));
+    }
+
     /// Ends a turn. Returns the clusters that were set aside for it, and what they were wanted for.
     pub fn end(&mut self, turn: &Turn) -> Option<(Option<FreeRun>, Wanted)> {
         let number = turn.0.take()?;

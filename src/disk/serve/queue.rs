@@ -192,6 +192,10 @@ impl<S: Storage> Drop for DiskQueue<S> {
     /// Waits until every request has ended and no guest memory is in use. Requests are never cancelled, but those
     /// that wait for space fail.
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            // Requests of this queue may wait for what the one that panicked has left undone.
+            self.worker.engine().fail();
+        }
         self.stop_waiting();
         let mut done = Vec::new();
         while !self.fast.is_idle() || self.driver.has_tasks() {

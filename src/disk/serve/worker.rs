@@ -1,6 +1,7 @@
 //! A thread's worker: the driver, the shared disk, and how the slow path asks the engine.
 
 use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::ops::Deref;
 use std::rc::Rc;
@@ -50,6 +51,19 @@ impl<S: Storage> Deref for OwnTurn<'_, S> {
 impl<S: Storage> Drop for OwnTurn<'_, S> {
     fn drop(&mut self) {
         self.worker.engine().end_turn(&self.turn);
+    }
+}
+
+/// Loads that the engine waits for. Without an answer, as after a panic, they count as failed: other requests then load
+/// the tables themselves.
+struct Loads<'a> {
+    engine: &'a Engine,
+    loads: VecDeque<TableLoad>,
+}
+
+impl Drop for Loads<'_> {
+    fn drop(&mut self) {
+        self.loads.iter().for_each(|load| self.engine.table_failed(load));
     }
 }
 
@@ -142,22 +156,23 @@ impl<S: Storage> Worker<S> {
         error.into()
     }
 
-    /// Reads table slices and hands them to the engine. The engine gets an answer for each of them, whichever reads
-    /// fail.
+    /// Reads table slices and hands them to the engine. The engine gets an answer for each of them, whatever fails.
     pub async fn load_tables(&self, loads: Vec<TableLoad>) -> Result<(), RequestError> {
         let mut result = Ok(());
-        for piece in loads.chunks(LOADS_AT_ONCE) {
-            let started: Vec<_> =
-                piece.iter().map(|load| self.driver.run(self.load_operation(load))).collect();
-            for (load, outcome) in piece.iter().zip(started) {
+        let mut left = Loads { engine: self.engine(), loads: loads.into() };
+        while !left.loads.is_empty() {
+            let piece = left.loads.iter().take(LOADS_AT_ONCE);
+            let started: Vec<_> = piece.map(|load| self.driver.run(self.load_operation(load))).collect();
+            for outcome in started {
                 let (ended, mut parts) = outcome.await;
+                let load = left.loads.pop_front().expect("each outcome is that of a load");
                 match (ended, parts.pop()) {
                     (Ok(()), Some(Part::Owned(buffer))) => {
-                        self.engine().table_loaded(load, buffer.as_slice().into());
+                        self.engine().table_loaded(&load, buffer.as_slice().into());
                         self.driver.pool.give(buffer);
                     }
                     (ended, _) => {
-                        self.engine().table_failed(load);
+                        self.engine().table_failed(&load);
                         if !load.ahead {
                             result = result.and(ended.and(Err(Errno::EIO)));
                         }
