@@ -16,6 +16,7 @@ pub mod image;
 pub mod kernel;
 pub mod machine;
 pub mod picture;
+pub mod qmp;
 pub mod scenario;
 pub mod setup;
 pub mod stand;

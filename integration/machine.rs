@@ -118,12 +118,24 @@ pub struct MachineSpec {
     pub memory_mib: u32,
     /// See [`Accelerator`].
     pub accelerator: Accelerator,
+    /// The socket of QEMU's monitor, if there is to be one.
+    pub monitor: Option<PathBuf>,
+    /// True if the machine waits for a guest that is migrated to it.
+    pub incoming: bool,
 }
 
 impl MachineSpec {
     /// Two processors, 512 MiB, no disk, TCG.
     pub fn new(script: String) -> Self {
-        Self { script, disks: Vec::new(), processors: 2, memory_mib: 512, accelerator: Accelerator::Tcg }
+        Self {
+            script,
+            disks: Vec::new(),
+            processors: 2,
+            memory_mib: 512,
+            accelerator: Accelerator::Tcg,
+            monitor: None,
+            incoming: false,
+        }
     }
 
     /// The QEMU command line without the serial ports. The demo prints it too.
@@ -134,6 +146,12 @@ impl MachineSpec {
         qemu.args(["-smp", &self.processors.to_string(), "-m", &self.memory_mib.to_string()]);
         // The daemon reads and writes guest memory, so the memory must be shared.
         qemu.args(["-object", &format!("memory-backend-memfd,id=mem,size={}M,share=on", self.memory_mib)]);
+        if let Some(monitor) = &self.monitor {
+            qemu.args(["-qmp", &format!("unix:{},server=on,wait=off", monitor.display())]);
+        }
+        if self.incoming {
+            qemu.args(["-incoming", "defer"]);
+        }
         for (number, disk) in self.disks.iter().enumerate() {
             // QEMU requires commas in option values to be doubled.
             let socket = disk.socket.display().to_string().replace(',', ",,");
@@ -244,6 +262,11 @@ impl Vm {
                 }
             }
         }
+    }
+
+    /// A report that is there already.
+    pub fn waiting_report(&mut self) -> Option<Report> {
+        self.lines.try_iter().find_map(|line| Report::parse(&line))
     }
 
     /// Lets a guest that waits at a checkpoint continue.

@@ -7,7 +7,9 @@ use crate::daemon::{self, Daemon, Program, ServeSpec};
 use crate::guest::GuestKit;
 use crate::image;
 use crate::machine::{self, Accelerator, Disk, MachineSpec, Report, Vm};
+use crate::qmp::{Migrated, Monitor};
 use anyhow::{Context, Result, bail};
+use serde_json::json;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -206,11 +208,8 @@ impl Stand {
         let mut visit = Visit::default();
         let deadline = Instant::now() + PATIENCE;
         for _ in 0..kills {
-            let mut ticks = 1 + random.below(4);
-            while ticks > 0 {
-                let said = visit.facts.len();
-                record_report(&mut vm, &mut visit, deadline).with_context(|| daemon.log_tail())?;
-                ticks -= u64::from(visit.facts[said..].iter().any(|(key, _)| key == "tick"));
+            for _ in 0..1 + random.below(4) {
+                record_tick(&mut vm, &mut visit, deadline).with_context(|| daemon.log_tail())?;
             }
             daemon.kill()?;
             daemon = Daemon::start(&self.program, &self.serve, &log)?;
@@ -220,6 +219,54 @@ impl Stand {
         ran.with_context(|| format!("visit {name}\n{}", daemon.log_tail()))?;
         daemon.stop()?;
         Ok(visit)
+    }
+
+    /// Runs a visit in which the guest is migrated `moves` times to a new machine on a new daemon, with the same image.
+    /// After the last one the guest receives a line, upon which the script must end.
+    ///
+    /// # Errors
+    /// Also when the script fails.
+    pub fn migrations(&self, name: &str, script: &str, moves: u64) -> Result<(Visit, Vec<Migrated>)> {
+        let deadline = Instant::now() + PATIENCE;
+        let mut visit = Visit::default();
+        let mut here = self.place(name, script, 0)?;
+        let mut moved = Vec::new();
+        for number in 1..=moves {
+            record_tick(&mut here.vm, &mut visit, deadline).with_context(|| here.daemon.log_tail())?;
+            let mut there = self.place(name, script, number)?;
+            let uri = format!("unix:{}", here.folder.join("migration.sock").display());
+            there.monitor.run("migrate-incoming", json!({"uri": uri}))?;
+            let migrated = here.monitor.migrate(&uri);
+            let logs = || format!("{}\n{}", here.daemon.log_tail(), there.daemon.log_tail());
+            moved.push(migrated.with_context(logs)?);
+            record_left(&mut here.vm, &mut visit)?;
+            here.vm.kill()?;
+            here.daemon.stop()?;
+            here = there;
+        }
+        record_tick(&mut here.vm, &mut visit, deadline).with_context(|| here.daemon.log_tail())?;
+        here.vm.proceed()?;
+        let ran = self.listen(&mut here.vm, &mut visit, &mut |_| {}).and_then(|()| here.vm.wait());
+        ran.with_context(|| format!("visit {name}\n{}", here.daemon.log_tail()))?;
+        here.daemon.stop()?;
+        Ok((visit, moved))
+    }
+
+    /// A machine on a daemon of its own; all but the first wait for the guest.
+    fn place(&self, name: &str, script: &str, number: u64) -> Result<Place> {
+        let folder = self.folder.join(format!("{name}-{number}"));
+        std::fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
+        let serve = ServeSpec { socket: folder.join("disk.sock"), ..self.serve.clone() };
+        let more = if number == 0 { &[][..] } else { &["--incoming"] };
+        let daemon = Daemon::start_with(&self.program, &serve, more, &folder.join("daemon.log"))?;
+        let mut machine = self.machine(script);
+        machine.disks[0].socket = serve.socket;
+        machine.monitor = Some(folder.join("monitor.sock"));
+        machine.incoming = number > 0;
+        let vm = Vm::boot(&self.kit, &machine, &folder)?;
+        let monitor = Monitor::connect(&folder.join("monitor.sock"));
+        let monitor = monitor.with_context(|| vm.post_mortem())?;
+        Ok(Place { daemon, vm, monitor, folder })
     }
 
     /// The machine of this stand's visits.
@@ -264,6 +311,39 @@ impl Stand {
             None => bail!("the guest ended before its script did\n{}", vm.post_mortem()),
         }
     }
+}
+
+/// A machine, its daemon and their folder.
+struct Place {
+    daemon: Daemon,
+    vm: Vm,
+    monitor: Monitor,
+    folder: PathBuf,
+}
+
+/// A script that writes and verifies with fio, two areas of `area_mib` MiB, until it receives a line. `cache` is the mode
+/// of the disk's cache.
+pub fn verifying(area_mib: u64, cache: &str) -> String {
+    format!("AREA_MIB={area_mib}\nCACHE='{cache}'\n{}", include_str!("guest/restarts.sh"))
+}
+
+/// Records reports up to the next `tick`.
+fn record_tick(vm: &mut Vm, visit: &mut Visit, deadline: Instant) -> Result<()> {
+    let said = visit.facts.len();
+    while !visit.facts[said..].iter().any(|(key, _)| key == "tick") {
+        record_report(vm, visit, deadline)?;
+    }
+    Ok(())
+}
+
+/// Records the reports that a guest made here before it went elsewhere.
+fn record_left(vm: &mut Vm, visit: &mut Visit) -> Result<()> {
+    while let Some(report) = vm.waiting_report() {
+        if let Report::Fact { key, value } = report {
+            visit.note(key, value);
+        }
+    }
+    Ok(())
 }
 
 /// Records the next report of a guest that must not end by itself.

@@ -184,7 +184,7 @@ fn a_guest_does_not_notice_killed_daemons() -> Result<()> {
         let seed = setting("STRATA_KILL_SEED", 1)?;
         const AREA_MIB: u64 = 8;
         image::create(&stand.serve.image, "qcow2", DISK_MIB * MIB, None, "")?;
-        let script = format!("AREA_MIB={AREA_MIB}\n{}", include_str!("guest/restarts.sh"));
+        let script = stand::verifying(AREA_MIB, "write through");
         let visit = stand.restarts("restarts", &script, kills, &mut Random::new(seed));
         let visit = visit.with_context(|| format!("seed {seed}"))?;
         assert_eq!(visit.number("errors")?, 0, "the guest saw errors");
@@ -200,5 +200,27 @@ fn a_guest_does_not_notice_killed_daemons() -> Result<()> {
             image::Health::Broken(words) => bail!("seed {seed}: the image is damaged at the end:\n{words}"),
             image::Health::Clean | image::Health::Leaks(_) => Ok(()),
         }
+    })
+}
+
+#[test]
+fn a_guest_does_not_notice_that_it_is_migrated() -> Result<()> {
+    with_stand("a_guest_does_not_notice_that_it_is_migrated", |stand, folder| {
+        if stand.program.backend != Backend::Strata {
+            return Ok(());
+        }
+        let moves = setting("STRATA_GUEST_MOVES", 2)?;
+        const AREA_MIB: u64 = 8;
+        image::create(&stand.serve.image, "qcow2", DISK_MIB * MIB, None, "")?;
+        let script = stand::verifying(AREA_MIB, "write back");
+        let (visit, moved) = stand.migrations("migration", &script, moves)?;
+        assert_eq!(visit.number("errors")?, 0, "the guest saw errors");
+        let flat = folder.join("flat.raw");
+        image::flatten(&stand.serve.image, &stand.serve.format, &flat)?;
+        assert_eq!(visit.fact("disk.md5")?, image::md5(&flat, 2 * AREA_MIB)?);
+        image::expect_clean(&stand.serve.image)?;
+        let passes = visit.facts.iter().filter(|(key, _)| key == "passes").count();
+        println!("{moved:?}; {passes} passes of fio written and verified");
+        Ok(())
     })
 }

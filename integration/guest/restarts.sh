@@ -1,9 +1,10 @@
-# Writes and verifies while the host kills the daemon and starts it again. The guest's cache is off, so that whatever was
-# written is there after a kill. From the host: AREA_MIB.
+# Writes and verifies while the host does something to the daemon that the guest must not notice.
+# From the host: AREA_MIB, CACHE (the mode of the disk's cache; `write through` where whatever was written must be there
+# after a kill).
 
 . /run/report.sh
 cache=/sys/block/vda/cache_type
-echo 'write through' >$cache
+echo "$CACHE" >$cache
 say "disk.cache=$(cat $cache)"
 
 # Each pass writes an area of its own for each job, and then reads it back.

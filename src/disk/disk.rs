@@ -207,18 +207,33 @@ impl<S: Storage> Disk<S> {
     /// If something could not be made durable. Unless the disk had failed before, the image then needs at most a leak
     /// repair.
     pub fn close(mut self) -> Result<(), OpenError> {
+        self.rest();
+        close::close(&self.shared)
+    }
+
+    /// As [`Disk::close`], but the files stay open and the image locked until the disk is dropped, which must come next.
+    ///
+    /// # Errors
+    /// As for [`Disk::close`]. The disk may then be used on.
+    pub fn finish(&mut self) -> Result<(), OpenError> {
+        self.rest();
+        let closed = close::close(&self.shared);
+        if closed.is_err() && self.needs_keeping() {
+            self.housekeeper = Some(Housekeeper::start(Arc::clone(&self.shared))?);
+        }
+        closed
+    }
+
+    fn rest(&mut self) {
         if let Some(housekeeper) = self.housekeeper.take() {
             housekeeper.stop();
         }
-        close::close(&self.shared)
     }
 }
 
 impl<S: Storage> Drop for Disk<S> {
     /// Without [`Disk::close`]: only stops the housekeeper. The image stays as a crash would leave it.
     fn drop(&mut self) {
-        if let Some(housekeeper) = self.housekeeper.take() {
-            housekeeper.stop();
-        }
+        self.rest();
     }
 }

@@ -115,7 +115,7 @@ impl Command {
 }
 
 /// Options of `strata serve`.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 #[command(after_long_help = help::SERVE)]
 pub struct ServeArgs {
     /// The image to serve
@@ -149,6 +149,11 @@ pub struct ServeArgs {
 
     #[command(flatten)]
     pub lock: LockArgs,
+
+    /// The guest comes from another host or another virtual machine process, whose daemon still uses the image: open it
+    /// for writing when the guest starts here. Both must see the same file
+    #[arg(long, conflicts_with_all = ["read_only", "snapshot"], help_heading = IMAGE)]
+    pub incoming: bool,
 
     /// The same for the backing files, which are only read: through the page cache, disks that share one share its cache
     /// too

@@ -4,16 +4,18 @@
 
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use block::{Request, RequestId};
-use disk::{Completed, Disk, DiskQueue, OpenError, RequestError};
+use disk::{Completed, Disk, DiskQueue, OpenError, RequestError, SpaceStatus, SpaceWatch};
 use qcow2::SECTOR;
 use storage::Storage;
 use tracing::error;
 use vhost_blk::{BlockDevice, BlockQueue, DeviceProfile, GuestSlice};
 use vmm_sys_util::eventfd::EventFd;
+
+use crate::held::{DiskRef, Held, Reopening};
 
 /// The best alignment of a raw image's requests, in bytes: a page, and a block of most file systems.
 const RAW_UNIT: u32 = 4096;
@@ -22,16 +24,44 @@ const PANIC_PATIENCE: Duration = Duration::from_secs(30);
 
 /// A disk as a session's block device.
 pub struct DiskDevice<S: Storage> {
-    disk: Disk<S>,
+    disk: Held<S>,
+    /// What the guest sees of it, also while it is released.
+    facts: Mutex<DiskFacts>,
     serial: [u8; 20],
-    queues: QueueWatch,
+    watch: DeviceWatch,
 }
 
-/// Shows what a device's queues have in flight, for as long as it exists.
+/// The properties of a disk that its guest sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiskFacts {
+    /// Bytes.
+    pub size: u64,
+    /// Bytes of the smallest unit that is allocated by itself; none for a raw image.
+    pub granule: Option<u64>,
+    /// Nothing may be written.
+    pub read_only: bool,
+    /// Write zeroes may have to write data.
+    pub zeros_are_data: bool,
+}
+
+impl DiskFacts {
+    fn of<S: Storage>(disk: &Disk<S>) -> Self {
+        DiskFacts {
+            size: disk.size(),
+            granule: disk.granule_size(),
+            read_only: disk.is_read_only(),
+            zeros_are_data: disk.zeros_are_data(),
+        }
+    }
+}
+
+/// Shows what a device's queues have in flight and what waits for space, for as long as it exists.
 #[derive(Clone, Default)]
-pub struct QueueWatch {
+pub struct DeviceWatch {
     /// The existing queues. A leaf lock: taken when a queue is created and when the counts are read.
     queues: Arc<Mutex<Vec<Weak<Gauge>>>>,
+    /// The waits of the disk as it was last opened; none before. A leaf lock, except for the disk's in [`SpaceWatch`].
+    space: Arc<Mutex<Option<SpaceWatch>>>,
 }
 
 /// How many requests one queue has in flight. Stored by its thread and loaded by other threads: relaxed, it orders
@@ -43,14 +73,33 @@ struct Gauge {
 }
 
 impl<S: Storage> DiskDevice<S> {
-    /// A device that answers GET_ID with `serial`.
+    /// A device that answers GET_ID with `serial`. Its disk is never released.
     pub fn new(disk: Disk<S>, serial: [u8; 20]) -> Self {
-        DiskDevice { disk, serial, queues: QueueWatch::default() }
+        Self::releasable(disk, serial, None)
     }
 
-    /// The disk, for queries.
-    pub fn disk(&self) -> &Disk<S> {
-        &self.disk
+    /// A device that answers GET_ID with `serial`. Its disk may be released if there is a way to open it again.
+    pub fn releasable(disk: Disk<S>, serial: [u8; 20], reopening: Option<Reopening<S>>) -> Self {
+        let watch = DeviceWatch::default();
+        watch.follow(&disk);
+        let facts = Mutex::new(DiskFacts::of(&disk));
+        DiskDevice { facts, disk: Held::new(Some(disk), reopening), serial, watch }
+    }
+
+    /// A device whose disk another process still uses. It is opened when the first queue starts.
+    pub fn released(facts: DiskFacts, serial: [u8; 20], reopening: Reopening<S>) -> Self {
+        let disk = Held::new(None, Some(reopening));
+        DiskDevice { facts: Mutex::new(facts), disk, serial, watch: DeviceWatch::default() }
+    }
+
+    /// The disk, for queries; none while it is released.
+    pub fn disk(&self) -> Option<DiskRef<'_, S>> {
+        self.disk.get()
+    }
+
+    /// What the guest sees of the disk.
+    pub fn facts(&self) -> DiskFacts {
+        *self.facts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Closes the disk. All queues have been dropped by then.
@@ -58,16 +107,37 @@ impl<S: Storage> DiskDevice<S> {
     /// # Errors
     /// As [`Disk::close`].
     pub fn close(self) -> Result<(), OpenError> {
-        self.disk.close()
+        self.disk.into_disk().map_or(Ok(()), Disk::close)
     }
 
-    /// A watch on what the queues have in flight, usable even while the device is being closed.
-    pub fn watch(&self) -> QueueWatch {
-        self.queues.clone()
+    /// A watch on the device, usable even while it is being closed.
+    pub fn watch(&self) -> DeviceWatch {
+        self.watch.clone()
     }
 }
 
-impl QueueWatch {
+impl DeviceWatch {
+    /// Follows a disk that was just opened.
+    fn follow<S: Storage>(&self, disk: &Disk<S>) {
+        *self.space() = Some(disk.space());
+    }
+
+    fn space(&self) -> MutexGuard<'_, Option<SpaceWatch>> {
+        self.space.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The numbers of requests that wait for space.
+    pub fn space_status(&self) -> SpaceStatus {
+        self.space().as_ref().map(SpaceWatch::status).unwrap_or_default()
+    }
+
+    /// The device is being stopped: requests that wait for space fail, and none waits from now on.
+    pub fn stop_waiting(&self) {
+        if let Some(space) = &*self.space() {
+            space.stop_waiting();
+        }
+    }
+
     /// The queues with requests in flight: the name of each queue's thread, and its number of requests.
     pub fn in_flight(&self) -> Vec<(String, u32)> {
         let queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
@@ -91,25 +161,34 @@ impl<S: Storage> BlockDevice for DiskDevice<S> {
     type Queue = DeviceQueue<S>;
 
     fn profile(&self) -> DeviceProfile {
+        let facts = self.facts();
         // At most 2 MiB, so the fallback is never taken.
-        let unit = self.disk.granule_size().map_or(RAW_UNIT, |size| u32::try_from(size).unwrap_or(RAW_UNIT));
-        let writable = !self.disk.is_read_only();
+        let unit = facts.granule.map_or(RAW_UNIT, |size| u32::try_from(size).unwrap_or(RAW_UNIT));
+        let writable = !facts.read_only;
         DeviceProfile {
-            capacity_sectors: self.disk.size() / SECTOR,
+            capacity_sectors: facts.size / SECTOR,
             block_size: SECTOR as u32,
             optimal_io_size: unit,
             read_only: !writable,
             discard: writable,
             discard_alignment: unit,
             write_zeroes: writable,
-            zeroes_are_data: self.disk.zeros_are_data(),
+            zeroes_are_data: facts.zeros_are_data,
             serial: self.serial,
         }
     }
 
     fn queue(&self, depth: u32) -> io::Result<DeviceQueue<S>> {
-        let queue = self.disk.queue(depth).map_err(io::Error::other)?;
-        Ok(DeviceQueue { queue, in_flight: 0, gauge: self.queues.gauge() })
+        let disk = self.disk.get_back(|disk| {
+            self.watch.follow(disk);
+            *self.facts.lock().unwrap_or_else(PoisonError::into_inner) = DiskFacts::of(disk);
+        });
+        let queue = disk.and_then(|disk| disk.queue(depth)).map_err(io::Error::other)?;
+        Ok(DeviceQueue { queue, in_flight: 0, gauge: self.watch.gauge() })
+    }
+
+    fn release(&self) -> io::Result<bool> {
+        self.disk.release().map_err(io::Error::other)
     }
 }
 

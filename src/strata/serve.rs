@@ -5,16 +5,19 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use disk::{Disk, DiskOptions, SpaceStatus};
+use disk::check::Sharing;
+use disk::{Disk, DiskOptions, OpenError, SpaceStatus};
 use names::shown;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use storage::StorageError;
 use storage::host::HostStorage;
 use tracing::{debug, info, warn};
 use vhost_blk::{Metrics, Pulse, ServeOptions, Stage, StopHandle};
 
 use crate::cli::{Cache, Serial, ServeArgs};
-use crate::device::DiskDevice;
+use crate::device::{DiskDevice, DiskFacts};
 use crate::error::{ProgramError, Purpose};
+use crate::held::Reopening;
 use crate::listen::Place;
 use crate::notify;
 use crate::shutdown::Shutdown;
@@ -43,24 +46,21 @@ pub fn run(options: &ServeArgs) -> Result<(), ProgramError> {
         ..ServeOptions::new(options.num_queues, options.queue_size)
     };
     let device = Arc::new(open(image, options)?);
-    let space = device.disk().space();
+    let watch = device.watch();
     let totals = {
         // Dropped before the device is closed (`Shutdown::closing`): closing needs the last reference to the device.
         let (device, metrics, image) = (Arc::clone(&device), Arc::clone(&offer.metrics), image.to_owned());
-        move || {
-            let disk = device.disk();
-            tell_totals(&image, &metrics, disk.space().status(), disk.status().map_bytes);
-        }
+        move || tell_totals(&image, &metrics, device.watch().space_status(), map_bytes(&device))
     };
-    shutdown.serving(device.watch(), space.clone(), totals);
+    shutdown.serving(watch.clone(), totals);
     let served = serve(&place, image, &device, &offer, &stop);
     shutdown.closing();
-    let map_bytes = device.disk().status().map_bytes;
+    let map_bytes = map_bytes(&device);
     let closed = close(image, device);
     shutdown.done();
     served?;
     closed?;
-    tell_totals(image, &offer.metrics, space.status(), map_bytes);
+    tell_totals(image, &offer.metrics, watch.space_status(), map_bytes);
     Ok(())
 }
 
@@ -85,21 +85,50 @@ fn open(image: &Path, options: &ServeArgs) -> Result<HostDevice, ProgramError> {
     };
     let purpose =
         if options.read_only || options.snapshot.is_some() { Purpose::ServeReadOnly } else { Purpose::Serve };
-    let storage = options.lock.storage().by(options.aio.into());
-    let storage = storage.confined(&options.chain.chain_root).map_err(ProgramError::ChainRoot)?;
-    let disk = Disk::open(storage, image, &how).map_err(|source| ProgramError::Open {
-        image: image.to_owned(),
-        purpose,
-        source,
-    })?;
-    if !disk.size().is_multiple_of(512) {
-        warn!(
-            bytes = disk.size() % 512,
-            "the disk's size is no multiple of 512: the guest does not see its end"
-        );
+    let failed = |source| ProgramError::Open { image: image.to_owned(), purpose, source };
+    let serial = options.serial.unwrap_or_else(|| Serial::of_image(image)).0;
+    let storage = storage_of(options).map_err(ProgramError::ChainRoot)?;
+    let device = if options.incoming {
+        let facts = facts_of_another(&storage, image, &how).map_err(failed)?;
+        DiskDevice::released(facts, serial, reopening(options, image, how))
+    } else {
+        let disk = Disk::open(storage, image, &how).map_err(failed)?;
+        let reopening = (purpose == Purpose::Serve).then(|| reopening(options, image, how));
+        DiskDevice::releasable(disk, serial, reopening)
+    };
+    let bytes = device.facts().size % 512;
+    if bytes > 0 {
+        warn!(bytes, "the disk's size is no multiple of 512: the guest does not see its end");
     }
-    let serial = options.serial.unwrap_or_else(|| Serial::of_image(image));
-    Ok(DiskDevice::new(disk, serial.0))
+    Ok(device)
+}
+
+/// A storage that has no file open yet.
+fn storage_of(options: &ServeArgs) -> Result<HostStorage, StorageError> {
+    options.lock.storage().by(options.aio.into()).confined(&options.chain.chain_root)
+}
+
+/// How the image is opened after it was released: by a storage of its own, as a storage closes its files at its end.
+fn reopening(options: &ServeArgs, image: &Path, how: DiskOptions) -> Reopening<HostStorage> {
+    let (options, image, patience) = (options.clone(), image.to_owned(), how.lock_timeout);
+    let open = move |lock_timeout| {
+        Disk::open(storage_of(&options)?, &image, &DiskOptions { lock_timeout, ..how.clone() })
+    };
+    Reopening::new(Box::new(open), patience)
+}
+
+/// What the guest sees of an image that another process may be writing to: what cannot change while it is served.
+fn facts_of_another(storage: &HostStorage, image: &Path, how: &DiskOptions) -> Result<DiskFacts, OpenError> {
+    let how = DiskOptions { read_only: true, ..how.clone() };
+    let layers = disk::describe(storage, image, &how, Sharing::All, false)?;
+    let layer = &layers[0].layer;
+    let granule = layer.header.as_ref().map(|header| header.geometry().granule_size());
+    // Whether zeros are data shows when the image is open, before the first request.
+    Ok(DiskFacts { size: layer.size, granule, read_only: false, zeros_are_data: true })
+}
+
+fn map_bytes(device: &HostDevice) -> usize {
+    device.disk().map_or(0, |disk| disk.status().map_bytes)
 }
 
 /// Serves until it is stopped; the socket file is gone on return.
@@ -119,7 +148,12 @@ fn serve(
 
 /// A short description of the disk.
 fn described(device: &HostDevice, offer: &ServeOptions) -> String {
-    let disk = device.disk();
+    let Some(disk) = device.disk() else {
+        return format!(
+            "{}, which another process still uses: it is opened when the guest starts here",
+            size::short(device.facts().size)
+        );
+    };
     let format = disk
         .cluster_size()
         .map_or("raw".to_owned(), |cluster| format!("qcow2 with clusters of {}", size::short(cluster)));

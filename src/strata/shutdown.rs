@@ -7,14 +7,13 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use disk::SpaceWatch;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU};
 use signal_hook::iterator::Signals;
 use signal_hook::low_level::signal_name;
 use tracing::{info, warn};
 use vhost_blk::StopHandle;
 
-use crate::device::QueueWatch;
+use crate::device::DeviceWatch;
 use crate::error::ProgramError;
 use crate::notify;
 
@@ -34,16 +33,14 @@ struct State {
     stage: Stage,
     /// When the shutdown began.
     stopping: Option<Instant>,
-    queues: QueueWatch,
-    /// Requests that wait for space; none before the disk is open.
-    space: Option<SpaceWatch>,
+    device: DeviceWatch,
     /// Logs the totals so far, while the disk is served.
     totals: Option<Box<dyn Fn() + Send>>,
 }
 
 struct Shared {
-    /// The current state. A leaf lock, except for the socket's lock in `StopHandle::stop` and the disk's in
-    /// `SpaceWatch`, which are leaves themselves.
+    /// The current state. A leaf lock, except for the socket's lock in `StopHandle::stop` and those of `DeviceWatch`,
+    /// which are leaves themselves.
     state: Mutex<State>,
     changed: Condvar,
     stop: StopHandle,
@@ -63,13 +60,8 @@ impl Shutdown {
     /// When the host refuses a thread or a handler.
     pub fn start(stop: StopHandle) -> Result<Self, ProgramError> {
         let failed = |step| move |source| ProgramError::Host { step, source };
-        let state = State {
-            stage: Stage::Opening,
-            stopping: None,
-            queues: QueueWatch::default(),
-            space: None,
-            totals: None,
-        };
+        let state =
+            State { stage: Stage::Opening, stopping: None, device: DeviceWatch::default(), totals: None };
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), stop });
         let mut signals = Signals::new([SIGTERM, SIGINT, SIGXCPU, SIGHUP, SIGUSR1, SIGUSR2])
             .map_err(failed("setting signal handlers up"))?;
@@ -88,9 +80,9 @@ impl Shutdown {
     }
 
     /// The disk is open: from now on a signal starts a clean shutdown.
-    pub fn serving(&self, queues: QueueWatch, space: SpaceWatch, totals: impl Fn() + Send + 'static) {
+    pub fn serving(&self, device: DeviceWatch, totals: impl Fn() + Send + 'static) {
         let mut state = self.state();
-        (state.stage, state.queues, state.space) = (Stage::Serving, queues, Some(space));
+        (state.stage, state.device) = (Stage::Serving, device);
         state.totals = Some(Box::new(totals));
     }
 
@@ -112,9 +104,7 @@ impl Shutdown {
         if state.stopping.is_none() {
             state.stopping = Some(Instant::now());
             // A request that waits for space could keep its queue from ending for ever.
-            if let Some(space) = &state.space {
-                space.stop_waiting();
-            }
+            state.device.stop_waiting();
             self.shared.changed.notify_all();
             notify::send(&format!("{}\n{}", notify::STOPPING, notify::status(vhost_blk::Stage::Draining)));
         }
@@ -165,7 +155,7 @@ impl Shutdown {
 
 /// What the shutdown is waiting for.
 fn in_words(state: &State) -> String {
-    let busy = state.queues.in_flight();
+    let busy = state.device.in_flight();
     match state.stage {
         Stage::Closing => "what is left of the metadata is on its way to the image".to_owned(),
         Stage::Done => "everything is done".to_owned(),

@@ -46,8 +46,18 @@ pub trait BlockDevice: Send + Sync + 'static {
     /// Creates a queue for the calling thread, which keeps it there. At most `depth` requests are in flight on it.
     ///
     /// # Errors
-    /// When the host refuses the resources (io_uring, memory).
+    /// When the host refuses the resources (io_uring, memory), or a disk that was released is in use elsewhere.
     fn queue(&self, depth: u32) -> io::Result<Self::Queue>;
+
+    /// The guest has stopped here and may go on elsewhere: makes everything durable, and lets other processes open the
+    /// disk for writing. Called while no queue exists. The next [`BlockDevice::queue`] takes the disk back. False if this
+    /// device never releases its disk.
+    ///
+    /// # Errors
+    /// When something could not be made durable. The disk is not released then.
+    fn release(&self) -> io::Result<bool> {
+        Ok(false)
+    }
 }
 
 /// One thread's access to the disk. Dropping it waits until no guest memory is in use.

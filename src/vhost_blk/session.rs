@@ -249,6 +249,24 @@ impl<D: BlockDevice> Session<D> {
         Vring::stop_all(&mut self.vrings, Stop::Drain, &self.hurry);
     }
 
+    /// After a message that stopped a ring: if it was the last one, and guest memory is logged, the guest is about to go on
+    /// elsewhere, with another daemon. That one must be able to open the disk when this message is answered. False if the
+    /// disk is kept because something could not be made durable.
+    fn release_if_migrated(&mut self) -> bool {
+        if self.log_in_use().is_none() || self.vrings.iter().any(Vring::is_running) {
+            return true;
+        }
+        match self.device.release() {
+            Ok(true) => info!("all queues are stopped while guest memory is logged: the image is released"),
+            Ok(false) => {}
+            Err(error) => {
+                warn!(%error, "the image is not released");
+                return false;
+            }
+        }
+        true
+    }
+
     /// Puts a memory table in use. While queues run, it must keep every mapping of the old table.
     fn use_table(&mut self, table: MemoryTable) {
         self.table = table;
@@ -423,6 +441,7 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
         let queue = self.check_queue(index)?;
         let base = self.vrings[queue].take_base();
+        self.release_if_migrated();
         Ok(VhostUserVringState::new(index, u32::from(base)))
     }
 
@@ -481,6 +500,9 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
             // with the available index of that moment as base, so what stays in the ring would be lost.
             let flushed = Vring::stop_all([&mut self.vrings[queue]], Stop::Pause, &self.hurry);
             if !flushed {
+                return self.refuse(Refusal::NotDurable);
+            }
+            if !self.release_if_migrated() {
                 return self.refuse(Refusal::NotDurable);
             }
         }

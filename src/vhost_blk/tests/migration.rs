@@ -7,10 +7,12 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use kit::TestServer;
 use kit::disk::{MemoryDisk, Shared};
 use kit::guest::*;
+use vhost::vhost_user::VhostUserFrontend;
 use vhost::{VhostBackend, VhostUserDirtyLogRegion, VringConfigData};
 use vhost_blk::ServeOptions;
 
@@ -248,6 +250,40 @@ fn copy_pages(guest: &Guest, copy: &mut [u8], pages: &BTreeSet<u64>) {
 }
 
 #[test]
+fn the_disk_is_released_when_a_migrated_guest_has_stopped() {
+    let disk = MemoryDisk::new(64);
+    let server = start(&disk);
+    let releases = || disk.releases.load(Ordering::SeqCst);
+    let mut guest = Guest::connect(&server.path, ALL);
+    for _ in 0..2 {
+        guest.add_queue(16);
+    }
+    let stop_both = |guest: &mut Guest| (0..2).for_each(|queue| assert_eq!(guest.frontend_base(queue), 0));
+    let start_both = |guest: &mut Guest| {
+        for queue in 0..2 {
+            guest.clear_rings(queue);
+            guest.start_queue(queue, 0);
+        }
+    };
+    stop_both(&mut guest);
+    assert_eq!(releases(), 0, "a guest that restarts keeps its disk");
+    start_both(&mut guest);
+    let _log = begin_logging(&guest);
+    guest.frontend_base(0);
+    assert_eq!(releases(), 0, "one queue still runs");
+    guest.frontend_base(1);
+    assert_eq!(releases(), 1);
+    // The migration failed: the guest goes on here.
+    start_both(&mut guest);
+    guest.read(0, 0, 512);
+    // Cloud Hypervisor stops its queues so.
+    for queue in 0..2 {
+        guest.frontend.set_vring_enable(queue, false).expect("a pause");
+    }
+    assert_eq!(releases(), 2);
+}
+
+#[test]
 fn a_log_that_is_too_short_is_refused() {
     let disk = MemoryDisk::new(64);
     let server = start(&disk);
@@ -263,7 +299,6 @@ fn a_log_that_is_too_short_is_refused() {
 #[test]
 fn memory_beyond_the_log_is_refused_while_logging_is_on() {
     use vhost::VhostUserMemoryRegionInfo;
-    use vhost::vhost_user::VhostUserFrontend;
     let disk = MemoryDisk::new(64);
     let server = start(&disk);
     let mut guest = Guest::connect(&server.path, ALL);

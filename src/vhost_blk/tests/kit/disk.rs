@@ -53,6 +53,8 @@ pub struct MemoryDisk {
     pub broken: AtomicBool,
     /// Requests that may be in flight while there is room for one more.
     pub room: AtomicU64,
+    /// How often the disk was released.
+    pub releases: AtomicU64,
     /// A disk that completes at once first waits for the gate, and then is slow.
     pub slow: AtomicBool,
     /// For each turn after a submission: the number of requests submitted for it, and whether more were announced.
@@ -87,6 +89,7 @@ impl MemoryDisk {
             held: AtomicU64::new(0),
             broken: AtomicBool::new(false),
             room: AtomicU64::new(u64::MAX),
+            releases: AtomicU64::new(0),
             slow: AtomicBool::new(false),
             portions: Mutex::default(),
             batches: Mutex::default(),
@@ -143,6 +146,11 @@ impl BlockDevice for Shared {
 
     fn profile(&self) -> DeviceProfile {
         self.0.profile.clone()
+    }
+
+    fn release(&self) -> io::Result<bool> {
+        self.0.releases.fetch_add(1, Ordering::SeqCst);
+        Ok(true)
     }
 
     fn queue(&self, depth: u32) -> io::Result<MemoryQueue> {
