@@ -285,7 +285,7 @@ impl Load {
         (0..depth).for_each(|slot| self.submit(slot, numbers));
         let mut done: Vec<Completed> = Vec::new();
         while self.in_flight > 0 {
-            self.waits.work(|| self.queue.turn(&mut done));
+            self.waits.work(|| self.queue.poll(&mut done));
             if done.is_empty() {
                 self.queue.wait(None);
             }

@@ -63,7 +63,7 @@ fn run(
         if in_flight == 0 {
             return (start.elapsed(), slowest);
         }
-        queue.turn(&mut done);
+        queue.poll(&mut done);
         if done.is_empty() {
             queue.wait(None);
         }

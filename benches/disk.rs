@@ -124,10 +124,10 @@ impl Bench {
     /// Carries out one request.
     fn finish(&mut self, request: Request, memory: &[GuestSlice]) {
         self.queue.submit(RequestId(0), request, memory);
-        self.queue.turn(&mut self.done);
+        self.queue.poll(&mut self.done);
         while self.done.is_empty() {
             self.queue.wait(None);
-            self.queue.turn(&mut self.done);
+            self.queue.poll(&mut self.done);
         }
         self.clear(1);
     }
@@ -150,7 +150,7 @@ fn submits(mut bench: Bench, job: Job) -> Case {
     // These requests bring their clusters into the map.
     (0..REQUESTS).for_each(|number| bench.finish(job.request(number), &memory));
     let prepare = |(bench, _): &mut (Bench, Vec<_>)| {
-        bench.queue.turn(&mut bench.done);
+        bench.queue.poll(&mut bench.done);
         bench.done.clear();
     };
     Case::new(REQUESTS.into(), (bench, memory), prepare, move |(bench, memory)| bench.submit_all(job, memory))
@@ -160,7 +160,7 @@ fn submits(mut bench: Bench, job: Job) -> Case {
 fn zeroes(bench: Bench) -> Case {
     let memory = [guest_memory(CLUSTER as usize)];
     let prepare = move |bench: &mut Bench| {
-        bench.queue.turn(&mut bench.done);
+        bench.queue.poll(&mut bench.done);
         bench.done.clear();
         for number in 0..REQUESTS {
             let offset = u64::from(number) * CLUSTER;
@@ -185,7 +185,7 @@ fn polls(mut bench: Bench, job: Job) -> Case {
         bench.submit_all(job, memory);
     };
     Case::new(REQUESTS.into(), (bench, memory), prepare, |(bench, _)| {
-        bench.queue.turn(&mut bench.done);
+        bench.queue.poll(&mut bench.done);
         assert_eq!(bench.done.len(), REQUESTS as usize, "a request did not complete at once");
     })
 }

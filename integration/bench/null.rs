@@ -72,7 +72,7 @@ impl BlockQueue for NullQueue {
         self.finished.push(Completed { id, result: Ok(()) });
     }
 
-    fn turn(&mut self, done: &mut Vec<Completed<()>>) {
+    fn poll(&mut self, done: &mut Vec<Completed<()>>) {
         done.append(&mut self.finished);
     }
 
@@ -94,7 +94,7 @@ impl BlockQueue for NullQueue {
         }
     }
 
-    fn give_up(&mut self) {
+    fn stop_waiting(&mut self) {
         // No request is pending: each completes on submission.
     }
 

@@ -87,7 +87,7 @@ pub fn waits_for(operation: Awaited) -> bool {
 }
 
 /// True if requests no longer wait for space, given whether their queue is being stopped.
-pub fn gives_up(is_stopping: bool) -> bool {
+pub fn stops_waiting(is_stopping: bool) -> bool {
     unless_broken(is_stopping, [(Mutation::WaitNotGivenUp, false)])
 }
 

@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn entries_are_where_they_were_put() {
+    fn entries_are_read_where_they_were_set() {
         let mut table = Entries::new(1030);
         table.read(510, &[1u64, 0, 2, 3].map(u64::to_be_bytes).concat());
         table.read(1028, &[8u64, 9, 10].map(u64::to_be_bytes).concat());

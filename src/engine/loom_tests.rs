@@ -197,7 +197,7 @@ fn subclusters_are_published_by_their_word_alone() {
 }
 
 #[test]
-fn a_first_fill_makes_leaf_and_frame_under_a_readers_eyes() {
+fn a_first_fill_makes_leaf_and_frame_while_a_reader_looks() {
     explore(None, || {
         let (map, mut writer) = map(2, 1, 0);
         let readers = [reader(&map, 0), reader(&map, 1)];

@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_held_back_is_bounded_by_bytes_clusters_and_the_disk() {
+    fn the_quarantine_is_bounded_by_bytes_clusters_and_the_disk() {
         for (disk, cluster, most) in [
             (1 << 40, 65536, QUARANTINE_BYTES_MAX / 65536),
             (1 << 40, 512, QUARANTINE_CLUSTERS_MAX),

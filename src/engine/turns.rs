@@ -317,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn who_gives_up_its_turn_holds_up_nobody() {
+    fn a_request_that_ends_its_turn_blocks_no_other() {
         let mut line = Line::of(&[1; 5]);
         assert_eq!(line.window(0, 1000, 2), [0, 1, 2]);
         assert_eq!(line.end(1), [3], "its cluster goes to the next, which is awake; the one behind reserves");

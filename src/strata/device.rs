@@ -220,9 +220,9 @@ impl<S: Storage> BlockQueue for DeviceQueue<S> {
         self.queue.expect_more(more);
     }
 
-    fn turn(&mut self, done: &mut Vec<Completed>) {
+    fn poll(&mut self, done: &mut Vec<Completed>) {
         let before = done.len();
-        self.queue.turn(done);
+        self.queue.poll(done);
         self.count(self.in_flight - (done.len() - before) as u32);
     }
 
@@ -230,7 +230,7 @@ impl<S: Storage> BlockQueue for DeviceQueue<S> {
         self.queue.wait(timeout);
     }
 
-    fn give_up(&mut self) {
+    fn stop_waiting(&mut self) {
         self.queue.stop_waiting();
     }
 
@@ -267,7 +267,7 @@ impl<S: Storage> Drop for DeviceQueue<S> {
         self.queue.stop_waiting();
         let patience = std::thread::panicking().then(|| Instant::now() + PANIC_PATIENCE);
         loop {
-            self.turn(&mut Vec::new());
+            self.poll(&mut Vec::new());
             if self.in_flight == 0 {
                 return;
             }

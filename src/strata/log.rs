@@ -151,7 +151,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn levels_and_filters_are_told_from_nonsense() {
+    fn invalid_levels_and_filters_are_refused() {
         for right in ["info", "DEBUG", "off", "warn,vhost_blk=debug"] {
             assert!(right.parse::<LogLevel>().is_ok(), "{right}");
         }

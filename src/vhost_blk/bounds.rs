@@ -13,7 +13,7 @@ pub const ARE_TINY: bool = cfg!(feature = "tiny-bounds");
 /// The most chains of a portion, for the shortest requests.
 pub(crate) const PORTION_MOST: u16 = bound(128, 1) as u16;
 
-/// Chains of a portion for a disk that takes longer than a turn. With up to 32, reads on a disk were a tenth to a fifth
+/// Chains of a portion for a disk that takes longer than one poll. With up to 32, reads on a disk were a tenth to a fifth
 /// slower here; with fewer than 8, a request takes more processor time.
 pub(crate) const PORTION_STARTED: u16 = bound(8, 1) as u16;
 

@@ -66,26 +66,25 @@ pub trait BlockQueue {
     type Error;
 
     /// Starts a request. `slices` add up to its length for reads and writes and are empty otherwise. They may have any
-    /// address and length. The request may complete at once; the next [`BlockQueue::turn`] then returns it.
+    /// address and length. The request may complete at once; the next [`BlockQueue::poll`] then returns it.
     fn submit(&mut self, id: RequestId, request: Request, slices: &[GuestSlice]);
 
-    /// A hint: whether more requests follow after the next turn. The queue should then offload slow work from this
+    /// A hint: whether more requests follow after the next poll. The queue should then offload slow work from this
     /// thread if it can.
     fn expect_more(&mut self, _more: bool) {}
 
     /// Sends the submitted requests to the host, runs ready tasks, and moves completed requests into `done`. Never
     /// blocks.
-    fn turn(&mut self, done: &mut Vec<Completed<Self::Error>>);
+    fn poll(&mut self, done: &mut Vec<Completed<Self::Error>>);
 
-    /// Sleeps until a `turn` may find something, a watched eventfd was signalled, the notifier was used, or the timeout
+    /// Sleeps until a poll may find something, a watched eventfd was signalled, the notifier was used, or the timeout
     /// passed. May return early for no reason.
     fn wait(&mut self, timeout: Option<Duration>);
 
-    /// The ring is being stopped: from now on no request of this queue waits for anybody's help, such as for space on the
-    /// host. One that does, and one that would, is done with an error, and the next turns tell of it; a request that
-    /// only takes its time goes on. Called once the ring has been told to stop or turned out to be corrupt, and before
-    /// the queue is drained: the frontend waits for that.
-    fn give_up(&mut self);
+    /// From now on no request of this queue waits for help from outside, such as for space on the host: a request that
+    /// does, or would, fails. Requests that are only slow go on. Called when the ring is told to stop or is corrupt,
+    /// before the queue is drained, because the frontend waits for that.
+    fn stop_waiting(&mut self);
 
     /// From now on a signal on `event` ends [`BlockQueue::wait`]. The queue reads (resets) the eventfd itself.
     fn watch(&mut self, event: EventFd);
@@ -106,8 +105,8 @@ pub trait BlockQueue {
         true
     }
 
-    /// How many requests of this queue wait for somebody's help, such as for space on the host. Only requests that
-    /// change the disk, and flushes, may.
+    /// How many requests of this queue wait for help from outside, such as for space on the host. Only flushes and
+    /// requests that change the disk may.
     fn waiting(&self) -> usize {
         0
     }

@@ -248,7 +248,7 @@ mod tests {
     }
 
     /// A full counter whose descriptor was made blocking after the check.
-    fn full_and_blocking_by_surprise() -> (EventFd, File) {
+    fn full_and_then_blocking() -> (EventFd, File) {
         let event = EventFd::new(libc::EFD_NONBLOCK).expect("an eventfd");
         event.write(u64::MAX - 1).expect("fills the counter");
         let file = File::from(rustix::io::fcntl_dupfd_cloexec(borrow(&event), 3).expect("a copy"));
@@ -257,7 +257,7 @@ mod tests {
 
     #[test]
     fn a_session_is_not_held_by_a_signal() {
-        let (event, file) = full_and_blocking_by_surprise();
+        let (event, file) = full_and_then_blocking();
         let slot = SignalSlot::default();
         slot.set(Some(file));
         rustix::fs::fcntl_setfl(borrow(&event), OFlags::empty()).expect("it blocks now");
@@ -267,7 +267,7 @@ mod tests {
 
     #[test]
     fn a_stuck_signal_is_seen_and_interrupted() {
-        let (event, file) = full_and_blocking_by_surprise();
+        let (event, file) = full_and_then_blocking();
         let (slot, mark) = (Arc::new(SignalSlot::default()), Arc::new(RaiseMark::default()));
         slot.set(Some(file));
         let mut view = SignalView::new(slot);
@@ -303,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_a_name_is_no_event() {
+    fn pipes_files_and_sockets_are_no_eventfds() {
         let event = EventFd::new(0).expect("an eventfd");
         let copy = rustix::io::fcntl_dupfd_cloexec(borrow(&event), 3).expect("a copy");
         assert!(may_be_event(&File::from(copy)));
@@ -317,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn no_descriptor_is_no_panic() {
+    fn a_missing_descriptor_causes_no_panic() {
         assert!(copy_inherited(-1).is_err());
         assert!(copy_inherited(1_000_000).is_err());
     }

@@ -236,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_that_is_gone_reads_as_zero_and_is_told() {
+    fn a_lost_page_reads_as_zero_and_is_reported() {
         let loss = Arc::new(MemoryLoss::new().expect("an eventfd"));
         let other = Arc::new(MemoryLoss::default());
         let (page, untouched) = (nothing(), nothing());

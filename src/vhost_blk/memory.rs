@@ -467,7 +467,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_that_somebody_wrote_to_is_told_from_other() {
+    fn written_memory_is_distinguished_from_untouched_memory() {
         let size = 9 << 20;
         let table = table(&[info(0, size, 0, 0), info(size, 100 * PAGE, size, 0)]).expect("sound regions");
         let memory = table.memory();

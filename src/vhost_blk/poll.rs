@@ -84,7 +84,7 @@ mod tests {
     }
 
     #[test]
-    fn it_tries_again_where_wakes_are_slow() {
+    fn polling_is_tried_again_where_wakes_are_slow() {
         let most = Duration::from_micros(50);
         let mut budget = PollBudget::new(most);
         let mut looked = Duration::ZERO;
@@ -105,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn it_gives_up_where_work_always_comes_too_late() {
+    fn polling_stops_where_work_always_comes_too_late() {
         let most = Duration::from_micros(100);
         let late = Duration::from_micros(150);
         let mut budget = PollBudget::new(most);

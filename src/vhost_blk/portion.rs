@@ -1,6 +1,6 @@
 //! How many chains a worker takes before it hands back completed ones.
 //!
-//! Pure arithmetic on counts and durations. Some disks carry requests out in the same turn that starts them (a file in
+//! Pure arithmetic on counts and durations. Some disks carry requests out in the same poll that starts them (a file in
 //! memory, the page cache). They get few at a time, so that the guest handles the first while the worker handles the
 //! next. Any other disk gets enough for one system call, and begins with them while the worker takes the rest.
 
@@ -27,7 +27,7 @@ impl Portion {
         self.now
     }
 
-    /// A portion of `taken` chains went to the disk, `done` of them were done by the end of its turn, all within
+    /// A portion of `taken` chains went to the disk, `done` of them were done by the end of its poll, all within
     /// `time`.
     pub(crate) fn over(&mut self, taken: u16, done: usize, time: Duration) {
         self.now = if done * 2 < usize::from(taken) {

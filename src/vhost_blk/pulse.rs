@@ -92,7 +92,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn steps_are_told_from_each_other_and_from_rest() {
+    fn steps_are_distinguished_from_each_other_and_from_rest() {
         let pulse = Pulse::new(2, |_| {});
         assert_eq!(pulse.steps(), [None; 3]);
         let beat = pulse.queue(1);

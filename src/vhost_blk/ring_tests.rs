@@ -90,7 +90,7 @@ fn a_ring_over_several_mappings_is_as_good_as_in_one() {
 }
 
 #[test]
-fn who_is_told_follows_the_event_index() {
+fn notifications_follow_the_event_index() {
     let memory = memory(1);
     let (descriptors, available, used) = TOGETHER;
     let mut ring = Ring::new(&layout(4, descriptors, available, used), &memory).expect("a sound ring");

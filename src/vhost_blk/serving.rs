@@ -205,7 +205,7 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
 
     /// The ring is being stopped. From now on no request waits for help, and no kick ends a wait.
     fn settle(&mut self) {
-        self.queue.give_up();
+        self.queue.stop_waiting();
         self.queue.heed_kicks(false);
     }
 
@@ -308,7 +308,7 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
         {
             self.queue.submit(id, request, &self.slices);
         }
-        self.queue.turn(&mut self.done);
+        self.queue.poll(&mut self.done);
         self.in_flight.end_batch();
         let mut done = std::mem::take(&mut self.done);
         for done in done.drain(..) {
@@ -487,7 +487,7 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
         let id = self.in_flight.add_closing();
         self.queue.submit(id, Request::Flush, &[]);
         while !self.in_flight.is_empty() {
-            self.queue.turn(&mut self.done);
+            self.queue.poll(&mut self.done);
             for done in self.done.drain(..) {
                 if done.result.is_err() {
                     warn!(queue = self.index, "the flush of a stopping queue failed");

@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn of_daemons_that_start_on_one_path_one_listens() {
+    fn one_of_several_daemons_on_one_path_listens() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("s");
         for _ in 0..50 {

@@ -431,7 +431,7 @@ fn an_image_that_qemu_left_dirty_is_rebuilt() {
 }
 
 #[test]
-fn what_the_format_forbids_and_qemu_lets_pass_is_noted() {
+fn defects_that_qemu_tolerates_are_noted() {
     let Some(qemu) = Qemu::find() else { return };
     let folder = tempfile::tempdir().expect("a folder");
     let image = folder.path().join("image.qcow2");

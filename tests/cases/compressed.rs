@@ -128,7 +128,7 @@ fn reads_of_compressed_clusters_leave_room_for_few() {
     let mut done = Vec::new();
     while (done.len() as u64) < taken[0] + taken[1] {
         for queue in &mut queues {
-            queue.turn(&mut done);
+            queue.poll(&mut done);
             queue.wait(Some(Duration::from_millis(1)));
         }
     }

@@ -120,7 +120,7 @@ impl Load {
         while self.completed < self.requests {
             let before = self.completed;
             for queue in 0..QUEUES {
-                self.queues[queue].turn(&mut done);
+                self.queues[queue].poll(&mut done);
                 done.drain(..).for_each(|completed| self.end(queue, completed));
             }
             let hangs = self.completed == before && self.world.is_idle();

@@ -300,7 +300,7 @@ fn a_chain_of_64_layers_is_read_and_written() {
 }
 
 #[test]
-fn what_is_not_supported_is_refused_by_name() {
+fn unsupported_features_are_refused_by_name() {
     let Some(qemu) = Qemu::find() else { return };
     let folder = tempfile::tempdir().expect("a folder");
     let path = |name: &str| folder.path().join(name);
@@ -459,7 +459,7 @@ fn unknown_autoclear_bits_are_cleared_on_a_writable_open_only() {
 /// An internal snapshot shares L2 tables, data clusters and compressed data with the active image. No cluster with a
 /// refcount above 1 is written in place, and every refcount is right afterwards.
 #[test]
-fn what_is_shared_is_copied_before_it_changes() {
+fn shared_clusters_are_copied_before_they_change() {
     let Some(qemu) = Qemu::find() else { return };
     let folder = tempfile::tempdir().expect("a folder");
     for (name, cluster, parts) in [("small", 4 * K, false), ("large", 64 * K, false), ("parts", 64 * K, true)]

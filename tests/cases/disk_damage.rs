@@ -347,7 +347,7 @@ fn image_of_scattered_clusters(image: &Path, data: u64) -> Range<u64> {
 }
 
 #[test]
-fn a_sound_image_whose_data_is_scattered_is_not_taken_for_damaged() {
+fn a_valid_image_with_scattered_data_is_not_marked_corrupt() {
     let folder = tempfile::tempdir().expect("a folder");
     let image = folder.path().join("scattered.qcow2");
     // More clusters than the guard remembers exactly.

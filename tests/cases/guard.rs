@@ -252,7 +252,7 @@ fn a_refblock_at_no_clusters_start_is_refused_before_anything_is_written() {
 }
 
 #[test]
-fn what_two_entries_name_does_not_become_metadata_when_one_gives_it_up() {
+fn a_cluster_that_two_entries_name_does_not_become_metadata_when_one_frees_it() {
     let Some(qemu) = Qemu::find() else { return };
     let folder = tempfile::tempdir().expect("a folder");
     let image = folder.path().join("twice.qcow2");

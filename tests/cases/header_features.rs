@@ -38,7 +38,7 @@ fn feature_name(kind: u8, bit: u8, name: &str) -> Extension {
 }
 
 #[test]
-fn what_is_not_known_outlives_every_change_of_the_header() {
+fn unknown_header_fields_outlive_every_change() {
     let Some(qemu) = Qemu::find() else { return };
     let folder = tempfile::tempdir().expect("a folder");
     let image = folder.path().join("disk.qcow2");

@@ -71,9 +71,9 @@ impl Still {
     fn settle(&mut self, requests: usize) {
         let mut done: Vec<Completed> = Vec::new();
         loop {
-            self.queue.turn(&mut done);
+            self.queue.poll(&mut done);
             self.queue.wait(Some(Duration::ZERO));
-            self.keeper.turn();
+            self.keeper.poll();
             self.keeper.wait(Some(Duration::ZERO));
             if !self.world.step() && self.world.is_idle() {
                 break;
@@ -150,7 +150,7 @@ fn a_disk_at_rest_gives_memory_of_the_map_back() {
 const AGE: Duration = Duration::from_secs(5);
 
 #[test]
-fn what_stays_dirty_is_flushed_in_time() {
+fn dirty_tables_are_flushed_in_time() {
     let mut still = Still::new();
     for round in 0..3 {
         let write = |cluster: u64| Request::Write { offset: cluster * Still::CLUSTER, write_through: false };
@@ -169,7 +169,7 @@ fn what_stays_dirty_is_flushed_in_time() {
 }
 
 #[test]
-fn what_a_flush_unlinks_goes_back_at_once() {
+fn clusters_that_a_flush_unlinks_are_reclaimed_at_once() {
     let mut still = Still::new();
     let cluster = |number: u64| (number * Still::CLUSTER, Still::CLUSTER);
     for number in 0..8 {
@@ -203,8 +203,8 @@ fn a_late_growth_of_the_file_cuts_nothing_off() {
     still.queue.submit(RequestId(0), Request::Flush, &[]);
     still.memory.copy_from(&[9u8; 4096]);
     while ended < 65 {
-        still.queue.turn(&mut done);
-        still.keeper.turn();
+        still.queue.poll(&mut done);
+        still.keeper.poll();
         ended += done.len() as u64;
         assert!(done.drain(..).all(|done: Completed| done.result.is_ok()));
         // Two at a time, once the file is being extended.

@@ -303,7 +303,7 @@ fn an_image_in_no_order_is_held_to_the_bound() {
 }
 
 #[test]
-fn what_is_swept_away_is_found_again() {
+fn swept_words_are_resolved_again() {
     let folder = tempfile::tempdir().expect("a folder");
     for extended_l2 in [false, true] {
         let bench = Bench::fresh(folder.path(), extended_l2, MAP_BYTES);

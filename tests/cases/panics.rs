@@ -173,7 +173,7 @@ fn run<S: Storage>(
     submitted();
     let mut done = Vec::new();
     loop {
-        queue.turn(&mut done);
+        queue.poll(&mut done);
         if done.len() == requests.len() {
             return done;
         }

@@ -212,7 +212,7 @@ fn a_raw_ring_is_the_ring_the_device_sees() -> Result<(), Failure> {
 }
 
 #[test]
-fn a_session_can_be_taken_step_by_step() -> Result<(), Failure> {
+fn a_session_runs_step_by_step() -> Result<(), Failure> {
     let Some(bench) = Bench::new() else { return Ok(()) };
     let image = bench.folder.path().join("disk.qcow2");
     bench.qemu.create(&image, &ImageSpec::qcow2(1 << 20))?;

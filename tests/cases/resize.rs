@@ -234,7 +234,7 @@ fn a_longer_backing_file_does_not_show_in_the_new_part() {
 
 /// Data and L1 entries that other programs have left after the end are never visible, and their space is not lost.
 #[test]
-fn what_lies_behind_the_end_goes() {
+fn leftovers_past_the_end_are_never_visible() {
     let Some(qemu) = Qemu::find() else { return };
     for (size, wanted) in [(512 * K, 4 * M), (520 * K + 512, 2 * M), (512 * K, 256 * K), (2 * K, 3 * K)] {
         for snapshot in [false, true] {
@@ -293,7 +293,7 @@ fn the_file_of_a_smaller_disk_is_short() {
 }
 
 #[test]
-fn what_cannot_be_kept_right_is_refused() {
+fn features_that_a_change_cannot_maintain_are_refused() {
     let Some(qemu) = Qemu::find() else { return };
     let folder = tempfile::tempdir().expect("a folder");
     let new = |name: &str, spec: &ImageSpec| {

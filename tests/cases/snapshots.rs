@@ -220,7 +220,7 @@ fn many_snapshots_come_and_go() {
 }
 
 #[test]
-fn names_and_ids_are_told_apart() {
+fn names_and_ids_are_distinguished() {
     let Some(qemu) = Qemu::find() else { return };
     let folder = tempfile::tempdir().expect("a folder");
     let mut bench = bench(&qemu, folder.path(), &ImageSpec::qcow2(M).with(pattern(0, 64 * K, 1)));

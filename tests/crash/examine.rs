@@ -199,7 +199,7 @@ fn read_all(world: &SimWorld, options: &DiskOptions) -> Result<Vec<Value>, Strin
         queue.submit(RequestId(0), Request::Read { offset: first * SECTOR }, &slices);
         let mut done: Vec<Completed> = Vec::new();
         loop {
-            queue.turn(&mut done);
+            queue.poll(&mut done);
             if !done.is_empty() {
                 break;
             }

@@ -37,14 +37,14 @@ pub fn serve(image: &Image, start: &Start) -> Result<Image, String> {
         status.searching || status.quarantined_clusters > 0 || status.dirty_bytes > 0
     };
     let mut turns = 0;
-    keeper.turn();
+    keeper.poll();
     while is_busy() {
         turns += 1;
         if turns > TURNS_MAX {
             return Err(format!("the search for leaks does not end: {:?}", disk.status()));
         }
         keeper.wait(None);
-        keeper.turn();
+        keeper.poll();
     }
     drop(keeper);
     disk.close().map_err(failed)?;

@@ -425,8 +425,8 @@ impl Rig {
     fn act(&mut self) {
         self.turn_tide();
         let done = match self.random.below(QUEUES as u64 * 2 + 4) {
-            0 => self.turn_keeper(),
-            number if number <= 2 * QUEUES as u64 => self.turn_queue(number as usize % QUEUES),
+            0 => self.poll_keeper(),
+            number if number <= 2 * QUEUES as u64 => self.poll_queue(number as usize % QUEUES),
             // Only a little time, so that a late I/O stays late: the next event may be far away.
             _ => {
                 self.world.pass(Duration::from_nanos(1 << (10 + self.random.below(12))));
@@ -470,9 +470,9 @@ impl Rig {
         format!("{ops:?}, engine {:?}", self.status())
     }
 
-    fn turn_keeper(&mut self) -> usize {
+    fn poll_keeper(&mut self) -> usize {
         if let Some(keeper) = &mut self.keeper {
-            keeper.turn();
+            keeper.poll();
             // As its thread does: this answers a wake, and lets no time pass.
             keeper.wait(Some(Duration::ZERO));
         }
@@ -494,9 +494,9 @@ impl Rig {
         }
     }
 
-    fn turn_queue(&mut self, queue: usize) -> usize {
+    fn poll_queue(&mut self, queue: usize) -> usize {
         let mut done = Vec::new();
-        self.queues[queue].turn(&mut done);
+        self.queues[queue].poll(&mut done);
         self.queues[queue].wait(Some(Duration::ZERO));
         self.note_reserved();
         let count = done.len();
@@ -537,9 +537,9 @@ impl Rig {
     fn exhaust(&mut self) {
         loop {
             for queue in 0..QUEUES {
-                self.turn_queue(queue);
+                self.poll_queue(queue);
             }
-            self.turn_keeper();
+            self.poll_keeper();
             if !self.world.step() && self.world.is_idle() {
                 break;
             }

@@ -440,7 +440,7 @@ mod tests {
         }
 
         #[test]
-        fn operations_stay_inside_the_disk(sequence in sequences(GEOMETRY, 40)) {
+        fn operations_stay_within_the_disk(sequence in sequences(GEOMETRY, 40)) {
             for operation in &sequence {
                 if let Operation::Read { offset, length }
                 | Operation::Write { offset, length, .. }

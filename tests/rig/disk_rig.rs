@@ -164,7 +164,7 @@ impl Rig {
         while done.len() < count {
             let before = done.len();
             for queue in &mut self.queues {
-                queue.turn(&mut done);
+                queue.poll(&mut done);
             }
             if done.len() == before {
                 idle += 1;

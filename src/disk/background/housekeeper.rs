@@ -89,8 +89,8 @@ impl<S: Storage> Keeper<S> {
     }
 
     /// Does all work that is possible now. Never blocks.
-    pub fn turn(&mut self) {
-        self.driver.turn(|_| panic!("the housekeeper has no fast path"));
+    pub fn poll(&mut self) {
+        self.driver.poll(|_| panic!("the housekeeper has no fast path"));
     }
 
     /// Sleeps until there may be something to do, or the time is over.
@@ -104,7 +104,7 @@ impl<S: Storage> Drop for Keeper<S> {
     fn drop(&mut self) {
         self.bell.stop();
         while self.driver.has_tasks() {
-            self.turn();
+            self.poll();
             if self.driver.has_tasks() {
                 self.driver.wait(None);
             }
@@ -120,7 +120,7 @@ struct Sweeps {
 
 impl Sweeps {
     /// Sweeps the map if it is time. Returns the time of the next sweep, if there is anything to sweep.
-    fn turn<S: Storage>(&mut self, worker: &Worker<S>) -> Option<Instant> {
+    fn sweep_if_due<S: Storage>(&mut self, worker: &Worker<S>) -> Option<Instant> {
         let bell = &worker.shared.bell;
         let now = worker.driver.now();
         if self.next.is_some_and(|next| next <= now) {
@@ -162,7 +162,7 @@ async fn do_chores<S: Storage>(worker: &Worker<S>) {
     let bell = &worker.shared.bell;
     let (mut dirty_since, mut sweeps, mut flush_failed) = (None, Sweeps::default(), false);
     while !bell.stopped() && !worker.engine().has_failed() {
-        let next_sweep = sweeps.turn(worker);
+        let next_sweep = sweeps.sweep_if_due(worker);
         if !has_work(worker) {
             dirty_since = None;
             idle(worker, next_sweep, true).await;

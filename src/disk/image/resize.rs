@@ -267,7 +267,7 @@ fn zero_tail<S: Storage>(
     queue.submit(RequestId(0), zeroes, &[]);
     let mut done = Vec::new();
     loop {
-        queue.turn(&mut done);
+        queue.poll(&mut done);
         if !done.is_empty() {
             break;
         }

@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn a_job_that_breaks_off_is_answered_and_its_thread_continues() {
+    fn a_job_that_panics_is_answered_and_its_thread_continues() {
         let pool = Pool::new(1);
         let mut broken = stored(&[7; 512]);
         broken.data = 3..1 << 20;

@@ -117,7 +117,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn formats_are_known_by_their_marks() {
+    fn formats_are_recognised_by_their_magic() {
         for (at, mark, format) in MARKS {
             let mut head = vec![0; HEAD as usize];
             head[*at..*at + mark.len()].copy_from_slice(mark);

@@ -1,7 +1,7 @@
 //! A thread's I/O queue, and how its executor, buffers and timers work on it. Knows no disk and no request.
 //!
 //! Completions of operations that async functions pushed wake their task. Those of the fast path go to the caller of
-//! [`Driver::turn`].
+//! [`Driver::poll`].
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -210,7 +210,7 @@ impl<Q: IoQueue> Driver<Q> {
 
     /// Submits operations, reaps completions and runs tasks, until there is nothing more to do at once. Completions
     /// of fast-path operations go to `fast`.
-    pub fn turn(&self, mut fast: impl FnMut(Completion)) {
+    pub fn poll(&self, mut fast: impl FnMut(Completion)) {
         for _ in 0..ROUNDS_OF_A_TURN {
             let mut completions = self.scratch.take();
             {
@@ -287,7 +287,7 @@ impl<Q: IoQueue> Driver<Q> {
             {
                 return value;
             }
-            self.turn(|_| panic!("no fast path here"));
+            self.poll(|_| panic!("no fast path here"));
             if !flag.woken.is_raised() {
                 self.wait(None);
             }
@@ -349,12 +349,12 @@ mod tests {
             first.wake(&waker);
             assert_eq!(driver.timers.len(), 2);
         }
-        driver.turn(|_| ());
+        driver.poll(|_| ());
         assert!(!flag.woken.is_raised() && !first.is_over());
         driver.wait(None);
-        driver.turn(|_| ());
+        driver.poll(|_| ());
         assert!(flag.woken.lower() && first.is_over());
-        driver.turn(|_| ());
+        driver.poll(|_| ());
         assert!(!flag.woken.is_raised(), "once");
         drop(first);
         assert_eq!(driver.timers.len(), 0);

@@ -124,15 +124,15 @@ impl<S: Storage> DiskQueue<S> {
         self.driver.polls()
     }
 
-    /// A hint: whether the caller has more requests to submit after the next turn.
+    /// A hint: whether the caller has more requests to submit after the next poll.
     pub fn expect_more(&mut self, more: bool) {
         self.driver.expect_more(more);
     }
 
     /// Sends submitted operations, runs ready tasks, and moves completed requests into `done`. Never blocks.
-    pub fn turn(&mut self, done: &mut Vec<Completed>) {
+    pub fn poll(&mut self, done: &mut Vec<Completed>) {
         let driver = Rc::clone(&self.driver);
-        driver.turn(|completion| {
+        driver.poll(|completion| {
             if let Some(write) = self.fast.complete(completion) {
                 let request = Request::Write { offset: write.offset, write_through: false };
                 self.start_slow(write.id, self.worker.enter(), request, &write.slices);
@@ -141,7 +141,7 @@ impl<S: Storage> DiskQueue<S> {
         done.append(&mut self.done.borrow_mut());
     }
 
-    /// Sleeps until a turn may find something to do, a watched eventfd or the notifier ends the sleep, or the time is
+    /// Sleeps until a poll may find something to do, a watched eventfd or the notifier ends the sleep, or the time is
     /// over.
     pub fn wait(&mut self, timeout: Option<Duration>) {
         if self.done.borrow().is_empty() {
@@ -199,7 +199,7 @@ impl<S: Storage> Drop for DiskQueue<S> {
         self.stop_waiting();
         let mut done = Vec::new();
         while !self.fast.is_idle() || self.driver.has_tasks() {
-            self.turn(&mut done);
+            self.poll(&mut done);
             done.clear();
             if !self.fast.is_idle() || self.driver.has_tasks() {
                 self.driver.wait(None);

@@ -159,7 +159,7 @@ impl<S: Storage> Worker<S> {
 
     /// True if requests no longer wait for space, because their queue is being stopped.
     pub fn must_stop_waiting(&self) -> bool {
-        rules::gives_up(self.stop_waiting.get())
+        rules::stops_waiting(self.stop_waiting.get())
     }
 
     /// Whether a request with this result may succeed once there is space.

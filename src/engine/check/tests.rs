@@ -391,7 +391,7 @@ fn each_broken_entry_is_named_and_not_repaired() {
 }
 
 #[test]
-fn what_qemu_lets_pass_is_noted_or_mended() {
+fn defects_that_qemu_tolerates_are_noted_or_repaired() {
     let is_odd =
         |image: &Image| image.kinds().iter().any(|kind| kind.is_note() && kind.name() == "odd-entry");
     // The next guest cluster after the data has no host cluster.
@@ -452,7 +452,7 @@ fn findings_are_counted_when_the_list_is_full() {
 }
 
 #[test]
-fn what_a_table_claims_many_times_is_read_once() {
+fn a_region_that_a_table_names_many_times_is_read_once() {
     // An L1 table of 4096 entries that all name one L2 table, whose entries all name one cluster.
     let geometry = Geometry {
         version: Version::V3,
@@ -498,7 +498,7 @@ fn many_snapshots_with_one_l1_table_cost_no_more_than_the_file() {
 }
 
 #[test]
-fn what_cannot_be_checked_is_refused_by_name() {
+fn an_image_that_cannot_be_checked_is_refused_by_name() {
     let image = Image::new(Version::V3, 16, 4, 1);
     let header = image.header();
     let refusal = |header: &Header, length: u64| Checker::new(header, length).err();

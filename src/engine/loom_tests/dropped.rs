@@ -16,7 +16,7 @@ impl TakeBack<u64> for Count {
 
 /// No thread calls the engine after a drop, so each drop must be settled by one of those that are here.
 #[test]
-fn what_is_dropped_beside_the_lock_comes_back_at_once() {
+fn an_allocation_dropped_without_the_lock_comes_back_at_once() {
     explore(None, || {
         let locked = Arc::new(Locked::new(Count::default()));
         let other = {

@@ -88,7 +88,7 @@ impl Bench {
     }
 
     /// A request that fails once it has a place in the line, or its clusters.
-    fn request_in_vain(&self) {
+    fn request_and_fail(&self) {
         let turn = Turn::default();
         if !self.take(&turn) {
             self.with(|line, wakes| line.alloc.end_turn(&turn, |_| true, wakes));
@@ -149,7 +149,7 @@ fn a_window_serves_two_requests() {
 fn a_request_that_fails_passes_its_turn_on() {
     explore(Some(3), || {
         let bench = Bench::new(1);
-        let others = [bench.spawn(Bench::request_in_vain), bench.spawn(Bench::request)];
+        let others = [bench.spawn(Bench::request_and_fail), bench.spawn(Bench::request)];
         bench.request();
         bench.end(others);
     });

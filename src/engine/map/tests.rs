@@ -164,7 +164,7 @@ fn held(writer: &MapWriter) -> usize {
 }
 
 #[test]
-fn what_lies_in_one_piece_takes_no_frame() {
+fn a_contiguous_slice_takes_no_frame() {
     // More slices than frames, in one leaf.
     let clusters = 3 * SLICE_WORDS + 5;
     let (map, writer) = run(clusters);

@@ -31,7 +31,7 @@ fn text(repair: Option<Repairs>, outcome: &Outcome) -> String {
 }
 
 #[test]
-fn findings_are_told_by_kind_and_the_rest_counted() {
+fn findings_are_listed_by_kind_and_the_rest_counted() {
     let told = text(None, &plain(report()));
     let lines: Vec<&str> = told.lines().collect();
     assert!(lines[0].starts_with("leak       offset "), "{told}");

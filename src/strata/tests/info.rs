@@ -143,7 +143,7 @@ fn json_agrees_with_qemu_img() {
 }
 
 #[test]
-fn what_cannot_be_served_is_described() {
+fn an_image_that_cannot_be_served_is_described() {
     let bench = Bench::new();
     bench.image_over("top.qcow2", Some(("gone.qcow2", Some("qcow2"))));
     let file = std::fs::OpenOptions::new().write(true).open(bench.path("top.qcow2")).expect("the image");

@@ -71,7 +71,7 @@ fn a_missing_image_is_named() {
 }
 
 #[test]
-fn what_is_no_image_is_named() {
+fn files_that_are_no_images_are_named() {
     let bench = Bench::new();
     std::fs::write(bench.path("text"), [b'x'; 2000]).expect("written");
     refused(&mut bench.serve("text"), 1, &["text", "not a qcow2 image", "--format raw", "magic"]);
@@ -234,7 +234,7 @@ fn the_advice_for_snapshots_that_cannot_be_read_leads_to_a_sound_image() {
 }
 
 #[test]
-fn what_cannot_be_checked_is_exit_code_1() {
+fn an_image_that_cannot_be_checked_is_exit_code_1() {
     let bench = Bench::new();
     bench.image("disk.qcow2");
     let path = bench.path("disk.qcow2");
@@ -446,7 +446,7 @@ fn a_descriptor_that_is_no_socket_is_refused() {
 }
 
 #[test]
-fn a_service_manager_is_told() {
+fn the_service_manager_is_notified() {
     let bench = Bench::new();
     bench.image("disk.qcow2");
     let manager = UnixDatagram::bind(bench.path("notify")).expect("bound");

@@ -45,7 +45,7 @@ fn the_limit_of_open_files_is_named() {
 }
 
 #[test]
-fn questions_about_progress_end_no_daemon() {
+fn signals_for_progress_end_no_daemon() {
     let bench = Bench::new();
     bench.image("disk.qcow2");
     let mut daemon = Daemon::start(&mut bench.serve("disk.qcow2"));

@@ -139,7 +139,7 @@ fn files_in_other_formats_are_called_by_name() {
 }
 
 #[test]
-fn a_copy_that_was_broken_off_is_told() {
+fn an_image_that_was_cut_short_is_reported() {
     let bench = Bench::new();
     bench.image("disk.qcow2");
     let path = bench.path("disk.qcow2");

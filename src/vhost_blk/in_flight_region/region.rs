@@ -280,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_that_cannot_be_true_are_refused() {
+    fn impossible_numbers_are_refused() {
         for (queues, size) in [(0, 128), (5, 128), (2, 0), (2, 257), (u16::MAX, u16::MAX)] {
             assert!(claim(1 << 40, 0, queues, size).is_err(), "{queues} queues of {size}");
         }

@@ -224,7 +224,7 @@ fn recover(region: &Region, ring: RingIndexes) -> Result<(SplitTracker, Vec<u16>
 }
 
 #[test]
-fn what_was_taken_is_done_again_in_order() {
+fn requests_that_were_taken_are_done_again_in_order() {
     let region = region();
     let ring = scene(&region);
     for _ in 0..3 {
@@ -254,7 +254,7 @@ fn an_area_without_outstanding_requests_begins_anew() {
 }
 
 #[test]
-fn areas_that_cannot_be_true_are_refused_and_left_alone() {
+fn impossible_areas_are_refused_and_left_alone() {
     type Change = fn(&super::region::QueueArea);
     use AreaError as E;
     type Expected = fn(&AreaError) -> bool;

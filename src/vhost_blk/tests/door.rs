@@ -59,7 +59,7 @@ fn a_second_frontend_is_refused_at_once() {
 }
 
 #[test]
-fn who_comes_again_while_its_session_is_drained_waits() {
+fn a_frontend_that_reconnects_while_its_session_drains_waits() {
     let disk = MemoryDisk::later(64);
     let server = start(&disk);
     let mut guest = Guest::connect(&server.path, F_VERSION_1);

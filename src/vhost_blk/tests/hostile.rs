@@ -312,7 +312,7 @@ fn the_same_head_twice() {
 }
 
 #[test]
-fn what_the_guest_changes_in_flight_is_not_seen() {
+fn changes_by_the_guest_in_flight_are_not_seen() {
     let disk = MemoryDisk::later(SECTORS);
     let server = serve(&disk);
     let mut guest = Guest::connect(&server.path, ALL);

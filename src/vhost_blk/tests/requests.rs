@@ -233,7 +233,7 @@ fn a_read_only_disk() {
 }
 
 #[test]
-fn many_at_once_on_many_queues() {
+fn many_requests_in_flight_on_many_queues() {
     for disk in [MemoryDisk::new(4096), MemoryDisk::later(4096)] {
         let server = serve(&disk);
         let mut guest = Guest::connect(&server.path, FEATURES | F_EVENT_IDX);
@@ -262,7 +262,7 @@ fn many_at_once_on_many_queues() {
 }
 
 #[test]
-fn what_a_disk_does_at_once_is_handed_back_bit_by_bit() {
+fn requests_that_complete_at_once_are_handed_back_in_small_batches() {
     let disk = MemoryDisk::new(64);
     let server = serve(&disk);
     let mut guest = Guest::connect(&server.path, FEATURES);

@@ -155,7 +155,7 @@ fn a_stop_drains_what_the_disk_has_and_puts_the_rest_back() {
 }
 
 #[test]
-fn a_hang_up_leaves_the_ring_as_it_is() {
+fn a_disconnect_leaves_the_ring_as_it_is() {
     let disk = MemoryDisk::later(SECTORS);
     let server = serve(&disk);
     let mut guest = Guest::connect(&server.path, ALL);

@@ -17,7 +17,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 const NOT_SHARED: &str = "not shared";
 
 #[test]
-fn memory_that_is_not_shared_is_told() {
+fn memory_that_is_not_shared_is_logged() {
     log::keep();
     let server = TestServer::start(Arc::new(Shared(MemoryDisk::new(64))), ServeOptions::new(4, 128));
     let told = |count: usize, why: &str| {

@@ -116,7 +116,7 @@ fn a_stopped_ring_answers_what_waits_and_others_wait_on() {
 }
 
 #[test]
-fn what_stops_all_rings_answers_all_that_waits() {
+fn a_stop_of_all_rings_answers_all_waiting_requests() {
     type Stop = fn(&mut Frontend, [VhostUserMemoryRegionInfo; 2]);
     let stops: [(&str, Stop); 5] = [
         ("RESET_DEVICE", |frontend, _| frontend.reset_device().unwrap()),
@@ -137,7 +137,7 @@ fn what_stops_all_rings_answers_all_that_waits() {
 }
 
 #[test]
-fn what_stops_no_ring_leaves_requests_waiting() {
+fn messages_that_stop_no_ring_leave_requests_waiting() {
     let mut scene = Scene::new();
     let guest = &mut scene.guest;
     let config = guest.config(0);

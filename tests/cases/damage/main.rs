@@ -165,7 +165,7 @@ fn tables_that_are_holes_take_no_memory() {
 }
 
 #[test]
-fn what_is_not_damaged_is_served_whole() {
+fn undamaged_images_are_served_whole() {
     let Some(_) = Qemu::find() else { return };
     let folder = tempfile::tempdir().expect("a folder");
     for (victim, _) in victims() {

@@ -155,11 +155,11 @@ impl Rig {
         loop {
             let mut done: Vec<Completed> = Vec::new();
             for queue in &mut self.queues {
-                queue.turn(&mut done);
+                queue.poll(&mut done);
                 queue.wait(Some(Duration::ZERO));
             }
             if let Some(keeper) = &mut self.keeper {
-                keeper.turn();
+                keeper.poll();
                 keeper.wait(Some(Duration::ZERO));
             }
             let idle = done.is_empty();

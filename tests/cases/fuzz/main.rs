@@ -76,7 +76,7 @@ fn findings_are_mended() {
 }
 
 #[test]
-fn every_target_bears_what_chance_makes_of_its_seeds() {
+fn every_target_survives_random_mutations_of_its_seeds() {
     if std::env::var_os("STRATA_FUZZ_ONLY").is_some() {
         return;
     }

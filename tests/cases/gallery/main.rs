@@ -125,7 +125,7 @@ fn every_image_is_served_right() {
 }
 
 #[test]
-fn what_failed_once_is_right_now() {
+fn recipes_that_failed_once_pass() {
     let Some(qemu) = Qemu::find() else { return };
     let workshop = Workshop::new(qemu);
     for (what, line) in kept::KEPT {

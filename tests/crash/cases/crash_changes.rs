@@ -105,7 +105,7 @@ fn every_io_of_a_change_may_fail() {
 
 /// The free clusters at the end of the file, which trigger the search for leaks, survive a change.
 #[test]
-fn what_a_killed_writer_leaked_is_still_found_after_a_change() {
+fn leaks_of_a_killed_writer_are_still_found_after_a_change() {
     leaks_are_found_after_all().expect("no leaks are left");
 }
 

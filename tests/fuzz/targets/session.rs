@@ -99,7 +99,7 @@ impl Session {
         world.pass(time);
         for _ in 0..64 {
             let Some(keeper) = &mut self.keeper else { return };
-            keeper.turn();
+            keeper.poll();
             keeper.wait(Some(Duration::ZERO));
             if !world.step() && world.is_idle() {
                 return;
@@ -111,12 +111,12 @@ impl Session {
         self.queue.submit(RequestId(0), request, slices);
         let mut done: Vec<Completed> = Vec::new();
         for _ in 0..VAIN_TURNS_MAX {
-            self.queue.turn(&mut done);
+            self.queue.poll(&mut done);
             if let Some(completed) = done.pop() {
                 return completed.result;
             }
             if let Some(keeper) = &mut self.keeper {
-                keeper.turn();
+                keeper.poll();
             }
             self.queue.wait(Some(Duration::from_millis(1)));
         }

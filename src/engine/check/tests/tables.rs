@@ -30,7 +30,7 @@ fn is_strictly_right(image: &Image) -> bool {
 }
 
 #[test]
-fn a_refcount_table_that_cannot_be_is_made_anew() {
+fn an_impossible_refcount_table_is_rebuilt() {
     for version in [Version::V2, Version::V3] {
         for (offset, clusters) in
             [(512, 0), (0, 1), (0, 0), (700, 1), (1 << 63, 1), (512, u32::MAX), ((1 << 63) - 512, 1)]

@@ -273,7 +273,7 @@ impl BlockQueue for MemoryQueue {
         self.portion.1 = more;
     }
 
-    fn turn(&mut self, done: &mut Vec<Done>) {
+    fn poll(&mut self, done: &mut Vec<Done>) {
         if self.portion.0 > 0 {
             self.disk.portions.lock().unwrap().push(self.portion);
             self.disk.batches.lock().unwrap().push(std::mem::take(&mut self.batch));
@@ -323,7 +323,7 @@ impl BlockQueue for MemoryQueue {
         self.held.len()
     }
 
-    fn give_up(&mut self) {
+    fn stop_waiting(&mut self) {
         self.leaving = true;
         self.let_go(|_, _, _| Err(()));
     }
@@ -344,7 +344,7 @@ impl BlockQueue for MemoryQueue {
 
 impl Drop for MemoryQueue {
     fn drop(&mut self) {
-        self.give_up();
+        self.stop_waiting();
         drop(self.send.take());
         if let Some(helper) = self.helper.take() {
             let _ = helper.join();
