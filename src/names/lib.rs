@@ -2,7 +2,7 @@
 //! images or from strangers. Unescaped, they could forge log lines, control a terminal, or run commands when pasted.
 //!
 //! Owns the two escapes, and nothing else: no I/O, no dependencies. Every message, log field and suggested command of
-//! every crate takes its names from here; `tests/cases/architecture` checks that.
+//! every crate takes its names from here; `tests/architecture` checks that.
 #![forbid(unsafe_code)]
 
 mod shell;

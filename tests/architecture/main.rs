@@ -23,7 +23,8 @@ const LINES_MAX: usize = 700;
 const UNSAFE_CRATES: &[&str] = &["storage", "vhost_blk"];
 
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the package lies in the repository").to_owned()
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the package lies in tests");
+    tests.parent().expect("tests lies in the repository").to_owned()
 }
 
 fn read(path: &Path) -> String {

@@ -25,6 +25,7 @@ const TESTS_ONLY: &[&str] = &["storage_sim"];
 /// Our packages outside src. They may import anything, and no crate under src may import them, but for `strata-random`.
 /// `strata-fuzz` (tests/fuzz) is in no workspace but its own, as it needs nightly.
 const OUTSIDE: &[&str] = &[
+    "strata-architecture",
     "strata-benches",
     "strata-crash",
     "strata-fuzz",
