@@ -120,23 +120,28 @@ impl Inner {
     /// Removes a held claim, and those given up that are now held. Returns the wakers of the other claims now held.
     fn remove(&mut self, slot: usize) -> Wakers {
         let mut wakers = Wakers::new();
-        let mut gone: SmallVec<[usize; 1]> = smallvec![slot];
-        while let Some(slot) = gone.pop() {
-            let claim = self.claims.remove(slot);
-            for first in claim.runs {
-                self.runs.remove(first, slot);
-            }
-            for follower in claim.followers {
-                let later = &mut self.claims[follower];
-                later.blockers -= 1;
-                match later.blockers {
-                    0 if later.given_up => gone.push(follower),
-                    0 => wakers.extend(later.waker.take()),
-                    _ => {}
-                }
+        let mut followers = self.take_out(slot);
+        let mut at = 0;
+        while let Some(&follower) = followers.get(at) {
+            at += 1;
+            let later = &mut self.claims[follower];
+            later.blockers -= 1;
+            match later.blockers {
+                0 if later.given_up => followers.extend(self.take_out(follower)),
+                0 => wakers.extend(later.waker.take()),
+                _ => {}
             }
         }
         wakers
+    }
+
+    /// Takes a claim out, with the runs that it is still the last claim on. Returns the slots of its followers.
+    fn take_out(&mut self, slot: usize) -> Vec<usize> {
+        let claim = self.claims.remove(slot);
+        for first in &claim.runs {
+            self.runs.remove(*first, slot);
+        }
+        claim.followers
     }
 }
 

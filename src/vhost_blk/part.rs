@@ -57,7 +57,7 @@ impl Part {
             }
             Place::Spread(memory) => memory.map().load(self.address(offset), order).ok(),
         };
-        raw.map(u16::from_le).ok_or(self.bad::<u16>(offset))
+        raw.map(u16::from_le).ok_or_else(|| self.bad::<u16>(offset))
     }
 
     /// Stores a little-endian number.
@@ -76,7 +76,7 @@ impl Part {
                 .ok(),
             Place::Spread(memory) => memory.map().store(value, self.address(offset), order).ok(),
         };
-        stored.ok_or(self.bad::<u16>(offset))
+        stored.ok_or_else(|| self.bad::<u16>(offset))
     }
 
     /// Copies an object out, once.
@@ -92,7 +92,7 @@ impl Part {
             }
             Place::Spread(memory) => memory.map().read_obj(self.address(offset)).ok(),
         };
-        object.ok_or(self.bad::<T>(offset))
+        object.ok_or_else(|| self.bad::<T>(offset))
     }
 
     /// Copies an object in.
@@ -108,7 +108,7 @@ impl Part {
             }
             Place::Spread(memory) => memory.map().write_obj(object, self.address(offset)).ok(),
         };
-        written.ok_or(self.bad::<T>(offset))
+        written.ok_or_else(|| self.bad::<T>(offset))
     }
 
     #[inline]
@@ -122,6 +122,7 @@ impl Part {
         GuestAddress(self.base + offset as u64)
     }
 
+    #[cold]
     fn bad<T>(&self, offset: usize) -> BadAddress {
         BadAddress { address: self.base.wrapping_add(offset as u64), length: size_of::<T>() as u64 }
     }

@@ -96,6 +96,7 @@ impl Checker {
 
     /// Parses a chain. Afterwards the chain holds only the data: `chain.writable` for a read, `chain.readable` for a
     /// write.
+    #[inline]
     pub fn parse(&self, chain: &mut Chain, write_through: bool) -> Parsed {
         if chain.fault == Some(Fault::Malformed) {
             return Parsed::NoStatus;
@@ -147,6 +148,7 @@ impl Checker {
     }
 
     /// The byte offset and length of the data of a read or write.
+    #[inline]
     fn data_range(&self, sector: u64, data: &[GuestSlice]) -> Result<(u64, u32), Refusal> {
         let bytes: u64 = data.iter().map(|piece| piece.len() as u64).sum();
         if !bytes.is_multiple_of(SECTOR) || bytes > MAX_DATA_BYTES {
@@ -219,6 +221,7 @@ pub fn write_status(byte: &GuestSlice, status: Status) {
 }
 
 /// struct virtio_blk_req: le32 type, le32 reserved, le64 sector.
+#[inline]
 fn decode(header: &[u8; HEADER_BYTES]) -> (Kind, u64) {
     let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = *header;
     let kind = match u32::from_le_bytes([t0, t1, t2, t3]) {
@@ -241,6 +244,7 @@ fn decode_segment(segment: &[u8; SEGMENT_BYTES]) -> (u64, u32, u32) {
 }
 
 /// Moves the first bytes of the slices into `bytes`. False, with nothing taken, if the slices are too short.
+#[inline]
 fn take_front(slices: &mut Vec<GuestSlice>, bytes: &mut [u8]) -> bool {
     let mut filled = 0;
     let mut whole = 0;
@@ -270,6 +274,7 @@ fn take_front(slices: &mut Vec<GuestSlice>, bytes: &mut [u8]) -> bool {
 }
 
 /// Splits the last byte off.
+#[inline]
 fn take_last_byte(slices: &mut Vec<GuestSlice>) -> Option<GuestSlice> {
     let last = slices.last_mut()?;
     let (rest, byte) = last.split_at(last.len().checked_sub(1)?).ok()?;

@@ -212,6 +212,7 @@ impl Ring {
     ///
     /// # Errors
     /// When the ring is no longer accessible.
+    #[inline]
     pub fn available_index(&self) -> Result<u16, RingError> {
         // Acquire, paired with the driver's barrier before it stores the index: the chains are there.
         Ok(self.available_ring.load(INDEX, Ordering::Acquire)?)
@@ -232,6 +233,7 @@ impl Ring {
     ///
     /// # Errors
     /// When the guest claims more than the ring can hold.
+    #[inline]
     pub fn available(&self) -> Result<u16, RingError> {
         let to = self.available_index()?;
         let from = self.next_available;
@@ -246,6 +248,7 @@ impl Ring {
     ///
     /// # Errors
     /// When the ring itself is corrupt; then nothing was taken. A defect of a single chain is in its `fault`.
+    #[inline]
     pub fn pop(&mut self, memory: &GuestMemory, chain: &mut Chain) -> Result<(), RingError> {
         let slot = self.slot(self.next_available);
         let head = self.available_ring.load(ELEMENTS + slot * AVAILABLE_BYTES, Ordering::Relaxed)?;
@@ -298,6 +301,7 @@ impl Ring {
     /// # Errors
     /// When the used ring is no longer accessible, or some guest memory is lost: it may have held the data or the
     /// status of these chains. Then the guest sees none of them.
+    #[inline]
     pub fn push_used(&mut self, used: &[Used]) -> Result<(), RingError> {
         let mut next = self.next_used;
         for element in used {
@@ -321,6 +325,7 @@ impl Ring {
     ///
     /// # Errors
     /// When the rings are no longer accessible.
+    #[inline]
     pub fn needs_notification(&mut self) -> Result<bool, RingError> {
         // The used index must be visible before the guest's wish is read: the driver stores its wish, then reads the
         // index.
@@ -389,6 +394,7 @@ impl Ring {
     }
 
     /// The slot of an index in its ring.
+    #[inline]
     fn slot(&self, index: u16) -> usize {
         usize::from(index & (self.size - 1))
     }
