@@ -198,28 +198,19 @@ impl Turns {
 mod tests {
     use std::sync::Arc;
     use std::sync::atomic::{AtomicUsize, Ordering};
-    use std::task::Wake;
 
     use qcow2::HostCluster;
 
     use super::*;
     use crate::alloc::Allocator;
     use crate::run::HostRun;
-
-    #[derive(Default)]
-    struct Counted(AtomicUsize);
-
-    impl Wake for Counted {
-        fn wake(self: Arc<Self>) {
-            self.0.fetch_add(1, Ordering::Relaxed);
-        }
-    }
+    use crate::waiters::tests::CountedTask;
 
     /// Requests that want clusters, and how often each was woken.
     struct Line {
         alloc: Allocator,
         turns: Vec<Turn>,
-        tasks: Vec<Arc<Counted>>,
+        tasks: Vec<Arc<CountedTask>>,
     }
 
     impl Line {
@@ -276,7 +267,7 @@ mod tests {
 
         /// The requests woken since the last call.
         fn woken(&self) -> Vec<usize> {
-            let woken = |request: &usize| self.tasks[*request].0.swap(0, Ordering::Relaxed) > 0;
+            let woken = |request: &usize| self.tasks[*request].take_wakes() > 0;
             (0..self.tasks.len()).filter(woken).collect()
         }
     }

@@ -64,7 +64,7 @@ pub enum ResizeError {
     /// The image could not be changed.
     #[error(transparent)]
     Change(#[from] ChangeError),
-    /// The disk would have less than no bytes.
+    /// The disk has fewer bytes than it is to lose.
     #[error("{}: the disk has {from} bytes, and cannot be {by} bytes smaller", shown(path))]
     NothingLeft {
         /// The image.
@@ -75,7 +75,7 @@ pub enum ResizeError {
         by: u64,
     },
     /// The disk would have no bytes.
-    #[error("{}: a disk of {size} bytes is none", shown(path))]
+    #[error("{}: the size of a disk cannot be {size}", shown(path))]
     Empty {
         /// The image.
         path: PathBuf,
@@ -83,7 +83,7 @@ pub enum ResizeError {
         size: u64,
     },
     /// The size is larger than a file can have.
-    #[error("{}: that is larger than any disk can be", shown(path))]
+    #[error("{}: the size is larger than a disk can have", shown(path))]
     TooLarge {
         /// The image.
         path: PathBuf,
@@ -98,7 +98,7 @@ pub enum ResizeError {
     },
     /// Data would be lost, which the caller did not accept.
     #[error(
-        "{}: the disk has {from} bytes: with {to} bytes what lies behind is lost; --shrink says that this is meant",
+        "{}: the disk has {from} bytes: shrinking it to {to} loses the data past the new end; --shrink permits that",
         shown(path)
     )]
     WouldShrink {
@@ -110,7 +110,7 @@ pub enum ResizeError {
         to: u64,
     },
     /// A block device cannot be resized.
-    #[error("{}: a block device has the size that it has", shown(path))]
+    #[error("{}: a block device cannot be resized", shown(path))]
     BlockDevice {
         /// The device.
         path: PathBuf,
@@ -213,9 +213,10 @@ fn resize_qcow2<S: Storage>(
     let is_raw = header.is_data_file_raw();
     let data = usize::from(chain.specs[0].data_file().0);
     if to < from {
-        driver.block_on(carry_out_alone(&storage, driver, &chain.files[0], change))?;
+        let image = Alone { storage: &storage, driver, file: &chain.files[0] };
+        driver.block_on(image.change(change))?;
         let compacts = Resize { size: to, backing_size, compacts: true };
-        driver.block_on(compact(&storage, driver, &chain.files[0], Change::Resize(compacts)))?;
+        driver.block_on(image.compact(Change::Resize(compacts)))?;
         return match chain.files.get_mut(data).filter(|_| data > 0) {
             Some(file) => Ok(driver.block_on(data_file::resize(driver, file, to))?),
             None => Ok(()),
@@ -237,11 +238,13 @@ fn resize_qcow2<S: Storage>(
         driver.block_on(data_file::resize(driver, file, to))?;
     }
     if !rules::must_zero_tail(from, cluster_size) {
-        return driver.block_on(carry_out_alone(&storage, driver, &chain.files[0], change));
+        let image = Alone { storage: &storage, driver, file: &chain.files[0] };
+        return Ok(driver.block_on(image.change(change))?);
     }
     let end = from.next_multiple_of(cluster_size).min(to);
     let shared = zero_tail(storage, path, options, driver, chain, from / SECTOR * SECTOR..end)?;
-    driver.block_on(carry_out_alone(&shared.storage, driver, &shared.files[0], change))
+    let image = Alone { storage: &shared.storage, driver, file: &shared.files[0] };
+    Ok(driver.block_on(image.change(change))?)
 }
 
 /// Makes the rest of the cluster in which the disk ends read as zero, as far as the disk will extend into it. No
@@ -281,47 +284,49 @@ fn zero_tail<S: Storage>(
     Ok(Arc::clone(&disk.shared))
 }
 
-/// Changes an open image that no other work uses meanwhile.
-async fn carry_out_alone<S: Storage>(
-    storage: &S,
-    driver: &Driver<S::Queue>,
-    file: &DiskFile,
-    change: Change,
-) -> Result<(), ResizeError> {
-    let (file, header) = as_it_is(storage, driver, file).await?;
-    let image = ImageFile { driver, id: file.id, info: &file.info };
-    let mut plan = plan(&image, &header, change).await?;
-    fill_last_block(driver, &file).await?;
-    Ok(carry_out(&image, &mut plan).await?)
+/// The image of a resize, which no other work uses meanwhile.
+struct Alone<'a, S: Storage> {
+    storage: &'a S,
+    driver: &'a Driver<S::Queue>,
+    file: &'a DiskFile,
 }
 
-/// Moves the tables of a shrunk disk to where it had data before, if there is room. They were written past the end of
-/// the file, when nothing was free yet, and keep the file long.
-async fn compact<S: Storage>(
-    storage: &S,
-    driver: &Driver<S::Queue>,
-    file: &DiskFile,
-    change: Change,
-) -> Result<(), ResizeError> {
-    let (file, header) = as_it_is(storage, driver, file).await?;
-    let image = ImageFile { driver, id: file.id, info: &file.info };
-    // The resize is done: tables that cannot be moved stay.
-    let Ok(mut plan) = plan(&image, &header, change).await else { return Ok(()) };
-    if plan.new_l1().is_none_or(|place| place.0 > header.l1_offset.0) {
-        return Ok(());
+/// The image file as it is now.
+struct Present {
+    file: DiskFile,
+    header: Header,
+}
+
+impl<S: Storage> Alone<'_, S> {
+    /// Changes the image.
+    async fn change(&self, change: Change) -> Result<(), ChangeError> {
+        let now = self.present().await?;
+        let mut plan = plan(&self.image(&now), &now.header, change).await?;
+        fill_last_block(self.driver, &now.file).await?;
+        carry_out(&self.image(&now), &mut plan).await
     }
-    Ok(carry_out(&image, &mut plan).await?)
-}
 
-/// The present image file and its header.
-async fn as_it_is<S: Storage>(
-    storage: &S,
-    driver: &Driver<S::Queue>,
-    file: &DiskFile,
-) -> Result<(DiskFile, Header), OpenError> {
-    let id: FileId = file.id;
-    let length = storage.length(id)?;
-    let file = DiskFile { id, info: storage::FileInfo { length, ..file.info.clone() } };
-    let header = ImageFile { driver, id, info: &file.info }.header(length).await?;
-    Ok((file, header))
+    /// Moves the tables of a shrunk disk to where it had data before, if there is room. They were written past the end
+    /// of the file, when nothing was free yet, and keep the file long.
+    async fn compact(&self, change: Change) -> Result<(), ChangeError> {
+        let now = self.present().await?;
+        // The resize is done: tables that cannot be moved stay.
+        let Ok(mut plan) = plan(&self.image(&now), &now.header, change).await else { return Ok(()) };
+        if plan.new_l1().is_none_or(|place| place.0 > now.header.l1_offset.0) {
+            return Ok(());
+        }
+        carry_out(&self.image(&now), &mut plan).await
+    }
+
+    async fn present(&self) -> Result<Present, OpenError> {
+        let id: FileId = self.file.id;
+        let length = self.storage.length(id)?;
+        let file = DiskFile { id, info: storage::FileInfo { length, ..self.file.info.clone() } };
+        let header = ImageFile { driver: self.driver, id, info: &file.info }.header(length).await?;
+        Ok(Present { file, header })
+    }
+
+    fn image<'b>(&'b self, now: &'b Present) -> ImageFile<'b, S::Queue> {
+        ImageFile { driver: self.driver, id: now.file.id, info: &now.file.info }
+    }
 }
