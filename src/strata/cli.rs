@@ -355,7 +355,7 @@ pub struct ResizeArgs {
     #[command(flatten)]
     pub lock: LockArgs,
 
-    /// The disk may become smaller: what lies behind its new end is lost
+    /// The disk may become smaller: the data past its new end is lost
     #[arg(long)]
     pub shrink: bool,
 

@@ -148,7 +148,7 @@ Examples:
   strata resize --format raw disk.img 40G
 
 No machine may be using the image. A size is a multiple of 512 bytes. The new part of a disk reads as zero, also where a
-backing file is longer. What lies behind the end of a disk that is made smaller is lost: make its partitions and file
+backing file is longer. The data past the new end of a disk is lost: make its partitions and file
 systems smaller first, in the guest.
 
 Snapshots keep their size (in version 2 they cannot, so there an image with snapshots is refused). Persistent bitmaps fit

@@ -1,4 +1,4 @@
-//! Finds room for new metadata: free clusters in the file or behind its end. Also adds the refblocks and the refcount
+//! Finds room for new metadata: free clusters in the file or past its end. Also adds the refblocks and the refcount
 //! table that their refcounts need.
 //!
 //! Owns which clusters are taken. The plan decides what is written there.
@@ -18,7 +18,7 @@ pub(super) struct Room<'a> {
     /// Each taken cluster has the count 1 from then on.
     counts: &'a mut Counts,
     geometry: Geometry,
-    /// The first cluster behind the file.
+    /// The first cluster past the file.
     end: u64,
     pub taken: Vec<HostRun>,
 }
@@ -35,7 +35,7 @@ pub(super) struct Growth {
 impl<'a> Room<'a> {
     /// Starts with a file of this many clusters.
     pub fn new(counts: &'a mut Counts, geometry: Geometry, clusters: u64) -> Self {
-        // The cluster behind the last may be in use: the last table or data of a file need not be written whole.
+        // The cluster after the last may be in use: the last table or data of a file need not be written whole.
         let end = clusters + u64::from(counts.get(clusters) > 0);
         Room { counts, geometry, end, taken: Vec::new() }
     }

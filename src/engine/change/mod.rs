@@ -270,7 +270,7 @@ impl Planner {
             Change::Snapshot(SnapshotChange::Create { name, seconds, nanoseconds }) => {
                 let (seconds, nanoseconds) = (*seconds, *nanoseconds);
                 let snapshot = Snapshot { seconds, nanoseconds, ..self.new_snapshot(name)? };
-                // Data behind the end of the disk is a VM state, if anything. The new snapshot shares it, as in QEMU.
+                // Data past the end of the disk is a VM state, if anything. The new snapshot shares it, as in QEMU.
                 self.index = self.snapshots.len();
                 self.snapshots.push(snapshot);
             }
@@ -287,7 +287,7 @@ impl Planner {
                 if let Some(bitmaps) = self.header.bitmaps().filter(|_| size != self.geometry.size) {
                     return Err(ChangeRefusal::ResizeWithBitmaps { count: bitmaps.count });
                 }
-                // The VM state behind the disk is included.
+                // The VM state past the disk is included.
                 (self.target.l1_offset, self.target.entries) = (snapshot.l1_offset, entries);
             }
             Change::Snapshot(SnapshotChange::Delete { wanted }) => {

@@ -13,7 +13,7 @@
 //! 8. The flags COPIED of clusters that are no longer shared are set. Sync.
 //! 9. The header's mark is cleared. Sync.
 //! 10. Unused space is given back to the host, including the space that new tables do not fill in their clusters. If
-//!     the disk is resized, the file is cut behind its last cluster in use.
+//!     the disk is resized, the file is cut after its last cluster in use.
 //!
 //! The steps are generated one by one, to save memory.
 
@@ -422,7 +422,7 @@ impl Draft {
                 draft.free(active_l1);
                 draft.clear.l2_tables = target.walk.l2.keys().copied().collect();
                 let size = snapshots[index].disk_size().unwrap_or(geometry.size);
-                // The VM state behind the disk is included, as in QEMU.
+                // The VM state past the disk is included, as in QEMU.
                 draft.switch_l1(target.l1, target.entries, size, None, clusters)?;
             }
             Change::Resize(resize) => {

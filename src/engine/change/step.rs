@@ -5,7 +5,7 @@ use qcow2::HostOffset;
 /// The next step of a change.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PlanStep {
-    /// Write these bytes, at most [`crate::check::READ_MAX`] or a cluster of them. They may lie behind the end of the
+    /// Write these bytes, at most [`crate::check::READ_MAX`] or a cluster of them. They may lie past the end of the
     /// file. They need not fill sectors; the rest of a sector must stay. Between syncs the order does not matter.
     Write {
         /// The offset.
@@ -29,7 +29,7 @@ pub enum PlanStep {
         /// The length in bytes.
         length: u64,
     },
-    /// Nothing is in use behind this length: the file may end there, if it is longer.
+    /// Nothing is in use past this length: the file may end there, if it is longer.
     Cut {
         /// The length in bytes.
         length: u64,

@@ -4,21 +4,21 @@
 //!
 //! 1. If more than the header changes, and the version has the mark, the header is marked dirty. Sync.
 //! 2. Invalid entries that can be cleared without loss are cleared. Sync.
-//! 3. A new snapshot table, if one is needed, is written behind the end of the file. Sync.
+//! 3. A new snapshot table, if one is needed, is written past the end of the file. Sync.
 //! 4. Refcounts are written, with the old and the new snapshot table. If the structure is sound, they are written in
 //!    place: a crash leaves some old and some new counts, and nothing else. Otherwise a whole new structure is written
-//!    behind the end of the file and synced. Only then does the header name it, in one sector. Sync.
+//!    past the end of the file and synced. Only then does the header name it, in one sector. Sync.
 //! 5. The header names the new snapshot table, in one sector. Sync. The refcounts of the old table's clusters are
 //!    lowered. Sync.
 //! 6. The flags COPIED that disagree with the new refcounts are corrected. Sync.
 //! 7. The header's marks "dirty" and "corrupt" are cleared. Sync.
-//! 8. Unused space goes back to the host: freed clusters are punched, and the file is cut behind the last cluster in
+//! 8. Unused space goes back to the host: freed clusters are punched, and the file is cut after the last cluster in
 //!    use.
 //!
 //! Before all of these, unknown autoclear bits are cleared. Sync.
 //!
 //! So a crash leaves an image that is marked dirty, whose references are untouched, and that can be repaired again.
-//! Version 2 has no such mark: there, a check finds the image as wrong as before. The writes behind the end of the file
+//! Version 2 has no such mark: there, a check finds the image as wrong as before. The writes past the end of the file
 //! are at worst leaked. The repair of leaks alone needs no mark, as it never makes a refcount too low.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -41,7 +41,7 @@ const FLAGS_MAX: usize = 64 << 10;
 /// The next step of a repair.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RepairStep {
-    /// Write these bytes, at most a cluster or a refcount table (8 MiB) of them. They may lie behind the end of the
+    /// Write these bytes, at most a cluster or a refcount table (8 MiB) of them. They may lie past the end of the
     /// file. They need not fill sectors; the rest of a sector must stay. Between syncs the order does not matter.
     Write {
         /// The offset.
@@ -58,7 +58,7 @@ pub enum RepairStep {
         /// The number of bytes.
         length: u64,
     },
-    /// Nothing is in use behind this length: the file may end there, if it is longer.
+    /// Nothing is in use past this length: the file may end there, if it is longer.
     Cut {
         /// The length in bytes.
         length: u64,
@@ -204,7 +204,7 @@ impl Repair {
         }
     }
 
-    /// Plans to give back clusters whose count was nonzero before and is zero now, and all space behind the last
+    /// Plans to give back clusters whose count was nonzero before and is zero now, and all space after the last
     /// cluster in use.
     fn give_back(&mut self) {
         let freed = self.recorded.touched(&self.recorded);
@@ -229,7 +229,7 @@ fn first_behind(walk: &Walk) -> u64 {
     used.last().map_or(1, |last| last + 1)
 }
 
-/// Writes a new snapshot table behind the end of the file, if one is needed. It has the readable entries of the old
+/// Writes a new snapshot table past the end of the file, if one is needed. It has the readable entries of the old
 /// one, with the sizes that version 3 demands. Returns the change of the header that names it.
 fn new_snapshot_table(walk: &mut Walk, actions: &mut VecDeque<Action>, end: &mut u64) -> Option<Action> {
     if walk.report.snapshots_incomplete + walk.report.snapshots_lost == 0 {
@@ -301,7 +301,7 @@ fn in_place(walk: &Walk) -> VecDeque<Action> {
     actions
 }
 
-/// Writes a new refcount structure behind the end of the file, then names it in the header. The clusters of the old one
+/// Writes a new refcount structure past the end of the file, then names it in the header. The clusters of the old one
 /// become free.
 fn anew(
     walk: &mut Walk,
@@ -314,7 +314,7 @@ fn anew(
         }
     }
     let (geometry, size) = (walk.geometry, walk.geometry.cluster_size());
-    // A table that ends at the end of the file may own the cluster behind the last.
+    // A table that ends at the end of the file may own the cluster after the last.
     let start = walk.clusters.max(*end);
     let entries = geometry.refblock_entries();
     let counted = walk.references.touched(&walk.references);

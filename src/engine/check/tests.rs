@@ -521,7 +521,7 @@ fn guest_data_in_another_file_is_not_counted() {
     };
     let mut external = image.clone();
     mark(&mut external);
-    // In the external file each guest cluster is at its own offset: 0, and offsets far behind the end of this file.
+    // In the external file each guest cluster is at its own offset: 0, and offsets far past the end of this file.
     for cluster in 0..40 {
         let place = external.l2_place(cluster);
         external.put(place, (cluster * 512) | COPIED);

@@ -101,7 +101,7 @@ pub(crate) struct Walk {
     bitmap_tables: (Cover, Cover),
     /// Guest data is in another file, which has no refcounts.
     external_data: bool,
-    /// The offset right behind the last host cluster seen in the present L2 table; 0 at the start of a table.
+    /// The offset right after the last host cluster seen in the present L2 table; 0 at the start of a table.
     next_contiguous: u64,
     /// Metadata apart from L2 tables and refcounts. It must not share its clusters.
     pub places: Vec<Place>,
@@ -156,7 +156,7 @@ impl Walk {
         })
     }
 
-    /// True if a region ends a cluster or more behind the end of the file. A smaller overhang is allowed, because the
+    /// True if a region ends a cluster or more past the end of the file. A smaller overhang is allowed, because the
     /// last cluster of an image need not be written whole.
     fn is_past_end(&self, region: HostRange) -> bool {
         let Some(end) = region.offset.0.checked_add(region.length) else { return true };

@@ -37,7 +37,7 @@ pub(super) struct Header {
     pub features: Cell<AtomicU64>,
     /// 1, or 0 while the area holds nothing.
     pub version: Cell<AtomicU16>,
-    /// The number of descriptor states behind the header.
+    /// The number of descriptor states after the header.
     pub desc_num: Cell<AtomicU16>,
     /// The head that was listed last: the beginning of the last batch.
     pub last_batch_head: Cell<AtomicU16>,

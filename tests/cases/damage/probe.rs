@@ -121,7 +121,7 @@ fn judge(before: &Report, after: Result<Report, OpenError>, found: bool, outcome
         Ok(after) => {
             assert!(found || after.verdict() <= before.verdict(), "{before:#?}\nbecame\n{after:#?}");
         }
-        // The data behind the end of the file was written there, as in QEMU, so the file is now too long.
+        // The data past the end of the file was written there, as in QEMU, so the file is now too long.
         Err(OpenError::NotCheckable { .. }) => {}
         Err(error) => panic!("it can be checked no more: {error}"),
     }

@@ -46,13 +46,13 @@ const REASONS: &[(&[&str], &str)] = &[
     (&["the refblock unaligned"], "all refblocks are looked at before anything is written"),
     (
         &["the L1 table in the last cluster that can be", "the refcount table ends at 2^63-1"],
-        "what lies behind the file is missing, wherever it is; QEMU asks the host to read there",
+        "data past the end of the file is missing, wherever it is; QEMU asks the host to read there",
     ),
     (
         &[
-            "65,536 snapshots behind the file",
-            "65,536 snapshots far behind the file",
-            "the snapshot table far behind the file",
+            "65,536 snapshots past the file",
+            "65,536 snapshots far past the file",
+            "the snapshot table far past the file",
         ],
         "nothing is in the file of the table, which QEMU takes for entries of zeros",
     ),
@@ -79,7 +79,7 @@ const REASONS: &[(&[&str], &str)] = &[
     (&["that name and its bit"], "no file is opened because an image says so"),
     (
         &[
-            "65,535 bitmaps behind the file",
+            "65,535 bitmaps past the file",
             "a part of a bitmap unaligned",
             "reserved bit 1 of an entry of a bitmap's table",
             "reserved bit 63 of an entry of a bitmap's table",
@@ -92,7 +92,7 @@ const REASONS: &[(&[&str], &str)] = &[
             "a bitmap with unknown flags",
             "a bitmap too many",
             "the bitmap directory longer",
-            "the bitmap directory far behind the file",
+            "the bitmap directory far past the file",
             "the bitmap directory in the L1 table",
         ],
         "broken bitmaps are given up, and the disk is served without them",
@@ -124,12 +124,12 @@ const REASONS: &[(&[&str], &str)] = &[
         "without COPIED QEMU writes elsewhere, and lowers the refcount of the table",
     ),
     (
-        &["an L2 table right behind the file", "a short L1 table behind the end, not counted"],
+        &["an L2 table right past the file", "a short L1 table past the end, not counted"],
         "QEMU finds the place free, and hands it out; we go past it",
     ),
     (&["an L2 table in guest data"], "what is freed must have been counted"),
     (
-        &["data right behind the file", "data not counted"],
+        &["data right past the file", "data not counted"],
         "an entry names what counts as free: QEMU hands it out all the same",
     ),
     (
@@ -147,8 +147,8 @@ const WITH_DATA_FILE: (&[&str], &str) = (
     &[
         "two guest clusters share one",
         "two L2 entries swapped",
-        "data right behind the file",
-        "data far behind the file",
+        "data right past the file",
+        "data far past the file",
         "data at the largest offset",
         "data in the L1 table",
         "data in its L2 table",

@@ -52,8 +52,8 @@ pub const PACKED: &[Damage] = &[
     ("a stream in the refblock", |i| i.move_stream(i.refblock)),
     ("a stream in guest data", |i| i.move_stream(i.data(0) << i.geometry.cluster_bits)),
     ("a stream over the end of the file", |i| i.move_stream(i.bytes.len() as u64 - 8)),
-    ("a stream right behind the file", |i| i.move_stream(i.end())),
-    ("a stream far behind the file", |i| i.move_stream(FAR)),
+    ("a stream right past the file", |i| i.move_stream(i.end())),
+    ("a stream far past the file", |i| i.move_stream(FAR)),
     ("a stream at the largest offset", |i| i.move_stream((1 << i.sector_shift().min(56)) - 1)),
     ("a compressed cluster that is none", |i| i.flip(i.packed(), COMPRESSED)),
 ];

@@ -6,7 +6,7 @@ use qcow2::{extension, position};
 
 use super::{Damage, Raw};
 
-/// The offset in bytes of the area behind the header.
+/// The offset in bytes of the area after the header.
 const AREA: usize = HEADER_LENGTH_V3 as usize;
 /// The offset at which names are stored.
 const NAME: usize = 1024;
@@ -120,10 +120,10 @@ pub const HEADER: &[Damage] = &[
     ("a refcount table of 8 MiB", |i| i.put32(position::REFCOUNT_TABLE_CLUSTERS, 2048)),
     ("a refcount table of 8 MiB and a cluster", |i| i.put32(position::REFCOUNT_TABLE_CLUSTERS, 2049)),
     ("a refcount table of 2^32-1 clusters", |i| i.put32(position::REFCOUNT_TABLE_CLUSTERS, u32::MAX)),
-    ("65,536 snapshots behind the file", |i| {
+    ("65,536 snapshots past the file", |i| {
         i.put64(position::SNAPSHOTS_OFFSET, i.end()) && i.put32(position::SNAPSHOTS, 65_536)
     }),
-    ("65,536 snapshots far behind the file", |i| {
+    ("65,536 snapshots far past the file", |i| {
         i.put64(position::SNAPSHOTS_OFFSET, 1 << 50) && i.put32(position::SNAPSHOTS, 65_536)
     }),
     ("65,537 snapshots", |i| {
@@ -242,7 +242,7 @@ pub const EXTENSIONS: &[Damage] = &[
     ("a bitmaps extension of 23 bytes", |i| i.extend(&[(extension::BITMAPS, &[0; 23])])),
     ("a bitmaps extension of 32 bytes", |i| i.extend(&[(extension::BITMAPS, &[0; 32])])),
     ("no bitmaps", |i| i.bitmaps(0, 0, 32, i.l1)),
-    ("65,535 bitmaps behind the file", |i| i.bitmaps(65_535, 0, 65_535 << 10, i.end())),
+    ("65,535 bitmaps past the file", |i| i.bitmaps(65_535, 0, 65_535 << 10, i.end())),
     ("65,536 bitmaps", |i| i.bitmaps(65_536, 0, 65_535 << 10, i.end())),
     ("a bitmaps extension with a reserved field in use", |i| i.bitmaps(1, 1, 32, i.end())),
     ("a bitmap directory of no bytes", |i| i.bitmaps(1, 0, 0, i.end())),

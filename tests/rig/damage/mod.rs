@@ -128,8 +128,8 @@ pub const MAPPING: &[Damage] = &[
         let (a, b) = (i.get(i.l2_entry(0)), i.get(i.l2_entry(1)));
         i.put(i.l2_entry(0), b) && i.put(i.l2_entry(1), a)
     }),
-    ("data right behind the file", |i| i.put(i.l2_entry(0), i.end() | COPIED)),
-    ("data far behind the file", |i| i.put(i.l2_entry(0), FAR | COPIED)),
+    ("data right past the file", |i| i.put(i.l2_entry(0), i.end() | COPIED)),
+    ("data far past the file", |i| i.put(i.l2_entry(0), FAR | COPIED)),
     ("data at the largest offset", |i| i.put(i.l2_entry(0), (OFFSET_MASK & !(i.size() - 1)) | COPIED)),
     ("data unaligned", |i| i.size() > 512 && i.flip(i.l2_entry(0), 512)),
     ("a zero cluster unaligned", |i| i.size() > 512 && i.version_3() && i.flip(i.l2_entry(0), 513)),
@@ -143,7 +143,7 @@ pub const MAPPING: &[Damage] = &[
     ("data in the refcount table", |i| i.put(i.l2_entry(0), i.refcount_table)),
     ("compressed", |i| i.flip(i.l2_entry(0), COMPRESSED | COPIED)),
     ("compressed and COPIED", |i| i.flip(i.l2_entry(0), COMPRESSED)),
-    ("compressed far behind the file", |i| i.put(i.l2_entry(0), FAR | COMPRESSED)),
+    ("compressed far past the file", |i| i.put(i.l2_entry(0), FAR | COMPRESSED)),
     ("the zero flag on data", |i| i.version_3() && i.flip(i.l2_entry(0), 1)),
     ("a subcluster both allocated and zero", |i| i.flip_subclusters(3, 1 << 40)),
     ("a subcluster of an empty cluster allocated", |i| i.flip_subclusters(60, 1 << 3)),
@@ -157,8 +157,8 @@ pub const MAPPING: &[Damage] = &[
     ("reserved bit 0 of an L1 entry", |i| i.flip(i.l1, 1)),
     ("reserved bit 8 of an L1 entry", |i| i.flip(i.l1, 1 << 8)),
     ("reserved bit 62 of an L1 entry", |i| i.flip(i.l1, 1 << 62)),
-    ("an L2 table right behind the file", |i| i.put(i.l1, i.end() | COPIED)),
-    ("an L2 table far behind the file", |i| i.put(i.l1, FAR | COPIED)),
+    ("an L2 table right past the file", |i| i.put(i.l1, i.end() | COPIED)),
+    ("an L2 table far past the file", |i| i.put(i.l1, FAR | COPIED)),
     ("an L2 table unaligned", |i| i.size() > 512 && i.flip(i.l1, 512)),
     ("an L2 table in a refblock", |i| i.put(i.l1, i.refblock | COPIED)),
     ("an L2 table in the L1 table", |i| i.put(i.l1, i.l1 | COPIED)),
@@ -183,14 +183,14 @@ pub const REFCOUNTS: &[Damage] = &[
     ("the refblock counted twice", |i| i.count(i.cluster_of(i.refblock), 2)),
     ("a leak at the end", |i| leak(i, 1)),
     ("five leaks at the end", |i| leak(i, 5)),
-    ("counts behind the end of the file", |i| i.count(i.cluster_of(i.end()) + 3, 1)),
+    ("counts past the end of the file", |i| i.count(i.cluster_of(i.end()) + 3, 1)),
     ("all counts zero", |i| (0..i.cluster_of(i.end())).filter(|c| i.count(*c, 0)).count() > 0),
     ("every second count one too high", |i| {
         (0..i.cluster_of(i.end())).step_by(2).filter(|c| i.count(*c, 2)).count() > 0
     }),
     ("no refblock", |i| i.put(i.refcount_table, 0)),
-    ("the refblock right behind the file", |i| i.put(i.refcount_table, i.end())),
-    ("the refblock far behind the file", |i| i.put(i.refcount_table, FAR)),
+    ("the refblock right past the file", |i| i.put(i.refcount_table, i.end())),
+    ("the refblock far past the file", |i| i.put(i.refcount_table, FAR)),
     ("the refblock unaligned", |i| i.size() > 512 && i.flip(i.refcount_table, 512)),
     ("reserved bit 0 of a refcount table entry", |i| i.flip(i.refcount_table, 1)),
     ("reserved bit 8 of a refcount table entry", |i| i.flip(i.refcount_table, 1 << 8)),
@@ -199,15 +199,15 @@ pub const REFCOUNTS: &[Damage] = &[
     ("a refblock in the L1 table", |i| i.put(i.refcount_table, i.l1)),
     ("a refblock in the refcount table", |i| i.put(i.refcount_table, i.refcount_table)),
     ("a refblock in guest data", |i| i.put(i.refcount_table + 24, i.data(0) << i.geometry.cluster_bits)),
-    ("a needless refblock behind the file", |i| i.put(i.refcount_table + 24, FAR)),
+    ("a needless refblock past the file", |i| i.put(i.refcount_table + 24, FAR)),
 ];
 
 /// Damages of the header and of the file's length.
 pub const FILE: &[Damage] = &[
-    ("the refcount table right behind the file", |i| i.put(position::REFCOUNT_TABLE_OFFSET as u64, i.end())),
-    ("the refcount table far behind the file", |i| i.put(position::REFCOUNT_TABLE_OFFSET as u64, FAR)),
+    ("the refcount table right past the file", |i| i.put(position::REFCOUNT_TABLE_OFFSET as u64, i.end())),
+    ("the refcount table far past the file", |i| i.put(position::REFCOUNT_TABLE_OFFSET as u64, FAR)),
     ("the refcount table in the L1 table", |i| i.put(position::REFCOUNT_TABLE_OFFSET as u64, i.l1)),
-    ("the L1 table far behind the file", |i| i.put(position::L1_OFFSET as u64, FAR)),
+    ("the L1 table far past the file", |i| i.put(position::L1_OFFSET as u64, FAR)),
     ("the L1 table in the refblock", |i| i.put(position::L1_OFFSET as u64, i.refblock)),
     ("marked dirty", |i| i.version_3() && i.flip(position::INCOMPATIBLE as u64, 1)),
     ("marked corrupt", |i| i.version_3() && i.flip(position::INCOMPATIBLE as u64, 2)),
@@ -215,7 +215,7 @@ pub const FILE: &[Damage] = &[
     ("the file a byte shorter", |i| cut(i, |length| length - 1)),
     ("the file longer by a little", |i| cut(i, |length| length + 7)),
     ("the file longer by clusters", |i| cut(i, |length| length + (3 << 21) + 7)),
-    ("a short L1 table behind the end, not counted", |i| {
+    ("a short L1 table past the end, not counted", |i| {
         let first = i.end();
         let entry = i.get(i.l1);
         i.put(position::L1_OFFSET as u64, first)
@@ -247,7 +247,7 @@ fn leak(image: &mut Raw, count: u64) -> bool {
 /// Damages of snapshots. The first entry of the snapshot table gives the offset of the L1 table.
 pub const SNAPSHOTS: &[Damage] = &[
     ("a snapshot's L1 table unaligned", |i| i.size() > 512 && i.flip(snapshot(i), 512)),
-    ("a snapshot's L1 table far behind the file", |i| i.put(snapshot(i), FAR)),
+    ("a snapshot's L1 table far past the file", |i| i.put(snapshot(i), FAR)),
     ("a snapshot's L1 table too long", |i| i.flip(snapshot(i) + 8, 1 << 63)),
     ("a snapshot's L1 table is the active one", |i| i.put(snapshot(i), i.l1)),
     ("a snapshot's L1 table cleared", |i| i.put(i.get(snapshot(i)), 0)),
@@ -256,7 +256,7 @@ pub const SNAPSHOTS: &[Damage] = &[
     ("a snapshot without extra data", |i| {
         i.version_3() && i.flip(snapshot(i) + 32, 24) && i.geometry.size > 0
     }),
-    ("the snapshot table far behind the file", |i| i.put(position::SNAPSHOTS_OFFSET as u64, FAR)),
+    ("the snapshot table far past the file", |i| i.put(position::SNAPSHOTS_OFFSET as u64, FAR)),
     ("a snapshot too many", |i| {
         i.put(position::SNAPSHOTS as u64, i.get(position::SNAPSHOTS as u64) + (1 << 32))
     }),
@@ -272,8 +272,8 @@ fn snapshot(image: &Raw) -> u64 {
 
 /// Damages of persistent bitmaps.
 pub const BITMAPS: &[Damage] = &[
-    ("a part of a bitmap far behind the file", |i| i.put(bitmap_table(i), FAR)),
-    ("a part of a bitmap right behind the file", |i| i.put(bitmap_table(i), i.end())),
+    ("a part of a bitmap far past the file", |i| i.put(bitmap_table(i), FAR)),
+    ("a part of a bitmap right past the file", |i| i.put(bitmap_table(i), i.end())),
     ("a part of a bitmap unaligned", |i| i.flip(bitmap_table(i), 512)),
     ("a part of a bitmap in the L1 table", |i| i.put(bitmap_table(i), i.l1)),
     ("a part of a bitmap in guest data", |i| i.put(bitmap_table(i), i.data(0) << i.geometry.cluster_bits)),
@@ -281,7 +281,7 @@ pub const BITMAPS: &[Damage] = &[
     ("a part of a bitmap all ones", |i| i.put(bitmap_table(i), 1)),
     ("reserved bit 1 of an entry of a bitmap's table", |i| i.flip(bitmap_table(i), 2)),
     ("reserved bit 63 of an entry of a bitmap's table", |i| i.flip(bitmap_table(i), 1 << 63)),
-    ("a bitmap's table far behind the file", |i| i.put(directory(i), FAR)),
+    ("a bitmap's table far past the file", |i| i.put(directory(i), FAR)),
     ("a bitmap's table in the L2 table", |i| i.put(directory(i), i.l2)),
     ("a bitmap's table unaligned", |i| i.flip(directory(i), 512)),
     ("a bitmap's table at offset 0", |i| i.put(directory(i), 0)),
@@ -292,7 +292,7 @@ pub const BITMAPS: &[Damage] = &[
     ("a bitmap too many", |i| i.put(extension(i) + 8, i.get(extension(i) + 8) + (1 << 32))),
     ("a bitmap too few", |i| i.put(extension(i) + 8, i.get(extension(i) + 8) - (1 << 32))),
     ("the bitmap directory longer", |i| i.put(extension(i) + 16, i.get(extension(i) + 16) + 8)),
-    ("the bitmap directory far behind the file", |i| i.put(extension(i) + 24, FAR)),
+    ("the bitmap directory far past the file", |i| i.put(extension(i) + 24, FAR)),
     ("the bitmap directory in the L1 table", |i| i.put(extension(i) + 24, i.l1)),
     ("bitmaps that mean nothing", |i| i.flip(position::AUTOCLEAR as u64, 1)),
 ];
