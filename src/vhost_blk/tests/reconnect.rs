@@ -24,11 +24,16 @@ const ALL: u64 = F_VERSION_1 | F_FLUSH | F_INDIRECT | F_EVENT_IDX | F_CONFIG_WCE
 const WRITEBACK: u32 = 32;
 /// Bytes of a large request: more than a queue may have in flight.
 const LARGE: u64 = 64 << 20;
-/// Bytes of each of its descriptors.
-const PART: u64 = 1 << 20;
 
 fn serve(disk: &Arc<MemoryDisk>) -> TestServer {
     TestServer::start(Arc::new(Shared(Arc::clone(disk))), ServeOptions::new(4, 256))
+}
+
+/// A daemon, and a guest that begins as Cloud Hypervisor does, with queues of these sizes.
+fn serve_cloud(disk: &Arc<MemoryDisk>, sizes: &[u16]) -> (TestServer, Guest, InFlight) {
+    let server = serve(disk);
+    let (guest, region) = Guest::connect_as_cloud(&server.path, ALL, sizes);
+    (server, guest, region)
 }
 
 /// A write of one sector that is not made available yet.
@@ -104,8 +109,7 @@ fn all_done(writes: &[Write]) -> Vec<(u16, u8)> {
 #[test]
 fn requests_in_flight_are_done_again_in_their_order_and_answered_once() {
     let disk = MemoryDisk::later(64);
-    let server = serve(&disk);
-    let (mut guest, region) = Guest::connect_as_cloud(&server.path, ALL, &[32, 32]);
+    let (server, mut guest, region) = serve_cloud(&disk, &[32, 32]);
     for (queue, before) in [(0, 0), (1, 3)] {
         // Some requests before, so that the base is not 0.
         for sector in 0..before {
@@ -151,8 +155,7 @@ fn requests_in_flight_are_done_again_in_their_order_and_answered_once() {
 #[test]
 fn a_worker_may_die_again_and_again() {
     let disk = MemoryDisk::later(64);
-    let server = serve(&disk);
-    let (mut guest, region) = Guest::connect_as_cloud(&server.path, ALL, &[16]);
+    let (server, mut guest, region) = serve_cloud(&disk, &[16]);
     let mut writes = Vec::new();
     for round in 0..4 {
         let sent = disk.submitted.load(Ordering::SeqCst);
@@ -174,8 +177,7 @@ fn a_worker_may_die_again_and_again() {
 #[test]
 fn chains_in_flight_are_checked_like_any_other() {
     let disk = MemoryDisk::later(64);
-    let server = serve(&disk);
-    let (mut guest, region) = Guest::connect_as_cloud(&server.path, ALL, &[16]);
+    let (server, mut guest, region) = serve_cloud(&disk, &[16]);
     let writes: Vec<_> = (0..3).map(|sector| write_of(&mut guest, 0, sector)).collect();
     disk.gate.close();
     guest.make_available(0, writes[0].head);
@@ -196,28 +198,21 @@ fn chains_in_flight_are_checked_like_any_other() {
     assert_eq!([status(&writes[0]), status(&writes[1]), status(&writes[2])], [UNTOUCHED, IOERR, OK]);
 }
 
-/// Makes a large read available, into one part of guest memory again and again. Returns its head and the address of its
-/// status.
-fn offer_large_read(guest: &mut Guest) -> (u32, u64) {
-    let (header, status) = (guest.header(T_IN, 0), guest.put(&[UNTOUCHED]));
-    let mut parts = vec![(header, 16, 0)];
-    parts.extend((0..LARGE / PART).map(|_| (REGION, PART as u32, WRITE)));
-    parts.push((status, 1, WRITE));
-    let head = guest.indirect_chain(0, &parts);
-    guest.make_available(0, head);
+/// Makes a large read available. Returns its head and the address of its status.
+fn send_large_read(guest: &mut Guest) -> (u32, u64) {
+    let read = guest.offer_large_read(0, LARGE);
     guest.kick(0);
-    (u32::from(head), status)
+    read
 }
 
 /// A large request is not wholly at the disk when its session ends, so it goes back into the ring.
 #[test]
 fn a_request_that_went_back_into_the_ring_is_answered_once() {
     let disk = MemoryDisk::later(LARGE / 512);
-    let server = serve(&disk);
-    let (mut guest, region) = Guest::connect_as_cloud(&server.path, ALL, &[16]);
+    let (server, mut guest, region) = serve_cloud(&disk, &[16]);
     guest.write(0, 0, &pattern(512, 1));
     disk.gate.close();
-    let (head, status) = offer_large_read(&mut guest);
+    let (head, status) = send_large_read(&mut guest);
     disk.await_submitted(2);
     guest.hang_up();
     disk.gate.open();
@@ -234,11 +229,10 @@ fn a_request_that_went_back_into_the_ring_is_answered_once() {
 #[test]
 fn a_large_request_that_is_done_again_is_left_to_the_next_session() {
     let disk = MemoryDisk::later(LARGE / 512);
-    let server = serve(&disk);
-    let (mut guest, region) = Guest::connect_as_cloud(&server.path, ALL, &[16]);
+    let (server, mut guest, region) = serve_cloud(&disk, &[16]);
     guest.write(0, 0, &pattern(512, 1));
     disk.gate.close();
-    let (head, status) = offer_large_read(&mut guest);
+    let (head, status) = send_large_read(&mut guest);
     disk.await_submitted(2);
     disk.trap.store(true, Ordering::SeqCst);
     disk.gate.open();
@@ -261,8 +255,7 @@ fn a_large_request_that_is_done_again_is_left_to_the_next_session() {
 #[test]
 fn a_session_that_ends_in_order_leaves_nothing_in_flight() {
     let disk = MemoryDisk::new(64);
-    let server = serve(&disk);
-    let (mut guest, region) = Guest::connect_as_cloud(&server.path, ALL, &[16]);
+    let (server, mut guest, region) = serve_cloud(&disk, &[16]);
     for round in 0..5 {
         for sector in 0..7 {
             guest.write(0, sector, &pattern(512, round));
@@ -282,8 +275,7 @@ fn a_session_that_ends_in_order_leaves_nothing_in_flight() {
 #[test]
 fn a_base_that_skips_requests_is_not_believed() {
     let disk = MemoryDisk::new(64);
-    let server = serve(&disk);
-    let (mut guest, region) = Guest::connect_as_cloud(&server.path, ALL, &[16]);
+    let (server, mut guest, region) = serve_cloud(&disk, &[16]);
     guest.write(0, 0, &pattern(512, 1));
     // The session is over, and the guest goes on.
     guest.leave(&server.path);
@@ -302,8 +294,7 @@ fn set_writeback(guest: &mut Guest, on: bool) {
 #[test]
 fn the_write_cache_stays_as_the_guest_set_it() {
     let disk = MemoryDisk::new(64);
-    let server = serve(&disk);
-    let (mut guest, region) = Guest::connect_as_cloud(&server.path, ALL, &[16]);
+    let (server, mut guest, region) = serve_cloud(&disk, &[16]);
     guest.write(0, 0, &pattern(512, 1));
     assert!(!take_write_through(&disk), "the cache is on at first");
     for on in [false, true, false] {
@@ -321,8 +312,7 @@ fn the_write_cache_stays_as_the_guest_set_it() {
 #[test]
 fn a_cache_that_was_never_set_stays_on_whether_the_session_ends_or_dies() {
     let disk = MemoryDisk::later(64);
-    let server = serve(&disk);
-    let (mut guest, region) = Guest::connect_as_cloud(&server.path, ALL, &[16]);
+    let (server, mut guest, region) = serve_cloud(&disk, &[16]);
     guest.write(0, 0, &pattern(512, 1));
     guest.reconnect(&server.path, Some(&region));
     take_writes(&disk);
@@ -469,8 +459,7 @@ fn numbers_in_the_messages_are_bounded() {
 #[test]
 fn a_region_that_is_truncated_ends_the_session_and_nothing_else() {
     let disk = MemoryDisk::new(64);
-    let server = serve(&disk);
-    let (mut guest, region) = Guest::connect_as_cloud(&server.path, ALL, &[16]);
+    let (server, mut guest, region) = serve_cloud(&disk, &[16]);
     assert!(region.file.set_len(0).is_err(), "the one that was handed out is sealed");
     // A region of the frontend's own, which it may cut.
     let file = memfd(1 << 20);
@@ -490,8 +479,7 @@ fn a_region_that_is_truncated_ends_the_session_and_nothing_else() {
 #[test]
 fn a_ring_that_the_region_has_no_room_for_does_not_start() {
     let disk = MemoryDisk::new(64);
-    let server = serve(&disk);
-    let (mut guest, _) = Guest::connect_as_cloud(&server.path, ALL, &[16]);
+    let (_server, mut guest, _) = serve_cloud(&disk, &[16]);
     let queue = guest.add_queue(16);
     until("no area for the second queue", || guest.queues[queue].error.read().is_ok());
     assert_eq!(guest.frontend_base(0), 0);

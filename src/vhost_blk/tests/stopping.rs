@@ -32,16 +32,12 @@ fn serve(disk: &Arc<MemoryDisk>) -> TestServer {
     TestServer::start(Arc::new(Shared(Arc::clone(disk))), ServeOptions::new(4, 256))
 }
 
-/// Makes a large read available, into one part of guest memory again and again, without a kick. Returns its head and the
-/// address of its status.
-fn offer_large_read(guest: &mut Guest, queue: usize) -> (u32, u64) {
-    let (header, status) = (guest.header(T_IN, 0), guest.put(&[UNTOUCHED]));
-    let mut parts = vec![(header, 16, 0)];
-    parts.resize(1 + (LARGE / REGION) as usize, (REGION, REGION as u32, WRITE));
-    parts.push((status, 1, WRITE));
-    let head = guest.indirect_chain(queue, &parts);
-    guest.make_available(queue, head);
-    (u32::from(head), status)
+/// A daemon, and a guest with one queue of this size.
+fn serve_queue(disk: &Arc<MemoryDisk>, size: u16) -> (TestServer, Guest, usize) {
+    let server = serve(disk);
+    let mut guest = Guest::connect(&server.path, ALL);
+    let queue = guest.add_queue(size);
+    (server, guest, queue)
 }
 
 fn offer_read(guest: &mut Guest, queue: usize) -> (u32, u64) {
@@ -64,10 +60,8 @@ fn offer_marked_write(guest: &mut Guest, queue: usize, sector: u8) -> u64 {
 fn a_batch_is_bounded_in_bytes() {
     let disk = MemoryDisk::new(SECTORS);
     disk.bytes.lock().unwrap()[LARGE as usize - 1] = 77;
-    let server = serve(&disk);
-    let mut guest = Guest::connect(&server.path, ALL);
-    let queue = guest.add_queue(64);
-    let offered: Vec<_> = (0..3).map(|_| offer_large_read(&mut guest, queue)).collect();
+    let (_server, mut guest, queue) = serve_queue(&disk, 64);
+    let offered: Vec<_> = (0..3).map(|_| guest.offer_large_read(queue, LARGE)).collect();
     let zeroes = guest.put(&segment(0, SECTORS as u32, 1));
     let (header, status) = (guest.header(T_WRITE_ZEROES, 0), guest.put(&[UNTOUCHED]));
     guest.kick(queue);
@@ -89,9 +83,7 @@ fn a_batch_is_bounded_in_bytes() {
 #[test]
 fn zeroes_that_become_data_are_bounded_as_data() {
     let disk = MemoryDisk::with(SECTORS, false, |profile| profile.zeroes_are_data = true);
-    let server = serve(&disk);
-    let mut guest = Guest::connect(&server.path, ALL);
-    let queue = guest.add_queue(64);
+    let (_server, mut guest, queue) = serve_queue(&disk, 64);
     let zeroes = guest.put(&segment(0, SECTORS as u32, 1));
     let (header, status) = (guest.header(T_WRITE_ZEROES, 0), guest.put(&[UNTOUCHED]));
     let head = guest.indirect_chain(queue, &[(header, 16, 0), (zeroes, 16, 0), (status, 1, WRITE)]);
@@ -105,13 +97,11 @@ fn zeroes_that_become_data_are_bounded_as_data() {
 #[test]
 fn a_disk_without_room_gets_no_more_requests() {
     let disk = MemoryDisk::later(SECTORS);
-    let server = serve(&disk);
-    let mut guest = Guest::connect(&server.path, ALL);
-    let queue = guest.add_queue(64);
+    let (_server, mut guest, queue) = serve_queue(&disk, 64);
     disk.gate.close();
     disk.room.store(3, Ordering::SeqCst);
     (0..10).for_each(|_| _ = offer_read(&mut guest, queue));
-    let large = offer_large_read(&mut guest, queue);
+    let large = guest.offer_large_read(queue, LARGE);
     guest.kick(queue);
     disk.await_submitted(3);
     assert!(never(|| disk.submitted.load(Ordering::SeqCst) > 3), "there is no room");
@@ -128,13 +118,11 @@ fn a_disk_without_room_gets_no_more_requests() {
 #[test]
 fn a_stop_drains_what_the_disk_has_and_puts_the_rest_back() {
     let disk = MemoryDisk::later(SECTORS);
-    let server = serve(&disk);
-    let mut guest = Guest::connect(&server.path, ALL);
-    let queue = guest.add_queue(64);
+    let (_server, mut guest, queue) = serve_queue(&disk, 64);
     guest.read(queue, 0, 512);
     disk.gate.close();
     let first = offer_read(&mut guest, queue);
-    let large = offer_large_read(&mut guest, queue);
+    let large = guest.offer_large_read(queue, LARGE);
     let last = offer_read(&mut guest, queue);
     guest.kick(queue);
     disk.await_submitted(2 + PIECES);
@@ -157,11 +145,9 @@ fn a_stop_drains_what_the_disk_has_and_puts_the_rest_back() {
 #[test]
 fn a_disconnect_leaves_the_ring_as_it_is() {
     let disk = MemoryDisk::later(SECTORS);
-    let server = serve(&disk);
-    let mut guest = Guest::connect(&server.path, ALL);
-    let queue = guest.add_queue(64);
+    let (server, mut guest, queue) = serve_queue(&disk, 64);
     disk.gate.close();
-    let large: Vec<_> = (0..8).map(|_| offer_large_read(&mut guest, queue)).collect();
+    let large: Vec<_> = (0..8).map(|_| guest.offer_large_read(queue, LARGE)).collect();
     guest.kick(queue);
     disk.await_submitted(PIECES);
     server.stop.stop();
@@ -206,9 +192,7 @@ fn all_rings_are_told_before_the_first_is_waited_for() {
 #[test]
 fn a_pause_serves_what_is_available() {
     let disk = MemoryDisk::later(64);
-    let server = serve(&disk);
-    let mut guest = Guest::connect(&server.path, ALL);
-    let queue = guest.add_queue(256);
+    let (_server, mut guest, queue) = serve_queue(&disk, 256);
     let written = 63;
     // The machine stops after the index was stored, and before the kick.
     let statuses: Vec<_> = (0..written).map(|sector| offer_marked_write(&mut guest, queue, sector)).collect();
@@ -227,9 +211,7 @@ fn a_pause_serves_what_is_available() {
 #[test]
 fn a_guest_that_goes_on_cannot_prolong_a_pause() {
     let disk = MemoryDisk::new(64);
-    let server = serve(&disk);
-    let mut guest = Guest::connect(&server.path, ALL);
-    let queue = guest.add_queue(256);
+    let (_server, mut guest, queue) = serve_queue(&disk, 256);
     let (frontend, paused) = (guest.frontend.clone(), AtomicBool::new(false));
     for _ in 0..20 {
         std::thread::scope(|scope| {
@@ -297,7 +279,7 @@ fn a_stop_of_the_server_ends_a_pause() {
     disk.gate.close();
     let offered = 8;
     for _ in 0..offered {
-        offer_large_read(&mut guest, queue);
+        guest.offer_large_read(queue, LARGE);
     }
     guest.kick(queue);
     disk.await_submitted(PIECES);
@@ -323,7 +305,7 @@ fn a_frontend_that_leaves_ends_a_pause() {
     let queue = guest.add_queue(64);
     disk.gate.close();
     for _ in 0..8 {
-        offer_large_read(&mut guest, queue);
+        guest.offer_large_read(queue, LARGE);
     }
     guest.kick(queue);
     disk.await_submitted(PIECES);

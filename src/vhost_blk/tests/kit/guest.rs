@@ -328,6 +328,18 @@ impl Guest {
         fence(Ordering::SeqCst);
     }
 
+    /// Makes a read of `bytes` available, into one part of guest memory again and again, without a kick. Returns its head
+    /// and the address of its status.
+    pub fn offer_large_read(&mut self, queue: usize, bytes: u64) -> (u32, u64) {
+        let (header, status) = (self.header(T_IN, 0), self.put(&[UNTOUCHED]));
+        let mut parts = vec![(header, 16, 0)];
+        parts.resize(1 + (bytes / REGION) as usize, (REGION, REGION as u32, WRITE));
+        parts.push((status, 1, WRITE));
+        let head = self.indirect_chain(queue, &parts);
+        self.make_available(queue, head);
+        (u32::from(head), status)
+    }
+
     /// Makes a write of one sector available, without a kick.
     pub fn offer_write(&mut self, queue: usize, sector: u64) {
         let (header, data) = (self.header(T_OUT, sector), self.alloc(512));
