@@ -2,7 +2,8 @@
 //! is durable. After a crash the old address then reads another address's data.
 //!
 //! The number of clusters reserved at that time decides whether the freed cluster is reused at once. So every number is
-//! tried.
+//! tried. Whether a cut is under way decides which cut makes the removal durable. So the cluster is freed before, beside and
+//! within a cut.
 
 use qcow2::Compression;
 
@@ -26,9 +27,26 @@ pub fn compressed() -> Start {
     Shape::new(9, 112).wide_refcounts().past(Past::Compressed(Compression::Deflate)).make()
 }
 
+/// When the clusters are freed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Freed {
+    /// Every request is alone.
+    Alone,
+    /// All requests are in flight at the same time.
+    Together,
+    /// While a cut is under way that lasts longer than the freeing. It was taken before, so it removes no link. The
+    /// housekeeper has time before the next one.
+    WithinCut,
+}
+
+/// How long that cut's first I/O takes, in milliseconds.
+const LONG_CUT: u64 = 500;
+/// Time for the housekeeper, in milliseconds.
+const REST: u64 = 200;
+
 /// Writes and flushes the first clusters, unless they are compressed. Then allocates `taken` others, frees the first
 /// with `free`, and writes elsewhere.
-fn script(shape: &Shape, free: &[Op], taken: u64) -> (Vec<Op>, usize) {
+fn script(shape: &Shape, free: &[Op], taken: u64, freed: Freed) -> (Vec<Op>, usize) {
     let mut ops = match shape.past {
         Past::Compressed(_) => Vec::new(),
         _ => vec![Op::write(0, FREED)],
@@ -38,26 +56,30 @@ fn script(shape: &Shape, free: &[Op], taken: u64) -> (Vec<Op>, usize) {
     }
     ops.push(Op::Flush);
     let from = ops.len();
+    let within = freed == Freed::WithinCut;
+    if within {
+        ops.extend([Op::Pause(0), Op::Late(LONG_CUT), Op::Flush]);
+    }
     ops.extend_from_slice(free);
+    if within {
+        ops.push(Op::Pause(REST));
+    }
     ops.extend([Op::write(96, FREED), Op::Flush, Op::write(104, FREED), Op::Flush]);
     (ops, from)
 }
 
-/// Tries every number of reserved clusters, with requests one by one and all together. Crashes at every event from the
-/// freeing on, and returns the violations.
+/// Tries every number of reserved clusters, and every time of the freeing. Crashes at every event from the freeing on, and
+/// returns the violations.
 pub fn try_all(start: &Start, free: &[Op], walker: &mut Walker) -> Vec<String> {
-    let all = (0..=RESERVED_MAX).flat_map(|taken| [(taken, 1), (taken, 7)]);
-    all.filter_map(|(taken, at_once)| try_one(start, free, taken, at_once, walker).err()).collect()
+    let every = |freed| (0..=RESERVED_MAX).map(move |taken| (taken, freed));
+    let some = (0..=RESERVED_MAX).step_by(6).map(|taken| (taken, Freed::WithinCut));
+    let all = every(Freed::Alone).chain(every(Freed::Together)).chain(some);
+    all.filter_map(|(taken, freed)| try_one(start, free, taken, freed, walker).err()).collect()
 }
 
-fn try_one(
-    start: &Start,
-    free: &[Op],
-    taken: u64,
-    at_once: usize,
-    walker: &mut Walker,
-) -> Result<(), String> {
-    let (ops, from) = script(&start.shape, free, taken);
+fn try_one(start: &Start, free: &[Op], taken: u64, freed: Freed, walker: &mut Walker) -> Result<(), String> {
+    let (ops, from) = script(&start.shape, free, taken, freed);
+    let at_once = if freed == Freed::Alone { 1 } else { 7 };
     let manner = Manner { at_once, rest: at_once == 1, clean: true, seed: taken };
     let tried = play(start, &ops, manner).and_then(|run| {
         judge_answers(&run)?;
@@ -66,7 +88,7 @@ fn try_one(
         walker.crash(&run, start, &choice, taken)?;
         walker.closed(&run, start)
     });
-    tried.map_err(|wrong| describe(start, &ops, &format!("{manner:?}"), &wrong))
+    tried.map_err(|wrong| describe(start, &ops, &format!("{freed:?} {manner:?}"), &wrong))
 }
 
 /// A discard.
