@@ -146,8 +146,8 @@ pub trait IoQueue {
         0
     }
 
-    /// A hint: whether signals on watched eventfds are to end waits from now on, as they do at first. While they are
-    /// not, one more signal may still end a wait. A signal that comes meanwhile ends the first wait afterwards.
+    /// A hint: whether signals on watched eventfds are to end waits from now on, as they do at first. A signal that comes
+    /// while they are not ends the first wait afterwards.
     fn heed_signals(&mut self, _heed: bool) {}
 
     /// A handle by which any thread can end this queue's [`IoQueue::wait`].

@@ -94,8 +94,8 @@ pub trait BlockQueue {
         0
     }
 
-    /// A hint: whether signals on watched eventfds are to end waits from now on, as they do at first. While they are
-    /// not, one more signal may still end a wait. A signal that comes meanwhile ends the first wait afterwards.
+    /// A hint: whether signals on watched eventfds are to end waits from now on, as they do at first. A signal that comes
+    /// while they are not ends the first wait afterwards.
     fn heed_kicks(&mut self, _heed: bool) {}
 
     /// Whether one more request may be submitted. False while the requests in flight may be so much work that a drain would

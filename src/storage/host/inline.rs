@@ -38,6 +38,15 @@ pub(super) fn read_without_waiting(fd: RawFd, call: &Call) -> Option<i32> {
     i32::try_from(result).ok().filter(|result| *result > 0)
 }
 
+/// Reads and so resets an eventfd without waiting, whatever its flags. True if it was signalled. False also on a host that
+/// cannot read it so.
+pub(super) fn take_signal(fd: RawFd) -> bool {
+    let mut counter = [0; 8];
+    // A read at the file's own position: an eventfd has no other.
+    let call = Call::Read { address: counter.as_mut_ptr(), len: 8, offset: u64::MAX };
+    read_without_waiting(fd, &call) == Some(8)
+}
+
 /// Makes one call; returns the bytes moved or a negated errno, like a completion queue entry. Offsets fit i64: that is
 /// checked when the operation is pushed.
 fn make_call(fd: RawFd, call: &Call) -> i32 {

@@ -49,11 +49,11 @@ impl Wakeup {
         true
     }
 
-    /// Ends sleep and answers every notification so far. Stores that a notifier made before its call are visible to the
-    /// caller from here on.
-    pub(super) fn end_sleep(&self) {
+    /// Ends sleep and answers every notification so far; true if there was one. Stores that a notifier made before its call
+    /// are visible to the caller from here on.
+    pub(super) fn end_sleep(&self) -> bool {
         self.sleeping.store(false, Ordering::SeqCst);
-        self.notified.swap(false, Ordering::SeqCst);
+        self.notified.swap(false, Ordering::SeqCst)
     }
 }
 

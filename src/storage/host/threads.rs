@@ -42,6 +42,8 @@ pub struct ThreadQueue {
     /// Edge-triggered, so that they need not be read.
     watches: Vec<EventFd>,
     heeds_signals: bool,
+    /// One came while none was heeded, and no wait has ended for it yet.
+    signalled: bool,
     /// Signals on `watches`.
     signals: u64,
     not_send: PhantomData<*const ()>,
@@ -67,6 +69,7 @@ impl ThreadQueue {
             epoll,
             watches: Vec::new(),
             heeds_signals: true,
+            signalled: false,
             signals: 0,
             not_send: PhantomData,
         })
@@ -152,7 +155,9 @@ impl IoQueue for ThreadQueue {
         self.submit();
         self.drain();
         let wakeup = Arc::clone(&self.outbox.wakeup);
-        if timeout == Some(Duration::ZERO) || !self.ready.is_empty() {
+        let signalled = self.heeds_signals && std::mem::take(&mut self.signalled);
+        self.signals += u64::from(signalled);
+        if timeout == Some(Duration::ZERO) || signalled || !self.ready.is_empty() {
             wakeup.end_sleep();
         } else if wakeup.begin_sleep() {
             self.sleep(timeout);
@@ -172,13 +177,17 @@ impl IoQueue for ThreadQueue {
         self.signals
     }
 
-    /// After a time without heed, each eventfd that ever was signalled ends a wait: its counter is never read.
+    /// The counters are read when signals are heeded again: otherwise each eventfd that ever was signalled would end a wait
+    /// then. One that was last signalled before still does so, once.
     fn heed_signals(&mut self, heed: bool) {
         if std::mem::replace(&mut self.heeds_signals, heed) == heed {
             return;
         }
-        let wanted = if heed { interest(FOREIGN) } else { EpollEvent::new(EventSet::empty(), FOREIGN) };
+        // An error of the descriptor cannot be masked, so it must be an edge as well.
+        let deaf = EpollEvent::new(EventSet::EDGE_TRIGGERED, FOREIGN);
+        let wanted = if heed { interest(FOREIGN) } else { deaf };
         for event in &self.watches {
+            self.signalled |= heed && inline::take_signal(event.as_raw_fd());
             // Not reached: the descriptor stays in the epoll as long as it is open.
             if let Err(error) = self.epoll.ctl(ControlOperation::Modify, event.as_raw_fd(), wanted) {
                 warn!(%error, "the watch of an eventfd cannot be changed");

@@ -203,6 +203,30 @@ impl UringQueue {
     }
 }
 
+impl UringQueue {
+    /// Waits. True if only a signal that is not heeded ended the sleep: its watch had been armed before. The watch is armed
+    /// again when signals are heeded, so that happens once for each.
+    fn wait_once(&mut self, timeout: Option<Duration>) -> bool {
+        self.drain();
+        let woken = self.state.woken || (self.state.signalled && self.state.heeds_signals);
+        let at_once = timeout == Some(Duration::ZERO) || woken || !self.state.ready.is_empty();
+        let before = self.state.signals;
+        let mut may_sleep_on = false;
+        if at_once {
+            self.submit_all();
+            self.state.wakeup.end_sleep();
+        } else if self.state.wakeup.begin_sleep() {
+            self.sleep(timeout);
+            may_sleep_on = !self.state.wakeup.end_sleep();
+        } else {
+            self.submit_all();
+        }
+        self.drain();
+        let State { heeds_signals, signals, woken, ready, .. } = &self.state;
+        may_sleep_on && !heeds_signals && *signals != before && !woken && ready.is_empty()
+    }
+}
+
 impl IoQueue for UringQueue {
     fn push(&mut self, token: Token, operation: Operation) {
         let file = self.state.files.get(operation.file);
@@ -245,19 +269,11 @@ impl IoQueue for UringQueue {
     }
 
     fn wait(&mut self, timeout: Option<Duration>) {
-        self.drain();
-        let woken = self.state.woken || (self.state.signalled && self.state.heeds_signals);
-        let at_once = timeout == Some(Duration::ZERO) || woken || !self.state.ready.is_empty();
-        if at_once {
-            self.submit_all();
-            self.state.wakeup.end_sleep();
-        } else if self.state.wakeup.begin_sleep() {
-            self.sleep(timeout);
-            self.state.wakeup.end_sleep();
-        } else {
-            self.submit_all();
+        let until = timeout.and_then(|timeout| self.now().checked_add(timeout));
+        let mut left = timeout;
+        while self.wait_once(left) {
+            left = until.map(|until| until.saturating_duration_since(self.now()));
         }
-        self.drain();
         self.state.woken = false;
         self.state.signalled &= !self.state.heeds_signals;
     }

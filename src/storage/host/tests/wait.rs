@@ -180,3 +180,73 @@ fn an_event_that_always_has_a_signal_can_be_left_unheeded() {
         }
     }
 }
+
+/// Pauses between signals that come from another thread all the time: each must last.
+#[test]
+fn a_flood_of_signals_ends_no_pause() {
+    for mut queue in queues() {
+        let event = EventFd::new(EFD_NONBLOCK).expect("an eventfd");
+        queue.watch(event.try_clone().expect("a second descriptor"));
+        let over = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Ordering::SeqCst) {
+                    event.write(1).expect("it can be signalled");
+                    std::thread::sleep(Duration::from_micros(50));
+                }
+            });
+            let (started, mut pauses) = (Instant::now(), 0);
+            while started.elapsed() < Duration::from_millis(200) {
+                queue.heed_signals(true);
+                queue.wait(Some(LONG));
+                // Its owner works, and the next signal is waited for meanwhile.
+                queue.submit();
+                queue.reap(&mut Vec::new());
+                queue.heed_signals(false);
+                queue.wait(Some(Duration::from_millis(10)));
+                pauses += 1;
+            }
+            over.store(true, Ordering::SeqCst);
+            assert!(pauses <= 20, "{pauses} pauses of 10 ms in 200 ms");
+            queue.notifier().notify();
+            let started = Instant::now();
+            queue.wait(Some(LONG));
+            assert!(started.elapsed() < LONG / 2, "a notification ends a pause");
+        });
+    }
+}
+
+#[test]
+fn a_signal_ends_no_second_wait_after_a_pause() {
+    for mut queue in queues() {
+        let event = EventFd::new(EFD_NONBLOCK).expect("an eventfd");
+        queue.watch(event.try_clone().expect("a second descriptor"));
+        event.write(1).expect("it can be signalled");
+        queue.wait(Some(LONG));
+        let signals = queue.signals();
+        for _ in 0..5 {
+            queue.heed_signals(false);
+            queue.wait(Some(Duration::from_millis(1)));
+            queue.heed_signals(true);
+            queue.wait(Some(Duration::from_millis(1)));
+        }
+        assert!(queue.signals() <= signals + 1, "{} signals for one", queue.signals());
+    }
+}
+
+#[test]
+fn an_error_of_an_unheeded_descriptor_ends_no_wait_twice() {
+    for mut queue in queues() {
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        // SAFETY: the descriptor is ours, and its ownership goes to the EventFd.
+        queue.watch(unsafe { EventFd::from_raw_fd(std::os::fd::IntoRawFd::into_raw_fd(writer)) });
+        queue.heed_signals(false);
+        drop(reader);
+        let (started, mut waits) = (Instant::now(), 0);
+        while started.elapsed() < Duration::from_millis(100) {
+            queue.wait(Some(Duration::from_millis(20)));
+            waits += 1;
+        }
+        assert!(waits <= 7, "{waits} waits of 20 ms in 100 ms");
+    }
+}
