@@ -82,6 +82,8 @@ struct Span {
 pub(crate) struct Mapped {
     watch: Arc<Watch>,
     region: Arc<GuestRegionMmap<()>>,
+    /// The mapping of whole pages that the region lies in. Dropped last: it unmaps them.
+    _pages: Arc<MmapRegion<()>>,
 }
 
 impl Mapped {
@@ -360,17 +362,25 @@ impl Region {
             return Err(MemoryError::BeyondFile { guest, end, length });
         }
         let page = if kind == Kind::Memory { page_bytes(&file) } else { rustix::param::page_size() };
-        let mapping = MmapRegion::<()>::from_file(FileOffset::new(file, offset), bytes)
-            .map_err(|error| failed("map it", io::Error::other(error)))?;
-        let start = mapping.as_ptr();
+        // Only whole huge pages can be unmapped, and the length of their file is a multiple of them. Any other file may end
+        // within a page.
+        let mapped = if page > rustix::param::page_size() { bytes.next_multiple_of(page) } else { bytes };
+        let unmappable = |error| failed("map it", io::Error::other(error));
+        let pages = MmapRegion::<()>::from_file(FileOffset::new(file, offset), mapped).map_err(unmappable)?;
+        let start = pages.as_ptr();
         // SAFETY: the whole pages of a mapping of ours; their contents do not change.
         unsafe { rustix::mm::madvise(start.cast(), bytes.next_multiple_of(page), Advice::LinuxDontDump) }
             .map_err(|error| failed("keep it out of core dumps", error.into()))?;
+        // SAFETY: these bytes lie in the mapping of the pages. It stays as long as anything uses the region (see `Mapped`),
+        // which unmaps nothing itself.
+        let mapping = unsafe { MmapRegion::<()>::build_raw(start, bytes, pages.prot(), pages.flags()) }
+            .map_err(unmappable)?;
         let region = GuestRegionMmap::new(mapping, GuestAddress(guest)).ok_or(overflow)?;
         debug_assert_eq!(region.start_addr().raw_value() + region.len(), guest + size);
         let watch =
             Watch::new(start, bytes, page, loss).ok_or(MemoryError::TooMany { limit: MAX_MEMORY_SLOTS })?;
-        Ok(Region { info, mapped: Mapped { watch: Arc::new(watch), region: Arc::new(region) } })
+        let mapped = Mapped { watch: Arc::new(watch), region: Arc::new(region), _pages: Arc::new(pages) };
+        Ok(Region { info, mapped })
     }
 }
 
@@ -439,6 +449,30 @@ mod tests {
         assert!(matches!(device, Err(MemoryError::NotAFile { .. })));
         let few = MemoryTable::new().with_regions(&[info(0, PAGE, 0, 0)], Vec::new());
         assert!(matches!(few, Err(MemoryError::Descriptors { .. })));
+    }
+
+    /// Mappings of this process that are of this file.
+    fn mappings(name: &str) -> usize {
+        let maps = std::fs::read_to_string("/proc/self/maps").expect("the mappings");
+        maps.lines().filter(|line| line.contains(name)).count()
+    }
+
+    #[test]
+    fn a_region_that_ends_within_a_huge_page_is_unmapped() {
+        use rustix::fs::MemfdFlags;
+        const HUGE: u64 = 2 << 20;
+        let name = "ends-within-a-huge-page";
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+        let Ok(file) = rustix::fs::memfd_create(name, flags) else { return };
+        let file = File::from(file);
+        file.set_len(2 * HUGE).expect("its length");
+        let info = info(0, HUGE + PAGE, 0, 0);
+        let table = MemoryTable::new().with_regions(&[info], vec![file]).expect("a sound region");
+        assert_eq!(mappings(name), 1);
+        assert!(table.memory().check(0, HUGE + PAGE).is_ok());
+        assert!(table.memory().check(0, HUGE + PAGE + 1).is_err(), "the rest of the page is no guest memory");
+        drop(table);
+        assert_eq!(mappings(name), 0);
     }
 
     #[test]
