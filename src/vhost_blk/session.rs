@@ -314,8 +314,10 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
     fn reset_device(&mut self) -> Result<()> {
         self.stop_all();
         self.vrings.iter_mut().for_each(|vring| vring.enabled = false);
-        // The device begins anew, and so does its record.
-        self.region = None;
+        // The device begins anew, and so does its record, whoever uses it next.
+        if let Some(region) = self.region.take() {
+            region.empty();
+        }
         self.cache = WriteCache::new();
         self.update_write_through();
         Ok(())

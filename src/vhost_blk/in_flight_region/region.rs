@@ -162,6 +162,13 @@ impl Region {
         self.mapping.watch.is_lost()
     }
 
+    /// Empties the areas of all queues. No worker runs.
+    pub(crate) fn empty(&self) {
+        for area in (0..self.layout.queues).filter_map(|index| self.queue(index)) {
+            area.header().version.store(0);
+        }
+    }
+
     /// The area of a queue; `None` if the region has none for it.
     pub(crate) fn queue(&self, index: u16) -> Option<QueueArea> {
         (index < self.layout.queues).then(|| QueueArea {

@@ -367,6 +367,20 @@ fn died(disk: &Arc<MemoryDisk>, server: &TestServer) -> (Guest, InFlight) {
     (guest, region)
 }
 
+/// The guest begins anew, so the region must not hold what an earlier ring had in flight.
+#[test]
+fn a_reset_empties_the_record() {
+    let disk = MemoryDisk::later(64);
+    let server = serve(&disk);
+    let (mut guest, region) = died(&disk, &server);
+    guest.frontend.reset_owner().expect("a reset");
+    guest.clear_rings(0);
+    let writes = [write_of(&mut guest, 0, 9)];
+    guest.make_available(0, writes[0].head);
+    guest.reconnect(&server.path, Some(&region));
+    assert_eq!(answers(&mut guest, 0, &writes), all_done(&writes));
+}
+
 #[test]
 fn hostile_contents_stop_one_queue_at_most() {
     // Offsets in queue 0's area: its header (features, version, desc_num, last_batch_head, used_idx), then states of 16
