@@ -247,6 +247,8 @@ fn handle_messages<D: BlockDevice>(
         let handed = relay.hand_over(&message);
         drop(message);
         let handled = handed.map_err(Error::SocketError).and_then(|()| handler.handle_request());
+        // A frontend that does not read its replies keeps the thread waiting, not stuck.
+        pulse.session.rest();
         let passed = relay.pass_replies();
         match handled {
             _ if stop.is_stopped() => return SessionEnd::Stopped,

@@ -125,7 +125,7 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
     /// Serves the ring until a stop.
     pub(crate) fn run(mut self) -> Exit {
         if self.resumed {
-            self.call.raise(&self.control.raising);
+            self.raise_call();
         }
         let served = self.serve_again().and_then(|()| self.serve()).and_then(|()| self.serve_available());
         let broken = match served {
@@ -325,13 +325,22 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
         self.used.clear();
         pushed?;
         if self.ring.needs_notification()? {
-            self.call.raise(&self.control.raising);
+            self.raise_call();
             self.metrics.interrupt();
         }
         if self.in_flight.is_empty() {
             self.retired.clear();
         }
         Ok(true)
+    }
+
+    /// Signals the guest. A descriptor that blocks is a wait for the frontend, so it is no step.
+    fn raise_call(&mut self) {
+        let in_step = self.beat.pause();
+        self.call.raise(&self.control.raising);
+        if in_step {
+            self.beat.step();
+        }
     }
 
     /// Hands completed chains back. The order of the records: docs/concurrency.md, "The in-flight region".

@@ -2,12 +2,15 @@
 
 mod kit;
 
+use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use kit::TestServer;
 use kit::disk::{MemoryDisk, Shared};
 use kit::guest::*;
+use kit::host::not_taken;
 use vhost::VhostBackend;
 use vhost_blk::{Pulse, ServeOptions, Stage};
 
@@ -38,6 +41,20 @@ fn a_stuck_thread_is_seen() {
     disk.gate.open();
     assert_eq!(base.join().unwrap(), 2);
     until("all wait again", || pulse.steps() == [None; 3]);
+}
+
+#[test]
+fn a_session_whose_replies_are_not_read_is_not_stuck() {
+    let server = TestServer::start(Arc::new(Shared(MemoryDisk::new(64))), ServeOptions::new(2, 128));
+    let stream = UnixStream::connect(&server.path).unwrap();
+    stream.set_nonblocking(true).unwrap();
+    // GET_FEATURES, version 1, without a payload.
+    let message: Vec<u8> = [1u32, 1, 0].iter().flat_map(|word| word.to_ne_bytes()).collect();
+    until("nothing is taken any more", || {
+        while (&stream).write(&message).is_ok_and(|bytes| bytes == message.len()) {}
+        not_taken(&stream) > 0 && never(|| (&stream).write(&message).is_ok())
+    });
+    assert!(never(|| server.options.pulse.steps()[0].is_some()), "it is in a step");
 }
 
 #[test]

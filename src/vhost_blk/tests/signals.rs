@@ -55,6 +55,14 @@ fn in_write() -> Option<()> {
     (call.split(' ').next()? == libc::SYS_write.to_string()).then_some(())
 }
 
+/// It waits for the frontend; a watchdog must not end the daemon for that.
+#[test]
+fn a_worker_in_a_signal_that_blocks_is_not_stuck() {
+    let _one = one_at_a_time();
+    let (server, _guest, _call) = stuck();
+    assert!(never(|| server.options.pulse.steps()[1].is_some()), "it is in a step");
+}
+
 #[test]
 fn a_stop_ends_a_signal_that_blocks() {
     let _one = one_at_a_time();
