@@ -1,9 +1,9 @@
 //! What a worker and the session have in common: the inputs of a worker, the commands to it, and its result.
 
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tracing::warn;
 use vmm_sys_util::eventfd::EventFd;
@@ -28,6 +28,9 @@ pub(crate) struct Shared {
     memory: Mutex<Arc<GuestMemory>>,
     /// The threads of the workers, also of those that have ended. Only the session's thread uses it.
     threads: Mutex<Vec<Weak<WorkerThread>>>,
+    /// Until then, in microseconds since `began`, rings take no more chains; 0 if they may. Relaxed: it orders nothing.
+    held_until: AtomicU64,
+    began: Instant,
     /// A ring of this session has started. Only the session's thread uses it.
     pub started: AtomicBool,
     /// The log already has the line that the guest's memory is not shared.
@@ -41,6 +44,8 @@ impl Shared {
             changes: AtomicU32::new(0),
             memory: Mutex::new(Arc::new(GuestMemory::empty())),
             threads: Mutex::default(),
+            held_until: AtomicU64::new(0),
+            began: Instant::now(),
             started: AtomicBool::new(false),
             unshared_told: AtomicBool::new(false),
         }
@@ -57,6 +62,29 @@ impl Shared {
              guest waits for ever. QEMU: -object memory-backend-memfd,id=mem,size=SIZE,share=on -machine \
              memory-backend=mem, with the SIZE of -m. Cloud Hypervisor: --memory size=SIZE,shared=on"
         );
+    }
+
+    /// Has all rings take no more chains for that long. What they have goes on.
+    pub(crate) fn hold(&self, time: Duration) {
+        let until = (self.began.elapsed() + time).as_micros();
+        self.held_until.store(u64::try_from(until).unwrap_or(0), Ordering::Relaxed);
+    }
+
+    /// For how long rings take no more chains, if at all.
+    #[inline]
+    pub(crate) fn held(&self) -> Option<Duration> {
+        let until = self.held_until.load(Ordering::Relaxed);
+        if until == 0 { None } else { self.left_until(until) }
+    }
+
+    #[cold]
+    fn left_until(&self, until: u64) -> Option<Duration> {
+        let left = Duration::from_micros(until).checked_sub(self.began.elapsed());
+        if left.is_none() {
+            // It is over, unless it has begun again meanwhile.
+            let _ = self.held_until.compare_exchange(until, 0, Ordering::Relaxed, Ordering::Relaxed);
+        }
+        left
     }
 
     /// Notes the thread of a worker that has started.

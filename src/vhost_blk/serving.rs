@@ -173,6 +173,13 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
         self.ring.disable_kicks()?;
         while !self.control.stopping() {
             self.beat.step();
+            if let Some(left) = self.shared.held() {
+                // Another ring is being stopped.
+                if !self.finish()? {
+                    self.wait(Some(left));
+                }
+                continue;
+            }
             let waiting = self.ring.available()?;
             if !self.advance(waiting)?.progress {
                 self.idle()?;

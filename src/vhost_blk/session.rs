@@ -31,6 +31,10 @@ use crate::options::ServeOptions;
 use crate::vring::{Surroundings, UserAddresses, Vring};
 use crate::write_cache::WriteCache;
 
+/// How long a stop of one ring keeps the others from taking more chains at most, while it lasts and after it.
+const HELD_BY_A_STOP: Duration = Duration::from_secs(1);
+const HELD_AFTER_A_STOP: Duration = Duration::from_millis(20);
+
 /// Why a message is refused.
 #[derive(Debug, thiserror::Error)]
 enum Refusal {
@@ -442,7 +446,11 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
 
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
         let queue = self.check_queue(index)?;
+        // The other rings leave the processors and the disk to the one that is stopped.
+        self.shared.hold(HELD_BY_A_STOP);
         let base = self.vrings[queue].take_base();
+        // Most likely they are stopped next, one after another.
+        self.shared.hold(HELD_AFTER_A_STOP);
         self.release_if_migrated();
         Ok(VhostUserVringState::new(index, u32::from(base)))
     }

@@ -188,6 +188,38 @@ fn all_rings_are_told_before_the_first_is_waited_for() {
     reset.join().unwrap();
 }
 
+/// Else a ring among many that never end would be stopped at its share of the processors.
+#[test]
+fn other_rings_take_nothing_while_one_is_stopped() {
+    let disk = MemoryDisk::later(64);
+    let server = serve(&disk);
+    let mut guest = Guest::connect(&server.path, ALL);
+    let (stopped, other) = (guest.add_queue(16), guest.add_queue(16));
+    disk.gate.close();
+    offer_read(&mut guest, stopped);
+    guest.kick(stopped);
+    disk.await_submitted(1);
+    let frontend = guest.frontend.clone();
+    let base = std::thread::spawn(move || frontend.get_vring_base(stopped).unwrap());
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let used = loop {
+        assert!(Instant::now() < deadline, "the other ring is served all the time");
+        let (header, id) = (guest.header(T_GET_ID, 0), guest.put(&[UNTOUCHED; 21]));
+        let head = guest.chain(other, &[(header, 16, 0), (id, 21, WRITE)]);
+        let used = guest.used_index(other);
+        guest.make_available(other, head);
+        guest.kick(other);
+        if never(|| guest.used_index(other) != used) {
+            break used;
+        }
+    };
+    until("the other ring goes on, however long the stop takes", || guest.used_index(other) != used);
+    assert!(!base.is_finished());
+    disk.gate.open();
+    assert_eq!(base.join().unwrap(), 1);
+    guest.read(other, 0, 512);
+}
+
 /// Cloud Hypervisor pauses a machine by disabling its rings, and resumes with the available index as base.
 #[test]
 fn a_pause_serves_what_is_available() {
