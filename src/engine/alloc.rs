@@ -192,8 +192,6 @@ impl Allocator {
         }
         let length = self.wanted_length(cluster_size)?;
         self.begin_reserving();
-        self.file_length = length;
-        self.length_unsynced = true;
         Some(length)
     }
 

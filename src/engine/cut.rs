@@ -38,10 +38,10 @@ pub struct HeaderSwitch {
 #[must_use]
 pub struct FlushCut {
     pub(crate) number: u64,
-    /// First make the file this long in bytes, if possible, so that it ends with free clusters until it is closed. Then
-    /// call [`crate::Engine::file_was_lengthened`], even if that failed.
+    /// First make the file this long in bytes, if possible, so that it ends with free clusters until it is closed. Its new
+    /// length must be durable before any of these writes begins. Call [`crate::Engine::file_was_lengthened`] in any case.
     pub lengthen: Option<u64>,
-    /// The file's length must be durable before any of these writes begins.
+    /// The file's present length must be durable before any of these writes begins.
     pub length_first: bool,
     /// Metadata that nothing durable names, and that stage 1 will name.
     pub stage0: Vec<TableWrite>,

@@ -603,11 +603,11 @@ impl Engine {
         })
     }
 
-    /// The file has at least the length that a cut named, or could not be made longer.
-    pub fn file_was_lengthened(&self, length: u64) {
+    /// The file has the length that a cut named, or (`None`) could not be made longer: then the next cut tries again.
+    pub fn file_was_lengthened(&self, length: Option<u64>) {
         self.with(|state, wakes| {
             if let Some(write) = &mut state.write {
-                write.alloc.note_length(length);
+                length.into_iter().for_each(|length| write.alloc.note_length(length));
                 write.end_reserving(wakes);
             }
         });

@@ -7,7 +7,7 @@ use std::time::Duration;
 use disk::{Completed, Disk, DiskOptions, DiskQueue, Keeper, Request, RequestId};
 use engine::SLICE_WORDS;
 use qcow2::{Geometry, NewImage, Version};
-use storage::GuestSlice;
+use storage::{Errno, GuestSlice};
 use storage_sim::{Fault, Outcome, SimOptions, SimStorage, SimWorld, Verb};
 
 /// Bytes of the words of a slice of the map.
@@ -187,6 +187,27 @@ fn clusters_that_a_flush_unlinks_are_reclaimed_at_once() {
         // Another flush without dirty metadata changes nothing.
         still.run(Request::Flush);
     }
+}
+
+/// The file ends with free clusters as long as it is in use. Otherwise nobody would search for the leaks of a crash.
+#[test]
+fn a_mark_that_failed_is_made_by_the_next_cut() {
+    let mut still = Still::new();
+    for cluster in 0..2 {
+        still.run(Request::Write { offset: cluster * Still::CLUSTER, write_through: false });
+    }
+    let mut still = still.reopened();
+    let length =
+        |still: &Still| still.world.image().file(Path::new("top.qcow2")).expect("the image").length();
+    let (closed, failed) = (length(&still), Fault::nth(0, Outcome::Fail(Errno::EFBIG)).of(Verb::SetLength));
+    let failed = still.world.inject(failed);
+    let discard = |offset| Request::Discard { offset, length: Still::CLUSTER, write_through: false };
+    still.run(discard(0));
+    still.run(Request::Flush);
+    assert_eq!((still.world.hits(failed), length(&still)), (1, closed));
+    still.run(discard(Still::CLUSTER));
+    still.run(Request::Flush);
+    assert!(length(&still) >= closed + (60 << 10), "{} bytes, {closed} when it was closed", length(&still));
 }
 
 /// The first flush of a session extends the file. Windows reserved meanwhile extend it, too. If the first extension is

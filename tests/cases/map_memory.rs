@@ -143,7 +143,7 @@ impl Bench {
         while let FlushStep::Lead(cut) = self.engine.plan_flush(ticket, Waker::noop()).expect("a sound disk")
         {
             if let Some(length) = cut.lengthen {
-                self.engine.file_was_lengthened(length);
+                self.engine.file_was_lengthened(Some(length));
             }
             for write in cut.stage0.iter().chain(&cut.stage1).chain(&cut.stage2) {
                 self.file.write_all_at(&write.bytes, write.offset.0).expect("room");

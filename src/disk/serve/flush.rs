@@ -98,8 +98,12 @@ impl<S: Storage> Worker<S> {
     }
 
     async fn write_cut(&self, cut: &FlushCut) -> Result<(), Failure> {
-        if cut.length_first {
-            self.mark_end(cut.lengthen).await?;
+        let lengthened = match cut.lengthen {
+            Some(length) => self.mark_end(length).await,
+            None => false,
+        };
+        if lengthened || cut.length_first {
+            self.sync_after(Synced::Length).await?;
         }
         if cut.links_alone && !self.shared.has_data_file() {
             self.write_stage(Stage::Two, &cut.stage2).await?;
@@ -126,18 +130,17 @@ impl<S: Storage> Worker<S> {
         Ok(())
     }
 
-    /// Makes the file end with free clusters, durably, while it is in use. Where that fails, for lack of space or
-    /// past the largest file size, leaks of a crash are not searched for.
-    async fn mark_end(&self, length: Option<u64>) -> Result<(), Failure> {
-        if let Some(length) = length {
-            let block = u64::from(self.shared.files[0].info.block_size.max(1));
-            let length = length.next_multiple_of(block);
-            if let Err(error) = self.grow_file(length).await {
-                debug!(%error, length, "the image file cannot end with free clusters");
-            }
-            self.engine().file_was_lengthened(length);
+    /// Makes the file end with free clusters while it is in use; true if it does now. Where that fails, for lack of space
+    /// or past the largest file size, leaks of a crash are not searched for, and the next cut tries again.
+    async fn mark_end(&self, length: u64) -> bool {
+        let block = u64::from(self.shared.files[0].info.block_size.max(1));
+        let length = length.next_multiple_of(block);
+        let grown = self.grow_file(length).await;
+        if let Err(error) = &grown {
+            debug!(%error, length, "the image file cannot end with free clusters");
         }
-        self.sync_after(Synced::Length).await
+        self.engine().file_was_lengthened(grown.is_ok().then_some(length));
+        grown.is_ok()
     }
 
     async fn write_stage(&self, stage: Stage, writes: &[TableWrite]) -> Result<(), Failure> {

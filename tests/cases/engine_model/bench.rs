@@ -237,7 +237,7 @@ impl Bench {
         while let FlushStep::Lead(cut) = self.engine.plan_flush(ticket, Waker::noop())? {
             // Bytes past the end of a file read as zero here, so there is nothing to do for its length.
             if let Some(length) = cut.lengthen {
-                self.engine.file_was_lengthened(length);
+                self.engine.file_was_lengthened(Some(length));
             }
             for write in cut.stage0.iter().chain(&cut.stage1) {
                 self.files.write(write.offset.0, &write.bytes);
