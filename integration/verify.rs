@@ -26,8 +26,22 @@ struct Options {
     backend: strata_integration::daemon::Backend,
 }
 
-/// The targets that are run once more with tiny bounds: those that find wrong contents, lost data, and damage.
-const TINY_BOUNDS_TARGETS: [&str; 2] = ["crash_random", "faults"];
+/// The targets that are run once more with tiny bounds: those that find wrong contents, lost data or damage, and neither
+/// are about a bound's value nor take long (tests/README.md, "Tiny bounds").
+const TINY_BOUNDS_TARGETS: [&str; 12] = [
+    "crash_random",
+    "faults",
+    "engine_model",
+    "disk_model",
+    "disk_cases",
+    "disk_damage",
+    "guard",
+    "bitmaps",
+    "compressed",
+    "data_file",
+    "header_features",
+    "resize",
+];
 
 fn main() -> ExitCode {
     let options = Options::parse();
@@ -128,12 +142,12 @@ fn some_tests(options: &Options, arguments: &[&str], environment: &[(&str, &str)
     run_through(cargo)
 }
 
-/// Runs crash tests with tiny bounds (src/engine/bounds.rs), so that they go past every bound. Those are a package by
-/// themselves, so only storage, the engine and the disk are built again with them.
+/// Runs tests with tiny bounds (src/engine/bounds.rs), so that they go past every bound. Requests then take many times
+/// as many steps, so the tests with random input get less of it.
 fn tiny_bounds(options: &Options) -> Result<()> {
-    let mut arguments = vec!["--features", "strata-crash/tiny-bounds"];
+    let mut arguments = vec!["--features", "strata-crash/tiny-bounds,strata-tests/tiny-bounds"];
     arguments.extend(TINY_BOUNDS_TARGETS.iter().flat_map(|target| ["--test", target]));
-    some_tests(options, &arguments, &[("STRATA_CRASH_SECONDS", "10")])
+    some_tests(options, &arguments, &[("STRATA_CRASH_SECONDS", "10"), ("STRATA_MODEL_CASES", "1")])
 }
 
 /// Runs the loom models of the engine's lock-free and waiting code (src/engine/loom_tests.rs): bounded, some ten

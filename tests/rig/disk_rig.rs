@@ -160,20 +160,24 @@ impl Rig {
     /// Polls both queues until that many requests have completed.
     fn collect(&mut self, count: usize) -> Vec<Completed> {
         let mut done: Vec<Completed> = Vec::new();
-        let mut idle = 0;
+        let mut idle = 0_u32;
         while done.len() < count {
             let before = done.len();
             for queue in &mut self.queues {
                 queue.poll(&mut done);
             }
-            if done.len() == before {
+            if done.len() > before {
+                idle = 0;
+            } else {
                 idle += 1;
                 if idle == 60_000 {
                     // Dropping the queues would wait for the hanging requests.
                     std::mem::forget(std::mem::take(&mut self.queues));
                     panic!("requests hang: {} of {count} are done", done.len());
                 }
-                self.queues[idle % 2].wait(Some(Duration::from_millis(1)));
+                // The other queue may be the one that can go on: short pauses at first.
+                let pause = Duration::from_micros(if idle < 100 { 50 } else { 1000 });
+                self.queues[idle as usize % 2].wait(Some(pause));
             }
         }
         done
