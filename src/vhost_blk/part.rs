@@ -48,7 +48,8 @@ impl Part {
     ///
     /// # Errors
     /// When it is not within the part, or not aligned in our memory.
-    #[inline]
+    // The offset and the order are constants wherever it is called, so most of it goes when it is inlined.
+    #[inline(always)]
     pub(crate) fn load(&self, offset: usize, order: Ordering) -> Result<u16, BadAddress> {
         self.check::<u16>(offset)?;
         let raw = match &self.place {
