@@ -327,6 +327,17 @@ fn zeroing_keeps_space_and_extends_the_file() {
     }
 }
 
+/// It may wait for the file system, and the queue's thread must not.
+#[test]
+fn a_new_length_is_set_by_the_pool() {
+    let Some(folder) = on_disk() else { return };
+    let mut bench = Bench::by(Aio::Threads, folder, false, &pattern(4096, 8));
+    bench.queue.push(Token(1), Operation::bare(bench.file, Kind::SetLength, 8192));
+    assert_eq!(bench.contents().len(), 4096, "nothing happens before it is submitted");
+    assert_eq!(bench.finish(1)[0].result, Ok(()));
+    assert_eq!(bench.contents().len(), 8192);
+}
+
 #[test]
 fn allocating_and_setting_the_length() {
     everywhere(&pattern(4096, 8), |bench| {

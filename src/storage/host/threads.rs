@@ -19,7 +19,7 @@ use super::slots::{Slot, answer_at_once};
 use super::{FileTable, OpenFile, SeenFiles, inline};
 use crate::bounds::EVENTS;
 use crate::error::{Step, StorageError};
-use crate::{Completion, IoQueue, Kind, Notifier, Operation, Token};
+use crate::{Completion, IoQueue, Notifier, Operation, Token};
 
 /// One thread's queue of operations on [`HostStorage`](super::HostStorage) files.
 pub struct ThreadQueue {
@@ -118,7 +118,7 @@ impl IoQueue for ThreadQueue {
             self.ready.push(Completion { token, result, parts: operation.parts });
             return;
         }
-        if file.memory_backed || operation.kind == Kind::SetLength {
+        if file.memory_backed {
             self.scratch.begin(token, operation, file);
             let result = inline::run(&mut self.scratch, file);
             self.ready.push(self.scratch.finish(result));
