@@ -58,6 +58,41 @@ pub const AUTOCLEAR_BITMAPS: u64 = 1;
 /// Autoclear feature bit 1: the external data file can be read as a raw image.
 pub const AUTOCLEAR_RAW_DATA_FILE: u64 = 1 << 1;
 
+/// Autoclear features 2 to 63 while a daemon keeps a journal of the image: the number in bits 2 to 55, and this above
+/// them. The format defines none of these bits, so every other program clears them when it opens the image for writing.
+const JOURNAL_TAG: u64 = 0x53 << JOURNAL_TAG_SHIFT;
+const JOURNAL_TAG_SHIFT: u32 = 56;
+/// Autoclear features 0 and 1, which the format defines.
+const AUTOCLEAR_DEFINED: u64 = AUTOCLEAR_BITMAPS | AUTOCLEAR_RAW_DATA_FILE;
+
+/// The number of a journal: it changes with each journal, and goes when the image is written without one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct JournalNumber(u64);
+
+impl JournalNumber {
+    /// A number made of 54 bits of these.
+    pub const fn of_bits(random: u64) -> Self {
+        JournalNumber(random >> 10)
+    }
+
+    /// The number in the autoclear features of a version 3 header.
+    pub fn of_autoclear(autoclear: u64) -> Option<Self> {
+        let tagged = autoclear >> JOURNAL_TAG_SHIFT == JOURNAL_TAG >> JOURNAL_TAG_SHIFT;
+        tagged.then_some(JournalNumber((autoclear & !JOURNAL_TAG) >> 2))
+    }
+
+    /// The number itself, below 2^54.
+    pub const fn get(self) -> u64 {
+        self.0
+    }
+}
+
+/// These autoclear features with a journal's number, or without one. No feature that the format does not define stays.
+pub fn autoclear_with_journal(autoclear: u64, number: Option<JournalNumber>) -> u64 {
+    let journal = number.map_or(0, |number| JOURNAL_TAG | number.0 << 2);
+    autoclear & AUTOCLEAR_DEFINED | journal
+}
+
 /// The compression method of compressed clusters.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Compression {
@@ -135,6 +170,20 @@ mod tests {
         assert_eq!(Incompatible::KNOWN.unknown_bit(), None);
         assert_eq!(Incompatible(1 << 5 | 1 << 63 | 1).unknown_bit(), Some(5));
         assert_eq!(Incompatible(1 << 63).unknown_bit(), Some(63));
+    }
+
+    #[test]
+    fn a_journals_number_fits_beside_the_features_of_the_format() {
+        for random in [0, 1 << 10, u64::MAX, 0x0123_4567_89ab_cdef] {
+            let number = JournalNumber::of_bits(random);
+            let autoclear = autoclear_with_journal(AUTOCLEAR_DEFINED | 1 << 40, Some(number));
+            assert_eq!(JournalNumber::of_autoclear(autoclear), Some(number));
+            assert_eq!(autoclear & AUTOCLEAR_DEFINED, AUTOCLEAR_DEFINED);
+            assert_eq!(autoclear_with_journal(autoclear, None), AUTOCLEAR_DEFINED);
+        }
+        for other in [0, 3, 1 << 40, 0x54 << 56, u64::MAX] {
+            assert_eq!(JournalNumber::of_autoclear(other), None, "{other:#x}");
+        }
     }
 
     #[test]

@@ -7,7 +7,9 @@ use crate::address::HostOffset;
 use crate::entry::HOST_OFFSET_LIMIT;
 use crate::error::FormatError;
 use crate::extension::{self, Extension};
-use crate::feature::{AUTOCLEAR_BITMAPS, AUTOCLEAR_RAW_DATA_FILE, Compression, Incompatible, Unsupported};
+use crate::feature::{
+    AUTOCLEAR_BITMAPS, AUTOCLEAR_RAW_DATA_FILE, Compression, Incompatible, JournalNumber, Unsupported,
+};
 use crate::geometry::{Geometry, Version};
 
 /// The first four bytes of every image: "QFI" and 0xfb.
@@ -141,6 +143,12 @@ impl Header {
     pub fn data_file_name(&self) -> Option<&[u8]> {
         let extension = self.extensions.iter().rfind(|extension| extension.magic == extension::DATA_FILE)?;
         Some(&extension.data)
+    }
+
+    /// The number of the journal that a daemon kept of the image and has not carried out; see [`JournalNumber`].
+    pub fn journal_number(&self) -> Option<JournalNumber> {
+        let may_have = self.version == Version::V3 && !self.has_data_file();
+        JournalNumber::of_autoclear(self.autoclear).filter(|_| may_have)
     }
 
     /// The autoclear features that stay set while the image is written. `bitmaps` is true if the image's bitmaps are

@@ -31,7 +31,7 @@ pub use create::NewImage;
 pub use entry::{EntryError, L1Entry, L2Entry, RawL2Entry, refblock_offset};
 pub use error::{FormatError, FormatErrorKind, Structure};
 pub use extension::Extension;
-pub use feature::{Compression, Incompatible, Unsupported};
+pub use feature::{Compression, Incompatible, JournalNumber, Unsupported};
 pub use geometry::{Geometry, SECTOR, SUBCLUSTERS, Version};
 pub use header::Header;
 pub use parse::Salvaged;

@@ -1,6 +1,8 @@
 //! Names of feature bits and header extensions (spec: "Header", "Header extensions", "Feature name table").
 
-use qcow2::feature::{AUTOCLEAR_BITMAPS, AUTOCLEAR_RAW_DATA_FILE, COMPATIBLE_LAZY_REFCOUNTS};
+use qcow2::feature::{
+    AUTOCLEAR_BITMAPS, AUTOCLEAR_RAW_DATA_FILE, COMPATIBLE_LAZY_REFCOUNTS, autoclear_with_journal,
+};
 use qcow2::{Header, Incompatible, extension};
 use serde::Serialize;
 
@@ -49,6 +51,11 @@ pub fn features(header: &Header) -> FeatureFacts {
         (Incompatible::EXTENDED_L2.0, "extended L2 entries"),
     ];
     let autoclear = [(AUTOCLEAR_BITMAPS, "bitmaps"), (AUTOCLEAR_RAW_DATA_FILE, "raw external data")];
+    let journal = header.journal_number();
+    let set =
+        if journal.is_some() { autoclear_with_journal(header.autoclear, None) } else { header.autoclear };
+    let mut autoclear_names = names(header, Field::Autoclear, set, &autoclear);
+    autoclear_names.extend(journal.map(|_| "Strata's journal".to_owned()));
     FeatureFacts {
         incompatible: names(header, Field::Incompatible, header.incompatible.0, &known),
         compatible: names(
@@ -57,7 +64,7 @@ pub fn features(header: &Header) -> FeatureFacts {
             header.compatible,
             &[(COMPATIBLE_LAZY_REFCOUNTS, "lazy refcounts")],
         ),
-        autoclear: names(header, Field::Autoclear, header.autoclear, &autoclear),
+        autoclear: autoclear_names,
     }
 }
 

@@ -97,6 +97,13 @@ fn features_have_names() {
 }
 
 #[test]
+fn the_number_of_a_journal_is_one_feature() {
+    let facts = facts(header(|header| header.autoclear = 1 | 0x53 << 56 | 0xabc << 2));
+    let features = &facts.qcow2.as_ref().expect("a qcow2 layer").format_specific.data.features;
+    assert_eq!(features.autoclear, ["bitmaps", "Strata's journal"]);
+}
+
+#[test]
 fn layers_are_numbered_only_in_a_chain() {
     let text = text_form::chain(&[facts(header(|_| {}))]);
     assert!(
