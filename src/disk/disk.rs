@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use engine::{Engine, EngineSpec, EngineStatus, FileIndex};
+use engine::{Engine, EngineSpec, EngineStatus, FileIndex, JournalMemory};
 use storage::{FileInfo, Storage, StorageError};
 
 use crate::background::housekeeper::{Housekeeper, Keeper};
@@ -18,6 +18,7 @@ use crate::open::header::HeaderSector;
 use crate::open::{close, data_file};
 use crate::options::DiskOptions;
 use crate::runtime::driver::Driver;
+use crate::serve::journal::{self, JournalKept};
 use crate::serve::policy::ZeroPolicy;
 use crate::serve::queue::DiskQueue;
 use crate::serve::space::{Space, SpaceWatch};
@@ -99,6 +100,8 @@ impl<S: Storage> Disk<S> {
             _ => None,
         };
         let zero_route = ZeroRoute::of(&chain.layers[0], data != FileIndex(0), options.discard_no_unref);
+        let top_header = chain.layers[0].header.as_ref().filter(|_| keeps_header);
+        let awaits_journal = top_header.is_some_and(|header| header.journal_number().is_some());
         let shared = Arc::new(Shared {
             storage,
             engine,
@@ -116,6 +119,7 @@ impl<S: Storage> Disk<S> {
             inflated: inflate::Cache::new(options.inflated_bytes),
             inflaters: inflate::Pool::new(options.inflate_threads),
             leaks,
+            awaits_journal: AtomicBool::new(awaits_journal),
         });
         Ok(Disk { shared, housekeeper: None })
     }
@@ -192,12 +196,31 @@ impl<S: Storage> Disk<S> {
         self.shared.space.watch()
     }
 
-    /// Creates the calling thread's queue, for at most `depth` requests in flight.
+    /// Creates the calling thread's queue, for at most `depth` requests in flight. If a dead daemon left a journal and
+    /// [`Disk::keep_journal`] has not been called, the journal is given up.
     ///
     /// # Errors
     /// If the host refuses the resources, or the disk has too many queues.
     pub fn queue(&self, depth: u32) -> Result<DiskQueue<S>, OpenError> {
+        if self.shared.awaits_journal() {
+            self.keep_journal(None)?;
+        }
         DiskQueue::new(Arc::clone(&self.shared), depth)
+    }
+
+    /// From now on what is committed is recorded in this memory, which outlives the process, so that a successor can
+    /// carry it out; with `None` it is not. No request is in flight. First everything committed becomes durable. If a
+    /// dead daemon left its records in this memory, they are carried out before that.
+    ///
+    /// Images without a journal only become durable: raw images, version 2, external data files.
+    ///
+    /// # Errors
+    /// If something could not be made durable. Then the journal so far stays in use.
+    ///
+    /// # Panics
+    /// If a request is in flight: a programmer error.
+    pub fn keep_journal(&self, memory: Option<JournalMemory>) -> Result<JournalKept, OpenError> {
+        journal::keep(&self.shared, memory)
     }
 
     /// Makes everything durable and closes the image cleanly: releases reserved clusters, punches freed space, and

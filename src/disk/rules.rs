@@ -115,3 +115,8 @@ pub fn hidden_backing_size(backing_size: u64) -> u64 {
 pub fn must_zero_tail(size: u64, cluster_size: u64) -> bool {
     unless_broken(!size.is_multiple_of(cluster_size), [(Mutation::ResizeKeepsTail, false)])
 }
+
+/// True if the clusters that records name are counted before a replay allocates any.
+pub fn replay_counts_first() -> bool {
+    unless_broken(true, [(Mutation::ReplayCountsLate, false)])
+}

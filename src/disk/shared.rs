@@ -55,6 +55,8 @@ pub(crate) struct Shared<S: Storage> {
     pub inflaters: inflate::Pool,
     /// Input and state of the search for leaks.
     pub leaks: LeakInput,
+    /// A journal that a dead daemon left may still be carried out: nothing may be allocated, freed or searched for.
+    pub awaits_journal: AtomicBool,
 }
 
 impl<S: Storage> Shared<S> {

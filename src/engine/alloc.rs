@@ -211,6 +211,14 @@ impl Allocator {
         waits
     }
 
+    /// True while a task reserves. Then the waker is registered.
+    pub fn awaits_reservation(&mut self, waker: &Waker) -> bool {
+        if self.reserving {
+            self.awaits_length.add(waker);
+        }
+        self.reserving
+    }
+
     /// A task begins to reserve, or to make the file longer.
     pub fn begin_reserving(&mut self) {
         assert!(!self.reserving, "the file's length has one writer at a time");

@@ -24,7 +24,7 @@ pub enum Answer<T> {
     /// Have the host allocate these pieces of existing tables: they are about to change and may be holes in the file.
     /// Report each to [`crate::Engine::table_allocated`], and call again.
     Allocate(Vec<TablePlace>),
-    /// Too much freed space is held back. Release the claim and the epoch, flush and reclaim until
+    /// Too much freed space is held back, or the journal is full. Release the claim and the epoch, flush and reclaim until
     /// [`crate::Engine::held_back`] reports room, and start again.
     Crowded,
     /// Give the top image its own L2 table here by [`crate::Engine::plan_table`], then call again.

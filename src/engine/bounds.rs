@@ -40,6 +40,11 @@ pub(crate) const QUARANTINE_BYTES_MIN: u64 = bound(1 << 20, 4 << 10);
 /// A cut is due early once this fraction (one in so many) of the clusters that may be held back waits for one.
 pub(crate) const CUT_SHARE: u64 = 4;
 
+/// A cut is due early once this fraction (one in so many) of the journal's records waits for one.
+pub(crate) const JOURNAL_CUT_SHARE: u64 = 2;
+/// The most clusters of a journal that are carried out under the engine's lock at a time.
+pub(crate) const REPLAYED_AT_ONCE: u64 = bound(512, 2);
+
 /// The most runs of free clusters: about 2 MiB.
 pub(crate) const FREE_RUNS_MAX: usize = bound(1 << 15, 2) as usize;
 /// The most chunks of free clusters: about 4 MiB.

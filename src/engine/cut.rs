@@ -93,6 +93,8 @@ pub(crate) struct Running {
     pub table_was_new: bool,
     /// The header named an old refcount table.
     pub header_was_stale: bool,
+    /// The head of the journal when the cut was taken.
+    pub journal_head: u64,
 }
 
 impl FlushState {

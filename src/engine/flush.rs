@@ -84,6 +84,10 @@ impl State {
         });
         let ordered = write.flush.take_ordered();
         let number = write.flush.next_cut();
+        let journal_head = write.journal.head();
+        if !order::tail_waits_for_the_cut() {
+            write.journal.cut_is_durable(journal_head);
+        }
         let epoch = epochs.advance();
         write.flush.begin(Running {
             number,
@@ -93,6 +97,7 @@ impl State {
             table_blocks,
             table_was_new,
             header_was_stale,
+            journal_head,
         });
         let links_alone = stage0.is_empty()
             && stage1.is_empty()
@@ -153,6 +158,10 @@ impl State {
         let write = self.write.as_mut().expect("a writable image");
         let running = write.flush.end(cut, wakes);
         write.flush.note_durable(running.number);
+        // Before a cluster that the cut unlinked can be used again: a record that names it would be replayed.
+        if write.journal.cut_is_durable(running.journal_head) {
+            write.alloc.quarantine_mut().wake_all(wakes);
+        }
         write.alloc.quarantine_mut().cut_is_durable(running.number, running.epoch);
         for (id, _) in running.slices {
             self.tables.note_written(id);

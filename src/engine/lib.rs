@@ -26,6 +26,7 @@ mod flush;
 mod free;
 mod guard;
 mod hashed;
+mod journal;
 mod layers;
 mod leaks;
 mod locked;
@@ -64,6 +65,7 @@ pub use entries::{Entries, UsedEntry};
 pub use epoch::{Epoch, Epochs, WorkerEpochs};
 pub use error::{EngineError, Proof, Structure};
 pub use guard::MetadataRun;
+pub use journal::{JournalError, JournalMemory, Replay};
 pub use layers::{LayerFormat, LayerSpec};
 pub use leaks::{Leak, LeakSearch, LeakSearchEnd, LiveTable, SeenTable};
 pub use map::SubclusterMap;
@@ -96,6 +98,7 @@ use crate::cut::FlushState;
 use crate::early::Early;
 use crate::guard::MetadataGuard;
 use crate::hashed::HashMap;
+use crate::journal::Journal;
 use crate::layers::{Layer, Qcow2Layer};
 use crate::map::{ChainMap, MapWriter, Swept};
 use crate::refcounts::Refcounts;
@@ -317,11 +320,18 @@ impl Engine {
     /// The freed clusters that are held back. The waker is woken when some are released.
     pub fn held_back(&self, waker: &Waker) -> HeldBack {
         self.with(|state, _| {
-            let Some(WriteState { alloc, .. }) = &mut state.write else { return HeldBack::default() };
+            let Some(WriteState { alloc, journal, .. }) = &mut state.write else {
+                return HeldBack::default();
+            };
             if !waker.will_wake(Waker::noop()) {
                 alloc.quarantine_mut().await_room(waker);
             }
-            alloc.quarantine().held_back()
+            let held = alloc.quarantine().held_back();
+            HeldBack {
+                crowded: held.crowded || journal.is_crowded(),
+                uncut: held.uncut || (journal.is_crowded() && journal.is_uncut()),
+                ..held
+            }
         })
     }
 
@@ -473,7 +483,10 @@ impl Engine {
     ) -> Result<Answer<Zeroed>, EngineError> {
         self.with_freeing(|state, _| {
             self.ensure_healthy()?;
-            state.apply_zero(&self.map, offset, length, mode, waker)
+            let zeroed = state.apply_zero(&self.map, offset, length, mode, waker);
+            // Also after a failure: what was changed before it stands.
+            state.publish_records();
+            zeroed
         })
         .map_err(EngineError::of_change)
     }
@@ -661,6 +674,7 @@ fn write_state(geometry: qcow2::Geometry, l1: &Entries, top: TopSpec) -> Result<
         alloc,
         guard,
         flush: FlushState::new(),
+        journal: Journal::default(),
         table_jobs: HashMap::default(),
         l1_offset: top.l1_offset,
         l1_dirty: BTreeSet::new(),

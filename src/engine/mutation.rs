@@ -131,6 +131,12 @@ pub enum Mutation {
     TailNotSynced,
     /// A change of an image that is not in use removes the free clusters at the file's end.
     ChangeUnmarks,
+    /// The records of a commit are valid only after the next commit.
+    RecordedLate,
+    /// Records leave the journal when a cut is taken, before it is durable.
+    TailBeforeCut,
+    /// A replay allocates tables before the clusters that the records name are counted.
+    ReplayCountsLate,
 }
 
 impl Mutation {
@@ -198,6 +204,9 @@ impl Mutation {
         Mutation::TailNotMarked,
         Mutation::TailNotSynced,
         Mutation::ChangeUnmarks,
+        Mutation::RecordedLate,
+        Mutation::TailBeforeCut,
+        Mutation::ReplayCountsLate,
     ];
 }
 

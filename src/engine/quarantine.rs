@@ -145,7 +145,7 @@ impl Quarantine {
         self.waiters.remove(waker);
     }
 
-    /// Wakes all tasks that wait for clusters to leave.
+    /// Wakes all tasks that wait for clusters to leave, or for room in the journal: they wait here, too.
     pub fn wake_all(&mut self, wakes: &mut WakeList) {
         wakes.append(self.waiters.take());
     }

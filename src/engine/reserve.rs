@@ -3,6 +3,7 @@
 //! Reserved clusters have a refcount of 1 in memory, so a crash leaks at most the reserved, unused clusters. If the
 //! file outgrows its refblocks or its refcount table, growing adds refblocks or a larger table.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::task::Waker;
 
@@ -75,7 +76,7 @@ impl State {
             return Ok(Answer::Wait);
         }
         if write.alloc.wants_new(turn) {
-            return self.plan_growth(waker);
+            return self.plan_growth(&[], waker);
         }
         if let Some(free) = write.alloc.first_free() {
             return self.plan_free_window(free, waker);
@@ -84,7 +85,7 @@ impl State {
         if let Some(free) = self.write_state()?.alloc.first_free() {
             return self.plan_free_window(free, waker);
         }
-        self.plan_growth(waker)
+        self.plan_growth(&[], waker)
     }
 
     /// A window of clusters that are free already.
@@ -171,10 +172,36 @@ impl State {
         Ok(Answer::Ready(()))
     }
 
-    /// A window past the end of the file.
-    fn plan_growth(&mut self, waker: &Waker) -> Result<Answer<Option<ReservePlan>>, EngineError> {
+    /// Plans those of these refblocks that do not exist, with a window; `Ready(None)` if all exist.
+    pub fn plan_refblocks(
+        &mut self,
+        blocks: &BTreeSet<u64>,
+        waker: &Waker,
+    ) -> Result<Answer<Option<ReservePlan>>, EngineError> {
+        let write = self.write_state()?;
+        let mut missing = Vec::new();
+        for block in blocks {
+            if write.refcounts.block_offset(*block)?.is_none() {
+                missing.push(*block);
+            }
+        }
+        if missing.is_empty() {
+            return Ok(Answer::Ready(None));
+        }
+        if write.alloc.awaits_reservation(waker) {
+            return Ok(Answer::Wait);
+        }
+        self.plan_growth(&missing, waker)
+    }
+
+    /// A window past the end of the file, and these refblocks, which do not exist and count clusters before that end.
+    fn plan_growth(
+        &mut self,
+        refblocks: &[u64],
+        waker: &Waker,
+    ) -> Result<Answer<Option<ReservePlan>>, EngineError> {
         for _ in 0..DOUBTS_MAX {
-            let plan = ready!(self.plan_growth_here(waker)?);
+            let plan = ready!(self.plan_growth_here(refblocks, waker)?);
             if let Some(plan) = plan {
                 return Ok(Answer::Ready(Some(self.start_reserve(plan))));
             }
@@ -184,28 +211,45 @@ impl State {
     }
 
     /// Plans a window at the present end of the file. Moves the end and returns `None` if an entry may name data there.
-    fn plan_growth_here(&mut self, waker: &Waker) -> Result<Answer<Option<ReservePlan>>, EngineError> {
+    fn plan_growth_here(
+        &mut self,
+        refblocks: &[u64],
+        waker: &Waker,
+    ) -> Result<Answer<Option<ReservePlan>>, EngineError> {
         ready!(self.skip_used(waker)?);
         let write = self.write_state()?;
         let (end, entries) = (write.alloc.end(), write.refcounts.geometry.refblock_entries());
-        let grows = write.refcounts.block_offset(write.refcounts.block_of(end))?.is_none();
-        let growth = if grows { Some(write.refcounts.growth(end)?) } else { None };
+        let is_new = write.refcounts.block_offset(write.refcounts.block_of(end))?.is_none();
+        let grows = is_new || !refblocks.is_empty();
+        let growth = if grows { Some(write.refcounts.growth(end, refblocks)?) } else { None };
         let start = end + growth.as_ref().map_or(0, |growth| growth.run.count);
         let wanted = write.alloc.window_clusters();
         // If a window is left, only its clusters must not become metadata.
         let wanted = if write.alloc.has_window() { wanted.min(NEW_CLUSTERS) } else { wanted };
         let mut count = wanted.min(entries - start % entries);
         let mut pins = Vec::new();
-        if growth.is_none() {
-            pins = self.refblock_slices(HostCluster(start), count)?;
+        if !is_new {
+            pins = self.refblock_slices(HostCluster(end), start + count - end)?;
             ready!(self.need_tables(pins.iter().copied(), waker)?);
             ready!(self.need_space(pins.iter().copied())?);
-            count = (start..start + count).take_while(|cluster| self.refcount(*cluster) == 0).count() as u64;
+            let unused = (end..start + count).take_while(|cluster| !self.is_counted(*cluster)).count() as u64;
+            if end + unused <= start {
+                // Another writer left counts where the refblocks would be.
+                self.write_state()?.alloc.move_end(end + unused + 1);
+                return Ok(Answer::Ready(None));
+            }
+            count = end + unused - start;
         }
         // A new refblock also records the clusters before the end as unused. Those in the file may not have been
         // searched.
-        let counts_from = if growth.is_some() { end / entries * entries } else { end };
+        let counts_from = if is_new { end / entries * entries } else { end };
         let WriteState { guard, alloc, .. } = self.write_state()?;
+        for block in refblocks {
+            let counted = HostRun { start: HostCluster(block * entries), count: entries };
+            if let Some(holder) = guard.within(counted) {
+                return Err(EngineError::free_metadata(holder));
+            }
+        }
         let in_file = alloc.end_at_open().min(end).saturating_sub(counts_from);
         if let Some(holder) = guard.within(HostRun { start: HostCluster(counts_from), count: in_file }) {
             return Err(EngineError::free_metadata(holder));
@@ -269,6 +313,13 @@ impl State {
         let refcounts = &self.write.as_ref().ok_or(EngineError::ReadOnly)?.refcounts;
         let left = refcounts.slice_entries() - start % refcounts.slice_entries();
         Ok((start..start + left).take_while(|cluster| self.refcount(*cluster) != 0).count() as u64)
+    }
+
+    /// True if a cluster's count is not 0. Its slice must be resident, if its refblock was not just planned.
+    fn is_counted(&self, cluster: u64) -> bool {
+        let refcounts = &self.write.as_ref().expect("writable images only").refcounts;
+        let exists = matches!(refcounts.block_offset(refcounts.block_of(cluster)), Ok(Some(_)));
+        exists && self.refcount(cluster) != 0
     }
 
     /// A cluster's count, from a resident slice.
@@ -368,8 +419,8 @@ impl State {
 }
 
 impl Refcounts {
-    /// The metadata to add at cluster `end`, whose refblock does not exist.
-    fn growth(&self, end: u64) -> Result<Growth, EngineError> {
+    /// The metadata to add at cluster `end`: the refblocks from there on that do not exist, and the `wanted` ones before.
+    fn growth(&self, end: u64, wanted: &[u64]) -> Result<Growth, EngineError> {
         let per_cluster = self.geometry.cluster_size() / 8;
         let entries = self.geometry.refblock_entries();
         let held = self.table.len();
@@ -391,7 +442,8 @@ impl Refcounts {
                     return Err(EngineError::RefcountTableFull);
                 }
             }
-            let missing = self.missing_blocks(end / entries, last_block)?;
+            let mut missing: BTreeSet<u64> = wanted.iter().copied().collect();
+            missing.extend(self.missing_blocks(end / entries, last_block)?);
             if missing.len() as u64 <= blocks {
                 let blocks_taken = missing.len() as u64;
                 let new_blocks =

@@ -15,6 +15,7 @@ use crate::error::{EngineError, Proof, Structure};
 use crate::fill::FillJob;
 use crate::guard::MetadataGuard;
 use crate::hashed::HashMap;
+use crate::journal::Journal;
 use crate::layers::{EntryPlace, Layer, Qcow2Layer};
 use crate::map::{MapWriter, SliceIndex};
 use crate::refcounts::Refcounts;
@@ -46,6 +47,7 @@ pub(crate) struct WriteState {
     pub alloc: Allocator,
     pub guard: MetadataGuard,
     pub flush: FlushState,
+    pub journal: Journal,
     /// L2 tables that are becoming the top image's own.
     pub table_jobs: HashMap<TableSlot, TableJob>,
     /// Where the L1 table lies.
@@ -178,7 +180,10 @@ impl State {
 
     /// After changes that may make a cut due, or no longer due.
     pub fn note_wanted_cut(&mut self) {
-        let wants = self.write.as_ref().is_some_and(|write| write.alloc.quarantine().wants_cut());
+        let wants = self
+            .write
+            .as_ref()
+            .is_some_and(|write| write.alloc.quarantine().wants_cut() || write.journal.wants_cut());
         // Relaxed: it orders nothing. A reader that misses this value sees it after the next change.
         self.wants_cut.store(wants, Ordering::Relaxed);
     }

@@ -7,9 +7,9 @@ pub struct HeldBack {
     pub clusters: u64,
     /// Those that were in use; the others were allocated for writes that failed.
     pub freed: u64,
-    /// Requests that free or allocate must wait.
+    /// Requests that free or allocate must wait, for clusters or for room in the journal.
     pub crowded: bool,
-    /// Some of them wait for a cut.
+    /// Some of them, or records of a full journal, wait for a cut.
     pub uncut: bool,
     /// Clusters that were ever released for reuse.
     pub given_back: u64,

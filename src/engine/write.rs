@@ -70,6 +70,8 @@ pub struct Allocation {
     pub(crate) reuse: bool,
     pub(crate) place: EntryPlace,
     pub(crate) early: Early,
+    /// Records that the journal keeps room for.
+    pub(crate) records: u64,
     /// What takes the clusters back; `None` once they are committed.
     armed: Option<Arc<EngineLock>>,
 }
@@ -84,6 +86,7 @@ pub(crate) struct Dropped {
     reuse: bool,
     table: TableId,
     early: Early,
+    records: u64,
 }
 
 impl Allocation {
@@ -101,8 +104,8 @@ impl Allocation {
 impl Drop for Allocation {
     fn drop(&mut self) {
         if let Some(lock) = self.armed.take() {
-            let Allocation { host, clusters, reuse, place, early, .. } = *self;
-            lock.leave(Dropped { host, clusters, reuse, table: place.table, early });
+            let Allocation { host, clusters, reuse, place, early, records, .. } = *self;
+            lock.leave(Dropped { host, clusters, reuse, table: place.table, early, records });
         }
     }
 }
@@ -188,10 +191,12 @@ impl State {
                 return Ok(Answer::Ready(WritePlan::InPlace { file, offset, length: covered(end) }));
             }
             Standing::Reuse(host) => {
+                ready!(self.may_record()?);
                 (geometry.host_cluster(host), clusters::is_known_zero(None), end, begin..end, true)
             }
             Standing::New | Standing::Copy => {
                 ready!(self.may_free()?);
+                ready!(self.may_record()?);
                 let clusters = end.div_ceil(per_cluster);
                 let Some(taken) = self.write_state()?.take(turn, clusters, wakes)? else {
                     return Ok(Answer::Reserve);
@@ -210,7 +215,7 @@ impl State {
         let head = head + (begin - span.start) * size;
         let whole = (span.end - span.start) * size;
         let tail = whole.min(self.room_after(first, span.start * size)) - head - length;
-        let allocation = Allocation {
+        let mut allocation = Allocation {
             file,
             offset: HostOffset(geometry.host_offset(host).0 + span.start * size),
             known_zero,
@@ -224,8 +229,10 @@ impl State {
             reuse,
             place,
             early: self.write_state()?.flush.early.of_next(),
+            records: 0,
             armed: None,
         };
+        self.reserve_records(&mut allocation);
         Ok(Answer::Ready(WritePlan::Allocate(allocation)))
     }
 
@@ -320,6 +327,7 @@ impl State {
     /// Publishes an allocation whose bytes have been written.
     pub fn commit_write(&mut self, map: &ChainMap, done: Allocation, wakes: &mut WakeList) {
         self.write.as_mut().expect("a plan was made").flush.end_early(done.early, wakes);
+        self.record_links(&done);
         for at in 0..done.clusters {
             let (place, guest, entry) = self.link(&done, at);
             if !done.reuse {
@@ -409,10 +417,11 @@ impl TakeBack<Dropped> for State {
     fn take_back(&mut self, mut dropped: Dropped, wakes: &mut WakeList) {
         self.forget_early_link(&mut dropped.early, dropped.table, wakes);
         self.tables.unpin(dropped.table);
+        let write = self.write.as_mut().expect("a plan was made");
+        write.journal.release(dropped.records);
         if dropped.reuse {
             return;
         }
-        let write = self.write.as_mut().expect("a plan was made");
         // An early commit may have left a link to it on the disk. Then the slice has been dirty since before any cut
         // that may free the cluster, so 0 is late enough.
         for at in 0..dropped.clusters {

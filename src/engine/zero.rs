@@ -159,15 +159,20 @@ impl State {
                     {
                         break;
                     }
+                    if done > 0 && self.write_state()?.journal.is_crowded() {
+                        break;
+                    }
                     if old == OldHost::Goes {
                         ready!(self.may_free()?);
                     }
+                    ready!(self.may_record()?);
                     match old {
                         OldHost::Goes => self.release_old(place, guest),
                         OldHost::Empties => note_unused(&geometry, entry, &mut unused),
                         OldHost::Stays => {}
                     }
                     self.set_top_entry(place, entry);
+                    self.record(guest, entry);
                     if touched == SubclusterSet::ALL {
                         self.publish(map, guest, Word::ZERO, SubclusterMap::default());
                     } else {

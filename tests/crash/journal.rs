@@ -331,6 +331,12 @@ impl Journal {
         (0..self.start.len()).map(|sector| self.allowed(sector, visible, settled)).collect()
     }
 
+    /// The values that the disk may hold now, by sector, if it keeps all that is acknowledged.
+    pub fn acknowledged(&self) -> Vec<Vec<Value>> {
+        let kept = |entry: &Entry| entry.done && entry.ended.is_some();
+        (0..self.start.len()).map(|sector| self.allowed(sector, |_| true, kept)).collect()
+    }
+
     /// As [`Journal::allowed_at`], for a disk with other values at the start.
     pub fn allowed_from(&self, start: &[Value], moment: Moment) -> Vec<Vec<Value>> {
         let began_so = Journal { start: start.to_vec(), ..self.clone() };

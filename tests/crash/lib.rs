@@ -7,13 +7,14 @@
 //! - Crash states: `walk` makes and compares them, `examine` examines one, and `recovery` completes its search for
 //!   leaks. `second` has QEMU check a sample, and `tally` counts.
 //! - Kinds of runs: `sequences` are all the short runs, and a `trial` is a long random run given by a number.
-//!   In `faulty` the host fails, and in `scarce` it runs out of space. `windows` are the two mistakes of QEMU.
+//!   In `deaths` only the daemon dies. In `faulty` the host fails, and in `scarce` it runs out of space. `windows` are the two mistakes of QEMU.
 //!   `overlaps` are images on which data and metadata claim the same location. `changes` are single changes of closed
 //!   images.
 
 pub mod bitmap;
 pub mod changes;
 pub mod compressed;
+pub mod deaths;
 pub mod examine;
 pub mod faulty;
 pub mod hidden;

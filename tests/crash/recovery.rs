@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use disk::Disk;
-use storage_sim::{Image, SimOptions, SimWorld};
+use disk::{Disk, Keeper};
+use storage_sim::{Image, SimOptions, SimStorage, SimWorld};
 
 use super::examine::{Seen, examine};
 use super::shape::{Past, Start, TOP};
@@ -31,7 +31,20 @@ pub fn serve(image: &Image, start: &Start) -> Result<Image, String> {
     let world = SimWorld::from_image(image.clone(), 1, SimOptions::calm());
     let failed = |error| format!("when leaks are searched for: {error}");
     let disk = Disk::open_unkept(world.storage(), Path::new(TOP), &start.shape.options()).map_err(failed)?;
+    // A machine that crashed has lost the journal with its memory.
+    disk.keep_journal(None).map_err(failed)?;
     let mut keeper = disk.keeper().map_err(failed)?;
+    wait_for_search(&disk, &mut keeper)?;
+    drop(keeper);
+    disk.close().map_err(failed)?;
+    Ok(world.image())
+}
+
+/// Lets the housekeeper work until the search for leaks is over and nothing is left to do.
+///
+/// # Errors
+/// The search does not end.
+pub fn wait_for_search(disk: &Disk<SimStorage>, keeper: &mut Keeper<SimStorage>) -> Result<(), String> {
     let is_busy = || {
         let status = disk.status();
         status.searching || status.quarantined_clusters > 0 || status.dirty_bytes > 0
@@ -46,9 +59,7 @@ pub fn serve(image: &Image, start: &Start) -> Result<Image, String> {
         keeper.wait(None);
         keeper.poll();
     }
-    drop(keeper);
-    disk.close().map_err(failed)?;
-    Ok(world.image())
+    Ok(())
 }
 
 fn compare(after: &Seen, start: &Start, seen: &Seen, lasting: bool) -> Result<(), String> {

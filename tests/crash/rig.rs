@@ -14,6 +14,7 @@ use engine::EngineStatus;
 use storage::GuestSlice;
 use storage_sim::{Fault, Hung, Moment, Outcome, Random, SimOptions, SimStorage, SimWorld};
 
+use super::deaths::{Death, DeathWatch};
 use super::examine::values_now;
 use super::journal::{Deed, Journal, Op};
 use super::memory::{SLOTS, WINDOW, gather, memory, scatter};
@@ -67,6 +68,8 @@ pub struct Rig {
     tide: Option<Tide>,
     /// The queue that is being stopped, and the start of the stop.
     leaving: Option<(usize, Instant)>,
+    /// Set if the disk keeps a journal.
+    watch: Option<DeathWatch>,
 }
 
 /// A request in flight.
@@ -98,6 +101,8 @@ pub struct Finished {
     pub reserved: Vec<(Moment, u64)>,
     /// The most attempts of a request that found no space.
     pub tries: u64,
+    /// What deaths of the daemon alone would have left.
+    pub deaths: Vec<Death>,
 }
 
 /// The result of `work`. None if it waits for an I/O that a fault made hang, as a process waits until the machine
@@ -124,6 +129,7 @@ impl Finished {
             hung: true,
             reserved: Vec::new(),
             tries: 1,
+            deaths: Vec::new(),
         }
     }
 
@@ -141,8 +147,11 @@ pub fn host(seed: u64) -> SimOptions {
 
 type Opened = (Disk<SimStorage>, Vec<DiskQueue<SimStorage>>, Option<Keeper<SimStorage>>);
 
-fn open(world: &SimWorld, shape: &Shape) -> Result<Opened, OpenError> {
+fn open(world: &SimWorld, shape: &Shape, watch: Option<&DeathWatch>) -> Result<Opened, OpenError> {
     let disk = Disk::open_unkept(world.storage(), Path::new(TOP), &shape.options())?;
+    if let Some(watch) = watch {
+        disk.keep_journal(Some(Arc::clone(&watch.memory)))?;
+    }
     let queues = (0..QUEUES).map(|_| disk.queue(QUEUE_DEPTH)).collect::<Result<Vec<_>, _>>()?;
     let keeper = shape.is_qcow2().then(|| disk.keeper()).transpose()?;
     Ok((disk, queues, keeper))
@@ -155,6 +164,13 @@ impl Rig {
         Rig::open_numbered(start, world, seed, FIRST_WRITE + 1000)
     }
 
+    /// As [`Rig::open`], with a journal, for a run of some `requests` in which the daemon may die.
+    pub fn open_watched(start: &Start, seed: u64, requests: usize) -> Result<Rig, OpenError> {
+        let world = SimWorld::from_image(start.image.clone(), seed, host(seed));
+        let watch = DeathWatch::new(requests, seed);
+        Rig::open_with(start, world, seed, FIRST_WRITE + 1000, Some(watch))
+    }
+
     /// Opens the disk in a world. Writes are numbered from `first_write`.
     pub fn open_numbered(
         start: &Start,
@@ -162,7 +178,17 @@ impl Rig {
         seed: u64,
         first_write: u32,
     ) -> Result<Rig, OpenError> {
-        let (disk, queues, keeper) = open(&world, &start.shape)?;
+        Rig::open_with(start, world, seed, first_write, None)
+    }
+
+    fn open_with(
+        start: &Start,
+        world: SimWorld,
+        seed: u64,
+        first_write: u32,
+        watch: Option<DeathWatch>,
+    ) -> Result<Rig, OpenError> {
+        let (disk, queues, keeper) = open(&world, &start.shape, watch.as_ref())?;
         let quiet = vec![world.moment()];
         Ok(Rig {
             journal: Journal::new(start.shape, start.values.clone(), &start.snapshots),
@@ -183,6 +209,7 @@ impl Rig {
             reserved: Vec::new(),
             tide: None,
             leaving: None,
+            watch,
             world,
         })
     }
@@ -328,7 +355,8 @@ impl Rig {
             _ => self.change_snapshots(deed, request, oldest, values),
         };
         self.journal.end(request, done, self.world.moment());
-        let (disk, queues, keeper) = open(&self.world, &self.shape).expect("it opens again");
+        let (disk, queues, keeper) =
+            open(&self.world, &self.shape, self.watch.as_ref()).expect("it opens again");
         self.journal.sectors = disk.size() / SECTOR;
         (self.disk, self.queues, self.keeper) = (Some(disk), queues, keeper);
         self.note_quiet();
@@ -424,6 +452,9 @@ impl Rig {
     /// Runs one random step: polls the housekeeper or a queue, or lets a little time pass.
     fn act(&mut self) {
         self.turn_tide();
+        if let Some(watch) = &mut self.watch {
+            watch.tick(&self.world, &self.journal);
+        }
         let done = match self.random.below(QUEUES as u64 * 2 + 4) {
             0 => self.poll_keeper(),
             number if number <= 2 * QUEUES as u64 => self.poll_queue(number as usize % QUEUES),
@@ -618,6 +649,7 @@ impl Rig {
             closed: closed.unwrap_or(Ok(())),
             reserved: self.reserved,
             tries: 1,
+            deaths: self.watch.map_or_else(Vec::new, |watch| watch.deaths),
         }
     }
 
@@ -637,6 +669,7 @@ impl Rig {
             hung: false,
             reserved: self.reserved,
             tries: 1,
+            deaths: self.watch.map_or_else(Vec::new, |watch| watch.deaths),
         }
     }
 }

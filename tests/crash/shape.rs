@@ -234,6 +234,11 @@ impl Shape {
         self.data != Data::Within
     }
 
+    /// True if the disk can keep a journal.
+    pub fn keeps_journal(&self) -> bool {
+        self.is_qcow2() && self.version == 3 && !self.has_data_file()
+    }
+
     /// The values of the external data file as a raw image, by sector, if it is one.
     pub fn raw_view(&self, image: &Image) -> Option<Vec<Value>> {
         if self.data != Data::ApartRaw {

@@ -363,6 +363,8 @@ pub enum Tactic {
     Sizes,
     /// In every run flushes follow single writes, so that the disk makes early commits.
     Flushed,
+    /// In every run the disk keeps a journal, and the daemon alone dies.
+    Deaths,
 }
 
 /// Runs the trial of a number.
@@ -405,6 +407,7 @@ pub fn trial(
         let manner = Manner { at_once, rest, clean, seed: random.next_bits() };
         count(script.len());
         let tried = match random.below(5) {
+            _ if tactic == Tactic::Deaths => with_deaths(&start, &script, manner, walker),
             _ if tactic == Tactic::Shortages => with_shortages(&start, &script, manner, &mut random, walker),
             _ if tactic == Tactic::Failures => with_failure(&start, &script, manner, &mut random, walker),
             0 => with_failure(&start, &script, manner, &mut random, walker),
@@ -445,6 +448,24 @@ fn judge(run: &Finished, start: &Start, manner: Manner, walker: &mut Walker) -> 
         walker.closed(run, start)?;
     }
     walker.some_crash(run, start, manner.seed)
+}
+
+/// Plays a run in which the daemon alone dies at some moments. Returns what one of the deaths left, or a crash state.
+fn with_deaths(start: &Start, script: &[Op], manner: Manner, walker: &mut Walker) -> Result<Start, String> {
+    let run = || -> Result<Finished, String> {
+        let rig = Rig::open_watched(start, manner.seed, script.len());
+        let mut rig = rig.map_err(|error| format!("it does not open: {error}"))?;
+        rig.play(script, manner.at_once);
+        Ok(if manner.clean { rig.finish() } else { rig.abandon() })
+    };
+    let run = catch_unwind(AssertUnwindSafe(run))
+        .unwrap_or_else(|panic| Err(format!("the run panicked: {}", panic_text(&*panic))))?;
+    judge_answers(&run)?;
+    let left = walker.deaths(&run, start, manner.seed)?;
+    match left {
+        Some(left) => Ok(left),
+        None => judge(&run, start, manner, walker),
+    }
 }
 
 /// The script without changes of the image: `crash_changes` tests these on a host that fails or hangs.

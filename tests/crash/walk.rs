@@ -11,7 +11,7 @@ use super::examine::{Seen, counted_past_end, examine};
 use super::journal::{Kept, Unsettled, padded};
 use super::recovery::recover;
 use super::rig::Finished;
-use super::shape::Start;
+use super::shape::{Past, Start};
 use super::stamp::Value;
 use super::tally::Tally;
 
@@ -159,6 +159,51 @@ impl<'t> Walker<'t> {
             leaks,
             hidden: start.hidden.clone(),
         })
+    }
+
+    /// Checks what the deaths of a run leave, once a successor has served it: everything acknowledged, and no leaks.
+    /// Returns the image after one of them, as the start of another run.
+    ///
+    /// # Errors
+    /// The first violation.
+    pub fn deaths(&mut self, run: &Finished, start: &Start, seed: u64) -> Result<Option<Start>, String> {
+        self.has_changes = run.journal.has_changes();
+        // The search for leaks does not see the hidden snapshot. And a cluster of compressed data may have lost one reference
+        // in an unfinished cut and lose another in the replay: then the search leaves it alone.
+        let may_leak = matches!(start.shape.past, Past::Shared | Past::Compressed(_));
+        self.unmarked = may_leak;
+        let mut random = Random::new(seed ^ 0xd1e);
+        let mut promise = Promise::new(run, start);
+        let mut left = None;
+        for (number, death) in run.deaths.iter().enumerate() {
+            let name = |wrong: String| {
+                format!("death {number} of {} at {:?}: {wrong}", run.deaths.len(), death.moment)
+            };
+            let image = death.succeed(&start.shape, &mut random).map_err(name)?;
+            let seen = self.look(&image, start).map_err(name)?;
+            promise.move_to(death.moment);
+            promise.past = usize::MAX;
+            promise.allowed.clone_from(&death.allowed);
+            if may_leak {
+                promise.leaks_max = u64::MAX / 2;
+            }
+            promise.compare(&seen).map_err(name)?;
+            if seen.leaks > start.leaks && !may_leak {
+                return Err(name(format!("{} clusters leak, {} before", seen.leaks, start.leaks)));
+            }
+            let (values, snapshots) = (seen.values.clone(), seen.snapshots.clone());
+            let leaks = seen.leaks + seen.hidden_leaks;
+            left = Some(Start {
+                shape: start.shape,
+                image,
+                values,
+                snapshots,
+                leaks,
+                hidden: start.hidden.clone(),
+            });
+        }
+        self.unmarked = false;
+        Ok(left)
     }
 
     /// Checks the image after a clean close: all writes are durable, nothing new leaks, and the values are the last

@@ -147,6 +147,7 @@ fn sweep(engine: &Engine, stopped: impl Fn() -> bool) {
 /// The housekeeper's work.
 async fn keep<S: Storage>(worker: &Worker<S>) {
     let search = async {
+        until_decided(worker).await;
         worker.search_leaks().await;
         Ok::<(), Infallible>(())
     };
@@ -156,6 +157,16 @@ async fn keep<S: Storage>(worker: &Worker<S>) {
     };
     // All of the thread's work in one task, so that one wake wakes both.
     let _ = worker.driver.run_together(vec![Box::pin(search), Box::pin(chores)]).await;
+}
+
+/// Waits until a journal of a dead daemon is carried out or given up: until then any cluster may be named in it.
+async fn until_decided<S: Storage>(worker: &Worker<S>) {
+    let bell = &worker.shared.bell;
+    poll_fn(|context| {
+        bell.set_waker(context.waker());
+        if bell.stopped() || !worker.shared.awaits_journal() { Poll::Ready(()) } else { Poll::Pending }
+    })
+    .await;
 }
 
 async fn do_chores<S: Storage>(worker: &Worker<S>) {

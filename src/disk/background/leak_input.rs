@@ -34,5 +34,6 @@ pub(crate) fn knows_all_owners(header: &Header, bitmaps: bool) -> bool {
         && (bitmaps || !has_bitmaps)
         && header.unknown_fields.iter().all(|byte| *byte == 0)
         && header.compatible & !COMPATIBLE_LAZY_REFCOUNTS == 0
-        && header.autoclear & !(AUTOCLEAR_BITMAPS | AUTOCLEAR_RAW_DATA_FILE) == 0
+        && (header.journal_number().is_some()
+            || header.autoclear & !(AUTOCLEAR_BITMAPS | AUTOCLEAR_RAW_DATA_FILE) == 0)
 }

@@ -9,6 +9,7 @@ use std::path::Path;
 use engine::check::RepairKind;
 use engine::{Entries, FileIndex, LayerFormat, LayerSpec, TopSpec};
 use names::shown;
+use qcow2::feature::autoclear_with_journal;
 use qcow2::{Bitmap, Geometry, Header, HostOffset, HostRange, Incompatible, SECTOR, Unsupported};
 use storage::{FileId, FileInfo, IoQueue, OpenOptions, Storage};
 use tracing::{info, warn};
@@ -171,7 +172,8 @@ pub(crate) async fn note_writes<Q: IoQueue>(
     bitmaps: &mut Option<Vec<Bitmap>>,
 ) -> Result<(), OpenError> {
     let image = ImageFile { driver, id: file.id, info: &file.info };
-    let kept = header.autoclear_kept(bitmaps.is_some());
+    // A journal may still be carried out. Before anything else is written, its number goes or is replaced.
+    let kept = autoclear_with_journal(header.autoclear_kept(bitmaps.is_some()), header.journal_number());
     let retired = match bitmaps {
         Some(bitmaps) => image.retire_bitmaps(bitmaps).await?,
         None => false,

@@ -12,7 +12,8 @@ use crate::serve::worker::Worker;
 use crate::shared::{SIDE_QUEUE_DEPTH, Shared};
 
 pub(crate) fn close<S: Storage>(shared: &Arc<Shared<S>>) -> Result<(), OpenError> {
-    if shared.read_only {
+    // What a dead daemon left in its journal stays where it is: nothing is freed, and nothing is cut off.
+    if shared.read_only || shared.awaits_journal() {
         return Ok(());
     }
     let driver = Driver::new(shared.storage.queue(SIDE_QUEUE_DEPTH)?);
@@ -33,6 +34,7 @@ async fn finish<S: Storage>(worker: &Worker<S>) -> Result<(), RequestError> {
         worker.flush().await?;
         let keeps_mark = worker.has_leaks_to_search().await;
         worker.trim_file(keeps_mark).await?;
+        worker.give_up_journal().await?;
     }
     worker.flush().await
 }

@@ -9,6 +9,7 @@ mod detect;
 mod failures;
 mod fast;
 mod flush;
+pub(crate) mod journal;
 pub(crate) mod policy;
 mod prerequisites;
 pub(crate) mod queue;

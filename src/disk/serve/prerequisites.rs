@@ -4,7 +4,7 @@ use std::future::poll_fn;
 use std::task::{Poll, Waker};
 use std::time::Duration;
 
-use engine::{HeldBack, TablePlace, TableSlot, Turn};
+use engine::{HeldBack, ReservePlan, TablePlace, TableSlot, Turn};
 use qcow2::HostRange;
 use storage::{Errno, Kind, Operation, Storage};
 
@@ -81,9 +81,14 @@ impl<S: Storage> Worker<S> {
 
     async fn reserve_window(&self, turn: &Turn) -> Result<(), RequestError> {
         let plan = self.ask(|engine, waker| engine.plan_reserve(turn, waker)).await?;
-        let Some(mut plan) = plan else {
-            return Ok(());
-        };
+        match plan {
+            Some(plan) => self.carry_out_reserve(plan).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Makes the file long enough for a reservation, has the host allocate its metadata, and commits or aborts it.
+    pub async fn carry_out_reserve(&self, mut plan: ReservePlan) -> Result<(), RequestError> {
         let mut result = Ok(());
         // The file always ends with a block of its file system: see `fill_last_block`.
         let block = u64::from(self.shared.files[0].info.block_size.max(1));

@@ -80,3 +80,14 @@ pub fn block_to_link(block: u64) -> Option<u64> {
 pub fn aborted_link_is_dirty() -> bool {
     unless_broken(true, [(Mutation::EarlyLinkLeft, false)])
 }
+
+/// True if the records of a commit are valid in the journal before the request is answered.
+#[inline]
+pub fn is_recorded_before_the_answer() -> bool {
+    unless_broken(true, [(Mutation::RecordedLate, false)])
+}
+
+/// True if records leave the journal only when the cut with their entries is durable.
+pub fn tail_waits_for_the_cut() -> bool {
+    unless_broken(true, [(Mutation::TailBeforeCut, false)])
+}

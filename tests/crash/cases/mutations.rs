@@ -89,6 +89,9 @@ fn fitting(mutation: Mutation, starts: &[Start]) -> Vec<Start> {
         | Mutation::SharedSubclustersForgotten
         | Mutation::SubclusterFreesCluster => shape.extended_l2,
         Mutation::EmptiedLate => shape.keeps_places,
+        Mutation::RecordedLate | Mutation::TailBeforeCut | Mutation::ReplayCountsLate => {
+            shape.keeps_journal()
+        }
         Mutation::EarlyLinkBesideCut | Mutation::EarlyLinkBeforeCounts | Mutation::CutBesideEarlyLink => {
             shape.is_qcow2() && !shape.has_data_file() && shape.below == Below::Nothing
         }
@@ -106,6 +109,7 @@ fn telling(mutation: Mutation) -> Option<Tactic> {
             Some(Tactic::Failures)
         }
         Mutation::ClaimKeptByLeaver | Mutation::WaitNotGivenUp => Some(Tactic::Shortages),
+        Mutation::RecordedLate | Mutation::TailBeforeCut | Mutation::ReplayCountsLate => Some(Tactic::Deaths),
         Mutation::ResizeKeepsLinks | Mutation::ResizeKeepsTail | Mutation::ResizeBaresBacking => {
             Some(Tactic::Sizes)
         }
