@@ -12,7 +12,7 @@ use disk::{Completed, Disk, DiskQueue, OpenError, RequestError, SpaceStatus, Spa
 use qcow2::SECTOR;
 use storage::Storage;
 use tracing::error;
-use vhost_blk::{BlockDevice, BlockQueue, DeviceProfile, GuestSlice};
+use vhost_blk::{BlockDevice, BlockQueue, DeviceProfile, GuestSlice, JournalMemory};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::held::{DiskRef, Held, Reopening};
@@ -29,6 +29,8 @@ pub struct DiskDevice<S: Storage> {
     facts: Mutex<DiskFacts>,
     serial: [u8; 20],
     watch: DeviceWatch,
+    /// Where the disk keeps its journal, also when it is opened again. A leaf lock.
+    journal: Mutex<Option<JournalMemory>>,
 }
 
 /// The properties of a disk that its guest sees.
@@ -83,18 +85,24 @@ impl<S: Storage> DiskDevice<S> {
         let watch = DeviceWatch::default();
         watch.follow(&disk);
         let facts = Mutex::new(DiskFacts::of(&disk));
-        DiskDevice { facts, disk: Held::new(Some(disk), reopening), serial, watch }
+        let disk = Held::new(Some(disk), reopening);
+        DiskDevice { facts, disk, serial, watch, journal: Mutex::default() }
     }
 
     /// A device whose disk another process still uses. It is opened when the first queue starts.
     pub fn released(facts: DiskFacts, serial: [u8; 20], reopening: Reopening<S>) -> Self {
         let disk = Held::new(None, Some(reopening));
-        DiskDevice { facts: Mutex::new(facts), disk, serial, watch: DeviceWatch::default() }
+        let (watch, journal) = (DeviceWatch::default(), Mutex::default());
+        DiskDevice { facts: Mutex::new(facts), disk, serial, watch, journal }
     }
 
     /// The disk, for queries; none while it is released.
     pub fn disk(&self) -> Option<DiskRef<'_, S>> {
         self.disk.get()
+    }
+
+    fn journal(&self) -> MutexGuard<'_, Option<JournalMemory>> {
+        self.journal.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What the guest sees of the disk.
@@ -178,10 +186,20 @@ impl<S: Storage> BlockDevice for DiskDevice<S> {
         }
     }
 
+    fn keep_journal(&self, memory: Option<JournalMemory>) -> io::Result<()> {
+        if let Some(disk) = self.disk.wait() {
+            disk.keep_journal(memory.clone()).map_err(io::Error::other)?;
+        }
+        *self.journal() = memory;
+        Ok(())
+    }
+
     fn queue(&self, depth: u32) -> io::Result<DeviceQueue<S>> {
         let disk = self.disk.get_back(|disk| {
             self.watch.follow(disk);
             *self.facts.lock().unwrap_or_else(PoisonError::into_inner) = DiskFacts::of(disk);
+            let journal = self.journal().clone();
+            disk.keep_journal(journal).map(|_| ())
         });
         let queue = disk.and_then(|disk| disk.queue(depth)).map_err(io::Error::other)?;
         Ok(DeviceQueue { queue, in_flight: 0, gauge: self.watch.gauge() })

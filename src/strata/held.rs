@@ -83,15 +83,19 @@ impl<S: Storage> Held<S> {
         }
     }
 
-    fn wait(&self) -> Option<DiskRef<'_, S>> {
+    /// The disk, unless it is released.
+    pub fn wait(&self) -> Option<DiskRef<'_, S>> {
         DiskRef::of(self.disk.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// The disk, opened first if it is released. `opened` is called with a disk that was just opened.
     ///
     /// # Errors
-    /// When it cannot be opened: another process may use the image.
-    pub fn get_back(&self, opened: impl FnOnce(&Disk<S>)) -> Result<DiskRef<'_, S>, OpenError> {
+    /// When it cannot be opened: another process may use the image. Or the error of `opened`; then it is not open.
+    pub fn get_back(
+        &self,
+        opened: impl FnOnce(&Disk<S>) -> Result<(), OpenError>,
+    ) -> Result<DiskRef<'_, S>, OpenError> {
         if let Some(disk) = self.wait() {
             return Ok(disk);
         }
@@ -99,7 +103,9 @@ impl<S: Storage> Held<S> {
             let mut held = self.write();
             if held.is_none() {
                 let reopening = self.reopening.as_ref().expect("a disk that may be released can be opened");
-                opened(held.insert(reopening.open()?));
+                let disk = reopening.open()?;
+                opened(&disk)?;
+                *held = Some(disk);
                 info!("the image is open for writing here");
             }
         }

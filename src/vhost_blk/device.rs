@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use block::{Completed, Request, RequestId};
@@ -11,6 +12,10 @@ use vmm_sys_util::eventfd::EventFd;
 /// A span of guest memory, already translated and checked. The session keeps the mapping until its request is done or
 /// the [`BlockQueue`] is dropped.
 pub type GuestSlice = VolatileSlice<'static, ()>;
+
+/// Memory that outlives the process, in which a disk records what it has not made durable. The frontend has it too, and
+/// may change it at any time.
+pub type JournalMemory = Arc<dyn AsRef<[AtomicU64]> + Send + Sync>;
 
 /// The properties of a disk that the guest sees.
 #[derive(Clone, Debug)]
@@ -42,6 +47,16 @@ pub trait BlockDevice: Send + Sync + 'static {
 
     /// The properties of the disk. Constant while a session lasts.
     fn profile(&self) -> DeviceProfile;
+
+    /// From now on the disk records in this memory what it answers and has not made durable; with `None` nowhere. No
+    /// queue exists. First everything that was answered becomes durable, and what a dead process left in this memory is
+    /// carried out. A disk without a record does nothing.
+    ///
+    /// # Errors
+    /// When something cannot be made durable.
+    fn keep_journal(&self, _memory: Option<JournalMemory>) -> io::Result<()> {
+        Ok(())
+    }
 
     /// Creates a queue for the calling thread, which keeps it there. At most `depth` requests are in flight on it.
     ///

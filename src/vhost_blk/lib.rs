@@ -62,7 +62,7 @@ pub mod internals {
 }
 
 pub use block::{Completed, Request, RequestId};
-pub use device::{BlockDevice, BlockQueue, DeviceProfile, GuestSlice};
+pub use device::{BlockDevice, BlockQueue, DeviceProfile, GuestSlice, JournalMemory};
 pub use error::SessionError;
 pub use metrics::{Metrics, QueueSnapshot};
 pub use options::ServeOptions;

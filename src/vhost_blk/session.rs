@@ -62,6 +62,10 @@ enum Refusal {
     Log(#[from] LogError),
     #[error("what was written could not be made durable; the disk has failed")]
     NotDurable,
+    #[error(
+        "what was answered so far cannot be made durable, or what a dead daemon left cannot be carried out: {0}"
+    )]
+    Journal(io::Error),
     #[error("{0} was not offered")]
     NotOffered(&'static str),
 }
@@ -170,6 +174,17 @@ impl<D: BlockDevice> Session<D> {
     /// Ends the session: every queue is drained and stopped.
     pub(crate) fn close(&mut self) {
         self.stop_all();
+        self.end_journal();
+    }
+
+    /// The in-flight region is let go: the disk no longer records anything there. All queues are stopped.
+    fn end_journal(&mut self) {
+        if self.region.take().is_none() {
+            return;
+        }
+        if let Err(error) = self.device.keep_journal(None) {
+            warn!(%error, "what was answered could not be made durable when the in-flight region was let go");
+        }
     }
 
     fn refuse<T>(&mut self, refusal: impl Into<Refusal>) -> Result<T> {
@@ -319,9 +334,10 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
         self.stop_all();
         self.vrings.iter_mut().for_each(|vring| vring.enabled = false);
         // The device begins anew, and so does its record, whoever uses it next.
-        if let Some(region) = self.region.take() {
+        if let Some(region) = &self.region {
             region.empty();
         }
+        self.end_journal();
         self.cache = WriteCache::new();
         self.update_write_through();
         Ok(())
@@ -560,6 +576,10 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
         match checked.and_then(|claim| Region::map(claim, file, memory.loss())) {
             Ok(region) => {
                 self.stop_all();
+                if let Err(error) = self.device.keep_journal(region.journal()) {
+                    self.start_all();
+                    return self.refuse(Refusal::Journal(error));
+                }
                 let kept = region.write_cache();
                 self.region = Some(region);
                 self.change_cache(|cache| cache.take_over(kept));

@@ -1,4 +1,5 @@
-//! The layout of the in-flight region: where each queue's area lies, and the page behind them that only Strata uses.
+//! The layout of the in-flight region: where each queue's area lies, and behind them the page and the journal that only
+//! Strata uses.
 //!
 //! Pure arithmetic. The areas and their fields are those of the vhost-user specification ("Inflight I/O tracking"),
 //! which leaves the space between areas to the back-end: here each begins at a multiple of 64 bytes, so that no two
@@ -12,6 +13,9 @@ pub(super) const ENTRY_BYTES: usize = 16;
 const AREA_ALIGNMENT: usize = 64;
 /// Strata's own page begins at a multiple of this and has this many bytes, whatever the host's pages are.
 pub(super) const OWN_BYTES: usize = 4096;
+/// Bytes of the device's journal behind that page. With records of 32 bytes there are some 32,000 changes between two
+/// cuts of the metadata. Pages that are never used take no memory.
+pub(super) const JOURNAL_BYTES: usize = 1 << 20;
 
 /// The layout of a region for so many queues of so many descriptors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,9 +47,14 @@ impl Layout {
         self.areas_bytes().next_multiple_of(OWN_BYTES)
     }
 
-    /// Bytes of the whole region, Strata's page included.
-    pub(crate) fn bytes(self) -> usize {
+    /// The offset of the device's journal.
+    pub(super) fn journal_at(self) -> usize {
         self.own_at() + OWN_BYTES
+    }
+
+    /// Bytes of the whole region, with Strata's page and the journal.
+    pub(crate) fn bytes(self) -> usize {
+        self.journal_at() + JOURNAL_BYTES
     }
 }
 
@@ -65,7 +74,8 @@ mod tests {
             }
             assert!(layout.queue_at(queues - 1) + used <= layout.areas_bytes());
             assert!(layout.areas_bytes() <= layout.own_at() && layout.own_at().is_multiple_of(4096));
-            assert_eq!(layout.bytes(), layout.own_at() + 4096);
+            assert_eq!(layout.journal_at(), layout.own_at() + 4096);
+            assert_eq!(layout.bytes(), layout.journal_at() + (1 << 20));
         }
     }
 
@@ -73,6 +83,6 @@ mod tests {
     fn the_sizes_are_those_of_the_specification() {
         let layout = Layout { queues: 2, queue_size: 128 };
         assert_eq!(layout.queue_at(1), 16 + 128 * 16 + 48, "rounded up to 64 bytes");
-        assert_eq!((layout.areas_bytes(), layout.own_at(), layout.bytes()), (4224, 8192, 12288));
+        assert_eq!((layout.areas_bytes(), layout.own_at(), layout.journal_at()), (4224, 8192, 12288));
     }
 }

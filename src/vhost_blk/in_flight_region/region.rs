@@ -9,14 +9,16 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use rustix::fs::{MemfdFlags, SealFlags};
 use vhost::vhost_user::message::VhostUserInflight;
 use vm_memory::{FileOffset, MmapRegion};
 
 use super::cells::{Entry, Header, MAGIC, OWN_VERSION, Own};
-use super::layout::Layout;
+use super::layout::{JOURNAL_BYTES, Layout};
 use crate::descriptor::{self, Kind};
+use crate::device::JournalMemory;
 use crate::loss::{MemoryLoss, Watch};
 use crate::memory::page_bytes;
 
@@ -103,6 +105,8 @@ pub(crate) struct Region {
     layout: Layout,
     /// The mapping holds Strata's page, whoever it belongs to.
     has_own: bool,
+    /// The mapping holds the journal, whoever it belongs to. A region of an earlier version ends before it.
+    has_journal: bool,
 }
 
 /// The mapping. Its watch is declared first, so that it drops before the mapping.
@@ -138,14 +142,19 @@ impl Region {
             return Err(RegionError::TooShort { bytes, needed });
         }
         // Never more than the layout has, whatever the claim.
-        let has_own = bytes >= layout.bytes() as u64;
-        let used = if has_own { layout.bytes() } else { layout.areas_bytes() };
+        let has_own = bytes >= layout.journal_at() as u64;
+        let has_journal = bytes >= layout.bytes() as u64;
+        let used = match (has_own, has_journal) {
+            (_, true) => layout.bytes(),
+            (true, false) => layout.journal_at(),
+            (false, false) => layout.areas_bytes(),
+        };
         // Huge pages are mapped and unmapped whole; such a file's length is a multiple of them.
         let mapped = used.next_multiple_of(page);
         let memory = MmapRegion::<()>::from_file(FileOffset::new(file, offset), mapped)
             .map_err(|error| failed("map it", io::Error::other(error)))?;
         let watch = Watch::new(memory.as_ptr(), mapped, page, loss).ok_or(RegionError::TooMany)?;
-        Ok(Region { mapping: Arc::new(Mapping { watch, memory }), layout, has_own })
+        Ok(Region { mapping: Arc::new(Mapping { watch, memory }), layout, has_own, has_journal })
     }
 
     /// A new region that no frontend has.
@@ -199,6 +208,15 @@ impl Region {
         }
     }
 
+    /// The memory of the device's journal, if the region has one. It keeps the mapping.
+    pub(crate) fn journal(&self) -> Option<JournalMemory> {
+        if !self.has_journal || self.own().is_none() {
+            return None;
+        }
+        let mapping = Arc::clone(&self.mapping);
+        Some(Arc::new(JournalArea { mapping, at: self.layout.journal_at() }))
+    }
+
     /// Strata's page, if the region has one.
     fn own(&self) -> Option<&Own> {
         if !self.has_own {
@@ -239,8 +257,30 @@ impl QueueArea {
     }
 }
 
+/// The device's journal. It keeps the mapping.
+#[derive(Debug)]
+struct JournalArea {
+    mapping: Arc<Mapping>,
+    /// Offset in the mapping, in bytes.
+    at: usize,
+}
+
+impl AsRef<[AtomicU64]> for JournalArea {
+    #[inline]
+    fn as_ref(&self) -> &[AtomicU64] {
+        // SAFETY: the area lies in the mapping, which `self` keeps, at a multiple of 4096 bytes (see `Layout`). It
+        // consists of atomics, for which every bit pattern is a value, and which others may change at any time.
+        unsafe {
+            let first = self.mapping.memory.as_ptr().add(self.at).cast::<AtomicU64>();
+            std::slice::from_raw_parts(first, JOURNAL_BYTES / size_of::<AtomicU64>())
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::Ordering;
+
     use super::*;
 
     const MOST: Layout = Layout { queues: 4, queue_size: 256 };
@@ -258,7 +298,7 @@ mod tests {
     fn a_new_region_is_sealed_and_empty() {
         let (message, file) = claim(0, 0, 2, 128).and_then(Claim::create).expect("a region");
         let VhostUserInflight { mmap_size, mmap_offset, num_queues, queue_size } = message;
-        assert_eq!((mmap_size, mmap_offset, num_queues, queue_size), (12288, 0, 2, 128));
+        assert_eq!((mmap_size, mmap_offset, num_queues, queue_size), (12288 + (1 << 20), 0, 2, 128));
         assert_eq!(file.metadata().expect("its length").len(), mmap_size);
         assert!(file.set_len(0).is_err() && file.set_len(2 * mmap_size).is_err());
         let region = map(mmap_size, 0, &file).expect("it fits");
@@ -287,6 +327,29 @@ mod tests {
     }
 
     #[test]
+    fn a_journal_outlives_the_mapping_and_stays_within_its_part() {
+        let (message, file) = claim(0, 0, 2, 128).and_then(Claim::create).expect("a region");
+        let bytes = message.mmap_size;
+        let words = |journal: &JournalMemory| (**journal).as_ref().len();
+        let journal = map(bytes, 0, &file).expect("it fits").journal().expect("a journal");
+        assert_eq!(words(&journal), (1 << 20) / 8);
+        (*journal).as_ref()[0].store(1, Ordering::Relaxed);
+        (*journal).as_ref()[words(&journal) - 1].store(2, Ordering::Relaxed);
+        drop(journal);
+        let again = map(bytes, 0, &file).expect("it fits").journal().expect("a journal");
+        let ends = [0, words(&again) - 1].map(|at| (*again).as_ref()[at].load(Ordering::Relaxed));
+        assert_eq!(ends, [1, 2]);
+        let mut raw = [0; 8];
+        for (at, word) in [(12288, 1), (bytes - 8, 2)] {
+            file.read_exact_at(&mut raw, at).expect("its bytes");
+            assert_eq!(u64::from_ne_bytes(raw), word);
+        }
+        assert!(map(12288, 0, &file).expect("it fits").journal().is_none(), "of an earlier version");
+        file.write_all_at(&[9], 8192).expect("another magic");
+        assert!(map(bytes, 0, &file).expect("it fits").journal().is_none(), "of another program");
+    }
+
+    #[test]
     fn impossible_numbers_are_refused() {
         for (queues, size) in [(0, 128), (5, 128), (2, 0), (2, 257), (u16::MAX, u16::MAX)] {
             assert!(claim(1 << 40, 0, queues, size).is_err(), "{queues} queues of {size}");
@@ -295,9 +358,9 @@ mod tests {
         let cases = [
             (0, 0, "nothing"),
             (4223, 0, "shorter than the areas"),
-            (12289, 0, "longer than the file"),
+            (12289 + (1 << 20), 0, "longer than the file"),
             (u64::MAX, 0, "as long as can be"),
-            (12288, 4096, "its end is beyond the file"),
+            (12288 + (1 << 20), 4096, "its end is beyond the file"),
             (4224, u64::MAX - 4095, "its end overflows"),
             (4224, i64::MAX as u64 & !4095, "its end overflows a file offset"),
             (4224, 64, "an offset inside a page"),

@@ -8,7 +8,9 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use vhost_blk::{BlockDevice, BlockQueue, Completed, DeviceProfile, GuestSlice, Request, RequestId};
+use vhost_blk::{
+    BlockDevice, BlockQueue, Completed, DeviceProfile, GuestSlice, JournalMemory, Request, RequestId,
+};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -61,6 +63,10 @@ pub struct MemoryDisk {
     pub portions: Mutex<Vec<(usize, bool)>>,
     /// For each turn after a submission: the bytes of the requests submitted for it, data or ranges.
     pub batches: Mutex<Vec<u64>>,
+    /// What was offered for a journal: its number of words, and the first, which then grows by one.
+    pub journals: Mutex<Vec<Option<(usize, u64)>>>,
+    /// The next offer is refused.
+    pub refuses_journal: AtomicBool,
     later: bool,
 }
 
@@ -93,6 +99,8 @@ impl MemoryDisk {
             slow: AtomicBool::new(false),
             portions: Mutex::default(),
             batches: Mutex::default(),
+            journals: Mutex::default(),
+            refuses_journal: AtomicBool::new(false),
             later,
         })
     }
@@ -151,6 +159,18 @@ impl BlockDevice for Shared {
     fn release(&self) -> io::Result<bool> {
         self.0.releases.fetch_add(1, Ordering::SeqCst);
         Ok(true)
+    }
+
+    fn keep_journal(&self, memory: Option<JournalMemory>) -> io::Result<()> {
+        if self.0.refuses_journal.swap(false, Ordering::SeqCst) {
+            return Err(io::Error::other("it cannot be flushed"));
+        }
+        let offered = memory.map(|memory| {
+            let words = (*memory).as_ref();
+            (words.len(), words[0].fetch_add(1, Ordering::SeqCst))
+        });
+        self.0.journals.lock().unwrap().push(offered);
+        Ok(())
     }
 
     fn queue(&self, depth: u32) -> io::Result<MemoryQueue> {
