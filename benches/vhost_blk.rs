@@ -12,10 +12,10 @@ use std::sync::atomic::Ordering;
 use vm_memory::{Bytes, GuestAddress};
 
 use harness::{Case, Named};
-use vhost_blk::DeviceProfile;
 use vhost_blk::internals::{
     Chain, Checker, GuestMemory, MemoryTable, Parsed, RegionInfo, Ring, RingLayout, SplitTracker, Used,
 };
+use vhost_blk::{Capacity, DeviceProfile};
 
 /// Chains per run.
 const CHAINS: u16 = 64;
@@ -98,7 +98,7 @@ impl Guest {
         let mut ring = Ring::new(&layout, &memory).expect("a valid ring");
         ring.disable_kicks().expect("a valid ring");
         let profile = DeviceProfile {
-            capacity_sectors: 1 << 20,
+            capacity: Capacity::new(1 << 20),
             block_size: 512,
             optimal_io_size: 65536,
             read_only: false,

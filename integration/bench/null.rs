@@ -11,8 +11,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use vhost_blk::{
-    BlockDevice, BlockQueue, Completed, DeviceProfile, GuestSlice, Request, RequestId, ServeOptions, Server,
-    StopHandle,
+    BlockDevice, BlockQueue, Capacity, Completed, DeviceProfile, GuestSlice, Request, RequestId,
+    ServeOptions, Server, StopHandle,
 };
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -38,7 +38,7 @@ impl BlockDevice for NullDevice {
 
     fn profile(&self) -> DeviceProfile {
         DeviceProfile {
-            capacity_sectors: self.bytes / 512,
+            capacity: Capacity::new(self.bytes / 512),
             block_size: 512,
             optimal_io_size: 65536,
             read_only: false,

@@ -2,13 +2,15 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use engine::{Engine, EngineSpec, EngineStatus, FileIndex, JournalMemory};
+use qcow2::SECTOR;
 use storage::{FileInfo, Storage, StorageError};
 
 use crate::background::housekeeper::{Housekeeper, Keeper};
 use crate::background::leak_input::LeakInput;
+use crate::background::resizing::Resizing;
 use crate::error::OpenError;
 use crate::inflate;
 use crate::layer::Layer;
@@ -24,6 +26,7 @@ use crate::serve::queue::DiskQueue;
 use crate::serve::space::{Space, SpaceWatch};
 use crate::serve::zero_route::ZeroRoute;
 use crate::shared::{SIDE_QUEUE_DEPTH, Shared, WORKERS_MAX};
+use crate::size::{NewSize, ResizeError, Resized, Shrinking};
 
 /// An open disk.
 pub struct Disk<S: Storage> {
@@ -104,6 +107,8 @@ impl<S: Storage> Disk<S> {
         let awaits_journal = top_header.is_some_and(|header| header.journal_number().is_some());
         let shared = Arc::new(Shared {
             storage,
+            size: AtomicU64::new(engine.size()),
+            resizing: AtomicBool::new(false),
             engine,
             layers: chain.layers,
             files: chain.files,
@@ -136,9 +141,47 @@ impl<S: Storage> Disk<S> {
         self.shared.is_qcow2()
     }
 
-    /// Virtual size in bytes.
+    /// Virtual size in bytes. It changes with [`Disk::resize`].
     pub fn size(&self) -> u64 {
-        self.shared.engine.size()
+        // Acquire pairs with the release at the end of a resize: requests up to this size find all that it changed.
+        self.shared.size.load(Ordering::Acquire)
+    }
+
+    /// Bytes of the top image's file or device as it is now, in whole sectors: the size of a raw disk whose file has
+    /// been resized. None for a qcow2 image.
+    ///
+    /// # Errors
+    /// If the host cannot report it.
+    pub fn raw_length(&self) -> Result<Option<u64>, StorageError> {
+        if self.shared.is_qcow2() {
+            return Ok(None);
+        }
+        let length = self.shared.storage.length(self.shared.top_file())?;
+        Ok(Some(length.next_multiple_of(SECTOR)))
+    }
+
+    /// Resizes the disk while it is in use, and waits until that is done and durable. Requests go on meanwhile. The
+    /// new part reads as zero. The caller lets no request reach past the present size before this has returned, and none
+    /// past the new size from its call on.
+    ///
+    /// # Errors
+    /// See [`ResizeError`]. The disk has its old size then.
+    pub fn resize(&self, wanted: NewSize, shrinking: Shrinking) -> Result<Resized, ResizeError> {
+        let mut resizing = self.resizing(wanted, shrinking)?;
+        loop {
+            if let Some(result) = resizing.poll() {
+                return result;
+            }
+            resizing.wait(None);
+        }
+    }
+
+    /// As [`Disk::resize`], but the caller drives it.
+    ///
+    /// # Errors
+    /// If the resize cannot begin; see [`ResizeError`].
+    pub fn resizing(&self, wanted: NewSize, shrinking: Shrinking) -> Result<Resizing<S>, ResizeError> {
+        Resizing::begin(&self.shared, wanted, shrinking)
     }
 
     /// The top image's cluster size in bytes; none for a raw image.

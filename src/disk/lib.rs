@@ -20,8 +20,10 @@ mod rules;
 mod runtime;
 mod serve;
 mod shared;
+mod size;
 
 pub use background::housekeeper::Keeper;
+pub use background::resizing::Resizing;
 pub use block::{Request, RequestId};
 pub use disk::Disk;
 pub use engine::JournalMemory;

@@ -120,3 +120,39 @@ pub fn must_zero_tail(size: u64, cluster_size: u64) -> bool {
 pub fn replay_counts_first() -> bool {
     unless_broken(true, [(Mutation::ReplayCountsLate, false)])
 }
+
+/// A step of a resize of a disk in use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ResizeStep {
+    /// The tables and the map reach to the new end. The L1 table is durably so long.
+    Extend,
+    /// All requests that know only the old end, or that began when the disk was larger, have ended.
+    AwaitOlder,
+    /// The part between the two ends reads as zero, and its space is freed.
+    Clear,
+    /// Everything so far is durable.
+    Flush,
+    /// The header durably names the new size.
+    StoreSize,
+    /// A file that holds the disk byte by byte is cut at the new end.
+    Cut,
+}
+
+/// The order in which a disk in use grows: docs/durability.md, "Resizing a disk in use".
+pub fn growth_order() -> &'static [ResizeStep] {
+    use ResizeStep::{AwaitOlder, Clear, Extend, Flush, StoreSize};
+    const RIGHT: &[ResizeStep] = &[Extend, AwaitOlder, Clear, Flush, StoreSize];
+    unless_broken(
+        RIGHT,
+        [
+            (Mutation::LiveSizeFirst, &[Extend, AwaitOlder, StoreSize, Clear, Flush]),
+            (Mutation::LiveGrowthKeepsOld, &[Extend, AwaitOlder, Flush, StoreSize]),
+        ],
+    )
+}
+
+/// The order in which a disk in use shrinks.
+pub fn shrinking_order() -> &'static [ResizeStep] {
+    use ResizeStep::{AwaitOlder, Clear, Cut, Flush, StoreSize};
+    &[AwaitOlder, StoreSize, Cut, Clear, Flush]
+}

@@ -20,8 +20,8 @@ use crate::serve::policy::ZeroPolicy;
 use crate::serve::space::Space;
 use crate::serve::zero_route::ZeroRoute;
 
-/// Workers of one disk at a time: queues, the housekeeper, and the thread that closes it.
-pub(crate) const WORKERS_MAX: usize = 258;
+/// Workers of one disk at a time: queues, the housekeeper, and the threads that resize it and close it.
+pub(crate) const WORKERS_MAX: usize = 259;
 /// Operations in flight of the thread that opens or closes a disk, and of the housekeeper.
 pub(crate) const SIDE_QUEUE_DEPTH: u32 = 64;
 
@@ -37,6 +37,10 @@ pub(crate) struct Shared<S: Storage> {
     /// The top image's first sector, for changes of the header; none for a raw or read-only top image.
     pub header: Option<HeaderSector>,
     pub read_only: bool,
+    /// The disk's size in bytes, as its header names it. The engine's tables reach at least as far.
+    pub size: AtomicU64,
+    /// A resize is under way.
+    pub resizing: AtomicBool,
     /// Wakes the housekeeper.
     pub bell: Arc<Bell>,
     /// Set once, by the first thread that is to set the corrupt bit.

@@ -99,6 +99,10 @@ pub(crate) const MAP_LEAF_ENTRIES: u64 = loom(4096, 4, 4);
 /// The most leaves, of 32 KiB each: enough for 2^31 clusters. An image of a few clusters may claim to be a disk of 2^60
 /// bytes; this bounds its cost. Clusters in no leaf are resolved again each time.
 pub(crate) const MAP_LEAVES_MAX: usize = loom(1024, 2, 4) as usize;
+/// Leaves for which every directory has room, so that a disk may grow: 64 are 2^27 clusters. They are allocated when used.
+pub(crate) const MAP_SPARE_LEAVES: usize = loom(64, 2, 1) as usize;
+/// Frames that every map may have, whatever the size of its disk, which may grow. They are allocated when used.
+pub(crate) const MAP_FRAMES_MIN: usize = loom(8192, 1, 1) as usize;
 /// Frames that are allocated together. Each page is aligned to a system page, which would waste one for a single frame.
 pub(crate) const MAP_CHUNK_FRAMES: usize = loom(16, 1, 1) as usize;
 /// Frames that one sweep for idle memory checks, and the most that it returns.

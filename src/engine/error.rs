@@ -60,6 +60,17 @@ pub enum EngineError {
     /// The refcount table would grow past its limit of 8 MiB.
     #[error("the refcount table cannot grow past 8 MiB: the image file is as large as its format allows")]
     RefcountTableFull,
+    /// The disk would need a longer L1 table than the table's clusters have room for.
+    #[error(
+        "a disk of this size needs {entries} entries in its L1 table, which has room for {room}; the table can be moved \
+         only while the image is not in use"
+    )]
+    L1TableFull {
+        /// Entries that the size needs.
+        entries: u64,
+        /// Entries that fit into the table's clusters.
+        room: u64,
+    },
     /// The image file would grow past the largest offset in its format.
     #[error("the image file cannot grow past 2^56 bytes, the largest offset of its format")]
     FileTooLarge,

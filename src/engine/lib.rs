@@ -24,6 +24,7 @@ mod error;
 mod fill;
 mod flush;
 mod free;
+mod grow;
 mod guard;
 mod hashed;
 mod journal;
@@ -64,6 +65,7 @@ pub use cut::{FlushCut, FlushStep, HeaderSwitch, TableWrite};
 pub use entries::{Entries, UsedEntry};
 pub use epoch::{Epoch, Epochs, WorkerEpochs};
 pub use error::{EngineError, Proof, Structure};
+pub use grow::GrowthPlan;
 pub use guard::MetadataRun;
 pub use journal::{JournalError, JournalMemory, Replay};
 pub use layers::{LayerFormat, LayerSpec};
@@ -92,7 +94,7 @@ use std::task::Waker;
 use qcow2::{GuestCluster, GuestOffset, HostOffset};
 
 use crate::alloc::Allocator;
-use crate::bounds::{MAP_BYTES_MAX, TABLE_SLICE_BYTES_MAX, TABLES_BYTES_MAX};
+use crate::bounds::{MAP_BYTES_MAX, MAP_FRAMES_MIN, TABLE_SLICE_BYTES_MAX, TABLES_BYTES_MAX};
 use crate::claims::Claims;
 use crate::cut::FlushState;
 use crate::early::Early;
@@ -132,7 +134,8 @@ pub struct Engine {
     unit_bits: u32,
     /// [`Engine::granule`], as a shift.
     granule_bits: u32,
-    size: u64,
+    /// Stored under the engine's lock, when a disk grows (grow.rs).
+    size: AtomicU64,
     epochs: Arc<Epochs>,
     claims: Claims,
     failed: AtomicBool,
@@ -201,7 +204,7 @@ impl Engine {
         let map = ChainMap::new(
             clusters,
             unit,
-            slices.min(spec.map_bytes.min(MAP_BYTES_MAX) / frame_bytes),
+            slices.max(MAP_FRAMES_MIN).min(spec.map_bytes.min(MAP_BYTES_MAX) / frame_bytes),
             has_subclusters,
         );
         // An exact walk needs a slice of each layer at once, a copy of an L2 table the whole table. Several
@@ -238,7 +241,7 @@ impl Engine {
             map,
             unit_bits: unit.trailing_zeros(),
             granule_bits: granule.trailing_zeros(),
-            size,
+            size: AtomicU64::new(size),
             epochs: Epochs::new(spec.workers),
             claims: Claims::default(),
             failed: AtomicBool::new(false),
@@ -247,9 +250,11 @@ impl Engine {
         })
     }
 
-    /// Virtual size in bytes.
+    /// Virtual size in bytes. It grows with [`Engine::commit_growth`], and never shrinks.
+    #[inline]
     pub fn size(&self) -> u64 {
-        self.size
+        // Acquire pairs with the release in `Engine::commit_growth`: what the growth changed in the map comes first.
+        self.size.load(Ordering::Acquire)
     }
 
     /// Bytes of guest data that a word of the map covers: the top image's cluster size. A power of two.

@@ -26,7 +26,7 @@ use qcow2::{GuestCluster, Subcluster, SubclusterSet, Subclusters};
 
 use crate::bounds::{
     MAP_CHUNK_FRAMES as CHUNK_FRAMES, MAP_LEAF_ENTRIES as LEAF_ENTRIES, MAP_LEAVES_MAX as LEAVES_MAX,
-    MAP_SLICE_WORDS as SLICE_WORDS,
+    MAP_SLICE_WORDS as SLICE_WORDS, MAP_SPARE_LEAVES as SPARE_LEAVES,
 };
 use crate::rules::places;
 use crate::sync::{AtomicBool, AtomicU64, OnceLock, Ordering, zeroed};
@@ -160,7 +160,9 @@ type Leaf = Box<[AtomicU64]>;
 
 /// The shared side of the map.
 pub(crate) struct ChainMap {
-    clusters: u64,
+    /// Clusters of the disk. Stored under the engine's lock, after the slice of the old end was removed
+    /// ([`MapWriter::grow`]). A reader of a cluster past the old end has seen the disk's new size, which is stored later.
+    clusters: AtomicU64,
     /// Size of a cluster in 512-byte units: the distance from word to word in a run of data.
     step: u64,
     has_subclusters: bool,
@@ -175,12 +177,14 @@ pub(crate) struct ChainMap {
 impl ChainMap {
     /// A map for `clusters` guest clusters of `unit` bytes in at most `frames` frames. A frame is 4 KiB, or 8 KiB with
     /// second words for subclusters (`has_subclusters`). A chunk of frames is allocated when its first frame is used.
+    ///
+    /// The directory has room for a disk that grows; what it has no room for is resolved again each time.
     pub fn new(clusters: u64, unit: u64, frames: usize, has_subclusters: bool) -> Self {
         let slices = clusters.div_ceil(SLICE_WORDS);
-        let leaves = slices.div_ceil(LEAF_ENTRIES) as usize;
+        let leaves = (slices.div_ceil(LEAF_ENTRIES) as usize).max(SPARE_LEAVES);
         let frames = frames.clamp(1, FRAMES_MAX);
         ChainMap {
-            clusters,
+            clusters: AtomicU64::new(clusters),
             step: unit / 512,
             has_subclusters,
             directory: (0..leaves).map(|_| OnceLock::new()).collect(),
@@ -245,16 +249,28 @@ impl ChainMap {
     /// The word of a cluster whose slice is a run. A run ends at the end of the disk.
     #[inline]
     fn word_in_run(&self, first: Word, cluster: GuestCluster) -> Word {
-        if cluster.0 < self.clusters {
+        if cluster.0 < self.clusters() {
             first.in_run(cluster.0 % SLICE_WORDS, self.step)
         } else {
             Word::UNRESOLVED
         }
     }
 
+    #[inline]
+    fn clusters(&self) -> u64 {
+        // Relaxed: ordered by the disk's size (see the field).
+        self.clusters.load(Ordering::Relaxed)
+    }
+
+    /// The most frames that may be used at a time: one for each slice of the disk as it is now.
+    fn frames_max(&self) -> usize {
+        let slices = usize::try_from(self.clusters().div_ceil(SLICE_WORDS)).unwrap_or(usize::MAX);
+        self.referenced.len().min(slices.max(1))
+    }
+
     /// The number of clusters of the disk in a slice.
     fn slice_len(&self, slice: SliceIndex) -> usize {
-        self.clusters.saturating_sub(slice.first().0).min(SLICE_WORDS) as usize
+        self.clusters().saturating_sub(slice.first().0).min(SLICE_WORDS) as usize
     }
 
     /// True if `next` follows `word` as in a run.
@@ -343,7 +359,26 @@ impl MapWriter {
 
     /// True if a slice can be made resident.
     pub fn has_room(&self, map: &ChainMap, slice: SliceIndex) -> bool {
-        self.leaves < LEAVES_MAX || map.slot(slice).is_some()
+        let in_directory = slice.0 / LEAF_ENTRIES < map.directory.len() as u64;
+        (in_directory && self.leaves < LEAVES_MAX) || map.slot(slice).is_some()
+    }
+
+    /// The disk has this many clusters from now on, at least as many as before. The slice in which it ended is resolved
+    /// again: if it was a run, the run would go on past the old end.
+    pub fn grow(&mut self, map: &ChainMap, clusters: u64) {
+        let before = map.clusters();
+        let slice = SliceIndex(before / SLICE_WORDS);
+        if let Some(slot) = map.slot(slice) {
+            match Entry(slot.load(Ordering::Relaxed)).place() {
+                Place::Nowhere => {}
+                Place::Run(_) => Self::publish_entry(slot, Entry::ABSENT),
+                Place::Frame(number) => {
+                    self.forget(map, number, slice);
+                    self.free.push(number);
+                }
+            }
+        }
+        map.clusters.store(clusters.max(before), Ordering::Relaxed);
     }
 
     /// Makes a slice resident with these words (at most [`SLICE_WORDS`]), evicting another if the map is full. Does
@@ -377,6 +412,10 @@ impl MapWriter {
         let slice = SliceIndex::of(cluster);
         let Some(slot) = map.slot(slice) else { return };
         let at = (cluster.0 % SLICE_WORDS) as usize;
+        if at >= map.slice_len(slice) {
+            // Past the end of the disk: a run ends there.
+            return;
+        }
         match Entry(slot.load(Ordering::Relaxed)).place() {
             Place::Nowhere => {}
             Place::Run(first) if places::stays_run(first.in_run(at as u64, map.step) == word) => {}
@@ -465,7 +504,7 @@ impl MapWriter {
             self.note_sweepable(map);
             return number;
         }
-        if self.owners.len() < map.referenced.len() {
+        if self.owners.len() < map.frames_max() {
             self.owners.push(Owner { slice: None, generation: 0, joints: 0 });
             self.note_sweepable(map);
             return self.owners.len() - 1;

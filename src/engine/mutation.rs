@@ -101,6 +101,10 @@ pub enum Mutation {
     ResizeKeepsTail,
     /// The backing file is visible in the new part of a disk.
     ResizeBaresBacking,
+    /// The header names the new size of a disk in use before the new part reads as zero.
+    LiveSizeFirst,
+    /// The new part of a disk in use keeps what the image has there.
+    LiveGrowthKeepsOld,
     /// A slice of the map that is a run stays one although one of its clusters has changed.
     RunKept,
     /// A slice of the map is treated as a run although one of its clusters does not join the one before.
@@ -189,6 +193,8 @@ impl Mutation {
         Mutation::ResizeKeepsLinks,
         Mutation::ResizeKeepsTail,
         Mutation::ResizeBaresBacking,
+        Mutation::LiveSizeFirst,
+        Mutation::LiveGrowthKeepsOld,
         Mutation::RunKept,
         Mutation::GapTakenForRun,
         Mutation::ClaimForced,

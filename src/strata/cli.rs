@@ -180,6 +180,11 @@ pub struct ServeArgs {
     #[arg(long, value_name = "N", default_value = "1024", value_parser = queue_size, help_heading = DEVICE)]
     pub queue_size: u16,
 
+    /// The file in which SIGHUP finds the size that the disk is to have from then on, while it is in use: as 20G, or as
+    /// "10G shrink" if what lies behind a smaller end may be lost [default: SIGHUP reads a raw image's own size anew]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["read_only", "snapshot"], help_heading = DEVICE)]
+    pub size_file: Option<PathBuf>,
+
     /// The disk's serial number in the guest: at most 20 printable ASCII characters [default: made of the image's file
     /// name and its path]
     #[arg(long, value_name = "TEXT", help_heading = DEVICE)]

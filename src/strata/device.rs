@@ -8,17 +8,20 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use block::{Request, RequestId};
+use disk::resize::{NewSize, ResizeError, Resized, Shrinking};
 use disk::{Completed, Disk, DiskQueue, OpenError, RequestError, SpaceStatus, SpaceWatch};
 use qcow2::SECTOR;
 use storage::Storage;
 use tracing::error;
-use vhost_blk::{BlockDevice, BlockQueue, DeviceProfile, GuestSlice, JournalMemory};
+use vhost_blk::{BlockDevice, BlockQueue, Capacity, DeviceProfile, GuestSlice, JournalMemory};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::held::{DiskRef, Held, Reopening};
 
 /// The best alignment of a raw image's requests, in bytes: a page, and a block of most file systems.
 const RAW_UNIT: u32 = 4096;
+/// How often a resize looks whether it is to be given up.
+const RESIZE_PACE: Duration = Duration::from_millis(100);
 /// How long a queue whose thread panics waits for the host before it ends the program.
 const PANIC_PATIENCE: Duration = Duration::from_secs(30);
 
@@ -28,6 +31,7 @@ pub struct DiskDevice<S: Storage> {
     /// What the guest sees of it, also while it is released.
     facts: Mutex<DiskFacts>,
     serial: [u8; 20],
+    capacity: Capacity,
     watch: DeviceWatch,
     /// Where the disk keeps its journal, also when it is opened again. A leaf lock.
     journal: Mutex<Option<JournalMemory>>,
@@ -84,16 +88,18 @@ impl<S: Storage> DiskDevice<S> {
     pub fn releasable(disk: Disk<S>, serial: [u8; 20], reopening: Option<Reopening<S>>) -> Self {
         let watch = DeviceWatch::default();
         watch.follow(&disk);
-        let facts = Mutex::new(DiskFacts::of(&disk));
-        let disk = Held::new(Some(disk), reopening);
-        DiskDevice { facts, disk, serial, watch, journal: Mutex::default() }
+        let facts = DiskFacts::of(&disk);
+        let capacity = Capacity::new(facts.size / SECTOR);
+        let (facts, disk, journal) = (Mutex::new(facts), Held::new(Some(disk), reopening), Mutex::default());
+        DiskDevice { facts, disk, serial, capacity, watch, journal }
     }
 
     /// A device whose disk another process still uses. It is opened when the first queue starts.
     pub fn released(facts: DiskFacts, serial: [u8; 20], reopening: Reopening<S>) -> Self {
         let disk = Held::new(None, Some(reopening));
-        let (watch, journal) = (DeviceWatch::default(), Mutex::default());
-        DiskDevice { facts: Mutex::new(facts), disk, serial, watch, journal }
+        let capacity = Capacity::new(facts.size / SECTOR);
+        let (facts, watch, journal) = (Mutex::new(facts), DeviceWatch::default(), Mutex::default());
+        DiskDevice { facts, disk, serial, capacity, watch, journal }
     }
 
     /// The disk, for queries; none while it is released.
@@ -108,6 +114,42 @@ impl<S: Storage> DiskDevice<S> {
     /// What the guest sees of the disk.
     pub fn facts(&self) -> DiskFacts {
         *self.facts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Resizes the disk while it is served: no request reaches past the smaller of the two sizes until that is durable. It
+    /// is given up where `gives_up` says so. `None` if the disk is released; it is not released meanwhile. The caller tells
+    /// the frontend (`vhost_blk::BackChannel`).
+    ///
+    /// # Errors
+    /// As [`Disk::resize`]. The disk has its old size then.
+    pub fn resize(
+        &self,
+        wanted: NewSize,
+        shrinking: Shrinking,
+        gives_up: impl Fn() -> bool,
+    ) -> Result<Option<Resized>, ResizeError> {
+        let Some(disk) = self.disk.get() else { return Ok(None) };
+        let mut resizing = disk.resizing(wanted, shrinking)?;
+        let Resized { from, to } = resizing.sizes();
+        self.capacity.set(from.min(to) / SECTOR);
+        let outcome = loop {
+            if let Some(outcome) = resizing.poll() {
+                break outcome;
+            }
+            if gives_up() {
+                resizing.give_up();
+            }
+            resizing.wait(Some(RESIZE_PACE));
+        };
+        self.note_facts(&disk);
+        outcome.map(Some)
+    }
+
+    /// The disk was opened or resized.
+    fn note_facts(&self, disk: &Disk<S>) {
+        let facts = DiskFacts::of(disk);
+        *self.facts.lock().unwrap_or_else(PoisonError::into_inner) = facts;
+        self.capacity.set(facts.size / SECTOR);
     }
 
     /// Closes the disk. All queues have been dropped by then.
@@ -174,7 +216,7 @@ impl<S: Storage> BlockDevice for DiskDevice<S> {
         let unit = facts.granule.map_or(RAW_UNIT, |size| u32::try_from(size).unwrap_or(RAW_UNIT));
         let writable = !facts.read_only;
         DeviceProfile {
-            capacity_sectors: facts.size / SECTOR,
+            capacity: self.capacity.clone(),
             block_size: SECTOR as u32,
             optimal_io_size: unit,
             read_only: !writable,
@@ -197,7 +239,7 @@ impl<S: Storage> BlockDevice for DiskDevice<S> {
     fn queue(&self, depth: u32) -> io::Result<DeviceQueue<S>> {
         let disk = self.disk.get_back(|disk| {
             self.watch.follow(disk);
-            *self.facts.lock().unwrap_or_else(PoisonError::into_inner) = DiskFacts::of(disk);
+            self.note_facts(disk);
             let journal = self.journal().clone();
             disk.keep_journal(journal).map(|_| ())
         });

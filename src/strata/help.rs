@@ -147,6 +147,8 @@ Examples:
   strata resize --shrink vm.qcow2 -10G
   strata resize --format raw disk.img 40G
 
+An image that strata serves is resized by strata serve itself: see --size-file there.
+
 No machine may be using the image. A size is a multiple of 512 bytes. The new part of a disk reads as zero, also where a
 backing file is longer. The data past the new end of a disk is lost: make its partitions and file
 systems smaller first, in the guest.

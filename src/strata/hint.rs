@@ -137,6 +137,9 @@ fn locked_hint(purpose: Purpose) -> String {
         Purpose::ServeReadOnly => {
             "an image that is being written cannot be read by others, not even with --read-only".into()
         }
+        Purpose::Resize => {
+            "if strata serves the image, SIGHUP resizes it in use: see size-file in its help".into()
+        }
         _ => "stop what uses the image: this command changes it, and needs it alone".into(),
     }
 }

@@ -21,6 +21,7 @@ mod log;
 mod notify;
 mod report;
 mod resize;
+mod resizer;
 mod serve;
 mod shutdown;
 mod signals;

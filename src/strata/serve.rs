@@ -20,6 +20,7 @@ use crate::error::{ProgramError, Purpose};
 use crate::held::Reopening;
 use crate::listen::Place;
 use crate::notify;
+use crate::resizer::Resizer;
 use crate::shutdown::Shutdown;
 use crate::size;
 use crate::watchdog::Watchdog;
@@ -52,9 +53,16 @@ pub fn run(options: &ServeArgs) -> Result<(), ProgramError> {
         let (device, metrics, image) = (Arc::clone(&device), Arc::clone(&offer.metrics), image.to_owned());
         move || tell_totals(&image, &metrics, device.watch().space_status(), map_bytes(&device))
     };
-    shutdown.serving(watch.clone(), totals);
+    let resizer = Resizer::start(
+        Arc::clone(&device),
+        Arc::clone(&offer.back_channel),
+        options.size_file.clone(),
+        stop.clone(),
+    )?;
+    shutdown.serving(watch.clone(), totals, resizer.asker());
     let served = serve(&place, image, &device, &offer, &stop);
     shutdown.closing();
+    drop(resizer);
     let map_bytes = map_bytes(&device);
     let closed = close(image, device);
     shutdown.done();

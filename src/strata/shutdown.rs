@@ -36,6 +36,8 @@ struct State {
     device: DeviceWatch,
     /// Logs the totals so far, while the disk is served.
     totals: Option<Box<dyn Fn() + Send>>,
+    /// Asks for a resize of the disk, while it is served.
+    resize: Option<Box<dyn Fn() + Send>>,
 }
 
 struct Shared {
@@ -53,15 +55,20 @@ pub struct Shutdown {
 }
 
 impl Shutdown {
-    /// Handles SIGTERM, SIGINT and SIGXCPU, which from now on use `stop`; SIGUSR1, which logs the totals; and SIGHUP
-    /// and SIGUSR2, which do nothing.
+    /// Handles SIGTERM, SIGINT and SIGXCPU, which from now on use `stop`; SIGUSR1, which logs the totals; SIGHUP, which
+    /// resizes the disk; and SIGUSR2, which does nothing.
     ///
     /// # Errors
     /// When the host refuses a thread or a handler.
     pub fn start(stop: StopHandle) -> Result<Self, ProgramError> {
         let failed = |step| move |source| ProgramError::Host { step, source };
-        let state =
-            State { stage: Stage::Opening, stopping: None, device: DeviceWatch::default(), totals: None };
+        let state = State {
+            stage: Stage::Opening,
+            stopping: None,
+            device: DeviceWatch::default(),
+            totals: None,
+            resize: None,
+        };
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), stop });
         let mut signals = Signals::new([SIGTERM, SIGINT, SIGXCPU, SIGHUP, SIGUSR1, SIGUSR2])
             .map_err(failed("setting signal handlers up"))?;
@@ -80,17 +87,23 @@ impl Shutdown {
     }
 
     /// The disk is open: from now on a signal starts a clean shutdown.
-    pub fn serving(&self, device: DeviceWatch, totals: impl Fn() + Send + 'static) {
+    pub fn serving(
+        &self,
+        device: DeviceWatch,
+        totals: impl Fn() + Send + 'static,
+        resize: impl Fn() + Send + 'static,
+    ) {
         let mut state = self.state();
         (state.stage, state.device) = (Stage::Serving, device);
         state.totals = Some(Box::new(totals));
+        state.resize = Some(Box::new(resize));
     }
 
     /// The last session has ended, and the image is being closed.
     pub fn closing(&self) {
         let mut state = self.state();
         state.stage = Stage::Closing;
-        state.totals = None;
+        (state.totals, state.resize) = (None, None);
         self.begin(&mut state);
     }
 
@@ -114,7 +127,10 @@ impl Shutdown {
         let name = signal_name(signal).unwrap_or("a signal");
         let mut state = self.state();
         match (signal, &state.totals) {
-            (SIGHUP, _) => return info!("SIGHUP: there is nothing to read anew"),
+            (SIGHUP, _) => match &state.resize {
+                Some(resize) => return resize(),
+                None => return info!("SIGHUP: the disk is not being served, so it keeps its size"),
+            },
             (SIGUSR1, Some(log_totals)) => return log_totals(),
             (SIGUSR1 | SIGUSR2, _) => {
                 return info!("{name}: nothing to do; SIGUSR1 logs the totals of a disk in use");

@@ -105,6 +105,7 @@ pub(crate) fn protocol_features() -> VhostUserProtocolFeatures {
         | VhostUserProtocolFeatures::RESET_DEVICE
         | VhostUserProtocolFeatures::INFLIGHT_SHMFD
         | VhostUserProtocolFeatures::LOG_SHMFD
+        | VhostUserProtocolFeatures::BACKEND_REQ
 }
 
 /// `size` bytes of the configuration space from `offset`, padded with zeros; `None` if the range exceeds the space.
@@ -126,7 +127,7 @@ pub(crate) fn read(
 /// struct virtio_blk_config up to and including the write-zeroes fields, all little-endian.
 fn space(profile: &DeviceProfile, num_queues: u16, queue_size: u16, writeback: bool) -> Vec<u8> {
     let mut space = Vec::with_capacity(CONFIG_SPACE);
-    space.extend(profile.capacity_sectors.to_le_bytes());
+    space.extend(profile.capacity.sectors().to_le_bytes());
     space.extend(SIZE_MAX.to_le_bytes());
     // Header and status need a descriptor each.
     space.extend(u32::from(SEG_MAX.min(queue_size.saturating_sub(2)).max(1)).to_le_bytes());
@@ -158,10 +159,11 @@ fn only(offered: bool, value: u32) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::Capacity;
 
     fn profile() -> DeviceProfile {
         DeviceProfile {
-            capacity_sectors: 0x1234,
+            capacity: Capacity::new(0x1234),
             block_size: 512,
             optimal_io_size: 65536,
             read_only: false,

@@ -11,6 +11,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, Statx, StatxFlags};
+use rustix::net::{AddressFamily, sockopt};
 use tracing::{debug, warn};
 
 /// With so many descriptors waiting to be closed, no more are received.
@@ -105,7 +106,11 @@ fn file_system(mounts: &str, id: Option<u64>, device: (u32, u32)) -> Option<&str
 }
 
 /// Returns the descriptor if it is admitted, else one of /dev/null; `None` if the host has no descriptor left for that.
-pub(crate) fn admit(fd: OwnedFd) -> Option<OwnedFd> {
+/// A unix socket is admitted as a back channel only.
+pub(crate) fn admit(fd: OwnedFd, as_channel: bool) -> Option<OwnedFd> {
+    if as_channel && sockopt::socket_domain(&fd).is_ok_and(|domain| domain == AddressFamily::UNIX) {
+        return Some(fd);
+    }
     let Kind::Other(what) = kind_of(&fd) else { return Some(fd) };
     warn!(
         "the frontend sent a descriptor of {what}; it is not used. Events need eventfds, and guest memory needs a \
@@ -139,7 +144,7 @@ pub(crate) fn may_receive() -> bool {
 }
 
 /// Closes a descriptor on another thread, because the close may never return.
-fn close_beside(fd: OwnedFd) {
+pub(crate) fn close_beside(fd: OwnedFd) {
     let mut state = closing();
     state.waiting.push(fd);
     if state.threads == CLOSERS_MAX {
@@ -182,7 +187,7 @@ mod tests {
         let zero = fs::File::open("/dev/zero").expect("/dev/zero");
         for fd in [OwnedFd::from(pipe), socket.into(), zero.into()] {
             assert!(matches!(kind_of(&fd), Kind::Other(_)));
-            let admitted = admit(fd).expect("a descriptor of /dev/null");
+            let admitted = admit(fd, false).expect("a descriptor of /dev/null");
             let path = fs::read_link(format!("/proc/self/fd/{}", admitted.as_raw_fd())).expect("procfs");
             assert_eq!(path, std::path::Path::new("/dev/null"));
         }

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use block::{Completed, Request, RequestId};
@@ -17,11 +17,37 @@ pub type GuestSlice = VolatileSlice<'static, ()>;
 /// may change it at any time.
 pub type JournalMemory = Arc<dyn AsRef<[AtomicU64]> + Send + Sync>;
 
+/// A disk's capacity. It may change while the disk is served: requests are checked against the present one.
+#[derive(Clone, Debug)]
+pub struct Capacity {
+    sectors: Arc<AtomicU64>,
+}
+
+impl Capacity {
+    /// A capacity in 512-byte sectors.
+    pub fn new(sectors: u64) -> Self {
+        Capacity { sectors: Arc::new(AtomicU64::new(sectors)) }
+    }
+
+    /// The present capacity in 512-byte sectors.
+    #[inline]
+    pub fn sectors(&self) -> u64 {
+        // Acquire pairs with the release in `set`: a request in a new part finds the disk ready for it.
+        self.sectors.load(Ordering::Acquire)
+    }
+
+    /// Changes the capacity. The disk must serve all of it from now on. A request that was checked before may still be
+    /// under way past a smaller capacity.
+    pub fn set(&self, sectors: u64) {
+        self.sectors.store(sectors, Ordering::Release);
+    }
+}
+
 /// The properties of a disk that the guest sees.
 #[derive(Clone, Debug)]
 pub struct DeviceProfile {
-    /// Capacity in 512-byte sectors.
-    pub capacity_sectors: u64,
+    /// The capacity, shared by all who have this profile.
+    pub capacity: Capacity,
     /// Logical block size in bytes (512).
     pub block_size: u32,
     /// Preferred I/O size in bytes: the cluster size of a qcow2 image.
@@ -45,7 +71,7 @@ pub trait BlockDevice: Send + Sync + 'static {
     /// One thread's access to the disk.
     type Queue: BlockQueue;
 
-    /// The properties of the disk. Constant while a session lasts.
+    /// The properties of the disk. All but the capacity are constant while a session lasts.
     fn profile(&self) -> DeviceProfile;
 
     /// From now on the disk records in this memory what it answers and has not made durable; with `None` nowhere. No

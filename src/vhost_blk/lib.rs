@@ -11,6 +11,7 @@
 
 #![deny(unsafe_code)]
 
+mod back_channel;
 pub mod bounds;
 mod config;
 mod control;
@@ -61,8 +62,9 @@ pub mod internals {
     pub use crate::ring::{Chain, Fault, Ring, RingLayout, Used};
 }
 
+pub use back_channel::BackChannel;
 pub use block::{Completed, Request, RequestId};
-pub use device::{BlockDevice, BlockQueue, DeviceProfile, GuestSlice, JournalMemory};
+pub use device::{BlockDevice, BlockQueue, Capacity, DeviceProfile, GuestSlice, JournalMemory};
 pub use error::SessionError;
 pub use metrics::{Metrics, QueueSnapshot};
 pub use options::ServeOptions;

@@ -17,6 +17,12 @@ pub(crate) fn payload_bytes(header: &[u8]) -> usize {
     size.map_or(0, |size| u32::from_ne_bytes(size) as usize)
 }
 
+/// True for the first bytes of a message that gives a back channel.
+pub(crate) fn gives_channel(bytes: &[u8]) -> bool {
+    let request = bytes.first_chunk().map(|request| u32::from_ne_bytes(*request));
+    request == Some(FrontendReq::SET_BACKEND_REQ_FD as u32)
+}
+
 /// The parts of a message that the session needs and `vhost` does not pass on.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Envelope {
@@ -69,6 +75,7 @@ impl Envelope {
                     | R::SET_VRING_ERR
                     | R::SET_VRING_ENABLE
                     | R::SET_CONFIG
+                    | R::SET_BACKEND_REQ_FD
                     | R::SET_INFLIGHT_FD
             )
         )

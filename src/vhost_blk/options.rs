@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::back_channel::BackChannel;
 use crate::error::SessionError;
 use crate::metrics::Metrics;
 use crate::pulse::Pulse;
@@ -27,6 +28,8 @@ pub struct ServeOptions {
     pub metrics: Arc<Metrics>,
     /// Shows what the server does and whether its threads get on, for at least `num_queues` queues.
     pub pulse: Arc<Pulse>,
+    /// The way to the frontend that is being served.
+    pub back_channel: Arc<BackChannel>,
 }
 
 impl ServeOptions {
@@ -39,6 +42,7 @@ impl ServeOptions {
             message_timeout: Duration::from_secs(10),
             metrics: Arc::new(Metrics::new(num_queues)),
             pulse: Arc::new(Pulse::new(num_queues, |_| {})),
+            back_channel: Arc::default(),
         }
     }
 

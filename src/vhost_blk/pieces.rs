@@ -140,12 +140,13 @@ fn take_front(data: &mut VecDeque<GuestSlice>, bytes: u64, slices: &mut Vec<Gues
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::Capacity;
 
     const GRANULE: u32 = 65536;
 
     fn cutter() -> Cutter {
         let profile = DeviceProfile {
-            capacity_sectors: u64::MAX / 512,
+            capacity: Capacity::new(u64::MAX / 512),
             block_size: 512,
             optimal_io_size: GRANULE,
             read_only: false,

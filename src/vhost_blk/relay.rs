@@ -20,7 +20,7 @@ use rustix::net::{
 
 use crate::descriptor;
 use crate::error::SessionEnd;
-use crate::message::{HEADER, payload_bytes};
+use crate::message::{HEADER, gives_channel, payload_bytes};
 
 /// The longest payload that `vhost` accepts. It refuses a longer one from the header alone.
 const PAYLOAD_MAX: usize = 4096;
@@ -32,6 +32,16 @@ const DESCRIPTORS_MAX: usize = 32;
 pub(crate) struct Message {
     pub bytes: Vec<u8>,
     files: Vec<OwnedFd>,
+}
+
+impl Message {
+    /// A copy of the descriptor of a message that gives a back channel; `vhost` does not pass it on as it is.
+    pub(crate) fn channel(&self) -> Option<OwnedFd> {
+        match &self.files[..] {
+            [file] if gives_channel(&self.bytes) => file.try_clone().ok(),
+            _ => None,
+        }
+    }
 }
 
 /// The events that end the wait for a message.
@@ -154,12 +164,13 @@ fn take(socket: &UnixStream, at_most: usize, message: &mut Message) -> Result<Ta
     let mut bytes = vec![0; at_most];
     let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
     let received = rustix::net::recvmsg(socket, &mut [IoSliceMut::new(&mut bytes)], &mut control, flags)?;
+    message.bytes.extend(&bytes[..received.bytes]);
+    let as_channel = gives_channel(&message.bytes);
     for part in control.drain() {
         if let RecvAncillaryMessage::ScmRights(files) = part {
-            message.files.extend(files.filter_map(descriptor::admit));
+            message.files.extend(files.filter_map(|file| descriptor::admit(file, as_channel)));
         }
     }
-    message.bytes.extend(&bytes[..received.bytes]);
     Ok(Taken { bytes: received.bytes, cut: received.flags.contains(ReturnFlags::CTRUNC) })
 }
 

@@ -81,7 +81,6 @@ pub struct Submission {
 #[derive(Debug)]
 pub struct Checker {
     profile: DeviceProfile,
-    capacity: u64,
 }
 
 /// The status with which a request is refused.
@@ -90,8 +89,7 @@ type Refusal = Status;
 impl Checker {
     /// A checker of requests for a disk with this profile.
     pub fn new(profile: DeviceProfile) -> Self {
-        let capacity = profile.capacity_sectors.saturating_mul(SECTOR);
-        Checker { profile, capacity }
+        Checker { profile }
     }
 
     /// Parses a chain. Afterwards the chain holds only the data: `chain.writable` for a read, `chain.readable` for a
@@ -162,7 +160,11 @@ impl Checker {
     fn in_range(&self, sector: u64, bytes: u64) -> Result<u64, Refusal> {
         let offset = sector.checked_mul(SECTOR).ok_or(Status::IoError)?;
         let end = offset.checked_add(bytes).ok_or(Status::IoError)?;
-        if end > self.capacity { Err(Status::IoError) } else { Ok(offset) }
+        if end > self.profile.capacity.sectors().saturating_mul(SECTOR) {
+            Err(Status::IoError)
+        } else {
+            Ok(offset)
+        }
     }
 
     /// The segments of a discard or write zeroes (virtio 1.2, 5.2.6.2): all are checked before any is done.

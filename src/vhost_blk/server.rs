@@ -243,7 +243,7 @@ fn handle_messages<D: BlockDevice>(
         if let Some(door) = door.filter(|_| !std::mem::replace(&mut heard, true)) {
             door.heard();
         }
-        lock().begin_message(Envelope::parse(&message.bytes));
+        lock().begin_message(Envelope::parse(&message.bytes), message.channel());
         let handed = relay.hand_over(&message);
         drop(message);
         let handled = handed.map_err(Error::SocketError).and_then(|()| handler.handle_request());

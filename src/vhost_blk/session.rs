@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,10 +16,11 @@ use vhost::vhost_user::message::{
     VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
     VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
 };
-use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
+use vhost::vhost_user::{Backend, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
 use crate::config::{self, FLUSH, LOG_ALL, PROTOCOL_FEATURES, WRITEBACK_OFFSET};
 use crate::control::{Shared, Stop};
+use crate::descriptor;
 use crate::device::{BlockDevice, DeviceProfile};
 use crate::dirty_log::{DirtyLog, LogError};
 use crate::error::MemoryError;
@@ -90,6 +92,8 @@ pub(crate) struct Session<D: BlockDevice> {
     log: Option<Arc<DirtyLog>>,
     /// The envelope of the current message.
     message: Envelope,
+    /// The back channel that the current message gives.
+    channel: Option<OwnedFd>,
     /// The current message was understood, and refused.
     refused: bool,
 }
@@ -115,6 +119,7 @@ impl<D: BlockDevice> Session<D> {
             region: None,
             log: None,
             message: Envelope::default(),
+            channel: None,
             refused: false,
         }
     }
@@ -130,9 +135,11 @@ impl<D: BlockDevice> Session<D> {
     }
 
     /// To be called before each message is handled.
-    pub(crate) fn begin_message(&mut self, message: Envelope) {
+    pub(crate) fn begin_message(&mut self, message: Envelope, channel: Option<OwnedFd>) {
         self.message = message;
         self.refused = false;
+        // One that was not taken: no frontend may have this thread wait in a close.
+        std::mem::replace(&mut self.channel, channel).into_iter().for_each(descriptor::close_beside);
     }
 
     /// Whether the session goes on after the current message failed: it was understood and refused, and the frontend is
@@ -173,6 +180,8 @@ impl<D: BlockDevice> Session<D> {
 
     /// Ends the session: every queue is drained and stopped.
     pub(crate) fn close(&mut self) {
+        self.options.back_channel.set(None);
+        self.channel.take().into_iter().for_each(descriptor::close_beside);
         self.stop_all();
         self.end_journal();
     }
@@ -552,6 +561,11 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
             }
             _ => self.refuse(Refusal::ConfigWrite { offset }),
         }
+    }
+
+    fn set_backend_req_fd(&mut self, _: Backend) {
+        // `vhost` has checked the socket. It offers no way to send this device's one message, so a copy is used.
+        self.options.back_channel.set(self.channel.take());
     }
 
     fn set_gpu_socket(&mut self, _: GpuBackend) -> Result<()> {

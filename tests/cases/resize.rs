@@ -435,3 +435,61 @@ fn raw_images_get_another_length() {
     run(NewSize::Smaller(4096), Shrinking::Accepted).expect("cut");
     assert!(std::fs::read(&image).expect("the file") == [7; 4096]);
 }
+
+#[test]
+fn a_disk_in_use_grows_and_shrinks() {
+    let Some(qemu) = Qemu::find() else { return };
+    for (cluster_size, over) in [(64 * K, false), (4 * K, true), (512, false)] {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (base, image) = (folder.path().join("base.raw"), folder.path().join("image.qcow2"));
+        let mut spec = ImageSpec { cluster_size, ..ImageSpec::qcow2(M + 512) };
+        if over {
+            std::fs::write(&base, vec![0xbb; 3 * M as usize]).expect("a longer backing file");
+            spec.backing = Some((base.clone(), Format::Raw));
+        }
+        qemu.create(&image, &spec).expect("an image");
+        let mut rig = Rig::open(&image, &options()).expect("it opens");
+        let first = if over { 0xbb } else { 0 };
+        let mut expected = vec![first; (M + 512) as usize];
+        assert!(rig.read_all() == expected);
+        for size in [M + 1024, 2 * M, M - 512, 2 * M - 4096, 64 * M.min(cluster_size * 64)] {
+            let from = expected.len() as u64;
+            let resized = rig.disk().resize(NewSize::Of(size), Shrinking::Accepted).expect("resized");
+            assert_eq!(resized, Resized { from, to: size });
+            expected.resize(size as usize, 0);
+            assert!(rig.read_all() == expected, "{cluster_size}: {from} to {size}");
+            let granule = spec.granule_size();
+            let mut model = ByteModel::with_contents(&expected, size, granule, DiscardRule::ZeroesClusters);
+            rig.run(&[write(size - 1024, 1024, 1), write(size / 2 / K * K, K, 2)], &mut model);
+            expected = model.read(0, size);
+        }
+        rig.close();
+        assert_clean(&image, "after resizes in use");
+        assert!(qemu.read_all(&image, Format::Qcow2).expect("read") == expected);
+    }
+}
+
+#[test]
+fn a_disk_in_use_is_not_resized_to_what_it_cannot_be() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let image = folder.path().join("image.qcow2");
+    qemu.create(&image, &ImageSpec { cluster_size: 512, ..ImageSpec::qcow2(M) }).expect("an image");
+    let mut rig = Rig::open(&image, &options()).expect("it opens");
+    let refused =
+        |rig: &Rig, size, shrinking| rig.disk().resize(size, shrinking).expect_err("refused").to_string();
+    // 64 entries of 32 KiB each.
+    let moves = refused(&rig, NewSize::Of(2 * M + 512), Shrinking::Refused);
+    assert!(moves.contains("only while the image is not in use"), "{moves}");
+    let shrinks = refused(&rig, NewSize::Smaller(512), Shrinking::Refused);
+    assert!(shrinks.contains("what lies behind is lost"), "{shrinks}");
+    assert!(refused(&rig, NewSize::Of(100), Shrinking::Accepted).contains("no multiple of 512"));
+    assert_eq!(rig.disk().size(), M);
+    assert!(rig.read_all() == vec![0; M as usize]);
+    rig.disk().resize(NewSize::Of(2 * M), Shrinking::Refused).expect("it fits");
+    rig.close();
+    let read_only = DiskOptions { read_only: true, ..options() };
+    let rig = Rig::open(&image, &read_only).expect("it opens");
+    assert!(refused(&rig, NewSize::Larger(512), Shrinking::Refused).contains("read-only"));
+    rig.close();
+}

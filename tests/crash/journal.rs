@@ -92,6 +92,8 @@ pub enum Op {
     Late(u64),
     /// Closes the disk, changes its snapshots or its size, and reopens it. Requests in flight end first.
     Change(Deed),
+    /// Resizes the disk to this many sectors while requests go on.
+    Live(u64),
 }
 
 impl Op {
@@ -108,7 +110,7 @@ impl Op {
             | Op::Gappy { sector, count }
             | Op::Zeroes { sector, count, .. }
             | Op::Discard { sector, count } => sector..sector + count,
-            Op::Flush | Op::Pause(_) | Op::Late(_) | Op::Change(_) => 0..0,
+            Op::Flush | Op::Pause(_) | Op::Late(_) | Op::Change(_) | Op::Live(_) => 0..0,
         }
     }
 
@@ -129,7 +131,7 @@ impl Op {
     fn changed(&self, shape: &Shape, sectors: u64) -> Range<u64> {
         match *self {
             Op::Change(Deed::Apply) => 0..shape.sectors_max(),
-            Op::Change(Deed::Resize(to)) => sectors.min(to)..sectors.max(to),
+            Op::Change(Deed::Resize(to)) | Op::Live(to) => sectors.min(to)..sectors.max(to),
             Op::Read { .. } | Op::Flush | Op::Pause(_) | Op::Late(_) | Op::Change(_) => 0..0,
             Op::Write { .. } | Op::Gappy { .. } | Op::Zeroes { .. } => self.sectors(),
             Op::Discard { .. } if shape.discards_nothing() => 0..0,
@@ -241,7 +243,7 @@ impl Journal {
         match entry.op {
             Op::Write { .. } => Value::Write(entry.write),
             Op::Gappy { .. } if !self.shape.is_gap(sector as u64) => Value::Write(entry.write),
-            Op::Change(Deed::Resize(to)) if sector as u64 >= to => Value::NoSector,
+            Op::Change(Deed::Resize(to)) | Op::Live(to) if sector as u64 >= to => Value::NoSector,
             Op::Change(Deed::Apply) => self.applied[&request][sector],
             _ => Value::Zero,
         }
@@ -351,6 +353,13 @@ impl Journal {
         self.allowed(sector as usize, |_| true, settled)
     }
 
+    /// True for a sector of the last, partial granule of a disk of this size, where the disk is resized in use. A discard
+    /// to the disk's end has that granule zeroed, unless the disk has just become larger.
+    fn is_in_ragged_end(&self, sector: u64, sectors: u64) -> bool {
+        let is_live = self.entries.iter().any(|entry| matches!(entry.op, Op::Live(_)));
+        is_live && sector >= sectors / self.shape.granule_sectors() * self.shape.granule_sectors()
+    }
+
     /// True if the image was changed while closed.
     pub fn has_changes(&self) -> bool {
         self.entries.iter().any(|entry| matches!(entry.op, Op::Change(_)))
@@ -367,7 +376,8 @@ impl Journal {
         // The data of requests that ended before the horizon is overwritten for good.
         let is_hint = |entry: &Entry| {
             matches!(entry.op, Op::Discard { .. })
-                && self.shape.is_hint(&entry.op.sectors(), sector as u64, entry.sectors)
+                && (self.shape.is_hint(&entry.op.sectors(), sector as u64, entry.sectors)
+                    || self.is_in_ragged_end(sector as u64, entry.sectors))
         };
         let lasting = |(_, entry): &(u32, &Entry)| settled(entry) && !is_hint(entry);
         let horizon = touching().filter(lasting).map(|(_, entry)| entry.submitted.order).max();

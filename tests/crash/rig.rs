@@ -1,15 +1,18 @@
 //! A whole disk in one thread on a simulated host: two queues and the housekeeper, polled in an order that a seed
 //! determines. The code under test is the production code. This module decides the order and the passing of time.
 
+mod resizing;
+
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use disk::change::{ChangeError, ChangeRefusal};
-use disk::resize::{NewSize, ResizeError, Shrinking, resize};
 use disk::snapshot::{Change, change};
-use disk::{Completed, Disk, DiskQueue, Keeper, OpenError, Request, RequestError, RequestId, SpaceStatus};
+use disk::{
+    Completed, Disk, DiskQueue, Keeper, OpenError, Request, RequestError, RequestId, Resizing, SpaceStatus,
+};
 use engine::EngineStatus;
 use storage::GuestSlice;
 use storage_sim::{Fault, Hung, Moment, Outcome, Random, SimOptions, SimStorage, SimWorld};
@@ -51,6 +54,8 @@ pub struct Rig {
     pub misread: Option<String>,
     queues: Vec<DiskQueue<SimStorage>>,
     keeper: Option<Keeper<SimStorage>>,
+    /// A resize of the disk in use, and its entry in the journal.
+    resizing: Option<(usize, Resizing<SimStorage>)>,
     /// None only while the closed image is changed.
     disk: Option<Disk<SimStorage>>,
     shape: Shape,
@@ -199,6 +204,7 @@ impl Rig {
             misread: None,
             queues,
             keeper,
+            resizing: None,
             disk: Some(disk),
             flying: (0..SLOTS).map(|_| None).collect(),
             next_write: first_write,
@@ -293,16 +299,18 @@ impl Rig {
     /// If no operation ends any more.
     pub fn play(&mut self, ops: &[Op], at_once: usize) {
         let mut next = 0;
-        while next < ops.len() || self.in_flight() > 0 {
+        while next < ops.len() || self.in_flight() > 0 || self.resizing.is_some() {
             let may_submit = match ops.get(next) {
                 None => false,
-                Some(Op::Pause(_) | Op::Change(_)) => self.in_flight() == 0,
+                Some(Op::Pause(_) | Op::Change(_)) => self.in_flight() == 0 && self.resizing.is_none(),
+                Some(Op::Live(_)) => self.resizing.is_none(),
                 Some(_) => self.in_flight() < at_once.min(SLOTS),
             };
             if may_submit && (at_once == 1 || self.random.chance(1, 3)) {
                 match ops[next] {
                     Op::Pause(milliseconds) => self.pause(Duration::from_millis(milliseconds)),
                     Op::Change(deed) => self.change_image(deed),
+                    Op::Live(sectors) => self.begin_resize(sectors),
                     Op::Late(milliseconds) => self.late = Some(Duration::from_millis(milliseconds)),
                     op => {
                         // A sequence without concurrency is played exactly as written.
@@ -360,18 +368,6 @@ impl Rig {
         self.journal.sectors = disk.size() / SECTOR;
         (self.disk, self.queues, self.keeper) = (Some(disk), queues, keeper);
         self.note_quiet();
-    }
-
-    fn resize(&self, sectors: u64) -> bool {
-        let (size, options) = (NewSize::Of(sectors * SECTOR), self.shape.options());
-        match resize(self.world.storage(), Path::new(TOP), size, Shrinking::Accepted, &options) {
-            Ok(_) => true,
-            Err(ResizeError::Change(ChangeError::Refused {
-                source: ChangeRefusal::BackingShowsThrough { .. },
-                ..
-            })) => false,
-            Err(error) => panic!("to {sectors} sectors: {error}"),
-        }
     }
 
     fn change_snapshots(&mut self, deed: Deed, request: usize, oldest: String, values: Arc<[Value]>) -> bool {
@@ -454,6 +450,9 @@ impl Rig {
         self.turn_tide();
         if let Some(watch) = &mut self.watch {
             watch.tick(&self.world, &self.journal);
+        }
+        if self.resizing.is_some() && self.random.chance(1, 4) {
+            self.poll_resizing();
         }
         let done = match self.random.below(QUEUES as u64 * 2 + 4) {
             0 => self.poll_keeper(),
@@ -688,6 +687,6 @@ fn request(op: Op, write_through: bool) -> Request {
             Request::Discard { offset: bytes(sector), length: bytes(count), write_through }
         }
         Op::Flush => Request::Flush,
-        Op::Pause(_) | Op::Late(_) | Op::Change(_) => panic!("{op:?} is no request"),
+        Op::Pause(_) | Op::Late(_) | Op::Change(_) | Op::Live(_) => panic!("{op:?} is no request"),
     }
 }

@@ -183,6 +183,33 @@ impl<'r> Author<'r> {
         ops
     }
 
+    /// A script that resizes the disk in use again and again, while requests go on near its ends.
+    pub fn resized_in_use(&mut self, length: usize) -> Vec<Op> {
+        let unit = self.shape.cluster_sectors();
+        let mut ops = Vec::new();
+        for _ in 0..3 {
+            let smaller = 1 + self.random.below(self.shape.sectors);
+            let cluster = smaller / unit * unit;
+            let near = |ops: &mut Vec<Op>, author: &mut Self| {
+                ops.push(Op::write(cluster, unit.min(SECTORS_MAX)));
+                ops.extend(author.script(length / 6));
+                let count = unit.min(SECTORS_MAX);
+                ops.push(if author.random.chance(1, 2) {
+                    Op::write(cluster, count)
+                } else {
+                    Op::Discard { sector: cluster, count }
+                });
+            };
+            near(&mut ops, self);
+            ops.push(Op::Live(smaller));
+            near(&mut ops, self);
+            let larger = if self.random.chance(1, 2) { cluster + unit } else { self.size() };
+            ops.push(Op::Live(larger.min(self.shape.sectors_max())));
+            near(&mut ops, self);
+        }
+        ops
+    }
+
     /// A script in which most writes need one cluster and are followed by a flush at once.
     pub fn flushed(&mut self, length: usize) -> Vec<Op> {
         let unit = self.shape.cluster_sectors();
@@ -361,6 +388,8 @@ pub enum Tactic {
     Overtaken,
     /// In every run the disk changes its size.
     Sizes,
+    /// In every run the disk changes its size in use.
+    LiveSizes,
     /// In every run flushes follow single writes, so that the disk makes early commits.
     Flushed,
     /// In every run the disk keeps a journal, and the daemon alone dies.
@@ -385,6 +414,7 @@ pub fn trial(
         let kind = match tactic {
             Tactic::Overtaken => 0,
             Tactic::Sizes => 5,
+            Tactic::LiveSizes => 9,
             Tactic::Flushed => 7 + random.below(2),
             _ => random.below(16),
         };
@@ -395,6 +425,7 @@ pub fn trial(
             5 => author.resized(),
             6..8 => author.flushed(length),
             8 => author.beside(),
+            9 => author.resized_in_use(length),
             _ => author.script(length),
         };
         let at_once = match kind {
@@ -473,6 +504,11 @@ fn without_changes(script: &[Op]) -> Vec<Op> {
     script.iter().copied().filter(|op| !matches!(op, Op::Change(_))).collect()
 }
 
+/// The script without resizes of the disk in use, which fail at once with the host's I/O.
+fn without_resizes(script: &[Op]) -> Vec<Op> {
+    script.iter().copied().filter(|op| !matches!(op, Op::Live(_))).collect()
+}
+
 /// Plays a run in which an I/O fails. Returns a crash state of it.
 fn with_failure(
     start: &Start,
@@ -482,7 +518,7 @@ fn with_failure(
     walker: &mut Walker,
 ) -> Result<Start, String> {
     let trouble = Trouble::random(random);
-    let script = &without_changes(script);
+    let script = &without_resizes(&without_changes(script));
     let name = |wrong: String| format!("{wrong}\nwith {trouble:?}");
     let aftermath = faulty::play(start, script, manner, &[trouble]).map_err(name)?;
     aftermath.judge(&trouble, start, walker, manner).map_err(name)?;
@@ -516,7 +552,7 @@ fn with_shortages(
     walker: &mut Walker,
 ) -> Result<Start, String> {
     let on_enospc = if random.chance(1, 3) { OnEnospc::Report } else { OnEnospc::Wait };
-    let script = &without_changes(script);
+    let script = &without_resizes(&without_changes(script));
     let name = |wrong: String| format!("{wrong}\nwith shortages of space, {on_enospc:?}");
     let before = start.shape;
     let start = Start { shape: Shape { on_enospc, ..before }, ..start.clone() };

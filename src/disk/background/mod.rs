@@ -1,4 +1,4 @@
-//! The work that no request asks for: late flushes, freed space, unused memory, leaks of an earlier crash.
+//! The work that no request asks for: late flushes, freed space, unused memory, leaks of an earlier crash, another size.
 //!
 //! Owns the housekeeper's thread and its schedule.
 
@@ -8,3 +8,4 @@ pub(crate) mod leak_input;
 mod leaks;
 mod punch;
 mod reclaim;
+pub(crate) mod resizing;

@@ -5,15 +5,13 @@
 //! find how much of them the new part of the disk would show; they are not changed.
 
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use engine::LayerFormat;
 use engine::change::{Change, Resize};
-use names::shown;
 use qcow2::{Header, SECTOR};
 use storage::{FileId, Kind, Operation, Storage};
-use thiserror::Error;
 
 use crate::disk::Disk;
 use crate::error::OpenError;
@@ -29,99 +27,7 @@ use crate::runtime::driver::Driver;
 use crate::shared::{SIDE_QUEUE_DEPTH, Shared};
 use block::{Request, RequestId};
 
-/// A size, in bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum NewSize {
-    /// This size.
-    Of(u64),
-    /// Larger by this much.
-    Larger(u64),
-    /// Smaller by this much.
-    Smaller(u64),
-}
-
-/// How to treat data past the new end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Shrinking {
-    /// Shrinking is refused.
-    Refused,
-    /// The data is lost.
-    Accepted,
-}
-
-/// The size in bytes before and after.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Resized {
-    /// Before.
-    pub from: u64,
-    /// After.
-    pub to: u64,
-}
-
-/// Why a disk could not be resized.
-#[derive(Debug, Error)]
-pub enum ResizeError {
-    /// The image could not be changed.
-    #[error(transparent)]
-    Change(#[from] ChangeError),
-    /// The disk has fewer bytes than it is to lose.
-    #[error("{}: the disk has {from} bytes, and cannot be {by} bytes smaller", shown(path))]
-    NothingLeft {
-        /// The image.
-        path: PathBuf,
-        /// The disk's size in bytes.
-        from: u64,
-        /// The requested difference in bytes.
-        by: u64,
-    },
-    /// The disk would have no bytes.
-    #[error("{}: the size of a disk cannot be {size}", shown(path))]
-    Empty {
-        /// The image.
-        path: PathBuf,
-        /// The requested size in bytes.
-        size: u64,
-    },
-    /// The size is larger than a file can have.
-    #[error("{}: the size is larger than a disk can have", shown(path))]
-    TooLarge {
-        /// The image.
-        path: PathBuf,
-    },
-    /// The size is not in whole sectors.
-    #[error("{}: {size} bytes are no multiple of {SECTOR}, as the size of a disk must be", shown(path))]
-    NoSectors {
-        /// The image.
-        path: PathBuf,
-        /// The requested size in bytes.
-        size: u64,
-    },
-    /// Data would be lost, which the caller did not accept.
-    #[error(
-        "{}: the disk has {from} bytes: shrinking it to {to} loses the data past the new end; --shrink permits that",
-        shown(path)
-    )]
-    WouldShrink {
-        /// The image.
-        path: PathBuf,
-        /// The disk's size in bytes.
-        from: u64,
-        /// The requested size in bytes.
-        to: u64,
-    },
-    /// A block device cannot be resized.
-    #[error("{}: a block device cannot be resized", shown(path))]
-    BlockDevice {
-        /// The device.
-        path: PathBuf,
-    },
-}
-
-impl From<OpenError> for ResizeError {
-    fn from(error: OpenError) -> Self {
-        ResizeError::Change(error.into())
-    }
-}
+pub use crate::size::{InUseError, NewSize, ResizeError, Resized, Shrinking};
 
 /// Resizes the disk of the image at `path`. Takes an exclusive lock, so that nothing else may have the image open.
 /// The new part reads as zero. A crash at any instant leaves the disk in its old or its new state, and all snapshots
@@ -155,31 +61,6 @@ pub fn resize<S: Storage>(
         resize_qcow2(storage, path, options, &driver, chain, resized)?;
     }
     Ok(resized)
-}
-
-impl NewSize {
-    fn of(self, from: u64, path: &Path) -> Result<u64, ResizeError> {
-        let path = || path.to_owned();
-        let size = match self {
-            NewSize::Of(size) => size,
-            NewSize::Larger(by) => {
-                from.checked_add(by).ok_or_else(|| ResizeError::TooLarge { path: path() })?
-            }
-            NewSize::Smaller(by) => {
-                from.checked_sub(by).ok_or_else(|| ResizeError::NothingLeft { path: path(), from, by })?
-            }
-        };
-        if size == 0 {
-            return Err(ResizeError::Empty { path: path(), size });
-        }
-        if size > i64::MAX as u64 {
-            return Err(ResizeError::TooLarge { path: path() });
-        }
-        if !size.is_multiple_of(SECTOR) {
-            return Err(ResizeError::NoSectors { path: path(), size });
-        }
-        Ok(size)
-    }
 }
 
 async fn resize_raw<Q: storage::IoQueue>(

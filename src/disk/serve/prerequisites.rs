@@ -121,7 +121,7 @@ impl<S: Storage> Worker<S> {
 
     /// Has the host allocate metadata, where its file system can. Elsewhere the write of the table finds that there
     /// is no space.
-    async fn allocate(&self, range: HostRange) -> Result<(), Errno> {
+    pub async fn allocate(&self, range: HostRange) -> Result<(), Errno> {
         let kind = Kind::Allocate { length: range.length };
         match self.driver.run_bare(Operation::bare(self.shared.top_file(), kind, range.offset.0)).await {
             Err(Errno::EOPNOTSUPP) => Ok(()),

@@ -28,6 +28,15 @@ pub struct Resize {
 }
 
 impl Resize {
+    /// Refuses a resize of a disk in use that its header or its snapshots show to be impossible.
+    ///
+    /// # Errors
+    /// As for an image that is not in use.
+    pub fn examine_in_use(&self, header: &Header, snapshots: &[Snapshot]) -> Result<(), ChangeRefusal> {
+        self.examine(header)?;
+        self.examine_snapshots(snapshots)
+    }
+
     /// Refuses a resize that the header alone shows to be impossible.
     pub(super) fn examine(&self, header: &Header) -> Result<(), ChangeRefusal> {
         let geometry = header.geometry();

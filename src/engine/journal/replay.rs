@@ -41,9 +41,10 @@ pub struct Replay {
 }
 
 impl Replay {
-    /// The last record of each guest cluster.
-    fn of(records: Vec<Record>, geometry: Geometry) -> Result<Self, JournalError> {
-        let clusters = geometry.clusters_for(geometry.size);
+    /// The last record of each guest cluster, of those that an L1 table of so many entries maps. They may lie past the end of
+    /// the disk: it may have been resized while it was in use, and the header may name the smaller size.
+    fn of(records: Vec<Record>, geometry: Geometry, l1_entries: u64) -> Result<Self, JournalError> {
+        let clusters = geometry.clusters_for(geometry.size).max(l1_entries * geometry.l2_entries());
         let mut latest = BTreeMap::new();
         for record in records {
             let wrong = |what| JournalError::Record { cluster: record.first.0, what };
@@ -316,8 +317,11 @@ impl Engine {
     /// # Errors
     /// There is no such journal, or it was damaged.
     pub fn read_journal(&self, memory: &JournalMemory, number: u64) -> Result<Replay, JournalError> {
-        let geometry = self.with(|state, _| state.top_qcow2().geometry);
-        Replay::of(ring::read(memory, number)?, geometry)
+        let (geometry, l1_entries) = self.with(|state, _| {
+            let top = state.top_qcow2();
+            (top.geometry, top.l1.len())
+        });
+        Replay::of(ring::read(memory, number)?, geometry, l1_entries)
     }
 
     /// Checks some of the records; true once all are checked. An inner error if they cannot be true. Changes nothing.

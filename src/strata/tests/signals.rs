@@ -96,3 +96,59 @@ fn a_locked_image_names_its_holder_at_once() {
     assert!(errors.contains(&holder) && !errors.contains("waiting"), "{errors}");
     daemon.stop();
 }
+
+#[test]
+fn a_disk_in_use_gets_the_size_in_its_file() {
+    let bench = Bench::new();
+    bench.image("disk.qcow2");
+    let size = bench.path("size");
+    let mut daemon = Daemon::start(bench.serve("disk.qcow2").arg("--size-file").arg(&size));
+    for (text, said) in [
+        (None, "the disk keeps its size"),
+        (Some("2M\n"), "the disk has 2 MiB (2097152 bytes) now, 1 MiB (1048576 bytes) before"),
+        (Some("2M"), "the disk has 2 MiB (2097152 bytes) already"),
+        (Some("1M"), "the disk keeps its 2 MiB"),
+        (Some("1M shrink"), "the disk has 1 MiB (1048576 bytes) now"),
+        (Some("7777"), "no multiple of 512"),
+        (Some("9T"), "the table can be moved only while the image is not in use"),
+        (Some("3M"), "the disk has 3 MiB"),
+    ] {
+        if let Some(text) = text {
+            std::fs::write(&size, text).expect("written");
+        }
+        daemon.signal(Signal::HUP);
+        daemon.wait_for(said);
+    }
+    daemon.stop();
+    let (code, text, _) = output(Command::new(PROGRAM).arg("info").arg(bench.path("disk.qcow2")));
+    assert!(code == Some(0) && text.contains("3 MiB"), "{text}");
+    let (code, text, _) = output(Command::new(PROGRAM).arg("check").arg(bench.path("disk.qcow2")));
+    assert_eq!(code, Some(0), "{text}");
+}
+
+#[test]
+fn a_raw_disk_in_use_gets_the_size_of_its_file() {
+    let bench = Bench::new();
+    let file = std::fs::File::create(bench.path("disk.raw")).expect("a file");
+    file.set_len(1 << 20).expect("its length");
+    let mut daemon = Daemon::start(bench.serve("disk.raw").args(["--format", "raw"]));
+    file.set_len(4 << 20).expect("its length");
+    daemon.signal(Signal::HUP);
+    daemon.wait_for("the disk has 4 MiB (4194304 bytes) now");
+    file.set_len(2 << 20).expect("its length");
+    daemon.signal(Signal::HUP);
+    daemon.wait_for("although its file now has only 2 MiB");
+    daemon.stop();
+}
+
+#[test]
+fn a_resize_of_an_image_in_use_says_how() {
+    let bench = Bench::new();
+    bench.image("disk.qcow2");
+    let daemon = Daemon::start(&mut bench.serve("disk.qcow2"));
+    let mut resize = Command::new(PROGRAM);
+    let (code, _, errors) =
+        output(resize.args(["resize", "--lock-timeout", "0"]).arg(bench.path("disk.qcow2")).arg("2M"));
+    assert!(code == Some(1) && errors.contains("size-file") && errors.contains("SIGHUP"), "{errors}");
+    daemon.stop();
+}

@@ -3,7 +3,7 @@
 //! - `STRATA_CRASH_SECONDS=7200` makes a run of this time; `STRATA_CRASH_TRIALS=100` one of so many trials.
 //! - `STRATA_CRASH_SEED=n` begins with another seed.
 //! - `STRATA_CRASH_ONLY=n` runs only the trial of one seed.
-//! - `STRATA_CRASH_TACTIC=shortages` (or `failures`, `overtaken`, `sizes`, `flushed`) makes runs of one kind.
+//! - `STRATA_CRASH_TACTIC=shortages` (or `failures`, `overtaken`, `sizes`, `live-sizes`, `flushed`) makes runs of one kind.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -58,6 +58,7 @@ fn tactic() -> Tactic {
         Ok("overtaken") => Tactic::Overtaken,
         Ok("shortages") => Tactic::Shortages,
         Ok("sizes") => Tactic::Sizes,
+        Ok("live-sizes") => Tactic::LiveSizes,
         Ok("flushed") => Tactic::Flushed,
         Ok(other) => panic!("STRATA_CRASH_TACTIC={other}: there is no such tactic"),
     }

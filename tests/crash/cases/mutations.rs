@@ -113,6 +113,7 @@ fn telling(mutation: Mutation) -> Option<Tactic> {
         Mutation::ResizeKeepsLinks | Mutation::ResizeKeepsTail | Mutation::ResizeBaresBacking => {
             Some(Tactic::Sizes)
         }
+        Mutation::LiveSizeFirst | Mutation::LiveGrowthKeepsOld => Some(Tactic::LiveSizes),
         Mutation::EarlyLinkBesideCut | Mutation::EarlyLinkBeforeCounts | Mutation::CutBesideEarlyLink => {
             Some(Tactic::Flushed)
         }

@@ -9,7 +9,8 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use vhost_blk::{
-    BlockDevice, BlockQueue, Completed, DeviceProfile, GuestSlice, JournalMemory, Request, RequestId,
+    BlockDevice, BlockQueue, Capacity, Completed, DeviceProfile, GuestSlice, JournalMemory, Request,
+    RequestId,
 };
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -73,7 +74,7 @@ pub struct MemoryDisk {
 impl MemoryDisk {
     pub fn with(sectors: u64, later: bool, change: impl FnOnce(&mut DeviceProfile)) -> Arc<Self> {
         let mut profile = DeviceProfile {
-            capacity_sectors: sectors,
+            capacity: Capacity::new(sectors),
             block_size: 512,
             optimal_io_size: 65536,
             read_only: false,
