@@ -253,6 +253,11 @@ impl Daemon {
         Ok(())
     }
 
+    /// Sends SIGHUP: the daemon resizes its disk.
+    pub fn hang_up(&self) -> Result<()> {
+        Ok(kill_process(self.pid(), Signal::HUP)?)
+    }
+
     /// Limits the daemon's file sizes from now on: it cannot write past `bytes` of any file. `None` removes the limit.
     pub fn limit_file_sizes(&self, bytes: Option<u64>) -> Result<()> {
         let limit = Rlimit { current: bytes, maximum: None };

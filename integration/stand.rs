@@ -147,14 +147,32 @@ const PATIENCE: Duration = Duration::from_secs(300);
 impl Stand {
     /// Runs a whole visit. `watch` is called while the guest waits at each checkpoint.
     pub fn visit(&self, name: &str, script: &str, watch: &mut dyn FnMut(&Checkpoint)) -> Result<Visit> {
+        self.attended(name, script, &[], &mut |_, checkpoint| {
+            watch(checkpoint);
+            Ok(())
+        })
+    }
+
+    /// As [`Stand::visit`], with more options for the daemon, and an attendant who may act on it at each checkpoint.
+    ///
+    /// # Errors
+    /// Also those of the attendant.
+    pub fn attended(
+        &self,
+        name: &str,
+        script: &str,
+        options: &[&str],
+        attend: &mut dyn FnMut(&Daemon, &Checkpoint) -> Result<()>,
+    ) -> Result<Visit> {
         let folder = self.folder.join(name);
         std::fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
         let log = folder.join("daemon.log");
         let started = Instant::now();
-        let daemon = Daemon::start(&self.program, &self.serve, &log)?;
+        let daemon = Daemon::start_with(&self.program, &self.serve, options, &log)?;
         let mut vm = Vm::boot(&self.kit, &self.machine(script), &folder)?;
         let mut visit = Visit::default();
-        let ran = self.listen(&mut vm, &mut visit, watch).and_then(|()| vm.wait());
+        let mut watch = |checkpoint: &Checkpoint| attend(&daemon, checkpoint);
+        let ran = self.listen(&mut vm, &mut visit, &mut watch).and_then(|()| vm.wait());
         ran.with_context(|| format!("visit {name}\n{}", daemon.log_tail()))?;
         daemon.stop()?;
         visit.took = started.elapsed();
@@ -215,7 +233,7 @@ impl Stand {
             daemon = Daemon::start(&self.program, &self.serve, &log)?;
         }
         vm.proceed()?;
-        let ran = self.listen(&mut vm, &mut visit, &mut |_| {}).and_then(|()| vm.wait());
+        let ran = self.listen(&mut vm, &mut visit, &mut |_| Ok(())).and_then(|()| vm.wait());
         ran.with_context(|| format!("visit {name}\n{}", daemon.log_tail()))?;
         daemon.stop()?;
         Ok(visit)
@@ -284,7 +302,12 @@ impl Stand {
         }
     }
 
-    fn listen(&self, vm: &mut Vm, visit: &mut Visit, watch: &mut dyn FnMut(&Checkpoint)) -> Result<()> {
+    fn listen(
+        &self,
+        vm: &mut Vm,
+        visit: &mut Visit,
+        watch: &mut dyn FnMut(&Checkpoint) -> Result<()>,
+    ) -> Result<()> {
         let started = Instant::now();
         let deadline = started + PATIENCE;
         let mut requests = Requests::default();
@@ -298,7 +321,7 @@ impl Stand {
                 Report::Checkpoint { name } => {
                     let allocated = image::allocated_bytes(&self.serve.image)?;
                     let checkpoint = Checkpoint { name, at: started.elapsed(), allocated, requests };
-                    watch(&checkpoint);
+                    watch(&checkpoint)?;
                     visit.checkpoints.push(checkpoint);
                     vm.proceed()?;
                 }

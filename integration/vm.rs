@@ -224,3 +224,33 @@ fn a_guest_does_not_notice_that_it_is_migrated() -> Result<()> {
         Ok(())
     })
 }
+
+#[test]
+fn a_guest_sees_its_disk_grow_under_load() -> Result<()> {
+    with_stand("a_guest_sees_its_disk_grow_under_load", |stand, folder| {
+        if stand.program.backend != Backend::Strata {
+            return Ok(());
+        }
+        const GROWN_MIB: u64 = DISK_MIB + 64;
+        image::create(&stand.serve.image, "qcow2", DISK_MIB * MIB, None, "")?;
+        let size_file = folder.join("size");
+        let option = size_file.to_str().context("the path is text")?;
+        let script = format!("AREA_MIB=8\n{}", include_str!("guest/resize.sh"));
+        let visit = stand.attended("resize", &script, &["--size-file", option], &mut |daemon, _| {
+            std::fs::write(&size_file, format!("{GROWN_MIB}M\n"))?;
+            daemon.hang_up()
+        })?;
+        assert_eq!(visit.number("sectors.before")?, DISK_MIB * MIB / 512);
+        assert_eq!(
+            visit.number("sectors.after")?,
+            GROWN_MIB * MIB / 512,
+            "the guest does not see the new size"
+        );
+        assert_eq!((visit.number("new.other_bytes")?, visit.number("errors")?), (0, 0));
+        image::expect_clean(&stand.serve.image)?;
+        let flat = folder.join("flat.raw");
+        image::flatten(&stand.serve.image, &stand.serve.format, &flat)?;
+        assert_eq!(visit.fact("disk.md5")?, image::md5(&flat, GROWN_MIB)?);
+        Ok(())
+    })
+}
