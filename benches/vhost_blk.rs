@@ -100,6 +100,7 @@ impl Guest {
         let profile = DeviceProfile {
             capacity: Capacity::new(1 << 20),
             block_size: 512,
+            physical_block_size: 512,
             optimal_io_size: 65536,
             read_only: false,
             discard: true,

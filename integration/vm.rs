@@ -236,10 +236,16 @@ fn a_guest_sees_its_disk_grow_under_load() -> Result<()> {
         let size_file = folder.join("size");
         let option = size_file.to_str().context("the path is text")?;
         let script = format!("AREA_MIB=8\n{}", include_str!("guest/resize.sh"));
-        let visit = stand.attended("resize", &script, &["--size-file", option], &mut |daemon, _| {
+        let blocks = ["--logical-block-size", "4096", "--physical-block-size", "16K"];
+        let options = [&["--size-file", option][..], &blocks].concat();
+        let visit = stand.attended("resize", &script, &options, &mut |daemon, _| {
             std::fs::write(&size_file, format!("{GROWN_MIB}M\n"))?;
             daemon.hang_up()
         })?;
+        let limits = ["logical", "physical", "minimum", "optimal"]
+            .map(|limit| visit.number(&format!("block.{limit}")));
+        let limits = limits.into_iter().collect::<Result<Vec<_>>>()?;
+        assert_eq!(limits, [4096, 16384, 16384, 65536]);
         assert_eq!(visit.number("sectors.before")?, DISK_MIB * MIB / 512);
         assert_eq!(
             visit.number("sectors.after")?,

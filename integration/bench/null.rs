@@ -40,6 +40,7 @@ impl BlockDevice for NullDevice {
         DeviceProfile {
             capacity: Capacity::new(self.bytes / 512),
             block_size: 512,
+            physical_block_size: 512,
             optimal_io_size: 65536,
             read_only: false,
             discard: true,

@@ -4,6 +4,11 @@
 size=/sys/block/vda/size
 before=$(cat $size)
 say "sectors.before=$before"
+queue=/sys/block/vda/queue
+say "block.logical=$(cat $queue/logical_block_size)"
+say "block.physical=$(cat $queue/physical_block_size)"
+say "block.minimum=$(cat $queue/minimum_io_size)"
+say "block.optimal=$(cat $queue/optimal_io_size)"
 
 (
     pass=0

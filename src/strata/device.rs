@@ -11,7 +11,7 @@ use block::{Request, RequestId};
 use disk::resize::{NewSize, ResizeError, Resized, Shrinking};
 use disk::{Completed, Disk, DiskQueue, OpenError, RequestError, SpaceStatus, SpaceWatch};
 use qcow2::SECTOR;
-use storage::Storage;
+use storage::{FileInfo, Storage};
 use tracing::error;
 use vhost_blk::{BlockDevice, BlockQueue, Capacity, DeviceProfile, GuestSlice, JournalMemory};
 use vmm_sys_util::eventfd::EventFd;
@@ -20,6 +20,8 @@ use crate::held::{DiskRef, Held, Reopening};
 
 /// The best alignment of a raw image's requests, in bytes: a page, and a block of most file systems.
 const RAW_UNIT: u32 = 4096;
+/// The largest physical block in bytes.
+const PHYSICAL_MAX: u32 = 64 << 10;
 /// How often a resize looks whether it is to be given up.
 const RESIZE_PACE: Duration = Duration::from_millis(100);
 /// How long a queue whose thread panics waits for the host before it ends the program.
@@ -31,10 +33,26 @@ pub struct DiskDevice<S: Storage> {
     /// What the guest sees of it, also while it is released.
     facts: Mutex<DiskFacts>,
     serial: [u8; 20],
+    blocks: BlockSizes,
     capacity: Capacity,
     watch: DeviceWatch,
     /// Where the disk keeps its journal, also when it is opened again. A leaf lock.
     journal: Mutex<Option<JournalMemory>>,
+}
+
+/// The block sizes of a device, in bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct BlockSizes {
+    /// The smallest unit of requests: 512 or 4096. The disk's size is a multiple.
+    pub logical: u32,
+    /// The unit that is best written whole, a power of two; `None`: a block of the host.
+    pub physical: Option<u32>,
+}
+
+impl Default for BlockSizes {
+    fn default() -> Self {
+        BlockSizes { logical: SECTOR as u32, physical: None }
+    }
 }
 
 /// The properties of a disk that its guest sees.
@@ -44,6 +62,8 @@ pub struct DiskFacts {
     pub size: u64,
     /// Bytes of the smallest unit that is allocated by itself; none for a raw image.
     pub granule: Option<u64>,
+    /// Bytes of a block of the file system or device that holds the image's data.
+    pub host_block: u32,
     /// Nothing may be written.
     pub read_only: bool,
     /// Write zeroes may have to write data.
@@ -52,13 +72,21 @@ pub struct DiskFacts {
 
 impl DiskFacts {
     fn of<S: Storage>(disk: &Disk<S>) -> Self {
+        let data = disk.data_file();
+        let file = disk.files().find(|file| data.is_none_or(|data| file.path == data));
         DiskFacts {
             size: disk.size(),
             granule: disk.granule_size(),
+            host_block: file.map_or(SECTOR as u32, host_block),
             read_only: disk.is_read_only(),
             zeros_are_data: disk.zeros_are_data(),
         }
     }
+}
+
+/// Bytes of a block of the file system or device that holds a file.
+pub fn host_block(file: &FileInfo) -> u32 {
+    file.block_size.max(file.offset_alignment)
 }
 
 /// Shows what a device's queues have in flight and what waits for space, for as long as it exists.
@@ -80,26 +108,31 @@ struct Gauge {
 
 impl<S: Storage> DiskDevice<S> {
     /// A device that answers GET_ID with `serial`. Its disk is never released.
-    pub fn new(disk: Disk<S>, serial: [u8; 20]) -> Self {
-        Self::releasable(disk, serial, None)
+    pub fn new(disk: Disk<S>, serial: [u8; 20], blocks: BlockSizes) -> Self {
+        Self::releasable(disk, serial, blocks, None)
     }
 
     /// A device that answers GET_ID with `serial`. Its disk may be released if there is a way to open it again.
-    pub fn releasable(disk: Disk<S>, serial: [u8; 20], reopening: Option<Reopening<S>>) -> Self {
+    pub fn releasable(
+        disk: Disk<S>,
+        serial: [u8; 20],
+        blocks: BlockSizes,
+        reopening: Option<Reopening<S>>,
+    ) -> Self {
         let watch = DeviceWatch::default();
         watch.follow(&disk);
         let facts = DiskFacts::of(&disk);
         let capacity = Capacity::new(facts.size / SECTOR);
         let (facts, disk, journal) = (Mutex::new(facts), Held::new(Some(disk), reopening), Mutex::default());
-        DiskDevice { facts, disk, serial, capacity, watch, journal }
+        DiskDevice { facts, disk, serial, blocks, capacity, watch, journal }
     }
 
     /// A device whose disk another process still uses. It is opened when the first queue starts.
-    pub fn released(facts: DiskFacts, serial: [u8; 20], reopening: Reopening<S>) -> Self {
+    pub fn released(facts: DiskFacts, serial: [u8; 20], blocks: BlockSizes, reopening: Reopening<S>) -> Self {
         let disk = Held::new(None, Some(reopening));
         let capacity = Capacity::new(facts.size / SECTOR);
         let (facts, watch, journal) = (Mutex::new(facts), DeviceWatch::default(), Mutex::default());
-        DiskDevice { facts, disk, serial, capacity, watch, journal }
+        DiskDevice { facts, disk, serial, blocks, capacity, watch, journal }
     }
 
     /// The disk, for queries; none while it is released.
@@ -109,6 +142,11 @@ impl<S: Storage> DiskDevice<S> {
 
     fn journal(&self) -> MutexGuard<'_, Option<JournalMemory>> {
         self.journal.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Bytes of a logical block: the disk's size must be a multiple.
+    pub fn logical_block_size(&self) -> u64 {
+        self.blocks.logical.into()
     }
 
     /// What the guest sees of the disk.
@@ -217,7 +255,12 @@ impl<S: Storage> BlockDevice for DiskDevice<S> {
         let writable = !facts.read_only;
         DeviceProfile {
             capacity: self.capacity.clone(),
-            block_size: SECTOR as u32,
+            block_size: self.blocks.logical,
+            physical_block_size: self
+                .blocks
+                .physical
+                .unwrap_or(facts.host_block)
+                .clamp(self.blocks.logical, PHYSICAL_MAX),
             optimal_io_size: unit,
             read_only: !writable,
             discard: writable,

@@ -147,6 +147,19 @@ pub enum ProgramError {
         /// How many.
         count: u32,
     },
+    /// The disk does not end with a whole logical block.
+    #[error(
+        "{}: the disk has {size} bytes, which is no multiple of a logical block of {block} bytes",
+        shown(image)
+    )]
+    BlockSize {
+        /// The image.
+        image: PathBuf,
+        /// Bytes of the disk.
+        size: u64,
+        /// Bytes of a logical block.
+        block: u32,
+    },
     /// No such group.
     #[error("the group \"{}\" of --socket-group is not in /etc/group", shown(group))]
     NoSuchGroup {

@@ -55,6 +55,10 @@ fn own(error: &ProgramError) -> Option<String> {
         ProgramError::SocketAccess { .. } => {
             Some("only root may give a file to any group; others only to a group they are in".into())
         }
+        ProgramError::BlockSize { image, .. } => {
+            let resize = ShellCommand::new("strata resize").path(image).words("SIZE");
+            Some(format!("serve it with --logical-block-size 512, or make it larger with `{resize}`"))
+        }
         ProgramError::NoSuchGroup { .. } => Some("groups from elsewhere can be given by number".into()),
         _ => None,
     }

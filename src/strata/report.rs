@@ -81,6 +81,7 @@ fn of_program(error: &ProgramError) -> (Kind, Place) {
             | ResizeError::WouldShrink { path, .. }
             | ResizeError::BlockDevice { path },
         ) => (Kind::Refused, Place::file(path)),
+        ProgramError::BlockSize { image, .. } => (Kind::Refused, Place::file(image)),
         ProgramError::InUse { image } => (Kind::InUse, Place::file(image)),
         ProgramError::Session(source) => of_session(source),
         ProgramError::SocketPathTooLong { path, .. } => (Kind::Socket, Place::file(path)),

@@ -118,6 +118,12 @@ impl Job {
     }
 
     fn resize(&self, size: u64, shrinking: Shrinking) {
+        let block = self.device.logical_block_size();
+        if !size.is_multiple_of(block) {
+            return warn!(
+                "SIGHUP: the disk keeps its size: {size} bytes are no multiple of a block of {block} bytes"
+            );
+        }
         let gives_up = || self.stop.is_stopped() || self.ending.load(Ordering::Relaxed);
         match self.device.resize(NewSize::Of(size), shrinking, gives_up) {
             Ok(None) => info!("SIGHUP: another daemon has the image now, so the disk keeps its size"),

@@ -8,14 +8,15 @@ use std::time::Duration;
 use disk::check::Sharing;
 use disk::{Disk, DiskOptions, OpenError, SpaceStatus};
 use names::shown;
+use qcow2::SECTOR;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use storage::StorageError;
 use storage::host::HostStorage;
+use storage::{Storage as _, StorageError};
 use tracing::{debug, info, warn};
 use vhost_blk::{Metrics, Pulse, ServeOptions, Stage, StopHandle};
 
 use crate::cli::{Cache, Serial, ServeArgs};
-use crate::device::{DiskDevice, DiskFacts};
+use crate::device::{BlockSizes, DiskDevice, DiskFacts, host_block};
 use crate::error::{ProgramError, Purpose};
 use crate::held::Reopening;
 use crate::listen::Place;
@@ -96,17 +97,18 @@ fn open(image: &Path, options: &ServeArgs) -> Result<HostDevice, ProgramError> {
     let failed = |source| ProgramError::Open { image: image.to_owned(), purpose, source };
     let serial = options.serial.unwrap_or_else(|| Serial::of_image(image)).0;
     let storage = storage_of(options).map_err(ProgramError::ChainRoot)?;
+    let blocks = BlockSizes { logical: options.logical_block_size, physical: options.physical_block_size };
     let device = if options.incoming {
         let facts = facts_of_another(&storage, image, &how).map_err(failed)?;
-        DiskDevice::released(facts, serial, reopening(options, image, how))
+        DiskDevice::released(facts, serial, blocks, reopening(options, image, how))
     } else {
         let disk = Disk::open(storage, image, &how).map_err(failed)?;
         let reopening = (purpose == Purpose::Serve).then(|| reopening(options, image, how));
-        DiskDevice::releasable(disk, serial, reopening)
+        DiskDevice::releasable(disk, serial, blocks, reopening)
     };
-    let bytes = device.facts().size % 512;
-    if bytes > 0 {
-        warn!(bytes, "the disk's size is no multiple of 512: the guest does not see its end");
+    let (size, block) = (device.facts().size, options.logical_block_size);
+    if !size.is_multiple_of(block.into()) {
+        return Err(ProgramError::BlockSize { image: image.to_owned(), size, block });
     }
     Ok(device)
 }
@@ -131,8 +133,11 @@ fn facts_of_another(storage: &HostStorage, image: &Path, how: &DiskOptions) -> R
     let layers = disk::describe(storage, image, &how, Sharing::All, false)?;
     let layer = &layers[0].layer;
     let granule = layer.header.as_ref().map(|header| header.geometry().granule_size());
-    // Whether zeros are data shows when the image is open, before the first request.
-    Ok(DiskFacts { size: layer.size, granule, read_only: false, zeros_are_data: true })
+    let data = how.data_file.as_deref().unwrap_or(image);
+    let (_, file) = storage.open_shared(data, how.direct)?;
+    // A partial last sector is not served. Whether zeros are data shows when the image is open, before the first request.
+    let size = layer.size / SECTOR * SECTOR;
+    Ok(DiskFacts { size, granule, host_block: host_block(&file), read_only: false, zeros_are_data: true })
 }
 
 fn map_bytes(device: &HostDevice) -> usize {

@@ -134,16 +134,19 @@ fn space(profile: &DeviceProfile, num_queues: u16, queue_size: u16, writeback: b
     space.extend([0; 4]); // geometry: not offered
     space.extend(profile.block_size.to_le_bytes());
     // physical_block_exp, alignment_offset, then min_io_size and opt_io_size in logical blocks
-    space.extend([0, 0]);
-    space.extend(1u16.to_le_bytes());
-    space.extend((profile.optimal_io_size / profile.block_size.max(1)).to_le_bytes());
+    let physical_blocks = (profile.physical_block_size / profile.block_size.max(1)).max(1);
+    space.extend([physical_blocks.trailing_zeros() as u8, 0]);
+    space.extend(u16::try_from(physical_blocks).unwrap_or(1).to_le_bytes());
+    let optimal = profile.optimal_io_size.max(profile.physical_block_size);
+    space.extend((optimal / profile.block_size.max(1)).to_le_bytes());
     debug_assert_eq!(space.len(), WRITEBACK_OFFSET);
     space.extend([u8::from(writeback), 0]);
     space.extend(num_queues.to_le_bytes());
     let discard = profile.discard && !profile.read_only;
     space.extend(only(discard, MAX_RANGE_SECTORS).to_le_bytes());
     space.extend(only(discard, MAX_DISCARD_SEGMENTS as u32).to_le_bytes());
-    space.extend(only(discard, profile.discard_alignment / SECTOR as u32).to_le_bytes());
+    let alignment = profile.discard_alignment.max(profile.block_size);
+    space.extend(only(discard, alignment / SECTOR as u32).to_le_bytes());
     let zeroes = profile.write_zeroes && !profile.read_only;
     space.extend(only(zeroes, MAX_RANGE_SECTORS).to_le_bytes());
     space.extend(only(zeroes, MAX_WRITE_ZEROES_SEGMENTS as u32).to_le_bytes());
@@ -165,6 +168,7 @@ mod tests {
         DeviceProfile {
             capacity: Capacity::new(0x1234),
             block_size: 512,
+            physical_block_size: 512,
             optimal_io_size: 65536,
             read_only: false,
             discard: true,
@@ -188,6 +192,27 @@ mod tests {
         assert_eq!([u32_at(36), u32_at(40), u32_at(44)], [1 << 22, 32, 128]);
         assert_eq!([u32_at(48), u32_at(52)], [1 << 22, 1]);
         assert_eq!(space[56..], [1, 0, 0, 0]);
+    }
+
+    #[test]
+    fn the_topology_is_in_logical_blocks() {
+        let topology = |logical, physical, optimal| {
+            let profile = DeviceProfile {
+                block_size: logical,
+                physical_block_size: physical,
+                optimal_io_size: optimal,
+                discard_alignment: 512,
+                ..profile()
+            };
+            let space = read(&profile, 1, 128, true, 0, 60).expect("in range");
+            let (exponent, least) = (space[24], u16::from_le_bytes([space[26], space[27]]));
+            let u32_at = |at: usize| u32::from_le_bytes(space[at..at + 4].try_into().expect("four bytes"));
+            (u32_at(20), exponent, space[25], least, u32_at(28), u32_at(44))
+        };
+        assert_eq!(topology(512, 512, 65536), (512, 0, 0, 1, 128, 1));
+        assert_eq!(topology(512, 4096, 65536), (512, 3, 0, 8, 128, 1));
+        assert_eq!(topology(4096, 4096, 65536), (4096, 0, 0, 1, 16, 8));
+        assert_eq!(topology(512, 65536, 512), (512, 7, 0, 128, 128, 1), "no optimum below a physical block");
     }
 
     #[test]

@@ -48,8 +48,10 @@ impl Capacity {
 pub struct DeviceProfile {
     /// The capacity, shared by all who have this profile.
     pub capacity: Capacity,
-    /// Logical block size in bytes (512).
+    /// Logical block size in bytes, 512 or 4096: requests are multiples of it, and so is the capacity.
     pub block_size: u32,
+    /// Physical block size in bytes, a power of two and at least the logical block size: smaller writes cost more.
+    pub physical_block_size: u32,
     /// Preferred I/O size in bytes: the cluster size of a qcow2 image.
     pub optimal_io_size: u32,
     /// Every write, discard and write zeroes fails.

@@ -148,6 +148,7 @@ mod tests {
         let profile = DeviceProfile {
             capacity: Capacity::new(u64::MAX / 512),
             block_size: 512,
+            physical_block_size: 512,
             optimal_io_size: GRANULE,
             read_only: false,
             discard: true,

@@ -149,16 +149,19 @@ impl Checker {
     #[inline]
     fn data_range(&self, sector: u64, data: &[GuestSlice]) -> Result<(u64, u32), Refusal> {
         let bytes: u64 = data.iter().map(|piece| piece.len() as u64).sum();
-        if !bytes.is_multiple_of(SECTOR) || bytes > MAX_DATA_BYTES {
+        if bytes > MAX_DATA_BYTES {
             return Err(Status::IoError);
         }
         let offset = self.in_range(sector, bytes)?;
         Ok((offset, u32::try_from(bytes).map_err(|_| Status::IoError)?))
     }
 
-    /// The byte offset of `sector`, if the disk holds `bytes` from there.
+    /// The byte offset of `sector`, if the disk holds `bytes` from there, and both are multiples of a logical block.
     fn in_range(&self, sector: u64, bytes: u64) -> Result<u64, Refusal> {
         let offset = sector.checked_mul(SECTOR).ok_or(Status::IoError)?;
+        if (offset | bytes) & (u64::from(self.profile.block_size) - 1) != 0 {
+            return Err(Status::IoError);
+        }
         let end = offset.checked_add(bytes).ok_or(Status::IoError)?;
         if end > self.profile.capacity.sectors().saturating_mul(SECTOR) {
             Err(Status::IoError)

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use disk::{Disk, DiskOptions};
 use qcow2::{Geometry, NewImage, Version};
 use storage::host::HostStorage;
-use strata::device::{DeviceQueue, DiskDevice};
+use strata::device::{BlockSizes, DeviceQueue, DiskDevice};
 use strata_kit::client::{Command, Queue, Slot};
 use strata_kit::{Client, Options};
 use vhost_blk::{BlockDevice, DeviceProfile, ServeOptions, Server, StopHandle};
@@ -97,7 +97,7 @@ fn check(folder: &Path, indirect: bool) {
     let (image, socket) = (folder.path().join("image"), folder.path().join("socket"));
     make_image(&image);
     let disk = Disk::open(HostStorage::new(), &image, &DiskOptions::default()).expect("a sound image");
-    let device = Arc::new(Watched(DiskDevice::new(disk, [0; 20])));
+    let device = Arc::new(Watched(DiskDevice::new(disk, [0; 20], BlockSizes::default())));
     let server = Server::bind(&socket).expect("a socket");
     let stop = StopHandle::new().expect("a stop handle");
     std::thread::scope(|scope| {

@@ -1,6 +1,7 @@
 //! Tests the command line: what is accepted, its meaning, and what is refused.
 
 use super::*;
+use crate::size::Size;
 
 fn parse(line: &str) -> Result<Cli, clap::Error> {
     Cli::try_parse_from(arguments(line.split_whitespace().map(OsString::from))).and_then(Cli::consistent)

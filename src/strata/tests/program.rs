@@ -612,3 +612,24 @@ fn disks_get_another_size() {
     let value: serde_json::Value = serde_json::from_str(&json).expect("JSON");
     assert_eq!(value["virtual-size"], 2 << 20);
 }
+
+#[test]
+fn a_disk_has_whole_logical_blocks() {
+    let bench = Bench::new();
+    let file = std::fs::File::create(bench.path("disk.raw")).expect("a file");
+    file.set_len((1 << 20) + 512).expect("its length");
+    let serve = |options: &[&str]| {
+        let mut command = bench.serve("disk.raw");
+        command.args(["--format", "raw"]).args(options);
+        command
+    };
+    let blocks = ["--logical-block-size", "4096"];
+    let words = ["1049088 bytes", "no multiple of a logical block of 4096 bytes", "--logical-block-size 512"];
+    refused(&mut serve(&blocks), 1, &words);
+    refused(&mut serve(&["--logical-block-size", "1024"]), 2, &["512 or 4096"]);
+    let smaller = [&blocks[..], &["--physical-block-size", "512"]].concat();
+    refused(&mut serve(&smaller), 2, &["cannot be less"]);
+    Daemon::start(&mut serve(&[])).stop();
+    file.set_len((1 << 20) + 4096).expect("its length");
+    Daemon::start(&mut serve(&blocks)).stop();
+}

@@ -109,7 +109,7 @@ fn a_disk_in_use_gets_the_size_in_its_file() {
         (Some("2M"), "the disk has 2 MiB (2097152 bytes) already"),
         (Some("1M"), "the disk keeps its 2 MiB"),
         (Some("1M shrink"), "the disk has 1 MiB (1048576 bytes) now"),
-        (Some("7777"), "no multiple of 512"),
+        (Some("7777"), "no multiple of a block of 512 bytes"),
         (Some("9T"), "the table can be moved only while the image is not in use"),
         (Some("3M"), "the disk has 3 MiB"),
     ] {

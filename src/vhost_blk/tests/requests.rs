@@ -56,6 +56,34 @@ fn every_kind(disk: &Arc<MemoryDisk>, features: u64) {
 }
 
 #[test]
+fn requests_are_whole_logical_blocks() {
+    let disk = MemoryDisk::with(64, false, |profile| {
+        (profile.block_size, profile.physical_block_size) = (4096, 16384);
+    });
+    let server = serve(&disk);
+    let mut guest = Guest::connect(&server.path, FEATURES);
+    let queue = guest.add_queue(64);
+    let space = guest.read_config(20, 8).expect("the configuration space");
+    assert_eq!(space, [0, 0x10, 0, 0, 2, 0, 4, 0], "blk_size, then the topology in logical blocks");
+    let data = pattern(4096, 9);
+    guest.write(queue, 8, &data);
+    assert_eq!(guest.read(queue, 8, 4096), data);
+    for (sector, bytes) in [(1, 4096), (8, 512), (8, 3584), (7, 512), (12, 8192)] {
+        assert_eq!(guest.request(queue, T_OUT, sector, &vec![1; bytes], 0).status, IOERR, "{sector}+{bytes}");
+        assert_eq!(guest.request(queue, T_IN, sector, &[], bytes as u32).status, IOERR, "{sector}+{bytes}");
+    }
+    for kind in [T_DISCARD, T_WRITE_ZEROES] {
+        for (sector, sectors) in [(9, 8), (8, 7), (8, 1)] {
+            let status = guest.request(queue, kind, 0, &segment(sector, sectors, 0), 0).status;
+            assert_eq!(status, IOERR, "{kind}: {sector}+{sectors}");
+        }
+    }
+    assert_eq!(guest.read(queue, 8, 4096), data, "nothing was changed");
+    assert_eq!(guest.request(queue, T_WRITE_ZEROES, 0, &segment(8, 8, 0), 0).status, OK);
+    assert_eq!(guest.read(queue, 8, 4096), [0; 4096]);
+}
+
+#[test]
 fn all_segments_of_a_discard() {
     for disk in [MemoryDisk::new(4096), MemoryDisk::later(4096)] {
         let server = serve(&disk);

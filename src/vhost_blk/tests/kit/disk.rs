@@ -76,6 +76,7 @@ impl MemoryDisk {
         let mut profile = DeviceProfile {
             capacity: Capacity::new(sectors),
             block_size: 512,
+            physical_block_size: 512,
             optimal_io_size: 65536,
             read_only: false,
             discard: true,
