@@ -147,6 +147,16 @@ pub enum ProgramError {
         /// How many.
         count: u32,
     },
+    /// The daemon that serves on a socket could not be replaced.
+    #[error("the daemon on socket {} cannot be replaced: {step} failed: {source}", shown(path))]
+    Replace {
+        /// The socket.
+        path: PathBuf,
+        /// What was tried.
+        step: &'static str,
+        /// The host's error.
+        source: io::Error,
+    },
     /// The disk does not end with a whole logical block.
     #[error(
         "{}: the disk has {size} bytes, which is no multiple of a logical block of {block} bytes",

@@ -11,6 +11,7 @@ mod cli;
 pub mod device;
 mod error;
 mod failure;
+mod handover;
 mod held;
 mod help;
 mod hint;

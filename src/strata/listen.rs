@@ -1,6 +1,7 @@
 //! Where frontends come from: the socket of the command line, and who may use it.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{PermissionsExt, lchown};
 use std::path::{Path, PathBuf};
@@ -70,6 +71,17 @@ impl Place {
         let group = options.socket_group.as_deref().map(group_number).transpose()?;
         let mode = options.socket_mode.or(group.map(|_| GROUP_MODE));
         Ok(Place::File { path, mode, group })
+    }
+
+    /// Takes over the socket that another daemon has passed; without one, as [`Place::listen`].
+    ///
+    /// # Errors
+    /// As for [`Place::listen`].
+    pub fn listen_on(&self, passed: Option<OwnedFd>) -> Result<Server, ProgramError> {
+        match (self, passed) {
+            (Place::File { path, .. }, Some(passed)) => Ok(Server::taken_over(passed, path)?),
+            _ => self.listen(),
+        }
     }
 
     /// Starts to listen, or takes over the descriptor.

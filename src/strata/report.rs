@@ -89,6 +89,7 @@ fn of_program(error: &ProgramError) -> (Kind, Place) {
             (of_io(source, Kind::Socket), Place::file(folder))
         }
         ProgramError::SocketAccess { path, source, .. } => (of_io(source, Kind::Socket), Place::file(path)),
+        ProgramError::Replace { path, source, .. } => (of_io(source, Kind::Socket), Place::file(path)),
         ProgramError::NoSuchGroup { .. } => (Kind::NotFound, Place::default()),
         _ => (Kind::Host, Place::default()),
     }

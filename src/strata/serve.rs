@@ -1,8 +1,10 @@
-//! `strata serve`: opens the disk, listens, serves until it is stopped, and closes everything in the right order.
+//! `strata serve`: opens the disk, listens, serves until it is stopped or replaced, and closes everything in the right
+//! order.
 
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use disk::check::Sharing;
@@ -13,11 +15,12 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use storage::host::HostStorage;
 use storage::{Storage as _, StorageError};
 use tracing::{debug, info, warn};
-use vhost_blk::{Metrics, Pulse, ServeOptions, Stage, StopHandle};
+use vhost_blk::{Metrics, Pulse, ServeOptions, Server, Stage, StopHandle};
 
 use crate::cli::{Cache, Serial, ServeArgs};
 use crate::device::{BlockSizes, DiskDevice, DiskFacts, host_block};
 use crate::error::{ProgramError, Purpose};
+use crate::handover::{Offer, Predecessor, Successor};
 use crate::held::Reopening;
 use crate::listen::Place;
 use crate::notify;
@@ -31,6 +34,23 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 
 type HostDevice = DiskDevice<HostStorage>;
 
+/// How a round of serving begins.
+enum Entry {
+    /// On a socket of its own.
+    New,
+    /// On the socket that a successor has not taken.
+    Kept(Server),
+    /// In the place of another daemon, on its socket if it has passed it.
+    Taken(Predecessor, Option<OwnedFd>),
+}
+
+/// How a round of serving ended, the image being closed.
+enum Ended {
+    Stopped,
+    /// A successor waits for the socket.
+    Asked(Server, Successor),
+}
+
 /// Runs the command.
 ///
 /// # Errors
@@ -39,9 +59,81 @@ pub fn run(options: &ServeArgs) -> Result<(), ProgramError> {
     let image = options.image().expect("clap wants an image where there is something to serve");
     raise_file_limit();
     let place = Place::choose(options)?;
-    let stop =
-        StopHandle::new().map_err(|source| ProgramError::Host { step: "making an eventfd", source })?;
+    let mut stop = new_stop()?;
     let shutdown = Shutdown::start(stop.clone())?;
+    let mut entry = enter(&place, image, options)?;
+    loop {
+        match serve_round(&place, image, options, &shutdown, &stop, entry)? {
+            Ended::Stopped => break,
+            Ended::Asked(server, successor) => match give(server, &successor)? {
+                None => break,
+                Some(server) => {
+                    warn!("the new daemon has ended before it served");
+                    stop = new_stop()?;
+                    if !shutdown.resume(stop.clone()) {
+                        break;
+                    }
+                    entry = Entry::Kept(server);
+                }
+            },
+        }
+    }
+    shutdown.done();
+    Ok(())
+}
+
+fn new_stop() -> Result<StopHandle, ProgramError> {
+    StopHandle::new().map_err(|source| ProgramError::Host { step: "making an eventfd", source })
+}
+
+/// Finds the daemon to be replaced, if one is. Its disk is taken from it only if it can probably be served.
+fn enter(place: &Place, image: &Path, options: &ServeArgs) -> Result<Entry, ProgramError> {
+    let Place::File { path, .. } = place else { return Ok(Entry::New) };
+    if !options.replace {
+        return Ok(Entry::New);
+    }
+    let failed = |step| move |source| ProgramError::Replace { path: path.clone(), step, source };
+    examine(image, options)?;
+    let Some(predecessor) = Predecessor::ask(path).map_err(failed("asking it to stop"))? else {
+        info!("no daemon serves on {place} that could be replaced");
+        return Ok(Entry::New);
+    };
+    let listener = predecessor.take().map_err(failed("waiting until it has stopped"))?;
+    Ok(Entry::Taken(predecessor, listener))
+}
+
+/// Passes the socket to a successor. Returns the server if the successor has ended instead of serving.
+fn give(server: Server, successor: &Successor) -> Result<Option<Server>, ProgramError> {
+    let failed = |step| move |source| ProgramError::Host { step, source };
+    let listener = server.listener().map_err(failed("copying the listening socket"))?;
+    let served = match &listener {
+        Some(listener) => successor.give(listener),
+        None => Ok(false),
+    };
+    match served {
+        Ok(false) => Ok(Some(server)),
+        Ok(true) => {
+            info!("the new daemon serves");
+            server.leave();
+            Ok(None)
+        }
+        Err(source) => {
+            // It may be about to open the image.
+            server.leave();
+            Err(failed("waiting until the new daemon serves")(source))
+        }
+    }
+}
+
+/// Opens the disk, serves it until it is stopped or asked for, and closes it.
+fn serve_round(
+    place: &Place,
+    image: &Path,
+    options: &ServeArgs,
+    shutdown: &Shutdown,
+    stop: &StopHandle,
+    entry: Entry,
+) -> Result<Ended, ProgramError> {
     let offer = ServeOptions {
         poll_max: Duration::from_micros(options.poll_max),
         pulse: Arc::new(Pulse::new(options.num_queues, |stage| notify::send(&notify::status(stage)))),
@@ -61,20 +153,20 @@ pub fn run(options: &ServeArgs) -> Result<(), ProgramError> {
         stop.clone(),
     )?;
     shutdown.serving(watch.clone(), totals, resizer.asker());
-    let served = serve(&place, image, &device, &offer, &stop);
+    let served = serve(place, image, &device, &offer, (shutdown, stop), entry);
     shutdown.closing();
     drop(resizer);
     let map_bytes = map_bytes(&device);
     let closed = close(image, device);
-    shutdown.done();
-    served?;
+    let ended = served?;
     closed?;
     tell_totals(image, &offer.metrics, watch.space_status(), map_bytes);
-    Ok(())
+    Ok(ended)
 }
 
-fn open(image: &Path, options: &ServeArgs) -> Result<HostDevice, ProgramError> {
-    let how = DiskOptions {
+/// How the disk is opened.
+fn disk_options(options: &ServeArgs) -> DiskOptions {
+    DiskOptions {
         format: options.chain.format.into(),
         backing_format: options.chain.backing_format.map(Into::into),
         data_file: options.data.data_file.clone(),
@@ -91,7 +183,11 @@ fn open(image: &Path, options: &ServeArgs) -> Result<HostDevice, ProgramError> {
         discard_no_unref: options.discard_no_unref,
         lock_timeout: options.lock.timeout(LOCK_PATIENCE),
         ..DiskOptions::default()
-    };
+    }
+}
+
+fn open(image: &Path, options: &ServeArgs) -> Result<HostDevice, ProgramError> {
+    let how = disk_options(options);
     let purpose =
         if options.read_only || options.snapshot.is_some() { Purpose::ServeReadOnly } else { Purpose::Serve };
     let failed = |source| ProgramError::Open { image: image.to_owned(), purpose, source };
@@ -144,19 +240,67 @@ fn map_bytes(device: &HostDevice) -> usize {
     device.disk().map_or(0, |disk| disk.status().map_bytes)
 }
 
-/// Serves until it is stopped; the socket file is gone on return.
+/// Serves until it is stopped or asked for. The socket file is gone on return, unless a successor is to have it.
 fn serve(
     place: &Place,
     image: &Path,
     device: &Arc<HostDevice>,
     offer: &ServeOptions,
-    stop: &StopHandle,
-) -> Result<(), ProgramError> {
-    let server = place.listen()?;
+    (shutdown, stop): (&Shutdown, &StopHandle),
+    entry: Entry,
+) -> Result<Ended, ProgramError> {
+    let (server, predecessor) = match entry {
+        Entry::New => (place.listen()?, None),
+        Entry::Kept(server) => (server, None),
+        Entry::Taken(predecessor, listener) => (place.listen_on(listener)?, Some(predecessor)),
+    };
+    let asked = Arc::new(Mutex::new(None));
+    let replaceable = offer_place(place, shutdown, &asked);
+    if let Some(predecessor) = predecessor {
+        predecessor.tell_serving();
+    }
     info!("serving {} on {place}: {}", shown(image), described(device, offer));
     notify::send(&format!("{}\n{}", notify::READY, notify::status(Stage::Waiting)));
     let _pings = Watchdog::start(Arc::clone(&offer.pulse))?;
-    Ok(server.serve(device, offer, stop)?)
+    server.serve(device, offer, stop)?;
+    drop(replaceable);
+    let successor = asked.lock().unwrap_or_else(PoisonError::into_inner).take();
+    Ok(match successor {
+        Some(successor) => Ended::Asked(server, successor),
+        None => Ended::Stopped,
+    })
+}
+
+/// Waits for a successor beside the socket, and puts it into `asked`.
+fn offer_place(place: &Place, shutdown: &Shutdown, asked: &Arc<Mutex<Option<Successor>>>) -> Option<Offer> {
+    let Place::File { path, .. } = place else { return None };
+    let (shutdown, asked) = (shutdown.clone(), Arc::clone(asked));
+    let started = Offer::start(path, move |successor| {
+        let slot = || asked.lock().unwrap_or_else(PoisonError::into_inner);
+        *slot() = Some(successor);
+        if !shutdown.hand_over() {
+            *slot() = None;
+        }
+    });
+    started.unwrap_or_else(|error| {
+        warn!(%error, "this daemon cannot be replaced while it serves: no socket for that beside its own");
+        None
+    })
+}
+
+/// Looks at the image of another daemon without a lock, and refuses what surely cannot be served.
+fn examine(image: &Path, options: &ServeArgs) -> Result<(), ProgramError> {
+    let how = disk_options(options);
+    let storage =
+        options.lock.storage().confined(&options.chain.chain_root).map_err(ProgramError::ChainRoot)?;
+    let failed = |source| ProgramError::Open { image: image.to_owned(), purpose: Purpose::Serve, source };
+    let layers = disk::describe(&storage, image, &how, Sharing::All, true).map_err(failed)?;
+    if let Some((path, source)) =
+        layers.into_iter().find_map(|layer| Some((layer.layer.path, layer.unsupported?)))
+    {
+        return Err(failed(OpenError::Unsupported { path, source }));
+    }
+    Ok(())
 }
 
 /// A short description of the disk.

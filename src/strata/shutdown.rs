@@ -31,6 +31,12 @@ enum Stage {
 
 struct State {
     stage: Stage,
+    /// Stops the server of the present round.
+    stop: StopHandle,
+    /// The shutdown is for a successor, which may fail: then the disk is served again.
+    hands_over: bool,
+    /// A signal came meanwhile: the disk is not served again.
+    ends: bool,
     /// When the shutdown began.
     stopping: Option<Instant>,
     device: DeviceWatch,
@@ -45,7 +51,6 @@ struct Shared {
     /// which are leaves themselves.
     state: Mutex<State>,
     changed: Condvar,
-    stop: StopHandle,
 }
 
 /// The progress of the shutdown, as the main thread reports it.
@@ -64,12 +69,15 @@ impl Shutdown {
         let failed = |step| move |source| ProgramError::Host { step, source };
         let state = State {
             stage: Stage::Opening,
+            stop,
+            hands_over: false,
+            ends: false,
             stopping: None,
             device: DeviceWatch::default(),
             totals: None,
             resize: None,
         };
-        let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), stop });
+        let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
         let mut signals = Signals::new([SIGTERM, SIGINT, SIGXCPU, SIGHUP, SIGUSR1, SIGUSR2])
             .map_err(failed("setting signal handlers up"))?;
         let shutdown = Shutdown { shared };
@@ -107,10 +115,36 @@ impl Shutdown {
         self.begin(&mut state);
     }
 
-    /// The image is closed.
+    /// The image is closed, and nobody takes over.
     pub fn done(&self) {
         self.state().stage = Stage::Done;
         self.shared.changed.notify_all();
+    }
+
+    /// A successor asks for the disk: stops the server, which keeps its listener. False if the disk is not being served,
+    /// or a shutdown has begun already.
+    pub fn hand_over(&self) -> bool {
+        let mut state = self.state();
+        if state.stage != Stage::Serving || state.stopping.is_some() {
+            return false;
+        }
+        info!("a new daemon takes over: finishing the requests in hand, then closing the image");
+        state.hands_over = true;
+        self.begin(&mut state);
+        state.stop.hand_over();
+        true
+    }
+
+    /// The successor has ended: the disk is to be served again, with this handle to stop it. False if a signal has come
+    /// meanwhile.
+    pub fn resume(&self, stop: StopHandle) -> bool {
+        let mut state = self.state();
+        if state.ends {
+            return false;
+        }
+        (state.stage, state.stop, state.hands_over, state.stopping) = (Stage::Opening, stop, false, None);
+        state.device = DeviceWatch::default();
+        true
     }
 
     fn begin(&self, state: &mut State) {
@@ -119,6 +153,9 @@ impl Shutdown {
             // A request that waits for space could keep its queue from ending for ever.
             state.device.stop_waiting();
             self.shared.changed.notify_all();
+            if state.hands_over {
+                return;
+            }
             notify::send(&format!("{}\n{}", notify::STOPPING, notify::status(vhost_blk::Stage::Draining)));
         }
     }
@@ -143,12 +180,13 @@ impl Shutdown {
             std::process::exit(0);
         }
         if state.stopping.is_some() {
+            state.ends = true;
             info!("{name}: stopping already; {}", in_words(&state));
             return;
         }
         info!("{name}: finishing the requests in hand, then closing the image");
         self.begin(&mut state);
-        self.shared.stop.stop();
+        state.stop.stop();
     }
 
     /// Logs requests that hang, until the end.

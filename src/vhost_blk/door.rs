@@ -50,8 +50,10 @@ struct State {
     next: Option<Visitor>,
     /// No frontend is admitted any more: the door must close.
     closing: bool,
-    /// The listener is gone.
+    /// The listener is gone, or accepts no more.
     closed: bool,
+    /// The listener, if it is to be handed over.
+    kept: Option<Listening>,
     failed: Option<io::Error>,
 }
 
@@ -138,14 +140,19 @@ impl Door {
         self.state().inside = None;
     }
 
-    /// Waits until the listener is gone.
+    /// The listener that was kept to be handed over.
+    pub fn take_kept(&self) -> Option<Listening> {
+        self.state().kept.take()
+    }
+
+    /// Waits until the listener is gone, or accepts no more.
     pub fn wait_closed(&self) {
         let state = self.state();
         drop(self.changed.wait_while(state, |state| !state.closed).unwrap_or_else(PoisonError::into_inner));
     }
 
     /// Admits frontends until the server stops or no thread serves them any more. On return the socket file and the
-    /// listener are gone.
+    /// listener are gone, unless they are to be handed over ([`Door::take_kept`]).
     pub fn keep(&self, listening: Listening, stop: &StopHandle) {
         let mut porter = Porter { door: self, failing: false, warned: None };
         let failed = loop {
@@ -155,9 +162,14 @@ impl Door {
                 Err(error) => break Some(error),
             }
         };
-        drop(listening);
+        let kept = if stop.hands_over() {
+            Some(listening)
+        } else {
+            drop(listening);
+            None
+        };
         let mut state = self.state();
-        (state.closed, state.failed, state.next) = (true, failed, None);
+        (state.closed, state.failed, state.next, state.kept) = (true, failed, None, kept);
         drop(state);
         self.changed.notify_all();
     }

@@ -37,7 +37,7 @@ pub struct Server {
 
 #[derive(Debug)]
 enum Source {
-    /// Taken by `serve`, which closes it.
+    /// Taken by `serve`, which closes it or puts it back to be handed over.
     Listening(Mutex<Option<Listening>>),
     /// One frontend, and no other after it.
     Connected(UnixStream),
@@ -75,6 +75,40 @@ impl Server {
         Ok(Server { source: Source::Connected(stream) })
     }
 
+    /// Uses the listening socket that another daemon has handed over, and its file at `path`.
+    ///
+    /// # Errors
+    /// When it is not a listening unix stream socket, or its file is gone.
+    pub fn taken_over(fd: OwnedFd, path: &Path) -> Result<Self, SessionError> {
+        let wrong = |source| SessionError::InheritedFd { source };
+        match sockopt::socket_acceptconn(&fd) {
+            Ok(true) if sockopt::socket_domain(&fd) == Ok(AddressFamily::UNIX) => {}
+            Ok(_) => return Err(wrong(rustix::io::Errno::PROTOTYPE.into())),
+            Err(error) => return Err(wrong(error.into())),
+        }
+        let listening = Listening::taken_over(fd.into(), path).map_err(wrong)?;
+        Ok(Server { source: Source::Listening(Mutex::new(Some(listening))) })
+    }
+
+    /// A copy of the listening socket that is not being served, to be handed over to another process: after
+    /// [`StopHandle::hand_over`]. `None` if there is none.
+    ///
+    /// # Errors
+    /// When the host refuses a descriptor.
+    pub fn listener(&self) -> std::io::Result<Option<OwnedFd>> {
+        let Source::Listening(listening) = &self.source else { return Ok(None) };
+        let listening = listening.lock().unwrap_or_else(PoisonError::into_inner);
+        listening.as_ref().map(|listening| Ok(listening.listener.try_clone()?.into())).transpose()
+    }
+
+    /// The other process serves: the socket's file is its own.
+    pub fn leave(self) {
+        if let Source::Listening(listening) = self.source {
+            let listening = listening.into_inner().unwrap_or_else(PoisonError::into_inner);
+            listening.into_iter().for_each(Listening::leave);
+        }
+    }
+
     /// As [`Server::from_fd`], for a descriptor number that a parent process left open. The descriptor is copied, and
     /// the original closed: a stop must be able to close the listener.
     ///
@@ -107,23 +141,26 @@ impl Server {
                 Ok(())
             }
             Source::Listening(listening) => {
-                let taken = listening.lock().unwrap_or_else(PoisonError::into_inner).take();
-                taken.map_or(Ok(()), |listening| serve_all(listening, device, options, stop))
+                let slot = || listening.lock().unwrap_or_else(PoisonError::into_inner);
+                let Some(taken) = slot().take() else { return Ok(()) };
+                let kept = serve_all(taken, device, options, stop)?;
+                *slot() = kept;
+                Ok(())
             }
         }
     }
 }
 
-/// Serves one frontend after another until the server stops.
+/// Serves one frontend after another until the server stops. Returns the listener if it is to be handed over.
 fn serve_all<D: BlockDevice>(
     listening: Listening,
     device: &Arc<D>,
     options: &ServeOptions,
     stop: &StopHandle,
-) -> Result<(), SessionError> {
+) -> Result<Option<Listening>, SessionError> {
     let failed = |source| SessionError::Wait { step: "set the wait for frontends up", source };
     let door = Door::new().map_err(failed)?;
-    thread::scope(|scope| {
+    thread::scope(|scope| -> Result<(), SessionError> {
         let keep = || door.keep(listening, stop);
         thread::Builder::new().name("strata-door".to_owned()).spawn_scoped(scope, keep).map_err(failed)?;
         let _leaving = Leaving(&door);
@@ -133,6 +170,7 @@ fn serve_all<D: BlockDevice>(
         }
         Ok(())
     })
+    .map(|()| door.take_kept())
 }
 
 /// Serves one frontend after another: [`Server::serve`] for callers that do not need the server afterwards.

@@ -28,7 +28,7 @@ const LOCK_PAUSE: Duration = Duration::from_millis(5);
 #[derive(Debug)]
 pub(crate) struct Listening {
     /// Dropped first: while the listener is open, no other daemon treats the file as stale.
-    _file: Option<SocketFile>,
+    file: Option<SocketFile>,
     pub listener: UnixListener,
 }
 
@@ -72,9 +72,8 @@ impl Listening {
             Err(error) => return Err(failed("stat it", error)),
         }
         let listener = UnixListener::bind(path).map_err(|error| failed("bind it", error))?;
-        let metadata = fs::symlink_metadata(path).map_err(|error| failed("stat it", error))?;
-        let file = SocketFile { path: path.to_owned(), identity: Identity::of(&metadata) };
-        let listening = Listening { _file: Some(file), listener };
+        let file = SocketFile::at(path).map_err(|error| failed("stat it", error))?;
+        let listening = Listening { file: Some(file), listener };
         listening.listener.set_nonblocking(true).map_err(|error| failed("set it up", error))?;
         Ok(listening)
     }
@@ -82,7 +81,27 @@ impl Listening {
     /// A socket that another process created.
     pub fn inherited(listener: UnixListener) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
-        Ok(Listening { _file: None, listener })
+        Ok(Listening { file: None, listener })
+    }
+
+    /// A socket that the process before this one has handed over. Its file is this process's from now on.
+    pub fn taken_over(listener: UnixListener, path: &Path) -> io::Result<Self> {
+        let file = SocketFile::at(path)?;
+        listener.set_nonblocking(true)?;
+        Ok(Listening { file: Some(file), listener })
+    }
+
+    /// Closes the listener and leaves its file: it belongs to another process now.
+    pub fn leave(mut self) {
+        self.file.take().into_iter().for_each(std::mem::forget);
+    }
+}
+
+impl SocketFile {
+    /// The file that is there now.
+    fn at(path: &Path) -> io::Result<Self> {
+        let metadata = fs::symlink_metadata(path)?;
+        Ok(SocketFile { path: path.to_owned(), identity: Identity::of(&metadata) })
     }
 }
 

@@ -20,6 +20,8 @@ struct StopInner {
     /// Becomes readable and stays so.
     event: OwnedFd,
     stopped: AtomicBool,
+    /// The listener goes on to a successor.
+    hands_over: AtomicBool,
     /// Guards the present session's socket, so that a stop ends even a wait in the middle of a message. A leaf.
     connection: Mutex<Option<UnixStream>>,
 }
@@ -31,8 +33,9 @@ impl StopHandle {
     /// When the host refuses an eventfd.
     pub fn new() -> io::Result<Self> {
         let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let (stopped, connection) = (AtomicBool::new(false), Mutex::new(None));
-        Ok(StopHandle { inner: Arc::new(StopInner { event, stopped, connection }) })
+        let (stopped, hands_over, connection) =
+            (AtomicBool::new(false), AtomicBool::new(false), Mutex::new(None));
+        Ok(StopHandle { inner: Arc::new(StopInner { event, stopped, hands_over, connection }) })
     }
 
     /// Closes the door, drains and ends the current session, and makes `serve` return. May be called more than once.
@@ -42,6 +45,18 @@ impl StopHandle {
         if let Some(connection) = &*self.connection() {
             end_waits(connection);
         }
+    }
+
+    /// As [`StopHandle::stop`], but the listening socket stays open and keeps its file: whoever connects meanwhile waits
+    /// for the process that takes it over. [`crate::Server::listener`] has it then.
+    pub fn hand_over(&self) {
+        self.inner.hands_over.store(true, Ordering::SeqCst);
+        self.stop();
+    }
+
+    /// True from the first [`StopHandle::hand_over`] on.
+    pub(crate) fn hands_over(&self) -> bool {
+        self.inner.hands_over.load(Ordering::SeqCst)
     }
 
     /// True from the first [`StopHandle::stop`] on.

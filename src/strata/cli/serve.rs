@@ -37,6 +37,11 @@ pub struct ServeArgs {
     #[arg(long, visible_alias = "socket", value_name = "PATH", conflicts_with = "fd", help_heading = SOCKET)]
     pub socket_path: Option<PathBuf>,
 
+    /// Take the place of the daemon that serves this image on --socket-path, without a refused connection or a lost
+    /// request; if this one fails to start, that one goes on. Without such a daemon, serve as usual
+    #[arg(long, requires = "socket_path", conflicts_with_all = ["fd", "incoming"], help_heading = SOCKET)]
+    pub replace: bool,
+
     /// Use this inherited file descriptor instead: a unix socket that is listening or connected
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(0..), help_heading = SOCKET)]
     pub fd: Option<i32>,

@@ -1,0 +1,298 @@
+//! A planned restart: a new daemon takes the socket and the image over from the one that serves.
+//!
+//! Every daemon that created its socket file listens on a second socket beside it. A new daemon (`--replace`) that has
+//! looked at its options and its image connects there. The old one stops as at SIGTERM, but keeps the listener open: a
+//! frontend that connects meanwhile waits in its backlog. When the image is closed, the old daemon passes the listener
+//! (SCM_RIGHTS), and the new one opens the image and serves. If the new one ends before that, the old one serves again.
+//!
+//! Owns that conversation. Only processes of the same user, or of root, are heard (SO_PEERCRED). It never touches an image.
+
+use std::ffi::OsString;
+use std::io::{self, IoSlice, IoSliceMut, Read as _, Write as _};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, sockopt,
+};
+use tracing::{info, warn};
+
+use crate::limits::SOCKET_PATH_MAX;
+
+/// What the socket's name has in addition.
+const SUFFIX: &str = ".handover";
+/// The messages: one byte each. The new daemon asks for the place.
+const ASK: u8 = b'A';
+/// The old one has closed the image; the listener comes with this.
+const GIVE: u8 = b'G';
+/// The new one serves.
+const SERVE: u8 = b'S';
+/// How long a daemon waits for the first message of a process that has connected.
+const ASK_PATIENCE: Duration = Duration::from_secs(5);
+/// How long the old daemon may take to stop, and the new one to open the image.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// The path of the second socket; none if it would be too long.
+fn beside(socket: &Path) -> Option<PathBuf> {
+    let mut name = OsString::from(socket);
+    name.push(SUFFIX);
+    (name.as_bytes().len() <= SOCKET_PATH_MAX).then(|| name.into())
+}
+
+/// The old daemon's side: waits for a successor on a thread. Dropping it ends that.
+pub struct Offer {
+    thread: Option<JoinHandle<()>>,
+    end: OwnedFd,
+}
+
+/// A daemon that is about to serve in our place.
+#[derive(Debug)]
+pub struct Successor(UnixStream);
+
+/// The daemon that is about to stop for us.
+#[derive(Debug)]
+pub struct Predecessor(UnixStream);
+
+impl Offer {
+    /// Listens beside the socket, which this process owns. `asked` is called once, with the successor. Without a second
+    /// socket the daemon serves all the same, and cannot be replaced.
+    pub fn start(socket: &Path, asked: impl FnOnce(Successor) + Send + 'static) -> io::Result<Option<Self>> {
+        let Some(path) = beside(socket) else {
+            info!("the socket's path is so long that this daemon cannot be replaced while it serves");
+            return Ok(None);
+        };
+        // Only a daemon that is gone can have left it: this process owns the socket that it stands beside.
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let listener = UnixListener::bind(&path)?;
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
+        listener.set_nonblocking(true)?;
+        let end = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let its_end = end.try_clone()?;
+        let thread = thread::Builder::new().name("strata-handover".to_owned()).spawn(move || {
+            let found = wait_for_successor(&listener, &its_end);
+            // Before anybody else may bind it.
+            let _ = std::fs::remove_file(&path);
+            drop(listener);
+            if let Some(successor) = found {
+                asked(successor);
+            }
+        })?;
+        Ok(Some(Offer { thread: Some(thread), end }))
+    }
+}
+
+impl Drop for Offer {
+    fn drop(&mut self) {
+        let _ = rustix::io::write(&self.end, &1u64.to_ne_bytes());
+        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+            warn!("the thread that waits for a successor ended in a panic");
+        }
+    }
+}
+
+fn wait_for_successor(listener: &UnixListener, end: &OwnedFd) -> Option<Successor> {
+    loop {
+        let mut fds = [PollFd::new(end, PollFlags::IN), PollFd::new(listener, PollFlags::IN)];
+        match poll(&mut fds, None) {
+            Ok(_) if !fds[0].revents().is_empty() => return None,
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => {
+                warn!(%error, "cannot wait for a successor");
+                return None;
+            }
+        }
+        match listener.accept() {
+            Ok((stream, _)) => match hear(stream) {
+                Ok(successor) => return Some(successor),
+                Err(error) => warn!(%error, "a process beside the socket is not heard"),
+            },
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => {
+                warn!(%error, "cannot accept a successor");
+                return None;
+            }
+        }
+    }
+}
+
+/// True if the process at the other end belongs to this user or to root.
+fn is_trusted(stream: impl AsFd) -> io::Result<bool> {
+    let uid = sockopt::socket_peercred(stream)?.uid;
+    Ok(uid.is_root() || uid == rustix::process::geteuid())
+}
+
+fn hear(stream: UnixStream) -> io::Result<Successor> {
+    if !is_trusted(&stream)? {
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, "it belongs to another user"));
+    }
+    stream.set_nonblocking(false)?;
+    expect(&stream, ASK, ASK_PATIENCE)?;
+    Ok(Successor(stream))
+}
+
+/// Waits for a message.
+fn expect(mut stream: &UnixStream, wanted: u8, patience: Duration) -> io::Result<()> {
+    stream.set_read_timeout(Some(patience))?;
+    let mut message = [0];
+    stream.read_exact(&mut message)?;
+    if message == [wanted] { Ok(()) } else { Err(io::ErrorKind::InvalidData.into()) }
+}
+
+impl Successor {
+    /// Passes the listener: the image is closed. Waits until the successor serves. False if it has ended instead.
+    ///
+    /// # Errors
+    /// When the successor neither serves nor ends in time: it may have the image.
+    pub fn give(&self, listener: &OwnedFd) -> io::Result<bool> {
+        let files = [listener.as_fd()];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        control.push(SendAncillaryMessage::ScmRights(&files));
+        let sent = rustix::net::sendmsg(&self.0, &[IoSlice::new(&[GIVE])], &mut control, SendFlags::NOSIGNAL);
+        if sent.is_err() {
+            return Ok(false);
+        }
+        match expect(&self.0, SERVE, PATIENCE) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(error),
+            Err(_) => Ok(false),
+        }
+    }
+}
+
+impl Predecessor {
+    /// Asks the daemon that serves on this socket to stop; `None` if there is none that can be asked.
+    ///
+    /// # Errors
+    /// When the daemon belongs to another user.
+    pub fn ask(socket: &Path) -> io::Result<Option<Self>> {
+        let Some(path) = beside(socket) else { return Ok(None) };
+        let mut stream = match UnixStream::connect(path) {
+            Ok(stream) => stream,
+            Err(error)
+                if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) =>
+            {
+                return Ok(None);
+            }
+            Err(error) => return Err(error),
+        };
+        if !is_trusted(&stream)? {
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, "it belongs to another user"));
+        }
+        stream.write_all(&[ASK])?;
+        Ok(Some(Predecessor(stream)))
+    }
+
+    /// Waits until the image is free. The listener; `None` if the daemon has ended without passing it.
+    ///
+    /// # Errors
+    /// When it takes too long.
+    pub fn take(&self) -> io::Result<Option<OwnedFd>> {
+        self.0.set_read_timeout(Some(PATIENCE))?;
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let mut message = [0];
+        let received = loop {
+            let parts = &mut [IoSliceMut::new(&mut message)];
+            match rustix::net::recvmsg(&self.0, parts, &mut control, RecvFlags::CMSG_CLOEXEC) {
+                Err(rustix::io::Errno::INTR) => {}
+                Err(rustix::io::Errno::CONNRESET) => return Ok(None),
+                other => break other?,
+            }
+        };
+        if received.bytes == 0 || message != [GIVE] {
+            return Ok(None);
+        }
+        let files = control.drain().filter_map(|part| match part {
+            RecvAncillaryMessage::ScmRights(files) => Some(files),
+            _ => None,
+        });
+        Ok(files.flatten().next())
+    }
+
+    /// This process serves: the other one ends.
+    pub fn tell_serving(mut self) {
+        if let Err(error) = self.0.write_all(&[SERVE]) {
+            warn!(%error, "the daemon that was replaced could not be told so");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    fn meet() -> (tempfile::TempDir, Offer, Predecessor, Successor) {
+        let folder = tempfile::tempdir().expect("a folder");
+        let socket = folder.path().join("s");
+        let (found, successors) = mpsc::channel();
+        let offer = Offer::start(&socket, move |successor| found.send(successor).expect("awaited"));
+        let offer = offer.expect("it listens").expect("the path is short");
+        let predecessor = Predecessor::ask(&socket).expect("it is ours").expect("it is there");
+        let successor = successors.recv().expect("it was asked");
+        (folder, offer, predecessor, successor)
+    }
+
+    #[test]
+    fn the_listener_changes_hands() {
+        let (folder, offer, predecessor, successor) = meet();
+        let path = folder.path().join("served");
+        let listener = UnixListener::bind(&path).expect("bound");
+        let fd = OwnedFd::from(listener);
+        let giving = thread::spawn(move || successor.give(&fd));
+        let waiting = UnixStream::connect(&path).expect("it waits in the backlog");
+        let taken = UnixListener::from(predecessor.take().expect("in time").expect("the listener"));
+        let (_stream, _) = taken.accept().expect("the one that waited");
+        predecessor.tell_serving();
+        assert!(giving.join().expect("no panic").expect("in time"));
+        drop((offer, waiting));
+        assert!(!beside(&folder.path().join("s")).expect("short").exists());
+    }
+
+    #[test]
+    fn a_successor_that_ends_is_none() {
+        let (folder, _offer, predecessor, successor) = meet();
+        let fd = OwnedFd::from(UnixListener::bind(folder.path().join("served")).expect("bound"));
+        drop(predecessor);
+        assert!(!successor.give(&fd).expect("it has ended"));
+        let (_folder, _offer, predecessor, successor) = meet();
+        drop(successor);
+        assert!(predecessor.take().expect("it has ended").is_none());
+    }
+
+    #[test]
+    fn nobody_is_asked_where_nobody_listens() {
+        let folder = tempfile::tempdir().expect("a folder");
+        assert!(Predecessor::ask(&folder.path().join("s")).expect("no error").is_none());
+        assert!(beside(Path::new(&"x".repeat(100))).is_none());
+    }
+
+    #[test]
+    fn one_that_says_something_else_is_not_heard() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let socket = folder.path().join("s");
+        let (found, successors) = mpsc::channel();
+        let _offer = Offer::start(&socket, move |successor| found.send(successor).expect("awaited"))
+            .expect("it listens");
+        let path = beside(&socket).expect("short");
+        let mut other = UnixStream::connect(&path).expect("it listens");
+        other.write_all(b"x").expect("sent");
+        assert_eq!(other.read(&mut [0]).expect("the end"), 0);
+        drop(UnixStream::connect(&path).expect("it listens"));
+        let _predecessor = Predecessor::ask(&socket).expect("it is ours").expect("it is there");
+        successors.recv().expect("it was asked");
+    }
+}
