@@ -246,6 +246,22 @@ impl Daemon {
         }
     }
 
+    /// True if the daemon has ended.
+    pub fn has_ended(&mut self) -> Result<bool> {
+        Ok(self.process.try_wait()?.is_some())
+    }
+
+    /// Waits for the end of a daemon that another one replaces; anything but exit code 0 within the timeout is an error.
+    pub fn expect_end(mut self) -> Result<()> {
+        match self.wait(STOP_PATIENCE)? {
+            Some(status) if status.success() => Ok(()),
+            Some(status) => {
+                bail!("{} ended with {status} when it was replaced\n{}", self.program, self.log_tail())
+            }
+            None => bail!("{} did not end when it was replaced\n{}", self.program, self.log_tail()),
+        }
+    }
+
     /// Sends SIGKILL: data that the daemon had not written is lost.
     pub fn kill(mut self) -> Result<()> {
         self.process.kill()?;

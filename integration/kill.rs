@@ -263,7 +263,7 @@ fn survive(number: u64, case: Case) {
         let kept = run.folder.keep();
         fail(&format!("{trouble}\nthe image is kept in {}", kept.display()));
     }
-    let Tally { requests, changes, unmaps, changes_sent, flushes, cut_off } = run.total;
+    let Tally { requests, changes, unmaps, changes_sent, flushes, cut_off, .. } = run.total;
     println!(
         "{}: {rounds} kills in {:.1} s: {requests} requests, {changes} changes answered ({} % of those sent unmap), \
          {flushes} flushes answered, {cut_off} requests cut off, at most {} clusters leaked",

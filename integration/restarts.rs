@@ -6,6 +6,8 @@
 //! not flushed: the daemons keep a journal of it. In the others the guest turns its write cache off once, on its first
 //! connection, which also shows that the daemons keep that setting. At the end no cluster has leaked.
 //!
+//! In other tests the next daemon replaces the one that serves, under load.
+//!
 //! `STRATA_RESTART_ROUNDS` sets the number of kills of all cases together (200), `STRATA_KILL_SEED` the random choices.
 
 use std::path::PathBuf;
@@ -20,7 +22,7 @@ use strata_kit::random::Random;
 use tempfile::TempDir;
 
 use crate::setting;
-use crate::survival::guest::{Guest, Tally};
+use crate::survival::guest::{Failure, Guest, Tally};
 use crate::survival::ledger::Ledger;
 use crate::survival::stamp::{SECTOR, Value};
 
@@ -49,7 +51,7 @@ struct Host {
 }
 
 impl Host {
-    fn new(cluster_size: u64, over: bool) -> Result<Self, Trouble> {
+    fn new(cluster_size: u64, over: bool, queues: u16) -> Result<Self, Trouble> {
         let program = Backend::Strata.program(Profile::Dev)?;
         let folder = TempDir::new()?;
         let image = folder.path().join("top.qcow2");
@@ -64,7 +66,7 @@ impl Host {
             image: image.clone(),
             format: "qcow2".into(),
             socket: folder.path().join("disk.sock"),
-            queues: 2,
+            queues,
             serial: "restart-test".into(),
             io_thread: false,
         };
@@ -77,9 +79,9 @@ impl Host {
 
     fn connect(&self, write_cache: bool) -> Result<Client, Trouble> {
         let options = Options {
-            queues: 2,
+            queues: self.spec.queues.into(),
             queue_size: 64,
-            slots_max: 16,
+            slots_max: if self.spec.queues > 2 { 2 } else { 16 },
             data_capacity: 256 << 10,
             in_flight: true,
             ..Options::default()
@@ -144,7 +146,7 @@ fn survive(number: u64, case: &Case) {
     let kills = all / CASES + u64::from(number < all % CASES);
     let seed = setting("STRATA_KILL_SEED", 1).wrapping_mul(CASES).wrapping_add(number);
     let fail = |trouble: &dyn std::fmt::Display| -> ! { panic!("{name}, seed {seed}: {trouble}") };
-    let host = Host::new(case.cluster_size, case.over).unwrap_or_else(|trouble| fail(&trouble));
+    let host = Host::new(case.cluster_size, case.over, 2).unwrap_or_else(|trouble| fail(&trouble));
     let began = Instant::now();
     let logged = || std::fs::read_to_string(host.folder.path().join("daemon.log")).unwrap_or_default();
     let tally = rounds(&host, case, kills, &mut Random::new(seed))
@@ -200,4 +202,73 @@ fn no_answered_write_is_lost_across_kills_with_small_clusters_over_qcow2() {
             write_cache: true,
         },
     );
+}
+
+/// Planned restarts of a test.
+const REPLACEMENTS: u64 = 20;
+
+/// One daemon after another takes the place of the one before, under a guest that goes on. Returns the pauses: from the
+/// last answer of the old one to the first of the new one, as the guest sees them.
+fn replace(host: &Host, times: u64, random: &mut Random) -> Result<Vec<Duration>, Trouble> {
+    let mut ledger = Ledger::new((0..SIZE / SECTOR).map(|_| Value::Zero));
+    let (mut generation, mut choices) = (1, random.fork());
+    let log = host.folder.path().join("daemon.log");
+    let mut daemon = host.start()?;
+    let client = host.connect(true)?;
+    let mut guest = Guest::new(client, &mut ledger, &mut choices, &mut generation, (64 << 10) / SECTOR);
+    let mut pauses = Vec::new();
+    for round in 1..=times {
+        let place = |failure: Failure, daemon: &Daemon| format!("round {round}: {}\n{}", failure.0, daemon.log_tail());
+        guest.work(100 + random.below(400), Duration::ZERO).map_err(|failure| place(failure, &daemon))?;
+        let next = Daemon::start_with(&host.program, &host.spec, &["--replace"], &log)?;
+        let mut old = std::mem::replace(&mut daemon, next);
+        let mut answered = Instant::now();
+        while !old.has_ended()? {
+            let before = guest.tally.answered;
+            guest.serve_some().map_err(|failure| place(failure, &daemon))?;
+            if guest.tally.answered > before {
+                answered = Instant::now();
+            }
+        }
+        old.expect_end()?;
+        guest.collect().map_err(|failure| place(failure, &daemon))?;
+        guest.reconnect(&host.spec.socket).map_err(|failure| place(failure, &daemon))?;
+        let before = guest.tally.answered;
+        while guest.tally.answered == before {
+            guest.serve_some().map_err(|failure| place(failure, &daemon))?;
+        }
+        pauses.push(answered.elapsed());
+        if random.below(2) == 0 {
+            guest.finish().map_err(|failure| place(failure, &daemon))?;
+            guest.check_latest().map_err(|failure| place(failure, &daemon))?;
+        }
+    }
+    guest.finish().and_then(|()| guest.check_latest()).map_err(|failure| failure.0)?;
+    guest.leave().map_err(|failure| failure.0)?;
+    daemon.stop()?;
+    image::expect_clean(&host.image)?;
+    pauses.sort();
+    Ok(pauses)
+}
+
+fn is_replaced(name: &str, queues: u16, seed: u64) {
+    if Qemu::find().is_none() {
+        return;
+    }
+    let fail = |trouble: Trouble| -> ! { panic!("{name}, seed {seed}: {trouble}") };
+    let host = Host::new(64 << 10, false, queues).unwrap_or_else(|trouble| fail(trouble));
+    let pauses = replace(&host, REPLACEMENTS, &mut Random::new(seed)).unwrap_or_else(|trouble| fail(trouble));
+    let (median, longest) = (pauses[pauses.len() / 2], pauses[pauses.len() - 1]);
+    println!("{name}: {REPLACEMENTS} planned restarts, pause {median:?} in the median, {longest:?} at most");
+    assert!(!host.spec.socket.exists(), "the last daemon leaves no socket file");
+}
+
+#[test]
+fn a_replaced_daemon_loses_no_request() {
+    is_replaced("replaced, 2 queues", 2, 1);
+}
+
+#[test]
+fn a_replaced_daemon_with_64_queues_loses_no_request() {
+    is_replaced("replaced, 64 queues", 64, 2);
 }

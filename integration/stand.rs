@@ -30,6 +30,15 @@ pub struct Stand {
     pub folder: PathBuf,
 }
 
+/// How a daemon gives way to the next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Restart {
+    /// It is killed, and then the next is started.
+    Kill,
+    /// The next replaces it.
+    Planned,
+}
+
 /// The counters of the guest's block layer, since its boot.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Requests {
@@ -208,12 +217,19 @@ impl Stand {
         Ok(visit)
     }
 
-    /// Runs a visit in which the daemon gets SIGKILL and is started again `kills` times, each time after some reports
-    /// `tick` of the guest. After the last one the guest receives a line, upon which the script must end.
+    /// Runs a visit in which the daemon is restarted `times` times, each time after some reports `tick` of the guest: it
+    /// gets SIGKILL and is started again, or another daemon replaces it. After the last one the guest receives a line,
+    /// upon which the script must end.
     ///
     /// # Errors
     /// Also when the script fails.
-    pub fn restarts(&self, name: &str, script: &str, kills: u64, random: &mut Random) -> Result<Visit> {
+    pub fn restarts(
+        &self,
+        name: &str,
+        script: &str,
+        (times, how): (u64, Restart),
+        random: &mut Random,
+    ) -> Result<Visit> {
         let folder = self.folder.join(name);
         std::fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
         let log = folder.join("daemon.log");
@@ -225,12 +241,17 @@ impl Stand {
         let mut vm = Vm::boot(&self.kit, &machine, &folder)?;
         let mut visit = Visit::default();
         let deadline = Instant::now() + PATIENCE;
-        for _ in 0..kills {
+        for _ in 0..times {
             for _ in 0..1 + random.below(4) {
                 record_tick(&mut vm, &mut visit, deadline).with_context(|| daemon.log_tail())?;
             }
-            daemon.kill()?;
-            daemon = Daemon::start(&self.program, &self.serve, &log)?;
+            if how == Restart::Kill {
+                daemon.kill()?;
+                daemon = Daemon::start(&self.program, &self.serve, &log)?;
+            } else {
+                let next = Daemon::start_with(&self.program, &self.serve, &["--replace"], &log)?;
+                std::mem::replace(&mut daemon, next).expect_end()?;
+            }
         }
         vm.proceed()?;
         let ran = self.listen(&mut vm, &mut visit, &mut |_| Ok(())).and_then(|()| vm.wait());
@@ -264,7 +285,7 @@ impl Stand {
         }
         record_tick(&mut here.vm, &mut visit, deadline).with_context(|| here.daemon.log_tail())?;
         here.vm.proceed()?;
-        let ran = self.listen(&mut here.vm, &mut visit, &mut |_| {}).and_then(|()| here.vm.wait());
+        let ran = self.listen(&mut here.vm, &mut visit, &mut |_| Ok(())).and_then(|()| here.vm.wait());
         ran.with_context(|| format!("visit {name}\n{}", here.daemon.log_tail()))?;
         here.daemon.stop()?;
         Ok((visit, moved))

@@ -16,7 +16,7 @@ use strata_integration::guest::GuestKit;
 use strata_integration::image::{self, Backing};
 use strata_integration::machine::Accelerator;
 use strata_integration::scenario::{self, Work};
-use strata_integration::stand::{self, Stand};
+use strata_integration::stand::{self, Restart, Stand};
 use strata_integration::{picture, setup};
 use strata_kit::random::Random;
 
@@ -174,30 +174,35 @@ fn synced_data_survives_killed_daemons() -> Result<()> {
     })
 }
 
+/// Restarts the daemon under a guest that writes and verifies with its write cache off, and checks the image.
+fn lives_on(stand: &Stand, folder: &Path, restarts: u64, how: Restart) -> Result<()> {
+    if stand.program.backend != Backend::Strata {
+        return Ok(());
+    }
+    let seed = setting("STRATA_KILL_SEED", 1)?;
+    const AREA_MIB: u64 = 8;
+    image::create(&stand.serve.image, "qcow2", DISK_MIB * MIB, None, "")?;
+    let script = stand::verifying(AREA_MIB, "write through");
+    let visit = stand.restarts("restarts", &script, (restarts, how), &mut Random::new(seed));
+    let visit = visit.with_context(|| format!("seed {seed}"))?;
+    assert_eq!(visit.number("errors")?, 0, "the guest saw errors");
+    for key in ["disk.cache", "disk.cache.end"] {
+        assert_eq!(visit.fact(key)?, "write through");
+    }
+    let flat = folder.join("flat.raw");
+    image::flatten(&stand.serve.image, &stand.serve.format, &flat)?;
+    assert_eq!(visit.fact("disk.md5")?, image::md5(&flat, 2 * AREA_MIB)?);
+    let passes = visit.facts.iter().filter(|(key, _)| key == "passes").count();
+    println!("{restarts} restarts ({how:?}), seed {seed}: {passes} passes of fio written and verified");
+    Ok(())
+}
+
 #[test]
 fn a_guest_does_not_notice_killed_daemons() -> Result<()> {
     with_stand("a_guest_does_not_notice_killed_daemons", |stand, folder| {
-        if stand.program.backend != Backend::Strata {
-            return Ok(());
-        }
-        let kills = setting("STRATA_GUEST_RESTARTS", 5)?;
-        let seed = setting("STRATA_KILL_SEED", 1)?;
-        const AREA_MIB: u64 = 8;
-        image::create(&stand.serve.image, "qcow2", DISK_MIB * MIB, None, "")?;
-        let script = stand::verifying(AREA_MIB, "write through");
-        let visit = stand.restarts("restarts", &script, kills, &mut Random::new(seed));
-        let visit = visit.with_context(|| format!("seed {seed}"))?;
-        assert_eq!(visit.number("errors")?, 0, "the guest saw errors");
-        for key in ["disk.cache", "disk.cache.end"] {
-            assert_eq!(visit.fact(key)?, "write through");
-        }
-        let flat = folder.join("flat.raw");
-        image::flatten(&stand.serve.image, &stand.serve.format, &flat)?;
-        assert_eq!(visit.fact("disk.md5")?, image::md5(&flat, 2 * AREA_MIB)?);
-        let passes = visit.facts.iter().filter(|(key, _)| key == "passes").count();
-        println!("{kills} kills, seed {seed}: {passes} passes of fio written and verified");
+        lives_on(stand, folder, setting("STRATA_GUEST_RESTARTS", 5)?, Restart::Kill)?;
         match image::check(&stand.serve.image)? {
-            image::Health::Broken(words) => bail!("seed {seed}: the image is damaged at the end:\n{words}"),
+            image::Health::Broken(words) => bail!("the image is damaged at the end:\n{words}"),
             image::Health::Clean | image::Health::Leaks(_) => Ok(()),
         }
     })
@@ -222,6 +227,14 @@ fn a_guest_does_not_notice_that_it_is_migrated() -> Result<()> {
         let passes = visit.facts.iter().filter(|(key, _)| key == "passes").count();
         println!("{moved:?}; {passes} passes of fio written and verified");
         Ok(())
+    })
+}
+
+#[test]
+fn a_guest_does_not_notice_replaced_daemons() -> Result<()> {
+    with_stand("a_guest_does_not_notice_replaced_daemons", |stand, folder| {
+        lives_on(stand, folder, setting("STRATA_GUEST_RESTARTS", 5)?, Restart::Planned)?;
+        image::expect_clean(&stand.serve.image)
     })
 }
 

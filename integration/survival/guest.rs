@@ -34,6 +34,8 @@ pub struct Tally {
     pub flushes: u64,
     /// Requests in flight when the daemon was killed.
     pub cut_off: u64,
+    /// Requests completed.
+    pub answered: u64,
 }
 
 /// Why a guest failed.
@@ -145,6 +147,18 @@ impl<'a> Guest<'a> {
     pub fn check_latest(&mut self) -> Result<(), Failure> {
         let disk = read_all(&mut self.client)?;
         self.ledger.check_latest(&disk).map_err(Failure)
+    }
+
+    /// Sends some requests and takes what has completed, whether or not a daemon serves them.
+    ///
+    /// # Errors
+    /// As [`Guest::work`].
+    pub fn serve_some(&mut self) -> Result<(), Failure> {
+        self.send()?;
+        if !self.take_answers()? {
+            std::thread::yield_now();
+        }
+        Ok(())
     }
 
     /// Sends some requests on each queue, whether or not a daemon serves them.
@@ -309,6 +323,7 @@ impl<'a> Guest<'a> {
 
     fn answered(&mut self, queue: usize, completion: Completion) -> Result<(), Failure> {
         let slot = completion.slot;
+        self.tally.answered += 1;
         let flight = self.flights[queue][slot.index()].take().expect("a completed request was sent");
         if completion.status != Status::Ok {
             return Err(Failure(format!("{flight:?} completed with {:?}", completion.status)));

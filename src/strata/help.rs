@@ -87,6 +87,10 @@ do the I/O, up to 64 of them, and the log says so. --aio io_uring refuses to ser
 Stopping: SIGTERM or SIGINT finishes the requests in hand, brings everything to disk, closes the image cleanly and
 exits 0. A machine may leave and another attach at any time; the daemon stays.
 
+Replacing: with --replace a new daemon, perhaps of a new version, takes the socket and the image over from the one that
+serves. The machine sees a short pause and no error if it connects again (QEMU: reconnect-ms). If the new one cannot
+serve, the old one goes on.
+
 Durability: a guest's flush (fsync) returns when the data is on the host's disk, with --cache=direct and
 --cache=writeback alike.";
 

@@ -1,0 +1,110 @@
+//! Planned restarts: one daemon takes the place of another, or fails to.
+
+#[allow(dead_code, reason = "each test target uses its own part of the kit")]
+mod kit;
+
+use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::Command;
+
+use kit::{Bench, Daemon, PROGRAM, output};
+
+fn replacing(bench: &Bench, image: &str) -> Command {
+    let mut command = bench.serve(image);
+    command.arg("--replace");
+    command
+}
+
+/// The socket on which a daemon waits for its successor.
+fn beside(bench: &Bench) -> PathBuf {
+    bench.path("s.handover")
+}
+
+#[test]
+fn a_daemon_takes_the_place_of_another() {
+    let bench = Bench::new();
+    bench.image("disk.qcow2");
+    let first = Daemon::start(&mut replacing(&bench, "disk.qcow2"));
+    assert!(first.log().contains("no daemon serves"), "{}", first.log());
+    let mode = std::fs::metadata(beside(&bench)).expect("it waits").permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let mut last = first;
+    for _ in 0..3 {
+        let next = Daemon::start(&mut replacing(&bench, "disk.qcow2"));
+        let log = last.wait();
+        assert!(log.contains("a new daemon takes over") && log.contains("the new daemon serves"), "{log}");
+        assert!(bench.socket().exists(), "the socket file goes on");
+        last = next;
+    }
+    UnixStream::connect(bench.socket()).expect("it listens");
+    last.stop();
+    assert!(!bench.socket().exists() && !beside(&bench).exists(), "nothing is left");
+    let (code, text, _) = output(Command::new(PROGRAM).arg("check").arg(bench.path("disk.qcow2")));
+    assert_eq!(code, Some(0), "{text}");
+}
+
+#[test]
+fn one_that_cannot_serve_replaces_nobody() {
+    let bench = Bench::new();
+    bench.image("disk.qcow2");
+    std::fs::write(bench.path("bad.qcow2"), [0; 4096]).expect("written");
+    let daemon = Daemon::start(&mut bench.serve("disk.qcow2"));
+    for (image, more) in [("none.qcow2", &[][..]), ("bad.qcow2", &[]), ("disk.qcow2", &["--queue-size", "3"])]
+    {
+        let (code, _, errors) = output(replacing(&bench, image).args(more));
+        assert_ne!(code, Some(0), "{image}: {errors}");
+        UnixStream::connect(bench.socket()).expect("the other still listens");
+    }
+    let log = daemon.stop();
+    assert!(!log.contains("takes over"), "{log}");
+}
+
+#[test]
+fn the_old_daemon_serves_again_where_the_new_one_ends() {
+    let bench = Bench::new();
+    bench.image("disk.qcow2");
+    let mut daemon = Daemon::start(&mut bench.serve("disk.qcow2"));
+    for _ in 0..2 {
+        let mut successor = UnixStream::connect(beside(&bench)).expect("it waits");
+        successor.write_all(b"A").expect("asked");
+        let mut given = [0];
+        successor.read_exact(&mut given).expect("the image is closed");
+        assert_eq!(&given, b"G");
+        // It connects before anybody serves.
+        let waiting = UnixStream::connect(bench.socket()).expect("the listener is open");
+        drop(successor);
+        daemon.wait_for("the new daemon has ended before it served");
+        daemon.wait_for(" serving ");
+        daemon.wait_for("a frontend connected");
+        drop(waiting);
+    }
+    daemon.stop();
+    assert!(!bench.socket().exists() && !beside(&bench).exists(), "nothing is left");
+}
+
+#[test]
+fn a_signal_ends_a_daemon_that_is_being_replaced() {
+    let bench = Bench::new();
+    bench.image("disk.qcow2");
+    let mut daemon = Daemon::start(&mut bench.serve("disk.qcow2"));
+    let mut successor = UnixStream::connect(beside(&bench)).expect("it waits");
+    successor.write_all(b"A").expect("asked");
+    successor.read_exact(&mut [0]).expect("the image is closed");
+    daemon.signal(rustix::process::Signal::TERM);
+    daemon.wait_for("stopping already");
+    drop(successor);
+    let log = daemon.wait();
+    assert_eq!(log.matches(" serving ").count(), 1, "{log}");
+}
+
+#[test]
+fn replacing_needs_a_socket_file() {
+    let bench = Bench::new();
+    bench.image("disk.qcow2");
+    let mut command = Command::new(PROGRAM);
+    let (code, _, errors) =
+        output(command.args(["serve", "--replace", "--fd", "0"]).arg(bench.path("disk.qcow2")));
+    assert_eq!(code, Some(2), "{errors}");
+}
