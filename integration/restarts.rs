@@ -218,7 +218,9 @@ fn replace(host: &Host, times: u64, random: &mut Random) -> Result<Vec<Duration>
     let mut guest = Guest::new(client, &mut ledger, &mut choices, &mut generation, (64 << 10) / SECTOR);
     let mut pauses = Vec::new();
     for round in 1..=times {
-        let place = |failure: Failure, daemon: &Daemon| format!("round {round}: {}\n{}", failure.0, daemon.log_tail());
+        let place = |failure: Failure, daemon: &Daemon| {
+            format!("round {round}: {}\n{}", failure.0, daemon.log_tail())
+        };
         guest.work(100 + random.below(400), Duration::ZERO).map_err(|failure| place(failure, &daemon))?;
         let next = Daemon::start_with(&host.program, &host.spec, &["--replace"], &log)?;
         let mut old = std::mem::replace(&mut daemon, next);

@@ -184,6 +184,8 @@ pub enum LockConflict {
     Uses(Permission),
     /// It does not share a permission that we need.
     DoesNotShare(Permission),
+    /// It belongs to an earlier storage of the same owner, whose I/O may not be over.
+    Predecessor,
 }
 
 impl std::fmt::Display for Step {
@@ -232,6 +234,9 @@ impl std::fmt::Display for LockConflict {
             LockConflict::Uses(permission) => write!(f, "uses the permission \"{permission}\""),
             LockConflict::DoesNotShare(permission) => {
                 write!(f, "does not share the permission \"{permission}\"")
+            }
+            LockConflict::Predecessor => {
+                f.write_str("may still finish requests of the daemon that served here before")
             }
         }
     }

@@ -7,6 +7,7 @@ use std::os::unix::fs::{PermissionsExt, lchown};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::Mode;
+use storage::host::Owner;
 use vhost_blk::Server;
 
 use crate::cli::ServeArgs;
@@ -71,6 +72,22 @@ impl Place {
         let group = options.socket_group.as_deref().map(group_number).transpose()?;
         let mode = options.socket_mode.or(group.map(|_| GROUP_MODE));
         Ok(Place::File { path, mode, group })
+    }
+
+    /// The owner of the files that a daemon on this socket uses: the next daemon on the same socket waits for their I/O.
+    /// None where the socket cannot be told apart.
+    pub fn owner(&self) -> Option<Owner> {
+        let name = match self {
+            Place::File { path, .. } => {
+                let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+                let folder = folder.unwrap_or(Path::new(".")).canonicalize().ok()?;
+                folder.join(path.file_name()?)
+            }
+            // The kernel's name of the socket, the same for all daemons that get it from one manager.
+            Place::Descriptor(number) => std::fs::read_link(format!("/proc/self/fd/{number}")).ok()?,
+            Place::Passed => std::fs::read_link(format!("/proc/self/fd/{PASSED_FIRST}")).ok()?,
+        };
+        Some(Owner::of(name.as_os_str().as_bytes()))
     }
 
     /// Takes over the socket that another daemon has passed; without one, as [`Place::listen`].
@@ -151,6 +168,25 @@ fn number_in(groups: &str, wanted: &str) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_socket_has_one_owner_however_it_is_named() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let at = |path: PathBuf| Place::File { path, mode: None, group: None }.owner();
+        let socket = folder.path().join("s");
+        let owner = at(socket.clone());
+        assert!(owner.is_some() && owner == at(folder.path().join("./s")));
+        std::os::unix::fs::symlink(folder.path(), folder.path().join("link")).expect("a link");
+        assert_eq!(owner, at(folder.path().join("link/s")));
+        assert_ne!(owner, at(folder.path().join("t")));
+        assert_eq!(at(folder.path().join("none/s")), None);
+        let (one, other) = std::os::unix::net::UnixStream::pair().expect("a pair");
+        let of = |fd: &std::os::unix::net::UnixStream| {
+            Place::Descriptor(std::os::fd::AsRawFd::as_raw_fd(fd)).owner()
+        };
+        assert!(of(&one).is_some() && of(&one) == of(&one.try_clone().expect("a copy")));
+        assert_ne!(of(&one), of(&other));
+    }
 
     #[test]
     fn groups_are_found_by_name() {

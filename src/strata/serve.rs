@@ -12,7 +12,7 @@ use disk::{Disk, DiskOptions, OpenError, SpaceStatus};
 use names::shown;
 use qcow2::SECTOR;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use storage::host::HostStorage;
+use storage::host::{HostStorage, Owner};
 use storage::{Storage as _, StorageError};
 use tracing::{debug, info, warn};
 use vhost_blk::{Metrics, Pulse, ServeOptions, Server, Stage, StopHandle};
@@ -139,7 +139,7 @@ fn serve_round(
         pulse: Arc::new(Pulse::new(options.num_queues, |stage| notify::send(&notify::status(stage)))),
         ..ServeOptions::new(options.num_queues, options.queue_size)
     };
-    let device = Arc::new(open(image, options)?);
+    let device = Arc::new(open(place, image, options)?);
     let watch = device.watch();
     let totals = {
         // Dropped before the device is closed (`Shutdown::closing`): closing needs the last reference to the device.
@@ -186,20 +186,21 @@ fn disk_options(options: &ServeArgs) -> DiskOptions {
     }
 }
 
-fn open(image: &Path, options: &ServeArgs) -> Result<HostDevice, ProgramError> {
+fn open(place: &Place, image: &Path, options: &ServeArgs) -> Result<HostDevice, ProgramError> {
     let how = disk_options(options);
     let purpose =
         if options.read_only || options.snapshot.is_some() { Purpose::ServeReadOnly } else { Purpose::Serve };
     let failed = |source| ProgramError::Open { image: image.to_owned(), purpose, source };
     let serial = options.serial.unwrap_or_else(|| Serial::of_image(image)).0;
-    let storage = storage_of(options).map_err(ProgramError::ChainRoot)?;
+    let owner = place.owner();
+    let storage = storage_of(options, owner).map_err(ProgramError::ChainRoot)?;
     let blocks = BlockSizes { logical: options.logical_block_size, physical: options.physical_block_size };
     let device = if options.incoming {
         let facts = facts_of_another(&storage, image, &how).map_err(failed)?;
-        DiskDevice::released(facts, serial, blocks, reopening(options, image, how))
+        DiskDevice::released(facts, serial, blocks, reopening(options, owner, image, how))
     } else {
         let disk = Disk::open(storage, image, &how).map_err(failed)?;
-        let reopening = (purpose == Purpose::Serve).then(|| reopening(options, image, how));
+        let reopening = (purpose == Purpose::Serve).then(|| reopening(options, owner, image, how));
         DiskDevice::releasable(disk, serial, blocks, reopening)
     };
     let (size, block) = (device.facts().size, options.logical_block_size);
@@ -210,15 +211,24 @@ fn open(image: &Path, options: &ServeArgs) -> Result<HostDevice, ProgramError> {
 }
 
 /// A storage that has no file open yet.
-fn storage_of(options: &ServeArgs) -> Result<HostStorage, StorageError> {
-    options.lock.storage().by(options.aio.into()).confined(&options.chain.chain_root)
+fn storage_of(options: &ServeArgs, owner: Option<Owner>) -> Result<HostStorage, StorageError> {
+    let storage = options.lock.storage().by(options.aio.into()).confined(&options.chain.chain_root)?;
+    Ok(match owner {
+        Some(owner) => storage.owned_by(owner),
+        None => storage,
+    })
 }
 
 /// How the image is opened after it was released: by a storage of its own, as a storage closes its files at its end.
-fn reopening(options: &ServeArgs, image: &Path, how: DiskOptions) -> Reopening<HostStorage> {
+fn reopening(
+    options: &ServeArgs,
+    owner: Option<Owner>,
+    image: &Path,
+    how: DiskOptions,
+) -> Reopening<HostStorage> {
     let (options, image, patience) = (options.clone(), image.to_owned(), how.lock_timeout);
     let open = move |lock_timeout| {
-        Disk::open(storage_of(&options)?, &image, &DiskOptions { lock_timeout, ..how.clone() })
+        Disk::open(storage_of(&options, owner)?, &image, &DiskOptions { lock_timeout, ..how.clone() })
     };
     Reopening::new(Box::new(open), patience)
 }

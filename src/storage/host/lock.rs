@@ -7,6 +7,10 @@
 //! data: locks may lie anywhere, even past the end.
 //!
 //! The locks belong to the description that does the I/O, so after a crash they last exactly as long as I/O can.
+//!
+//! Readers share a file, so these locks do not tell whether a dead reader's I/O is over. For that a storage may have an
+//! [`Owner`]: all its files get a shared lock on a byte of the owner's own, far behind all data. Another storage of the
+//! same owner waits until no other description has a lock there.
 
 use std::fs::File;
 use std::io;
@@ -23,6 +27,28 @@ use crate::error::{LockConflict, Permission, Step, StorageError};
 
 const USED_BASE: i64 = 100;
 const UNSHARED_BASE: i64 = 200;
+
+/// Where the bytes of owners begin: no file is so long. There are 2^61.
+const OWNER_BASE: i64 = 1 << 62;
+
+/// Who uses files, one process after another: a storage of an owner opens no file before all I/O of the owner's earlier
+/// storages on that file is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Owner(u64);
+
+impl Owner {
+    /// The owner with this name. Of two names the byte is hardly ever the same (FNV-1a, 61 bits); if it is, one waits for
+    /// the other in vain, and does not open its files.
+    pub fn of(name: &[u8]) -> Self {
+        let step = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+        Owner(name.iter().fold(0xcbf2_9ce4_8422_2325, step))
+    }
+
+    /// The owner's byte.
+    fn byte(self) -> i64 {
+        OWNER_BASE + (self.0 >> 3) as i64
+    }
+}
 
 /// The pause between two attempts.
 const RETRY_PAUSE: Duration = Duration::from_millis(20);
@@ -49,13 +75,13 @@ pub(super) fn lock_image(
     file: &File,
     path: &Path,
     options: &OpenOptions,
-    unlocked_allowed: bool,
+    (owner, unlocked_allowed): (Option<Owner>, bool),
 ) -> Result<(), StorageError> {
     let claim = if options.writable { WRITER } else { READER };
     let deadline = Instant::now().checked_add(options.lock_timeout);
     let mut waited = false;
     loop {
-        let found = match claim.attempt(file) {
+        let found = match claim.attempt(file, owner) {
             Ok(None) => return Ok(()),
             Ok(Some(found)) => found,
             Err(source) if may_go_on(&source, unlocked_allowed) => {
@@ -66,7 +92,7 @@ pub(super) fn lock_image(
                 return Err(StorageError::File { step: Step::Lock, path: path.into(), source });
             }
         };
-        let holder = || found.key.as_ref().and_then(|key| holder::find(file, key, found.byte()));
+        let holder = || found.key.as_ref().and_then(|key| holder::find(file, key, found.byte.unsigned_abs()));
         if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
             return Err(StorageError::Locked {
                 path: path.into(),
@@ -93,35 +119,30 @@ pub(super) fn unlock_image(file: &File) {
 fn clear(file: &File) -> io::Result<()> {
     set_lock(file, USED_BASE, ALL.len() as i64, libc::F_UNLCK)?;
     set_lock(file, UNSHARED_BASE, ALL.len() as i64, libc::F_UNLCK)?;
+    // A length of 0 reaches to the end.
+    set_lock(file, OWNER_BASE, 0, libc::F_UNLCK)?;
     Ok(())
 }
 
-/// A conflict, and the kernel's key of the file in its lists of locks.
+/// A conflict, the byte on which the other holder has a lock, and the kernel's key of the file in its lists of locks.
 struct Found {
     conflict: LockConflict,
+    byte: i64,
     key: Option<LockKey>,
-}
-
-impl Found {
-    /// The byte on which the other holder has a lock.
-    fn byte(&self) -> u64 {
-        let byte = match self.conflict {
-            LockConflict::Uses(permission) => USED_BASE + bit(permission),
-            LockConflict::DoesNotShare(permission) => UNSHARED_BASE + bit(permission),
-        };
-        byte.unsigned_abs()
-    }
 }
 
 impl Claim {
     /// One attempt: all locks set, or none and the reason.
-    fn attempt(&self, file: &File) -> io::Result<Option<Found>> {
+    fn attempt(&self, file: &File, owner: Option<Owner>) -> io::Result<Option<Found>> {
         let outcome = match self.set(file) {
             Ok(None) => self.conflict(file),
             other => other,
         };
-        let outcome =
-            outcome.map(|found| found.map(|conflict| Found { conflict, key: holder::key_of(file) }));
+        let found = |conflict| Found { conflict, byte: byte_of(conflict), key: holder::key_of(file) };
+        let outcome = match (outcome, owner) {
+            (Ok(None), Some(owner)) => precede(file, owner),
+            (outcome, _) => outcome.map(|conflict| conflict.map(found)),
+        };
         if !matches!(outcome, Ok(None)) {
             // Locks left behind would keep other processes out while we wait.
             clear(file)?;
@@ -158,6 +179,24 @@ impl Claim {
         }
         Ok(None)
     }
+}
+
+/// The byte on which another holder has a lock that conflicts like this.
+fn byte_of(conflict: LockConflict) -> i64 {
+    match conflict {
+        LockConflict::Uses(permission) => USED_BASE + bit(permission),
+        LockConflict::DoesNotShare(permission) => UNSHARED_BASE + bit(permission),
+        LockConflict::Predecessor => OWNER_BASE,
+    }
+}
+
+/// Sets the lock on the owner's byte; the conflict if another description has one there.
+fn precede(file: &File, owner: Owner) -> io::Result<Option<Found>> {
+    let byte = owner.byte();
+    // Nobody sets an exclusive lock there. The check needs no right to write, unlike an exclusive lock.
+    let free = set_lock(file, byte, 1, libc::F_RDLCK)? && !is_locked_by_another(file, byte)?;
+    let conflict = || Found { conflict: LockConflict::Predecessor, byte, key: holder::key_of(file) };
+    Ok((!free).then(conflict))
 }
 
 /// A permission's place in QEMU's numbering.

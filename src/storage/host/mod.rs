@@ -37,6 +37,7 @@ use self::pool::Pool;
 use crate::error::{Step, StorageError};
 use crate::{FileId, FileIdentity, FileInfo, OpenOptions, Storage};
 
+pub use lock::Owner;
 pub use open::is_readable;
 pub use queue::HostQueue;
 pub use threads::ThreadQueue;
@@ -66,6 +67,8 @@ pub struct HostStorage {
     roots: Option<Roots>,
     /// Files are used without a lock where the lock service does not answer.
     unlocked_allowed: bool,
+    /// See [`HostStorage::owned_by`].
+    owner: Option<Owner>,
 }
 
 /// The open files by id. It only grows. Each queue copies the entries that it uses, so the lock (a leaf: no other is
@@ -112,6 +115,13 @@ impl HostStorage {
         self
     }
 
+    /// Every file is opened only when the I/O of this owner's earlier storages on it is over, also if it is shared with
+    /// others. Only one storage of an owner is used at a time. Waits as for an image lock.
+    pub fn owned_by(mut self, owner: Owner) -> Self {
+        self.owner = Some(owner);
+        self
+    }
+
     /// Chooses how operations reach the host.
     pub fn by(mut self, aio: Aio) -> Self {
         self.aio = aio;
@@ -133,7 +143,7 @@ impl HostStorage {
         self.files.refuse_second_writer(path, probed.identity, options.writable)?;
         probe::settle_flags(&file, path, options.direct, &mut probed)?;
         if locked {
-            lock::lock_image(&file, path, options, self.unlocked_allowed)?;
+            lock::lock_image(&file, path, options, (self.owner, self.unlocked_allowed))?;
         }
         // Only now: before the lock was ours, its last holder could still change the length.
         let length = probe::length(&file, probed.block_device).map_err(|source| StorageError::File {

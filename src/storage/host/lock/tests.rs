@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use super::{Owner, lock_image};
 use crate::error::{LockConflict, Permission, StorageError};
 use crate::host::HostStorage;
 use crate::host::tests::skip_unless_required;
@@ -197,4 +198,61 @@ fn failing_locks_are_distinguished_from_missing_locks() {
     for failed in [libc::ENOLCK, libc::EIO, libc::EBADF, libc::EACCES] {
         assert!(!unsupported(failed), "{failed}");
     }
+}
+
+#[test]
+fn an_owner_waits_for_the_io_of_its_earlier_storages() {
+    let (_folder, path) = image();
+    let base = |owner: &str| HostStorage::new().owned_by(Owner::of(owner.as_bytes()));
+    let first = base("a.sock");
+    first.open(&path, &options(false)).expect("it is free");
+    // Another owner shares it, and so does a storage of none.
+    let other = base("b.sock");
+    other.open(&path, &options(false)).expect("readers share");
+    HostStorage::new().open(&path, &options(false)).expect("readers share");
+    let again = || base("a.sock").open(&path, &options(false));
+    let refused = again().expect_err("the first may be under way");
+    let StorageError::Locked { conflict, .. } = refused else { panic!("{refused}") };
+    assert_eq!(conflict, LockConflict::Predecessor);
+    drop(first);
+    let second = base("a.sock");
+    second.open(&path, &options(false)).expect("its I/O is over");
+    second.open(&path, &options(false)).expect_err("one description at a time");
+}
+
+#[test]
+fn an_owners_lock_lasts_as_long_as_its_description() {
+    let (_folder, path) = image();
+    let owner = Some(Owner::of(b"s"));
+    let open = || std::fs::File::open(&path).expect("opened");
+    let lock = |file: &std::fs::File| lock_image(file, &path, &options(false), (owner, false));
+    let file = open();
+    lock(&file).expect("it is free");
+    // A reference to the description, as an operation in flight has one. It outlives the descriptor of its opener.
+    let in_flight = file.try_clone().expect("a reference");
+    drop(file);
+    lock(&open()).expect_err("an operation is in flight");
+    let refused = open();
+    lock(&refused).expect_err("an operation is in flight");
+    drop(in_flight);
+    lock(&refused).expect("it is over, and the refused attempts left no lock");
+    // The same for one that waits.
+    let next = open();
+    let waiting = std::thread::scope(|scope| {
+        let patient = OpenOptions { lock_timeout: Duration::from_secs(60), ..options(false) };
+        let path = &path;
+        let waits = scope.spawn(move || lock_image(&next, path, &patient, (owner, false)).is_ok());
+        std::thread::yield_now();
+        drop(refused);
+        waits.join().expect("no panic")
+    });
+    assert!(waiting);
+}
+
+#[test]
+fn owners_have_bytes_of_their_own() {
+    let bytes: std::collections::BTreeSet<i64> =
+        (0..10_000).map(|n| Owner::of(format!("/run/vm-{n}.sock").as_bytes()).byte()).collect();
+    assert_eq!(bytes.len(), 10_000);
+    assert!(bytes.iter().all(|byte| *byte >= 1 << 62));
 }
