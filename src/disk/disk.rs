@@ -258,7 +258,8 @@ impl<S: Storage> Disk<S> {
     /// Images without a journal only become durable: raw images, version 2, external data files.
     ///
     /// # Errors
-    /// If something could not be made durable. Then the journal so far stays in use.
+    /// If something could not be made durable: then the journal so far stays in use. Or if the header could not be
+    /// written: then the disk has failed.
     ///
     /// # Panics
     /// If a request is in flight: a programmer error.

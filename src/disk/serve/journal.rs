@@ -121,7 +121,14 @@ impl<S: Storage> Worker<S> {
         };
         let present = u64::from_be_bytes(sector.field(AUTOCLEAR));
         let patch = patch_autoclear(autoclear_with_journal(present, number));
-        sector.patch_and_sync(&self.driver, &self.shared.files[0], patch).await
+        let stored = sector.patch_and_sync(&self.driver, &self.shared.files[0], patch).await;
+        if let Err(error) = &stored {
+            // Which number the image has is unknown, and so is whether a journal of it is worth anything.
+            self.engine().fail();
+            let path = shown(&self.shared.layers[0].path);
+            error!(%path, %error, "the disk has failed: writes and flushes are refused from now on");
+        }
+        stored
     }
 
     /// Carries out what a dead daemon left, if this is the memory that it used. Returns for how many guest clusters.
