@@ -1,6 +1,7 @@
 //! An open disk: opens a chain of images, starts the housekeeper, creates queues, and closes.
 
 use std::path::Path;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -24,6 +25,7 @@ use crate::serve::journal::{self, JournalKept};
 use crate::serve::policy::ZeroPolicy;
 use crate::serve::queue::DiskQueue;
 use crate::serve::space::{Space, SpaceWatch};
+use crate::serve::worker::Worker;
 use crate::serve::zero_route::ZeroRoute;
 use crate::shared::{SIDE_QUEUE_DEPTH, Shared, WORKERS_MAX};
 use crate::size::{NewSize, ResizeError, Resized, Shrinking};
@@ -234,6 +236,16 @@ impl<S: Storage> Disk<S> {
         self.shared.engine.status()
     }
 
+    /// True if metadata could not be made durable: every later write and flush fails.
+    pub fn has_failed(&self) -> bool {
+        self.shared.engine.has_failed()
+    }
+
+    /// True if damage was found since the disk was opened, and the top image's header was to be marked with it.
+    pub fn is_marked_corrupt(&self) -> bool {
+        self.shared.corrupt_marked.load(Ordering::Relaxed)
+    }
+
     /// The requests that wait for space on the host: their number, and how to end their wait.
     pub fn space(&self) -> SpaceWatch {
         self.shared.space.watch()
@@ -265,6 +277,26 @@ impl<S: Storage> Disk<S> {
     /// If a request is in flight: a programmer error.
     pub fn keep_journal(&self, memory: Option<JournalMemory>) -> Result<JournalKept, OpenError> {
         journal::keep(&self.shared, memory)
+    }
+
+    /// Makes every write durable that completed before, as a guest's flush does. The calling thread waits for that. Where
+    /// the host has no space for metadata, it fails at once. False if that must wait: a dead daemon left a journal, and
+    /// its frontend, which has it, is not back yet.
+    ///
+    /// # Errors
+    /// If the host refuses, or the disk has failed before.
+    pub fn flush(&self) -> Result<bool, OpenError> {
+        // Never by a queue, which would give such a journal up.
+        if self.shared.awaits_journal() {
+            return Ok(false);
+        }
+        let driver = Driver::new(self.shared.storage.queue(SIDE_QUEUE_DEPTH)?);
+        let limit = WORKERS_MAX;
+        let worker = Worker::new(Arc::clone(&self.shared), Rc::clone(&driver));
+        let worker = worker.ok_or(OpenError::TooManyQueues { limit })?;
+        let failed = |source| OpenError::Request { path: self.shared.layers[0].path.clone(), source };
+        driver.block_on(worker.flush()).map_err(failed)?;
+        Ok(true)
     }
 
     /// Makes everything durable and closes the image cleanly: releases reserved clusters, punches freed space, and

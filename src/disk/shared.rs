@@ -20,8 +20,8 @@ use crate::serve::policy::ZeroPolicy;
 use crate::serve::space::Space;
 use crate::serve::zero_route::ZeroRoute;
 
-/// Workers of one disk at a time: queues, the housekeeper, and the threads that resize it and close it.
-pub(crate) const WORKERS_MAX: usize = 259;
+/// Workers of one disk at a time: queues, the housekeeper, the threads that resize it and close it, and two for commands.
+pub(crate) const WORKERS_MAX: usize = 261;
 /// Operations in flight of the thread that opens or closes a disk, and of the housekeeper.
 pub(crate) const SIDE_QUEUE_DEPTH: u32 = 64;
 

@@ -3,22 +3,25 @@
 //! Owns the spelling of every option and the checks that need only the option's text. The commands own the meaning
 //! of the options.
 
+mod control;
 mod lock;
+mod serial;
 mod serve;
 
 use std::ffi::{OsStr, OsString};
 use std::io::{self, Write as _};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 
+use ::control::Failure;
 use clap::builder::{OsStringValueParser, TypedValueParser as _};
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
+pub use self::control::{ControlArgs, CtlArgs, CtlCommand};
 pub use self::lock::LockArgs;
+pub use self::serial::Serial;
 pub use self::serve::ServeArgs;
-use crate::failure::Failure;
 use crate::help;
 use crate::log::{LogFormat, LogLevel};
 use crate::notify;
@@ -28,9 +31,6 @@ use crate::text;
 /// A program called by this name (a link) runs `strata serve`: management layers that follow QEMU's conventions for
 /// backend programs call a program with options only.
 pub const BACKEND_PROGRAM: &str = "strata-blk";
-
-/// The longest serial in bytes: the size of a GET_ID answer (virtio 1.2, 5.2.6).
-pub const SERIAL_MAX: usize = 20;
 
 /// Headings of the help.
 const IMAGE: &str = "Image and backing chain";
@@ -64,18 +64,15 @@ pub struct Cli {
 impl Cli {
     /// Refuses what options say that contradict each other by their values.
     fn consistent(self) -> Result<Self, clap::Error> {
-        if let Some(Command::Serve(ServeArgs {
-            detect_zeroes: DetectZeroes::Unmap,
-            discard: Discard::Ignore,
-            ..
-        })) = self.command
+        if let Some(Command::Serve(serve)) = &self.command
+            && serve.detect_zeroes == DetectZeroes::Unmap
+            && serve.discard == Discard::Ignore
         {
             let why = "--detect-zeroes unmap gives space back, and with --discard ignore nothing does";
             return Err(Cli::command().error(ErrorKind::ArgumentConflict, why));
         }
-        if let Some(Command::Serve(ServeArgs {
-            logical_block_size, physical_block_size: Some(physical), ..
-        })) = &self.command
+        if let Some(Command::Serve(serve)) = &self.command
+            && let ServeArgs { logical_block_size, physical_block_size: Some(physical), .. } = serve.as_ref()
             && physical < logical_block_size
         {
             let why = "--physical-block-size cannot be less than --logical-block-size";
@@ -98,7 +95,7 @@ impl Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Serve an image to a virtual machine over vhost-user
-    Serve(ServeArgs),
+    Serve(Box<ServeArgs>),
     /// Describe an image and its backing chain
     Info(InfoArgs),
     /// Look for damage in an image, and repair what can be repaired
@@ -107,6 +104,8 @@ pub enum Command {
     Snapshot(SnapshotArgs),
     /// Give the disk of an image that is not in use another size
     Resize(ResizeArgs),
+    /// Ask or command a daemon by its control socket
+    Ctl(CtlArgs),
 }
 
 impl Command {
@@ -116,6 +115,7 @@ impl Command {
             Command::Info(info) => info.output.is_json(),
             Command::Check(check) => check.output.is_json(),
             Command::Snapshot(snapshot) => snapshot.output.is_json(),
+            Command::Ctl(ctl) => ctl.json,
             Command::Serve(_) | Command::Resize(_) => false,
         }
     }
@@ -433,60 +433,6 @@ impl From<Discard> for disk::Discards {
     }
 }
 
-/// A serial number, padded with zeros.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Serial(pub [u8; SERIAL_MAX]);
-
-/// Why a text is not a serial number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a serial is at most {SERIAL_MAX} printable ASCII characters")]
-pub struct SerialError;
-
-impl FromStr for Serial {
-    type Err = SerialError;
-
-    fn from_str(text: &str) -> Result<Self, SerialError> {
-        let mut bytes = [0; SERIAL_MAX];
-        let room = bytes.get_mut(..text.len()).ok_or(SerialError)?;
-        if !text.bytes().all(|byte| byte == b' ' || byte.is_ascii_graphic()) {
-            return Err(SerialError);
-        }
-        room.copy_from_slice(text.as_bytes());
-        Ok(Serial(bytes))
-    }
-}
-
-impl Serial {
-    /// The beginning of the file's name and a hash of its path, so that disks of the same name in different folders
-    /// differ. Other names of the same folder give the same serial. Only letters, digits and `.+-_`, so that it
-    /// appears unchanged in /dev/disk/by-id.
-    pub fn of_image(image: &Path) -> Self {
-        let name = image.file_stem().unwrap_or(OsStr::new("disk")).as_encoded_bytes();
-        let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b".+-_".contains(byte);
-        let hash = format!("-{:08x}", hash(whole_path(image).as_os_str().as_encoded_bytes()));
-        let plain = name.iter().map(|byte| if is_plain(byte) { *byte } else { b'_' });
-        let mut bytes = [0; SERIAL_MAX];
-        let serial = plain.take(SERIAL_MAX - hash.len()).chain(hash.bytes());
-        bytes.iter_mut().zip(serial).for_each(|(to, from)| *to = from);
-        Serial(bytes)
-    }
-}
-
-/// The path from the root. Symlinks in the folder's path are followed. A symlink that is the file itself is not:
-/// its target changes when a disk gets an overlay.
-fn whole_path(image: &Path) -> PathBuf {
-    let folder = image.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    match (std::fs::canonicalize(folder), image.file_name()) {
-        (Ok(folder), Some(name)) => folder.join(name),
-        _ => std::path::absolute(image).unwrap_or_else(|_| image.to_owned()),
-    }
-}
-
-/// FNV-1a, 32 bits: serials must not change with a compiler's version.
-fn hash(bytes: &[u8]) -> u32 {
-    bytes.iter().fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193))
-}
-
 fn backing_data_file(text: OsString) -> Result<(PathBuf, PathBuf), &'static str> {
     let bytes = text.as_bytes();
     let at = bytes.iter().position(|byte| *byte == b'=').unwrap_or(0);
@@ -556,7 +502,10 @@ fn usage_exit_code(error: &clap::Error, arguments: &[OsString]) -> i32 {
 /// Ends the program: no command was given.
 pub fn exit_without_command() -> ! {
     Cli::command()
-        .error(ErrorKind::MissingSubcommand, "a command is missing: serve, info, check, snapshot or resize")
+        .error(
+            ErrorKind::MissingSubcommand,
+            "a command is missing: serve, info, check, snapshot, resize or ctl",
+        )
         .exit()
 }
 

@@ -5,6 +5,7 @@ use std::error::Error;
 use std::io;
 use std::path::PathBuf;
 
+use control::client::ClientError;
 use disk::{Foreign, OpenError};
 use names::shown;
 use storage::StorageError;
@@ -171,10 +172,29 @@ pub enum ProgramError {
         block: u32,
     },
     /// No such group.
-    #[error("the group \"{}\" of --socket-group is not in /etc/group", shown(group))]
+    #[error("the group \"{}\" is not in /etc/group", shown(group))]
     NoSuchGroup {
         /// Its name.
         group: String,
+    },
+    /// The control socket could not be set up.
+    #[error("control: {0}")]
+    ControlSocket(#[source] Box<ProgramError>),
+    /// A daemon that was asked for a flush could not make everything durable.
+    #[error("the flush failed: {source}")]
+    Flush {
+        /// The top image.
+        image: PathBuf,
+        /// Why not.
+        source: OpenError,
+    },
+    /// A daemon could not be asked, or has refused.
+    #[error("control socket {}: {source}", shown(socket))]
+    Ctl {
+        /// The socket.
+        socket: PathBuf,
+        /// Why not.
+        source: ClientError,
     },
     /// The host refused something the program needs besides the disk and the socket.
     #[error("{step} failed: {source}")]

@@ -8,11 +8,12 @@ Examples:
   strata check vm.qcow2
   strata snapshot -c before-update vm.qcow2
   strata resize vm.qcow2 +10G
+  strata ctl /run/vm.ctl stats
 
 `strata serve --help` shows how to attach the disk to QEMU and to Cloud Hypervisor.
 
 Exit codes:
-  serve, info, snapshot, resize: 0 done; 1 failed, and the standard error says why; 2 wrong usage
+  serve, info, snapshot, resize, ctl: 0 done; 1 failed, and the standard error says why; 2 wrong usage
   check, as qemu-img check: 0 clean; 1 could not be checked (wrong usage too); 2 corrupt; 3 leaks only; 63 the format has
   nothing that could be checked
 
@@ -83,6 +84,10 @@ unmap they give back what there is. It costs a look at the first bytes of each c
 
 io_uring: where the host refuses it (an old kernel, sysctl kernel.io_uring_disabled, a container's seccomp filter), threads
 do the I/O, up to 64 of them, and the log says so. --aio io_uring refuses to serve like that.
+
+Control socket: with --control-socket PATH, `strata ctl PATH ...` shows the disk, its chain, its counters and events, and
+flushes it or ends the daemon. It is HTTP with JSON: `curl --unix-socket PATH http://strata/v1/stats`. The file is for this
+user alone (0600), or with --control-group for a group, too (0660). Whoever may use it can end the daemon.
 
 Stopping: SIGTERM or SIGINT finishes the requests in hand, brings everything to disk, closes the image cleanly and
 exits 0. A machine may leave and another attach at any time; the daemon stays.
@@ -161,3 +166,18 @@ Snapshots keep their size (in version 2 they cannot, so there an image with snap
 one size only, so an image with bitmaps is refused.
 
 A crash or a kill at any instant leaves the disk with its old size or with its new one.";
+
+/// After `strata ctl --help`.
+pub const CTL: &str = "\
+Examples, for a daemon that was started with --control-socket /run/vm.ctl:
+  strata ctl /run/vm.ctl disk
+  strata ctl /run/vm.ctl stats --json | jq .total.wr_bytes
+  strata ctl /run/vm.ctl log-level warn,vhost_blk=debug
+  strata ctl /run/vm.ctl events
+
+The socket speaks HTTP/1.1 with JSON, so any client will do:
+  curl --unix-socket /run/vm.ctl http://strata/v1/metrics
+  curl --unix-socket /run/vm.ctl -X PUT -d '{\"level\": \"debug\"}' http://strata/v1/disk/log-level
+`strata ctl /run/vm.ctl api` prints its description (OpenAPI 3.1).
+
+Exit codes: 0 done; 1 failed or refused, and the standard error says why; 2 wrong usage.";

@@ -8,6 +8,7 @@ use std::io;
 use std::path::Path;
 
 use clap::CommandFactory as _;
+use control::client::ClientError;
 use disk::{Foreign, OpenError};
 use names::{ShellCommand, shown};
 use qcow2::{FormatError, FormatErrorKind, Structure, Unsupported};
@@ -45,7 +46,12 @@ fn own(error: &ProgramError) -> Option<String> {
         ProgramError::Close { image, .. } => {
             Some(format!("look at the image with `{}`", ShellCommand::new("strata check").path(image)))
         }
-        ProgramError::Session(error) => session_hint(error),
+        ProgramError::Session(error) => session_hint(error, "--socket-path", "--fd"),
+        ProgramError::ControlSocket(error) => match error.as_ref() {
+            ProgramError::Session(error) => session_hint(error, "--control-socket", "--control-fd"),
+            error => own(error),
+        },
+        ProgramError::Ctl { source, .. } => client_hint(source),
         ProgramError::SocketPathTooLong { .. } => Some(
             "choose a shorter path, for example under /run, or one relative to the current folder".into(),
         ),
@@ -277,19 +283,35 @@ fn is_bad_magic(error: &FormatError) -> bool {
     matches!(error.kind, FormatErrorKind::BadMagic { .. })
 }
 
-fn session_hint(error: &SessionError) -> Option<String> {
-    let hint = match error {
-        SessionError::SocketInUse { .. } => "stop that program, or choose another --socket-path",
-        SessionError::NotASocket { .. } => "choose another --socket-path, or remove that file yourself",
-        SessionError::Socket { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
-            "this user must be able to make files in the folder"
+fn client_hint(error: &ClientError) -> Option<String> {
+    match error {
+        ClientError::Refused(failure) => failure.hint.clone(),
+        ClientError::Connect(source) if source.kind() == io::ErrorKind::PermissionDenied => Some(
+            "the socket is for the daemon's user: `strata serve --control-group` allows a group, too".into(),
+        ),
+        ClientError::Connect(_) => {
+            Some("does a daemon run that was started with --control-socket and this path?".into())
         }
-        SessionError::InheritedFd { .. } => {
-            "--fd is for a parent that leaves a listening or connected unix socket open at that number"
+        ClientError::Http(_) | ClientError::Answer(_) => {
+            Some("is it the control socket? --socket-path names another one, for virtual machines".into())
+        }
+    }
+}
+
+fn session_hint(error: &SessionError, path: &str, fd: &str) -> Option<String> {
+    let hint = match error {
+        SessionError::SocketInUse { .. } => format!("stop that program, or choose another {path}"),
+        SessionError::NotASocket { .. } => format!("choose another {path}, or remove that file yourself"),
+        SessionError::Socket { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
+            "this user must be able to make files in the folder".to_owned()
+        }
+        SessionError::InheritedFd { .. } | SessionError::NotListening => {
+            let which = if fd == "--fd" { "listening or connected" } else { "listening" };
+            format!("{fd} is for a parent that leaves a {which} unix socket open at that number")
         }
         _ => return None,
     };
-    Some(hint.to_owned())
+    Some(hint)
 }
 
 #[cfg(test)]

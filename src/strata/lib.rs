@@ -7,10 +7,11 @@
 mod capabilities;
 mod check;
 mod cli;
+mod control_door;
+mod ctl;
 #[doc(hidden)]
 pub mod device;
 mod error;
-mod failure;
 mod handover;
 mod held;
 mod help;
@@ -28,6 +29,7 @@ mod shutdown;
 mod signals;
 mod size;
 mod snapshot;
+mod steering;
 mod text;
 mod watchdog;
 
@@ -59,6 +61,7 @@ pub fn run(arguments: impl Iterator<Item = OsString>) -> ExitCode {
         Some(Command::Check(options)) => check::run(options).map(|code| ended_with = code),
         Some(Command::Snapshot(options)) => snapshot::run(options),
         Some(Command::Resize(options)) => resize::run(options),
+        Some(Command::Ctl(options)) => ctl::run(options),
         None => cli::exit_without_command(),
     };
     match ended {

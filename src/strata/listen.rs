@@ -1,4 +1,4 @@
-//! Where frontends come from: the socket of the command line, and who may use it.
+//! Where frontends and control clients come from: the sockets of the command line, and who may use them.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -10,13 +10,15 @@ use rustix::fs::Mode;
 use storage::host::Owner;
 use vhost_blk::Server;
 
-use crate::cli::ServeArgs;
+use crate::cli::{ControlArgs, ServeArgs};
 use crate::error::ProgramError;
 use crate::limits::SOCKET_PATH_MAX;
 use crate::notify::passed_sockets;
 
 /// The socket file's mode if a group was given without a mode.
 const GROUP_MODE: u32 = 0o660;
+/// The control socket's mode without a group.
+const OWNER_MODE: u32 = 0o600;
 
 /// The requested socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,13 +66,30 @@ impl Place {
                 count => Err(ProgramError::PassedSockets { count }),
             };
         };
+        let mode = options.socket_mode.or(options.socket_group.as_ref().map(|_| GROUP_MODE));
+        Self::of_file(path, mode, options.socket_group.as_deref())
+    }
+
+    /// Chooses the control socket, if there is to be one. Only this user may use it, and the group that is given.
+    ///
+    /// # Errors
+    /// As [`Place::choose`].
+    pub fn of_control(options: &ControlArgs) -> Result<Option<Self>, ProgramError> {
+        if let Some(number) = options.control_fd {
+            return Ok(Some(Place::Descriptor(number)));
+        }
+        let Some(path) = options.control_socket.clone() else { return Ok(None) };
+        let default_mode = if options.control_group.is_some() { GROUP_MODE } else { OWNER_MODE };
+        Self::of_file(path, Some(default_mode), options.control_group.as_deref()).map(Some)
+    }
+
+    fn of_file(path: PathBuf, mode: Option<u32>, group: Option<&str>) -> Result<Self, ProgramError> {
         let length = path.as_os_str().as_bytes().len();
         if length > SOCKET_PATH_MAX {
             return Err(ProgramError::SocketPathTooLong { path, length });
         }
         check_folder(&path)?;
-        let group = options.socket_group.as_deref().map(group_number).transpose()?;
-        let mode = options.socket_mode.or(group.map(|_| GROUP_MODE));
+        let group = group.map(group_number).transpose()?;
         Ok(Place::File { path, mode, group })
     }
 

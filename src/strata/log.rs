@@ -8,11 +8,14 @@ use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::fmt::format::Writer;
-use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
-use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields, MakeWriter, SubscriberBuilder};
+use tracing_subscriber::registry::{LookupSpan, Registry};
 
 /// The format with which the log was started.
 static FORMAT: OnceLock<LogFormat> = OnceLock::new();
+
+/// Replaces the filter of the log.
+static REPLACE: OnceLock<Box<dyn Fn(EnvFilter) -> bool + Send + Sync>> = OnceLock::new();
 
 /// The default log level.
 const DEFAULT: &str = "info";
@@ -37,6 +40,12 @@ pub struct LogLevel(String);
     "a level is one of off, error, warn, info, debug and trace; a filter is a list such as warn,vhost_blk=debug"
 )]
 pub struct LogLevelError;
+
+impl std::fmt::Display for LogLevel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
 
 impl std::str::FromStr for LogLevel {
     type Err = LogLevelError;
@@ -74,17 +83,36 @@ pub fn start(level: Option<&LogLevel>, format: LogFormat) {
         .with_ansi(colours)
         .with_target(false)
         .log_internal_errors(false);
-    let _ = match format {
-        LogFormat::Json => subscriber.json().flatten_event(true).with_ansi(false).try_init(),
+    match format {
+        LogFormat::Json => install(subscriber.json().flatten_event(true).with_ansi(false)),
         LogFormat::Text if is_journal() => {
             let plain = tracing_subscriber::fmt::format().without_time().with_target(false).with_ansi(false);
-            subscriber.event_format(Journal(plain)).try_init()
+            install(subscriber.event_format(Journal(plain)));
         }
-        LogFormat::Text => subscriber.try_init(),
-    };
+        LogFormat::Text => install(subscriber),
+    }
     if wrong {
         tracing::warn!("RUST_LOG is no filter; logging at level {DEFAULT}");
     }
+}
+
+/// Logs by `builder` from now on, so that its filter can be replaced.
+fn install<N, E, W>(builder: SubscriberBuilder<N, E, EnvFilter, W>)
+where
+    N: for<'a> FormatFields<'a> + Send + Sync + 'static,
+    E: FormatEvent<Registry, N> + Send + Sync + 'static,
+    W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
+{
+    let builder = builder.with_filter_reloading();
+    let handle = builder.reload_handle();
+    let _ = REPLACE.set(Box::new(move |filter| handle.reload(filter).is_ok()));
+    let _ = builder.try_init();
+}
+
+/// Logs at another level from now on. False if the log was not started.
+pub fn change(level: &LogLevel) -> bool {
+    let Ok(filter) = EnvFilter::builder().parse(&level.0) else { return false };
+    REPLACE.get().is_some_and(|replace| replace(filter))
 }
 
 /// The error that ends the program, as a line of the log, if the log is for programs. Whatever the log's level is, this

@@ -5,6 +5,8 @@
 use std::io::{self, Write as _};
 use std::path::Path;
 
+use control::client::ClientError;
+use control::{Failure, Kind};
 use disk::change::ChangeError;
 use disk::resize::ResizeError;
 use disk::{OpenError, RequestError};
@@ -13,7 +15,6 @@ use storage::{Errno, StorageError};
 use vhost_blk::SessionError;
 
 use crate::error::{ProgramError, with_causes};
-use crate::failure::{Failure, Kind};
 use crate::hint;
 use crate::log;
 use crate::text::json_name;
@@ -66,7 +67,11 @@ impl Place {
 
 fn of_program(error: &ProgramError) -> (Kind, Place) {
     match error {
-        ProgramError::Open { source, .. } | ProgramError::Close { source, .. } => of_open(source),
+        ProgramError::Open { source, .. }
+        | ProgramError::Close { source, .. }
+        | ProgramError::Flush { source, .. } => of_open(source),
+        ProgramError::ControlSocket(source) => of_program(source),
+        ProgramError::Ctl { source, .. } => of_client(source),
         ProgramError::Check { source, .. } => of_open(source),
         ProgramError::ChainRoot(source) => of_storage(source),
         ProgramError::NothingToCheck { image } => (Kind::NothingToCheck, Place::file(image)),
@@ -92,6 +97,17 @@ fn of_program(error: &ProgramError) -> (Kind, Place) {
         ProgramError::Replace { path, source, .. } => (of_io(source, Kind::Socket), Place::file(path)),
         ProgramError::NoSuchGroup { .. } => (Kind::NotFound, Place::default()),
         _ => (Kind::Host, Place::default()),
+    }
+}
+
+fn of_client(error: &ClientError) -> (Kind, Place) {
+    match error {
+        ClientError::Connect(source) => (of_io(source, Kind::Socket), Place::default()),
+        ClientError::Refused(failure) => {
+            let Failure { kind, file, structure, offset, .. } = failure.as_ref().clone();
+            (kind, Place { file, structure, offset })
+        }
+        ClientError::Http(_) | ClientError::Answer(_) => (Kind::Socket, Place::default()),
     }
 }
 

@@ -18,6 +18,7 @@ use tracing::{debug, info, warn};
 use vhost_blk::{Metrics, Pulse, ServeOptions, Server, Stage, StopHandle};
 
 use crate::cli::{Cache, Serial, ServeArgs};
+use crate::control_door::ControlDoor;
 use crate::device::{BlockSizes, DiskDevice, DiskFacts, host_block};
 use crate::error::{ProgramError, Purpose};
 use crate::handover::{Offer, Predecessor, Successor};
@@ -27,6 +28,7 @@ use crate::notify;
 use crate::resizer::Resizer;
 use crate::shutdown::Shutdown;
 use crate::size;
+use crate::steering::{Stages, Steering};
 use crate::watchdog::Watchdog;
 
 /// How long to wait for the image's lock: the previous user may be a daemon that is being restarted.
@@ -59,11 +61,12 @@ pub fn run(options: &ServeArgs) -> Result<(), ProgramError> {
     let image = options.image().expect("clap wants an image where there is something to serve");
     raise_file_limit();
     let place = Place::choose(options)?;
+    let mut control = ControlDoor::choose(&options.control)?;
     let mut stop = new_stop()?;
     let shutdown = Shutdown::start(stop.clone())?;
     let mut entry = enter(&place, image, options)?;
     loop {
-        match serve_round(&place, image, options, &shutdown, &stop, entry)? {
+        match serve_round(&place, image, options, (&shutdown, &stop), entry, &mut control)? {
             Ended::Stopped => break,
             Ended::Asked(server, successor) => match give(server, &successor)? {
                 None => break,
@@ -130,13 +133,19 @@ fn serve_round(
     place: &Place,
     image: &Path,
     options: &ServeArgs,
-    shutdown: &Shutdown,
-    stop: &StopHandle,
+    (shutdown, stop): (&Shutdown, &StopHandle),
     entry: Entry,
+    control: &mut Option<ControlDoor>,
 ) -> Result<Ended, ProgramError> {
+    let stages = Arc::new(Stages::default());
+    let tells = Arc::clone(&stages);
+    let tell = move |stage| {
+        notify::send(&notify::status(stage));
+        tells.tell(stage);
+    };
     let offer = ServeOptions {
         poll_max: Duration::from_micros(options.poll_max),
-        pulse: Arc::new(Pulse::new(options.num_queues, |stage| notify::send(&notify::status(stage)))),
+        pulse: Arc::new(Pulse::new(options.num_queues, tell)),
         ..ServeOptions::new(options.num_queues, options.queue_size)
     };
     let device = Arc::new(open(place, image, options)?);
@@ -153,7 +162,21 @@ fn serve_round(
         stop.clone(),
     )?;
     shutdown.serving(watch.clone(), totals, resizer.asker());
-    let served = serve(place, image, &device, &offer, (shutdown, stop), entry);
+    let subject = || Steering {
+        image: image.to_owned(),
+        device: Arc::clone(&device),
+        num_queues: options.num_queues,
+        metrics: Arc::clone(&offer.metrics),
+        stages: Arc::clone(&stages),
+        shutdown: shutdown.clone(),
+    };
+    let controlled = control.as_mut().map(|door| door.open(subject(), stages.hub())).transpose();
+    let served = controlled.and_then(|controlled| {
+        let served = serve(place, image, &device, &offer, (shutdown, stop), entry);
+        // The socket answers until the last session has ended, and has no reference to the device afterwards.
+        drop(controlled);
+        served
+    });
     shutdown.closing();
     drop(resizer);
     let map_bytes = map_bytes(&device);
@@ -353,7 +376,7 @@ fn tell_totals(image: &Path, metrics: &Metrics, space: SpaceStatus, map_bytes: u
         others = total.others,
         read_bytes = total.read_bytes,
         written_bytes = total.written_bytes,
-        errors = total.errors,
+        errors = total.errors(),
         malformed = total.malformed,
         ring_errors = total.ring_errors,
         space_waits = space.waited,

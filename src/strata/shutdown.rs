@@ -179,13 +179,22 @@ impl Shutdown {
             info!("{name}: stopping before anything is served");
             std::process::exit(0);
         }
+        self.stop(&mut state, name);
+    }
+
+    /// Begins to stop, as SIGTERM does, once the disk is open. `asker` is who wants it, for the log.
+    pub fn ask(&self, asker: &str) {
+        self.stop(&mut self.state(), asker);
+    }
+
+    fn stop(&self, state: &mut State, asker: &str) {
         if state.stopping.is_some() {
             state.ends = true;
-            info!("{name}: stopping already; {}", in_words(&state));
+            info!("{asker}: stopping already; {}", in_words(state));
             return;
         }
-        info!("{name}: finishing the requests in hand, then closing the image");
-        self.begin(&mut state);
+        info!("{asker}: finishing the requests in hand, then closing the image");
+        self.begin(state);
         state.stop.stop();
     }
 

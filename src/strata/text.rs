@@ -1,35 +1,8 @@
-//! Printing to the standard output, and JSON that is safe for any terminal and parser.
+//! Printing to the standard output.
 
-use std::fmt::Write as _;
 use std::io::{self, Write as _};
 
-use names::{Name, must_be_escaped};
-use serde::Serialize;
-
-/// A name as a JSON value. JSON has no bytes, so bytes that are not UTF-8 become U+FFFD. Never for a message: see
-/// [`names::shown`].
-pub fn json_name<N: Name + ?Sized>(name: &N) -> String {
-    String::from_utf8_lossy(name.name_bytes()).into_owned()
-}
-
-/// A value as JSON on several lines. Characters that control a terminal or change the order of text become JSON
-/// escapes, so a parser sees the same strings.
-pub fn json(value: &impl Serialize) -> String {
-    let plain = serde_json::to_string_pretty(value).expect("the values have text keys and no odd numbers");
-    let mut text = String::with_capacity(plain.len() + 1);
-    for character in plain.chars() {
-        // Line ends belong to the layout: those inside strings are escaped already.
-        if character == '\n' || !must_be_escaped(character) {
-            text.push(character);
-            continue;
-        }
-        for unit in character.encode_utf16(&mut [0; 2]) {
-            let _ = write!(text, "\\u{unit:04x}");
-        }
-    }
-    text.push('\n');
-    text
-}
+pub use control::text::{json, json_name};
 
 /// Prints to the standard output. A reader that has closed the pipe, as `head` does, is no error.
 ///
@@ -39,19 +12,5 @@ pub fn print(text: &str) -> io::Result<()> {
     match io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush()) {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         printed => printed,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn json_is_fit_for_a_terminal_and_says_the_same() {
-        let name = "a\n\x1b[2J\u{9b}\u{202e}\u{e0041}\"é";
-        let text = json(&[name]);
-        assert!(text.chars().all(|character| character == '\n' || !must_be_escaped(character)), "{text}");
-        assert_eq!(serde_json::from_str::<Vec<String>>(&text).expect("JSON"), [name]);
-        assert_eq!(json(&[json_name(b"a\xff".as_slice())]), "[\n  \"a\u{fffd}\"\n]\n");
     }
 }

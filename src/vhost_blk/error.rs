@@ -33,6 +33,9 @@ pub enum SessionError {
         /// The host's error.
         source: io::Error,
     },
+    /// An inherited socket that is to listen is connected.
+    #[error("the inherited socket does not listen: it is connected")]
+    NotListening,
     /// An inherited descriptor is not a unix stream socket.
     #[error("the inherited file descriptor is not a unix stream socket: {source}")]
     InheritedFd {

@@ -70,4 +70,5 @@ pub use metrics::{Metrics, QueueSnapshot};
 pub use options::ServeOptions;
 pub use pulse::{Pulse, Stage};
 pub use server::{Server, serve};
+pub use socket_file::Listening;
 pub use stop::StopHandle;

@@ -57,8 +57,18 @@ counters! {
     read_bytes,
     /// Bytes written by successful writes.
     written_bytes,
-    /// Requests that ended with IOERR or UNSUPP.
-    errors,
+    /// Read requests that ended with IOERR or UNSUPP, as all requests do that fail.
+    read_errors,
+    /// Write requests that failed.
+    write_errors,
+    /// Flush requests that failed.
+    flush_errors,
+    /// Discard requests that failed.
+    discard_errors,
+    /// Write-zeroes requests that failed.
+    write_zeroes_errors,
+    /// GET_ID and unknown requests that failed.
+    other_errors,
     /// Chains without a usable status byte.
     malformed,
     /// Times the ring was found corrupt or its worker failed.
@@ -67,6 +77,18 @@ counters! {
     interrupts,
     /// Times the worker went to sleep.
     sleeps,
+}
+
+impl QueueSnapshot {
+    /// Requests of every kind that failed.
+    pub fn errors(&self) -> u64 {
+        self.read_errors
+            + self.write_errors
+            + self.flush_errors
+            + self.discard_errors
+            + self.write_zeroes_errors
+            + self.other_errors
+    }
 }
 
 impl Metrics {
@@ -108,7 +130,18 @@ impl QueueMetrics {
         match (status, moved) {
             (Status::Ok, Some(moved)) => add(moved, u64::from(bytes)),
             (Status::Ok, None) => {}
-            _ => add(&self.errors, 1),
+            _ => add(self.errors(kind), 1),
+        }
+    }
+
+    fn errors(&self, kind: Kind) -> &AtomicU64 {
+        match kind {
+            Kind::Read => &self.read_errors,
+            Kind::Write => &self.write_errors,
+            Kind::Flush => &self.flush_errors,
+            Kind::Discard => &self.discard_errors,
+            Kind::WriteZeroes => &self.write_zeroes_errors,
+            Kind::GetId | Kind::Unknown => &self.other_errors,
         }
     }
 

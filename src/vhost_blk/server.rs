@@ -121,6 +121,20 @@ impl Server {
         Ok(server)
     }
 
+    /// Gives up serving, and keeps the listening socket: for another protocol.
+    ///
+    /// # Errors
+    /// When the socket is connected.
+    pub fn into_listening(self) -> Result<Listening, SessionError> {
+        match self.source {
+            Source::Connected(_) => Err(SessionError::NotListening),
+            Source::Listening(listening) => {
+                let taken = listening.into_inner().unwrap_or_else(PoisonError::into_inner);
+                taken.ok_or(SessionError::NotListening)
+            }
+        }
+    }
+
     /// Serves one frontend after another on the calling thread until it is stopped. With a connected socket, it serves
     /// the one frontend until that leaves. On return every accepted request is done.
     ///

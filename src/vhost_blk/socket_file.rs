@@ -26,10 +26,10 @@ const LOCK_PAUSE: Duration = Duration::from_millis(5);
 
 /// A listening socket, and its file if this process created it.
 #[derive(Debug)]
-pub(crate) struct Listening {
+pub struct Listening {
     /// Dropped first: while the listener is open, no other daemon treats the file as stale.
     file: Option<SocketFile>,
-    pub listener: UnixListener,
+    pub(crate) listener: UnixListener,
 }
 
 /// A socket file that this process created, and removes if it is still the same file.
@@ -54,7 +54,7 @@ impl Identity {
 
 impl Listening {
     /// Listens on a new socket file. A stale one is replaced.
-    pub fn bind(path: &Path) -> Result<Self, SessionError> {
+    pub(crate) fn bind(path: &Path) -> Result<Self, SessionError> {
         let failed = |step, source| SessionError::Socket { path: path.to_owned(), step, source };
         let _lock = lock_folder(path, LOCK_TIMEOUT).map_err(|error| failed("lock its folder", error))?;
         match fs::symlink_metadata(path) {
@@ -78,8 +78,13 @@ impl Listening {
         Ok(listening)
     }
 
+    /// The socket, in non-blocking mode.
+    pub fn listener(&self) -> &UnixListener {
+        &self.listener
+    }
+
     /// A socket that another process created.
-    pub fn inherited(listener: UnixListener) -> io::Result<Self> {
+    pub(crate) fn inherited(listener: UnixListener) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
         Ok(Listening { file: None, listener })
     }

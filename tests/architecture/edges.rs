@@ -18,7 +18,8 @@ pub const EDGES: &[(&str, &[&str])] = &[
     ("storage_sim", &["storage", "strata-random"]),
     ("disk", &["block", "engine", "names", "qcow2", "storage", "storage_sim"]),
     ("vhost_blk", &["block", "names"]),
-    ("strata", &["block", "disk", "engine", "names", "qcow2", "storage", "vhost_blk"]),
+    ("control", &["names"]),
+    ("strata", &["block", "control", "disk", "engine", "names", "qcow2", "storage", "vhost_blk"]),
 ];
 /// Crates under src that only dev-dependencies may name, so that the program never contains them.
 const TESTS_ONLY: &[&str] = &["storage_sim"];

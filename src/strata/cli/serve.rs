@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::{
-    Aio, Cache, ChainArgs, DEVICE, DataFileArgs, DetectZeroes, Discard, HOST_IO, IMAGE, LockArgs, OnEnospc,
-    SOCKET, SPACE, Serial,
+    Aio, Cache, ChainArgs, ControlArgs, DEVICE, DataFileArgs, DetectZeroes, Discard, HOST_IO, IMAGE,
+    LockArgs, OnEnospc, SOCKET, SPACE, Serial,
 };
 use crate::help;
 use crate::size::Size;
@@ -45,6 +45,9 @@ pub struct ServeArgs {
     /// Use this inherited file descriptor instead: a unix socket that is listening or connected
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(0..), help_heading = SOCKET)]
     pub fd: Option<i32>,
+
+    #[command(flatten)]
+    pub control: ControlArgs,
 
     #[command(flatten)]
     pub chain: ChainArgs,

@@ -1,5 +1,6 @@
 //! Tests the command line: what is accepted, its meaning, and what is refused.
 
+use super::serial::SERIAL_MAX;
 use super::*;
 use crate::size::Size;
 
@@ -9,7 +10,7 @@ fn parse(line: &str) -> Result<Cli, clap::Error> {
 
 fn serve(line: &str) -> ServeArgs {
     match parse(line).expect("a right command line").command {
-        Some(Command::Serve(serve)) => serve,
+        Some(Command::Serve(serve)) => *serve,
         other => panic!("{other:?}"),
     }
 }

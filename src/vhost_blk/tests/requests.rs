@@ -52,7 +52,7 @@ fn every_kind(disk: &Arc<MemoryDisk>, features: u64) {
     assert_eq!((empty.status, empty.written), (OK, 1));
     let total = server.options.metrics.total();
     assert_eq!((total.writes, total.flushes, total.discards, total.write_zeroes), (1, 1, 1, 1));
-    assert_eq!((total.written_bytes, total.errors, total.malformed, total.ring_errors), (8192, 0, 0, 0));
+    assert_eq!((total.written_bytes, total.errors(), total.malformed, total.ring_errors), (8192, 0, 0, 0));
 }
 
 #[test]
@@ -285,7 +285,7 @@ fn many_requests_in_flight_on_many_queues() {
         }
         assert_eq!(disk.submitted.load(Ordering::SeqCst), total);
         let counted = server.options.metrics.snapshot();
-        assert!(counted.iter().all(|queue| queue.writes == total / 4 && queue.errors == 0));
+        assert!(counted.iter().all(|queue| queue.writes == total / 4 && queue.errors() == 0));
     }
 }
 

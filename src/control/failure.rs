@@ -1,17 +1,18 @@
 //! An error as programs see it: `{"error": {"kind", "message", "file", "structure", "offset", "hint"}}`.
 //!
-//! Owns that form and the kinds; `report` chooses the kind of an error. Every field is always present; an unknown one is null. A command that prints JSON
-//! prints this to the standard output in place of its result. The text for people still goes to the standard error.
+//! Owns that form and the kinds, for the control socket and for commands that print JSON. Every field is always present;
+//! an unknown one is null.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::text;
 
 /// The kind of an error. Programs depend on it, so the names never change.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Kind {
-    /// The command line is wrong.
+    /// The command line or the request is wrong.
     Usage,
     /// A file does not exist.
     NotFound,
@@ -41,10 +42,16 @@ pub enum Kind {
     Socket,
     /// The host refused something else.
     Host,
+    /// As much as the daemon does at a time is under way: try again later.
+    Busy,
+    /// The request was not complete in time.
+    Timeout,
+    /// The request is larger than it may be.
+    TooLarge,
 }
 
 /// An error for programs.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Failure {
     /// Its kind.
     pub kind: Kind,
@@ -61,20 +68,28 @@ pub struct Failure {
 }
 
 impl Failure {
+    /// An error that is about no file.
+    pub fn new(kind: Kind, message: &str) -> Self {
+        let message = names::one_line(message.trim()).to_string();
+        Failure { kind, message, file: None, structure: None, offset: None, hint: None }
+    }
+
     /// A wrong command line.
     pub fn usage(message: &str) -> Self {
-        let message = names::one_line(message.trim()).to_string();
-        Failure { kind: Kind::Usage, message, file: None, structure: None, offset: None, hint: None }
+        Self::new(Kind::Usage, message)
     }
 
     /// As JSON, under the key `error`.
     pub fn json(&self) -> String {
-        #[derive(Serialize)]
-        struct Outer<'a> {
-            error: &'a Failure,
-        }
-        text::json(&Outer { error: self })
+        text::json(&ErrorBody { error: self.clone() })
     }
+}
+
+/// The body of an answer that is an error.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ErrorBody {
+    /// The error.
+    pub error: Failure,
 }
 
 #[cfg(test)]

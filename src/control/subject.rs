@@ -1,0 +1,34 @@
+//! What the control socket asks and tells: the daemon, as a trait.
+
+use crate::api::{Chain, DiskState, Stats};
+use crate::failure::Failure;
+
+/// A daemon with one disk. The queries are called on the control thread and never wait for I/O of the disk.
+pub trait Subject: Send + Sync + 'static {
+    /// The disk, its state and its frontend.
+    fn disk(&self) -> DiskState;
+
+    /// The layers, the top image first.
+    ///
+    /// # Errors
+    /// When another process has the image.
+    fn chain(&self) -> Result<Chain, Failure>;
+
+    /// All counters.
+    fn stats(&self) -> Stats;
+
+    /// Changes what is logged.
+    ///
+    /// # Errors
+    /// When the text is no level and no filter.
+    fn set_log_level(&self, level: &str) -> Result<(), Failure>;
+
+    /// Makes every write durable that was acknowledged before. Called on a thread of its own.
+    ///
+    /// # Errors
+    /// When the host refuses, or another process has the image.
+    fn flush(&self) -> Result<(), Failure>;
+
+    /// Begins to end the daemon, as SIGTERM does. Returns at once.
+    fn shut_down(&self);
+}
