@@ -44,8 +44,8 @@ impl<S: Storage> Reopening<S> {
 
 /// A disk that is open here, or released.
 pub struct Held<S: Storage> {
-    /// None while it is released. Locked for writing for as long as an opening or a closing takes. No request takes the
-    /// lock: queues keep what they need of the disk.
+    /// None while it is released. Locked for writing for as long as an opening or a closing takes. A worker takes
+    /// it once, when it makes its queue, and no request does.
     disk: RwLock<Option<Disk<S>>>,
     /// None for a disk that is never released.
     reopening: Option<Reopening<S>>,
@@ -123,9 +123,8 @@ impl<S: Storage> Held<S> {
             return Ok(false);
         }
         let mut held = self.write();
-        if let Some(disk) = held.as_mut() {
-            disk.finish()?;
-        }
+        let Some(disk) = held.as_mut() else { return Ok(false) };
+        disk.finish()?;
         *held = None;
         Ok(true)
     }

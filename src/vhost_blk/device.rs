@@ -93,8 +93,8 @@ pub trait BlockDevice: Send + Sync + 'static {
     fn queue(&self, depth: u32) -> io::Result<Self::Queue>;
 
     /// The guest has stopped here and may go on elsewhere: makes everything durable, and lets other processes open the
-    /// disk for writing. Called while no queue exists. The next [`BlockDevice::queue`] takes the disk back. False if this
-    /// device never releases its disk.
+    /// disk for writing. Called while no queue exists. The next [`BlockDevice::queue`] takes the disk back. False if
+    /// there is nothing to release.
     ///
     /// # Errors
     /// When something could not be made durable. The disk is not released then.

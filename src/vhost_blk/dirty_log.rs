@@ -8,7 +8,7 @@
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering, fence};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use vhost::vhost_user::message::VhostUserLog;
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
@@ -21,6 +21,10 @@ use crate::memory::page_bytes;
 const LOG_PAGE: u64 = 4096;
 /// Pages in a byte of the log.
 const PAGES_IN_BYTE: u64 = 8;
+/// Pages in a word of the log, the unit of access. A mapping is whole words, as it is whole pages.
+const PAGES_IN_WORD: u64 = 64;
+/// A chain with more ranges gives their memory back when it ends.
+const RANGES_KEPT: usize = 8;
 /// The longest log, in bytes: 2^52 bytes of guest memory, as much as an x86-64 processor can address.
 const BYTES_MAX: u64 = 1 << 37;
 
@@ -110,13 +114,13 @@ impl DirtyLog {
         // A bit that is already set must be seen after the pages were written: the frontend clears the bit, then
         // copies the page.
         fence(Ordering::SeqCst);
-        for byte in first / PAGES_IN_BYTE..=last / PAGES_IN_BYTE {
-            let from = first.saturating_sub(byte * PAGES_IN_BYTE);
-            let to = (last - byte * PAGES_IN_BYTE).min(PAGES_IN_BYTE - 1);
-            // Bits from..=to, both below 8.
-            let mask = (0xffu8 << from) & (0xffu8 >> (PAGES_IN_BYTE - 1 - to));
-            let cell = self.memory.get_atomic_ref::<AtomicU8>(byte as usize);
-            let cell = cell.expect("the byte lies in the mapping");
+        for word in first / PAGES_IN_WORD..=last / PAGES_IN_WORD {
+            let from = first.saturating_sub(word * PAGES_IN_WORD);
+            let to = (last - word * PAGES_IN_WORD).min(PAGES_IN_WORD - 1);
+            // Bits from..=to, both below 64. The bit of a page lies in byte page / 8, so the words are little-endian.
+            let mask = ((u64::MAX << from) & (u64::MAX >> (PAGES_IN_WORD - 1 - to))).to_le();
+            let cell = self.memory.get_atomic_ref::<AtomicU64>(word as usize * size_of::<u64>());
+            let cell = cell.expect("the word lies in the mapping");
             if cell.load(Ordering::Relaxed) & mask != mask {
                 cell.fetch_or(mask, Ordering::SeqCst);
             }
@@ -128,27 +132,31 @@ impl DirtyLog {
 #[derive(Debug)]
 pub(crate) struct ChainLog {
     log: Arc<DirtyLog>,
-    /// The writable parts of each chain, by its head: guest address and bytes. Empty for a chain that is not in flight.
-    writable: Vec<Vec<(u64, u32)>>,
+    /// What is written for each chain, by its head: guest address and bytes. Empty for a chain that is not in flight.
+    written: Vec<Vec<(u64, u32)>>,
 }
 
 impl ChainLog {
     /// For a ring of `size` descriptors without chains in flight.
     pub(crate) fn new(log: Arc<DirtyLog>, size: u16) -> Self {
-        ChainLog { log, writable: vec![Vec::new(); usize::from(size)] }
+        ChainLog { log, written: vec![Vec::new(); usize::from(size)] }
     }
 
-    /// Notes a chain that was just taken.
-    pub(crate) fn begin(&mut self, head: u16, writable: impl Iterator<Item = (u64, u32)>) {
-        let noted = &mut self.writable[usize::from(head)];
+    /// Notes a chain that was just taken, and the ranges that will be written for it.
+    pub(crate) fn begin(&mut self, head: u16, written: impl Iterator<Item = (u64, u32)>) {
+        let noted = &mut self.written[usize::from(head)];
         noted.clear();
-        noted.extend(writable);
+        noted.extend(written);
     }
 
-    /// Marks what a chain may have written. Nothing writes for it any more.
+    /// Marks what may have been written for a chain. Nothing writes for it any more.
     pub(crate) fn end(&mut self, head: u16) {
-        for (address, bytes) in self.writable[usize::from(head)].drain(..) {
+        let noted = &mut self.written[usize::from(head)];
+        for (address, bytes) in noted.drain(..) {
             self.log.mark(address, u64::from(bytes));
+        }
+        if noted.capacity() > RANGES_KEPT {
+            *noted = Vec::new();
         }
     }
 }

@@ -191,11 +191,20 @@ impl Ring {
         self.used_log = Some(log);
     }
 
-    /// The writable descriptors of the chain that was last taken: guest address and bytes, not checked to be in guest
-    /// memory.
-    pub(crate) fn writable(&self) -> impl Iterator<Item = (u64, u32)> {
-        let writable = self.descriptors.iter().filter(|copied| copied.writable);
-        writable.map(|copied| (copied.address, copied.length))
+    /// Where the first `bytes` bytes of the writable part of the chain that was last taken lie, and its last byte, which
+    /// has the status: guest address and bytes of each range.
+    pub(crate) fn writable(&self, bytes: u64) -> impl Iterator<Item = (u64, u32)> {
+        let writable = self.descriptors.iter().filter(|copied| copied.writable && copied.length > 0);
+        let last = writable.clone().next_back();
+        let status = last.map(|last| (last.address.wrapping_add(u64::from(last.length) - 1), 1));
+        let mut left = bytes;
+        let first = writable.map_while(move |copied| {
+            let taken = u64::from(copied.length).min(left);
+            left -= taken;
+            // Not more than the descriptor's length.
+            (taken > 0).then_some((copied.address, taken as u32))
+        });
+        first.chain(status)
     }
 
     /// The index in the available ring of the next chain to take.

@@ -272,9 +272,6 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
     /// Starts the current chain.
     fn start(&mut self, index: Option<u16>, write_through: bool) {
         let head = self.chain.head;
-        if let Some(log) = &mut self.chain_log {
-            log.begin(head, self.ring.writable());
-        }
         let submission = match self.checker.parse(&mut self.chain, write_through) {
             Parsed::NoStatus => {
                 self.metrics.malformed();
@@ -282,6 +279,7 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
                 return;
             }
             Parsed::Answer(answer) => {
+                self.log_writes(u64::from(answer.written.saturating_sub(1)));
                 write_status(&answer.status_byte, answer.status);
                 self.metrics.request(answer.kind, answer.status, 0);
                 self.used.push(Used { head, written: answer.written });
@@ -289,6 +287,8 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
             }
             Parsed::Submit(submission) => submission,
         };
+        let reads = matches!(submission.requests.first(), Some(Request::Read { .. }));
+        self.log_writes(if reads { u64::from(submission.bytes) } else { 0 });
         let data = match submission.requests.first() {
             Some(Request::Read { .. }) => &self.chain.writable[..],
             Some(Request::Write { .. }) => &self.chain.readable[..],
@@ -303,6 +303,14 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
         }
         if let Some((id, request)) = self.in_flight.add(head, index, submission, data) {
             self.queue.submit(id, request, data);
+        }
+    }
+
+    /// Notes for the log that the first bytes of the current chain's writable part will be written, and its status. A
+    /// guest can claim far more of both, and the marks for that would take long.
+    fn log_writes(&mut self, bytes: u64) {
+        if let Some(log) = &mut self.chain_log {
+            log.begin(self.chain.head, self.ring.writable(bytes));
         }
     }
 

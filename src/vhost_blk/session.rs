@@ -284,7 +284,14 @@ impl<D: BlockDevice> Session<D> {
         if self.log_in_use().is_none() || self.vrings.iter().any(Vring::is_running) {
             return true;
         }
-        match self.device.release() {
+        // The disk is closed meanwhile: that is I/O, as long as it takes.
+        let pulse = Arc::clone(&self.options.pulse);
+        let in_step = pulse.session.pause();
+        let released = self.device.release();
+        if in_step {
+            pulse.session.step();
+        }
+        match released {
             Ok(true) => info!("all queues are stopped while guest memory is logged: the image is released"),
             Ok(false) => {}
             Err(error) => {
@@ -473,10 +480,13 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
         let queue = self.check_queue(index)?;
         // The other rings leave the processors and the disk to the one that is stopped.
         self.shared.hold(HELD_BY_A_STOP);
+        let was_running = self.vrings[queue].is_running();
         let base = self.vrings[queue].take_base();
         // Most likely they are stopped next, one after another.
         self.shared.hold(HELD_AFTER_A_STOP);
-        self.release_if_migrated();
+        if was_running && !self.release_if_migrated() {
+            return self.refuse(Refusal::NotDurable);
+        }
         Ok(VhostUserVringState::new(index, u32::from(base)))
     }
 
@@ -533,11 +543,9 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
         } else {
             // Cloud Hypervisor pauses a machine by this message alone, and its user may then copy the image. It resumes
             // with the available index of that moment as base, so what stays in the ring would be lost.
+            let was_running = self.vrings[queue].is_running();
             let flushed = Vring::stop_all([&mut self.vrings[queue]], Stop::Pause, &self.hurry);
-            if !flushed {
-                return self.refuse(Refusal::NotDurable);
-            }
-            if !self.release_if_migrated() {
+            if !flushed || (was_running && !self.release_if_migrated()) {
                 return self.refuse(Refusal::NotDurable);
             }
         }

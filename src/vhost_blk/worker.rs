@@ -47,7 +47,13 @@ impl Worker {
         let thread = std::thread::Builder::new()
             .name(format!("strata-q{index}"))
             .spawn(move || thread_main(setup, &its_control, &started, &exited))?;
-        match starting.recv() {
+        // It may have to open the disk first, and wait for its lock.
+        let in_step = pulse.session.pause();
+        let answer = starting.recv();
+        if in_step {
+            pulse.session.step();
+        }
+        match answer {
             Ok(Ok(notify)) => {
                 let thread = Arc::new(WorkerThread::new(Arc::clone(&control), thread));
                 shared.add_thread(&thread);

@@ -104,6 +104,23 @@ fn what_the_device_writes_is_logged_and_nothing_else() {
     let id = guest.chain(queue, &[(header, 16, 0), (data, 20, WRITE), (status, 1, WRITE)]);
     guest.run(queue, id);
     assert_eq!(log.fetch(), BTreeSet::from([page_of(data), status, used_page]));
+    // Much is offered and little is written: 20 bytes, and then nothing but the status.
+    let header = guest.header(T_GET_ID, 0);
+    let id = guest.chain(queue, &[(header, 16, 0), (data, 20 * PAGE as u32, WRITE), (status, 1, WRITE)]);
+    guest.run(queue, id);
+    assert_eq!(log.fetch(), BTreeSet::from([page_of(data), status, used_page]));
+    let header = guest.header(T_IN, 0);
+    let mut parts = vec![(header, 16, 0)];
+    parts.extend([(0, u32::MAX, WRITE); 1000]);
+    parts.push((status, 1, WRITE));
+    let claims = guest.indirect_chain(queue, &parts);
+    guest.run(queue, claims);
+    assert_eq!(guest.get(status, 1), [IOERR]);
+    assert_eq!(
+        log.fetch(),
+        BTreeSet::from([status, used_page]),
+        "a chain that claims gigabytes writes its status"
+    );
     guest.frontend.set_features(ALL | F_PROTOCOL).expect("features");
     guest.frontend.set_vring_addr(queue, &guest.config(queue)).expect("addresses");
     log.fetch();
@@ -267,8 +284,10 @@ fn the_disk_is_released_when_a_migrated_guest_has_stopped() {
     };
     stop_both(&mut guest);
     assert_eq!(releases(), 0, "a guest that restarts keeps its disk");
-    start_both(&mut guest);
     let _log = begin_logging(&guest);
+    stop_both(&mut guest);
+    assert_eq!(releases(), 0, "no queue ran");
+    start_both(&mut guest);
     guest.frontend_base(0);
     assert_eq!(releases(), 0, "one queue still runs");
     guest.frontend_base(1);
@@ -281,6 +300,19 @@ fn the_disk_is_released_when_a_migrated_guest_has_stopped() {
         guest.frontend.set_vring_enable(queue, false).expect("a pause");
     }
     assert_eq!(releases(), 2);
+}
+
+#[test]
+fn a_migrated_guest_does_not_go_on_without_what_is_not_durable() {
+    let disk = MemoryDisk::new(64);
+    let server = start(&disk);
+    let mut guest = Guest::connect(&server.path, ALL);
+    let queue = guest.add_queue(16);
+    let _log = begin_logging(&guest);
+    guest.write(queue, 0, &pattern(512, 1));
+    disk.broken.store(true, Ordering::SeqCst);
+    assert!(guest.frontend.get_vring_base(queue).is_err());
+    assert_eq!(disk.releases.load(Ordering::SeqCst), 0);
 }
 
 #[test]

@@ -159,6 +159,9 @@ impl BlockDevice for Shared {
     }
 
     fn release(&self) -> io::Result<bool> {
+        if self.0.broken.load(Ordering::SeqCst) {
+            return Err(io::Error::other("a flush failed"));
+        }
         self.0.releases.fetch_add(1, Ordering::SeqCst);
         Ok(true)
     }
