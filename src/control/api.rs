@@ -182,6 +182,29 @@ pub struct LogLevel {
     pub level: String,
 }
 
+/// The size that the disk is to have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Resize {
+    /// Bytes.
+    pub size: u64,
+    /// The disk may become smaller: what lies past the new end is lost.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// A disk that was resized.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub struct Resized {
+    /// Bytes before.
+    pub previous_size: u64,
+    /// Bytes now.
+    pub virtual_size: u64,
+    /// The frontend was told. If it was not, the guest sees the size when its device starts anew.
+    pub frontend_told: bool,
+}
+
 /// The name of an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]

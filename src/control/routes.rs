@@ -10,7 +10,7 @@ use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use crate::api::{Chain, DiskState, Event, LogLevel, Ping, Stats, Version};
+use crate::api::{Chain, DiskState, Event, LogLevel, Ping, Resize, Resized, Stats, Version};
 use crate::body::Body;
 use crate::events::{self, Form};
 use crate::failure::{ErrorBody, Kind};
@@ -42,6 +42,7 @@ fn described() -> OpenApiRouter<Room> {
         .routes(routes!(events))
         .routes(routes!(openapi))
         .routes(routes!(log_level))
+        .routes(routes!(size))
         .routes(routes!(flush))
         .routes(routes!(shutdown))
 }
@@ -160,6 +161,29 @@ async fn log_level(
     log_command(peer, "change the log level");
     room.subject.set_log_level(&wanted.level)?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// Gives the disk another size, while it is in use
+#[utoipa::path(
+    put,
+    path = "/v1/disk/size",
+    request_body = Resize,
+    responses(
+        (status = 200, description = "It has that size now", body = Resized),
+        (status = 400, description = "It is no size of a disk", body = ErrorBody),
+        (status = 409, description = "The disk cannot have that size now, or would lose data", body = ErrorBody),
+        (status = 500, description = "The host refused, or the disk has failed", body = ErrorBody),
+        (status = 503, description = "Other commands are under way", body = ErrorBody),
+        (status = 507, description = "The host has no space", body = ErrorBody),
+    )
+)]
+async fn size(
+    State(room): State<Room>,
+    Extension(peer): Extension<Peer>,
+    Body(wanted): Body<Resize>,
+) -> Result<Json<Resized>, Refusal> {
+    log_command(peer, "resize the disk");
+    Ok(Json(room.run(move |subject| subject.resize(wanted)).await?))
 }
 
 /// Makes every write durable that was acknowledged before

@@ -30,8 +30,8 @@ const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 const COMMAND_THREAD_STAYS: Duration = Duration::from_millis(100);
 
 /// The running control thread.
-#[derive(Debug)]
 pub struct Control {
+    subject: Arc<dyn Subject>,
     stop: watch::Sender<bool>,
     thread: JoinHandle<()>,
 }
@@ -55,14 +55,16 @@ impl Control {
             tokio::net::UnixListener::from_std(listener)?
         };
         let (stop, stopped) = watch::channel(false);
-        let room = Room::new(subject, hub);
+        let room = Room::new(Arc::clone(&subject), hub);
         let body = move || runtime.block_on(serve(listener, room, stopped));
         let thread = thread::Builder::new().name("strata-control".to_owned()).spawn(body)?;
-        Ok(Control { stop, thread })
+        Ok(Control { subject, stop, thread })
     }
 
     /// Takes no more requests, lets those under way end, and ends the thread. Nothing has the subject afterwards.
     pub fn stop(self) {
+        self.subject.give_up();
+        drop(self.subject);
         let _ = self.stop.send(true);
         if self.thread.join().is_err() {
             warn!("the control thread has ended in a panic");

@@ -1,6 +1,6 @@
 //! What the control socket asks and tells: the daemon, as a trait.
 
-use crate::api::{Chain, DiskState, Stats};
+use crate::api::{Chain, DiskState, Resize, Resized, Stats};
 use crate::failure::Failure;
 
 /// A daemon with one disk. The queries are called on the control thread and never wait for I/O of the disk.
@@ -28,6 +28,15 @@ pub trait Subject: Send + Sync + 'static {
     /// # Errors
     /// When the host refuses, or another process has the image.
     fn flush(&self) -> Result<(), Failure>;
+
+    /// Gives the disk another size. Called on a thread of its own.
+    ///
+    /// # Errors
+    /// When the disk cannot have that size, the host refuses, or another process has the image.
+    fn resize(&self, wanted: Resize) -> Result<Resized, Failure>;
+
+    /// The daemon ends: a resize under way is given up.
+    fn give_up(&self);
 
     /// Begins to end the daemon, as SIGTERM does. Returns at once.
     fn shut_down(&self);

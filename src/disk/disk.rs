@@ -279,6 +279,11 @@ impl<S: Storage> Disk<S> {
         journal::keep(&self.shared, memory)
     }
 
+    /// True while a journal that a dead daemon left waits for its frontend, which has it.
+    pub fn awaits_journal(&self) -> bool {
+        self.shared.awaits_journal()
+    }
+
     /// Makes every write durable that completed before, as a guest's flush does. The calling thread waits for that. Where
     /// the host has no space for metadata, it fails at once. False if that must wait: a dead daemon left a journal, and
     /// its frontend, which has it, is not back yet.

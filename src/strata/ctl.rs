@@ -6,7 +6,7 @@ mod tables;
 
 use std::io::{self, Write as _};
 
-use control::api::{Chain, DiskState, Event, LogLevel, Ping, Stats, Version};
+use control::api::{Chain, DiskState, Event, LogLevel, Ping, Resize, Stats, Version};
 use control::client::{Client, ClientError, Method};
 use serde::de::DeserializeOwned;
 
@@ -45,6 +45,11 @@ fn answer(client: &mut Client, options: &CtlArgs) -> Result<String, ClientError>
             let body = json(&LogLevel { level: level.to_string() });
             done(client, Method::PUT, "/v1/disk/log-level", Some(body))
         }
+        CtlCommand::Resize { size, force } => {
+            let body = json(&Resize { size: size.0, force: *force });
+            let bytes = client.request(Method::PUT, "/v1/disk/size", Some(body))?;
+            show(&bytes, as_json, tables::resized)
+        }
         CtlCommand::Flush => done(client, Method::POST, "/v1/disk/flush", None),
         CtlCommand::Shutdown => done(client, Method::POST, "/v1/shutdown", None),
         CtlCommand::Events => Ok(String::new()),
@@ -59,15 +64,20 @@ fn shown<T: DeserializeOwned + serde::Serialize>(
     as_json: bool,
     table: impl FnOnce(&T) -> String,
 ) -> Result<String, ClientError> {
-    let bytes = client.request(Method::GET, path, None)?;
+    show(&client.request(Method::GET, path, None)?, as_json, table)
+}
+
+fn show<T: DeserializeOwned + serde::Serialize>(
+    bytes: &[u8],
+    as_json: bool,
+    table: impl FnOnce(&T) -> String,
+) -> Result<String, ClientError> {
+    let wrong = |_| ClientError::Answer(200);
     if as_json {
         // Also fields of a later version are passed on.
-        let value: serde_json::Value =
-            serde_json::from_slice(&bytes).map_err(|_| ClientError::Answer(200))?;
-        return Ok(json(&value));
+        return Ok(json(&serde_json::from_slice::<serde_json::Value>(bytes).map_err(wrong)?));
     }
-    let value: T = serde_json::from_slice(&bytes).map_err(|_| ClientError::Answer(200))?;
-    Ok(table(&value))
+    Ok(table(&serde_json::from_slice(bytes).map_err(wrong)?))
 }
 
 /// An answer that is text already.

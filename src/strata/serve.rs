@@ -4,6 +4,7 @@
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -168,7 +169,9 @@ fn serve_round(
         num_queues: options.num_queues,
         metrics: Arc::clone(&offer.metrics),
         stages: Arc::clone(&stages),
+        back_channel: Arc::clone(&offer.back_channel),
         shutdown: shutdown.clone(),
+        ending: AtomicBool::new(false),
     };
     let controlled = control.as_mut().map(|door| door.open(subject(), stages.hub())).transpose();
     let served = controlled.and_then(|controlled| {

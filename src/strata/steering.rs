@@ -4,14 +4,17 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use control::api::{
-    Chain, Counters, DiskState, EventData, EventName, Format, Frontend, Layer, Metadata, QueueStats, Stats,
+    Chain, Counters, DiskState, EventData, EventName, Format, Frontend, Layer, Metadata, QueueStats, Resize,
+    Resized, Stats,
 };
 use control::{Failure, Hub, Kind, Subject};
+use disk::resize::{NewSize, ResizeError, Shrinking};
 use storage::Storage;
-use vhost_blk::{Metrics, QueueSnapshot, Stage};
+use tracing::warn;
+use vhost_blk::{BackChannel, Metrics, QueueSnapshot, Stage};
 
 use crate::device::{DeviceWatch, DiskDevice};
 use crate::error::ProgramError;
@@ -72,11 +75,29 @@ pub struct Steering<S: Storage> {
     pub metrics: Arc<Metrics>,
     /// What the server does.
     pub stages: Arc<Stages>,
+    /// Tells the frontend of another size.
+    pub back_channel: Arc<BackChannel>,
     /// Ends the daemon.
     pub shutdown: Shutdown,
+    /// The daemon ends. Relaxed: it orders nothing.
+    pub ending: AtomicBool,
 }
 
 impl<S: Storage> Steering<S> {
+    /// True if the frontend was told that the disk has another size.
+    fn tell_size(&self) -> bool {
+        self.back_channel.tell_change().unwrap_or_else(|error| {
+            warn!(%error, "the frontend could not be told that the disk has another size");
+            false
+        })
+    }
+
+    fn awaits_journal(&self) -> Failure {
+        let message = "the last daemon was killed, and the frontend that has its journal is not back yet";
+        let hint = Some("let the virtual machine attach first".to_owned());
+        Failure { file: Some(json_name(&self.image)), hint, ..Failure::new(Kind::Refused, message) }
+    }
+
     fn is_elsewhere(&self) -> Failure {
         let file = Some(json_name(&self.image));
         let hint = Some("the image is opened when the guest starts here".to_owned());
@@ -151,9 +172,39 @@ impl<S: Storage> Subject for Steering<S> {
         if disk.flush().map_err(failed)? {
             return Ok(());
         }
-        let message = "the last daemon was killed, and the frontend that has its journal is not back yet";
-        let hint = Some("let the virtual machine attach first".to_owned());
-        Err(Failure { file: Some(json_name(&self.image)), hint, ..Failure::new(Kind::Refused, message) })
+        Err(self.awaits_journal())
+    }
+
+    fn resize(&self, wanted: Resize) -> Result<Resized, Failure> {
+        let block = self.device.logical_block_size();
+        if !wanted.size.is_multiple_of(block) {
+            let message = format!("{} bytes are no multiple of a block of {block} bytes", wanted.size);
+            return Err(Failure::new(Kind::Usage, &message));
+        }
+        if self.device.disk().is_some_and(|disk| disk.awaits_journal()) {
+            return Err(self.awaits_journal());
+        }
+        let shrinking = if wanted.force { Shrinking::Accepted } else { Shrinking::Refused };
+        let gives_up = || self.ending.load(Ordering::Relaxed);
+        match self.device.resize(NewSize::Of(wanted.size), shrinking, gives_up) {
+            Ok(None) => Err(self.is_elsewhere()),
+            Ok(Some(resized)) => Ok(Resized {
+                previous_size: resized.from,
+                virtual_size: resized.to,
+                frontend_told: resized.from != resized.to && self.tell_size(),
+            }),
+            Err(error @ ResizeError::WouldShrink { .. }) => {
+                let hint = Some("\"force\": true permits that (strata ctl: --force)".to_owned());
+                let message =
+                    "with that size, what lies past the new end of the disk would be lost".to_owned();
+                Err(Failure { message, hint, ..report::failure(&ProgramError::Resize(error)) })
+            }
+            Err(error) => Err(report::failure(&ProgramError::Resize(error))),
+        }
+    }
+
+    fn give_up(&self) {
+        self.ending.store(true, Ordering::Relaxed);
     }
 
     fn shut_down(&self) {

@@ -6,6 +6,7 @@ use clap::{Args, Subcommand};
 
 use crate::help;
 use crate::log::LogLevel;
+use crate::size::Size;
 
 /// The heading of the help.
 const CONTROL: &str = "Control socket";
@@ -68,6 +69,15 @@ pub enum CtlCommand {
         /// off, error, warn, info, debug, trace, or a filter like warn,vhost_blk=debug
         #[arg(value_name = "LEVEL")]
         level: LogLevel,
+    },
+    /// Give the disk another size, while it is in use
+    Resize {
+        /// Bytes, or with K, M, G or T (powers of 1024)
+        #[arg(value_name = "SIZE")]
+        size: Size,
+        /// The disk may become smaller: what lies past the new end is lost
+        #[arg(long)]
+        force: bool,
     },
     /// Make every write durable that was acknowledged before
     Flush,

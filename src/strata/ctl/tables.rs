@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use control::api::{Chain, Counters, DiskState, Event, Format, Frontend, QueueStats, Stats};
+use control::api::{Chain, Counters, DiskState, Event, Format, Frontend, QueueStats, Resized, Stats};
 use names::shown;
 
 use crate::size;
@@ -29,6 +29,19 @@ pub fn disk(disk: &DiskState) -> String {
         disk.virtual_size,
         disk.num_queues
     )
+}
+
+/// The outcome of a resize.
+pub fn resized(resized: &Resized) -> String {
+    let told = match resized {
+        Resized { frontend_told: true, .. } => "; the frontend has been told",
+        Resized { previous_size, virtual_size, .. } if previous_size != virtual_size => {
+            "; the guest sees it when its device starts anew"
+        }
+        _ => "",
+    };
+    let (now, before) = (size::in_words(resized.virtual_size), size::in_words(resized.previous_size));
+    format!("the disk has {now} now, {before} before{told}\n")
 }
 
 /// The layers, the top image first.

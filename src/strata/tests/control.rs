@@ -105,7 +105,11 @@ fn every_described_route_answers() {
     for (path, method) in
         routes.into_iter().filter(|(path, _)| !["/v1/shutdown", "/v1/events"].contains(&path.as_str()))
     {
-        let body = if path == "/v1/disk/log-level" { "{\"level\": \"info\"}" } else { "" };
+        let body = match path.as_str() {
+            "/v1/disk/log-level" => "{\"level\": \"info\"}",
+            "/v1/disk/size" => "{\"size\": 1048576}",
+            _ => "",
+        };
         let (status, body) = ask(&socket, &method.to_uppercase(), path, body);
         assert!(status == 200 || status == 204, "{method} {path}: {status} {body}");
         assert!(
@@ -161,7 +165,34 @@ fn the_level_of_the_log_changes() {
 }
 
 #[test]
-fn a_flush_leaves_the_journal_of_a_killed_daemon_alone() {
+fn the_disk_gets_another_size() {
+    let bench = Bench::new();
+    let (daemon, socket) = start(&bench);
+    let size = |text: &str| {
+        let (status, body) = ask(&socket, "PUT", "/v1/disk/size", text);
+        (status, json(&body))
+    };
+    let (status, grown) = size("{\"size\": 4194304}");
+    assert_eq!(
+        (status, &grown["previous-size"], &grown["virtual-size"]),
+        (200, &(1 << 20).into(), &(4 << 20).into())
+    );
+    let (status, refused) = size("{\"size\": 2097152}");
+    assert_eq!((status, &refused["error"]["kind"]), (409, &"refused".into()));
+    assert!(refused["error"]["hint"].as_str().is_some_and(|hint| hint.contains("force")), "{refused}");
+    assert_eq!(size("{\"size\": 7}").0, 400);
+    assert_eq!(size("{\"size\": 2097152, \"force\": true}").0, 200);
+    let mut ctl = Command::new(PROGRAM);
+    let (code, text, _) = output(ctl.arg("ctl").arg(&socket).args(["resize", "3M"]));
+    assert!(code == Some(0) && text.contains("3 MiB (3145728 bytes) now, 2 MiB"), "{text}");
+    assert_eq!(json(&ask(&socket, "GET", "/v1/disk", "").1)["virtual-size"], 3 << 20);
+    daemon.stop();
+    let (code, text, _) = output(Command::new(PROGRAM).arg("info").arg(bench.path("disk.qcow2")));
+    assert!(code == Some(0) && text.contains("3 MiB"), "{text}");
+}
+
+#[test]
+fn commands_leave_the_journal_of_a_killed_daemon_alone() {
     let bench = Bench::new();
     bench.image("disk.qcow2");
     let number = qcow2::JournalNumber::of_bits(0x1234_5678_9abc);
@@ -172,8 +203,12 @@ fn a_flush_leaves_the_journal_of_a_killed_daemon_alone() {
     image.write_all_at(&autoclear, at).expect("written");
     let socket = bench.path("c");
     let daemon = Daemon::start(bench.serve("disk.qcow2").arg("--control-socket").arg(&socket));
-    let (status, text) = ask(&socket, "POST", "/v1/disk/flush", "");
-    assert_eq!((status, &json(&text)["error"]["kind"]), (409, &"refused".into()), "{text}");
+    for (method, path, body) in
+        [("POST", "/v1/disk/flush", ""), ("PUT", "/v1/disk/size", "{\"size\": 4194304}")]
+    {
+        let (status, text) = ask(&socket, method, path, body);
+        assert_eq!((status, &json(&text)["error"]["kind"]), (409, &"refused".into()), "{text}");
+    }
     let mut kept = [0; 8];
     image.read_exact_at(&mut kept, at).expect("read");
     assert_eq!(kept, autoclear, "the frontend still has what that daemon had answered");
