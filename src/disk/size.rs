@@ -123,6 +123,9 @@ pub enum InUseError {
         /// Bytes of a block.
         block: u64,
     },
+    /// A dead daemon left a journal, and nothing may be allocated before it is carried out.
+    #[error("the last daemon was killed, and the frontend that has its journal is not back yet")]
+    AwaitsJournal,
     /// It is no longer wanted.
     #[error("the resize was given up")]
     GivenUp,

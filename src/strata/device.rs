@@ -38,6 +38,8 @@ pub struct DiskDevice<S: Storage> {
     watch: DeviceWatch,
     /// Where the disk keeps its journal, also when it is opened again. A leaf lock.
     journal: Mutex<Option<JournalMemory>>,
+    /// Held by a resize and by a switch of the journal: see [`DiskDevice::alone`].
+    alone: Mutex<()>,
 }
 
 /// The block sizes of a device, in bytes.
@@ -124,7 +126,7 @@ impl<S: Storage> DiskDevice<S> {
         let facts = DiskFacts::of(&disk);
         let capacity = Capacity::new(facts.size / SECTOR);
         let (facts, disk, journal) = (Mutex::new(facts), Held::new(Some(disk), reopening), Mutex::default());
-        DiskDevice { facts, disk, serial, blocks, capacity, watch, journal }
+        DiskDevice { facts, disk, serial, blocks, capacity, watch, journal, alone: Mutex::default() }
     }
 
     /// A device whose disk another process still uses. It is opened when the first queue starts.
@@ -132,7 +134,7 @@ impl<S: Storage> DiskDevice<S> {
         let disk = Held::new(None, Some(reopening));
         let capacity = Capacity::new(facts.size / SECTOR);
         let (facts, watch, journal) = (Mutex::new(facts), DeviceWatch::default(), Mutex::default());
-        DiskDevice { facts, disk, serial, blocks, capacity, watch, journal }
+        DiskDevice { facts, disk, serial, blocks, capacity, watch, journal, alone: Mutex::default() }
     }
 
     /// The disk, for queries; none while it is released.
@@ -166,6 +168,7 @@ impl<S: Storage> DiskDevice<S> {
         shrinking: Shrinking,
         gives_up: impl Fn() -> bool,
     ) -> Result<Option<Resized>, ResizeError> {
+        let _alone = self.alone();
         let Some(disk) = self.disk.get() else { return Ok(None) };
         let mut resizing = disk.resizing(wanted, shrinking)?;
         let Resized { from, to } = resizing.sizes();
@@ -181,6 +184,11 @@ impl<S: Storage> DiskDevice<S> {
         };
         self.note_facts(&disk);
         outcome.map(Some)
+    }
+
+    /// Keeps a resize and a switch of the journal apart: a resize commits entries, and a switch needs that nobody does.
+    fn alone(&self) -> MutexGuard<'_, ()> {
+        self.alone.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The disk was opened or resized.
@@ -272,6 +280,7 @@ impl<S: Storage> BlockDevice for DiskDevice<S> {
     }
 
     fn keep_journal(&self, memory: Option<JournalMemory>) -> io::Result<()> {
+        let _alone = self.alone();
         if let Some(disk) = self.disk.wait() {
             disk.keep_journal(memory.clone()).map_err(io::Error::other)?;
         }

@@ -62,6 +62,9 @@ impl<S: Storage> Resizing<S> {
         if shared.read_only && (shared.is_qcow2() || resized.to < from) {
             return Err(refused(InUseError::ReadOnly));
         }
+        if shared.awaits_journal() {
+            return Err(refused(InUseError::AwaitsJournal));
+        }
         let driver = Driver::new(shared.storage.queue(SIDE_QUEUE_DEPTH).map_err(OpenError::from)?);
         let worker = Worker::new(Arc::clone(shared), Rc::clone(&driver))
             .ok_or(OpenError::TooManyQueues { limit: WORKERS_MAX })?;

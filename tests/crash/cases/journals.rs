@@ -5,6 +5,7 @@
 
 use std::path::Path;
 
+use disk::resize::{InUseError, NewSize, ResizeError, Shrinking};
 use disk::{Completed, Disk, JournalKept, Request, RequestId};
 use qcow2::{Header, JournalNumber};
 use storage_sim::{Image, Random, SimOptions, SimStorage, SimWorld};
@@ -197,6 +198,21 @@ fn a_journal_is_carried_out_once() {
     let (replayed, seen) = again.succeed(&again.words);
     assert_eq!(replayed, 0, "it is the journal of an earlier state");
     assert_sound(&seen, true, "already carried out");
+}
+
+/// A resize allocates, and a cluster that it would take may be one that the journal names.
+#[test]
+fn no_disk_is_resized_before_its_journal_is_carried_out() {
+    let left = left();
+    let world = SimWorld::from_image(left.image.clone(), 1, SimOptions::calm());
+    let disk = open(&world, &left.start.shape);
+    let wanted = || NewSize::Of(disk.size() + 64 * SECTOR);
+    let refused = disk.resize(wanted(), Shrinking::Refused).expect_err("the journal is not here");
+    let ResizeError::InUse { source: InUseError::AwaitsJournal, .. } = refused else { panic!("{refused}") };
+    assert_eq!(header(&world.image()), header(&left.image), "nothing was changed");
+    let kept = disk.keep_journal(Some(memory_of(&left.words))).expect("kept");
+    assert_eq!(kept, JournalKept::Begun { replayed: 4 });
+    disk.resize(wanted(), Shrinking::Refused).expect("it is here");
 }
 
 #[test]
