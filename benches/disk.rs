@@ -9,9 +9,10 @@ mod harness;
 use std::hint::black_box;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
-use disk::{Completed, Disk, DiskOptions, DiskQueue, Request, RequestId};
+use disk::{Completed, Disk, DiskOptions, DiskQueue, JournalMemory, Request, RequestId};
 use qcow2::{Geometry, NewImage, Version};
 use storage::{
     Completion, FileId, FileInfo, GuestSlice, IoQueue, Notifier, OpenOptions, Operation, Part, Storage,
@@ -41,6 +42,8 @@ const CASES: &[Named] = &[
     ("submit: read 64 KiB, 2 clusters far apart", || submits(scattered(), Job::read(1 << 16).across())),
     ("submit: read 64 KiB in 16 pieces of memory", || submits(single(), Job::read(1 << 16).in_pages())),
     ("submit: write zeroes of a cluster", || zeroes(single())),
+    ("submit and poll: allocating write of a cluster", || allocates(None)),
+    ("submit and poll: the same, with a journal", || allocates(Some(journal()))),
     ("poll: 4 KiB read", || polls(single(), Job::read(BLOCK))),
     ("poll: 64 KiB read in 16 pieces of memory", || polls(single(), Job::read(1 << 16).in_pages())),
 ];
@@ -102,18 +105,29 @@ fn guest_memory(bytes: usize) -> GuestSlice {
 /// An open disk and its queue.
 struct Bench {
     queue: DiskQueue<Host>,
-    _disk: Disk<Host>,
+    disk: Disk<Host>,
     done: Vec<Completed>,
 }
 
 impl Bench {
     /// Opens an image of a world and writes these clusters, which are then in the file in this order.
     fn open(world: &SimWorld, image: &str, clusters: impl Iterator<Item = u64>) -> Self {
+        Self::open_with(world, image, clusters, None)
+    }
+
+    /// The same with a journal in some memory.
+    fn open_with(
+        world: &SimWorld,
+        image: &str,
+        clusters: impl Iterator<Item = u64>,
+        journal: Option<JournalMemory>,
+    ) -> Self {
         let options = DiskOptions { inflate_threads: 0, ..DiskOptions::default() };
         let disk =
             Disk::open_unkept(Host(world.storage()), Path::new(image), &options).expect("a valid chain");
+        disk.keep_journal(journal).expect("a journal");
         let queue = disk.queue(2 * REQUESTS).expect("a queue");
-        let mut bench = Bench { queue, _disk: disk, done: Vec::new() };
+        let mut bench = Bench { queue, disk, done: Vec::new() };
         let memory = [guest_memory(CLUSTER as usize)];
         for cluster in clusters {
             bench.finish(Request::Write { offset: cluster * CLUSTER, write_through: false }, &memory);
@@ -173,6 +187,41 @@ fn zeroes(bench: Bench) -> Case {
             let request =
                 Request::WriteZeroes { offset, length: CLUSTER, unmap: false, write_through: false };
             bench.queue.submit(RequestId(number), request, &[]);
+        }
+    })
+}
+
+/// Memory of a journal.
+fn journal() -> JournalMemory {
+    struct Words(Vec<AtomicU64>);
+    impl AsRef<[AtomicU64]> for Words {
+        fn as_ref(&self) -> &[AtomicU64] {
+            &self.0
+        }
+    }
+    Arc::new(Words((0..1 << 17).map(|_| AtomicU64::new(0)).collect()))
+}
+
+/// Writes clusters that were discarded, and given back, before.
+fn allocates(journal: Option<JournalMemory>) -> Case {
+    let memory = [guest_memory(CLUSTER as usize)];
+    let world = world();
+    add_image(&world, "image", false, None);
+    let bench = Bench::open_with(&world, "image", clusters(), journal);
+    let mut keeper = bench.disk.keeper().expect("a housekeeper");
+    let prepare = move |(bench, _): &mut (Bench, _)| {
+        let length = u64::from(REQUESTS) * CLUSTER;
+        bench.finish(Request::Discard { offset: 0, length, write_through: false }, &[]);
+        bench.finish(Request::Flush, &[]);
+        while bench.disk.status().quarantined_clusters > 0 {
+            keeper.poll();
+            keeper.wait(None);
+        }
+    };
+    Case::new(REQUESTS.into(), (bench, memory), prepare, |(bench, memory)| {
+        for number in 0..REQUESTS {
+            let offset = black_box(u64::from(number) * CLUSTER);
+            bench.finish(Request::Write { offset, write_through: false }, memory);
         }
     })
 }

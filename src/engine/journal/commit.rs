@@ -46,11 +46,13 @@ impl State {
 
     /// Adds an entry to the records of this commit.
     pub fn record(&mut self, guest: GuestCluster, entry: L2Entry) {
+        if !self.write.as_ref().is_some_and(|write| write.journal.is_on()) {
+            return;
+        }
         let top = self.top_qcow2();
         let (geometry, raw) = (top.geometry, top.encode_entry(entry));
-        if let Some(write) = self.write.as_mut().filter(|write| write.journal.is_on()) {
-            write.journal.note(guest, 1, raw, &geometry);
-        }
+        let journal = &mut self.write.as_mut().expect("looked at just before").journal;
+        journal.note(guest, 1, raw, &geometry);
     }
 
     /// Makes the records of this commit valid.

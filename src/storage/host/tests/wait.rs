@@ -207,7 +207,8 @@ fn a_flood_of_signals_ends_no_pause() {
                 pauses += 1;
             }
             over.store(true, Ordering::SeqCst);
-            assert!(pauses <= 20, "{pauses} pauses of 10 ms in 200 ms");
+            // 20 whole ones, and some that begin late or that a signal under way still ends; without pauses, over 1,000.
+            assert!(pauses <= 40, "{pauses} pauses of 10 ms in 200 ms");
             queue.notifier().notify();
             let started = Instant::now();
             queue.wait(Some(LONG));
