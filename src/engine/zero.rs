@@ -4,8 +4,7 @@
 use std::task::Waker;
 
 use qcow2::{
-    Geometry, GuestCluster, GuestOffset, HostRange, L1Entry, L2Entry, SUBCLUSTERS, SubclusterSet,
-    Subclusters, Version,
+    Geometry, GuestCluster, GuestOffset, HostRange, L1Entry, L2Entry, SubclusterSet, Subclusters, Version,
 };
 
 use crate::answer::{Answer, TableSlot, ready};
@@ -61,8 +60,6 @@ struct Pieces {
     /// Bytes of the first cluster before the range.
     before: u64,
     length: u64,
-    /// The range goes to the end of the disk, so its last granule counts as whole.
-    to_the_end: bool,
 }
 
 impl Pieces {
@@ -85,7 +82,8 @@ impl Pieces {
             return SubclusterSet::ALL;
         }
         let granule = self.geometry.granule_size();
-        let last = if self.to_the_end && end < size { u64::from(SUBCLUSTERS) } else { end / granule };
+        // The range is whole granules; only the disk's last one may end within one.
+        let last = end.div_ceil(granule);
         SubclusterSet::range((start / granule) as u32..last as u32)
     }
 }
@@ -105,12 +103,7 @@ impl State {
         ready!(self.may_dirty());
         let geometry = self.top_qcow2().geometry;
         let first = geometry.guest_cluster(offset);
-        let pieces = Pieces {
-            geometry,
-            before: geometry.in_cluster(offset.0),
-            length,
-            to_the_end: offset.0 + length == geometry.size,
-        };
+        let pieces = Pieces { geometry, before: geometry.in_cluster(offset.0), length };
         let clusters = pieces.clusters();
         if mode == ZeroMode::Discard && geometry.version == Version::V2 && self.has_backing() {
             return Ok(Answer::Ready(done(length)));

@@ -23,14 +23,17 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags, sockopt,
 };
+use rustix::process::{PidfdFlags, pidfd_open};
 use tracing::{info, warn};
 
 use crate::limits::SOCKET_PATH_MAX;
 
 /// What the socket's name has in addition.
 const SUFFIX: &str = ".handover";
-/// The messages: one byte each. The new daemon asks for the place.
+/// The messages: one byte each. The new daemon asks for the place; its [`Terms`] come with this.
 const ASK: u8 = b'A';
+/// The old one goes on: the guest could not live with these terms. Which one comes with this, as an index of [`REASONS`].
+const REFUSE: u8 = b'R';
 /// The old one has closed the image; the listener comes with this.
 const GIVE: u8 = b'G';
 /// The new one serves.
@@ -39,6 +42,70 @@ const SERVE: u8 = b'S';
 const ASK_PATIENCE: Duration = Duration::from_secs(5);
 /// How long the old daemon may take to stop, and the new one to open the image.
 const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Why terms are refused.
+const REASONS: [&str; 4] = [
+    "it serves another image",
+    "it offers more queues, and the guest may use them (--num-queues)",
+    "it offers larger rings, and the guest may use them (--queue-size)",
+    "the guest would see another kind of disk (--read-only, --logical-block-size)",
+];
+
+/// What a guest relies on that goes on with another daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Terms {
+    /// The device of the image file.
+    pub device: u64,
+    /// The inode of the image file.
+    pub inode: u64,
+    /// Queues on offer.
+    pub queues: u16,
+    /// Descriptors of the largest ring.
+    pub queue_size: u16,
+    /// Bytes of a logical block.
+    pub block: u32,
+    /// Nothing may be written.
+    pub read_only: bool,
+}
+
+impl Terms {
+    const BYTES: usize = 25;
+
+    fn to_bytes(self) -> [u8; Self::BYTES] {
+        let mut bytes = [0; Self::BYTES];
+        bytes[..8].copy_from_slice(&self.device.to_ne_bytes());
+        bytes[8..16].copy_from_slice(&self.inode.to_ne_bytes());
+        bytes[16..18].copy_from_slice(&self.queues.to_ne_bytes());
+        bytes[18..20].copy_from_slice(&self.queue_size.to_ne_bytes());
+        bytes[20..24].copy_from_slice(&self.block.to_ne_bytes());
+        bytes[24] = u8::from(self.read_only);
+        bytes
+    }
+
+    fn from_bytes(bytes: [u8; Self::BYTES]) -> Self {
+        let [d0, d1, d2, d3, d4, d5, d6, d7, i0, i1, i2, i3, i4, i5, i6, i7, rest @ ..] = bytes;
+        let [q0, q1, s0, s1, b0, b1, b2, b3, read_only] = rest;
+        Terms {
+            device: u64::from_ne_bytes([d0, d1, d2, d3, d4, d5, d6, d7]),
+            inode: u64::from_ne_bytes([i0, i1, i2, i3, i4, i5, i6, i7]),
+            queues: u16::from_ne_bytes([q0, q1]),
+            queue_size: u16::from_ne_bytes([s0, s1]),
+            block: u32::from_ne_bytes([b0, b1, b2, b3]),
+            read_only: read_only != 0,
+        }
+    }
+
+    /// The index in [`REASONS`] of what keeps a guest from going on under new terms.
+    fn refusal(&self, new: &Terms) -> Option<u8> {
+        let broken = [
+            (new.device, new.inode) != (self.device, self.inode),
+            new.queues < self.queues,
+            new.queue_size < self.queue_size,
+            (new.block, new.read_only) != (self.block, self.read_only),
+        ];
+        broken.iter().position(|broken| *broken).map(|index| index as u8)
+    }
+}
 
 /// The path of the second socket; none if it would be too long.
 fn beside(socket: &Path) -> Option<PathBuf> {
@@ -59,12 +126,20 @@ pub struct Successor(UnixStream);
 
 /// The daemon that is about to stop for us.
 #[derive(Debug)]
-pub struct Predecessor(UnixStream);
+pub struct Predecessor {
+    stream: UnixStream,
+    /// Its process, if it can be seen from here.
+    process: Option<OwnedFd>,
+}
 
 impl Offer {
-    /// Listens beside the socket, which this process owns. `asked` is called once, with the successor. Without a second
-    /// socket the daemon serves all the same, and cannot be replaced.
-    pub fn start(socket: &Path, asked: impl FnOnce(Successor) + Send + 'static) -> io::Result<Option<Self>> {
+    /// Listens beside the socket, which this process owns. `asked` is called once, with a successor under which the guest
+    /// keeps these terms. Without a second socket the daemon serves all the same, and cannot be replaced.
+    pub fn start(
+        socket: &Path,
+        terms: Terms,
+        asked: impl FnOnce(Successor) + Send + 'static,
+    ) -> io::Result<Option<Self>> {
         let Some(path) = beside(socket) else {
             info!("the socket's path is so long that this daemon cannot be replaced while it serves");
             return Ok(None);
@@ -80,7 +155,7 @@ impl Offer {
         let end = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let its_end = end.try_clone()?;
         let thread = thread::Builder::new().name("strata-handover".to_owned()).spawn(move || {
-            let found = wait_for_successor(&listener, &its_end);
+            let found = wait_for_successor(&listener, &its_end, &terms);
             // Before anybody else may bind it.
             let _ = std::fs::remove_file(&path);
             drop(listener);
@@ -101,7 +176,7 @@ impl Drop for Offer {
     }
 }
 
-fn wait_for_successor(listener: &UnixListener, end: &OwnedFd) -> Option<Successor> {
+fn wait_for_successor(listener: &UnixListener, end: &OwnedFd, terms: &Terms) -> Option<Successor> {
     loop {
         let mut fds = [PollFd::new(end, PollFlags::IN), PollFd::new(listener, PollFlags::IN)];
         match poll(&mut fds, None) {
@@ -113,7 +188,7 @@ fn wait_for_successor(listener: &UnixListener, end: &OwnedFd) -> Option<Successo
             }
         }
         match listener.accept() {
-            Ok((stream, _)) => match hear(stream) {
+            Ok((stream, _)) => match hear(stream, terms) {
                 Ok(successor) => return Some(successor),
                 Err(error) => warn!(%error, "a process beside the socket is not heard"),
             },
@@ -132,13 +207,21 @@ fn is_trusted(stream: impl AsFd) -> io::Result<bool> {
     Ok(uid.is_root() || uid == rustix::process::geteuid())
 }
 
-fn hear(stream: UnixStream) -> io::Result<Successor> {
+fn hear(mut stream: UnixStream, terms: &Terms) -> io::Result<Successor> {
     if !is_trusted(&stream)? {
         return Err(io::Error::new(io::ErrorKind::PermissionDenied, "it belongs to another user"));
     }
     stream.set_nonblocking(false)?;
     expect(&stream, ASK, ASK_PATIENCE)?;
-    Ok(Successor(stream))
+    let mut wanted = [0; Terms::BYTES];
+    stream.read_exact(&mut wanted)?;
+    match terms.refusal(&Terms::from_bytes(wanted)) {
+        None => Ok(Successor(stream)),
+        Some(reason) => {
+            stream.write_all(&[REFUSE, reason])?;
+            Err(io::Error::other("the guest could not go on with it"))
+        }
+    }
 }
 
 /// Waits for a message.
@@ -176,7 +259,7 @@ impl Predecessor {
     ///
     /// # Errors
     /// When the daemon belongs to another user.
-    pub fn ask(socket: &Path) -> io::Result<Option<Self>> {
+    pub fn ask(socket: &Path, terms: Terms) -> io::Result<Option<Self>> {
         let Some(path) = beside(socket) else { return Ok(None) };
         let mut stream = match UnixStream::connect(path) {
             Ok(stream) => stream,
@@ -190,29 +273,38 @@ impl Predecessor {
         if !is_trusted(&stream)? {
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, "it belongs to another user"));
         }
-        stream.write_all(&[ASK])?;
-        Ok(Some(Predecessor(stream)))
+        // It lives, as it listens, so the number is its own.
+        let process = sockopt::socket_peercred(&stream)?.pid;
+        let process = pidfd_open(process, PidfdFlags::empty()).ok();
+        stream.write_all(&[&[ASK][..], &terms.to_bytes()].concat())?;
+        Ok(Some(Predecessor { stream, process }))
     }
 
     /// Waits until the image is free. The listener; `None` if the daemon has ended without passing it.
     ///
     /// # Errors
-    /// When it takes too long.
+    /// When it takes too long, or the daemon refuses because of the terms.
     pub fn take(&self) -> io::Result<Option<OwnedFd>> {
-        self.0.set_read_timeout(Some(PATIENCE))?;
+        self.stream.set_read_timeout(Some(PATIENCE))?;
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let mut message = [0];
         let received = loop {
             let parts = &mut [IoSliceMut::new(&mut message)];
-            match rustix::net::recvmsg(&self.0, parts, &mut control, RecvFlags::CMSG_CLOEXEC) {
+            match rustix::net::recvmsg(&self.stream, parts, &mut control, RecvFlags::CMSG_CLOEXEC) {
                 Err(rustix::io::Errno::INTR) => {}
-                Err(rustix::io::Errno::CONNRESET) => return Ok(None),
+                Err(rustix::io::Errno::CONNRESET) => return self.wait_for_end().map(|()| None),
                 other => break other?,
             }
         };
+        if received.bytes == 1 && message == [REFUSE] {
+            let mut reason = [0];
+            (&self.stream).read_exact(&mut reason)?;
+            let reason = REASONS.get(usize::from(reason[0])).unwrap_or(&"it does not say why");
+            return Err(io::Error::other(*reason));
+        }
         if received.bytes == 0 || message != [GIVE] {
-            return Ok(None);
+            return self.wait_for_end().map(|()| None);
         }
         let files = control.drain().filter_map(|part| match part {
             RecvAncillaryMessage::ScmRights(files) => Some(files),
@@ -221,9 +313,19 @@ impl Predecessor {
         Ok(files.flatten().next())
     }
 
+    /// Waits until the daemon has ended: it passes nothing, as it stops for another reason, and still has the image.
+    fn wait_for_end(&self) -> io::Result<()> {
+        let Some(process) = &self.process else { return Ok(()) };
+        let timeout = PATIENCE.try_into().expect("two minutes can be waited for");
+        match poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&timeout))? {
+            0 => Err(io::ErrorKind::TimedOut.into()),
+            _ => Ok(()),
+        }
+    }
+
     /// This process serves: the other one ends.
     pub fn tell_serving(mut self) {
-        if let Err(error) = self.0.write_all(&[SERVE]) {
+        if let Err(error) = self.stream.write_all(&[SERVE]) {
             warn!(%error, "the daemon that was replaced could not be told so");
         }
     }
@@ -235,13 +337,16 @@ mod tests {
 
     use super::*;
 
+    const TERMS: Terms =
+        Terms { device: 1, inode: 2, queues: 4, queue_size: 256, block: 4096, read_only: false };
+
     fn meet() -> (tempfile::TempDir, Offer, Predecessor, Successor) {
         let folder = tempfile::tempdir().expect("a folder");
         let socket = folder.path().join("s");
         let (found, successors) = mpsc::channel();
-        let offer = Offer::start(&socket, move |successor| found.send(successor).expect("awaited"));
+        let offer = Offer::start(&socket, TERMS, move |successor| found.send(successor).expect("awaited"));
         let offer = offer.expect("it listens").expect("the path is short");
-        let predecessor = Predecessor::ask(&socket).expect("it is ours").expect("it is there");
+        let predecessor = Predecessor::ask(&socket, TERMS).expect("it is ours").expect("it is there");
         let successor = successors.recv().expect("it was asked");
         (folder, offer, predecessor, successor)
     }
@@ -273,10 +378,36 @@ mod tests {
         assert!(predecessor.take().expect("it has ended").is_none());
     }
 
+    /// The old daemon goes on, and another successor may ask.
+    #[test]
+    fn terms_that_the_guest_cannot_live_with_are_refused() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let socket = folder.path().join("s");
+        let (found, successors) = mpsc::channel();
+        let _offer = Offer::start(&socket, TERMS, move |successor| found.send(successor).expect("awaited"))
+            .expect("it listens");
+        let worse = [
+            Terms { inode: 3, ..TERMS },
+            Terms { device: 3, ..TERMS },
+            Terms { queues: 3, ..TERMS },
+            Terms { queue_size: 128, ..TERMS },
+            Terms { block: 512, ..TERMS },
+            Terms { read_only: true, ..TERMS },
+        ];
+        for terms in worse {
+            let predecessor = Predecessor::ask(&socket, terms).expect("it is ours").expect("it is there");
+            let refused = predecessor.take().expect_err("refused");
+            assert!(REASONS.contains(&refused.to_string().as_str()), "{terms:?}: {refused}");
+        }
+        let better = Terms { queues: 9, queue_size: 1024, ..TERMS };
+        let _predecessor = Predecessor::ask(&socket, better).expect("it is ours").expect("it is there");
+        successors.recv().expect("it was asked");
+    }
+
     #[test]
     fn nobody_is_asked_where_nobody_listens() {
         let folder = tempfile::tempdir().expect("a folder");
-        assert!(Predecessor::ask(&folder.path().join("s")).expect("no error").is_none());
+        assert!(Predecessor::ask(&folder.path().join("s"), TERMS).expect("no error").is_none());
         assert!(beside(Path::new(&"x".repeat(100))).is_none());
     }
 
@@ -285,14 +416,14 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let socket = folder.path().join("s");
         let (found, successors) = mpsc::channel();
-        let _offer = Offer::start(&socket, move |successor| found.send(successor).expect("awaited"))
+        let _offer = Offer::start(&socket, TERMS, move |successor| found.send(successor).expect("awaited"))
             .expect("it listens");
         let path = beside(&socket).expect("short");
         let mut other = UnixStream::connect(&path).expect("it listens");
         other.write_all(b"x").expect("sent");
         assert_eq!(other.read(&mut [0]).expect("the end"), 0);
         drop(UnixStream::connect(&path).expect("it listens"));
-        let _predecessor = Predecessor::ask(&socket).expect("it is ours").expect("it is there");
+        let _predecessor = Predecessor::ask(&socket, TERMS).expect("it is ours").expect("it is there");
         successors.recv().expect("it was asked");
     }
 }

@@ -150,7 +150,7 @@ impl Job {
                 size::in_words(to)
             ),
             Err(ResizeError::WouldShrink { from, to, .. }) => warn!(
-                "SIGHUP: the disk keeps its {}: with {} what lies behind would be lost; \"{SHRINK}\" after the size says \
+                "SIGHUP: the disk keeps its {}: with {} what lies past the new end would be lost; \"{SHRINK}\" after the size says \
                  that this is meant",
                 size::in_words(from),
                 size::in_words(to)

@@ -22,7 +22,7 @@ use crate::cli::{Cache, Serial, ServeArgs};
 use crate::control_door::ControlDoor;
 use crate::device::{BlockSizes, DiskDevice, DiskFacts, host_block};
 use crate::error::{ProgramError, Purpose};
-use crate::handover::{Offer, Predecessor, Successor};
+use crate::handover::{Offer, Predecessor, Successor, Terms};
 use crate::held::Reopening;
 use crate::listen::Place;
 use crate::notify;
@@ -98,12 +98,26 @@ fn enter(place: &Place, image: &Path, options: &ServeArgs) -> Result<Entry, Prog
     }
     let failed = |step| move |source| ProgramError::Replace { path: path.clone(), step, source };
     examine(image, options)?;
-    let Some(predecessor) = Predecessor::ask(path).map_err(failed("asking it to stop"))? else {
+    let terms = terms(image, options).map_err(failed("looking at the image"))?;
+    let Some(predecessor) = Predecessor::ask(path, terms).map_err(failed("asking it to stop"))? else {
         info!("no daemon serves on {place} that could be replaced");
         return Ok(Entry::New);
     };
     let listener = predecessor.take().map_err(failed("waiting until it has stopped"))?;
     Ok(Entry::Taken(predecessor, listener))
+}
+
+/// What the guest may rely on.
+fn terms(image: &Path, options: &ServeArgs) -> std::io::Result<Terms> {
+    let file = std::fs::metadata(image)?;
+    Ok(Terms {
+        device: file.dev(),
+        inode: file.ino(),
+        queues: options.num_queues,
+        queue_size: options.queue_size,
+        block: options.logical_block_size,
+        read_only: options.read_only || options.snapshot.is_some(),
+    })
 }
 
 /// Passes the socket to a successor. Returns the server if the successor has ended instead of serving.
@@ -175,7 +189,8 @@ fn serve_round(
     };
     let controlled = control.as_mut().map(|door| door.open(subject(), stages.hub())).transpose();
     let served = controlled.and_then(|controlled| {
-        let served = serve(place, image, &device, &offer, (shutdown, stop), entry);
+        let terms = terms(image, options);
+        let served = serve(place, image, &device, &offer, (shutdown, stop), (entry, terms));
         // The socket answers until the last session has ended, and has no reference to the device afterwards.
         drop(controlled);
         served
@@ -283,7 +298,7 @@ fn serve(
     device: &Arc<HostDevice>,
     offer: &ServeOptions,
     (shutdown, stop): (&Shutdown, &StopHandle),
-    entry: Entry,
+    (entry, terms): (Entry, std::io::Result<Terms>),
 ) -> Result<Ended, ProgramError> {
     let (server, predecessor) = match entry {
         Entry::New => (place.listen()?, None),
@@ -291,13 +306,13 @@ fn serve(
         Entry::Taken(predecessor, listener) => (place.listen_on(listener)?, Some(predecessor)),
     };
     let asked = Arc::new(Mutex::new(None));
-    let replaceable = offer_place(place, shutdown, &asked);
+    let replaceable = offer_place(place, terms, shutdown, &asked);
+    let _pings = Watchdog::start(Arc::clone(&offer.pulse))?;
     if let Some(predecessor) = predecessor {
         predecessor.tell_serving();
     }
     info!("serving {} on {place}: {}", shown(image), described(device, offer));
     notify::send(&format!("{}\n{}", notify::READY, notify::status(Stage::Waiting)));
-    let _pings = Watchdog::start(Arc::clone(&offer.pulse))?;
     server.serve(device, offer, stop)?;
     drop(replaceable);
     let successor = asked.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -308,16 +323,22 @@ fn serve(
 }
 
 /// Waits for a successor beside the socket, and puts it into `asked`.
-fn offer_place(place: &Place, shutdown: &Shutdown, asked: &Arc<Mutex<Option<Successor>>>) -> Option<Offer> {
+fn offer_place(
+    place: &Place,
+    terms: std::io::Result<Terms>,
+    shutdown: &Shutdown,
+    asked: &Arc<Mutex<Option<Successor>>>,
+) -> Option<Offer> {
     let Place::File { path, .. } = place else { return None };
     let (shutdown, asked) = (shutdown.clone(), Arc::clone(asked));
-    let started = Offer::start(path, move |successor| {
+    let asked = move |successor| {
         let slot = || asked.lock().unwrap_or_else(PoisonError::into_inner);
         *slot() = Some(successor);
         if !shutdown.hand_over() {
             *slot() = None;
         }
-    });
+    };
+    let started = terms.and_then(|terms| Offer::start(path, terms, asked));
     started.unwrap_or_else(|error| {
         warn!(%error, "this daemon cannot be replaced while it serves: no socket for that beside its own");
         None

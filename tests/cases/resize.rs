@@ -482,7 +482,7 @@ fn a_disk_in_use_is_not_resized_to_what_it_cannot_be() {
     let moves = refused(&rig, NewSize::Of(2 * M + 512), Shrinking::Refused);
     assert!(moves.contains("only while the image is not in use"), "{moves}");
     let shrinks = refused(&rig, NewSize::Smaller(512), Shrinking::Refused);
-    assert!(shrinks.contains("what lies behind is lost"), "{shrinks}");
+    assert!(shrinks.contains("loses the data past the new end"), "{shrinks}");
     assert!(refused(&rig, NewSize::Of(100), Shrinking::Accepted).contains("no multiple of 512"));
     assert_eq!(rig.disk().size(), M);
     assert!(rig.read_all() == vec![0; M as usize]);

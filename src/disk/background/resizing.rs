@@ -12,11 +12,12 @@ use std::task::Poll;
 use std::time::Duration;
 
 use block::Request;
+use engine::EngineError;
 use engine::change::Resize;
 use names::shown;
 use qcow2::Header;
 use storage::{Errno, Kind, Operation, Storage};
-use tracing::error;
+use tracing::{error, warn};
 
 use crate::error::{OpenError, RequestError};
 use crate::image::change::ChangeError;
@@ -76,10 +77,13 @@ impl<S: Storage> Resizing<S> {
         let (outcome, given_up) = (Rc::new(RefCell::new(None)), Rc::new(Cell::new(false)));
         let (told, gives_up) = (Rc::clone(&outcome), Rc::clone(&given_up));
         driver.spawn(async move {
-            let ended = worker.resize(resized, &gives_up).await;
+            let mut ended = worker.resize(resized, &gives_up).await;
             if ended.is_ok() {
-                // Release: see `Disk::size`.
-                worker.shared.size.store(resized.to, Ordering::Release);
+                worker.publish_size(resized.to);
+            } else if worker.shared.size.load(Ordering::Acquire) == resized.to {
+                let path = shown(&worker.shared.layers[0].path);
+                warn!(%path, "the disk is smaller, but the space past its new end was not all given back");
+                ended = Ok(());
             }
             worker.shared.resizing.store(false, Ordering::Release);
             *told.borrow_mut() = Some(ended.map(|()| resized));
@@ -136,10 +140,7 @@ impl<S: Storage> Worker<S> {
         for step in steps {
             let done = match step {
                 ResizeStep::Extend => self.extend(resized.to).await.map_err(Into::into),
-                ResizeStep::AwaitOlder => {
-                    self.await_older_requests().await;
-                    Ok(())
-                }
+                ResizeStep::AwaitOlder => self.await_older_requests(given_up).await,
                 // Nothing is left behind the cut, and a longer raw image keeps what its file has.
                 ResizeStep::Clear if !self.shared.is_qcow2() => Ok(()),
                 ResizeStep::Clear if !grows && self.shared.zero_route.is_raw() => Ok(()),
@@ -151,8 +152,22 @@ impl<S: Storage> Worker<S> {
                 ResizeStep::StoreSize => self.store_size(resized.to).await.map_err(Into::into),
             };
             done.map_err(refused)?;
+            // From here on the disk has its new size, whatever becomes of the space past its end.
+            if !grows && *step == self.last_step_before_smaller() {
+                self.publish_size(resized.to);
+            }
         }
         Ok(())
+    }
+
+    /// The step that makes a smaller size durable: the header has it, or the length of a raw image.
+    fn last_step_before_smaller(&self) -> ResizeStep {
+        if self.shared.is_qcow2() { ResizeStep::StoreSize } else { ResizeStep::Cut }
+    }
+
+    fn publish_size(&self, size: u64) {
+        // Release: see `Disk::size`.
+        self.shared.size.store(size, Ordering::Release);
     }
 
     /// Refuses what is impossible before anything is written.
@@ -201,21 +216,23 @@ impl<S: Storage> Worker<S> {
         if self.has_bytewise_file() {
             self.lengthen_data(to).await?;
         }
-        if to <= self.engine().size() {
+        if to > self.engine().size() {
+            let plan = self.engine().plan_growth(to)?;
+            if let Some(range) = plan.table {
+                self.allocate(range).await.map_err(RequestError::io("allocating the L1 table"))?;
+            }
+            self.engine().commit_growth(&plan);
+        }
+        let (Some((entries, offset)), Some(header)) = (self.engine().l1_table(), &self.shared.header) else {
             return Ok(());
-        }
-        let plan = self.engine().plan_growth(to)?;
-        if let Some(range) = plan.table {
-            self.allocate(range).await.map_err(RequestError::io("allocating the L1 table"))?;
-        }
-        self.engine().commit_growth(&plan);
-        if plan.table.is_none() {
+        };
+        // An earlier resize may have failed between the engine's table and the header's.
+        if header.field(qcow2::position::L1_ENTRIES) == entries.to_be_bytes() {
             return Ok(());
         }
         // The header names the longer table before any L2 table is linked there: a crash must not leave tables that
         // nothing names.
         self.flush().await?;
-        let (entries, offset) = self.engine().l1_table().expect("a writable image");
         self.change_header(qcow2::position::patch_l1_table(entries, offset)).await
     }
 
@@ -234,11 +251,18 @@ impl<S: Storage> Worker<S> {
         }
     }
 
-    /// Waits until every request that began before this call has ended, or has started over.
-    async fn await_older_requests(&self) {
+    /// Waits until every request that began before this call has ended, or has started over. A disk that has failed may
+    /// have requests that never end.
+    async fn await_older_requests(&self, given_up: &Cell<bool>) -> Result<(), InUseError> {
         let epoch = self.engine().end_epoch();
         let mut pause = PAUSE_MIN;
         while !self.engine().have_ended(epoch) {
+            if given_up.get() {
+                return Err(InUseError::GivenUp);
+            }
+            if self.engine().has_failed() {
+                return Err(RequestError::from(EngineError::Failed).into());
+            }
             let mut alarm = self.driver.alarm(self.driver.now() + pause);
             poll_fn(|context| {
                 if alarm.is_over() {
@@ -250,6 +274,7 @@ impl<S: Storage> Worker<S> {
             .await;
             pause = (pause * 2).min(PAUSE_MAX);
         }
+        Ok(())
     }
 
     /// Makes the part between the two ends read as zero.
@@ -287,7 +312,13 @@ impl<S: Storage> Worker<S> {
         let failed = RequestError::io("making the file shorter");
         self.driver.run_bare(Operation::bare(file.id, Kind::SetLength, to)).await.map_err(failed)?;
         let sync = Operation::bare(file.id, Kind::Sync, 0);
-        self.driver.run_bare(sync).await.map_err(RequestError::io("fdatasync"))
+        self.driver.run_bare(sync).await.map_err(|source| {
+            // It is unknown which of the guest's writes are durable.
+            self.engine().fail();
+            let path = shown(&file.info.path);
+            error!(%path, error = %source, "the disk has failed: fdatasync of the shorter file failed");
+            RequestError::Io { action: "fdatasync", source }
+        })
     }
 
     /// Changes a field of the header durably. If that fails, it is unknown what the header says, and the disk fails.

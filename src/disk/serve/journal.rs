@@ -81,6 +81,10 @@ impl<S: Storage> Worker<S> {
     async fn switch_journal(&self, memory: Option<JournalMemory>) -> Result<JournalKept, OpenError> {
         let failed =
             |source: RequestError| OpenError::Request { path: self.shared.layers[0].path.clone(), source };
+        if self.engine().has_failed() {
+            // It only reads from now on, and the frontend may do that with or without a region.
+            return Ok(JournalKept::No);
+        }
         let mut replayed = 0;
         if self.shared.awaits_journal() {
             replayed = self.take_over(memory.as_ref()).await.map_err(failed)?;

@@ -89,7 +89,7 @@ pub struct ServeArgs {
     pub queue_size: u16,
 
     /// The file in which SIGHUP finds the size that the disk is to have from then on, while it is in use: as 20G, or as
-    /// "10G shrink" if what lies behind a smaller end may be lost [default: SIGHUP reads a raw image's own size anew]
+    /// "10G shrink" if what lies past a smaller end may be lost [default: SIGHUP reads a raw image's own size anew]
     #[arg(long, value_name = "FILE", conflicts_with_all = ["read_only", "snapshot"], help_heading = DEVICE)]
     pub size_file: Option<PathBuf>,
 

@@ -34,8 +34,11 @@ fn stuck_on(disk: &Arc<MemoryDisk>) -> (TestServer, Guest, EventFd) {
     guest.frontend.set_vring_call(queue, &call).expect("it is taken");
     guest.read(queue, 0, 512);
     // Full: every further raise fails until the descriptor is made blocking, and blocks from then on.
-    let _ = call.read();
-    call.write(u64::MAX - 1).expect("fills the counter");
+    // The interrupt of the read may still come between the two calls.
+    until("the counter is full", || {
+        let _ = call.read();
+        call.write(u64::MAX - 1).is_ok()
+    });
     make_blocking(&call);
     guest.offer_write(queue, 0);
     guest.kick(queue);
