@@ -23,7 +23,7 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags, sockopt,
 };
-use rustix::process::{PidfdFlags, pidfd_open};
+use rustix::process::{PidfdFlags, getpid, pidfd_open};
 use tracing::{info, warn};
 
 use crate::limits::SOCKET_PATH_MAX;
@@ -275,7 +275,7 @@ impl Predecessor {
         }
         // It lives, as it listens, so the number is its own.
         let process = sockopt::socket_peercred(&stream)?.pid;
-        let process = pidfd_open(process, PidfdFlags::empty()).ok();
+        let process = pidfd_open(process, PidfdFlags::empty()).ok().filter(|_| process != getpid());
         stream.write_all(&[&[ASK][..], &terms.to_bytes()].concat())?;
         Ok(Some(Predecessor { stream, process }))
     }

@@ -4,7 +4,7 @@
 mod kit;
 
 use std::io::{Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::Command;
@@ -20,6 +20,43 @@ fn replacing(bench: &Bench, image: &str) -> Command {
 /// The socket on which a daemon waits for its successor.
 fn beside(bench: &Bench) -> PathBuf {
     bench.path("s.handover")
+}
+
+/// Asks for the place on the terms of a daemon with default options.
+fn ask(bench: &Bench, successor: &mut UnixStream) {
+    let image = std::fs::metadata(bench.path("disk.qcow2")).expect("the image");
+    let mut message = vec![b'A'];
+    message.extend(image.dev().to_ne_bytes());
+    message.extend(image.ino().to_ne_bytes());
+    message.extend(64u16.to_ne_bytes());
+    message.extend(1024u16.to_ne_bytes());
+    message.extend(512u32.to_ne_bytes());
+    message.push(0);
+    successor.write_all(&message).expect("asked");
+}
+
+#[test]
+fn a_daemon_that_the_guest_cannot_go_on_with_is_refused() {
+    let bench = Bench::new();
+    bench.image("disk.qcow2");
+    bench.image("other.qcow2");
+    let mut daemon = Daemon::start(&mut bench.serve("disk.qcow2"));
+    let cases: [(&str, &[&str], &str); 3] = [
+        ("other.qcow2", &[], "another image"),
+        ("disk.qcow2", &["--num-queues", "4"], "--num-queues"),
+        ("disk.qcow2", &["--read-only"], "another kind of disk"),
+    ];
+    for (image, more, reason) in cases {
+        let (code, _, errors) = output(replacing(&bench, image).args(more));
+        assert_eq!(code, Some(1), "{errors}");
+        assert!(errors.contains(reason), "{errors}");
+        daemon.wait_for("the guest could not go on with it");
+    }
+    // It serves all the while.
+    let waiting = UnixStream::connect(bench.socket()).expect("it listens");
+    daemon.wait_for("a frontend connected");
+    drop(waiting);
+    daemon.stop();
 }
 
 #[test]
@@ -68,7 +105,7 @@ fn the_old_daemon_serves_again_where_the_new_one_ends() {
     let mut daemon = Daemon::start(&mut bench.serve("disk.qcow2"));
     for _ in 0..2 {
         let mut successor = UnixStream::connect(beside(&bench)).expect("it waits");
-        successor.write_all(b"A").expect("asked");
+        ask(&bench, &mut successor);
         let mut given = [0];
         successor.read_exact(&mut given).expect("the image is closed");
         assert_eq!(&given, b"G");
@@ -90,7 +127,7 @@ fn a_signal_ends_a_daemon_that_is_being_replaced() {
     bench.image("disk.qcow2");
     let mut daemon = Daemon::start(&mut bench.serve("disk.qcow2"));
     let mut successor = UnixStream::connect(beside(&bench)).expect("it waits");
-    successor.write_all(b"A").expect("asked");
+    ask(&bench, &mut successor);
     successor.read_exact(&mut [0]).expect("the image is closed");
     daemon.signal(rustix::process::Signal::TERM);
     daemon.wait_for("stopping already");
