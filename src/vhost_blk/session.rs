@@ -191,7 +191,7 @@ impl<D: BlockDevice> Session<D> {
         if self.region.take().is_none() {
             return;
         }
-        if let Err(error) = self.device.keep_journal(None) {
+        if let Err(error) = self.outside_of_a_step(|device| device.keep_journal(None)) {
             warn!(%error, "what was answered could not be made durable when the in-flight region was let go");
         }
     }
@@ -201,6 +201,17 @@ impl<D: BlockDevice> Session<D> {
         warn!(message = self.message.name(), "refused: {refusal}");
         self.refused = true;
         Err(Error::ReqHandlerError(io::Error::new(io::ErrorKind::InvalidInput, refusal)))
+    }
+
+    /// Lets the device do I/O that takes as long as the host needs: the session's thread is not stuck meanwhile.
+    fn outside_of_a_step<T>(&self, call: impl FnOnce(&D) -> T) -> T {
+        let pulse = &self.options.pulse;
+        let in_step = pulse.session.pause();
+        let result = call(&self.device);
+        if in_step {
+            pulse.session.step();
+        }
+        result
     }
 
     fn offered(&self) -> u64 {
@@ -284,14 +295,7 @@ impl<D: BlockDevice> Session<D> {
         if self.log_in_use().is_none() || self.vrings.iter().any(Vring::is_running) {
             return true;
         }
-        // The disk is closed meanwhile: that is I/O, as long as it takes.
-        let pulse = Arc::clone(&self.options.pulse);
-        let in_step = pulse.session.pause();
-        let released = self.device.release();
-        if in_step {
-            pulse.session.step();
-        }
-        match released {
+        match self.outside_of_a_step(D::release) {
             Ok(true) => info!("all queues are stopped while guest memory is logged: the image is released"),
             Ok(false) => {}
             Err(error) => {
@@ -598,7 +602,7 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
         match checked.and_then(|claim| Region::map(claim, file, memory.loss())) {
             Ok(region) => {
                 self.stop_all();
-                if let Err(error) = self.device.keep_journal(region.journal()) {
+                if let Err(error) = self.outside_of_a_step(|device| device.keep_journal(region.journal())) {
                     self.start_all();
                     return self.refuse(Refusal::Journal(error));
                 }
