@@ -1,12 +1,13 @@
 //! The cost of an allocating write, and the longest wait for one, by the number of requests in flight.
 //!
-//! Threads with a queue each keep writes of 4 KiB to unallocated clusters in flight, on a real image in `/dev/shm` (or in
-//! the directory named on the command line). `cargo bench --bench depth` prints a row for each load and round. With
-//! `-- DIRECTORY 8x128` it runs that load alone.
+//! Threads with a queue each keep writes of 4 KiB to unallocated clusters in flight. The image is a real one in
+//! `/dev/shm`, or in the directory named on the command line. `cargo bench --bench depth` prints a row for each
+//! load and round. With `-- DIRECTORY 8x128` it runs that load alone.
 //!
-//! Where there are more threads than processors, the machine alone makes some requests wait long. So there are loads
-//! with as many threads as processors, and loads without a disk: the same threads, which spend as much processor time
-//! on each request and answer in order. And waits are counted, too, in requests that completed meanwhile.
+//! Where there are more threads than processors, the machine alone makes some requests wait long. So there are
+//! loads with as many threads as processors, and loads without a disk. Those are the same threads, which spend as
+//! much processor time on each request and answer in order. And waits are counted, too, in requests that completed
+//! meanwhile.
 
 use std::collections::VecDeque;
 use std::path::Path;

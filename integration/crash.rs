@@ -3,8 +3,8 @@
 //!
 //! Owns the lives' parameters, the record of synced data and the check of it. It starts no process itself.
 //!
-//! The disk has an ext4 file system, and areas for fio behind it. The kill of a process does not affect the host's page
-//! cache: this tests the daemon's writes to the host before it completes a request, not the host's disk.
+//! The disk has an ext4 file system, and areas for fio behind it. The kill of a process does not affect the host's
+//! page cache. This tests the daemon's writes to the host before it completes a request, not the host's disk.
 
 use crate::areas::{Areas, Content, Found};
 use crate::image::{self, Health};

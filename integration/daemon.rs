@@ -161,8 +161,8 @@ impl Program {
                     "driver": "file", "node-name": "file", "filename": spec.image, "aio": "io_uring",
                     "cache": {"direct": true}, "discard": "unmap",
                 });
-                // The backing files take their cache mode from here and not from the file's node: only the top image
-                // bypasses the page cache, as with Strata's defaults.
+                // The backing files take their cache mode from here and not from the file's node. Only the top
+                // image bypasses the page cache, as with Strata's defaults.
                 let disk = serde_json::json!({
                     "driver": spec.format, "node-name": "disk", "file": "file", "discard": "unmap",
                 });

@@ -1,5 +1,5 @@
-//! `cargo demo`: shows the main job. A virtual machine runs on an overlay that the daemon serves, boots a second time
-//! and finds all its files; a summary shows times, requests and space.
+//! `cargo demo`: shows the main job. A virtual machine runs on an overlay that the daemon serves, boots a second
+//! time and finds all its files. A summary shows times, requests and space.
 //!
 //! Owns the order of the steps and their texts. `scenario` owns the guest's work and the conditions that must hold.
 

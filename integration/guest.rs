@@ -29,8 +29,8 @@ pub struct GuestKit {
 /// To be raised when the initramfs changes in a way that its ingredients do not show.
 const LAYOUT: u32 = 1;
 
-/// Programs of the host that are copied to the guest's `/bin`. busybox's own fallocate cannot punch holes, which on a
-/// disk are zeroes that may unmap; its blkdiscard refuses a mounted disk.
+/// Programs of the host that are copied to the guest's `/bin`. The fallocate of busybox cannot punch holes, which
+/// on a disk are zeroes that may unmap. Its blkdiscard refuses a mounted disk.
 const PROGRAMS: [&str; 5] = ["fio", "mkfs.ext4", "e2fsck", "fallocate", "blkdiscard"];
 
 /// The meta package of the newest kernel for virtual machines.

@@ -1,10 +1,10 @@
-//! Kills the daemon again and again while one client lives on: it starts the daemon on the same socket and connects
-//! again with its in-flight region. Each request must be answered exactly once: none is lost, none is answered twice,
-//! and none is answered that was not sent (the client fails on such an answer).
+//! Kills the daemon again and again while one client lives on. It starts the daemon on the same socket and connects
+//! again with its in-flight region. Each request must be answered exactly once. None is lost, none is answered
+//! twice, and none is answered that was not sent: the client fails on such an answer.
 //!
-//! Whatever was answered must be there later. In half of the cases the guest has its write cache on, so that most of it was
-//! not flushed: the daemons keep a journal of it. In the others the guest turns its write cache off once, on its first
-//! connection, which also shows that the daemons keep that setting. At the end no cluster has leaked.
+//! Whatever was answered must be there later. In half of the cases the guest has its write cache on, so that most
+//! of it was not flushed. The daemons keep a journal of it. In the others the guest turns its write cache off once,
+//! on its first connection, which also shows that the daemons keep that setting. At the end no cluster has leaked.
 //!
 //! In other tests the next daemon replaces the one that serves, under load.
 //!

@@ -145,8 +145,8 @@ pub fn second_visit(
     Ok(visit)
 }
 
-/// Checks that the image is clean and that QEMU reads the same from it as the guest: the disk's first `sum_mib` MiB by
-/// checksum, and every file.
+/// Checks that the image is clean and that QEMU reads the same from it as the guest. Compared are the disk's first
+/// `sum_mib` MiB by checksum, and every file.
 pub fn host_agrees(
     stand: &Stand,
     last: &Visit,

@@ -1,5 +1,5 @@
-//! `strata serve` as a process, through its socket: random sequences equal the model, images stay clean, a new session
-//! follows an old one, and flushed data survives a kill.
+//! `strata serve` as a process, through its socket. Random sequences equal the model, and images stay clean. A new
+//! session follows an old one, and flushed data survives a kill.
 
 use std::path::{Path, PathBuf};
 

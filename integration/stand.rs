@@ -217,9 +217,9 @@ impl Stand {
         Ok(visit)
     }
 
-    /// Runs a visit in which the daemon is restarted `times` times, each time after some reports `tick` of the guest: it
-    /// gets SIGKILL and is started again, or another daemon replaces it. After the last one the guest receives a line,
-    /// upon which the script must end.
+    /// Runs a visit in which the daemon is restarted `times` times, each time after some reports `tick` of the
+    /// guest. It gets SIGKILL and is started again, or another daemon replaces it. After the last one the guest
+    /// receives a line, upon which the script must end.
     ///
     /// # Errors
     /// Also when the script fails.

@@ -1,10 +1,10 @@
 //! Real guests on real daemons. Every test ends with `qemu-img check`. After an orderly shutdown of the guest, the
 //! contents that it read are compared with those that QEMU's tools read.
 //!
-//! `STRATA_TEST_BACKEND` chooses the daemon (default strata), and `STRATA_REQUIRE_TOOLS=1` turns a skip into a failure.
-//! `STRATA_GUEST_KILLS` is the number of kills of the daemon under a guest (3), `STRATA_GUEST_RESTARTS` that of kills
-//! under a guest that lives on (5), and `STRATA_KILL_SEED` chooses the moments.
-//! `cargo verify` or `cargo demo` prepares the machine; these tests install nothing.
+//! `STRATA_TEST_BACKEND` chooses the daemon (default strata), and `STRATA_REQUIRE_TOOLS=1` turns a skip into a
+//! failure. `STRATA_GUEST_KILLS` is the number of kills of the daemon under a guest (3), `STRATA_GUEST_RESTARTS`
+//! that of kills under a guest that lives on (5). `STRATA_KILL_SEED` chooses the moments. `cargo verify` or `cargo
+//! demo` prepares the machine; these tests install nothing.
 
 use anyhow::{Context, Result, bail};
 use std::io::Write;

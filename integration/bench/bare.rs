@@ -1,7 +1,7 @@
 //! The bare limit: a loop on a file with io_uring and O_DIRECT, without an image format or a protocol.
 //!
-//! The loop is fio, which is independent of Strata. fio uses some CPU time itself, so the limit is approximate; that
-//! CPU time is reported too.
+//! The loop is fio, which is independent of Strata. As fio uses some CPU time itself, the limit is approximate.
+//! That CPU time is reported too.
 
 use anyhow::{Context, Result};
 use serde_json::Value;

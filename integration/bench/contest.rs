@@ -216,8 +216,8 @@ impl Rules {
         Ok(())
     }
 
-    /// Runs the bare loop on the servers' own file or a copy of it, because the location of a file on its disk affects
-    /// its speed. The loop's writes destroy the image.
+    /// Runs the bare loop on the servers' own file or a copy of it: the location of a file on its disk affects its
+    /// speed. The loop's writes destroy the image.
     fn bare(&self, gallery: &mut Gallery, case: &Case) -> Result<Sample> {
         let pattern = case.limit().context("a case with a limit")?;
         let specimen = gallery.specimen(case)?;

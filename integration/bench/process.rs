@@ -1,7 +1,7 @@
 //! The kernel's counters of a process and of the machine: CPU time, memory.
 //!
-//! Owns the reading of /proc. All tasks of a process count, also those that have ended and the kernel's io workers
-//! (`iou-wrk-…`), which belong to the thread group that created their ring.
+//! Owns the reading of /proc. All tasks of a process count, also those that have ended. So do the kernel's io
+//! workers (`iou-wrk-…`), which belong to the thread group that created their ring.
 
 use anyhow::{Context, Result};
 use std::fs;

@@ -1,7 +1,7 @@
 //! The turn that verifies the data and does not count: its contents describe themselves.
 //!
-//! Reads are checked as they complete. A server's writes are read back by QEMU's daemon from the image, after the
-//! server has ended, so that the server's memory cannot hide a fault.
+//! Reads are checked as they complete. After a server has ended, QEMU's daemon reads its writes back from the
+//! image. So the server's memory cannot hide a fault.
 
 use anyhow::{Result, bail};
 use std::path::Path;

@@ -1,9 +1,9 @@
 //! The ledger of all writes to each sector of a disk, from which follows what the sector may hold after a kill.
 //!
-//! A write is durable once a flush that was sent after the write's completion has completed. After a kill a sector may
-//! hold the value of its last durable write, or of any later write, completed or not; it must hold nothing older. No
-//! two requests in flight touch the same sector, so each sector's writes have an order; they may touch the same
-//! cluster.
+//! A write is durable once a flush that was sent after the write's completion has completed. After a kill a sector
+//! may hold the value of its last durable write, or of any later write, completed or not. It must hold nothing
+//! older. No two requests in flight touch the same sector, so each sector's writes have an order; they may touch
+//! the same cluster.
 
 use std::ops::Range;
 

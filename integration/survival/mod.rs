@@ -1,5 +1,5 @@
-//! The contents that a disk may have after its daemon was killed: sectors that describe themselves, a ledger of all
-//! requests, and a guest that keeps two queues busy until the kill.
+//! The contents that a disk may have after its daemon was killed. Sectors describe themselves, a ledger has all
+//! requests, and a guest keeps two queues busy until the kill.
 //!
 //! It knows neither the daemon nor the image; kill.rs does.
 

@@ -17,8 +17,9 @@ pub(crate) const BUFFER_BYTES: usize = bound(16 << 20, 8 << 10) as usize;
 /// Bytes that one thread's requests may use for inflating at a time: compressed data and inflated clusters.
 pub(crate) const INFLATING_BYTES: usize = bound(16 << 20, 1) as usize;
 
-/// While the requests of a disk off the fast path may be this much work, in bytes, a queue that has its share takes no more
-/// of them. A stop has to wait for them: inflating that much takes about a tenth of a second on two processors.
+/// The most work, in bytes, that the requests of a disk off the fast path may be. At this bound a queue that has
+/// its share takes no more of them. A stop has to wait for them: inflating that much takes about a tenth of a
+/// second on two processors.
 pub(crate) const WORK_BYTES: u64 = bound(32 << 20, 8 << 10);
 
 /// A queue's share of that work, which it may have whatever the others have.

@@ -149,8 +149,8 @@ impl<S: Storage> Disk<S> {
         self.shared.size.load(Ordering::Acquire)
     }
 
-    /// Bytes of the top image's file or device as it is now, in whole sectors: the size of a raw disk whose file has
-    /// been resized. None for a qcow2 image.
+    /// Bytes of the top image's file or device as it is now, in whole sectors. For a raw disk whose file has been
+    /// resized, this is its new size. None for a qcow2 image.
     ///
     /// # Errors
     /// If the host cannot report it.
@@ -263,9 +263,9 @@ impl<S: Storage> Disk<S> {
         DiskQueue::new(Arc::clone(&self.shared), depth)
     }
 
-    /// From now on what is committed is recorded in this memory, which outlives the process, so that a successor can
-    /// carry it out; with `None` it is not. No request is in flight. First everything committed becomes durable. If a
-    /// dead daemon left its records in this memory, they are carried out before that.
+    /// From now on what is committed is recorded in this memory, which outlives the process, so that a successor
+    /// can carry it out. With `None` it is not. No request is in flight. First everything committed becomes
+    /// durable. If a dead daemon left its records in this memory, they are carried out before that.
     ///
     /// Images without a journal only become durable: raw images, version 2, external data files.
     ///

@@ -185,7 +185,7 @@ impl Allocator {
     }
 
     /// The length that the file needs before refcounts are written, so that it ends with free clusters until it is
-    /// closed; `None` if it is long enough. No reservation begins until [`crate::Engine::file_was_lengthened`].
+    /// closed. `None` if it is long enough. No reservation begins until [`crate::Engine::file_was_lengthened`].
     pub fn marked_length(&mut self, cluster_size: u64) -> Option<u64> {
         if active(Mutation::TailNotMarked) {
             return None;

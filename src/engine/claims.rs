@@ -4,10 +4,9 @@
 //! A request that may allocate, discard or zero claims its whole range at once, before it plans. It holds nothing else
 //! while it waits, so claims cannot deadlock. No claim overtakes an earlier overlapping one, so none starves.
 //!
-//! For each cluster only the last claim on it is recorded, by runs of clusters (`claimed_runs.rs`). A new claim waits
-//! for the last claims on its range. These waited for all earlier claims on their ranges, so nothing else must be known
-//! of those. The cost of a claim, from its request to its release, is a few steps in a tree, however many claims there
-//! are.
+//! For each cluster only the last claim on it is recorded, by runs of clusters (`claimed_runs.rs`). A new claim
+//! waits for the last claims on its range. Each of these waits for the claims before it, so the new claim need not
+//! know the earlier ones. A claim costs a few steps in a tree, however many claims there are.
 
 use std::ops::RangeInclusive;
 use std::task::Waker;

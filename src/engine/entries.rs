@@ -1,6 +1,6 @@
 //! The entries of an L1 table or a refcount table in memory. Pieces that are all zero take no memory.
 //!
-//! This matters: a header may claim a table of 32 MiB that is a hole in the file, and a chain has up to 1,000 images.
+//! A header may claim a table of 32 MiB that is a hole in the file, and a chain has up to 1,000 images.
 
 /// Entries in a piece, which takes 4 KiB.
 const PIECE: usize = 512;

@@ -1,8 +1,8 @@
 //! Epochs: how the engine knows that every I/O begun before some moment has ended.
 //!
-//! Each worker publishes the epoch of its oldest request that may hold a word of the chain map, or a host offset from a
-//! plan. A cluster unlinked before the epoch was advanced from `e` is out of reach of all I/O once no worker publishes
-//! `e` or less. docs/concurrency.md, "Epochs", gives the argument; the pairs of atomics are named here.
+//! Each worker publishes the epoch of its oldest request that may hold a word of the chain map, or a host offset
+//! from a plan. A cluster unlinked before the epoch was advanced from `e` is out of reach of all I/O once no worker
+//! publishes `e` or less. The argument is in docs/concurrency.md, "Epochs"; the pairs of atomics are named here.
 
 use std::collections::VecDeque;
 use std::sync::Arc;

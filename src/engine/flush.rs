@@ -169,7 +169,7 @@ impl State {
     }
 
     /// The cut failed at `stage` for lack of space: all of it is dirty again. A table that may already be linked on
-    /// disk counts as existing from now on: each change under a durable link must be written in its proper stage.
+    /// disk counts as existing from now on. Each change under a durable link must be written in its proper stage.
     pub fn fail_cut(&mut self, cut: &FlushCut, stage: Stage, wakes: &mut WakeList) {
         let write = self.write.as_mut().expect("a writable image");
         let running = write.flush.end(cut, wakes);

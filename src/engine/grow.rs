@@ -1,7 +1,8 @@
-//! Makes a disk larger while it is in use: the tables and the map reach further from one moment on.
+//! Makes a disk larger while it is in use: gives the tables and the map of the engine the new size.
 //!
-//! Owns how far the L1 table may become longer where it lies. What must be durable before the header names the new size,
-//! and the zeroing of the new part, are the caller's: docs/durability.md, "A disk that grows while it is in use".
+//! Owns how far the L1 table may become longer where it lies. The caller makes metadata durable before the header
+//! names the new size, and zeroes the new part. The order is in docs/durability.md, "A disk that grows while it is
+//! in use".
 
 use qcow2::{Geometry, HostOffset, HostRange};
 

@@ -1,5 +1,5 @@
-//! The locations of the top image's metadata: the header, the L1 table, the refcount table, refblocks and L2 tables,
-//! the same tables of internal snapshots, and everything that belongs to bitmaps.
+//! The locations of the top image's metadata. This is the header, the L1 table, the refcount table, refblocks, L2
+//! tables, the same tables of internal snapshots, and everything that belongs to bitmaps.
 //!
 //! No guest data is ever written there and no such cluster is allocated, whatever the entries and refcounts of a
 //! damaged or hostile image say. Conversely, a cluster to which this session sent data I/O never becomes metadata. That

@@ -262,8 +262,8 @@ impl Engine {
         1 << self.unit_bits
     }
 
-    /// Bytes of the smallest unit that can be allocated, zeroed or discarded by itself: a subcluster of the top image
-    /// if it has some, else [`Engine::unit`]. A power of two.
+    /// Bytes of the smallest unit that can be allocated, zeroed or discarded by itself. This is a subcluster of the
+    /// top image if it has some, else [`Engine::unit`]. A power of two.
     pub fn granule(&self) -> u64 {
         1 << self.granule_bits
     }

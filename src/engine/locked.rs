@@ -1,8 +1,8 @@
 //! The engine's lock, and what comes back without it: a plan that is dropped before its commit.
 //!
-//! The drop may happen on any thread, even under the lock, so it must not wait for the lock. It leaves what the plan held
-//! in a list. If the lock is free, the same thread takes it back; else the thread that holds the lock does, once it has
-//! released it. docs/concurrency.md, "Plans, pins and one-at-a-time jobs".
+//! The drop may happen on any thread, even under the lock, so it must not wait for the lock. It leaves what the
+//! plan held in a list. If the lock is free, the same thread takes it back. Else the thread that holds the lock
+//! does, once it has released it (docs/concurrency.md, "Plans, pins and one-at-a-time jobs").
 
 use std::fmt;
 use std::sync::PoisonError;
@@ -75,8 +75,8 @@ impl<S: TakeBack<D>, D> Locked<S, D> {
     /// Takes back what is in the list, unless another thread has the lock: that one comes here when it has released it.
     fn settle(&self) {
         loop {
-            // Of a thread that adds to the list and one that releases the lock, the first to come here may not see what
-            // the other did. Then the other sees both the list and the free lock.
+            // One thread adds to the list, another releases the lock. The first to come here may not see what the
+            // other did. Then the other sees both the list and the free lock.
             fence(Ordering::SeqCst);
             if !self.any_dropped.load(Ordering::Relaxed) {
                 return;
@@ -91,8 +91,8 @@ impl<S: TakeBack<D>, D> Locked<S, D> {
 
     /// Takes back what is in the list.
     fn take_all_back(&self, state: &mut S, wakes: &mut WakeList) {
-        // A drop that happened before this lock was taken has stored true, and nobody but a holder of the lock stores
-        // false: so relaxed is enough.
+        // Relaxed is enough: a drop that happened before this lock was taken has stored true, and only a holder of
+        // the lock stores false.
         if !self.any_dropped.load(Ordering::Relaxed) {
             return;
         }

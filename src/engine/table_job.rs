@@ -1,4 +1,5 @@
-//! Gives the top image an L2 table of its own: a new one if there is none, or a copy of a table that a snapshot shares.
+//! Gives the top image an L2 table of its own. It is a new one if there is none, or a copy of a table that a
+//! snapshot shares.
 //!
 //! All slices of the new table are resident and dirty until a cut writes them. The cut links the table only in its last
 //! stage.

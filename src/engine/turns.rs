@@ -129,9 +129,9 @@ impl Turns {
         turn.0.get().and_then(|number| self.line.get(&number)).is_some_and(|waiting| waiting.passed_over)
     }
 
-    /// Sets clusters aside for requests in the line, as long as there are any. `fits` tells whether a cluster may become
-    /// a table. A long line of requests for tables that no cluster fits costs one attempt: the first of them alone must
-    /// know, as it makes the next window.
+    /// Sets clusters aside for requests in the line, as long as there are any. `fits` tells whether a cluster may
+    /// become a table. A long line of requests for tables that no cluster fits costs one attempt. Only the first of
+    /// them must know, as it makes the next window.
     pub fn serve(&mut self, windows: &mut Windows, fits: impl Fn(u64) -> bool, wakes: &mut WakeList) {
         let mut from = 0;
         let mut may_fit = true;

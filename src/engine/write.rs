@@ -382,8 +382,8 @@ impl State {
         Subclusters { host: Some(host), ..new }.entry()
     }
 
-    /// The early commit of an allocation, if there was one, has ended, but the entry on disk differs, or may differ,
-    /// from the final entry: the slice is written again, with its links after the data.
+    /// The early commit of an allocation, if there was one, has ended, but the entry on disk differs, or may
+    /// differ, from the final entry. The slice is written again, with its links after the data.
     pub fn forget_early_link(&mut self, early: &mut Early, table: TableId, wakes: &mut WakeList) {
         if *early != Early::Begun {
             return;

@@ -124,8 +124,8 @@ impl Display for Shown<'_> {
     }
 }
 
-/// True for a character that must not reach a terminal or a log: controls, line ends, invisible characters, and those
-/// that change the order of the text around them.
+/// True for a character that must not reach a terminal or a log. These are controls, line ends, invisible
+/// characters, and those that change the order of the text around them.
 pub fn must_be_escaped(character: char) -> bool {
     character.is_control()
         || matches!(

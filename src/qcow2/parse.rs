@@ -40,8 +40,8 @@ impl Header {
         Ok(header)
     }
 
-    /// As [`Header::parse`], for an image check: if the fields of the refcount table or the snapshot table are invalid,
-    /// the header is returned without that table. Neither is needed to find the guest's data.
+    /// As [`Header::parse`], for an image check. If the fields of the refcount table or the snapshot table are
+    /// invalid, the header is returned without that table. Neither is needed to find the guest's data.
     ///
     /// # Errors
     /// On every other value that breaks the format.

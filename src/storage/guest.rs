@@ -7,8 +7,8 @@ use vm_memory::VolatileSlice;
 
 use crate::AlignedBuf;
 
-/// A span of guest memory. The code that creates one from a guest mapping guarantees that the mapping outlives every
-/// operation that uses the slice, which justifies the `'static`: see docs/concurrency.md, "Guest memory".
+/// A span of guest memory. The code that creates one from a guest mapping guarantees that the mapping outlives
+/// every operation that uses the slice. This justifies the `'static` (docs/concurrency.md, "Guest memory").
 pub type GuestSlice = VolatileSlice<'static, ()>;
 
 /// A list of guest slices, usually short enough to need no heap.

@@ -58,9 +58,9 @@ pub struct FileInfo {
     pub offset_alignment: u32,
     /// Addresses and lengths of every memory part must be multiples of this (a power of two, 1 if unrestricted).
     pub memory_alignment: u32,
-    /// Bytes of the file system's blocks (a power of two, at most 65,536). A punch, a zeroing or a change of length that
-    /// ends inside a block goes through the host's page cache for that block, where it can collide with a direct write
-    /// to the same block; the host then reports EIO at the next fdatasync.
+    /// Bytes of the file system's blocks (a power of two, at most 65,536). A punch, a zeroing or a change of length
+    /// that ends inside a block goes through the host's page cache for that block. There it can collide with a
+    /// direct write to the same block, and the host then reports EIO at the next fdatasync.
     pub block_size: u32,
     /// True if it is a block device: it cannot grow and past its end nothing reads as zero.
     pub block_device: bool,
@@ -133,8 +133,8 @@ pub trait IoQueue {
     /// Moves the completions into `done`. Never blocks, and makes no system call if nothing is in flight.
     fn reap(&mut self, done: &mut Vec<Completion>);
 
-    /// Submits, then sleeps until there is something to reap, a watched eventfd was signalled, the [`Notifier`] was
-    /// used since the last wait, or the timeout passed. May return early without reason.
+    /// Submits, then sleeps until there is something to reap. A signal on a watched eventfd, a use of the
+    /// [`Notifier`] since the last wait, and the timeout end the sleep, too. May return early without reason.
     fn wait(&mut self, timeout: Option<Duration>);
 
     /// From now on a signal on `event` ends [`IoQueue::wait`]. The queue reads (resets) the eventfd itself, through

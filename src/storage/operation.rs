@@ -64,7 +64,7 @@ pub struct Operation {
     pub offset: u64,
     /// The memory that a read fills or a write takes; empty for the other kinds.
     pub parts: Parts,
-    /// A hint to use the kernel's worker threads for a file in memory: the calling thread has other work, and the
+    /// A hint to use the kernel's worker threads for a file in memory. The calling thread has other work, and the
     /// operation is long enough to be worth another processor. Otherwise it runs on the calling thread.
     pub offload: bool,
 }

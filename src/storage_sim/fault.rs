@@ -49,8 +49,8 @@ impl Verb {
 /// The outcome of an operation that a fault hits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// It fails. A write, punch or the like has no effect. After a failed fdatasync, each operation that it covers is
-    /// durable, lost for good though reads still see it, or open as before: the outcome is unknown.
+    /// It fails. A write, punch or the like has no effect. After a failed fdatasync, each operation that it covers
+    /// is durable, lost for good though reads still see it, or open as before. The outcome is unknown.
     Fail(Errno),
     /// It fails after a random part of its effect, perhaps none or all. An fdatasync fails as with [`Outcome::Fail`].
     Short(Errno),

@@ -41,8 +41,8 @@ use std::time::{Duration, Instant};
 use storage::Errno;
 use world::World;
 
-/// The space of a new world: more than any test fills, and too little for a huge claimed file size to exhaust the
-/// test's own memory.
+/// The space of a new world. It is more than any test fills, and too little for a huge claimed file size to exhaust
+/// the test's own memory.
 const SPACE_BYTES: u64 = 4 << 30;
 
 /// The properties of the host.

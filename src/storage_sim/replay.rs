@@ -247,7 +247,7 @@ impl<'h> Replay<'h> {
         operations
     }
 
-    /// The open changes of length: those that have happened, then the pending ones, shortest first, so that any of them
+    /// The open changes of length: those that have happened, then the pending ones, shortest first. So any of them
     /// can be the last one kept.
     pub(crate) fn open_steps(&self) -> Vec<Step> {
         let mut coming: Vec<Step> = Vec::new();

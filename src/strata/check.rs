@@ -79,8 +79,8 @@ struct FindingFacts {
 /// Runs the command: exit code 0 for a clean image, 2 for a corrupt one, 3 for one with leaks.
 ///
 /// # Errors
-/// When the image could not be checked or repaired, or the result cannot be printed: exit code 1, or 63 if its format
-/// has nothing to check.
+/// When the image could not be checked or repaired, or the result cannot be printed. The exit code is 1, or 63 if
+/// its format has nothing to check.
 pub fn run(options: &CheckArgs) -> Result<ExitCode, ProgramError> {
     if options.format == ImageFormat::Raw {
         return Err(ProgramError::NothingToCheck { image: options.image.clone() });

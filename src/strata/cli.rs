@@ -250,8 +250,8 @@ pub struct ResizeArgs {
     #[arg(value_name = "FILE")]
     pub image: PathBuf,
 
-    /// The disk's new size in bytes, or with K, M, G or T (powers of 1024); +SIZE is so much more than now, -SIZE so much
-    /// less
+    /// The disk's new size in bytes, or with K, M, G or T (powers of 1024). +SIZE is so much more than now, -SIZE
+    /// so much less
     #[arg(value_name = "[+-]SIZE", allow_hyphen_values = true)]
     pub size: SizeChange,
 }

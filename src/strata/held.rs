@@ -1,5 +1,5 @@
-//! A disk that this process may release to another one, and take back: after a migration the guest goes on with another
-//! daemon, and only one of them may have the image open for writing.
+//! A disk that this process may release to another one, and take back. After a migration the guest goes on with
+//! another daemon, and only one of them may have the image open for writing.
 //!
 //! Owns the moments at which the disk is opened and closed between start and end. It never decides when.
 

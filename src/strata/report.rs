@@ -19,7 +19,8 @@ use crate::hint;
 use crate::log;
 use crate::text::json_name;
 
-/// Tells the error on the standard error, to people or as a line of the log, as the log's format is; a failure to print is ignored.
+/// Tells the error on the standard error, to people or as a line of the log, as the log's format is. A failure to
+/// print is ignored.
 pub fn show(error: &ProgramError) {
     let message = one_line(&with_causes(error)).to_string();
     let hint = hint::of(error).map(|hint| one_line(&hint).to_string());

@@ -60,8 +60,8 @@ pub struct Shutdown {
 }
 
 impl Shutdown {
-    /// Handles SIGTERM, SIGINT and SIGXCPU, which from now on use `stop`; SIGUSR1, which logs the totals; SIGHUP, which
-    /// resizes the disk; and SIGUSR2, which does nothing.
+    /// Handles signals. SIGTERM, SIGINT and SIGXCPU use `stop` from now on. SIGUSR1 logs the totals, SIGHUP resizes
+    /// the disk, and SIGUSR2 does nothing.
     ///
     /// # Errors
     /// When the host refuses a thread or a handler.

@@ -1,8 +1,8 @@
 //! Pings the service manager's watchdog (sd_watchdog_enabled(3)) as long as the daemon gets on.
 //!
-//! The ping is honest: it does not come from a thread that is always well, but after a look at the threads that do the
-//! work. It is withheld while one of them has been in one step for a whole interval, and then the manager restarts the
-//! daemon. A thread that waits for requests, for messages or for the disk is well.
+//! The ping comes after a look at the threads that do the work, not from a thread that is always well. It is
+//! withheld while one of them has been in one step for a whole interval, and then the manager restarts the daemon.
+//! A thread that waits for requests, for messages or for the disk is well.
 
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};

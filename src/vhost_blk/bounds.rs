@@ -13,8 +13,8 @@ pub const ARE_TINY: bool = cfg!(feature = "tiny-bounds");
 /// The most chains of a portion, for the shortest requests.
 pub(crate) const PORTION_MOST: u16 = bound(128, 1) as u16;
 
-/// Chains of a portion for a disk that takes longer than one poll. With up to 32, reads on a disk were a tenth to a fifth
-/// slower here; with fewer than 8, a request takes more processor time.
+/// Chains of a portion for a disk that takes longer than one poll. With up to 32, reads on a disk were a tenth to a
+/// fifth slower here. With fewer than 8, a request takes more processor time.
 pub(crate) const PORTION_STARTED: u16 = bound(8, 1) as u16;
 
 /// Bytes of data of a piece of a large request: a multiple of 512. A batch, between two looks for a stop, is less than

@@ -202,8 +202,8 @@ pub(crate) struct Exit {
 /// guest memory is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stop {
-    /// As soon as possible: what is in the ring stays there, and a large request that is not wholly at the disk goes
-    /// back into it.
+    /// As soon as possible. What is in the ring stays there, and a large request that is not wholly at the disk
+    /// goes back into it.
     Drain,
     /// As `Drain`; then everything is made durable.
     DrainAndFlush,

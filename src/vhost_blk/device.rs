@@ -124,9 +124,9 @@ pub trait BlockQueue {
     /// passed. May return early for no reason.
     fn wait(&mut self, timeout: Option<Duration>);
 
-    /// From now on no request of this queue waits for help from outside, such as for space on the host: a request that
-    /// does, or would, fails. Requests that are only slow go on. Called when the ring is told to stop or is corrupt,
-    /// before the queue is drained, because the frontend waits for that.
+    /// From now on no request of this queue waits for help from outside, such as for space on the host. A request
+    /// that does, or would, fails. Requests that are only slow go on. Called when the ring is told to stop or is
+    /// corrupt, before the queue is drained, because the frontend waits for that.
     fn stop_waiting(&mut self);
 
     /// From now on a signal on `event` ends [`BlockQueue::wait`]. The queue reads (resets) the eventfd itself.

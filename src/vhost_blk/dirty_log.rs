@@ -1,9 +1,10 @@
-//! The log of dirty pages that a frontend keeps while it migrates a guest: one bit for each 4096 bytes of guest memory,
-//! in memory that it shares with the daemon (vhost-user, "Migration").
+//! The log of dirty pages that a frontend keeps while it migrates a guest (vhost-user, "Migration"). It has one bit
+//! for each 4096 bytes of guest memory, in memory that it shares with the daemon.
 //!
-//! Owns the mapping of the log, and each worker's memory of what its chains will write. A page is marked after it was
-//! written and before the guest learns of that, so a frontend that fetches the log between the two fetches the mark
-//! later. No number from the message is trusted; a file that is truncated later is handled by `loss`.
+//! Owns the mapping of the log, and each worker's memory of what its chains will write. A page is marked after it
+//! was written and before the guest learns of that. A frontend that fetches the log between the write and the mark
+//! fetches the mark later. No number from the message is trusted; a file that is truncated later is handled by
+//! `loss`.
 
 use std::fs::File;
 use std::io;

@@ -219,9 +219,9 @@ impl SignalView {
         SignalView { slot, seen, signal }
     }
 
-    /// Raises the newest signal on the worker's thread; the thread that stops the worker may interrupt it (`mark`). If
-    /// the session changes the signal at this very moment, the old one may be raised: the session itself raises the new
-    /// one after every change.
+    /// Raises the newest signal on the worker's thread; the thread that stops the worker may interrupt it (`mark`).
+    /// If the session changes the signal at this very moment, the old one may be raised. The session itself raises
+    /// the new one after every change.
     pub(crate) fn raise(&mut self, mark: &RaiseMark) {
         let changes = self.slot.changes.load(Ordering::Acquire);
         if changes != self.seen {

@@ -78,8 +78,8 @@ impl Lane {
 pub(crate) struct InFlight {
     slots: Slab<Slot>,
     cutter: Cutter,
-    /// One for each kind of request that goes in pieces. Requests of one kind may all wait for help; they must not hold
-    /// back those of another, and above all no reads and no discards, which may free space.
+    /// One for each kind of request that goes in pieces. Requests of one kind may all wait for help. They must not
+    /// hold back those of another, and above all no reads and no discards, which may free space.
     lanes: [Lane; LANES],
     /// The weight of what the disk has: reads, and everything else.
     reads: u64,
@@ -251,10 +251,10 @@ impl InFlight {
         self.take_ended(chain)
     }
 
-    /// The ring is being stopped: the disk gets no more pieces. A chain whose rest it lacks is put back into the ring
-    /// if no later one stays taken, as `next` is the index after the newest; else it fails. A chain of an earlier worker,
-    /// which has no index, stays recorded as in flight. Returns the chains of which the disk has nothing, in
-    /// the order of their arrival; [`InFlight::finish`] returns the others.
+    /// The ring is being stopped: the disk gets no more pieces. A chain whose rest it lacks is put back into the
+    /// ring if no later one stays taken: `next` is the index after the newest. Else it fails. A chain of an earlier
+    /// worker, which has no index, stays recorded as in flight. Returns the chains of which the disk has nothing,
+    /// in the order of their arrival; [`InFlight::finish`] returns the others.
     pub(crate) fn let_rests_go(&mut self, next: u16) -> Vec<Pending> {
         let mut newest = next.wrapping_sub(1);
         let mut ended = Vec::new();

@@ -6,8 +6,8 @@
 //!
 //! Where the frontend keeps an in-flight region (`in_flight_region`), a worker records in it what it has taken.
 //!
-//! Only four files hold unsafe code: `memory` and `in_flight_region/region` (mappings), `loss` (the handler for lost
-//! pages) and `fd` (descriptors given by number, and the interruption of writes to them).
+//! Only four files hold unsafe code. `memory` and `in_flight_region/region` have the mappings, `loss` the handler
+//! for lost pages. `fd` has descriptors given by number, and the interruption of writes to them.
 
 #![deny(unsafe_code)]
 

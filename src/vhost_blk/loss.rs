@@ -1,5 +1,5 @@
-//! Handles lost pages of guest memory: the frontend truncated the file, the file system of a sparse memory file is
-//! full, no huge pages are left, or the host's memory is damaged.
+//! Handles lost pages of guest memory. A page is lost if the frontend truncated the file, a sparse file's file
+//! system is full, huge pages are used up, or the host's memory is damaged.
 //!
 //! A thread that touches such a page gets SIGBUS. The handler here looks the address up in a static table of the mapped
 //! regions. In a region it maps a page of zeros at the fault and marks the session's memory as lost. From then on no

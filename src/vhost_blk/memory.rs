@@ -178,15 +178,16 @@ impl GuestMemory {
                 pieces.truncate(before);
                 return Err(bad);
             };
-            // SAFETY: the piece was checked to lie in a mapping of this table, and its user keeps the table (an Arc)
-            // until the last use of the slice: see Worker, which drops its queue before its memory. The guest writes
-            // this memory at any time, so all other code, too, uses volatile or atomic accesses or the kernel.
+            // SAFETY: the piece was checked to lie in a mapping of this table. Its user keeps the table (an Arc)
+            // until the last use of the slice: see Worker, which drops its queue before its memory. The guest
+            // writes this memory at any time, so all other code, too, uses volatile or atomic accesses or the
+            // kernel.
             pieces.push(unsafe { GuestSlice::new(piece.ptr_guard_mut().as_ptr(), piece.len()) });
         }
         Ok(())
     }
 
-    /// Whether there is memory that seems never written: the beginning of each region is zero, and so is a page at
+    /// Whether there is memory that seems never written. The beginning of each region is zero, and so is a page at
     /// every 2 MiB, where firmware and kernels put their tables and code. In a running guest some of these are not
     /// zero.
     pub(crate) fn is_untouched(&self) -> bool {

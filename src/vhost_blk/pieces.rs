@@ -1,7 +1,8 @@
-//! Large requests go to the disk in pieces: the size of a piece, and the rest of a chain that is not yet at the disk.
+//! Large requests go to the disk in pieces. Owns the size of a piece, and the rest of a chain that is not yet at
+//! the disk.
 //!
-//! Between two pieces the worker looks whether it has to stop, so a stop never waits for more than the pieces that the
-//! disk has, however large the guest's requests are. Pure arithmetic and lists; `in_flight` counts the pieces.
+//! Between two pieces the worker looks whether it has to stop. So a stop never waits for more than the pieces that
+//! the disk has, however large the guest's requests are. Pure arithmetic and lists; `in_flight` counts the pieces.
 
 use std::collections::VecDeque;
 

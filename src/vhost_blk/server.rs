@@ -236,7 +236,7 @@ fn run_session<D: BlockDevice>(
     if let Some(door) = door {
         door.ending();
         if stop.is_stopped() {
-            // First the listener, then the drain, and then the hang-up: a frontend that reconnects at once must not
+            // First the listener, then the drain, and then the hang-up. A frontend that reconnects at once must not
             // enter the backlog of a socket that is no longer served.
             door.wait_closed();
         }

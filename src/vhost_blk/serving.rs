@@ -1,8 +1,8 @@
 //! The work of a queue's thread: takes chains from the ring, submits requests to the disk, and hands back completed
 //! chains.
 //!
-//! Owns the ring, the disk's queue and the slots while it runs. Between two looks for a stop it gives the disk a bounded
-//! number of bytes (`bounds`), and so a stop has a bounded number of bytes to drain.
+//! Owns the ring, the disk's queue and the slots while it runs. Between two looks for a stop it gives the disk a
+//! bounded number of bytes (`bounds`). So a stop has a bounded number of bytes to drain.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -395,7 +395,7 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
     fn idle(&mut self) -> Result<(), RingError> {
         let began = Instant::now();
         let kind = usize::from(!self.in_flight.is_empty());
-        // With several requests in flight, poll for a shorter time: a completion that waits briefly costs nothing,
+        // With several requests in flight, poll for a shorter time. A completion that waits briefly costs nothing,
         // because the host is still busy with the others.
         let budget = self.poll[kind].get() / self.in_flight.len().max(1) as u32;
         let mut round = 0;

@@ -1,8 +1,8 @@
 //! The socket file: its creation and removal.
 //!
-//! Several daemons may be started on one path at the same time. Each holds a lock (flock) on the folder while it checks
-//! the file, removes a stale one or creates one. So none removes a file that another has just created. A file is stale
-//! only if no socket at all belongs to it: a socket that is bound but does not listen yet is in use.
+//! Several daemons may be started on one path at the same time. Each holds a lock (flock) on the folder while it
+//! checks the file, removes a stale one or creates one. So none removes a file that another has just created. A
+//! file is stale only if no socket at all belongs to it. A socket that is bound but does not listen yet is in use.
 
 use std::fs;
 use std::io;

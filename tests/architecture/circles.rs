@@ -107,8 +107,8 @@ impl Modules {
         }
     }
 
-    /// For each file the files that it imports. The root file of a folder is the face of what is in the folder, so an
-    /// import from a module to one inside it does not count; the way back does.
+    /// For each file the files that it imports. The root file of a folder is the face of what is in the folder. So
+    /// an import from a module to one inside it does not count. The way back does.
     pub fn arrows(&self) -> BTreeMap<&Path, BTreeSet<&Path>> {
         let mut arrows: BTreeMap<&Path, BTreeSet<&Path>> = BTreeMap::new();
         for (path, module) in &self.0 {

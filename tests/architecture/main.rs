@@ -1,8 +1,8 @@
-//! The repository's own rules, as tests: which crate may import which, how files look, which files form circles, that
-//! no tuple holds two bare numbers, and that the walks in docs/architecture.md name functions that exist.
+//! The repository's own rules, as tests: which crate may import which, how files look, which files form circles. No
+//! tuple and no parameters hold two bare numbers, and the walks in docs/architecture.md name functions that exist.
 //!
 //! Each rule is a function from its input to a list of complaints, tried first on input that must fail. What the
-//! compiler or clippy can check is left to them: `unsafe_code` is forbidden or denied in each crate's root file, and
+//! compiler or clippy can check is left to them. `unsafe_code` is forbidden or denied in each crate's root file.
 //! `clippy.toml` in `src/engine` and `src/qcow2` disallows files, sockets and threads.
 
 mod circles;

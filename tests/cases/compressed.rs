@@ -104,8 +104,8 @@ fn the_space_of_compressed_clusters_is_given_back() {
     assert!(length() <= M, "{} bytes are left", length());
 }
 
-/// Reads of 512 bytes, each in a compressed cluster of its own, are as much work as reads of whole clusters: long before
-/// there are many, the queue has no room for more. What one queue has leaves each other one its share.
+/// Reads of 512 bytes, each in a compressed cluster of its own, are as much work as reads of whole clusters. Long
+/// before there are many, the queue has no room for more. What one queue has leaves each other one its share.
 #[test]
 fn reads_of_compressed_clusters_leave_room_for_few() {
     let Some(qemu) = Qemu::find() else { return };

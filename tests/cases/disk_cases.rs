@@ -1,5 +1,5 @@
-//! The disk, in-process, in situations that random sequences seldom reach: growth of the refcount structure, space
-//! given back, file length over many sessions, named refusals, raw images and deep chains.
+//! The disk, in-process, in situations that random sequences seldom reach. These are growth of the refcount
+//! structure, space given back, file length over many sessions, named refusals, raw images and deep chains.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};

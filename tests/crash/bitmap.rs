@@ -1,5 +1,5 @@
-//! A persistent bitmap that every writer must keep up to date: adds one to an image, and tells whether a crash state
-//! has one that is marked up to date. The bits themselves are not checked.
+//! A persistent bitmap that every writer must keep up to date. Adds one to an image, and tells whether a crash
+//! state has one that is marked up to date. The bits themselves are not checked.
 
 use std::path::Path;
 

@@ -1,5 +1,5 @@
-//! The death of the daemon alone, at random moments of a run: all that it sent to the host survives, and so does the
-//! memory of its journal. Everything that it had acknowledged must be there afterwards.
+//! The death of the daemon alone, at random moments of a run. All that it sent to the host survives, and so does
+//! the memory of its journal. Everything that it had acknowledged must be there afterwards.
 
 use std::path::Path;
 use std::sync::Arc;

@@ -1,5 +1,5 @@
-//! The crash machine: runs whole disks on a simulated host, crashes them at every instant, and compares the images that
-//! remain with the promises of durability.
+//! The crash machine. It runs whole disks on a simulated host, crashes them at every instant, and compares the
+//! images that remain with the promises of durability.
 //!
 //! - Images: `shape` makes them, `compressed` adds compressed clusters, `bitmap` adds a bitmap, and `hidden` shares
 //!   their clusters with a snapshot.

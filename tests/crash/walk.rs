@@ -168,8 +168,8 @@ impl<'t> Walker<'t> {
     /// The first violation.
     pub fn deaths(&mut self, run: &Finished, start: &Start, seed: u64) -> Result<Option<Start>, String> {
         self.has_changes = run.journal.has_changes();
-        // The search for leaks does not see the hidden snapshot. And a cluster of compressed data may have lost one reference
-        // in an unfinished cut and lose another in the replay: then the search leaves it alone.
+        // The search for leaks does not see the hidden snapshot. And a cluster of compressed data may have lost one
+        // reference in an unfinished cut and lose another in the replay. Then the search leaves it alone.
         let may_leak = matches!(start.shape.past, Past::Shared | Past::Compressed(_));
         self.unmarked = may_leak;
         let mut random = Random::new(seed ^ 0xd1e);

@@ -1,5 +1,5 @@
-//! What drives disks in tests, on files of the host: a disk in-process beside a model, an image that Strata and QEMU change
-//! by turns, both checkers side by side, and images with single damages.
+//! What drives disks in tests, on files of the host. It has a disk beside a model, an image that Strata and QEMU
+//! change by turns, both checkers, and images with single damages.
 //!
 //! Owns the drivers and makes no choice of what to try: that belongs to a test target. It is compiled once for all of
 //! them, together with the disk for the host's storage.

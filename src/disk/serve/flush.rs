@@ -130,8 +130,8 @@ impl<S: Storage> Worker<S> {
         Ok(())
     }
 
-    /// Makes the file end with free clusters while it is in use; true if it does now. Where that fails, for lack of space
-    /// or past the largest file size, leaks of a crash are not searched for, and the next cut tries again.
+    /// Makes the file end with free clusters while it is in use; true if it does now. Where that fails, for lack of
+    /// space or past the largest file size, leaks of a crash are not searched for. The next cut tries again.
     async fn mark_end(&self, length: u64) -> bool {
         let block = u64::from(self.shared.files[0].info.block_size.max(1));
         let length = length.next_multiple_of(block);

@@ -1,5 +1,5 @@
-//! The journal of what is committed and not durable yet: when one begins and ends, and what a dead daemon left in it
-//! (docs/durability.md, "The journal").
+//! The journal of what is committed and not durable yet (docs/durability.md, "The journal"). Owns when one begins
+//! and ends, and carries out what a dead daemon left in it.
 //!
 //! The engine keeps the records and carries them out. This file owns the order: the number in the header, the cut before
 //! a switch, and the steps of a replay.
@@ -63,8 +63,8 @@ impl<S: Storage> Shared<S> {
         self.bell.wake();
     }
 
-    /// The sector with the journal's number, if the image can have a journal: clusters of an external data file have
-    /// fixed places, and version 2 has no feature bits.
+    /// The sector with the journal's number, if the image can have a journal. Clusters of an external data file
+    /// have fixed places, and version 2 has no feature bits.
     fn journal_sector(&self) -> Option<&HeaderSector> {
         let header = self.layers[0].header.as_ref()?;
         let may_have = header.version == Version::V3 && !self.has_data_file();

@@ -1,7 +1,7 @@
 //! Serving requests: the queue of a thread, the fast path, and the async functions of the slow path.
 //!
-//! Owns a request from its submission to its completion: one file per kind of request, and one for each thing that a
-//! request may wait for. Opens no file.
+//! Owns a request from its submission to its completion. There is a file for each kind of request, and one for each
+//! thing that a request may wait for. Opens no file.
 
 mod claim;
 mod compressed;

@@ -1,7 +1,8 @@
 //! The slow path: serves what the fast path does not, as an async function on the thread's executor.
 //!
-//! Owns the order of a request's steps, and its retries: after space was made, after a wait for space, and after too
-//! much freed space was held back. How each kind of request is carried out is in a file of its own.
+//! Owns the order of a request's steps, and its retries. It is retried after space was made, after a wait for
+//! space, and after too much freed space was held back. How each kind of request is carried out is in a file of its
+//! own.
 
 use std::cell::Cell;
 

@@ -1,5 +1,5 @@
-//! A record of the journal: the new L2 entry of a guest cluster, or of a run of guest clusters whose entries follow from
-//! the first.
+//! A record of the journal. It holds the new L2 entry of a guest cluster, or of a run of guest clusters whose
+//! entries follow from the first.
 
 use qcow2::entry::{COMPRESSED, OFFSET_MASK};
 use qcow2::{Geometry, GuestCluster, RawL2Entry};

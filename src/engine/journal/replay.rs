@@ -41,8 +41,8 @@ pub struct Replay {
 }
 
 impl Replay {
-    /// The last record of each guest cluster, of those that an L1 table of so many entries maps. They may lie past the end of
-    /// the disk: it may have been resized while it was in use, and the header may name the smaller size.
+    /// The last record of each guest cluster, of those that an L1 table of so many entries maps. They may lie past
+    /// the end of the disk. It may have been resized while it was in use, and the header may name the smaller size.
     fn of(records: Vec<Record>, geometry: Geometry, l1_entries: u64) -> Result<Self, JournalError> {
         let clusters = geometry.clusters_for(geometry.size).max(l1_entries * geometry.l2_entries());
         let mut latest = BTreeMap::new();
@@ -217,8 +217,8 @@ impl State {
 
     /// Checks that a run may become data: it is in the file and holds no metadata. Notes the refblocks that do not exist.
     ///
-    /// Its counts say nothing. They are 0 or 1, or more where the dead process had given back a cluster of compressed data
-    /// and no cut had written its lower count.
+    /// Its counts say nothing. They are 0 or 1. They are more where the dead process had given back a cluster of
+    /// compressed data and no cut had written its lower count.
     fn check_claim(
         &mut self,
         claim: HostRun,

@@ -51,7 +51,7 @@ pub fn may_take_cut(cut_runs: bool, early_commit_runs: bool) -> bool {
 }
 
 /// True if an early commit may begin, given whether a cut or another early commit is under way, and whether any
-/// metadata is dirty: the count of its cluster might be.
+/// metadata is dirty. The count of its cluster might be dirty.
 pub fn may_commit_early(is_busy: bool, is_dirty: bool) -> bool {
     unless_broken(
         !is_busy && !is_dirty,

@@ -188,7 +188,7 @@ proptest! {
     #[test]
     fn compressed_descriptors_follow_the_specs_formula(raw in any::<u64>(), geometry in geometry()) {
         let raw = raw | 1 << 62;
-        // Spec: with x = 62 - (cluster_bits - 8), bits 0 to x-1 are the host offset and bits x to 61 the number of
+        // Spec: let x = 62 - (cluster_bits - 8). Bits 0 to x-1 are the host offset, and bits x to 61 the number of
         // additional sectors of 512 bytes.
         let x = 62 - (geometry.cluster_bits - 8);
         let (low, high) = (raw % (1 << x), (raw % (1 << 62)) >> x);

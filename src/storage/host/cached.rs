@@ -1,9 +1,9 @@
 //! Serves reads from the page cache by a plain call that does not wait for the disk, because the pool costs many times
 //! as much. (io_uring does the same by itself, so an extra call before it would only cost.)
 //!
-//! Owns how often that is tried. A file whose reads keep missing is tried less and less: a miss costs an extra call, in
-//! which the kernel starts to read ahead and may wait for room in the device's queue. A read that misses, or is cached
-//! only in part, goes to the pool.
+//! Owns how often that is tried. A file whose reads keep missing is tried less and less. A miss costs an extra
+//! call, in which the kernel starts to read ahead and may wait for room in the device's queue. A read that misses,
+//! or is cached only in part, goes to the pool.
 
 use super::OpenFile;
 use super::inline::read_without_waiting;

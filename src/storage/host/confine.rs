@@ -1,6 +1,6 @@
 //! Confines files to allowed folders.
 //!
-//! The check uses a descriptor, not the name: the kernel reports the path of that file (/proc/self/fd) with all
+//! The check uses a descriptor, not the name. The kernel reports the path of that file (/proc/self/fd) with all
 //! symlinks resolved, and the descriptor cannot change to another file. It does not open the file yet (O_PATH). A
 //! symlink out of a folder does not widen it, and one into it does no harm. A hard link inside a folder counts as
 //! inside, and so does a bind mount, which needs the privilege to mount.
@@ -47,8 +47,8 @@ impl Roots {
     }
 }
 
-/// The path of an open file. The kernel marks a removed file in its path, but a file name can imitate the mark; so the
-/// path must lead to the same file.
+/// The path of an open file. The kernel marks a removed file in its path, but a file name can imitate the mark. So
+/// the path must lead to the same file.
 fn place_of(file: BorrowedFd<'_>) -> io::Result<PathBuf> {
     let place = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
     let (named, open) = (rustix::fs::stat(&place)?, rustix::fs::fstat(file)?);

@@ -50,9 +50,10 @@ pub(super) fn take_signal(fd: RawFd) -> bool {
 /// Makes one call; returns the bytes moved or a negated errno, like a completion queue entry. Offsets fit i64: that is
 /// checked when the operation is pushed.
 fn make_call(fd: RawFd, call: &Call) -> i32 {
-    // SAFETY: the descriptor is open. Every address with its length comes from a part that the slot owns (an AlignedBuf,
-    // or guest memory whose maker promised that it outlives the operation) or from the static zeros, which are only
-    // read; iovec arrays belong to the slot and hold `count` entries. None of it is borrowed by Rust meanwhile.
+    // SAFETY: the descriptor is open. Every address with its length comes from a part that the slot owns, or from
+    // the static zeros, which are only read. A part is an AlignedBuf, or guest memory whose maker promised that it
+    // outlives the operation. The iovec arrays belong to the slot and hold `count` entries. None of it is borrowed
+    // by Rust meanwhile.
     let result = unsafe {
         match *call {
             Call::Read { address, len, offset } => {

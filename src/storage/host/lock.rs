@@ -1,16 +1,16 @@
-//! Image locks: open-file-description byte-range locks at the offsets that QEMU uses, so that QEMU, its tools and
-//! Strata never use an image at the same time by mistake.
+//! Image locks: open-file-description byte-range locks at the offsets that QEMU uses. They keep QEMU, its tools and
+//! Strata from using an image at the same time by mistake.
 //!
-//! A permission that a holder uses is a shared lock on byte 100 + its bit; one that it denies to others is a shared
-//! lock on byte 200 + its bit. Shared locks never collide: a process first sets its own, then checks the opposite bytes
-//! for locks of others. Of two that start at once, both may fail and retry, but never both succeed. The bytes hold no
-//! data: locks may lie anywhere, even past the end.
+//! A permission that a holder uses is a shared lock on byte 100 + its bit. One that it denies to others is a shared
+//! lock on byte 200 + its bit. Shared locks never collide: a process first sets its own, then checks the opposite
+//! bytes for locks of others. Of two that start at once, both may fail and retry, but never both succeed. The bytes
+//! hold no data: locks may lie anywhere, even past the end.
 //!
 //! The locks belong to the description that does the I/O, so after a crash they last exactly as long as I/O can.
 //!
-//! Readers share a file, so these locks do not tell whether a dead reader's I/O is over. For that a storage may have an
-//! [`Owner`]: all its files get a shared lock on a byte of the owner's own, far behind all data. Another storage of the
-//! same owner waits until no other description has a lock there.
+//! Readers share a file, so these locks do not tell whether a dead reader's I/O is over. For that a storage may
+//! have an [`Owner`]. All its files get a shared lock on a byte of the owner's own, far behind all data. Another
+//! storage of the same owner waits until no other description has a lock there.
 
 use std::fs::File;
 use std::io;
@@ -31,14 +31,14 @@ const UNSHARED_BASE: i64 = 200;
 /// Where the bytes of owners begin: no file is so long. There are 2^61.
 const OWNER_BASE: i64 = 1 << 62;
 
-/// Who uses files, one process after another: a storage of an owner opens no file before all I/O of the owner's earlier
-/// storages on that file is over.
+/// Who uses files, one process after another. A storage of an owner opens no file before all I/O of the owner's
+/// earlier storages on that file is over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Owner(u64);
 
 impl Owner {
-    /// The owner with this name. Of two names the byte is hardly ever the same (FNV-1a, 61 bits); if it is, one waits for
-    /// the other in vain, and does not open its files.
+    /// The owner with this name. Of two names the byte is hardly ever the same (FNV-1a, 61 bits). If it is, one
+    /// waits for the other in vain, and does not open its files.
     pub fn of(name: &[u8]) -> Self {
         let step = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
         Owner(name.iter().fold(0xcbf2_9ce4_8422_2325, step))

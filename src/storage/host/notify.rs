@@ -9,9 +9,9 @@
 //! | store `sleeping` = true | store `notified` = true |
 //! | load `notified`: if set, do not sleep | load `sleeping`: if set, signal the eventfd |
 //!
-//! All four are sequentially consistent, so in every order at least one side sees the other's store: either the
-//! sleeper does not sleep or the eventfd is signalled. A notifier takes `sleeping` with a swap, so that of many only
-//! the first makes the system call.
+//! All four are sequentially consistent, so in every order at least one side sees the other's store. Either the
+//! sleeper does not sleep or the eventfd is signalled. A notifier takes `sleeping` with a swap, so that of many
+//! only the first makes the system call.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 

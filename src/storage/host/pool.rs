@@ -26,8 +26,8 @@ pub(super) struct Job {
 }
 
 // SAFETY: only the addresses in its slot keep a job from being `Send`. They point to buffers that the slot owns, to
-// guest memory that outlives the operation (any thread may access it, as it is only ever copied), and to the slot's own
-// list of both. One thread at a time has the job.
+// guest memory that outlives the operation, and to the slot's own list of both. Any thread may access the guest
+// memory, as it is only ever copied. One thread at a time has the job.
 unsafe impl Send for Job {}
 
 /// A finished job and its result.

@@ -142,8 +142,8 @@ pub(super) fn length(file: &File, block_device: bool) -> io::Result<u64> {
     Ok(u64::try_from(rustix::fs::fstat(file)?.st_size).unwrap_or(0))
 }
 
-/// (offset, memory) alignment for direct I/O as STATX_DIOALIGN reports it; (0, 0) means none on this file, and `None`
-/// that the kernel or the file system does not report it (before Linux 6.1).
+/// (offset, memory) alignment for direct I/O as STATX_DIOALIGN reports it; (0, 0) means none on this file. `None`
+/// means that the kernel (before Linux 6.1) or the file system does not report it.
 fn direct_alignment(file: &File) -> Option<(u32, u32)> {
     let stat = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok()?;
     let reported = stat.stx_mask & StatxFlags::DIOALIGN.bits() != 0;

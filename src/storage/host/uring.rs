@@ -408,9 +408,9 @@ impl State {
         let slot = self.slots.get(index);
         let fd = self.files.seen(slot.file).raw_fd();
         let entry = entry_of(&slot.next_call(), fd).user_data(user_data(TAG_OPERATION, index));
-        // SAFETY: the memory that the entry points to belongs to the slot (its parts and iovecs) or is static, and does
-        // not move until the completion is taken: a slot is finished only then, and dropping the queue waits for it.
-        // The file stays open as long as `files` has it.
+        // SAFETY: the memory that the entry points to belongs to the slot (its parts and iovecs) or is static. It
+        // does not move until the completion is taken: a slot is finished only then, and dropping the queue waits
+        // for it. The file stays open as long as `files` has it.
         unsafe { queue.push(&entry) }.is_ok()
     }
 

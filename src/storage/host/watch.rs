@@ -76,8 +76,8 @@ impl Watch {
         let read = opcode::Read::new(fd, self.counter.as_ptr().cast(), 8)
             .build()
             .user_data(user_data(TAG_WATCH_READ, index));
-        // SAFETY: the counter is boxed, atomic (so that the kernel may write it behind our back) and freed only after
-        // the queue's drop has seen this entry's completion.
+        // SAFETY: the counter is boxed, and atomic, so that the kernel may write it behind our back. It is freed
+        // only after the queue's drop has seen this entry's completion.
         unsafe { queue.push(&read) }.expect("there is room for the entry");
         self.armed = needed as u32;
         Some(self.armed)

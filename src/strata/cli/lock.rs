@@ -11,8 +11,8 @@ const TIMEOUT_S_MAX: f64 = 86_400.0;
 /// How to treat the locks of images.
 #[derive(Clone, Debug, Args)]
 pub struct LockArgs {
-    /// How long to wait for an image that another program uses, in seconds; 0 does not wait [default: 5 for serve, 0.5
-    /// for the other commands]
+    /// How long to wait for an image that another program uses, in seconds. 0 does not wait [default: 5 for serve,
+    /// 0.5 for the other commands]
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     pub lock_timeout: Option<Duration>,
 

@@ -38,7 +38,7 @@ pub struct ServeArgs {
     pub socket_path: Option<PathBuf>,
 
     /// Take the place of the daemon that serves this image on --socket-path, without a refused connection or a lost
-    /// request; if this one fails to start, that one goes on. Without such a daemon, serve as usual
+    /// request. If this one fails to start, that one goes on. Without such a daemon, serve as usual
     #[arg(long, requires = "socket_path", conflicts_with_all = ["fd", "incoming"], help_heading = SOCKET)]
     pub replace: bool,
 
@@ -58,8 +58,8 @@ pub struct ServeArgs {
     #[command(flatten)]
     pub lock: LockArgs,
 
-    /// The guest comes from another host or another virtual machine process, whose daemon still uses the image: open it
-    /// for writing when the guest starts here. Both must see the same file
+    /// The guest comes from another host or another virtual machine process, whose daemon still uses the image.
+    /// Open it for writing when the guest starts here. Both must see the same file
     #[arg(long, conflicts_with_all = ["read_only", "snapshot"], help_heading = IMAGE)]
     pub incoming: bool,
 
@@ -88,8 +88,9 @@ pub struct ServeArgs {
     #[arg(long, value_name = "N", default_value = "1024", value_parser = queue_size, help_heading = DEVICE)]
     pub queue_size: u16,
 
-    /// The file in which SIGHUP finds the size that the disk is to have from then on, while it is in use: as 20G, or as
-    /// "10G shrink" if what lies past a smaller end may be lost [default: SIGHUP reads a raw image's own size anew]
+    /// The file in which SIGHUP finds the size that the disk is to have from then on, while it is in use. It holds
+    /// 20G, or "10G shrink" if what lies past a smaller end may be lost [default: SIGHUP reads a raw image's own
+    /// size anew]
     #[arg(long, value_name = "FILE", conflicts_with_all = ["read_only", "snapshot"], help_heading = DEVICE)]
     pub size_file: Option<PathBuf>,
 
@@ -97,8 +98,8 @@ pub struct ServeArgs {
     #[arg(long, value_name = "BYTES", default_value = "512", value_parser = logical_block_size, help_heading = DEVICE)]
     pub logical_block_size: u32,
 
-    /// The unit that the guest had better write whole, in bytes: a power of two from 512 to 64K [default: a block of the
-    /// image's file system or device]
+    /// The unit that the guest should write whole, in bytes: a power of two from 512 to 64K [default: a block of
+    /// the image's file system or device]
     #[arg(long, value_name = "BYTES", value_parser = physical_block_size, help_heading = DEVICE)]
     pub physical_block_size: Option<u32>,
 
@@ -107,17 +108,17 @@ pub struct ServeArgs {
     #[arg(long, value_name = "TEXT", help_heading = DEVICE)]
     pub serial: Option<Serial>,
 
-    /// The most memory for the map of the disk's clusters, 64K to 64G: 8 bytes map a cluster, so 32M map 256 GiB
-    /// at a time with clusters of 64 KiB; what lies in order in its image needs almost none
+    /// The most memory for the map of the disk's clusters, 64K to 64G. 8 bytes map a cluster, so 32M map 256 GiB at
+    /// a time with clusters of 64 KiB. Data that lies in order in its image needs almost none
     #[arg(long, value_name = "SIZE", default_value = "32M", value_parser = map_cache_size, help_heading = HOST_IO)]
     pub map_cache_size: Size,
 
-    /// How long at most an idle queue looks for work before it sleeps, 0 to 10000 microseconds: it saves wake-ups where
-    /// work comes that soon, and looks less where it does not
+    /// How long at most an idle queue looks for work before it sleeps, 0 to 10000 microseconds. It saves wake-ups
+    /// where work comes that soon, and looks less where it does not
     #[arg(long, value_name = "US", default_value_t = 100, value_parser = clap::value_parser!(u64).range(..=POLL_US_MAX), help_heading = HOST_IO)]
     pub poll_max: u64,
 
-    /// What becomes of a request that finds no space on the host: it fails (report), or waits until there is some while
+    /// What happens to a request that finds no space on the host: it fails (report), or waits for space while
     /// others go on (wait)
     #[arg(long, value_name = "ACTION", default_value = "report", help_heading = SPACE)]
     pub on_enospc: OnEnospc,
@@ -132,7 +133,7 @@ pub struct ServeArgs {
     pub discard: Discard,
 
     /// Let clusters keep their places in the image when they are discarded or zeroed, so that it does not become
-    /// fragmented; their space is given back all the same (qcow2 version 3)
+    /// fragmented. Their space is given back all the same (qcow2 version 3)
     #[arg(long, help_heading = SPACE)]
     pub discard_no_unref: bool,
 

@@ -1,8 +1,8 @@
-//! The results of hostile guests and frontends, one row a case. The rule: a bad request gets its status byte; a chain
-//! without one gets a used length of 0; a corrupt ring stops; a bad message is refused, or ends its session.
+//! The results of hostile guests and frontends, one row a case. The rule: a bad request gets its status byte, and a
+//! chain without one gets a used length of 0. A corrupt ring stops. A bad message is refused, or ends its session.
 //!
-//! After each row an ordinary request on the same disk must succeed: on the same queue after a bad chain, on another
-//! queue after a bad ring, and in the next session after a bad connection.
+//! After each row an ordinary request on the same disk must succeed. It uses the same queue after a bad chain,
+//! another queue after a bad ring, and the next session after a bad connection.
 
 mod kit;
 

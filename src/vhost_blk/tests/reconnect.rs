@@ -1,6 +1,6 @@
-//! A frontend that keeps the in-flight region and connects again after a session that ended with requests in flight.
-//! The worker of that session dies as a killed daemon does: the disk may or may not have carried requests out, and the
-//! guest has no answer to them.
+//! A frontend that keeps the in-flight region and connects again after a session that ended with requests in
+//! flight. The worker of that session dies as a killed daemon does. The disk may or may not have carried requests
+//! out, and the guest has no answer to them.
 
 mod kit;
 

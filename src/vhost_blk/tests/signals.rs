@@ -19,7 +19,7 @@ fn one_at_a_time() -> MutexGuard<'static, ()> {
     ONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A guest whose only queue is stuck in a write to the call descriptor: it was full, and became blocking after the
+/// A guest whose only queue is stuck in a write to the call descriptor. It was full, and became blocking after the
 /// session had checked it.
 fn stuck() -> (TestServer, Guest, EventFd) {
     stuck_on(&MemoryDisk::new(64))

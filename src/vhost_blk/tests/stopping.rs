@@ -1,5 +1,5 @@
-//! How a ring stops: a stop drains a bounded number of bytes, all rings are told before one is waited for, and a pause
-//! serves what the guest has made available.
+//! How a ring stops. A stop drains a bounded number of bytes, and all rings are told before one is waited for. A
+//! pause serves what the guest has made available.
 
 mod kit;
 

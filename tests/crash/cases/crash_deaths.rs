@@ -1,5 +1,6 @@
-//! Random runs of whole disks that keep a journal. At random moments the daemon alone dies: what it had sent to the host
-//! is there, and what it had acknowledged must be there, flushed or not, once a successor has carried out the journal.
+//! Random runs of whole disks that keep a journal. At random moments the daemon alone dies. What it had sent to the
+//! host is there. What it had acknowledged must be there, flushed or not, once a successor has carried out the
+//! journal.
 //!
 //! - `STRATA_CRASH_SECONDS=7200` makes a run of this time; `STRATA_CRASH_TRIALS=100` one of so many trials.
 //! - `STRATA_CRASH_SEED=n` begins with another seed, `STRATA_CRASH_ONLY=n` runs only the trial of one seed.

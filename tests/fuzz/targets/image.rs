@@ -1,10 +1,9 @@
 //! A whole image: opened, read, written, discarded, flushed, checked, closed and opened again; or repaired; or its
 //! snapshots or its size changed.
 //!
-//! If the checker finds nothing but leaks, everything must hold: each sector read or written reads the same, no
-//! request finds the image damaged, other snapshots retain their contents, and the checker finds no more than
-//! before.
-//! Any other image must not cause a panic, a hang, or more than the allowed cost, and its header must stay
+//! If the checker finds nothing but leaks, everything must hold. Each sector read or written reads the same, and no
+//! request finds the image damaged. Other snapshots retain their contents, and the checker finds no more than
+//! before. Any other image must not cause a panic, a hang, or more than the allowed cost, and its header must stay
 //! readable.
 
 use std::path::Path;

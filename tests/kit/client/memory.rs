@@ -1,7 +1,7 @@
 //! The guest memory of the client: one memfd, mapped once, shared with the device.
 //!
 //! Owns the mapping and all unsafe code of the kit. It never hands out plain references into the mapping, because
-//! the device may write there at any time: access is by atomics ([`View`]) or by copying.
+//! the device may write there at any time. Access is by atomics ([`View`]) or by copying.
 
 use std::fs::File;
 use std::marker::PhantomData;
@@ -33,8 +33,8 @@ pub struct SharedMemory {
     file: File,
 }
 
-// SAFETY: the mapping belongs to this value until it is dropped, is not tied to a thread, and is only reached through
-// atomics and copies of raw bytes, for which no exclusive access is claimed.
+// SAFETY: the mapping belongs to this value until it is dropped, and is not tied to a thread. It is only reached
+// through atomics and copies of raw bytes, for which no exclusive access is claimed.
 unsafe impl Send for SharedMemory {}
 // SAFETY: as above; every method takes &self and treats the bytes as changing at any time.
 unsafe impl Sync for SharedMemory {}

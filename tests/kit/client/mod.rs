@@ -154,8 +154,8 @@ impl Client {
         Ok(Self { session, queues })
     }
 
-    /// Connects to another device, or to the same one started again, with the rings, the requests in flight and the
-    /// in-flight region as they are; see [`Session::reconnect`]. On an error the client is as before.
+    /// Connects to another device, or to the same one started again. The rings, the requests in flight and the
+    /// in-flight region stay as they are; see [`Session::reconnect`]. On an error the client is as before.
     ///
     /// # Errors
     /// When no server accepts, or a message fails.

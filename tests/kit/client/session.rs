@@ -191,9 +191,9 @@ impl Session {
         Ok(queues)
     }
 
-    /// Replaces the session by a new one with the same memory, rings and in-flight region. It does so in the order of
-    /// Cloud Hypervisor: a ring begins at the index up to which requests are available, whether or not the device that
-    /// died had taken them, and nothing but the region says what it had in flight.
+    /// Replaces the session by a new one with the same memory, rings and in-flight region. It does so in the order
+    /// of Cloud Hypervisor. A ring begins at the index up to which requests are available, whether or not the
+    /// device that died had taken them. Nothing but the region says what it had in flight.
     ///
     /// # Errors
     /// When no server accepts, or a message fails; then the old session is left.

@@ -1,5 +1,5 @@
-//! A frontend that speaks as Cloud Hypervisor does: its order of messages, an acknowledgement for each, rings that
-//! begin at the available index, and no SET_CONFIG when it connects again.
+//! A frontend that speaks as Cloud Hypervisor does. It has that order of messages and an acknowledgement for each.
+//! Rings begin at the available index, and there is no SET_CONFIG when it connects again.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;

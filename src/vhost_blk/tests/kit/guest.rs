@@ -1,4 +1,4 @@
-//! A frontend and a guest driver in one: `vhost`'s own client sends the messages, and the rings are written by hand, so
+//! A frontend and a guest driver in one. `vhost`'s own client sends the messages. The rings are written by hand, so
 //! that a test can make them invalid in any way.
 
 use std::fs::File;
