@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 use clap::ValueEnum;
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::EnvFilter;
-use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::filter::{LevelFilter, ParseError};
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields, MakeWriter, SubscriberBuilder};
 use tracing_subscriber::registry::{LookupSpan, Registry};
@@ -56,9 +56,15 @@ impl std::str::FromStr for LogLevel {
         if text.is_empty() || words.any(|word| word.parse::<LevelFilter>().is_err()) {
             return Err(LogLevelError);
         }
-        EnvFilter::builder().parse(text).map_err(|_| LogLevelError)?;
+        parse(text).map_err(|_| LogLevelError)?;
         Ok(LogLevel(text.to_owned()))
     }
+}
+
+/// The filter that a text stands for. Values of fields are compared as they are, and are no regular expressions: those
+/// of `tracing-subscriber` become automata whose size has no bound, and a client of the control socket writes them.
+fn parse(text: &str) -> Result<EnvFilter, ParseError> {
+    EnvFilter::builder().with_regex(false).parse(text)
 }
 
 /// Sends logs to the standard error. Text lines have a time stamp, and colours on a terminal unless `NO_COLOR` is
@@ -67,7 +73,7 @@ pub fn start(level: Option<&LogLevel>, format: LogFormat) {
     let from_environment = || std::env::var("RUST_LOG").ok().filter(|filter| !filter.is_empty());
     let _ = FORMAT.set(format);
     let wanted = level.map(|level| level.0.clone()).or_else(from_environment);
-    let parsed = wanted.as_deref().map(|text| EnvFilter::builder().parse(text));
+    let parsed = wanted.as_deref().map(parse);
     let (filter, wrong) = match parsed {
         Some(Ok(filter)) => (filter, false),
         Some(Err(_)) => (EnvFilter::new(DEFAULT), true),
@@ -111,7 +117,7 @@ where
 
 /// Logs at another level from now on. False if the log was not started.
 pub fn change(level: &LogLevel) -> bool {
-    let Ok(filter) = EnvFilter::builder().parse(&level.0) else { return false };
+    let Ok(filter) = parse(&level.0) else { return false };
     REPLACE.get().is_some_and(|replace| replace(filter))
 }
 
@@ -186,5 +192,15 @@ mod tests {
         for wrong in ["", "loud", "warn,loud", "strata=loud", "a=b=c"] {
             assert!(wrong.parse::<LogLevel>().is_err(), "{wrong}");
         }
+    }
+    /// An unclosed group is no regular expression. As one it would be refused, and large ones would take all memory.
+    #[test]
+    fn values_in_filters_are_no_regular_expressions() {
+        for filter in ["[{x=(}]=info", "[{x=a(b|c)*[}]=debug"] {
+            assert!(filter.parse::<LogLevel>().is_ok(), "{filter}");
+        }
+        let states = "(a|b)*a".to_owned() + &"(a|b)".repeat(12);
+        let level: LogLevel = format!("[{{x={states}}}]=info").parse().expect("a filter");
+        assert!(parse(&level.0).expect("a filter").to_string().contains(&states));
     }
 }
