@@ -13,6 +13,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use tracing::{debug, warn};
 
 use crate::error::SessionError;
+use crate::line_limit::LineLimit;
 use crate::peer::{self, Peer};
 use crate::socket_file::Listening;
 use crate::stop::StopHandle;
@@ -21,8 +22,12 @@ use crate::stop::StopHandle;
 const SILENCE_MAX: Duration = Duration::from_secs(10);
 /// When the host cannot accept (no descriptors left), the pause before the next try.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// The most connections that are accepted between two looks for a stop: a process may connect as fast as they are accepted.
+const ACCEPTS_MAX: usize = 16;
 /// The shortest time between two warnings about the same process.
 const WARN_PAUSE: Duration = Duration::from_secs(60);
+/// The most warnings about frontends that are refused, in each [`WARN_PAUSE`].
+const WARNINGS_MAX: u32 = 8;
 
 /// An admitted frontend.
 #[derive(Debug)]
@@ -154,7 +159,7 @@ impl Door {
     /// Admits frontends until the server stops or no thread serves them any more. On return the socket file and the
     /// listener are gone, unless they are to be handed over ([`Door::take_kept`]).
     pub fn keep(&self, listening: Listening, stop: &StopHandle) {
-        let mut porter = Porter { door: self, failing: false, warned: None };
+        let mut porter = Porter::new(self);
         let failed = loop {
             match porter.wait(&listening, stop) {
                 Ok(true) => porter.answer(&listening),
@@ -192,9 +197,15 @@ struct Porter<'a> {
     failing: bool,
     /// The last process that was turned away with a warning, and the time.
     warned: Option<(Peer, Instant)>,
+    /// Limits the warnings about different processes.
+    warnings: LineLimit,
 }
 
-impl Porter<'_> {
+impl<'a> Porter<'a> {
+    fn new(door: &'a Door) -> Self {
+        Porter { door, failing: false, warned: None, warnings: LineLimit::new(WARNINGS_MAX, WARN_PAUSE) }
+    }
+
     /// Sleeps until there is work. False: the door must close.
     fn wait(&self, listening: &Listening, stop: &StopHandle) -> io::Result<bool> {
         let deadline = self.door.state().inside.as_ref().and_then(|inside| inside.deadline);
@@ -219,9 +230,9 @@ impl Porter<'_> {
         Ok(!stop.is_stopped() && !state.closing)
     }
 
-    /// Accepts all waiting connections.
+    /// Accepts waiting connections, a bounded number of them. The next wait ends at once if more are waiting.
     fn answer(&mut self, listening: &Listening) {
-        loop {
+        for _ in 0..ACCEPTS_MAX {
             match listening.listener.accept() {
                 Ok((stream, _)) => self.receive(stream),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
@@ -247,7 +258,9 @@ impl Porter<'_> {
         }
         let mut state = self.door.state();
         let inside = match &state.inside {
-            _ if state.next.is_some() => "another is waiting already".to_owned(),
+            _ if state.next.as_ref().is_some_and(|next| !peer::has_hung_up(&next.stream)) => {
+                "another is waiting already".to_owned()
+            }
             Some(inside) if !inside.is_going() => format!("the disk serves another ({})", inside.peer),
             _ => {
                 state.next = Some(Visitor { stream, peer });
@@ -257,16 +270,21 @@ impl Porter<'_> {
             }
         };
         drop(state);
+        self.tell_refused(peer, &inside);
+    }
+
+    /// Logs a refused frontend. Neither one process nor many can fill the log so.
+    fn tell_refused(&mut self, peer: Peer, why: &str) {
         let now = Instant::now();
         let again = self
             .warned
             .as_ref()
             .is_some_and(|(who, when)| who.is(&peer) && now.saturating_duration_since(*when) < WARN_PAUSE);
-        if again {
-            debug!("refused a frontend ({peer}) again: {inside}");
+        if again || !self.warnings.admits(now) {
+            debug!("refused a frontend ({peer}) again: {why}");
             return;
         }
-        warn!("refused a frontend ({peer}): {inside}. A disk has one frontend at a time");
+        warn!("refused a frontend ({peer}): {why}. A disk has one frontend at a time");
         self.warned = Some((peer, now));
     }
 }
@@ -294,8 +312,7 @@ mod tests {
     #[test]
     fn a_silent_frontend_is_dropped_and_one_that_was_heard_stays() {
         let folder = tempfile::tempdir().expect("a folder");
-        let path = folder.path().join("s");
-        let listening = Listening::bind(&path).expect("bound");
+        let (path, listening) = listen(&folder);
         let door = Door::with_silence_max(Duration::from_millis(40)).expect("a door");
         let stop = StopHandle::new().expect("a stop handle");
         std::thread::scope(|scope| {
@@ -326,5 +343,49 @@ mod tests {
             assert!(door.next().expect("no failure").is_none());
         });
         assert!(!path.exists());
+    }
+    fn listen(folder: &tempfile::TempDir) -> (std::path::PathBuf, Listening) {
+        let path = folder.path().join("s");
+        let listening = Listening::bind(&path).expect("bound");
+        (path, listening)
+    }
+
+    /// Else a process that connects as fast as connections are accepted keeps the thread from the next look for a stop.
+    #[test]
+    fn the_door_looks_for_a_stop_between_connections() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (path, listening) = listen(&folder);
+        let door = Door::new().expect("a door");
+        let mut porter = Porter::new(&door);
+        let flood: Vec<_> =
+            (0..3 * ACCEPTS_MAX).map(|_| UnixStream::connect(&path).expect("connected")).collect();
+        porter.answer(&listening);
+        let mut left = 0;
+        while listening.listener.accept().is_ok() {
+            left += 1;
+        }
+        assert_eq!(left, flood.len() - ACCEPTS_MAX);
+    }
+
+    #[test]
+    fn a_frontend_that_left_while_it_waited_keeps_no_other_out() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (path, listening) = listen(&folder);
+        let door = Door::new().expect("a door");
+        let mut porter = Porter::new(&door);
+        let mut connect = || {
+            let frontend = UnixStream::connect(&path).expect("connected");
+            porter.answer(&listening);
+            frontend
+        };
+        drop(connect());
+        let mut alive = connect();
+        let mut third = connect();
+        third.set_read_timeout(Some(Duration::from_secs(20))).expect("a timeout");
+        assert_eq!(third.read(&mut [0; 1]).expect("hung up on"), 0, "one is waiting already");
+        let visitor = door.next().expect("no failure").expect("a frontend");
+        visitor.stream.shutdown(std::net::Shutdown::Both).expect("shut down");
+        alive.set_read_timeout(Some(Duration::from_secs(20))).expect("a timeout");
+        assert_eq!(alive.read(&mut [0; 1]).expect("hung up on"), 0, "it was the one admitted");
     }
 }

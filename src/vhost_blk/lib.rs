@@ -24,6 +24,7 @@ mod error;
 mod fd;
 mod in_flight;
 mod in_flight_region;
+mod line_limit;
 #[allow(unsafe_code)]
 mod loss;
 #[allow(unsafe_code)]
