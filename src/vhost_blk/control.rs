@@ -11,6 +11,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::dirty_log::DirtyLog;
 use crate::fd::{self, RaiseMark, SignalSlot};
 use crate::in_flight_region::SplitTracker;
+use crate::line_limit::SessionLines;
 use crate::memory::GuestMemory;
 use crate::metrics::Metrics;
 use crate::pulse::Pulse;
@@ -35,6 +36,8 @@ pub(crate) struct Shared {
     pub started: AtomicBool,
     /// The log already has the line that the guest's memory is not shared.
     unshared_told: AtomicBool,
+    /// Limits the lines that the guest can cause.
+    pub lines: SessionLines,
 }
 
 impl Shared {
@@ -48,6 +51,7 @@ impl Shared {
             began: Instant::now(),
             started: AtomicBool::new(false),
             unshared_told: AtomicBool::new(false),
+            lines: SessionLines::default(),
         }
     }
 
@@ -194,8 +198,9 @@ pub(crate) struct Exit {
     pub next_available: u16,
     /// The ring was corrupt, or the worker itself failed: it must be set up again before it runs again.
     pub broken: bool,
-    /// The stop was to make everything durable, and that failed.
-    pub unflushed: bool,
+    /// Everything that was done before is durable: the worker has flushed the disk as its last step. False where it was
+    /// not to, or could not.
+    pub flushed: bool,
 }
 
 /// How a worker is stopped. In each case it takes no more chains, finishes what the disk has, and ends; after that no
@@ -269,8 +274,7 @@ impl Control {
 
     /// The result of a worker that died.
     pub(crate) fn broken_exit(&self) -> Exit {
-        let unflushed = self.stop().is_some_and(Stop::flushes);
-        Exit { next_available: self.next_available.load(Ordering::Relaxed), broken: true, unflushed }
+        Exit { next_available: self.next_available.load(Ordering::Relaxed), broken: true, flushed: false }
     }
 
     /// Records the worker's position in the available ring.

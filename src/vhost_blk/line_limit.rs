@@ -40,6 +40,26 @@ impl LineLimit {
     }
 }
 
+/// The lines of a session that its guest can cause, each kind with a limit of its own.
+#[derive(Debug)]
+pub(crate) struct SessionLines {
+    /// A message was refused.
+    pub refusals: LineLimit,
+    /// Other features are in force.
+    pub features: LineLimit,
+    /// A ring is corrupt.
+    pub corrupt: LineLimit,
+    /// The flush of a stopping queue failed.
+    pub flushes: LineLimit,
+}
+
+impl Default for SessionLines {
+    fn default() -> Self {
+        let limit = || LineLimit::new(16, Duration::from_secs(10));
+        SessionLines { refusals: limit(), features: limit(), corrupt: limit(), flushes: limit() }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

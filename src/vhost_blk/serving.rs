@@ -136,7 +136,8 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
             }
         };
         let lost = self.drain();
-        let unflushed = self.control.stop().is_some_and(Stop::flushes) && !self.flush();
+        // A ring that is corrupt ends by itself. The stop that comes later finds nobody who could flush.
+        let flushed = self.control.stop().is_none_or(Stop::flushes) && self.flush();
         let next_available = self.ring.next_available();
         debug!(queue = self.index, next_available, broken, "queue stopped");
         let broken = broken || lost;
@@ -146,7 +147,7 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
         if let (false, false, Some(tracker)) = (broken, leaves_some, self.tracker.take()) {
             tracker.close();
         }
-        Exit { next_available, broken, unflushed }
+        Exit { next_available, broken, flushed }
     }
 
     /// Gives the disk what the last worker had in flight, before anything new. These chains cannot go back into the ring,
@@ -514,7 +515,6 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
             self.queue.poll(&mut self.done);
             for done in self.done.drain(..) {
                 if done.result.is_err() {
-                    warn!(queue = self.index, "the flush of a stopping queue failed");
                     durable = false;
                 }
                 self.in_flight.finish(done);
@@ -523,11 +523,16 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
                 self.wait(None);
             }
         }
+        if !durable && self.shared.lines.flushes.admits(Instant::now()) {
+            warn!(queue = self.index, "the flush of a stopping queue failed");
+        }
         durable
     }
 
     fn report(&self, error: RingError) {
-        warn!(queue = self.index, %error, "the ring is corrupt; the queue is stopped");
+        if self.shared.lines.corrupt.admits(Instant::now()) {
+            warn!(queue = self.index, %error, "the ring is corrupt; the queue is stopped");
+        }
         self.metrics.ring_error();
         self.error.raise();
     }

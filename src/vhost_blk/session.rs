@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tracing::{debug, info, warn};
 use vhost::vhost_user::message::{
@@ -62,7 +62,9 @@ enum Refusal {
     Region(#[from] RegionError),
     #[error("{0}")]
     Log(#[from] LogError),
-    #[error("what was written could not be made durable; the disk has failed")]
+    #[error(
+        "not everything that was written is durable: the disk or a worker has failed, or the server stops"
+    )]
     NotDurable,
     #[error(
         "what was answered so far cannot be made durable, or what a dead daemon left cannot be carried out: {0}"
@@ -198,7 +200,12 @@ impl<D: BlockDevice> Session<D> {
 
     fn refuse<T>(&mut self, refusal: impl Into<Refusal>) -> Result<T> {
         let refusal = refusal.into();
-        warn!(message = self.message.name(), "refused: {refusal}");
+        // A guest causes some: writes to the configuration space, for example.
+        if self.shared.lines.refusals.admits(Instant::now()) {
+            warn!(message = self.message.name(), "refused: {refusal}");
+        } else {
+            debug!(message = self.message.name(), "refused: {refusal}");
+        }
         self.refused = true;
         Err(Error::ReqHandlerError(io::Error::new(io::ErrorKind::InvalidInput, refusal)))
     }
@@ -331,13 +338,11 @@ impl<D: BlockDevice> Session<D> {
         if !was || self.cache.is_on() {
             return true;
         }
-        // All are drained before one flushes: a write that began in the cache must not end after the flush.
-        let Some(first) = self.vrings.iter().position(Vring::is_running) else { return true };
-        let (before, after) = self.vrings.split_at_mut(first + 1);
-        Vring::stop_all(after, Stop::Drain, &self.hurry);
-        let flushed = Vring::stop_all([&mut before[first]], Stop::DrainAndFlush, &self.hurry);
+        // Each is drained before it flushes: a write that began in the cache must not end after the flush. No ring is chosen
+        // to flush for the others, as its worker may have ended by itself.
+        let durable = Vring::stop_all(&mut self.vrings, Stop::DrainAndFlush, &self.hurry);
         self.start_all();
-        flushed
+        durable
     }
 }
 
@@ -379,10 +384,18 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
         if self.features == Some(features) {
             return Ok(());
         }
+        // The log may have come before regions that it has no bits for.
+        if let (true, Some(log)) = (features & LOG_ALL != 0, &self.log)
+            && let Err(error) = log.check_covers(self.table.end())
+        {
+            return self.refuse(error);
+        }
         // Also where only LOG_ALL changes, when a migration begins or ends: the rings start anew, with all their
         // requests logged or none.
         self.stop_all();
-        info!("features in force: {} ({features:#x})", config::names(features));
+        if self.shared.lines.features.admits(Instant::now()) {
+            info!("features in force: {} ({features:#x})", config::names(features));
+        }
         self.features = Some(features);
         self.update_write_through();
         self.start_all();

@@ -65,6 +65,8 @@ pub(crate) struct Vring {
     broken: bool,
     /// A worker of this session has served it.
     served: bool,
+    /// A stop was to make everything durable, and its worker did not.
+    unflushed: bool,
     worker: Option<Worker>,
 }
 
@@ -78,24 +80,29 @@ impl Vring {
     }
 
     /// Stops the workers of all these rings that run. All are told first, so that none goes on serving while another
-    /// one drains. False if one of them was to flush the disk and could not.
+    /// one drains. False if the stop is to make everything durable and a ring's worker did not: it could not, or it had
+    /// failed before, or nobody waits for the rest of a pause any more. Such a ring has the same answer until it starts
+    /// again.
     pub(crate) fn stop_all<'a>(
         vrings: impl IntoIterator<Item = &'a mut Vring>,
         stop: Stop,
         hurry: &dyn Fn() -> bool,
     ) -> bool {
-        let (vrings, workers): (Vec<_>, Vec<_>) = vrings
+        let (running, stopped): (Vec<_>, Vec<_>) =
+            vrings.into_iter().partition(|vring| vring.worker.is_some());
+        let mut durable = stopped.iter().all(|vring| !vring.unflushed);
+        let (vrings, workers): (Vec<_>, Vec<_>) = running
             .into_iter()
             .filter_map(|vring| vring.worker.take().map(|worker| (vring, worker)))
             .inspect(|(_, worker)| worker.tell(stop))
             .unzip();
-        let mut flushed = true;
         for (vring, exit) in vrings.into_iter().zip(Worker::join_all(workers, hurry)) {
             vring.base = exit.next_available;
             vring.broken |= exit.broken;
-            flushed &= !exit.unflushed;
+            vring.unflushed = stop.flushes() && !exit.flushed;
+            durable &= !vring.unflushed;
         }
-        flushed
+        durable || !stop.flushes()
     }
 
     /// Stops the worker, if there is one, as soon as possible.
@@ -247,8 +254,13 @@ impl Vring {
         });
         match started {
             Ok(worker) => {
-                info!(queue = self.index, size, base, in_flight, "queue started");
-                self.served = true;
+                // A guest may have its rings start anew as often as it likes.
+                if std::mem::replace(&mut self.served, true) {
+                    debug!(queue = self.index, size, base, in_flight, "queue started again");
+                } else {
+                    info!(queue = self.index, size, base, in_flight, "queue started");
+                }
+                self.unflushed = false;
                 surroundings.shared.started.store(true, Ordering::Relaxed);
                 self.worker = Some(worker);
             }

@@ -14,7 +14,7 @@ use kit::TestServer;
 use kit::disk::{MemoryDisk, Shared};
 use kit::guest::*;
 use kit::raw::*;
-use vhost_blk::ServeOptions;
+use vhost_blk::{Request, ServeOptions};
 
 const SECTORS: u64 = 256;
 const ALL: u64 = F_VERSION_1 | F_FLUSH | F_INDIRECT;
@@ -308,7 +308,8 @@ fn the_same_head_twice() {
     disk.gate.open();
     assert_eq!(guest.next_used(0), (u32::from(head), 513));
     assert!(never(|| guest.used_index(0) != 1), "the second is never completed");
-    assert_eq!(disk.requests.lock().unwrap().len(), 1);
+    let requests = disk.requests.lock().unwrap();
+    assert_eq!(requests.iter().filter(|request| **request != Request::Flush).count(), 1);
 }
 
 #[test]

@@ -348,3 +348,27 @@ fn memory_beyond_the_log_is_refused_while_logging_is_on() {
     guest.frontend.set_features(ALL | F_PROTOCOL).expect("features");
     guest.frontend.add_mem_region(&region).expect("nothing is logged now");
 }
+
+/// The log may have come before a region that it has no bits for: then logging cannot begin.
+#[test]
+fn logging_is_refused_with_a_log_that_is_too_short_by_now() {
+    use vhost::VhostUserMemoryRegionInfo;
+    let disk = MemoryDisk::new(64);
+    let server = start(&disk);
+    let mut guest = Guest::connect(&server.path, ALL);
+    let queue = guest.add_queue(16);
+    let _log = Log::begin(&guest);
+    let file = memfd(REGION);
+    let region = VhostUserMemoryRegionInfo {
+        guest_phys_addr: EXTRA,
+        userspace_addr: USER + EXTRA,
+        mmap_handle: file.as_raw_fd(),
+        ..guest.region(0)
+    };
+    guest.frontend.add_mem_region(&region).expect("nothing is logged yet");
+    assert!(guest.frontend.set_features(ALL | F_PROTOCOL | LOG_ALL).is_err());
+    guest.read(queue, 0, 512);
+    guest.frontend.remove_mem_region(&region).expect("removed");
+    guest.frontend.set_features(ALL | F_PROTOCOL | LOG_ALL).expect("it covers all again");
+    guest.read(queue, 0, 512);
+}

@@ -56,6 +56,18 @@ fn offer_marked_write(guest: &mut Guest, queue: usize, sector: u8) -> u64 {
     status
 }
 
+/// Waits until the worker reports that it stops.
+fn await_error(guest: &Guest, queue: usize) {
+    until("the error", || guest.queues[queue].error.read().is_ok());
+}
+
+/// Corrupts a ring, and waits until its worker has found that.
+fn corrupt(guest: &mut Guest, queue: usize) {
+    guest.make_available(queue, guest.queues[queue].size);
+    guest.kick(queue);
+    await_error(guest, queue);
+}
+
 #[test]
 fn a_batch_is_bounded_in_bytes() {
     let disk = MemoryDisk::new(SECTORS);
@@ -301,6 +313,55 @@ fn a_pause_that_cannot_flush_is_refused() {
     Guest::connect(&server.path, ALL);
 }
 
+/// A worker ends by itself when its ring is corrupt. A guest's write that it answered before must be durable all the same.
+#[test]
+fn a_pause_of_a_corrupt_ring_flushes() {
+    let disk = MemoryDisk::new(64);
+    let (_server, mut guest, queue) = serve_queue(&disk, 64);
+    guest.write(queue, 0, &[1; 512]);
+    corrupt(&mut guest, queue);
+    guest.frontend.set_vring_enable(queue, false).unwrap();
+    assert_eq!(disk.requests.lock().unwrap().last(), Some(&Request::Flush));
+}
+
+#[test]
+fn a_pause_of_a_corrupt_ring_that_could_not_flush_is_refused() {
+    let disk = MemoryDisk::new(64);
+    let (_server, mut guest, queue) = serve_queue(&disk, 64);
+    guest.write(queue, 0, &[1; 512]);
+    disk.broken.store(true, Ordering::SeqCst);
+    corrupt(&mut guest, queue);
+    guest.frontend.set_vring_enable(queue, false).unwrap_err();
+    guest.frontend.set_vring_enable(queue, false).unwrap_err();
+    assert_eq!(guest.frontend_base(queue), 1, "the session goes on");
+}
+
+#[test]
+fn the_cache_of_a_disk_with_a_corrupt_ring_is_flushed() {
+    let disk = MemoryDisk::new(64);
+    let server = serve(&disk);
+    let mut guest = Guest::connect(&server.path, ALL | F_CONFIG_WCE);
+    let (first, other) = (guest.add_queue(64), guest.add_queue(64));
+    corrupt(&mut guest, first);
+    guest.write(other, 0, &[1; 512]);
+    guest.frontend.set_config(32, VhostUserConfigFlags::WRITABLE, &[0]).unwrap();
+    assert_eq!(disk.requests.lock().unwrap().last(), Some(&Request::Flush));
+}
+
+#[test]
+fn a_pause_of_a_queue_whose_worker_failed_is_refused() {
+    let disk = MemoryDisk::new(64);
+    let (_server, mut guest, queue) = serve_queue(&disk, 64);
+    guest.write(queue, 0, &[1; 512]);
+    disk.trap.store(true, Ordering::SeqCst);
+    offer_read(&mut guest, queue);
+    guest.kick(queue);
+    await_error(&guest, queue);
+    guest.frontend.set_vring_enable(queue, false).unwrap_err();
+    // It is refused until something flushes for this ring.
+    guest.frontend.set_vring_enable(queue, false).unwrap_err();
+}
+
 #[test]
 fn a_stop_of_the_server_ends_a_pause() {
     let disk = MemoryDisk::later(SECTORS);
@@ -317,14 +378,14 @@ fn a_stop_of_the_server_ends_a_pause() {
     guest.kick(queue);
     disk.await_submitted(PIECES);
     let mut frontend = guest.frontend.clone();
-    let pause = std::thread::spawn(move || drop(frontend.set_vring_enable(queue, false)));
+    let pause = std::thread::spawn(move || frontend.set_vring_enable(queue, false));
     until("the message is on its way", || pause.is_finished() || not_taken(&ours) == 0);
     assert!(never(|| pause.is_finished()), "it waits for the disk");
     server.stop.stop();
     assert!(never(|| disk.submitted.load(Ordering::SeqCst) > PIECES));
     disk.gate.open();
     server.finish().unwrap();
-    pause.join().unwrap();
+    pause.join().unwrap().expect_err("not all was served, nor is it durable");
     assert!(guest.used_index(queue) < offered, "{} were served", guest.used_index(queue));
 }
 

@@ -9,7 +9,7 @@ use tracing::{Event, Level, Metadata, Subscriber};
 
 static LINES: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
-/// Records warnings and errors from now on. Once a process.
+/// Records the lines of the default level from now on. Once a process.
 pub fn keep() {
     tracing::subscriber::set_global_default(Keeper).expect("no other test of the process has set one");
 }
@@ -23,7 +23,7 @@ struct Keeper;
 
 impl Subscriber for Keeper {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        *metadata.level() <= Level::WARN
+        *metadata.level() <= Level::INFO
     }
 
     fn new_span(&self, _: &Attributes<'_>) -> Id {
