@@ -19,6 +19,11 @@ fn refused(path: &Path, options: &DiskOptions) -> OpenError {
     }
 }
 
+/// The block size of the file system that holds the image: bytes.
+fn file_system_block(rig: &Rig) -> u64 {
+    u64::from(rig.disk().files().next().expect("a file").block_size)
+}
+
 #[test]
 fn the_refcount_table_and_its_blocks_grow() {
     let Some(qemu) = Qemu::find() else { return };
@@ -114,9 +119,11 @@ fn a_fresh_image_is_left_as_it_was() {
     let image = folder.path().join("idle.qcow2");
     qemu.create(&image, &ImageSpec::qcow2(16 * M)).expect("an image");
     let mut before = std::fs::read(&image).expect("image");
-    Rig::open(&image, &options()).expect("opens").close();
+    let rig = Rig::open(&image, &options()).expect("opens");
+    let block = file_system_block(&rig);
+    rig.close();
     // Only the last block of the file system is filled.
-    before.resize(before.len().next_multiple_of(4096), 0);
+    before.resize(before.len().next_multiple_of(block as usize), 0);
     let mut model = ByteModel::new(16 * M, 64 * K, DiscardRule::ZeroesClusters);
     let mut rig = Rig::open(&image, &options()).expect("opens");
     rig.run(&[Operation::Discard { offset: 0, length: 16 * M }, Operation::Flush], &mut model);
@@ -135,7 +142,7 @@ fn a_file_of_small_clusters_grows_by_whole_blocks() {
     // Five clusters of metadata, so that the first window begins inside a block.
     qemu.create(&image, &ImageSpec::qcow2(256 * M).cluster_size(2 * K)).expect("an image");
     let mut rig = Rig::open(&image, &options()).expect("opens");
-    let block = u64::from(rig.disk().files().next().expect("a file").block_size);
+    let block = file_system_block(&rig);
     let mut model = ByteModel::new(256 * M, 2 * K, DiscardRule::ZeroesClusters);
     for n in 0..24 {
         rig.run(&[write(n * M, 400 * K, n as u32 + 1)], &mut model);
@@ -155,9 +162,10 @@ fn raw_images_equal_the_model() {
     std::fs::write(&image, &bytes).expect("an image");
     let size = 3 * M + 1024;
     let options = DiskOptions { format: DiskFormat::Raw, ..options() };
-    // On a raw image discards give back whole blocks of the file system.
-    let mut model = ByteModel::with_contents(&bytes, size, 4096, DiscardRule::ZeroesClusters);
     let mut rig = Rig::open(&image, &options).expect("opens");
+    // On a raw image discards give back whole blocks of the file system.
+    let block = file_system_block(&rig);
+    let mut model = ByteModel::with_contents(&bytes, size, block, DiscardRule::ZeroesClusters);
     assert_eq!(rig.disk().size(), size, "rounded up to whole sectors");
     let operations = [
         write(0, 4 * K, 1),

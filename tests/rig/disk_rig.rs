@@ -7,7 +7,7 @@ use std::cell::RefCell;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use disk::{Completed, Disk, DiskOptions, DiskQueue, OpenError, Request, RequestError, RequestId};
 use storage::GuestSlice;
@@ -61,6 +61,8 @@ pub fn tables(path: &Path) -> (u64, u64, u64) {
 const WINDOW: usize = 1 << 20;
 /// Requests in flight at a time.
 const IN_FLIGHT: usize = 8;
+/// Requests of which none completes for this long hang.
+const HANG: Duration = Duration::from_secs(60);
 
 thread_local! {
     /// Guest memory of closed rigs, which is free for reuse.
@@ -157,28 +159,32 @@ impl Rig {
         }
     }
 
-    /// Polls both queues until that many requests have completed.
+    /// Polls both queues until that many requests have completed. It waits only while neither queue gets on: a queue may
+    /// have more to do after a poll, and a wait for the other one would delay that.
     fn collect(&mut self, count: usize) -> Vec<Completed> {
         let mut done: Vec<Completed> = Vec::new();
-        let mut idle = 0_u32;
+        let (mut idle, mut polls) = (0_u32, 0);
+        let mut deadline = (0, Instant::now() + HANG);
         while done.len() < count {
-            let before = done.len();
             for queue in &mut self.queues {
                 queue.poll(&mut done);
             }
-            if done.len() > before {
-                idle = 0;
-            } else {
-                idle += 1;
-                if idle == 60_000 {
-                    // Dropping the queues would wait for the hanging requests.
-                    std::mem::forget(std::mem::take(&mut self.queues));
-                    panic!("requests hang: {} of {count} are done", done.len());
-                }
-                // The other queue may be the one that can go on: short pauses at first.
-                let pause = Duration::from_micros(if idle < 100 { 50 } else { 1000 });
-                self.queues[idle as usize % 2].wait(Some(pause));
+            if done.len() > deadline.0 {
+                deadline = (done.len(), Instant::now() + HANG);
+            } else if Instant::now() > deadline.1 {
+                // Dropping the queues would wait for the hanging requests.
+                std::mem::forget(std::mem::take(&mut self.queues));
+                panic!("requests hang: {} of {count} are done", done.len());
             }
+            let before = std::mem::replace(&mut polls, self.queues.iter().map(DiskQueue::polls).sum::<u64>());
+            if polls > before {
+                idle = 0;
+                continue;
+            }
+            idle += 1;
+            // The other queue may be the one that can go on: short pauses at first.
+            let pause = Duration::from_micros(if idle < 100 { 50 } else { 1000 });
+            self.queues[idle as usize % 2].wait(Some(pause));
         }
         done
     }
