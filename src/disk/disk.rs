@@ -112,6 +112,7 @@ impl<S: Storage> Disk<S> {
             size: AtomicU64::new(engine.size()),
             resizing: AtomicBool::new(false),
             engine,
+            images: (0..chain.layers.len()).map(|layer| FileIndex(layer as u16)).collect(),
             layers: chain.layers,
             files: chain.files,
             data,
@@ -218,7 +219,7 @@ impl<S: Storage> Disk<S> {
         &self.shared.layers
     }
 
-    /// The open files: the layers' files in order, then external data files.
+    /// The open files: those of the layers and external data files, in the order in which they were opened.
     pub fn files(&self) -> impl Iterator<Item = &FileInfo> {
         self.shared.files.iter().map(|file| &file.info)
     }
@@ -228,7 +229,7 @@ impl<S: Storage> Disk<S> {
     /// # Errors
     /// If the host cannot report it.
     pub fn allocated(&self, layer: usize) -> Result<u64, StorageError> {
-        self.shared.storage.allocated(self.shared.files[layer].id)
+        self.shared.storage.allocated(self.shared.file(self.shared.images[layer]).id)
     }
 
     /// The engine's counters.

@@ -30,8 +30,10 @@ pub(crate) struct Shared<S: Storage> {
     pub storage: S,
     pub engine: Engine,
     pub layers: Vec<Layer>,
-    /// The files of the layers in order, then external data files.
+    /// The open files, by the number that the engine knows them by. A file keeps its number.
     pub files: Vec<DiskFile>,
+    /// The file of each layer.
+    pub images: Vec<FileIndex>,
     /// The file that holds the top image's data: its own, or an external one.
     pub data: FileIndex,
     /// The top image's first sector, for changes of the header; none for a raw or read-only top image.
@@ -75,12 +77,23 @@ impl<S: Storage> Shared<S> {
 
     /// True if the top image's data is in an external data file.
     pub fn has_data_file(&self) -> bool {
-        self.data != FileIndex(0)
+        self.data != self.images[0]
     }
 
-    /// The top image's file.
+    /// The file that is the top image.
+    pub fn top_image(&self) -> &DiskFile {
+        self.file(self.images[0])
+    }
+
+    /// The layer that a file holds.
+    pub fn layer_of(&self, file: FileIndex) -> &Layer {
+        let number = self.images.iter().position(|image| *image == file);
+        &self.layers[number.expect("only images are asked for")]
+    }
+
+    /// The top image's file, for operations.
     pub fn top_file(&self) -> FileId {
-        self.files[0].id
+        self.top_image().id
     }
 
     /// True if the top image is a qcow2 image.
@@ -109,7 +122,7 @@ impl<S: Storage> Shared<S> {
         let change = header.change().await;
         let bits = u64::from_be_bytes(header.field(position::INCOMPATIBLE));
         let marked = Incompatible(bits).with(Incompatible::CORRUPT);
-        let write = change.write(&self.files[0], position::patch_incompatible(marked));
+        let write = change.write(self.top_image(), position::patch_incompatible(marked));
         driver.run_all([write]).await.map_err(RequestError::io("header write"))?;
         let sync = Operation::bare(self.top_file(), Kind::Sync, 0);
         driver.run_bare(sync).await.map_err(RequestError::io("fdatasync"))

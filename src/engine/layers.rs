@@ -1,5 +1,8 @@
 //! The layers of a chain as the engine sees them: the top image at 0, then each backing file.
 //!
+//! A layer's place in the chain changes when an overlay is put on top. What must keep its meaning (the names of cached
+//! table slices) names the layer by its file, whose number never changes.
+//!
 //! Owns the L1 tables and the locations of L2 slices. The L1 tables are in memory, without their zeros; the format
 //! limits each to 32 MiB.
 
@@ -53,7 +56,7 @@ pub(crate) enum Layer {
 }
 
 pub(crate) struct Qcow2Layer {
-    /// Its number in the chain.
+    /// Its place in the chain: 0 is the top image.
     pub number: u16,
     pub file: FileIndex,
     pub geometry: Geometry,
@@ -70,6 +73,14 @@ impl Layer {
                 let (number, file) = (number as u16, spec.file);
                 Layer::Qcow2(Qcow2Layer { number, file, geometry, l1, data_file })
             }
+        }
+    }
+
+    /// The file that holds it.
+    pub fn file(&self) -> FileIndex {
+        match self {
+            Layer::Raw { file, .. } => *file,
+            Layer::Qcow2(layer) => layer.file,
         }
     }
 
@@ -148,7 +159,7 @@ impl Qcow2Layer {
         let table = self.geometry.l1_index(cluster);
         let slice = (in_table / self.slice_entries()) as u32;
         EntryPlace {
-            table: TableId::L2 { layer: self.number, table, slice },
+            table: TableId::L2 { layer: self.file, table, slice },
             index: (in_table % self.slice_entries()) as usize,
         }
     }

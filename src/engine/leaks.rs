@@ -264,7 +264,7 @@ impl State {
         let Some(offset) = offset else { return Ok(None) };
         let resident = slices.clone().map(|slice| {
             let id = match table {
-                LiveTable::L2(table) => TableId::L2 { layer: 0, table, slice },
+                LiveTable::L2(table) => TableId::L2 { layer: top.file, table, slice },
                 LiveTable::Refblock(block) => TableId::Refblock { block, slice },
             };
             reuse::seen_by_leak_search(self.tables.peek(id)).map(Box::from)

@@ -104,6 +104,7 @@ use crate::journal::Journal;
 use crate::layers::{Layer, Qcow2Layer};
 use crate::map::{ChainMap, MapWriter, Swept};
 use crate::refcounts::Refcounts;
+use crate::rules::places;
 use crate::state::{State, WriteState};
 use crate::sync::AtomicU64;
 use crate::tables::Tables;
@@ -130,6 +131,8 @@ pub struct SubclusterPlaces {
 /// The engine of one disk, shared by all its workers.
 pub struct Engine {
     map: ChainMap,
+    /// The file with the top image's data.
+    top_data: FileIndex,
     /// [`Engine::unit`], as a shift.
     unit_bits: u32,
     /// [`Engine::granule`], as a shift.
@@ -178,6 +181,7 @@ impl Engine {
     /// # Panics
     /// If there are no layers, or a writable qcow2 top image has no [`TopSpec`]: programmer errors.
     pub fn new(spec: EngineSpec) -> Result<Self, EngineError> {
+        let top_data = spec.layers.first().expect("a chain has a top").data_file();
         let layers: Vec<Layer> =
             spec.layers.into_iter().enumerate().map(|(n, layer)| Layer::new(n, layer)).collect();
         let top = layers.first().expect("a chain has a top");
@@ -239,6 +243,7 @@ impl Engine {
         };
         Ok(Engine {
             map,
+            top_data,
             unit_bits: unit.trailing_zeros(),
             granule_bits: granule.trailing_zeros(),
             size: AtomicU64::new(size),
@@ -277,7 +282,7 @@ impl Engine {
     /// epoch and stays in it while it uses the answer. No lock.
     #[inline]
     pub fn lookup(&self, offset: GuestOffset) -> Mapping {
-        self.map.lookup(GuestCluster(offset.0 >> self.unit_bits)).mapping()
+        self.map.lookup(GuestCluster(offset.0 >> self.unit_bits)).mapping_over(self.top_data)
     }
 
     /// The subclusters of the cluster at a guest offset where [`Engine::lookup`] returned [`Mapping::Subclusters`]; `None` if
@@ -286,6 +291,7 @@ impl Engine {
     pub fn lookup_subclusters(&self, offset: GuestOffset) -> Option<SubclusterPlaces> {
         let (word, subclusters) = self.map.lookup_subclusters(GuestCluster(offset.0 >> self.unit_bits))?;
         let (file, offset, in_place) = word.place();
+        let in_place = places::may_write_in_place(in_place, file == self.top_data);
         Some(SubclusterPlaces { file, offset, in_place, subclusters })
     }
 
@@ -422,12 +428,12 @@ impl Engine {
 
     /// Stores a slice that [`Answer::Load`] required.
     pub fn table_loaded(&self, load: &TableLoad, bytes: Box<[u8]>) {
-        self.with(|state, wakes| state.tables.end_load(load.table, Some(bytes), load.ahead, wakes));
+        self.with(|state, wakes| state.end_load(load, Some(bytes), wakes));
     }
 
     /// A table slice could not be read. Other requests that wait for it will try again.
     pub fn table_failed(&self, load: &TableLoad) {
-        self.with(|state, wakes| state.tables.end_load(load.table, None, load.ahead, wakes));
+        self.with(|state, wakes| state.end_load(load, None, wakes));
     }
 
     /// The host has allocated a piece of a table that [`Answer::Allocate`] named, or cannot allocate in advance at all.

@@ -45,9 +45,7 @@ pub enum Source {
 /// the data does, because the next stream may begin in the same sector.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct CompressedCluster {
-    /// The layer that it belongs to, 0 for the top image. It determines the compression and the cluster size.
-    pub layer: u16,
-    /// The file.
+    /// The file. Its layer determines the compression and the cluster size.
     pub file: FileIndex,
     /// The first byte, aligned to nothing.
     pub offset: HostOffset,
@@ -309,9 +307,8 @@ impl State {
                     return Ok((Some(source), length));
                 }
                 Some(L2Entry::Compressed { offset, sectors }) => {
-                    let (layer, file) = (layer.number, layer.file);
                     let data = compressed_length(offset, sectors);
-                    let cluster = CompressedCluster { layer, file, offset, length: data };
+                    let cluster = CompressedCluster { file: layer.file, offset, length: data };
                     return Ok((Some(Source::Compressed { cluster, within }), length));
                 }
                 Some(L2Entry::Subclusters(subclusters)) => {

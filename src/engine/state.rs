@@ -225,11 +225,20 @@ impl State {
         Ok(Answer::Load(loads))
     }
 
+    /// Ends the load of a slice; `bytes` is `None` if it failed.
+    pub fn end_load(&mut self, load: &TableLoad, bytes: Option<Box<[u8]>>, wakes: &mut WakeList) {
+        let of_top = match load.table {
+            TableId::L2 { layer, .. } => self.layers[0].file() == layer,
+            TableId::Refblock { .. } => true,
+        };
+        self.tables.end_load(load.table, bytes, (load.ahead, of_top), wakes);
+    }
+
     /// The load of a slice. Its table must exist.
     fn load_of(&self, id: TableId) -> Result<TableLoad, EngineError> {
         match id {
             TableId::L2 { layer, table, slice } => {
-                let Some(Layer::Qcow2(layer)) = self.layers.get(usize::from(layer)) else {
+                let Some(Layer::Qcow2(layer)) = self.layers.iter().find(|other| other.file() == layer) else {
                     panic!("L2 slices are asked of qcow2 layers only")
                 };
                 let L1Entry::Table { offset, .. } = layer.l1_entry(table)? else {

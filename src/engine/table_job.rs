@@ -33,7 +33,7 @@ pub struct TablePlan {
 }
 
 fn slices(top: &Qcow2Layer, slot: TableSlot) -> Vec<TableId> {
-    (0..top.slices_per_table()).map(|slice| TableId::L2 { layer: 0, table: slot.0, slice }).collect()
+    (0..top.slices_per_table()).map(|slice| TableId::L2 { layer: top.file, table: slot.0, slice }).collect()
 }
 
 impl State {

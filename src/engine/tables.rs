@@ -10,6 +10,7 @@ use std::task::Waker;
 use crate::bounds::{SWEEP_STEPS, TABLE_SLICE_BYTES_MAX};
 use crate::hashed::HashMap;
 use crate::waiters::{Waiters, WakeList};
+use crate::word::FileIndex;
 
 /// Passes of the clock that a loaded slice survives before its first use. The plan that requested the load will use it,
 /// unless another of the plan's loads failed.
@@ -20,8 +21,8 @@ const GRACE: u8 = 8;
 pub enum TableId {
     /// A slice of an L2 table.
     L2 {
-        /// 0 is the top image.
-        layer: u16,
+        /// The layer, by its file.
+        layer: FileIndex,
         /// Index of the table in the L1 table.
         table: u64,
         /// Slice number in the table.
@@ -58,6 +59,13 @@ pub(crate) struct Table {
     referenced: bool,
     /// It was read as zeros, so the file may have a hole there.
     hole: bool,
+}
+
+impl Table {
+    /// True if no plan and no cut needs it.
+    fn is_idle(&self) -> bool {
+        self.pins == 0 && !self.writing && self.dirt == Dirt::Clean
+    }
 }
 
 enum Slot {
@@ -180,15 +188,21 @@ impl Tables {
         }
     }
 
-    /// Ends a load; `bytes` is `None` if it failed. A slice loaded ahead has no grace.
-    pub fn end_load(&mut self, id: TableId, bytes: Option<Box<[u8]>>, ahead: bool, wakes: &mut WakeList) {
+    /// Ends a load; `bytes` is `None` if it failed. A slice loaded ahead has no grace. `of_top`: it is a table of the top
+    /// image, which may change.
+    pub fn end_load(
+        &mut self,
+        id: TableId,
+        bytes: Option<Box<[u8]>>,
+        (ahead, of_top): (bool, bool),
+        wakes: &mut WakeList,
+    ) {
         match self.slots.remove(&id) {
             Some(Slot::Loading(mut waiters)) => wakes.append(waiters.take()),
             _ => panic!("{id:?} was not loading"),
         }
         if let Some(bytes) = bytes {
-            let top = !matches!(id, TableId::L2 { layer: 1.., .. });
-            let hole = top && bytes.iter().all(|byte| *byte == 0);
+            let hole = of_top && bytes.iter().all(|byte| *byte == 0);
             self.add(id, bytes, Dirt::Clean, if ahead { 0 } else { GRACE });
             Self::ready(&mut self.slots, id).hole = hole;
         }
@@ -269,7 +283,7 @@ impl Tables {
             }
             let id = self.ring[self.hand];
             let table = Self::ready(&mut self.slots, id);
-            let stays = table.pins > 0 || table.fresh > 0 || table.writing || table.dirt != Dirt::Clean;
+            let stays = table.fresh > 0 || !table.is_idle();
             table.fresh = table.fresh.saturating_sub(1);
             if stays || std::mem::take(&mut table.referenced) {
                 self.hand += 1;
@@ -287,13 +301,13 @@ mod tests {
     use super::*;
 
     fn id(table: u64) -> TableId {
-        TableId::L2 { layer: 0, table, slice: 0 }
+        TableId::L2 { layer: FileIndex(0), table, slice: 0 }
     }
 
     fn load(tables: &mut Tables, table: u64) {
         tables.begin_load(id(table));
         let mut wakes = WakeList::default();
-        tables.end_load(id(table), Some(vec![table as u8; 4096].into()), false, &mut wakes);
+        tables.end_load(id(table), Some(vec![table as u8; 4096].into()), (false, true), &mut wakes);
         wakes.wake();
     }
 

@@ -4,6 +4,8 @@
 
 use qcow2::HostOffset;
 
+use crate::rules::places;
+
 /// The number of an open file, chosen by its owner. It never changes while an engine lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct FileIndex(pub u16);
@@ -21,7 +23,8 @@ pub enum Mapping {
         file: FileIndex,
         /// Where the cluster begins in it, a multiple of 512.
         offset: HostOffset,
-        /// True if the cluster is the top image's own, with a refcount of one: it may be written in place.
+        /// True if the cluster is the top image's own, with a refcount of one: it may be written in place. In a word the
+        /// image is the one that was the top when the word was made.
         in_place: bool,
     },
     /// Subclusters, some of which lie in one host cluster or read as zero. A second word records the state of each:
@@ -108,6 +111,18 @@ impl Word {
     #[inline]
     pub(crate) fn in_run(self, clusters: u64, step: u64) -> Word {
         if self.0 >> KIND_SHIFT == KIND_DATA { Word(self.0 + clusters * step) } else { self }
+    }
+
+    /// Decodes the word. A place may be written only if it is in `writable`, the file with the top image's data: a word
+    /// of a file that was the top before an overlay came stays true but for that.
+    #[inline]
+    pub fn mapping_over(self, writable: FileIndex) -> Mapping {
+        match self.mapping() {
+            Mapping::Data { file, offset, in_place } => {
+                Mapping::Data { file, offset, in_place: places::may_write_in_place(in_place, file == writable) }
+            }
+            other => other,
+        }
     }
 
     /// Decodes the word.

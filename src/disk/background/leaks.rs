@@ -204,7 +204,7 @@ impl<'a, S: Storage> Search<'a, S> {
         let mut named: Vec<u64> = Vec::new();
         let mut tables: Vec<(HostCluster, u64)> = Vec::new();
         let shared = &self.worker.shared;
-        let (file, info) = (&shared.files[0], &shared.files[0].info);
+        let (file, info) = (shared.top_image(), &shared.top_image().info);
         let image = ImageFile { driver: &self.worker.driver, id: file.id, info };
         for table in &shared.leaks.snapshot_l1 {
             for piece in ByteRange::from(*table).pieces(L1_PIECE) {

@@ -2,7 +2,6 @@
 //!
 //! The engine decides which clusters these are (docs/durability.md).
 
-use engine::FileIndex;
 use storage::{Errno, Storage};
 use tracing::warn;
 
@@ -25,9 +24,9 @@ impl<S: Storage> Worker<S> {
         };
         for run in &plan.punches {
             // No request can put an entry back any more: those that knew the clusters as compressed have ended.
-            self.shared.inflated.forget(FileIndex(0), *run);
+            self.shared.inflated.forget(self.shared.images[0], *run);
         }
-        let top = &self.shared.files[0];
+        let top = self.shared.top_image();
         let mut punched = Vec::with_capacity(plan.punches.len());
         for some in plan.punches.chunks(PUNCHES_AT_ONCE) {
             let started: Vec<_> = some.iter().map(|run| self.start_punch(top, (*run).into())).collect();

@@ -172,7 +172,7 @@ impl<S: Storage> Worker<S> {
 
     /// Refuses what is impossible before anything is written.
     async fn examine(&self, header: &Header, Resized { from, to }: Resized) -> Result<(), ResizeError> {
-        let file = &self.shared.files[0];
+        let file = self.shared.top_image();
         let image = ImageFile { driver: &self.driver, id: file.id, info: &file.info };
         let snapshots = image.snapshots(header).await?;
         let backing_size = self.shared.layers.get(1).map_or(0, |below| below.size);
@@ -327,7 +327,7 @@ impl<S: Storage> Worker<S> {
         patch: qcow2::position::Patch<LENGTH>,
     ) -> Result<(), RequestError> {
         let header = self.shared.header.as_ref().expect("a writable qcow2 image has its header sector");
-        let changed = header.patch_and_sync(&self.driver, &self.shared.files[0], patch).await;
+        let changed = header.patch_and_sync(&self.driver, self.shared.top_image(), patch).await;
         changed.map_err(|source| {
             self.engine().fail();
             let path = shown(&self.shared.layers[0].path);

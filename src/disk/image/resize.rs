@@ -124,7 +124,7 @@ fn resize_qcow2<S: Storage>(
     }
     let end = from.next_multiple_of(cluster_size).min(to);
     let shared = zero_tail(storage, path, options, driver, chain, from / SECTOR * SECTOR..end)?;
-    let image = Alone { storage: &shared.storage, driver, file: &shared.files[0] };
+    let image = Alone { storage: &shared.storage, driver, file: shared.top_image() };
     Ok(driver.block_on(image.change(change))?)
 }
 

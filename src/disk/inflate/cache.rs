@@ -112,7 +112,7 @@ impl Cache {
         let mut state = self.lock();
         let start = range.offset.0;
         let end = start.saturating_add(range.length);
-        let at = |offset| CompressedCluster { layer: 0, file, offset: HostOffset(offset), length: 0 };
+        let at = |offset| CompressedCluster { file, offset: HostOffset(offset), length: 0 };
         let near = state.entries.range(at(start.saturating_sub(DATA_BYTES_MAX))..at(end));
         let over: Vec<CompressedCluster> =
             near.map(|(cluster, _)| *cluster).filter(|at| at.offset.0 + at.length > start).collect();
@@ -217,7 +217,7 @@ mod tests {
     use super::*;
 
     fn cluster(offset: u64) -> CompressedCluster {
-        CompressedCluster { layer: 0, file: FileIndex(0), offset: HostOffset(offset), length: 600 }
+        CompressedCluster { file: FileIndex(0), offset: HostOffset(offset), length: 600 }
     }
 
     fn bytes(n: u8) -> Inflated {

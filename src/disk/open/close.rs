@@ -48,7 +48,7 @@ impl<S: Storage> Worker<S> {
         if let Some(length) = self.engine().trim_end(present)? {
             let length = length + if keeps_mark { self.engine().mark_bytes() } else { 0 };
             // To the end of a block: see `fill_last_block`.
-            let length = length.next_multiple_of(u64::from(self.shared.files[0].info.block_size.max(1)));
+            let length = length.next_multiple_of(u64::from(self.shared.top_image().info.block_size.max(1)));
             if length >= present {
                 return Ok(());
             }

@@ -24,7 +24,7 @@ impl<S: Storage> Worker<S> {
     }
 
     async fn inflate(&self, cluster: CompressedCluster) -> Result<Inflated, RequestError> {
-        let layer = &self.shared.layers[usize::from(cluster.layer)];
+        let layer = self.shared.layer_of(cluster.file);
         let header = layer.header.as_ref().expect("only qcow2 images have compressed clusters");
         let compression =
             header.compression().expect("an image whose compression is not known is not opened");

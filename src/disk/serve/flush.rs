@@ -133,7 +133,7 @@ impl<S: Storage> Worker<S> {
     /// Makes the file end with free clusters while it is in use; true if it does now. Where that fails, for lack of
     /// space or past the largest file size, leaks of a crash are not searched for. The next cut tries again.
     async fn mark_end(&self, length: u64) -> bool {
-        let block = u64::from(self.shared.files[0].info.block_size.max(1));
+        let block = u64::from(self.shared.top_image().info.block_size.max(1));
         let length = length.next_multiple_of(block);
         let grown = self.grow_file(length).await;
         if let Err(error) = &grown {
@@ -201,7 +201,7 @@ impl<S: Storage> Worker<S> {
         let change = header.change().await;
         let (offset, clusters) = (switch.refcount_table_offset, switch.refcount_table_clusters);
         let write =
-            change.write(&self.shared.files[0], qcow2::position::patch_refcount_table(offset, clusters));
+            change.write(self.shared.top_image(), qcow2::position::patch_refcount_table(offset, clusters));
         self.driver.run_all([write]).await.map_err(|source| Failure::of_write(Stage::One, source))
     }
 

@@ -125,7 +125,7 @@ impl<S: Storage> Worker<S> {
         };
         let present = u64::from_be_bytes(sector.field(AUTOCLEAR));
         let patch = patch_autoclear(autoclear_with_journal(present, number));
-        let stored = sector.patch_and_sync(&self.driver, &self.shared.files[0], patch).await;
+        let stored = sector.patch_and_sync(&self.driver, self.shared.top_image(), patch).await;
         if let Err(error) = &stored {
             // Which number the image has is unknown, and so is whether a journal of it is worth anything.
             self.engine().fail();

@@ -91,7 +91,7 @@ impl<S: Storage> Worker<S> {
     pub async fn carry_out_reserve(&self, mut plan: ReservePlan) -> Result<(), RequestError> {
         let mut result = Ok(());
         // The file always ends with a block of its file system: see `fill_last_block`.
-        let block = u64::from(self.shared.files[0].info.block_size.max(1));
+        let block = u64::from(self.shared.top_image().info.block_size.max(1));
         plan.file_length = plan.file_length.map(|length| length.next_multiple_of(block));
         if let Some(length) = plan.file_length {
             result = self.grow_file(length).await;

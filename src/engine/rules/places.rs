@@ -13,6 +13,12 @@ pub fn aimed(recorded: Known) -> Known {
     unless_broken(recorded, [(Mutation::MetadataWhereAimed, Known::Not)])
 }
 
+/// True if a place may be written, given the in-place bit of its word, and whether it is in the top image's data file.
+#[inline]
+pub fn may_write_in_place(marked: bool, in_top: bool) -> bool {
+    marked && in_top
+}
+
 /// True if a slice that is a run stays one. `follows`: the new word of the cluster is the one that the run has there.
 #[inline]
 pub fn stays_run(follows: bool) -> bool {
