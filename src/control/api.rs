@@ -59,6 +59,8 @@ pub struct DiskState {
     pub failed: bool,
     /// Damage was found while the image was in use, and recorded in its header.
     pub corrupt: bool,
+    /// The disk was paused: requests wait in their rings.
+    pub paused: bool,
     /// What the daemon does for frontends.
     pub frontend: Frontend,
     /// Queues on offer.

@@ -220,6 +220,7 @@ mod tests {
             open: true,
             failed: false,
             corrupt: false,
+            paused: false,
             frontend: Frontend::Attached,
             num_queues: 2,
         };

@@ -44,6 +44,8 @@ fn described() -> OpenApiRouter<Room> {
         .routes(routes!(log_level))
         .routes(routes!(size))
         .routes(routes!(flush))
+        .routes(routes!(pause))
+        .routes(routes!(resume))
         .routes(routes!(shutdown))
 }
 
@@ -202,6 +204,33 @@ async fn flush(State(room): State<Room>, Extension(peer): Extension<Peer>) -> Re
     log_command(peer, "flush");
     room.run(|subject| subject.flush()).await?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// Pauses the disk: requests in flight end, everything becomes durable, and later requests wait until it is resumed
+///
+/// Pausing a paused disk makes everything durable again. The daemon can be stopped or replaced meanwhile.
+#[utoipa::path(
+    post,
+    path = "/v1/disk/pause",
+    responses(
+        (status = 204, description = "It is paused"),
+        (status = 500, description = "The host refused, or the disk has failed", body = ErrorBody),
+        (status = 503, description = "Requests in flight do not end, or other commands are under way", body = ErrorBody),
+        (status = 507, description = "The host has no space for metadata", body = ErrorBody),
+    )
+)]
+async fn pause(State(room): State<Room>, Extension(peer): Extension<Peer>) -> Result<StatusCode, Refusal> {
+    log_command(peer, "pause the disk");
+    room.run(|subject| subject.pause()).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Ends a pause of the disk; without one it does nothing
+#[utoipa::path(post, path = "/v1/disk/resume", responses((status = 204, description = "Requests pass")))]
+async fn resume(State(room): State<Room>, Extension(peer): Extension<Peer>) -> StatusCode {
+    log_command(peer, "resume the disk");
+    room.subject.resume();
+    StatusCode::NO_CONTENT
 }
 
 /// Begins to end the daemon, as SIGTERM does: requests in hand are finished, and the image is closed

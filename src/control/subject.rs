@@ -29,6 +29,15 @@ pub trait Subject: Send + Sync + 'static {
     /// When the host refuses, or another process has the image.
     fn flush(&self) -> Result<(), Failure>;
 
+    /// Keeps requests from the disk until it is resumed, and makes everything durable. Called on a thread of its own.
+    ///
+    /// # Errors
+    /// When the requests in flight do not end, or something could not be made durable: then it is not paused.
+    fn pause(&self) -> Result<(), Failure>;
+
+    /// Lets requests pass again. Returns at once.
+    fn resume(&self);
+
     /// Gives the disk another size. Called on a thread of its own.
     ///
     /// # Errors

@@ -23,7 +23,7 @@ use crate::options::DiskOptions;
 use crate::runtime::driver::Driver;
 use crate::serve::journal::{self, JournalKept};
 use crate::serve::policy::ZeroPolicy;
-use crate::serve::queue::DiskQueue;
+use crate::serve::queue::{DiskQueue, ParkedQueue};
 use crate::serve::space::{Space, SpaceWatch};
 use crate::serve::worker::Worker;
 use crate::serve::zero_route::ZeroRoute;
@@ -262,6 +262,14 @@ impl<S: Storage> Disk<S> {
             self.keep_journal(None)?;
         }
         DiskQueue::new(Arc::clone(&self.shared), depth)
+    }
+
+    /// Gives the disk, as it is now, to a queue that had let it go.
+    ///
+    /// # Errors
+    /// If the disk has too many queues.
+    pub fn resume(&self, queue: ParkedQueue<S>) -> Result<DiskQueue<S>, OpenError> {
+        queue.resume(Arc::clone(&self.shared))
     }
 
     /// From now on what is committed is recorded in this memory, which outlives the process, so that a successor

@@ -36,6 +36,6 @@ pub use open::describe::{LayerDescription, describe};
 pub use open::foreign::Foreign;
 pub use options::{DetectZeroes, Discards, DiskOptions, Format, OnEnospc};
 pub use serve::journal::JournalKept;
-pub use serve::queue::DiskQueue;
+pub use serve::queue::{DiskQueue, ParkedQueue};
 pub use serve::request::Completed;
 pub use serve::space::{SpaceStatus, SpaceWatch};

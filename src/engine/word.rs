@@ -118,9 +118,11 @@ impl Word {
     #[inline]
     pub fn mapping_over(self, writable: FileIndex) -> Mapping {
         match self.mapping() {
-            Mapping::Data { file, offset, in_place } => {
-                Mapping::Data { file, offset, in_place: places::may_write_in_place(in_place, file == writable) }
-            }
+            Mapping::Data { file, offset, in_place } => Mapping::Data {
+                file,
+                offset,
+                in_place: places::may_write_in_place(in_place, file == writable),
+            },
             other => other,
         }
     }

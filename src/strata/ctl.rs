@@ -51,6 +51,8 @@ fn answer(client: &mut Client, options: &CtlArgs) -> Result<String, ClientError>
             show(&bytes, as_json, tables::resized)
         }
         CtlCommand::Flush => done(client, Method::POST, "/v1/disk/flush", None),
+        CtlCommand::Pause => done(client, Method::POST, "/v1/disk/pause", None),
+        CtlCommand::Resume => done(client, Method::POST, "/v1/disk/resume", None),
         CtlCommand::Shutdown => done(client, Method::POST, "/v1/shutdown", None),
         CtlCommand::Events => Ok(String::new()),
     }

@@ -1,35 +1,38 @@
-//! Connects a disk to a vhost-user session: passes requests and results on unchanged, and counts those in flight.
+//! A disk as a session's block device: what the guest sees of it, its pauses, and when it is opened, resized and released.
+//! `device_queue` passes the requests on.
 //!
 //! Neither side knows the other. Nothing is allocated per request here.
 
 use std::io;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use block::{Request, RequestId};
 use disk::resize::{NewSize, ResizeError, Resized, Shrinking};
-use disk::{Completed, Disk, DiskQueue, OpenError, RequestError, SpaceStatus, SpaceWatch};
+use disk::{Disk, OpenError};
 use qcow2::SECTOR;
 use storage::{FileInfo, Storage};
-use tracing::error;
-use vhost_blk::{BlockDevice, BlockQueue, Capacity, DeviceProfile, GuestSlice, JournalMemory};
-use vmm_sys_util::eventfd::EventFd;
+use vhost_blk::{BlockDevice, Capacity, DeviceProfile, JournalMemory};
 
+pub use crate::device_queue::DeviceQueue;
+pub use crate::device_watch::DeviceWatch;
+
+use crate::gate::{Gate, NotClosed};
 use crate::held::{DiskRef, Held, Reopening};
 
 /// The best alignment of a raw image's requests, in bytes: a page, and a block of most file systems.
 const RAW_UNIT: u32 = 4096;
 /// The largest physical block in bytes.
 const PHYSICAL_MAX: u32 = 64 << 10;
+/// How long a pause waits for the requests in flight.
+const PAUSE_PATIENCE: Duration = Duration::from_secs(5);
 /// How often a resize looks whether it is to be given up.
 const RESIZE_PACE: Duration = Duration::from_millis(100);
-/// How long a queue whose thread panics waits for the host before it ends the program.
-const PANIC_PATIENCE: Duration = Duration::from_secs(30);
 
 /// A disk as a session's block device.
 pub struct DiskDevice<S: Storage> {
-    disk: Held<S>,
+    disk: Arc<Held<S>>,
+    /// Closed while no request may reach the disk.
+    gate: Arc<Gate>,
     /// What the guest sees of it, also while it is released.
     facts: Mutex<DiskFacts>,
     serial: [u8; 20],
@@ -55,6 +58,17 @@ impl Default for BlockSizes {
     fn default() -> Self {
         BlockSizes { logical: SECTOR as u32, physical: None }
     }
+}
+
+/// Why a disk could not be paused.
+#[derive(Debug, thiserror::Error)]
+pub enum PauseError {
+    /// Requests did not end.
+    #[error(transparent)]
+    Gate(#[from] NotClosed),
+    /// Something could not be made durable.
+    #[error(transparent)]
+    Flush(#[from] OpenError),
 }
 
 /// The properties of a disk that its guest sees.
@@ -91,23 +105,6 @@ pub fn host_block(file: &FileInfo) -> u32 {
     file.block_size.max(file.offset_alignment)
 }
 
-/// Shows what a device's queues have in flight and what waits for space, for as long as it exists.
-#[derive(Clone, Default)]
-pub struct DeviceWatch {
-    /// The existing queues. A leaf lock: taken when a queue is created and when the counts are read.
-    queues: Arc<Mutex<Vec<Weak<Gauge>>>>,
-    /// The waits of the disk as it was last opened; none before. A leaf lock, except for the disk's in [`SpaceWatch`].
-    space: Arc<Mutex<Option<SpaceWatch>>>,
-}
-
-/// How many requests one queue has in flight. Stored by its thread and loaded by other threads: relaxed, it orders
-/// nothing.
-struct Gauge {
-    /// The name of the thread.
-    queue: String,
-    in_flight: AtomicU32,
-}
-
 impl<S: Storage> DiskDevice<S> {
     /// A device that answers GET_ID with `serial`. Its disk is never released.
     pub fn new(disk: Disk<S>, serial: [u8; 20], blocks: BlockSizes) -> Self {
@@ -125,16 +122,18 @@ impl<S: Storage> DiskDevice<S> {
         watch.follow(&disk);
         let facts = DiskFacts::of(&disk);
         let capacity = Capacity::new(facts.size / SECTOR);
-        let (facts, disk, journal) = (Mutex::new(facts), Held::new(Some(disk), reopening), Mutex::default());
-        DiskDevice { facts, disk, serial, blocks, capacity, watch, journal, alone: Mutex::default() }
+        let disk = Arc::new(Held::new(Some(disk), reopening));
+        let (facts, journal, alone) = (Mutex::new(facts), Mutex::default(), Mutex::default());
+        DiskDevice { facts, disk, gate: Arc::default(), serial, blocks, capacity, watch, journal, alone }
     }
 
     /// A device whose disk another process still uses. It is opened when the first queue starts.
     pub fn released(facts: DiskFacts, serial: [u8; 20], blocks: BlockSizes, reopening: Reopening<S>) -> Self {
-        let disk = Held::new(None, Some(reopening));
+        let disk = Arc::new(Held::new(None, Some(reopening)));
         let capacity = Capacity::new(facts.size / SECTOR);
         let (facts, watch, journal) = (Mutex::new(facts), DeviceWatch::default(), Mutex::default());
-        DiskDevice { facts, disk, serial, blocks, capacity, watch, journal, alone: Mutex::default() }
+        let (gate, alone) = (Arc::default(), Mutex::default());
+        DiskDevice { facts, disk, gate, serial, blocks, capacity, watch, journal, alone }
     }
 
     /// The disk, for queries; none while it is released.
@@ -186,6 +185,33 @@ impl<S: Storage> DiskDevice<S> {
         outcome.map(Some)
     }
 
+    /// Keeps all requests from the disk until [`DiskDevice::resume`]: those in flight end, then everything becomes
+    /// durable. Requests that come meanwhile wait in their rings.
+    ///
+    /// # Errors
+    /// When the requests in flight do not end in time, or something could not be made durable. Then the disk is not paused,
+    /// unless it was before.
+    pub fn pause(&self) -> Result<(), PauseError> {
+        let was_paused = self.gate.is_paused();
+        self.gate.pause(PAUSE_PATIENCE)?;
+        let flushed = self.disk.wait().map_or(Ok(true), |disk| disk.flush());
+        if flushed.is_err() && !was_paused {
+            self.gate.resume();
+        }
+        // A disk that awaits the journal of a dead daemon has answered nothing.
+        Ok(flushed.map(|_| ())?)
+    }
+
+    /// Lets requests pass again.
+    pub fn resume(&self) {
+        self.gate.resume();
+    }
+
+    /// True if the disk is paused.
+    pub fn is_paused(&self) -> bool {
+        self.gate.is_paused()
+    }
+
     /// Keeps a resize and a switch of the journal apart: a resize commits entries, and a switch needs that nobody does.
     fn alone(&self) -> MutexGuard<'_, ()> {
         self.alone.lock().unwrap_or_else(PoisonError::into_inner)
@@ -203,53 +229,13 @@ impl<S: Storage> DiskDevice<S> {
     /// # Errors
     /// As [`Disk::close`].
     pub fn close(self) -> Result<(), OpenError> {
-        self.disk.into_disk().map_or(Ok(()), Disk::close)
+        let held = Arc::into_inner(self.disk).expect("all queues have been dropped");
+        held.into_disk().map_or(Ok(()), Disk::close)
     }
 
     /// A watch on the device, usable even while it is being closed.
     pub fn watch(&self) -> DeviceWatch {
         self.watch.clone()
-    }
-}
-
-impl DeviceWatch {
-    /// Follows a disk that was just opened.
-    fn follow<S: Storage>(&self, disk: &Disk<S>) {
-        *self.space() = Some(disk.space());
-    }
-
-    fn space(&self) -> MutexGuard<'_, Option<SpaceWatch>> {
-        self.space.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The numbers of requests that wait for space.
-    pub fn space_status(&self) -> SpaceStatus {
-        self.space().as_ref().map(SpaceWatch::status).unwrap_or_default()
-    }
-
-    /// The device is being stopped: requests that wait for space fail, and none waits from now on.
-    pub fn stop_waiting(&self) {
-        if let Some(space) = &*self.space() {
-            space.stop_waiting();
-        }
-    }
-
-    /// The queues with requests in flight: the name of each queue's thread, and its number of requests.
-    pub fn in_flight(&self) -> Vec<(String, u32)> {
-        let queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
-        let gauges = queues.iter().filter_map(Weak::upgrade);
-        let counts = gauges.map(|gauge| (gauge.queue.clone(), gauge.in_flight.load(Ordering::Relaxed)));
-        counts.filter(|(_, in_flight)| *in_flight > 0).collect()
-    }
-
-    /// A gauge for the calling thread's queue.
-    fn gauge(&self) -> Arc<Gauge> {
-        let queue = std::thread::current().name().unwrap_or("a queue").to_owned();
-        let gauge = Arc::new(Gauge { queue, in_flight: AtomicU32::new(0) });
-        let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
-        queues.retain(|other| other.strong_count() > 0);
-        queues.push(Arc::downgrade(&gauge));
-        gauge
     }
 }
 
@@ -296,101 +282,14 @@ impl<S: Storage> BlockDevice for DiskDevice<S> {
             disk.keep_journal(journal).map(|_| ())
         });
         let queue = disk.and_then(|disk| disk.queue(depth)).map_err(io::Error::other)?;
-        Ok(DeviceQueue { queue, in_flight: 0, gauge: self.watch.gauge() })
+        let notifier = queue.notifier();
+        let seat = self.gate.seat(Arc::new(move || notifier.notify()));
+        let disk = Arc::clone(&self.disk);
+        let gauge = self.watch.gauge();
+        Ok(DeviceQueue::new(queue, disk, seat, gauge))
     }
 
     fn release(&self) -> io::Result<bool> {
         self.disk.release().map_err(io::Error::other)
-    }
-}
-
-/// One thread's queue on the disk.
-pub struct DeviceQueue<S: Storage> {
-    queue: DiskQueue<S>,
-    /// Requests submitted and not yet completed to the caller.
-    in_flight: u32,
-    gauge: Arc<Gauge>,
-}
-
-impl<S: Storage> DeviceQueue<S> {
-    /// Records how many requests are in flight.
-    fn count(&mut self, in_flight: u32) {
-        self.in_flight = in_flight;
-        self.gauge.in_flight.store(in_flight, Ordering::Relaxed);
-    }
-}
-
-impl<S: Storage> BlockQueue for DeviceQueue<S> {
-    type Error = RequestError;
-
-    fn submit(&mut self, id: RequestId, request: Request, slices: &[GuestSlice]) {
-        self.count(self.in_flight + 1);
-        self.queue.submit(id, request, slices);
-    }
-
-    fn expect_more(&mut self, more: bool) {
-        self.queue.expect_more(more);
-    }
-
-    fn poll(&mut self, done: &mut Vec<Completed>) {
-        let before = done.len();
-        self.queue.poll(done);
-        self.count(self.in_flight - (done.len() - before) as u32);
-    }
-
-    fn wait(&mut self, timeout: Option<Duration>) {
-        self.queue.wait(timeout);
-    }
-
-    fn stop_waiting(&mut self) {
-        self.queue.stop_waiting();
-    }
-
-    fn watch(&mut self, event: EventFd) {
-        self.queue.watch(event);
-    }
-
-    fn kicks(&self) -> u64 {
-        self.queue.signals()
-    }
-
-    fn heed_kicks(&mut self, heed: bool) {
-        self.queue.heed_signals(heed);
-    }
-
-    fn has_room(&self) -> bool {
-        self.queue.has_room()
-    }
-
-    fn waiting(&self) -> usize {
-        self.queue.waiting()
-    }
-
-    fn notifier(&self) -> Arc<dyn Fn() + Send + Sync> {
-        let notifier = self.queue.notifier();
-        Arc::new(move || notifier.notify())
-    }
-}
-
-impl<S: Storage> Drop for DeviceQueue<S> {
-    /// Waits until the host no longer uses any guest memory. After a panic in the disk a request may never end. Then
-    /// ending the program is the only safe way, and no worse for the image than a crash.
-    fn drop(&mut self) {
-        self.queue.stop_waiting();
-        let patience = std::thread::panicking().then(|| Instant::now() + PANIC_PATIENCE);
-        loop {
-            self.poll(&mut Vec::new());
-            if self.in_flight == 0 {
-                return;
-            }
-            if patience.is_some_and(|end| Instant::now() >= end) {
-                error!(
-                    in_flight = self.in_flight,
-                    "a queue that failed has requests at the host that do not end"
-                );
-                std::process::abort();
-            }
-            self.queue.wait(patience.map(|end| end.saturating_duration_since(Instant::now())));
-        }
     }
 }

@@ -11,7 +11,10 @@ mod control_door;
 mod ctl;
 #[doc(hidden)]
 pub mod device;
+mod device_queue;
+mod device_watch;
 mod error;
+mod gate;
 mod handover;
 mod held;
 mod help;

@@ -16,7 +16,7 @@ use storage::Storage;
 use tracing::warn;
 use vhost_blk::{BackChannel, Metrics, QueueSnapshot, Stage};
 
-use crate::device::{DeviceWatch, DiskDevice};
+use crate::device::{DeviceWatch, DiskDevice, PauseError};
 use crate::error::ProgramError;
 use crate::log::{self, LogLevel};
 use crate::report;
@@ -116,6 +116,7 @@ impl<S: Storage> Subject for Steering<S> {
             open: disk.is_some(),
             failed: disk.as_ref().is_some_and(|disk| disk.has_failed()),
             corrupt: disk.as_ref().is_some_and(|disk| disk.is_marked_corrupt()),
+            paused: self.device.is_paused(),
             frontend: self.stages.now(),
             num_queues: self.num_queues,
         }
@@ -173,6 +174,24 @@ impl<S: Storage> Subject for Steering<S> {
             return Ok(());
         }
         Err(self.awaits_journal())
+    }
+
+    fn pause(&self) -> Result<(), Failure> {
+        self.device.pause().map_err(|error| match error {
+            PauseError::Flush(source) => {
+                report::failure(&ProgramError::Flush { image: self.image.clone(), source })
+            }
+            PauseError::Gate(source) => {
+                let hint =
+                    Some("requests that wait for space on the host keep a disk from its pause".to_owned());
+                let file = Some(json_name(&self.image));
+                Failure { file, hint, ..Failure::new(Kind::Busy, &source.to_string()) }
+            }
+        })
+    }
+
+    fn resume(&self) {
+        self.device.resume();
     }
 
     fn resize(&self, wanted: Resize) -> Result<Resized, Failure> {

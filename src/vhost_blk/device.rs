@@ -143,9 +143,15 @@ pub trait BlockQueue {
 
     /// Whether one more request may be submitted. False while the requests in flight may be so much work that a drain would
     /// take long. Then this queue has requests in flight that wait for nobody's help, and the end of one of them changes
-    /// it.
+    /// it. Or the disk is being changed or paused: then the notifier is used when there is room again.
     fn has_room(&self) -> bool {
         true
+    }
+
+    /// True while the queue takes no request before somebody outside resumes the disk: it has no room then, whatever ends.
+    /// Of requests that come all the same, only flushes are allowed. The notifier is used when the disk is resumed.
+    fn is_paused(&self) -> bool {
+        false
     }
 
     /// How many requests of this queue wait for help from outside, such as for space on the host. Only flushes and

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use block::{Completed, Request};
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use crate::bounds::PORTION_MOST;
 use crate::control::{Control, Exit, Shared, Stop, WorkerSetup};
@@ -152,14 +152,14 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
 
     /// Gives the disk what the last worker had in flight, before anything new. These chains cannot go back into the ring,
     /// as their places there may be in use again. So a pause waits for them; any other stop leaves them to the next
-    /// worker, as the guest may have made them large.
+    /// worker, as the guest may have made them large. So does a pause while the disk itself is paused.
     fn serve_again(&mut self) -> Result<(), RingError> {
         while !self.again.is_empty() || (self.in_flight.has_rest() && self.queue.waiting() == 0) {
             self.beat.step();
             match self.control.stop() {
                 None => {}
-                Some(Stop::Pause) => self.settle(),
-                Some(Stop::Drain | Stop::DrainAndFlush) => return Ok(()),
+                Some(Stop::Pause) if !self.queue.is_paused() => self.settle(),
+                Some(_) => return Ok(()),
             }
             // At most as many as the ring has descriptors.
             if !self.advance(self.again.len() as u16)?.progress {
@@ -189,11 +189,19 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
         Ok(())
     }
 
-    /// Before a pause: serves what the guest has made available by now. What it adds meanwhile cannot prolong that.
+    /// Before a pause: serves what the guest has made available by now. What it adds meanwhile cannot prolong that. While
+    /// the disk itself is paused, all of it stays in the ring.
     fn serve_available(&mut self) -> Result<(), RingError> {
         self.settle();
         let mut left = if self.control.stop() == Some(Stop::Pause) { self.ring.available()? } else { 0 };
         while self.control.stop() == Some(Stop::Pause) && (left > 0 || self.in_flight.has_rest()) {
+            if self.queue.is_paused() {
+                info!(
+                    queue = self.index,
+                    "the disk is paused: what the guest has requested stays in the ring"
+                );
+                break;
+            }
             self.beat.step();
             let step = self.advance(left)?;
             left -= step.taken;

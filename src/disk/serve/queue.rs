@@ -32,11 +32,7 @@ pub struct DiskQueue<S: Storage> {
 impl<S: Storage> DiskQueue<S> {
     pub(crate) fn new(shared: Arc<Shared<S>>, depth: u32) -> Result<Self, OpenError> {
         let driver = Driver::new(shared.storage.queue(depth)?);
-        let worker =
-            Worker::new(shared, Rc::clone(&driver)).ok_or(OpenError::TooManyQueues { limit: WORKERS_MAX })?;
-        let done = Rc::default();
-        let fast = FastPath::new(Rc::clone(&worker), Rc::clone(&done));
-        Ok(DiskQueue { worker, driver, fast, done })
+        Self::on(shared, driver)
     }
 
     /// Starts a request. The slices cover exactly its bytes and stay valid until it completes.
@@ -124,6 +120,24 @@ impl<S: Storage> DiskQueue<S> {
         self.driver.polls()
     }
 
+    /// Lets the disk go, so that it can be changed while nobody has it. The queue itself if requests or tasks of it are still
+    /// under way.
+    ///
+    /// # Errors
+    /// The queue as it was.
+    pub fn park(self) -> Result<ParkedQueue<S>, Box<Self>> {
+        let is_idle = self.fast.is_idle() && !self.driver.has_tasks() && self.done.borrow().is_empty();
+        if is_idle { Ok(ParkedQueue { driver: Rc::clone(&self.driver) }) } else { Err(Box::new(self)) }
+    }
+
+    fn on(shared: Arc<Shared<S>>, driver: Rc<Driver<S::Queue>>) -> Result<Self, OpenError> {
+        let worker =
+            Worker::new(shared, Rc::clone(&driver)).ok_or(OpenError::TooManyQueues { limit: WORKERS_MAX })?;
+        let done = Rc::default();
+        let fast = FastPath::new(Rc::clone(&worker), Rc::clone(&done));
+        Ok(DiskQueue { worker, driver, fast, done })
+    }
+
     /// A hint: whether the caller has more requests to submit after the next poll.
     pub fn expect_more(&mut self, more: bool) {
         self.driver.expect_more(more);
@@ -205,5 +219,41 @@ impl<S: Storage> Drop for DiskQueue<S> {
                 self.driver.wait(None);
             }
         }
+    }
+}
+
+/// A queue that has let its disk go. It keeps its thread's means of I/O and what it watches.
+pub struct ParkedQueue<S: Storage> {
+    driver: Rc<Driver<S::Queue>>,
+}
+
+impl<S: Storage> ParkedQueue<S> {
+    pub(crate) fn resume(self, shared: Arc<Shared<S>>) -> Result<DiskQueue<S>, OpenError> {
+        DiskQueue::on(shared, self.driver)
+    }
+
+    /// As [`DiskQueue::wait`].
+    pub fn wait(&mut self, timeout: Option<Duration>) {
+        self.driver.wait(timeout);
+    }
+
+    /// As [`DiskQueue::watch`].
+    pub fn watch(&mut self, event: vmm_sys_util::eventfd::EventFd) {
+        self.driver.queue().watch(event);
+    }
+
+    /// As [`DiskQueue::signals`].
+    pub fn signals(&self) -> u64 {
+        self.driver.queue().signals()
+    }
+
+    /// As [`DiskQueue::heed_signals`].
+    pub fn heed_signals(&mut self, heed: bool) {
+        self.driver.queue().heed_signals(heed);
+    }
+
+    /// As [`DiskQueue::notifier`].
+    pub fn notifier(&self) -> Arc<dyn Notifier> {
+        self.driver.notifier()
     }
 }

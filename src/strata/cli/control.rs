@@ -81,6 +81,10 @@ pub enum CtlCommand {
     },
     /// Make every write durable that was acknowledged before
     Flush,
+    /// Keep the guest's requests waiting until `resume`: those in flight end, and everything becomes durable
+    Pause,
+    /// Let requests pass again
+    Resume,
     /// End the daemon, as SIGTERM does; this returns when it has begun to end
     Shutdown,
 }

@@ -17,6 +17,7 @@ pub fn disk(disk: &DiskState) -> String {
     let state = match disk {
         DiskState { failed: true, .. } => "failed: every later write and flush fails",
         DiskState { corrupt: true, .. } => "damaged: see the log, and `strata check`",
+        DiskState { paused: true, .. } => "paused: requests wait until `strata ctl SOCKET resume`",
         DiskState { open: false, .. } => "not open here: another process may have the image",
         _ => "in order",
     };

@@ -359,6 +359,10 @@ fn the_client_shows_tables_and_json_and_says_what_is_wrong() {
         (&["metrics"], "# EOF"),
         (&["api"], "\"openapi\": \"3.1.0\""),
         (&["flush"], ""),
+        (&["pause"], ""),
+        (&["disk"], "paused: requests wait"),
+        (&["resume"], ""),
+        (&["disk"], "in order"),
         (&["log-level", "warn"], ""),
     ] {
         let (code, text, errors) = ctl(words);
