@@ -10,7 +10,11 @@
 //!
 //! `STRATA_RESTART_ROUNDS` sets the number of kills of all cases together (200), `STRATA_KILL_SEED` the random choices.
 
+use std::io::{Read, Write};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use strata_integration::command;
@@ -273,4 +277,138 @@ fn a_replaced_daemon_loses_no_request() {
 #[test]
 fn a_replaced_daemon_with_64_queues_loses_no_request() {
     is_replaced("replaced, 64 queues", 64, 2);
+}
+
+/// A client that connects, reads and leaves again and again, while one daemon takes the place of another. It may be hung
+/// up on by the daemon that leaves, but never refused: the listening socket goes on.
+#[test]
+fn nobody_is_refused_while_daemons_are_replaced() {
+    let run = || -> Result<(), Trouble> {
+        let host = Host::new(64 << 10, false, 1)?;
+        let log = host.folder.path().join("daemon.log");
+        let (ended, visits, cut_off) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
+        let daemon = host.start()?;
+        std::thread::scope(|scope| {
+            let visitor = scope.spawn(|| -> Result<(), String> {
+                while !ended.load(Ordering::SeqCst) {
+                    let stream = UnixStream::connect(&host.spec.socket);
+                    let mut stream = stream.map_err(|error| format!("a connection is refused: {error}"))?;
+                    match answers(&mut stream) {
+                        Ok(()) => visits.fetch_add(1, Ordering::SeqCst),
+                        Err(_) => cut_off.fetch_add(1, Ordering::SeqCst),
+                    };
+                }
+                Ok(())
+            });
+            let replaced = (1..=REPLACEMENTS).try_fold(daemon, |old, _| -> Result<Daemon, Trouble> {
+                let before = visits.load(Ordering::SeqCst);
+                let next = Daemon::start_with(&host.program, &host.spec, &["--replace"], &log)?;
+                old.expect_end()?;
+                let began = Instant::now();
+                while visits.load(Ordering::SeqCst) == before {
+                    if began.elapsed() > SEARCH_PATIENCE || visitor.is_finished() {
+                        return Err("nobody is served".into());
+                    }
+                    std::thread::yield_now();
+                }
+                Ok(next)
+            });
+            ended.store(true, Ordering::SeqCst);
+            visitor.join().expect("no panic")?;
+            replaced?.stop()?;
+            Ok::<_, Trouble>(())
+        })?;
+        let (visits, cut_off) = (visits.into_inner(), cut_off.into_inner());
+        println!("{REPLACEMENTS} planned restarts: {visits} visits, {cut_off} of them cut off");
+        let logged = std::fs::read_to_string(&log)?;
+        assert!(
+            cut_off <= REPLACEMENTS,
+            "a daemon hangs up on the one that it serves, and on nobody else:\n{}",
+            command::tail(&logged, 100)
+        );
+        Ok(())
+    };
+    run().unwrap_or_else(|trouble| panic!("{trouble}"));
+}
+
+/// Whether a new connection gets an answer to GET_FEATURES.
+fn answers(stream: &mut UnixStream) -> std::io::Result<()> {
+    const GET_FEATURES: [u8; 12] = [1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0];
+    stream.set_read_timeout(Some(SEARCH_PATIENCE))?;
+    stream.write_all(&GET_FEATURES)?;
+    stream.read_exact(&mut [0; 20])
+}
+
+/// A daemon whose guest was migrated to it goes on serving it where its successor fails.
+#[test]
+fn a_daemon_goes_on_after_a_migration_and_a_failed_successor() {
+    let run = || -> Result<(), Trouble> {
+        let host = Host::new(64 << 10, false, 2)?;
+        let log = host.folder.path().join("daemon.log");
+        let daemon = Daemon::start_with(&host.program, &host.spec, &["--incoming"], &log)?;
+        let mut ledger = Ledger::new((0..SIZE / SECTOR).map(|_| Value::Zero));
+        let (mut generation, mut choices) = (1, Random::new(5));
+        let client = host.connect(true)?;
+        let mut guest = Guest::new(client, &mut ledger, &mut choices, &mut generation, (64 << 10) / SECTOR);
+        for round in 0..3 {
+            guest.work(200, Duration::ZERO).map_err(|failure| failure.0)?;
+            fail_to_replace(&host)?;
+            guest.collect().map_err(|failure| failure.0)?;
+            guest.reconnect(&host.spec.socket).map_err(|failure| format!("round {round}: {}", failure.0))?;
+            guest.finish().and_then(|()| guest.check_latest()).map_err(|failure| failure.0)?;
+        }
+        guest.leave().map_err(|failure| failure.0)?;
+        daemon.stop()?;
+        image::expect_clean(&host.image)?;
+        Ok(())
+    };
+    if Qemu::find().is_some() {
+        run().unwrap_or_else(|trouble| panic!("{trouble}"));
+    }
+}
+
+/// Asks for the place of the daemon as a successor with its options does, and ends when it has the sockets.
+fn fail_to_replace(host: &Host) -> Result<(), Trouble> {
+    let mut beside = host.spec.socket.clone().into_os_string();
+    beside.push(".handover");
+    let image = std::fs::metadata(&host.image)?;
+    let mut message = vec![b'A'];
+    message.extend(image.dev().to_ne_bytes());
+    message.extend(image.ino().to_ne_bytes());
+    message.extend(host.spec.queues.to_ne_bytes());
+    message.extend(u16::MAX.to_ne_bytes());
+    message.extend(512u32.to_ne_bytes());
+    message.push(0);
+    let mut successor = UnixStream::connect(beside)?;
+    successor.set_read_timeout(Some(SEARCH_PATIENCE))?;
+    successor.write_all(&message)?;
+    let mut given = [0];
+    successor.read_exact(&mut given)?;
+    if &given == b"G" { Ok(()) } else { Err(format!("it is refused: {given:?}").into()) }
+}
+
+/// A daemon that waits for the image of another host's daemon ends at once when it is told to.
+#[test]
+fn a_signal_ends_a_daemon_that_waits_for_an_incoming_image() {
+    let run = || -> Result<(), Trouble> {
+        let host = Host::new(64 << 10, false, 1)?;
+        let holder = host.start()?;
+        let socket = host.folder.path().join("incoming.sock");
+        let spec = ServeSpec { socket: socket.clone(), ..host.spec.clone() };
+        let log = host.folder.path().join("incoming.log");
+        let more = ["--incoming", "--lock-timeout", "600"];
+        let waiting = Daemon::start_with(&host.program, &spec, &more, &log)?;
+        let client = std::thread::spawn(move || Client::connect(&socket, &Options::default()).map(|_| ()));
+        waiting.wait_for_log("waiting up to 600 s", SEARCH_PATIENCE)?;
+        let began = Instant::now();
+        waiting.stop()?;
+        assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+        let _ = client.join().expect("no panic");
+        holder.stop()?;
+        image::expect_clean(&host.image)?;
+        Ok(())
+    };
+    if Qemu::find().is_some() {
+        run().unwrap_or_else(|trouble| panic!("{trouble}"));
+    }
 }

@@ -51,6 +51,10 @@ impl BlockDevice for NullDevice {
         }
     }
 
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+
     fn queue(&self, depth: u32) -> io::Result<NullQueue> {
         let wake = Arc::new(EventFd::new(EFD_NONBLOCK)?);
         let epoll = Epoll::new()?;

@@ -110,6 +110,7 @@ impl<S: Storage> Disk<S> {
         let shared = Arc::new(Shared {
             storage,
             size: AtomicU64::new(engine.size()),
+            limit: AtomicU64::new(engine.size()),
             resizing: AtomicBool::new(false),
             engine,
             images: (0..chain.layers.len()).map(|layer| FileIndex(layer as u16)).collect(),

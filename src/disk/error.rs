@@ -333,6 +333,9 @@ pub enum RequestError {
     /// a request's final result.
     #[error("too much freed space is held back")]
     Crowded,
+    /// The disk became smaller after the caller had checked the request's range.
+    #[error("it reaches past the end of the disk, which became smaller")]
+    PastEnd,
     /// A compressed cluster cannot be inflated. Others can be served.
     #[error("{}: compressed cluster at offset {offset:#x}, {length} bytes: {source}", shown(path))]
     Compressed {

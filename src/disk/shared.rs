@@ -41,6 +41,10 @@ pub(crate) struct Shared<S: Storage> {
     pub read_only: bool,
     /// The disk's size in bytes, as its header names it. The engine's tables reach at least as far.
     pub size: AtomicU64,
+    /// The end in bytes that no request may pass: the size, or a smaller one that a resize is about to make durable.
+    /// Stored before an epoch ends, and loaded by each request in its own epoch (docs/concurrency.md, "A disk that
+    /// shrinks").
+    pub limit: AtomicU64,
     /// A resize is under way.
     pub resizing: AtomicBool,
     /// Wakes the housekeeper.

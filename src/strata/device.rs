@@ -4,6 +4,7 @@
 //! Neither side knows the other. Nothing is allocated per request here.
 
 use std::io;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -43,6 +44,9 @@ pub struct DiskDevice<S: Storage> {
     journal: Mutex<Option<JournalMemory>>,
     /// Held by a resize and by a switch of the journal: see [`DiskDevice::alone`].
     alone: Mutex<()>,
+    /// Threads that wait for the disk while it is being resized: a resize is given up for them. Relaxed: it orders nothing,
+    /// and a resize looks again.
+    waiting: AtomicU32,
 }
 
 /// The block sizes of a device, in bytes.
@@ -123,8 +127,9 @@ impl<S: Storage> DiskDevice<S> {
         let facts = DiskFacts::of(&disk);
         let capacity = Capacity::new(facts.size / SECTOR);
         let disk = Arc::new(Held::new(Some(disk), reopening));
-        let (facts, journal, alone) = (Mutex::new(facts), Mutex::default(), Mutex::default());
-        DiskDevice { facts, disk, gate: Arc::default(), serial, blocks, capacity, watch, journal, alone }
+        let (facts, gate, journal, alone) = (Mutex::new(facts), Arc::default(), Mutex::default(), Mutex::default());
+        let waiting = AtomicU32::new(0);
+        DiskDevice { facts, disk, gate, serial, blocks, capacity, watch, journal, alone, waiting }
     }
 
     /// A device whose disk another process still uses. It is opened when the first queue starts.
@@ -132,8 +137,8 @@ impl<S: Storage> DiskDevice<S> {
         let disk = Arc::new(Held::new(None, Some(reopening)));
         let capacity = Capacity::new(facts.size / SECTOR);
         let (facts, watch, journal) = (Mutex::new(facts), DeviceWatch::default(), Mutex::default());
-        let (gate, alone) = (Arc::default(), Mutex::default());
-        DiskDevice { facts, disk, gate, serial, blocks, capacity, watch, journal, alone }
+        let (gate, alone, waiting) = (Arc::default(), Mutex::default(), AtomicU32::new(0));
+        DiskDevice { facts, disk, gate, serial, blocks, capacity, watch, journal, alone, waiting }
     }
 
     /// The disk, for queries; none while it is released.
@@ -156,7 +161,7 @@ impl<S: Storage> DiskDevice<S> {
     }
 
     /// Resizes the disk while it is served: no request reaches past the smaller of the two sizes until that is durable. It
-    /// is given up where `gives_up` says so. `None` if the disk is released; it is not released meanwhile. The caller tells
+    /// is given up where `gives_up` says so, and where the session needs the disk for itself. `None` if the disk is released; it is not released meanwhile. The caller tells
     /// the frontend (`vhost_blk::BackChannel`).
     ///
     /// # Errors
@@ -176,7 +181,7 @@ impl<S: Storage> DiskDevice<S> {
             if let Some(outcome) = resizing.poll() {
                 break outcome;
             }
-            if gives_up() {
+            if gives_up() || self.waiting.load(Ordering::Relaxed) > 0 {
                 resizing.give_up();
             }
             resizing.wait(Some(RESIZE_PACE));
@@ -215,6 +220,14 @@ impl<S: Storage> DiskDevice<S> {
     /// Keeps a resize and a switch of the journal apart: a resize commits entries, and a switch needs that nobody does.
     fn alone(&self) -> MutexGuard<'_, ()> {
         self.alone.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Does what a resize must not delay: one that is under way is given up. A frontend waits for this.
+    fn before_a_resize<T>(&self, call: impl FnOnce() -> T) -> T {
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        let result = call();
+        self.waiting.fetch_sub(1, Ordering::Relaxed);
+        result
     }
 
     /// The disk was opened or resized.
@@ -266,12 +279,17 @@ impl<S: Storage> BlockDevice for DiskDevice<S> {
     }
 
     fn keep_journal(&self, memory: Option<JournalMemory>) -> io::Result<()> {
-        let _alone = self.alone();
+        let _alone = self.before_a_resize(|| self.alone());
         if let Some(disk) = self.disk.wait() {
             disk.keep_journal(memory.clone()).map_err(io::Error::other)?;
         }
         *self.journal() = memory;
         Ok(())
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        // A disk that is released was made durable first. One that waits for its journal has answered nothing.
+        self.disk.wait().map_or(Ok(()), |disk| disk.flush().map(|_| ()).map_err(io::Error::other))
     }
 
     fn queue(&self, depth: u32) -> io::Result<DeviceQueue<S>> {
@@ -290,6 +308,48 @@ impl<S: Storage> BlockDevice for DiskDevice<S> {
     }
 
     fn release(&self) -> io::Result<bool> {
-        self.disk.release().map_err(io::Error::other)
+        self.before_a_resize(|| self.disk.release()).map_err(io::Error::other)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use block::{Request, RequestId};
+    use disk::resize::InUseError;
+    use disk::{DiskOptions, Format};
+    use storage::host::HostStorage;
+    use vhost_blk::{BlockQueue as _, GuestSlice};
+
+    /// A frontend must not wait until a large disk has been resized.
+    #[test]
+    fn a_resize_is_given_up_for_a_session_that_needs_the_disk() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("raw");
+        std::fs::write(&path, vec![0; 1 << 20]).expect("written");
+        let options = DiskOptions { format: Format::Raw, ..DiskOptions::default() };
+        let disk = Disk::open(HostStorage::new(), &path, &options).expect("it opens");
+        let device = DiskDevice::new(disk, [0; 20], BlockSizes::default());
+        // Nobody polls it, so its request keeps the resize waiting.
+        let mut queue = device.queue(8).expect("a queue");
+        queue.submit(RequestId(1), Request::Flush, &[]);
+        let memory = vec![0; 512];
+        queue.submit(RequestId(2), Request::Read { offset: 0 }, &[GuestSlice::from(&mut memory.leak()[..])]);
+        std::thread::scope(|scope| {
+            let resizing =
+                scope.spawn(|| device.resize(NewSize::Of(512 << 10), Shrinking::Accepted, || false));
+            while device.capacity.sectors() == (1 << 20) / SECTOR {
+                std::thread::yield_now();
+            }
+            device.keep_journal(None).expect("it begins after the resize");
+            let ended = resizing.join().expect("no panic");
+            assert!(
+                matches!(ended, Err(ResizeError::InUse { source: InUseError::GivenUp, .. })),
+                "{ended:?}"
+            );
+        });
+        assert_eq!(device.capacity.sectors(), (1 << 20) / SECTOR, "the disk has its old size");
+        drop(queue);
+        device.close().expect("closed");
     }
 }

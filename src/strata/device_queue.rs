@@ -147,6 +147,10 @@ impl<S: Storage> BlockQueue for DeviceQueue<S> {
         }
     }
 
+    fn was_given_up(&self, error: &RequestError) -> bool {
+        matches!(&self.place, Place::Inside(queue) if queue.was_given_up(error))
+    }
+
     fn watch(&mut self, event: EventFd) {
         match &mut self.place {
             Place::Inside(queue) => queue.watch(event),

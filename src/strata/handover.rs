@@ -16,7 +16,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::net::{
@@ -25,6 +25,7 @@ use rustix::net::{
 };
 use rustix::process::{PidfdFlags, getpid, pidfd_open};
 use tracing::{info, warn};
+use vhost_blk::Sockets;
 
 use crate::limits::SOCKET_PATH_MAX;
 
@@ -34,10 +35,12 @@ const SUFFIX: &str = ".handover";
 const ASK: u8 = b'A';
 /// The old one goes on: the guest could not live with these terms. Which one comes with this, as an index of [`REASONS`].
 const REFUSE: u8 = b'R';
-/// The old one has closed the image; the listener comes with this.
+/// The old one has closed the image; the [`Sockets`] come with this, the listener first.
 const GIVE: u8 = b'G';
 /// The new one serves.
 const SERVE: u8 = b'S';
+/// The most sockets that are passed: the listener, and a frontend that was accepted and not heard yet.
+const SOCKETS_MAX: usize = 2;
 /// How long a daemon waits for the first message of a process that has connected.
 const ASK_PATIENCE: Duration = Duration::from_secs(5);
 /// How long the old daemon may take to stop, and the new one to open the image.
@@ -188,7 +191,7 @@ fn wait_for_successor(listener: &UnixListener, end: &OwnedFd, terms: &Terms) -> 
             }
         }
         match listener.accept() {
-            Ok((stream, _)) => match hear(stream, terms) {
+            Ok((stream, _)) => match hear(stream, terms, end) {
                 Ok(successor) => return Some(successor),
                 Err(error) => warn!(%error, "a process beside the socket is not heard"),
             },
@@ -207,14 +210,19 @@ fn is_trusted(stream: impl AsFd) -> io::Result<bool> {
     Ok(uid.is_root() || uid == rustix::process::geteuid())
 }
 
-fn hear(mut stream: UnixStream, terms: &Terms) -> io::Result<Successor> {
+/// Hears the process at the other end, but not past the end of this daemon's service.
+fn hear(mut stream: UnixStream, terms: &Terms, end: &OwnedFd) -> io::Result<Successor> {
     if !is_trusted(&stream)? {
         return Err(io::Error::new(io::ErrorKind::PermissionDenied, "it belongs to another user"));
     }
+    stream.set_nonblocking(true)?;
+    let (mut message, mut wanted) = ([0], [0; Terms::BYTES]);
+    read_before(&stream, &mut message, end)?;
+    if message != [ASK] {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    read_before(&stream, &mut wanted, end)?;
     stream.set_nonblocking(false)?;
-    expect(&stream, ASK, ASK_PATIENCE)?;
-    let mut wanted = [0; Terms::BYTES];
-    stream.read_exact(&mut wanted)?;
     match terms.refusal(&Terms::from_bytes(wanted)) {
         None => Ok(Successor(stream)),
         Some(reason) => {
@@ -222,6 +230,33 @@ fn hear(mut stream: UnixStream, terms: &Terms) -> io::Result<Successor> {
             Err(io::Error::other("the guest could not go on with it"))
         }
     }
+}
+
+/// Reads exactly so many bytes of a stream that does not block, within [`ASK_PATIENCE`]. Gives up when `end` is signalled.
+fn read_before(mut stream: &UnixStream, buffer: &mut [u8], end: &OwnedFd) -> io::Result<()> {
+    let deadline = Instant::now() + ASK_PATIENCE;
+    let mut read = 0;
+    while read < buffer.len() {
+        match stream.read(&mut buffer[read..]) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(length) => {
+                read += length;
+                continue;
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = left.try_into().expect("some seconds can be waited for");
+        let mut fds = [PollFd::new(end, PollFlags::IN), PollFd::new(stream, PollFlags::IN)];
+        match poll(&mut fds, Some(&timeout)) {
+            Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
+            Ok(_) if !fds[0].revents().is_empty() => return Err(io::ErrorKind::ConnectionAborted.into()),
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
 }
 
 /// Waits for a message.
@@ -233,13 +268,17 @@ fn expect(mut stream: &UnixStream, wanted: u8, patience: Duration) -> io::Result
 }
 
 impl Successor {
-    /// Passes the listener: the image is closed. Waits until the successor serves. False if it has ended instead.
+    /// Passes the sockets: the image is closed. Waits until the successor serves. False if it has ended instead.
     ///
     /// # Errors
     /// When the successor neither serves nor ends in time: it may have the image.
-    pub fn give(&self, listener: &OwnedFd) -> io::Result<bool> {
-        let files = [listener.as_fd()];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    pub fn give(&self, sockets: &Sockets) -> io::Result<bool> {
+        let files: Vec<_> = [Some(&sockets.listener), sockets.waiting.as_ref()]
+            .into_iter()
+            .flatten()
+            .map(AsFd::as_fd)
+            .collect();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(SOCKETS_MAX))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         control.push(SendAncillaryMessage::ScmRights(&files));
         let sent = rustix::net::sendmsg(&self.0, &[IoSlice::new(&[GIVE])], &mut control, SendFlags::NOSIGNAL);
@@ -280,13 +319,13 @@ impl Predecessor {
         Ok(Some(Predecessor { stream, process }))
     }
 
-    /// Waits until the image is free. The listener; `None` if the daemon has ended without passing it.
+    /// Waits until the image is free. The sockets; `None` if the daemon has ended without passing them.
     ///
     /// # Errors
     /// When it takes too long, or the daemon refuses because of the terms.
-    pub fn take(&self) -> io::Result<Option<OwnedFd>> {
+    pub fn take(&self) -> io::Result<Option<Sockets>> {
         self.stream.set_read_timeout(Some(PATIENCE))?;
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(SOCKETS_MAX))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let mut message = [0];
         let received = loop {
@@ -310,7 +349,8 @@ impl Predecessor {
             RecvAncillaryMessage::ScmRights(files) => Some(files),
             _ => None,
         });
-        Ok(files.flatten().next())
+        let mut files = files.flatten();
+        Ok(files.next().map(|listener| Sockets { listener, waiting: files.next() }))
     }
 
     /// Waits until the daemon has ended: it passes nothing, as it stops for another reason, and still has the image.
@@ -352,15 +392,20 @@ mod tests {
     }
 
     #[test]
-    fn the_listener_changes_hands() {
+    fn the_sockets_change_hands() {
         let (folder, offer, predecessor, successor) = meet();
         let path = folder.path().join("served");
-        let listener = UnixListener::bind(&path).expect("bound");
-        let fd = OwnedFd::from(listener);
-        let giving = thread::spawn(move || successor.give(&fd));
+        let listener = OwnedFd::from(UnixListener::bind(&path).expect("bound"));
+        let (mut accepted, other_end) = UnixStream::pair().expect("a pair");
+        let giving =
+            thread::spawn(move || successor.give(&Sockets { listener, waiting: Some(other_end.into()) }));
         let waiting = UnixStream::connect(&path).expect("it waits in the backlog");
-        let taken = UnixListener::from(predecessor.take().expect("in time").expect("the listener"));
-        let (_stream, _) = taken.accept().expect("the one that waited");
+        let taken = predecessor.take().expect("in time").expect("the sockets");
+        let (_stream, _) = UnixListener::from(taken.listener).accept().expect("the one that waited");
+        accepted.write_all(b"x").expect("it is open");
+        let mut heard = [0];
+        UnixStream::from(taken.waiting.expect("it was passed")).read_exact(&mut heard).expect("heard");
+        assert_eq!(&heard, b"x");
         predecessor.tell_serving();
         assert!(giving.join().expect("no panic").expect("in time"));
         drop((offer, waiting));
@@ -370,9 +415,9 @@ mod tests {
     #[test]
     fn a_successor_that_ends_is_none() {
         let (folder, _offer, predecessor, successor) = meet();
-        let fd = OwnedFd::from(UnixListener::bind(folder.path().join("served")).expect("bound"));
+        let listener = OwnedFd::from(UnixListener::bind(folder.path().join("served")).expect("bound"));
         drop(predecessor);
-        assert!(!successor.give(&fd).expect("it has ended"));
+        assert!(!successor.give(&Sockets { listener, waiting: None }).expect("it has ended"));
         let (_folder, _offer, predecessor, successor) = meet();
         drop(successor);
         assert!(predecessor.take().expect("it has ended").is_none());
@@ -409,6 +454,23 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         assert!(Predecessor::ask(&folder.path().join("s"), TERMS).expect("no error").is_none());
         assert!(beside(Path::new(&"x".repeat(100))).is_none());
+    }
+
+    /// Neither one that says nothing, nor one that says half of what it must.
+    #[test]
+    fn a_silent_process_does_not_delay_the_end() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let socket = folder.path().join("s");
+        for said in [&b""[..], b"A"] {
+            let offer = Offer::start(&socket, TERMS, |_| panic!("nobody asks")).expect("it listens");
+            let path = beside(&socket).expect("short");
+            let mut silent = UnixStream::connect(path).expect("it listens");
+            silent.write_all(said).expect("sent");
+            let began = Instant::now();
+            drop(offer);
+            assert!(began.elapsed() < ASK_PATIENCE / 2, "{:?}", began.elapsed());
+            assert_eq!(silent.read(&mut [0]).expect("the end"), 0);
+        }
     }
 
     #[test]

@@ -1,14 +1,13 @@
 //! Where frontends and control clients come from: the sockets of the command line, and who may use them.
 
 use std::io;
-use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{PermissionsExt, lchown};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::Mode;
 use storage::host::Owner;
-use vhost_blk::Server;
+use vhost_blk::{Server, Sockets};
 
 use crate::cli::{ControlArgs, ServeArgs};
 use crate::error::ProgramError;
@@ -109,11 +108,11 @@ impl Place {
         Some(Owner::of(name.as_os_str().as_bytes()))
     }
 
-    /// Takes over the socket that another daemon has passed; without one, as [`Place::listen`].
+    /// Takes over the sockets that another daemon has passed; without them, as [`Place::listen`].
     ///
     /// # Errors
     /// As for [`Place::listen`].
-    pub fn listen_on(&self, passed: Option<OwnedFd>) -> Result<Server, ProgramError> {
+    pub fn listen_on(&self, passed: Option<Sockets>) -> Result<Server, ProgramError> {
         match (self, passed) {
             (Place::File { path, .. }, Some(passed)) => Ok(Server::taken_over(passed, path)?),
             _ => self.listen(),

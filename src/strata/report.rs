@@ -164,7 +164,7 @@ fn of_open(error: &OpenError) -> (Kind, Place) {
 fn of_request(path: &Path, error: &RequestError) -> (Kind, Place) {
     match error {
         RequestError::Engine(_) => (Kind::Damaged, Place::file(path)),
-        RequestError::Crowded => (Kind::Io, Place::file(path)),
+        RequestError::Crowded | RequestError::PastEnd => (Kind::Io, Place::file(path)),
         RequestError::Io { source, .. } => (of_errno(*source), Place::file(path)),
         RequestError::Compressed { path, offset, .. } => {
             (Kind::Damaged, Place::at(path, "compressed cluster", *offset))

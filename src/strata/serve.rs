@@ -1,7 +1,6 @@
 //! `strata serve`: opens the disk, listens, serves until it is stopped or replaced, and closes everything in the right
 //! order.
 
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
@@ -16,7 +15,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use storage::host::{HostStorage, Owner};
 use storage::{Storage as _, StorageError};
 use tracing::{debug, info, warn};
-use vhost_blk::{Metrics, Pulse, ServeOptions, Server, Stage, StopHandle};
+use vhost_blk::{Metrics, Pulse, ServeOptions, Server, Sockets, Stage, StopHandle};
 
 use crate::cli::{Cache, Serial, ServeArgs};
 use crate::control_door::ControlDoor;
@@ -43,8 +42,8 @@ enum Entry {
     New,
     /// On the socket that a successor has not taken.
     Kept(Server),
-    /// In the place of another daemon, on its socket if it has passed it.
-    Taken(Predecessor, Option<OwnedFd>),
+    /// In the place of another daemon, on its sockets if it has passed them.
+    Taken(Predecessor, Option<Sockets>),
 }
 
 /// How a round of serving ended, the image being closed.
@@ -103,8 +102,8 @@ fn enter(place: &Place, image: &Path, options: &ServeArgs) -> Result<Entry, Prog
         info!("no daemon serves on {place} that could be replaced");
         return Ok(Entry::New);
     };
-    let listener = predecessor.take().map_err(failed("waiting until it has stopped"))?;
-    Ok(Entry::Taken(predecessor, listener))
+    let sockets = predecessor.take().map_err(failed("waiting until it has stopped"))?;
+    Ok(Entry::Taken(predecessor, sockets))
 }
 
 /// What the guest may rely on.
@@ -123,9 +122,9 @@ fn terms(image: &Path, options: &ServeArgs) -> std::io::Result<Terms> {
 /// Passes the socket to a successor. Returns the server if the successor has ended instead of serving.
 fn give(server: Server, successor: &Successor) -> Result<Option<Server>, ProgramError> {
     let failed = |step| move |source| ProgramError::Host { step, source };
-    let listener = server.listener().map_err(failed("copying the listening socket"))?;
-    let served = match &listener {
-        Some(listener) => successor.give(listener),
+    let sockets = server.sockets().map_err(failed("copying the listening socket"))?;
+    let served = match &sockets {
+        Some(sockets) => successor.give(sockets),
         None => Ok(false),
     };
     match served {
@@ -163,7 +162,15 @@ fn serve_round(
         pulse: Arc::new(Pulse::new(options.num_queues, tell)),
         ..ServeOptions::new(options.num_queues, options.queue_size)
     };
-    let device = Arc::new(open(place, image, options)?);
+    let device = match open(place, image, options, stop) {
+        Ok(device) => Arc::new(device),
+        Err(error) if stop.is_stopped() => {
+            // The wait for the image's lock was given up.
+            info!(%error, "stopped before the image was open again");
+            return Ok(Ended::Stopped);
+        }
+        Err(error) => return Err(error),
+    };
     let watch = device.watch();
     let totals = {
         // Dropped before the device is closed (`Shutdown::closing`): closing needs the last reference to the device.
@@ -227,21 +234,26 @@ fn disk_options(options: &ServeArgs) -> DiskOptions {
     }
 }
 
-fn open(place: &Place, image: &Path, options: &ServeArgs) -> Result<HostDevice, ProgramError> {
+fn open(
+    place: &Place,
+    image: &Path,
+    options: &ServeArgs,
+    stop: &StopHandle,
+) -> Result<HostDevice, ProgramError> {
     let how = disk_options(options);
     let purpose =
         if options.read_only || options.snapshot.is_some() { Purpose::ServeReadOnly } else { Purpose::Serve };
     let failed = |source| ProgramError::Open { image: image.to_owned(), purpose, source };
     let serial = options.serial.unwrap_or_else(|| Serial::of_image(image)).0;
     let owner = place.owner();
-    let storage = storage_of(options, owner).map_err(ProgramError::ChainRoot)?;
+    let storage = storage_of(options, owner, stop).map_err(ProgramError::ChainRoot)?;
     let blocks = BlockSizes { logical: options.logical_block_size, physical: options.physical_block_size };
     let device = if options.incoming {
         let facts = facts_of_another(&storage, image, &how).map_err(failed)?;
-        DiskDevice::released(facts, serial, blocks, reopening(options, owner, image, how))
+        DiskDevice::released(facts, serial, blocks, reopening(options, (owner, stop), image, how))
     } else {
         let disk = Disk::open(storage, image, &how).map_err(failed)?;
-        let reopening = (purpose == Purpose::Serve).then(|| reopening(options, owner, image, how));
+        let reopening = (purpose == Purpose::Serve).then(|| reopening(options, (owner, stop), image, how));
         DiskDevice::releasable(disk, serial, blocks, reopening)
     };
     let (size, block) = (device.facts().size, options.logical_block_size);
@@ -251,9 +263,15 @@ fn open(place: &Place, image: &Path, options: &ServeArgs) -> Result<HostDevice, 
     Ok(device)
 }
 
-/// A storage that has no file open yet.
-fn storage_of(options: &ServeArgs, owner: Option<Owner>) -> Result<HostStorage, StorageError> {
+/// A storage that has no file open yet. A stop ends its waits for locks.
+fn storage_of(
+    options: &ServeArgs,
+    owner: Option<Owner>,
+    stop: &StopHandle,
+) -> Result<HostStorage, StorageError> {
+    let stop = stop.clone();
     let storage = options.lock.storage().by(options.aio.into()).confined(&options.chain.chain_root)?;
+    let storage = storage.giving_up(move || stop.is_stopped());
     Ok(match owner {
         Some(owner) => storage.owned_by(owner),
         None => storage,
@@ -263,13 +281,14 @@ fn storage_of(options: &ServeArgs, owner: Option<Owner>) -> Result<HostStorage, 
 /// How the image is opened after it was released: by a storage of its own, as a storage closes its files at its end.
 fn reopening(
     options: &ServeArgs,
-    owner: Option<Owner>,
+    (owner, stop): (Option<Owner>, &StopHandle),
     image: &Path,
     how: DiskOptions,
 ) -> Reopening<HostStorage> {
-    let (options, image, patience) = (options.clone(), image.to_owned(), how.lock_timeout);
+    let (options, image, stop, patience) =
+        (options.clone(), image.to_owned(), stop.clone(), how.lock_timeout);
     let open = move |lock_timeout| {
-        Disk::open(storage_of(&options, owner)?, &image, &DiskOptions { lock_timeout, ..how.clone() })
+        Disk::open(storage_of(&options, owner, &stop)?, &image, &DiskOptions { lock_timeout, ..how.clone() })
     };
     Reopening::new(Box::new(open), patience)
 }
@@ -303,7 +322,7 @@ fn serve(
     let (server, predecessor) = match entry {
         Entry::New => (place.listen()?, None),
         Entry::Kept(server) => (server, None),
-        Entry::Taken(predecessor, listener) => (place.listen_on(listener)?, Some(predecessor)),
+        Entry::Taken(predecessor, sockets) => (place.listen_on(sockets)?, Some(predecessor)),
     };
     let asked = Arc::new(Mutex::new(None));
     let replaceable = offer_place(place, terms, shutdown, &asked);

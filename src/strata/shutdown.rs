@@ -24,6 +24,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
     Opening,
+    /// After a successor has ended instead of serving. The socket is open.
+    Reopening,
     Serving,
     Closing,
     Done,
@@ -142,7 +144,7 @@ impl Shutdown {
         if state.ends {
             return false;
         }
-        (state.stage, state.stop, state.hands_over, state.stopping) = (Stage::Opening, stop, false, None);
+        (state.stage, state.stop, state.hands_over, state.stopping) = (Stage::Reopening, stop, false, None);
         state.device = DeviceWatch::default();
         true
     }
@@ -220,6 +222,7 @@ impl Shutdown {
 fn in_words(state: &State) -> String {
     let busy = state.device.in_flight();
     match state.stage {
+        Stage::Reopening => "the image is being opened".to_owned(),
         Stage::Closing => "what is left of the metadata is on its way to the image".to_owned(),
         Stage::Done => "everything is done".to_owned(),
         _ if busy.is_empty() => "the session is ending".to_owned(),

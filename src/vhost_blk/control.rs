@@ -210,6 +210,9 @@ pub(crate) enum Stop {
     /// As soon as possible. What is in the ring stays there, and a large request that is not wholly at the disk
     /// goes back into it.
     Drain,
+    /// As `Drain`, at the end of the session. What waits for help, and any chain of which the disk lacks a part, stays
+    /// recorded in the in-flight region, if there is one, and is not answered.
+    Leave,
     /// As `Drain`; then everything is made durable.
     DrainAndFlush,
     /// First everything is served that the guest has made available by now. Then everything is made durable.
@@ -227,10 +230,11 @@ const RUN: u8 = 0;
 const DRAIN: u8 = 1;
 const DRAIN_AND_FLUSH: u8 = 2;
 const PAUSE: u8 = 3;
+const LEAVE: u8 = 4;
 
 #[derive(Debug)]
 pub(crate) struct Control {
-    /// RUN, DRAIN, DRAIN_AND_FLUSH or PAUSE. Stored before the notifier is used, loaded before every wait.
+    /// RUN or one for each [`Stop`]. Stored before the notifier is used, loaded before every wait.
     command: AtomicU8,
     /// The worker's position in the available ring, in case it dies. Relaxed: read after a join.
     next_available: AtomicU16,
@@ -253,6 +257,7 @@ impl Control {
             Stop::Drain => DRAIN,
             Stop::DrainAndFlush => DRAIN_AND_FLUSH,
             Stop::Pause => PAUSE,
+            Stop::Leave => LEAVE,
         };
         self.command.store(command, Ordering::Release);
     }
@@ -268,6 +273,7 @@ impl Control {
             DRAIN => Some(Stop::Drain),
             DRAIN_AND_FLUSH => Some(Stop::DrainAndFlush),
             PAUSE => Some(Stop::Pause),
+            LEAVE => Some(Stop::Leave),
             _ => None,
         }
     }

@@ -86,6 +86,13 @@ pub trait BlockDevice: Send + Sync + 'static {
         Ok(())
     }
 
+    /// Makes everything durable that was answered, whether or not a queue exists. A disk that was released has nothing left
+    /// to do.
+    ///
+    /// # Errors
+    /// When something cannot be made durable.
+    fn flush(&self) -> io::Result<()>;
+
     /// Creates a queue for the calling thread, which keeps it there. At most `depth` requests are in flight on it.
     ///
     /// # Errors
@@ -128,6 +135,12 @@ pub trait BlockQueue {
     /// that does, or would, fails. Requests that are only slow go on. Called when the ring is told to stop or is
     /// corrupt, before the queue is drained, because the frontend waits for that.
     fn stop_waiting(&mut self);
+
+    /// True if a request failed only because its queue, or the disk, no longer waits for help. Whoever serves the ring next
+    /// may do it again.
+    fn was_given_up(&self, _error: &Self::Error) -> bool {
+        false
+    }
 
     /// From now on a signal on `event` ends [`BlockQueue::wait`]. The queue reads (resets) the eventfd itself.
     fn watch(&mut self, event: EventFd);

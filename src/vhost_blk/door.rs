@@ -57,7 +57,7 @@ struct State {
     closing: bool,
     /// The listener is gone, or accepts no more.
     closed: bool,
-    /// The listener, if it is to be handed over.
+    /// The listener, if it is to be handed over. Then so is the next frontend.
     kept: Option<Listening>,
     failed: Option<io::Error>,
 }
@@ -79,8 +79,11 @@ impl Inside {
 }
 
 impl Door {
-    pub fn new() -> io::Result<Self> {
-        Self::with_silence_max(SILENCE_MAX)
+    /// A door behind which this frontend waits already.
+    pub fn new(waiting: Option<UnixStream>) -> io::Result<Self> {
+        let door = Self::with_silence_max(SILENCE_MAX)?;
+        door.state().next = waiting.map(|stream| Visitor { peer: Peer::of(&stream), stream });
+        Ok(door)
     }
 
     fn with_silence_max(silence_max: Duration) -> io::Result<Self> {
@@ -145,9 +148,16 @@ impl Door {
         self.state().inside = None;
     }
 
-    /// The listener that was kept to be handed over.
-    pub fn take_kept(&self) -> Option<Listening> {
-        self.state().kept.take()
+    /// The frontend inside has not sent anything yet: it is the next one again, for another server.
+    pub fn put_back(&self, visitor: Visitor) {
+        self.state().next.get_or_insert(visitor);
+    }
+
+    /// The listener that was kept to be handed over, and the frontend that was accepted and not served.
+    pub fn take_kept(&self) -> Option<(Listening, Option<UnixStream>)> {
+        let mut state = self.state();
+        let next = state.next.take().map(|visitor| visitor.stream);
+        state.kept.take().map(|listening| (listening, next))
     }
 
     /// Waits until the listener is gone, or accepts no more.
@@ -167,14 +177,16 @@ impl Door {
                 Err(error) => break Some(error),
             }
         };
-        let kept = if stop.hands_over() {
+        let hands_over = stop.hands_over();
+        let kept = if hands_over {
             Some(listening)
         } else {
             drop(listening);
             None
         };
         let mut state = self.state();
-        (state.closed, state.failed, state.next, state.kept) = (true, failed, None, kept);
+        (state.closed, state.failed, state.kept) = (true, failed, kept);
+        state.next.take_if(|_| !hands_over);
         drop(state);
         self.changed.notify_all();
     }

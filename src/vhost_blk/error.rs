@@ -69,6 +69,8 @@ pub(crate) enum SessionEnd {
     Left,
     #[error("the server stops")]
     Stopped,
+    #[error("it goes on with another server, as it has sent nothing yet")]
+    Unheard,
     #[error("the frontend left in the middle of a message")]
     CutOff,
     #[error("a message was not complete {limit:?} after it began")]

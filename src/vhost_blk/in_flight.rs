@@ -220,10 +220,19 @@ impl InFlight {
         id_of(self.slots.insert(Slot::Closing))
     }
 
-    /// Records a request as done. Returns the chain if that was its last request.
-    pub(crate) fn finish<E>(&mut self, done: Completed<E>) -> Option<Pending> {
+    /// Records a request as done. Returns the chain if that was its last request. A chain with a request that failed only
+    /// because it no longer waits for help, as `is_left` says, stays recorded.
+    pub(crate) fn finish<E>(
+        &mut self,
+        done: Completed<E>,
+        is_left: impl FnOnce(&E) -> bool,
+    ) -> Option<Pending> {
         let slot = done.id.0 as usize;
-        let status = if done.result.is_ok() { Status::Ok } else { Status::IoError };
+        let (status, end) = match &done.result {
+            Ok(()) => (Status::Ok, End::Answer),
+            Err(error) if is_left(error) => (Status::IoError, End::Leave),
+            Err(_) => (Status::IoError, End::Answer),
+        };
         let (chain, weight) =
             match self.slots.try_remove(slot).expect("the disk finished a request that it did not have") {
                 Slot::Closing => return None,
@@ -231,13 +240,16 @@ impl InFlight {
                 Slot::Chain(pending, weight) => {
                     assert!(!pending.has_rest, "the disk finished a request that it did not have");
                     *self.weight_of(pending.kind) -= weight;
-                    return Some(Pending { status, ..pending });
+                    return Some(Pending { status, end, ..pending });
                 }
             };
         let pending = chain_of(&mut self.slots, chain);
         pending.open -= 1;
         if status != Status::Ok {
             pending.status = status;
+        }
+        if end == End::Leave {
+            pending.end = end;
         }
         let (kind, failed) = (pending.kind, pending.status != Status::Ok);
         *self.weight_of(kind) -= weight;
@@ -253,9 +265,9 @@ impl InFlight {
 
     /// The ring is being stopped: the disk gets no more pieces. A chain whose rest it lacks is put back into the
     /// ring if no later one stays taken: `next` is the index after the newest. Else it fails. A chain of an earlier
-    /// worker, which has no index, stays recorded as in flight. Returns the chains of which the disk has nothing,
-    /// in the order of their arrival; [`InFlight::finish`] returns the others.
-    pub(crate) fn let_rests_go(&mut self, next: u16) -> Vec<Pending> {
+    /// worker, which has no index, stays recorded as in flight; with `leaves` so does any that would fail. Returns the
+    /// chains of which the disk has nothing, in the order of their arrival; [`InFlight::finish`] returns the others.
+    pub(crate) fn let_rests_go(&mut self, next: u16, leaves: bool) -> Vec<Pending> {
         let mut newest = next.wrapping_sub(1);
         let mut ended = Vec::new();
         let mut chains: Vec<usize> =
@@ -274,6 +286,7 @@ impl InFlight {
                     newest = newest.wrapping_sub(1);
                     pending.end = End::PutBack;
                 }
+                Some(_) if leaves => pending.end = End::Leave,
                 Some(_) => pending.status = Status::IoError,
             }
             ended.extend(self.take_ended(chain));

@@ -70,6 +70,6 @@ pub use error::SessionError;
 pub use metrics::{Metrics, QueueSnapshot};
 pub use options::ServeOptions;
 pub use pulse::{Pulse, Stage};
-pub use server::{Server, serve};
+pub use server::{Server, Sockets, serve};
 pub use socket_file::Listening;
 pub use stop::StopHandle;

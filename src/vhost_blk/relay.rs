@@ -5,6 +5,7 @@
 //! passes the replies on. No wait here outlives a stop. No descriptor reaches `vhost` before it is checked
 //! (`descriptor`).
 
+use std::cell::Cell;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -59,6 +60,8 @@ pub(crate) struct Relay {
     inner: UnixStream,
     /// How long a message may take from its first byte to its last.
     limit: Duration,
+    /// The frontend has sent something.
+    heard: Cell<bool>,
 }
 
 impl Relay {
@@ -68,7 +71,12 @@ impl Relay {
     /// When the host has no descriptors left.
     pub(crate) fn new(frontend: &UnixStream, limit: Duration) -> io::Result<(Self, UnixStream)> {
         let (inner, outer) = UnixStream::pair()?;
-        Ok((Relay { frontend: frontend.try_clone()?, inner, limit }, outer))
+        Ok((Relay { frontend: frontend.try_clone()?, inner, limit, heard: Cell::new(false) }, outer))
+    }
+
+    /// Whether the frontend has sent anything yet.
+    pub(crate) fn has_heard(&self) -> bool {
+        self.heard.get()
     }
 
     /// Waits for the next message until it is complete.
@@ -93,6 +101,7 @@ impl Relay {
             if taken.bytes == 0 {
                 return Err(if here == 0 { SessionEnd::Left } else { SessionEnd::CutOff });
             }
+            self.heard.set(true);
             deadline.get_or_insert_with(|| Instant::now() + self.limit);
             if message.bytes.len() == HEADER {
                 let payload = payload_bytes(&message.bytes);

@@ -15,7 +15,7 @@ use tracing::{debug, error, info, warn};
 use vhost::vhost_user::{BackendReqHandler, Error};
 
 use crate::device::BlockDevice;
-use crate::door::{Door, Leaving};
+use crate::door::{Door, Leaving, Visitor};
 use crate::error::{SessionEnd, SessionError};
 use crate::fd::{close_inherited, copy_inherited};
 use crate::loss::MemoryLoss;
@@ -38,19 +38,38 @@ pub struct Server {
 #[derive(Debug)]
 enum Source {
     /// Taken by `serve`, which closes it or puts it back to be handed over.
-    Listening(Mutex<Option<Listening>>),
+    Listening(Mutex<Option<Entrance>>),
     /// One frontend, and no other after it.
     Connected(UnixStream),
 }
 
+/// A listening socket, and a frontend that was accepted there and not served.
+#[derive(Debug)]
+struct Entrance {
+    listening: Listening,
+    waiting: Option<UnixStream>,
+}
+
+/// The sockets that one daemon hands over to another.
+#[derive(Debug)]
+pub struct Sockets {
+    /// The listening socket.
+    pub listener: OwnedFd,
+    /// A frontend that was accepted there and has sent nothing yet.
+    pub waiting: Option<OwnedFd>,
+}
+
 impl Server {
+    fn listening(listening: Listening, waiting: Option<UnixStream>) -> Self {
+        Server { source: Source::Listening(Mutex::new(Some(Entrance { listening, waiting }))) }
+    }
+
     /// Listens on a new socket file. An existing socket file is replaced only if no process accepts on it.
     ///
     /// # Errors
     /// When a process accepts on it, when the path holds something else, or when the host refuses.
     pub fn bind(path: impl AsRef<Path>) -> Result<Self, SessionError> {
-        let listening = Listening::bind(path.as_ref())?;
-        Ok(Server { source: Source::Listening(Mutex::new(Some(listening))) })
+        Ok(Self::listening(Listening::bind(path.as_ref())?, None))
     }
 
     /// Uses a socket that is already listening, or is already connected to one frontend.
@@ -67,45 +86,51 @@ impl Server {
         let listens = sockopt::socket_acceptconn(&fd).map_err(wrong)?;
         let failed = |source| SessionError::InheritedFd { source };
         if listens {
-            let listening = Listening::inherited(fd.into()).map_err(failed)?;
-            return Ok(Server { source: Source::Listening(Mutex::new(Some(listening))) });
+            return Ok(Self::listening(Listening::inherited(fd.into()).map_err(failed)?, None));
         }
         let stream = UnixStream::from(fd);
         stream.set_nonblocking(false).map_err(failed)?;
         Ok(Server { source: Source::Connected(stream) })
     }
 
-    /// Uses the listening socket that another daemon has handed over, and its file at `path`.
+    /// Uses the sockets that another daemon has handed over, and the listening socket's file at `path`.
     ///
     /// # Errors
-    /// When it is not a listening unix stream socket, or its file is gone.
-    pub fn taken_over(fd: OwnedFd, path: &Path) -> Result<Self, SessionError> {
+    /// When they are not unix stream sockets of the right kind, or the file is gone.
+    pub fn taken_over(sockets: Sockets, path: &Path) -> Result<Self, SessionError> {
         let wrong = |source| SessionError::InheritedFd { source };
+        let Sockets { listener: fd, waiting } = sockets;
         match sockopt::socket_acceptconn(&fd) {
             Ok(true) if sockopt::socket_domain(&fd) == Ok(AddressFamily::UNIX) => {}
             Ok(_) => return Err(wrong(rustix::io::Errno::PROTOTYPE.into())),
             Err(error) => return Err(wrong(error.into())),
         }
         let listening = Listening::taken_over(fd.into(), path).map_err(wrong)?;
-        Ok(Server { source: Source::Listening(Mutex::new(Some(listening))) })
+        let waiting = waiting.filter(|fd| sockopt::socket_domain(fd) == Ok(AddressFamily::UNIX));
+        Ok(Self::listening(listening, waiting.map(UnixStream::from)))
     }
 
-    /// A copy of the listening socket that is not being served, to be handed over to another process: after
-    /// [`StopHandle::hand_over`]. `None` if there is none.
+    /// Copies of the sockets that are not being served, to be handed over to another process: after
+    /// [`StopHandle::hand_over`]. `None` if there are none.
     ///
     /// # Errors
     /// When the host refuses a descriptor.
-    pub fn listener(&self) -> std::io::Result<Option<OwnedFd>> {
-        let Source::Listening(listening) = &self.source else { return Ok(None) };
-        let listening = listening.lock().unwrap_or_else(PoisonError::into_inner);
-        listening.as_ref().map(|listening| Ok(listening.listener.try_clone()?.into())).transpose()
+    pub fn sockets(&self) -> std::io::Result<Option<Sockets>> {
+        let Source::Listening(entrance) = &self.source else { return Ok(None) };
+        let entrance = entrance.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(Entrance { listening, waiting }) = &*entrance else { return Ok(None) };
+        let waiting = waiting.as_ref().map(UnixStream::try_clone).transpose()?;
+        Ok(Some(Sockets {
+            listener: listening.listener.try_clone()?.into(),
+            waiting: waiting.map(Into::into),
+        }))
     }
 
     /// The other process serves: the socket's file is its own.
     pub fn leave(self) {
-        if let Source::Listening(listening) = self.source {
-            let listening = listening.into_inner().unwrap_or_else(PoisonError::into_inner);
-            listening.into_iter().for_each(Listening::leave);
+        if let Source::Listening(entrance) = self.source {
+            let entrance = entrance.into_inner().unwrap_or_else(PoisonError::into_inner);
+            entrance.into_iter().for_each(|entrance| entrance.listening.leave());
         }
     }
 
@@ -128,9 +153,9 @@ impl Server {
     pub fn into_listening(self) -> Result<Listening, SessionError> {
         match self.source {
             Source::Connected(_) => Err(SessionError::NotListening),
-            Source::Listening(listening) => {
-                let taken = listening.into_inner().unwrap_or_else(PoisonError::into_inner);
-                taken.ok_or(SessionError::NotListening)
+            Source::Listening(entrance) => {
+                let taken = entrance.into_inner().unwrap_or_else(PoisonError::into_inner);
+                taken.map(|entrance| entrance.listening).ok_or(SessionError::NotListening)
             }
         }
     }
@@ -150,12 +175,12 @@ impl Server {
         match &self.source {
             Source::Connected(stream) => {
                 let stream = stream.try_clone().map_err(|source| SessionError::InheritedFd { source })?;
-                let peer = Peer::of(&stream);
-                run_session(stream, &peer, None, device, options, stop);
+                let visitor = Visitor { peer: Peer::of(&stream), stream };
+                run_session(visitor, None, device, options, stop);
                 Ok(())
             }
-            Source::Listening(listening) => {
-                let slot = || listening.lock().unwrap_or_else(PoisonError::into_inner);
+            Source::Listening(entrance) => {
+                let slot = || entrance.lock().unwrap_or_else(PoisonError::into_inner);
                 let Some(taken) = slot().take() else { return Ok(()) };
                 let kept = serve_all(taken, device, options, stop)?;
                 *slot() = kept;
@@ -167,24 +192,24 @@ impl Server {
 
 /// Serves one frontend after another until the server stops. Returns the listener if it is to be handed over.
 fn serve_all<D: BlockDevice>(
-    listening: Listening,
+    Entrance { listening, waiting }: Entrance,
     device: &Arc<D>,
     options: &ServeOptions,
     stop: &StopHandle,
-) -> Result<Option<Listening>, SessionError> {
+) -> Result<Option<Entrance>, SessionError> {
     let failed = |source| SessionError::Wait { step: "set the wait for frontends up", source };
-    let door = Door::new().map_err(failed)?;
+    let door = Door::new(waiting).map_err(failed)?;
     thread::scope(|scope| -> Result<(), SessionError> {
         let keep = || door.keep(listening, stop);
         thread::Builder::new().name("strata-door".to_owned()).spawn_scoped(scope, keep).map_err(failed)?;
         let _leaving = Leaving(&door);
         while let Some(visitor) = door.next()? {
-            run_session(visitor.stream, &visitor.peer, Some(&door), device, options, stop);
+            run_session(visitor, Some(&door), device, options, stop);
             door.left();
         }
         Ok(())
     })
-    .map(|()| door.take_kept())
+    .map(|()| door.take_kept().map(|(listening, waiting)| Entrance { listening, waiting }))
 }
 
 /// Serves one frontend after another: [`Server::serve`] for callers that do not need the server afterwards.
@@ -202,13 +227,13 @@ pub fn serve<D: BlockDevice>(
 
 /// Serves one frontend until it leaves, sends a message that ends the session, or the server stops.
 fn run_session<D: BlockDevice>(
-    stream: UnixStream,
-    peer: &Peer,
+    visitor: Visitor,
     door: Option<&Door>,
     device: &Arc<D>,
     options: &ServeOptions,
     stop: &StopHandle,
 ) {
+    let Visitor { stream, peer } = &visitor;
     info!("a frontend connected ({peer})");
     let began = Instant::now();
     let loss = match MemoryLoss::new() {
@@ -224,12 +249,14 @@ fn run_session<D: BlockDevice>(
     let session = Arc::new(Mutex::new(session));
     let pulse = &options.pulse;
     pulse.tell(Stage::Attached);
-    let end = handle_messages(&stream, &session, &loss, door, stop, pulse);
+    let end = handle_messages(stream, &session, &loss, door, stop, pulse);
     pulse.session.rest();
     pulse.tell(Stage::Draining);
     let seconds = began.elapsed().as_secs();
     match end {
-        SessionEnd::Left | SessionEnd::Stopped => info!("the session of {seconds} s ends ({peer}): {end}"),
+        SessionEnd::Left | SessionEnd::Stopped | SessionEnd::Unheard => {
+            info!("the session of {seconds} s ends ({peer}): {end}")
+        }
         SessionEnd::MemoryLost => tell_loss(&session),
         _ => warn!("the session of {seconds} s ends ({peer}): {end}"),
     }
@@ -243,6 +270,9 @@ fn run_session<D: BlockDevice>(
     }
     session.lock().unwrap_or_else(PoisonError::into_inner).close();
     stop.leave();
+    if let (SessionEnd::Unheard, Some(door)) = (&end, door) {
+        return door.put_back(visitor);
+    }
     // An inherited connection has another descriptor that stays open, but the frontend must still see the end.
     let _ = stream.shutdown(Shutdown::Both);
     if !stop.is_stopped() && door.is_some() {
@@ -275,8 +305,7 @@ fn handle_messages<D: BlockDevice>(
     pulse: &Pulse,
 ) -> SessionEnd {
     let limit = session.lock().unwrap_or_else(PoisonError::into_inner).message_timeout();
-    let set_up = stop.enter(stream).and_then(|()| Relay::new(stream, limit));
-    let (relay, ours) = match set_up {
+    let (relay, ours) = match Relay::new(stream, limit) {
         Ok(relay) => relay,
         Err(error) => return SessionEnd::Socket(error),
     };
@@ -287,13 +316,20 @@ fn handle_messages<D: BlockDevice>(
         pulse.session.rest();
         let message = match relay.receive(&wakers) {
             Ok(message) => message,
+            Err(SessionEnd::Stopped) if stop.hands_over() && !relay.has_heard() => {
+                return SessionEnd::Unheard;
+            }
             Err(_) if stop.is_stopped() => return SessionEnd::Stopped,
             Err(end) => return end,
         };
         pulse.session.step();
         let lock = || session.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(door) = door.filter(|_| !std::mem::replace(&mut heard, true)) {
-            door.heard();
+        if !std::mem::replace(&mut heard, true) {
+            // Not before: a stop shuts the socket down, and one that was not heard goes on with another server.
+            if let Err(error) = stop.enter(stream) {
+                return SessionEnd::Socket(error);
+            }
+            door.inspect(|door| door.heard());
         }
         lock().begin_message(Envelope::parse(&message.bytes), message.channel());
         let handed = relay.hand_over(&message);

@@ -77,6 +77,8 @@ pub(crate) struct Running<'a, Q: BlockQueue> {
     shared: Arc<Shared>,
     /// The ring was used before, so the guest may wait for an interrupt.
     resumed: bool,
+    /// The ring was found corrupt.
+    corrupt: bool,
 }
 
 impl<'a, Q: BlockQueue> Running<'a, Q> {
@@ -119,6 +121,7 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
             retired: Vec::new(),
             shared: setup.shared,
             resumed: setup.resumed,
+            corrupt: false,
         }
     }
 
@@ -128,19 +131,16 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
             self.raise_call();
         }
         let served = self.serve_again().and_then(|()| self.serve()).and_then(|()| self.serve_available());
-        let broken = match served {
-            Ok(()) => false,
-            Err(error) => {
-                self.report(error);
-                true
-            }
-        };
+        if let Err(error) = served {
+            self.report(error);
+            self.corrupt = true;
+        }
         let lost = self.drain();
         // A ring that is corrupt ends by itself. The stop that comes later finds nobody who could flush.
         let flushed = self.control.stop().is_none_or(Stop::flushes) && self.flush();
         let next_available = self.ring.next_available();
+        let broken = self.corrupt || lost;
         debug!(queue = self.index, next_available, broken, "queue stopped");
-        let broken = broken || lost;
         // The record stays in a broken ring, and where chains of an earlier worker were not done again. Else nothing is
         // in flight now but chains that are back in the ring.
         let leaves_some = self.leaves_some || !self.again.is_empty();
@@ -335,8 +335,10 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
         self.queue.poll(&mut self.done);
         self.in_flight.end_batch();
         let mut done = std::mem::take(&mut self.done);
+        let leaves = self.leaves();
         for done in done.drain(..) {
-            if let Some(pending) = self.in_flight.finish(done) {
+            let is_left = |error: &Q::Error| leaves && self.queue.was_given_up(error);
+            if let Some(pending) = self.in_flight.finish(done, is_left) {
                 self.at_once += usize::from(self.in_flight.is_of_portion(&pending));
                 self.conclude(&pending);
             }
@@ -378,6 +380,12 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
         self.ring.push_used(&self.used)?;
         tracker.clear(heads(), self.ring.next_used());
         Ok(())
+    }
+
+    /// Whether requests that no longer wait for help stay recorded in the in-flight region, for the next worker: the session
+    /// ends, or the server stops and the session is about to end. The frontend of any other stop needs their answers.
+    fn leaves(&self) -> bool {
+        self.tracker.is_some() && !self.corrupt && matches!(self.control.stop(), None | Some(Stop::Leave))
     }
 
     /// Answers a chain of which the disk has nothing any more, or puts it back.
@@ -483,7 +491,7 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
     /// large request (docs/concurrency.md, "Stopping a ring").
     fn drain(&mut self) -> bool {
         self.settle();
-        let unbegun = self.in_flight.let_rests_go(self.ring.next_available());
+        let unbegun = self.in_flight.let_rests_go(self.ring.next_available(), self.leaves());
         let mut lost = false;
         loop {
             let progress = self.finish_or_lose(&mut lost);
@@ -525,7 +533,7 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
                 if done.result.is_err() {
                     durable = false;
                 }
-                self.in_flight.finish(done);
+                self.in_flight.finish(done, |_| false);
             }
             if !self.in_flight.is_empty() {
                 self.wait(None);

@@ -184,7 +184,7 @@ impl<D: BlockDevice> Session<D> {
     pub(crate) fn close(&mut self) {
         self.options.back_channel.set(None);
         self.channel.take().into_iter().for_each(descriptor::close_beside);
-        self.stop_all();
+        Vring::stop_all(&mut self.vrings, Stop::Leave, &self.hurry);
         self.end_journal();
     }
 
@@ -196,6 +196,15 @@ impl<D: BlockDevice> Session<D> {
         if let Err(error) = self.outside_of_a_step(|device| device.keep_journal(None)) {
             warn!(%error, "what was answered could not be made durable when the in-flight region was let go");
         }
+    }
+
+    /// Makes durable what rings that have stopped answered. False if that failed.
+    fn flush(&self) -> bool {
+        let flushed = self.outside_of_a_step(D::flush);
+        if let Err(error) = &flushed {
+            warn!(%error, "what was answered could not be made durable when the write cache was turned off");
+        }
+        flushed.is_ok()
     }
 
     fn refuse<T>(&mut self, refusal: impl Into<Refusal>) -> Result<T> {
@@ -337,6 +346,9 @@ impl<D: BlockDevice> Session<D> {
         self.update_write_through();
         if !was || self.cache.is_on() {
             return true;
+        }
+        if !self.vrings.iter().any(Vring::is_running) {
+            return self.flush();
         }
         // Each is drained before it flushes: a write that began in the cache must not end after the flush. No ring is chosen
         // to flush for the others, as its worker may have ended by itself.

@@ -69,6 +69,10 @@ impl BlockDevice for Watched {
         self.0.profile()
     }
 
+    fn flush(&self) -> io::Result<()> {
+        self.0.flush()
+    }
+
     fn queue(&self, depth: u32) -> io::Result<Self::Queue> {
         COUNTED.set(true);
         self.0.queue(depth)

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use disk::change::{ChangeError, ChangeRefusal};
 use disk::resize::{NewSize, ResizeError, Resized, Shrinking, resize};
 use disk::snapshot::{Change, change, list};
-use disk::{DiskOptions, Format as DiskFormat};
+use disk::{DiskOptions, Format as DiskFormat, RequestError};
 use qcow2::snapshot::encode_table;
 use storage::host::HostStorage;
 use strata_kit::images::{Content, Format, ImageSpec, Preallocation};
@@ -467,6 +467,77 @@ fn a_disk_in_use_grows_and_shrinks() {
         assert_clean(&image, "after resizes in use");
         assert!(qemu.read_all(&image, Format::Qcow2).expect("read") == expected);
     }
+}
+
+/// A piece of a request that was checked before the disk became smaller may come afterwards.
+#[test]
+fn no_request_reaches_past_the_new_end_of_a_smaller_disk_in_use() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let [raw, image, data] = ["raw", "image", "data"].map(|name| folder.path().join(name));
+    std::fs::write(&raw, vec![7; 4 * M as usize]).expect("a file");
+    let how = format!("data_file={}", data.display());
+    qemu.img(["create", "-q", "-f", "qcow2", "-o", &how, &image.display().to_string(), "4M"])
+        .expect("an image");
+    let as_raw = DiskOptions { format: DiskFormat::Raw, ..options() };
+    let with_data = DiskOptions { data_file: Some(data.clone()), ..options() };
+    for (path, file, options) in [(&raw, &raw, as_raw), (&image, &data, with_data)] {
+        let mut rig = Rig::open(path, &options).expect("it opens");
+        rig.try_one(&write(3 * M, M, 1)).expect("a write");
+        rig.disk().resize(NewSize::Of(2 * M), Shrinking::Accepted).expect("smaller");
+        let late = [
+            write(3 * M, 4096, 1),
+            write(2 * M - 512, 1024, 1),
+            Operation::WriteZeroes { offset: 2 * M, length: M, unmap: false },
+            Operation::Discard { offset: 2 * M, length: M },
+            Operation::Read { offset: 2 * M, length: 512 },
+        ];
+        for late in late {
+            let error = rig.try_one(&late).expect_err("it is past the end");
+            assert!(matches!(error, RequestError::PastEnd), "{late:?}: {error}");
+        }
+        assert_eq!(std::fs::metadata(file).expect("the file").len(), 2 * M);
+        rig.try_one(&write(2 * M - 4096, 4096, 2)).expect("up to the end");
+        rig.disk().resize(NewSize::Of(4 * M), Shrinking::Refused).expect("larger");
+        assert!(rig.read_all()[2 * M as usize..].iter().all(|byte| *byte == 0), "nothing lies there");
+        rig.try_one(&write(3 * M, M, 3)).expect("a write");
+        rig.close();
+    }
+}
+
+/// A stop does not wait until all the space past a smaller end is given back.
+#[test]
+fn a_smaller_size_stands_where_the_rest_is_given_up() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let image = folder.path().join("image");
+    // More clusters than are cleared at once.
+    let spec = ImageSpec { cluster_size: 512, ..ImageSpec::qcow2(2 * M) };
+    qemu.create(&image, &spec.with(pattern(0, 2 * M, 9))).expect("an image");
+    let mut rig = Rig::open(&image, &options()).expect("it opens");
+    let mut resizing = rig.disk().resizing(NewSize::Of(M), Shrinking::Accepted).expect("it begins");
+    let outcome = loop {
+        if let Some(outcome) = resizing.poll() {
+            break outcome;
+        }
+        if rig.disk().size() == M {
+            resizing.give_up();
+        }
+        resizing.wait(None);
+    };
+    assert_eq!(outcome.expect("the size is durable"), Resized { from: 2 * M, to: M });
+    drop(resizing);
+    assert!(rig.read_all() == [9; M as usize]);
+    rig.close();
+    assert_clean(&image, "after a resize that was given up");
+    let kept = std::fs::metadata(&image).expect("the image").blocks() * 512;
+    assert!(kept > M + M / 4, "{kept} bytes are left: all was given back");
+    // The rest is cleared when the disk grows again.
+    let mut rig = Rig::open(&image, &options()).expect("it opens");
+    rig.disk().resize(NewSize::Of(2 * M), Shrinking::Refused).expect("larger");
+    assert!(rig.read_all() == [[9; M as usize], [0; M as usize]].concat());
+    rig.close();
+    assert_clean(&image, "after the growth");
 }
 
 #[test]

@@ -28,8 +28,10 @@ use crate::serve::worker::Worker;
 use crate::shared::{SIDE_QUEUE_DEPTH, Shared, WORKERS_MAX};
 use crate::size::{InUseError, NewSize, ResizeError, Resized, Shrinking};
 
-/// Bytes of the new part that are zeroed by one request.
-const CLEARED_AT_ONCE: u64 = 256 << 20;
+/// Bytes of the part between the two ends that are zeroed by one request, at most, and granules. A resize can be given up
+/// between two requests.
+const CLEARED_BYTES: u64 = 256 << 20;
+const CLEARED_GRANULES: u64 = 1024;
 /// The first pause between checks whether older requests have ended; each is twice the one before.
 const PAUSE_MIN: Duration = Duration::from_millis(1);
 /// The longest pause.
@@ -74,6 +76,7 @@ impl<S: Storage> Resizing<S> {
         }
         // If space is lacking, the resize fails at once.
         worker.stop_waiting.set(true);
+        worker.clears_past_end.set(true);
         let (outcome, given_up) = (Rc::new(RefCell::new(None)), Rc::new(Cell::new(false)));
         let (told, gives_up) = (Rc::clone(&outcome), Rc::clone(&given_up));
         driver.spawn(async move {
@@ -84,6 +87,8 @@ impl<S: Storage> Resizing<S> {
                 let path = shown(&worker.shared.layers[0].path);
                 warn!(%path, "the disk is smaller, but the space past its new end was not all given back");
                 ended = Ok(());
+            } else {
+                worker.shared.limit.store(resized.from, Ordering::SeqCst);
             }
             worker.shared.resizing.store(false, Ordering::Release);
             *told.borrow_mut() = Some(ended.map(|()| resized));
@@ -96,7 +101,8 @@ impl<S: Storage> Resizing<S> {
         self.resized
     }
 
-    /// The resize is no longer wanted: it fails soon, unless the new size is about to be stored.
+    /// The resize is no longer wanted. It fails soon, unless the new size is about to be stored. A disk that is durably
+    /// smaller keeps its new size, and what lies past its end.
     pub fn give_up(&self) {
         self.given_up.set(true);
     }
@@ -136,6 +142,10 @@ impl<S: Storage> Worker<S> {
         }
         self.examine_blocks(resized).map_err(refused)?;
         let grows = resized.to > resized.from;
+        if !grows {
+            // Before the epoch ends: a request either finds this limit, or is waited for.
+            self.shared.limit.store(resized.to, Ordering::SeqCst);
+        }
         let steps = if grows { rules::growth_order() } else { rules::shrinking_order() };
         for step in steps {
             let done = match step {
@@ -145,9 +155,7 @@ impl<S: Storage> Worker<S> {
                 ResizeStep::Clear if !self.shared.is_qcow2() => Ok(()),
                 ResizeStep::Clear if !grows && self.shared.zero_route.is_raw() => Ok(()),
                 ResizeStep::Cut => self.cut_data(resized.to).await.map_err(Into::into),
-                ResizeStep::Clear if grows => self.clear(resized, given_up).await,
-                // The disk has its new size already.
-                ResizeStep::Clear => self.clear(resized, &Cell::new(false)).await,
+                ResizeStep::Clear => self.clear(resized, given_up).await,
                 ResizeStep::Flush => self.flush().await.map_err(Into::into),
                 ResizeStep::StoreSize => self.store_size(resized.to).await.map_err(Into::into),
             };
@@ -166,6 +174,7 @@ impl<S: Storage> Worker<S> {
     }
 
     fn publish_size(&self, size: u64) {
+        self.shared.limit.store(size, Ordering::SeqCst);
         // Release: see `Disk::size`.
         self.shared.size.store(size, Ordering::Release);
     }
@@ -280,11 +289,13 @@ impl<S: Storage> Worker<S> {
     /// Makes the part between the two ends read as zero.
     async fn clear(&self, Resized { from, to }: Resized, given_up: &Cell<bool>) -> Result<(), InUseError> {
         let (mut at, end) = (from.min(to), from.max(to));
+        let step = CLEARED_BYTES.min(CLEARED_GRANULES * self.engine().granule());
         while at < end {
             if given_up.get() {
                 return Err(InUseError::GivenUp);
             }
-            let length = (end - at).min(CLEARED_AT_ONCE);
+            // Each request begins where a granule does, but for the first.
+            let length = (end - at).min(step - at % step);
             let request = Request::WriteZeroes { offset: at, length, unmap: true, write_through: false };
             let work = self.count_work(&request, &[]);
             self.serve(self.enter(), request, &[], work).await?;

@@ -11,7 +11,7 @@ use engine::{EngineError, Epoch, ZeroMode};
 use storage::guest::GuestSlices;
 use storage::{GuestSlice, IoQueue, Kind, Notifier, Storage};
 
-use crate::error::OpenError;
+use crate::error::{OpenError, RequestError};
 use crate::options::Discards;
 use crate::range::ByteRange;
 use crate::runtime::driver::Driver;
@@ -37,16 +37,23 @@ impl<S: Storage> DiskQueue<S> {
 
     /// Starts a request. The slices cover exactly its bytes and stay valid until it completes.
     ///
+    /// A range past the end of a disk that has become smaller in use fails.
+    ///
     /// # Panics
-    /// If the range is not within the disk or not a multiple of 512: the caller must check.
+    /// If the range is not within the disk as it was at its largest, or not a multiple of 512: the caller must check.
     pub fn submit(&mut self, id: RequestId, request: Request, slices: &[GuestSlice]) {
-        self.check_range(&request, slices);
+        let range = self.checked_range(&request, slices);
         if request.writes() && (self.worker.shared.read_only || self.worker.engine().has_failed()) {
             let error =
                 if self.worker.shared.read_only { EngineError::ReadOnly } else { EngineError::Failed };
             return self.complete(Completed { id, result: Err(error.into()) });
         }
         let epoch = self.worker.enter();
+        if let Err(error) = self.worker.check_end(range) {
+            self.worker.exit(epoch);
+            self.worker.failures.note(id, &Err(error.clone()), || self.worker.driver.now());
+            return self.complete(Completed { id, result: Err(error) });
+        }
         let started = match request {
             Request::Read { offset } => self.fast.start(id, epoch, Kind::Read, offset, slices),
             Request::Write { offset, write_through: false } if !self.worker.has_zeroes(offset, slices) => {
@@ -87,14 +94,17 @@ impl<S: Storage> DiskQueue<S> {
         }
     }
 
-    fn check_range(&self, request: &Request, slices: &[GuestSlice]) {
-        let Some(ByteRange { offset, length }) = range_of(request, slices) else { return };
+    /// The range of a request, which the caller has checked against a size of the disk.
+    fn checked_range(&self, request: &Request, slices: &[GuestSlice]) -> Option<ByteRange> {
+        let range = range_of(request, slices)?;
+        let ByteRange { offset, length } = range;
         let end = offset.checked_add(length);
         let within = end.is_some_and(|end| end <= self.worker.engine().size());
         assert!(
             within && (offset | length).is_multiple_of(512),
             "{request:?} of {length} bytes was not checked"
         );
+        Some(range)
     }
 
     fn complete(&self, completed: Completed) {
@@ -194,6 +204,12 @@ impl<S: Storage> DiskQueue<S> {
     pub fn stop_waiting(&mut self) {
         self.worker.stop_waiting.set(true);
         self.worker.shared.space.wake();
+    }
+
+    /// True if a request failed with this error because it no longer waits for space: its queue or the disk is being
+    /// stopped.
+    pub fn was_given_up(&self, error: &RequestError) -> bool {
+        self.worker.shared.space.waits() && error.is_no_space()
     }
 
     /// Ends [`DiskQueue::wait`] from any thread.

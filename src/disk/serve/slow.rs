@@ -112,6 +112,10 @@ impl<S: Storage> Worker<S> {
         slices: &[GuestSlice],
         done: &Cell<u64>,
     ) -> Result<(), RequestError> {
+        if let Err(error) = self.check_end(range_of(&request, slices)) {
+            self.exit(epoch);
+            return Err(error);
+        }
         let result = match request {
             // Boxed: a future has the size of its largest branch, and is moved as often as it is nested.
             Request::Read { offset } => Box::pin(self.read(offset, slices)).await,

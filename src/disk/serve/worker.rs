@@ -6,6 +6,7 @@ use std::future::poll_fn;
 use std::ops::Deref;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::task::{Poll, Waker};
 
 use engine::{Answer, Engine, EngineError, Epoch, TableLoad, Turn, WorkerEpochs};
@@ -15,6 +16,7 @@ use tracing::error;
 
 use crate::bounds::LOADS_AT_ONCE;
 use crate::error::RequestError;
+use crate::range::ByteRange;
 use crate::runtime::driver::Driver;
 use crate::serve::failures::FailureLog;
 use crate::serve::work::WorkMeter;
@@ -27,6 +29,8 @@ pub(crate) struct Worker<S: Storage> {
     epochs: RefCell<WorkerEpochs>,
     /// Its queue is being stopped: its requests no longer wait for space.
     pub stop_waiting: Cell<bool>,
+    /// It clears what lies past a smaller end, so no limit holds for its requests.
+    pub clears_past_end: Cell<bool>,
     /// Requests that wait for space on the host.
     pub waiting: Cell<usize>,
     pub failures: FailureLog,
@@ -81,10 +85,19 @@ impl<S: Storage> Worker<S> {
     /// `None` if the disk has reached its limit of workers.
     pub fn new(shared: Arc<Shared<S>>, driver: Rc<Driver<S::Queue>>) -> Option<Rc<Self>> {
         let epochs = RefCell::new(shared.engine.epochs().register()?);
-        let (stop_waiting, waiting) = (Cell::new(false), Cell::new(0));
+        let (stop_waiting, clears_past_end, waiting) = (Cell::default(), Cell::default(), Cell::new(0));
         let failures = FailureLog::default();
         let work = WorkMeter::new(&shared.layers, shared.zeros_are_data(), &shared.work);
-        Some(Rc::new(Worker { shared, driver, epochs, stop_waiting, waiting, failures, work }))
+        Some(Rc::new(Worker {
+            shared,
+            driver,
+            epochs,
+            stop_waiting,
+            clears_past_end,
+            waiting,
+            failures,
+            work,
+        }))
     }
 
     pub fn engine(&self) -> &Engine {
@@ -97,6 +110,16 @@ impl<S: Storage> Worker<S> {
 
     pub fn exit(&self, epoch: Epoch) {
         self.epochs.borrow_mut().exit(epoch);
+    }
+
+    /// Refuses a range past the end that a shrink has set since the caller checked it. The request must be in an epoch.
+    pub fn check_end(&self, range: Option<ByteRange>) -> Result<(), RequestError> {
+        // Acquire, after the load of the epoch: docs/concurrency.md, "A disk that shrinks".
+        let limit = self.shared.limit.load(Ordering::Acquire);
+        match range {
+            Some(range) if range.end() > limit && !self.clears_past_end.get() => Err(RequestError::PastEnd),
+            _ => Ok(()),
+        }
     }
 
     /// A turn for clusters, for a plan that may need some.

@@ -16,6 +16,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use names::shown;
@@ -50,6 +51,29 @@ impl Owner {
     }
 }
 
+/// Says that nobody waits for a lock any more.
+type GivesUp = dyn Fn() -> bool + Send + Sync;
+
+/// How the locks of a storage are set.
+#[derive(Clone, Default)]
+pub(super) struct LockHow {
+    /// See [`super::HostStorage::owned_by`].
+    pub owner: Option<Owner>,
+    /// Files are used without a lock where the lock service does not answer.
+    pub unlocked_allowed: bool,
+    /// See [`super::HostStorage::giving_up`].
+    pub gives_up: Option<Arc<GivesUp>>,
+}
+
+impl std::fmt::Debug for LockHow {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LockHow")
+            .field("owner", &self.owner)
+            .field("unlocked_allowed", &self.unlocked_allowed)
+            .finish_non_exhaustive()
+    }
+}
+
 /// The pause between two attempts.
 const RETRY_PAUSE: Duration = Duration::from_millis(20);
 
@@ -69,22 +93,22 @@ const WRITER: Claim = Claim { used: &ALL, unshared: &[Permission::Write, Permiss
 const READER: Claim =
     Claim { used: &[Permission::ConsistentRead], unshared: &[Permission::Write, Permission::Resize] };
 
-/// Locks the image, trying again until `options.lock_timeout` has passed. On a file system without such locks it warns
-/// and succeeds. When the lock service does not answer it does the same, if `unlocked_allowed`.
+/// Locks the image, trying again until `options.lock_timeout` has passed, or `how` gives up. On a file system without such
+/// locks it warns and succeeds. When the lock service does not answer it does the same, if `how` allows that.
 pub(super) fn lock_image(
     file: &File,
     path: &Path,
     options: &OpenOptions,
-    (owner, unlocked_allowed): (Option<Owner>, bool),
+    how: &LockHow,
 ) -> Result<(), StorageError> {
     let claim = if options.writable { WRITER } else { READER };
     let deadline = Instant::now().checked_add(options.lock_timeout);
     let mut waited = false;
     loop {
-        let found = match claim.attempt(file, owner) {
+        let found = match claim.attempt(file, how.owner) {
             Ok(None) => return Ok(()),
             Ok(Some(found)) => found,
-            Err(source) if may_go_on(&source, unlocked_allowed) => {
+            Err(source) if may_go_on(&source, how.unlocked_allowed) => {
                 warn!(path = %shown(path), %source, "used without an image lock");
                 return Ok(());
             }
@@ -93,7 +117,8 @@ pub(super) fn lock_image(
             }
         };
         let holder = || found.key.as_ref().and_then(|key| holder::find(file, key, found.byte.unsigned_abs()));
-        if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+        let given_up = how.gives_up.as_ref().is_some_and(|gives_up| gives_up());
+        if given_up || deadline.is_some_and(|deadline| Instant::now() >= deadline) {
             return Err(StorageError::Locked {
                 path: path.into(),
                 conflict: found.conflict,

@@ -33,6 +33,7 @@ use std::time::Duration;
 use tracing::warn;
 
 use self::confine::Roots;
+use self::lock::LockHow;
 use self::pool::Pool;
 use crate::error::{Step, StorageError};
 use crate::{FileId, FileIdentity, FileInfo, OpenOptions, Storage};
@@ -65,10 +66,7 @@ pub struct HostStorage {
     warned: OnceLock<()>,
     /// `None`: files may lie anywhere.
     roots: Option<Roots>,
-    /// Files are used without a lock where the lock service does not answer.
-    unlocked_allowed: bool,
-    /// See [`HostStorage::owned_by`].
-    owner: Option<Owner>,
+    locks: LockHow,
 }
 
 /// The open files by id. It only grows. Each queue copies the entries that it uses, so the lock (a leaf: no other is
@@ -111,14 +109,21 @@ impl HostStorage {
     /// Whether a file is used without an image lock when the file system has locks but their service (an NFS server)
     /// does not answer.
     pub fn unlocked_allowed(mut self, allowed: bool) -> Self {
-        self.unlocked_allowed = allowed;
+        self.locks.unlocked_allowed = allowed;
         self
     }
 
     /// Every file is opened only when the I/O of this owner's earlier storages on it is over, also if it is shared with
     /// others. Only one storage of an owner is used at a time. Waits as for an image lock.
     pub fn owned_by(mut self, owner: Owner) -> Self {
-        self.owner = Some(owner);
+        self.locks.owner = Some(owner);
+        self
+    }
+
+    /// A wait for an image lock ends as if its time was over once `gives_up` says so, which is asked every few
+    /// milliseconds.
+    pub fn giving_up(mut self, gives_up: impl Fn() -> bool + Send + Sync + 'static) -> Self {
+        self.locks.gives_up = Some(Arc::new(gives_up));
         self
     }
 
@@ -143,7 +148,7 @@ impl HostStorage {
         self.files.refuse_second_writer(path, probed.identity, options.writable)?;
         probe::settle_flags(&file, path, options.direct, &mut probed)?;
         if locked {
-            lock::lock_image(&file, path, options, (self.owner, self.unlocked_allowed))?;
+            lock::lock_image(&file, path, options, &self.locks)?;
         }
         // Only now: before the lock was ours, its last holder could still change the length.
         let length = probe::length(&file, probed.block_device).map_err(|source| StorageError::File {

@@ -136,6 +136,38 @@ fn a_signal_ends_a_daemon_that_is_being_replaced() {
     assert_eq!(log.matches(" serving ").count(), 1, "{log}");
 }
 
+/// The successor has taken the image's lock and not served; the daemon that is to serve again waits for it.
+#[test]
+fn a_signal_ends_a_daemon_that_opens_its_image_again() {
+    let bench = Bench::new();
+    bench.image("disk.qcow2");
+    let mut daemon = Daemon::start(bench.serve("disk.qcow2").args(["--lock-timeout", "600"]));
+    let mut successor = UnixStream::connect(beside(&bench)).expect("it waits");
+    ask(&bench, &mut successor);
+    successor.read_exact(&mut [0]).expect("the image is closed");
+    let mut holder = Command::new(PROGRAM);
+    holder.arg("serve").arg(bench.path("disk.qcow2")).arg("--socket-path").arg(bench.path("other"));
+    let holder = Daemon::start(&mut holder);
+    drop(successor);
+    daemon.wait_for("waiting up to 600 s");
+    let log = daemon.stop();
+    assert!(log.contains("stopped before the image was open again"), "{log}");
+    assert!(!bench.socket().exists() && !beside(&bench).exists(), "nothing is left");
+    holder.stop();
+}
+
+#[test]
+fn a_silent_process_beside_the_socket_does_not_delay_a_stop() {
+    let bench = Bench::new();
+    bench.image("disk.qcow2");
+    let daemon = Daemon::start(&mut bench.serve("disk.qcow2"));
+    let silent = UnixStream::connect(beside(&bench)).expect("it waits");
+    let began = std::time::Instant::now();
+    daemon.stop();
+    assert!(began.elapsed() < std::time::Duration::from_secs(4), "{:?}", began.elapsed());
+    drop(silent);
+}
+
 #[test]
 fn replacing_needs_a_socket_file() {
     let bench = Bench::new();

@@ -10,7 +10,7 @@ use std::time::Duration;
 use kit::TestServer;
 use kit::disk::{MemoryDisk, Shared};
 use kit::guest::*;
-use vhost_blk::ServeOptions;
+use vhost_blk::{ServeOptions, Server, StopHandle};
 
 fn start(disk: &Arc<MemoryDisk>) -> TestServer {
     TestServer::start(Arc::new(Shared(Arc::clone(disk))), ServeOptions::new(2, 128))
@@ -101,6 +101,48 @@ fn a_stop_closes_the_listener_then_drains_then_hangs_up() {
     until("the end of the session", is_hung_up);
     assert_eq!(guest.next_used(queue).1, 513, "drained before the hang-up");
     server.finish().expect("a clean end");
+}
+
+/// Nobody is hung up on because it connected just when another server took over.
+#[test]
+fn a_frontend_that_has_sent_nothing_goes_on_with_the_next_server() {
+    let disk = MemoryDisk::new(64);
+    let (folder, device) = (tempfile::tempdir().expect("a folder"), Arc::new(Shared(Arc::clone(&disk))));
+    let path = folder.path().join("s");
+    let options = ServeOptions::new(2, 128);
+    let serve = |server: Server| {
+        let stop = StopHandle::new().expect("a handle");
+        let (device, options, its_stop) = (Arc::clone(&device), options.clone(), stop.clone());
+        let thread = std::thread::spawn(move || {
+            server.serve(&device, &options, &its_stop).map(|()| server).expect("it serves")
+        });
+        (stop, thread)
+    };
+    let mut server = Server::bind(&path).expect("a socket");
+    let mut accepted = UnixStream::connect(&path).expect("connected");
+    let mut behind = UnixStream::connect(&path).expect("connected");
+    for round in 0..3 {
+        let (stop, thread) = serve(server);
+        // In some rounds it is in the session by then, in others it waits.
+        (0..round * 20).for_each(|_| std::thread::yield_now());
+        stop.hand_over();
+        let old = thread.join().expect("no panic");
+        let sockets = old.sockets().expect("copied").expect("they are there");
+        old.leave();
+        server = Server::taken_over(sockets, &path).expect("taken over");
+    }
+    let (stop, thread) = serve(server);
+    assert!(is_answered(&mut accepted), "it was never hung up on");
+    drop(accepted);
+    // Refused by a server that served the other, or served now.
+    is_answered(&mut behind);
+    drop(behind);
+    // One that was heard is hung up on, and finds the next server.
+    let mut heard = UnixStream::connect(&path).expect("connected");
+    assert!(is_answered(&mut heard));
+    stop.hand_over();
+    thread.join().expect("no panic");
+    assert_eq!(heard.read(&mut [0; 20]).expect("the end"), 0);
 }
 
 #[test]

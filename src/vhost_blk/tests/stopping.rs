@@ -285,6 +285,29 @@ fn a_guest_that_goes_on_cannot_prolong_a_pause() {
     }
 }
 
+/// What rings answered before they stopped must not stay in a cache that is off.
+#[test]
+fn a_cache_that_is_turned_off_is_flushed_with_no_ring_running() {
+    let disk = MemoryDisk::new(64);
+    let server = serve(&disk);
+    let mut guest = Guest::connect(&server.path, ALL | F_CONFIG_WCE);
+    let queue = guest.add_queue(64);
+    guest.write(queue, 0, &[1; 512]);
+    assert_eq!(guest.frontend_base(queue), 1, "the ring has stopped");
+    let turn_off = |guest: &mut Guest| guest.frontend.set_config(32, VhostUserConfigFlags::WRITABLE, &[0]);
+    let flushes =
+        || disk.requests.lock().unwrap().iter().filter(|request| **request == Request::Flush).count();
+    assert_eq!(flushes(), 0);
+    turn_off(&mut guest).unwrap();
+    assert_eq!(flushes(), 1);
+    turn_off(&mut guest).unwrap();
+    assert_eq!(flushes(), 1, "it was off already");
+    guest.frontend.set_config(32, VhostUserConfigFlags::WRITABLE, &[1]).unwrap();
+    disk.broken.store(true, Ordering::SeqCst);
+    turn_off(&mut guest).unwrap_err();
+    assert_eq!(guest.read_config(32, 1), Some(vec![0]));
+}
+
 /// A frontend that copies the image after a pause must not believe it to be whole.
 #[test]
 fn a_pause_that_cannot_flush_is_refused() {

@@ -176,6 +176,54 @@ fn a_frontend_that_leaves_is_answered_and_followed_by_the_next() {
     assert_eq!(next.get(status, 1), [IOERR]);
 }
 
+/// The frontend keeps the in-flight region, so whoever serves it next does again what waits now.
+#[test]
+fn requests_that_wait_at_the_end_of_a_session_stay_recorded() {
+    let disk = MemoryDisk::new(LARGE / 512);
+    let server = TestServer::start(Arc::new(Shared(Arc::clone(&disk))), ServeOptions::new(4, 256));
+    let (mut guest, region) = Guest::connect_as_cloud(&server.path, ALL, &[32]);
+    guest.write(0, 0, &pattern(512, 1));
+    disk.full.store(true, Ordering::SeqCst);
+    let waiting = [offer_write(&mut guest, 0), offer_write(&mut guest, 0)];
+    let segments: Vec<u8> = (0..4).flat_map(|at| segment(10 + at, 1, 0)).collect();
+    let data = guest.put(&segments);
+    let discard = offer(&mut guest, 0, T_DISCARD, 0, data, segments.len() as u32);
+    until("all wait", || disk.held.load(Ordering::SeqCst) == 6);
+    guest.read(0, 0, 512);
+    for _ in 0..2 {
+        guest.reconnect(&server.path, Some(&region));
+        until("they wait again", || disk.held.load(Ordering::SeqCst) == 6);
+        let seen = guest.queues[0].seen_used;
+        assert_eq!(guest.used_index(0), seen, "none was answered");
+        guest.read(0, 0, 512);
+    }
+    disk.full.store(false, Ordering::SeqCst);
+    guest.kick(0);
+    let mut answered: Vec<_> = (0..3).map(|_| guest.next_used(0)).collect();
+    answered.sort_unstable();
+    let mut expected = [waiting[0], waiting[1], discard].map(|(head, _)| (head, 1));
+    expected.sort_unstable();
+    assert_eq!(answered, expected, "each is answered once");
+    for (_, status) in [waiting[0], waiting[1], discard] {
+        assert_eq!(guest.get(status, 1), [OK]);
+    }
+}
+
+/// A frontend that asks for the base takes everything before it as done, so nothing may stay unanswered.
+#[test]
+fn requests_that_wait_are_answered_at_any_other_stop_with_a_region_too() {
+    let disk = MemoryDisk::new(64);
+    let server = TestServer::start(Arc::new(Shared(Arc::clone(&disk))), ServeOptions::new(4, 256));
+    let (mut guest, _region) = Guest::connect_as_cloud(&server.path, ALL, &[32]);
+    disk.full.store(true, Ordering::SeqCst);
+    let (head, status) = offer_write(&mut guest, 0);
+    until("it waits", || disk.held.load(Ordering::SeqCst) == 1);
+    guest.read(0, 0, 512);
+    assert_eq!(guest.frontend_base(0), 2);
+    assert_eq!(guest.next_used(0), (head, 1));
+    assert_eq!(guest.get(status, 1), [IOERR]);
+}
+
 #[test]
 fn discards_of_many_segments_are_given_up_whole() {
     let mut scene = Scene::new();

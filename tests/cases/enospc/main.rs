@@ -10,8 +10,10 @@ use std::sync::LazyLock;
 use std::time::Duration;
 
 use disk::check::check;
+use disk::resize::{NewSize, Shrinking};
 use disk::{
-    Completed, Disk, DiskOptions, DiskQueue, Keeper, OnEnospc, Request, RequestError, RequestId, SpaceStatus,
+    Completed, Disk, DiskOptions, DiskQueue, Keeper, OnEnospc, Request, RequestError, RequestId, Resizing,
+    SpaceStatus,
 };
 use qcow2::create::NewImage;
 use qcow2::{Geometry, Version};
@@ -92,6 +94,7 @@ struct Rig {
     model: ByteModel,
     queues: Vec<DiskQueue<SimStorage>>,
     keeper: Option<Keeper<SimStorage>>,
+    resizing: Option<Resizing<SimStorage>>,
     disk: Disk<SimStorage>,
     windows: Vec<GuestSlice>,
     /// Operations in flight, by slot.
@@ -109,7 +112,8 @@ impl Rig {
         let keeper = Some(disk.keeper().expect("a housekeeper"));
         let windows = (0..SLOTS).map(|_| window()).collect();
         let (flying, failed) = (BTreeMap::new(), Vec::new());
-        Rig { world, setup, model, queues, keeper, disk, windows, flying, failed, done: 0 }
+        let resizing = None;
+        Rig { world, setup, model, queues, keeper, resizing, disk, windows, flying, failed, done: 0 }
     }
 
     /// Limits the space to the allocated bytes and this many more.
@@ -162,6 +166,14 @@ impl Rig {
                 keeper.poll();
                 keeper.wait(Some(Duration::ZERO));
             }
+            if let Some(resizing) = &mut self.resizing {
+                let ended = resizing.poll();
+                resizing.wait(Some(Duration::ZERO));
+                if let Some(outcome) = ended {
+                    outcome.expect("it is resized");
+                    self.resizing = None;
+                }
+            }
             let idle = done.is_empty();
             for completed in done {
                 self.complete(completed);
@@ -201,6 +213,14 @@ impl Rig {
     /// Sends one request that must succeed at once.
     fn run(&mut self, operation: Operation) {
         self.try_one(operation).expect("it does not wait").expect("it succeeds");
+    }
+
+    /// Resizes the disk while it is in use.
+    fn resize(&mut self, size: u64) {
+        let resizing = self.disk.resizing(NewSize::Of(size), Shrinking::Accepted).expect("it begins");
+        self.resizing = Some(resizing);
+        self.pass(Duration::from_secs(1));
+        assert!(self.resizing.is_none() && self.disk.size() == size, "it is resized");
     }
 
     /// Closes the disk, copies it to another host with every page of zeros as a hole, and opens it there.
@@ -332,6 +352,27 @@ fn an_overlapping_request_passes_one_that_waits() {
     rig.leave_space(PLENTY);
     rig.pass(Duration::from_millis(1100));
     assert!(rig.flying.is_empty());
+    rig.conclude();
+}
+
+/// A write that waits while the disk becomes smaller must not be carried out past the new end.
+#[test]
+fn a_write_that_waits_fails_where_the_disk_has_become_smaller() {
+    let mut rig = full(Setup::new(OnEnospc::Wait));
+    rig.send(write(40, 1, 2));
+    rig.send(write(10, 1, 3));
+    rig.pass(Duration::from_secs(2));
+    assert_eq!(rig.space().waiting, 2);
+    rig.resize(SIZE / 2);
+    rig.leave_space(PLENTY);
+    rig.pass(Duration::from_millis(1100));
+    let (operation, error) = rig.failed.pop().expect("one of them failed");
+    assert!(operation == write(40, 1, 2) && matches!(error, RequestError::PastEnd), "{operation:?}: {error}");
+    assert!(rig.failed.is_empty() && rig.flying.is_empty(), "the other was carried out");
+    rig.run(Operation::Read { offset: 10 * CLUSTER, length: CLUSTER });
+    // What lies past the end again shows no write that failed.
+    rig.resize(SIZE);
+    rig.run(Operation::Read { offset: 40 * CLUSTER, length: CLUSTER });
     rig.conclude();
 }
 

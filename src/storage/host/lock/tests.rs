@@ -3,9 +3,11 @@
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use super::{Owner, lock_image};
+use super::{LockHow, Owner, lock_image};
 use crate::error::{LockConflict, Permission, StorageError};
 use crate::host::HostStorage;
 use crate::host::tests::skip_unless_required;
@@ -223,9 +225,9 @@ fn an_owner_waits_for_the_io_of_its_earlier_storages() {
 #[test]
 fn an_owners_lock_lasts_as_long_as_its_description() {
     let (_folder, path) = image();
-    let owner = Some(Owner::of(b"s"));
+    let how = LockHow { owner: Some(Owner::of(b"s")), ..LockHow::default() };
     let open = || std::fs::File::open(&path).expect("opened");
-    let lock = |file: &std::fs::File| lock_image(file, &path, &options(false), (owner, false));
+    let lock = |file: &std::fs::File| lock_image(file, &path, &options(false), &how);
     let file = open();
     lock(&file).expect("it is free");
     // A reference to the description, as an operation in flight has one. It outlives the descriptor of its opener.
@@ -240,13 +242,35 @@ fn an_owners_lock_lasts_as_long_as_its_description() {
     let next = open();
     let waiting = std::thread::scope(|scope| {
         let patient = OpenOptions { lock_timeout: Duration::from_secs(60), ..options(false) };
-        let path = &path;
-        let waits = scope.spawn(move || lock_image(&next, path, &patient, (owner, false)).is_ok());
+        let (path, how) = (&path, &how);
+        let waits = scope.spawn(move || lock_image(&next, path, &patient, how).is_ok());
         std::thread::yield_now();
         drop(refused);
         waits.join().expect("no panic")
     });
     assert!(waiting);
+}
+
+#[test]
+fn a_wait_for_a_lock_can_be_given_up() {
+    let (_folder, path) = image();
+    let first = HostStorage::new();
+    first.open(&path, &options(true)).expect("no process has it open");
+    let (gives_up, asked) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+    let waiter = std::thread::spawn({
+        let (path, gives_up, asked) = (path.clone(), Arc::clone(&gives_up), Arc::clone(&asked));
+        let storage = HostStorage::new().giving_up(move || {
+            asked.store(true, Ordering::SeqCst);
+            gives_up.load(Ordering::SeqCst)
+        });
+        let long = OpenOptions { lock_timeout: Duration::from_secs(600), ..options(true) };
+        move || storage.open(&path, &long).map(|_| ())
+    });
+    while !asked.load(Ordering::SeqCst) {
+        std::thread::yield_now();
+    }
+    gives_up.store(true, Ordering::SeqCst);
+    assert!(matches!(waiter.join().expect("no panic"), Err(StorageError::Locked { .. })));
 }
 
 #[test]

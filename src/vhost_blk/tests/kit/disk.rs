@@ -120,7 +120,7 @@ impl MemoryDisk {
         super::guest::until("the disk has the requests", || self.submitted.load(Ordering::SeqCst) >= count);
     }
 
-    fn perform(&self, request: Request, slices: &[GuestSlice]) -> Result<(), ()> {
+    fn perform(&self, request: Request, slices: &[GuestSlice]) -> Result<(), Failure> {
         let mut bytes = self.bytes.lock().unwrap();
         match request {
             Request::Read { offset } => {
@@ -137,7 +137,7 @@ impl MemoryDisk {
                     at += slice.len();
                 }
             }
-            Request::Flush if self.broken.load(Ordering::SeqCst) => return Err(()),
+            Request::Flush if self.broken.load(Ordering::SeqCst) => return Err(Failure::Broken),
             Request::Flush => {}
             Request::Discard { offset, length, .. } | Request::WriteZeroes { offset, length, .. } => {
                 bytes[offset as usize..(offset + length) as usize].fill(0);
@@ -164,6 +164,10 @@ impl BlockDevice for Shared {
         }
         self.0.releases.fetch_add(1, Ordering::SeqCst);
         Ok(true)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.0.perform(Request::Flush, &[]).map_err(|_| io::Error::other("a flush failed"))
     }
 
     fn keep_journal(&self, memory: Option<JournalMemory>) -> io::Result<()> {
@@ -214,8 +218,16 @@ impl BlockDevice for Shared {
     }
 }
 
-/// A completed request; the cause of an error does not matter here.
-type Done = Completed<()>;
+/// Why a request failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// Its queue no longer waits for space.
+    GivenUp,
+    /// The disk is broken.
+    Broken,
+}
+
+type Done = Completed<Failure>;
 
 pub struct MemoryQueue {
     disk: Arc<MemoryDisk>,
@@ -249,7 +261,7 @@ impl MemoryQueue {
 
     fn hold(&mut self, id: RequestId, request: Request, slices: &[GuestSlice]) {
         if self.leaving {
-            return self.ready.push(Done { id, result: Err(()) });
+            return self.ready.push(Done { id, result: Err(Failure::GivenUp) });
         }
         self.held.push((id, request, slices.to_vec()));
         assert!(self.held.len() <= self.depth, "more requests than were announced");
@@ -257,7 +269,7 @@ impl MemoryQueue {
     }
 
     /// Ends the held requests, with success or an error.
-    fn let_go(&mut self, end: impl Fn(&MemoryDisk, Request, &[GuestSlice]) -> Result<(), ()>) {
+    fn let_go(&mut self, end: impl Fn(&MemoryDisk, Request, &[GuestSlice]) -> Result<(), Failure>) {
         for (id, request, slices) in std::mem::take(&mut self.held) {
             self.ready.push(Done { id, result: end(&self.disk, request, &slices) });
             self.disk.held.fetch_sub(1, Ordering::SeqCst);
@@ -266,7 +278,7 @@ impl MemoryQueue {
 }
 
 impl BlockQueue for MemoryQueue {
-    type Error = ();
+    type Error = Failure;
 
     fn submit(&mut self, id: RequestId, request: Request, slices: &[GuestSlice]) {
         assert!(!self.disk.trap.swap(false, Ordering::SeqCst), "a trap of the test");
@@ -348,9 +360,13 @@ impl BlockQueue for MemoryQueue {
         self.held.len()
     }
 
+    fn was_given_up(&self, error: &Failure) -> bool {
+        *error == Failure::GivenUp
+    }
+
     fn stop_waiting(&mut self) {
         self.leaving = true;
-        self.let_go(|_, _, _| Err(()));
+        self.let_go(|_, _, _| Err(Failure::GivenUp));
     }
 
     fn watch(&mut self, event: EventFd) {
