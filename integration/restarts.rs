@@ -11,6 +11,7 @@
 //! `STRATA_RESTART_ROUNDS` sets the number of kills of all cases together (200), `STRATA_KILL_SEED` the random choices.
 
 use std::io::{Read, Write};
+use std::net::Shutdown;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -297,6 +298,8 @@ fn nobody_is_refused_while_daemons_are_replaced() {
                         Ok(()) => visits.fetch_add(1, Ordering::SeqCst),
                         Err(_) => cut_off.fetch_add(1, Ordering::SeqCst),
                     };
+                    // A daemon that is being started may have a copy of the socket for a moment.
+                    let _ = stream.shutdown(Shutdown::Both);
                 }
                 Ok(())
             });

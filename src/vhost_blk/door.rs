@@ -367,7 +367,7 @@ mod tests {
     fn the_door_looks_for_a_stop_between_connections() {
         let folder = tempfile::tempdir().expect("a folder");
         let (path, listening) = listen(&folder);
-        let door = Door::new().expect("a door");
+        let door = Door::new(None).expect("a door");
         let mut porter = Porter::new(&door);
         let flood: Vec<_> =
             (0..3 * ACCEPTS_MAX).map(|_| UnixStream::connect(&path).expect("connected")).collect();
@@ -383,7 +383,7 @@ mod tests {
     fn a_frontend_that_left_while_it_waited_keeps_no_other_out() {
         let folder = tempfile::tempdir().expect("a folder");
         let (path, listening) = listen(&folder);
-        let door = Door::new().expect("a door");
+        let door = Door::new(None).expect("a door");
         let mut porter = Porter::new(&door);
         let mut connect = || {
             let frontend = UnixStream::connect(&path).expect("connected");
