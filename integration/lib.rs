@@ -11,6 +11,7 @@ pub mod command;
 pub mod cpio;
 pub mod crash;
 pub mod daemon;
+pub mod firmware;
 pub mod guest;
 pub mod image;
 pub mod kernel;

@@ -91,12 +91,18 @@ pub struct Disk {
 /// # Errors
 /// When QEMU does not say its version.
 pub fn reconnect_option() -> Result<&'static str> {
-    let said = command::output(Command::new("qemu-system-x86_64").arg("--version"))?;
+    let said = command::output(Command::new(emulator()).arg("--version"))?;
     Ok(if qemu_version(&said).context("QEMU's version")? >= (9, 2) {
         "reconnect-ms=100"
     } else {
         "reconnect=1"
     })
+}
+
+/// QEMU's program: `STRATA_TEST_QEMU`, else the one that is installed.
+fn emulator() -> String {
+    let chosen = std::env::var("STRATA_TEST_QEMU").ok().filter(|path| !path.is_empty());
+    chosen.unwrap_or_else(|| "qemu-system-x86_64".to_owned())
 }
 
 fn qemu_version(said: &str) -> Option<(u32, u32)> {
@@ -140,7 +146,17 @@ impl MachineSpec {
 
     /// The QEMU command line without the serial ports. The demo prints it too.
     pub fn command(&self, kernel: &Path, initramfs: &Path) -> Command {
-        let mut qemu = Command::new("qemu-system-x86_64");
+        let mut qemu = self.bare_command();
+        qemu.arg("-kernel").arg(kernel).arg("-initrd").arg(initramfs);
+        let options =
+            format!("console=ttyS0 quiet panic=-1 mitigations=off strata.disks={}", self.disks.len());
+        qemu.args(["-append", &options]);
+        qemu
+    }
+
+    /// The QEMU command line of a machine that boots from its first disk, without the serial ports.
+    pub fn bare_command(&self) -> Command {
+        let mut qemu = Command::new(emulator());
         qemu.args(["-no-user-config", "-nodefaults", "-display", "none", "-no-reboot"]);
         qemu.args(["-machine", "pc,memory-backend=mem", "-accel", self.accelerator.option(), "-cpu", "max"]);
         qemu.args(["-smp", &self.processors.to_string(), "-m", &self.memory_mib.to_string()]);
@@ -158,14 +174,13 @@ impl MachineSpec {
             let reconnect = disk.reconnect.map_or_else(String::new, |option| format!(",{option}"));
             qemu.args(["-chardev", &format!("socket,id=disk{number},path={socket}{reconnect}")]);
             let switch = if disk.cache_switch { "" } else { ",config-wce=off" };
-            let device =
-                format!("vhost-user-blk-pci,chardev=disk{number},num-queues={}{switch}", disk.queues);
+            let device = format!(
+                "vhost-user-blk-pci,chardev=disk{number},num-queues={},bootindex={}{switch}",
+                disk.queues,
+                number + 1
+            );
             qemu.args(["-device", &device]);
         }
-        qemu.arg("-kernel").arg(kernel).arg("-initrd").arg(initramfs);
-        let options =
-            format!("console=ttyS0 quiet panic=-1 mitigations=off strata.disks={}", self.disks.len());
-        qemu.args(["-append", &options]);
         qemu
     }
 }
@@ -359,7 +374,7 @@ mod tests {
         assert!(line.contains("memory-backend-memfd,id=mem,size=512M,share=on"));
         assert!(line.contains("socket,id=disk0,path=/a,,b "));
         assert!(line.contains("socket,id=disk1,path=/c,reconnect=1 "));
-        assert!(line.contains("vhost-user-blk-pci,chardev=disk1,num-queues=2"));
+        assert!(line.contains("vhost-user-blk-pci,chardev=disk1,num-queues=2,bootindex=2"));
         assert!(line.contains("strata.disks=2"));
     }
 }

@@ -32,6 +32,22 @@ const TOOLS: [Tool; 10] = [
     Tool { program: "ldd", package: "libc-bin" },
 ];
 
+/// What only some tests need. Without them, these tests are skipped.
+const OPTIONAL: [Tool; 2] =
+    [Tool { program: "mcopy", package: "mtools" }, Tool { program: OVMF, package: "ovmf" }];
+
+/// The firmware for UEFI, as a single file.
+pub const OVMF: &str = "/usr/share/ovmf/OVMF.fd";
+
+/// The programs and files that only some tests need, and that this machine lacks.
+pub fn missing_options() -> Vec<Tool> {
+    let is_missing = |tool: &Tool| match tool.program {
+        path if path.starts_with('/') => !Path::new(path).is_file(),
+        program => command::find(program).is_none(),
+    };
+    OPTIONAL.into_iter().filter(is_missing).collect()
+}
+
 /// The tools that this machine lacks.
 pub fn missing_tools() -> Vec<Tool> {
     TOOLS.into_iter().filter(|tool| command::find(tool.program).is_none()).collect()
@@ -43,9 +59,12 @@ pub fn ensure_tools(say: &mut dyn FnMut(&str)) -> Result<()> {
         bail!("the virtual machines are x86-64 and this host is not: run this on an x86-64 host");
     }
     let missing = missing_tools();
-    if missing.is_empty() {
+    let is_able = debian_like() && rustix::process::geteuid().is_root();
+    let options = if is_able { missing_options() } else { Vec::new() };
+    if missing.is_empty() && options.is_empty() {
         return Ok(());
     }
+    let missing = [missing, options].concat();
     let names = words(missing.iter().map(|tool| tool.program));
     let packages = words(missing.iter().map(|tool| tool.package));
     let by_hand = format!("missing: {names}. Debian packages: {packages}");

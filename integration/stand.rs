@@ -173,12 +173,26 @@ impl Stand {
         options: &[&str],
         attend: &mut dyn FnMut(&Daemon, &Checkpoint) -> Result<()>,
     ) -> Result<Visit> {
+        self.attended_on(name, &self.machine(script), options, attend)
+    }
+
+    /// As [`Stand::attended`], with a machine of the caller's choice. Its first disk is this stand's.
+    ///
+    /// # Errors
+    /// Also those of the attendant.
+    pub fn attended_on(
+        &self,
+        name: &str,
+        machine: &MachineSpec,
+        options: &[&str],
+        attend: &mut dyn FnMut(&Daemon, &Checkpoint) -> Result<()>,
+    ) -> Result<Visit> {
         let folder = self.folder.join(name);
         std::fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
         let log = folder.join("daemon.log");
         let started = Instant::now();
         let daemon = Daemon::start_with(&self.program, &self.serve, options, &log)?;
-        let mut vm = Vm::boot(&self.kit, &self.machine(script), &folder)?;
+        let mut vm = Vm::boot(&self.kit, machine, &folder)?;
         let mut visit = Visit::default();
         let mut watch = |checkpoint: &Checkpoint| attend(&daemon, checkpoint);
         let ran = self.listen(&mut vm, &mut visit, &mut watch).and_then(|()| vm.wait());

@@ -6,6 +6,8 @@
 //! that of kills under a guest that lives on (5). `STRATA_KILL_SEED` chooses the moments. `cargo verify` or `cargo
 //! demo` prepares the machine; these tests install nothing.
 
+mod clients;
+
 use anyhow::{Context, Result, bail};
 use std::io::Write;
 use std::path::Path;
@@ -44,9 +46,17 @@ fn setting(name: &str, fallback: u64) -> Result<u64> {
 fn guest() -> Result<std::result::Result<GuestKit, String>> {
     let missing: Vec<&str> = setup::missing_tools().iter().map(|tool| tool.program).collect();
     if !missing.is_empty() {
-        return Ok(Err(format!("missing programs: {}", missing.join(" "))));
+        return Ok(Err(missing.join(" ")));
     }
-    Ok(GuestKit::find()?.ok_or_else(|| "no guest is prepared yet".to_owned()))
+    Ok(GuestKit::find()?.ok_or_else(|| "a prepared guest".to_owned()))
+}
+
+/// Skips a test with a message.
+fn skip(name: &str, reason: &str) -> Result<()> {
+    let required = std::env::var("STRATA_REQUIRE_TOOLS").is_ok_and(|value| value == "1");
+    anyhow::ensure!(!required, "{reason} missing, and STRATA_REQUIRE_TOOLS=1: run cargo verify");
+    writeln!(std::io::stderr(), "SKIPPED {name}: {reason} missing (cargo verify prepares the machine)")?;
+    Ok(())
 }
 
 /// Runs `test` on a stand, or skips it with a message. The message goes to standard error directly, because the harness
@@ -55,12 +65,7 @@ fn with_stand(name: &str, test: impl FnOnce(&Stand, &Path) -> Result<()>) -> Res
     let _alone = alone();
     let kit = match guest()? {
         Ok(kit) => kit,
-        Err(reason) => {
-            let required = std::env::var("STRATA_REQUIRE_TOOLS").is_ok_and(|value| value == "1");
-            anyhow::ensure!(!required, "{reason}, and STRATA_REQUIRE_TOOLS=1: run cargo verify");
-            writeln!(std::io::stderr(), "SKIPPED {name}: {reason} (cargo verify prepares the machine)")?;
-            return Ok(());
-        }
+        Err(reason) => return skip(name, &reason),
     };
     let scratch = stand::scratch()?;
     let program = Backend::from_environment()?.program(Profile::Dev)?;

@@ -127,7 +127,8 @@ impl<S: Storage> DiskDevice<S> {
         let facts = DiskFacts::of(&disk);
         let capacity = Capacity::new(facts.size / SECTOR);
         let disk = Arc::new(Held::new(Some(disk), reopening));
-        let (facts, gate, journal, alone) = (Mutex::new(facts), Arc::default(), Mutex::default(), Mutex::default());
+        let (facts, gate, journal, alone) =
+            (Mutex::new(facts), Arc::default(), Mutex::default(), Mutex::default());
         let waiting = AtomicU32::new(0);
         DiskDevice { facts, disk, gate, serial, blocks, capacity, watch, journal, alone, waiting }
     }
