@@ -255,7 +255,7 @@ fn run_session<D: BlockDevice>(
     let seconds = began.elapsed().as_secs();
     match end {
         SessionEnd::Left | SessionEnd::Stopped | SessionEnd::Unheard => {
-            info!("the session of {seconds} s ends ({peer}): {end}")
+            info!("the session of {seconds} s ends ({peer}): {end}");
         }
         SessionEnd::MemoryLost => tell_loss(&session),
         _ => warn!("the session of {seconds} s ends ({peer}): {end}"),
