@@ -213,8 +213,7 @@ impl Storage for HostStorage {
         if open.info.block_device {
             return Ok(open.info.length);
         }
-        let stat = rustix::fs::fstat(&open.file).map_err(|errno| open.stat_error(errno.into()))?;
-        Ok(u64::try_from(stat.st_blocks).unwrap_or(0).saturating_mul(512))
+        probe::allocated(&open.file).map_err(|source| open.stat_error(source))
     }
 }
 

@@ -150,6 +150,13 @@ fn direct_alignment(file: &File) -> Option<(u32, u32)> {
     reported.then_some((stat.stx_dio_offset_align, stat.stx_dio_mem_align))
 }
 
+/// Bytes that the host has allocated for a file, as the kernel knows them. `fstat` would ask the server of a network or
+/// FUSE file system, which may never answer, and threads that must not wait ask for this.
+pub(super) fn allocated(file: &File) -> io::Result<u64> {
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    Ok(rustix::fs::statx(file, c"", flags, StatxFlags::BLOCKS)?.stx_blocks.saturating_mul(512))
+}
+
 fn is_tmpfs(file: &File) -> rustix::io::Result<bool> {
     let kind = rustix::fs::fstatfs(file)?.f_type;
     Ok(u64::try_from(kind) == Ok(TMPFS_MAGIC))
