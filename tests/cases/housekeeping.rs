@@ -122,6 +122,19 @@ impl Still {
     }
 }
 
+/// A disk that could not be closed is used on, with another housekeeper.
+#[test]
+fn the_next_housekeeper_of_a_disk_works_as_the_first() {
+    let Still { world, queue, keeper, disk, memory } = Still::new();
+    drop(keeper);
+    let keeper = disk.keeper().expect("another housekeeper");
+    let mut still = Still { world, queue, keeper, disk, memory };
+    still.write_all(1);
+    assert!(still.disk.status().dirty_bytes > 0);
+    still.rest(Duration::from_secs(20));
+    assert_eq!(still.disk.status().dirty_bytes, 0, "it flushes what has been dirty for long");
+}
+
 #[test]
 fn a_disk_at_rest_gives_memory_of_the_map_back() {
     let mut still = Still::new();

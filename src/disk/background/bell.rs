@@ -47,6 +47,11 @@ impl Bell {
         self.stop.load(Ordering::SeqCst)
     }
 
+    /// A housekeeper begins: the stop was for the last one, which has ended.
+    pub fn begin(&self) {
+        self.stop.store(false, Ordering::SeqCst);
+    }
+
     /// The housekeeper is to end after its present work.
     pub fn stop(&self) {
         self.stop.store(true, Ordering::SeqCst);

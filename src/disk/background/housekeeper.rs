@@ -41,6 +41,7 @@ pub(crate) struct Housekeeper {
 impl Housekeeper {
     pub fn start<S: Storage>(shared: Arc<Shared<S>>) -> Result<Self, OpenError> {
         let bell = Arc::clone(&shared.bell);
+        bell.begin();
         let (report, started) = mpsc::channel();
         let thread = std::thread::Builder::new()
             .name("strata-keeper".into())
@@ -84,6 +85,7 @@ impl<S: Storage> Keeper<S> {
         let bell = Arc::clone(&shared.bell);
         let limit = WORKERS_MAX;
         let worker = Worker::new(shared, Rc::clone(&driver)).ok_or(OpenError::TooManyQueues { limit })?;
+        bell.begin();
         driver.spawn(async move { keep(&worker).await });
         Ok(Keeper { driver, bell })
     }
