@@ -18,6 +18,7 @@ mod refusal;
 mod room;
 mod routes;
 mod server;
+mod stopped;
 mod subject;
 pub mod text;
 mod watch;

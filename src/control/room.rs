@@ -9,6 +9,7 @@ use crate::bounds::{COMMANDS_MAX, STREAMS_MAX};
 use crate::events::Hub;
 use crate::failure::{Failure, Kind};
 use crate::refusal::Refusal;
+use crate::stopped::Stopped;
 use crate::subject::Subject;
 
 /// What all requests share.
@@ -16,6 +17,8 @@ use crate::subject::Subject;
 pub struct Room {
     pub subject: Arc<dyn Subject>,
     pub hub: Arc<Hub>,
+    /// Says when the daemon ends.
+    pub stopped: Stopped,
     commands: Arc<Semaphore>,
     streams: Arc<Semaphore>,
 }
@@ -40,9 +43,9 @@ impl std::fmt::Display for Peer {
 
 impl Room {
     /// With nothing under way.
-    pub fn new(subject: Arc<dyn Subject>, hub: Arc<Hub>) -> Self {
+    pub fn new(subject: Arc<dyn Subject>, hub: Arc<Hub>, stopped: Stopped) -> Self {
         let semaphore = |permits| Arc::new(Semaphore::new(permits));
-        Room { subject, hub, commands: semaphore(COMMANDS_MAX), streams: semaphore(STREAMS_MAX) }
+        Room { subject, hub, stopped, commands: semaphore(COMMANDS_MAX), streams: semaphore(STREAMS_MAX) }
     }
 
     /// Runs a command that does I/O on a thread of its own. It runs to its end, also if its client leaves.

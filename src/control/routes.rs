@@ -124,7 +124,8 @@ async fn metrics(State(room): State<Room>) -> impl IntoResponse {
 
 /// The events from now on: a JSON object a line, or server-sent events if Accept asks for text/event-stream
 ///
-/// The answer has no end. A client that does not read is dropped, and has to look at the disk's state again.
+/// The answer ends with the daemon. A client that does not read is dropped, and has to look at the disk's state again. So
+/// has a client that begins to listen while another one does.
 #[utoipa::path(
     get,
     path = "/v1/events",
@@ -135,7 +136,8 @@ async fn metrics(State(room): State<Room>) -> impl IntoResponse {
 )]
 async fn events(State(room): State<Room>, headers: HeaderMap) -> Result<Response, Refusal> {
     let accept = headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok());
-    Ok(events::stream(&room.hub, Form::wanted(accept), room.stream()?))
+    let permit = room.stream()?;
+    Ok(events::stream(&room.hub, Form::wanted(accept), room.stopped, permit))
 }
 
 /// This description
@@ -175,7 +177,7 @@ async fn log_level(
         (status = 400, description = "It is no size of a disk", body = ErrorBody),
         (status = 409, description = "The disk cannot have that size now, or would lose data", body = ErrorBody),
         (status = 500, description = "The host refused, or the disk has failed", body = ErrorBody),
-        (status = 503, description = "Other commands are under way", body = ErrorBody),
+        (status = 503, description = "Other commands are under way, or the daemon ends", body = ErrorBody),
         (status = 507, description = "The host has no space", body = ErrorBody),
     )
 )]

@@ -21,6 +21,7 @@ use crate::bounds::{COMMANDS_MAX, CONNECTIONS_MAX, HEAD_MAX, HEAD_TIMEOUT, HEADE
 use crate::events::Hub;
 use crate::room::{Peer, Room};
 use crate::routes;
+use crate::stopped::Stopped;
 use crate::subject::Subject;
 use crate::watch::watch as watch_disk;
 
@@ -54,8 +55,8 @@ impl Control {
             let _inside = runtime.enter();
             tokio::net::UnixListener::from_std(listener)?
         };
-        let (stop, stopped) = watch::channel(false);
-        let room = Room::new(Arc::clone(&subject), hub);
+        let (stop, stopped) = Stopped::new();
+        let room = Room::new(Arc::clone(&subject), hub, stopped.clone());
         let body = move || runtime.block_on(serve(listener, room, stopped));
         let thread = thread::Builder::new().name("strata-control".to_owned()).spawn(body)?;
         Ok(Control { subject, stop, thread })
@@ -72,11 +73,13 @@ impl Control {
     }
 }
 
-async fn serve(listener: tokio::net::UnixListener, room: Room, mut stopped: watch::Receiver<bool>) {
+async fn serve(listener: tokio::net::UnixListener, room: Room, mut stopped: Stopped) {
     let mut tasks = JoinSet::new();
     let watcher = tokio::spawn(watch_disk(Arc::clone(&room.subject), Arc::clone(&room.hub)));
     let router = routes::router().with_state(room);
     let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    // The last accept failed on the host.
+    let mut failing = false;
     loop {
         while tasks.try_join_next().is_some() {}
         let next = async {
@@ -85,11 +88,12 @@ async fn serve(listener: tokio::net::UnixListener, room: Room, mut stopped: watc
         };
         let (slot, accepted) = tokio::select! {
             biased;
-            () = end(&mut stopped) => break,
+            () = stopped.wait() => break,
             next = next => next,
         };
         match accepted {
             Ok((stream, _)) => {
+                failing = false;
                 let connection = serve_client(stream, router.clone(), stopped.clone());
                 tasks.spawn(async move {
                     connection.await;
@@ -97,7 +101,9 @@ async fn serve(listener: tokio::net::UnixListener, room: Room, mut stopped: watc
                 });
             }
             Err(error) => {
-                warn!(%error, "a client of the control socket could not be accepted");
+                if !std::mem::replace(&mut failing, true) {
+                    warn!(%error, "a client of the control socket could not be accepted; trying again");
+                }
                 tokio::time::sleep(ACCEPT_AGAIN).await;
             }
         }
@@ -107,14 +113,8 @@ async fn serve(listener: tokio::net::UnixListener, room: Room, mut stopped: watc
     while tasks.join_next().await.is_some() {}
 }
 
-/// Waits until the daemon ends.
-async fn end(stopped: &mut watch::Receiver<bool>) {
-    // It fails if the handle is gone, which is an end, too.
-    let _ = stopped.wait_for(|stopped| *stopped).await;
-}
-
 /// Serves one client until it leaves, is too slow, or the daemon ends.
-async fn serve_client(stream: UnixStream, router: Router, mut stopped: watch::Receiver<bool>) {
+async fn serve_client(stream: UnixStream, router: Router, mut stopped: Stopped) {
     let credentials = stream.peer_cred().ok();
     let pid = credentials.and_then(|found| found.pid()).filter(|pid| *pid > 0);
     let peer = Peer { pid, uid: credentials.map(|found| found.uid()) };
@@ -129,7 +129,7 @@ async fn serve_client(stream: UnixStream, router: Router, mut stopped: watch::Re
     let mut connection = std::pin::pin!(connection);
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
-        () = end(&mut stopped) => {
+        () = stopped.wait() => {
             connection.as_mut().graceful_shutdown();
             match tokio::time::timeout(LEAVE_TIMEOUT, connection).await {
                 Ok(ended) => ended,
