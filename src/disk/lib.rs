@@ -26,7 +26,7 @@ pub use background::housekeeper::Keeper;
 pub use background::resizing::Resizing;
 pub use block::{Request, RequestId};
 pub use disk::Disk;
-pub use engine::JournalMemory;
+pub use engine::{EngineError, JournalMemory};
 pub use error::{BackingNameError, BadBitmaps, OpenError, RequestError};
 pub use image::{change, check, resize, snapshot};
 pub use inflate::InflateError;

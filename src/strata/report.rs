@@ -8,8 +8,8 @@ use std::path::Path;
 use control::client::ClientError;
 use control::{Failure, Kind};
 use disk::change::ChangeError;
-use disk::resize::ResizeError;
-use disk::{OpenError, RequestError};
+use disk::resize::{InUseError, ResizeError};
+use disk::{EngineError, OpenError, RequestError};
 use names::one_line;
 use storage::{Errno, StorageError};
 use vhost_blk::SessionError;
@@ -76,17 +76,8 @@ fn of_program(error: &ProgramError) -> (Kind, Place) {
         ProgramError::Check { source, .. } => of_open(source),
         ProgramError::ChainRoot(source) => of_storage(source),
         ProgramError::NothingToCheck { image } => (Kind::NothingToCheck, Place::file(image)),
-        ProgramError::Snapshot(source) | ProgramError::Resize(ResizeError::Change(source)) => {
-            of_change(source)
-        }
-        ProgramError::Resize(
-            ResizeError::NothingLeft { path, .. }
-            | ResizeError::Empty { path, .. }
-            | ResizeError::TooLarge { path }
-            | ResizeError::NoSectors { path, .. }
-            | ResizeError::WouldShrink { path, .. }
-            | ResizeError::BlockDevice { path },
-        ) => (Kind::Refused, Place::file(path)),
+        ProgramError::Snapshot(source) => of_change(source),
+        ProgramError::Resize(source) => of_resize(source),
         ProgramError::BlockSize { image, .. } => (Kind::Refused, Place::file(image)),
         ProgramError::InUse { image } => (Kind::InUse, Place::file(image)),
         ProgramError::Session(source) => of_session(source),
@@ -161,14 +152,46 @@ fn of_open(error: &OpenError) -> (Kind, Place) {
     }
 }
 
+fn of_resize(error: &ResizeError) -> (Kind, Place) {
+    match error {
+        ResizeError::Change(source) => of_change(source),
+        ResizeError::InUse { path, source } => match source {
+            InUseError::Step(source) => of_request(path, source),
+            // Of the daemon, not of the disk: a daemon that serves it later takes the size.
+            InUseError::Busy | InUseError::GivenUp => (Kind::Busy, Place::file(path)),
+            InUseError::ReadOnly | InUseError::PartialBlock { .. } | InUseError::AwaitsJournal => {
+                (Kind::Refused, Place::file(path))
+            }
+        },
+        // No disk can have these sizes, whatever it is.
+        ResizeError::Empty { path, .. }
+        | ResizeError::TooLarge { path }
+        | ResizeError::NoSectors { path, .. } => (Kind::Usage, Place::file(path)),
+        ResizeError::NothingLeft { path, .. }
+        | ResizeError::WouldShrink { path, .. }
+        | ResizeError::BlockDevice { path } => (Kind::Refused, Place::file(path)),
+    }
+}
+
 fn of_request(path: &Path, error: &RequestError) -> (Kind, Place) {
     match error {
-        RequestError::Engine(_) => (Kind::Damaged, Place::file(path)),
+        RequestError::Engine(source) => (of_engine(source), Place::file(path)),
         RequestError::Crowded | RequestError::PastEnd => (Kind::Io, Place::file(path)),
         RequestError::Io { source, .. } => (of_errno(*source), Place::file(path)),
         RequestError::Compressed { path, offset, .. } => {
             (Kind::Damaged, Place::at(path, "compressed cluster", *offset))
         }
+    }
+}
+
+fn of_engine(error: &EngineError) -> Kind {
+    match error {
+        EngineError::BadEntry { .. } | EngineError::Corrupt(_) => Kind::Damaged,
+        EngineError::Failed => Kind::Io,
+        EngineError::RefcountTableFull
+        | EngineError::L1TableFull { .. }
+        | EngineError::FileTooLarge
+        | EngineError::ReadOnly => Kind::Refused,
     }
 }
 
@@ -237,5 +260,32 @@ mod tests {
         assert_eq!((&value["error"]["offset"], &value["error"]["kind"]), (&7.into(), &"io".into()));
         assert_eq!(value["error"]["file"], "a\n\u{9b}");
         assert!(!text.contains('\u{9b}'), "{text}");
+    }
+    #[test]
+    fn a_disk_in_use_that_cannot_have_a_size_says_why() {
+        let kind = |source| {
+            let path = "a".into();
+            failure(&ProgramError::Resize(ResizeError::InUse { path, source })).kind
+        };
+        let no_space = RequestError::Io { action: "writing", source: Errno::ENOSPC };
+        for (source, expected) in [
+            (InUseError::ReadOnly, Kind::Refused),
+            (InUseError::PartialBlock { block: 4096 }, Kind::Refused),
+            (InUseError::AwaitsJournal, Kind::Refused),
+            (InUseError::Busy, Kind::Busy),
+            (InUseError::GivenUp, Kind::Busy),
+            (InUseError::Step(no_space), Kind::NoSpace),
+            (InUseError::Step(EngineError::Failed.into()), Kind::Io),
+            (InUseError::Step(EngineError::L1TableFull { entries: 2, room: 1 }.into()), Kind::Refused),
+        ] {
+            assert_eq!(kind(source), expected);
+        }
+    }
+
+    #[test]
+    fn a_flush_of_a_disk_that_has_failed_is_no_damage() {
+        let failed = RequestError::from(EngineError::Failed);
+        let source = OpenError::Request { path: "a".into(), source: failed };
+        assert_eq!(failure(&ProgramError::Flush { image: "a".into(), source }).kind, Kind::Io);
     }
 }

@@ -180,7 +180,10 @@ fn the_disk_gets_another_size() {
     let (status, refused) = size("{\"size\": 2097152}");
     assert_eq!((status, &refused["error"]["kind"]), (409, &"refused".into()));
     assert!(refused["error"]["hint"].as_str().is_some_and(|hint| hint.contains("force")), "{refused}");
-    assert_eq!(size("{\"size\": 7}").0, 400);
+    for none in ["7", "0", "9223372036854775808"] {
+        let (status, refused) = size(&format!("{{\"size\": {none}}}"));
+        assert_eq!((status, &refused["error"]["kind"]), (400, &"usage".into()), "{none}");
+    }
     assert_eq!(size("{\"size\": 2097152, \"force\": true}").0, 200);
     let mut ctl = Command::new(PROGRAM);
     let (code, text, _) = output(ctl.arg("ctl").arg(&socket).args(["resize", "3M"]));
