@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use disk::check::Sharing;
 use disk::{Disk, DiskOptions, OpenError, SpaceStatus};
-use names::shown;
+use names::{one_line, shown};
 use qcow2::SECTOR;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use storage::host::{HostStorage, Owner};
@@ -20,7 +20,7 @@ use vhost_blk::{Metrics, Pulse, ServeOptions, Server, Sockets, Stage, StopHandle
 use crate::cli::{Cache, Serial, ServeArgs};
 use crate::control_door::ControlDoor;
 use crate::device::{BlockSizes, DiskDevice, DiskFacts, host_block};
-use crate::error::{ProgramError, Purpose};
+use crate::error::{ProgramError, Purpose, with_causes};
 use crate::handover::{Offer, Predecessor, Successor, Terms};
 use crate::held::Reopening;
 use crate::listen::Place;
@@ -174,8 +174,11 @@ fn serve_round(
     let watch = device.watch();
     let totals = {
         // Dropped before the device is closed (`Shutdown::closing`): closing needs the last reference to the device.
-        let (device, metrics, image) = (Arc::clone(&device), Arc::clone(&offer.metrics), image.to_owned());
-        move || tell_totals(&image, &metrics, device.watch().space_status(), map_bytes(&device))
+        let (device, metrics) = (Arc::clone(&device), Arc::clone(&offer.metrics));
+        move || {
+            let image_bytes = device.disk().and_then(|disk| disk.allocated(0).ok()).unwrap_or(0);
+            tell_totals(&metrics, device.watch().space_status(), map_bytes(&device), image_bytes);
+        }
     };
     let resizer = Resizer::start(
         Arc::clone(&device),
@@ -195,6 +198,14 @@ fn serve_round(
         ending: AtomicBool::new(false),
     };
     let controlled = control.as_mut().map(|door| door.open(subject(), stages.hub())).transpose();
+    let controlled = match controlled {
+        // The guest is waiting for its disk, which is worth more than the socket.
+        Err(error) if matches!(entry, Entry::Kept(_)) => {
+            warn!("serving again without a control socket: {}", one_line(&with_causes(&error)));
+            Ok(None)
+        }
+        other => other,
+    };
     let served = controlled.and_then(|controlled| {
         let terms = terms(image, options);
         let served = serve(place, image, &device, &offer, (shutdown, stop), (entry, terms));
@@ -208,7 +219,9 @@ fn serve_round(
     let closed = close(image, device);
     let ended = served?;
     closed?;
-    tell_totals(image, &offer.metrics, watch.space_status(), map_bytes);
+    // st_blocks counts 512 bytes, whatever the file system's blocks are.
+    let image_bytes = std::fs::metadata(image).map_or(0, |metadata| metadata.blocks().saturating_mul(512));
+    tell_totals(&offer.metrics, watch.space_status(), map_bytes, image_bytes);
     Ok(ended)
 }
 
@@ -406,10 +419,8 @@ fn close(image: &Path, device: Arc<HostDevice>) -> Result<(), ProgramError> {
 }
 
 /// Logs one line of totals, as `totals name=number …`; programs read it.
-fn tell_totals(image: &Path, metrics: &Metrics, space: SpaceStatus, map_bytes: usize) {
+fn tell_totals(metrics: &Metrics, space: SpaceStatus, map_bytes: usize, image_bytes: u64) {
     let total = metrics.total();
-    // st_blocks counts 512 bytes, whatever the file system's blocks are.
-    let image_bytes = std::fs::metadata(image).map_or(0, |metadata| metadata.blocks().saturating_mul(512));
     info!(
         reads = total.reads,
         writes = total.writes,

@@ -3,6 +3,7 @@
 //! Two threads: one handles signals, one watches the time. Neither ends the program while a disk is open: the main
 //! thread does, when everything is done.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -42,15 +43,14 @@ struct State {
     /// When the shutdown began.
     stopping: Option<Instant>,
     device: DeviceWatch,
-    /// Logs the totals so far, while the disk is served.
+    /// Logs the totals so far, while the disk is served. It does no I/O: a signal would wait for the lock meanwhile.
     totals: Option<Box<dyn Fn() + Send>>,
     /// Asks for a resize of the disk, while it is served.
     resize: Option<Box<dyn Fn() + Send>>,
 }
 
 struct Shared {
-    /// The current state. A leaf lock, except for the socket's lock in `StopHandle::stop` and those of `DeviceWatch`,
-    /// which are leaves themselves.
+    /// The current state. No thread that holds another lock takes it (docs/concurrency.md, "Locks").
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -69,6 +69,20 @@ impl Shutdown {
     /// When the host refuses a thread or a handler.
     pub fn start(stop: StopHandle) -> Result<Self, ProgramError> {
         let failed = |step| move |source| ProgramError::Host { step, source };
+        let mut signals = Signals::new([SIGTERM, SIGINT, SIGXCPU, SIGHUP, SIGUSR1, SIGUSR2])
+            .map_err(failed("setting signal handlers up"))?;
+        let shutdown = Self::new(stop);
+        let (takes, looks) = (shutdown.clone(), shutdown.clone());
+        let spawn = |name: &str, body: Box<dyn FnOnce() + Send>| {
+            thread::Builder::new().name(name.to_owned()).spawn(body).map_err(failed("starting a thread"))
+        };
+        spawn("strata-signals", Box::new(move || signals.forever().for_each(|signal| takes.signal(signal))))?;
+        spawn("strata-watch", Box::new(move || looks.look()))?;
+        Ok(shutdown)
+    }
+
+    /// Before the disk is open, and without a thread.
+    fn new(stop: StopHandle) -> Self {
         let state = State {
             stage: Stage::Opening,
             stop,
@@ -79,17 +93,7 @@ impl Shutdown {
             totals: None,
             resize: None,
         };
-        let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
-        let mut signals = Signals::new([SIGTERM, SIGINT, SIGXCPU, SIGHUP, SIGUSR1, SIGUSR2])
-            .map_err(failed("setting signal handlers up"))?;
-        let shutdown = Shutdown { shared };
-        let (takes, looks) = (shutdown.clone(), shutdown.clone());
-        let spawn = |name: &str, body: Box<dyn FnOnce() + Send>| {
-            thread::Builder::new().name(name.to_owned()).spawn(body).map_err(failed("starting a thread"))
-        };
-        spawn("strata-signals", Box::new(move || signals.forever().for_each(|signal| takes.signal(signal))))?;
-        spawn("strata-watch", Box::new(move || looks.look()))?;
-        Ok(shutdown)
+        Shutdown { shared: Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() }) }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -167,10 +171,10 @@ impl Shutdown {
         let mut state = self.state();
         match (signal, &state.totals) {
             (SIGHUP, _) => match &state.resize {
-                Some(resize) => return resize(),
+                Some(resize) => return guarded("the resize", resize),
                 None => return info!("SIGHUP: the disk is not being served, so it keeps its size"),
             },
-            (SIGUSR1, Some(log_totals)) => return log_totals(),
+            (SIGUSR1, Some(log_totals)) => return guarded("the totals", log_totals),
             (SIGUSR1 | SIGUSR2, _) => {
                 return info!("{name}: nothing to do; SIGUSR1 logs the totals of a disk in use");
             }
@@ -218,6 +222,14 @@ impl Shutdown {
     }
 }
 
+/// Runs a task of the thread that handles signals. A panic, as after one under a lock of the disk, must not end the
+/// thread: then no signal would end the daemon.
+fn guarded(name: &str, task: &dyn Fn()) {
+    if catch_unwind(AssertUnwindSafe(task)).is_err() {
+        warn!("{name}: the task panicked; signals are handled as before");
+    }
+}
+
 /// What the shutdown is waiting for.
 fn in_words(state: &State) -> String {
     let busy = state.device.in_flight();
@@ -231,5 +243,21 @@ fn in_words(state: &State) -> String {
                 busy.iter().map(|(queue, count)| format!("{queue} has {count}")).collect();
             format!("requests are still at the host: {}", each.join(", "))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_task_that_panics_ends_no_thread_of_signals() {
+        let stop = StopHandle::new().expect("an eventfd");
+        let shutdown = Shutdown::new(stop.clone());
+        shutdown.serving(DeviceWatch::default(), || panic!("the totals"), || panic!("the resize"));
+        shutdown.signal(SIGUSR1);
+        shutdown.signal(SIGHUP);
+        shutdown.signal(SIGTERM);
+        assert!(stop.is_stopped());
     }
 }

@@ -5,7 +5,7 @@ mod kit;
 
 use std::io::{Read, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -119,6 +119,26 @@ fn the_old_daemon_serves_again_where_the_new_one_ends() {
     }
     daemon.stop();
     assert!(!bench.socket().exists() && !beside(&bench).exists(), "nothing is left");
+}
+
+/// The disk is worth more than a socket beside it.
+#[test]
+fn the_old_daemon_serves_again_where_its_control_socket_is_gone() {
+    let bench = Bench::new();
+    bench.image("disk.qcow2");
+    let control = bench.path("c");
+    let mut daemon = Daemon::start(bench.serve("disk.qcow2").arg("--control-socket").arg(&control));
+    let mut successor = UnixStream::connect(beside(&bench)).expect("it waits");
+    ask(&bench, &mut successor);
+    successor.read_exact(&mut [0]).expect("the image is closed");
+    let _other = UnixListener::bind(&control).expect("the path is free");
+    drop(successor);
+    daemon.wait_for("serving again without a control socket");
+    daemon.wait_for(" serving ");
+    let waiting = UnixStream::connect(bench.socket()).expect("it listens");
+    daemon.wait_for("a frontend connected");
+    drop(waiting);
+    daemon.stop();
 }
 
 #[test]
