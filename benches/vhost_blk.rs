@@ -13,7 +13,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use harness::{Case, Named};
 use vhost_blk::internals::{
-    Chain, Checker, GuestMemory, MemoryTable, Parsed, RegionInfo, Ring, RingLayout, SplitTracker, Used,
+    Chain, Checker, GuestMemory, MemoryTable, Parsed, RegionInfo, RingLayout, SplitRing, SplitTracker, Used,
 };
 use vhost_blk::{Capacity, DeviceProfile};
 
@@ -64,7 +64,7 @@ enum Shape {
 /// A ring with the guest's side.
 struct Guest {
     memory: Arc<GuestMemory>,
-    ring: Ring,
+    ring: SplitRing,
     chain: Chain,
     checker: Checker,
     /// The guest's available index.
@@ -95,7 +95,7 @@ impl Guest {
             event_index: true,
             indirect: true,
         };
-        let mut ring = Ring::new(&layout, &memory).expect("a valid ring");
+        let mut ring = SplitRing::new(&layout, &memory).expect("a valid ring");
         ring.disable_kicks().expect("a valid ring");
         let profile = DeviceProfile {
             capacity: Capacity::new(1 << 20),

@@ -7,7 +7,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_TOPOLOGY,
     VIRTIO_BLK_F_WRITE_ZEROES,
 };
-use virtio_bindings::virtio_config::{VIRTIO_F_ANY_LAYOUT, VIRTIO_F_VERSION_1};
+use virtio_bindings::virtio_config::{VIRTIO_F_ANY_LAYOUT, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use crate::device::DeviceProfile;
@@ -20,6 +20,8 @@ pub(crate) const CONFIG_WCE: u64 = 1 << VIRTIO_BLK_F_CONFIG_WCE;
 pub(crate) const EVENT_INDEX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
 /// INDIRECT_DESC.
 pub(crate) const INDIRECT: u64 = 1 << VIRTIO_RING_F_INDIRECT_DESC;
+/// RING_PACKED: rings are packed ones.
+pub(crate) const PACKED: u64 = 1 << VIRTIO_F_RING_PACKED;
 /// vhost's own bit: all writes to guest memory are logged for a migration. A guest never sees it.
 pub(crate) const LOG_ALL: u64 = 1 << 26;
 /// vhost-user's own bit: protocol features can be negotiated, and rings start disabled.
@@ -70,7 +72,7 @@ pub(crate) fn features(profile: &DeviceProfile, num_queues: u16) -> u64 {
 
 /// Virtio features of a block device by their names in the specification; others by their bit.
 pub(crate) fn names(features: u64) -> String {
-    const NAMES: [(u32, &str); 14] = [
+    const NAMES: [(u32, &str); 15] = [
         (VIRTIO_BLK_F_SIZE_MAX, "SIZE_MAX"),
         (VIRTIO_BLK_F_SEG_MAX, "SEG_MAX"),
         (VIRTIO_BLK_F_RO, "RO"),
@@ -85,6 +87,7 @@ pub(crate) fn names(features: u64) -> String {
         (VIRTIO_RING_F_INDIRECT_DESC, "INDIRECT_DESC"),
         (VIRTIO_RING_F_EVENT_IDX, "EVENT_IDX"),
         (VIRTIO_F_VERSION_1, "VERSION_1"),
+        (VIRTIO_F_RING_PACKED, "RING_PACKED"),
     ];
     let name = |bit: u32| match NAMES.iter().find(|(number, _)| *number == bit) {
         Some((_, name)) => (*name).to_owned(),

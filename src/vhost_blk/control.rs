@@ -1,6 +1,6 @@
 //! What a worker and the session have in common: the inputs of a worker, the commands to it, and its result.
 
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -10,12 +10,11 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::dirty_log::DirtyLog;
 use crate::fd::{self, RaiseMark, SignalSlot};
-use crate::in_flight_region::SplitTracker;
 use crate::line_limit::SessionLines;
 use crate::memory::GuestMemory;
 use crate::metrics::Metrics;
 use crate::pulse::Pulse;
-use crate::ring::Ring;
+use crate::virtqueue::Virtqueue;
 
 /// State that the session shares with all its workers.
 #[derive(Debug)]
@@ -169,15 +168,15 @@ impl WorkerThread {
 }
 
 /// The inputs of a new worker.
-pub(crate) struct WorkerSetup<D> {
+pub(crate) struct WorkerSetup<D, R: Virtqueue> {
     pub index: u16,
     pub device: Arc<D>,
-    pub ring: Ring,
+    pub ring: R,
     pub ring_size: u16,
     /// The record of the chains in flight, if the frontend keeps one.
-    pub tracker: Option<SplitTracker>,
-    /// The heads of the chains that the last worker had in flight, to be done first and in this order.
-    pub again: Vec<u16>,
+    pub tracker: Option<R::Tracker>,
+    /// The chains that the last worker had in flight, to be done first and in this order.
+    pub again: Vec<R::Recorded>,
     /// Where the data and the status bytes that are written to guest memory are logged, if they are.
     pub log: Option<Arc<DirtyLog>>,
     /// The ring was used before: its previous worker or daemon may have lost an interrupt.
@@ -194,13 +193,15 @@ pub(crate) struct WorkerSetup<D> {
 /// The result of a worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Exit {
-    /// The index in the available ring of the next chain to take.
-    pub next_available: u16,
+    /// Where the ring goes on, in the form of `RingLayout::base`.
+    pub base: u32,
     /// The ring was corrupt, or the worker itself failed: it must be set up again before it runs again.
     pub broken: bool,
     /// Everything that was done before is durable: the worker has flushed the disk as its last step. False where it was
     /// not to, or could not.
     pub flushed: bool,
+    /// Nothing is in flight any more: each chain was answered, or is back in the ring.
+    pub settled: bool,
 }
 
 /// How a worker is stopped. In each case it takes no more chains, finishes what the disk has, and ends; after that no
@@ -236,19 +237,15 @@ const LEAVE: u8 = 4;
 pub(crate) struct Control {
     /// RUN or one for each [`Stop`]. Stored before the notifier is used, loaded before every wait.
     command: AtomicU8,
-    /// The worker's position in the available ring, in case it dies. Relaxed: read after a join.
-    next_available: AtomicU16,
+    /// The worker's position in its ring, in the form of `RingLayout::base`, in case it dies. Relaxed: read after a join.
+    base: AtomicU32,
     pub raising: RaiseMark,
 }
 
 impl Control {
-    /// For a worker whose next chain in the available ring has this index.
-    pub(crate) fn new(next_available: u16) -> Self {
-        Control {
-            command: AtomicU8::new(RUN),
-            next_available: AtomicU16::new(next_available),
-            raising: RaiseMark::default(),
-        }
+    /// For a worker whose ring goes on there.
+    pub(crate) fn new(base: u32) -> Self {
+        Control { command: AtomicU8::new(RUN), base: AtomicU32::new(base), raising: RaiseMark::default() }
     }
 
     /// Stores the command to stop. The worker sees it at its next look, and has to be woken for that.
@@ -280,11 +277,11 @@ impl Control {
 
     /// The result of a worker that died.
     pub(crate) fn broken_exit(&self) -> Exit {
-        Exit { next_available: self.next_available.load(Ordering::Relaxed), broken: true, flushed: false }
+        Exit { base: self.base.load(Ordering::Relaxed), broken: true, flushed: false, settled: false }
     }
 
-    /// Records the worker's position in the available ring.
-    pub(crate) fn note_next_available(&self, next_available: u16) {
-        self.next_available.store(next_available, Ordering::Relaxed);
+    /// Records the worker's position in its ring.
+    pub(crate) fn note_base(&self, base: u32) {
+        self.base.store(base, Ordering::Relaxed);
     }
 }

@@ -162,16 +162,16 @@ impl ChainLog {
     }
 }
 
-/// Where a log counts the used ring of a queue, which may be elsewhere than the ring itself.
+/// Where a log counts a part of a ring that the device writes. That may be elsewhere than the part itself.
 #[derive(Clone, Debug)]
-pub(crate) struct UsedRingLog {
+pub(crate) struct PartLog {
     log: Arc<DirtyLog>,
-    /// The address of the used ring in the log.
+    /// The address of the part in the log.
     address: u64,
 }
 
-impl UsedRingLog {
-    /// A used ring of `bytes` bytes, logged at `address`. All of it is marked: a daemon that was killed may have
+impl PartLog {
+    /// A part of `bytes` bytes, logged at `address`. All of it is marked: a daemon that was killed may have
     /// written some of it that it did not mark.
     ///
     /// # Errors
@@ -179,10 +179,10 @@ impl UsedRingLog {
     pub(crate) fn new(log: Arc<DirtyLog>, address: u64, bytes: u64) -> Result<Self, LogError> {
         log.check_covers(address.saturating_add(bytes))?;
         log.mark(address, bytes);
-        Ok(UsedRingLog { log, address })
+        Ok(PartLog { log, address })
     }
 
-    /// Marks bytes of the used ring that were just written.
+    /// Marks bytes of the part that were just written.
     pub(crate) fn mark(&self, offset: usize, bytes: usize) {
         self.log.mark(self.address + offset as u64, bytes as u64);
     }
@@ -266,9 +266,9 @@ mod tests {
         let log = Arc::new(map(2, 0, &file(4096)).expect("a log"));
         assert!(log.check_covers(16 * 4096).is_ok());
         assert!(matches!(log.check_covers(16 * 4096 + 1), Err(LogError::TooShort { .. })));
-        assert!(UsedRingLog::new(Arc::clone(&log), 15 * 4096, 4096).is_ok());
-        assert!(UsedRingLog::new(Arc::clone(&log), 15 * 4096, 4097).is_err());
-        assert!(UsedRingLog::new(log, u64::MAX, 4097).is_err());
+        assert!(PartLog::new(Arc::clone(&log), 15 * 4096, 4096).is_ok());
+        assert!(PartLog::new(Arc::clone(&log), 15 * 4096, 4097).is_err());
+        assert!(PartLog::new(log, u64::MAX, 4097).is_err());
     }
 
     #[test]

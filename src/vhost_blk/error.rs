@@ -174,9 +174,18 @@ pub enum RingError {
     /// A part of the ring is not in guest memory.
     #[error("a part of the ring is outside guest memory: {0}")]
     Address(#[from] BadAddress),
-    /// A part of the ring is not aligned as virtio 1.2, 2.7 requires, or its size is not a power of two.
+    /// A part of the ring is not aligned as virtio 1.2, 2.7 and 2.8 require, or its size is 0, or not a power of two in a
+    /// split ring.
     #[error("the ring's addresses or its size ({size}) are impossible")]
     Layout {
+        /// Descriptors.
+        size: u16,
+    },
+    /// The base names no place where a ring of this size may go on.
+    #[error("a ring of {size} cannot go on at base {base:#x}")]
+    Base {
+        /// The base, as in the messages.
+        base: u32,
         /// Descriptors.
         size: u16,
     },
@@ -206,5 +215,39 @@ pub enum RingError {
     HeadInFlight {
         /// The chain's head.
         head: u16,
+    },
+    /// A chain in a packed ring has more descriptors than the ring has room for, or no end.
+    #[error("the chain at descriptor {index} does not end within the {room} descriptors that are free")]
+    ChainTooLong {
+        /// Its first descriptor.
+        index: u16,
+        /// Descriptors that no chain in flight uses.
+        room: u16,
+    },
+    /// The first descriptor of a chain in a packed ring was made available, and a later one was not.
+    #[error("descriptor {index} is not available, but the chain to which it belongs is")]
+    ChainCut {
+        /// The descriptor.
+        index: u16,
+    },
+    /// A chain in a packed ring was changed after it was made available.
+    #[error("the chain at descriptor {index} was changed after it was made available")]
+    ChainChanged {
+        /// Its first descriptor.
+        index: u16,
+    },
+    /// A chain in a packed ring has a buffer id that is no less than the size of the ring.
+    #[error("a chain has buffer id {id} in a ring of {size}")]
+    IdOutOfRange {
+        /// The guest's value.
+        id: u16,
+        /// Descriptors.
+        size: u16,
+    },
+    /// The guest made a chain available in a packed ring with the buffer id of a chain in flight.
+    #[error("buffer id {id} was made available while it is in flight")]
+    IdInFlight {
+        /// The buffer id.
+        id: u16,
     },
 }

@@ -29,8 +29,8 @@ pub(crate) enum End {
 #[derive(Debug)]
 pub(crate) struct Pending {
     pub head: u16,
-    /// Its index in the available ring, if it is known.
-    pub index: Option<u16>,
+    /// Its place in the order in which the chains were taken, if it is known. Counts modulo 65,536.
+    pub sequence: Option<u16>,
     pub kind: Kind,
     pub status_byte: GuestSlice,
     pub status: Status,
@@ -157,7 +157,7 @@ impl InFlight {
     pub(crate) fn add(
         &mut self,
         head: u16,
-        index: Option<u16>,
+        sequence: Option<u16>,
         submission: Submission,
         data: &[GuestSlice],
     ) -> Option<(RequestId, Request)> {
@@ -165,7 +165,7 @@ impl InFlight {
         let whole = self.cutter.whole(&requests, bytes);
         let pending = Pending {
             head,
-            index,
+            sequence,
             kind,
             status_byte,
             status: Status::Ok,
@@ -264,9 +264,9 @@ impl InFlight {
     }
 
     /// The ring is being stopped: the disk gets no more pieces. A chain whose rest it lacks is put back into the
-    /// ring if no later one stays taken: `next` is the index after the newest. Else it fails. A chain of an earlier
-    /// worker, which has no index, stays recorded as in flight; with `leaves` so does any that would fail. Returns the
-    /// chains of which the disk has nothing, in the order of their arrival; [`InFlight::finish`] returns the others.
+    /// ring if no later one stays taken: `next` is the place after the newest. Else it fails. A chain of an earlier
+    /// worker, whose place is not known, stays recorded as in flight; with `leaves` so does any that would fail. Returns
+    /// the chains of which the disk has nothing, in the order of their arrival; [`InFlight::finish`] returns the others.
     pub(crate) fn let_rests_go(&mut self, next: u16, leaves: bool) -> Vec<Pending> {
         let mut newest = next.wrapping_sub(1);
         let mut ended = Vec::new();
@@ -274,15 +274,15 @@ impl InFlight {
             self.lanes.iter_mut().flat_map(|lane| lane.rests.drain(..)).map(|rest| rest.chain).collect();
         // The newest first.
         chains.sort_by_key(|chain| {
-            let index = chain_of(&mut self.slots, *chain).index;
-            index.map_or(u32::MAX, |index| next.wrapping_sub(index).into())
+            let sequence = chain_of(&mut self.slots, *chain).sequence;
+            sequence.map_or(u32::MAX, |sequence| next.wrapping_sub(sequence).into())
         });
         for chain in chains {
             let pending = chain_of(&mut self.slots, chain);
             pending.has_rest = false;
-            match pending.index {
+            match pending.sequence {
                 None => pending.end = End::Leave,
-                Some(index) if index == newest => {
+                Some(sequence) if sequence == newest => {
                     newest = newest.wrapping_sub(1);
                     pending.end = End::PutBack;
                 }

@@ -1,8 +1,8 @@
-//! The vhost-user-blk session: messages, guest memory, split rings and virtio-blk requests.
+//! The vhost-user-blk session: messages, guest memory, split and packed rings, and virtio-blk requests.
 //!
 //! Knows no image and no file, only a [`BlockDevice`]. A [`Server`] accepts frontends, one at a time. A session
 //! (`session`) applies their messages to the queues (`vring`) and the memory (`memory`). Each started queue has a
-//! thread (`worker`) that takes chains from its ring (`ring`), checks them (`request`) and submits them to the disk.
+//! thread (`worker`) that takes chains from its ring (`ring`, `virtqueue`), checks them (`request`) and submits them to the disk.
 //!
 //! Where the frontend keeps an in-flight region (`in_flight_region`), a worker records in it what it has taken.
 //!
@@ -15,6 +15,8 @@ mod back_channel;
 pub mod bounds;
 mod config;
 mod control;
+#[cfg(test)]
+mod death;
 mod descriptor;
 pub mod device;
 mod dirty_log;
@@ -33,6 +35,8 @@ mod message;
 mod metrics;
 mod options;
 mod pace;
+#[cfg(test)]
+mod packed_driver;
 mod part;
 mod peer;
 mod pieces;
@@ -42,13 +46,12 @@ mod pulse;
 mod relay;
 mod request;
 mod ring;
-#[cfg(test)]
-mod ring_tests;
 mod server;
 mod serving;
 mod session;
 mod socket_file;
 mod stop;
+mod virtqueue;
 mod vring;
 mod worker;
 mod write_cache;
@@ -57,10 +60,12 @@ mod write_cache;
 #[doc(hidden)]
 pub mod internals {
     pub use crate::device::GuestSlice;
-    pub use crate::in_flight_region::SplitTracker;
+    pub use crate::in_flight_region::{PackedTracker, SplitTracker};
     pub use crate::memory::{GuestMemory, MemoryTable, RegionInfo};
     pub use crate::request::{Checker, Parsed};
-    pub use crate::ring::{Chain, Fault, Ring, RingLayout, Used};
+    pub use crate::ring::{
+        Chain, Fault, PackedDescriptor, PackedRing, Position, RecordedChain, RingLayout, SplitRing, Used,
+    };
 }
 
 pub use back_channel::BackChannel;

@@ -67,6 +67,8 @@ impl Part {
     /// As for [`Part::load`].
     #[inline]
     pub(crate) fn store(&self, value: u16, offset: usize, order: Ordering) -> Result<(), BadAddress> {
+        #[cfg(test)]
+        crate::death::step();
         self.check::<u16>(offset)?;
         let value = value.to_le();
         let stored = match &self.place {
@@ -102,6 +104,8 @@ impl Part {
     /// When it is not within the part.
     #[inline]
     pub(crate) fn write<T: ByteValued>(&self, object: T, offset: usize) -> Result<(), BadAddress> {
+        #[cfg(test)]
+        crate::death::step();
         self.check::<T>(offset)?;
         let written = match &self.place {
             Place::Whole(mapped, start) => {

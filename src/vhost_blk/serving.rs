@@ -18,7 +18,6 @@ use crate::dirty_log::ChainLog;
 use crate::error::RingError;
 use crate::fd::{SignalSlot, SignalView};
 use crate::in_flight::{End, InFlight, Pending};
-use crate::in_flight_region::SplitTracker;
 use crate::memory::GuestMemory;
 use crate::metrics::QueueMetrics;
 use crate::pace::Pace;
@@ -27,7 +26,8 @@ use crate::poll::PollBudget;
 use crate::portion::Portion;
 use crate::pulse::Beat;
 use crate::request::{Checker, Parsed, Status, write_status};
-use crate::ring::{Chain, Ring, Used};
+use crate::ring::{Chain, Used};
+use crate::virtqueue::{Tracker, Virtqueue};
 
 /// The result of a batch.
 struct Step {
@@ -38,13 +38,13 @@ struct Step {
 }
 
 /// A worker on its own thread. Fields drop in their order here: the queue before the memory.
-pub(crate) struct Running<'a, Q: BlockQueue> {
+pub(crate) struct Running<'a, Q: BlockQueue, R: Virtqueue> {
     queue: Q,
     index: u16,
-    ring: Ring,
-    tracker: Option<SplitTracker>,
+    ring: R,
+    tracker: Option<R::Tracker>,
     /// Chains of the last worker that the disk does not have again yet.
-    again: VecDeque<u16>,
+    again: VecDeque<R::Recorded>,
     /// Some of them were begun and stay recorded as in flight.
     leaves_some: bool,
     in_flight: InFlight,
@@ -81,11 +81,11 @@ pub(crate) struct Running<'a, Q: BlockQueue> {
     corrupt: bool,
 }
 
-impl<'a, Q: BlockQueue> Running<'a, Q> {
+impl<'a, Q: BlockQueue, R: Virtqueue> Running<'a, Q, R> {
     /// A worker that has not looked at its ring yet.
     pub(crate) fn new<D: BlockDevice<Queue = Q>>(
         mut queue: Q,
-        setup: WorkerSetup<D>,
+        setup: WorkerSetup<D, R>,
         control: &'a Control,
         (metrics, beat): (&'a QueueMetrics, &'a Beat),
     ) -> Self {
@@ -138,16 +138,16 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
         let lost = self.drain();
         // A ring that is corrupt ends by itself. The stop that comes later finds nobody who could flush.
         let flushed = self.control.stop().is_none_or(Stop::flushes) && self.flush();
-        let next_available = self.ring.next_available();
+        let base = self.ring.base();
         let broken = self.corrupt || lost;
-        debug!(queue = self.index, next_available, broken, "queue stopped");
+        debug!(queue = self.index, base, broken, "queue stopped");
         // The record stays in a broken ring, and where chains of an earlier worker were not done again. Else nothing is
         // in flight now but chains that are back in the ring.
-        let leaves_some = self.leaves_some || !self.again.is_empty();
-        if let (false, false, Some(tracker)) = (broken, leaves_some, self.tracker.take()) {
+        let settled = !broken && !self.leaves_some && self.again.is_empty();
+        if let (true, Some(tracker)) = (settled, self.tracker.take()) {
             tracker.close();
         }
-        Exit { next_available, broken, flushed }
+        Exit { base, broken, flushed, settled }
     }
 
     /// Gives the disk what the last worker had in flight, before anything new. These chains cannot go back into the ring,
@@ -255,31 +255,31 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
         let write_through = self.shared.write_through();
         let mut taken = 0;
         while taken < chains && (taken == 0 || self.has_room()) {
-            let index = self.next_chain()?;
-            self.start(index, write_through);
+            let sequence = self.next_chain()?;
+            self.start(sequence, write_through);
             taken += 1;
         }
-        self.control.note_next_available(self.ring.next_available());
+        self.control.note_base(self.ring.base());
         Ok(taken)
     }
 
-    /// Makes the next chain the current one: first those that are to be done again. Returns its index in the available
-    /// ring, if it is known.
+    /// Makes the next chain the current one: first those that are to be done again. Returns its place in the order of the
+    /// chains that were taken, if it is known.
     fn next_chain(&mut self) -> Result<Option<u16>, RingError> {
-        if let Some(head) = self.again.pop_front() {
-            self.ring.take_again(head, &self.memory, &mut self.chain)?;
+        if let Some(recorded) = self.again.pop_front() {
+            self.ring.take_again(&recorded, &self.memory, &mut self.chain)?;
             return Ok(None);
         }
-        let index = self.ring.next_available();
+        let sequence = self.ring.sequence();
         self.ring.pop(&self.memory, &mut self.chain)?;
         if let Some(tracker) = &mut self.tracker {
-            tracker.begin(self.chain.head);
+            self.ring.record(tracker, self.chain.head);
         }
-        Ok(Some(index))
+        Ok(Some(sequence))
     }
 
     /// Starts the current chain.
-    fn start(&mut self, index: Option<u16>, write_through: bool) {
+    fn start(&mut self, sequence: Option<u16>, write_through: bool) {
         let head = self.chain.head;
         let submission = match self.checker.parse(&mut self.chain, write_through) {
             Parsed::NoStatus => {
@@ -310,7 +310,7 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
             self.used.push(Used { head, written: 1 });
             return;
         }
-        if let Some((id, request)) = self.in_flight.add(head, index, submission, data) {
+        if let Some((id, request)) = self.in_flight.add(head, sequence, submission, data) {
             self.queue.submit(id, request, data);
         }
     }
@@ -378,7 +378,7 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
         let Some(tracker) = &mut self.tracker else { return self.ring.push_used(&self.used) };
         tracker.list(heads());
         self.ring.push_used(&self.used)?;
-        tracker.clear(heads(), self.ring.next_used());
+        self.ring.clear(tracker, heads());
         Ok(())
     }
 
@@ -395,7 +395,13 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
         }
         match pending.end {
             End::Answer => {}
-            End::PutBack => return self.ring.put_back(pending.head),
+            End::PutBack => {
+                self.ring.put_back(pending.head);
+                if let Some(tracker) = &mut self.tracker {
+                    tracker.put_back(pending.head);
+                }
+                return;
+            }
             End::Leave => {
                 self.leaves_some = true;
                 return;
@@ -438,7 +444,7 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
     }
 
     /// Whether there is a chain that may be taken.
-    fn has_chain(&self) -> Result<bool, RingError> {
+    fn has_chain(&mut self) -> Result<bool, RingError> {
         Ok(self.has_room() && self.ring.available()? > 0)
     }
 
@@ -467,7 +473,7 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
     /// The first sleep of a never used ring has ended, so most likely the guest kicked. If no chain is available and
     /// the memory was never written, the guest uses other memory.
     #[cold]
-    fn look_for_guest(&self) -> Result<(), RingError> {
+    fn look_for_guest(&mut self) -> Result<(), RingError> {
         if !self.control.stopping() && self.ring.available()? == 0 && self.memory.is_untouched() {
             self.shared.tell_unshared(self.index);
         }
@@ -491,7 +497,7 @@ impl<'a, Q: BlockQueue> Running<'a, Q> {
     /// large request (docs/concurrency.md, "Stopping a ring").
     fn drain(&mut self) -> bool {
         self.settle();
-        let unbegun = self.in_flight.let_rests_go(self.ring.next_available(), self.leaves());
+        let unbegun = self.in_flight.let_rests_go(self.ring.sequence(), self.leaves());
         let mut lost = false;
         loop {
             let progress = self.finish_or_lose(&mut lost);

@@ -18,14 +18,14 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{Backend, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
-use crate::config::{self, FLUSH, LOG_ALL, PROTOCOL_FEATURES, WRITEBACK_OFFSET};
+use crate::config::{self, FLUSH, LOG_ALL, PACKED, PROTOCOL_FEATURES, WRITEBACK_OFFSET};
 use crate::control::{Shared, Stop};
 use crate::descriptor;
 use crate::device::{BlockDevice, DeviceProfile};
 use crate::dirty_log::{DirtyLog, LogError};
 use crate::error::MemoryError;
 use crate::fd::{eventfd_from, may_be_event};
-use crate::in_flight_region::{Claim, Layout, Region, RegionError};
+use crate::in_flight_region::{Claim, Layout, Region, RegionError, RingKind};
 use crate::loss::MemoryLoss;
 use crate::memory::{MAX_MEMORY_SLOTS, MemoryTable, RegionInfo};
 use crate::message::Envelope;
@@ -42,7 +42,7 @@ const HELD_AFTER_A_STOP: Duration = Duration::from_millis(20);
 enum Refusal {
     #[error("there is no queue {index}")]
     Queue { index: u64 },
-    #[error("a queue of {size} descriptors: it must be a power of two and at most {limit}")]
+    #[error("a queue of {size} descriptors: at most {limit}, and a power of two unless rings are packed")]
     QueueSize { size: u32, limit: u16 },
     #[error("queue {index} is running")]
     Running { index: u32 },
@@ -185,6 +185,9 @@ impl<D: BlockDevice> Session<D> {
         self.options.back_channel.set(None);
         self.channel.take().into_iter().for_each(descriptor::close_beside);
         Vring::stop_all(&mut self.vrings, Stop::Leave, &self.hurry);
+        if let Some(region) = &self.region {
+            self.vrings.iter_mut().for_each(|vring| vring.forget_told(region));
+        }
         self.end_journal();
     }
 
@@ -234,9 +237,15 @@ impl<D: BlockDevice> Session<D> {
         config::features(&self.profile, self.options.num_queues)
     }
 
-    /// The most queues and descriptors that an in-flight region may be for.
+    /// The most queues and descriptors that an in-flight region may be for, and the kind of its rings.
     fn region_limits(&self) -> Layout {
-        Layout { queues: self.options.num_queues, queue_size: self.options.queue_size }
+        let kind = if self.is_packed() { RingKind::Packed } else { RingKind::Split };
+        Layout { kind, queues: self.options.num_queues, queue_size: self.options.queue_size }
+    }
+
+    /// Whether rings are packed ones.
+    fn is_packed(&self) -> bool {
+        self.features.is_some_and(|features| features & PACKED != 0)
     }
 
     fn check_queue(&mut self, index: u32) -> Result<usize> {
@@ -465,8 +474,9 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
 
     fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
         let queue = self.check_queue(index)?;
-        let limit = self.options.queue_size;
-        let size = u16::try_from(num).ok().filter(|size| size.is_power_of_two() && *size <= limit);
+        let (limit, packed) = (self.options.queue_size, self.is_packed());
+        let is_size = |size: &u16| if packed { *size > 0 } else { size.is_power_of_two() };
+        let size = u16::try_from(num).ok().filter(|size| is_size(size) && *size <= limit);
         let Some(size) = size else { return self.refuse(Refusal::QueueSize { size: num, limit }) };
         if !self.vrings[queue].set_size(size) {
             return self.refuse(Refusal::Running { index });
@@ -498,7 +508,9 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
         let queue = self.check_queue(index)?;
-        let Ok(base) = u16::try_from(base) else { return self.refuse(Refusal::Base { base }) };
+        if !self.is_packed() && base > u32::from(u16::MAX) {
+            return self.refuse(Refusal::Base { base });
+        }
         if !self.vrings[queue].set_base(base) {
             return self.refuse(Refusal::Running { index });
         }
@@ -510,13 +522,13 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
         // The other rings leave the processors and the disk to the one that is stopped.
         self.shared.hold(HELD_BY_A_STOP);
         let was_running = self.vrings[queue].is_running();
-        let base = self.vrings[queue].take_base();
+        let base = self.vrings[queue].take_base(self.features.unwrap_or(0));
         // Most likely they are stopped next, one after another.
         self.shared.hold(HELD_AFTER_A_STOP);
         if was_running && !self.release_if_migrated() {
             return self.refuse(Refusal::NotDurable);
         }
-        Ok(VhostUserVringState::new(index, u32::from(base)))
+        Ok(VhostUserVringState::new(index, base))
     }
 
     fn set_vring_kick(&mut self, index: u8, file: Option<File>) -> Result<()> {

@@ -10,17 +10,17 @@ use std::time::Duration;
 use tracing::{debug, info, warn};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::config::{EVENT_INDEX, INDIRECT};
+use crate::config::{EVENT_INDEX, INDIRECT, PACKED};
 use crate::control::{Shared, Stop, WorkerSetup};
 use crate::device::BlockDevice;
-use crate::dirty_log::{DirtyLog, UsedRingLog};
-use crate::error::RingError;
+use crate::dirty_log::DirtyLog;
 use crate::fd::SignalSlot;
-use crate::in_flight_region::{AreaError, QueueArea, Recovered, Region, RingIndexes, SplitTracker};
+use crate::in_flight_region::Region;
 use crate::memory::MemoryTable;
 use crate::metrics::Metrics;
 use crate::pulse::Pulse;
-use crate::ring::{Ring, RingLayout};
+use crate::ring::{PackedRing, RingLayout, SplitRing};
+use crate::virtqueue::Virtqueue;
 use crate::worker::Worker;
 
 /// A ring's parts by their addresses in the frontend's address space.
@@ -55,8 +55,12 @@ pub(crate) struct Vring {
     index: u16,
     size: Option<u16>,
     addresses: Option<UserAddresses>,
-    /// The next index in the available ring, while no worker runs.
-    base: u16,
+    /// Where the ring goes on, in the form of `RingLayout::base`, while no worker runs. None until that is known.
+    base: Option<u32>,
+    /// The last worker of this session left nothing in flight.
+    settled: bool,
+    /// Since then the frontend has asked for the base. So whatever base it sends next counts, and no record of the old one.
+    told: bool,
     kick: Option<EventFd>,
     pub call: Arc<SignalSlot>,
     pub error: Arc<SignalSlot>,
@@ -97,7 +101,8 @@ impl Vring {
             .inspect(|(_, worker)| worker.tell(stop))
             .unzip();
         for (vring, exit) in vrings.into_iter().zip(Worker::join_all(workers, hurry)) {
-            vring.base = exit.next_available;
+            vring.base = Some(exit.base);
+            vring.settled = exit.settled;
             vring.broken |= exit.broken;
             vring.unflushed = stop.flushes() && !exit.flushed;
             durable &= !vring.unflushed;
@@ -119,22 +124,37 @@ impl Vring {
         true
     }
 
-    /// Sets the next index in the available ring; false if the ring runs.
-    pub(crate) fn set_base(&mut self, base: u16) -> bool {
+    /// Sets where the ring goes on; false if the ring runs.
+    pub(crate) fn set_base(&mut self, base: u32) -> bool {
         if self.is_running() {
             return false;
         }
-        self.base = base;
+        self.base = Some(base);
         self.broken = false;
         true
     }
 
-    /// The next index in the available ring of a stopped ring. It stays stopped until it gets a new kick descriptor.
-    pub(crate) fn take_base(&mut self) -> u16 {
+    /// Where the ring goes on, after it was stopped; for a ring that never had a base, where a ring with these features
+    /// begins. It stays stopped until it gets a new kick descriptor.
+    pub(crate) fn take_base(&mut self, features: u64) -> u32 {
         self.drain();
         self.kick = None;
         self.broken = false;
-        self.base
+        self.told = self.settled;
+        self.base_or_start(features)
+    }
+
+    fn base_or_start(&self, features: u64) -> u32 {
+        let start = if features & PACKED != 0 { PackedRing::START_BASE } else { 0 };
+        self.base.unwrap_or(start)
+    }
+
+    /// At the end of a session. If the frontend knows where the ring goes on, its record is given up: the frontend may
+    /// begin anew, with whatever ring, before the next session.
+    pub(crate) fn forget_told(&mut self, region: &Region) {
+        if std::mem::take(&mut self.told) {
+            region.empty_queue(self.index);
+        }
     }
 
     pub(crate) fn set_addresses(&mut self, addresses: UserAddresses) {
@@ -164,7 +184,6 @@ impl Vring {
             return None;
         }
         let table = surroundings.table;
-        let memory = table.memory();
         let guest = |user| table.guest_address(user);
         let (Some(descriptors), Some(available), Some(used)) =
             (guest(addresses.descriptors), guest(addresses.available), guest(addresses.used))
@@ -181,28 +200,37 @@ impl Vring {
             descriptors,
             available,
             used,
-            base: self.base,
+            base: self.base_or_start(surroundings.features),
             event_index: surroundings.features & EVENT_INDEX != 0,
             indirect: surroundings.features & INDIRECT != 0,
         };
-        let mut ring = match Ring::new(&layout, &memory) {
+        if surroundings.features & PACKED != 0 {
+            self.ready(&layout, addresses.used_log, kick, surroundings).map(Prepared::Packed)
+        } else {
+            self.ready(&layout, addresses.used_log, kick, surroundings).map(Prepared::Split)
+        }
+    }
+
+    /// Finds the ring of a complete setup in guest memory.
+    fn ready<R: Virtqueue, D>(
+        &self,
+        layout: &RingLayout,
+        used_log: Option<u64>,
+        kick: &EventFd,
+        surroundings: &Surroundings<'_, D>,
+    ) -> Option<Ready<R>> {
+        let mut ring = match R::open(layout, &surroundings.table.memory()) {
             Ok(ring) => ring,
             Err(error) => {
                 debug!(queue = self.index, %error, "the ring does not start");
                 return None;
             }
         };
-        if let (Some(log), Some(address)) = (surroundings.log, addresses.used_log) {
-            match UsedRingLog::new(Arc::clone(log), address, Ring::used_bytes(size)) {
-                Ok(log) => ring.log_used_ring(log),
-                Err(error) => {
-                    warn!(
-                        queue = self.index,
-                        "the ring does not start: its used ring cannot be logged in {error}"
-                    );
-                    return None;
-                }
-            }
+        if let (Some(log), Some(address)) = (surroundings.log, used_log)
+            && let Err(error) = ring.log_writes(log, address, layout)
+        {
+            warn!(queue = self.index, "the ring does not start: its used ring cannot be logged in {error}");
+            return None;
         }
         let kick = match kick.try_clone() {
             Ok(kick) => kick,
@@ -211,18 +239,30 @@ impl Vring {
                 return None;
             }
         };
-        let area = surroundings.region.map(|region| region.queue(self.index));
         // Whoever used an area knew the write cache, and kept it where the region has a place for it.
-        let recorded = surroundings.region.is_some_and(Region::keeps_write_cache)
-            && area.iter().flatten().any(SplitTracker::was_used);
-        let recorded = self.served || recorded;
-        Some(Prepared { ring, size, kick, area, recorded })
+        let recorded = surroundings
+            .region
+            .is_some_and(|region| region.keeps_write_cache() && R::is_recorded(region, self.index));
+        Some(Ready { ring, size: layout.size, kick, recorded: self.served || recorded })
     }
 
     /// Starts the worker of a ring that is prepared.
     pub(crate) fn run<D: BlockDevice>(&mut self, prepared: Prepared, surroundings: &Surroundings<'_, D>) {
-        let Prepared { mut ring, size, kick, area, recorded } = prepared;
-        let recovered = match area.map(|area| recover(area, size, &mut ring)).transpose() {
+        match prepared {
+            Prepared::Split(ready) => self.run_kind(ready, surroundings),
+            Prepared::Packed(ready) => self.run_kind(ready, surroundings),
+        }
+    }
+
+    fn run_kind<D: BlockDevice, R: Virtqueue>(
+        &mut self,
+        ready: Ready<R>,
+        surroundings: &Surroundings<'_, D>,
+    ) {
+        let Ready { mut ring, size, kick, recorded } = ready;
+        surroundings.region.into_iter().for_each(|region| self.forget_told(region));
+        (self.settled, self.told) = (false, false);
+        let recovered = match surroundings.region.map(|region| ring.recover(region, self.index)).transpose() {
             Ok(recovered) => recovered,
             Err(error) => {
                 warn!(queue = self.index, "the queue cannot start: {error}");
@@ -233,7 +273,7 @@ impl Vring {
         };
         let (tracker, again) =
             recovered.map_or((None, Vec::new()), |recovered| (Some(recovered.tracker), recovered.in_flight));
-        let (base, in_flight) = (ring.next_available(), again.len());
+        let (base, in_flight) = (ring.base(), again.len());
         let started = Worker::start(WorkerSetup {
             index: self.index,
             device: Arc::clone(surroundings.device),
@@ -274,41 +314,27 @@ impl Vring {
 }
 
 /// A ring that may start.
-pub(crate) struct Prepared {
-    ring: Ring,
-    size: u16,
-    kick: EventFd,
-    /// Where the frontend keeps a region: its area there, if it has one.
-    area: Option<Option<QueueArea>>,
-    /// What is known of the write cache holds for it: it was served in this session, or with this region.
-    recorded: bool,
+pub(crate) enum Prepared {
+    Split(Ready<SplitRing>),
+    Packed(Ready<PackedRing>),
 }
 
 impl Prepared {
     /// The ring was served before, and nothing was recorded of that.
     pub(crate) fn is_unrecorded(&self) -> bool {
-        self.ring.was_used() && !self.recorded
+        let (was_used, recorded) = match self {
+            Prepared::Split(ready) => (ready.ring.was_used(), ready.recorded),
+            Prepared::Packed(ready) => (ready.ring.was_used(), ready.recorded),
+        };
+        was_used && !recorded
     }
 }
 
-/// The reasons why a queue with an in-flight region does not start.
-#[derive(Debug, thiserror::Error)]
-enum RecoverError {
-    #[error("{0}")]
-    Ring(#[from] RingError),
-    #[error("the in-flight region has no area for it")]
-    NoArea,
-    #[error("its area in the in-flight region cannot be true: {0}")]
-    Area(#[from] AreaError),
-}
-
-/// Takes the ring over from whoever served it last. It continues after the chains in flight: the frontend's base may
-/// already count chains that nobody has taken.
-fn recover(area: Option<QueueArea>, size: u16, ring: &mut Ring) -> Result<Recovered, RecoverError> {
-    let area = area.ok_or(RecoverError::NoArea)?;
-    let indexes = RingIndexes { size, available: ring.available_index()?, used: ring.next_used() };
-    let recovered = SplitTracker::recover(area, indexes)?;
-    // At most as many as the ring has descriptors.
-    ring.resume(recovered.in_flight.len() as u16);
-    Ok(recovered)
+/// A ring of one kind that may start.
+pub(crate) struct Ready<R> {
+    ring: R,
+    size: u16,
+    kick: EventFd,
+    /// What is known of the write cache holds for it: it was served in this session, or with this region.
+    recorded: bool,
 }

@@ -18,6 +18,7 @@ use crate::fd;
 use crate::in_flight::InFlight;
 use crate::pulse::Pulse;
 use crate::serving::Running;
+use crate::virtqueue::Virtqueue;
 
 /// A stop that takes longer than this is worth a line in the log, and another for each time it passes again.
 const SLOW_STOP: Duration = Duration::from_secs(30);
@@ -38,9 +39,9 @@ impl Worker {
     ///
     /// # Errors
     /// When the host refuses a thread, or the disk refuses a queue.
-    pub(crate) fn start<D: BlockDevice>(setup: WorkerSetup<D>) -> io::Result<Worker> {
+    pub(crate) fn start<D: BlockDevice, R: Virtqueue>(setup: WorkerSetup<D, R>) -> io::Result<Worker> {
         let (index, pulse, shared) = (setup.index, Arc::clone(&setup.pulse), Arc::clone(&setup.shared));
-        let control = Arc::new(Control::new(setup.ring.next_available()));
+        let control = Arc::new(Control::new(setup.ring.base()));
         let (started, starting) = mpsc::sync_channel(1);
         let (exited, exit) = mpsc::sync_channel(1);
         let its_control = Arc::clone(&control);
@@ -127,8 +128,8 @@ impl Drop for Worker {
 
 type Started = SyncSender<io::Result<Arc<dyn Fn() + Send + Sync>>>;
 
-fn thread_main<D: BlockDevice>(
-    setup: WorkerSetup<D>,
+fn thread_main<D: BlockDevice, R: Virtqueue>(
+    setup: WorkerSetup<D, R>,
     control: &Control,
     started: &Started,
     exited: &SyncSender<Exit>,
@@ -149,7 +150,11 @@ fn thread_main<D: BlockDevice>(
     }
 }
 
-fn run<D: BlockDevice>(setup: WorkerSetup<D>, control: &Control, started: &Started) -> Option<Exit> {
+fn run<D: BlockDevice, R: Virtqueue>(
+    setup: WorkerSetup<D, R>,
+    control: &Control,
+    started: &Started,
+) -> Option<Exit> {
     let queue = match setup.device.queue(InFlight::depth(setup.ring_size)) {
         Ok(queue) => queue,
         Err(error) => {

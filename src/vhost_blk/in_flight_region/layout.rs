@@ -5,10 +5,31 @@
 //! which leaves the space between areas to the back-end: here each begins at a multiple of 64 bytes, so that no two
 //! workers share a cache line.
 
-/// Bytes of an area before its descriptor states.
-pub(super) const HEADER_BYTES: usize = 16;
-/// Bytes of the state of one descriptor.
-pub(super) const ENTRY_BYTES: usize = 16;
+/// The kind of the rings whose requests a region records. The specification has an area of its own for each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum RingKind {
+    Split,
+    Packed,
+}
+
+impl RingKind {
+    /// Bytes of an area before its descriptor states.
+    pub(super) const fn header_bytes(self) -> usize {
+        match self {
+            RingKind::Split => 16,
+            RingKind::Packed => 32,
+        }
+    }
+
+    /// Bytes of the state of one descriptor.
+    pub(super) const fn entry_bytes(self) -> usize {
+        match self {
+            RingKind::Split => 16,
+            RingKind::Packed => 32,
+        }
+    }
+}
+
 /// The areas begin at multiples of this.
 const AREA_ALIGNMENT: usize = 64;
 /// Strata's own page begins at a multiple of this and has this many bytes, whatever the host's pages are.
@@ -20,6 +41,8 @@ pub(super) const JOURNAL_BYTES: usize = 1 << 20;
 /// The layout of a region for so many queues of so many descriptors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Layout {
+    /// The kind of all rings.
+    pub kind: RingKind,
     /// Queues, from queue 0 on.
     pub queues: u16,
     /// Descriptor states in each queue's area.
@@ -34,7 +57,8 @@ impl Layout {
 
     /// Bytes from one area to the next.
     fn area_bytes(self) -> usize {
-        (HEADER_BYTES + usize::from(self.queue_size) * ENTRY_BYTES).next_multiple_of(AREA_ALIGNMENT)
+        let entries = usize::from(self.queue_size) * self.kind.entry_bytes();
+        (self.kind.header_bytes() + entries).next_multiple_of(AREA_ALIGNMENT)
     }
 
     /// Bytes of all areas together: the least that any back-end needs.
@@ -64,10 +88,13 @@ mod tests {
 
     #[test]
     fn areas_are_aligned_and_do_not_overlap() {
-        for (queues, queue_size) in [(1, 1), (1, 128), (3, 7), (64, 1024), (256, 32768), (u16::MAX, u16::MAX)]
-        {
-            let layout = Layout { queues, queue_size };
-            let used = 16 + 16 * usize::from(queue_size);
+        let sizes = [(1, 1), (1, 128), (3, 7), (64, 1024), (256, 32768), (u16::MAX, u16::MAX)];
+        let all = sizes.into_iter().flat_map(|(queues, queue_size)| {
+            [RingKind::Split, RingKind::Packed].map(|kind| Layout { kind, queues, queue_size })
+        });
+        for layout in all {
+            let Layout { kind, queues, queue_size } = layout;
+            let used = kind.header_bytes() + kind.entry_bytes() * usize::from(queue_size);
             for index in [0, queues / 2, queues - 1] {
                 assert!(layout.queue_at(index).is_multiple_of(64));
                 assert!(layout.queue_at(index) + used <= layout.queue_at(index.saturating_add(1)).max(used));
@@ -81,8 +108,11 @@ mod tests {
 
     #[test]
     fn the_sizes_are_those_of_the_specification() {
-        let layout = Layout { queues: 2, queue_size: 128 };
-        assert_eq!(layout.queue_at(1), 16 + 128 * 16 + 48, "rounded up to 64 bytes");
-        assert_eq!((layout.areas_bytes(), layout.own_at(), layout.journal_at()), (4224, 8192, 12288));
+        let split = Layout { kind: RingKind::Split, queues: 2, queue_size: 128 };
+        assert_eq!(split.queue_at(1), 16 + 128 * 16 + 48, "rounded up to 64 bytes");
+        assert_eq!((split.areas_bytes(), split.own_at(), split.journal_at()), (4224, 8192, 12288));
+        let packed = Layout { kind: RingKind::Packed, ..split };
+        assert_eq!(packed.queue_at(1), 32 + 128 * 32 + 32, "rounded up to 64 bytes");
+        assert_eq!((packed.areas_bytes(), packed.own_at(), packed.journal_at()), (8320, 12288, 16384));
     }
 }

@@ -7,6 +7,7 @@
 
 use std::fs::File;
 use std::io;
+use std::marker::PhantomData;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -15,8 +16,8 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use vhost::vhost_user::message::VhostUserInflight;
 use vm_memory::{FileOffset, MmapRegion};
 
-use super::cells::{Entry, Header, MAGIC, OWN_VERSION, Own};
-use super::layout::{JOURNAL_BYTES, Layout};
+use super::cells::{AreaKind, MAGIC, OWN_VERSION, Own, Packed, Split};
+use super::layout::{JOURNAL_BYTES, Layout, RingKind};
 use crate::descriptor::{self, Kind};
 use crate::device::JournalMemory;
 use crate::loss::{MemoryLoss, Watch};
@@ -56,7 +57,8 @@ pub(crate) struct Claim {
 }
 
 impl Claim {
-    /// Checks the claimed numbers of queues and descriptors, each from 1 to its limit in `most`.
+    /// Checks the claimed numbers of queues and descriptors, each from 1 to its limit in `most`. The region is for rings of
+    /// the kind in `most`.
     ///
     /// # Errors
     /// When one is out of its range.
@@ -69,7 +71,7 @@ impl Claim {
         if !(1..=most.queue_size).contains(&queue_size) {
             return Err(RegionError::QueueSize { size: queue_size, limit: most.queue_size });
         }
-        Ok(Claim { bytes, offset, layout: Layout { queues: num_queues, queue_size } })
+        Ok(Claim { bytes, offset, layout: Layout { queues: num_queues, queue_size, ..most } })
     }
 
     /// A new region with this layout (GET_INFLIGHT_FD): its file, sealed against any change of its length, and the
@@ -93,7 +95,7 @@ impl Claim {
         // The two fields of `Own` that say whose page it is.
         let mark = [&MAGIC.to_ne_bytes()[..], &OWN_VERSION.to_ne_bytes()].concat();
         file.write_all_at(&mark, self.layout.own_at() as u64).map_err(failed("mark it"))?;
-        let Layout { queues, queue_size } = self.layout;
+        let Layout { queues, queue_size, .. } = self.layout;
         Ok((VhostUserInflight::new(bytes, 0, queues, queue_size), file))
     }
 }
@@ -173,17 +175,32 @@ impl Region {
 
     /// Empties the areas of all queues. No worker runs.
     pub(crate) fn empty(&self) {
-        for area in (0..self.layout.queues).filter_map(|index| self.queue(index)) {
+        (0..self.layout.queues).for_each(|index| self.empty_queue(index));
+    }
+
+    /// Empties the area of a queue, if there is one. Its worker does not run.
+    pub(crate) fn empty_queue(&self, index: u16) {
+        if let Some(area) = self.queue::<Split>(index) {
+            area.header().version.store(0);
+        }
+        if let Some(area) = self.queue::<Packed>(index) {
             area.header().version.store(0);
         }
     }
 
-    /// The area of a queue; `None` if the region has none for it.
-    pub(crate) fn queue(&self, index: u16) -> Option<QueueArea> {
-        (index < self.layout.queues).then(|| QueueArea {
+    /// The kind of rings that the region is for.
+    pub(crate) fn kind(&self) -> RingKind {
+        self.layout.kind
+    }
+
+    /// The area of a queue; `None` if the region has none for it, or is for the other kind of rings.
+    pub(crate) fn queue<K: AreaKind>(&self, index: u16) -> Option<QueueArea<K>> {
+        let () = K::SIZES_AND_ALIGNMENT;
+        (index < self.layout.queues && self.layout.kind == K::KIND).then(|| QueueArea {
             mapping: Arc::clone(&self.mapping),
             at: self.layout.queue_at(index),
             entries: usize::from(self.layout.queue_size),
+            kind: PhantomData,
         })
     }
 
@@ -231,27 +248,29 @@ impl Region {
 
 /// One queue's area. It keeps the mapping.
 #[derive(Debug)]
-pub(crate) struct QueueArea {
+pub(crate) struct QueueArea<K> {
     mapping: Arc<Mapping>,
     /// Offset in the mapping, in bytes.
     at: usize,
     /// Descriptor states, at least 1.
     entries: usize,
+    kind: PhantomData<K>,
 }
 
-impl QueueArea {
+impl<K: AreaKind> QueueArea<K> {
     #[inline]
-    pub(super) fn header(&self) -> &Header {
-        // SAFETY: the area lies in the mapping, which `self` keeps, at a multiple of 64 bytes (see `Layout`). It
-        // consists of atomics, for which every bit pattern is a value, and which others may change at any time.
-        unsafe { &*self.mapping.memory.as_ptr().add(self.at).cast::<Header>() }
+    pub(super) fn header(&self) -> &K::Header {
+        // SAFETY: the area lies in the mapping, which `self` keeps, at a multiple of 64 bytes, and the mapping is laid
+        // out for this kind of rings (see `Layout` and `Region::queue`). The header consists of atomics (`AreaKind`),
+        // for which every bit pattern is a value, and which others may change at any time.
+        unsafe { &*self.mapping.memory.as_ptr().add(self.at).cast::<K::Header>() }
     }
 
     #[inline]
-    pub(super) fn entries(&self) -> &[Entry] {
+    pub(super) fn entries(&self) -> &[K::Entry] {
         // SAFETY: as for the header. So many entries follow it within the mapping.
         unsafe {
-            let first = self.mapping.memory.as_ptr().add(self.at + size_of::<Header>()).cast::<Entry>();
+            let first = self.mapping.memory.as_ptr().add(self.at + size_of::<K::Header>()).cast::<K::Entry>();
             std::slice::from_raw_parts(first, self.entries)
         }
     }
@@ -283,7 +302,7 @@ mod tests {
 
     use super::*;
 
-    const MOST: Layout = Layout { queues: 4, queue_size: 256 };
+    const MOST: Layout = Layout { kind: RingKind::Split, queues: 4, queue_size: 256 };
 
     fn claim(bytes: u64, offset: u64, queues: u16, size: u16) -> Result<Claim, RegionError> {
         Claim::check(&VhostUserInflight::new(bytes, offset, queues, size), MOST)
@@ -303,10 +322,11 @@ mod tests {
         assert!(file.set_len(0).is_err() && file.set_len(2 * mmap_size).is_err());
         let region = map(mmap_size, 0, &file).expect("it fits");
         for index in 0..2 {
-            let area = region.queue(index).expect("an area");
+            let area = region.queue::<Split>(index).expect("an area");
             assert_eq!((area.header().version.load(), area.entries().len()), (0, 128));
         }
-        assert!(region.queue(2).is_none());
+        assert!(region.queue::<Split>(2).is_none());
+        assert!(region.queue::<Packed>(1).is_none(), "of another kind");
     }
 
     #[test]
@@ -382,7 +402,7 @@ mod tests {
         let loss = Arc::new(MemoryLoss::new().expect("an eventfd"));
         let checked = claim(12288, 0, 2, 128).expect("in range");
         let region = Region::map(checked, file.try_clone().expect("a copy"), &loss).expect("it fits");
-        let area = region.queue(1).expect("an area");
+        let area = region.queue::<Split>(1).expect("an area");
         area.header().used_idx.store(7);
         assert!(!region.is_lost() && !loss.is_lost());
         file.set_len(0).expect("it is cut");

@@ -5,40 +5,10 @@
 //! learns which chains it must do again, in which order. docs/concurrency.md, "The in-flight region", has the order of
 //! the stores.
 
-use super::layout::Layout;
+use super::cells::Split;
+use super::defects::{AreaError, VERSION, check_header, put_in_order};
+use super::layout::{Layout, RingKind};
 use super::region::{QueueArea, Region};
-
-/// The version of a queue's area in the specification.
-const VERSION: u16 = 1;
-/// No daemon counts so far. A larger counter would wrap around before its successors' last.
-const COUNTER_MAX: u64 = u64::MAX / 2;
-
-/// The reasons why a queue's area cannot be true: the queue does not start.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum AreaError {
-    #[error("it has {entries} descriptors, the ring has {size}")]
-    Small { entries: usize, size: u16 },
-    #[error("its version is {version}, only {VERSION} is known")]
-    Version { version: u16 },
-    #[error("it has unknown features {features:#x}")]
-    Features { features: u64 },
-    #[error("it claims {claimed} descriptors instead of {entries}")]
-    Count { claimed: u16, entries: usize },
-    #[error("{outstanding} requests are outstanding in a ring of {size}")]
-    Outstanding { outstanding: u16, size: u16 },
-    #[error("its used index is {recorded}, the ring's is {used}: no batch of a ring of {size} is that long")]
-    Batch { recorded: u16, used: u16, size: u16 },
-    #[error("its last batch has descriptor {head}, which is out of range or there twice")]
-    BatchHead { head: u16 },
-    #[error("descriptor {head} is in flight, the ring has {size}")]
-    Head { head: u16, size: u16 },
-    #[error("descriptor {head} has the state {state}, which is neither 0 nor 1")]
-    State { head: u16, state: u8 },
-    #[error("descriptor {head} has the counter {counter}, which is too large or there twice")]
-    Counter { head: u16, counter: u64 },
-    #[error("{in_flight} requests are in flight, but only {outstanding} are outstanding in the ring")]
-    TooMany { in_flight: usize, outstanding: u16 },
-}
 
 /// A ring as its successor finds it in guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,7 +33,7 @@ pub(crate) struct Recovered {
 /// Keeps the record of one queue. One worker has it, and stores to the area from one thread only.
 #[derive(Debug)]
 pub struct SplitTracker {
-    area: QueueArea,
+    area: QueueArea<Split>,
     /// The counter of the next chain.
     counter: u64,
     /// Our copy of `last_batch_head`.
@@ -76,12 +46,13 @@ impl SplitTracker {
     /// # Panics
     /// When the host refuses the region.
     pub fn alone(size: u16) -> Self {
-        let region = Region::alone(Layout { queues: 1, queue_size: size }).expect("a region");
+        let region =
+            Region::alone(Layout { kind: RingKind::Split, queues: 1, queue_size: size }).expect("a region");
         Self::begin_anew(region.queue(0).expect("the only queue"), 0)
     }
 
     /// Whether a ring was served with this area before, at whatever time.
-    pub(crate) fn was_used(area: &QueueArea) -> bool {
+    pub(crate) fn was_used(area: &QueueArea<Split>) -> bool {
         // Stays when the area is given up.
         area.header().desc_num.load() != 0
     }
@@ -92,7 +63,7 @@ impl SplitTracker {
     ///
     /// # Errors
     /// When the area or the ring cannot be as they are. Then nothing was changed.
-    pub(crate) fn recover(area: QueueArea, ring: RingIndexes) -> Result<Recovered, AreaError> {
+    pub(crate) fn recover(area: QueueArea<Split>, ring: RingIndexes) -> Result<Recovered, AreaError> {
         let (header, entries) = (area.header(), area.entries().len());
         if entries < usize::from(ring.size) {
             return Err(AreaError::Small { entries, size: ring.size });
@@ -105,17 +76,7 @@ impl SplitTracker {
         if version == 0 || outstanding == 0 {
             return Ok(Recovered { tracker: Self::begin_anew(area, ring.used), in_flight: Vec::new() });
         }
-        if version != VERSION {
-            return Err(AreaError::Version { version });
-        }
-        let features = header.features.load();
-        if features != 0 {
-            return Err(AreaError::Features { features });
-        }
-        let claimed = header.desc_num.load();
-        if usize::from(claimed) != entries {
-            return Err(AreaError::Count { claimed, entries });
-        }
+        check_header(version, header.features.load(), header.desc_num.load(), entries)?;
         let batch = last_batch(&area, ring)?;
         let in_flight = in_flight(&area, ring, &batch, outstanding)?;
         // Only now is anything stored. Used index last: until it is there, a successor does the same again.
@@ -131,7 +92,7 @@ impl SplitTracker {
         Ok(Recovered { tracker: SplitTracker { area, counter, last }, in_flight })
     }
 
-    fn begin_anew(area: QueueArea, used: u16) -> Self {
+    fn begin_anew(area: QueueArea<Split>, used: u16) -> Self {
         let header = area.header();
         // The version is 0 until everything else is in order.
         header.version.store(0);
@@ -189,7 +150,7 @@ impl SplitTracker {
 }
 
 /// The chains of the batch that was handed back last, if its record is not complete: true at each of their heads.
-fn last_batch(area: &QueueArea, ring: RingIndexes) -> Result<Vec<bool>, AreaError> {
+fn last_batch(area: &QueueArea<Split>, ring: RingIndexes) -> Result<Vec<bool>, AreaError> {
     let (header, entries) = (area.header(), area.entries());
     let recorded = header.used_idx.load();
     let chains = ring.used.wrapping_sub(recorded);
@@ -210,7 +171,7 @@ fn last_batch(area: &QueueArea, ring: RingIndexes) -> Result<Vec<bool>, AreaErro
 
 /// Counters and heads of the chains in flight, in order, without those of the last batch.
 fn in_flight(
-    area: &QueueArea,
+    area: &QueueArea<Split>,
     ring: RingIndexes,
     batch: &[bool],
     outstanding: u16,
@@ -231,11 +192,6 @@ fn in_flight(
     if found.len() > usize::from(outstanding) {
         return Err(AreaError::TooMany { in_flight: found.len(), outstanding });
     }
-    found.sort_unstable();
-    let twice = found.windows(2).find(|pair| pair[0].0 == pair[1].0).map(|pair| pair[1]);
-    let large = found.last().copied().filter(|(counter, _)| *counter > COUNTER_MAX);
-    if let Some((counter, head)) = twice.or(large) {
-        return Err(AreaError::Counter { head, counter });
-    }
+    put_in_order(&mut found)?;
     Ok(found)
 }

@@ -4,11 +4,13 @@
 
 use std::collections::{BTreeSet, VecDeque};
 
-use super::cells::death;
-use super::split::{AreaError, RingIndexes, SplitTracker};
-use super::{Layout, Region};
+use super::cells::Split;
+use super::defects::AreaError;
+use super::split::{RingIndexes, SplitTracker};
+use super::{Layout, Region, RingKind};
+use crate::death;
 
-const LAYOUT: Layout = Layout { queues: 2, queue_size: 16 };
+const LAYOUT: Layout = Layout { kind: RingKind::Split, queues: 2, queue_size: 16 };
 
 fn region() -> Region {
     Region::alone(LAYOUT).expect("a memfd")
@@ -104,7 +106,7 @@ struct Device {
 impl Device {
     /// Starts on a ring that another may have left. `order` is that in which the last device took its chains.
     fn start(region: &Region, ring: &Ring, order: &[u64]) -> Self {
-        let area = region.queue(1).expect("an area");
+        let area = region.queue::<Split>(1).expect("an area");
         let recovered = SplitTracker::recover(area, ring.indexes()).expect("a sound area");
         let again: Vec<u64> = recovered
             .in_flight
@@ -157,7 +159,7 @@ impl Device {
 /// first device died.
 fn play(region: &Region, seed: u64, stores: &[u32]) -> bool {
     let mut random = Random(seed.wrapping_mul(2).wrapping_add(0x9e37_79b9_7f4a_7c15));
-    region.queue(1).expect("an area").header().version.store(0);
+    region.queue::<Split>(1).expect("an area").header().version.store(0);
     let mut ring = Ring::new(1 << (1 + random.below(4)));
     let mut order = Vec::new();
     let mut first_died = false;
@@ -211,7 +213,7 @@ fn each_request_completes_once_however_many_devices_die() {
 
 /// An area with chains in flight on a ring of 8: heads 3, 1, 4 were taken in this order after index 100.
 fn scene(region: &Region) -> RingIndexes {
-    region.queue(1).expect("an area").header().version.store(0);
+    region.queue::<Split>(1).expect("an area").header().version.store(0);
     let start = RingIndexes { size: 8, available: 100, used: 100 };
     let mut tracker = recover(region, start).expect("an empty area").0;
     [3, 1, 4].into_iter().for_each(|head| tracker.begin(head));
@@ -219,7 +221,7 @@ fn scene(region: &Region) -> RingIndexes {
 }
 
 fn recover(region: &Region, ring: RingIndexes) -> Result<(SplitTracker, Vec<u16>), AreaError> {
-    let area = region.queue(1).expect("an area");
+    let area = region.queue::<Split>(1).expect("an area");
     SplitTracker::recover(area, ring).map(|recovered| (recovered.tracker, recovered.in_flight))
 }
 
@@ -249,13 +251,13 @@ fn an_area_without_outstanding_requests_begins_anew() {
     for used in [0, 40000] {
         let ring = RingIndexes { size: 16, available: used, used };
         assert!(recover(&region, ring).expect("an idle ring").1.is_empty());
-        assert_eq!(region.queue(1).expect("an area").header().used_idx.load(), used);
+        assert_eq!(region.queue::<Split>(1).expect("an area").header().used_idx.load(), used);
     }
 }
 
 #[test]
 fn impossible_areas_are_refused_and_left_alone() {
-    type Change = fn(&super::region::QueueArea);
+    type Change = fn(&super::region::QueueArea<Split>);
     use AreaError as E;
     type Expected = fn(&AreaError) -> bool;
     let cases: [(&str, Change, Expected); 11] = [
@@ -315,14 +317,14 @@ fn impossible_areas_are_refused_and_left_alone() {
     let region = region();
     for (name, change, expected) in cases {
         let ring = scene(&region);
-        change(&region.queue(1).expect("an area"));
+        change(&region.queue::<Split>(1).expect("an area"));
         let error = recover(&region, ring).expect_err(name);
         assert!(expected(&error), "{name}: {error}");
-        let state = |head: usize| region.queue(1).expect("an area").entries()[head].inflight.load();
+        let state = |head: usize| region.queue::<Split>(1).expect("an area").entries()[head].inflight.load();
         assert_eq!([state(1), state(3)], [1, 1], "{name}");
     }
     let ring = scene(&region);
-    region.queue(1).expect("an area").entries()[1].counter.store(u64::MAX);
+    region.queue::<Split>(1).expect("an area").entries()[1].counter.store(u64::MAX);
     let large = E::Counter { head: 1, counter: u64::MAX };
     assert_eq!(recover(&region, ring).err(), Some(large));
     let ring = scene(&region);
@@ -340,7 +342,7 @@ fn random_areas_neither_hang_nor_panic() {
     let mut random = Random(3);
     for _ in 0..20_000 {
         let ring = scene(&region);
-        let area = region.queue(1).expect("an area");
+        let area = region.queue::<Split>(1).expect("an area");
         for _ in 0..1 + random.below(4) {
             let entry = &area.entries()[random.below(16) as usize];
             let number = [random.below(16), random.below(1 << 16), 100, u64::MAX >> random.below(64)];

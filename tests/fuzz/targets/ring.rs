@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use vhost_blk::internals::{
-    Chain, Fault, GuestMemory, GuestSlice, MemoryTable, RegionInfo, Ring, RingLayout, Used,
+    Chain, Fault, GuestMemory, GuestSlice, MemoryTable, RegionInfo, RingLayout, SplitRing, Used,
 };
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
@@ -32,7 +32,7 @@ const INDIRECT: u16 = 4;
 /// Both rings over the same memory.
 struct Pair {
     memory: Arc<GuestMemory>,
-    ring: Ring,
+    ring: SplitRing,
     other: Queue,
     layout: RingLayout,
     in_flight: Vec<u16>,
@@ -69,13 +69,13 @@ impl Pair {
             descriptors: DESCRIPTORS,
             available: AVAILABLE,
             used: USED,
-            base,
+            base: u32::from(base),
             event_index: how & 8 != 0,
             indirect: how & 16 == 0,
         };
         let memory = memory();
         let mut pair = Self {
-            ring: Ring::new(&layout, &memory).expect("a sound layout"),
+            ring: SplitRing::new(&layout, &memory).expect("a sound layout"),
             other: Queue::new_from(&layout),
             memory,
             layout,
@@ -85,7 +85,7 @@ impl Pair {
         // A ring may start at any used index.
         let used = values.u16();
         pair.write(USED + 2, used);
-        pair.ring = Ring::new(&layout, &pair.memory).expect("a sound layout");
+        pair.ring = SplitRing::new(&layout, &pair.memory).expect("a sound layout");
         pair.write(USED_OTHER + 2, used);
         pair.other.set_next_used(used);
         pair
@@ -271,7 +271,7 @@ impl FromLayout for Queue {
         queue.set_desc_table_address(Some(layout.descriptors as u32), Some(0));
         queue.set_avail_ring_address(Some(layout.available as u32), Some(0));
         queue.set_used_ring_address(Some(USED_OTHER as u32), Some(0));
-        queue.set_next_avail(layout.base);
+        queue.set_next_avail(layout.base as u16);
         queue.set_event_idx(layout.event_index);
         queue.set_ready(true);
         queue

@@ -1,97 +1,34 @@
 //! One split virtqueue (virtio 1.2, 2.7), seen from the device: takes chains, gives them back, and suppresses
 //! notifications in both directions.
 //!
-//! Owns the position in both rings and the table of heads in flight. Every descriptor is copied once and only the copy
-//! is used. It never touches the data of the chains.
+//! Owns the position in both rings and the table of heads in flight.
 
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
-use virtio_bindings::virtio_ring::{
-    VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
-    VRING_USED_F_NO_NOTIFY,
-};
-use vm_memory::VolatileMemory;
+use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
 
-use crate::device::GuestSlice;
-use crate::dirty_log::UsedRingLog;
-use crate::error::{BadAddress, RingError};
+use super::chain::{
+    Broken, Chain, Copied, Copies, DESCRIPTOR_BYTES, INDIRECT, NEXT, RawDescriptor, RingLayout, SIZE_MAX,
+    Table, Used, WRITE,
+};
+use crate::dirty_log::PartLog;
+use crate::error::RingError;
 use crate::loss::MemoryLoss;
 use crate::memory::GuestMemory;
 use crate::part::Part;
 
-const DESCRIPTOR_BYTES: usize = size_of::<RawDescriptor>();
 /// Both rings: 16 bits of flags, then the index, then the elements.
 const INDEX: usize = 2;
 const ELEMENTS: usize = 4;
 const AVAILABLE_BYTES: usize = 2;
 const USED_BYTES: usize = 8;
-const NEXT: u16 = VRING_DESC_F_NEXT as u16;
-const WRITE: u16 = VRING_DESC_F_WRITE as u16;
-const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
 const NO_INTERRUPT: u16 = VRING_AVAIL_F_NO_INTERRUPT as u16;
 const NO_NOTIFY: u16 = VRING_USED_F_NO_NOTIFY as u16;
 
-/// The most descriptors of a ring (virtio 1.2, 2.7).
-const SIZE_MAX: u16 = 32768;
-
-/// A chain may have this many descriptors through an indirect table, or as many as the ring if that is more.
-const INDIRECT_CHAIN_LIMIT: usize = 1024;
-
-/// The location of a ring and its format.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RingLayout {
-    /// Descriptors: a power of two.
-    pub size: u16,
-    /// Guest address of the descriptor table.
-    pub descriptors: u64,
-    /// Guest address of the available ring.
-    pub available: u64,
-    /// Guest address of the used ring.
-    pub used: u64,
-    /// The index in the available ring of the next chain to take.
-    pub base: u16,
-    /// VIRTIO_F_EVENT_IDX was negotiated.
-    pub event_index: bool,
-    /// VIRTIO_F_INDIRECT_DESC was negotiated.
-    pub indirect: bool,
-}
-
-/// A chain that the device is done with.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Used {
-    /// Its first descriptor.
-    pub head: u16,
-    /// Bytes written to its writable part.
-    pub written: u32,
-}
-
-/// The defect of a chain.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fault {
-    /// Its shape is invalid: a loop, a `next` out of range, readable after writable, or a bad indirect table. The
-    /// location of its status byte is unknown.
-    Malformed,
-    /// Its shape is valid and its last writable bytes can be reached, but some other part is outside guest memory.
-    Unreachable,
-}
-
-/// A chain taken from the ring, its parts translated. Created once for a queue and reused for every chain.
-#[derive(Debug, Default)]
-pub struct Chain {
-    /// Its first descriptor, which identifies it when it is given back.
-    pub head: u16,
-    /// The memory that the device may read, in order.
-    pub readable: Vec<GuestSlice>,
-    /// The memory that the device may write, in order.
-    pub writable: Vec<GuestSlice>,
-    /// The defect of the chain, if any.
-    pub fault: Option<Fault>,
-}
-
 /// A running split virtqueue.
 #[derive(Debug)]
-pub struct Ring {
+pub struct SplitRing {
     table: Part,
     available_ring: Part,
     used_ring: Part,
@@ -108,13 +45,9 @@ pub struct Ring {
     /// Whether chains may still be given back.
     loss: Arc<MemoryLoss>,
     /// Where writes to the used ring are logged, if they are.
-    used_log: Option<UsedRingLog>,
-    /// The descriptors of the current chain; kept to reuse the allocation.
-    descriptors: Vec<Copied>,
+    used_log: Option<PartLog>,
+    copies: Copies,
 }
-
-/// A descriptor as it lies in memory, read in one access: address, length, flags and next, from the lowest bits up.
-type RawDescriptor = u128;
 
 /// Our copy of a descriptor.
 #[derive(Clone, Copy, Debug)]
@@ -135,17 +68,13 @@ impl Descriptor {
             next: (raw >> 112) as u16,
         }
     }
+
+    fn copied(&self) -> Copied {
+        Copied { address: self.address, length: self.length, writable: self.flags & WRITE != 0 }
+    }
 }
 
-/// The fields of a descriptor that are kept.
-#[derive(Clone, Copy, Debug)]
-struct Copied {
-    address: u64,
-    length: u32,
-    writable: bool,
-}
-
-impl Ring {
+impl SplitRing {
     /// Starts a ring. The used index continues from its value in guest memory.
     ///
     /// # Errors
@@ -159,25 +88,26 @@ impl Ring {
         if !size.is_power_of_two() || size > SIZE_MAX || !aligned {
             return Err(RingError::Layout { size });
         }
+        let next_available = u16::try_from(base).map_err(|_| RingError::Base { base, size })?;
         // The elements of each ring are followed by the index at which the other side wants a notification.
         let table = Part::find(memory, descriptors, slots * DESCRIPTOR_BYTES)?;
         let available_ring = Part::find(memory, available, ELEMENTS + slots * AVAILABLE_BYTES + 2)?;
         let used_ring = Part::find(memory, used, Self::used_bytes(size) as usize)?;
         let next_used = used_ring.load(INDEX, Ordering::Acquire)?;
-        Ok(Ring {
+        Ok(SplitRing {
             table,
             available_ring,
             used_ring,
             size,
             indirect,
             event_index,
-            next_available: base,
+            next_available,
             next_used,
             asked_at: next_used,
             in_flight: HeadSet::new(size),
             loss: Arc::clone(memory.loss()),
             used_log: None,
-            descriptors: Vec::with_capacity(slots),
+            copies: Copies::new(size),
         })
     }
 
@@ -187,24 +117,19 @@ impl Ring {
     }
 
     /// Logs all writes to the used ring from now on.
-    pub(crate) fn log_used_ring(&mut self, log: UsedRingLog) {
+    pub(crate) fn log_used_ring(&mut self, log: PartLog) {
         self.used_log = Some(log);
     }
 
     /// Where the first `bytes` bytes of the writable part of the chain that was last taken lie, and its last byte, which
     /// has the status: guest address and bytes of each range.
     pub(crate) fn writable(&self, bytes: u64) -> impl Iterator<Item = (u64, u32)> {
-        let writable = self.descriptors.iter().filter(|copied| copied.writable && copied.length > 0);
-        let last = writable.clone().next_back();
-        let status = last.map(|last| (last.address.wrapping_add(u64::from(last.length) - 1), 1));
-        let mut left = bytes;
-        let first = writable.map_while(move |copied| {
-            let taken = u64::from(copied.length).min(left);
-            left -= taken;
-            // Not more than the descriptor's length.
-            (taken > 0).then_some((copied.address, taken as u32))
-        });
-        first.chain(status)
+        self.copies.writable(bytes)
+    }
+
+    /// Descriptors of the ring.
+    pub(crate) fn size(&self) -> u16 {
+        self.size
     }
 
     /// The index in the available ring of the next chain to take.
@@ -228,7 +153,7 @@ impl Ring {
     }
 
     /// Continues after another device, which took so many chains that it has not given back. Each of them comes by
-    /// [`Ring::take_again`].
+    /// [`SplitRing::take_again`].
     pub fn resume(&mut self, in_flight: u16) {
         self.next_available = self.next_used.wrapping_add(in_flight);
     }
@@ -253,7 +178,7 @@ impl Ring {
         Ok(waiting)
     }
 
-    /// Takes the next chain into `chain`. Only when [`Ring::available`] returned at least one.
+    /// Takes the next chain into `chain`. Only when [`SplitRing::available`] returned at least one.
     ///
     /// # Errors
     /// When the ring itself is corrupt; then nothing was taken. A defect of a single chain is in its `fault`.
@@ -269,7 +194,7 @@ impl Ring {
     /// Takes the chain with this head into `chain`, wherever it was made available.
     ///
     /// # Errors
-    /// As for [`Ring::pop`].
+    /// As for [`SplitRing::pop`].
     pub fn take_again(
         &mut self,
         head: u16,
@@ -283,20 +208,12 @@ impl Ring {
             return Err(RingError::HeadInFlight { head });
         }
         chain.head = head;
-        chain.readable.clear();
-        chain.writable.clear();
-        chain.fault = match self.walk(memory, head) {
-            Ok(()) => self.translate(memory, chain),
-            Err(Broken) => Some(Fault::Malformed),
-        };
-        if chain.fault == Some(Fault::Malformed) {
-            chain.readable.clear();
-            chain.writable.clear();
-        }
+        let copied = self.walk(memory, head);
+        self.copies.finish(copied, memory, chain);
         Ok(())
     }
 
-    /// Puts the newest chain that is still taken back, unanswered: the next pop finds it again.
+    /// Puts the chain that was taken last back, unanswered: the next pop finds it again.
     ///
     /// # Panics
     /// If the chain is not in flight.
@@ -410,10 +327,10 @@ impl Ring {
 
     /// Copies the descriptors of the chain that starts at `head`. The work is bounded whatever the descriptors hold.
     fn walk(&mut self, memory: &GuestMemory, head: u16) -> Result<(), Broken> {
-        self.descriptors.clear();
+        self.copies.clear();
         let mut index = head;
         loop {
-            if index >= self.size || self.descriptors.len() >= usize::from(self.size) {
+            if index >= self.size || self.copies.len() >= usize::from(self.size) {
                 return Err(Broken);
             }
             let descriptor = Descriptor::decode(self.table.read(usize::from(index) * DESCRIPTOR_BYTES)?);
@@ -424,7 +341,7 @@ impl Ring {
                 }
                 return self.walk_indirect(memory, descriptor.address, descriptor.length as usize);
             }
-            self.copy(&descriptor)?;
+            self.copies.add(descriptor.copied())?;
             if descriptor.flags & NEXT == 0 {
                 return Ok(());
             }
@@ -432,77 +349,23 @@ impl Ring {
         }
     }
 
-    fn walk_indirect(&mut self, memory: &GuestMemory, table: u64, bytes: usize) -> Result<(), Broken> {
-        if bytes == 0 || !bytes.is_multiple_of(DESCRIPTOR_BYTES) {
-            return Err(Broken);
-        }
-        let whole = memory.whole(table, bytes);
-        if whole.is_none() {
-            memory.check(table, bytes as u64)?;
-        }
-        let entries = bytes / DESCRIPTOR_BYTES;
-        let limit = INDIRECT_CHAIN_LIMIT.max(usize::from(self.size));
+    fn walk_indirect(&mut self, memory: &GuestMemory, address: u64, bytes: usize) -> Result<(), Broken> {
+        let table = Table::find(memory, address, bytes)?;
         let mut index = 0;
         loop {
-            if index >= entries || self.descriptors.len() >= limit {
+            if index >= table.entries || self.copies.is_full() {
                 return Err(Broken);
             }
-            let at = index * DESCRIPTOR_BYTES;
-            let raw = match &whole {
-                Some(whole) => whole.get_ref::<RawDescriptor>(at).map_err(|_| Broken)?.load(),
-                // The range was checked, so the sum fits 64 bits.
-                None => memory.read(table + at as u64)?,
-            };
-            let descriptor = Descriptor::decode(raw);
+            let descriptor = Descriptor::decode(table.read(index)?);
             if descriptor.flags & INDIRECT != 0 {
                 return Err(Broken);
             }
-            self.copy(&descriptor)?;
+            self.copies.add(descriptor.copied())?;
             if descriptor.flags & NEXT == 0 {
                 return Ok(());
             }
             index = usize::from(descriptor.next);
         }
-    }
-
-    fn copy(&mut self, descriptor: &Descriptor) -> Result<(), Broken> {
-        let writable = descriptor.flags & WRITE != 0;
-        // Virtio 1.2, 2.7.4.2: everything readable comes before everything writable.
-        if !writable && self.descriptors.last().is_some_and(|last| last.writable) {
-            return Err(Broken);
-        }
-        let Descriptor { address, length, .. } = *descriptor;
-        self.descriptors.push(Copied { address, length, writable });
-        Ok(())
-    }
-
-    /// Translates the copied descriptors. A bad address does not hide the status byte after it, as long as the last
-    /// writable descriptor that has bytes is valid.
-    fn translate(&self, memory: &GuestMemory, chain: &mut Chain) -> Option<Fault> {
-        let mut fault = None;
-        for copied in &self.descriptors {
-            let pieces = if copied.writable { &mut chain.writable } else { &mut chain.readable };
-            if memory.translate(copied.address, copied.length, pieces).is_ok() {
-                if copied.writable && copied.length > 0 && fault == Some(Fault::Malformed) {
-                    fault = Some(Fault::Unreachable);
-                }
-            } else if copied.writable && copied.length > 0 {
-                fault = Some(Fault::Malformed);
-            } else if fault.is_none() {
-                fault = Some(Fault::Unreachable);
-            }
-        }
-        fault
-    }
-}
-
-/// A chain that cannot be parsed.
-#[derive(Debug)]
-struct Broken;
-
-impl From<BadAddress> for Broken {
-    fn from(_: BadAddress) -> Self {
-        Broken
     }
 }
 

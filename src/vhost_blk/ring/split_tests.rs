@@ -1,4 +1,4 @@
-//! The ring against a hand-driven guest: in one mapping and across several, and the states that the guest can see.
+//! The split ring against a hand-driven guest: in one mapping and across several, and the states that the guest can see.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::memory::{GuestMemory, MemoryTable, RegionInfo};
 use crate::part::Part;
-use crate::ring::{Chain, Ring, RingLayout, Used};
+use crate::ring::{Chain, RingLayout, SplitRing, Used};
 
 const REGION: u64 = 0x1000;
 const NEXT: u16 = 1;
@@ -57,7 +57,8 @@ fn descriptor(address: u64, length: u32, flags: u16, next: u16) -> Vec<u8> {
 fn a_ring_over_several_mappings_is_as_good_as_in_one() {
     for (descriptors, available, used) in [TOGETHER, SPREAD] {
         let memory = memory(5);
-        let mut ring = Ring::new(&layout(4, descriptors, available, used), &memory).expect("a sound ring");
+        let mut ring =
+            SplitRing::new(&layout(4, descriptors, available, used), &memory).expect("a sound ring");
         assert!(!ring.was_used());
         // Chain 0 consists of descriptors 0 and 3; chain 1 has an indirect table that crosses the end of a mapping.
         let table = 4 * REGION - 16;
@@ -93,13 +94,13 @@ fn a_ring_over_several_mappings_is_as_good_as_in_one() {
 fn notifications_follow_the_event_index() {
     let memory = memory(1);
     let (descriptors, available, used) = TOGETHER;
-    let mut ring = Ring::new(&layout(4, descriptors, available, used), &memory).expect("a sound ring");
+    let mut ring = SplitRing::new(&layout(4, descriptors, available, used), &memory).expect("a sound ring");
     let heads: Vec<u8> = (0..4u8).flat_map(|head| [head, 0]).collect();
     write(&memory, &heads, available + 4);
     (0..4).for_each(|n| write(&memory, &descriptor(0x100, 1, WRITE, 0), descriptors + 16 * n));
     let mut chain = Chain::default();
     let mut done = 0u16;
-    let mut ask = |ring: &mut Ring, count: u16, event: u16| {
+    let mut ask = |ring: &mut SplitRing, count: u16, event: u16| {
         write(&memory, &event.to_le_bytes(), available + 4 + 2 * 4);
         write(&memory, &(done + count).to_le_bytes(), available + 2);
         for _ in 0..count {
@@ -122,7 +123,8 @@ fn a_batch_is_given_back_at_once() {
     const BATCH: u16 = 32;
     let memory = memory(1);
     let (descriptors, available, used) = TOGETHER;
-    let mut ring = Ring::new(&layout(BATCH, descriptors, available, used), &memory).expect("a sound ring");
+    let mut ring =
+        SplitRing::new(&layout(BATCH, descriptors, available, used), &memory).expect("a sound ring");
     for head in 0..BATCH {
         write(&memory, &descriptor(0x100, 1, WRITE, 0), descriptors + 16 * u64::from(head));
         write(&memory, &head.to_le_bytes(), available + 4 + 2 * u64::from(head));
@@ -160,7 +162,7 @@ fn impossible_layouts_are_refused() {
     let memory = memory(2);
     let (descriptors, available, used) = TOGETHER;
     let refused = |size, descriptors, available, used| {
-        Ring::new(&layout(size, descriptors, available, used), &memory).is_err()
+        SplitRing::new(&layout(size, descriptors, available, used), &memory).is_err()
     };
     assert!(!refused(8, descriptors, available, used));
     assert!(refused(0, descriptors, available, used));
