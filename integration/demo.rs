@@ -108,7 +108,7 @@ fn show(options: &Options, steps: &mut Steps) -> Result<()> {
         serial: "strata-demo".to_owned(),
         io_thread: false,
     };
-    let stand = Stand { kit, accelerator, program, serve, folder: place.path().join("runs") };
+    let stand = Stand { kit, accelerator, program, serve, packed: false, folder: place.path().join("runs") };
     let shown = visits(&stand, place.path(), steps);
     match shown {
         Ok(told) => {

@@ -84,6 +84,8 @@ pub struct Disk {
     pub cache_switch: bool,
     /// The option of its socket by which QEMU connects again when the daemon is gone, see [`reconnect_option`].
     pub reconnect: Option<&'static str>,
+    /// True if the guest may use packed rings, if the daemon offers them.
+    pub packed: bool,
 }
 
 /// The option by which this machine's QEMU connects again to a socket: in milliseconds since 9.2, in seconds before.
@@ -174,10 +176,10 @@ impl MachineSpec {
             let reconnect = disk.reconnect.map_or_else(String::new, |option| format!(",{option}"));
             qemu.args(["-chardev", &format!("socket,id=disk{number},path={socket}{reconnect}")]);
             let switch = if disk.cache_switch { "" } else { ",config-wce=off" };
+            let packed = if disk.packed { ",packed=on" } else { "" };
+            let (queues, boot) = (disk.queues, number + 1);
             let device = format!(
-                "vhost-user-blk-pci,chardev=disk{number},num-queues={},bootindex={}{switch}",
-                disk.queues,
-                number + 1
+                "vhost-user-blk-pci,chardev=disk{number},num-queues={queues},bootindex={boot}{switch}{packed}"
             );
             qemu.args(["-device", &device]);
         }
@@ -367,6 +369,7 @@ mod tests {
             socket: PathBuf::from(path),
             queues: 2,
             cache_switch: true,
+            packed: path.contains('c'),
             reconnect: path.contains('c').then_some("reconnect=1"),
         };
         let spec = MachineSpec { disks: vec![disk("/a,b"), disk("/c")], ..MachineSpec::new(String::new()) };
@@ -374,7 +377,8 @@ mod tests {
         assert!(line.contains("memory-backend-memfd,id=mem,size=512M,share=on"));
         assert!(line.contains("socket,id=disk0,path=/a,,b "));
         assert!(line.contains("socket,id=disk1,path=/c,reconnect=1 "));
-        assert!(line.contains("vhost-user-blk-pci,chardev=disk1,num-queues=2,bootindex=2"));
+        assert!(line.contains("vhost-user-blk-pci,chardev=disk0,num-queues=2,bootindex=1 "));
+        assert!(line.contains("vhost-user-blk-pci,chardev=disk1,num-queues=2,bootindex=2,packed=on "));
         assert!(line.contains("strata.disks=2"));
     }
 }

@@ -26,6 +26,8 @@ pub struct Stand {
     pub program: Program,
     /// The image and the daemon's options.
     pub serve: ServeSpec,
+    /// True if the guest may use packed rings.
+    pub packed: bool,
     /// The folder of consoles and logs, with one sub-folder per visit.
     pub folder: PathBuf,
 }
@@ -329,6 +331,7 @@ impl Stand {
             queues: self.serve.queues,
             cache_switch: !self.program.backend.offers_a_wrong_cache_switch(),
             reconnect: None,
+            packed: self.packed,
         };
         MachineSpec {
             disks: vec![disk],

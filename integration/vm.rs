@@ -62,6 +62,11 @@ fn skip(name: &str, reason: &str) -> Result<()> {
 /// Runs `test` on a stand, or skips it with a message. The message goes to standard error directly, because the harness
 /// hides what a passing test prints.
 fn with_stand(name: &str, test: impl FnOnce(&Stand, &Path) -> Result<()>) -> Result<()> {
+    with_rings(name, false, test)
+}
+
+/// As [`with_stand`]; the guest may use packed rings if `packed` is true.
+fn with_rings(name: &str, packed: bool, test: impl FnOnce(&Stand, &Path) -> Result<()>) -> Result<()> {
     let _alone = alone();
     let kit = match guest()? {
         Ok(kit) => kit,
@@ -78,7 +83,7 @@ fn with_stand(name: &str, test: impl FnOnce(&Stand, &Path) -> Result<()>) -> Res
         serial: "vm-test".to_owned(),
         io_thread: false,
     };
-    let stand = Stand { kit, accelerator, program, serve, folder: scratch.path().join("runs") };
+    let stand = Stand { kit, accelerator, program, serve, packed, folder: scratch.path().join("runs") };
     test(&stand, scratch.path())
 }
 
@@ -191,6 +196,7 @@ fn lives_on(stand: &Stand, folder: &Path, restarts: u64, how: Restart) -> Result
     let visit = stand.restarts("restarts", &script, (restarts, how), &mut Random::new(seed));
     let visit = visit.with_context(|| format!("seed {seed}"))?;
     assert_eq!(visit.number("errors")?, 0, "the guest saw errors");
+    assert_eq!(visit.number("packed")?, u64::from(stand.packed), "the kind of its rings");
     for key in ["disk.cache", "disk.cache.end"] {
         assert_eq!(visit.fact(key)?, "write through");
     }
@@ -202,45 +208,74 @@ fn lives_on(stand: &Stand, folder: &Path, restarts: u64, how: Restart) -> Result
     Ok(())
 }
 
+/// Kills the daemon under a guest that lives on.
+fn lives_on_after_kills(stand: &Stand, folder: &Path) -> Result<()> {
+    lives_on(stand, folder, setting("STRATA_GUEST_RESTARTS", 5)?, Restart::Kill)?;
+    match image::check(&stand.serve.image)? {
+        image::Health::Broken(words) => bail!("the image is damaged at the end:\n{words}"),
+        image::Health::Clean | image::Health::Leaks(_) => Ok(()),
+    }
+}
+
 #[test]
 fn a_guest_does_not_notice_killed_daemons() -> Result<()> {
-    with_stand("a_guest_does_not_notice_killed_daemons", |stand, folder| {
-        lives_on(stand, folder, setting("STRATA_GUEST_RESTARTS", 5)?, Restart::Kill)?;
-        match image::check(&stand.serve.image)? {
-            image::Health::Broken(words) => bail!("the image is damaged at the end:\n{words}"),
-            image::Health::Clean | image::Health::Leaks(_) => Ok(()),
-        }
-    })
+    with_stand("a_guest_does_not_notice_killed_daemons", lives_on_after_kills)
+}
+
+#[test]
+fn a_guest_with_packed_rings_does_not_notice_killed_daemons() -> Result<()> {
+    with_rings("a_guest_with_packed_rings_does_not_notice_killed_daemons", true, lives_on_after_kills)
+}
+
+/// Migrates a guest that writes and verifies, and checks the image.
+fn moves(stand: &Stand, folder: &Path) -> Result<()> {
+    if stand.program.backend != Backend::Strata {
+        return Ok(());
+    }
+    let moves = setting("STRATA_GUEST_MOVES", 2)?;
+    const AREA_MIB: u64 = 8;
+    image::create(&stand.serve.image, "qcow2", DISK_MIB * MIB, None, "")?;
+    let script = stand::verifying(AREA_MIB, "write back");
+    let (visit, moved) = stand.migrations("migration", &script, moves)?;
+    assert_eq!(visit.number("errors")?, 0, "the guest saw errors");
+    assert_eq!(visit.number("packed")?, u64::from(stand.packed), "the kind of its rings");
+    let flat = folder.join("flat.raw");
+    image::flatten(&stand.serve.image, &stand.serve.format, &flat)?;
+    assert_eq!(visit.fact("disk.md5")?, image::md5(&flat, 2 * AREA_MIB)?);
+    image::expect_clean(&stand.serve.image)?;
+    let passes = visit.facts.iter().filter(|(key, _)| key == "passes").count();
+    println!("{moved:?}; {passes} passes of fio written and verified");
+    Ok(())
 }
 
 #[test]
 fn a_guest_does_not_notice_that_it_is_migrated() -> Result<()> {
-    with_stand("a_guest_does_not_notice_that_it_is_migrated", |stand, folder| {
-        if stand.program.backend != Backend::Strata {
-            return Ok(());
-        }
-        let moves = setting("STRATA_GUEST_MOVES", 2)?;
-        const AREA_MIB: u64 = 8;
-        image::create(&stand.serve.image, "qcow2", DISK_MIB * MIB, None, "")?;
-        let script = stand::verifying(AREA_MIB, "write back");
-        let (visit, moved) = stand.migrations("migration", &script, moves)?;
-        assert_eq!(visit.number("errors")?, 0, "the guest saw errors");
-        let flat = folder.join("flat.raw");
-        image::flatten(&stand.serve.image, &stand.serve.format, &flat)?;
-        assert_eq!(visit.fact("disk.md5")?, image::md5(&flat, 2 * AREA_MIB)?);
-        image::expect_clean(&stand.serve.image)?;
-        let passes = visit.facts.iter().filter(|(key, _)| key == "passes").count();
-        println!("{moved:?}; {passes} passes of fio written and verified");
-        Ok(())
-    })
+    with_stand("a_guest_does_not_notice_that_it_is_migrated", moves)
+}
+
+#[test]
+fn a_guest_with_packed_rings_does_not_notice_that_it_is_migrated() -> Result<()> {
+    with_rings("a_guest_with_packed_rings_does_not_notice_that_it_is_migrated", true, moves)
+}
+
+/// Replaces the daemon under a guest that lives on.
+fn lives_on_after_replacements(stand: &Stand, folder: &Path) -> Result<()> {
+    lives_on(stand, folder, setting("STRATA_GUEST_RESTARTS", 5)?, Restart::Planned)?;
+    image::expect_clean(&stand.serve.image)
 }
 
 #[test]
 fn a_guest_does_not_notice_replaced_daemons() -> Result<()> {
-    with_stand("a_guest_does_not_notice_replaced_daemons", |stand, folder| {
-        lives_on(stand, folder, setting("STRATA_GUEST_RESTARTS", 5)?, Restart::Planned)?;
-        image::expect_clean(&stand.serve.image)
-    })
+    with_stand("a_guest_does_not_notice_replaced_daemons", lives_on_after_replacements)
+}
+
+#[test]
+fn a_guest_with_packed_rings_does_not_notice_replaced_daemons() -> Result<()> {
+    with_rings(
+        "a_guest_with_packed_rings_does_not_notice_replaced_daemons",
+        true,
+        lives_on_after_replacements,
+    )
 }
 
 #[test]

@@ -6,6 +6,8 @@
 cache=/sys/block/vda/cache_type
 echo "$CACHE" >$cache
 say "disk.cache=$(cat $cache)"
+# Bit 34 of the features that the driver uses: VIRTIO_F_RING_PACKED.
+say "packed=$(cut -c35 /sys/block/vda/device/features)"
 
 # Each pass writes an area of its own for each job, and then reads it back.
 verify() {

@@ -54,6 +54,7 @@ pub(crate) fn features(profile: &DeviceProfile, num_queues: u16) -> u64 {
         | bit(VIRTIO_F_ANY_LAYOUT)
         | INDIRECT
         | EVENT_INDEX
+        | PACKED
         | PROTOCOL_FEATURES
         | LOG_ALL
         | FLUSH

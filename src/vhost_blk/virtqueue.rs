@@ -57,7 +57,7 @@ pub(crate) trait Virtqueue: Sized + Send + 'static {
 pub(crate) trait Tracker {
     /// Lists the chains that are about to be given back.
     fn list(&mut self, heads: impl Iterator<Item = u16>);
-    /// Records that the newest chain goes back into the ring.
+    /// Notes that the newest chain goes back into the ring. It stays recorded until the area is given up.
     fn put_back(&mut self, head: u16);
     /// Gives the area up: nothing is in flight.
     fn close(self);
@@ -184,7 +184,7 @@ impl Tracker for SplitTracker {
         SplitTracker::list(self, heads);
     }
 
-    /// It stays recorded until the area is given up: a successor does it before anything that is in the ring.
+    /// Until then a successor does it before anything that is in the ring. Afterwards nothing is recorded.
     fn put_back(&mut self, _: u16) {}
 
     fn close(self) {
@@ -298,5 +298,7 @@ impl Tracker for PackedTracker {
     }
 
     /// The area keeps the position in the ring, which is nowhere else once the frontend has lost this daemon.
-    fn close(self) {}
+    fn close(self) {
+        PackedTracker::close(self);
+    }
 }

@@ -37,6 +37,8 @@ pub struct PackedTracker {
     used: Position,
     /// The entries of the chain with each buffer id. Those of chains that are not in flight mean nothing.
     places: Vec<Place>,
+    /// Chains that are in the ring again, the newest first. They stay recorded until the area is closed.
+    put_back: Vec<u16>,
 }
 
 /// The entries of a chain.
@@ -94,7 +96,17 @@ impl PackedTracker {
         header.used.store(used_word(found.used, found.used));
         let Found { free, used, next, places, chains, counter, .. } = found;
         Ok(Recovered {
-            tracker: PackedTracker { area, size, counter, free, next, old_used: used, used, places },
+            tracker: PackedTracker {
+                area,
+                size,
+                counter,
+                free,
+                next,
+                old_used: used,
+                used,
+                places,
+                put_back: Vec::new(),
+            },
             in_flight: chains,
         })
     }
@@ -117,7 +129,17 @@ impl PackedTracker {
         header.used.store(used_word(used, used));
         header.version.store(VERSION);
         let places = vec![Place::default(); usize::from(size)];
-        PackedTracker { area, size, counter: 0, free: 0, next, old_used: used, used, places }
+        PackedTracker {
+            area,
+            size,
+            counter: 0,
+            free: 0,
+            next,
+            old_used: used,
+            used,
+            places,
+            put_back: Vec::new(),
+        }
     }
 
     /// Records a chain that was taken, with its descriptors. Before the disk gets it, and before the next chain is taken.
@@ -178,11 +200,22 @@ impl PackedTracker {
         self.old_used = self.used;
     }
 
-    /// Takes the newest chain out of the record again: it is in the ring, as if it had not been taken.
-    ///
-    /// # Panics
-    /// When the ring has no such buffer id.
-    pub fn put_back(&mut self, id: u16) {
+    /// Notes that the chain that was taken last, but for those noted before, is in the ring again. No more are taken.
+    pub(crate) fn put_back(&mut self, id: u16) {
+        self.put_back.push(id);
+    }
+
+    /// Leaves the area with nothing in flight, and its position in the ring. Only when every chain was handed back, or is
+    /// in the ring again.
+    pub(crate) fn close(mut self) {
+        // The newest first: at each step the others are those that were taken last.
+        for id in std::mem::take(&mut self.put_back) {
+            self.take_out(id);
+        }
+    }
+
+    /// Takes the newest chain out of the record, as if it had not been taken.
+    fn take_out(&mut self, id: u16) {
         let Place { first, .. } = self.put_on_free_list(id);
         let header = self.area.header();
         header.free_head.store(self.free);

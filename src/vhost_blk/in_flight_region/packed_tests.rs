@@ -137,16 +137,21 @@ impl Device {
         self.taken.push_back((id, Some(place)));
     }
 
-    /// Puts the chain that was taken last back into the ring, if this device still has it.
-    fn put_back(&mut self) {
-        let last = self.ring.taken().wrapping_sub(1);
-        if let Some((id, Some(place))) = self.taken.back().copied()
-            && place == last
+    /// Stops in order, if it can: puts what was taken last back into the ring, and hands everything else back.
+    fn stop(mut self, guest: &mut Guest, random: &mut Random) {
+        let mut left = random.below(4);
+        while let Some((id, place)) = self.taken.back().copied()
+            && place == Some(self.ring.taken().wrapping_sub(1))
+            && left > 0
         {
             self.taken.pop_back();
             self.ring.put_back(id);
             self.tracker.put_back(id);
+            left -= 1;
         }
+        let all: Vec<Used> = self.taken.iter().map(|(head, _)| Used { head: *head, written: 1 }).collect();
+        self.hand_back(&all, guest, random);
+        self.tracker.close();
     }
 
     /// One step of a worker: takes some chains, then hands some back in any order.
@@ -155,9 +160,6 @@ impl Device {
         for _ in 0..random.below(u64::from(waiting) + 1) {
             self.take(guest);
         }
-        if random.below(4) == 0 {
-            self.put_back();
-        }
         let batch: Vec<Used> = (0..random.below(self.taken.len() as u64 + 1))
             .map(|_| {
                 let at = random.below(self.taken.len() as u64) as usize;
@@ -165,12 +167,16 @@ impl Device {
                 Used { head, written: random.below(2) as u32 }
             })
             .collect();
+        self.hand_back(&batch, guest, random);
+    }
+
+    fn hand_back(&mut self, batch: &[Used], guest: &mut Guest, random: &mut Random) {
         if batch.is_empty() {
             return;
         }
         let ids = || batch.iter().map(|used| used.head);
         self.tracker.list(ids());
-        self.ring.push_used(&batch).expect("a sound ring");
+        self.ring.push_used(batch).expect("a sound ring");
         // A guest on another processor sees them at once, and reuses the descriptors.
         guest.look();
         for _ in 0..random.below(3) {
@@ -196,6 +202,9 @@ fn play(region: &Region, memory: &Arc<GuestMemory>, seed: u64, stores: &[u32]) -
                     guest.add(&mut random);
                 }
                 device.turn(&mut guest, &mut random);
+            }
+            if random.below(2) == 0 {
+                device.stop(&mut guest, &mut random);
             }
         });
         guest.look();

@@ -5,9 +5,8 @@ mod kit;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use kit::TestServer;
 use kit::disk::{MemoryDisk, Shared};
@@ -15,6 +14,7 @@ use kit::guest::*;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::{VhostBackend, VhostUserDirtyLogRegion, VringConfigData};
 use vhost_blk::ServeOptions;
+use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
 
 const ALL: u64 = F_VERSION_1 | F_FLUSH | F_INDIRECT | F_EVENT_IDX;
 const LOG_ALL: u64 = 1 << 26;
@@ -33,17 +33,24 @@ fn page_of(address: u64) -> u64 {
     address & !(PAGE - 1)
 }
 
-/// A dirty log that the guest's frontend keeps.
+/// A dirty log that the guest's frontend keeps, and its mapping.
 struct Log {
     file: File,
+    bits: MmapRegion<()>,
 }
 
 impl Log {
     /// Makes a new log and tells the device to use it.
     fn begin(guest: &Guest) -> Self {
-        let log = Log { file: memfd(LOG_BYTES) };
+        let log = Self::new(LOG_BYTES);
         log.send(guest, LOG_BYTES).expect("the log is taken");
         log
+    }
+
+    fn new(bytes: u64) -> Self {
+        let file = memfd(bytes);
+        let mapped = FileOffset::new(file.try_clone().expect("a copy"), 0);
+        Log { file, bits: MmapRegion::from_file(mapped, bytes as usize).expect("a mapping") }
     }
 
     fn send(&self, guest: &Guest, bytes: u64) -> vhost::Result<()> {
@@ -54,9 +61,12 @@ impl Log {
 
     /// The addresses of the marked pages, which are marked no more.
     fn fetch(&self) -> BTreeSet<u64> {
-        let mut bits = vec![0; LOG_BYTES as usize];
-        self.file.read_exact_at(&mut bits, 0).expect("the log");
-        self.file.write_all_at(&vec![0; bits.len()], 0).expect("the log");
+        // No mark may come between the look and the clearing.
+        let fetch = |at: u64| {
+            let byte = self.bits.get_atomic_ref::<AtomicU8>(at as usize).expect("a byte of the log");
+            byte.swap(0, Ordering::SeqCst)
+        };
+        let bits: Vec<u8> = (0..LOG_BYTES).map(fetch).collect();
         let marked = |page: &u64| bits[(page / 8) as usize] & (1 << (page % 8)) != 0;
         (0..LOG_BYTES * 8).filter(marked).map(|page| page * PAGE).collect()
     }
@@ -128,6 +138,43 @@ fn what_the_device_writes_is_logged_and_nothing_else() {
     assert!(log.fetch().is_empty(), "logging is off again");
 }
 
+/// What is handed back goes into the descriptor ring, which is logged where it is. The frontend names an address for the
+/// device's event suppression alone.
+#[test]
+fn both_parts_of_a_packed_ring_are_logged() {
+    let disk = MemoryDisk::new(64);
+    let server = start(&disk);
+    let mut guest = Guest::connect(&server.path, ALL | F_PACKED);
+    let queue = guest.add_queue(512);
+    let log = begin_logging(&guest);
+    let elsewhere = VringConfigData { log_addr: Some(DEVICE_AREA + 5 * PAGE), ..logged(&guest, queue) };
+    guest.frontend.set_vring_addr(queue, &elsewhere).expect("addresses");
+    let descriptors = guest.queues[queue].descriptors;
+    let [first, second, event] = [descriptors, descriptors + PAGE, DEVICE_AREA + 5 * PAGE];
+    assert!(
+        log.fetch().is_superset(&BTreeSet::from([first, second, event])),
+        "all of it when the ring starts"
+    );
+    let (header, status) = (guest.header(T_FLUSH, 0), guest.put(&[UNTOUCHED]));
+    let sleeps = || server.options.metrics.total().sleeps;
+    for number in 0..512 {
+        let before = sleeps();
+        until("it sleeps", || sleeps() > 0);
+        log.fetch();
+        let flush = guest.chain(queue, &[(header, 16, 0), (status, 1, WRITE)]);
+        guest.run(queue, flush);
+        until("it sleeps again", || sleeps() > before);
+        let page = if number % 256 < 128 { first } else { second };
+        let expected = BTreeSet::from([page, page_of(status), event]);
+        let mut marked = BTreeSet::new();
+        until("the wish for kicks is logged", || {
+            marked.append(&mut log.fetch());
+            marked.contains(&event)
+        });
+        assert_eq!(marked, expected, "{number}");
+    }
+}
+
 #[test]
 fn the_used_ring_is_logged_at_the_address_that_the_frontend_names() {
     let disk = MemoryDisk::new(64);
@@ -170,6 +217,10 @@ fn the_used_ring_is_logged_at_the_address_that_the_frontend_names() {
 /// Copies a guest's device area and used rings by its dirty log while requests are in flight, as a migration does.
 #[test]
 fn a_copy_made_by_the_log_is_complete() {
+    [ALL, ALL | F_PACKED].into_iter().for_each(copy_by_log);
+}
+
+fn copy_by_log(features: u64) {
     const SECTORS: u64 = 4096;
     const PASSES: usize = 60;
     const REQUESTS: usize = 60;
@@ -178,7 +229,7 @@ fn a_copy_made_by_the_log_is_complete() {
         *byte = (at as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_be_bytes()[0] | 1;
     }
     let server = start(&disk);
-    let mut guest = Guest::connect(&server.path, ALL);
+    let mut guest = Guest::connect(&server.path, features);
     for _ in 0..2 {
         // Its used ring has more than two pages.
         guest.add_queue(1024);
@@ -251,12 +302,16 @@ fn replace_log_behind_gate(guest: &Guest, disk: &Arc<MemoryDisk>) -> Log {
 /// Whether a copy of the guest's memory has all that the device wrote.
 fn is_complete(guest: &Guest, copy: &[u8]) -> bool {
     let now = guest.get(0, 2 * REGION as usize);
-    let used = |driver: &Driver| {
-        let start = driver.used as usize;
-        start..start + 4 + 8 * usize::from(driver.size) + 2
+    let ring = |driver: &Driver| {
+        let (descriptors, used) = (driver.descriptors as usize, driver.used as usize);
+        match driver.packed {
+            // The device has written wherever the driver has, and later: everything was handed back.
+            Some(_) => [descriptors..descriptors + 16 * usize::from(driver.size), used..used + 4],
+            None => [used..used + 4 + 8 * usize::from(driver.size) + 2, 0..0],
+        }
     };
     let area = DEVICE_AREA as usize..now.len();
-    guest.queues.iter().map(used).chain([area]).all(|range| copy[range.clone()] == now[range])
+    guest.queues.iter().flat_map(ring).chain([area]).all(|range| copy[range.clone()] == now[range])
 }
 
 fn copy_pages(guest: &Guest, copy: &mut [u8], pages: &BTreeSet<u64>) {
@@ -320,12 +375,12 @@ fn a_log_that_is_too_short_is_refused() {
     let disk = MemoryDisk::new(64);
     let server = start(&disk);
     let guest = Guest::connect(&server.path, ALL);
-    let log = Log { file: memfd(LOG_BYTES) };
+    let log = Log::new(LOG_BYTES);
     assert!(log.send(&guest, LOG_BYTES - 1).is_err(), "it has no bit for the last pages");
     // SET_LOG_BASE has a reply of its own, so a refusal ends the session.
     assert!(guest.frontend.get_features().is_err());
     let guest = Guest::connect(&server.path, ALL);
-    assert!(Log { file: memfd(LOG_BYTES - 1) }.send(&guest, LOG_BYTES).is_err(), "its file is shorter");
+    assert!(Log::new(LOG_BYTES - 1).send(&guest, LOG_BYTES).is_err(), "its file is shorter");
 }
 
 #[test]

@@ -13,6 +13,7 @@ use kit::TestServer;
 use kit::cloud::InFlight;
 use kit::disk::{MemoryDisk, Shared};
 use kit::guest::*;
+use kit::packed::Place;
 use kit::raw::{self, Raw, Reply};
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
@@ -20,6 +21,8 @@ use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserInflight};
 use vhost_blk::{Request, ServeOptions};
 
 const ALL: u64 = F_VERSION_1 | F_FLUSH | F_INDIRECT | F_EVENT_IDX | F_CONFIG_WCE;
+/// With split and with packed rings.
+const KINDS: [u64; 2] = [ALL, ALL | F_PACKED];
 /// The offset of the `writeback` byte in the configuration space.
 const WRITEBACK: u32 = 32;
 /// Bytes of a large request: more than a queue may have in flight.
@@ -31,8 +34,12 @@ fn serve(disk: &Arc<MemoryDisk>) -> TestServer {
 
 /// A daemon, and a guest that begins as Cloud Hypervisor does, with queues of these sizes.
 fn serve_cloud(disk: &Arc<MemoryDisk>, sizes: &[u16]) -> (TestServer, Guest, InFlight) {
+    serve_with(disk, ALL, sizes)
+}
+
+fn serve_with(disk: &Arc<MemoryDisk>, features: u64, sizes: &[u16]) -> (TestServer, Guest, InFlight) {
     let server = serve(disk);
-    let (guest, region) = Guest::connect_as_cloud(&server.path, ALL, sizes);
+    let (guest, region) = Guest::connect_as_cloud(&server.path, features, sizes);
     (server, guest, region)
 }
 
@@ -108,70 +115,74 @@ fn all_done(writes: &[Write]) -> Vec<(u16, u8)> {
 
 #[test]
 fn requests_in_flight_are_done_again_in_their_order_and_answered_once() {
-    let disk = MemoryDisk::later(64);
-    let (server, mut guest, region) = serve_cloud(&disk, &[32, 32]);
-    for (queue, before) in [(0, 0), (1, 3)] {
-        // Some requests before, so that the base is not 0.
-        for sector in 0..before {
-            guest.write(queue, sector, &pattern(512, 1));
-        }
-        take_writes(&disk);
-        // Taken in another order than that of their heads.
-        let mut writes: Vec<_> = (0..6).map(|sector| write_of(&mut guest, queue, 10 + sector)).collect();
-        writes.swap(0, 4);
-        writes.swap(1, 2);
-        // The first two are answered, and with them descriptors may be in use again.
-        for write in writes.drain(..2).collect::<Vec<_>>() {
-            assert_eq!(guest.run(queue, write.head), 1);
-        }
-        take_writes(&disk);
-        let sent = disk.submitted.load(Ordering::SeqCst);
-        disk.gate.close();
-        for write in &writes[..3] {
-            guest.make_available(queue, write.head);
-        }
-        guest.kick(queue);
-        disk.await_submitted(sent + 3);
-        die(&disk, &mut guest, queue, &writes[3]);
-        assert_eq!(guest.used_index(queue), guest.queues[queue].seen_used, "no answer yet");
-        // One more comes while nobody serves.
-        writes.push(write_of(&mut guest, queue, 20));
-        guest.make_available(queue, writes[4].head);
-        guest.reconnect(&server.path, Some(&region));
-        assert_eq!(answers(&mut guest, queue, &writes), all_done(&writes));
-        let done = take_writes(&disk);
-        let again: Vec<_> = writes.iter().map(offset_of).collect();
-        assert_eq!(
-            done[done.len() - 5..],
-            again,
-            "after the three that the dead worker's disk had: {done:?}"
-        );
-        for write in &writes {
-            assert_eq!(guest.read(queue, write.sector, 512), pattern(512, write.sector as u8));
+    for features in KINDS {
+        let disk = MemoryDisk::later(64);
+        let (server, mut guest, region) = serve_with(&disk, features, &[32, 32]);
+        for (queue, before) in [(0, 0), (1, 3)] {
+            // Some requests before, so that the base is not 0.
+            for sector in 0..before {
+                guest.write(queue, sector, &pattern(512, 1));
+            }
+            take_writes(&disk);
+            // Taken in another order than that of their heads.
+            let mut writes: Vec<_> = (0..6).map(|sector| write_of(&mut guest, queue, 10 + sector)).collect();
+            writes.swap(0, 4);
+            writes.swap(1, 2);
+            // The first two are answered, and with them descriptors may be in use again.
+            for write in writes.drain(..2).collect::<Vec<_>>() {
+                assert_eq!(guest.run(queue, write.head), 1);
+            }
+            take_writes(&disk);
+            let sent = disk.submitted.load(Ordering::SeqCst);
+            disk.gate.close();
+            for write in &writes[..3] {
+                guest.make_available(queue, write.head);
+            }
+            guest.kick(queue);
+            disk.await_submitted(sent + 3);
+            die(&disk, &mut guest, queue, &writes[3]);
+            assert_eq!(guest.used_index(queue), guest.queues[queue].seen_used, "no answer yet");
+            // One more comes while nobody serves.
+            writes.push(write_of(&mut guest, queue, 20));
+            guest.make_available(queue, writes[4].head);
+            guest.reconnect(&server.path, Some(&region));
+            assert_eq!(answers(&mut guest, queue, &writes), all_done(&writes));
+            let done = take_writes(&disk);
+            let again: Vec<_> = writes.iter().map(offset_of).collect();
+            assert_eq!(
+                done[done.len() - 5..],
+                again,
+                "after the three that the dead worker's disk had: {done:?}"
+            );
+            for write in &writes {
+                assert_eq!(guest.read(queue, write.sector, 512), pattern(512, write.sector as u8));
+            }
         }
     }
 }
 
 #[test]
 fn a_worker_may_die_again_and_again() {
-    let disk = MemoryDisk::later(64);
-    let (server, mut guest, region) = serve_cloud(&disk, &[16]);
-    let mut writes = Vec::new();
-    for round in 0..4 {
-        let sent = disk.submitted.load(Ordering::SeqCst);
-        let write = write_of(&mut guest, 0, round);
-        disk.gate.close();
-        if round > 0 {
-            guest.reconnect(&server.path, Some(&region));
-            disk.await_submitted(sent + round);
+    for features in KINDS {
+        let disk = MemoryDisk::later(64);
+        let (server, mut guest, region) = serve_with(&disk, features, &[16]);
+        let mut writes = Vec::new();
+        for round in 0..4 {
+            let sent = disk.submitted.load(Ordering::SeqCst);
+            let write = write_of(&mut guest, 0, round);
+            disk.gate.close();
+            if round > 0 {
+                guest.reconnect(&server.path, Some(&region));
+                disk.await_submitted(sent + round);
+            }
+            die(&disk, &mut guest, 0, &write);
+            writes.push(write);
         }
-        die(&disk, &mut guest, 0, &write);
-        writes.push(write);
+        take_writes(&disk);
+        guest.reconnect(&server.path, Some(&region));
+        assert_eq!(answers(&mut guest, 0, &writes), all_done(&writes));
+        assert_eq!(take_writes(&disk), writes.iter().map(offset_of).collect::<Vec<_>>());
     }
-    take_writes(&disk);
-    guest.reconnect(&server.path, Some(&region));
-    assert_eq!(answers(&mut guest, 0, &writes), all_done(&writes));
-    assert_eq!(take_writes(&disk), writes.iter().map(offset_of).collect::<Vec<_>>());
 }
 
 #[test]
@@ -208,50 +219,54 @@ fn send_large_read(guest: &mut Guest) -> (u32, u64) {
 /// A large request is not wholly at the disk when its session ends, so it goes back into the ring.
 #[test]
 fn a_request_that_went_back_into_the_ring_is_answered_once() {
-    let disk = MemoryDisk::later(LARGE / 512);
-    let (server, mut guest, region) = serve_cloud(&disk, &[16]);
-    guest.write(0, 0, &pattern(512, 1));
-    disk.gate.close();
-    let (head, status) = send_large_read(&mut guest);
-    disk.await_submitted(2);
-    guest.hang_up();
-    disk.gate.open();
-    guest.leave(&server.path);
-    assert_eq!((guest.used_index(0), guest.get(status, 1)), (1, vec![UNTOUCHED]), "not answered");
-    guest.reconnect(&server.path, Some(&region));
-    assert_eq!(guest.next_used(0), (head, LARGE as u32 + 1));
-    assert_eq!(guest.get(status, 1), [OK]);
-    guest.write(0, 0, &pattern(512, 1));
+    for features in KINDS {
+        let disk = MemoryDisk::later(LARGE / 512);
+        let (server, mut guest, region) = serve_with(&disk, features, &[16]);
+        guest.write(0, 0, &pattern(512, 1));
+        disk.gate.close();
+        let (head, status) = send_large_read(&mut guest);
+        disk.await_submitted(2);
+        guest.hang_up();
+        disk.gate.open();
+        guest.leave(&server.path);
+        assert_eq!((guest.used_index(0), guest.get(status, 1)), (1, vec![UNTOUCHED]), "not answered");
+        guest.reconnect(&server.path, Some(&region));
+        assert_eq!(guest.next_used(0), (head, LARGE as u32 + 1));
+        assert_eq!(guest.get(status, 1), [OK]);
+        guest.write(0, 0, &pattern(512, 1));
+    }
 }
 
 /// A request that is done again has no place in the ring to go back to, and the guest may have made it very large. A
 /// session that ends does not wait for all of it: it stays recorded, and the next session does it.
 #[test]
 fn a_large_request_that_is_done_again_is_left_to_the_next_session() {
-    let disk = MemoryDisk::later(LARGE / 512);
-    let (server, mut guest, region) = serve_cloud(&disk, &[16]);
-    guest.write(0, 0, &pattern(512, 1));
-    disk.gate.close();
-    let (head, status) = send_large_read(&mut guest);
-    disk.await_submitted(2);
-    disk.trap.store(true, Ordering::SeqCst);
-    disk.gate.open();
-    until("it has died at a later piece", || guest.queues[0].error.read().is_ok());
-    disk.gate.close();
-    let sent = disk.submitted.load(Ordering::SeqCst);
-    guest.reconnect(&server.path, Some(&region));
-    disk.await_submitted(sent + 1);
-    guest.hang_up();
-    // Nothing shows when the session has noticed that; a disk in memory would do the whole request meanwhile.
-    std::thread::sleep(std::time::Duration::from_millis(300));
-    disk.gate.open();
-    guest.leave(&server.path);
-    let whole = LARGE.div_ceil(2 << 20);
-    assert!(disk.submitted.load(Ordering::SeqCst) - sent < whole, "the disk never got all of it");
-    assert_eq!((guest.used_index(0), guest.get(status, 1)), (1, vec![UNTOUCHED]));
-    guest.reconnect(&server.path, Some(&region));
-    assert_eq!(guest.next_used(0), (head, LARGE as u32 + 1));
-    assert_eq!((guest.used_index(0), guest.get(status, 1)), (2, vec![OK]));
+    for features in KINDS {
+        let disk = MemoryDisk::later(LARGE / 512);
+        let (server, mut guest, region) = serve_with(&disk, features, &[16]);
+        guest.write(0, 0, &pattern(512, 1));
+        disk.gate.close();
+        let (head, status) = send_large_read(&mut guest);
+        disk.await_submitted(2);
+        disk.trap.store(true, Ordering::SeqCst);
+        disk.gate.open();
+        until("it has died at a later piece", || guest.queues[0].error.read().is_ok());
+        disk.gate.close();
+        let sent = disk.submitted.load(Ordering::SeqCst);
+        guest.reconnect(&server.path, Some(&region));
+        disk.await_submitted(sent + 1);
+        guest.hang_up();
+        // Nothing shows when the session has noticed that; a disk in memory would do the whole request meanwhile.
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        disk.gate.open();
+        guest.leave(&server.path);
+        let whole = LARGE.div_ceil(2 << 20);
+        assert!(disk.submitted.load(Ordering::SeqCst) - sent < whole, "the disk never got all of it");
+        assert_eq!((guest.used_index(0), guest.get(status, 1)), (1, vec![UNTOUCHED]));
+        guest.reconnect(&server.path, Some(&region));
+        assert_eq!(guest.next_used(0), (head, LARGE as u32 + 1));
+        assert_eq!((guest.used_index(0), guest.get(status, 1)), (2, vec![OK]));
+    }
 }
 
 #[test]
@@ -272,6 +287,78 @@ fn a_session_that_ends_in_order_leaves_nothing_in_flight() {
     guest.start_queue(0, 0);
     guest.write(0, 1, &pattern(512, 9));
     assert_eq!(guest.read(0, 1, 512), pattern(512, 9));
+}
+
+/// A packed ring has its place nowhere in guest memory. The region keeps it, until the frontend has asked for it.
+#[test]
+fn a_packed_ring_goes_on_where_it_was() {
+    let disk = MemoryDisk::new(64);
+    let (server, mut guest, region) = serve_with(&disk, ALL | F_PACKED, &[13]);
+    for round in 0..5 {
+        for sector in 0..7 {
+            guest.write(0, sector, &pattern(512, round));
+        }
+        take_writes(&disk);
+        // The frontend has the base of the first start.
+        guest.reconnect(&server.path, Some(&region));
+        assert!(never(|| !take_writes(&disk).is_empty()));
+    }
+    let place = u32::from(guest.queues[0].next_available);
+    assert_eq!(guest.frontend_base(0), place | place << 16);
+    // The same ring goes on.
+    guest.start_queue(0, place as u16);
+    guest.write(0, 1, &pattern(512, 8));
+    // A ring that begins anew, with the region of the old one: in this session, and in the next.
+    guest.frontend_base(0);
+    guest.clear_rings(0);
+    guest.start_queue(0, Place::START.bits());
+    guest.write(0, 1, &pattern(512, 9));
+    guest.frontend_base(0);
+    guest.clear_rings(0);
+    guest.reconnect(&server.path, Some(&region));
+    assert_eq!(guest.read(0, 1, 512), pattern(512, 9));
+}
+
+/// In a packed ring what is handed back may overwrite a chain in flight, so it is done again as it was recorded.
+#[test]
+fn chains_of_a_packed_ring_are_done_again_as_they_were_taken() {
+    let disk = MemoryDisk::later(64);
+    let (server, mut guest, region) = serve_with(&disk, ALL | F_PACKED, &[16]);
+    let writes: Vec<_> = (0..3).map(|sector| write_of(&mut guest, 0, sector)).collect();
+    disk.gate.close();
+    guest.make_available(0, writes[0].head);
+    guest.make_available(0, writes[1].head);
+    guest.kick(0);
+    disk.await_submitted(2);
+    die(&disk, &mut guest, 0, &writes[2]);
+    // All but the flags, as the device does when it hands something back.
+    for descriptor in 0..9 {
+        guest.put_at(guest.queues[0].descriptors + 16 * descriptor, &[0xff; 12]);
+    }
+    take_writes(&disk);
+    guest.reconnect(&server.path, Some(&region));
+    assert_eq!(answers(&mut guest, 0, &writes), all_done(&writes));
+    assert_eq!(take_writes(&disk), writes.iter().map(offset_of).collect::<Vec<_>>());
+}
+
+/// The region of one kind of rings is no record for the other kind.
+#[test]
+fn a_ring_does_not_start_with_a_region_for_the_other_kind() {
+    for (before, after) in [(ALL, ALL | F_PACKED), (ALL | F_PACKED, ALL)] {
+        let disk = MemoryDisk::new(64);
+        let (server, mut guest, _) = serve_with(&disk, before, &[16]);
+        guest.write(0, 0, &pattern(512, 1));
+        guest.frontend_base(0);
+        guest.frontend.set_features(after | F_PROTOCOL).expect("features");
+        guest.features = after;
+        guest.queues.clear();
+        guest.add_stopped_queue(16);
+        guest.clear_rings(0);
+        let base = guest.queues[0].next_available;
+        guest.start_queue(0, base);
+        assert!(guest.queues[0].error.read().is_ok(), "its error is signalled");
+        drop(server);
+    }
 }
 
 #[test]

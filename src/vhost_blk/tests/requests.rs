@@ -21,7 +21,7 @@ fn serve(disk: &Arc<MemoryDisk>) -> TestServer {
 #[test]
 fn every_kind_of_request() {
     for disk in [MemoryDisk::new(2048), MemoryDisk::later(2048)] {
-        for features in [FEATURES, FEATURES | F_EVENT_IDX] {
+        for features in [FEATURES, FEATURES | F_EVENT_IDX, FEATURES | F_PACKED] {
             disk.bytes.lock().unwrap().fill(0);
             every_kind(&disk, features);
         }
@@ -262,9 +262,11 @@ fn a_read_only_disk() {
 
 #[test]
 fn many_requests_in_flight_on_many_queues() {
-    for disk in [MemoryDisk::new(4096), MemoryDisk::later(4096)] {
+    let disks = || [MemoryDisk::new(4096), MemoryDisk::later(4096)];
+    let kinds = [FEATURES | F_EVENT_IDX, FEATURES | F_EVENT_IDX | F_PACKED];
+    for (disk, features) in kinds.into_iter().flat_map(|kind| disks().map(|disk| (disk, kind))) {
         let server = serve(&disk);
-        let mut guest = Guest::connect(&server.path, FEATURES | F_EVENT_IDX);
+        let mut guest = Guest::connect(&server.path, features);
         for _ in 0..4 {
             guest.add_queue(64);
         }

@@ -34,8 +34,12 @@ fn serve(disk: &Arc<MemoryDisk>) -> TestServer {
 
 /// A daemon, and a guest with one queue of this size.
 fn serve_queue(disk: &Arc<MemoryDisk>, size: u16) -> (TestServer, Guest, usize) {
+    serve_with(disk, ALL, size)
+}
+
+fn serve_with(disk: &Arc<MemoryDisk>, features: u64, size: u16) -> (TestServer, Guest, usize) {
     let server = serve(disk);
-    let mut guest = Guest::connect(&server.path, ALL);
+    let mut guest = Guest::connect(&server.path, features);
     let queue = guest.add_queue(size);
     (server, guest, queue)
 }
@@ -129,29 +133,32 @@ fn a_disk_without_room_gets_no_more_requests() {
 
 #[test]
 fn a_stop_drains_what_the_disk_has_and_puts_the_rest_back() {
-    let disk = MemoryDisk::later(SECTORS);
-    let (_server, mut guest, queue) = serve_queue(&disk, 64);
-    guest.read(queue, 0, 512);
-    disk.gate.close();
-    let first = offer_read(&mut guest, queue);
-    let large = guest.offer_large_read(queue, LARGE);
-    let last = offer_read(&mut guest, queue);
-    guest.kick(queue);
-    disk.await_submitted(2 + PIECES);
-    assert!(never(|| disk.submitted.load(Ordering::SeqCst) > 2 + PIECES), "no more is in flight");
-    let frontend = guest.frontend.clone();
-    let base = std::thread::spawn(move || frontend.get_vring_base(0).unwrap());
-    assert!(never(|| base.is_finished()), "the disk has requests");
-    disk.gate.open();
-    assert_eq!(base.join().unwrap(), 2, "the large read and the one after it are still in the ring");
-    assert_eq!(disk.submitted.load(Ordering::SeqCst), 2 + PIECES);
-    assert_eq!(guest.next_used(queue).0, first.0);
-    assert_eq!(guest.used_index(queue), 2);
-    assert_eq!(guest.get(large.1, 1), [UNTOUCHED]);
-    guest.start_queue(queue, 2);
-    assert_eq!(guest.next_used(queue), (large.0, LARGE as u32 + 1));
-    assert_eq!(guest.next_used(queue), (last.0, 513));
-    assert_eq!([large.1, last.1].map(|status| guest.get(status, 1)), [[OK], [OK]]);
+    // In a packed ring the base counts descriptors: three and one. It names the place twice.
+    for (features, left) in [(ALL, 2), (ALL | F_PACKED, 0x8004_8004)] {
+        let disk = MemoryDisk::later(SECTORS);
+        let (_server, mut guest, queue) = serve_with(&disk, features, 64);
+        guest.read(queue, 0, 512);
+        disk.gate.close();
+        let first = offer_read(&mut guest, queue);
+        let large = guest.offer_large_read(queue, LARGE);
+        let last = offer_read(&mut guest, queue);
+        guest.kick(queue);
+        disk.await_submitted(2 + PIECES);
+        assert!(never(|| disk.submitted.load(Ordering::SeqCst) > 2 + PIECES), "no more is in flight");
+        let frontend = guest.frontend.clone();
+        let base = std::thread::spawn(move || frontend.get_vring_base(0).unwrap());
+        assert!(never(|| base.is_finished()), "the disk has requests");
+        disk.gate.open();
+        assert_eq!(base.join().unwrap(), left, "the large read and the one after it are still in the ring");
+        assert_eq!(disk.submitted.load(Ordering::SeqCst), 2 + PIECES);
+        assert_eq!(guest.next_used(queue).0, first.0);
+        assert_eq!(guest.used_index(queue), 2);
+        assert_eq!(guest.get(large.1, 1), [UNTOUCHED]);
+        guest.start_queue(queue, left as u16);
+        assert_eq!(guest.next_used(queue), (large.0, LARGE as u32 + 1));
+        assert_eq!(guest.next_used(queue), (last.0, 513));
+        assert_eq!([large.1, last.1].map(|status| guest.get(status, 1)), [[OK], [OK]]);
+    }
 }
 
 #[test]

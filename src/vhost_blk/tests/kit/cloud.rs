@@ -13,6 +13,7 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 
 use super::guest::{F_PROTOCOL, Guest, until};
+use super::packed::Place;
 
 /// The region that the frontend keeps.
 pub struct InFlight {
@@ -91,7 +92,9 @@ impl Guest {
             let config = self.config(index);
             let queue = &self.queues[index];
             self.frontend.set_vring_addr(index, &config).expect("addr");
-            self.frontend.set_vring_base(index, queue.next_available).expect("base");
+            // QEMU, which uses packed rings, still has the base of the first start when a daemon has died.
+            let base = if queue.packed.is_some() { Place::START.bits() } else { queue.next_available };
+            self.frontend.set_vring_base(index, base).expect("base");
             self.frontend.set_vring_call(index, &queue.call).expect("call");
             self.frontend.set_vring_err(index, &queue.error).expect("err");
             self.frontend.set_vring_kick(index, &queue.kick).expect("kick");

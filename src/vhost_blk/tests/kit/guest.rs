@@ -14,6 +14,8 @@ use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::packed::{PackedSide, Place};
+
 pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
 pub const INDIRECT: u16 = 4;
@@ -24,6 +26,7 @@ pub const F_INDIRECT: u64 = 1 << 28;
 pub const F_EVENT_IDX: u64 = 1 << 29;
 pub const F_PROTOCOL: u64 = 1 << 30;
 pub const F_VERSION_1: u64 = 1 << 32;
+pub const F_PACKED: u64 = 1 << 34;
 
 pub const T_IN: u32 = 0;
 pub const T_OUT: u32 = 1;
@@ -86,9 +89,13 @@ pub struct Driver {
     pub kick: EventFd,
     pub call: EventFd,
     pub error: EventFd,
+    /// The driver's index in the available ring; in a packed ring its place, see [`Place::bits`].
     pub next_available: u16,
+    /// Chains that came back.
     pub seen_used: u16,
     pub next_descriptor: u16,
+    /// Where the ring is a packed one.
+    pub packed: Option<PackedSide>,
 }
 
 impl Driver {
@@ -107,6 +114,7 @@ impl Driver {
             next_available: 0,
             seen_used: 0,
             next_descriptor: 0,
+            packed: None,
         }
     }
 }
@@ -189,14 +197,20 @@ impl Guest {
 
     /// Adds a queue that the device does not know yet.
     pub fn add_stopped_queue(&mut self, size: u16) {
-        self.queues.push(Driver::new(self.queues.len(), size));
+        let mut driver = Driver::new(self.queues.len(), size);
+        if self.features & F_PACKED != 0 {
+            driver.packed = Some(PackedSide::new(size));
+            driver.next_available = Place::START.bits();
+        }
+        self.queues.push(driver);
     }
 
     /// Sets up the next queue and starts it.
     pub fn add_queue(&mut self, size: u16) -> usize {
         let index = self.queues.len();
         self.add_stopped_queue(size);
-        self.start_queue(index, 0);
+        let base = self.queues[index].next_available;
+        self.start_queue(index, base);
         index
     }
 
@@ -236,6 +250,9 @@ impl Guest {
 
     /// Resets the driver's side of a queue to its first state.
     pub fn clear_rings(&mut self, queue: usize) {
+        if self.packed(queue).is_some() {
+            return self.packed_clear(queue);
+        }
         let driver = &mut self.queues[queue];
         (driver.next_available, driver.seen_used, driver.next_descriptor) = (0, 0, 0);
         let (available, used) = (driver.available, driver.used);
@@ -269,6 +286,10 @@ impl Guest {
         at
     }
 
+    pub fn put_at(&self, at: u64, bytes: &[u8]) {
+        self.memory.write_slice(bytes, GuestAddress(at)).expect("in memory");
+    }
+
     pub fn get(&self, at: u64, bytes: usize) -> Vec<u8> {
         let mut data = vec![0; bytes];
         self.memory.read_slice(&mut data, GuestAddress(at)).expect("in memory");
@@ -293,8 +314,12 @@ impl Guest {
         self.memory.write_slice(&bytes, GuestAddress(table + 16 * u64::from(index))).expect("in memory");
     }
 
-    /// Writes a chain of `parts` into the queue's table; returns its head.
+    /// Writes a chain of `parts` into the queue's table; returns its head. In a packed ring the chain is only kept, and
+    /// its buffer id takes the place of the head.
     pub fn chain(&mut self, queue: usize, parts: &[(u64, u32, u16)]) -> u16 {
+        if self.packed(queue).is_some() {
+            return self.packed_chain(queue, parts);
+        }
         let (table, size) = (self.queues[queue].descriptors, self.queues[queue].size);
         let first = self.queues[queue].next_descriptor;
         let slot = |number: usize| (first + number as u16) % size;
@@ -310,6 +335,12 @@ impl Guest {
     pub fn indirect_chain(&mut self, queue: usize, parts: &[(u64, u32, u16)]) -> u16 {
         let bytes = 16 * parts.len() as u32;
         let table = self.alloc(u64::from(bytes));
+        if self.packed(queue).is_some() {
+            for (number, part) in (0..).zip(parts) {
+                self.packed_descriptor(table + 16 * number, *part, 0, part.2);
+            }
+            return self.chain(queue, &[(table, bytes, INDIRECT)]);
+        }
         for (number, (at, length, flags)) in parts.iter().enumerate() {
             let next = if number + 1 < parts.len() { NEXT } else { 0 };
             self.descriptor(table, number as u16, *at, *length, flags | next, number as u16 + 1);
@@ -319,6 +350,9 @@ impl Guest {
 
     /// Puts a head into the available ring without the kick.
     pub fn make_available(&mut self, queue: usize, head: u16) {
+        if self.packed(queue).is_some() {
+            return self.packed_make_available(queue, head);
+        }
         let driver = &mut self.queues[queue];
         let slot = driver.available + 4 + 2 * u64::from(driver.next_available % driver.size);
         driver.next_available = driver.next_available.wrapping_add(1);
@@ -358,7 +392,9 @@ impl Guest {
     pub fn kick_if_wanted(&self, queue: usize, before: u16) {
         let driver = &self.queues[queue];
         fence(Ordering::SeqCst);
-        let wanted = if self.features & F_EVENT_IDX != 0 {
+        let wanted = if self.packed(queue).is_some() {
+            self.packed_wants_kick(queue, before)
+        } else if self.features & F_EVENT_IDX != 0 {
             let event = self.read_u16(driver.used + 4 + 8 * u64::from(driver.size));
             let new = driver.next_available;
             new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(before)
@@ -370,7 +406,11 @@ impl Guest {
         }
     }
 
+    /// How many chains the device has handed back.
     pub fn used_index(&self, queue: usize) -> u16 {
+        if self.packed(queue).is_some() {
+            return self.packed_used(queue);
+        }
         self.read_u16(self.queues[queue].used + 2)
     }
 
@@ -378,6 +418,9 @@ impl Guest {
     pub fn next_used(&mut self, queue: usize) -> (u32, u32) {
         let seen = self.queues[queue].seen_used;
         until("a used element", || self.used_index(queue) != seen);
+        if self.packed(queue).is_some() {
+            return self.packed_take(queue);
+        }
         let driver = &mut self.queues[queue];
         let at = driver.used + 4 + 8 * u64::from(seen % driver.size);
         driver.seen_used = seen.wrapping_add(1);

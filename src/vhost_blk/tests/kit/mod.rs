@@ -8,6 +8,7 @@ pub mod disk;
 pub mod guest;
 pub mod host;
 pub mod log;
+pub mod packed;
 pub mod raw;
 
 use std::path::PathBuf;

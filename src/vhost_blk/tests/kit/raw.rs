@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
+use super::guest::F_PACKED;
+
 pub const GET_FEATURES: u32 = 1;
 pub const SET_FEATURES: u32 = 2;
 pub const SET_OWNER: u32 = 3;
@@ -61,13 +63,14 @@ impl Raw {
         Raw { stream }
     }
 
-    /// A connection with REPLY_ACK, MQ, CONFIG and CONFIGURE_MEM_SLOTS in force.
+    /// A connection with REPLY_ACK, MQ, CONFIG and CONFIGURE_MEM_SLOTS in force, and split rings.
     pub fn negotiated(path: &Path) -> Self {
         let mut raw = Self::connect(path);
         raw.tell(SET_OWNER, &[], &[]);
         let features = raw.ask(GET_FEATURES, &[], &[]).number().expect("features");
         raw.ask(GET_PROTOCOL_FEATURES, &[], &[]).number().expect("protocol features");
         assert_eq!(raw.ask(SET_PROTOCOL_FEATURES, &0x8209u64.to_ne_bytes(), &[]).number(), Some(0));
+        let features = features & !F_PACKED;
         assert_eq!(raw.ask(SET_FEATURES, &features.to_ne_bytes(), &[]).number(), Some(0));
         raw
     }
