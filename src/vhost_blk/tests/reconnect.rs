@@ -71,9 +71,12 @@ fn take_writes(disk: &MemoryDisk) -> Vec<u64> {
     requests.into_iter().filter_map(offset).collect()
 }
 
-/// Whether the only request of the disk since the last call, a write, was to be durable before its answer.
+/// Whether the only request of the disk since the last call, a write, was to be durable before its answer. A cache that is
+/// turned off is flushed before it.
 fn take_write_through(disk: &MemoryDisk) -> bool {
-    match std::mem::take(&mut *disk.requests.lock().unwrap())[..] {
+    let mut requests = std::mem::take(&mut *disk.requests.lock().unwrap());
+    requests.retain(|request| *request != Request::Flush);
+    match requests[..] {
         [Request::Write { write_through, .. }] => write_through,
         ref other => panic!("not one write: {other:?}"),
     }
