@@ -124,6 +124,7 @@ impl<S: Storage> Disk<S> {
             space: Space::new(options.on_enospc, path),
             policy: ZeroPolicy { detect: options.detect_zeroes, discards: options.discards },
             zero_route,
+            failures: Arc::default(),
             work: Arc::default(),
             inflated: inflate::Cache::new(options.inflated_bytes),
             inflaters: inflate::Pool::new(options.inflate_threads),

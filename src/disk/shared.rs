@@ -16,6 +16,7 @@ use crate::inflate;
 use crate::layer::{DiskFile, Layer};
 use crate::open::header::HeaderSector;
 use crate::runtime::driver::Driver;
+use crate::serve::failures::FailureLog;
 use crate::serve::policy::ZeroPolicy;
 use crate::serve::space::Space;
 use crate::serve::zero_route::ZeroRoute;
@@ -57,6 +58,8 @@ pub(crate) struct Shared<S: Storage> {
     pub policy: ZeroPolicy,
     /// How ranges are zeroed and discarded.
     pub zero_route: ZeroRoute,
+    /// The log of all queues' failed requests.
+    pub failures: Arc<FailureLog>,
     /// The work of all queues' requests off the fast path.
     pub work: Arc<AtomicU64>,
     /// A cache of inflated clusters.

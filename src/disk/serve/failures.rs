@@ -1,9 +1,10 @@
 //! The log of failed requests: the guest gets no reason, the log does.
 //!
 //! Once some requests fail, the guest decides how many do, and must not fill the host's disk with log lines. So the
-//! number of lines in a period is bounded; other failures are only counted. Has no clock of its own.
+//! number of lines in a period is bounded; other failures are only counted. The bound holds for all queues of a disk
+//! together: a guest may have its queues start anew as often as it likes. Has no clock of its own.
 
-use std::cell::Cell;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tracing::warn;
@@ -15,15 +16,21 @@ use block::RequestId;
 const LINES_MAX: u32 = 20;
 const PERIOD: Duration = Duration::from_secs(10);
 
-/// The failures that one thread has logged.
+/// The failures of a disk's requests.
 #[derive(Default)]
 pub(crate) struct FailureLog {
+    /// A leaf.
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
     /// When the period began.
-    began: Cell<Option<Instant>>,
+    began: Option<Instant>,
     /// Lines in it.
-    lines: Cell<u32>,
+    lines: u32,
     /// Failures since the last line.
-    unlogged: Cell<u64>,
+    unlogged: u64,
 }
 
 impl FailureLog {
@@ -41,22 +48,26 @@ impl FailureLog {
 
     /// Whether another line is due; if so, the number of failures before it that were not logged.
     fn line(&self, now: Instant) -> Option<u64> {
-        if self.began.get().is_none_or(|began| now.duration_since(began) >= PERIOD) {
-            self.began.set(Some(now));
-            self.lines.set(0);
+        let mut state = self.state();
+        if state.began.is_none_or(|began| now.saturating_duration_since(began) >= PERIOD) {
+            (state.began, state.lines) = (Some(now), 0);
         }
-        if self.lines.get() == LINES_MAX {
-            self.unlogged.set(self.unlogged.get() + 1);
+        if state.lines == LINES_MAX {
+            state.unlogged += 1;
             return None;
         }
-        self.lines.set(self.lines.get() + 1);
-        Some(self.unlogged.take())
+        state.lines += 1;
+        Some(std::mem::take(&mut state.unlogged))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for FailureLog {
     fn drop(&mut self) {
-        let unlogged = self.unlogged.get();
+        let unlogged = self.state().unlogged;
         if unlogged > 0 {
             warn!(unlogged, "requests failed and were not logged");
         }
@@ -65,7 +76,17 @@ impl Drop for FailureLog {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+    use std::sync::Arc;
+
+    use storage::Storage as _;
+    use storage_sim::{SimOptions, SimWorld};
+
     use super::*;
+    use crate::disk::Disk;
+    use crate::options::{DiskOptions, Format};
+    use crate::runtime::driver::Driver;
+    use crate::serve::worker::Worker;
 
     #[test]
     fn failures_beyond_the_bound_are_counted_and_not_logged() {
@@ -79,5 +100,21 @@ mod tests {
         }
         assert_eq!(log.line(start + PERIOD), Some(1000));
         assert_eq!(log.line(start + PERIOD), Some(0));
+    }
+    /// A guest that turns its write cache on and off starts all its queues anew each time.
+    #[test]
+    fn a_queue_that_starts_anew_has_no_lines_of_its_own() {
+        let world = SimWorld::new(1, SimOptions::calm());
+        world.add_file("a", &[0; 4096]);
+        let options = DiskOptions { format: Format::Raw, ..DiskOptions::default() };
+        let disk = Disk::open_unkept(world.storage(), Path::new("a"), &options).expect("it opens");
+        let now = Instant::now();
+        let lines = |_| {
+            let driver = Driver::new(disk.shared.storage.queue(1).expect("a queue"));
+            let worker = Worker::new(Arc::clone(&disk.shared), driver).expect("a worker");
+            (0..LINES_MAX).filter_map(|_| worker.failures.line(now)).count()
+        };
+        let lines: Vec<_> = (0..3).map(lines).collect();
+        assert_eq!(lines, [LINES_MAX as usize, 0, 0]);
     }
 }

@@ -6,7 +6,7 @@
 mod claim;
 mod compressed;
 mod detect;
-mod failures;
+pub(crate) mod failures;
 mod fast;
 mod flush;
 pub(crate) mod journal;

@@ -33,7 +33,7 @@ pub(crate) struct Worker<S: Storage> {
     pub clears_past_end: Cell<bool>,
     /// Requests that wait for space on the host.
     pub waiting: Cell<usize>,
-    pub failures: FailureLog,
+    pub failures: Arc<FailureLog>,
     pub work: Rc<WorkMeter>,
 }
 
@@ -86,7 +86,7 @@ impl<S: Storage> Worker<S> {
     pub fn new(shared: Arc<Shared<S>>, driver: Rc<Driver<S::Queue>>) -> Option<Rc<Self>> {
         let epochs = RefCell::new(shared.engine.epochs().register()?);
         let (stop_waiting, clears_past_end, waiting) = (Cell::default(), Cell::default(), Cell::new(0));
-        let failures = FailureLog::default();
+        let failures = Arc::clone(&shared.failures);
         let work = WorkMeter::new(&shared.layers, shared.zeros_are_data(), &shared.work);
         Some(Rc::new(Worker {
             shared,
