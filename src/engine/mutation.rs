@@ -135,6 +135,8 @@ pub enum Mutation {
     TailNotSynced,
     /// A change of an image that is not in use removes the free clusters at the file's end.
     ChangeUnmarks,
+    /// A change of an image that is not in use writes to free space while a journal may still name that space.
+    ChangeKeepsNumber,
     /// The records of a commit are valid only after the next commit.
     RecordedLate,
     /// Records leave the journal when a cut is taken, before it is durable.
@@ -210,6 +212,7 @@ impl Mutation {
         Mutation::TailNotMarked,
         Mutation::TailNotSynced,
         Mutation::ChangeUnmarks,
+        Mutation::ChangeKeepsNumber,
         Mutation::RecordedLate,
         Mutation::TailBeforeCut,
         Mutation::ReplayCountsLate,

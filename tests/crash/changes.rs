@@ -6,13 +6,16 @@ use std::sync::Arc;
 use disk::resize::{NewSize, Shrinking, resize};
 use disk::snapshot::{Change, change};
 use qcow2::{Compression, Header};
-use storage_sim::{CrashLimits, CrashScope, Image, Random, Replay, SimOptions, SimWorld};
+use storage::Errno;
+use storage_sim::{CrashLimits, CrashScope, Fault, Image, Outcome, Random, Replay, SimOptions, SimWorld};
 
+use super::deaths::{memory_for, succeed, words_of};
+use super::direct;
 use super::examine::examine;
 use super::journal::{Deed, Op};
 use super::recovery::serve;
 use super::sequences::sizes;
-use super::shape::{Below, Past, Shape, Snapshots, Start, TOP};
+use super::shape::{Below, FIRST_WRITE, Past, Shape, Snapshots, Start, TOP};
 use super::stamp::{SECTOR, Value};
 use super::tally::Tally;
 use super::trial::{Manner, play};
@@ -220,6 +223,62 @@ pub fn written(start: &Start, clean: bool) -> Start {
     let manner = Manner { at_once: 1, rest: false, clean, seed: 7 };
     let run = play(start, &script, manner).expect("it runs");
     Start { image: run.world.image(), values: run.settled_values(), ..start.clone() }
+}
+
+/// Crashes every change of an image whose daemon was killed and has left a journal, and has each failing at every I/O.
+/// Whoever brings the journal back then gets what the daemon had acknowledged, or nothing of the journal.
+///
+/// # Errors
+/// The first state in which the journal is neither whole nor worth nothing.
+pub fn no_change_takes_what_a_journal_names() -> Result<(), String> {
+    let start = Shape::new(9, 64).past(Past::Kept).make();
+    let world = SimWorld::from_image(start.image.clone(), 1, SimOptions::calm());
+    let memory = memory_for(32);
+    let disk = direct::open(&world, &start.shape);
+    disk.keep_journal(Some(memory.clone())).map_err(|error| error.to_string())?;
+    // Nothing is flushed, so no count on the disk says that the new clusters are in use.
+    direct::write(&disk, 0, 64, FIRST_WRITE + 500);
+    let (left, words) = (world.image(), words_of(&memory));
+    let answered = vec![Value::Write(FIRST_WRITE + 500); 64];
+    for deed in [Deed::Create, Deed::Delete, Deed::Resize(sizes(&start.shape)[1])] {
+        let follow = |image: Image| {
+            let (image, replayed) = succeed(image, &start.shape, &words)?;
+            let seen = examine(&image, &start);
+            let is_whole = seen.values.len() >= 64 && seen.values[..64] == answered;
+            match seen.wrong {
+                Some(wrong) => Err(wrong),
+                None if replayed > 0 && !is_whole => Err("what was carried out is not there".to_owned()),
+                None => Ok(replayed > 0),
+            }
+        };
+        let place = |wrong: String| format!("{deed:?}: {wrong}");
+        let whole = SimWorld::from_image(left.clone(), 5, SimOptions::default());
+        run(&whole, &start, deed).map_err(place)?;
+        let history = whole.history();
+        let (mut replay, mut random) = (Replay::new(&history), Random::new(3));
+        let limits = CrashLimits { exhaustive: 3, samples: 4, tears: 2 };
+        let (mut with, mut without) = (0, 0);
+        while replay.advance_to_change() {
+            for plan in replay.plans(&limits, CrashScope::New, &mut random) {
+                let found = follow(replay.image(&plan));
+                let found = found.map_err(|wrong| place(format!("{wrong}\n{}", replay.describe(&plan))))?;
+                *(if found { &mut with } else { &mut without }) += 1;
+            }
+        }
+        for nth in 0.. {
+            let failing = SimWorld::from_image(left.clone(), 5, SimOptions::default());
+            let fault = failing.inject(Fault::nth(nth, Outcome::Fail(Errno::EIO)));
+            let _ = run(&failing, &start, deed);
+            if failing.hits(fault) == 0 {
+                break;
+            }
+            follow(failing.image()).map_err(|wrong| place(format!("I/O {nth} failed: {wrong}")))?;
+        }
+        if with == 0 || without == 0 {
+            return Err(place(format!("carried out after {with} crashes, and not after {without}")));
+        }
+    }
+    Ok(())
 }
 
 /// Makes every change of images whose last writer was killed, and serves them until the search for leaks ends.

@@ -97,7 +97,7 @@ impl Death {
             replay.advance_to(Moment(random.below(history.end().0 as u64 + 1) as usize));
             image = replay.image(&replay.everything());
         }
-        serve(image, shape, &self.words)
+        succeed(image, shape, &self.words).map(|(image, _)| image)
     }
 }
 
@@ -106,8 +106,12 @@ fn open(world: &SimWorld, shape: &Shape) -> Result<Disk<storage_sim::SimStorage>
         .map_err(|error| format!("after a death it does not open: {error}"))
 }
 
-/// Carries out a journal, serves until the search for leaks ends, and closes.
-fn serve(image: Image, shape: &Shape, words: &[u64]) -> Result<Image, String> {
+/// Brings a dead daemon's journal to its image, serves until the search for leaks ends, and closes. Returns the image, and
+/// for how many guest clusters the journal was carried out.
+///
+/// # Errors
+/// Why it cannot be served.
+pub fn succeed(image: Image, shape: &Shape, words: &[u64]) -> Result<(Image, u64), String> {
     let failed = |error| format!("after a death: {error}");
     let world = SimWorld::from_image(image, 1, SimOptions::calm());
     let disk = open(&world, shape)?;
@@ -115,11 +119,9 @@ fn serve(image: Image, shape: &Shape, words: &[u64]) -> Result<Image, String> {
     // The housekeeper's turn comes first: it must wait.
     keeper.poll();
     let kept = disk.keep_journal(Some(memory_of(words))).map_err(failed)?;
-    if kept == JournalKept::No {
-        return Err("no journal was begun".to_owned());
-    }
+    let JournalKept::Begun { replayed } = kept else { return Err("no journal was begun".to_owned()) };
     wait_for_search(&disk, &mut keeper)?;
     drop(keeper);
     disk.close().map_err(failed)?;
-    Ok(world.image())
+    Ok((world.image(), replayed))
 }

@@ -10,11 +10,13 @@
 //!   In `deaths` only the daemon dies. In `faulty` the host fails, and in `scarce` it runs out of space. `windows` are the two mistakes of QEMU.
 //!   `overlaps` are images on which data and metadata claim the same location. `changes` are single changes of closed
 //!   images.
+//! - `direct` sends a disk single requests, for tests of one situation.
 
 pub mod bitmap;
 pub mod changes;
 pub mod compressed;
 pub mod deaths;
+pub mod direct;
 pub mod examine;
 pub mod faulty;
 pub mod hidden;

@@ -14,6 +14,9 @@ pub(crate) struct LeakInput {
     pub snapshot_l1: Vec<HostRange>,
     /// There is nothing to search, or the search went as far as it can.
     pub settled: AtomicBool,
+    /// A journal was carried out in part. Clusters that its other records name may be counted. The search leaves them
+    /// alone, as they were touched in this session, so it is for the next writer to find them.
+    pub half_replayed: AtomicBool,
 }
 
 impl LeakInput {
@@ -21,7 +24,7 @@ impl LeakInput {
     pub fn of(top: Option<&TopSpec>) -> Self {
         // The first is the snapshot table.
         let tables = top.map_or(&[][..], |top| &top.snapshots.tables);
-        LeakInput { snapshot_l1: tables.iter().skip(1).copied().collect(), settled: AtomicBool::new(false) }
+        LeakInput { snapshot_l1: tables.iter().skip(1).copied().collect(), ..LeakInput::default() }
     }
 }
 

@@ -74,17 +74,22 @@ impl<S: Storage> Worker<S> {
     /// True if the last writer left signs of leaks, and they have not been searched for.
     pub async fn has_leaks_to_search(&self) -> bool {
         let leaks = &self.shared.leaks;
+        if leaks.half_replayed.load(Ordering::SeqCst) {
+            return true;
+        }
         if leaks.settled.load(Ordering::SeqCst) || !self.engine().status().searching {
             return false;
         }
-        Search::new(self).ends_in_free_clusters().await.unwrap_or(false)
+        // Where the counts cannot be read now, the next writer looks again.
+        Search::new(self).ends_in_free_clusters().await.unwrap_or(true)
     }
 
-    /// Searches for leaks if the last writer of the image did not close it, until the disk is to be closed.
+    /// Searches for leaks if the last writer of the image did not close it, until the disk is to be closed. A search that
+    /// was stopped begins anew if the disk is used on.
     pub async fn search_leaks(&self) {
         let path = shown(&self.shared.layers[0].path);
         let mut complete = false;
-        if self.engine().status().searching && !self.shared.bell.stopped() {
+        if self.engine().status().searching {
             match Search::new(self).run().await {
                 Ok(None) => {}
                 Ok(Some(clusters)) => {

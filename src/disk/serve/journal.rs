@@ -53,7 +53,7 @@ pub(crate) fn keep<S: Storage>(
 impl<S: Storage> Shared<S> {
     /// True while a journal that a dead daemon left may still be carried out.
     pub fn awaits_journal(&self) -> bool {
-        // Acquire pairs with the release in `decide`: what was carried out is there.
+        // Acquire pairs with the release in `decide`: what was carried out is there, and the old number is gone.
         self.awaits_journal.load(Ordering::Acquire)
     }
 
@@ -90,8 +90,20 @@ impl<S: Storage> Worker<S> {
             replayed = self.take_over(memory.as_ref()).await.map_err(failed)?;
         }
         self.flush().await.map_err(failed)?;
-        self.shared.decide();
         self.engine().end_journal();
+        let kept = self.begin_journal(memory, replayed).await;
+        // Not earlier: as long as the image may have the old number, the search for leaks must leave alone what the old
+        // journal names. If the number could not be stored, the disk has failed, and nothing is given back.
+        self.shared.decide();
+        kept
+    }
+
+    /// Gives the image the number of a new journal in this memory, if there is one and the image can have a journal.
+    async fn begin_journal(
+        &self,
+        memory: Option<JournalMemory>,
+        replayed: u64,
+    ) -> Result<JournalKept, OpenError> {
         if self.shared.journal_sector().is_none() {
             return Ok(JournalKept::No);
         }
@@ -176,6 +188,7 @@ impl<S: Storage> Worker<S> {
                 Err(wrong) => return Ok(Err(wrong)),
             }
         }
+        self.shared.leaks.half_replayed.store(true, Ordering::SeqCst);
         while let Some(plan) = self.ask(|engine, waker| engine.plan_replay_growth(replay, waker)).await? {
             self.carry_out_reserve(plan).await?;
         }
@@ -191,6 +204,7 @@ impl<S: Storage> Worker<S> {
             }
         }
         while !self.ask(|engine, waker| engine.claim_replayed(replay, waker)).await? {}
+        self.shared.leaks.half_replayed.store(false, Ordering::SeqCst);
         self.shared.note_change();
         Ok(Ok(replay.clusters()))
     }

@@ -1,6 +1,8 @@
 //! The steps of a change, in an order in which a crash after any step is safe (docs/durability.md, "Changes of an image
 //! that nobody uses").
 //!
+//! 0. Unknown autoclear bits are cleared, if any are set. Sync. They may be the number of a journal, which must be worth
+//!    nothing before the space that it names is used.
 //! 1. All new structures are written to free space: refblocks, a refcount table, L1 table, L2 tables, snapshot table.
 //!    Sync. A lack of space shows here, when nothing has changed.
 //! 2. The header is marked dirty, if the version has the mark. Sync.
@@ -22,7 +24,8 @@ use std::ops::Range;
 
 use qcow2::entry::{COPIED, encode_refblock_offset};
 use qcow2::position::{
-    Patch, REFCOUNT_TABLE_OFFSET, patch_disk, patch_features, patch_refcount_table, patch_snapshots,
+    Patch, REFCOUNT_TABLE_OFFSET, patch_autoclear, patch_disk, patch_features, patch_refcount_table,
+    patch_snapshots,
 };
 use qcow2::{
     Geometry, Header, HostCluster, HostOffset, HostPlace, HostRange, Incompatible, L1Entry, L2Entry,
@@ -596,6 +599,7 @@ impl Draft {
     /// The actions of a group, but for the sync that ends it.
     fn group(&mut self, group: Group) -> Vec<Action> {
         match group {
+            Group::ClearAutoclear => self.clear_autoclear(),
             Group::NewStructures => self.new_structures(),
             Group::MarkDirty => self.mark(true),
             Group::NameStructures => self.name_structures(),
@@ -659,6 +663,15 @@ impl Draft {
             );
         }
         actions
+    }
+
+    /// Clears unknown autoclear bits. Version 2 has none.
+    fn clear_autoclear(&self) -> Vec<Action> {
+        if self.header.version == Version::V2 || self.header.autoclear == self.autoclear {
+            return Vec::new();
+        }
+        let patch = patch_autoclear(self.autoclear);
+        vec![Action::Bytes(patch.offset.0, patch.bytes.to_vec())]
     }
 
     /// Marks the image as dirty or as sound, and clears unknown autoclear bits. Version 2 has no marks.

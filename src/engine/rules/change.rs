@@ -5,6 +5,8 @@ use crate::mutation::{Mutation, unless_broken};
 /// A group of steps of a change. A sync ends each group that has steps; only [`Group::DropBlocks`] brings its own syncs.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Group {
+    /// Unknown autoclear bits are cleared, and with them the number of a journal that waits for its frontend.
+    ClearAutoclear,
     /// All new structures are written to free space.
     NewStructures,
     /// The header is marked dirty.
@@ -28,28 +30,29 @@ pub enum Group {
 }
 
 use Group::{
-    ClearFlags, ClearMark, DropBlocks, LowerCounts, MarkDirty, NameStructures, NewStructures, RaiseCounts,
-    SetFlags, SwitchHeader,
+    ClearAutoclear, ClearFlags, ClearMark, DropBlocks, LowerCounts, MarkDirty, NameStructures, NewStructures,
+    RaiseCounts, SetFlags, SwitchHeader,
 };
 
 /// The groups in their order: a crash between any two leaves the old state or the new one, and at worst leaks.
 #[rustfmt::skip]
 pub fn order() -> &'static [Group] {
     const RIGHT: &[Group] = &[
-        NewStructures, MarkDirty, NameStructures, ClearFlags, RaiseCounts, SwitchHeader, LowerCounts, DropBlocks,
+        ClearAutoclear, NewStructures, MarkDirty, NameStructures, ClearFlags, RaiseCounts, SwitchHeader, LowerCounts, DropBlocks,
         SetFlags, ClearMark,
     ];
     unless_broken(RIGHT, [
+        (Mutation::ChangeKeepsNumber, &RIGHT[1..]),
         (Mutation::SnapshotHeaderFirst, &[
-            NewStructures, MarkDirty, SwitchHeader, NameStructures, ClearFlags, RaiseCounts, LowerCounts, DropBlocks,
+            ClearAutoclear, NewStructures, MarkDirty, SwitchHeader, NameStructures, ClearFlags, RaiseCounts, LowerCounts, DropBlocks,
             SetFlags, ClearMark,
         ]),
         (Mutation::SnapshotFlagsKept, &[
-            NewStructures, MarkDirty, NameStructures, RaiseCounts, SwitchHeader, LowerCounts, DropBlocks,
+            ClearAutoclear, NewStructures, MarkDirty, NameStructures, RaiseCounts, SwitchHeader, LowerCounts, DropBlocks,
             SetFlags, ClearMark,
         ]),
         (Mutation::SnapshotLoweredFirst, &[
-            NewStructures, MarkDirty, NameStructures, ClearFlags, LowerCounts, RaiseCounts, SwitchHeader, DropBlocks,
+            ClearAutoclear, NewStructures, MarkDirty, NameStructures, ClearFlags, LowerCounts, RaiseCounts, SwitchHeader, DropBlocks,
             SetFlags, ClearMark,
         ]),
     ])

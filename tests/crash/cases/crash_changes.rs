@@ -5,16 +5,19 @@
 
 use std::time::Duration;
 
+use qcow2::Compression;
 use storage::Errno;
 use storage_sim::{CrashLimits, CrashScope, Fault, Image, Outcome, Random, Replay, SimOptions, SimWorld};
 use strata_crash::changes::{
-    State, crash_all, deeds, extent, full, judge, leaks_are_found_after_all, refcount_table_clusters, run,
-    starts, states, written,
+    State, crash_all, deeds, extent, full, judge, leaks_are_found_after_all,
+    no_change_takes_what_a_journal_names, refcount_table_clusters, run, starts, states, written,
 };
-use strata_crash::journal::Deed;
+use strata_crash::journal::{Deed, Op};
 use strata_crash::recovery::serve;
-use strata_crash::shape::{Shape, Start};
+use strata_crash::shape::{Below, Past, Shape, Start};
 use strata_crash::tally::Tally;
+use strata_crash::trial::{Manner, play};
+use strata_crash::walk::{Choice, Walker};
 
 #[test]
 fn no_crash_leaves_a_change_half_done() {
@@ -107,6 +110,13 @@ fn every_io_of_a_change_may_fail() {
 #[test]
 fn leaks_of_a_killed_writer_are_still_found_after_a_change() {
     leaks_are_found_after_all().expect("no leaks are left");
+}
+
+/// A daemon was killed, and its journal waits for the frontend. Before a change takes clusters that the journal names, the
+/// journal is worth nothing.
+#[test]
+fn no_change_takes_clusters_that_a_journal_names() {
+    no_change_takes_what_a_journal_names().expect("the journal is whole, or is not carried out");
 }
 
 #[test]

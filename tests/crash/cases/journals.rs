@@ -3,17 +3,20 @@
 //!
 //! The layout and the seal are written down here a second time, from that page, so that a change of either is noticed.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use disk::resize::{InUseError, NewSize, ResizeError, Shrinking};
-use disk::{Completed, Disk, JournalKept, Request, RequestId};
+use disk::{JournalKept, Request};
 use qcow2::{Header, JournalNumber};
-use storage_sim::{Image, Random, SimOptions, SimStorage, SimWorld};
+use storage::Errno;
+use storage_sim::{Fault, Hung, Image, Outcome, Random, SimOptions, SimWorld, Verb};
 use strata_crash::deaths::{memory_for, memory_of, words_of};
+use strata_crash::direct::{carry_out, open, write};
 use strata_crash::examine::{Seen, examine};
-use strata_crash::memory::{memory, scatter};
+use strata_crash::recovery::{serve, wait_for_search};
 use strata_crash::shape::{Shape, Start, TOP};
-use strata_crash::stamp::{SECTOR, Value, stamp};
+use strata_crash::stamp::{SECTOR, Value};
 
 /// Words before the records, and of a record.
 const HEADER: usize = 32;
@@ -44,31 +47,6 @@ fn left() -> Left {
     carry_out(&disk, Request::Flush, 0);
     write(&disk, 4, 8, 2);
     Left { start, image: world.image(), words: words_of(&memory) }
-}
-
-fn open(world: &SimWorld, shape: &Shape) -> Disk<SimStorage> {
-    Disk::open_unkept(world.storage(), Path::new(TOP), &shape.options()).expect("it opens")
-}
-
-fn write(disk: &Disk<SimStorage>, sector: u64, count: u64, number: u32) {
-    let mut bytes = vec![0; (count * SECTOR) as usize];
-    for (at, bytes) in (sector..).zip(bytes.chunks_exact_mut(SECTOR as usize)) {
-        stamp(at, number, bytes);
-    }
-    scatter(&bytes, &memory(0, count, 0));
-    carry_out(disk, Request::Write { offset: sector * SECTOR, write_through: false }, count);
-}
-
-fn carry_out(disk: &Disk<SimStorage>, request: Request, count: u64) {
-    let slices = if count > 0 { memory(0, count, 0) } else { Vec::new() };
-    let mut queue = disk.queue(8).expect("a queue");
-    queue.submit(RequestId(0), request, &slices);
-    let mut done: Vec<Completed> = Vec::new();
-    while done.is_empty() {
-        queue.wait(None);
-        queue.poll(&mut done);
-    }
-    done.pop().expect("one").result.expect("it succeeds");
 }
 
 impl Left {
@@ -198,6 +176,54 @@ fn a_journal_is_carried_out_once() {
     let (replayed, seen) = again.succeed(&again.words);
     assert_eq!(replayed, 0, "it is the journal of an earlier state");
     assert_sound(&seen, true, "already carried out");
+}
+
+/// The image of a daemon that was killed before any flush, so that no count and no link of its clusters is on the disk.
+fn left_unflushed() -> Left {
+    let start = Shape::new(9, 64).make();
+    let world = SimWorld::from_image(start.image.clone(), 1, SimOptions::calm());
+    let memory = memory_for(SLOTS);
+    let disk = open(&world, &start.shape);
+    disk.keep_journal(Some(memory.clone())).expect("a journal");
+    write(&disk, 0, 8, 1);
+    Left { start, image: world.image(), words: words_of(&memory) }
+}
+
+/// A journal is carried out in part, as space is lacking, and then its frontend does not come back. The clusters that were
+/// counted for it are found by a later search.
+#[test]
+fn a_journal_that_was_carried_out_in_part_leaks_nothing_for_good() {
+    let left = left_unflushed();
+    let world = SimWorld::from_image(left.image.clone(), 1, SimOptions::calm());
+    let disk = open(&world, &left.start.shape);
+    let full = world.inject(Fault::nth(0, Outcome::Fail(Errno::ENOSPC)).of(Verb::Allocate).lasting());
+    disk.keep_journal(Some(memory_of(&left.words))).expect_err("no space for an L2 table");
+    assert!(world.hits(full) > 0);
+    world.withdraw_faults();
+    disk.keep_journal(None).expect("it is given up");
+    let mut keeper = disk.keeper().expect("a housekeeper");
+    wait_for_search(&disk, &mut keeper).expect("a search");
+    drop(keeper);
+    write(&disk, 20, 8, 3);
+    disk.close().expect("a clean close");
+    let seen = examine(&serve(&world.image(), &left.start).expect("the next session"), &left.start);
+    assert_eq!((seen.wrong, seen.leaks), (None, 0));
+    assert_eq!(seen.values[20..28], [Value::Write(3); 8]);
+}
+
+/// The search for leaks frees what a journal names if nobody carries it out. It waits until the image no longer has the
+/// journal's number.
+#[test]
+fn a_journal_that_is_given_up_is_left_alone_until_its_number_is_gone() {
+    for verb in [Verb::Write, Verb::Sync] {
+        let left = left_unflushed();
+        let world = SimWorld::from_image(left.image.clone(), 1, SimOptions::calm());
+        let disk = open(&world, &left.start.shape);
+        let header = world.inject(Fault::nth(0, Outcome::Hang).of(verb).lasting());
+        let given_up = catch_unwind(AssertUnwindSafe(|| disk.keep_journal(None)));
+        assert!(given_up.is_err_and(|panic| panic.is::<Hung>()) && world.hits(header) > 0, "{verb:?}");
+        assert!(disk.awaits_journal(), "{verb:?}: its number may still be there");
+    }
 }
 
 /// A resize allocates, and a cluster that it would take may be one that the journal names.

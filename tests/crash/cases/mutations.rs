@@ -47,6 +47,11 @@ fn hunt(mutation: Mutation, starts: &[Start], time: Duration) -> Option<Catch> {
         let how = mutation::with(mutation, changes::leaks_are_found_after_all).err()?;
         return Some(Catch { time: started.elapsed(), trials: 1, states: 0, how });
     }
+    if mutation == Mutation::ChangeKeepsNumber {
+        // Detectable only if a journal waits.
+        let how = mutation::with(mutation, changes::no_change_takes_what_a_journal_names).err()?;
+        return Some(Catch { time: started.elapsed(), trials: 1, states: 0, how });
+    }
     if matches!(mutation, Mutation::EarlyLinkFailureForgotten | Mutation::EarlyLinkLeft) {
         // Detectable only if nothing else is written to the same table afterwards.
         let mut fail = |start: &Start| mutation::with(mutation, || exhaust_failing(start, &mut walker)).err();
