@@ -130,6 +130,8 @@ pub enum ResizeStep {
     AwaitOlder,
     /// The part between the two ends reads as zero, and its space is freed.
     Clear,
+    /// No cluster past the new end has an entry, and the space of those that had one is freed.
+    Remove,
     /// Everything so far is durable.
     Flush,
     /// The header durably names the new size.
@@ -153,6 +155,6 @@ pub fn growth_order() -> &'static [ResizeStep] {
 
 /// The order in which a disk in use shrinks.
 pub fn shrinking_order() -> &'static [ResizeStep] {
-    use ResizeStep::{AwaitOlder, Clear, Cut, Flush, StoreSize};
-    &[AwaitOlder, StoreSize, Cut, Clear, Flush]
+    use ResizeStep::{AwaitOlder, Cut, Flush, Remove, StoreSize};
+    &[AwaitOlder, StoreSize, Cut, Remove, Flush]
 }

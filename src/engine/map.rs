@@ -367,18 +367,22 @@ impl MapWriter {
     /// again: if it was a run, the run would go on past the old end.
     pub fn grow(&mut self, map: &ChainMap, clusters: u64) {
         let before = map.clusters();
-        let slice = SliceIndex(before / SLICE_WORDS);
-        if let Some(slot) = map.slot(slice) {
-            match Entry(slot.load(Ordering::Relaxed)).place() {
-                Place::Nowhere => {}
-                Place::Run(_) => Self::publish_entry(slot, Entry::ABSENT),
-                Place::Frame(number) => {
-                    self.forget(map, number, slice);
-                    self.free.push(number);
-                }
+        // That of the last cluster, which the disk may have ended in.
+        self.forget_slice(map, SliceIndex(before.saturating_sub(1) / SLICE_WORDS));
+        map.clusters.store(clusters.max(before), Ordering::Relaxed);
+    }
+
+    /// The words of a slice are resolved again when they are needed.
+    pub fn forget_slice(&mut self, map: &ChainMap, slice: SliceIndex) {
+        let Some(slot) = map.slot(slice) else { return };
+        match Entry(slot.load(Ordering::Relaxed)).place() {
+            Place::Nowhere => {}
+            Place::Run(_) => Self::publish_entry(slot, Entry::ABSENT),
+            Place::Frame(number) => {
+                self.forget(map, number, slice);
+                self.free.push(number);
             }
         }
-        map.clusters.store(clusters.max(before), Ordering::Relaxed);
     }
 
     /// Makes a slice resident with these words (at most [`SLICE_WORDS`]), evicting another if the map is full. Does

@@ -33,6 +33,13 @@ impl State {
             job.open.retain(|open| *open != at);
         }
     }
+
+    /// The words of the slice of a cluster are resolved again when they are needed.
+    pub fn forget_words(&mut self, map: &ChainMap, cluster: GuestCluster) {
+        let slice = SliceIndex::of(cluster);
+        self.map_writer.forget_slice(map, slice);
+        self.fills.remove(&slice);
+    }
 }
 
 /// The map's words for a cluster of subclusters, from its own entry alone.

@@ -24,6 +24,9 @@ pub enum ZeroMode {
     Unmap,
     /// Write zeroes; the space is kept.
     Keep,
+    /// No entry is left, and all space is freed, whatever the image keeps. Only for whole clusters that nobody reads,
+    /// past the end of a disk that became smaller: what lies below the top image would show.
+    Remove,
 }
 
 /// The result for a prefix of the range.
@@ -112,7 +115,7 @@ impl State {
         match self.top_qcow2().l1_entry(slot.0)? {
             L1Entry::Table { copied: true, .. } => {}
             entry => {
-                let nothing = ready!(self.nothing_to_zero(map, entry, first, clusters, waker)?);
+                let nothing = ready!(self.nothing_to_zero(map, entry, first, clusters, mode, waker)?);
                 if nothing > 0 {
                     return Ok(Answer::Ready(done(pieces.bytes(nothing))));
                 }
@@ -166,7 +169,9 @@ impl State {
                     }
                     self.set_top_entry(place, entry);
                     self.record(guest, entry);
-                    if touched == SubclusterSet::ALL {
+                    if mode == ZeroMode::Remove {
+                        self.forget_words(map, guest);
+                    } else if touched == SubclusterSet::ALL {
                         self.publish(map, guest, Word::ZERO, SubclusterMap::default());
                     } else {
                         self.publish_entry(map, guest, entry);
@@ -178,13 +183,15 @@ impl State {
         Ok(Answer::Ready(Zeroed::Done { bytes: pieces.bytes(done), unused }))
     }
 
-    /// How many clusters from `first` on read as zero already. The top image has no L2 table of its own there.
+    /// How many clusters from `first` on need no change: they read as zero already, or have no entry to be removed. The
+    /// top image has no L2 table of its own there.
     fn nothing_to_zero(
         &mut self,
         map: &ChainMap,
         entry: L1Entry,
         first: GuestCluster,
         clusters: u64,
+        mode: ZeroMode,
         waker: &Waker,
     ) -> Result<Answer<u64>, EngineError> {
         let geometry = self.top_qcow2().geometry;
@@ -192,7 +199,7 @@ impl State {
         if entry != L1Entry::Unallocated {
             return Ok(Answer::Ready(0));
         }
-        if !self.has_backing() {
+        if !self.has_backing() || mode == ZeroMode::Remove {
             return Ok(Answer::Ready(clusters.min(in_table)));
         }
         let mut zero = 0;
@@ -216,6 +223,16 @@ impl State {
         waker: &Waker,
     ) -> Result<Answer<Change>, EngineError> {
         let geometry = self.top_qcow2().geometry;
+        if mode == ZeroMode::Remove {
+            let goes = self.counted_clusters(entry).is_some();
+            let old = if goes { OldHost::Goes } else { OldHost::Stays };
+            let is_there = entry != L2Entry::Unallocated;
+            return Ok(Answer::Ready(if is_there {
+                Change::Set(L2Entry::Unallocated, old)
+            } else {
+                Change::Nothing
+            }));
+        }
         match Subclusters::of(entry) {
             Some(subclusters) if geometry.extended_l2 => {
                 return self.change_subclusters(map, subclusters, touched, guest, mode, waker);

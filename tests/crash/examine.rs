@@ -8,7 +8,7 @@ use disk::check::{Finding, FindingKind, Report, check};
 use disk::snapshot::list;
 use disk::{Completed, Disk, DiskOptions, Request, RequestId};
 use qcow2::feature::COMPATIBLE_LAZY_REFCOUNTS;
-use qcow2::{Header, Incompatible};
+use qcow2::{Header, Incompatible, L1Entry, L2Entry, RawL2Entry};
 use storage_sim::{Image, SimOptions, SimWorld};
 
 use super::bitmap;
@@ -30,6 +30,8 @@ pub struct Seen {
     /// Clusters past the end of the file that have a refcount. The file's length was lost, and they become leaks when
     /// it grows again.
     pub hidden_leaks: u64,
+    /// Entries for clusters past the end of the disk.
+    pub past_end: u64,
     /// Clusters of the refcount table.
     pub table_clusters: u64,
     /// The image was marked dirty. Opening it rebuilds its refcounts, and they were checked after that.
@@ -85,6 +87,7 @@ fn look(image: &Image, start: &Start) -> Result<Seen, String> {
     let shy = shape.version == 2 && wrong_at_all && report.findings.iter().all(is_shy);
     let wrong = (wrong_at_all && !shy).then(|| findings(&report));
     let hidden_leaks = counted_past_end(&world.image())?;
+    let past_end = entries_past_end(&world.image())?;
     let snapshot = start.hidden.as_ref().map(|hidden| {
         let world = SimWorld::from_image(hidden.as_it_was(image), 1, SimOptions::calm());
         let options = DiskOptions { read_only: true, ..shape.options() };
@@ -97,6 +100,7 @@ fn look(image: &Image, start: &Start) -> Result<Seen, String> {
         snapshot: snapshot.transpose()?,
         leaks: report.leaked_clusters,
         hidden_leaks,
+        past_end,
         table_clusters,
         dirty,
         snapshots,
@@ -176,6 +180,32 @@ pub fn counted_past_end(image: &Image) -> Result<u64, String> {
         counted += (0..entries).filter(past).filter(used).count() as u64;
     }
     Ok(counted)
+}
+
+/// The entries of the active L2 tables for clusters past the end of the disk.
+pub fn entries_past_end(image: &Image) -> Result<u64, String> {
+    let contents = image.file(Path::new(TOP)).ok_or("there is no image")?;
+    let read = |offset: u64, length: u64| {
+        let mut bytes = vec![0; length as usize];
+        contents.read(offset, &mut bytes);
+        bytes
+    };
+    let header = header(image)?;
+    let geometry = header.geometry();
+    let end = geometry.clusters_for(header.size);
+    let l1 = read(header.l1_offset.0, u64::from(header.l1_entries) * 8);
+    let mut entries = 0;
+    for index in end / geometry.l2_entries()..u64::from(header.l1_entries) {
+        let raw = qcow2::entry(&l1, index as usize);
+        let Ok(L1Entry::Table { offset, .. }) = L1Entry::decode(raw, &geometry) else { continue };
+        let table = read(offset.0, geometry.cluster_size());
+        let first = index * geometry.l2_entries();
+        let past = (first.max(end) - first..geometry.l2_entries())
+            .map(|at| RawL2Entry::load(&table, at as usize, &geometry));
+        entries +=
+            past.filter(|raw| L2Entry::decode(*raw, &geometry) != Ok(L2Entry::Unallocated)).count() as u64;
+    }
+    Ok(entries)
 }
 
 fn findings(report: &Report) -> String {

@@ -356,8 +356,13 @@ impl Journal {
     /// True for a sector of the last, partial granule of a disk of this size, where the disk is resized in use. A discard
     /// to the disk's end has that granule zeroed, unless the disk has just become larger.
     fn is_in_ragged_end(&self, sector: u64, sectors: u64) -> bool {
-        let is_live = self.entries.iter().any(|entry| matches!(entry.op, Op::Live(_)));
-        is_live && sector >= sectors / self.shape.granule_sectors() * self.shape.granule_sectors()
+        self.has_live_sizes()
+            && sector >= sectors / self.shape.granule_sectors() * self.shape.granule_sectors()
+    }
+
+    /// True if the disk was resized in use.
+    pub fn has_live_sizes(&self) -> bool {
+        self.entries.iter().any(|entry| matches!(entry.op, Op::Live(_)))
     }
 
     /// True if the image was changed while closed.

@@ -7,11 +7,11 @@ use std::rc::Rc;
 
 use storage_sim::{CrashLimits, CrashPlan, CrashScope, Image, Moment, Random, Replay};
 
-use super::examine::{Seen, counted_past_end, examine};
+use super::examine::{Seen, counted_past_end, entries_past_end, examine};
 use super::journal::{Kept, Unsettled, padded};
 use super::recovery::recover;
 use super::rig::Finished;
-use super::shape::{Past, Start};
+use super::shape::{Data, Past, Start};
 use super::stamp::Value;
 use super::tally::Tally;
 
@@ -222,6 +222,15 @@ impl<'t> Walker<'t> {
         promise.compare(&seen).map_err(|wrong| format!("after a clean close: {wrong}"))?;
         if seen.leaks > start.leaks {
             return Err(format!("a clean close leaks {} clusters, {} before", seen.leaks, start.leaks));
+        }
+        if run.journal.has_live_sizes() && start.shape.is_qcow2() && start.shape.data != Data::ApartRaw {
+            let before = entries_past_end(&start.image)?;
+            if seen.past_end > before {
+                let after = seen.past_end;
+                return Err(format!(
+                    "{after} clusters past the end of the disk have entries, {before} before"
+                ));
+            }
         }
         if replay.open_count() > 0 {
             let open = replay.describe(&CrashPlan::nothing());

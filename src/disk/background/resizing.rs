@@ -22,6 +22,7 @@ use tracing::{error, warn};
 use crate::error::{OpenError, RequestError};
 use crate::image::change::ChangeError;
 use crate::image::image_file::ImageFile;
+use crate::range::ByteRange;
 use crate::rules::{self, ResizeStep};
 use crate::runtime::driver::Driver;
 use crate::serve::worker::Worker;
@@ -153,9 +154,10 @@ impl<S: Storage> Worker<S> {
                 ResizeStep::AwaitOlder => self.await_older_requests(given_up).await,
                 // Nothing is left behind the cut, and a longer raw image keeps what its file has.
                 ResizeStep::Clear if !self.shared.is_qcow2() => Ok(()),
-                ResizeStep::Clear if !grows && self.shared.zero_route.is_raw() => Ok(()),
+                ResizeStep::Remove if self.shared.zero_route.is_raw() => Ok(()),
                 ResizeStep::Cut => self.cut_data(resized.to).await.map_err(Into::into),
                 ResizeStep::Clear => self.clear(resized, given_up).await,
+                ResizeStep::Remove => self.remove_rest(resized, given_up).await,
                 ResizeStep::Flush => self.flush().await.map_err(Into::into),
                 ResizeStep::StoreSize => self.store_size(resized.to).await.map_err(Into::into),
             };
@@ -289,19 +291,44 @@ impl<S: Storage> Worker<S> {
     /// Makes the part between the two ends read as zero.
     async fn clear(&self, Resized { from, to }: Resized, given_up: &Cell<bool>) -> Result<(), InUseError> {
         let (mut at, end) = (from.min(to), from.max(to));
-        let step = CLEARED_BYTES.min(CLEARED_GRANULES * self.engine().granule());
         while at < end {
             if given_up.get() {
                 return Err(InUseError::GivenUp);
             }
-            // Each request begins where a granule does, but for the first.
-            let length = (end - at).min(step - at % step);
+            let length = self.piece_length(at, end);
             let request = Request::WriteZeroes { offset: at, length, unmap: true, write_through: false };
             let work = self.count_work(&request, &[]);
             self.serve(self.enter(), request, &[], work).await?;
             at += length;
         }
         Ok(())
+    }
+
+    /// Removes the entries of all whole clusters past the end of a disk that has become smaller.
+    async fn remove_rest(
+        &self,
+        Resized { from, to }: Resized,
+        given_up: &Cell<bool>,
+    ) -> Result<(), InUseError> {
+        let unit = self.engine().unit();
+        // The cluster in which the larger disk ended is not in use any more.
+        let end = from.next_multiple_of(unit).min(self.engine().size());
+        let mut at = to.next_multiple_of(unit);
+        while at < end {
+            if given_up.get() {
+                return Err(InUseError::GivenUp);
+            }
+            let length = self.piece_length(at, end);
+            self.remove_entries(ByteRange::new(at, length)).await?;
+            at += length;
+        }
+        Ok(())
+    }
+
+    /// The bytes of the next piece to be cleared. Each begins where a granule does, but for the first.
+    fn piece_length(&self, at: u64, end: u64) -> u64 {
+        let step = CLEARED_BYTES.min(CLEARED_GRANULES * self.engine().granule());
+        (end - at).min(step - at % step)
     }
 
     /// Makes the size durable, in the header of a qcow2 image. A raw image has its length already, or gets it by the cut.

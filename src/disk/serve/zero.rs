@@ -115,6 +115,23 @@ impl<S: Storage> Worker<S> {
         if tail.is_empty() { Ok(()) } else { Box::pin(self.zero_piece(tail)).await }
     }
 
+    /// Removes the entries of whole clusters past the end of a disk that became smaller, and frees their space.
+    pub async fn remove_entries(&self, range: ByteRange) -> Result<(), RequestError> {
+        let done = Cell::new(range.offset);
+        loop {
+            let epoch = self.enter();
+            let left = range.starting_at(done.get());
+            let claim = self.claim(left).await;
+            let removed = self.zero_granules(left, ZeroMode::Remove, &done).await;
+            drop(claim);
+            self.exit(epoch);
+            match removed {
+                Err(RequestError::Crowded) => self.relieve().await?,
+                ended => return ended,
+            }
+        }
+    }
+
     /// The whole granules (clusters or subclusters) in a range. The disk's last granule counts as whole where the
     /// disk ends.
     fn whole_granules(&self, range: ByteRange) -> ByteRange {

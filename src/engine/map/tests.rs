@@ -30,6 +30,25 @@ fn absent_slices_are_unresolved_and_filled_ones_answer() {
     assert_eq!(map.lookup(GuestCluster(9999)), Word::UNRESOLVED);
 }
 
+/// A disk may grow within its last cluster, and what that cluster reads as then is not what it was.
+#[test]
+fn a_disk_that_grows_resolves_its_last_cluster_again() {
+    for (clusters, step) in
+        [(SLICE_WORDS, APART), (SLICE_WORDS, TOGETHER), (SLICE_WORDS + 1, APART), (1, APART)]
+    {
+        for grown in [clusters, clusters + 1] {
+            let map = ChainMap::new(clusters, step, 4, false);
+            let mut writer = MapWriter::new();
+            let slice = SliceIndex::of(GuestCluster(clusters - 1));
+            let words = slice_words(slice.0);
+            writer.fill(&map, slice, &words[..map.slice_len(slice)]);
+            assert_eq!(map.lookup(GuestCluster(clusters - 1)), word(clusters - 1));
+            writer.grow(&map, grown);
+            assert_eq!(map.lookup(GuestCluster(clusters - 1)), Word::UNRESOLVED, "{clusters} to {grown}");
+        }
+    }
+}
+
 #[test]
 fn a_vast_disk_makes_few_leaves() {
     let leaf = LEAF_ENTRIES * SLICE_WORDS;

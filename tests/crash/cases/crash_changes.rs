@@ -119,6 +119,48 @@ fn no_change_takes_clusters_that_a_journal_names() {
     no_change_takes_what_a_journal_names().expect("the journal is whole, or is not carried out");
 }
 
+/// A disk that shrinks in use keeps no cluster past its end, whatever version 2 can record and the policy keeps. And it
+/// can be larger again: then the new part reads as zero.
+#[test]
+fn a_disk_that_shrinks_in_use_keeps_nothing_past_its_end() {
+    let tally = Tally::new(Duration::from_secs(600));
+    let shapes = [
+        Shape::new(10, 96).v2().over(Below::Raw),
+        Shape::new(10, 96).v2().over(Below::Qcow2).past(Past::Written),
+        Shape::new(10, 96).over(Below::Raw).past(Past::Written).keeping_places(),
+        Shape::new(9, 80).past(Past::Kept),
+        Shape::new(12, 96).over(Below::Raw).past(Past::Compressed(Compression::Deflate)),
+        Shape::new(15, 704).subclusters().over(Below::Raw).past(Past::Written),
+        Shape::new(12, 100).apart().over(Below::Raw).past(Past::Written),
+    ];
+    for start in shapes.map(|shape| shape.make()) {
+        let (unit, sectors) = (start.shape.cluster_sectors(), start.shape.sectors);
+        for smaller in [unit + unit / 2 + 1, 3 * unit, sectors - 1] {
+            let mut script = vec![Op::write(unit, 2 * unit), Op::write(sectors - unit, unit), Op::Flush];
+            script.push(Op::Live(smaller));
+            let read = Op::Read { sector: 0, count: sectors.min(64) };
+            script.extend([Op::write(0, 1), Op::Flush, read]);
+            for larger in [None, Some(smaller + 1), Some(sectors + unit)] {
+                let mut script = script.clone();
+                script.extend(larger.into_iter().flat_map(|larger| [Op::Live(larger), read]));
+                let manner = Manner { at_once: 1, rest: false, clean: true, seed: 3 };
+                let mut walker = Walker::new(&tally);
+                let judged = play(&start, &script, manner).and_then(|run| {
+                    assert!(run.misread.is_none(), "{:?}", run.misread);
+                    walker.closed(&run, &start)?;
+                    walker.crash(&run, &start, &Choice { states_max: 4, ..Choice::sample(20) }, 3)
+                });
+                if let Err(wrong) = judged {
+                    let how = format!("{:?} to {smaller} and {larger:?}", start.shape);
+                    tally.found(format!("{how}: {wrong}"));
+                }
+                tally.count_run(script.len());
+            }
+        }
+    }
+    tally.conclude("disks that shrink in use");
+}
+
 #[test]
 fn a_file_that_was_searched_ends_like_one_that_was_closed() {
     let start = Shape::new(16, 1024).make();
