@@ -331,18 +331,18 @@ impl<S: Storage> Disk<S> {
     /// # Errors
     /// As for [`Disk::close`]. The disk may then be used on.
     pub fn finish(&mut self) -> Result<(), OpenError> {
-        self.rest();
+        let was_kept = self.rest();
         let closed = close::close(&self.shared);
-        if closed.is_err() && self.needs_keeping() {
+        if closed.is_err() && was_kept {
             self.housekeeper = Some(Housekeeper::start(Arc::clone(&self.shared))?);
         }
         closed
     }
 
-    fn rest(&mut self) {
-        if let Some(housekeeper) = self.housekeeper.take() {
-            housekeeper.stop();
-        }
+    /// Ends the housekeeper; true if there was one.
+    fn rest(&mut self) -> bool {
+        let housekeeper = self.housekeeper.take();
+        housekeeper.map(Housekeeper::stop).is_some()
     }
 }
 

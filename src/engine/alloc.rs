@@ -122,6 +122,12 @@ impl Allocator {
         self.file_length = self.file_length.max(length);
     }
 
+    /// A reservation made the file at least so many bytes long. That may not be durable.
+    pub fn was_lengthened(&mut self, length: u64) {
+        self.note_length(length);
+        self.length_unsynced = true;
+    }
+
     /// True once if the file's length must become durable: the cut that asks makes it so, or calls
     /// [`Allocator::length_is_unsynced`].
     pub fn take_unsynced_length(&mut self) -> bool {
@@ -370,8 +376,7 @@ impl Allocator {
         self.end = self.end.max(past);
         self.used_end = self.used_end.max(past);
         if let Some(length) = file_length {
-            self.note_length(length);
-            self.length_unsynced = true;
+            self.was_lengthened(length);
         }
         if self.windows.is_empty() {
             self.window_clusters = (self.window_clusters * 2).min(self.window_clusters_max);
@@ -396,14 +401,13 @@ impl Allocator {
         self.windows.runs()
     }
 
-    /// Forgets the free clusters at the file's very end, so that it can be cut there. Returns the new end.
-    pub fn trim_end(&mut self) -> u64 {
-        self.end = self.free.trim(self.end);
+    /// The end of the file without the free clusters at its very end. Nothing changes: the file may be cut there, and if
+    /// that fails, the same clusters are still free.
+    pub fn end_in_use(&self) -> u64 {
+        let end = self.free.start_of_last(self.end);
         // The spare tail that an earlier session left. This session reserved nothing there.
-        if self.tail_is_spare && self.end == self.scan_end && self.used_end <= self.tail.start {
-            self.end = self.free.trim(self.tail.start);
-        }
-        self.end
+        let has_spare_tail = self.tail_is_spare && end == self.scan_end && self.used_end <= self.tail.start;
+        if has_spare_tail { self.free.start_of_last(self.tail.start) } else { end }
     }
 
     /// Puts a cluster into quarantine. `cut` is the cut that makes its unlink durable; 0 if it was never linked in memory.

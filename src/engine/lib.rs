@@ -553,9 +553,9 @@ impl Engine {
         self.with(|state, wakes| state.commit_reserve(plan, wakes));
     }
 
-    /// The host could not set the length or allocate the space.
-    pub fn abort_reserve(&self, plan: ReservePlan) {
-        self.with(|state, wakes| state.abort_reserve(plan, wakes));
+    /// The host could not set the length or allocate the space. `length`: that of the file in bytes, if it was set.
+    pub fn abort_reserve(&self, plan: ReservePlan, length: Option<u64>) {
+        self.with(|state, wakes| state.abort_reserve(plan, length, wakes));
     }
 
     /// The host had no room for a window: makes the next one minimal. False if this one already was.
@@ -617,12 +617,14 @@ impl Engine {
     /// At a clean end: the length in bytes to cut the file to; `None` to leave it. `present` is its length now. If this
     /// session neither found nor made it so long, its end holds bytes that the refcounts do not know: it is not cut.
     ///
+    /// The engine does not change. If the cut fails, the disk can be used on. After the cut nothing may be reserved.
+    ///
     /// # Errors
     /// The disk is read-only.
-    pub fn trim_end(&self, present: u64) -> Result<Option<u64>, EngineError> {
+    pub fn closed_length(&self, present: u64) -> Result<Option<u64>, EngineError> {
         self.with(|state, _| {
-            let alloc = &mut state.write_state()?.alloc;
-            let length = alloc.trim_end() << self.unit_bits;
+            let alloc = &state.write_state()?.alloc;
+            let length = alloc.end_in_use() << self.unit_bits;
             Ok((length < present && alloc.was_so_long(present)).then_some(length))
         })
     }

@@ -382,7 +382,8 @@ impl State {
         }
     }
 
-    pub fn abort_reserve(&mut self, plan: ReservePlan, wakes: &mut WakeList) {
+    /// `length`: that of the file in bytes, if it was set. Then a clean close may cut the file.
+    pub fn abort_reserve(&mut self, plan: ReservePlan, length: Option<u64>, wakes: &mut WakeList) {
         for id in &plan.pins {
             self.tables.unpin(*id);
         }
@@ -390,6 +391,7 @@ impl State {
         if plan.file_length.is_none() {
             write.alloc.add_free(plan.window);
         }
+        length.into_iter().for_each(|length| write.alloc.was_lengthened(length));
         if let Some(growth) = &plan.growth {
             write.guard.remove(growth.run.start, growth.blocks.len() as u64);
             growth.table.iter().for_each(|table| write.guard.remove(table.start, table.count));

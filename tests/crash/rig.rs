@@ -1,6 +1,7 @@
 //! A whole disk in one thread on a simulated host: two queues and the housekeeper, polled in an order that a seed
 //! determines. The code under test is the production code. This module decides the order and the passing of time.
 
+pub mod releasing;
 mod resizing;
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};

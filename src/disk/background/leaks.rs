@@ -88,6 +88,9 @@ impl<S: Storage> Worker<S> {
     /// was stopped begins anew if the disk is used on.
     pub async fn search_leaks(&self) {
         let path = shown(&self.shared.layers[0].path);
+        if self.shared.bell.stopped() {
+            return;
+        }
         let mut complete = false;
         if self.engine().status().searching {
             match Search::new(self).run().await {

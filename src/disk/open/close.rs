@@ -34,6 +34,7 @@ async fn finish<S: Storage>(worker: &Worker<S>) -> Result<(), RequestError> {
         worker.flush().await?;
         let keeps_mark = worker.has_leaks_to_search().await;
         worker.trim_file(keeps_mark).await?;
+        // After the cut the disk must not be used on. What can fail from here on fails the disk.
         worker.give_up_journal().await?;
     }
     worker.flush().await
@@ -45,7 +46,7 @@ impl<S: Storage> Worker<S> {
     async fn trim_file(&self, keeps_mark: bool) -> Result<(), RequestError> {
         let top = self.shared.top_file();
         let present = self.shared.storage.length(top).unwrap_or(0);
-        if let Some(length) = self.engine().trim_end(present)? {
+        if let Some(length) = self.engine().closed_length(present)? {
             let length = length + if keeps_mark { self.engine().mark_bytes() } else { 0 };
             // To the end of a block: see `fill_last_block`.
             let length = length.next_multiple_of(u64::from(self.shared.top_image().info.block_size.max(1)));

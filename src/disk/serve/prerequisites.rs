@@ -93,8 +93,10 @@ impl<S: Storage> Worker<S> {
         // The file always ends with a block of its file system: see `fill_last_block`.
         let block = u64::from(self.shared.top_image().info.block_size.max(1));
         plan.file_length = plan.file_length.map(|length| length.next_multiple_of(block));
+        let mut lengthened = None;
         if let Some(length) = plan.file_length {
             result = self.grow_file(length).await;
+            lengthened = result.is_ok().then_some(length);
         }
         for range in &plan.metadata {
             if result.is_ok() {
@@ -103,7 +105,7 @@ impl<S: Storage> Worker<S> {
         }
         match result {
             Ok(()) => self.engine().commit_reserve(plan),
-            Err(_) => self.engine().abort_reserve(plan),
+            Err(_) => self.engine().abort_reserve(plan, lengthened),
         }
         result.map_err(RequestError::io("growing the image file"))
     }
