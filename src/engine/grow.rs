@@ -83,6 +83,16 @@ impl Engine {
         });
     }
 
+    /// The disk ends here from now on, in bytes, at most at [`Engine::size`]. Writes that are planned later write nothing
+    /// past this end to an external data file.
+    pub fn set_end(&self, end: u64) {
+        self.with(|state, _| {
+            if let Some(write) = &mut state.write {
+                write.end = end;
+            }
+        });
+    }
+
     /// Ends the present epoch. Requests that begin later see everything that was changed before this call.
     pub fn end_epoch(&self) -> Epoch {
         self.epochs.advance()

@@ -692,5 +692,6 @@ fn write_state(geometry: qcow2::Geometry, l1: &Entries, top: TopSpec) -> Result<
         l1_offset: top.l1_offset,
         l1_dirty: BTreeSet::new(),
         keep_discarded: top.keep_discarded && geometry.version == qcow2::Version::V3,
+        end: geometry.size,
     })
 }

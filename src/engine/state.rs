@@ -56,6 +56,8 @@ pub(crate) struct WriteState {
     pub l1_dirty: BTreeSet<u64>,
     /// See [`crate::TopSpec`].
     pub keep_discarded: bool,
+    /// See [`crate::Engine::set_end`].
+    pub end: u64,
 }
 
 impl WriteState {

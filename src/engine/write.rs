@@ -214,7 +214,7 @@ impl State {
         let length = covered(end);
         let head = head + (begin - span.start) * size;
         let whole = (span.end - span.start) * size;
-        let tail = whole.min(self.room_after(first, span.start * size)) - head - length;
+        let tail = whole.min(self.room_after(first, span.start * size)).saturating_sub(head + length);
         let mut allocation = Allocation {
             file,
             offset: HostOffset(geometry.host_offset(host).0 + span.start * size),
@@ -278,9 +278,11 @@ impl State {
     fn room_after(&self, cluster: GuestCluster, within: u64) -> u64 {
         let top = self.top_qcow2();
         let start = top.geometry.guest_offset(cluster).0 + within;
-        match top.data_file {
-            Some(_) => top.geometry.size.next_multiple_of(SECTOR) - start,
-            None => u64::MAX,
+        match &self.write {
+            Some(write) if top.data_file.is_some() => {
+                write.end.next_multiple_of(SECTOR).saturating_sub(start)
+            }
+            _ => u64::MAX,
         }
     }
 

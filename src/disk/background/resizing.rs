@@ -155,7 +155,7 @@ impl<S: Storage> Worker<S> {
                 // Nothing is left behind the cut, and a longer raw image keeps what its file has.
                 ResizeStep::Clear if !self.shared.is_qcow2() => Ok(()),
                 ResizeStep::Remove if self.shared.zero_route.is_raw() => Ok(()),
-                ResizeStep::Cut => self.cut_data(resized.to).await.map_err(Into::into),
+                ResizeStep::Cut => self.cut_data(resized.to, given_up).await,
                 ResizeStep::Clear => self.clear(resized, given_up).await,
                 ResizeStep::Remove => self.remove_rest(resized, given_up).await,
                 ResizeStep::Flush => self.flush().await.map_err(Into::into),
@@ -234,6 +234,7 @@ impl<S: Storage> Worker<S> {
             }
             self.engine().commit_growth(&plan);
         }
+        self.engine().set_end(to);
         let (Some((entries, offset)), Some(header)) = (self.engine().l1_table(), &self.shared.header) else {
             return Ok(());
         };
@@ -342,10 +343,18 @@ impl<S: Storage> Worker<S> {
     }
 
     /// Cuts the file that holds the guest's data byte by byte, and makes its length durable.
-    async fn cut_data(&self, to: u64) -> Result<(), RequestError> {
+    async fn cut_data(&self, to: u64, given_up: &Cell<bool>) -> Result<(), InUseError> {
         let file = self.shared.data_file();
-        if file.info.block_device || !self.has_bytewise_file() {
+        if !self.has_bytewise_file() {
             return Ok(());
+        }
+        self.engine().set_end(to);
+        if file.info.block_device {
+            return Ok(());
+        }
+        if self.shared.is_qcow2() {
+            // Writes that began before fill the cluster in which the disk ends, up to the old end.
+            self.await_older_requests(given_up).await?;
         }
         let failed = RequestError::io("making the file shorter");
         self.driver.run_bare(Operation::bare(file.id, Kind::SetLength, to)).await.map_err(failed)?;
@@ -355,7 +364,7 @@ impl<S: Storage> Worker<S> {
             self.engine().fail();
             let path = shown(&file.info.path);
             error!(%path, error = %source, "the disk has failed: fdatasync of the shorter file failed");
-            RequestError::Io { action: "fdatasync", source }
+            RequestError::Io { action: "fdatasync", source }.into()
         })
     }
 

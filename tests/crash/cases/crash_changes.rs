@@ -3,6 +3,7 @@
 //!
 //! `crash_exhaustive` and `crash_random` change images between other requests.
 
+use std::path::Path;
 use std::time::Duration;
 
 use qcow2::Compression;
@@ -14,7 +15,8 @@ use strata_crash::changes::{
 };
 use strata_crash::journal::{Deed, Op};
 use strata_crash::recovery::serve;
-use strata_crash::shape::{Below, Past, Shape, Start};
+use strata_crash::shape::{Below, DATA, Past, Shape, Start};
+use strata_crash::stamp::SECTOR;
 use strata_crash::tally::Tally;
 use strata_crash::trial::{Manner, play};
 use strata_crash::walk::{Choice, Walker};
@@ -132,14 +134,16 @@ fn a_disk_that_shrinks_in_use_keeps_nothing_past_its_end() {
         Shape::new(12, 96).over(Below::Raw).past(Past::Compressed(Compression::Deflate)),
         Shape::new(15, 704).subclusters().over(Below::Raw).past(Past::Written),
         Shape::new(12, 100).apart().over(Below::Raw).past(Past::Written),
+        Shape::new(12, 104).apart(),
+        Shape::new(12, 104).apart_raw(),
     ];
     for start in shapes.map(|shape| shape.make()) {
         let (unit, sectors) = (start.shape.cluster_sectors(), start.shape.sectors);
-        for smaller in [unit + unit / 2 + 1, 3 * unit, sectors - 1] {
+        for smaller in [unit + unit / 2 + 1, 3 * unit, 5 * unit + 1, sectors - 1] {
             let mut script = vec![Op::write(unit, 2 * unit), Op::write(sectors - unit, unit), Op::Flush];
             script.push(Op::Live(smaller));
             let read = Op::Read { sector: 0, count: sectors.min(64) };
-            script.extend([Op::write(0, 1), Op::Flush, read]);
+            script.extend([Op::write(0, 1), Op::write(smaller - 1, 1), Op::Flush, read]);
             for larger in [None, Some(smaller + 1), Some(sectors + unit)] {
                 let mut script = script.clone();
                 script.extend(larger.into_iter().flat_map(|larger| [Op::Live(larger), read]));
@@ -148,6 +152,11 @@ fn a_disk_that_shrinks_in_use_keeps_nothing_past_its_end() {
                 let judged = play(&start, &script, manner).and_then(|run| {
                     assert!(run.misread.is_none(), "{:?}", run.misread);
                     walker.closed(&run, &start)?;
+                    let data = run.world.image().file(Path::new(DATA)).map(|data| data.length());
+                    let size = larger.unwrap_or(smaller) * SECTOR;
+                    if let Some(length) = data.filter(|length| *length > size) {
+                        return Err(format!("the data file has {length} bytes, the disk {size}"));
+                    }
                     walker.crash(&run, &start, &Choice { states_max: 4, ..Choice::sample(20) }, 3)
                 });
                 if let Err(wrong) = judged {
