@@ -18,18 +18,16 @@ impl Windows {
         }
     }
 
-    /// Takes back clusters that were taken, to be the next ones.
+    /// Takes back clusters that were taken, to be the next ones. They become one run with the first run, and that one
+    /// with the second, where these touch. Clusters are taken from the front, so their neighbours are there.
     pub fn give_back(&mut self, taken: FreeRun) {
-        match self.0.front_mut() {
-            Some(next)
-                if taken.known_zero == next.known_zero
-                    && taken.run.start.0 + taken.run.count == next.run.start.0 =>
-            {
-                next.run.start = taken.run.start;
-                next.run.count += taken.run.count;
-            }
-            _ if taken.run.count > 0 => self.0.push_front(taken),
-            _ => {}
+        if taken.run.count == 0 {
+            return;
+        }
+        self.0.push_front(taken);
+        while let Some(joined) = self.0.get(1).and_then(|second| join(&self.0[0], second)) {
+            self.0.pop_front();
+            self.0[0] = joined;
         }
     }
 
@@ -90,6 +88,14 @@ impl Windows {
     }
 }
 
+/// Two runs as one, if they touch on either side and are alike.
+fn join(one: &FreeRun, other: &FreeRun) -> Option<FreeRun> {
+    let (low, high) = if one.run.start <= other.run.start { (one, other) } else { (other, one) };
+    let touch = low.known_zero == high.known_zero && low.run.start.0 + low.run.count == high.run.start.0;
+    let run = HostRun { start: low.run.start, count: low.run.count + high.run.count };
+    touch.then_some(FreeRun { run, known_zero: low.known_zero })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -136,5 +142,15 @@ mod tests {
             "only one of them is known to be zero"
         );
         assert_eq!((windows.take(9), first), (Some(run(10, 2, false)), run(10, 2, true)));
+    }
+    #[test]
+    fn clusters_given_back_in_any_order_are_one_run_again() {
+        for order in [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]] {
+            let mut windows = Windows::default();
+            windows.add(run(10, 8, true));
+            let taken: Vec<_> = (0..3).map(|_| windows.take(2).expect("some")).collect();
+            order.iter().for_each(|number| windows.give_back(taken[*number]));
+            assert_eq!(windows.runs(), [run(10, 8, true)], "{order:?}");
+        }
     }
 }
