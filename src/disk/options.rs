@@ -3,10 +3,15 @@
 //! Owns the options and their defaults. An open reads them; the files of each room apply them.
 
 use std::path::PathBuf;
+use std::sync::LazyLock;
+use std::thread::available_parallelism;
 use std::time::Duration;
 
 /// The most threads of a disk that inflate, unless the options name more.
 const INFLATE_THREADS: usize = 4;
+
+/// The processors that this process may use. To ask the host opens several files, so it is asked once.
+static PROCESSORS: LazyLock<usize> = LazyLock::new(|| available_parallelism().map_or(1, usize::from));
 
 /// The format of an image file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,7 +80,7 @@ impl Default for DiskOptions {
             map_bytes: 32 << 20,
             table_bytes: 16 << 20,
             inflated_bytes: 16 << 20,
-            inflate_threads: std::thread::available_parallelism().map_or(1, usize::from).min(INFLATE_THREADS),
+            inflate_threads: PROCESSORS.min(INFLATE_THREADS),
             on_enospc: OnEnospc::Report,
             detect_zeroes: DetectZeroes::Off,
             discards: Discards::Unmap,
