@@ -10,7 +10,7 @@ use disk::{DiskOptions, OpenError};
 use qcow2::Header;
 use storage::host::HostStorage;
 use strata_kit::Qemu;
-use strata_kit::images::{Content, Format, ImageSpec, Preallocation, find_tool};
+use strata_kit::images::{Content, Format, ImageSpec, Preallocation, find_tool, memory_folder};
 use strata_kit::random::Random;
 use strata_rig::agree::{assert_clean, check_agrees, is_exception, our_opinion, second_opinion};
 use strata_rig::damage::{
@@ -66,7 +66,7 @@ fn with_refcount_bits(mut spec: ImageSpec, bits: u8) -> ImageSpec {
 #[test]
 fn it_agrees_on_sound_images() {
     let Some(qemu) = Qemu::find() else { return };
-    let folder = tempfile::tempdir().expect("a folder");
+    let folder = memory_folder().expect("a folder");
     let mut specs: Vec<(String, ImageSpec)> = Vec::new();
     for bits in 9..=21 {
         let cluster_size = 1 << bits;
@@ -110,7 +110,7 @@ fn it_agrees_on_sound_images() {
 #[test]
 fn it_agrees_on_chains() {
     let Some(qemu) = Qemu::find() else { return };
-    let folder = tempfile::tempdir().expect("a folder");
+    let folder = memory_folder().expect("a folder");
     let over =
         |cluster: u64| ImageSpec::qcow2(6 * M).cluster_size(cluster).backing(PathBuf::new(), Format::Qcow2);
     let specs =
@@ -134,7 +134,7 @@ fn snapshots(qemu: &Qemu, image: &Path, spec: &ImageSpec) {
 #[test]
 fn it_agrees_on_internal_snapshots() {
     let Some(qemu) = Qemu::find() else { return };
-    let folder = tempfile::tempdir().expect("a folder");
+    let folder = memory_folder().expect("a folder");
     for (cluster_size, version) in [(512, 3), (4 * K, 2), (64 * K, 3), (2 * M, 3)] {
         let image = folder.path().join(format!("{cluster_size}.qcow2"));
         snapshots(&qemu, &image, &filled(60 * M, cluster_size).version(version));
@@ -242,7 +242,7 @@ fn damage_all(qemu: &Qemu, folder: &Path, name: &str, bytes: &[u8], damages: &[D
 
 fn damage_victims(damages: &[Damage], done_min: u32, mended_min: u32) {
     let Some(qemu) = Qemu::find() else { return };
-    let folder = tempfile::tempdir().expect("a folder");
+    let folder = memory_folder().expect("a folder");
     let (mut done, mut mended) = (0, 0);
     for (name, bytes) in victims(&qemu, folder.path()) {
         let (more, repaired) = damage_all(&qemu, folder.path(), &name, &bytes, damages);
@@ -278,7 +278,7 @@ const TAKEN_BY_ONE: &[&str] = &[
 #[test]
 fn it_agrees_on_fields_of_the_header_and_on_streams() {
     let Some(_) = Qemu::find() else { return };
-    let folder = tempfile::tempdir().expect("a folder");
+    let folder = memory_folder().expect("a folder");
     let image = folder.path().join("damaged.qcow2");
     let sound = Raw::new(victims::plain().bytes);
     let mut done = 0;
@@ -306,7 +306,7 @@ fn it_agrees_on_fields_of_the_header_and_on_streams() {
 #[test]
 fn it_agrees_on_damaged_snapshots() {
     let Some(qemu) = Qemu::find() else { return };
-    let folder = tempfile::tempdir().expect("a folder");
+    let folder = memory_folder().expect("a folder");
     let mut done = 0;
     for (cluster_size, version) in [(4 * K, 2), (64 * K, 3)] {
         let image = folder.path().join("victim.qcow2");
@@ -333,7 +333,7 @@ fn bitmaps(qemu: &Qemu, image: &Path, cluster_size: u64) {
 #[test]
 fn it_agrees_on_bitmaps_sound_and_damaged() {
     let Some(qemu) = Qemu::find() else { return };
-    let folder = tempfile::tempdir().expect("a folder");
+    let folder = memory_folder().expect("a folder");
     for cluster_size in [4 * K, 64 * K] {
         let image = folder.path().join("bitmaps.qcow2");
         bitmaps(&qemu, &image, cluster_size);
@@ -348,7 +348,7 @@ fn it_agrees_on_bitmaps_sound_and_damaged() {
 #[test]
 fn it_agrees_on_images_whose_data_is_in_another_file() {
     let Some(qemu) = Qemu::find() else { return };
-    let folder = tempfile::tempdir().expect("a folder");
+    let folder = memory_folder().expect("a folder");
     for more in ["", ",data_file_raw=on", ",extended_l2=on"] {
         let image = folder.path().join("image.qcow2");
         let how = format!("data_file={}{more}", folder.path().join("data").display());
@@ -369,7 +369,7 @@ fn it_agrees_on_images_whose_data_is_in_another_file() {
 #[test]
 fn an_encrypted_image_is_refused_by_name() {
     let Some(qemu) = Qemu::find() else { return };
-    let folder = tempfile::tempdir().expect("a folder");
+    let folder = memory_folder().expect("a folder");
     let image = folder.path().join("image.qcow2");
     let how = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10";
     let create = ["create", "-q", "-f", "qcow2", "--object", "secret,id=s,data=abc", "-o", how];
@@ -382,7 +382,7 @@ fn an_encrypted_image_is_refused_by_name() {
 #[test]
 fn it_agrees_on_snapshots_with_little_extra_data() {
     let Some(qemu) = Qemu::find() else { return };
-    let folder = tempfile::tempdir().expect("a folder");
+    let folder = memory_folder().expect("a folder");
     for version in [2, 3] {
         let image = folder.path().join("image.qcow2");
         qemu.create(&image, &filled(4 * M, 64 * K).version(version)).expect("an image");
@@ -407,7 +407,7 @@ fn it_agrees_on_snapshots_with_little_extra_data() {
 fn an_image_that_qemu_left_dirty_is_rebuilt() {
     let Some(qemu) = Qemu::find() else { return };
     let Some(qemu_io) = find_tool("qemu-io") else { return };
-    let folder = tempfile::tempdir().expect("a folder");
+    let folder = memory_folder().expect("a folder");
     // The second image has more clusters than one refblock counts.
     for (cluster_size, length) in [(64 * K, 2 * M), (512, 300 * K)] {
         let image = folder.path().join(format!("{cluster_size}.qcow2"));
@@ -433,7 +433,7 @@ fn an_image_that_qemu_left_dirty_is_rebuilt() {
 #[test]
 fn defects_that_qemu_tolerates_are_noted() {
     let Some(qemu) = Qemu::find() else { return };
-    let folder = tempfile::tempdir().expect("a folder");
+    let folder = memory_folder().expect("a folder");
     let image = folder.path().join("image.qcow2");
     qemu.create(&image, &ImageSpec::qcow2(4 * M).with(pattern(0, 64 * K, 1))).expect("an image");
     let mut bytes = std::fs::read(&image).expect("read");
@@ -449,7 +449,7 @@ fn defects_that_qemu_tolerates_are_noted() {
 #[test]
 fn a_zero_flag_in_version_2_is_found_and_cleared() {
     let Some(qemu) = Qemu::find() else { return };
-    let folder = tempfile::tempdir().expect("a folder");
+    let folder = memory_folder().expect("a folder");
     qemu.create(&folder.path().join("base.qcow2"), &ImageSpec::qcow2(4 * M)).expect("a base");
     for (entry, host, backed) in
         [(1, 0, false), (1 << 63 | 0x5_0001, 1, false), (1 << 63 | 0x5_0001, 1, true)]
@@ -489,7 +489,7 @@ fn a_zero_flag_in_version_2_is_found_and_cleared() {
 #[test]
 fn metadata_that_data_lies_upon_is_corrupt_whatever_qemu_says() {
     let Some(qemu) = Qemu::find() else { return };
-    let folder = tempfile::tempdir().expect("a folder");
+    let folder = memory_folder().expect("a folder");
     let image = folder.path().join("image.qcow2");
     qemu.create(&image, &ImageSpec::qcow2(4 * M).with(pattern(0, 64 * K, 1))).expect("an image");
     let mut bytes = std::fs::read(&image).expect("read");
@@ -510,7 +510,7 @@ fn metadata_that_data_lies_upon_is_corrupt_whatever_qemu_says() {
 #[test]
 fn it_agrees_on_images_with_random_bits_flipped() {
     let Some(qemu) = Qemu::find() else { return };
-    let folder = tempfile::tempdir().expect("a folder");
+    let folder = memory_folder().expect("a folder");
     let mut generator = Random::new(1);
     let mut random = |below: u64| generator.below(below);
     let (mut clean, mut leaks, mut corrupt, mut refused) = (0, 0, 0, 0);

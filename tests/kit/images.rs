@@ -9,7 +9,16 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use serde_json::Value;
-use tempfile::NamedTempFile;
+use tempfile::{NamedTempFile, TempDir};
+
+/// A folder in memory, where the host has it: for images whose file system does not matter to the test. Tools and disks sync
+/// an image often, and a file system on a disk makes each wait.
+///
+/// # Errors
+/// If no folder can be made.
+pub fn memory_folder() -> std::io::Result<TempDir> {
+    TempDir::new_in("/dev/shm").or_else(|_| TempDir::new())
+}
 
 /// The failure of a tool.
 #[derive(Debug, thiserror::Error)]

@@ -12,7 +12,7 @@ use crate::look::{
 };
 use disk::{DetectZeroes, Discards, DiskOptions};
 use strata_kit::client::SECTOR;
-use strata_kit::images::{Format, ImageError, ImageSpec, Preallocation};
+use strata_kit::images::{Format, ImageError, ImageSpec, Preallocation, memory_folder};
 use strata_kit::model::{DiscardRule, contents};
 use strata_kit::random::Random;
 use strata_kit::{ByteModel, Qemu};
@@ -137,7 +137,7 @@ pub fn granule(look: &Look) -> u64 {
 impl Workshop {
     /// A workshop in memory, if the host has such a folder.
     pub fn new(qemu: Qemu) -> Self {
-        let folder = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).expect("a folder");
+        let folder = memory_folder().expect("a folder");
         let pattern = |length: &u64| {
             let path = folder.path().join(format!("pattern{length}"));
             let bytes = contents(*length as u32, 0, *length);
