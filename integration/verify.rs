@@ -110,9 +110,12 @@ fn check_and_build(options: &Options, steps: &mut Steps) -> Result<()> {
 }
 
 fn run_tests(options: &Options, steps: &mut Steps) -> Result<()> {
+    // One more than processors: some tests wait for the host's disk or for other programs.
+    let threads =
+        std::thread::available_parallelism().map_or(2, |processors| processors.get() + 1).to_string();
     // The dev profile is quick to build, partly optimised, and has every check enabled.
     let run: &[&str] = if nextest_works() {
-        &["nextest", "run", "--workspace", "--no-fail-fast"]
+        &["nextest", "run", "--workspace", "--no-fail-fast", "--test-threads", &threads]
     } else {
         // The same targets as with `--no-run` and with nextest: no benchmarks, which clippy has checked.
         &["test", "--workspace", "--lib", "--bins", "--tests", "--no-fail-fast"]
