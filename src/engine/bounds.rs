@@ -32,7 +32,7 @@ pub(crate) const NEW_CLUSTERS: u64 = bound(16, 1);
 pub(crate) const DOUBTS_MAX: usize = 4096;
 
 /// The most bytes of freed clusters that are held back, and the most clusters (a run takes 24 bytes of memory).
-pub(crate) const QUARANTINE_BYTES_MAX: u64 = bound(64 << 20, 16 << 10);
+pub(crate) const QUARANTINE_BYTES_MAX: u64 = bound(256 << 20, 16 << 10);
 pub(crate) const QUARANTINE_CLUSTERS_MAX: u64 = bound(1 << 16, 4);
 /// On a small disk the limit is the disk's size divided by this, but never less than the bytes below.
 pub(crate) const QUARANTINE_SHARE: u64 = 8;
