@@ -5,7 +5,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use disk::{DiskOptions, Format as DiskFormat, OpenError};
+use disk::{Disk, DiskOptions, DiskQueue, Format as DiskFormat, OpenError, Request, RequestId};
+use storage::GuestSlice;
+use storage::host::HostStorage;
 use strata_kit::images::{Content, Format, ImageSpec};
 use strata_kit::model::{DiscardRule, Operation};
 use strata_kit::{ByteModel, Qemu};
@@ -533,4 +535,38 @@ fn shared_clusters_are_copied_before_they_change() {
         qemu.img(["snapshot", "-a", "kept", &text]).expect("the snapshot is applied");
         assert!(qemu.read_all(&image, Format::Qcow2).expect("read") == before, "the snapshot changed");
     }
+}
+
+/// A write into a new cluster copies nothing and writes few bytes, however large the cluster is. So the work in flight leaves
+/// room for as many as a guest has.
+#[test]
+fn writes_into_new_clusters_of_two_mib_leave_room_for_many() {
+    const COUNT: u64 = 128;
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let image = folder.path().join("large.qcow2");
+    qemu.create(&image, &ImageSpec::qcow2((COUNT + 1) * 2 * M).cluster_size(2 * M)).expect("an image");
+    let disk = Disk::open(HostStorage::new(), &image, &options()).expect("opens");
+    let mut queue = disk.queue(COUNT as u32).expect("a queue");
+    let memory = [GuestSlice::from(Vec::leak(vec![7; 4096]))];
+    let finish = |queue: &mut DiskQueue<HostStorage>, count: usize| {
+        let mut done = Vec::new();
+        while done.len() < count {
+            queue.poll(&mut done);
+            queue.wait(Some(Duration::from_millis(1)));
+        }
+        assert!(done.iter().all(|done| done.result.is_ok()));
+    };
+    let write = |number: u64| Request::Write { offset: number * 2 * M, write_through: false };
+    // The first write finds nothing known of its range.
+    queue.submit(RequestId(0), write(COUNT), &memory);
+    finish(&mut queue, 1);
+    for number in 0..COUNT {
+        assert!(queue.has_room(), "room for {number} of {COUNT} writes");
+        queue.submit(RequestId(number as u32), write(number), &memory);
+    }
+    finish(&mut queue, COUNT as usize);
+    drop(queue);
+    disk.close().expect("a clean close");
+    assert_clean(&image, "the closed image");
 }

@@ -21,6 +21,9 @@ use crate::range::ByteRange;
 const OPERATION_BYTES: u64 = 4096;
 /// The most clusters of a request that are looked up for its estimate.
 const LOOKUPS: u64 = 8;
+/// A byte of zeros around a write into a new cluster weighs this fraction (one in so many). Mostly the host's file reads as
+/// zero there, and nothing is written. If it must be, nothing is read or inflated for it.
+const ZEROS_SHARE: u64 = 16;
 
 /// How much work a request on a chain may be.
 #[derive(Clone, Copy, Debug)]
@@ -53,6 +56,13 @@ impl Scale {
         let around = range.around_blocks(self.largest);
         let operations = range.length / self.smallest + 2;
         around.length.max(operations * OPERATION_BYTES) + self.tables
+    }
+
+    /// The work of writing a range that reads as zero: its clusters may be new, and zeros may be written around it.
+    fn of_new(&self, range: ByteRange) -> u64 {
+        let zeros = range.around_blocks(self.largest).length - range.length;
+        let operations = range.length / self.smallest + 2;
+        (range.length + zeros / ZEROS_SHARE).max(operations * OPERATION_BYTES) + self.tables
     }
 
     /// The most work of a change of tables, and of the ragged ends of its range.
@@ -97,21 +107,34 @@ impl WorkMeter {
     fn estimate(&self, engine: &Engine, request: &Request, range: ByteRange) -> u64 {
         match request {
             Request::Discard { .. } | Request::WriteZeroes { .. } => self.scale.of_zeros(range),
-            _ if is_in_place(engine, range, request.writes()) => range.length,
+            _ if all_are(engine, range, |mapping| is_in_place(mapping, request.writes())) => range.length,
+            _ if request.writes() && all_are(engine, range, is_copied_from_nowhere) => {
+                self.scale.of_new(range)
+            }
             _ => self.scale.of_data(range),
         }
     }
 }
 
-/// Whether a short range is known to need no more than its own bytes: its memory is unfit for direct I/O, perhaps.
-fn is_in_place(engine: &Engine, range: ByteRange, writes: bool) -> bool {
+/// Whether a short range is known to consist of clusters like this.
+fn all_are(engine: &Engine, range: ByteRange, fits: impl Fn(Mapping) -> bool) -> bool {
     let clusters = range.around_blocks(engine.unit());
     clusters.length / engine.unit() <= LOOKUPS
-        && clusters.pieces(engine.unit()).all(|cluster| match engine.lookup(GuestOffset(cluster.offset)) {
-            Mapping::Zero => !writes,
-            Mapping::Data { in_place, .. } => in_place || !writes,
-            _ => false,
-        })
+        && clusters.pieces(engine.unit()).all(|cluster| fits(engine.lookup(GuestOffset(cluster.offset))))
+}
+
+/// Whether a request needs no more than its own bytes of a cluster: its memory is unfit for direct I/O, perhaps.
+fn is_in_place(mapping: Mapping, writes: bool) -> bool {
+    match mapping {
+        Mapping::Zero => !writes,
+        Mapping::Data { in_place, .. } => in_place || !writes,
+        _ => false,
+    }
+}
+
+/// Whether a write to a part of a cluster reads nothing for the rest of it.
+fn is_copied_from_nowhere(mapping: Mapping) -> bool {
+    matches!(mapping, Mapping::Zero | Mapping::Data { in_place: true, .. })
 }
 
 /// The counted work of a request, until dropped.
@@ -166,6 +189,10 @@ mod tests {
         assert_eq!(scale.of_data(range(512, 512)), 64 * K + scale.tables);
         assert_eq!(scale.of_data(range(64 * K - 512, 1024)), 128 * K + scale.tables, "two clusters");
         assert_eq!(scale.of_data(range(64 * K, 256 * K)), 256 * K + scale.tables);
+        assert_eq!(scale.of_new(range(0, 256 * K)), 256 * K + scale.tables, "no zeros around");
+        let large = Scale { largest: 2 << 20, smallest: 2 << 20, ..scale };
+        assert_eq!(large.of_data(range(0, 4096)), (2 << 20) + scale.tables);
+        assert_eq!(large.of_new(range(0, 4096)), 4096 + ((2 << 20) - 4096) / 16 + scale.tables);
         assert_eq!(scale.of_zeros(range(64 * K, 64 << 20)), scale.tables, "tables alone");
         assert_eq!(scale.of_zeros(range(512, 64 << 20)), 128 * K + scale.tables, "its ends are copied");
         let as_data = Scale { zeros_are_data: true, ..scale };
