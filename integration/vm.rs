@@ -5,6 +5,7 @@
 //! failure. `STRATA_GUEST_KILLS` is the number of kills of the daemon under a guest (3), `STRATA_GUEST_RESTARTS`
 //! that of kills under a guest that lives on (5). `STRATA_KILL_SEED` chooses the moments. `cargo verify` or `cargo
 //! demo` prepares the machine; these tests install nothing.
+//! `STRATA_TEST_QEMU` is another QEMU for the machines, such as version 7.2 beside the installed one.
 
 mod clients;
 

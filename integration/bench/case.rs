@@ -59,6 +59,9 @@ pub enum Job {
         /// Writes per flush, 0 for no flush.
         flush_every: u64,
     },
+    /// Random reads of [`BLOCK`] bytes on the first queue, one at a time, beside random overwrites on the second, as many in
+    /// flight as the case has. Only the reads count. They use the two halves of the disk.
+    Beside,
     /// No load: the server's memory before a frontend connects.
     RestMemory,
     /// No load, with a frontend connected after a short load: the server's CPU time.
@@ -109,7 +112,7 @@ impl Case {
     pub fn writes(&self) -> bool {
         match self.job {
             Job::Timed { mix, .. } => mix != Mix::READ,
-            Job::Once { .. } | Job::FirstTouch { .. } => true,
+            Job::Once { .. } | Job::FirstTouch { .. } | Job::Beside => true,
             Job::RestMemory | Job::IdleCpu => false,
         }
     }
@@ -184,6 +187,7 @@ pub const CASES: &[Case] = &[
     case("read-1", Image::Full, READ, 1, 1),
     case("read-32", Image::Full, READ, 1, 32),
     case("read-2x32", Image::Full, READ, 2, 32),
+    case("read-1-beside-256", Image::Full, Job::Beside, 2, 256),
     case("overwrite-1", Image::Full, OVERWRITE, 1, 1),
     case("overwrite-32", Image::Full, OVERWRITE, 1, 32),
     case("mix-70-30", Image::Full, MIX, 1, 32),

@@ -114,10 +114,12 @@ pub fn sample(server: &mut Server, case: &Case, image: &Path, times: Times) -> R
 fn loaded(server: &mut Server, case: &Case, image: &Path, times: Times) -> Result<Sample> {
     let mut client = server.connect(case)?;
     let size = client.size();
-    if let Job::Timed { .. } = case.job {
-        // The warm-up loads tables and touches buffers, equally for both servers.
-        let warm_up = times.load.div_f64(5.0).max(Duration::from_millis(100));
-        load::run(client.queues(), &timed(size, case, warm_up)?)?;
+    // The warm-up loads tables and touches buffers, equally for both servers.
+    let warm_up = times.load.div_f64(5.0).max(Duration::from_millis(100));
+    match case.job {
+        Job::Timed { .. } => drop(load::run(client.queues(), &timed(size, case, warm_up)?)?),
+        Job::Beside => drop(beside(&mut client, case, warm_up, Verify::Off)?),
+        _ => {}
     }
     let before = allocated_bytes(image)?;
     let meter = Meter::begin(server.pid())?;
@@ -136,6 +138,12 @@ fn loaded(server: &mut Server, case: &Case, image: &Path, times: Times) -> Resul
             let touch = first_touch(case, size, Access::Write, time);
             let mut work = run_touch(&mut client, &touch)?;
             final_flush(&mut client, &mut work)?;
+            work
+        }
+        Job::Beside => {
+            let [reads, writes] = beside(&mut client, case, times.load, Verify::Off)?;
+            let mut work = work_of(reads);
+            work.problems.extend(load_problems(&writes));
             work
         }
         Job::RestMemory | Job::IdleCpu => bail!("{} has no load", case.name),
@@ -201,12 +209,36 @@ pub fn first_touch(case: &Case, size: u64, access: Access, time: Option<Duration
 }
 
 fn run_load(client: &mut Client, spec: &Spec) -> Result<Work> {
-    let report = load::run(client.queues(), spec)?;
-    Ok(Work {
+    Ok(work_of(load::run(client.queues(), spec)?))
+}
+
+fn work_of(report: load::Report) -> Work {
+    Work {
         requests: report.requests,
         bytes: report.bytes,
         problems: load_problems(&report),
         latency: Some(report.latency),
+    }
+}
+
+/// The load of a case with a reader beside a writer: the reports of both.
+pub fn beside(client: &mut Client, case: &Case, time: Duration, verify: Verify) -> Result<[load::Report; 2]> {
+    let size = client.size();
+    let reads = Spec {
+        depth: 1,
+        verify,
+        seed: SEED,
+        range: 0..size / 2,
+        order: Order::Random,
+        mix: Mix::READ,
+        ..Spec::random_reads(size, time)
+    };
+    let writes = Spec { depth: case.depth, range: size / 2..size, mix: Mix::WRITE, ..reads.clone() };
+    let (reader, writer) = client.queues().split_at_mut(1);
+    std::thread::scope(|scope| {
+        let writing = scope.spawn(|| load::run(writer, &writes));
+        let read = load::run(reader, &reads)?;
+        Ok([read, writing.join().expect("no panic")?])
     })
 }
 

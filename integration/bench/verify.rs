@@ -12,7 +12,7 @@ use strata_kit::{Client, Status};
 
 use super::case::{BLOCK, Case, Image, Job};
 use super::gallery::SEED;
-use super::measure::{first_touch, load_problems, once, touch_problems};
+use super::measure::{beside, first_touch, load_problems, once, touch_problems};
 use super::server::Server;
 use super::touch::{self, Access, Touch};
 
@@ -82,6 +82,11 @@ pub fn exercise(server: &Server, case: &Case) -> Result<(Vec<String>, Expectatio
             let touched = touch::run(client.queue(0), &touch)?;
             let done = Touch { count: touched.clusters, time: None, flush_every: 0, ..touch };
             (touch_problems(&touched), Expectation::Touched(done))
+        }
+        Job::Beside => {
+            // The writes use the image's own stamps, so every read has one correct result.
+            let reports = beside(&mut client, case, READING, Verify::Stamped)?;
+            (reports.iter().flat_map(load_problems).collect(), Expectation::Nothing)
         }
         Job::RestMemory | Job::IdleCpu => (Vec::new(), Expectation::Nothing),
     };
