@@ -94,7 +94,7 @@ fn samples(qemu: &Qemu, folder: &Path) -> Vec<Sample> {
 /// The seeds of all targets.
 pub fn all(qemu: &Qemu) -> Seeds {
     let folder = tempfile::tempdir().expect("a folder");
-    let mut seeds = [compressed(), rings()].concat();
+    let mut seeds = [compressed(), rings(), packed_rings()].concat();
     for Sample(file) in samples(qemu, folder.path()) {
         let header = Header::parse(&file, file.len() as u64).expect("QEMU's own header");
         seeds.push(("header", file[..file.len().min(1024)].to_vec()));
@@ -169,6 +169,39 @@ fn tagged(geometry: &Geometry, first: u64, second: u64) -> Vec<u8> {
     let how = extended | (geometry.refcount_order as u8) << 2;
     let bits = geometry.cluster_bits as u8 - if geometry.extended_l2 { 14 } else { 9 };
     [&[how, bits][..], &first.to_be_bytes(), &second.to_be_bytes(), &[1]].concat()
+}
+
+/// Packed rings of several sizes with reads of three descriptors each, in the ring or in an indirect table. The last round
+/// overwrites a byte of the ring.
+fn packed_rings() -> Seeds {
+    let part = |place: u16, length: u16, flags: u8| {
+        [&place.to_be_bytes()[..], &length.to_be_bytes(), &[flags]].concat()
+    };
+    let three = [part(0x1800, 16, 0), part(0x2000, 4096, 2), part(0x1810, 1, 2)];
+    let tables: Vec<u8> = (0..48).flat_map(|entry| [&three[entry % 3][..], &[0]].concat()).collect();
+    let mut seeds = Vec::new();
+    for how in [0x06_u8, 0x2b, 0x3f, 0x21] {
+        let send = |id: u8| match id % 2 {
+            0 => [&[2, id][..], &three.concat()].concat(),
+            _ => [&[0, id][..], &part(0, 48, 4)].concat(),
+        };
+        let round = |number: u8| {
+            let sent: Vec<u8> = (4 * number..4 * number + 4).flat_map(send).collect();
+            let overwrites: &[u8] = if number == 5 { &[0xe4, 0, 46, 0x80] } else { &[4] };
+            [
+                &[4][..],
+                &overwrites[..1],
+                &sent,
+                &overwrites[1..],
+                &[number, 2],
+                &[3, 1, 16, 1, 0, 0, 1, 0, 0, 7],
+            ]
+            .concat()
+        };
+        let rounds: Vec<u8> = (0..6).flat_map(round).collect();
+        seeds.push(("packed", [&[how, 0x80, 2][..], &tables, &rounds].concat()));
+    }
+    seeds
 }
 
 /// Rings of several sizes with reads of three descriptors each, in the ring or in an indirect table.

@@ -12,6 +12,7 @@ mod header;
 pub mod host;
 mod image;
 pub mod meter;
+mod packed;
 mod ring;
 pub mod session;
 mod snapshots;
@@ -48,6 +49,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "compressed", judge: compressed::judge },
     Target { name: "image", judge: image::judge },
     Target { name: "ring", judge: ring::judge },
+    Target { name: "packed", judge: packed::judge },
 ];
 
 impl Target {

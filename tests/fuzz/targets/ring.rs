@@ -247,7 +247,7 @@ impl Pair {
 }
 
 /// Locations of slices in this process; adjacent slices are joined.
-fn places(slices: &[GuestSlice]) -> Vec<(usize, usize)> {
+pub(super) fn places(slices: &[GuestSlice]) -> Vec<(usize, usize)> {
     let mut places: Vec<(usize, usize)> = Vec::new();
     for slice in slices.iter().filter(|slice| !slice.is_empty()) {
         let start = slice.ptr_guard().as_ptr() as usize;
