@@ -360,6 +360,15 @@ impl Journal {
             && sector >= sectors / self.shape.granule_sectors() * self.shape.granule_sectors()
     }
 
+    /// True if the disk was becoming smaller in use while this request was under way, and the request reaches past the new
+    /// end.
+    pub fn is_cut_off(&self, index: usize) -> bool {
+        let Entry { op, submitted, .. } = self.entries[index];
+        let is_later = |entry: &Entry| entry.ended.is_none_or(|ended| ended.order > submitted.order);
+        let cuts = |entry: &Entry| matches!(entry.op, Op::Live(to) if to < op.sectors().end);
+        self.entries.iter().any(|entry| cuts(entry) && is_later(entry))
+    }
+
     /// True if the disk was resized in use.
     pub fn has_live_sizes(&self) -> bool {
         self.entries.iter().any(|entry| matches!(entry.op, Op::Live(_)))

@@ -543,6 +543,7 @@ impl Rig {
         self.journal.end(flight.index, completed.result.is_ok(), self.world.moment());
         match completed.result {
             Ok(()) => self.compare_read(&flight),
+            Err(RequestError::PastEnd) if self.journal.is_cut_off(flight.index) => {}
             Err(error) if self.is_leaving(flight.queue) => self.given_up.push((flight.index, error)),
             Err(error) => self.failures.push((flight.index, error)),
         }
