@@ -312,6 +312,27 @@ impl Storage for Host {
         self.0.open_shared(path, direct)
     }
 
+    fn create(
+        &self,
+        path: &Path,
+        like: FileId,
+        options: &OpenOptions,
+    ) -> Result<(FileId, FileInfo), StorageError> {
+        self.0.create(path, like, options)
+    }
+
+    fn sync_name(&self, path: &Path) -> Result<(), StorageError> {
+        self.0.sync_name(path)
+    }
+
+    fn remove(&self, path: &Path) -> Result<(), StorageError> {
+        self.0.remove(path)
+    }
+
+    fn share(&self, file: FileId) -> Result<(), StorageError> {
+        self.0.share(file)
+    }
+
     fn queue(&self, depth: u32) -> Result<HostQueue, StorageError> {
         Ok(HostQueue { metadata: self.0.queue(depth)?, answered: Vec::new() })
     }

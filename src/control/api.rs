@@ -207,6 +207,36 @@ pub struct Resized {
     pub frontend_told: bool,
 }
 
+/// How an overlay comes to be, as QMP's NewImageMode.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum SnapshotMode {
+    /// It is created, and names the present top image by its absolute path.
+    #[default]
+    AbsolutePaths,
+}
+
+/// The overlay that a snapshot is to make the top image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Snapshot {
+    /// Its file, which does not exist: an absolute path.
+    pub overlay: String,
+    /// How it comes to be.
+    #[serde(default)]
+    pub mode: SnapshotMode,
+}
+
+/// A snapshot that was taken.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub struct SnapshotTaken {
+    /// The top image now.
+    pub filename: String,
+    /// The image that was the top: it has the disk as it was, and is only read.
+    pub backing_filename: String,
+}
+
 /// The name of an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
@@ -221,6 +251,8 @@ pub enum EventName {
     DiskFailed,
     /// Damage was found while the image was in use.
     ImageCorrupt,
+    /// An overlay was put on top of the chain.
+    SnapshotTaken,
 }
 
 /// Something that happened, in the form of QMP's events.

@@ -10,7 +10,9 @@ use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use crate::api::{Chain, DiskState, Event, LogLevel, Ping, Resize, Resized, Stats, Version};
+use crate::api::{
+    Chain, DiskState, Event, LogLevel, Ping, Resize, Resized, Snapshot, SnapshotTaken, Stats, Version,
+};
 use crate::body::Body;
 use crate::events::{self, Form};
 use crate::failure::{ErrorBody, Kind};
@@ -44,6 +46,7 @@ fn described() -> OpenApiRouter<Room> {
         .routes(routes!(log_level))
         .routes(routes!(size))
         .routes(routes!(flush))
+        .routes(routes!(snapshots))
         .routes(routes!(pause))
         .routes(routes!(resume))
         .routes(routes!(shutdown))
@@ -206,6 +209,33 @@ async fn flush(State(room): State<Room>, Extension(peer): Extension<Peer>) -> Re
     log_command(peer, "flush");
     room.run(|subject| subject.flush()).await?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// Takes a snapshot of the disk in use: an overlay becomes the top image, and the old top stays as the disk was
+///
+/// The next daemon finds the overlay by a pointer beside the image that its command line names.
+#[utoipa::path(
+    post,
+    path = "/v1/disk/snapshots",
+    request_body = Snapshot,
+    responses(
+        (status = 200, description = "The overlay is the top image", body = SnapshotTaken),
+        (status = 400, description = "The overlay has no absolute path", body = ErrorBody),
+        (status = 403, description = "The overlay would lie where it may not", body = ErrorBody),
+        (status = 404, description = "Its folder does not exist", body = ErrorBody),
+        (status = 409, description = "The disk cannot have one now, or the file exists", body = ErrorBody),
+        (status = 500, description = "The host refused, or the disk has failed", body = ErrorBody),
+        (status = 503, description = "Requests in flight do not end, or other commands are under way", body = ErrorBody),
+        (status = 507, description = "The host has no space", body = ErrorBody),
+    )
+)]
+async fn snapshots(
+    State(room): State<Room>,
+    Extension(peer): Extension<Peer>,
+    Body(wanted): Body<Snapshot>,
+) -> Result<Json<SnapshotTaken>, Refusal> {
+    log_command(peer, "take a snapshot");
+    Ok(Json(room.run(move |subject| subject.snapshot(wanted)).await?))
 }
 
 /// Pauses the disk: requests in flight end, everything becomes durable, and later requests wait until it is resumed

@@ -1,6 +1,6 @@
 //! What the control socket asks and tells: the daemon, as a trait.
 
-use crate::api::{Chain, DiskState, Resize, Resized, Stats};
+use crate::api::{Chain, DiskState, Resize, Resized, Snapshot, SnapshotTaken, Stats};
 use crate::failure::Failure;
 
 /// A daemon with one disk. The queries are called on the control thread and never wait for I/O of the disk.
@@ -37,6 +37,12 @@ pub trait Subject: Send + Sync + 'static {
 
     /// Lets requests pass again. Returns at once.
     fn resume(&self);
+
+    /// Makes an overlay the top image. Called on a thread of its own.
+    ///
+    /// # Errors
+    /// When the disk cannot have one now, or the host refuses.
+    fn snapshot(&self, wanted: Snapshot) -> Result<SnapshotTaken, Failure>;
 
     /// Gives the disk another size. Called on a thread of its own.
     ///

@@ -122,6 +122,9 @@ mod tests {
             unreachable!("it is not asked for")
         }
         fn resume(&self) {}
+        fn snapshot(&self, _: crate::api::Snapshot) -> Result<crate::api::SnapshotTaken, crate::Failure> {
+            unreachable!("it is not asked for")
+        }
         fn give_up(&self) {}
         fn shut_down(&self) {}
     }

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use engine::{Engine, EngineSpec, EngineStatus, FileIndex, JournalMemory};
 use qcow2::SECTOR;
 use storage::{FileInfo, Storage, StorageError};
+use tracing::warn;
 
 use crate::background::housekeeper::{Housekeeper, Keeper};
 use crate::background::leak_input::LeakInput;
@@ -15,11 +16,14 @@ use crate::background::resizing::Resizing;
 use crate::error::OpenError;
 use crate::inflate;
 use crate::layer::Layer;
+use crate::live::{NewOverlay, NotNamed, SnapshotError, SnapshotRefusal};
 use crate::open::chain::{Chain, note_writes, open_chain};
 use crate::open::file_end::{fill_last_block, lengthen};
 use crate::open::header::HeaderSector;
+use crate::open::overlay::{self, OldTop, Overlay};
 use crate::open::{close, data_file};
 use crate::options::DiskOptions;
+use crate::rules::{self, SnapshotStep};
 use crate::runtime::driver::Driver;
 use crate::serve::journal::{self, JournalKept};
 use crate::serve::policy::ZeroPolicy;
@@ -34,6 +38,8 @@ use crate::size::{NewSize, ResizeError, Resized, Shrinking};
 pub struct Disk<S: Storage> {
     pub(crate) shared: Arc<Shared<S>>,
     housekeeper: Option<Housekeeper>,
+    /// It has a housekeeper of its own, if its top image needs one.
+    is_kept: bool,
 }
 
 impl<S: Storage> Disk<S> {
@@ -45,6 +51,7 @@ impl<S: Storage> Disk<S> {
     /// and the end of the file.
     pub fn open(storage: S, path: &Path, options: &DiskOptions) -> Result<Self, OpenError> {
         let mut disk = Self::open_unkept(storage, path, options)?;
+        disk.is_kept = true;
         if disk.needs_keeping() {
             disk.housekeeper = Some(Housekeeper::start(Arc::clone(&disk.shared))?);
         }
@@ -119,6 +126,7 @@ impl<S: Storage> Disk<S> {
             data,
             header,
             read_only: options.read_only,
+            options: options.clone(),
             bell: Arc::default(),
             corrupt_marked: AtomicBool::new(false),
             space: Space::new(options.on_enospc, path),
@@ -131,7 +139,7 @@ impl<S: Storage> Disk<S> {
             leaks,
             awaits_journal: AtomicBool::new(awaits_journal),
         });
-        Ok(Disk { shared, housekeeper: None })
+        Ok(Disk { shared, housekeeper: None, is_kept: false })
     }
 
     /// A housekeeper for a disk that was opened by [`Disk::open_unkept`]. Drop it before the disk is closed.
@@ -315,6 +323,83 @@ impl<S: Storage> Disk<S> {
         Ok(true)
     }
 
+    /// Makes an overlay for a snapshot of the disk, while it is in use: an empty image over the present top, durable with its
+    /// name. To give it up, drop it and remove its file ([`Disk::discard_overlay`]).
+    ///
+    /// # Errors
+    /// See [`SnapshotError`]. Then there is no overlay.
+    pub fn make_overlay(&self, new: &NewOverlay) -> Result<Overlay, SnapshotError> {
+        overlay::make(&self.shared, new)
+    }
+
+    /// Removes the file of an overlay that is not to be used.
+    ///
+    /// # Errors
+    /// If the host refuses.
+    pub fn discard_overlay(&self, overlay: &Overlay) -> Result<(), OpenError> {
+        overlay::discard(&self.shared, overlay)
+    }
+
+    /// Puts an overlay of this disk on top of its chain: from now on all writes go there, and what was the top is only read.
+    /// All queues are parked, and the housekeeper rests ([`Disk::rest`]). `name` makes sure that the next open of the disk
+    /// finds the overlay; it is called when the old top is durable. The journal has ended: see [`Disk::keep_journal`]. Finish with [`Disk::let_go`].
+    ///
+    /// # Errors
+    /// See [`SnapshotError`]. The disk goes on with its old top, or has failed. The overlay is removed, unless the next open
+    /// may find it.
+    pub fn snapshot(
+        &mut self,
+        overlay: Overlay,
+        mut name: impl FnMut() -> Result<(), NotNamed>,
+    ) -> Result<OldTop, SnapshotError> {
+        let path = self.shared.layers[0].path.clone();
+        if let Err(error) = self.ready_for(&overlay) {
+            let _ = self.discard_overlay(&overlay);
+            return Err(error);
+        }
+        for step in rules::snapshot_order() {
+            let done = match step {
+                SnapshotStep::Retire => overlay::retire(&self.shared),
+                SnapshotStep::Name => name().map_err(|NotNamed { source, undone }| {
+                    if !undone {
+                        // Writes to the old top would change what lies below the overlay, without its journal.
+                        self.shared.engine.fail();
+                    }
+                    SnapshotError::Name { path: path.clone(), source }
+                }),
+                SnapshotStep::Switch => break,
+            };
+            if let Err(error) = done {
+                if !self.shared.engine.has_failed() {
+                    let _ = self.discard_overlay(&overlay);
+                }
+                return Err(error);
+            }
+        }
+        let shared = Arc::get_mut(&mut self.shared).expect("looked at before, and nobody can come");
+        overlay::put_on_top(shared, overlay).inspect_err(|_| {
+            // The next open finds the overlay: nothing more may be written to the old top.
+            self.shared.engine.fail();
+        })
+    }
+
+    /// Refuses if somebody has the disk, or the overlay does not fit.
+    fn ready_for(&mut self, overlay: &Overlay) -> Result<(), SnapshotError> {
+        if Arc::get_mut(&mut self.shared).is_none() {
+            let (path, source) = (self.shared.layers[0].path.clone(), SnapshotRefusal::InUse);
+            return Err(SnapshotError::Refused { path, source });
+        }
+        overlay::examine_again(&self.shared, overlay)
+    }
+
+    /// After a snapshot, beside the traffic: other processes may read the old top.
+    ///
+    /// # Errors
+    /// If the host refuses. The disk goes on all the same.
+    pub fn let_go(&self, old: OldTop) -> Result<(), OpenError> {
+        overlay::let_go(&self.shared, old)
+    }
+
     /// Makes everything durable and closes the image cleanly: releases reserved clusters, punches freed space, and
     /// cuts the file to its length. All queues must be gone.
     ///
@@ -331,18 +416,31 @@ impl<S: Storage> Disk<S> {
     /// # Errors
     /// As for [`Disk::close`]. The disk may then be used on.
     pub fn finish(&mut self) -> Result<(), OpenError> {
-        let was_kept = self.rest();
+        self.rest();
         let closed = close::close(&self.shared);
-        if closed.is_err() && was_kept {
-            self.housekeeper = Some(Housekeeper::start(Arc::clone(&self.shared))?);
+        if closed.is_err() {
+            self.go_on();
         }
         closed
     }
 
-    /// Ends the housekeeper; true if there was one.
-    fn rest(&mut self) -> bool {
-        let housekeeper = self.housekeeper.take();
-        housekeeper.map(Housekeeper::stop).is_some()
+    /// The housekeeper works again, if the disk was opened with one.
+    pub fn go_on(&mut self) {
+        // A raw image has none, but an overlay of it does.
+        if self.is_kept && self.housekeeper.is_none() && self.needs_keeping() {
+            match Housekeeper::start(Arc::clone(&self.shared)) {
+                Ok(housekeeper) => self.housekeeper = Some(housekeeper),
+                Err(error) => warn!(%error, "the housekeeper of a disk could not begin anew"),
+            }
+        }
+    }
+
+    /// Ends the housekeeper after its present work, until [`Disk::go_on`]. Requests go on, and flush and reclaim where they
+    /// must.
+    pub fn rest(&mut self) {
+        if let Some(housekeeper) = self.housekeeper.take() {
+            housekeeper.stop();
+        }
     }
 }
 

@@ -70,6 +70,8 @@ pub enum Awaited {
     PunchInPlace,
     /// The sync of the mark that bitmaps are out of date, before anything else is written.
     BitmapMarks,
+    /// The sync of a new overlay, before anything names it.
+    NewOverlay,
 }
 
 /// True if the next step must wait for this.
@@ -82,6 +84,7 @@ pub fn waits_for(operation: Awaited) -> bool {
             (Mutation::PunchAfterFree, operation != Awaited::PunchOfFreed),
             (Mutation::EmptiedLate, operation != Awaited::PunchInPlace),
             (Mutation::BitmapsMarkedLate, operation != Awaited::BitmapMarks),
+            (Mutation::OverlayNotSynced, operation != Awaited::NewOverlay),
         ],
     )
 }
@@ -157,4 +160,27 @@ pub fn growth_order() -> &'static [ResizeStep] {
 pub fn shrinking_order() -> &'static [ResizeStep] {
     use ResizeStep::{AwaitOlder, Cut, Flush, Remove, StoreSize};
     &[AwaitOlder, StoreSize, Cut, Remove, Flush]
+}
+
+/// A step of a snapshot of a disk in use, once the overlay is durable and nobody has the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SnapshotStep {
+    /// The old top is durable, and its journal has ended.
+    Retire,
+    /// The next open finds the overlay.
+    Name,
+    /// The overlay is the top.
+    Switch,
+}
+
+/// The order of these steps: docs/durability.md, "A snapshot of a disk in use".
+pub fn snapshot_order() -> &'static [SnapshotStep] {
+    use SnapshotStep::{Name, Retire, Switch};
+    const RIGHT: &[SnapshotStep] = &[Retire, Name, Switch];
+    unless_broken(RIGHT, [(Mutation::OverlayNotNamed, &[Retire, Switch])])
+}
+
+/// True if the old top is made durable before the overlay becomes the top.
+pub fn flushes_old_top() -> bool {
+    unless_broken(true, [(Mutation::OldTopNotFlushed, false)])
 }

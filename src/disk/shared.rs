@@ -15,6 +15,7 @@ use crate::error::RequestError;
 use crate::inflate;
 use crate::layer::{DiskFile, Layer};
 use crate::open::header::HeaderSector;
+use crate::options::DiskOptions;
 use crate::runtime::driver::Driver;
 use crate::serve::failures::FailureLog;
 use crate::serve::policy::ZeroPolicy;
@@ -40,6 +41,8 @@ pub(crate) struct Shared<S: Storage> {
     /// The top image's first sector, for changes of the header; none for a raw or read-only top image.
     pub header: Option<HeaderSector>,
     pub read_only: bool,
+    /// How the disk was opened.
+    pub options: DiskOptions,
     /// The disk's size in bytes, as its header names it. The engine's tables reach at least as far.
     pub size: AtomicU64,
     /// The end in bytes that no request may pass: the size, or a smaller one that a resize is about to make durable.

@@ -76,6 +76,13 @@ impl Layer {
         }
     }
 
+    /// An overlay was put on top of the chain.
+    pub fn move_down(&mut self) {
+        if let Layer::Qcow2(layer) = self {
+            layer.number += 1;
+        }
+    }
+
     /// The file that holds it.
     pub fn file(&self) -> FileIndex {
         match self {

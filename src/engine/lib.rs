@@ -35,6 +35,7 @@ mod locked;
 mod loom_tests;
 mod map;
 pub mod mutation;
+mod overlay;
 mod publish;
 mod quarantine;
 mod reclaim;
@@ -131,7 +132,7 @@ pub struct SubclusterPlaces {
 /// The engine of one disk, shared by all its workers.
 pub struct Engine {
     map: ChainMap,
-    /// The file with the top image's data.
+    /// The file with the top image's data. It changes only while nobody else has the engine (overlay.rs).
     top_data: FileIndex,
     /// [`Engine::unit`], as a shift.
     unit_bits: u32,
@@ -217,11 +218,8 @@ impl Engine {
             Layer::Qcow2(layer) => layer.geometry.cluster_size() as usize,
             Layer::Raw { .. } => 0,
         };
-        let table_bytes = spec
-            .table_bytes
-            .min(TABLES_BYTES_MAX)
-            .max(8 * layers.len() * TABLE_SLICE_BYTES_MAX as usize)
-            .max(4 * whole_table);
+        let table_bytes =
+            spec.table_bytes.min(TABLES_BYTES_MAX).max(table_bytes_min(layers.len())).max(4 * whole_table);
         let write = match top {
             Layer::Qcow2(layer) if spec.writable => {
                 let top = spec.top.expect("a writable qcow2 image comes with its own metadata");
@@ -670,6 +668,11 @@ impl Engine {
     pub fn sweep_map(&self, from: usize) -> IdleMap<'_> {
         IdleMap { engine: self, swept: self.with(|state, _| state.map_writer.sweep(&self.map, from)) }
     }
+}
+
+/// The least bytes of cached tables, for a chain of so many layers.
+fn table_bytes_min(layers: usize) -> usize {
+    8 * layers * TABLE_SLICE_BYTES_MAX as usize
 }
 
 fn write_state(geometry: qcow2::Geometry, l1: &Entries, top: TopSpec) -> Result<WriteState, EngineError> {

@@ -143,6 +143,14 @@ pub enum Mutation {
     TailBeforeCut,
     /// A replay allocates tables before the clusters that the records name are counted.
     ReplayCountsLate,
+    /// Clusters of the image that was the top before a snapshot are still written in place.
+    OldTopWritten,
+    /// The next open finds the overlay before the overlay is durable.
+    OverlayNotSynced,
+    /// The disk goes on with the overlay, but the next open finds the old top.
+    OverlayNotNamed,
+    /// The old top is not made durable before the overlay is the top.
+    OldTopNotFlushed,
 }
 
 impl Mutation {
@@ -216,6 +224,10 @@ impl Mutation {
         Mutation::RecordedLate,
         Mutation::TailBeforeCut,
         Mutation::ReplayCountsLate,
+        Mutation::OldTopWritten,
+        Mutation::OverlayNotSynced,
+        Mutation::OverlayNotNamed,
+        Mutation::OldTopNotFlushed,
     ];
 }
 

@@ -272,6 +272,27 @@ impl Tables {
         self.mark(id, dirt);
     }
 
+    /// Removes all slices of refblocks: those that come later are of another image. None is dirty or in use.
+    pub fn forget_refblocks(&mut self) {
+        let mut kept = Vec::with_capacity(self.ring.len());
+        for id in std::mem::take(&mut self.ring) {
+            if matches!(id, TableId::L2 { .. }) {
+                kept.push(id);
+                continue;
+            }
+            let table = Self::ready(&mut self.slots, id);
+            assert!(table.is_idle(), "{id:?} is in use");
+            self.resident_bytes -= table.bytes.len();
+            self.slots.remove(&id);
+        }
+        (self.ring, self.hand) = (kept, 0);
+    }
+
+    /// The most bytes of clean slices from now on, if that is more than before.
+    pub fn raise_capacity(&mut self, bytes: usize) {
+        self.capacity_bytes = self.capacity_bytes.max(bytes);
+    }
+
     /// Evicts by clock until `bytes` more fit. It visits a bounded number of slices. If most must stay, the cache
     /// exceeds its capacity for a while, and the next insertions continue from there.
     fn make_room(&mut self, bytes: usize) {

@@ -124,6 +124,12 @@ pub enum Step {
     ProbeBlockDevice,
     /// Setting the open file's flags.
     SetFlags,
+    /// openat(2) of a new file.
+    Create,
+    /// fsync(2) of the file's folder.
+    SyncFolder,
+    /// unlinkat(2).
+    Remove,
     /// Taking the image lock.
     Lock,
     /// io_uring_setup(2).
@@ -197,6 +203,9 @@ impl std::fmt::Display for Step {
             Step::StatFileSystem => "asking for the file system's kind",
             Step::ProbeBlockDevice => "asking the block device for its geometry",
             Step::SetFlags => "setting the open file's flags",
+            Step::Create => "creating the file",
+            Step::SyncFolder => "making the file's name durable",
+            Step::Remove => "removing the file",
             Step::Lock => "taking the image lock",
             Step::SetUpRing => "setting up an io_uring",
             Step::SetUpEpoll => "setting up an epoll",

@@ -97,6 +97,36 @@ pub trait Storage: Send + Sync + 'static {
     /// As for [`Storage::open`], but for the lock.
     fn open_shared(&self, path: &Path, direct: bool) -> Result<(FileId, FileInfo), StorageError>;
 
+    /// Creates an empty file that does not exist, with the permissions of one that is open here, and opens and locks it. It
+    /// may be named durably only after [`Storage::sync_name`].
+    ///
+    /// # Errors
+    /// As for [`Storage::open`]; and if there is such a file.
+    fn create(
+        &self,
+        path: &Path,
+        like: FileId,
+        options: &OpenOptions,
+    ) -> Result<(FileId, FileInfo), StorageError>;
+
+    /// Makes the name of a file durable.
+    ///
+    /// # Errors
+    /// When the host refuses.
+    fn sync_name(&self, path: &Path) -> Result<(), StorageError>;
+
+    /// Removes the name of a file that was created here.
+    ///
+    /// # Errors
+    /// When the host refuses.
+    fn remove(&self, path: &Path) -> Result<(), StorageError>;
+
+    /// A file that was opened for writing is only read from now on: other processes may read it, too.
+    ///
+    /// # Errors
+    /// When the host refuses.
+    fn share(&self, file: FileId) -> Result<(), StorageError>;
+
     /// Creates a queue for the calling thread with at most `depth` operations in flight; further ones wait in order.
     ///
     /// # Errors

@@ -130,6 +130,41 @@ impl Storage for SimStorage {
         self.open_file(path, false, false)
     }
 
+    fn create(
+        &self,
+        path: &Path,
+        _like: FileId,
+        options: &OpenOptions,
+    ) -> Result<(FileId, FileInfo), StorageError> {
+        {
+            let mut world = self.open.world.lock();
+            if world.files.iter().any(|file| &*file.path == path) {
+                let source = std::io::Error::from_raw_os_error(libc::EEXIST);
+                return Err(StorageError::File { step: Step::Create, path: path.into(), source });
+            }
+            // Its name counts as durable: what it holds does not.
+            world.add_file(path, &[]);
+        }
+        self.open(path, options)
+    }
+
+    fn sync_name(&self, _path: &Path) -> Result<(), StorageError> {
+        Ok(())
+    }
+
+    fn remove(&self, path: &Path) -> Result<(), StorageError> {
+        self.open.world.lock().remove_file(path);
+        Ok(())
+    }
+
+    fn share(&self, file: FileId) -> Result<(), StorageError> {
+        let open = self.open.get(file);
+        let mut world = self.open.world.lock();
+        let own = |holder: &&mut Holder| holder.storage == self.open.number;
+        world.files[open.file].holders.iter_mut().filter(own).for_each(|holder| holder.writable = false);
+        Ok(())
+    }
+
     fn queue(&self, depth: u32) -> Result<SimQueue, StorageError> {
         let (index, rung) = self.open.world.lock().add_queue(depth);
         let open = Arc::clone(&self.open);

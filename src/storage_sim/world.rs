@@ -183,6 +183,18 @@ impl World {
         self.files.push(File { path, contents, holders: Vec::new() });
     }
 
+    /// Takes the name of a file away. The file stays, under a name that nobody uses.
+    pub(crate) fn remove_file(&mut self, path: &Path) {
+        let number = self.next_number();
+        let gone: Arc<Path> = Path::new(&format!("removed {number}")).into();
+        for file in self.files.iter_mut().filter(|file| &*file.path == path) {
+            file.path = Arc::clone(&gone);
+        }
+        for file in self.history.start.files.iter_mut().filter(|file| &*file.path == path) {
+            file.path = Arc::clone(&gone);
+        }
+    }
+
     pub(crate) fn add_queue(&mut self, depth: u32) -> (usize, Arc<AtomicBool>) {
         let rung = Arc::new(AtomicBool::new(false));
         self.queues.push(QueueState {

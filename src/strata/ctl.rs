@@ -6,13 +6,13 @@ mod tables;
 
 use std::io::{self, Write as _};
 
-use control::api::{Chain, DiskState, Event, LogLevel, Ping, Resize, Stats, Version};
+use control::api::{Chain, DiskState, Event, LogLevel, Ping, Resize, Snapshot, SnapshotMode, Stats, Version};
 use control::client::{Client, ClientError, Method};
 use serde::de::DeserializeOwned;
 
 use crate::cli::{CtlArgs, CtlCommand};
 use crate::error::ProgramError;
-use crate::text::{json, print};
+use crate::text::{json, json_name, print};
 
 /// Runs the command.
 ///
@@ -51,6 +51,13 @@ fn answer(client: &mut Client, options: &CtlArgs) -> Result<String, ClientError>
             show(&bytes, as_json, tables::resized)
         }
         CtlCommand::Flush => done(client, Method::POST, "/v1/disk/flush", None),
+        CtlCommand::Snapshot { overlay } => {
+            // Relative to this process, not to the daemon.
+            let overlay = std::path::absolute(overlay).unwrap_or_else(|_| overlay.clone());
+            let wanted = Snapshot { overlay: json_name(&overlay), mode: SnapshotMode::default() };
+            let bytes = client.request(Method::POST, "/v1/disk/snapshots", Some(json(&wanted)))?;
+            show(&bytes, as_json, tables::snapshot)
+        }
         CtlCommand::Pause => done(client, Method::POST, "/v1/disk/pause", None),
         CtlCommand::Resume => done(client, Method::POST, "/v1/disk/resume", None),
         CtlCommand::Shutdown => done(client, Method::POST, "/v1/shutdown", None),

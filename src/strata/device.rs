@@ -5,13 +5,14 @@
 
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
 
 use disk::resize::{NewSize, ResizeError, Resized, Shrinking};
-use disk::{Disk, OpenError};
+use disk::{Disk, NewOverlay, NotNamed, OldTop, OpenError, Overlay, SnapshotError};
 use qcow2::SECTOR;
 use storage::{FileInfo, Storage};
+use tracing::warn;
 use vhost_blk::{BlockDevice, Capacity, DeviceProfile, JournalMemory};
 
 pub use crate::device_queue::DeviceQueue;
@@ -62,6 +63,20 @@ impl Default for BlockSizes {
     fn default() -> Self {
         BlockSizes { logical: SECTOR as u32, physical: None }
     }
+}
+
+/// Why a disk in use got no snapshot.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceSnapshotError {
+    /// A resize, another snapshot or a switch of the journal is under way.
+    #[error("the disk is being changed already")]
+    Busy,
+    /// Requests did not end.
+    #[error(transparent)]
+    Gate(#[from] NotClosed),
+    /// The disk cannot have one, or the host refused.
+    #[error(transparent)]
+    Disk(#[from] SnapshotError),
 }
 
 /// Why a disk could not be paused.
@@ -191,6 +206,62 @@ impl<S: Storage> DiskDevice<S> {
         outcome.map(Some)
     }
 
+    /// Makes an overlay the top of the chain while the disk is served, so that the present top has the disk as it was at one
+    /// moment. Requests in flight end before that moment, and others wait for it. `name` makes sure that the next open finds
+    /// the overlay. `None` if the disk is released. What the guest sees of the disk stays as it is.
+    ///
+    /// # Errors
+    /// See [`DeviceSnapshotError`]. The disk goes on with its old top then, or has failed.
+    pub fn snapshot(
+        &self,
+        new: &NewOverlay,
+        name: impl FnMut() -> Result<(), NotNamed>,
+    ) -> Result<Option<()>, DeviceSnapshotError> {
+        let _alone = match self.alone.try_lock() {
+            Ok(alone) => alone,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return Err(DeviceSnapshotError::Busy),
+        };
+        let Some(disk) = self.disk.wait() else { return Ok(None) };
+        let overlay = disk.make_overlay(new)?;
+        drop(disk);
+        // A thread that ends or begins takes long: not while requests wait.
+        self.disk.change(Disk::rest);
+        let switched = self.switch(overlay, name);
+        self.disk.change(Disk::go_on);
+        let Some(old) = switched? else { return Ok(None) };
+        if let Some(Err(error)) = self.disk.wait().map(|disk| disk.let_go(old)) {
+            warn!(%error, "the lock of the old top stays that of a writer");
+        }
+        Ok(Some(()))
+    }
+
+    /// Puts an overlay on top while the gate is closed.
+    fn switch(
+        &self,
+        overlay: Overlay,
+        name: impl FnMut() -> Result<(), NotNamed>,
+    ) -> Result<Option<OldTop>, DeviceSnapshotError> {
+        let change = match self.gate.close_for_change(PAUSE_PATIENCE) {
+            Ok(change) => change,
+            Err(error) => {
+                let _ = self.disk.wait().map(|disk| disk.discard_overlay(&overlay));
+                return Err(error.into());
+            }
+        };
+        let switched = self.disk.change(|disk| {
+            let switched = disk.snapshot(overlay, name);
+            // The old top's journal has ended, whatever became of the overlay.
+            let journal = self.journal().clone();
+            if let Err(error) = disk.keep_journal(journal) {
+                warn!(%error, "the journal could not begin anew");
+            }
+            switched
+        });
+        drop(change);
+        Ok(switched.transpose()?)
+    }
+
     /// Keeps all requests from the disk until [`DiskDevice::resume`]: those in flight end, then everything becomes
     /// durable. Requests that come meanwhile wait in their rings.
     ///
@@ -218,7 +289,8 @@ impl<S: Storage> DiskDevice<S> {
         self.gate.is_paused()
     }
 
-    /// Keeps a resize and a switch of the journal apart: a resize commits entries, and a switch needs that nobody does.
+    /// Keeps resizes, snapshots and switches of the journal apart: a resize commits entries, and the others need that nobody
+    /// does.
     fn alone(&self) -> MutexGuard<'_, ()> {
         self.alone.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -309,7 +381,12 @@ impl<S: Storage> BlockDevice for DiskDevice<S> {
     }
 
     fn release(&self) -> io::Result<bool> {
-        self.before_a_resize(|| self.disk.release()).map_err(io::Error::other)
+        let released = self.before_a_resize(|| {
+            // A snapshot under way needs the disk.
+            let _alone = self.alone();
+            self.disk.release()
+        });
+        released.map_err(io::Error::other)
     }
 }
 

@@ -94,6 +94,9 @@ pub enum ProgramError {
     /// The disk could not be resized.
     #[error(transparent)]
     Resize(disk::resize::ResizeError),
+    /// A snapshot of a disk in use failed.
+    #[error(transparent)]
+    LiveSnapshot(disk::SnapshotError),
     /// The image could not be closed cleanly.
     #[error("the image could not be closed cleanly: {source}")]
     Close {

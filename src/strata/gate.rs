@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 
 /// Somebody paused the disk, until it is resumed.
 const PAUSED: u8 = 1;
+/// The disk is being changed.
+const CHANGING: u8 = 2;
 
 /// Why the gate did not close: it is as open as before.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -27,7 +29,7 @@ pub enum NotClosed {
 /// The gate of one device.
 #[derive(Default)]
 pub struct Gate {
-    /// Why it is closed: 0, or [`PAUSED`]. Stored under the lock. A worker loads it without, and looks again under the
+    /// Why it is closed: bits of [`PAUSED`] and [`CHANGING`]. It is open at 0. Stored under the lock. A worker loads it without, and looks again under the
     /// lock before it acts on it, so Relaxed is enough.
     reasons: AtomicU8,
     /// A leaf lock.
@@ -75,31 +77,44 @@ impl Gate {
     /// # Errors
     /// When requests are in flight for longer than `patience`, or it is resumed meanwhile. Then it is open.
     pub fn pause(&self, patience: Duration) -> Result<(), NotClosed> {
+        self.close(PAUSED, patience)
+    }
+
+    /// As [`Gate::pause`], until the result is dropped: for a change of the disk. One at a time.
+    ///
+    /// # Errors
+    /// When requests are in flight for longer than `patience`.
+    pub fn close_for_change(&self, patience: Duration) -> Result<Change<'_>, NotClosed> {
+        self.close(CHANGING, patience)?;
+        Ok(Change(self))
+    }
+
+    fn close(&self, reason: u8, patience: Duration) -> Result<(), NotClosed> {
         let mut state = self.state();
-        self.reasons.fetch_or(PAUSED, Ordering::Relaxed);
+        self.reasons.fetch_or(reason, Ordering::Relaxed);
         self.call_all(&state);
         let deadline = Instant::now() + patience;
         while state.seats.iter().any(|place| place.inside) {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                self.open(&state);
+                self.open(reason, &state);
                 return Err(NotClosed::Busy { waited: patience });
             }
             (state, _) = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner);
-            if !self.is_paused() {
+            if self.reasons.load(Ordering::Relaxed) & reason == 0 {
                 return Err(NotClosed::Opened);
             }
         }
         Ok(())
     }
 
-    /// Opens the gate.
+    /// Ends a pause. The gate opens, unless the disk is being changed.
     pub fn resume(&self) {
-        self.open(&self.state());
+        self.open(PAUSED, &self.state());
     }
 
-    fn open(&self, state: &State) {
-        self.reasons.fetch_and(!PAUSED, Ordering::Relaxed);
+    fn open(&self, reason: u8, state: &State) {
+        self.reasons.fetch_and(!reason, Ordering::Relaxed);
         self.call_all(state);
         self.changed.notify_all();
     }
@@ -107,6 +122,16 @@ impl Gate {
     /// Ends the wait of every queue. A notifier takes no lock, so this may be done under ours.
     fn call_all(&self, state: &State) {
         state.seats.iter().for_each(|place| (place.notify)());
+    }
+}
+
+/// A change of the disk, for which the gate is closed. Dropping it opens the gate, unless the disk is paused.
+#[must_use]
+pub struct Change<'a>(&'a Gate);
+
+impl Drop for Change<'_> {
+    fn drop(&mut self) {
+        self.0.open(CHANGING, &self.0.state());
     }
 }
 
@@ -194,6 +219,22 @@ mod tests {
         assert_eq!(gate.pause(SOON), Ok(()), "it is paused already");
         gate.resume();
         assert!(first.1.load(Ordering::Relaxed) >= 2 && !first.0.is_shut() && first.0.go_in());
+    }
+
+    #[test]
+    fn a_change_leaves_a_paused_disk_paused_and_a_pause_a_change() {
+        let gate = Arc::new(Gate::default());
+        let (queue, _) = seat(&gate);
+        queue.go_out();
+        gate.pause(SOON).expect("paused");
+        drop(gate.close_for_change(SOON).expect("closed"));
+        assert!(queue.is_paused() && !queue.go_in());
+        let change = gate.close_for_change(SOON).expect("closed");
+        gate.resume();
+        assert!(queue.is_shut() && !queue.is_paused() && !queue.go_in());
+        drop(change);
+        assert!(queue.go_in());
+        assert!(gate.close_for_change(SOON).is_err() && !queue.is_shut(), "it has the disk");
     }
 
     #[test]

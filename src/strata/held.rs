@@ -4,6 +4,7 @@
 //! Owns the moments at which the disk is opened and closed between start and end. It never decides when.
 
 use std::ops::Deref;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
 use std::time::{Duration, Instant};
 
@@ -49,6 +50,8 @@ pub struct Held<S: Storage> {
     disk: RwLock<Option<Disk<S>>>,
     /// None for a disk that is never released.
     reopening: Option<Reopening<S>>,
+    /// The disk is being changed, and will be there again. Relaxed: the lock orders everything.
+    changing: AtomicBool,
 }
 
 /// A disk that is not released meanwhile.
@@ -71,14 +74,16 @@ impl<S: Storage> Deref for DiskRef<'_, S> {
 impl<S: Storage> Held<S> {
     /// An open disk, or one that is still to be opened: then there must be a way.
     pub fn new(disk: Option<Disk<S>>, reopening: Option<Reopening<S>>) -> Self {
-        Held { disk: RwLock::new(disk), reopening }
+        Held { disk: RwLock::new(disk), reopening, changing: AtomicBool::new(false) }
     }
 
-    /// The disk, unless it is released or just being opened or closed. Never waits.
+    /// The disk, unless it is released or just being opened or closed. Waits only for the end of a change
+    /// ([`Held::change`]).
     pub fn get(&self) -> Option<DiskRef<'_, S>> {
         match self.disk.try_read() {
             Ok(disk) => DiskRef::of(disk),
             Err(TryLockError::Poisoned(poisoned)) => DiskRef::of(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) if self.changing.load(Ordering::Relaxed) => self.wait(),
             Err(TryLockError::WouldBlock) => None,
         }
     }
@@ -111,6 +116,14 @@ impl<S: Storage> Held<S> {
         }
         // Only the session's thread releases it, and that thread waits for this one.
         Ok(self.wait().expect("just opened"))
+    }
+
+    /// Changes the disk, whose queues are parked. `None` if it is released.
+    pub fn change<R>(&self, change: impl FnOnce(&mut Disk<S>) -> R) -> Option<R> {
+        self.changing.store(true, Ordering::Relaxed);
+        let changed = self.write().as_mut().map(change);
+        self.changing.store(false, Ordering::Relaxed);
+        changed
     }
 
     /// Closes the disk, which has no queues. True if another process may now have it.

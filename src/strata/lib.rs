@@ -34,6 +34,7 @@ mod size;
 mod snapshot;
 mod steering;
 mod text;
+mod top_pointer;
 mod watchdog;
 
 use std::ffi::OsString;

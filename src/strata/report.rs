@@ -9,7 +9,7 @@ use control::client::ClientError;
 use control::{Failure, Kind};
 use disk::change::ChangeError;
 use disk::resize::{InUseError, ResizeError};
-use disk::{EngineError, OpenError, RequestError};
+use disk::{EngineError, OpenError, RequestError, SnapshotError};
 use names::one_line;
 use storage::{Errno, StorageError};
 use vhost_blk::SessionError;
@@ -78,6 +78,11 @@ fn of_program(error: &ProgramError) -> (Kind, Place) {
         ProgramError::NothingToCheck { image } => (Kind::NothingToCheck, Place::file(image)),
         ProgramError::Snapshot(source) => of_change(source),
         ProgramError::Resize(source) => of_resize(source),
+        ProgramError::LiveSnapshot(SnapshotError::Open(source)) => of_open(source),
+        ProgramError::LiveSnapshot(SnapshotError::Refused { path, .. }) => (Kind::Refused, Place::file(path)),
+        ProgramError::LiveSnapshot(SnapshotError::Name { path, source }) => {
+            (of_io(source, Kind::Io), Place::file(path))
+        }
         ProgramError::BlockSize { image, .. } => (Kind::Refused, Place::file(image)),
         ProgramError::InUse { image } => (Kind::InUse, Place::file(image)),
         ProgramError::Session(source) => of_session(source),
@@ -231,6 +236,7 @@ fn of_session(error: &SessionError) -> (Kind, Place) {
 fn of_io(error: &io::Error, other: Kind) -> Kind {
     match error.kind() {
         io::ErrorKind::NotFound => Kind::NotFound,
+        io::ErrorKind::AlreadyExists => Kind::Refused,
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => Kind::PermissionDenied,
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
             Kind::NoSpace

@@ -2,7 +2,7 @@
 //! order.
 
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -29,6 +29,7 @@ use crate::resizer::Resizer;
 use crate::shutdown::Shutdown;
 use crate::size;
 use crate::steering::{Stages, Steering};
+use crate::top_pointer;
 use crate::watchdog::Watchdog;
 
 /// How long to wait for the image's lock: the previous user may be a daemon that is being restarted.
@@ -195,6 +196,7 @@ fn serve_round(
         stages: Arc::clone(&stages),
         back_channel: Arc::clone(&offer.back_channel),
         shutdown: shutdown.clone(),
+        top_pointer: options.top_pointer,
         ending: AtomicBool::new(false),
     };
     let controlled = control.as_mut().map(|door| door.open(subject(), stages.hub())).transpose();
@@ -253,20 +255,20 @@ fn open(
     options: &ServeArgs,
     stop: &StopHandle,
 ) -> Result<HostDevice, ProgramError> {
-    let how = disk_options(options);
     let purpose =
         if options.read_only || options.snapshot.is_some() { Purpose::ServeReadOnly } else { Purpose::Serve };
     let failed = |source| ProgramError::Open { image: image.to_owned(), purpose, source };
+    let (top, how) = top_of(image, options).map_err(|error| failed(error.into()))?;
     let serial = options.serial.unwrap_or_else(|| Serial::of_image(image)).0;
     let owner = place.owner();
     let storage = storage_of(options, owner, stop).map_err(ProgramError::ChainRoot)?;
     let blocks = BlockSizes { logical: options.logical_block_size, physical: options.physical_block_size };
     let device = if options.incoming {
-        let facts = facts_of_another(&storage, image, &how).map_err(failed)?;
-        DiskDevice::released(facts, serial, blocks, reopening(options, (owner, stop), image, how))
+        let facts = facts_of_another(&storage, &top, &how).map_err(failed)?;
+        DiskDevice::released(facts, serial, blocks, reopening(options, (owner, stop), image))
     } else {
-        let disk = Disk::open(storage, image, &how).map_err(failed)?;
-        let reopening = (purpose == Purpose::Serve).then(|| reopening(options, (owner, stop), image, how));
+        let disk = Disk::open(storage, &top, &how).map_err(failed)?;
+        let reopening = (purpose == Purpose::Serve).then(|| reopening(options, (owner, stop), image));
         DiskDevice::releasable(disk, serial, blocks, reopening)
     };
     let (size, block) = (device.facts().size, options.logical_block_size);
@@ -274,6 +276,12 @@ fn open(
         return Err(ProgramError::BlockSize { image: image.to_owned(), size, block });
     }
     Ok(device)
+}
+
+/// The image to open for the one that the command line names, and how: another one since a snapshot.
+fn top_of(image: &Path, options: &ServeArgs) -> Result<(PathBuf, DiskOptions), StorageError> {
+    let looking = options.lock.storage().confined(&options.chain.chain_root)?;
+    top_pointer::follow(image, options.top_pointer, &disk_options(options), &looking)
 }
 
 /// A storage that has no file open yet. A stop ends its waits for locks.
@@ -296,12 +304,13 @@ fn reopening(
     options: &ServeArgs,
     (owner, stop): (Option<Owner>, &StopHandle),
     image: &Path,
-    how: DiskOptions,
 ) -> Reopening<HostStorage> {
-    let (options, image, stop, patience) =
-        (options.clone(), image.to_owned(), stop.clone(), how.lock_timeout);
+    let (options, image, stop) = (options.clone(), image.to_owned(), stop.clone());
+    let patience = disk_options(&options).lock_timeout;
     let open = move |lock_timeout| {
-        Disk::open(storage_of(&options, owner, &stop)?, &image, &DiskOptions { lock_timeout, ..how.clone() })
+        // Another daemon may have made a snapshot meanwhile.
+        let (top, how) = top_of(&image, &options)?;
+        Disk::open(storage_of(&options, owner, &stop)?, &top, &DiskOptions { lock_timeout, ..how })
     };
     Reopening::new(Box::new(open), patience)
 }
@@ -379,11 +388,11 @@ fn offer_place(
 
 /// Looks at the image of another daemon without a lock, and refuses what surely cannot be served.
 fn examine(image: &Path, options: &ServeArgs) -> Result<(), ProgramError> {
-    let how = disk_options(options);
     let storage =
         options.lock.storage().confined(&options.chain.chain_root).map_err(ProgramError::ChainRoot)?;
     let failed = |source| ProgramError::Open { image: image.to_owned(), purpose: Purpose::Serve, source };
-    let layers = disk::describe(&storage, image, &how, Sharing::All, true).map_err(failed)?;
+    let (top, how) = top_of(image, options).map_err(|error| failed(error.into()))?;
+    let layers = disk::describe(&storage, &top, &how, Sharing::All, true).map_err(failed)?;
     if let Some((path, source)) =
         layers.into_iter().find_map(|layer| Some((layer.layer.path, layer.unsupported?)))
     {

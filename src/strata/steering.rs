@@ -2,26 +2,30 @@
 //!
 //! Owns the translation of their facts and errors into answers. Every query reads counters or facts.
 
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use control::api::{
     Chain, Counters, DiskState, EventData, EventName, Format, Frontend, Layer, Metadata, QueueStats, Resize,
-    Resized, Stats,
+    Resized, Snapshot, SnapshotTaken, Stats,
 };
 use control::{Failure, Hub, Kind, Subject};
+use disk::NewOverlay;
 use disk::resize::{NewSize, ResizeError, Shrinking};
+use names::shown;
 use storage::Storage;
-use tracing::warn;
+use tracing::{info, warn};
 use vhost_blk::{BackChannel, Metrics, QueueSnapshot, Stage};
 
-use crate::device::{DeviceWatch, DiskDevice, PauseError};
+use crate::device::{DeviceSnapshotError, DeviceWatch, DiskDevice, PauseError};
 use crate::error::ProgramError;
 use crate::log::{self, LogLevel};
 use crate::report;
 use crate::shutdown::Shutdown;
 use crate::text::json_name;
+use crate::top_pointer::{self, TopPointer};
 
 /// What the server does for frontends, for the control socket: the present stage, and events about changes.
 #[derive(Debug, Default)]
@@ -77,6 +81,8 @@ pub struct Steering<S: Storage> {
     pub stages: Arc<Stages>,
     /// Tells the frontend of another size.
     pub back_channel: Arc<BackChannel>,
+    /// What a pointer to another top image means to this daemon.
+    pub top_pointer: TopPointer,
     /// Ends the daemon.
     pub shutdown: Shutdown,
     /// The daemon ends. Relaxed: it orders nothing.
@@ -192,6 +198,40 @@ impl<S: Storage> Subject for Steering<S> {
 
     fn resume(&self) {
         self.device.resume();
+    }
+
+    fn snapshot(&self, wanted: Snapshot) -> Result<SnapshotTaken, Failure> {
+        let overlay = PathBuf::from(&wanted.overlay);
+        let refused = |kind, message: &str| Failure {
+            file: Some(wanted.overlay.clone()),
+            ..Failure::new(kind, message)
+        };
+        if self.top_pointer != TopPointer::Follow {
+            let hint = Some("start the daemon with --top-pointer follow".to_owned());
+            let message = "the next daemon would not find the overlay";
+            return Err(Failure { hint, ..refused(Kind::Refused, message) });
+        }
+        if !overlay.is_absolute() || overlay.file_name().is_none() {
+            return Err(refused(Kind::Usage, "the overlay needs the absolute path of a file"));
+        }
+        if top_pointer::is_taken(&self.image, &overlay) {
+            return Err(refused(Kind::Refused, "this name is that of the pointer to the top image"));
+        }
+        let disk = self.device.disk().ok_or_else(|| self.is_elsewhere())?;
+        let present = disk.layers()[0].path.clone();
+        drop(disk);
+        let present = std::path::absolute(&present)
+            .map_err(|error| refused(Kind::Host, &format!("the top image has no absolute path: {error}")))?;
+        let new = NewOverlay { path: overlay.clone(), backing_file: present.as_os_str().as_bytes().to_vec() };
+        let taken = self.device.snapshot(&new, || top_pointer::store(&self.image, &overlay));
+        let done = taken.map_err(|error| match error {
+            DeviceSnapshotError::Disk(source) => report::failure(&ProgramError::LiveSnapshot(source)),
+            other => refused(Kind::Busy, &other.to_string()),
+        })?;
+        done.ok_or_else(|| self.is_elsewhere())?;
+        info!("{} is the top of the chain now, and {} is only read", shown(&overlay), shown(&present));
+        self.stages.hub.tell(EventName::SnapshotTaken, EventData::default());
+        Ok(SnapshotTaken { filename: wanted.overlay, backing_filename: json_name(&present) })
     }
 
     fn resize(&self, wanted: Resize) -> Result<Resized, Failure> {

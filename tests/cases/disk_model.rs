@@ -263,6 +263,66 @@ fn zeros_and_discards_are_treated_in_every_way() {
     });
 }
 
+/// Overlays are put on top between the operations. Each layer then keeps the disk as it was, for us and for QEMU's tools.
+#[test]
+fn overlays_of_a_disk_in_use_keep_each_layer() {
+    let Some(qemu) = Qemu::find() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    // In version 2 a discard over a backing file does nothing, and in the overlay it does.
+    let cases = cases()
+        .into_iter()
+        .filter(|case| case.chain[case.chain.len() - 1].version == 3 || case.chain.len() == 1);
+    for case in cases {
+        let top = case.chain.last().expect("a top");
+        let mut runner = TestRunner::new(ProptestConfig {
+            cases: 1,
+            max_shrink_iters: 100,
+            failure_persistence: None,
+            ..ProptestConfig::default()
+        });
+        let sessions = proptest::collection::vec(operations_on(top), 3);
+        let number = std::cell::Cell::new(0);
+        let result = runner.run(&sessions, |sessions| {
+            number.set(number.get() + 1);
+            let folder = folder.path().join(format!("{}-{}", case.name.replace(' ', "-"), number.get()));
+            std::fs::create_dir_all(&folder).expect("a folder");
+            overlay_case(&qemu, &folder, &case, &sessions);
+            std::fs::remove_dir_all(&folder).expect("the folder goes");
+            Ok(())
+        });
+        if let Err(error) = result {
+            panic!("{}: {error}", case.name);
+        }
+    }
+}
+
+fn overlay_case(qemu: &Qemu, folder: &Path, case: &Case, sessions: &[Vec<Operation>]) {
+    let top = case.chain.last().expect("a chain has a top");
+    let paths = qemu.create_chain(folder, &case.chain).expect("qemu-img makes the chain");
+    let mut image = paths.last().expect("a chain has a top").clone();
+    let initial = qemu.read_all(&image, Format::Qcow2).expect("qemu-img reads the chain");
+    let (size, granule) = (geometry(top).size, top.granule_size());
+    let mut model = ByteModel::with_contents(&initial, size, granule, DiscardRule::ZeroesClusters);
+    let mut rig = Rig::open(&image, &options()).expect("the image opens");
+    let mut layers = Vec::new();
+    for (number, operations) in sessions.iter().enumerate() {
+        rig.run(operations, &mut model);
+        layers.push((image, rig.read_all()));
+        image = folder.join(format!("overlay {number}"));
+        rig.put_overlay(&image);
+    }
+    rig.run(&sessions[0], &mut model);
+    let found = rig.read_all();
+    model.compare_all(&found).unwrap_or_else(|difference| panic!("{}: {difference}", case.name));
+    layers.push((image, found));
+    rig.close();
+    for (image, held) in layers {
+        assert_clean(&image, case.name);
+        let found = qemu.read_all(&image, Format::Qcow2).expect("qemu-img reads the layer");
+        assert!(found == held, "{}: {} has changed", case.name, image.display());
+    }
+}
+
 /// Runs random sessions on every chain, with the options for its number and its top image.
 fn run_cases(tries: u32, options: impl Fn(usize, &ImageSpec) -> DiskOptions) {
     let Some(qemu) = Qemu::find() else { return };

@@ -1,15 +1,16 @@
 //! The gate between a session and its disk, in this process: a native client, the session, the device and real files.
-//! Pauses of the disk, and stops of rings while it is paused.
+//! Pauses of the disk, stops of rings while it is paused, and snapshots under load.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use disk::{Disk, DiskOptions};
+use disk::{Disk, DiskOptions, NewOverlay, NotNamed};
 use qcow2::{Geometry, NewImage, Version};
 use storage::host::HostStorage;
 use strata::device::{BlockSizes, DiskDevice};
 use strata_kit::client::{Request, Ticket};
+use strata_kit::images::{Check, Format};
 use strata_kit::{Client, Options};
 use strata_rig::Rig;
 use vhost_blk::{ServeOptions, Server, StopHandle};
@@ -194,5 +195,116 @@ fn a_pause_does_not_wait_for_queues_that_come_and_go() {
                 client.close().expect("a good end");
             }
         });
+    });
+}
+
+/// Puts an overlay on top of the device's chain.
+fn take_snapshot(stand: &Stand, number: usize) {
+    let present = stand.device.disk().expect("it is open").layers()[0].path.clone();
+    let path = stand.path(&format!("overlay {number}"));
+    let new = NewOverlay { path, backing_file: present.into_os_string().into_encoded_bytes() };
+    let taken = stand.device.snapshot(&new, || Ok(())).expect("a snapshot");
+    assert_eq!(taken, Some(()));
+}
+
+/// Writes a value to some of the pieces, at once, and waits for all of them.
+fn write_some(client: &mut Client, model: &mut [u8], value: u8, places: &[u64]) {
+    let data = vec![value; PIECE];
+    let submit = |at: &u64| {
+        let request = Request::Write { offset: at * CLUSTER, data: &data };
+        client.submit((at % 2) as usize, &request).expect("submitted")
+    };
+    let tickets: Vec<Ticket> = places.iter().map(submit).collect();
+    for (ticket, at) in tickets.into_iter().zip(places) {
+        assert!(client.wait(ticket).expect("answered").status.is_ok());
+        model[(at * CLUSTER) as usize..][..PIECE].fill(value);
+    }
+}
+
+/// A chain by 200 snapshots, with requests in flight at each. What the guest had at each point is what its layer has, for
+/// us and for QEMU's tools.
+#[test]
+fn two_hundred_snapshots_under_load_keep_every_layer() {
+    const SNAPSHOTS: usize = 200;
+    const CHECKED: usize = 20;
+    let mut kept = Vec::new();
+    let (folder, _) = Stand::new().serve(|stand, mut client| {
+        let mut model = vec![0; SIZE as usize];
+        let mut random = strata_kit::random::Random::new(7);
+        for number in 0..SNAPSHOTS {
+            let places: Vec<u64> = (0..8).map(|_| random.below(BATCH)).collect();
+            write_some(&mut client, &mut model, number as u8, &places);
+            // These are unanswered at the snapshot. They rewrite what is there, so that the layer is the same anyway.
+            let busy: Vec<Ticket> = (0..BATCH)
+                .map(|at| {
+                    let data = &model[(at * CLUSTER) as usize..][..PIECE];
+                    let request = Request::Write { offset: at * CLUSTER, data };
+                    client.submit((at % 2) as usize, &request).expect("submitted")
+                })
+                .collect();
+            let layer = stand.device.disk().expect("it is open").layers()[0].path.clone();
+            take_snapshot(stand, number);
+            kept.push((layer, model.clone()));
+            for ticket in busy {
+                assert!(client.wait(ticket).expect("answered").status.is_ok());
+            }
+            if number % 50 == 49 {
+                assert!(
+                    client.read_range(0, SIZE as usize).expect("read") == model,
+                    "after snapshot {number}"
+                );
+            }
+        }
+        let layers = stand.device.disk().expect("it is open").layers().len();
+        assert_eq!(layers, SNAPSHOTS + 1);
+        kept.push((stand.path(&format!("overlay {}", SNAPSHOTS - 1)), model));
+        client.close().expect("a good end");
+    });
+    let qemu = strata_kit::Qemu::find();
+    for (number, (layer, values)) in kept.iter().enumerate() {
+        if number % (SNAPSHOTS / CHECKED) != 0 && number != SNAPSHOTS {
+            continue;
+        }
+        let options = DiskOptions { read_only: true, ..DiskOptions::default() };
+        let mut rig = Rig::open(layer, &options).expect("a sound chain");
+        assert!(rig.read_all() == *values, "layer {number}");
+        drop(rig);
+        if let Some(qemu) = &qemu {
+            assert!(qemu.read_all(layer, Format::Qcow2).expect("QEMU reads it") == *values, "layer {number}");
+            assert!(matches!(qemu.check(layer).expect("QEMU checks it"), Check::Clean), "layer {number}");
+        }
+    }
+    drop(folder);
+}
+
+#[test]
+fn a_snapshot_is_refused_or_fails_without_a_trace() {
+    Stand::new().serve(|stand, mut client| {
+        let first = submit_batch(&mut client, 1);
+        for ticket in first {
+            assert!(client.wait(ticket).expect("answered").status.is_ok());
+        }
+        let image = stand.path("image");
+        let new = |path: PathBuf| NewOverlay {
+            path,
+            backing_file: image.clone().into_os_string().into_encoded_bytes(),
+        };
+        let not_named = || Err(NotNamed { source: std::io::Error::other("no"), undone: true });
+        stand.device.snapshot(&new(image.clone()), || Ok(())).expect_err("the file exists");
+        stand.device.snapshot(&new(stand.path("none/x")), || Ok(())).expect_err("there is no such folder");
+        stand.device.snapshot(&new(stand.path("x")), not_named).expect_err("it cannot be named");
+        assert!(!stand.path("x").exists());
+        assert_eq!(stand.device.disk().expect("it is open").layers().len(), 1);
+        let second = submit_batch(&mut client, 2);
+        for ticket in second {
+            assert!(client.wait(ticket).expect("answered").status.is_ok());
+        }
+        // On a paused disk one is taken at once, and the disk stays paused.
+        stand.device.pause().expect("paused");
+        take_snapshot(stand, 1);
+        assert!(stand.device.is_paused());
+        stand.device.resume();
+        assert!(has(&client.read_range(0, SIZE as usize).expect("read"), 2));
+        client.close().expect("a good end");
     });
 }

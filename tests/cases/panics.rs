@@ -90,6 +90,27 @@ impl Storage for Trapped {
         self.inner.open_shared(path, direct)
     }
 
+    fn create(
+        &self,
+        path: &Path,
+        like: FileId,
+        options: &OpenOptions,
+    ) -> Result<(FileId, FileInfo), StorageError> {
+        self.inner.create(path, like, options)
+    }
+
+    fn sync_name(&self, path: &Path) -> Result<(), StorageError> {
+        self.inner.sync_name(path)
+    }
+
+    fn remove(&self, path: &Path) -> Result<(), StorageError> {
+        self.inner.remove(path)
+    }
+
+    fn share(&self, file: FileId) -> Result<(), StorageError> {
+        self.inner.share(file)
+    }
+
     fn queue(&self, depth: u32) -> Result<TrappedQueue, StorageError> {
         Ok(TrappedQueue { inner: self.inner.queue(depth)?, trap: Arc::clone(&self.trap) })
     }

@@ -242,7 +242,7 @@ pub fn no_change_takes_what_a_journal_names() -> Result<(), String> {
     let answered = vec![Value::Write(FIRST_WRITE + 500); 64];
     for deed in [Deed::Create, Deed::Delete, Deed::Resize(sizes(&start.shape)[1])] {
         let follow = |image: Image| {
-            let (image, replayed) = succeed(image, &start.shape, &words)?;
+            let (image, replayed) = succeed(image, &start.top, &start.shape, &words)?;
             let seen = examine(&image, &start);
             let is_whole = seen.values.len() >= 64 && seen.values[..64] == answered;
             match seen.wrong {

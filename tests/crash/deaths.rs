@@ -10,7 +10,7 @@ use storage_sim::{Image, Moment, Random, Replay, SimOptions, SimWorld};
 
 use super::journal::Journal;
 use super::recovery::wait_for_search;
-use super::shape::{Shape, TOP};
+use super::shape::Shape;
 use super::stamp::Value;
 
 /// Words of a journal before its records, and words of a record.
@@ -48,6 +48,8 @@ pub struct Death {
     pub moment: Moment,
     /// The values that each sector may hold: all acknowledged requests count.
     pub allowed: Vec<Vec<Value>>,
+    /// The name of the top image.
+    pub top: String,
     image: Image,
     words: Vec<u64>,
 }
@@ -72,10 +74,11 @@ impl DeathWatch {
     }
 
     /// Maybe the daemon dies now.
-    pub fn tick(&mut self, world: &SimWorld, journal: &Journal) {
+    pub fn tick(&mut self, world: &SimWorld, top: &str, journal: &Journal) {
         if self.deaths.len() < DEATHS_MAX && self.random.chance(1, self.one_in) {
             let (moment, allowed) = (world.moment(), journal.acknowledged());
-            self.deaths.push(Death { moment, allowed, image: world.image(), words: words_of(&self.memory) });
+            let (top, image, words) = (top.to_owned(), world.image(), words_of(&self.memory));
+            self.deaths.push(Death { moment, allowed, top, image, words });
         }
     }
 }
@@ -90,19 +93,19 @@ impl Death {
         let mut image = self.image.clone();
         if random.chance(1, 3) {
             let world = SimWorld::from_image(image, 1, SimOptions::default());
-            let disk = open(&world, shape)?;
+            let disk = open(&world, &self.top, shape)?;
             disk.keep_journal(Some(memory_of(&self.words))).map_err(|error| format!("to replay: {error}"))?;
             let history = world.history();
             let mut replay = Replay::new(&history);
             replay.advance_to(Moment(random.below(history.end().0 as u64 + 1) as usize));
             image = replay.image(&replay.everything());
         }
-        succeed(image, shape, &self.words).map(|(image, _)| image)
+        succeed(image, &self.top, shape, &self.words).map(|(image, _)| image)
     }
 }
 
-fn open(world: &SimWorld, shape: &Shape) -> Result<Disk<storage_sim::SimStorage>, String> {
-    Disk::open_unkept(world.storage(), Path::new(TOP), &shape.options())
+fn open(world: &SimWorld, top: &str, shape: &Shape) -> Result<Disk<storage_sim::SimStorage>, String> {
+    Disk::open_unkept(world.storage(), Path::new(top), &shape.options())
         .map_err(|error| format!("after a death it does not open: {error}"))
 }
 
@@ -111,10 +114,10 @@ fn open(world: &SimWorld, shape: &Shape) -> Result<Disk<storage_sim::SimStorage>
 ///
 /// # Errors
 /// Why it cannot be served.
-pub fn succeed(image: Image, shape: &Shape, words: &[u64]) -> Result<(Image, u64), String> {
+pub fn succeed(image: Image, top: &str, shape: &Shape, words: &[u64]) -> Result<(Image, u64), String> {
     let failed = |error| format!("after a death: {error}");
     let world = SimWorld::from_image(image, 1, SimOptions::calm());
-    let disk = open(&world, shape)?;
+    let disk = open(&world, top, shape)?;
     let mut keeper = disk.keeper().map_err(failed)?;
     // The housekeeper's turn comes first: it must wait.
     keeper.poll();

@@ -13,7 +13,7 @@ use storage_sim::{Image, SimOptions, SimWorld};
 
 use super::bitmap;
 use super::memory::{WINDOW, gather, memory};
-use super::shape::{Shape, Snapshots, Start, TOP};
+use super::shape::{Shape, Snapshots, Start};
 use super::stamp::{SECTOR, Value, read_stamps};
 
 /// The contents and faults of an image.
@@ -68,17 +68,17 @@ fn look(image: &Image, start: &Start) -> Result<Seen, String> {
     let shape = &start.shape;
     let world = SimWorld::from_image(image.clone(), 1, SimOptions::calm());
     if !shape.is_qcow2() {
-        return Ok(Seen { values: read_all(&world, &shape.options())?, ..Seen::default() });
+        return Ok(Seen { values: read_all(&world, &start.top, &shape.options())?, ..Seen::default() });
     }
-    let before = header(image)?;
+    let before = header(image, &start.top)?;
     let dirty = before.incompatible.contains(Incompatible::DIRTY);
     if shape.lazy && before.compatible & COMPATIBLE_LAZY_REFCOUNTS == 0 {
         return Err("the flag of lazy refcounts is gone".to_owned());
     }
     let trusted_bitmap = bitmap::is_trusted(image, &before);
     let before = if dirty { None } else { Some(report(image, start)?) };
-    let values = read_all(&world, &shape.options())?;
-    let snapshots = read_snapshots(&world, shape)?;
+    let values = read_all(&world, &start.top, &shape.options())?;
+    let snapshots = read_snapshots(&world, start)?;
     let report = match before {
         Some(report) => report,
         None => report(&world.image(), start)?,
@@ -86,14 +86,14 @@ fn look(image: &Image, start: &Start) -> Result<Seen, String> {
     let wrong_at_all = report.corruptions + report.notes > 0;
     let shy = shape.version == 2 && wrong_at_all && report.findings.iter().all(is_shy);
     let wrong = (wrong_at_all && !shy).then(|| findings(&report));
-    let hidden_leaks = counted_past_end(&world.image())?;
-    let past_end = entries_past_end(&world.image())?;
+    let hidden_leaks = counted_past_end(&world.image(), &start.top)?;
+    let past_end = entries_past_end(&world.image(), &start.top)?;
     let snapshot = start.hidden.as_ref().map(|hidden| {
         let world = SimWorld::from_image(hidden.as_it_was(image), 1, SimOptions::calm());
         let options = DiskOptions { read_only: true, ..shape.options() };
-        read_all(&world, &options).map_err(|error| format!("the snapshot: {error}"))
+        read_all(&world, &start.top, &options).map_err(|error| format!("the snapshot: {error}"))
     });
-    let table_clusters = u64::from(header(image)?.refcount_table_clusters);
+    let table_clusters = u64::from(header(image, &start.top)?.refcount_table_clusters);
     Ok(Seen {
         values,
         raw_view: shape.raw_view(image),
@@ -113,7 +113,7 @@ fn look(image: &Image, start: &Start) -> Result<Seen, String> {
 /// The checker's report on the image with a hidden snapshot revealed.
 fn report(image: &Image, start: &Start) -> Result<Report, String> {
     let world = SimWorld::from_image(start.revealed(image), 1, SimOptions::calm());
-    check(&world.storage(), Path::new(TOP), &start.shape.options())
+    check(&world.storage(), Path::new(&start.top), &start.shape.options())
         .map_err(|error| format!("the checker could not look: {error}"))
 }
 
@@ -129,26 +129,28 @@ fn is_shy(finding: &Finding) -> bool {
 ///
 /// # Errors
 /// Why it cannot be read.
-pub fn values_now(image: &Image, shape: &Shape) -> Result<Arc<[Value]>, String> {
+pub fn values_now(image: &Image, top: &str, shape: &Shape) -> Result<Arc<[Value]>, String> {
     let world = SimWorld::from_image(image.clone(), 1, SimOptions::calm());
-    read_all(&world, &DiskOptions { read_only: true, ..shape.options() }).map(Arc::from)
+    read_all(&world, top, &DiskOptions { read_only: true, ..shape.options() }).map(Arc::from)
 }
 
-fn read_snapshots(world: &SimWorld, shape: &Shape) -> Result<Snapshots, String> {
-    let found = list(&world.storage(), Path::new(TOP), &shape.options())
+fn read_snapshots(world: &SimWorld, start: &Start) -> Result<Snapshots, String> {
+    let shape = &start.shape;
+    let found = list(&world.storage(), Path::new(&start.top), &shape.options())
         .map_err(|error| format!("its snapshots cannot be listed: {error}"))?;
     let read = |snapshot: disk::snapshot::Snapshot| {
         let name = String::from_utf8_lossy(&snapshot.name).into_owned();
         let options = DiskOptions { snapshot: Some(name.clone()), ..shape.options() };
-        let values = read_all(world, &options).map_err(|error| format!("snapshot {name}: {error}"))?;
+        let values =
+            read_all(world, &start.top, &options).map_err(|error| format!("snapshot {name}: {error}"))?;
         Ok((name, Arc::from(values)))
     };
     found.into_iter().map(read).collect()
 }
 
 /// The top image's header.
-fn header(image: &Image) -> Result<Header, String> {
-    let contents = image.file(Path::new(TOP)).ok_or("there is no image")?;
+fn header(image: &Image, top: &str) -> Result<Header, String> {
+    let contents = image.file(Path::new(top)).ok_or("there is no image")?;
     let unreadable = |error| format!("the header: {error}");
     let mut prefix = vec![0; Header::PREFIX_MAX];
     contents.read(0, &mut prefix);
@@ -158,14 +160,14 @@ fn header(image: &Image) -> Result<Header, String> {
 }
 
 /// Clusters past the end of the file that have a refcount.
-pub fn counted_past_end(image: &Image) -> Result<u64, String> {
-    let contents = image.file(Path::new(TOP)).ok_or("there is no image")?;
+pub fn counted_past_end(image: &Image, top: &str) -> Result<u64, String> {
+    let contents = image.file(Path::new(top)).ok_or("there is no image")?;
     let read = |offset: u64, length: u64| {
         let mut bytes = vec![0; length as usize];
         contents.read(offset, &mut bytes);
         bytes
     };
-    let header = header(image)?;
+    let header = header(image, top)?;
     let geometry = header.geometry();
     let (cluster, entries) = (geometry.cluster_size(), geometry.refblock_entries());
     let table = read(header.refcount_table_offset.0, u64::from(header.refcount_table_clusters) * cluster);
@@ -183,14 +185,14 @@ pub fn counted_past_end(image: &Image) -> Result<u64, String> {
 }
 
 /// The entries of the active L2 tables for clusters past the end of the disk.
-pub fn entries_past_end(image: &Image) -> Result<u64, String> {
-    let contents = image.file(Path::new(TOP)).ok_or("there is no image")?;
+pub fn entries_past_end(image: &Image, top: &str) -> Result<u64, String> {
+    let contents = image.file(Path::new(top)).ok_or("there is no image")?;
     let read = |offset: u64, length: u64| {
         let mut bytes = vec![0; length as usize];
         contents.read(offset, &mut bytes);
         bytes
     };
-    let header = header(image)?;
+    let header = header(image, top)?;
     let geometry = header.geometry();
     let end = geometry.clusters_for(header.size);
     let l1 = read(header.l1_offset.0, u64::from(header.l1_entries) * 8);
@@ -216,8 +218,8 @@ fn findings(report: &Report) -> String {
 
 /// Opens the disk and reads all of it. Unless the options say otherwise it is opened for writing, so that a dirty image
 /// is repaired.
-fn read_all(world: &SimWorld, options: &DiskOptions) -> Result<Vec<Value>, String> {
-    let disk = Disk::open_unkept(world.storage(), Path::new(TOP), options)
+fn read_all(world: &SimWorld, top: &str, options: &DiskOptions) -> Result<Vec<Value>, String> {
+    let disk = Disk::open_unkept(world.storage(), Path::new(top), options)
         .map_err(|error| format!("it does not open: {error}"))?;
     let mut queue = disk.queue(64).map_err(|error| format!("no queue: {error}"))?;
     let mut values = Vec::new();

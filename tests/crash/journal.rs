@@ -94,6 +94,8 @@ pub enum Op {
     Change(Deed),
     /// Resizes the disk to this many sectors while requests go on.
     Live(u64),
+    /// Puts an overlay on top of the chain of the disk in use. Requests in flight end first.
+    Overlay,
 }
 
 impl Op {
@@ -110,7 +112,7 @@ impl Op {
             | Op::Gappy { sector, count }
             | Op::Zeroes { sector, count, .. }
             | Op::Discard { sector, count } => sector..sector + count,
-            Op::Flush | Op::Pause(_) | Op::Late(_) | Op::Change(_) | Op::Live(_) => 0..0,
+            Op::Flush | Op::Pause(_) | Op::Late(_) | Op::Change(_) | Op::Live(_) | Op::Overlay => 0..0,
         }
     }
 
@@ -132,7 +134,7 @@ impl Op {
         match *self {
             Op::Change(Deed::Apply) => 0..shape.sectors_max(),
             Op::Change(Deed::Resize(to)) | Op::Live(to) => sectors.min(to)..sectors.max(to),
-            Op::Read { .. } | Op::Flush | Op::Pause(_) | Op::Late(_) | Op::Change(_) => 0..0,
+            Op::Read { .. } | Op::Flush | Op::Pause(_) | Op::Late(_) | Op::Change(_) | Op::Overlay => 0..0,
             Op::Write { .. } | Op::Gappy { .. } | Op::Zeroes { .. } => self.sectors(),
             Op::Discard { .. } if shape.discards_nothing() => 0..0,
             Op::Discard { sector, count } => {

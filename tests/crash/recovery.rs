@@ -6,7 +6,7 @@ use disk::{Disk, Keeper};
 use storage_sim::{Image, SimOptions, SimStorage, SimWorld};
 
 use super::examine::{Seen, examine};
-use super::shape::{Past, Start, TOP};
+use super::shape::{Past, Start};
 
 /// The most polls of a search.
 const TURNS_MAX: u32 = 100_000;
@@ -30,7 +30,8 @@ pub fn recover(image: &Image, start: &Start, seen: &Seen, lasting: bool) -> Resu
 pub fn serve(image: &Image, start: &Start) -> Result<Image, String> {
     let world = SimWorld::from_image(image.clone(), 1, SimOptions::calm());
     let failed = |error| format!("when leaks are searched for: {error}");
-    let disk = Disk::open_unkept(world.storage(), Path::new(TOP), &start.shape.options()).map_err(failed)?;
+    let disk =
+        Disk::open_unkept(world.storage(), Path::new(&start.top), &start.shape.options()).map_err(failed)?;
     // A machine that crashed has lost the journal with its memory.
     disk.keep_journal(None).map_err(failed)?;
     let mut keeper = disk.keeper().map_err(failed)?;

@@ -1,6 +1,7 @@
 //! A whole disk in one thread on a simulated host: two queues and the housekeeper, polled in an order that a seed
 //! determines. The code under test is the production code. This module decides the order and the passing of time.
 
+mod overlays;
 pub mod releasing;
 mod resizing;
 
@@ -11,13 +12,13 @@ use std::time::{Duration, Instant};
 
 use disk::change::{ChangeError, ChangeRefusal};
 use disk::snapshot::{Change, change};
-use disk::{
-    Completed, Disk, DiskQueue, Keeper, OpenError, Request, RequestError, RequestId, Resizing, SpaceStatus,
-};
+use disk::{Completed, Disk, DiskQueue, Keeper, OpenError, RequestError, RequestId, Resizing, SpaceStatus};
 use engine::EngineStatus;
 use storage::GuestSlice;
 use storage_sim::{Fault, Hung, Moment, Outcome, Random, SimOptions, SimStorage, SimWorld};
 
+pub use self::overlays::Layers;
+use self::overlays::request;
 use super::deaths::{Death, DeathWatch};
 use super::examine::values_now;
 use super::journal::{Deed, Journal, Op};
@@ -76,6 +77,8 @@ pub struct Rig {
     leaving: Option<(usize, Instant)>,
     /// Set if the disk keeps a journal.
     watch: Option<DeathWatch>,
+    /// The layers of its chain.
+    layers: Layers,
 }
 
 /// A request in flight.
@@ -109,6 +112,8 @@ pub struct Finished {
     pub tries: u64,
     /// What deaths of the daemon alone would have left.
     pub deaths: Vec<Death>,
+    /// The layers of the chain.
+    pub layers: Layers,
 }
 
 /// The result of `work`. None if it waits for an I/O that a fault made hang, as a process waits until the machine
@@ -136,6 +141,7 @@ impl Finished {
             reserved: Vec::new(),
             tries: 1,
             deaths: Vec::new(),
+            layers: Layers::default(),
         }
     }
 
@@ -153,8 +159,8 @@ pub fn host(seed: u64) -> SimOptions {
 
 type Opened = (Disk<SimStorage>, Vec<DiskQueue<SimStorage>>, Option<Keeper<SimStorage>>);
 
-fn open(world: &SimWorld, shape: &Shape, watch: Option<&DeathWatch>) -> Result<Opened, OpenError> {
-    let disk = Disk::open_unkept(world.storage(), Path::new(TOP), &shape.options())?;
+fn open(world: &SimWorld, top: &str, shape: &Shape, watch: Option<&DeathWatch>) -> Result<Opened, OpenError> {
+    let disk = Disk::open_unkept(world.storage(), Path::new(top), &shape.options())?;
     if let Some(watch) = watch {
         disk.keep_journal(Some(Arc::clone(&watch.memory)))?;
     }
@@ -194,7 +200,7 @@ impl Rig {
         first_write: u32,
         watch: Option<DeathWatch>,
     ) -> Result<Rig, OpenError> {
-        let (disk, queues, keeper) = open(&world, &start.shape, watch.as_ref())?;
+        let (disk, queues, keeper) = open(&world, &start.top, &start.shape, watch.as_ref())?;
         let quiet = vec![world.moment()];
         Ok(Rig {
             journal: Journal::new(start.shape, start.values.clone(), &start.snapshots),
@@ -217,6 +223,7 @@ impl Rig {
             tide: None,
             leaving: None,
             watch,
+            layers: Layers::new(start),
             world,
         })
     }
@@ -303,7 +310,9 @@ impl Rig {
         while next < ops.len() || self.in_flight() > 0 || self.resizing.is_some() {
             let may_submit = match ops.get(next) {
                 None => false,
-                Some(Op::Pause(_) | Op::Change(_)) => self.in_flight() == 0 && self.resizing.is_none(),
+                Some(Op::Pause(_) | Op::Change(_) | Op::Overlay) => {
+                    self.in_flight() == 0 && self.resizing.is_none()
+                }
                 Some(Op::Live(_)) => self.resizing.is_none(),
                 Some(_) => self.in_flight() < at_once.min(SLOTS),
             };
@@ -312,6 +321,7 @@ impl Rig {
                     Op::Pause(milliseconds) => self.pause(Duration::from_millis(milliseconds)),
                     Op::Change(deed) => self.change_image(deed),
                     Op::Live(sectors) => self.begin_resize(sectors),
+                    Op::Overlay => self.put_overlay(),
                     Op::Late(milliseconds) => self.late = Some(Duration::from_millis(milliseconds)),
                     op => {
                         // A sequence without concurrency is played exactly as written.
@@ -356,7 +366,7 @@ impl Rig {
         let flush = self.journal.submit(Op::Flush, 0, false, self.world.moment());
         self.disk.take().expect("it is open").close().expect("a clean close");
         self.journal.end(flush, true, self.world.moment());
-        let values = values_now(&self.world.image(), &self.shape).expect("a closed disk can be read");
+        let values = values_now(&self.world.image(), TOP, &self.shape).expect("a closed disk can be read");
         let request = self.journal.submit(Op::Change(deed), 0, true, self.world.moment());
         let oldest = self.snapshots.first().cloned().unwrap_or_default();
         let done = match deed {
@@ -365,7 +375,7 @@ impl Rig {
         };
         self.journal.end(request, done, self.world.moment());
         let (disk, queues, keeper) =
-            open(&self.world, &self.shape, self.watch.as_ref()).expect("it opens again");
+            open(&self.world, TOP, &self.shape, self.watch.as_ref()).expect("it opens again");
         self.journal.sectors = disk.size() / SECTOR;
         (self.disk, self.queues, self.keeper) = (Some(disk), queues, keeper);
         self.note_quiet();
@@ -450,7 +460,7 @@ impl Rig {
     fn act(&mut self) {
         self.turn_tide();
         if let Some(watch) = &mut self.watch {
-            watch.tick(&self.world, &self.journal);
+            watch.tick(&self.world, self.layers.top(), &self.journal);
         }
         if self.resizing.is_some() && self.random.chance(1, 4) {
             self.poll_resizing();
@@ -651,6 +661,7 @@ impl Rig {
             reserved: self.reserved,
             tries: 1,
             deaths: self.watch.map_or_else(Vec::new, |watch| watch.deaths),
+            layers: self.layers,
         }
     }
 
@@ -671,24 +682,7 @@ impl Rig {
             reserved: self.reserved,
             tries: 1,
             deaths: self.watch.map_or_else(Vec::new, |watch| watch.deaths),
+            layers: self.layers,
         }
-    }
-}
-
-fn request(op: Op, write_through: bool) -> Request {
-    let bytes = |sectors: u64| sectors * SECTOR;
-    match op {
-        Op::Read { sector, .. } => Request::Read { offset: bytes(sector) },
-        Op::Write { sector, .. } | Op::Gappy { sector, .. } => {
-            Request::Write { offset: bytes(sector), write_through }
-        }
-        Op::Zeroes { sector, count, unmap } => {
-            Request::WriteZeroes { offset: bytes(sector), length: bytes(count), unmap, write_through }
-        }
-        Op::Discard { sector, count } => {
-            Request::Discard { offset: bytes(sector), length: bytes(count), write_through }
-        }
-        Op::Flush => Request::Flush,
-        Op::Pause(_) | Op::Late(_) | Op::Change(_) | Op::Live(_) => panic!("{op:?} is no request"),
     }
 }

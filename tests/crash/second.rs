@@ -9,7 +9,7 @@ use strata_kit::Qemu;
 use strata_kit::images::{Check, Format};
 
 use super::examine::Seen;
-use super::shape::{BASE, DATA, Start, TOP};
+use super::shape::{BASE, DATA, Start, TOP, overlay_names};
 use super::stamp::read_stamps;
 
 /// One distinct state in this many is sampled.
@@ -40,16 +40,17 @@ impl SecondOpinion {
             return Ok(());
         }
         self.given.fetch_add(1, Ordering::Relaxed);
-        compare(qemu, &start.revealed(image), seen)
+        compare(qemu, &start.revealed(image), &start.top, seen)
     }
 }
 
-fn compare(qemu: &Qemu, image: &Image, seen: &Seen) -> Result<(), String> {
+fn compare(qemu: &Qemu, image: &Image, top: &str, seen: &Seen) -> Result<(), String> {
     let folder = tempfile::tempdir().expect("a temporary folder");
-    let top = folder.path().join(TOP);
-    image.export(Path::new(TOP), &top).expect("an export");
-    if image.file(Path::new(BASE)).is_some() {
-        image.export(Path::new(BASE), &folder.path().join(BASE)).expect("an export");
+    let top = folder.path().join(top);
+    for name in overlay_names().chain([TOP.to_owned(), BASE.to_owned()]) {
+        if image.file(Path::new(&name)).is_some() {
+            image.export(Path::new(&name), &folder.path().join(&name)).expect("an export");
+        }
     }
     let top = if image.file(Path::new(DATA)).is_some() {
         let data = folder.path().join(DATA);

@@ -20,6 +20,8 @@ use super::stamp::{SECTOR, Value, read_stamps, stamp};
 
 /// The top image's name in a world.
 pub const TOP: &str = "top";
+/// The most overlays that runs put on top of an image.
+const OVERLAYS_MAX: usize = 24;
 /// The backing file's name.
 pub const BASE: &str = "base";
 /// The external data file's name.
@@ -118,6 +120,8 @@ pub struct Start {
     pub shape: Shape,
     /// The files.
     pub image: Image,
+    /// The name of the top image.
+    pub top: String,
     /// The values by sector.
     pub values: Vec<Value>,
     /// The snapshots of the image.
@@ -129,6 +133,17 @@ pub struct Start {
 }
 
 impl Shape {
+    /// True if overlays of the disk in use are examined like the image itself: it has no other owners of clusters, its
+    /// refcounts are as wide as those of a new overlay, and discards do the same in both.
+    pub fn takes_overlays(&self) -> bool {
+        self.is_qcow2()
+            && self.version == 3
+            && !self.has_data_file()
+            && !self.lazy
+            && self.refcount_order == 4
+            && matches!(self.past, Past::Fresh | Past::Written | Past::Compressed(_))
+    }
+
     /// A new image of version 3 without a backing file.
     pub const fn new(cluster_bits: u32, sectors: u64) -> Shape {
         Shape {
@@ -372,7 +387,7 @@ impl Shape {
             }
             Past::Fresh | Past::Written | Past::Compressed(_) | Past::Long | Past::Kept => {}
         }
-        Start { shape: *self, image, values, snapshots, leaks, hidden }
+        Start { shape: *self, image, top: TOP.to_owned(), values, snapshots, leaks, hidden }
     }
 
     /// The bytes of an empty top image.
@@ -509,11 +524,17 @@ impl Shape {
 
     /// A start without snapshots and leaks.
     fn start(&self, image: Image, values: Vec<Value>) -> Start {
-        Start { shape: *self, image, values, snapshots: Vec::new(), leaks: 0, hidden: None }
+        let top = TOP.to_owned();
+        Start { shape: *self, image, top, values, snapshots: Vec::new(), leaks: 0, hidden: None }
     }
 }
 
 impl Start {
+    /// The same with another top image.
+    pub fn over(&self, top: &str) -> Start {
+        Start { top: top.to_owned(), ..self.clone() }
+    }
+
     /// An image made from this one, with the hidden snapshot revealed.
     pub fn revealed(&self, image: &Image) -> Image {
         self.hidden.as_ref().map_or_else(|| image.clone(), |hidden| hidden.revealed(image))
@@ -527,4 +548,9 @@ fn restamp(bytes: &mut [u8]) {
     if matches!(super::stamp::read_stamp(sector, bytes), Value::Write(_)) {
         stamp(sector, BASE_WRITE, bytes);
     }
+}
+
+/// The names of overlays that runs put on top of the image, in their order.
+pub fn overlay_names() -> impl Iterator<Item = String> {
+    (1..=OVERLAYS_MAX).map(|number| format!("overlay {number}"))
 }

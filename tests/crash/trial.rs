@@ -210,6 +210,17 @@ impl<'r> Author<'r> {
         ops
     }
 
+    /// A script that puts overlays on top of the disk in use, and writes to the same places before and after.
+    pub fn overlaid(&mut self, length: usize) -> Vec<Op> {
+        let mut ops = Vec::new();
+        for _ in 0..3 {
+            ops.extend(self.script(length / 3));
+            ops.push(Op::Overlay);
+            ops.extend(self.script(length / 6));
+        }
+        without_resizes(&without_changes(&ops))
+    }
+
     /// A script in which most writes need one cluster and are followed by a flush at once.
     pub fn flushed(&mut self, length: usize) -> Vec<Op> {
         let unit = self.shape.cluster_sectors();
@@ -394,6 +405,8 @@ pub enum Tactic {
     Flushed,
     /// In every run the disk keeps a journal, and the daemon alone dies.
     Deaths,
+    /// In every run overlays are put on top of the disk in use. Some keep a journal, and the daemon alone dies.
+    Overlays,
 }
 
 /// Runs the trial of a number.
@@ -416,6 +429,7 @@ pub fn trial(
             Tactic::Sizes => 5,
             Tactic::LiveSizes => 9,
             Tactic::Flushed => 7 + random.below(2),
+            Tactic::Overlays => 16,
             _ => random.below(16),
         };
         let mut author = Author::new(&mut random, start.shape);
@@ -426,6 +440,7 @@ pub fn trial(
             6..8 => author.flushed(length),
             8 => author.beside(),
             9 => author.resized_in_use(length),
+            16 => author.overlaid(length),
             _ => author.script(length),
         };
         let at_once = match kind {
@@ -438,6 +453,12 @@ pub fn trial(
         let manner = Manner { at_once, rest, clean, seed: random.next_bits() };
         count(script.len());
         let tried = match random.below(5) {
+            0 if tactic == Tactic::Overlays && start.shape.keeps_journal() => {
+                with_deaths(&start, &script, manner, walker)
+            }
+            _ if tactic == Tactic::Overlays => {
+                play(&start, &script, manner).and_then(|run| judge(&run, &start, manner, walker))
+            }
             _ if tactic == Tactic::Deaths => with_deaths(&start, &script, manner, walker),
             _ if tactic == Tactic::Shortages => with_shortages(&start, &script, manner, &mut random, walker),
             _ if tactic == Tactic::Failures => with_failure(&start, &script, manner, &mut random, walker),

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::fmt::Write;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::rc::Rc;
 
 use storage_sim::{CrashLimits, CrashPlan, CrashScope, Image, Moment, Random, Replay};
@@ -77,7 +78,9 @@ impl<'t> Walker<'t> {
     /// # Errors
     /// A fault of the image that no promise allows.
     pub fn look(&mut self, image: &Image, start: &Start) -> Result<Rc<Seen>, String> {
-        let hash = image.hash();
+        let mut hasher = DefaultHasher::new();
+        (image.hash(), &start.top).hash(&mut hasher);
+        let hash = hasher.finish();
         self.tally.count_state(hash);
         if let Some(seen) = self.seen.get(&hash) {
             return Ok(Rc::clone(seen));
@@ -118,9 +121,13 @@ impl<'t> Walker<'t> {
             let mut plans = replay.plans(&choice.limits, scope, &mut random);
             thin(&mut plans, choice.states_max, &mut random);
             promise.move_to(replay.moment());
+            let start = &start.over(run.top_at(replay.moment(), start));
             for plan in &plans {
                 let image = replay.image(plan);
-                let compared = self.look(&image, start).and_then(|seen| promise.compare(&seen));
+                let compared = self
+                    .look(&image, start)
+                    .and_then(|seen| promise.compare(&seen))
+                    .and_then(|()| run.compare_layers(&image, replay.moment()));
                 compared.map_err(|wrong| format!("{wrong}\n{}", replay.describe(plan)))?;
             }
             if self.tally.is_over() {
@@ -143,17 +150,19 @@ impl<'t> Walker<'t> {
         let mut plans = replay.plans(&Choice::sample(1).limits, CrashScope::All, &mut random);
         thin(&mut plans, 1, &mut random);
         let image = plans.first().map_or_else(|| replay.durable().clone(), |plan| replay.image(plan));
-        let seen = self.look(&image, start)?;
         let mut promise = Promise::new(run, start);
         promise.move_to(replay.moment());
+        let start = &start.over(run.top_at(replay.moment(), start));
+        let seen = self.look(&image, start)?;
         promise.compare(&seen)?;
         // A repair that writes a refblock also clears its counts past the end of the file. A repair that finds the
         // block right does not, so all of these counts may stay.
-        let counted = if start.shape.is_qcow2() { counted_past_end(&image)? } else { 0 };
+        let counted = if start.shape.is_qcow2() { counted_past_end(&image, &start.top)? } else { 0 };
         let leaks = (seen.leaks + seen.hidden_leaks).max(counted);
         Ok(Start {
             shape: start.shape,
             image,
+            top: start.top.clone(),
             values: seen.values.clone(),
             snapshots: seen.snapshots.clone(),
             leaks,
@@ -180,6 +189,7 @@ impl<'t> Walker<'t> {
                 format!("death {number} of {} at {:?}: {wrong}", run.deaths.len(), death.moment)
             };
             let image = death.succeed(&start.shape, &mut random).map_err(name)?;
+            let start = &start.over(&death.top);
             let seen = self.look(&image, start).map_err(name)?;
             promise.move_to(death.moment);
             promise.past = usize::MAX;
@@ -196,6 +206,7 @@ impl<'t> Walker<'t> {
             left = Some(Start {
                 shape: start.shape,
                 image,
+                top: start.top.clone(),
                 values,
                 snapshots,
                 leaks,
@@ -216,15 +227,17 @@ impl<'t> Walker<'t> {
         self.has_changes = run.journal.has_changes();
         let mut replay = Replay::new(&history);
         replay.advance_to(history.end());
-        let seen = self.look(replay.durable(), start)?;
         let mut promise = Promise::new(run, start);
         promise.move_to(history.end());
+        let start = &start.over(run.top_at(history.end(), start));
+        let seen = self.look(replay.durable(), start)?;
+        run.compare_layers(replay.durable(), history.end())?;
         promise.compare(&seen).map_err(|wrong| format!("after a clean close: {wrong}"))?;
         if seen.leaks > start.leaks {
             return Err(format!("a clean close leaks {} clusters, {} before", seen.leaks, start.leaks));
         }
         if run.journal.has_live_sizes() && start.shape.is_qcow2() && start.shape.data != Data::ApartRaw {
-            let before = entries_past_end(&start.image)?;
+            let before = entries_past_end(&start.image, &start.top)?;
             if seen.past_end > before {
                 let after = seen.past_end;
                 return Err(format!(

@@ -9,7 +9,10 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use disk::{Completed, Disk, DiskOptions, DiskQueue, OpenError, Request, RequestError, RequestId};
+use disk::{
+    Completed, Disk, DiskOptions, DiskQueue, NewOverlay, OpenError, ParkedQueue, Request, RequestError,
+    RequestId,
+};
 use storage::GuestSlice;
 use storage::host::HostStorage;
 use strata_kit::ByteModel;
@@ -111,6 +114,21 @@ impl Rig {
     /// The disk itself.
     pub fn disk(&self) -> &Disk<HostStorage> {
         &self.disk
+    }
+
+    /// Puts a new overlay on top of the chain. Nothing is in flight.
+    pub fn put_overlay(&mut self, path: &Path) {
+        let below = self.disk.layers()[0].path.clone();
+        let backing_file = below.into_os_string().into_encoded_bytes();
+        let new = NewOverlay { path: path.to_owned(), backing_file };
+        let overlay = self.disk.make_overlay(&new).expect("it is made");
+        let parked: Vec<_> = self.queues.drain(..).map(park).collect();
+        self.disk.rest();
+        let old = self.disk.snapshot(overlay, || Ok(())).expect("it is put on top");
+        self.disk.go_on();
+        self.disk.let_go(old).expect("the old top is let go");
+        let resumed = parked.into_iter().map(|queue| self.disk.resume(queue).expect("a queue"));
+        self.queues = resumed.collect();
     }
 
     /// Runs operations and applies them to the model. Operations that do not overlap are in flight together. Panics if
@@ -227,6 +245,18 @@ impl Rig {
             all.extend(gather(&slices, length as usize));
         }
         all
+    }
+}
+
+/// Has a queue without requests let its disk go. It may still load a table for a request that is over.
+fn park(mut queue: DiskQueue<HostStorage>) -> ParkedQueue<HostStorage> {
+    loop {
+        match queue.park() {
+            Ok(parked) => return parked,
+            Err(busy) => queue = *busy,
+        }
+        queue.poll(&mut Vec::new());
+        queue.wait(Some(Duration::from_millis(1)));
     }
 }
 

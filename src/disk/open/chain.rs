@@ -221,13 +221,13 @@ fn check_supported(info: &FileInfo, header: &Header, writable: bool) -> Result<(
 impl<Q: IoQueue> ImageFile<'_, Q> {
     /// The active L1 table. For a writable image, all entries, because their tables must not be overwritten.
     /// Otherwise only the entries that the size needs, as a chain may have 1,000 such tables.
-    async fn active_l1(&self, header: &Header, writable: bool) -> Result<Entries, OpenError> {
+    pub async fn active_l1(&self, header: &Header, writable: bool) -> Result<Entries, OpenError> {
         let all = u64::from(header.l1_entries);
         let entries = if writable { all } else { header.geometry().l1_entries().min(all) };
         self.table_in_file("L1 table", header.l1_offset, entries).await
     }
 
-    async fn top_spec(&self, header: &Header) -> Result<TopSpec, OpenError> {
+    pub async fn top_spec(&self, header: &Header) -> Result<TopSpec, OpenError> {
         let entries = u64::from(header.refcount_table_clusters) * header.geometry().cluster_size() / 8;
         let offset = header.refcount_table_offset;
         Ok(TopSpec {

@@ -25,19 +25,29 @@ pub(crate) fn close<S: Storage>(shared: &Arc<Shared<S>>) -> Result<(), OpenError
 }
 
 async fn finish<S: Storage>(worker: &Worker<S>) -> Result<(), RequestError> {
+    settle(worker).await?;
     if worker.shared.is_qcow2() {
-        worker.ask(|engine, waker| engine.release_windows(waker)).await?;
-        // The first flush makes the unlinks durable. Then their clusters can be freed, and the second flush writes
-        // that.
-        worker.flush().await?;
-        while worker.reclaim_some().await? {}
-        worker.flush().await?;
         let keeps_mark = worker.has_leaks_to_search().await;
         worker.trim_file(keeps_mark).await?;
         // After the cut the disk must not be used on. What can fail from here on fails the disk.
         worker.give_up_journal().await?;
     }
     worker.flush().await
+}
+
+/// Makes the top image durable, without anything reserved or freed. No request is in flight. The disk may be used on.
+pub(crate) async fn settle<S: Storage>(worker: &Worker<S>) -> Result<(), RequestError> {
+    if !worker.shared.is_qcow2() {
+        return worker.flush().await;
+    }
+    worker.ask(|engine, waker| engine.release_windows(waker)).await?;
+    // The first flush makes the unlinks durable. Then their clusters can be freed, and the second flush writes that.
+    worker.flush().await?;
+    let mut freed = false;
+    while worker.reclaim_some().await? {
+        freed = true;
+    }
+    if freed { worker.flush().await } else { Ok(()) }
 }
 
 impl<S: Storage> Worker<S> {

@@ -13,4 +13,5 @@ pub(crate) mod describe;
 pub(crate) mod file_end;
 pub(crate) mod foreign;
 pub(crate) mod header;
+pub(crate) mod overlay;
 mod raw;

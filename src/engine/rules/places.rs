@@ -16,7 +16,7 @@ pub fn aimed(recorded: Known) -> Known {
 /// True if a place may be written, given the in-place bit of its word, and whether it is in the top image's data file.
 #[inline]
 pub fn may_write_in_place(marked: bool, in_top: bool) -> bool {
-    marked && in_top
+    unless_broken(marked && in_top, [(Mutation::OldTopWritten, marked)])
 }
 
 /// True if a slice that is a run stays one. `follows`: the new word of the cluster is the one that the run has there.

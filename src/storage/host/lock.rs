@@ -135,6 +135,18 @@ pub(super) fn lock_image(
     }
 }
 
+/// Turns a writer's lock into a reader's.
+pub(super) fn share_image(file: &File) -> io::Result<()> {
+    let readers = |permission: &&Permission| !READER.used.contains(permission);
+    for permission in WRITER.used.iter().filter(readers) {
+        match set_lock(file, USED_BASE + bit(*permission), 1, libc::F_UNLCK) {
+            Err(error) if !is_unsupported(&error) => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
 /// Releases the image lock, if there is one. No I/O may be in flight on the file.
 pub(super) fn unlock_image(file: &File) {
     // Where this fails there was no lock; closing the file would end it anyway.

@@ -30,6 +30,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock, RwLock};
 use std::time::Duration;
 
+use rustix::fs::Mode;
 use tracing::warn;
 
 use self::confine::Roots;
@@ -144,6 +145,17 @@ impl HostStorage {
         locked: bool,
     ) -> Result<(FileId, FileInfo), StorageError> {
         let file = open::open(path, options, self.roots.as_ref())?;
+        self.admit(file, path, options, locked)
+    }
+
+    /// Locks a file that was opened, and adds it to the table.
+    fn admit(
+        &self,
+        file: File,
+        path: &Path,
+        options: &OpenOptions,
+        locked: bool,
+    ) -> Result<(FileId, FileInfo), StorageError> {
         let mut probed = probe::probe(&file, path)?;
         self.files.refuse_second_writer(path, probed.identity, options.writable)?;
         probe::settle_flags(&file, path, options.direct, &mut probed)?;
@@ -188,6 +200,43 @@ impl Storage for HostStorage {
     fn open_shared(&self, path: &Path, direct: bool) -> Result<(FileId, FileInfo), StorageError> {
         let options = OpenOptions { writable: false, direct, lock_timeout: Duration::ZERO };
         self.open_file(path, &options, false)
+    }
+
+    fn create(
+        &self,
+        path: &Path,
+        like: FileId,
+        options: &OpenOptions,
+    ) -> Result<(FileId, FileInfo), StorageError> {
+        let open = self.file(like);
+        let stat = rustix::fs::fstat(&open.file).map_err(|errno| open.stat_error(errno.into()))?;
+        // A block device may be open to its group for reasons of its own: only this user gets the new file then.
+        let mode = if open.info.block_device { 0o600 } else { stat.st_mode & 0o666 };
+        let file = open::create(path, Mode::from_raw_mode(mode), self.roots.as_ref())?;
+        self.admit(file, path, options, true).inspect_err(|_| {
+            let _ = std::fs::remove_file(path);
+        })
+    }
+
+    fn sync_name(&self, path: &Path) -> Result<(), StorageError> {
+        open::sync_folder(path)
+    }
+
+    fn remove(&self, path: &Path) -> Result<(), StorageError> {
+        std::fs::remove_file(path).map_err(|source| StorageError::File {
+            step: Step::Remove,
+            path: path.into(),
+            source,
+        })
+    }
+
+    fn share(&self, file: FileId) -> Result<(), StorageError> {
+        let open = self.file(file);
+        lock::share_image(&open.file).map_err(|source| StorageError::File {
+            step: Step::Lock,
+            path: open.info.path.clone(),
+            source,
+        })
     }
 
     fn queue(&self, depth: u32) -> Result<HostQueue, StorageError> {

@@ -4,6 +4,7 @@
 //! name is first resolved to a descriptor that does not open the file (O_PATH). Location and type are checked on that
 //! descriptor, then the same file is opened through /proc/self/fd. No name is resolved twice.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
@@ -40,6 +41,38 @@ pub(super) fn open(path: &Path, options: &OpenOptions, roots: Option<&Roots>) ->
         other => other,
     };
     opened.map(File::from).map_err(failed(Step::Open))
+}
+
+/// Creates an empty file, which must not exist, in a folder inside the allowed ones.
+pub(super) fn create(path: &Path, mode: Mode, roots: Option<&Roots>) -> Result<File, StorageError> {
+    let failed =
+        |step| move |errno: Errno| StorageError::File { step, path: path.into(), source: errno.into() };
+    let (folder, name) = split(path).map_err(failed(Step::Create))?;
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let folder = rustix::fs::open(folder, flags, Mode::empty()).map_err(failed(Step::Create))?;
+    if let Some(roots) = roots {
+        roots.check(folder.as_fd(), path)?;
+    }
+    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let made = rustix::fs::openat(&folder, name, flags, mode).map_err(failed(Step::Create))?;
+    Ok(File::from(made))
+}
+
+/// Makes the names in a file's folder durable.
+pub(super) fn sync_folder(path: &Path) -> Result<(), StorageError> {
+    let failed =
+        |errno: Errno| StorageError::File { step: Step::SyncFolder, path: path.into(), source: errno.into() };
+    let (folder, _) = split(path).map_err(failed)?;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let folder = rustix::fs::open(folder, flags, Mode::empty()).map_err(failed)?;
+    rustix::fs::fsync(folder).map_err(failed)
+}
+
+/// The folder of a file, and its name there.
+fn split(path: &Path) -> rustix::io::Result<(&Path, &OsStr)> {
+    let name = path.file_name().ok_or(Errno::INVAL)?;
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    Ok((folder.unwrap_or(Path::new(".")), name))
 }
 
 /// Without /proc: opens by the name again, which must still lead to the same file.

@@ -81,6 +81,12 @@ pub enum CtlCommand {
     },
     /// Make every write durable that was acknowledged before
     Flush,
+    /// Make a new overlay the top image, while the disk is in use: the image that was the top keeps the disk as it is now
+    Snapshot {
+        /// The file of the overlay, which must not exist
+        #[arg(value_name = "OVERLAY")]
+        overlay: PathBuf,
+    },
     /// Keep the guest's requests waiting until `resume`: those in flight end, and everything becomes durable
     Pause,
     /// Let requests pass again

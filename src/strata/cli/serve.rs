@@ -10,6 +10,7 @@ use super::{
 };
 use crate::help;
 use crate::size::Size;
+use crate::top_pointer::TopPointer;
 
 /// The maximum of `--poll-max` in microseconds: compared with a longer poll, a sleep costs nothing.
 const POLL_US_MAX: u64 = 10_000;
@@ -79,6 +80,11 @@ pub struct ServeArgs {
     /// Serve this internal snapshot of the image, by its ID or its name, instead of the disk as it is now: read-only
     #[arg(long, value_name = "NAME_OR_ID", help_heading = IMAGE)]
     pub snapshot: Option<String>,
+
+    /// A snapshot of the disk in use makes an overlay the top image, and IMAGE.strata-top names it: serve that disk (follow),
+    /// the image itself (ignore), or nothing (refuse)
+    #[arg(long, value_name = "CHOICE", default_value = "follow", help_heading = IMAGE)]
+    pub top_pointer: TopPointer,
 
     /// How many queues to offer, 1 to 256; those that the guest does not use cost nothing
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=256), help_heading = DEVICE)]

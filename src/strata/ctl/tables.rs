@@ -2,7 +2,9 @@
 
 use std::fmt::Write as _;
 
-use control::api::{Chain, Counters, DiskState, Event, Format, Frontend, QueueStats, Resized, Stats};
+use control::api::{
+    Chain, Counters, DiskState, Event, Format, Frontend, QueueStats, Resized, SnapshotTaken, Stats,
+};
 use names::shown;
 
 use crate::size;
@@ -30,6 +32,12 @@ pub fn disk(disk: &DiskState) -> String {
         disk.virtual_size,
         disk.num_queues
     )
+}
+
+/// The outcome of a snapshot.
+pub fn snapshot(taken: &SnapshotTaken) -> String {
+    let (top, below) = (shown(&taken.filename), shown(&taken.backing_filename));
+    format!("{top} is the top image now; {below} has the disk as it was, and is only read\n")
 }
 
 /// The outcome of a resize.

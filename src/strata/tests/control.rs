@@ -105,7 +105,9 @@ fn every_described_route_answers() {
     for (path, method) in
         routes.into_iter().filter(|(path, _)| !["/v1/shutdown", "/v1/events"].contains(&path.as_str()))
     {
+        let overlay = format!("{{\"overlay\": \"{}\"}}", bench.path("overlay").display());
         let body = match path.as_str() {
+            "/v1/disk/snapshots" => overlay.as_str(),
             "/v1/disk/log-level" => "{\"level\": \"info\"}",
             "/v1/disk/size" => "{\"size\": 1048576}",
             _ => "",
@@ -216,6 +218,65 @@ fn commands_leave_the_journal_of_a_killed_daemon_alone() {
     image.read_exact_at(&mut kept, at).expect("read");
     assert_eq!(kept, autoclear, "the frontend still has what that daemon had answered");
     daemon.stop();
+}
+
+#[test]
+fn a_snapshot_makes_an_overlay_the_top_for_this_daemon_and_the_next() {
+    let bench = Bench::new();
+    let (daemon, socket) = start(&bench);
+    let (image, overlay, pointer) =
+        (bench.path("disk.qcow2"), bench.path("o v\u{e9}"), bench.path("disk.qcow2.strata-top"));
+    let take = |overlay: &Path| {
+        let body = serde_json::json!({ "overlay": overlay }).to_string();
+        let (status, text) = ask(&socket, "POST", "/v1/disk/snapshots", &body);
+        (status, json(&text))
+    };
+    for (wrong, code) in
+        [(Path::new("relative"), 400), (&image, 409), (&pointer, 409), (Path::new("/no/x"), 404)]
+    {
+        let (status, refused) = take(wrong);
+        assert_eq!(status, code, "{refused}");
+    }
+    assert!(!pointer.exists());
+    let (status, taken) = take(&overlay);
+    assert_eq!((status, taken["backing-filename"].as_str()), (200, image.to_str()), "{taken}");
+    let chain = json(&ask(&socket, "GET", "/v1/chain", "").1);
+    let names: Vec<_> =
+        chain["layers"].as_array().expect("layers").iter().map(|layer| &layer["filename"]).collect();
+    assert_eq!(names, [overlay.to_str().expect("text"), image.to_str().expect("text")]);
+    // The next daemon, also after a kill, serves the overlay; both are as sound as they were.
+    drop(daemon);
+    let daemon = Daemon::start(bench.serve("disk.qcow2").arg("--control-socket").arg(&socket));
+    assert!(
+        daemon.log().contains("since a snapshot") && daemon.log().contains("a chain of 2 layers"),
+        "{}",
+        daemon.log()
+    );
+    let second = bench.path("second");
+    assert_eq!(take(&second).0, 200);
+    daemon.stop();
+    for (words, said) in [
+        (&["--top-pointer", "refuse"][..], "as the top image"),
+        (&["--read-only", "--top-pointer", "refuse"], "strata-top"),
+    ] {
+        let (code, _, errors) = output(bench.serve("disk.qcow2").args(words));
+        assert!(code == Some(1) && errors.contains(said), "{errors}");
+    }
+    let daemon = Daemon::start(bench.serve("disk.qcow2").args(["--top-pointer", "ignore", "--read-only"]));
+    assert!(!daemon.log().contains("a chain of"), "{}", daemon.log());
+    daemon.stop();
+    // A pointer to another disk, to nothing, and of another form.
+    bench.image("other.qcow2");
+    let text = |top: &Path| serde_json::json!({ "top": top }).to_string();
+    for (text, said) in [
+        (text(&bench.path("other.qcow2")), "does not contain this image"),
+        (text(&bench.path("none")), "none"),
+        ("{}".to_owned(), "no pointer"),
+    ] {
+        std::fs::write(&pointer, text).expect("written");
+        let (code, _, errors) = output(&mut bench.serve("disk.qcow2"));
+        assert!(code == Some(1) && errors.contains(said) && errors.contains("strata-top"), "{errors}");
+    }
 }
 
 /// Asks for events, and returns the lines of the answer's body.

@@ -94,6 +94,10 @@ fn fitting(mutation: Mutation, starts: &[Start]) -> Vec<Start> {
         | Mutation::SharedSubclustersForgotten
         | Mutation::SubclusterFreesCluster => shape.extended_l2,
         Mutation::EmptiedLate => shape.keeps_places,
+        Mutation::OldTopWritten
+        | Mutation::OverlayNotSynced
+        | Mutation::OverlayNotNamed
+        | Mutation::OldTopNotFlushed => shape.takes_overlays(),
         Mutation::RecordedLate | Mutation::TailBeforeCut | Mutation::ReplayCountsLate => {
             shape.keeps_journal()
         }
@@ -119,6 +123,10 @@ fn telling(mutation: Mutation) -> Option<Tactic> {
             Some(Tactic::Sizes)
         }
         Mutation::LiveSizeFirst | Mutation::LiveGrowthKeepsOld => Some(Tactic::LiveSizes),
+        Mutation::OldTopWritten
+        | Mutation::OverlayNotSynced
+        | Mutation::OverlayNotNamed
+        | Mutation::OldTopNotFlushed => Some(Tactic::Overlays),
         Mutation::EarlyLinkBesideCut | Mutation::EarlyLinkBeforeCounts | Mutation::CutBesideEarlyLink => {
             Some(Tactic::Flushed)
         }
