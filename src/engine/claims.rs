@@ -3,6 +3,7 @@
 //!
 //! A request that may allocate, discard or zero claims its whole range at once, before it plans. It holds nothing else
 //! while it waits, so claims cannot deadlock. No claim overtakes an earlier overlapping one, so none starves.
+//! A change that is planned and committed in one step needs no claim, only that no claim overlaps it.
 //!
 //! For each cluster only the last claim on it is recorded, by runs of clusters (`claimed_runs.rs`). A new claim
 //! waits for the last claims on its range. Each of these waits for the claims before it, so the new claim need not
@@ -15,7 +16,6 @@ use slab::Slab;
 use smallvec::{SmallVec, smallvec};
 
 use crate::claimed_runs::{ClaimedRun, ClaimedRuns};
-use crate::mutation::{Mutation, active};
 use crate::sync::Mutex;
 
 /// Identifies a claim.
@@ -61,43 +61,29 @@ struct Inner {
 }
 
 impl Inner {
-    /// Adds a claim that is the last on these runs, given by their first clusters.
-    fn insert(&mut self, runs: SmallVec<[u64; 1]>) -> ClaimId {
+    fn get(&mut self, id: ClaimId) -> &mut Claim {
+        let claim = self.claims.get_mut(id.slot).filter(|claim| claim.number == id.number);
+        claim.expect("a claim that was added and not released")
+    }
+
+    /// Adds a claim behind all earlier ones on its clusters.
+    fn queue(&mut self, clusters: RangeInclusive<u64>) -> ClaimId {
+        let (first, last) = (*clusters.start(), *clusters.end());
         let number = self.next;
         self.next += 1;
         let slot = self.claims.insert(Claim {
             number,
             blockers: 0,
             followers: Vec::new(),
-            runs,
+            runs: smallvec![first],
             given_up: false,
             waker: None,
         });
-        ClaimId { slot, number }
-    }
-
-    fn get(&mut self, id: ClaimId) -> &mut Claim {
-        let claim = self.claims.get_mut(id.slot).filter(|claim| claim.number == id.number);
-        claim.expect("a claim that was added and not released")
-    }
-
-    /// Adds a claim on clusters that no other claim is on.
-    fn add_alone(&mut self, clusters: RangeInclusive<u64>) -> ClaimId {
-        let (first, last) = clusters.into_inner();
-        let id = self.insert(smallvec![first]);
-        self.runs.insert(ClaimedRun { first, last, claim: id.slot });
-        id
-    }
-
-    /// Adds a claim behind all earlier ones on its clusters.
-    fn queue(&mut self, clusters: RangeInclusive<u64>) -> ClaimId {
-        let (first, last) = (*clusters.start(), *clusters.end());
-        let id = self.insert(smallvec![first]);
         while let Some(run) = self.runs.take_overlapping(first, last) {
-            self.take_over(id.slot, run, &clusters);
+            self.take_over(slot, run, &clusters);
         }
-        self.runs.insert(ClaimedRun { first, last, claim: id.slot });
-        id
+        self.runs.insert(ClaimedRun { first, last, claim: slot });
+        ClaimId { slot, number }
     }
 
     /// Takes over the clusters of a run that are among those of a new claim. The run's claim blocks the new one, and
@@ -153,13 +139,10 @@ impl Claims {
         self.inner.lock().expect("no panic under this lock").queue(clusters)
     }
 
-    /// A claim on these guest clusters, held at once; `None` if any other overlaps it, held or waiting.
-    pub fn try_add(&self, clusters: RangeInclusive<u64>) -> Option<ClaimId> {
-        let mut inner = self.inner.lock().expect("no panic under this lock");
-        if !inner.runs.overlaps(*clusters.start(), *clusters.end()) {
-            return Some(inner.add_alone(clusters));
-        }
-        active(Mutation::ClaimForced).then(|| inner.insert(SmallVec::new()))
+    /// True if a claim overlaps these guest clusters, held or waiting.
+    pub fn overlap(&self, clusters: RangeInclusive<u64>) -> bool {
+        let inner = self.inner.lock().expect("no panic under this lock");
+        inner.runs.overlaps(*clusters.start(), *clusters.end())
     }
 
     /// True if the claim is held; otherwise `waker` is woken once it is.
@@ -217,23 +200,17 @@ mod tests {
     }
 
     #[test]
-    fn a_claim_to_be_held_at_once_overtakes_nobody() {
+    fn held_and_waiting_claims_overlap_a_range() {
         let claims = Claims::default();
-        let waker = Waker::noop();
         let a = claims.add(0..=9);
         let b = claims.add(5..=14);
-        assert_eq!(claims.try_add(3..=3), None, "held by a");
-        assert_eq!(claims.try_add(12..=12), None, "b waits for it");
-        let c = claims.try_add(15..=15).expect("nobody's");
-        assert!(claims.held(c, waker));
-        let d = claims.add(15..=20);
-        assert!(!claims.held(d, waker), "it is a claim like any other");
-        claims.release(c);
-        assert!(claims.held(d, waker));
-        for claim in [a, b, d] {
-            claims.release(claim);
-        }
-        assert!(claims.try_add(0..=100).is_some());
+        assert!(claims.overlap(3..=3), "held by a");
+        assert!(claims.overlap(12..=12), "b waits for it");
+        assert!(!claims.overlap(15..=100));
+        claims.release(b);
+        assert!(claims.overlap(12..=12), "b was given up, and waits until it would be held");
+        claims.release(a);
+        assert!(!claims.overlap(0..=100));
     }
 
     /// How much is recorded for each claim. Each item costs one step of a later call: a claim adds at most two runs,
@@ -318,7 +295,7 @@ mod tests {
     #[derive(Clone, Debug)]
     enum Step {
         Add(RangeInclusive<u64>),
-        Try(RangeInclusive<u64>),
+        Look(RangeInclusive<u64>),
         Release(prop::sample::Index),
     }
 
@@ -329,8 +306,8 @@ mod tests {
         prop_oneof![
             3 => clusters().prop_map(Step::Add),
             2 => apart().prop_map(Step::Add),
-            1 => clusters().prop_map(Step::Try),
-            2 => apart().prop_map(Step::Try),
+            1 => clusters().prop_map(Step::Look),
+            2 => apart().prop_map(Step::Look),
             3 => any::<prop::sample::Index>().prop_map(Step::Release),
         ]
     }
@@ -343,12 +320,8 @@ mod tests {
             for step in steps {
                 match step {
                     Step::Add(clusters) => model.add(claims.add(clusters.clone()), clusters),
-                    Step::Try(clusters) => {
-                        let tried = claims.try_add(clusters.clone());
-                        prop_assert_eq!(tried.is_some(), !model.overlaps(&clusters));
-                        if let Some(id) = tried {
-                            model.add(id, clusters);
-                        }
+                    Step::Look(clusters) => {
+                        prop_assert_eq!(claims.overlap(clusters.clone()), model.overlaps(&clusters));
                     }
                     Step::Release(which) => {
                         let live: Vec<_> = model.live().collect();

@@ -156,7 +156,14 @@ impl Entry {
     }
 }
 
-type Leaf = Box<[AtomicU64]>;
+/// Its length is a part of its type, so a lookup checks no bound.
+type Leaf = Box<[AtomicU64; LEAF_ENTRIES as usize]>;
+
+/// A leaf that knows no slice. It is made on the heap, as it is too large for a stack.
+fn empty_leaf() -> Leaf {
+    let entries: Box<[AtomicU64]> = (0..LEAF_ENTRIES).map(|_| AtomicU64::new(0)).collect();
+    entries.try_into().expect("a leaf has LEAF_ENTRIES entries")
+}
 
 /// The shared side of the map.
 pub(crate) struct ChainMap {
@@ -293,7 +300,7 @@ impl ChainMap {
     #[inline]
     fn slot(&self, slice: SliceIndex) -> Option<&AtomicU64> {
         let leaf = self.directory.get((slice.0 / LEAF_ENTRIES) as usize)?.get()?;
-        leaf.get((slice.0 % LEAF_ENTRIES) as usize)
+        Some(&leaf[(slice.0 % LEAF_ENTRIES) as usize])
     }
 
     fn frame_bytes(&self) -> usize {
@@ -407,7 +414,7 @@ impl MapWriter {
         if leaf.get().is_none() {
             self.leaves += 1;
         }
-        let leaf = leaf.get_or_init(|| (0..LEAF_ENTRIES).map(|_| AtomicU64::new(0)).collect());
+        let leaf = leaf.get_or_init(empty_leaf);
         self.set(map, slice, &leaf[(slice.0 % LEAF_ENTRIES) as usize], words, seconds);
     }
 

@@ -109,8 +109,8 @@ pub enum Mutation {
     RunKept,
     /// A slice of the map is treated as a run although one of its clusters does not join the one before.
     GapTakenForRun,
-    /// A claim that must be held at once or not at all is held despite conflicting claims.
-    ClaimForced,
+    /// A change without a claim is made despite claims on its cluster.
+    ClaimIgnored,
     /// An early commit is made while a cut is under way.
     EarlyLinkBesideCut,
     /// An early commit is made although the count of its cluster is not on the disk.
@@ -207,7 +207,7 @@ impl Mutation {
         Mutation::LiveGrowthKeepsOld,
         Mutation::RunKept,
         Mutation::GapTakenForRun,
-        Mutation::ClaimForced,
+        Mutation::ClaimIgnored,
         Mutation::EarlyLinkBesideCut,
         Mutation::EarlyLinkBeforeCounts,
         Mutation::EarlyLinkFailureForgotten,

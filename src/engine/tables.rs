@@ -4,8 +4,11 @@
 //! evicted; eviction never writes. Slices are named by their place in the format, not by their host offset, so a table
 //! that moves keeps its name.
 
+use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::task::Waker;
+
+use slab::Slab;
 
 use crate::bounds::{SWEEP_STEPS, TABLE_SLICE_BYTES_MAX};
 use crate::hashed::HashMap;
@@ -73,6 +76,61 @@ enum Slot {
     Ready(Table),
 }
 
+/// The slots of all slices that are resident or loading, by name.
+#[derive(Default)]
+struct Slots {
+    slots: Slab<(TableId, Slot)>,
+    by_id: HashMap<TableId, usize>,
+    /// The slot found last. A change of an entry looks its slice up several times.
+    last: Cell<usize>,
+}
+
+impl Slots {
+    #[inline]
+    fn find(&self, id: TableId) -> Option<usize> {
+        let last = self.last.get();
+        match self.slots.get(last) {
+            Some((held, _)) if *held == id => Some(last),
+            _ => self.find_by_id(id),
+        }
+    }
+
+    fn find_by_id(&self, id: TableId) -> Option<usize> {
+        let found = *self.by_id.get(&id)?;
+        self.last.set(found);
+        Some(found)
+    }
+
+    #[inline]
+    fn get(&self, id: TableId) -> Option<&Slot> {
+        self.find(id).map(|at| &self.slots[at].1)
+    }
+
+    #[inline]
+    fn get_mut(&mut self, id: TableId) -> Option<&mut Slot> {
+        self.find(id).map(|at| &mut self.slots[at].1)
+    }
+
+    /// A slice that is resident.
+    #[inline]
+    fn ready(&mut self, id: TableId) -> &mut Table {
+        match self.get_mut(id) {
+            Some(Slot::Ready(table)) => table,
+            _ => panic!("{id:?} is not resident"),
+        }
+    }
+
+    /// Adds the slot of a slice that had none.
+    fn insert(&mut self, id: TableId, slot: Slot) {
+        let before = self.by_id.insert(id, self.slots.insert((id, slot)));
+        assert!(before.is_none(), "{id:?} is resident or loading already");
+    }
+
+    fn remove(&mut self, id: TableId) -> Option<Slot> {
+        Some(self.slots.remove(self.by_id.remove(&id)?).1)
+    }
+}
+
 /// The result of a lookup.
 pub(crate) enum Found<'a> {
     Ready(&'a [u8]),
@@ -81,7 +139,7 @@ pub(crate) enum Found<'a> {
 }
 
 pub(crate) struct Tables {
-    slots: HashMap<TableId, Slot>,
+    slots: Slots,
     /// Ready slices in clock order.
     ring: Vec<TableId>,
     hand: usize,
@@ -93,7 +151,7 @@ pub(crate) struct Tables {
 impl Tables {
     pub fn new(capacity_bytes: usize) -> Self {
         Tables {
-            slots: HashMap::default(),
+            slots: Slots::default(),
             ring: Vec::new(),
             hand: 0,
             resident_bytes: 0,
@@ -103,7 +161,7 @@ impl Tables {
     }
 
     pub fn find(&mut self, id: TableId) -> Found<'_> {
-        match self.slots.get_mut(&id) {
+        match self.slots.get_mut(id) {
             Some(Slot::Ready(table)) => {
                 table.referenced = true;
                 table.fresh = 0;
@@ -116,7 +174,7 @@ impl Tables {
 
     /// The bytes of a slice, if it is resident. This does not count as a use.
     pub fn peek(&self, id: TableId) -> Option<&[u8]> {
-        match self.slots.get(&id) {
+        match self.slots.get(id) {
             Some(Slot::Ready(table)) => Some(&table.bytes),
             _ => None,
         }
@@ -124,7 +182,7 @@ impl Tables {
 
     /// The bytes of a slice that is known to be resident (pinned, or just found).
     pub fn bytes(&self, id: TableId) -> &[u8] {
-        match self.slots.get(&id) {
+        match self.slots.get(id) {
             Some(Slot::Ready(table)) => &table.bytes,
             _ => panic!("{id:?} is not resident"),
         }
@@ -132,7 +190,7 @@ impl Tables {
 
     /// A resident slice to be changed; marks it dirty. A slice of a new table stays new.
     pub fn change(&mut self, id: TableId) -> &mut [u8] {
-        let table = Self::ready(&mut self.slots, id);
+        let table = self.slots.ready(id);
         if table.dirt == Dirt::Clean {
             table.dirt = Dirt::Existing;
             self.dirty.insert(id);
@@ -142,46 +200,38 @@ impl Tables {
 
     /// True if a resident slice may be a hole in the file.
     pub fn is_hole(&self, id: TableId) -> bool {
-        matches!(self.slots.get(&id), Some(Slot::Ready(table)) if table.hole)
+        matches!(self.slots.get(id), Some(Slot::Ready(table)) if table.hole)
     }
 
     /// The host has allocated a slice. The cache may have evicted it meanwhile.
     pub fn note_allocated(&mut self, id: TableId) {
-        if let Some(Slot::Ready(table)) = self.slots.get_mut(&id) {
+        if let Some(Slot::Ready(table)) = self.slots.get_mut(id) {
             table.hole = false;
         }
     }
 
     /// Marks a resident slice as dirty, to be written as `dirt` requires (never `Clean`).
     pub fn mark(&mut self, id: TableId, dirt: Dirt) {
-        let table = Self::ready(&mut self.slots, id);
+        let table = self.slots.ready(id);
         table.dirt = dirt;
         self.dirty.insert(id);
     }
 
-    fn ready(slots: &mut HashMap<TableId, Slot>, id: TableId) -> &mut Table {
-        match slots.get_mut(&id) {
-            Some(Slot::Ready(table)) => table,
-            _ => panic!("{id:?} is not resident"),
-        }
-    }
-
     /// Notes that a load of this slice begins.
     pub fn begin_load(&mut self, id: TableId) {
-        let before = self.slots.insert(id, Slot::Loading(Waiters::default()));
-        assert!(before.is_none(), "one load per table at a time");
+        self.slots.insert(id, Slot::Loading(Waiters::default()));
     }
 
     /// Waits for a load in progress.
     pub fn wait_load(&mut self, id: TableId, waker: &Waker) {
-        if let Some(Slot::Loading(waiters)) = self.slots.get_mut(&id) {
+        if let Some(Slot::Loading(waiters)) = self.slots.get_mut(id) {
             waiters.add(waker);
         }
     }
 
     /// Wakes all that wait for a load.
     pub fn wake_all(&mut self, wakes: &mut WakeList) {
-        for slot in self.slots.values_mut() {
+        for (_, (_, slot)) in &mut self.slots.slots {
             if let Slot::Loading(waiters) = slot {
                 wakes.append(waiters.take());
             }
@@ -197,14 +247,14 @@ impl Tables {
         (ahead, of_top): (bool, bool),
         wakes: &mut WakeList,
     ) {
-        match self.slots.remove(&id) {
+        match self.slots.remove(id) {
             Some(Slot::Loading(mut waiters)) => wakes.append(waiters.take()),
             _ => panic!("{id:?} was not loading"),
         }
         if let Some(bytes) = bytes {
             let hole = of_top && bytes.iter().all(|byte| *byte == 0);
             self.add(id, bytes, Dirt::Clean, if ahead { 0 } else { GRACE });
-            Self::ready(&mut self.slots, id).hole = hole;
+            self.slots.ready(id).hole = hole;
         }
     }
 
@@ -221,16 +271,15 @@ impl Tables {
             self.dirty.insert(id);
         }
         let table = Table { bytes, dirt, writing: false, pins: 0, fresh, referenced: true, hole: false };
-        let before = self.slots.insert(id, Slot::Ready(table));
-        assert!(before.is_none(), "{id:?} is resident already");
+        self.slots.insert(id, Slot::Ready(table));
     }
 
     pub fn pin(&mut self, id: TableId) {
-        Self::ready(&mut self.slots, id).pins += 1;
+        self.slots.ready(id).pins += 1;
     }
 
     pub fn unpin(&mut self, id: TableId) {
-        Self::ready(&mut self.slots, id).pins -= 1;
+        self.slots.ready(id).pins -= 1;
     }
 
     /// The dirty slices, in the order in which [`Tables::cut`] takes them.
@@ -248,7 +297,7 @@ impl Tables {
         let dirty = std::mem::take(&mut self.dirty);
         let mut taken = Vec::with_capacity(dirty.len());
         for id in dirty {
-            let table = Self::ready(&mut self.slots, id);
+            let table = self.slots.ready(id);
             taken.push((id, table.dirt, table.bytes.clone()));
             table.dirt = Dirt::Clean;
             table.writing = true;
@@ -258,17 +307,17 @@ impl Tables {
 
     /// A resident slice for a change that the disk has already: it does not become dirty.
     pub fn change_as_written(&mut self, id: TableId) -> &mut [u8] {
-        &mut Self::ready(&mut self.slots, id).bytes
+        &mut self.slots.ready(id).bytes
     }
 
     /// The copy of a slice that a cut took is on disk.
     pub fn note_written(&mut self, id: TableId) {
-        Self::ready(&mut self.slots, id).writing = false;
+        self.slots.ready(id).writing = false;
     }
 
     /// The copy of a slice that a cut took could not be written: the slice is dirty again, as `dirt`.
     pub fn note_not_written(&mut self, id: TableId, dirt: Dirt) {
-        Self::ready(&mut self.slots, id).writing = false;
+        self.slots.ready(id).writing = false;
         self.mark(id, dirt);
     }
 
@@ -303,7 +352,7 @@ impl Tables {
                 self.hand = 0;
             }
             let id = self.ring[self.hand];
-            let table = Self::ready(&mut self.slots, id);
+            let table = self.slots.ready(id);
             let stays = table.fresh > 0 || !table.is_idle();
             table.fresh = table.fresh.saturating_sub(1);
             if stays || std::mem::take(&mut table.referenced) {
@@ -311,7 +360,7 @@ impl Tables {
                 continue;
             }
             self.resident_bytes -= table.bytes.len();
-            self.slots.remove(&id);
+            self.slots.remove(id);
             self.ring.swap_remove(self.hand);
         }
     }
@@ -333,7 +382,7 @@ mod tests {
     }
 
     fn resident(tables: &Tables, table: u64) -> bool {
-        tables.slots.contains_key(&id(table))
+        tables.slots.get(id(table)).is_some()
     }
 
     #[test]

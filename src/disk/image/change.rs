@@ -1,7 +1,7 @@
 //! Changes an image that is not in use: drives the engine's planner and carries its plan out.
 //!
-//! Owns the reads and writes, many at once where the order does not matter, and the syncs. The engine decides which
-//! changes are possible, and the order of writes. `snapshot` and `resize` decide what to change.
+//! Owns the reads and the corrections of tables, many at once where the order does not matter; `file_steps` carries out
+//! the rest. The engine decides which changes are possible, and the order of writes. `snapshot` and `resize` decide what to change.
 
 use std::future::{Future, poll_fn};
 use std::path::PathBuf;
@@ -11,16 +11,14 @@ use engine::change::{Change, Plan, PlanStep, Planner};
 use engine::check::Step;
 use names::shown;
 use qcow2::{Header, HostRange, SECTOR};
-use storage::{Errno, IoQueue, Kind, Operation};
+use storage::IoQueue;
 use thiserror::Error;
-use tracing::warn;
 
 pub use engine::change::ChangeRefusal;
 
 use crate::error::OpenError;
+use crate::image::file_steps::FileSteps;
 use crate::image::image_file::ImageFile;
-use crate::layer::whole_blocks;
-use crate::range::ByteRange;
 
 /// Operations in flight, of at most 1 MiB each.
 pub(crate) const QUEUE_DEPTH: u32 = 16;
@@ -108,26 +106,16 @@ pub(crate) async fn carry_out<Q: IoQueue>(
 }
 
 async fn write_all<Q: IoQueue>(image: &ImageFile<'_, Q>, plan: &mut Plan) -> Result<(), OpenError> {
-    let (mut punches, mut end) = (true, image.info.length);
+    let mut steps = FileSteps::new(image);
     if let Some(length) = plan.marked_length() {
-        end = image.keep_mark(length, end).await?;
+        steps.lengthen(length).await?;
     }
     let mut corrections = Vec::new();
     let mut step = plan.next_step();
     while let Some(now) = step {
         match now {
-            PlanStep::Write { offset, bytes } => {
-                end = end.max(offset.0 + bytes.len() as u64);
-                image.write(offset.0, &bytes).await?;
-            }
-            PlanStep::Sync => image.sync().await?,
-            PlanStep::Correct { offset, length } => {
-                corrections.push(HostRange::new(offset, length as u64));
-            }
-            PlanStep::Punch { offset, length } => {
-                punches = punches && image.give_back(ByteRange::new(offset.0, length)).await;
-            }
-            PlanStep::Cut { length } => image.cut(length, end).await,
+            PlanStep::File(now) => steps.carry_out(now).await?,
+            PlanStep::Correct(piece) => corrections.push(piece),
         }
         // One rule (`Plan::correct`) holds until the last of its pieces is written.
         let whole = corrections.len() >= QUEUE_DEPTH as usize || !plan.corrects_more();
@@ -158,55 +146,4 @@ async fn correct<Q: IoQueue>(
         all(some.collect()).await.into_iter().collect::<Result<(), OpenError>>()?;
     }
     Ok(())
-}
-
-impl<Q: IoQueue> ImageFile<'_, Q> {
-    /// Gives space back to the host; false if that is of no use.
-    pub(crate) async fn give_back(&self, range: ByteRange) -> bool {
-        let blocks = whole_blocks(self.info, range);
-        if blocks.is_empty() {
-            return true;
-        }
-        let punch = Operation::bare(self.id, Kind::Punch { length: blocks.length }, blocks.offset);
-        match self.driver.run_bare(punch).await {
-            Ok(()) => true,
-            Err(Errno::EOPNOTSUPP) => false,
-            Err(error) => {
-                warn!(path = %shown(&self.info.path), %error, "space could not be given back to the host");
-                false
-            }
-        }
-    }
-
-    /// Makes the file, which is `present` bytes long, durably at least `length` bytes long; returns its length then.
-    /// If there is no room, the change continues, and the leaks of an earlier crash may stay.
-    async fn keep_mark(&self, length: u64, present: u64) -> Result<u64, OpenError> {
-        let length = length.next_multiple_of(u64::from(self.info.block_size.max(1)));
-        if length <= present {
-            return Ok(present);
-        }
-        match self.driver.run_bare(Operation::bare(self.id, Kind::SetLength, length)).await {
-            Ok(()) => {
-                self.sync().await?;
-                Ok(length)
-            }
-            Err(error) => {
-                warn!(path = %shown(&self.info.path), %error,
-                    "the image file cannot be made longer: space that an earlier crash left counted may stay counted");
-                Ok(present)
-            }
-        }
-    }
-
-    /// Cuts the file, which is `present` bytes long, after `length` bytes and the rest of their last block.
-    pub(crate) async fn cut(&self, length: u64, present: u64) {
-        let length = length.next_multiple_of(u64::from(self.info.block_size.max(1)));
-        if length >= present {
-            return;
-        }
-        let cut = Operation::bare(self.id, Kind::SetLength, length);
-        if let Err(error) = self.driver.run_bare(cut).await {
-            warn!(path = %shown(&self.info.path), %error, "the end of the image file could not be cut off");
-        }
-    }
 }

@@ -1,11 +1,11 @@
 //! Checks and repairs an image file: drives the engine's checker and its repair plans on a [`Storage`].
 //!
-//! Owns the writes, and the syncs between the stages of a repair. The engine decides what is wrong, and what to write
+//! Owns the reads of a check; `file_steps` carries a repair out. The engine decides what is wrong, and what to write
 //! in which order. It handles one image file by itself: backing files are not opened.
 
 use std::path::Path;
 
-use engine::check::{Checked, Checker, RepairStep, Step};
+use engine::check::{Checked, Checker, Step};
 use storage::{FileId, FileInfo, IoQueue, OpenOptions, Storage};
 
 pub use engine::check::{
@@ -13,6 +13,7 @@ pub use engine::check::{
 };
 
 use crate::error::OpenError;
+use crate::image::file_steps::FileSteps;
 use crate::image::image_file::ImageFile;
 pub use crate::image::image_file::Sharing;
 use crate::options::DiskOptions;
@@ -121,22 +122,11 @@ pub(crate) async fn repair_open<Q: IoQueue>(
             return Err(OpenError::NotRepairable { path, source, found });
         }
     };
-    let (mut writes, mut punches, mut end) = (0, true, info.length);
+    let mut steps = FileSteps::new(&image);
     for step in repair {
-        match step {
-            RepairStep::Write { offset, bytes } => {
-                writes += 1;
-                end = end.max(offset.0 + bytes.len() as u64);
-                image.write(offset.0, &bytes).await?;
-            }
-            RepairStep::Sync => image.sync().await?,
-            RepairStep::Punch { offset, length } => {
-                punches = punches && image.give_back(ByteRange::new(offset.0, length)).await;
-            }
-            RepairStep::Cut { length } => image.cut(length, end).await,
-        }
+        steps.carry_out(step).await?;
     }
-    Ok((found, writes))
+    Ok((found, steps.writes()))
 }
 
 impl<Q: IoQueue> ImageFile<'_, Q> {

@@ -5,6 +5,7 @@
 
 pub mod change;
 pub mod check;
+pub(crate) mod file_steps;
 pub(crate) mod image_file;
 pub mod resize;
 pub mod snapshot;

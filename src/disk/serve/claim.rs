@@ -41,10 +41,4 @@ impl<S: Storage> Worker<S> {
         .await;
         claim
     }
-
-    /// The same without waiting; `None` if another claim is in the way.
-    pub fn try_claim(&self, range: ByteRange) -> Option<Claim<'_, S>> {
-        let id = self.engine().try_claim(GuestOffset(range.offset), range.length)?;
-        Some(Claim { worker: self, id })
-    }
 }

@@ -1,7 +1,6 @@
 //! Discard and write zeroes: whole clusters and subclusters by metadata, their ragged ends as data.
 
 use std::cell::Cell;
-use std::task::Waker;
 
 use engine::{Answer, Source, TableLoad, ZeroMode, Zeroed};
 use qcow2::{GuestOffset, HostOffset, HostRange};
@@ -37,15 +36,14 @@ impl<S: Storage> Worker<S> {
         if !is_in_one || !route.needs_only_tables(mode) || self.whole_granules(range) != range {
             return Tried::Not;
         }
-        let Some(_claim) = self.try_claim(range) else { return Tried::Not };
-        match self.engine().apply_zero(GuestOffset(range.offset), range.length, mode, Waker::noop()) {
-            Ok(Answer::Ready(Zeroed::Done { bytes, unused })) if bytes == range.length => {
+        match self.engine().try_zero(GuestOffset(range.offset), range.length, mode) {
+            Ok(Some(Answer::Ready(Zeroed::Done { bytes, unused }))) if bytes == range.length => {
                 debug_assert!(unused.is_empty(), "nothing stays in its place");
                 self.shared.note_answer();
                 self.shared.note_change();
                 Tried::Done
             }
-            Ok(Answer::Load(loads)) => Tried::Lacks(loads),
+            Ok(Some(Answer::Load(loads))) => Tried::Lacks(loads),
             // A waiter whose waker does nothing is never woken, and blocks no other waiter.
             _ => Tried::Not,
         }

@@ -8,9 +8,10 @@ use qcow2::{HostOffset, HostRange};
 use super::step::PlanStep;
 use crate::check::READ_MAX;
 use crate::check::counts::Counts;
+use crate::file_step::FileStep;
 
 /// Takes a piece from the front of bytes to be written.
-pub(super) fn take_piece(offset: &mut u64, bytes: &mut Vec<u8>) -> Option<PlanStep> {
+pub(super) fn take_piece(offset: &mut u64, bytes: &mut Vec<u8>) -> Option<FileStep> {
     let length = bytes.len().min(READ_MAX as usize);
     if length == 0 {
         return None;
@@ -19,7 +20,7 @@ pub(super) fn take_piece(offset: &mut u64, bytes: &mut Vec<u8>) -> Option<PlanSt
     let piece = std::mem::replace(bytes, rest);
     let at = HostOffset(*offset);
     *offset += length as u64;
-    Some(PlanStep::Write { offset: at, bytes: piece })
+    Some(FileStep::Write { offset: at, bytes: piece })
 }
 
 /// Takes adjacent tables from the front.
@@ -36,7 +37,7 @@ pub(super) fn take_run(tables: &mut VecDeque<HostRange>) -> Option<PlanStep> {
         taken.length += next.length;
         tables.pop_front();
     }
-    Some(PlanStep::Correct { offset: taken.offset, length: taken.length as usize })
+    Some(PlanStep::Correct(taken))
 }
 
 /// Subtracts the references that both have from both.

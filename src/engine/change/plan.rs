@@ -39,6 +39,7 @@ use super::resize::NewTables;
 use super::step::PlanStep;
 use super::{Change, Planner, SnapshotChange};
 use crate::check::counts::Counts;
+use crate::file_step::FileStep;
 use crate::free::TAIL_BYTES;
 use crate::rules::change::{self as rules, Group};
 
@@ -200,7 +201,7 @@ impl Plan {
                 None => return self.give_back(),
                 Some(Action::Sync) => {
                     self.actions.pop_front();
-                    return Some(PlanStep::Sync);
+                    return Some(PlanStep::File(FileStep::Sync));
                 }
                 Some(Action::Lower) => {
                     self.actions.pop_front();
@@ -222,14 +223,14 @@ impl Plan {
                     self.actions.push_front(Action::Refblocks(blocks));
                     None
                 }
-                Some(Action::Bytes(offset, bytes)) => take_piece(offset, bytes),
-                Some(Action::Tables(tables)) => tables
-                    .next_piece()
-                    .map(|(offset, bytes)| PlanStep::Write { offset: HostOffset(offset), bytes }),
+                Some(Action::Bytes(offset, bytes)) => take_piece(offset, bytes).map(PlanStep::File),
+                Some(Action::Tables(tables)) => {
+                    tables.next_piece().map(|(offset, bytes)| write(HostOffset(offset), bytes))
+                }
                 Some(Action::Refblocks(indices)) => indices.pop_front().map(|index| {
                     let at = self.blocks.binary_search_by_key(&index, |block| block.index);
                     let offset = self.blocks[at.expect("a known refblock")].offset;
-                    PlanStep::Write { offset, bytes: self.counts.refblock(&self.geometry, index) }
+                    write(offset, self.counts.refblock(&self.geometry, index))
                 }),
                 Some(Action::Correct(correction, runs)) => {
                     self.correction = *correction;
@@ -350,14 +351,18 @@ impl Plan {
     }
 
     fn give_back(&mut self) -> Option<PlanStep> {
-        if let Some(HostRange { offset, length }) = self.free.pop_front() {
-            return Some(PlanStep::Punch { offset, length });
+        if let Some(unused) = self.free.pop_front() {
+            return Some(PlanStep::File(FileStep::Punch(unused)));
         }
         std::mem::take(&mut self.cuts).then(|| {
             let end = used_end(&self.counts).max(1);
-            PlanStep::Cut { length: end * self.geometry.cluster_size() + self.tail }
+            PlanStep::File(FileStep::Cut { length: end * self.geometry.cluster_size() + self.tail })
         })
     }
+}
+
+fn write(offset: HostOffset, bytes: Vec<u8>) -> PlanStep {
+    PlanStep::File(FileStep::Write { offset, bytes })
 }
 
 /// The first cluster past all counted ones.

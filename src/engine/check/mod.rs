@@ -25,7 +25,7 @@ mod tests;
 pub(crate) mod walk;
 
 pub use refusal::{NotRepairable, RepairKind};
-pub use repair::{Repair, RepairStep};
+pub use repair::Repair;
 pub use report::{FINDINGS_OF_KIND_MAX, Finding, FindingKind, ImagePart, Refusal, Report, Tally, Verdict};
 
 use qcow2::{BitmapDirectory, Header, HostOffset, HostRange, Salvaged, SnapshotTable};

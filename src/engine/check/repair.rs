@@ -26,44 +26,18 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use qcow2::entry::encode_refblock_offset;
 use qcow2::header::{HEADER_LENGTH_V3, REFCOUNT_TABLE_SIZE_MAX};
 use qcow2::position::{Patch, patch_autoclear, patch_incompatible, patch_refcount_table, patch_snapshots};
-use qcow2::{Geometry, HostCluster, HostOffset, Incompatible, Version};
+use qcow2::{Geometry, HostCluster, HostOffset, HostRange, Incompatible, Version};
 
 use super::Checked;
 use super::counts::Counts;
 use super::refusal::{NotRepairable, RepairKind};
 use super::report::ImagePart;
 use super::walk::{Clearing, FlagFix, Place, Walk};
+use crate::file_step::FileStep;
 use crate::run::HostRun;
 
 /// The most bytes of adjacent flags that are written together.
 const FLAGS_MAX: usize = 64 << 10;
-
-/// The next step of a repair.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum RepairStep {
-    /// Write these bytes, at most a cluster or a refcount table (8 MiB) of them. They may lie past the end of the
-    /// file. They need not fill sectors; the rest of a sector must stay. Between syncs the order does not matter.
-    Write {
-        /// The offset.
-        offset: HostOffset,
-        /// The bytes.
-        bytes: Vec<u8>,
-    },
-    /// Make all earlier writes durable before the next step.
-    Sync,
-    /// These bytes are unused: the host may have their space.
-    Punch {
-        /// The offset.
-        offset: HostOffset,
-        /// The number of bytes.
-        length: u64,
-    },
-    /// Nothing is in use past this length: the file may end there, if it is longer.
-    Cut {
-        /// The length in bytes.
-        length: u64,
-    },
-}
 
 /// The steps of a repair. They are generated one by one, to save memory.
 pub struct Repair {
@@ -146,23 +120,23 @@ impl Checked {
 }
 
 impl Iterator for Repair {
-    type Item = RepairStep;
+    type Item = FileStep;
 
-    fn next(&mut self) -> Option<RepairStep> {
+    fn next(&mut self) -> Option<FileStep> {
         let size = self.geometry.cluster_size();
         loop {
             let step = match self.actions.pop_front()? {
-                Action::Sync => RepairStep::Sync,
-                Action::Bytes { offset, bytes } => RepairStep::Write { offset: HostOffset(offset), bytes },
+                Action::Sync => FileStep::Sync,
+                Action::Bytes { offset, bytes } => FileStep::Write { offset: HostOffset(offset), bytes },
                 Action::Refblock { index, offset } => {
                     let bytes = self.counts.refblock(&self.geometry, index);
-                    RepairStep::Write { offset: HostOffset(offset), bytes }
+                    FileStep::Write { offset: HostOffset(offset), bytes }
                 }
                 Action::Flag(first) => self.neighbouring_flags(first),
                 Action::Punch(run) => {
-                    RepairStep::Punch { offset: HostOffset(run.start.0 * size), length: run.count * size }
+                    FileStep::Punch(HostRange::new(HostOffset(run.start.0 * size), run.count * size))
                 }
-                Action::Cut { clusters } => RepairStep::Cut { length: clusters * size },
+                Action::Cut { clusters } => FileStep::Cut { length: clusters * size },
                 Action::Release(places) => {
                     self.release(&places);
                     continue;
@@ -178,7 +152,7 @@ impl Iterator for Repair {
 }
 
 impl Repair {
-    fn neighbouring_flags(&mut self, first: FlagFix) -> RepairStep {
+    fn neighbouring_flags(&mut self, first: FlagFix) -> FileStep {
         let mut bytes = first.raw.to_be_bytes().to_vec();
         while let Some(Action::Flag(next)) = self.actions.front()
             && next.offset == first.offset + bytes.len() as u64
@@ -187,7 +161,7 @@ impl Repair {
             bytes.extend(next.raw.to_be_bytes());
             self.actions.pop_front();
         }
-        RepairStep::Write { offset: HostOffset(first.offset), bytes }
+        FileStep::Write { offset: HostOffset(first.offset), bytes }
     }
 
     /// Lowers the counts of clusters that are no longer used, and writes their refblocks next.

@@ -11,6 +11,7 @@ use qcow2::{
 };
 
 use super::*;
+use crate::file_step::FileStep;
 
 mod tables;
 
@@ -143,21 +144,21 @@ impl Image {
         (0..self.geometry.guest_clusters()).map(cluster).collect()
     }
 
-    fn apply(&mut self, step: &RepairStep) {
+    fn apply(&mut self, step: &FileStep) {
         match step {
-            RepairStep::Write { offset, bytes } => {
+            FileStep::Write { offset, bytes } => {
                 let end = offset.0 as usize + bytes.len();
                 if self.bytes.len() < end {
                     self.bytes.resize(end, 0);
                 }
                 self.bytes[offset.0 as usize..end].copy_from_slice(bytes);
             }
-            RepairStep::Punch { offset, length } => {
-                let end = (offset.0 + length).min(self.bytes.len() as u64) as usize;
-                self.bytes[offset.0 as usize..end].fill(0);
+            FileStep::Punch(range) => {
+                let end = (range.end().0).min(self.bytes.len() as u64) as usize;
+                self.bytes[range.offset.0 as usize..end].fill(0);
             }
-            RepairStep::Cut { length } => self.bytes.truncate(*length as usize),
-            RepairStep::Sync => {}
+            FileStep::Cut { length } => self.bytes.truncate(*length as usize),
+            FileStep::Sync => {}
         }
     }
 
@@ -165,15 +166,15 @@ impl Image {
     /// only one missing.
     fn repair_everywhere(&mut self, kind: RepairKind) {
         let before = self.contents();
-        let mut steps: Vec<RepairStep> = self.check().plan_repair(kind).expect("repairable").collect();
+        let mut steps: Vec<FileStep> = self.check().plan_repair(kind).expect("repairable").collect();
         // Space is given back last, when all else is durable.
-        let given = steps.iter().rposition(|step| *step == RepairStep::Sync).map_or(0, |last| last + 1);
+        let given = steps.iter().rposition(|step| *step == FileStep::Sync).map_or(0, |last| last + 1);
         let given = steps.split_off(given);
-        let is_given = |step: &RepairStep| matches!(step, RepairStep::Punch { .. } | RepairStep::Cut { .. });
+        let is_given = |step: &FileStep| matches!(step, FileStep::Punch(_) | FileStep::Cut { .. });
         assert!(given.iter().all(is_given) && !steps.iter().any(is_given));
         let mut durable = self.clone();
-        let stages: Vec<&[RepairStep]> = steps.split_inclusive(|step| *step == RepairStep::Sync).collect();
-        let marks = |step: &RepairStep| matches!(step, RepairStep::Write { offset, .. } if offset.0 == position::INCOMPATIBLE as u64);
+        let stages: Vec<&[FileStep]> = steps.split_inclusive(|step| *step == FileStep::Sync).collect();
+        let marks = |step: &FileStep| matches!(step, FileStep::Write { offset, .. } if offset.0 == position::INCOMPATIBLE as u64);
         let first_mark = stages.iter().position(|stage| stage.iter().any(marks));
         let first_mark = first_mark.filter(|_| self.marks() & Incompatible::DIRTY.0 == 0).unwrap_or(0);
         for (number, stage) in stages.iter().enumerate() {
@@ -207,7 +208,7 @@ impl Image {
     fn again(mut self, before: &[Vec<u8>], kind: RepairKind) {
         assert_eq!(self.contents(), before);
         let verdict = self.verdict();
-        let steps: Vec<RepairStep> = self.check().plan_repair(kind).expect("repairable").collect();
+        let steps: Vec<FileStep> = self.check().plan_repair(kind).expect("repairable").collect();
         steps.iter().for_each(|step| self.apply(step));
         assert_eq!(self.verdict(), Verdict::Clean, "after a repair of {verdict:?}: {:?}", self.kinds());
         assert_eq!(self.contents(), before);
@@ -323,13 +324,13 @@ fn a_dirty_image_is_marked_until_the_end() {
     let mut image = v3(4);
     image.put(position::INCOMPATIBLE as u64, Incompatible::DIRTY.0);
     image.set_refcount(20, 0);
-    let steps: Vec<RepairStep> = image.check().plan_repair(RepairKind::All).expect("a plan").collect();
-    let marks = |step: &&RepairStep| match step {
-        RepairStep::Write { offset, .. } => offset.0 == position::INCOMPATIBLE as u64,
+    let steps: Vec<FileStep> = image.check().plan_repair(RepairKind::All).expect("a plan").collect();
+    let marks = |step: &&FileStep| match step {
+        FileStep::Write { offset, .. } => offset.0 == position::INCOMPATIBLE as u64,
         _ => false,
     };
     assert_eq!(steps.iter().filter(marks).count(), 1, "marked already: {steps:?}");
-    let last_sync = steps.iter().rposition(|step| *step == RepairStep::Sync).expect("a sync");
+    let last_sync = steps.iter().rposition(|step| *step == FileStep::Sync).expect("a sync");
     assert_eq!(steps.iter().rposition(|step| marks(&step)), Some(last_sync - 1));
     image.repair_everywhere(RepairKind::All);
     assert_eq!((image.verdict(), image.marks()), (Verdict::Clean, 0));
@@ -408,7 +409,7 @@ fn defects_that_qemu_tolerates_are_noted_or_repaired() {
     let report = v2.check().into_report();
     assert_eq!((report.verdict(), report.corruptions, report.allocated_clusters), (Verdict::Corrupt, 2, 8));
     assert!(v2.kinds().iter().all(|kind| kind.name() == "zero-flag"));
-    let steps: Vec<RepairStep> = v2.check().plan_repair(RepairKind::All).expect("repairable").collect();
+    let steps: Vec<FileStep> = v2.check().plan_repair(RepairKind::All).expect("repairable").collect();
     steps.iter().for_each(|step| v2.apply(step));
     let report = v2.check().into_report();
     assert_eq!((report.verdict(), report.allocated_clusters), (Verdict::Clean, 7));
@@ -541,7 +542,7 @@ fn guest_data_in_another_file_is_not_counted() {
     // A repair sets a lost flag again.
     external.put(place + 16, external.entry(place + 16) & !COPIED);
     assert_eq!(external.verdict(), Verdict::Corrupt);
-    let steps: Vec<RepairStep> = external.check().plan_repair(RepairKind::All).expect("a plan").collect();
+    let steps: Vec<FileStep> = external.check().plan_repair(RepairKind::All).expect("a plan").collect();
     steps.iter().for_each(|step| external.apply(step));
     assert_eq!(external.verdict(), Verdict::Clean);
     assert_ne!(external.entry(place + 16) & COPIED, 0);
@@ -597,7 +598,7 @@ proptest! {
         }
         let verdict = image.verdict();
         let Ok(steps) = image.check().plan_repair(RepairKind::All) else { return Ok(()) };
-        let steps: Vec<RepairStep> = steps.collect();
+        let steps: Vec<FileStep> = steps.collect();
         prop_assert!(image.bytes.len() < 1 << 20);
         steps.iter().for_each(|step| image.apply(step));
         prop_assert_eq!(image.verdict(), Verdict::Clean, "after {:?}: {:?}", verdict, image.kinds());

@@ -50,6 +50,11 @@ pub fn may_take_cut(cut_runs: bool, early_commit_runs: bool) -> bool {
     unless_broken(!cut_runs && !early_commit_runs, [(Mutation::CutBesideEarlyLink, !cut_runs)])
 }
 
+/// True if a change that is planned and committed in one step may be made without a claim, given whether a claim overlaps it.
+pub fn may_change_unclaimed(overlaps_claim: bool) -> bool {
+    unless_broken(!overlaps_claim, [(Mutation::ClaimIgnored, true)])
+}
+
 /// True if an early commit may begin, given whether a cut or another early commit is under way, and whether any
 /// metadata is dirty. The count of its cluster might be dirty.
 pub fn may_commit_early(is_busy: bool, is_dirty: bool) -> bool {

@@ -116,9 +116,9 @@ fn a_repair_clears_autoclear_bits_that_it_does_not_know_before_it_writes() {
         let mut image = v3(4);
         image.put(position::AUTOCLEAR as u64, 1 << 63 | 1 << 40);
         image.add_cluster(7);
-        let steps: Vec<RepairStep> = image.check().plan_repair(kind).expect("a plan").collect();
-        let first = RepairStep::Write { offset: HostOffset(position::AUTOCLEAR as u64), bytes: vec![0; 8] };
-        assert_eq!((&steps[0], &steps[1]), (&first, &RepairStep::Sync));
+        let steps: Vec<FileStep> = image.check().plan_repair(kind).expect("a plan").collect();
+        let first = FileStep::Write { offset: HostOffset(position::AUTOCLEAR as u64), bytes: vec![0; 8] };
+        assert_eq!((&steps[0], &steps[1]), (&first, &FileStep::Sync));
         image.repair_everywhere(kind);
         assert_eq!(image.header().autoclear, 0);
     }
@@ -146,7 +146,7 @@ fn a_repair_of_leaks_cuts_nothing_off_whose_refcount_is_too_low() {
     let last = image.bytes.len() as u64 / 512 - 1;
     image.set_refcount(last, 0);
     let before = image.contents();
-    let steps: Vec<RepairStep> = image.check().plan_repair(RepairKind::Leaks).expect("a plan").collect();
+    let steps: Vec<FileStep> = image.check().plan_repair(RepairKind::Leaks).expect("a plan").collect();
     steps.iter().for_each(|step| image.apply(step));
     assert_eq!(image.contents(), before);
 }
