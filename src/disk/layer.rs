@@ -21,10 +21,6 @@ pub struct Layer {
 }
 
 impl Layer {
-    pub(crate) fn raw(path: PathBuf, size: u64, file_length: u64) -> Self {
-        Layer { path, header: None, size, file_length }
-    }
-
     pub(crate) fn qcow2(path: PathBuf, header: Header, file_length: u64) -> Self {
         Layer { path, size: header.size, header: Some(header), file_length }
     }

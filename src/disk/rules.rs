@@ -4,6 +4,7 @@
 
 use engine::Stage;
 use engine::mutation::{Mutation, unless_broken};
+use qcow2::{GuestOffset, HostOffset};
 
 /// Writes that an fdatasync makes durable before anything else is written.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -105,8 +106,8 @@ pub fn is_raw_view(is_flagged: bool) -> bool {
 }
 
 /// The length in bytes to which a clean close cuts the file, given the end of its last cluster in use.
-pub fn closed_length(end: u64, cluster_size: u64) -> u64 {
-    unless_broken(end, [(Mutation::CloseCutsTooMuch, end.wrapping_sub(cluster_size))])
+pub fn closed_length(end: HostOffset, cluster_size: u64) -> u64 {
+    unless_broken(end.0, [(Mutation::CloseCutsTooMuch, end.0.wrapping_sub(cluster_size))])
 }
 
 /// Bytes of the backing file that the new part of a disk must hide.
@@ -114,9 +115,9 @@ pub fn hidden_backing_size(backing_size: u64) -> u64 {
     unless_broken(backing_size, [(Mutation::ResizeBaresBacking, 0)])
 }
 
-/// True if a disk that grows from this size must first zero the rest of the cluster in which it ends.
-pub fn must_zero_tail(size: u64, cluster_size: u64) -> bool {
-    unless_broken(!size.is_multiple_of(cluster_size), [(Mutation::ResizeKeepsTail, false)])
+/// True if a disk that grows from this end must first zero the rest of the cluster in which it ends.
+pub fn must_zero_tail(end: GuestOffset, cluster_size: u64) -> bool {
+    unless_broken(!end.0.is_multiple_of(cluster_size), [(Mutation::ResizeKeepsTail, false)])
 }
 
 /// True if the clusters that records name are counted before a replay allocates any.

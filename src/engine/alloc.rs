@@ -7,7 +7,7 @@
 use std::ops::Range;
 use std::task::Waker;
 
-use qcow2::HostCluster;
+use qcow2::{Geometry, HostCluster};
 
 use crate::answer::TableSlot;
 use crate::bounds::{WINDOW_BYTES_MAX, WINDOW_BYTES_MIN};
@@ -54,8 +54,9 @@ pub(crate) struct Allocator {
 }
 
 impl Allocator {
-    /// An allocator for a file of `end` clusters, for a disk of `disk` bytes.
-    pub fn new(end: u64, cluster_size: u64, disk: u64) -> Self {
+    /// An allocator for a file of `end` clusters.
+    pub fn new(end: u64, geometry: &Geometry) -> Self {
+        let cluster_size = geometry.cluster_size();
         Allocator {
             windows: Windows::default(),
             turns: Turns::default(),
@@ -63,7 +64,7 @@ impl Allocator {
             end,
             window_clusters: (WINDOW_BYTES_MIN / cluster_size).max(1),
             window_clusters_max: (WINDOW_BYTES_MAX / cluster_size).max(1),
-            quarantine: Quarantine::new(cluster_size, disk),
+            quarantine: Quarantine::new(geometry),
             file_length: 0,
             reserving: false,
             awaits_length: Waiters::default(),
@@ -77,8 +78,18 @@ impl Allocator {
         }
     }
 
+    /// An allocator for a file of `end` clusters of 64 KiB and a disk of 1 GiB.
+    #[cfg(test)]
+    pub fn for_test(end: u64) -> Self {
+        let version = qcow2::Version::V3;
+        let geometry =
+            Geometry { version, cluster_bits: 16, refcount_order: 4, extended_l2: false, size: 1 << 30 };
+        Allocator::new(end, &geometry)
+    }
+
     /// Records the file's length in bytes at open. From then on clusters are touched, if leaks may be searched for.
-    pub fn opened(&mut self, file_length: u64, cluster_size: u64, may_search_leaks: bool) {
+    pub fn opened(&mut self, file_length: u64, geometry: &Geometry, may_search_leaks: bool) {
+        let cluster_size = geometry.cluster_size();
         self.scan_end = file_length.div_ceil(cluster_size);
         self.file_length = file_length;
         self.tail = file_length.saturating_sub(TAIL_BYTES) / cluster_size..self.scan_end;

@@ -68,7 +68,7 @@ impl Engine {
         let frame_bytes = if has_subclusters { 2 * FRAME_BYTES } else { FRAME_BYTES };
         let map = ChainMap::new(
             clusters,
-            unit,
+            unit.trailing_zeros(),
             slices.max(MAP_FRAMES_MIN).min(spec.map_bytes.min(MAP_BYTES_MAX) / frame_bytes),
             has_subclusters,
         );
@@ -127,8 +127,8 @@ fn write_state(geometry: qcow2::Geometry, l1: &Entries, top: TopSpec) -> Result<
         MetadataGuard::of_image(&geometry, l1, top.l1_offset, &refcounts, &top.bitmaps, top.snapshots)?;
     let in_blocks = last_block * geometry.refblock_entries();
     let end = geometry.clusters_for(top.file_length).max(in_blocks).max(guard.end());
-    let mut alloc = Allocator::new(end, geometry.cluster_size(), geometry.size);
-    alloc.opened(top.file_length, geometry.cluster_size(), top.may_search_leaks);
+    let mut alloc = Allocator::new(end, &geometry);
+    alloc.opened(top.file_length, &geometry, top.may_search_leaks);
     Ok(WriteState {
         refcounts,
         alloc,

@@ -4,6 +4,7 @@
 //! claim of a request that few others run beside costs neither tree work nor an allocation.
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 
 use smallvec::SmallVec;
 
@@ -20,8 +21,8 @@ pub(crate) struct ClaimedRun {
 }
 
 impl ClaimedRun {
-    fn meets(&self, first: u64, last: u64) -> bool {
-        self.first <= last && first <= self.last
+    fn meets(&self, clusters: &RangeInclusive<u64>) -> bool {
+        self.first <= *clusters.end() && *clusters.start() <= self.last
     }
 }
 
@@ -35,27 +36,27 @@ pub(crate) struct ClaimedRuns {
 }
 
 impl ClaimedRuns {
-    /// True if a run meets the clusters `first..=last`.
-    pub fn overlaps(&self, first: u64, last: u64) -> bool {
-        self.list.iter().any(|run| run.meets(first, last)) || self.last_in_tree(first, last).is_some()
+    /// True if a run meets these clusters.
+    pub fn overlaps(&self, clusters: &RangeInclusive<u64>) -> bool {
+        self.list.iter().any(|run| run.meets(clusters)) || self.last_in_tree(clusters).is_some()
     }
 
-    /// Removes and returns a run that meets the clusters `first..=last`.
-    pub fn take_overlapping(&mut self, first: u64, last: u64) -> Option<ClaimedRun> {
-        if let Some(at) = self.list.iter().position(|run| run.meets(first, last)) {
+    /// Removes and returns a run that meets these clusters.
+    pub fn take_overlapping(&mut self, clusters: &RangeInclusive<u64>) -> Option<ClaimedRun> {
+        if let Some(at) = self.list.iter().position(|run| run.meets(clusters)) {
             return Some(self.list.swap_remove(at));
         }
-        let first = self.last_in_tree(first, last)?;
+        let first = self.last_in_tree(clusters)?;
         self.tree.remove(&first)
     }
 
-    /// The first cluster of the last run in the tree that meets the clusters `first..=last`.
-    fn last_in_tree(&self, first: u64, last: u64) -> Option<u64> {
+    /// The first cluster of the last run in the tree that meets these clusters.
+    fn last_in_tree(&self, clusters: &RangeInclusive<u64>) -> Option<u64> {
         if self.tree.is_empty() {
             return None;
         }
-        let (_, run) = self.tree.range(..=last).next_back()?;
-        (run.last >= first).then_some(run.first)
+        let (_, run) = self.tree.range(..=*clusters.end()).next_back()?;
+        (run.last >= *clusters.start()).then_some(run.first)
     }
 
     /// Adds a run, which meets no other.

@@ -79,7 +79,7 @@ impl Inner {
             given_up: false,
             waker: None,
         });
-        while let Some(run) = self.runs.take_overlapping(first, last) {
+        while let Some(run) = self.runs.take_overlapping(&clusters) {
             self.take_over(slot, run, &clusters);
         }
         self.runs.insert(ClaimedRun { first, last, claim: slot });
@@ -141,8 +141,7 @@ impl Claims {
 
     /// True if a claim overlaps these guest clusters, held or waiting.
     pub fn overlap(&self, clusters: RangeInclusive<u64>) -> bool {
-        let inner = self.inner.lock().expect("no panic under this lock");
-        inner.runs.overlaps(*clusters.start(), *clusters.end())
+        self.inner.lock().expect("no panic under this lock").runs.overlaps(&clusters)
     }
 
     /// True if the claim is held; otherwise `waker` is woken once it is.

@@ -48,7 +48,8 @@ impl Entries {
     ///
     /// # Panics
     /// Past the end: a programmer error.
-    pub fn set(&mut self, index: u64, raw: u64) {
+    pub fn set(&mut self, entry: UsedEntry) {
+        let UsedEntry { index, raw } = entry;
         assert!(index < self.len, "entry {index} of {}", self.len);
         if raw == 0 && self.get(index) == 0 {
             return;
@@ -64,7 +65,7 @@ impl Entries {
     pub fn read(&mut self, first: u64, bytes: &[u8]) {
         for (index, word) in (first..self.len).zip(bytes.as_chunks::<8>().0) {
             if *word != [0; 8] {
-                self.set(index, u64::from_be_bytes(*word));
+                self.set(UsedEntry { index, raw: u64::from_be_bytes(*word) });
             }
         }
     }
@@ -99,7 +100,7 @@ impl FromIterator<u64> for Entries {
         let mut table = Entries::default();
         for raw in entries {
             table.len += 1;
-            table.set(table.len - 1, raw);
+            table.set(UsedEntry { index: table.len - 1, raw });
         }
         table
     }
@@ -117,11 +118,11 @@ mod tests {
     fn zeros_take_no_memory() {
         let mut table = Entries::new(1 << 22);
         table.read(0, &vec![0; 1 << 20]);
-        table.set(4_000_000, 0);
+        table.set(UsedEntry { index: 4_000_000, raw: 0 });
         assert_eq!((table.pieces.len(), table.get(4_000_000)), (0, 0));
-        table.set(600, 7);
+        table.set(UsedEntry { index: 600, raw: 7 });
         assert_eq!(table.pieces.iter().map(Option::is_some).collect::<Vec<_>>(), [false, true]);
-        table.set(600, 0);
+        table.set(UsedEntry { index: 600, raw: 0 });
         assert_eq!((table.get(600), table.used().count()), (0, 0));
     }
 
@@ -135,7 +136,7 @@ mod tests {
         assert_eq!(table.used().collect::<Vec<_>>(), used, "the last is past the end");
         assert_eq!(table.used().next_back(), Some(UsedEntry { index: 1029, raw: 9 }));
         table.grow(2000);
-        table.set(1999, 5);
+        table.set(UsedEntry { index: 1999, raw: 5 });
         assert_eq!([1030, 1999, 2000].map(|index| table.get(index)), [0, 5, 0]);
         let same: Entries = (0..2000).map(|index| table.get(index)).collect();
         assert_eq!((same.len(), same.used().eq(table.used())), (2000, true));

@@ -70,7 +70,7 @@ impl State {
         let table_blocks = std::mem::take(&mut refcounts.dirty);
         let table_was_new = std::mem::take(&mut refcounts.table_is_new);
         if table_was_new {
-            let bytes = encode_entries(&refcounts.table, 0, refcounts.table.len()).into_vec();
+            let bytes = encode_entries(&refcounts.table, 0..refcounts.table.len()).into_vec();
             stage0.push(TableWrite { offset: refcounts.table_offset, bytes });
         }
         for block in &table_blocks {
@@ -142,7 +142,7 @@ impl State {
     fn l1_block(&self, block: u64) -> TableWrite {
         let top = self.top_qcow2();
         let entries = table_block_entries(&top.geometry);
-        let bytes = encode_entries(&top.l1, block * entries, entries).into_vec();
+        let bytes = encode_entries(&top.l1, block * entries..(block + 1) * entries).into_vec();
         TableWrite { offset: self.l1_block_place(block).offset, bytes }
     }
 

@@ -4,6 +4,7 @@
 //! there are too many chunks as well, clusters are left out: not allocated again before the image is next opened.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use qcow2::HostCluster;
 
@@ -100,7 +101,7 @@ impl FreeClusters {
                 continue;
             }
             let next = self.runs.range(start..end).next().map_or(end, |(next, _)| *next);
-            let next = self.first_bit(start, next);
+            let next = self.first_bit(start..next);
             let run = HostRun { start: HostCluster(start), count: next - start };
             self.insert(FreeRun { run, known_zero: added.known_zero });
             start = next;
@@ -163,8 +164,9 @@ impl FreeClusters {
         chunk.is_some_and(|chunk| chunk[word_of(cluster)] & bit_of(cluster) != 0)
     }
 
-    /// The first cluster of `start..end` that is stored as a bit; `end` if there is none.
-    fn first_bit(&self, start: u64, end: u64) -> u64 {
+    /// The first of these clusters that is stored as a bit; their end if there is none.
+    fn first_bit(&self, clusters: Range<u64>) -> u64 {
+        let Range { start, end } = clusters;
         for (number, chunk) in self.chunks.range(start / CHUNK_CLUSTERS..end.div_ceil(CHUNK_CLUSTERS)) {
             let (from, past) = (number * CHUNK_CLUSTERS, (number + 1) * CHUNK_CLUSTERS);
             let found = (start.max(from)..end.min(past))

@@ -29,6 +29,7 @@ use crate::bounds::MAP_SLICE_WORDS as SLICE_WORDS;
 use crate::claims::{ClaimId, Claims};
 use crate::epoch::{Epochs, WorkerEpochs};
 use crate::map::{ChainMap, MapWriter, SliceIndex, SubclusterMap};
+use crate::quarantine::Reclaimed;
 use crate::sync::{AtomicU64, Mutex, Ordering};
 use crate::waiters::{WakeFlag, WakeList};
 use crate::word::{FileIndex, Word};
@@ -58,7 +59,7 @@ fn words(slice: u64) -> Vec<Word> {
 }
 
 /// A cluster size in bytes for which the words above are no run.
-const APART: u64 = 512;
+const APART: u32 = 9;
 
 /// A map of some slices and frames, with the first slices resident.
 fn map(slices: u64, frames: usize, resident: u64) -> (Arc<ChainMap>, MapWriter) {
@@ -124,7 +125,7 @@ fn split(host: u64) -> (Word, SubclusterMap) {
 
 /// A map of some slices and one frame; its first cluster has subclusters in host cluster 1.
 fn split_map(slices: u64) -> (Arc<ChainMap>, MapWriter) {
-    let map = ChainMap::new(slices * SLICE_WORDS, 65536, 1, true);
+    let map = ChainMap::new(slices * SLICE_WORDS, 16, 1, true);
     let mut writer = MapWriter::new();
     fill_split(&mut writer, &map, 0, 1);
     (Arc::new(map), writer)
@@ -452,7 +453,7 @@ struct Locked {
 fn a_cluster_in_quarantine_is_reused_after_its_cut_and_its_io() {
     explore(Some(3), || {
         let Bench { map, writer, epochs, host } = Bench::new(1);
-        let locked = Locked { alloc: Allocator::new(9, 65536, 1 << 30), writer, next_cut: 1 };
+        let locked = Locked { alloc: Allocator::for_test(9), writer, next_cut: 1 };
         let state = Arc::new(Mutex::new(locked));
         let mut worker = epochs.register().expect("a slot");
         let doing_io = {
@@ -492,7 +493,7 @@ fn flush_and_reuse(state: &Mutex<Locked>, epochs: &Epochs, host: &UnsafeCell<()>
     let reclaimed = quarantine.unlinked(1).front().is_some_and(|unlinked| epochs.passed(unlinked.epoch));
     if reclaimed {
         quarantine.begin_reclaim(1);
-        quarantine.end_reclaim(1, 1, &mut WakeList::default());
+        quarantine.end_reclaim(Reclaimed { clusters: 1, freed: 1 }, &mut WakeList::default());
         host.with_mut(|_| ());
     }
 }

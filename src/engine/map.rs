@@ -30,7 +30,7 @@ use crate::bounds::{
 };
 use crate::rules::places;
 use crate::sync::{AtomicBool, AtomicU64, OnceLock, Ordering, zeroed};
-use crate::word::{KIND_SHIFT, Word};
+use crate::word::{KIND_SHIFT, Step, Word};
 
 /// A slice of the guest's clusters, by number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -170,8 +170,8 @@ pub(crate) struct ChainMap {
     /// Clusters of the disk. Stored under the engine's lock, after the slice of the old end was removed
     /// ([`MapWriter::grow`]). A reader of a cluster past the old end has seen the disk's new size, which is stored later.
     clusters: AtomicU64,
-    /// Size of a cluster in 512-byte units: the distance from word to word in a run of data.
-    step: u64,
+    /// The distance from word to word in a run of data: a cluster.
+    step: Step,
     has_subclusters: bool,
     directory: Box<[OnceLock<Leaf>]>,
     chunks: Box<[OnceLock<Box<[Page]>>]>,
@@ -182,17 +182,17 @@ pub(crate) struct ChainMap {
 }
 
 impl ChainMap {
-    /// A map for `clusters` guest clusters of `unit` bytes in at most `frames` frames. A frame is 4 KiB, or 8 KiB with
+    /// A map for `clusters` guest clusters of 2^`unit_bits` bytes in at most `frames` frames. A frame is 4 KiB, or 8 KiB with
     /// second words for subclusters (`has_subclusters`). A chunk of frames is allocated when its first frame is used.
     ///
     /// The directory has room for a disk that grows; what it has no room for is resolved again each time.
-    pub fn new(clusters: u64, unit: u64, frames: usize, has_subclusters: bool) -> Self {
+    pub fn new(clusters: u64, unit_bits: u32, frames: usize, has_subclusters: bool) -> Self {
         let slices = clusters.div_ceil(SLICE_WORDS);
         let leaves = (slices.div_ceil(LEAF_ENTRIES) as usize).max(SPARE_LEAVES);
         let frames = frames.clamp(1, FRAMES_MAX);
         ChainMap {
             clusters: AtomicU64::new(clusters),
-            step: unit / 512,
+            step: Step::of_cluster(unit_bits),
             has_subclusters,
             directory: (0..leaves).map(|_| OnceLock::new()).collect(),
             chunks: (0..frames.div_ceil(CHUNK_FRAMES)).map(|_| OnceLock::new()).collect(),
@@ -565,11 +565,11 @@ mod races {
     /// Changes a map with few frames while two threads look up clusters. Each cluster must be unresolved or have a word
     /// that `may_be` allows.
     fn while_read(
-        (unit, frames): (u64, usize),
+        (unit_bits, frames): (u32, usize),
         may_be: impl Fn(u64, Word) -> bool + Sync,
         change: impl Fn(&ChainMap, &mut MapWriter),
     ) {
-        let map = ChainMap::new(SLICES * SLICE_WORDS, unit, frames, false);
+        let map = ChainMap::new(SLICES * SLICE_WORDS, unit_bits, frames, false);
         let mut writer = MapWriter::new();
         let stop = AtomicBool::new(false);
         thread::scope(|scope| {

@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::task::Waker;
 
-use qcow2::HostCluster;
+use qcow2::{Geometry, HostCluster};
 
 use crate::bounds::{
     CUT_SHARE, QUARANTINE_BYTES_MAX, QUARANTINE_BYTES_MIN, QUARANTINE_CLUSTERS_MAX, QUARANTINE_SHARE,
@@ -35,6 +35,14 @@ pub(crate) struct Unlinked {
     pub epoch: Epoch,
 }
 
+/// How many clusters leave by a reclaim.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Reclaimed {
+    pub clusters: u64,
+    /// Those of them that were in use before.
+    pub freed: u64,
+}
+
 /// See the top of this file.
 pub(crate) struct Quarantine {
     /// Runs that wait for a cut.
@@ -58,16 +66,16 @@ pub(crate) struct Quarantine {
 }
 
 impl Quarantine {
-    /// An empty quarantine for a disk of `disk` bytes.
-    pub fn new(cluster_size: u64, disk: u64) -> Self {
-        let held_bytes = (disk / QUARANTINE_SHARE).clamp(QUARANTINE_BYTES_MIN, QUARANTINE_BYTES_MAX);
+    /// An empty quarantine for a disk.
+    pub fn new(geometry: &Geometry) -> Self {
+        let held_bytes = (geometry.size / QUARANTINE_SHARE).clamp(QUARANTINE_BYTES_MIN, QUARANTINE_BYTES_MAX);
         Quarantine {
             freed_runs: VecDeque::new(),
             unlinked: VecDeque::new(),
             clusters: 0,
             uncut: 0,
             freed: 0,
-            clusters_max: (held_bytes / cluster_size).clamp(1, QUARANTINE_CLUSTERS_MAX),
+            clusters_max: (held_bytes >> geometry.cluster_bits).clamp(1, QUARANTINE_CLUSTERS_MAX),
             given_back: 0,
             reclaiming: false,
             waiters: Waiters::default(),
@@ -181,13 +189,12 @@ impl Quarantine {
         self.reclaiming = true;
     }
 
-    /// The reclaim has ended: so many clusters leave, of which so many were in use before. As many tasks go on as there
-    /// is room for.
-    pub fn end_reclaim(&mut self, clusters: u64, freed: u64, wakes: &mut WakeList) {
+    /// The reclaim has ended: these clusters leave. As many tasks go on as there is room for.
+    pub fn end_reclaim(&mut self, left: Reclaimed, wakes: &mut WakeList) {
         self.reclaiming = false;
-        self.clusters -= clusters;
-        self.freed -= freed;
-        self.given_back += clusters;
+        self.clusters -= left.clusters;
+        self.freed -= left.freed;
+        self.given_back += left.clusters;
         let room = self.clusters_max.saturating_sub(self.clusters);
         wakes.append(self.waiters.take_first(room.max(1)));
     }
@@ -195,7 +202,14 @@ impl Quarantine {
 
 #[cfg(test)]
 mod tests {
+    use qcow2::Version;
+
     use super::*;
+
+    fn geometry(cluster_size: u64, size: u64) -> Geometry {
+        let cluster_bits = cluster_size.trailing_zeros();
+        Geometry { version: Version::V3, cluster_bits, refcount_order: 4, extended_l2: false, size }
+    }
 
     fn free(quarantine: &mut Quarantine, clusters: u64, cut: u64) {
         (0..clusters).for_each(|number| quarantine.add(HostCluster(1000 + 2 * number), cut));
@@ -210,7 +224,7 @@ mod tests {
             (0, 4096, QUARANTINE_BYTES_MIN / 4096),
             (0, 2 << 20, 1),
         ] {
-            let (mut quarantine, most) = (Quarantine::new(cluster, disk), most.max(1));
+            let (mut quarantine, most) = (Quarantine::new(&geometry(cluster, disk)), most.max(1));
             free(&mut quarantine, most - 1, 1);
             assert!(!quarantine.is_crowded(), "{disk} {cluster}");
             free(&mut quarantine, 1, 1);
@@ -220,7 +234,7 @@ mod tests {
 
     #[test]
     fn a_cut_is_due_for_what_it_would_unlink_and_nothing_else() {
-        let mut quarantine = Quarantine::new(65536, 1 << 40);
+        let mut quarantine = Quarantine::new(&geometry(65536, 1 << 40));
         let due = (quarantine.clusters_max / CUT_SHARE).max(1);
         free(&mut quarantine, due, 1);
         assert!(quarantine.wants_cut());

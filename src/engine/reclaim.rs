@@ -12,7 +12,7 @@ use crate::bounds::{
 };
 use crate::epoch::Epochs;
 use crate::error::EngineError;
-use crate::quarantine::Unlinked;
+use crate::quarantine::{Reclaimed, Unlinked};
 use crate::rules::reuse;
 use crate::run::{FreeRun, HostRun};
 use crate::state::{State, WriteState};
@@ -29,16 +29,14 @@ pub struct ReclaimPlan {
     /// The new count of each cluster.
     counts: BTreeMap<u64, u64>,
     pins: Vec<TableId>,
-    /// Clusters that leave the quarantine.
-    clusters: u64,
-    /// Those of them that were in use before.
-    freed: u64,
+    /// The clusters that leave the quarantine.
+    leaving: Reclaimed,
 }
 
 impl ReclaimPlan {
     /// True if any of the clusters was in use before. The others were only taken for a write that failed.
     pub fn frees(&self) -> bool {
-        self.freed > 0
+        self.leaving.freed > 0
     }
 }
 
@@ -89,15 +87,16 @@ impl State {
         }
         let write = self.write_state()?;
         let count = |unlinked: &Unlinked| unlinked.run.count;
-        let clusters = batch.iter().map(count).sum();
+        let all = batch.iter().map(count).sum();
         let freed = batch.iter().filter(|unlinked| unlinked.was_used).map(count).sum();
+        let leaving = Reclaimed { clusters: all, freed };
         write.alloc.quarantine_mut().begin_reclaim(batch.len());
         let geometry = write.refcounts.geometry;
         let punches = runs
             .iter()
             .map(|run| HostRange::new(geometry.host_offset(run.start), run.count * geometry.cluster_size()))
             .collect();
-        Ok(Answer::Ready(Some(ReclaimPlan { punches, runs, counts, pins, clusters, freed })))
+        Ok(Answer::Ready(Some(ReclaimPlan { punches, runs, counts, pins, leaving })))
     }
 
     /// The new count of each cluster in the batch.
@@ -126,13 +125,13 @@ impl State {
     /// Publishes the new counts. Punched runs are known to be zero; `punched` has an item for each run.
     pub fn commit_reclaim(&mut self, plan: ReclaimPlan, punched: &[bool], wakes: &mut WakeList) {
         for (cluster, count) in plan.counts {
-            self.set_refcount(cluster, count);
+            self.set_refcount(HostCluster(cluster), count);
         }
         for id in &plan.pins {
             self.tables.unpin(*id);
         }
         let alloc = &mut self.write.as_mut().expect("a plan was made").alloc;
-        alloc.quarantine_mut().end_reclaim(plan.clusters, plan.freed, wakes);
+        alloc.quarantine_mut().end_reclaim(plan.leaving, wakes);
         for (run, punched) in plan.runs.into_iter().zip(punched) {
             alloc.add_free(FreeRun { run, known_zero: *punched });
         }

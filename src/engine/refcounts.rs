@@ -3,11 +3,12 @@
 //! Owns the table and the list of its blocks that differ from the disk. The refblocks are slices in the table cache.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 
 use qcow2::{Geometry, HostCluster, HostOffset, HostRange};
 
 use crate::bounds::TABLE_SLICE_BYTES_MAX;
-use crate::entries::Entries;
+use crate::entries::{Entries, UsedEntry};
 use crate::error::{EngineError, Structure};
 use crate::tables::TableId;
 
@@ -108,7 +109,7 @@ impl Refcounts {
 
     /// Names a new block in the table.
     pub fn set_block(&mut self, block: u64, offset: HostOffset) {
-        self.table.set(block, offset.0);
+        self.table.set(UsedEntry { index: block, raw: offset.0 });
         if !self.table_is_new {
             self.dirty.insert(block / table_block_entries(&self.geometry));
         }
@@ -129,15 +130,15 @@ impl Refcounts {
         let entries = table_block_entries(&self.geometry);
         let first = block * entries;
         let offset = HostOffset(self.table_offset.0 + first * 8);
-        (offset, encode_entries(&self.table, first, entries))
+        (offset, encode_entries(&self.table, first..first + entries))
     }
 }
 
-/// Entries `first..first + count` as bytes, zeros past the end of the table.
-pub(crate) fn encode_entries(table: &Entries, first: u64, count: u64) -> Box<[u8]> {
-    let mut bytes = vec![0; count as usize * 8];
-    for index in 0..count {
-        qcow2::set_entry(&mut bytes, index as usize, table.get(first + index));
+/// Entries as bytes, zeros past the end of the table.
+pub(crate) fn encode_entries(table: &Entries, indices: Range<u64>) -> Box<[u8]> {
+    let mut bytes = vec![0; (indices.end - indices.start) as usize * 8];
+    for (at, index) in indices.enumerate() {
+        qcow2::set_entry(&mut bytes, at, table.get(index));
     }
     bytes.into()
 }

@@ -4,7 +4,7 @@
 //! file outgrows its refblocks or its refcount table, growing adds refblocks or a larger table.
 
 use std::collections::BTreeSet;
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::task::Waker;
 
 use qcow2::{HostCluster, HostRange};
@@ -330,7 +330,8 @@ impl State {
     }
 
     /// Sets a cluster's count in a resident slice.
-    pub fn set_refcount(&mut self, cluster: u64, count: u64) {
+    pub fn set_refcount(&mut self, cluster: HostCluster, count: u64) {
+        let HostCluster(cluster) = cluster;
         let refcounts = &self.write.as_ref().expect("writable images only").refcounts;
         let (place, order) = (refcounts.place(cluster), refcounts.geometry.refcount_order);
         qcow2::set_refcount(order, self.tables.change(place.table), place.index, count);
@@ -348,7 +349,7 @@ impl State {
         }
         let run = plan.window.run;
         for cluster in run.start.0..run.start.0 + run.count {
-            self.set_refcount(cluster, 1);
+            self.set_refcount(HostCluster(cluster), 1);
         }
         let write = self.write.as_mut().expect("a plan was made");
         write.alloc.add_window(plan.window, plan.file_length);
@@ -378,7 +379,7 @@ impl State {
             }
         }
         for cluster in growth.run.start.0..growth.run.start.0 + growth.run.count {
-            self.set_refcount(cluster, 1);
+            self.set_refcount(HostCluster(cluster), 1);
         }
     }
 
@@ -412,7 +413,7 @@ impl State {
         ready!(self.need_tables(slices, waker)?);
         for window in self.write_state()?.alloc.take_windows() {
             for cluster in window.run.start.0..window.run.start.0 + window.run.count {
-                self.set_refcount(cluster, 0);
+                self.set_refcount(HostCluster(cluster), 0);
             }
             self.write_state()?.alloc.add_free(window);
         }
@@ -445,7 +446,7 @@ impl Refcounts {
                 }
             }
             let mut missing: BTreeSet<u64> = wanted.iter().copied().collect();
-            missing.extend(self.missing_blocks(end / entries, last_block)?);
+            missing.extend(self.missing_blocks(end / entries..=last_block)?);
             if missing.len() as u64 <= blocks {
                 let blocks_taken = missing.len() as u64;
                 let new_blocks =
@@ -461,10 +462,10 @@ impl Refcounts {
         }
     }
 
-    /// Blocks `first..=last` that do not exist.
-    fn missing_blocks(&self, first: u64, last: u64) -> Result<Vec<u64>, EngineError> {
+    /// Those of these blocks that do not exist.
+    fn missing_blocks(&self, blocks: RangeInclusive<u64>) -> Result<Vec<u64>, EngineError> {
         let mut missing = Vec::new();
-        for block in first..=last {
+        for block in blocks {
             if self.block_offset(block)?.is_none() {
                 missing.push(block);
             }

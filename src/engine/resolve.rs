@@ -223,7 +223,7 @@ impl State {
                 Mapping::Subclusters | Mapping::Mixed | Mapping::Unresolved if may_walk == 0 => break,
                 Mapping::Subclusters | Mapping::Mixed | Mapping::Unresolved => {
                     piece = piece.min(may_walk);
-                    ready!(self.walk(at, piece, &mut extents, waker)?);
+                    ready!(self.walk(GuestOffset(at), piece, &mut extents, waker)?);
                     may_walk -= piece;
                 }
             }
@@ -240,24 +240,24 @@ impl State {
         waker: &Waker,
     ) -> Result<Answer<Vec<Extent>>, EngineError> {
         let mut extents = Vec::new();
-        ready!(self.walk(offset.0, length.min(EXACT_BYTES_MAX), &mut extents, waker)?);
+        ready!(self.walk(offset, length.min(EXACT_BYTES_MAX), &mut extents, waker)?);
         Ok(Answer::Ready(extents))
     }
 
     /// Adds the exact extents of a range by walking the layers for each piece of it.
     fn walk(
         &mut self,
-        offset: u64,
+        offset: GuestOffset,
         length: u64,
         extents: &mut Vec<Extent>,
         waker: &Waker,
     ) -> Result<Answer<()>, EngineError> {
-        let end = offset + length;
-        let mut at = offset;
+        let end = offset.0 + length;
+        let mut at = offset.0;
         let mut missing = Missing::default();
         let mut found = Vec::new();
         while at < end {
-            let (source, piece) = self.walk_one(at, end - at, &mut missing)?;
+            let (source, piece) = self.walk_one(GuestOffset(at), end - at, &mut missing)?;
             if let Some(source) = source {
                 found.push((source, piece));
             }
@@ -276,10 +276,11 @@ impl State {
     /// table is missing.
     fn walk_one(
         &mut self,
-        offset: u64,
+        offset: GuestOffset,
         length: u64,
         missing: &mut Missing,
     ) -> Result<(Option<Source>, u64), EngineError> {
+        let GuestOffset(offset) = offset;
         let mut length = length;
         let State { layers, tables, .. } = self;
         for layer in layers.iter() {

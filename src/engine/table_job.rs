@@ -9,6 +9,7 @@ use std::task::Waker;
 use qcow2::{HostCluster, HostOffset, HostRange, L1Entry};
 
 use crate::answer::{Answer, TableSlot, ready};
+use crate::entries::UsedEntry;
 use crate::error::EngineError;
 use crate::flush::l1_block_of;
 use crate::layers::Qcow2Layer;
@@ -79,7 +80,8 @@ impl State {
     pub fn commit_table(&mut self, plan: TablePlan, wakes: &mut WakeList) {
         let top = self.top_qcow2_mut();
         let (ids, slice_bytes) = (slices(top, plan.slot), top.slice_bytes() as usize);
-        top.l1.set(plan.slot.0, L1Entry::Table { offset: plan.place.offset, copied: true }.encode());
+        let raw = L1Entry::Table { offset: plan.place.offset, copied: true }.encode();
+        top.l1.set(UsedEntry { index: plan.slot.0, raw });
         let block = l1_block_of(&top.geometry, plan.slot.0);
         let old = plan.copy_of.map(|offset| top.geometry.host_cluster(offset));
         for id in ids {

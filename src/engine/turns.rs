@@ -216,8 +216,7 @@ mod tests {
     impl Line {
         /// Requests in the line. They want this many clusters for data each, or a table where that is 0.
         fn of(wanted: &[u64]) -> Self {
-            let mut line =
-                Line { alloc: Allocator::new(100, 65536, 1 << 30), turns: Vec::new(), tasks: Vec::new() };
+            let mut line = Line { alloc: Allocator::for_test(100), turns: Vec::new(), tasks: Vec::new() };
             for clusters in wanted {
                 line.turns.push(Turn::default());
                 line.tasks.push(Arc::default());

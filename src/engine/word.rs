@@ -48,6 +48,17 @@ const FILE_SHIFT: u32 = 47;
 const FILE_MASK: u64 = (1 << 14) - 1;
 const OFFSET_MASK: u64 = (1 << FILE_SHIFT) - 1;
 
+/// The distance from a word of data to the next one in a run, in 512-byte units.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Step(pub u64);
+
+impl Step {
+    /// The step for clusters of 2^`bits` bytes, at least 512.
+    pub fn of_cluster(bits: u32) -> Step {
+        Step((1 << bits) / 512)
+    }
+}
+
 impl Word {
     /// The word of [`Mapping::Unresolved`].
     pub const UNRESOLVED: Word = Word(0);
@@ -89,11 +100,11 @@ impl Word {
         (file, HostOffset((self.0 & OFFSET_MASK) * 512), self.0 & IN_PLACE != 0)
     }
 
-    /// The word of the next cluster in a run: zeros after zeros, pieces after pieces, data where this data ends. `step`
-    /// is the size of a cluster in 512-byte units. `None` where there is no such word.
-    pub(crate) fn next(self, step: u64) -> Option<Word> {
+    /// The word of the next cluster in a run: zeros after zeros, pieces after pieces, data where this data ends.
+    /// `None` where there is no such word.
+    pub(crate) fn next(self, step: Step) -> Option<Word> {
         match self.0 >> KIND_SHIFT {
-            KIND_DATA if (self.0 & OFFSET_MASK) + step <= OFFSET_MASK => Some(Word(self.0 + step)),
+            KIND_DATA if (self.0 & OFFSET_MASK) + step.0 <= OFFSET_MASK => Some(Word(self.0 + step.0)),
             KIND_DATA => None,
             _ => self.heads_run().then_some(self),
         }
@@ -109,8 +120,8 @@ impl Word {
     /// The word `clusters` clusters further on in a run that begins with this word: [`Word::next`], applied that often.
     /// The caller knows that the run reaches that far.
     #[inline]
-    pub(crate) fn in_run(self, clusters: u64, step: u64) -> Word {
-        if self.0 >> KIND_SHIFT == KIND_DATA { Word(self.0 + clusters * step) } else { self }
+    pub(crate) fn in_run(self, clusters: u64, step: Step) -> Word {
+        if self.0 >> KIND_SHIFT == KIND_DATA { Word(self.0 + clusters * step.0) } else { self }
     }
 
     /// Decodes the word. A place may be written only if it is in `writable`, the file with the top image's data: a word
@@ -176,19 +187,19 @@ mod tests {
     fn the_next_word_is_that_of_the_next_cluster() {
         let at = |offset, in_place| Word::data(FileIndex(3), HostOffset(offset), in_place);
         for in_place in [false, true] {
-            assert_eq!(at(65536, in_place).next(128), Some(at(131072, in_place)));
-            assert_eq!(at(65536, in_place).in_run(7, 128), at(8 * 65536, in_place));
+            assert_eq!(at(65536, in_place).next(Step(128)), Some(at(131072, in_place)));
+            assert_eq!(at(65536, in_place).in_run(7, Step(128)), at(8 * 65536, in_place));
             let last = (1 << 56) - 65536;
-            assert_eq!(at(last - 65536, in_place).next(128), Some(at(last, in_place)));
-            assert_eq!(at(last, in_place).next(128), None, "it would have no word");
+            assert_eq!(at(last - 65536, in_place).next(Step(128)), Some(at(last, in_place)));
+            assert_eq!(at(last, in_place).next(Step(128)), None, "it would have no word");
         }
         for word in [Word::ZERO, Word::MIXED] {
             assert!(word.heads_run());
-            assert_eq!((word.next(128), word.in_run(7, 128)), (Some(word), word));
+            assert_eq!((word.next(Step(128)), word.in_run(7, Step(128))), (Some(word), word));
         }
         for word in [Word::UNRESOLVED, Word::subclusters(FileIndex(3), HostOffset(65536), true)] {
             assert!(!word.heads_run());
-            assert_eq!(word.next(128), None);
+            assert_eq!(word.next(Step(128)), None);
         }
     }
 

@@ -221,12 +221,13 @@ impl L2Entry {
     /// - The zero flag is set in version 2.
     /// - The subcluster bitmap contradicts itself or the offset.
     pub fn decode(raw: impl Into<RawL2Entry>, geometry: &Geometry) -> Result<L2Entry, EntryError> {
-        let RawL2Entry { descriptor: raw, bitmap } = raw.into();
+        let entry = raw.into();
+        let RawL2Entry { descriptor: raw, .. } = entry;
         if raw & COMPRESSED != 0 {
             return decode_compressed(raw, geometry);
         }
         if geometry.extended_l2 {
-            return decode_subclusters(raw, bitmap, geometry);
+            return decode_subclusters(entry, geometry);
         }
         let offset = HostOffset(raw & OFFSET_MASK);
         let copied = raw & COPIED != 0;
@@ -383,12 +384,13 @@ fn decode_compressed(raw: u64, geometry: &Geometry) -> Result<L2Entry, EntryErro
 }
 
 /// Decodes an extended entry that is not compressed. Bit 0 of the descriptor is reserved: zeros are in the bitmap.
-fn decode_subclusters(raw: u64, bitmap: u64, geometry: &Geometry) -> Result<L2Entry, EntryError> {
+fn decode_subclusters(entry: RawL2Entry, geometry: &Geometry) -> Result<L2Entry, EntryError> {
+    let RawL2Entry { descriptor: raw, bitmap } = entry;
     let (offset, copied) = (HostOffset(raw & OFFSET_MASK), raw & COPIED != 0);
     if !geometry.is_aligned(offset.0) {
         return Err(EntryError::Unaligned { raw });
     }
-    let (allocated, zero) = subclusters_of(raw, bitmap)?;
+    let (allocated, zero) = subclusters_of(entry)?;
     let host = (offset.0 != 0).then_some(HostPlace { offset, copied });
     if host.is_none() && !allocated.is_empty() {
         return Err(EntryError::SubclusterNowhere { raw, bitmap });
@@ -396,8 +398,9 @@ fn decode_subclusters(raw: u64, bitmap: u64, geometry: &Geometry) -> Result<L2En
     Ok(Subclusters { host, allocated, zero }.entry())
 }
 
-/// Splits a bitmap into the allocated and the zero subclusters.
-pub(crate) fn subclusters_of(raw: u64, bitmap: u64) -> Result<(SubclusterSet, SubclusterSet), EntryError> {
+/// Splits an entry's bitmap into the allocated and the zero subclusters.
+pub(crate) fn subclusters_of(entry: RawL2Entry) -> Result<(SubclusterSet, SubclusterSet), EntryError> {
+    let RawL2Entry { descriptor: raw, bitmap } = entry;
     let (allocated, zero) = (SubclusterSet(bitmap as u32), SubclusterSet((bitmap >> 32) as u32));
     if !allocated.common(zero).is_empty() {
         return Err(EntryError::SubclusterTwice { raw, bitmap });

@@ -26,7 +26,7 @@ impl L2Entry {
         guest: GuestCluster,
     ) -> Result<L2Entry, EntryError> {
         let entry = raw.into();
-        let RawL2Entry { descriptor: raw, bitmap } = entry;
+        let RawL2Entry { descriptor: raw, .. } = entry;
         if raw & COMPRESSED != 0 {
             return Err(EntryError::CompressedInDataFile { raw });
         }
@@ -41,7 +41,7 @@ impl L2Entry {
             return Err(EntryError::DataFileOffset { raw, expected: host.offset });
         }
         let (allocated, zero) = match (geometry.extended_l2, reads_as_zero) {
-            (true, _) => subclusters_of(raw, bitmap)?,
+            (true, _) => subclusters_of(entry)?,
             (false, true) => (SubclusterSet::EMPTY, SubclusterSet::ALL),
             (false, false) => (SubclusterSet::ALL, SubclusterSet::EMPTY),
         };

@@ -88,8 +88,20 @@ pub fn patch_snapshots(count: u32, offset: HostOffset) -> Patch<12> {
     Patch { offset: HostOffset(SNAPSHOTS as u64), bytes }
 }
 
+/// The features of an image of version 3.
+#[derive(Clone, Copy, Debug)]
+pub struct Features {
+    /// A program that does not know one of these must not use the image.
+    pub incompatible: Incompatible,
+    /// A program may ignore these.
+    pub compatible: u64,
+    /// A program that writes to the image clears those that it does not know.
+    pub autoclear: u64,
+}
+
 /// Changes all features at once. Version 3 only.
-pub fn patch_features(incompatible: Incompatible, compatible: u64, autoclear: u64) -> Patch<24> {
+pub fn patch_features(features: Features) -> Patch<24> {
+    let Features { incompatible, compatible, autoclear } = features;
     let mut bytes = [0; 24];
     for (place, features) in bytes.chunks_exact_mut(8).zip([incompatible.0, compatible, autoclear]) {
         place.copy_from_slice(&features.to_be_bytes());
@@ -125,7 +137,8 @@ mod tests {
         assert_eq!(disk.bytes.iter().map(|byte| u32::from(*byte)).sum::<u32>(), 1 + 7 + 0x10);
         let snapshots = patch_snapshots(3, HostOffset(0x10_0000));
         assert_eq!((snapshots.offset.0, snapshots.bytes), (60, [0, 0, 0, 3, 0, 0, 0, 0, 0, 0x10, 0, 0]));
-        let features = patch_features(Incompatible::DIRTY, 2, 3);
+        let features =
+            patch_features(Features { incompatible: Incompatible::DIRTY, compatible: 2, autoclear: 3 });
         assert_eq!(
             (features.offset.0, features.bytes[7], features.bytes[15], features.bytes[23]),
             (72, 1, 2, 3)

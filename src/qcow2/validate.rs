@@ -3,6 +3,8 @@
 //! Reading and writing share them, so that no header is written that reading would refuse. Support for a
 //! feature is checked in [`Header::unsupported`].
 
+use std::ops::RangeInclusive;
+
 use crate::address::HostOffset;
 use crate::error::{FormatError, FormatErrorKind, Structure};
 use crate::extension;
@@ -59,9 +61,9 @@ impl Header {
     pub(crate) fn validate_sizes(&self) -> Result<(), FormatError> {
         let extended = self.incompatible.contains(Incompatible::EXTENDED_L2);
         let min = if extended { CLUSTER_BITS_MIN_EXTENDED_L2 } else { CLUSTER_BITS_MIN };
-        let bits = range(self.cluster_bits.into(), min.into(), CLUSTER_BITS_MAX.into());
+        let bits = range(self.cluster_bits.into(), min.into()..=CLUSTER_BITS_MAX.into());
         bits.map_err(|kind| FormatError::new(kind, Structure::ClusterBits, position::CLUSTER_BITS))?;
-        let order = range(self.refcount_order.into(), 0, REFCOUNT_ORDER_MAX.into());
+        let order = range(self.refcount_order.into(), 0..=REFCOUNT_ORDER_MAX.into());
         order.map_err(|kind| FormatError::new(kind, Structure::RefcountOrder, position::REFCOUNT_ORDER))
     }
 
@@ -101,7 +103,7 @@ impl Header {
         let error = |kind, at| FormatError::new(kind, Structure::RefcountTable, at);
         let clusters = u64::from(self.refcount_table_clusters);
         let max = REFCOUNT_TABLE_SIZE_MAX >> self.cluster_bits;
-        range(clusters, 1, max).map_err(|kind| error(kind, position::REFCOUNT_TABLE_CLUSTERS))?;
+        range(clusters, 1..=max).map_err(|kind| error(kind, position::REFCOUNT_TABLE_CLUSTERS))?;
         let place = self.validate_place(self.refcount_table_offset, clusters << self.cluster_bits);
         place.map_err(|kind| error(kind, position::REFCOUNT_TABLE_OFFSET))
     }
@@ -110,7 +112,7 @@ impl Header {
         let error = |kind, at| FormatError::new(kind, Structure::L1Table, at);
         let entries = u64::from(self.l1_entries);
         let max = L1_TABLE_SIZE_MAX / ENTRY_SIZE as u64;
-        range(entries, 0, max).map_err(|kind| error(kind, position::L1_ENTRIES))?;
+        range(entries, 0..=max).map_err(|kind| error(kind, position::L1_ENTRIES))?;
         let needed = self.geometry().l1_entries();
         if needed > max {
             return Err(error(FormatErrorKind::DiskTooLarge { needed, max }, position::SIZE));
@@ -125,14 +127,14 @@ impl Header {
     pub(crate) fn validate_snapshots(&self) -> Result<(), FormatError> {
         let error = |kind, at| FormatError::new(kind, Structure::SnapshotTable, at);
         let count = u64::from(self.snapshots);
-        range(count, 0, SNAPSHOTS_MAX.into()).map_err(|kind| error(kind, position::SNAPSHOTS))?;
+        range(count, 0..=SNAPSHOTS_MAX.into()).map_err(|kind| error(kind, position::SNAPSHOTS))?;
         let place = self.validate_place(self.snapshots_offset, count * SNAPSHOT_SIZE_MIN);
         place.map_err(|kind| error(kind, position::SNAPSHOTS_OFFSET))
     }
 
     fn validate_backing(&self) -> Result<(), FormatError> {
         if let Some(name) = &self.backing_file {
-            let length = range(name.len() as u64, 1, BACKING_FILE_LENGTH_MAX as u64);
+            let length = range(name.len() as u64, 1..=BACKING_FILE_LENGTH_MAX as u64);
             length.map_err(|kind| {
                 FormatError::new(kind, Structure::BackingFile, position::BACKING_FILE_LENGTH)
             })?;
@@ -148,12 +150,14 @@ impl Header {
     fn validate_extension(&self, magic: u32, data: &[u8], at: usize) -> Result<(), FormatError> {
         let length = data.len() as u64;
         let checked = match magic {
-            extension::BACKING_FORMAT => range(length, 0, BACKING_FORMAT_LENGTH_MAX as u64),
+            extension::BACKING_FORMAT => range(length, 0..=BACKING_FORMAT_LENGTH_MAX as u64),
             extension::ENCRYPTION_HEADER if self.crypt_method != CRYPT_METHOD_LUKS => {
                 Err(FormatErrorKind::NotEncrypted { method: self.crypt_method })
             }
-            extension::ENCRYPTION_HEADER => range(length, ENCRYPTION_HEADER_LENGTH, ENCRYPTION_HEADER_LENGTH)
-                .and_then(|()| self.validate_place(HostOffset(u64_at(data, 0)), u64_at(data, 8))),
+            extension::ENCRYPTION_HEADER => {
+                range(length, ENCRYPTION_HEADER_LENGTH..=ENCRYPTION_HEADER_LENGTH)
+                    .and_then(|()| self.validate_place(HostOffset(u64_at(data, 0)), u64_at(data, 8)))
+            }
             extension::BITMAPS => self.validate_bitmaps(data),
             // An end mark among the extensions would hide those after it.
             extension::END => Err(FormatErrorKind::Inconsistent),
@@ -163,19 +167,19 @@ impl Header {
     }
 
     fn validate_bitmaps(&self, data: &[u8]) -> Result<(), FormatErrorKind> {
-        range(data.len() as u64, BITMAPS_LENGTH, BITMAPS_LENGTH)?;
+        range(data.len() as u64, BITMAPS_LENGTH..=BITMAPS_LENGTH)?;
         if self.autoclear & AUTOCLEAR_BITMAPS == 0 {
             // Without the bit, a program without support for bitmaps has written to the image: the contents have no
             // meaning.
             return Ok(());
         }
-        range(u32_at(data, 0).into(), 1, BITMAPS_MAX)?;
+        range(u32_at(data, 0).into(), 1..=BITMAPS_MAX)?;
         match u32_at(data, 4) {
             0 => {}
             value => return Err(FormatErrorKind::Reserved { value: value.into() }),
         }
         let directory_size = u64_at(data, 8);
-        range(directory_size, 1, BITMAP_DIRECTORY_SIZE_MAX)?;
+        range(directory_size, 1..=BITMAP_DIRECTORY_SIZE_MAX)?;
         self.validate_place(HostOffset(u64_at(data, 16)), directory_size)
     }
 
@@ -196,6 +200,7 @@ impl Header {
     }
 }
 
-fn range(value: u64, min: u64, max: u64) -> Result<(), FormatErrorKind> {
-    if (min..=max).contains(&value) { Ok(()) } else { Err(FormatErrorKind::OutOfRange { value, min, max }) }
+fn range(value: u64, allowed: RangeInclusive<u64>) -> Result<(), FormatErrorKind> {
+    let (min, max) = (*allowed.start(), *allowed.end());
+    if allowed.contains(&value) { Ok(()) } else { Err(FormatErrorKind::OutOfRange { value, min, max }) }
 }

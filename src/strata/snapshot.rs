@@ -121,7 +121,7 @@ fn table(facts: &[SnapshotFacts]) -> String {
             date(one.date_sec),
             one.virtual_size.map_or("-".to_owned(), size::short),
             bytes(one.vm_state_size),
-            clock(one.vm_clock_sec, one.vm_clock_nsec),
+            clock(Duration::from_secs(one.vm_clock_sec) + Duration::from_nanos(one.vm_clock_nsec)),
         ]
     }));
     // A wider cell does not widen its column: one long name would pad each of 65,536 rows, and a format's width ends
@@ -138,9 +138,10 @@ fn table(facts: &[SnapshotFacts]) -> String {
     text
 }
 
-fn clock(seconds: u64, nanoseconds: u64) -> String {
+fn clock(running: Duration) -> String {
+    let seconds = running.as_secs();
     let (hours, minutes) = (seconds / 3600, seconds / 60 % 60);
-    format!("{hours:02}:{minutes:02}:{:02}.{:03}", seconds % 60, nanoseconds / 1_000_000)
+    format!("{hours:02}:{minutes:02}:{:02}.{:03}", seconds % 60, running.subsec_millis())
 }
 
 /// Seconds since 1970 as a date of the Gregorian calendar.

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use engine::LayerFormat;
 use engine::change::{Change, Resize};
-use qcow2::{Header, SECTOR};
+use qcow2::{GuestOffset, Header, SECTOR};
 use storage::{FileId, Kind, Operation, Storage};
 
 use crate::disk::Disk;
@@ -118,7 +118,7 @@ fn resize_qcow2<S: Storage>(
         }
         driver.block_on(data_file::resize(driver, file, to))?;
     }
-    if !rules::must_zero_tail(from, cluster_size) {
+    if !rules::must_zero_tail(GuestOffset(from), cluster_size) {
         let image = Alone { storage: &storage, driver, file: &chain.files[0] };
         return Ok(driver.block_on(image.change(change))?);
     }

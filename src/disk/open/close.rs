@@ -3,6 +3,7 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
+use qcow2::HostOffset;
 use storage::{Kind, Operation, Storage};
 
 use crate::error::{OpenError, RequestError};
@@ -63,7 +64,7 @@ impl<S: Storage> Worker<S> {
             if length >= present {
                 return Ok(());
             }
-            let length = rules::closed_length(length, self.engine().unit());
+            let length = rules::closed_length(HostOffset(length), self.engine().unit());
             let cut = Operation::bare(top, Kind::SetLength, length);
             self.driver.run_bare(cut).await.map_err(RequestError::io("cutting the image file"))?;
         }

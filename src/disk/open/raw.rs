@@ -13,7 +13,12 @@ use crate::open::foreign::Foreign;
 
 /// A raw layer. As in QEMU, a sector in which its file ends is part of the disk, and its missing bytes read as zero.
 pub(crate) fn raw_layer(path: &Path, info: &FileInfo) -> Layer {
-    Layer::raw(path.to_path_buf(), info.length.next_multiple_of(SECTOR), info.length)
+    Layer {
+        path: path.to_path_buf(),
+        header: None,
+        size: info.length.next_multiple_of(SECTOR),
+        file_length: info.length,
+    }
 }
 
 /// Warns of a raw layer whose bytes have the marks of a format. The guest sees the marks, and its writes destroy the

@@ -154,7 +154,7 @@ impl<S: Storage> FastPath<S> {
                 }
                 Mapping::Subclusters => {
                     let cluster = engine.lookup_subclusters(GuestOffset(at))?;
-                    let (target, alike) = part(&cluster, unit, within, writes)?;
+                    let (target, alike) = part(&cluster, GuestOffset(at), unit, writes)?;
                     piece = piece.min(alike);
                     target
                 }
@@ -222,9 +222,10 @@ fn keep(kept: &mut Vec<Kept>, slot: usize, offset: u64, slices: &[GuestSlice]) {
     place.slices.extend_from_slice(slices);
 }
 
-/// The target of a byte in a cluster with subclusters, and for how many bytes from there it holds. `None` if it is
-/// unknown, or a write may not go there.
-fn part(cluster: &SubclusterPlaces, unit: u64, within: u64, writes: bool) -> Option<(Target, u64)> {
+/// The target of the byte at an offset, in a cluster of `unit` bytes with subclusters, and for how many bytes from there
+/// it holds. `None` if it is unknown, or a write may not go there.
+fn part(cluster: &SubclusterPlaces, at: GuestOffset, unit: u64, writes: bool) -> Option<(Target, u64)> {
+    let within = at.0 & (unit - 1);
     let size = unit / u64::from(SUBCLUSTERS);
     let index = within / size;
     let (kind, run) = cluster.subclusters.at(index as u32);

@@ -57,7 +57,7 @@ impl<'a> Room<'a> {
         self.end = self.end.max(end);
         self.counts.grow(end);
         for cluster in first..end {
-            self.counts.set(cluster, 1);
+            self.counts.set(HostCluster(cluster), 1);
         }
         let run = HostRun::new(HostCluster(first), count);
         self.taken.push(run);
@@ -88,7 +88,7 @@ impl<'a> Room<'a> {
             }
             if let Some(table) = growth.table.take() {
                 for cluster in table.clusters() {
-                    self.counts.set(cluster, 0);
+                    self.counts.set(HostCluster(cluster), 0);
                 }
             }
             // The table gets half as many clusters again as needed, so that growth stays rare.
@@ -113,7 +113,7 @@ mod tests {
 
     fn full(clusters: u64) -> Counts {
         let mut counts = Counts::new(clusters + 1);
-        (0..clusters).for_each(|cluster| counts.set(cluster, 1));
+        (0..clusters).for_each(|cluster| counts.set(HostCluster(cluster), 1));
         counts
     }
 
@@ -121,7 +121,7 @@ mod tests {
     fn holes_are_taken_before_the_file_grows() {
         let mut counts = full(20);
         for hole in [5, 6, 8, 9, 10, 18, 19] {
-            counts.set(hole, 0);
+            counts.set(HostCluster(hole), 0);
         }
         let mut room = Room::new(&mut counts, geometry(4), 20);
         let firsts: Vec<u64> = [3, 2, 4, 1].map(|count| room.take(count).expect("room").start.0).to_vec();
@@ -133,7 +133,7 @@ mod tests {
     #[test]
     fn the_cluster_past_a_partial_last_cluster_may_be_in_use() {
         let mut counts = full(4);
-        counts.set(4, 1);
+        counts.set(HostCluster(4), 1);
         assert_eq!(Room::new(&mut counts, geometry(4), 4).take(1).expect("room").start.0, 5);
     }
 

@@ -24,7 +24,7 @@ pub use step::PlanStep;
 
 use qcow2::header::{L1_TABLE_SIZE_MAX, SNAPSHOTS_MAX};
 use qcow2::snapshot::TABLE_LENGTH_MAX;
-use qcow2::{Geometry, Header, HostOffset, HostRange, Incompatible, Snapshot, SnapshotTable};
+use qcow2::{Geometry, Header, HostCluster, HostOffset, HostRange, Incompatible, Snapshot, SnapshotTable};
 
 use crate::check::ImagePart;
 use crate::check::Step;
@@ -89,11 +89,11 @@ impl Tree {
 
     fn l1_sweep(&self) -> Sweep<()> {
         let mut sweep = Sweep::default();
-        sweep.push(self.l1_offset.0, self.entries * 8, self.walk.file_length, ());
+        sweep.push(HostRange::new(self.l1_offset, self.entries * 8), self.walk.file_length, ());
         sweep
     }
 
-    fn take_l1(&mut self, offset: u64, bytes: &[u8]) {
+    fn take_l1(&mut self, offset: HostOffset, bytes: &[u8]) {
         self.l1.extend(bytes.as_chunks::<8>().0.iter().map(|word| u64::from_be_bytes(*word)));
         self.walk.l1(offset, bytes, self.part, self.times);
     }
@@ -207,7 +207,7 @@ impl Planner {
                 sweep.feed(bytes, |piece, bytes| base.refcount_table(piece.offset, piece.within / 8, bytes));
             }
             Phase::Refblocks(sweep) => {
-                sweep.feed(bytes, |piece, bytes| base.refblock(*piece.tag, piece.within, bytes));
+                sweep.feed(bytes, |piece, bytes| base.refblock(HostCluster(*piece.tag), piece.within, bytes));
             }
             Phase::Table(table) => table.feed(bytes, |entry| {
                 base.snapshot(&entry);
@@ -222,7 +222,8 @@ impl Planner {
                     active.walk.l2(piece.offset, piece.within, stays, *piece.tag);
                     if !goes.is_empty() {
                         let within = piece.within + stays.len() as u64;
-                        target.walk.l2(piece.offset + stays.len() as u64, within, goes, *piece.tag);
+                        let offset = HostOffset(piece.offset.0 + stays.len() as u64);
+                        target.walk.l2(offset, within, goes, *piece.tag);
                     }
                 });
             }

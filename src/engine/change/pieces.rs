@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 use qcow2::entry::COPIED;
-use qcow2::{HostOffset, HostRange};
+use qcow2::{HostCluster, HostOffset, HostRange};
 
 use super::step::PlanStep;
 use crate::check::READ_MAX;
@@ -45,8 +45,8 @@ pub(super) fn cancel(one: &mut Counts, other: &mut Counts) {
     for cluster in one.touched(one) {
         let both = one.get(cluster).min(other.get(cluster));
         if both > 0 {
-            one.subtract(cluster, both);
-            other.subtract(cluster, both);
+            one.subtract(HostCluster(cluster), both);
+            other.subtract(HostCluster(cluster), both);
         }
     }
 }

@@ -24,7 +24,7 @@ use std::ops::Range;
 
 use qcow2::entry::{COPIED, encode_refblock_offset};
 use qcow2::position::{
-    Patch, REFCOUNT_TABLE_OFFSET, patch_autoclear, patch_disk, patch_features, patch_refcount_table,
+    Features, Patch, REFCOUNT_TABLE_OFFSET, patch_autoclear, patch_disk, patch_features, patch_refcount_table,
     patch_snapshots,
 };
 use qcow2::{
@@ -302,7 +302,7 @@ impl Plan {
             if less == 0 {
                 continue;
             }
-            self.counts.subtract(cluster, less);
+            self.counts.subtract(HostCluster(cluster), less);
             blocks.insert(cluster / entries);
             if self.counts.get(cluster) > 0 {
                 continue;
@@ -328,9 +328,9 @@ impl Plan {
                 if counted.any(|cluster| left.get(cluster) != u64::from(cluster == own)) {
                     return true;
                 }
-                left.subtract(own, 1);
+                left.subtract(HostCluster(own), 1);
                 self.lower.grow(own + 1);
-                self.lower.set(own, 1);
+                self.lower.set(HostCluster(own), 1);
                 writes.push_back(Action::Bytes(self.refcount_table + index * 8, vec![0; 8]));
                 false
             });
@@ -359,6 +359,13 @@ impl Plan {
             PlanStep::File(FileStep::Cut { length: end * self.geometry.cluster_size() + self.tail })
         })
     }
+}
+
+/// The entries of a new L1 table.
+struct NewL1 {
+    entries: Vec<u64>,
+    /// The table has at least so many entries; those not given are 0.
+    least: u64,
 }
 
 fn write(offset: HostOffset, bytes: Vec<u8>) -> PlanStep {
@@ -413,7 +420,8 @@ impl Draft {
             Change::Snapshot(SnapshotChange::Create { .. }) => {
                 draft.raise(&active.walk.references)?;
                 draft.clear = Flagged { l2_tables: active_tables, l1: Some(active_l1) };
-                draft.add_snapshot(snapshots, active.l1, active.entries, clusters)?;
+                let l1 = NewL1 { entries: active.l1, least: active.entries };
+                draft.add_snapshot(snapshots, l1, clusters)?;
             }
             Change::Snapshot(SnapshotChange::Delete { .. }) => {
                 draft.lower = target.walk.references;
@@ -431,16 +439,18 @@ impl Draft {
                 draft.clear.l2_tables = target.walk.l2.keys().copied().collect();
                 let size = snapshots[index].disk_size().unwrap_or(geometry.size);
                 // The VM state past the disk is included, as in QEMU.
-                draft.switch_l1(target.l1, target.entries, size, None, clusters)?;
+                let l1 = NewL1 { entries: target.l1, least: target.entries };
+                draft.switch_l1(l1, size, None, clusters)?;
             }
             Change::Resize(resize) => {
                 draft.lower = target.walk.references;
                 draft.free(active_l1);
                 let tables = resize.tables(&cut, &geometry);
                 if let Some(table) = cut.table.filter(|_| tables.length() > 0) {
-                    draft.lower.add(table, 1);
+                    draft.lower.add(HostCluster(table), 1);
                 }
-                draft.switch_l1(active.l1, 0, resize.size, Some(tables), clusters)?;
+                let l1 = NewL1 { entries: active.l1, least: 0 };
+                draft.switch_l1(l1, resize.size, Some(tables), clusters)?;
             }
         }
         Ok(draft)
@@ -460,7 +470,7 @@ impl Draft {
                 let offset = self.geometry.host_offset(HostCluster(cluster));
                 return Err(ChangeRefusal::RefcountFull { offset, needed, max });
             }
-            self.counts.set(cluster, needed);
+            self.counts.set(HostCluster(cluster), needed);
             self.raised.insert(cluster / entries);
         }
         Ok(())
@@ -470,7 +480,7 @@ impl Draft {
     fn free(&mut self, table: HostRange) {
         let first = self.geometry.host_cluster(table.offset).0;
         for cluster in first..first + self.geometry.clusters_for(table.length) {
-            self.lower.add(cluster, 1);
+            self.lower.add(HostCluster(cluster), 1);
         }
     }
 
@@ -521,17 +531,17 @@ impl Draft {
     fn add_snapshot(
         &mut self,
         mut snapshots: Vec<Snapshot>,
-        l1: Vec<u64>,
-        entries: u64,
+        l1: NewL1,
         clusters: u64,
     ) -> Result<(), ChangeRefusal> {
         let old_length = snapshots[..snapshots.len() - 1].iter().map(|old| old.encoded_length() as u64).sum();
         let new_length = snapshots.iter().map(|snapshot| snapshot.encoded_length() as u64).sum();
+        let entries = l1.least;
         let places = self.take_room(&[entries * 8, new_length], clusters)?;
         let new = snapshots.last_mut().expect("the new one is the last");
         // At most 32 MiB of entries, so the number fits.
         (new.l1_offset, new.l1_entries) = (HostOffset(places[0]), entries as u32);
-        self.write_new(places[0], encode_l1(&l1, entries, |_| false));
+        self.write_new(places[0], encode_l1(&l1.entries, entries, |_| false));
         self.write_new(places[1], qcow2::snapshot::encode_table(&snapshots));
         self.switch_to(patch_snapshots(snapshots.len() as u32, HostOffset(places[1])));
         self.free(HostRange::new(self.header.snapshots_offset, old_length));
@@ -553,16 +563,16 @@ impl Draft {
         Ok(())
     }
 
-    /// Gives the disk another size and a new L1 table with these entries, and entries for the new L2 tables. The table
-    /// has at least `least` entries, and all that the size needs.
+    /// Gives the disk another size and a new L1 table, with entries for the new L2 tables. The table has all entries that
+    /// the size needs.
     fn switch_l1(
         &mut self,
-        mut l1: Vec<u64>,
-        least: u64,
+        l1: NewL1,
         size: u64,
         mut tables: Option<NewTables>,
         clusters: u64,
     ) -> Result<(), ChangeRefusal> {
+        let NewL1 { entries: mut l1, least } = l1;
         // A disk has at least one entry, whether it needs one or not.
         let entries = Geometry { size, ..self.geometry }.l1_entries().max(least).max(1);
         let length = tables.as_ref().map_or(0, NewTables::length);
@@ -686,7 +696,11 @@ impl Draft {
         }
         let marks = self.header.incompatible.without(Incompatible::DIRTY);
         let marks = if dirty { marks.with(Incompatible::DIRTY) } else { marks };
-        let patch = patch_features(marks, self.header.compatible, self.autoclear);
+        let patch = patch_features(Features {
+            incompatible: marks,
+            compatible: self.header.compatible,
+            autoclear: self.autoclear,
+        });
         vec![Action::Bytes(patch.offset.0, patch.bytes.to_vec())]
     }
 }

@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use qcow2::entry::HOST_OFFSET_LIMIT;
 use qcow2::header::L1_TABLE_SIZE_MAX;
-use qcow2::{Geometry, Header, HostCluster, L1Entry, L2Entry, Snapshot, Version};
+use qcow2::{Geometry, Header, HostCluster, HostOffset, L1Entry, L2Entry, Snapshot, Version};
 
 use super::refusal::ChangeRefusal;
 use crate::check::READ_MAX;
@@ -135,11 +135,11 @@ impl Cut {
     pub fn split<'b>(
         &mut self,
         geometry: &Geometry,
-        offset: u64,
+        offset: HostOffset,
         within: u64,
         bytes: &'b [u8],
     ) -> (&'b [u8], &'b [u8]) {
-        if self.table.is_none_or(|table| geometry.host_offset(HostCluster(table)).0 != offset - within) {
+        if self.table.is_none_or(|table| geometry.host_offset(HostCluster(table)).0 != offset.0 - within) {
             return (bytes, &[]);
         }
         let staying = self.in_table.saturating_sub(within).min(bytes.len() as u64);

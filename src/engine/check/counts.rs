@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 
-use qcow2::Geometry;
+use qcow2::{Geometry, HostCluster};
 
 /// Clusters in a page.
 const PAGE: u64 = 1024;
@@ -39,7 +39,8 @@ impl Counts {
     ///
     /// # Panics
     /// If there is no such cluster: a programmer error.
-    pub fn set(&mut self, cluster: u64, count: u64) {
+    pub fn set(&mut self, cluster: HostCluster, count: u64) {
+        let HostCluster(cluster) = cluster;
         assert!(cluster < self.clusters, "cluster {cluster} of {}", self.clusters);
         let slot = &mut self.pages[(cluster / PAGE) as usize];
         if slot.is_none() && count == 0 {
@@ -63,16 +64,16 @@ impl Counts {
     ///
     /// # Panics
     /// As for [`Counts::set`].
-    pub fn add(&mut self, cluster: u64, count: u64) {
-        self.set(cluster, self.get(cluster).saturating_add(count));
+    pub fn add(&mut self, cluster: HostCluster, count: u64) {
+        self.set(cluster, self.get(cluster.0).saturating_add(count));
     }
 
     /// Subtracts from the count of a cluster; the result is at least 0.
     ///
     /// # Panics
     /// As for [`Counts::set`].
-    pub fn subtract(&mut self, cluster: u64, count: u64) {
-        self.set(cluster, self.get(cluster).saturating_sub(count));
+    pub fn subtract(&mut self, cluster: HostCluster, count: u64) {
+        self.set(cluster, self.get(cluster.0).saturating_sub(count));
     }
 
     /// The clusters of all pages that are allocated here or in `other`, ascending.
@@ -122,16 +123,16 @@ mod tests {
         let mut counts = Counts::new(3 * PAGE + 5);
         let values = [0, 1, 65_534, 65_535, 65_536, u64::MAX];
         for (n, value) in values.iter().enumerate() {
-            counts.set(n as u64, *value);
-            counts.set(3 * PAGE + 4 - n as u64 % 5, *value);
+            counts.set(HostCluster(n as u64), *value);
+            counts.set(HostCluster(3 * PAGE + 4 - n as u64 % 5), *value);
         }
         assert_eq!([0, 1, 2, 3, 4, 5].map(|n| counts.get(n)), values);
-        counts.add(2, 1);
-        counts.add(5, 1);
-        counts.subtract(3, 1);
-        counts.subtract(0, 1);
+        counts.add(HostCluster(2), 1);
+        counts.add(HostCluster(5), 1);
+        counts.subtract(HostCluster(3), 1);
+        counts.subtract(HostCluster(0), 1);
         assert_eq!([0, 2, 3, 5].map(|n| counts.get(n)), [0, 65_535, 65_534, u64::MAX]);
-        counts.set(4, 7);
+        counts.set(HostCluster(4), 7);
         assert_eq!(counts.get(4), 7);
         assert_eq!(counts.get(PAGE), 0);
         assert_eq!(counts.get(99 * PAGE), 0);
@@ -142,18 +143,18 @@ mod tests {
         let mut counts = Counts::new(1 << 30);
         let mut other = Counts::new(PAGE + 1);
         assert_eq!(counts.touched(&other).count(), 0);
-        counts.set(9 * PAGE, 0);
+        counts.set(HostCluster(9 * PAGE), 0);
         assert_eq!(counts.touched(&other).count(), 0);
-        counts.add(7 * PAGE + 3, 1);
-        counts.add((1 << 30) - 1, 1);
-        other.add(PAGE, 1);
+        counts.add(HostCluster(7 * PAGE + 3), 1);
+        counts.add(HostCluster((1 << 30) - 1), 1);
+        other.add(HostCluster(PAGE), 1);
         let walked: Vec<u64> = counts.touched(&other).collect();
         assert_eq!(walked.len() as u64, 3 * PAGE);
         assert_eq!((walked[0], walked[PAGE as usize]), (PAGE, 7 * PAGE));
         assert_eq!(other.touched(&counts).collect::<Vec<_>>(), walked);
         assert!(counts.held_bytes() < 10 << 20);
         other.grow(4 * PAGE + 1);
-        other.add(4 * PAGE, 1);
+        other.add(HostCluster(4 * PAGE), 1);
         assert_eq!(other.touched(&other).last(), Some(4 * PAGE));
     }
 }

@@ -28,7 +28,7 @@ pub use refusal::{NotRepairable, RepairKind};
 pub use repair::Repair;
 pub use report::{FINDINGS_OF_KIND_MAX, Finding, FindingKind, ImagePart, Refusal, Report, Tally, Verdict};
 
-use qcow2::{BitmapDirectory, Header, HostOffset, HostRange, Salvaged, SnapshotTable};
+use qcow2::{BitmapDirectory, Header, HostCluster, HostOffset, HostRange, Salvaged, SnapshotTable};
 
 use self::report::FindingKind::{BadBitmap, BadSnapshot};
 use self::sweep::Sweep;
@@ -161,7 +161,7 @@ impl Checker {
                 walk.refcount_table(piece.offset, piece.within / 8, bytes);
             }),
             Phase::Refblocks(sweep) => {
-                sweep.feed(bytes, |piece, bytes| walk.refblock(*piece.tag, piece.within, bytes));
+                sweep.feed(bytes, |piece, bytes| walk.refblock(HostCluster(*piece.tag), piece.within, bytes));
             }
             Phase::Snapshots(table) => table.feed(bytes, |entry| {
                 walk.snapshot(&entry);

@@ -169,7 +169,7 @@ impl Repair {
         let clusters = places.iter().flat_map(|place| place.run.clusters());
         let mut changed = BTreeSet::new();
         for cluster in clusters {
-            self.counts.subtract(cluster, 1);
+            self.counts.subtract(HostCluster(cluster), 1);
             changed.insert(cluster / self.geometry.refblock_entries());
         }
         for index in changed.into_iter().rev() {
@@ -223,7 +223,7 @@ fn new_snapshot_table(walk: &mut Walk, actions: &mut VecDeque<Action>, end: &mut
     let count = bytes.len() as u64 / size;
     *end = first + count;
     walk.references.grow(*end);
-    (first..*end).for_each(|cluster| walk.references.add(cluster, 1));
+    (first..*end).for_each(|cluster| walk.references.add(HostCluster(cluster), 1));
     actions.push_back(Action::Bytes { offset: first * size, bytes });
     actions.push_back(Action::Sync);
     // At most as many snapshots as before, so the number fits.
@@ -244,7 +244,7 @@ fn lower(walk: &mut Walk) {
     for cluster in walk.references.touched(&walk.recorded) {
         let (recorded, references) = (walk.recorded.get(cluster), walk.references.get(cluster));
         if recorded < references {
-            walk.references.set(cluster, recorded);
+            walk.references.set(HostCluster(cluster), recorded);
         }
     }
 }
@@ -284,7 +284,7 @@ fn anew(
 ) -> Result<VecDeque<Action>, NotRepairable> {
     for place in &walk.refcount_places {
         for cluster in place.run.clusters() {
-            walk.references.subtract(cluster, 1);
+            walk.references.subtract(HostCluster(cluster), 1);
         }
     }
     let (geometry, size) = (walk.geometry, walk.geometry.cluster_size());
@@ -314,7 +314,7 @@ fn anew(
     *end = start + table_clusters + blocks.len() as u64;
     walk.references.grow(*end);
     for cluster in start..*end {
-        walk.references.add(cluster, 1);
+        walk.references.add(HostCluster(cluster), 1);
     }
     let mut table = vec![0; (table_clusters * size) as usize];
     let mut actions = VecDeque::new();
@@ -341,7 +341,7 @@ fn clear(walk: &mut Walk) -> Vec<Action> {
     walk.flag_fixes.retain(|fix| !offsets.contains(&fix.offset));
     for Clearing { host, times, .. } in &clearings {
         if let Some(host) = host {
-            walk.references.subtract(*host, *times);
+            walk.references.subtract(HostCluster(*host), *times);
         }
     }
     let mut actions: Vec<Action> =

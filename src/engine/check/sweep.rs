@@ -36,7 +36,8 @@ impl<T> Default for Sweep<T> {
 
 impl<T> Sweep<T> {
     /// Adds a region, as far as it is in the file. If the file ends within an entry, that entry is read whole.
-    pub fn push(&mut self, offset: u64, length: u64, file_length: u64, tag: T) {
+    pub fn push(&mut self, region: HostRange, file_length: u64, tag: T) {
+        let HostRange { offset: HostOffset(offset), length } = region;
         let length = length.min(file_length.saturating_sub(offset)).next_multiple_of(8);
         if length > 0 {
             self.items.push(Item { offset, length, tag });
@@ -85,7 +86,8 @@ impl<T> Sweep<T> {
         while let (false, Some(item)) = (bytes.is_empty(), self.items.get(self.at)) {
             let length = (item.length - self.done).min(bytes.len() as u64);
             let (here, rest) = bytes.split_at(length as usize);
-            each(&Piece { tag: &item.tag, offset: item.offset + self.done, within: self.done }, here);
+            let offset = HostOffset(item.offset + self.done);
+            each(&Piece { tag: &item.tag, offset, within: self.done }, here);
             bytes = rest;
             self.done += length;
             self.read += length;
@@ -110,8 +112,8 @@ impl<T> Sweep<T> {
 /// The location of a fed part of a region.
 pub(crate) struct Piece<'a, T> {
     pub tag: &'a T,
-    /// In the file, in bytes.
-    pub offset: u64,
+    /// In the file.
+    pub offset: HostOffset,
     /// In the region, in bytes.
     pub within: u64,
 }
@@ -176,7 +178,7 @@ mod tests {
             reads.push((piece.offset.0, piece.length));
             let bytes: Vec<u8> = (piece.offset.0..piece.end().0).map(|at| (at / 8) as u8).collect();
             sweep.feed(&bytes, |item, bytes| {
-                assert_eq!(bytes[0], (item.offset / 8) as u8);
+                assert_eq!(bytes[0], (item.offset.0 / 8) as u8);
                 seen.push_str(&format!("{}{}+{} ", item.tag, item.within, bytes.len()));
             });
         }
@@ -186,10 +188,10 @@ mod tests {
     #[test]
     fn neighbours_are_read_together_and_large_regions_in_pieces() {
         let mut sweep = Sweep::default();
-        sweep.push(512, 512, u64::MAX, 'a');
-        sweep.push(1024, 512, u64::MAX, 'b');
-        sweep.push(0, 16, u64::MAX, 'c');
-        sweep.push(4096, READ_MAX + 8, u64::MAX, 'd');
+        sweep.push(HostRange::new(HostOffset(512), 512), u64::MAX, 'a');
+        sweep.push(HostRange::new(HostOffset(1024), 512), u64::MAX, 'b');
+        sweep.push(HostRange::new(HostOffset(0), 16), u64::MAX, 'c');
+        sweep.push(HostRange::new(HostOffset(4096), READ_MAX + 8), u64::MAX, 'd');
         let (reads, seen) = run(&mut sweep);
         assert_eq!(reads, [(512, 1024), (0, 16), (4096, READ_MAX), (4096 + READ_MAX, 8)]);
         assert_eq!(seen, format!("a0+512 b0+512 c0+16 d0+{READ_MAX} d{READ_MAX}+8 "));
@@ -198,12 +200,12 @@ mod tests {
     #[test]
     fn regions_are_cut_to_the_file() {
         let mut sweep = Sweep::default();
-        sweep.push(512, 512, 600, 'a');
-        sweep.push(1024, 512, 600, 'b');
-        sweep.push(0, 0, 600, 'c');
+        sweep.push(HostRange::new(HostOffset(512), 512), 600, 'a');
+        sweep.push(HostRange::new(HostOffset(1024), 512), 600, 'b');
+        sweep.push(HostRange::new(HostOffset(0), 0), 600, 'c');
         assert_eq!(run(&mut sweep).0, [(512, 88)]);
         let mut sweep = Sweep::default();
-        sweep.push(512, 512, 603, 'a');
+        sweep.push(HostRange::new(HostOffset(512), 512), 603, 'a');
         assert_eq!(run(&mut sweep).0, [(512, 96)]);
     }
 

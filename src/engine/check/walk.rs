@@ -176,18 +176,18 @@ impl Walk {
 
     /// Counts references to a region in the file and returns its clusters. A region past the end of the file is a
     /// finding at `entry`.
-    fn count(&mut self, entry: u64, part: ImagePart, region: HostRange, times: u64) -> Option<Place> {
+    fn count(&mut self, entry: HostOffset, part: ImagePart, region: HostRange, times: u64) -> Option<Place> {
         if region.length == 0 {
             return None;
         }
         if self.is_past_end(region) {
             let kind = FindingKind::PastEnd { part, target: region.offset, length: region.length };
-            self.report.add(entry, kind);
+            self.report.add(entry.0, kind);
             return None;
         }
         let run = self.clusters_of(region);
         for cluster in run.clusters() {
-            self.references.add(cluster, times);
+            self.references.add(HostCluster(cluster), times);
         }
         Some(Place { run, part })
     }
@@ -200,26 +200,26 @@ impl Walk {
 
     pub fn refcount_table_sweep(&self) -> Sweep<()> {
         let mut sweep = Sweep::default();
-        let offset = self.header.refcount_table_offset.0;
-        sweep.push(offset, self.refcount_table_length(), self.file_length, ());
+        let table = HostRange::new(self.header.refcount_table_offset, self.refcount_table_length());
+        sweep.push(table, self.file_length, ());
         sweep
     }
 
     /// Takes entries of the refcount table, from index `first` on, at `offset`.
-    pub fn refcount_table(&mut self, offset: u64, first: u64, bytes: &[u8]) {
+    pub fn refcount_table(&mut self, offset: HostOffset, first: u64, bytes: &[u8]) {
         let (part, size) = (ImagePart::RefcountTable, self.geometry.cluster_size());
         for UsedEntry { offset: entry, index, raw } in entries(offset, first, bytes) {
             if raw & REFCOUNT_TABLE_RESERVED != 0 {
-                self.report.add(entry, FindingKind::ReservedBits { part, raw });
+                self.report.add(entry.0, FindingKind::ReservedBits { part, raw });
             }
             match qcow2::refblock_offset(raw, &self.geometry) {
                 Ok(None) => {}
                 Ok(Some(target)) if target.0 >> self.geometry.cluster_bits >= self.clusters => {
                     let kind = FindingKind::PastEnd { part: ImagePart::Refblock, target, length: size };
-                    self.report.add(entry, kind);
+                    self.report.add(entry.0, kind);
                 }
                 Ok(Some(target)) => self.refblocks.push(Refblock { index, offset: target.0 }),
-                Err(source) => self.report.add(entry, FindingKind::BadEntry { part, source }),
+                Err(source) => self.report.add(entry.0, FindingKind::BadEntry { part, source }),
             }
         }
     }
@@ -231,22 +231,22 @@ impl Walk {
             let first = block.index * self.geometry.refblock_entries();
             let counted = (self.clusters + 1).saturating_sub(first).min(self.geometry.refblock_entries());
             let length = (counted << self.geometry.refcount_order).div_ceil(8);
-            sweep.push(block.offset, length, self.file_length, first);
+            sweep.push(HostRange::new(HostOffset(block.offset), length), self.file_length, first);
         }
         sweep
     }
 
     /// Takes bytes of a refblock. Its first refcount is that of cluster `first`, and the bytes begin `within` bytes
     /// into it.
-    pub fn refblock(&mut self, first: u64, within: u64, bytes: &[u8]) {
+    pub fn refblock(&mut self, first: HostCluster, within: u64, bytes: &[u8]) {
         let order = self.geometry.refcount_order;
         let words = bytes.as_chunks::<8>().0;
         for (n, word) in words.iter().enumerate().filter(|(_, word)| **word != [0; 8]) {
-            let start = first + (((within + n as u64 * 8) * 8) >> order);
+            let start = first.0 + (((within + n as u64 * 8) * 8) >> order);
             for index in 0..64_usize >> order {
                 let (cluster, count) = (start + index as u64, qcow2::refcount(order, word, index));
                 if count != 0 && cluster <= self.clusters {
-                    self.recorded.set(cluster, count);
+                    self.recorded.set(HostCluster(cluster), count);
                 }
             }
         }
@@ -285,9 +285,9 @@ impl Walk {
         let l1 = HostRange::new(header.l1_offset, u64::from(header.l1_entries) * 8);
         let snapshots = HostRange::new(header.snapshots_offset, self.snapshot_table_length);
         let [l1_field, snapshots_field] =
-            [qcow2::position::L1_OFFSET, qcow2::position::SNAPSHOTS_OFFSET].map(|at| at as u64);
+            [qcow2::position::L1_OFFSET, qcow2::position::SNAPSHOTS_OFFSET].map(|at| HostOffset(at as u64));
         let places = [
-            self.count(0, ImagePart::Header, first, 1),
+            self.count(HostOffset(0), ImagePart::Header, first, 1),
             self.count(l1_field, ImagePart::ActiveL1, l1, 1),
             self.count(snapshots_field, ImagePart::SnapshotTable, snapshots, 1),
         ];
@@ -297,7 +297,7 @@ impl Walk {
         self.count_covered(tables, ImagePart::BitmapTable);
         if let Some(bitmaps) = self.header.bitmaps() {
             let directory = HostRange::new(bitmaps.directory_offset, bitmaps.directory_size);
-            let place = self.count(0, ImagePart::BitmapDirectory, directory, 1);
+            let place = self.count(HostOffset(0), ImagePart::BitmapDirectory, directory, 1);
             self.places.extend(place);
         }
         if self.external_data && self.header.snapshots > 0 {
@@ -309,7 +309,7 @@ impl Walk {
     fn count_covered(&mut self, regions: Vec<Covered>, part: ImagePart) {
         for Covered { start, end, times } in regions {
             for cluster in start..end {
-                self.references.add(cluster, times);
+                self.references.add(HostCluster(cluster), times);
             }
             self.places.push(Place { run: HostRun::new(HostCluster(start), end - start), part });
         }
@@ -333,20 +333,20 @@ impl Walk {
     pub fn bitmap_table_sweep(&self) -> Sweep<u64> {
         let mut sweep = Sweep::default();
         for Covered { start, end, times } in self.bitmap_tables.0.regions() {
-            sweep.push(start, end - start, self.file_length, times);
+            sweep.push(HostRange::new(HostOffset(start), end - start), self.file_length, times);
         }
         sweep
     }
 
     /// Takes entries of bitmaps' tables at `offset`; each counts `times`.
-    pub fn bitmap_table(&mut self, offset: u64, bytes: &[u8], times: u64) {
+    pub fn bitmap_table(&mut self, offset: HostOffset, bytes: &[u8], times: u64) {
         for UsedEntry { offset: entry, raw, .. } in entries(offset, 0, bytes) {
             match qcow2::bitmap_table_entry(raw, &self.geometry) {
                 Ok(None) => {}
                 Ok(Some(target)) => {
                     self.count(entry, ImagePart::Bitmap, self.cluster_at(target), times);
                 }
-                Err(raw) => self.report.add(entry, FindingKind::BadBitmapEntry { raw }),
+                Err(raw) => self.report.add(entry.0, FindingKind::BadBitmapEntry { raw }),
             }
         }
     }
@@ -354,26 +354,26 @@ impl Walk {
     pub fn active_l1_sweep(&self) -> Sweep<()> {
         let mut sweep = Sweep::default();
         let length = u64::from(self.header.l1_entries) * 8;
-        sweep.push(self.header.l1_offset.0, length, self.file_length, ());
+        sweep.push(HostRange::new(self.header.l1_offset, length), self.file_length, ());
         sweep
     }
 
     pub fn snapshot_l1_sweep(&self) -> Sweep<u64> {
         let mut sweep = Sweep::default();
         for Covered { start, end, times } in self.snapshot_l1.0.regions() {
-            sweep.push(start, end - start, self.file_length, times);
+            sweep.push(HostRange::new(HostOffset(start), end - start), self.file_length, times);
         }
         sweep
     }
 
     /// Takes entries of an L1 table at `offset`; each counts `times`.
-    pub fn l1(&mut self, offset: u64, bytes: &[u8], part: ImagePart, times: L2Use) {
+    pub fn l1(&mut self, offset: HostOffset, bytes: &[u8], part: ImagePart, times: L2Use) {
         for UsedEntry { offset: entry, raw, .. } in entries(offset, 0, bytes) {
             if raw & L1_RESERVED != 0 {
-                self.report.add(entry, FindingKind::ReservedBits { part, raw });
+                self.report.add(entry.0, FindingKind::ReservedBits { part, raw });
             } else if raw & OFFSET_MASK == 0 {
                 let source = EntryError::DataAtOffsetZero { raw };
-                self.report.add(entry, FindingKind::BadEntry { part, source });
+                self.report.add(entry.0, FindingKind::BadEntry { part, source });
             }
             match L1Entry::decode(raw, &self.geometry) {
                 Ok(L1Entry::Unallocated) => {}
@@ -384,11 +384,12 @@ impl Walk {
                         known.active = known.active.saturating_add(times.active);
                         known.snapshots = known.snapshots.saturating_add(times.snapshots);
                         if self.external_data && part == ImagePart::ActiveL1 {
-                            self.own_tables.insert(place.run.start.0, (entry - self.header.l1_offset.0) / 8);
+                            self.own_tables
+                                .insert(place.run.start.0, (entry.0 - self.header.l1_offset.0) / 8);
                         }
                     }
                 }
-                Err(source) => self.report.add(entry, FindingKind::BadEntry { part, source }),
+                Err(source) => self.report.add(entry.0, FindingKind::BadEntry { part, source }),
             }
         }
     }
@@ -397,7 +398,7 @@ impl Walk {
         let mut sweep = Sweep::default();
         let size = self.geometry.cluster_size();
         for (cluster, times) in &self.l2 {
-            sweep.push(cluster * size, size, self.file_length, *times);
+            sweep.push(self.cluster_at(HostOffset(cluster * size)), self.file_length, *times);
         }
         sweep
     }
@@ -407,21 +408,21 @@ impl Walk {
         let mut sweep = Sweep::default();
         let size = self.geometry.cluster_size();
         for (cluster, _) in self.l2.iter().filter(|(_, times)| times.active > 0) {
-            sweep.push(cluster * size, size, self.file_length, ());
+            sweep.push(self.cluster_at(HostOffset(cluster * size)), self.file_length, ());
         }
         sweep
     }
 
     /// Takes entries of an L2 table at `offset`, which begin `within` bytes into it.
-    pub fn l2(&mut self, offset: u64, within: u64, bytes: &[u8], times: L2Use) {
+    pub fn l2(&mut self, offset: HostOffset, within: u64, bytes: &[u8], times: L2Use) {
         if within == 0 {
             self.next_contiguous = 0;
         }
-        let table = self.own_tables.get(&((offset - within) >> self.geometry.cluster_bits)).copied();
+        let table = self.own_tables.get(&((offset.0 - within) >> self.geometry.cluster_bits)).copied();
         for (entry, raw) in l2_entries(self.geometry, offset, bytes) {
             self.l2_flags(entry, raw);
             if let Some(table) = table {
-                let at = (within + entry - offset) / self.geometry.l2_entry_size();
+                let at = (within + entry.0 - offset.0) / self.geometry.l2_entry_size();
                 self.elsewhere(entry, raw, GuestCluster(table * self.geometry.l2_entries() + at));
             }
             let understood = self.understand(raw);
@@ -429,7 +430,7 @@ impl Walk {
                 self.zero_flag(entry, raw, standard, times);
             }
             if let Some(source) = understood.note {
-                self.report.add(entry, FindingKind::BadEntry { part: ImagePart::L2, source });
+                self.report.add(entry.0, FindingKind::BadEntry { part: ImagePart::L2, source });
             }
             match understood.entry {
                 Ok(L2Entry::Compressed { offset, sectors }) => {
@@ -440,51 +441,53 @@ impl Walk {
                         self.standard(entry, raw.descriptor, host.offset, times);
                     }
                 }
-                Err(source) => self.report.add(entry, FindingKind::BadEntry { part: ImagePart::L2, source }),
+                Err(source) => {
+                    self.report.add(entry.0, FindingKind::BadEntry { part: ImagePart::L2, source });
+                }
             }
         }
     }
 
     /// Reports data in an external file that is not at the guest's own offset.
-    fn elsewhere(&mut self, entry: u64, raw: RawL2Entry, guest: GuestCluster) {
+    fn elsewhere(&mut self, entry: HostOffset, raw: RawL2Entry, guest: GuestCluster) {
         let decoded = L2Entry::decode_external(raw, &self.geometry, guest);
         if let Err(source @ EntryError::DataFileOffset { .. }) = decoded {
-            self.report.add(entry, FindingKind::BadEntry { part: ImagePart::L2, source });
+            self.report.add(entry.0, FindingKind::BadEntry { part: ImagePart::L2, source });
         }
     }
 
     /// Reports a zero flag in an image of version 2, which does not define it.
-    fn zero_flag(&mut self, entry: u64, raw: RawL2Entry, standard: L2Entry, times: L2Use) {
+    fn zero_flag(&mut self, entry: HostOffset, raw: RawL2Entry, standard: L2Entry, times: L2Use) {
         let raw = raw.descriptor;
         if self.geometry.version != Version::V2 || raw & COMPRESSED != 0 || raw & ZERO == 0 {
             return;
         }
         let has_backing = self.header.backing_file.is_some();
-        self.report.add(entry, FindingKind::ZeroFlag { raw, has_backing });
+        self.report.add(entry.0, FindingKind::ZeroFlag { raw, has_backing });
         if !has_backing {
             let cluster = |host: HostPlace| host.offset.0 >> self.geometry.cluster_bits;
             let host = standard.host().map(cluster).filter(|cluster| *cluster < self.clusters);
-            self.clearings.push(Clearing { offset: entry, host, times: times.all() });
+            self.clearings.push(Clearing { offset: entry.0, host, times: times.all() });
         }
     }
 
     /// Reports bits that must not be set in an L2 entry, whatever it names.
-    fn l2_flags(&mut self, entry: u64, RawL2Entry { descriptor: raw, bitmap }: RawL2Entry) {
+    fn l2_flags(&mut self, entry: HostOffset, RawL2Entry { descriptor: raw, bitmap }: RawL2Entry) {
         let compressed = raw & COMPRESSED != 0;
         if !compressed && raw & L2_RESERVED != 0 {
-            self.report.add(entry, FindingKind::ReservedBits { part: ImagePart::L2, raw });
+            self.report.add(entry.0, FindingKind::ReservedBits { part: ImagePart::L2, raw });
         }
         if compressed && raw & COPIED != 0 {
-            self.report.add(entry, FindingKind::CopiedCompressed { raw });
+            self.report.add(entry.0, FindingKind::CopiedCompressed { raw });
         }
         if compressed && bitmap != 0 {
-            self.report.add(entry, FindingKind::CompressedSubclusters { raw, bitmap });
+            self.report.add(entry.0, FindingKind::CompressedSubclusters { raw, bitmap });
         }
     }
 
-    fn compressed(&mut self, entry: u64, raw: u64, target: HostOffset, sectors: u64, times: L2Use) {
+    fn compressed(&mut self, entry: HostOffset, raw: u64, target: HostOffset, sectors: u64, times: L2Use) {
         if self.external_data {
-            self.report.add(entry, FindingKind::CompressedWithDataFile { raw });
+            self.report.add(entry.0, FindingKind::CompressedWithDataFile { raw });
             return;
         }
         let report = &mut self.report;
@@ -497,7 +500,7 @@ impl Walk {
         self.count(entry, ImagePart::Data, data, times.all());
     }
 
-    fn standard(&mut self, entry: u64, raw: u64, target: HostOffset, times: L2Use) {
+    fn standard(&mut self, entry: HostOffset, raw: u64, target: HostOffset, times: L2Use) {
         let size = self.geometry.cluster_size();
         // In an external data file the offset may be 0.
         let offset = raw & OFFSET_MASK;
@@ -537,7 +540,7 @@ impl Walk {
     // Flags.
 
     /// Compares the flags of entries of the active L1 table.
-    pub fn flags_in_l1(&mut self, offset: u64, bytes: &[u8]) {
+    pub fn flags_in_l1(&mut self, offset: HostOffset, bytes: &[u8]) {
         for UsedEntry { offset: entry, raw, .. } in entries(offset, 0, bytes) {
             if let Ok(L1Entry::Table { offset: target, copied }) = L1Entry::decode(raw, &self.geometry) {
                 self.flag(entry, raw, ImagePart::ActiveL1, target, copied);
@@ -546,7 +549,7 @@ impl Walk {
     }
 
     /// Compares the flags of entries of an L2 table.
-    pub fn flags_in_l2(&mut self, offset: u64, bytes: &[u8]) {
+    pub fn flags_in_l2(&mut self, offset: HostOffset, bytes: &[u8]) {
         for (entry, raw) in l2_entries(self.geometry, offset, bytes) {
             let Some(host) = self.understand(raw).entry.ok().and_then(L2Entry::host) else { continue };
             if !self.external_data {
@@ -554,24 +557,24 @@ impl Walk {
             } else if !host.copied {
                 // Data in an external file is never shared.
                 let (part, raw) = (ImagePart::L2, raw.descriptor);
-                self.report.add(entry, FindingKind::Copied { part, raw, refcount: 1 });
-                self.flag_fixes.push(FlagFix { offset: entry, raw: raw | COPIED });
+                self.report.add(entry.0, FindingKind::Copied { part, raw, refcount: 1 });
+                self.flag_fixes.push(FlagFix { offset: entry.0, raw: raw | COPIED });
             }
         }
     }
 
-    fn flag(&mut self, entry: u64, raw: u64, part: ImagePart, target: HostOffset, copied: bool) {
+    fn flag(&mut self, entry: HostOffset, raw: u64, part: ImagePart, target: HostOffset, copied: bool) {
         let cluster = target.0 >> self.geometry.cluster_bits;
         if cluster >= self.clusters {
             return;
         }
         let refcount = self.recorded.get(cluster);
         if copied != (refcount == 1) {
-            self.report.add(entry, FindingKind::Copied { part, raw, refcount });
+            self.report.add(entry.0, FindingKind::Copied { part, raw, refcount });
         }
         // The references do not include the refcount structure yet, which a repair may move.
         if copied != (self.references.get(cluster) == 1) {
-            self.flag_fixes.push(FlagFix { offset: entry, raw: raw ^ COPIED });
+            self.flag_fixes.push(FlagFix { offset: entry.0, raw: raw ^ COPIED });
         }
     }
 
@@ -580,13 +583,13 @@ impl Walk {
     /// Counts the refcount table and the refblocks. This is the last count, so anything else in their clusters shows.
     pub fn count_refcount_structure(&mut self) {
         let (offset, length) = (self.header.refcount_table_offset.0, self.refcount_table_length());
-        let field = qcow2::position::REFCOUNT_TABLE_OFFSET as u64;
+        let field = HostOffset(qcow2::position::REFCOUNT_TABLE_OFFSET as u64);
         let table = HostRange::new(HostOffset(offset), length);
         let table = self.count(field, ImagePart::RefcountTable, table, 1);
         self.refcount_places.extend(table);
         for n in 0..self.refblocks.len() {
             let Refblock { index, offset: target } = self.refblocks[n];
-            let entry = offset + index * 8;
+            let entry = HostOffset(offset + index * 8);
             let place = self.count(entry, ImagePart::Refblock, self.cluster_at(HostOffset(target)), 1);
             self.refcount_places.extend(place);
         }
@@ -612,30 +615,34 @@ impl Walk {
 
 /// The nonzero entries of a piece of an L2 table, with their offsets in the file. If the file ends within an entry, its
 /// bitmap is zero.
-fn l2_entries(geometry: Geometry, offset: u64, bytes: &[u8]) -> impl Iterator<Item = (u64, RawL2Entry)> {
+fn l2_entries(
+    geometry: Geometry,
+    offset: HostOffset,
+    bytes: &[u8],
+) -> impl Iterator<Item = (HostOffset, RawL2Entry)> {
     let size = geometry.l2_entry_size();
     let extended = geometry.extended_l2;
     bytes.chunks(size as usize).enumerate().filter_map(move |(n, bytes)| {
         let words = bytes.as_chunks::<8>().0;
         let word = |n: usize| words.get(n).map_or(0, |word| u64::from_be_bytes(*word));
         let raw = RawL2Entry { descriptor: word(0), bitmap: if extended { word(1) } else { 0 } };
-        (raw != RawL2Entry::default()).then_some((offset + n as u64 * size, raw))
+        (raw != RawL2Entry::default()).then_some((HostOffset(offset.0 + n as u64 * size), raw))
     })
 }
 
 /// A nonzero entry of a table.
 struct UsedEntry {
     /// Its offset in the file.
-    offset: u64,
+    offset: HostOffset,
     index: u64,
     raw: u64,
 }
 
 /// The nonzero entries of a piece of a table. The piece is at `offset` and begins with entry `first`.
-fn entries(offset: u64, first: u64, bytes: &[u8]) -> impl Iterator<Item = UsedEntry> {
+fn entries(offset: HostOffset, first: u64, bytes: &[u8]) -> impl Iterator<Item = UsedEntry> {
     let words = bytes.as_chunks::<8>().0.iter().enumerate().filter(|(_, word)| **word != [0; 8]);
     words.map(move |(n, word)| UsedEntry {
-        offset: offset + n as u64 * 8,
+        offset: HostOffset(offset.0 + n as u64 * 8),
         index: first + n as u64,
         raw: u64::from_be_bytes(*word),
     })

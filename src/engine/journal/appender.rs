@@ -7,6 +7,7 @@ use qcow2::{Geometry, GuestCluster, RawL2Entry};
 use crate::bounds::JOURNAL_CUT_SHARE;
 use crate::journal::record::Record;
 use crate::journal::ring::{JournalMemory, Ring};
+use crate::journal::seal::Seal;
 use crate::rules::order;
 
 /// The most records of one allocation. Its clusters are one run, but subclusters may differ in the first and the last.
@@ -120,7 +121,7 @@ impl Journal {
     pub fn begin(&mut self, memory: JournalMemory, number: u64, geometry: &Geometry) -> bool {
         self.end();
         self.of_a_plan = if geometry.extended_l2 { ALLOCATION_RECORDS_EXTENDED } else { ALLOCATION_RECORDS };
-        self.ring = Ring::begin(memory, number, self.head);
+        self.ring = Ring::begin(memory, Seal::of(number), self.head);
         self.is_on()
     }
 

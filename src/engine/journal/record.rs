@@ -1,6 +1,8 @@
 //! A record of the journal. It holds the new L2 entry of a guest cluster, or of a run of guest clusters whose
 //! entries follow from the first.
 
+use std::ops::Range;
+
 use qcow2::entry::{COMPRESSED, OFFSET_MASK};
 use qcow2::{Geometry, GuestCluster, RawL2Entry};
 
@@ -57,10 +59,10 @@ impl Record {
         fits
     }
 
-    /// The part of the record for clusters `start..end`, which lie in it.
-    pub fn part(&self, start: u64, end: u64, geometry: &Geometry) -> Option<Record> {
-        let raw = self.raw_at(start - self.first.0, geometry)?;
-        Some(Record { first: GuestCluster(start), count: end - start, raw })
+    /// The part of the record for these guest clusters, which lie in it.
+    pub fn part(&self, clusters: Range<u64>, geometry: &Geometry) -> Option<Record> {
+        let raw = self.raw_at(clusters.start - self.first.0, geometry)?;
+        Some(Record { first: GuestCluster(clusters.start), count: clusters.end - clusters.start, raw })
     }
 }
 
@@ -94,7 +96,7 @@ mod tests {
         assert!(record.add(GuestCluster(11), data(6), &geometry));
         assert!(!record.add(GuestCluster(12), data(8), &geometry), "another host cluster");
         assert!(!record.add(GuestCluster(13), data(7), &geometry), "a gap in the guest's disk");
-        assert_eq!((record.count, record.part(11, 12, &geometry).map(|part| part.raw)), (2, Some(data(6))));
+        assert_eq!((record.count, record.part(11..12, &geometry).map(|part| part.raw)), (2, Some(data(6))));
         let mut zeros = Record { first: GuestCluster(0), count: 1, raw: RawL2Entry::from(1) };
         assert!(zeros.add(GuestCluster(1), RawL2Entry::from(1), &geometry), "zeros have no place");
         let last = Record { first: GuestCluster(0), count: 9, raw: RawL2Entry::from(OFFSET_MASK & !0xffff) };

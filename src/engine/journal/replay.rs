@@ -72,7 +72,7 @@ impl Replay {
         let run = self.runs.get(run)?;
         let start = run.first.0 + done;
         let end = run.end().min((start / slice_entries + 1) * slice_entries);
-        run.part(start, end.min(start + REPLAYED_AT_ONCE), &self.geometry)
+        run.part(start..end.min(start + REPLAYED_AT_ONCE), &self.geometry)
     }
 
     /// So many clusters of the next run are done.
@@ -120,15 +120,15 @@ fn put(latest: &mut BTreeMap<u64, Record>, new: Record, geometry: &Geometry) -> 
     let (start, end) = (new.first.0, new.end());
     new.raw_at(new.count - 1, geometry)?;
     if let Some((&first, &old)) = latest.range(..start).next_back().filter(|(_, old)| old.end() > start) {
-        latest.insert(first, old.part(first, start, geometry)?);
+        latest.insert(first, old.part(first..start, geometry)?);
         if old.end() > end {
-            latest.insert(end, old.part(end, old.end(), geometry)?);
+            latest.insert(end, old.part(end..old.end(), geometry)?);
         }
     }
     while let Some((&first, &old)) = latest.range(start..end).next() {
         latest.remove(&first);
         if old.end() > end {
-            latest.insert(end, old.part(end, old.end(), geometry)?);
+            latest.insert(end, old.part(end..old.end(), geometry)?);
         }
     }
     latest.insert(start, new);
@@ -255,7 +255,7 @@ impl State {
         // From now on it cannot become metadata.
         self.write_state()?.guard.aim(piece).map_err(EngineError::free_metadata)?;
         for cluster in piece.clusters() {
-            self.set_refcount(cluster, 1);
+            self.set_refcount(HostCluster(cluster), 1);
         }
         let ends = done + piece.count == claim.count;
         replay.claimed = if ends { (number + 1, 0) } else { (number, done + piece.count) };

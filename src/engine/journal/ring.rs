@@ -89,20 +89,20 @@ fn proof(seal: Seal, slots: u64) -> u64 {
 }
 
 /// The words of the record at a position.
-fn place(memory: &[AtomicU64], slots: u64, position: u64) -> &[AtomicU64] {
-    let at = HEADER_WORDS + (position % slots) as usize * RECORD_WORDS;
+fn place(memory: &[AtomicU64], position: u64) -> &[AtomicU64] {
+    let at = HEADER_WORDS + (position % slots_of(memory.len())) as usize * RECORD_WORDS;
     &memory[at..at + RECORD_WORDS]
 }
 
 impl Ring {
-    /// Begins an empty journal at a position, for the number in the image's header; `None` if the memory is too small.
-    pub fn begin(memory: JournalMemory, number: u64, position: u64) -> Option<Self> {
+    /// Begins an empty journal at a position, with the seal of the number in the image's header; `None` if the memory is
+    /// too small.
+    pub fn begin(memory: JournalMemory, seal: Seal, position: u64) -> Option<Self> {
         let words = (*memory).as_ref();
         let slots = slots_of(words.len());
         if slots < SLOTS_MIN {
             return None;
         }
-        let seal = Seal::of(number);
         // Until the last of these stores, which is the only one that the number fits, there is no journal.
         let proven = (AT_PROOF, proof(seal, slots));
         let header =
@@ -127,7 +127,7 @@ impl Ring {
     pub fn store(&self, position: u64, record: &Record) {
         let [clusters, descriptor, bitmap] = record.words();
         let seal = self.seal.over([position, clusters, descriptor, bitmap]);
-        let place = place(self.words(), self.slots, position);
+        let place = place(self.words(), position);
         for (word, value) in place.iter().zip([clusters, descriptor, bitmap, seal]) {
             word.store(value, Ordering::Relaxed);
         }
@@ -167,7 +167,7 @@ pub(crate) fn read(memory: &JournalMemory, number: u64) -> Result<Vec<Record>, J
     }
     let record = |position: u64| {
         let mut copy = [0; RECORD_WORDS];
-        for (word, shared) in copy.iter_mut().zip(place(words, slots, position)) {
+        for (word, shared) in copy.iter_mut().zip(place(words, position)) {
             *word = shared.load(Ordering::Relaxed);
         }
         let [clusters, descriptor, bitmap, sealed] = copy;

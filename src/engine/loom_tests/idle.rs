@@ -41,7 +41,7 @@ fn a_slice_comes_back_without_a_moment_of_another() {
 #[test]
 fn second_words_are_their_own_or_say_nothing() {
     explore(Some(3), || {
-        let map = Arc::new(ChainMap::new(4 * SLICE_WORDS, 65536, 2, true));
+        let map = Arc::new(ChainMap::new(4 * SLICE_WORDS, 16, 2, true));
         let mut writer = MapWriter::new();
         fill_split(&mut writer, &map, 0, 1);
         fill_split(&mut writer, &map, 1, 2);

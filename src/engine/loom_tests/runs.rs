@@ -6,7 +6,7 @@
 use super::*;
 
 /// A cluster size in bytes for which the words of [`word`] are a run.
-const TOGETHER: u64 = 65536;
+const TOGETHER: u32 = 16;
 
 /// A map of two slices with these words; the second slice is resident only if its words are given.
 fn map_of(frames: usize, first: [Word; 2], second: Option<[Word; 2]>) -> (Arc<ChainMap>, MapWriter) {

@@ -31,7 +31,7 @@ enum Role {
 
 impl Bench {
     fn new(window: u64) -> Self {
-        let line = Line { alloc: Allocator::new(9, 65536, 1 << 30), next: 0, served: Vec::new() };
+        let line = Line { alloc: Allocator::for_test(9), next: 0, served: Vec::new() };
         Bench { line: Arc::new(Mutex::new(line)), length: Arc::new(UnsafeCell::new(())), window }
     }
 

@@ -4,9 +4,9 @@ use super::*;
 use crate::word::FileIndex;
 use qcow2::HostOffset;
 
-/// Cluster sizes in bytes: with `APART` the words below are no run, with `TOGETHER` they are one.
-pub(super) const APART: u64 = 65536;
-pub(super) const TOGETHER: u64 = 512;
+/// Cluster bits: with `APART` the words below are no run, with `TOGETHER` they are one.
+pub(super) const APART: u32 = 16;
+pub(super) const TOGETHER: u32 = 9;
 
 pub(super) fn word(n: u64) -> Word {
     Word::data(FileIndex(0), HostOffset(n * 512), true)
