@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use vhost::vhost_user::message::VhostUserLog;
-use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
+use vm_memory::{Address, FileOffset, GuestAddress, MmapRegion, VolatileMemory};
 
 use crate::descriptor::{self, Kind};
 use crate::loss::{MemoryLoss, Watch};
@@ -105,7 +105,8 @@ impl DirtyLog {
 
     /// Marks the pages of a range of guest memory that the calling thread, or the host for it, has written. Pages that
     /// the log has no bit for are left out.
-    pub(crate) fn mark(&self, address: u64, bytes: u64) {
+    pub(crate) fn mark(&self, address: GuestAddress, bytes: u64) {
+        let GuestAddress(address) = address;
         let Some(last) = bytes.checked_sub(1) else { return };
         let last = (address.saturating_add(last) / LOG_PAGE).min(self.bytes * PAGES_IN_BYTE - 1);
         let first = address / LOG_PAGE;
@@ -154,7 +155,7 @@ impl ChainLog {
     pub(crate) fn end(&mut self, head: u16) {
         let noted = &mut self.written[usize::from(head)];
         for (address, bytes) in noted.drain(..) {
-            self.log.mark(address, u64::from(bytes));
+            self.log.mark(GuestAddress(address), u64::from(bytes));
         }
         if noted.capacity() > RANGES_KEPT {
             *noted = Vec::new();
@@ -167,7 +168,7 @@ impl ChainLog {
 pub(crate) struct PartLog {
     log: Arc<DirtyLog>,
     /// The address of the part in the log.
-    address: u64,
+    address: GuestAddress,
 }
 
 impl PartLog {
@@ -176,15 +177,15 @@ impl PartLog {
     ///
     /// # Errors
     /// When the log does not have all of it.
-    pub(crate) fn new(log: Arc<DirtyLog>, address: u64, bytes: u64) -> Result<Self, LogError> {
-        log.check_covers(address.saturating_add(bytes))?;
+    pub(crate) fn new(log: Arc<DirtyLog>, address: GuestAddress, bytes: u64) -> Result<Self, LogError> {
+        log.check_covers(address.0.saturating_add(bytes))?;
         log.mark(address, bytes);
         Ok(PartLog { log, address })
     }
 
     /// Marks bytes of the part that were just written.
     pub(crate) fn mark(&self, offset: usize, bytes: usize) {
-        self.log.mark(self.address + offset as u64, bytes as u64);
+        self.log.mark(self.address.unchecked_add(offset as u64), bytes as u64);
     }
 }
 
@@ -225,7 +226,7 @@ mod tests {
         ];
         for (address, bytes, expected) in cases {
             let file = file(4);
-            map(4, 0, &file).expect("a log").mark(address, bytes);
+            map(4, 0, &file).expect("a log").mark(GuestAddress(address), bytes);
             assert_eq!(bytes_of(&file, 4), expected, "{address:#x}, {bytes:#x}");
         }
     }
@@ -234,13 +235,13 @@ mod tests {
     fn marks_are_added() {
         let file = file(4);
         let log = map(4, 0, &file).expect("a log");
-        log.mark(0, 1);
-        log.mark(4096, 1);
-        log.mark(0, 8192);
+        log.mark(GuestAddress(0), 1);
+        log.mark(GuestAddress(4096), 1);
+        log.mark(GuestAddress(0), 8192);
         assert_eq!(bytes_of(&file, 4), [3, 0, 0, 0]);
         // The frontend has fetched them.
         file.write_all_at(&[0], 0).expect("cleared");
-        log.mark(4096, 1);
+        log.mark(GuestAddress(4096), 1);
         assert_eq!(bytes_of(&file, 4), [2, 0, 0, 0]);
     }
 
@@ -266,9 +267,9 @@ mod tests {
         let log = Arc::new(map(2, 0, &file(4096)).expect("a log"));
         assert!(log.check_covers(16 * 4096).is_ok());
         assert!(matches!(log.check_covers(16 * 4096 + 1), Err(LogError::TooShort { .. })));
-        assert!(PartLog::new(Arc::clone(&log), 15 * 4096, 4096).is_ok());
-        assert!(PartLog::new(Arc::clone(&log), 15 * 4096, 4097).is_err());
-        assert!(PartLog::new(log, u64::MAX, 4097).is_err());
+        assert!(PartLog::new(Arc::clone(&log), GuestAddress(15 * 4096), 4096).is_ok());
+        assert!(PartLog::new(Arc::clone(&log), GuestAddress(15 * 4096), 4097).is_err());
+        assert!(PartLog::new(log, GuestAddress(u64::MAX), 4097).is_err());
     }
 
     #[test]
@@ -300,7 +301,7 @@ mod tests {
         let log = DirtyLog::map(&VhostUserLog::new(4096, 0), copy, &loss).expect("a log");
         assert!(!log.is_lost());
         file.set_len(0).expect("it is cut");
-        log.mark(0, 1);
+        log.mark(GuestAddress(0), 1);
         assert!(log.is_lost() && loss.is_lost());
     }
 }

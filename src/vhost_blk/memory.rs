@@ -138,7 +138,8 @@ impl GuestMemory {
     ///
     /// # Errors
     /// When any byte of it is outside, or its end does not fit 64 bits.
-    pub fn check(&self, address: u64, length: u64) -> Result<(), BadAddress> {
+    pub fn check(&self, address: GuestAddress, length: u64) -> Result<(), BadAddress> {
+        let GuestAddress(address) = address;
         let bad = BadAddress { address, length };
         let bytes = usize::try_from(length).map_err(|_| bad)?;
         if self.mapping_of(address, bytes).is_some() {
@@ -424,8 +425,8 @@ mod tests {
         assert_eq!(table.guest_address(0x7000_0010), Some(4 * PAGE + 0x10));
         assert_eq!(table.guest_address(0x6000_0000), Some(0));
         assert_eq!(table.guest_address(0x6000_0000 + 2 * PAGE), None);
-        assert!(table.memory().check(0, 2 * PAGE).is_ok());
-        assert!(table.memory().check(0, 2 * PAGE + 1).is_err());
+        assert!(table.memory().check(GuestAddress(0), 2 * PAGE).is_ok());
+        assert!(table.memory().check(GuestAddress(0), 2 * PAGE + 1).is_err());
     }
 
     #[test]
@@ -470,8 +471,11 @@ mod tests {
         let info = info(0, HUGE + PAGE, 0, 0);
         let table = MemoryTable::new().with_regions(&[info], vec![file]).expect("a sound region");
         assert_eq!(mappings(name), 1);
-        assert!(table.memory().check(0, HUGE + PAGE).is_ok());
-        assert!(table.memory().check(0, HUGE + PAGE + 1).is_err(), "the rest of the page is no guest memory");
+        assert!(table.memory().check(GuestAddress(0), HUGE + PAGE).is_ok());
+        assert!(
+            table.memory().check(GuestAddress(0), HUGE + PAGE + 1).is_err(),
+            "the rest of the page is no guest memory"
+        );
         drop(table);
         assert_eq!(mappings(name), 0);
     }
@@ -497,8 +501,8 @@ mod tests {
     fn wrap_at_the_top_is_refused() {
         let top = u64::MAX - 2 * PAGE + 1;
         let table = table(&[info(0, PAGE, 0, 0), info(top, PAGE, PAGE, 0)]).expect("sound regions");
-        assert!(table.memory().check(top, PAGE).is_ok());
-        assert!(table.memory().check(top + PAGE, 1).is_err());
+        assert!(table.memory().check(GuestAddress(top), PAGE).is_ok());
+        assert!(table.memory().check(GuestAddress(top + PAGE), 1).is_err());
     }
 
     #[test]
@@ -533,13 +537,13 @@ mod tests {
         let one = table(&[info(0, PAGE, 0, 0)]).expect("sound regions");
         let kept = one.memory();
         let two = one.with_region(info(PAGE, PAGE, PAGE, 0), file(PAGE)).expect("room");
-        assert!(two.memory().check(0, 2 * PAGE).is_ok());
+        assert!(two.memory().check(GuestAddress(0), 2 * PAGE).is_ok());
         assert!(two.with_region(info(PAGE, PAGE, 0, 0), file(PAGE)).is_err(), "overlap");
         assert!(two.without_region(info(PAGE, 2 * PAGE, PAGE, 0)).is_err(), "another size");
         let back = two.without_region(info(0, PAGE, 0, 0)).expect("it is there");
-        assert!(back.memory().check(0, 1).is_err());
+        assert!(back.memory().check(GuestAddress(0), 1).is_err());
         let none = back.without_region(info(PAGE, PAGE, PAGE, 0)).expect("it is there");
-        assert!(none.memory().check(PAGE, 1).is_err());
+        assert!(none.memory().check(GuestAddress(PAGE), 1).is_err());
         drop((one, two, back, none));
         assert!(kept.read::<u64>(0).is_ok(), "an old table lives as long as somebody uses it");
     }

@@ -37,7 +37,7 @@ impl Part {
         let place = match memory.mapping_of(base, bytes) {
             Some((mapped, start)) => Place::Whole(mapped.clone(), start),
             None => {
-                memory.check(base, bytes as u64)?;
+                memory.check(GuestAddress(base), bytes as u64)?;
                 Place::Spread(Arc::clone(memory))
             }
         };

@@ -21,6 +21,10 @@ const MAX_DATA_BYTES: u64 = (i32::MAX as u64) & !(SECTOR - 1);
 /// Write zeroes: the space may be freed.
 const FLAG_UNMAP: u32 = 1;
 
+/// A 512-byte unit of the disk, by number.
+#[derive(Clone, Copy)]
+struct Sector(u64);
+
 /// How a request ended for the guest (virtio 1.3, 5.2.6).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Status {
@@ -152,13 +156,13 @@ impl Checker {
         if bytes > MAX_DATA_BYTES {
             return Err(Status::IoError);
         }
-        let offset = self.in_range(sector, bytes)?;
+        let offset = self.in_range(Sector(sector), bytes)?;
         Ok((offset, u32::try_from(bytes).map_err(|_| Status::IoError)?))
     }
 
-    /// The byte offset of `sector`, if the disk holds `bytes` from there, and both are multiples of a logical block.
-    fn in_range(&self, sector: u64, bytes: u64) -> Result<u64, Refusal> {
-        let offset = sector.checked_mul(SECTOR).ok_or(Status::IoError)?;
+    /// The byte offset of a sector, if the disk holds `bytes` from there, and both are multiples of a logical block.
+    fn in_range(&self, sector: Sector, bytes: u64) -> Result<u64, Refusal> {
+        let offset = sector.0.checked_mul(SECTOR).ok_or(Status::IoError)?;
         if (offset | bytes) & (u64::from(self.profile.block_size) - 1) != 0 {
             return Err(Status::IoError);
         }
@@ -203,7 +207,7 @@ impl Checker {
                 return Err(Status::IoError);
             }
             let length = u64::from(sectors) * SECTOR;
-            let offset = self.in_range(sector, length)?;
+            let offset = self.in_range(Sector(sector), length)?;
             if length > 0 {
                 requests.push(match kind {
                     Kind::Discard => Request::Discard { offset, length, write_through },

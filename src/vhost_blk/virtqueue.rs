@@ -4,6 +4,8 @@
 
 use std::sync::Arc;
 
+use vm_memory::GuestAddress;
+
 use crate::dirty_log::{DirtyLog, LogError, PartLog};
 use crate::error::RingError;
 use crate::in_flight_region::{
@@ -96,7 +98,11 @@ impl Virtqueue for SplitRing {
     }
 
     fn log_writes(&mut self, log: &Arc<DirtyLog>, address: u64, layout: &RingLayout) -> Result<(), LogError> {
-        self.log_used_ring(PartLog::new(Arc::clone(log), address, Self::used_bytes(layout.size))?);
+        self.log_used_ring(PartLog::new(
+            Arc::clone(log),
+            GuestAddress(address),
+            Self::used_bytes(layout.size),
+        )?);
         Ok(())
     }
 
@@ -203,9 +209,13 @@ impl Virtqueue for PackedRing {
 
     /// The frontend names an address for the device's event suppression only. Descriptors are logged where they are.
     fn log_writes(&mut self, log: &Arc<DirtyLog>, address: u64, layout: &RingLayout) -> Result<(), LogError> {
-        let event = PartLog::new(Arc::clone(log), address, Self::DEVICE_EVENT_BYTES)?;
+        let event = PartLog::new(Arc::clone(log), GuestAddress(address), Self::DEVICE_EVENT_BYTES)?;
         let bytes = Self::descriptor_bytes(layout.size);
-        PackedRing::log_writes(self, PartLog::new(Arc::clone(log), layout.descriptors, bytes)?, event);
+        PackedRing::log_writes(
+            self,
+            PartLog::new(Arc::clone(log), GuestAddress(layout.descriptors), bytes)?,
+            event,
+        );
         Ok(())
     }
 

@@ -296,7 +296,7 @@ impl<S: Storage> Worker<S> {
             if given_up.get() {
                 return Err(InUseError::GivenUp);
             }
-            let length = self.piece_length(at, end);
+            let length = self.piece_length(ByteRange::between(at, end));
             let request = Request::WriteZeroes { offset: at, length, unmap: true, write_through: false };
             let work = self.count_work(&request, &[]);
             self.serve(self.enter(), request, &[], work).await?;
@@ -319,17 +319,17 @@ impl<S: Storage> Worker<S> {
             if given_up.get() {
                 return Err(InUseError::GivenUp);
             }
-            let length = self.piece_length(at, end);
+            let length = self.piece_length(ByteRange::between(at, end));
             self.remove_entries(ByteRange::new(at, length)).await?;
             at += length;
         }
         Ok(())
     }
 
-    /// The bytes of the next piece to be cleared. Each begins where a granule does, but for the first.
-    fn piece_length(&self, at: u64, end: u64) -> u64 {
+    /// The bytes of the next piece of what is left to be cleared. Each begins where a granule does, but for the first.
+    fn piece_length(&self, left: ByteRange) -> u64 {
         let step = CLEARED_BYTES.min(CLEARED_GRANULES * self.engine().granule());
-        (end - at).min(step - at % step)
+        left.length.min(step - left.offset % step)
     }
 
     /// Makes the size durable, in the header of a qcow2 image. A raw image has its length already, or gets it by the cut.

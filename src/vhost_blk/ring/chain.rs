@@ -3,7 +3,7 @@
 //! Every descriptor is copied once and only the copy is used. The work is bounded whatever the descriptors hold.
 
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
-use vm_memory::VolatileMemory;
+use vm_memory::{GuestAddress, VolatileMemory};
 
 use crate::device::GuestSlice;
 use crate::error::BadAddress;
@@ -197,7 +197,7 @@ impl<'a> Table<'a> {
         }
         let whole = memory.whole(address, bytes);
         if whole.is_none() {
-            memory.check(address, bytes as u64)?;
+            memory.check(GuestAddress(address), bytes as u64)?;
         }
         Ok(Table { memory, whole, address, entries: bytes / DESCRIPTOR_BYTES })
     }
