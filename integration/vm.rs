@@ -19,7 +19,7 @@ use strata_integration::guest::GuestKit;
 use strata_integration::image::{self, Backing};
 use strata_integration::machine::Accelerator;
 use strata_integration::scenario::{self, Work};
-use strata_integration::stand::{self, Restart, Stand};
+use strata_integration::stand::{self, Restart, Stand, Visit};
 use strata_integration::{picture, setup};
 use strata_kit::random::Random;
 
@@ -185,6 +185,20 @@ fn synced_data_survives_killed_daemons() -> Result<()> {
     })
 }
 
+/// Expects that QEMU reads the same from the image as the guest did: the disk's first `sum_mib` MiB.
+fn expect_same_disk(stand: &Stand, folder: &Path, visit: &Visit, sum_mib: u64) -> Result<()> {
+    let flat = folder.join("flat.raw");
+    image::flatten(&stand.serve.image, &stand.serve.format, &flat)?;
+    assert_eq!(visit.fact("disk.md5")?, image::md5(&flat, sum_mib)?);
+    Ok(())
+}
+
+/// The passes of fio that the guest wrote and verified. QEMU must read the same as the guest.
+fn verified_passes(stand: &Stand, folder: &Path, visit: &Visit, sum_mib: u64) -> Result<usize> {
+    expect_same_disk(stand, folder, visit, sum_mib)?;
+    Ok(visit.facts.iter().filter(|(key, _)| key == "passes").count())
+}
+
 /// Restarts the daemon under a guest that writes and verifies with its write cache off, and checks the image.
 fn lives_on(stand: &Stand, folder: &Path, restarts: u64, how: Restart) -> Result<()> {
     if stand.program.backend != Backend::Strata {
@@ -201,10 +215,7 @@ fn lives_on(stand: &Stand, folder: &Path, restarts: u64, how: Restart) -> Result
     for key in ["disk.cache", "disk.cache.end"] {
         assert_eq!(visit.fact(key)?, "write through");
     }
-    let flat = folder.join("flat.raw");
-    image::flatten(&stand.serve.image, &stand.serve.format, &flat)?;
-    assert_eq!(visit.fact("disk.md5")?, image::md5(&flat, 2 * AREA_MIB)?);
-    let passes = visit.facts.iter().filter(|(key, _)| key == "passes").count();
+    let passes = verified_passes(stand, folder, &visit, 2 * AREA_MIB)?;
     println!("{restarts} restarts ({how:?}), seed {seed}: {passes} passes of fio written and verified");
     Ok(())
 }
@@ -240,11 +251,8 @@ fn moves(stand: &Stand, folder: &Path) -> Result<()> {
     let (visit, moved) = stand.migrations("migration", &script, moves)?;
     assert_eq!(visit.number("errors")?, 0, "the guest saw errors");
     assert_eq!(visit.number("packed")?, u64::from(stand.packed), "the kind of its rings");
-    let flat = folder.join("flat.raw");
-    image::flatten(&stand.serve.image, &stand.serve.format, &flat)?;
-    assert_eq!(visit.fact("disk.md5")?, image::md5(&flat, 2 * AREA_MIB)?);
+    let passes = verified_passes(stand, folder, &visit, 2 * AREA_MIB)?;
     image::expect_clean(&stand.serve.image)?;
-    let passes = visit.facts.iter().filter(|(key, _)| key == "passes").count();
     println!("{moved:?}; {passes} passes of fio written and verified");
     Ok(())
 }
@@ -308,9 +316,6 @@ fn a_guest_sees_its_disk_grow_under_load() -> Result<()> {
         );
         assert_eq!((visit.number("new.other_bytes")?, visit.number("errors")?), (0, 0));
         image::expect_clean(&stand.serve.image)?;
-        let flat = folder.join("flat.raw");
-        image::flatten(&stand.serve.image, &stand.serve.format, &flat)?;
-        assert_eq!(visit.fact("disk.md5")?, image::md5(&flat, GROWN_MIB)?);
-        Ok(())
+        expect_same_disk(stand, folder, &visit, GROWN_MIB)
     })
 }

@@ -68,28 +68,28 @@ impl Collector for Source {
 impl Source {
     fn requests(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
         self.per_operation(encoder, "requests", "Requests done, without those that failed", None, |of| {
-            vec![
-                ("read", of.rd_operations),
-                ("write", of.wr_operations),
-                ("flush", of.flush_operations),
-                ("discard", of.unmap_operations),
-                ("write_zeroes", of.write_zeroes_operations),
-                ("other", of.other_operations),
-            ]
+            named([
+                of.rd_operations,
+                of.wr_operations,
+                of.flush_operations,
+                of.unmap_operations,
+                of.write_zeroes_operations,
+                of.other_operations,
+            ])
         })?;
         self.per_operation(encoder, "request_errors", "Requests that failed", None, |of| {
-            vec![
-                ("read", of.failed_rd_operations),
-                ("write", of.failed_wr_operations),
-                ("flush", of.failed_flush_operations),
-                ("discard", of.failed_unmap_operations),
-                ("write_zeroes", of.failed_write_zeroes_operations),
-                ("other", of.failed_other_operations),
-            ]
+            named([
+                of.failed_rd_operations,
+                of.failed_wr_operations,
+                of.failed_flush_operations,
+                of.failed_unmap_operations,
+                of.failed_write_zeroes_operations,
+                of.failed_other_operations,
+            ])
         })?;
         let moved = "Bytes of reads and writes that did not fail";
         self.per_operation(encoder, "request", moved, Some(&Unit::Bytes), |of| {
-            vec![("read", of.rd_bytes), ("write", of.wr_bytes)]
+            named([of.rd_bytes, of.wr_bytes])
         })
     }
 
@@ -174,6 +174,14 @@ impl Source {
         let help = "Bytes that the host has allocated for a layer, the top image being 0";
         family(encoder, ("layer_allocated", help, Some(&Unit::Bytes)), samples)
     }
+}
+
+/// The operations that have labels, in the order in which [`named`] takes their values.
+const OPERATIONS: [&str; 6] = ["read", "write", "flush", "discard", "write_zeroes", "other"];
+
+/// The values of the first `N` operations, with their names.
+fn named<const N: usize>(values: [u64; N]) -> Vec<(&'static str, u64)> {
+    OPERATIONS.into_iter().zip(values).collect()
 }
 
 /// A gauge takes no more than an `i64`.

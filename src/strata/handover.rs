@@ -380,15 +380,37 @@ mod tests {
     const TERMS: Terms =
         Terms { device: 1, inode: 2, queues: 4, queue_size: 256, block: 4096, read_only: false };
 
+    /// A daemon that offers its disk on a socket in a folder, with the successors that have asked for it.
+    struct Offering {
+        folder: tempfile::TempDir,
+        offer: Offer,
+        successors: mpsc::Receiver<Successor>,
+    }
+
+    impl Offering {
+        fn start() -> Self {
+            let folder = tempfile::tempdir().expect("a folder");
+            let (found, successors) = mpsc::channel();
+            let found = move |successor| found.send(successor).expect("awaited");
+            let offer = Offer::start(&folder.path().join("s"), TERMS, found);
+            Offering { offer: offer.expect("it listens").expect("the path is short"), folder, successors }
+        }
+
+        fn socket(&self) -> PathBuf {
+            self.folder.path().join("s")
+        }
+
+        /// A successor asks, and is heard.
+        fn ask(&self, terms: Terms) -> (Predecessor, Successor) {
+            let predecessor = Predecessor::ask(&self.socket(), terms).expect("it is ours");
+            (predecessor.expect("it is there"), self.successors.recv().expect("it was asked"))
+        }
+    }
+
     fn meet() -> (tempfile::TempDir, Offer, Predecessor, Successor) {
-        let folder = tempfile::tempdir().expect("a folder");
-        let socket = folder.path().join("s");
-        let (found, successors) = mpsc::channel();
-        let offer = Offer::start(&socket, TERMS, move |successor| found.send(successor).expect("awaited"));
-        let offer = offer.expect("it listens").expect("the path is short");
-        let predecessor = Predecessor::ask(&socket, TERMS).expect("it is ours").expect("it is there");
-        let successor = successors.recv().expect("it was asked");
-        (folder, offer, predecessor, successor)
+        let offering = Offering::start();
+        let (predecessor, successor) = offering.ask(TERMS);
+        (offering.folder, offering.offer, predecessor, successor)
     }
 
     #[test]
@@ -426,11 +448,7 @@ mod tests {
     /// The old daemon goes on, and another successor may ask.
     #[test]
     fn terms_that_the_guest_cannot_live_with_are_refused() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let socket = folder.path().join("s");
-        let (found, successors) = mpsc::channel();
-        let _offer = Offer::start(&socket, TERMS, move |successor| found.send(successor).expect("awaited"))
-            .expect("it listens");
+        let offering = Offering::start();
         let worse = [
             Terms { inode: 3, ..TERMS },
             Terms { device: 3, ..TERMS },
@@ -440,13 +458,13 @@ mod tests {
             Terms { read_only: true, ..TERMS },
         ];
         for terms in worse {
-            let predecessor = Predecessor::ask(&socket, terms).expect("it is ours").expect("it is there");
+            let predecessor =
+                Predecessor::ask(&offering.socket(), terms).expect("it is ours").expect("it is there");
             let refused = predecessor.take().expect_err("refused");
             assert!(REASONS.contains(&refused.to_string().as_str()), "{terms:?}: {refused}");
         }
         let better = Terms { queues: 9, queue_size: 1024, ..TERMS };
-        let _predecessor = Predecessor::ask(&socket, better).expect("it is ours").expect("it is there");
-        successors.recv().expect("it was asked");
+        let _met = offering.ask(better);
     }
 
     #[test]
@@ -479,17 +497,12 @@ mod tests {
 
     #[test]
     fn one_that_says_something_else_is_not_heard() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let socket = folder.path().join("s");
-        let (found, successors) = mpsc::channel();
-        let _offer = Offer::start(&socket, TERMS, move |successor| found.send(successor).expect("awaited"))
-            .expect("it listens");
-        let path = beside(&socket).expect("short");
+        let offering = Offering::start();
+        let path = beside(&offering.socket()).expect("short");
         let mut other = UnixStream::connect(&path).expect("it listens");
         other.write_all(b"x").expect("sent");
         assert_eq!(other.read(&mut [0]).expect("the end"), 0);
         drop(UnixStream::connect(&path).expect("it listens"));
-        let _predecessor = Predecessor::ask(&socket, TERMS).expect("it is ours").expect("it is there");
-        successors.recv().expect("it was asked");
+        let _met = offering.ask(TERMS);
     }
 }

@@ -7,12 +7,14 @@
 //! - Crash states: `walk` makes and compares them, `examine` examines one, and `recovery` completes its search for
 //!   leaks. `second` has QEMU check a sample, and `tally` counts.
 //! - Kinds of runs: `sequences` are all the short runs, and a `trial` is a long random run given by a number.
-//!   In `deaths` only the daemon dies. In `faulty` the host fails, and in `scarce` it runs out of space. `windows` are the two mistakes of QEMU.
+//!   A `campaign` is many of these. In `deaths` only the daemon dies. In `faulty` the host fails, and in `scarce` it
+//!   runs out of space. `windows` are the two mistakes of QEMU.
 //!   `overlaps` are images on which data and metadata claim the same location. `changes` are single changes of closed
 //!   images.
 //! - `direct` sends a disk single requests, for tests of one situation.
 
 pub mod bitmap;
+pub mod campaign;
 pub mod changes;
 pub mod compressed;
 pub mod deaths;
