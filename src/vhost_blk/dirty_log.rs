@@ -3,20 +3,17 @@
 //!
 //! Owns the mapping of the log, and each worker's memory of what its chains will write. A page is marked after it
 //! was written and before the guest learns of that. A frontend that fetches the log between the write and the mark
-//! fetches the mark later. No number from the message is trusted; a file that is truncated later is handled by
-//! `loss`.
+//! fetches the mark later. `shared_file` checks and maps the file.
 
 use std::fs::File;
-use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use vhost::vhost_user::message::VhostUserLog;
-use vm_memory::{Address, FileOffset, GuestAddress, MmapRegion, VolatileMemory};
+use vm_memory::{Address, GuestAddress, VolatileMemory};
 
-use crate::descriptor::{self, Kind};
-use crate::loss::{MemoryLoss, Watch};
-use crate::memory::page_bytes;
+use crate::loss::MemoryLoss;
+use crate::shared_file::{Mapping, Piece, ShareError, SharedPiece};
 
 /// Bytes of guest memory for which one bit stands.
 const LOG_PAGE: u64 = 4096;
@@ -34,25 +31,16 @@ const BYTES_MAX: u64 = 1 << 37;
 pub(crate) enum LogError {
     #[error("a dirty log of {bytes:#x} bytes: it must have 1 to {BYTES_MAX:#x}")]
     Size { bytes: u64 },
-    #[error("a dirty log at offset {offset:#x} of its file, which is no multiple of {page:#x}")]
-    Unaligned { offset: u64, page: usize },
-    #[error("a dirty log of {bytes:#x} bytes at offset {offset:#x} in a file of {length:#x} bytes")]
-    BeyondFile { bytes: u64, offset: u64, length: u64 },
-    #[error("a dirty log that is not backed by a memfd or a regular file")]
-    NotAFile,
     #[error("a dirty log for {covered:#x} bytes, while guest memory ends at {end:#x}")]
     TooShort { covered: u64, end: u64 },
-    #[error("a dirty log, with too many regions mapped already")]
-    TooMany,
-    #[error("a dirty log: cannot {step}: {source}")]
-    Host { step: &'static str, source: io::Error },
+    #[error("a dirty log: {0}")]
+    File(#[from] ShareError),
 }
 
-/// A mapped log. Its watch is declared first, so that it drops before the mapping.
+/// A mapped log.
 #[derive(Debug)]
 pub(crate) struct DirtyLog {
-    watch: Watch,
-    memory: MmapRegion<()>,
+    mapping: Mapping,
     bytes: u64,
 }
 
@@ -64,34 +52,17 @@ impl DirtyLog {
     pub(crate) fn map(claimed: &VhostUserLog, file: File, loss: &Arc<MemoryLoss>) -> Result<Self, LogError> {
         // The message is packed, so its fields are copied out.
         let VhostUserLog { mmap_size: bytes, mmap_offset: offset } = *claimed;
-        let failed = |step, source| LogError::Host { step, source };
         if !(1..=BYTES_MAX).contains(&bytes) {
             return Err(LogError::Size { bytes });
         }
-        let kind = descriptor::kind_of(&file);
-        if !matches!(kind, Kind::Memory | Kind::Local) {
-            return Err(LogError::NotAFile);
-        }
-        let page = if kind == Kind::Memory { page_bytes(&file) } else { rustix::param::page_size() };
-        if !offset.is_multiple_of(page as u64) {
-            return Err(LogError::Unaligned { offset, page });
-        }
-        let length =
-            descriptor::attributes(&file).map_err(|error| failed("stat its file", error.into()))?.stx_size;
-        if offset.checked_add(bytes).is_none_or(|end| end > length || end > i64::MAX as u64) {
-            return Err(LogError::BeyondFile { bytes, offset, length });
-        }
-        // At most 2^37 bytes, and huge pages are mapped and unmapped whole.
-        let mapped = (bytes as usize).next_multiple_of(page);
-        let memory = MmapRegion::<()>::from_file(FileOffset::new(file, offset), mapped)
-            .map_err(|error| failed("map it", io::Error::other(error)))?;
-        let watch = Watch::new(memory.as_ptr(), mapped, page, loss).ok_or(LogError::TooMany)?;
-        Ok(DirtyLog { watch, memory, bytes })
+        let piece = SharedPiece::check(Piece { offset, bytes }, file)?;
+        // At most 2^37 bytes.
+        Ok(DirtyLog { mapping: piece.map(bytes as usize, loss)?, bytes })
     }
 
     /// Whether a page of the log was lost.
     pub(crate) fn is_lost(&self) -> bool {
-        self.watch.is_lost()
+        self.mapping.watch.is_lost()
     }
 
     /// Checks that the log has a bit for every page before `end`, a guest address.
@@ -121,7 +92,7 @@ impl DirtyLog {
             let to = (last - word * PAGES_IN_WORD).min(PAGES_IN_WORD - 1);
             // Bits from..=to, both below 64. The bit of a page lies in byte page / 8, so the words are little-endian.
             let mask = ((u64::MAX << from) & (u64::MAX >> (PAGES_IN_WORD - 1 - to))).to_le();
-            let cell = self.memory.get_atomic_ref::<AtomicU64>(word as usize * size_of::<u64>());
+            let cell = self.mapping.memory.get_atomic_ref::<AtomicU64>(word as usize * size_of::<u64>());
             let cell = cell.expect("the word lies in the mapping");
             if cell.load(Ordering::Relaxed) & mask != mask {
                 cell.fetch_or(mask, Ordering::SeqCst);
@@ -290,7 +261,7 @@ mod tests {
         }
         assert!(map(4096, 4096, &file).is_ok());
         let null = File::options().read(true).write(true).open("/dev/null").expect("/dev/null");
-        assert!(matches!(map(1, 0, &null), Err(LogError::NotAFile)));
+        assert!(matches!(map(1, 0, &null), Err(LogError::File(ShareError::NotAFile))));
     }
 
     #[test]

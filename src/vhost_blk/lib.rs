@@ -49,6 +49,7 @@ mod ring;
 mod server;
 mod serving;
 mod session;
+mod shared_file;
 mod socket_file;
 mod stop;
 mod virtqueue;

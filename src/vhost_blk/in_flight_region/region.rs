@@ -14,14 +14,12 @@ use std::sync::atomic::AtomicU64;
 
 use rustix::fs::{MemfdFlags, SealFlags};
 use vhost::vhost_user::message::VhostUserInflight;
-use vm_memory::{FileOffset, MmapRegion};
 
 use super::cells::{AreaKind, MAGIC, OWN_VERSION, Own, Packed, Split};
 use super::layout::{JOURNAL_BYTES, Layout, RingKind};
-use crate::descriptor::{self, Kind};
 use crate::device::JournalMemory;
-use crate::loss::{MemoryLoss, Watch};
-use crate::memory::page_bytes;
+use crate::loss::MemoryLoss;
+use crate::shared_file::{Mapping, Piece, ShareError, SharedPiece};
 
 /// The values of [`Own::write_cache`].
 const CACHE_OFF: u8 = 1;
@@ -36,14 +34,8 @@ pub(crate) enum RegionError {
     QueueSize { size: u16, limit: u16 },
     #[error("an in-flight region of {bytes:#x} bytes: its queues need {needed:#x}")]
     TooShort { bytes: u64, needed: u64 },
-    #[error("an in-flight region at offset {offset:#x} of its file, which is no multiple of {page:#x}")]
-    Unaligned { offset: u64, page: usize },
-    #[error("an in-flight region of {bytes:#x} bytes at offset {offset:#x} in a file of {length:#x} bytes")]
-    BeyondFile { bytes: u64, offset: u64, length: u64 },
-    #[error("an in-flight region that is not backed by a memfd or a regular file")]
-    NotAFile,
-    #[error("an in-flight region, with too many regions mapped already")]
-    TooMany,
+    #[error("an in-flight region: {0}")]
+    File(#[from] ShareError),
     #[error("an in-flight region: cannot {step}: {source}")]
     Host { step: &'static str, source: io::Error },
 }
@@ -111,13 +103,6 @@ pub(crate) struct Region {
     has_journal: bool,
 }
 
-/// The mapping. Its watch is declared first, so that it drops before the mapping.
-#[derive(Debug)]
-struct Mapping {
-    watch: Watch,
-    memory: MmapRegion<()>,
-}
-
 impl Region {
     /// Maps a region that a frontend sent (SET_INFLIGHT_FD).
     ///
@@ -125,20 +110,7 @@ impl Region {
     /// When its file is shorter than claimed or no file at all, or the host refuses.
     pub(crate) fn map(claim: Claim, file: File, loss: &Arc<MemoryLoss>) -> Result<Self, RegionError> {
         let Claim { bytes, offset, layout } = claim;
-        let failed = |step, source| RegionError::Host { step, source };
-        let kind = descriptor::kind_of(&file);
-        if !matches!(kind, Kind::Memory | Kind::Local) {
-            return Err(RegionError::NotAFile);
-        }
-        let page = if kind == Kind::Memory { page_bytes(&file) } else { rustix::param::page_size() };
-        if !offset.is_multiple_of(page as u64) {
-            return Err(RegionError::Unaligned { offset, page });
-        }
-        let length =
-            descriptor::attributes(&file).map_err(|error| failed("stat its file", error.into()))?.stx_size;
-        if offset.checked_add(bytes).is_none_or(|end| end > length || end > i64::MAX as u64) {
-            return Err(RegionError::BeyondFile { bytes, offset, length });
-        }
+        let piece = SharedPiece::check(Piece { offset, bytes }, file)?;
         let needed = layout.areas_bytes() as u64;
         if bytes < needed {
             return Err(RegionError::TooShort { bytes, needed });
@@ -151,12 +123,7 @@ impl Region {
             (true, false) => layout.journal_at(),
             (false, false) => layout.areas_bytes(),
         };
-        // Huge pages are mapped and unmapped whole; such a file's length is a multiple of them.
-        let mapped = used.next_multiple_of(page);
-        let memory = MmapRegion::<()>::from_file(FileOffset::new(file, offset), mapped)
-            .map_err(|error| failed("map it", io::Error::other(error)))?;
-        let watch = Watch::new(memory.as_ptr(), mapped, page, loss).ok_or(RegionError::TooMany)?;
-        Ok(Region { mapping: Arc::new(Mapping { watch, memory }), layout, has_own, has_journal })
+        Ok(Region { mapping: Arc::new(piece.map(used, loss)?), layout, has_own, has_journal })
     }
 
     /// A new region that no frontend has.
@@ -390,7 +357,7 @@ mod tests {
         }
         assert!(map(4224, 4096, &file).is_ok());
         let null = File::options().read(true).write(true).open("/dev/null").expect("/dev/null");
-        assert!(matches!(map(4224, 0, &null), Err(RegionError::NotAFile)));
+        assert!(matches!(map(4224, 0, &null), Err(RegionError::File(ShareError::NotAFile))));
         let (pipe, _) = io::pipe().expect("a pipe");
         assert!(map(4224, 0, &File::from(std::os::fd::OwnedFd::from(pipe))).is_err());
     }
