@@ -7,6 +7,7 @@
 //! but only those of the active disk and of the one snapshot concerned. The memory is a few bytes for each cluster in
 //! use and for each L2 table.
 
+mod draft;
 mod growth;
 mod pieces;
 mod places;
