@@ -1,7 +1,7 @@
 //! Runs of guest clusters, each with the last claim on it, for `claims.rs`.
 //!
-//! Owns the search for the runs that a range meets. A few runs are in a short list, and only more are in a tree. So the
-//! claim of a request that few others run beside costs neither tree work nor an allocation.
+//! Owns the search for the runs that a range meets. A few runs are in a short list, and only more are in a tree. So a
+//! claim among a few others costs neither tree work nor an allocation.
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;

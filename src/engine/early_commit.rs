@@ -1,5 +1,5 @@
 //! Early commits: links written together with the data that they name, so that the flush that is expected next finds
-//! nothing to write. See docs/durability.md, "A link beside its data".
+//! nothing to write. See docs/durability.md, "A link written with its data".
 //!
 //! At most one such link is being written at a time, and no cut meanwhile.
 

@@ -111,7 +111,7 @@ impl Terms {
 }
 
 /// The path of the second socket; none if it would be too long.
-fn beside(socket: &Path) -> Option<PathBuf> {
+fn handover_path(socket: &Path) -> Option<PathBuf> {
     let mut name = OsString::from(socket);
     name.push(SUFFIX);
     (name.as_bytes().len() <= SOCKET_PATH_MAX).then(|| name.into())
@@ -136,14 +136,14 @@ pub struct Predecessor {
 }
 
 impl Offer {
-    /// Listens beside the socket, which this process owns. `asked` is called once, with a successor under which the guest
-    /// keeps these terms. Without a second socket the daemon serves all the same, and cannot be replaced.
+    /// Listens next to the socket, which this process owns. `asked` is called once, with a successor under which the
+    /// guest keeps these terms. Without a second socket the daemon serves all the same, and cannot be replaced.
     pub fn start(
         socket: &Path,
         terms: Terms,
         asked: impl FnOnce(Successor) + Send + 'static,
     ) -> io::Result<Option<Self>> {
-        let Some(path) = beside(socket) else {
+        let Some(path) = handover_path(socket) else {
             info!("the socket's path is so long that this daemon cannot be replaced while it serves");
             return Ok(None);
         };
@@ -193,7 +193,7 @@ fn wait_for_successor(listener: &UnixListener, end: &OwnedFd, terms: &Terms) -> 
         match listener.accept() {
             Ok((stream, _)) => match hear(stream, terms, end) {
                 Ok(successor) => return Some(successor),
-                Err(error) => warn!(%error, "a process beside the socket is not heard"),
+                Err(error) => warn!(%error, "a process on the handover socket is not heard"),
             },
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => {
@@ -299,7 +299,7 @@ impl Predecessor {
     /// # Errors
     /// When the daemon belongs to another user.
     pub fn ask(socket: &Path, terms: Terms) -> io::Result<Option<Self>> {
-        let Some(path) = beside(socket) else { return Ok(None) };
+        let Some(path) = handover_path(socket) else { return Ok(None) };
         let mut stream = match UnixStream::connect(path) {
             Ok(stream) => stream,
             Err(error)
@@ -431,7 +431,7 @@ mod tests {
         predecessor.tell_serving();
         assert!(giving.join().expect("no panic").expect("in time"));
         drop((offer, waiting));
-        assert!(!beside(&folder.path().join("s")).expect("short").exists());
+        assert!(!handover_path(&folder.path().join("s")).expect("short").exists());
     }
 
     #[test]
@@ -471,7 +471,7 @@ mod tests {
     fn nobody_is_asked_where_nobody_listens() {
         let folder = tempfile::tempdir().expect("a folder");
         assert!(Predecessor::ask(&folder.path().join("s"), TERMS).expect("no error").is_none());
-        assert!(beside(Path::new(&"x".repeat(100))).is_none());
+        assert!(handover_path(Path::new(&"x".repeat(100))).is_none());
     }
 
     /// Neither one that says nothing, nor one that says half of what it must.
@@ -481,7 +481,7 @@ mod tests {
         let socket = folder.path().join("s");
         for said in [&b""[..], b"A"] {
             let offer = Offer::start(&socket, TERMS, |_| panic!("nobody asks")).expect("it listens");
-            let path = beside(&socket).expect("short");
+            let path = handover_path(&socket).expect("short");
             let mut silent = UnixStream::connect(path).expect("it listens");
             silent.write_all(said).expect("sent");
             let began = Instant::now();
@@ -498,7 +498,7 @@ mod tests {
     #[test]
     fn one_that_says_something_else_is_not_heard() {
         let offering = Offering::start();
-        let path = beside(&offering.socket()).expect("short");
+        let path = handover_path(&offering.socket()).expect("short");
         let mut other = UnixStream::connect(&path).expect("it listens");
         other.write_all(b"x").expect("sent");
         assert_eq!(other.read(&mut [0]).expect("the end"), 0);

@@ -363,7 +363,7 @@ fn serve(
     })
 }
 
-/// Waits for a successor beside the socket, and puts it into `asked`.
+/// Waits for a successor on the handover socket, and puts it into `asked`.
 fn offer_place(
     place: &Place,
     terms: std::io::Result<Terms>,
@@ -381,7 +381,7 @@ fn offer_place(
     };
     let started = terms.and_then(|terms| Offer::start(path, terms, asked));
     started.unwrap_or_else(|error| {
-        warn!(%error, "this daemon cannot be replaced while it serves: no socket for that beside its own");
+        warn!(%error, "this daemon cannot be replaced while it serves: no socket for that next to its own");
         None
     })
 }

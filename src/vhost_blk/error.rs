@@ -75,7 +75,7 @@ pub(crate) enum SessionEnd {
     CutOff,
     #[error("a message was not complete {limit:?} after it began")]
     Unfinished { limit: Duration },
-    #[error("more than {limit} descriptors beside a message, or too many that cannot be closed")]
+    #[error("more than {limit} descriptors with a message, or too many that cannot be closed")]
     TooManyDescriptors { limit: usize },
     #[error("a page of the guest's memory is gone")]
     MemoryLost,

@@ -11,7 +11,7 @@ const VAIN_MAX: u32 = 64;
 const PAUSE_MIN: Duration = Duration::from_millis(1);
 const PAUSE_MAX: Duration = Duration::from_millis(10);
 
-/// Counts kicks in vain.
+/// Counts kicks that come without a request.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Pace {
     /// Kicks without a chain since the last chain.
@@ -33,12 +33,12 @@ impl Pace {
         self.due = self.vain > VAIN_MAX;
     }
 
-    /// True if no kick came in vain since the last chain.
+    /// True if no kick came without a request since the last chain.
     pub(crate) fn is_fresh(&self) -> bool {
         self.vain == 0
     }
 
-    /// True if the last kicks all came in vain, and were too many.
+    /// True if the last kicks all came without a request, and were too many.
     pub(crate) fn is_slow(&self) -> bool {
         self.vain > VAIN_MAX
     }

@@ -38,8 +38,8 @@ const OWNER_BASE: i64 = 1 << 62;
 pub struct Owner(u64);
 
 impl Owner {
-    /// The owner with this name. Of two names the byte is hardly ever the same (FNV-1a, 61 bits). If it is, one
-    /// waits for the other in vain, and does not open its files.
+    /// The owner with this name. Of two names the byte is hardly ever the same (FNV-1a, 61 bits). If it is, one waits
+    /// for the other until its timeout, and does not open its files.
     pub fn of(name: &[u8]) -> Self {
         let step = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
         Owner(name.iter().fold(0xcbf2_9ce4_8422_2325, step))

@@ -18,7 +18,7 @@ fn replacing(bench: &Bench, image: &str) -> Command {
 }
 
 /// The socket on which a daemon waits for its successor.
-fn beside(bench: &Bench) -> PathBuf {
+fn handover_path(bench: &Bench) -> PathBuf {
     bench.path("s.handover")
 }
 
@@ -65,7 +65,7 @@ fn a_daemon_takes_the_place_of_another() {
     bench.image("disk.qcow2");
     let first = Daemon::start(&mut replacing(&bench, "disk.qcow2"));
     assert!(first.log().contains("no daemon serves"), "{}", first.log());
-    let mode = std::fs::metadata(beside(&bench)).expect("it waits").permissions().mode();
+    let mode = std::fs::metadata(handover_path(&bench)).expect("it waits").permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
     let mut last = first;
     for _ in 0..3 {
@@ -77,7 +77,7 @@ fn a_daemon_takes_the_place_of_another() {
     }
     UnixStream::connect(bench.socket()).expect("it listens");
     last.stop();
-    assert!(!bench.socket().exists() && !beside(&bench).exists(), "nothing is left");
+    assert!(!bench.socket().exists() && !handover_path(&bench).exists(), "nothing is left");
     let (code, text, _) = output(Command::new(PROGRAM).arg("check").arg(bench.path("disk.qcow2")));
     assert_eq!(code, Some(0), "{text}");
 }
@@ -104,7 +104,7 @@ fn the_old_daemon_serves_again_where_the_new_one_ends() {
     bench.image("disk.qcow2");
     let mut daemon = Daemon::start(&mut bench.serve("disk.qcow2"));
     for _ in 0..2 {
-        let mut successor = UnixStream::connect(beside(&bench)).expect("it waits");
+        let mut successor = UnixStream::connect(handover_path(&bench)).expect("it waits");
         ask(&bench, &mut successor);
         let mut given = [0];
         successor.read_exact(&mut given).expect("the image is closed");
@@ -118,7 +118,7 @@ fn the_old_daemon_serves_again_where_the_new_one_ends() {
         drop(waiting);
     }
     daemon.stop();
-    assert!(!bench.socket().exists() && !beside(&bench).exists(), "nothing is left");
+    assert!(!bench.socket().exists() && !handover_path(&bench).exists(), "nothing is left");
 }
 
 /// The disk is worth more than a socket beside it.
@@ -146,7 +146,7 @@ fn a_signal_ends_a_daemon_that_is_being_replaced() {
     let bench = Bench::new();
     bench.image("disk.qcow2");
     let mut daemon = Daemon::start(&mut bench.serve("disk.qcow2"));
-    let mut successor = UnixStream::connect(beside(&bench)).expect("it waits");
+    let mut successor = UnixStream::connect(handover_path(&bench)).expect("it waits");
     ask(&bench, &mut successor);
     successor.read_exact(&mut [0]).expect("the image is closed");
     daemon.signal(rustix::process::Signal::TERM);
@@ -162,7 +162,7 @@ fn a_signal_ends_a_daemon_that_opens_its_image_again() {
     let bench = Bench::new();
     bench.image("disk.qcow2");
     let mut daemon = Daemon::start(bench.serve("disk.qcow2").args(["--lock-timeout", "600"]));
-    let mut successor = UnixStream::connect(beside(&bench)).expect("it waits");
+    let mut successor = UnixStream::connect(handover_path(&bench)).expect("it waits");
     ask(&bench, &mut successor);
     successor.read_exact(&mut [0]).expect("the image is closed");
     let mut holder = Command::new(PROGRAM);
@@ -172,7 +172,7 @@ fn a_signal_ends_a_daemon_that_opens_its_image_again() {
     daemon.wait_for("waiting up to 600 s");
     let log = daemon.stop();
     assert!(log.contains("stopped before the image was open again"), "{log}");
-    assert!(!bench.socket().exists() && !beside(&bench).exists(), "nothing is left");
+    assert!(!bench.socket().exists() && !handover_path(&bench).exists(), "nothing is left");
     holder.stop();
 }
 
@@ -181,7 +181,7 @@ fn a_silent_process_beside_the_socket_does_not_delay_a_stop() {
     let bench = Bench::new();
     bench.image("disk.qcow2");
     let daemon = Daemon::start(&mut bench.serve("disk.qcow2"));
-    let silent = UnixStream::connect(beside(&bench)).expect("it waits");
+    let silent = UnixStream::connect(handover_path(&bench)).expect("it waits");
     let began = std::time::Instant::now();
     daemon.stop();
     assert!(began.elapsed() < std::time::Duration::from_secs(4), "{:?}", began.elapsed());
