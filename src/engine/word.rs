@@ -128,29 +128,26 @@ impl Word {
     /// of a file that was the top before an overlay came stays true but for that.
     #[inline]
     pub fn mapping_over(self, writable: FileIndex) -> Mapping {
-        match self.mapping() {
-            Mapping::Data { file, offset, in_place } => Mapping::Data {
-                file,
-                offset,
-                in_place: places::may_write_in_place(in_place, file == writable),
-            },
-            other => other,
-        }
+        self.decode(|in_place, file| places::may_write_in_place(in_place, file == writable))
     }
 
     /// Decodes the word.
     #[inline]
     pub fn mapping(self) -> Mapping {
-        // Two bits are tested in turn, as a table of jumps takes more instructions.
-        match (self.0 >> 63 != 0, self.0 & (1 << KIND_SHIFT) != 0) {
-            (true, false) => {
+        self.decode(|in_place, _| in_place)
+    }
+
+    #[inline]
+    fn decode(self, may_write: impl FnOnce(bool, FileIndex) -> bool) -> Mapping {
+        match self.0 >> KIND_SHIFT {
+            0 => Mapping::Unresolved,
+            KIND_ZERO => Mapping::Zero,
+            KIND_DATA => {
                 let (file, offset, in_place) = self.place();
-                Mapping::Data { file, offset, in_place }
+                Mapping::Data { file, offset, in_place: may_write(in_place, file) }
             }
-            (true, true) if self.has_subclusters() => Mapping::Subclusters,
-            (true, true) => Mapping::Mixed,
-            (false, true) => Mapping::Zero,
-            (false, false) => Mapping::Unresolved,
+            _ if self.has_subclusters() => Mapping::Subclusters,
+            _ => Mapping::Mixed,
         }
     }
 }

@@ -128,7 +128,7 @@ fn the_old_daemon_serves_again_where_its_control_socket_is_gone() {
     bench.image("disk.qcow2");
     let control = bench.path("c");
     let mut daemon = Daemon::start(bench.serve("disk.qcow2").arg("--control-socket").arg(&control));
-    let mut successor = UnixStream::connect(beside(&bench)).expect("it waits");
+    let mut successor = UnixStream::connect(handover_path(&bench)).expect("it waits");
     ask(&bench, &mut successor);
     successor.read_exact(&mut [0]).expect("the image is closed");
     let _other = UnixListener::bind(&control).expect("the path is free");
