@@ -119,7 +119,11 @@ pub(crate) fn table_bytes_min(layers: usize) -> usize {
     8 * layers * TABLE_SLICE_BYTES_MAX as usize
 }
 
-fn write_state(geometry: qcow2::Geometry, l1: &Entries, top: TopSpec) -> Result<WriteState, EngineError> {
+pub(crate) fn write_state(
+    geometry: qcow2::Geometry,
+    l1: &Entries,
+    top: TopSpec,
+) -> Result<WriteState, EngineError> {
     let refcounts = Refcounts::new(geometry, top.refcount_table, top.refcount_table_offset);
     // Refblocks past the end of the file would block its growth: grow from the last of them.
     let last_block = refcounts.table.used().next_back().map_or(0, |block| block.index);

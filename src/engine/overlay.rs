@@ -4,9 +4,10 @@
 //! changes nothing that a word says, and a word's in-place bit counts only for the file of the present top
 //! (docs/concurrency.md, "The gate"). What must be durable before is the caller's part.
 
+use crate::assemble::{table_bytes_min, write_state};
 use crate::layers::{Layer, LayerSpec};
 use crate::state::{State, WriteState};
-use crate::{Engine, EngineError, TopSpec, table_bytes_min, write_state};
+use crate::{Engine, EngineError, TopSpec};
 
 impl Engine {
     /// Puts an empty overlay on top of a writable chain: what was the top is a backing image from now on. Everything is

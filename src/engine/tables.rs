@@ -329,10 +329,10 @@ impl Tables {
                 kept.push(id);
                 continue;
             }
-            let table = Self::ready(&mut self.slots, id);
+            let table = self.slots.ready(id);
             assert!(table.is_idle(), "{id:?} is in use");
             self.resident_bytes -= table.bytes.len();
-            self.slots.remove(&id);
+            self.slots.remove(id);
         }
         (self.ring, self.hand) = (kept, 0);
     }
