@@ -59,7 +59,8 @@ pub(crate) trait Virtqueue: Sized + Send + 'static {
 pub(crate) trait Tracker {
     /// Lists the chains that are about to be given back.
     fn list(&mut self, heads: impl Iterator<Item = u16>);
-    /// Notes that the newest chain goes back into the ring. It stays recorded until the area is given up.
+    /// Notes that a chain goes back into the ring, as every chain taken after it does. It stays recorded until the area is
+    /// given up.
     fn put_back(&mut self, head: u16);
     /// Gives the area up: nothing is in flight.
     fn close(self);

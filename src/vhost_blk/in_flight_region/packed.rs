@@ -37,7 +37,7 @@ pub struct PackedTracker {
     used: Position,
     /// The entries of the chain with each buffer id. Those of chains that are not in flight mean nothing.
     places: Vec<Place>,
-    /// Chains that are in the ring again, the newest first. They stay recorded until the area is closed.
+    /// Chains that are in the ring again, in any order. They stay recorded until the area is closed.
     put_back: Vec<u16>,
 }
 
@@ -200,7 +200,8 @@ impl PackedTracker {
         self.old_used = self.used;
     }
 
-    /// Notes that the chain that was taken last, but for those noted before, is in the ring again. No more are taken.
+    /// Notes that a chain is in the ring again. No more are taken, and at the end every chain taken after it is in the ring
+    /// again too.
     pub(crate) fn put_back(&mut self, id: u16) {
         self.put_back.push(id);
     }
@@ -208,20 +209,20 @@ impl PackedTracker {
     /// Leaves the area with nothing in flight, and its position in the ring. Only when every chain was handed back, or is
     /// in the ring again.
     pub(crate) fn close(mut self) {
-        // The newest first: at each step the others are those that were taken last.
-        for id in std::mem::take(&mut self.put_back) {
-            self.take_out(id);
+        // They may come in any order, so they leave the record all at once. Until then it has each of them: no chain is
+        // read past its last entry.
+        let ids = std::mem::take(&mut self.put_back);
+        if ids.is_empty() {
+            return;
         }
-    }
-
-    /// Takes the newest chain out of the record, as if it had not been taken.
-    fn take_out(&mut self, id: u16) {
-        let Place { first, .. } = self.put_on_free_list(id);
+        let firsts: Vec<u16> = ids.into_iter().map(|id| self.put_on_free_list(id).first).collect();
         let header = self.area.header();
         header.free_head.store(self.free);
-        // From now on the chain does not count, whatever its `inflight`.
+        // From now on none of them counts, whatever its `inflight`.
         header.old_free_head.store(self.free);
-        self.area.entries()[usize::from(first)].inflight.store(0);
+        for first in firsts {
+            self.area.entries()[usize::from(first)].inflight.store(0);
+        }
     }
 
     /// Links the entries of a chain before the free ones. The area's own head of that list stays.

@@ -137,17 +137,22 @@ impl Device {
         self.taken.push_back((id, Some(place)));
     }
 
-    /// Stops in order, if it can: puts what was taken last back into the ring, and hands everything else back.
+    /// Stops in order, if it can: puts what was taken last back into the ring, in any order, and hands everything else back.
     fn stop(mut self, guest: &mut Guest, random: &mut Random) {
-        let mut left = random.below(4);
+        let (left, mut expected) = (random.below(4) as usize, self.ring.taken());
+        let mut put_back = Vec::new();
         while let Some((id, place)) = self.taken.back().copied()
-            && place == Some(self.ring.taken().wrapping_sub(1))
-            && left > 0
+            && place == Some(expected.wrapping_sub(1))
+            && put_back.len() < left
         {
             self.taken.pop_back();
+            put_back.push(id);
+            expected = expected.wrapping_sub(1);
+        }
+        while !put_back.is_empty() {
+            let id = put_back.swap_remove(random.below(put_back.len() as u64) as usize);
             self.ring.put_back(id);
             self.tracker.put_back(id);
-            left -= 1;
         }
         let all: Vec<Used> = self.taken.iter().map(|(head, _)| Used { head: *head, written: 1 }).collect();
         self.hand_back(&all, guest, random);

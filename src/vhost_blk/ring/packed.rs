@@ -376,8 +376,9 @@ impl PackedRing {
         Ok(())
     }
 
-    /// Puts the chain that was taken last back, unanswered: the next pop finds it again. Nothing that was given back
-    /// meanwhile has overwritten it, as the descriptors of all chains before it come first.
+    /// Puts a chain back, unanswered: the next pops find it again once every chain taken after it is back as well, in any
+    /// order. Nothing that was given back meanwhile has overwritten it, as the descriptors of all chains before it come
+    /// first.
     ///
     /// # Panics
     /// If the chain is not in flight.
