@@ -46,6 +46,8 @@ pub(crate) enum AreaError {
     Descriptors { descriptors: usize, size: u16 },
     #[error("{lost} of its entries are neither free nor in flight")]
     Lost { lost: usize },
+    #[error("it is empty, but the frontend's base has {descriptors} descriptors in flight")]
+    Unrecorded { descriptors: u32 },
     #[error("{0}")]
     Ring(#[from] RingError),
 }

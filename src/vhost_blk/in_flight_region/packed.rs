@@ -70,7 +70,8 @@ impl PackedTracker {
     /// the ring stays where it is. May itself die at any store and be done again.
     ///
     /// # Errors
-    /// When the area cannot be as it is, or the ring is not accessible. Then nothing was changed.
+    /// When the area cannot be as it is, or the ring is not accessible, or the area is empty and the ring has descriptors in
+    /// flight. Then nothing was changed.
     pub(crate) fn recover(area: QueueArea<Packed>, ring: &mut PackedRing) -> Result<Recovered, AreaError> {
         let (header, size) = (area.header(), ring.size());
         if area.entries().len() < usize::from(size) {
@@ -78,7 +79,13 @@ impl PackedTracker {
         }
         let version = header.version.load();
         if version == 0 {
-            let tracker = Self::begin_anew(area, size, ring.next_used());
+            let used = ring.next_used();
+            // A successor takes as many descriptors as are recorded, and would take those in between a second time.
+            let descriptors = used.distance(ring.next_available(), size);
+            if descriptors > 0 {
+                return Err(AreaError::Unrecorded { descriptors });
+            }
+            let tracker = Self::begin_anew(area, size, used);
             return Ok(Recovered { tracker, in_flight: Vec::new() });
         }
         check_header(version, header.features.load(), header.desc_num.load(), area.entries().len())?;

@@ -419,6 +419,21 @@ fn impossible_areas_are_refused_and_left_alone() {
     assert_eq!(recover(&region, &driver).err(), Some(E::Small { entries: 16, size: 32 }));
 }
 
+/// Nothing says which chains they are, so nobody could ever give them back.
+#[test]
+fn chains_in_flight_without_a_record_are_refused() {
+    let (region, memory) = (region(), packed_driver::memory(1));
+    let mut driver = scene(&region, &memory);
+    region.empty_queue(1);
+    driver.layout.base = 0x8005_0003;
+    let apart = AreaError::Unrecorded { descriptors: 6 };
+    assert_eq!(recover(&region, &driver).err(), Some(apart));
+    assert_eq!(area(&region).header().version.load(), 0, "left alone");
+    driver.layout.base = 0x0003_0003;
+    let (_, ring, ids) = recover(&region, &driver).expect("nothing is in flight");
+    assert_eq!((ring.next_used(), ids), (driver.next, Vec::new()));
+}
+
 fn used(area: &QueueArea<Packed>, index: u16, old_index: u16, wrap: u8, old_wrap: u8) {
     area.header().used.store(UsedPositions { index, old_index, wrap, old_wrap }.word());
 }
