@@ -528,6 +528,7 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Session<D> {
         if was_running && !self.release_if_migrated() {
             return self.refuse(Refusal::NotDurable);
         }
+        self.vrings[queue].tell();
         Ok(VhostUserVringState::new(index, base))
     }
 

@@ -59,7 +59,7 @@ pub(crate) struct Vring {
     base: Option<u32>,
     /// The last worker of this session left nothing in flight.
     settled: bool,
-    /// Since then the frontend has asked for the base. So whatever base it sends next counts, and no record of the old one.
+    /// Since then the frontend has got the base. So whatever base it sends next counts, and no record of the old one.
     told: bool,
     kick: Option<EventFd>,
     pub call: Arc<SignalSlot>,
@@ -140,8 +140,12 @@ impl Vring {
         self.drain();
         self.kick = None;
         self.broken = false;
-        self.told = self.settled;
         self.base_or_start(features)
+    }
+
+    /// Notes that the frontend gets the base of this stopped ring: the message is not refused.
+    pub(crate) fn tell(&mut self) {
+        self.told = self.settled;
     }
 
     fn base_or_start(&self, features: u64) -> u32 {

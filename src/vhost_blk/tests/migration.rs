@@ -370,6 +370,21 @@ fn a_migrated_guest_does_not_go_on_without_what_is_not_durable() {
     assert_eq!(disk.releases.load(Ordering::SeqCst), 0);
 }
 
+/// The frontend did not get the base of the ring, so the region still has the place. The next session goes on there.
+#[test]
+fn a_base_that_was_refused_stays_in_the_region() {
+    let disk = MemoryDisk::new(64);
+    let server = start(&disk);
+    let (mut guest, region) = Guest::connect_as_cloud(&server.path, ALL | F_PACKED, &[13]);
+    let _log = begin_logging(&guest);
+    guest.write(0, 0, &pattern(512, 1));
+    disk.broken.store(true, Ordering::SeqCst);
+    assert!(guest.frontend.get_vring_base(0).is_err());
+    disk.broken.store(false, Ordering::SeqCst);
+    guest.reconnect(&server.path, Some(&region));
+    assert_eq!(guest.read(0, 0, 512), pattern(512, 1));
+}
+
 #[test]
 fn a_log_that_is_too_short_is_refused() {
     let disk = MemoryDisk::new(64);

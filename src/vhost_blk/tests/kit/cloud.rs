@@ -71,7 +71,11 @@ impl Guest {
         let regions = [self.region(0), self.region(1)];
         let frontend = &mut self.frontend;
         let offered = frontend.get_protocol_features().expect("protocol features");
-        let wanted = Protocol::MQ | Protocol::CONFIG | Protocol::REPLY_ACK | Protocol::INFLIGHT_SHMFD;
+        let wanted = Protocol::MQ
+            | Protocol::LOG_SHMFD
+            | Protocol::CONFIG
+            | Protocol::REPLY_ACK
+            | Protocol::INFLIGHT_SHMFD;
         assert!(offered.contains(wanted));
         frontend.set_protocol_features(wanted).expect("protocol features");
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
