@@ -62,6 +62,8 @@ pub struct PackedRing {
     in_flight: u16,
     /// Counts chains that were taken and not put back.
     taken: u16,
+    /// A device has used it before.
+    began_used: bool,
     /// Whether chains may still be given back.
     loss: Arc<MemoryLoss>,
     log: Option<Log>,
@@ -159,7 +161,7 @@ impl PackedRing {
         let in_flight = u16::try_from(in_flight).ok().filter(|in_flight| *in_flight <= size);
         let in_flight = in_flight.ok_or(RingError::Base { base, size })?;
         let slots = usize::from(size);
-        Ok(PackedRing {
+        let mut ring = PackedRing {
             descriptors: Part::find(memory, descriptors, slots * DESCRIPTOR_BYTES)?,
             driver_event: Part::find(memory, available, EVENT_BYTES)?,
             device_event: Part::find(memory, used, EVENT_BYTES)?,
@@ -174,11 +176,30 @@ impl PackedRing {
             lengths: vec![0; slots],
             in_flight,
             taken: 0,
+            began_used: false,
             loss: Arc::clone(memory.loss()),
             log: None,
             chain: Vec::with_capacity(slots),
             copies: Copies::new(size),
-        })
+        };
+        ring.began_used = ring.is_used()?;
+        Ok(ring)
+    }
+
+    /// Whether a device was here before. After an even number of laps both positions are where they began, but some
+    /// descriptors have flags that neither new memory has nor the driver stores in its first lap. Only the flags count: the
+    /// driver may be writing its first descriptor now, and stores them last.
+    fn is_used(&self) -> Result<bool, RingError> {
+        if (self.next_available, self.next_used) != (Position::START, Position::START) {
+            return Ok(true);
+        }
+        for index in 0..self.size {
+            let flags = self.flags_at(Position::new(index, true))?;
+            if flags != 0 && !is_available(flags, true) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Bytes of the descriptor ring of `size` descriptors.
@@ -230,9 +251,10 @@ impl PackedRing {
         self.taken
     }
 
-    /// True if any chain ever passed through the ring, unless both sides are where they began.
+    /// True if any chain ever passed through the ring. It cannot be seen where both sides are where they began and the driver
+    /// has made every descriptor available since.
     pub fn was_used(&self) -> bool {
-        self.next_available != Position::START || self.next_used != Position::START
+        self.began_used || self.next_available != Position::START || self.next_used != Position::START
     }
 
     /// Whether the descriptor there is as the driver made it available: no device has given it back since.

@@ -136,6 +136,34 @@ fn a_chain_that_went_back_is_taken_again() {
     }
 }
 
+/// After an even number of laps both positions are where they began. The descriptors tell.
+#[test]
+fn a_ring_that_came_round_to_its_start_was_used() {
+    for size in [1, 4, 7] {
+        let mut driver = Driver::new(size, memory(1));
+        let mut ring = driver.ring();
+        for lap in 1..=4 {
+            let lengths = if size == 1 { vec![1] } else { vec![usize::from(size) - 1, 1] };
+            for length in lengths {
+                driver.add(0, 0, &vec![piece(DATA, 1, WRITE); length]);
+                let is_new = lap == 1 && ring.base() == PackedRing::START_BASE;
+                assert!(!is_new || !driver.ring().was_used(), "made available, and nobody came");
+                assert_eq!(ring.available(), Ok(1));
+                pop(&mut ring, &driver).expect("a sound chain");
+                ring.push_used(&[Used { head: 0, written: 1 }]).expect("a sound ring");
+                driver.take().expect("handed back");
+            }
+            driver.layout.base = ring.base();
+            assert_eq!(ring.base() == PackedRing::START_BASE, lap % 2 == 0);
+            assert!(driver.ring().was_used(), "{size} descriptors, {lap} laps");
+            driver.layout.base = PackedRing::START_BASE;
+        }
+    }
+    let driver = Driver::new(4, memory(1));
+    driver.write_descriptor(driver.descriptor(0), piece(DATA, 1, WRITE), 3, 0);
+    assert!(!driver.ring().was_used(), "the driver is just making its first chain available");
+}
+
 #[test]
 fn notifications_follow_the_drivers_event() {
     let mut driver = Driver::new(5, memory(1));
