@@ -228,7 +228,9 @@ impl<'a, Q: BlockQueue, R: Virtqueue> Running<'a, Q, R> {
     /// One batch: takes some of `waiting` chains if there is room, lets the disk work, and hands back what is done.
     fn advance(&mut self, waiting: u16) -> Result<Step, RingError> {
         if waiting == 0 || !self.has_room() {
-            return Ok(Step { taken: 0, progress: self.finish()? });
+            let progress = self.finish()?;
+            // The disk may have made room in that very poll, and what it has told by that comes only once.
+            return Ok(Step { taken: 0, progress: progress || (waiting > 0 && self.has_room()) });
         }
         let began = Instant::now();
         let chains = waiting.min(self.portion.get());

@@ -175,6 +175,43 @@ fn rings_stop_while_the_disk_is_paused() {
     });
 }
 
+/// As a machine is paused while a snapshot of its disk is taken: the ring stops when what was in it is done, and that is
+/// when the snapshot has ended.
+#[test]
+fn a_ring_with_requests_stops_after_a_snapshot() {
+    Stand::new().serve(|stand, client| {
+        let (mut session, mut queues) = client.into_parts();
+        let data = vec![7; PIECE];
+        let mut tickets = Vec::new();
+        std::thread::scope(|scope| {
+            let (queue, tickets) = (&mut queues[0], &mut tickets);
+            let mut session = Some(&mut session);
+            let mut stopping = None;
+            let during = || {
+                for at in 0..8 {
+                    let request = Request::Write { offset: at * CLUSTER, data: &data };
+                    tickets.push(queue.submit(&request).expect("submitted"));
+                }
+                assert!(queue.wait_used(Instant::now() + LOOK).is_err(), "an answer during a change");
+                let session = session.take().expect("it is named once");
+                stopping = Some(scope.spawn(move || session.enable(0, false)));
+                // Nothing shows when the worker has noticed that.
+                std::thread::sleep(LOOK);
+                Ok(())
+            };
+            take_snapshot_with(stand, 1, during);
+            stopping.expect("it was named").join().expect("no panic").expect("it stops");
+        });
+        // They were done before it stopped.
+        for ticket in tickets {
+            assert!(queues[0].wait(ticket).expect("answered").status.is_ok());
+        }
+        session.enable(0, true).expect("it starts again");
+        assert!(queues[0].run(&Request::Flush).expect("answered").status.is_ok());
+        session.abandon();
+    });
+}
+
 #[test]
 fn a_pause_does_not_wait_for_queues_that_come_and_go() {
     Stand::new().serve(|stand, client| {
@@ -200,10 +237,15 @@ fn a_pause_does_not_wait_for_queues_that_come_and_go() {
 
 /// Puts an overlay on top of the device's chain.
 fn take_snapshot(stand: &Stand, number: usize) {
+    take_snapshot_with(stand, number, || Ok(()));
+}
+
+/// As [`take_snapshot`]; calls `during` while the gate is closed.
+fn take_snapshot_with(stand: &Stand, number: usize, during: impl FnMut() -> Result<(), NotNamed>) {
     let present = stand.device.disk().expect("it is open").layers()[0].path.clone();
     let path = stand.path(&format!("overlay {number}"));
     let new = NewOverlay { path, backing_file: present.into_os_string().into_encoded_bytes() };
-    let taken = stand.device.snapshot(&new, || Ok(())).expect("a snapshot");
+    let taken = stand.device.snapshot(&new, during).expect("a snapshot");
     assert_eq!(taken, Some(()));
 }
 

@@ -164,6 +164,29 @@ fn requests_in_flight_are_done_again_in_their_order_and_answered_once() {
     }
 }
 
+/// The wait for the disk ends once. In the poll after that the queue takes the disk, and no completion follows.
+#[test]
+fn requests_in_flight_are_done_again_when_the_disk_is_there_again() {
+    for features in KINDS {
+        let disk = MemoryDisk::later(64);
+        let (server, mut guest, region) = serve_with(&disk, features, &[32]);
+        disk.gate.close();
+        let writes: Vec<_> = (0..4).map(|sector| write_of(&mut guest, 0, 10 + sector)).collect();
+        for write in &writes[..3] {
+            guest.make_available(0, write.head);
+        }
+        guest.kick(0);
+        disk.await_submitted(3);
+        die(&disk, &mut guest, 0, &writes[3]);
+        disk.shut();
+        guest.reconnect(&server.path, Some(&region));
+        until("the queue has let the disk go", || disk.outside.load(Ordering::SeqCst) == 1);
+        assert_eq!(guest.used_index(0), guest.queues[0].seen_used, "no answer yet");
+        disk.unshut();
+        assert_eq!(answers(&mut guest, 0, &writes), all_done(&writes));
+    }
+}
+
 #[test]
 fn a_worker_may_die_again_and_again() {
     for features in KINDS {

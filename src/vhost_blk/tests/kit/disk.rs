@@ -56,6 +56,12 @@ pub struct MemoryDisk {
     pub broken: AtomicBool,
     /// Requests that may be in flight while there is room for one more.
     pub room: AtomicU64,
+    /// Queues let the disk go, and have no room: see [`MemoryDisk::shut`].
+    shut: AtomicBool,
+    /// Queues that have let it go.
+    pub outside: AtomicU64,
+    /// One for each queue that was made: ends its wait.
+    wakes: Mutex<Vec<Arc<EventFd>>>,
     /// How often the disk was released.
     pub releases: AtomicU64,
     /// A disk that completes at once first waits for the gate, and then is slow.
@@ -97,6 +103,9 @@ impl MemoryDisk {
             held: AtomicU64::new(0),
             broken: AtomicBool::new(false),
             room: AtomicU64::new(u64::MAX),
+            shut: AtomicBool::new(false),
+            outside: AtomicU64::new(0),
+            wakes: Mutex::default(),
             releases: AtomicU64::new(0),
             slow: AtomicBool::new(false),
             portions: Mutex::default(),
@@ -118,6 +127,20 @@ impl MemoryDisk {
     /// Waits until `count` requests in all were submitted to the disk.
     pub fn await_submitted(&self, count: u64) {
         super::guest::until("the disk has the requests", || self.submitted.load(Ordering::SeqCst) >= count);
+    }
+
+    /// From now on queues have no room. Each lets the disk go at a poll, and takes it again at the first poll after
+    /// [`MemoryDisk::unshut`].
+    pub fn shut(&self) {
+        self.shut.store(true, Ordering::SeqCst);
+    }
+
+    /// Ends that, and the wait of each queue once.
+    pub fn unshut(&self) {
+        self.shut.store(false, Ordering::SeqCst);
+        for wake in &*self.wakes.lock().unwrap() {
+            let _ = wake.write(1);
+        }
     }
 
     fn perform(&self, request: Request, slices: &[GuestSlice]) -> Result<(), Failure> {
@@ -184,6 +207,7 @@ impl BlockDevice for Shared {
 
     fn queue(&self, depth: u32) -> io::Result<MemoryQueue> {
         let wake = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        self.0.wakes.lock().unwrap().push(Arc::clone(&wake));
         let epoll = Epoll::new()?;
         let event = EpollEvent::new(EventSet::IN, 0);
         epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), event)?;
@@ -208,6 +232,7 @@ impl BlockDevice for Shared {
             pending: Vec::new(),
             held: Vec::new(),
             leaving: false,
+            outside: false,
             send: Some(send),
             receive,
             helper: Some(helper),
@@ -244,6 +269,8 @@ pub struct MemoryQueue {
     /// Requests that wait for space.
     held: Vec<(RequestId, Request, Vec<GuestSlice>)>,
     leaving: bool,
+    /// It has let the disk go.
+    outside: bool,
     send: Option<Sender<RequestId>>,
     receive: Receiver<RequestId>,
     helper: Option<JoinHandle<()>>,
@@ -324,6 +351,14 @@ impl BlockQueue for MemoryQueue {
             let finished = self.complete(id);
             done.push(finished);
         }
+        let shut = self.disk.shut.load(Ordering::SeqCst);
+        if shut && !self.outside && self.pending.is_empty() {
+            self.outside = true;
+            self.disk.outside.fetch_add(1, Ordering::SeqCst);
+        } else if self.outside && !shut {
+            self.outside = false;
+            self.disk.outside.fetch_sub(1, Ordering::SeqCst);
+        }
     }
 
     fn wait(&mut self, timeout: Option<Duration>) {
@@ -353,7 +388,8 @@ impl BlockQueue for MemoryQueue {
     }
 
     fn has_room(&self) -> bool {
-        (self.pending.len() as u64) < self.disk.room.load(Ordering::SeqCst)
+        let let_go = self.outside || self.disk.shut.load(Ordering::SeqCst);
+        !let_go && (self.pending.len() as u64) < self.disk.room.load(Ordering::SeqCst)
     }
 
     fn waiting(&self) -> usize {
