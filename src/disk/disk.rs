@@ -298,6 +298,19 @@ impl<S: Storage> Disk<S> {
         journal::keep(&self.shared, memory)
     }
 
+    /// As [`Disk::keep_journal`], after [`Disk::snapshot`] has ended the journal. The frontend counts on one: without it,
+    /// writes that are answered and not flushed would be lost with the process, and nobody would notice.
+    ///
+    /// # Errors
+    /// As [`Disk::keep_journal`]. If no journal is in use then, and the image could have one in this memory, the disk has
+    /// failed.
+    ///
+    /// # Panics
+    /// As [`Disk::keep_journal`].
+    pub fn keep_journal_again(&self, memory: Option<JournalMemory>) -> Result<JournalKept, OpenError> {
+        journal::keep_again(&self.shared, memory)
+    }
+
     /// True while a journal that a dead daemon left waits for its frontend, which has it.
     pub fn awaits_journal(&self) -> bool {
         self.shared.awaits_journal()
@@ -342,7 +355,8 @@ impl<S: Storage> Disk<S> {
 
     /// Puts an overlay of this disk on top of its chain: from now on all writes go there, and what was the top is only read.
     /// All queues are parked, and the housekeeper rests ([`Disk::rest`]). `name` makes sure that the next open of the disk
-    /// finds the overlay; it is called when the old top is durable. The journal has ended: see [`Disk::keep_journal`]. Finish with [`Disk::let_go`].
+    /// finds the overlay; it is called when the old top is durable. The journal has ended:
+    /// see [`Disk::keep_journal_again`]. Finish with [`Disk::let_go`].
     ///
     /// # Errors
     /// See [`SnapshotError`]. The disk goes on with its old top, or has failed. The overlay is removed, unless the next open

@@ -251,9 +251,9 @@ impl<S: Storage> DiskDevice<S> {
         };
         let switched = self.disk.change(|disk| {
             let switched = disk.snapshot(overlay, name);
-            // The old top's journal has ended, whatever became of the overlay.
+            // The old top's journal has ended, whatever became of the overlay. No request passes before the new one begins.
             let journal = self.journal().clone();
-            if let Err(error) = disk.keep_journal(journal) {
+            if let Err(error) = disk.keep_journal_again(journal) {
                 warn!(%error, "the journal could not begin anew");
             }
             switched

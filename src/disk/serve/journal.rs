@@ -50,6 +50,26 @@ pub(crate) fn keep<S: Storage>(
     driver.block_on(worker.switch_journal(memory))
 }
 
+/// See [`crate::Disk::keep_journal_again`].
+pub(crate) fn keep_again<S: Storage>(
+    shared: &Arc<Shared<S>>,
+    memory: Option<JournalMemory>,
+) -> Result<JournalKept, OpenError> {
+    let wanted = memory.is_some() && shared.journal_sector().is_some();
+    let kept = keep(shared, memory);
+    if let Err(error) = &kept
+        && wanted
+        && !shared.engine.has_journal()
+        && !shared.engine.has_failed()
+    {
+        shared.engine.fail();
+        let path = shown(&shared.layers[0].path);
+        error!(%path, %error, "the disk has failed, as its journal could not begin: \
+            writes and flushes are refused from now on");
+    }
+    kept
+}
+
 impl<S: Storage> Shared<S> {
     /// True while a journal that a dead daemon left may still be carried out.
     pub fn awaits_journal(&self) -> bool {

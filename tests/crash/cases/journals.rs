@@ -7,7 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use disk::resize::{InUseError, NewSize, ResizeError, Shrinking};
-use disk::{JournalKept, Request};
+use disk::{JournalKept, NewOverlay, Request};
 use qcow2::{Header, JournalNumber};
 use storage::Errno;
 use storage_sim::{Fault, Hung, Image, Outcome, Random, SimOptions, SimWorld, Verb};
@@ -187,6 +187,32 @@ fn left_unflushed() -> Left {
     disk.keep_journal(Some(memory.clone())).expect("a journal");
     write(&disk, 0, 8, 1);
     Left { start, image: world.image(), words: words_of(&memory) }
+}
+
+/// A snapshot ends the journal. If another cannot begin, nothing more is answered that a death would lose. Where the
+/// journal so far goes on, the disk does too.
+#[test]
+fn a_disk_fails_if_its_journal_cannot_begin_after_a_snapshot() {
+    for (has_memory, takes_snapshot) in [(true, true), (true, false), (false, true)] {
+        let start = Shape::new(9, 64).make();
+        let world = SimWorld::from_image(start.image.clone(), 1, SimOptions::calm());
+        let memory = has_memory.then(|| memory_for(SLOTS));
+        let mut disk = open(&world, &start.shape);
+        disk.keep_journal(memory.clone()).expect("kept");
+        write(&disk, 0, 8, 1);
+        if takes_snapshot {
+            let new = NewOverlay { path: "overlay".into(), backing_file: TOP.as_bytes().to_vec() };
+            let overlay = disk.make_overlay(&new).expect("it is made");
+            let _old = disk.snapshot(overlay, || Ok(())).expect("it is put on top");
+        }
+        // No place is left for the worker that begins a journal.
+        let mut queues = Vec::new();
+        while let Ok(queue) = disk.queue(1) {
+            queues.push(queue);
+        }
+        disk.keep_journal_again(memory).expect_err("there are too many queues");
+        assert_eq!(disk.has_failed(), has_memory && takes_snapshot, "{has_memory} {takes_snapshot}");
+    }
 }
 
 /// A journal is carried out in part, as space is lacking, and then its frontend does not come back. The clusters that were
