@@ -72,6 +72,11 @@ pub enum SnapshotRefusal {
         /// The most layers.
         limit: usize,
     },
+    /// The map is larger than the disk: it was made smaller since it was opened, or its growth was given up late.
+    #[error(
+        "the disk was made smaller, or its growth was given up, since it was opened: open it again first"
+    )]
+    LargerMap,
     /// The disk has another size than the overlay.
     #[error("the disk was resized meanwhile")]
     Resized,

@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use disk::{Disk, DiskOptions, NewOverlay, NotNamed};
+use disk::resize::{NewSize, Shrinking};
+use disk::{Disk, DiskOptions, NewOverlay, NotNamed, SnapshotError, SnapshotRefusal};
 use qcow2::{Geometry, NewImage, Version};
 use storage::host::HostStorage;
-use strata::device::{BlockSizes, DiskDevice};
+use strata::device::{BlockSizes, DeviceSnapshotError, DiskDevice};
 use strata_kit::client::{Request, Ticket};
 use strata_kit::images::{Check, Format};
 use strata_kit::{Client, Options};
@@ -341,7 +342,31 @@ fn a_snapshot_is_refused_or_fails_without_a_trace() {
         for ticket in second {
             assert!(client.wait(ticket).expect("answered").status.is_ok());
         }
-        // On a paused disk one is taken at once, and the disk stays paused.
+        // After a resize it has the new size. The map of a disk that was made smaller is larger than an overlay's.
+        let grown = stand.device.resize(NewSize::Of(SIZE + CLUSTER), Shrinking::Refused, || false);
+        grown.expect("grown").expect("it is open");
+        take_snapshot(stand, 0);
+        let shrunk = stand.device.resize(NewSize::Of(SIZE), Shrinking::Accepted, || false);
+        shrunk.expect("made smaller").expect("it is open");
+        let overlay = stand.path("overlay 0").into_os_string().into_encoded_bytes();
+        let late = NewOverlay { path: stand.path("late"), backing_file: overlay };
+        let refused = stand.device.snapshot(&late, || Ok(())).expect_err("its map is larger");
+        let source = match refused {
+            DeviceSnapshotError::Disk(SnapshotError::Refused { source, .. }) => source,
+            other => panic!("{other}"),
+        };
+        assert_eq!(source, SnapshotRefusal::LargerMap);
+        assert!(!stand.path("late").exists());
+        client.close().expect("a good end");
+    });
+}
+
+#[test]
+fn a_snapshot_of_a_paused_disk_leaves_it_paused() {
+    Stand::new().serve(|stand, mut client| {
+        for ticket in submit_batch(&mut client, 2) {
+            assert!(client.wait(ticket).expect("answered").status.is_ok());
+        }
         stand.device.pause().expect("paused");
         take_snapshot(stand, 1);
         assert!(stand.device.is_paused());

@@ -87,6 +87,10 @@ fn examine<S: Storage>(shared: &Shared<S>) -> Result<(), SnapshotRefusal> {
     if shared.layers.len() >= CHAIN_LAYERS_MAX {
         return Err(SnapshotRefusal::ChainTooDeep { limit: CHAIN_LAYERS_MAX });
     }
+    // The overlay's tables are as long as the disk, and the map keeps its length until the disk is opened again.
+    if shared.engine.size() > shared.size.load(Ordering::Acquire) {
+        return Err(SnapshotRefusal::LargerMap);
+    }
     Ok(())
 }
 
