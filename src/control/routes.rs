@@ -241,6 +241,7 @@ async fn snapshots(
 /// Pauses the disk: requests in flight end, everything becomes durable, and later requests wait until it is resumed
 ///
 /// Pausing a paused disk makes everything durable again. The daemon can be stopped or replaced meanwhile.
+/// A successor is not paused: it serves at once.
 #[utoipa::path(
     post,
     path = "/v1/disk/pause",

@@ -48,7 +48,7 @@ impl StopHandle {
     }
 
     /// As [`StopHandle::stop`], but the listening socket stays open and keeps its file: whoever connects meanwhile waits
-    /// for the process that takes it over. [`crate::Server::listener`] has it then.
+    /// for the process that takes it over. [`crate::Server::sockets`] has it then.
     pub fn hand_over(&self) {
         self.inner.hands_over.store(true, Ordering::SeqCst);
         self.stop();
