@@ -157,7 +157,8 @@ pub struct Stats {
     pub space_waiting: u64,
     /// Requests that have waited for space since the image was opened.
     pub space_waited: u64,
-    /// Counters of the metadata; null while another process has the image.
+    /// Counters of the metadata; null while another process has the image, or a snapshot is being
+    /// taken.
     pub metadata: Option<Metadata>,
 }
 

@@ -100,7 +100,11 @@ async fn disk(State(room): State<Room>) -> Json<DiskState> {
 #[utoipa::path(
     get,
     path = "/v1/chain",
-    responses((status = 200, description = "The layers", body = Chain), (status = 409, description = "Another process has the image", body = ErrorBody))
+    responses(
+        (status = 200, description = "The layers", body = Chain),
+        (status = 409, description = "Another process has the image", body = ErrorBody),
+        (status = 503, description = "A snapshot of the disk is being taken", body = ErrorBody),
+    )
 )]
 async fn chain(State(room): State<Room>) -> Result<Json<Chain>, Refusal> {
     Ok(Json(room.subject.chain()?))

@@ -11,7 +11,7 @@ pub trait Subject: Send + Sync + 'static {
     /// The layers, the top image first.
     ///
     /// # Errors
-    /// When another process has the image.
+    /// When another process has the image, or it is being changed at this moment.
     fn chain(&self) -> Result<Chain, Failure>;
 
     /// All counters.

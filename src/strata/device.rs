@@ -157,9 +157,19 @@ impl<S: Storage> DiskDevice<S> {
         DiskDevice { facts, disk, gate, serial, blocks, capacity, watch, journal, alone, waiting }
     }
 
-    /// The disk, for queries; none while it is released.
+    /// The disk, for commands; none while it is released. Waits for the end of a snapshot, which may wait for the host.
     pub fn disk(&self) -> Option<DiskRef<'_, S>> {
         self.disk.get()
+    }
+
+    /// The disk, for queries; none while it is released, or at the moment of a snapshot. Never waits.
+    pub fn glance(&self) -> Option<DiskRef<'_, S>> {
+        self.disk.glance()
+    }
+
+    /// True at the moment of a snapshot: the disk is here, and [`DiskDevice::glance`] finds none.
+    pub fn is_changing(&self) -> bool {
+        self.disk.is_changing()
     }
 
     fn journal(&self) -> MutexGuard<'_, Option<JournalMemory>> {

@@ -77,13 +77,27 @@ impl<S: Storage> Held<S> {
         Held { disk: RwLock::new(disk), reopening, changing: AtomicBool::new(false) }
     }
 
-    /// The disk, unless it is released or just being opened or closed. Waits only for the end of a change
-    /// ([`Held::change`]).
+    /// The disk, unless it is released or just being opened, closed or changed. Never waits.
+    pub fn glance(&self) -> Option<DiskRef<'_, S>> {
+        match self.disk.try_read() {
+            Ok(disk) => DiskRef::of(disk),
+            Err(TryLockError::Poisoned(poisoned)) => DiskRef::of(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    /// True while [`Held::change`] has the disk, or waits for it. It may have ended by the time that the caller knows.
+    pub fn is_changing(&self) -> bool {
+        self.changing.load(Ordering::Relaxed)
+    }
+
+    /// The disk, unless it is released or just being opened or closed. Waits for the end of a change ([`Held::change`]), which
+    /// may wait for the host.
     pub fn get(&self) -> Option<DiskRef<'_, S>> {
         match self.disk.try_read() {
             Ok(disk) => DiskRef::of(disk),
             Err(TryLockError::Poisoned(poisoned)) => DiskRef::of(poisoned.into_inner()),
-            Err(TryLockError::WouldBlock) if self.changing.load(Ordering::Relaxed) => self.wait(),
+            Err(TryLockError::WouldBlock) if self.is_changing() => self.wait(),
             Err(TryLockError::WouldBlock) => None,
         }
     }

@@ -177,7 +177,7 @@ fn serve_round(
         // Dropped before the device is closed (`Shutdown::closing`): closing needs the last reference to the device.
         let (device, metrics) = (Arc::clone(&device), Arc::clone(&offer.metrics));
         move || {
-            let image_bytes = device.disk().and_then(|disk| disk.allocated(0).ok()).unwrap_or(0);
+            let image_bytes = device.glance().and_then(|disk| disk.allocated(0).ok()).unwrap_or(0);
             tell_totals(&metrics, device.watch().space_status(), map_bytes(&device), image_bytes);
         }
     };
@@ -329,7 +329,7 @@ fn facts_of_another(storage: &HostStorage, image: &Path, how: &DiskOptions) -> R
 }
 
 fn map_bytes(device: &HostDevice) -> usize {
-    device.disk().map_or(0, |disk| disk.status().map_bytes)
+    device.glance().map_or(0, |disk| disk.status().map_bytes)
 }
 
 /// Serves until it is stopped or asked for. The socket file is gone on return, unless a successor is to have it.

@@ -104,6 +104,12 @@ impl<S: Storage> Steering<S> {
         Failure { file: Some(json_name(&self.image)), hint, ..Failure::new(Kind::Refused, message) }
     }
 
+    fn is_being_changed(&self) -> Failure {
+        let hint = Some("ask again when the snapshot has been taken".to_owned());
+        let file = Some(json_name(&self.image));
+        Failure { file, hint, ..Failure::new(Kind::Busy, "a snapshot of the disk is being taken") }
+    }
+
     fn is_elsewhere(&self) -> Failure {
         let file = Some(json_name(&self.image));
         let hint = Some("the image is opened when the guest starts here".to_owned());
@@ -114,12 +120,14 @@ impl<S: Storage> Steering<S> {
 impl<S: Storage> Subject for Steering<S> {
     fn disk(&self) -> DiskState {
         let facts = self.device.facts();
-        let disk = self.device.disk();
+        // Looked at on both sides of the glance, as a snapshot may begin or end in between.
+        let is_changing = self.device.is_changing();
+        let disk = self.device.glance();
         DiskState {
             filename: json_name(&self.image),
             virtual_size: facts.size,
             ro: facts.read_only,
-            open: disk.is_some(),
+            open: disk.is_some() || is_changing || self.device.is_changing(),
             failed: disk.as_ref().is_some_and(|disk| disk.has_failed()),
             corrupt: disk.as_ref().is_some_and(|disk| disk.is_marked_corrupt()),
             paused: self.device.is_paused(),
@@ -129,7 +137,14 @@ impl<S: Storage> Subject for Steering<S> {
     }
 
     fn chain(&self) -> Result<Chain, Failure> {
-        let disk = self.device.disk().ok_or_else(|| self.is_elsewhere())?;
+        let is_changing = self.device.is_changing();
+        let disk = self.device.glance().ok_or_else(|| {
+            if is_changing || self.device.is_changing() {
+                self.is_being_changed()
+            } else {
+                self.is_elsewhere()
+            }
+        })?;
         let layer = |(index, layer): (usize, &disk::Layer)| Layer {
             filename: json_name(&layer.path),
             format: if layer.header.is_some() { Format::Qcow2 } else { Format::Raw },
@@ -144,7 +159,7 @@ impl<S: Storage> Subject for Steering<S> {
     fn stats(&self) -> Stats {
         let watch = self.device.watch();
         let space = watch.space_status();
-        let metadata = self.device.disk().map(|disk| {
+        let metadata = self.device.glance().map(|disk| {
             let status = disk.status();
             Metadata {
                 map_bytes: status.map_bytes as u64,

@@ -368,7 +368,12 @@ fn a_snapshot_of_a_paused_disk_leaves_it_paused() {
             assert!(client.wait(ticket).expect("answered").status.is_ok());
         }
         stand.device.pause().expect("paused");
-        take_snapshot(stand, 1);
+        take_snapshot_with(stand, 1, || {
+            // Queries neither wait nor take the disk for released.
+            assert!(stand.device.glance().is_none() && stand.device.is_changing());
+            Ok(())
+        });
+        assert!(stand.device.glance().is_some() && !stand.device.is_changing());
         assert!(stand.device.is_paused());
         stand.device.resume();
         assert!(has(&client.read_range(0, SIZE as usize).expect("read"), 2));
