@@ -336,6 +336,10 @@ pub enum RequestError {
     /// The disk became smaller after the caller had checked the request's range.
     #[error("it reaches past the end of the disk, which became smaller")]
     PastEnd,
+    /// The request waited for space on the host, or would have, and its queue or the disk is being stopped. Whoever serves
+    /// the guest next may do it again.
+    #[error("it no longer waits for space: {0}")]
+    GivenUp(Box<RequestError>),
     /// A compressed cluster cannot be inflated. Others can be served.
     #[error("{}: compressed cluster at offset {offset:#x}, {length} bytes: {source}", shown(path))]
     Compressed {
@@ -356,9 +360,23 @@ impl RequestError {
         move |source| RequestError::Io { action, source }
     }
 
+    /// True if the request failed only because it no longer waits for space.
+    pub fn was_given_up(&self) -> bool {
+        matches!(self, RequestError::GivenUp(_))
+    }
+
+    /// The end of a request that no longer waits for space.
+    pub(crate) fn give_up(self) -> RequestError {
+        RequestError::GivenUp(Box::new(self))
+    }
+
     /// True if the host has no space (left for this user): nothing is broken.
     pub fn is_no_space(&self) -> bool {
-        matches!(self, RequestError::Io { source, .. } if is_no_space(*source))
+        match self {
+            RequestError::Io { source, .. } => is_no_space(*source),
+            RequestError::GivenUp(error) => error.is_no_space(),
+            _ => false,
+        }
     }
 }
 

@@ -148,7 +148,7 @@ impl<S: Storage> BlockQueue for DeviceQueue<S> {
     }
 
     fn was_given_up(&self, error: &RequestError) -> bool {
-        matches!(&self.place, Place::Inside(queue) if queue.was_given_up(error))
+        error.was_given_up()
     }
 
     fn watch(&mut self, event: EventFd) {

@@ -183,6 +183,7 @@ fn of_request(path: &Path, error: &RequestError) -> (Kind, Place) {
         RequestError::Engine(source) => (of_engine(source), Place::file(path)),
         RequestError::Crowded | RequestError::PastEnd => (Kind::Io, Place::file(path)),
         RequestError::Io { source, .. } => (of_errno(*source), Place::file(path)),
+        RequestError::GivenUp(source) => of_request(path, source),
         RequestError::Compressed { path, offset, .. } => {
             (Kind::Damaged, Place::at(path, "compressed cluster", *offset))
         }

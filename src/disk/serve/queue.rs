@@ -11,7 +11,7 @@ use engine::{EngineError, Epoch, ZeroMode};
 use storage::guest::GuestSlices;
 use storage::{GuestSlice, IoQueue, Kind, Notifier, Storage};
 
-use crate::error::{OpenError, RequestError};
+use crate::error::OpenError;
 use crate::options::Discards;
 use crate::range::ByteRange;
 use crate::runtime::driver::Driver;
@@ -204,12 +204,6 @@ impl<S: Storage> DiskQueue<S> {
     pub fn stop_waiting(&mut self) {
         self.worker.stop_waiting.set(true);
         self.worker.shared.space.wake();
-    }
-
-    /// True if a request failed with this error because it no longer waits for space: its queue or the disk is being
-    /// stopped.
-    pub fn was_given_up(&self, error: &RequestError) -> bool {
-        self.worker.shared.space.waits() && error.is_no_space()
     }
 
     /// Ends [`DiskQueue::wait`] from any thread.

@@ -68,7 +68,7 @@ impl<S: Storage> Worker<S> {
             }
             let waiting = waiting.get_or_insert_with(|| self.shared.space.begin(&self.driver));
             if !self.wait_for_space(waiting).await {
-                return result;
+                return result.map_err(RequestError::give_up);
             }
             result = self.try_again(request, slices).await;
         }
@@ -147,7 +147,10 @@ impl<S: Storage> Worker<S> {
         }
         if self.waits_after(&Request::Flush, &result) {
             let mut waiting = self.shared.space.begin(&self.driver);
-            while self.waits_after(&Request::Flush, &result) && self.wait_for_space(&mut waiting).await {
+            while self.waits_after(&Request::Flush, &result) {
+                if !self.wait_for_space(&mut waiting).await {
+                    return result.map_err(RequestError::give_up);
+                }
                 result = self.flush().await;
             }
         }

@@ -12,17 +12,20 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use block::Request;
 use engine::{Engine, Mapping};
 use qcow2::GuestOffset;
+use storage::Storage;
 
 use crate::bounds::{WORK_BYTES, WORK_BYTES_OF_A_QUEUE};
 use crate::layer::Layer;
 use crate::range::ByteRange;
+use crate::serve::zero_route::ZeroRoute;
+use crate::shared::Shared;
 
 /// The least work of an operation at the host, of its call and its completion.
 const OPERATION_BYTES: u64 = 4096;
 /// The most clusters of a request that are looked up for its estimate.
 const LOOKUPS: u64 = 8;
 /// A byte of zeros around a write into a new cluster weighs this fraction (one in so many). Mostly the host's file reads as
-/// zero there, and nothing is written. If it must be, nothing is read or inflated for it.
+/// zero there, and nothing is written. Where it does not (space that could not be given back), nothing is read or inflated.
 const ZEROS_SHARE: u64 = 16;
 
 /// How much work a request on a chain may be.
@@ -36,10 +39,13 @@ struct Scale {
     tables: u64,
     /// Ranges of zeros may be written as data.
     zeros_are_data: bool,
+    /// A write to a range that reads as zero gets new clusters. Elsewhere a cluster may keep its place, with older data in
+    /// it, and then zeros are written around the write.
+    new_places: bool,
 }
 
 impl Scale {
-    fn of(layers: &[Layer], zeros_are_data: bool) -> Self {
+    fn of(layers: &[Layer], zeros_are_data: bool, route: ZeroRoute) -> Self {
         let geometries =
             || layers.iter().filter_map(|layer| layer.header.as_ref()).map(|header| header.geometry());
         Scale {
@@ -48,6 +54,7 @@ impl Scale {
             smallest: geometries().map(|geometry| geometry.granule_size()).min().unwrap_or(u64::MAX),
             tables: geometries().count() as u64 * OPERATION_BYTES,
             zeros_are_data,
+            new_places: route == ZeroRoute::Tables,
         }
     }
 
@@ -84,10 +91,10 @@ pub(crate) struct WorkMeter {
 }
 
 impl WorkMeter {
-    /// A meter without work for a queue on these layers. `total` is shared by all queues of the disk.
-    pub fn new(layers: &[Layer], zeros_are_data: bool, total: &Arc<AtomicU64>) -> Rc<Self> {
-        let scale = Scale::of(layers, zeros_are_data);
-        Rc::new(WorkMeter { scale, own: Cell::new(0), total: Arc::clone(total) })
+    /// A meter without work for a queue of this disk.
+    pub fn new<S: Storage>(shared: &Shared<S>) -> Rc<Self> {
+        let scale = Scale::of(&shared.layers, shared.zeros_are_data(), shared.zero_route);
+        Rc::new(WorkMeter { scale, own: Cell::new(0), total: Arc::clone(&shared.work) })
     }
 
     /// Whether one more request may be submitted. If not, the end of one of this queue's own requests changes that, so
@@ -108,11 +115,14 @@ impl WorkMeter {
         match request {
             Request::Discard { .. } | Request::WriteZeroes { .. } => self.scale.of_zeros(range),
             _ if all_are(engine, range, |mapping| is_in_place(mapping, request.writes())) => range.length,
-            _ if request.writes() && all_are(engine, range, is_copied_from_nowhere) => {
-                self.scale.of_new(range)
-            }
+            _ if self.is_light(engine, request, range) => self.scale.of_new(range),
             _ => self.scale.of_data(range),
         }
+    }
+
+    /// Whether a request is a write that neither copies data nor, mostly, writes zeros around its own bytes.
+    fn is_light(&self, engine: &Engine, request: &Request, range: ByteRange) -> bool {
+        request.writes() && self.scale.new_places && all_are(engine, range, is_copied_from_nowhere)
     }
 }
 
@@ -157,7 +167,8 @@ mod tests {
     use super::*;
 
     fn meter(total: &Arc<AtomicU64>) -> Rc<WorkMeter> {
-        let scale = Scale { largest: 1 << 16, smallest: 1 << 16, tables: 8192, zeros_are_data: false };
+        let (largest, smallest, tables) = (1 << 16, 1 << 16, 8192);
+        let scale = Scale { largest, smallest, tables, zeros_are_data: false, new_places: true };
         Rc::new(WorkMeter { scale, own: Cell::new(0), total: Arc::clone(total) })
     }
 
@@ -197,7 +208,7 @@ mod tests {
         assert_eq!(scale.of_zeros(range(512, 64 << 20)), 128 * K + scale.tables, "its ends are copied");
         let as_data = Scale { zeros_are_data: true, ..scale };
         assert_eq!(as_data.of_zeros(range(64 * K, 2 << 20)), (2 << 20) + scale.tables);
-        let tiny = Scale { largest: 512, smallest: 512, tables: 0, zeros_are_data: false };
+        let tiny = Scale { largest: 512, smallest: 512, tables: 0, ..scale };
         assert_eq!(tiny.of_data(range(0, 64 * K)), 130 * OPERATION_BYTES, "each cluster is an operation");
     }
 }

@@ -87,7 +87,7 @@ impl<S: Storage> Worker<S> {
         let epochs = RefCell::new(shared.engine.epochs().register()?);
         let (stop_waiting, clears_past_end, waiting) = (Cell::default(), Cell::default(), Cell::new(0));
         let failures = Arc::clone(&shared.failures);
-        let work = WorkMeter::new(&shared.layers, shared.zeros_are_data(), &shared.work);
+        let work = WorkMeter::new(&shared);
         Some(Rc::new(Worker {
             shared,
             driver,

@@ -18,7 +18,7 @@ use disk::{
 use qcow2::create::NewImage;
 use qcow2::{Geometry, Version};
 use storage::{Errno, GuestSlice};
-use storage_sim::{Fault, Outcome, Random, SimOptions, SimStorage, SimWorld};
+use storage_sim::{Fault, Outcome, Random, SimOptions, SimStorage, SimWorld, Verb};
 use strata_kit::Qemu;
 use strata_kit::model::{ByteModel, DiscardRule, Operation, contents};
 use strata_rig::agree::assert_clean;
@@ -476,12 +476,25 @@ fn a_disk_that_is_stopped_waits_no_more() {
     rig.disk.space().stop_waiting();
     rig.exhaust();
     let (_, error) = rig.failed.pop().expect("it ends");
-    assert!(error.is_no_space(), "{error}");
+    assert!(error.is_no_space() && error.was_given_up(), "{error}");
     let error = rig.try_one(write(11, 1, 2)).expect("it does not wait").expect_err("there is no space");
-    assert!(error.is_no_space(), "{error}");
+    assert!(error.is_no_space() && error.was_given_up(), "{error}");
     run_others(&mut rig, 3);
     rig.leave_space(PLENTY);
     rig.conclude();
+}
+
+/// Lack of space in a flush fails the disk. Nobody can do such a request again, so the guest must get its answer.
+#[test]
+fn a_request_of_a_disk_that_has_failed_was_not_given_up() {
+    let mut rig = Setup::new(OnEnospc::Wait).open();
+    rig.run(write(1, 1, 2));
+    rig.world.inject(Fault::nth(0, Outcome::Fail(Errno::ENOSPC)).of(Verb::Sync));
+    for operation in [Operation::Flush, Operation::Flush, write(2, 1, 3)] {
+        let error = rig.try_one(operation).expect("it does not wait").expect_err("the disk has failed");
+        assert!(!error.was_given_up(), "{operation:?}: {error}");
+    }
+    assert!(rig.disk.has_failed());
 }
 
 #[test]
@@ -512,7 +525,7 @@ fn a_queue_that_stops_waiting_fails_its_waiting_requests_and_no_others() {
     rig.queues[0].stop_waiting();
     rig.exhaust();
     let (operation, error) = rig.failed.pop().expect("it ends at once");
-    assert!(operation == write(1, 2, 2) && error.is_no_space(), "{operation:?}: {error}");
+    assert!(operation == write(1, 2, 2) && error.was_given_up(), "{operation:?}: {error}");
     assert_eq!(rig.space().waiting, 1, "the other queue's waits on");
     // Its range is free for other requests, and its queue still serves requests that need no space.
     rig.run(write(1, 1, 5));
