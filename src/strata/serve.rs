@@ -258,10 +258,10 @@ fn open(
     let purpose =
         if options.read_only || options.snapshot.is_some() { Purpose::ServeReadOnly } else { Purpose::Serve };
     let failed = |source| ProgramError::Open { image: image.to_owned(), purpose, source };
-    let (top, how) = top_of(image, options).map_err(|error| failed(error.into()))?;
-    let serial = options.serial.unwrap_or_else(|| Serial::of_image(image)).0;
     let owner = place.owner();
     let storage = storage_of(options, owner, stop).map_err(ProgramError::ChainRoot)?;
+    let (top, how) = top_of(image, options).map_err(|error| failed(error.into()))?;
+    let serial = options.serial.unwrap_or_else(|| Serial::of_image(image)).0;
     let blocks = BlockSizes { logical: options.logical_block_size, physical: options.physical_block_size };
     let device = if options.incoming {
         let facts = facts_of_another(&storage, &top, &how).map_err(failed)?;
