@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -60,8 +60,8 @@ pub struct MemoryDisk {
     shut: AtomicBool,
     /// Queues that have let it go.
     pub outside: AtomicU64,
-    /// One for each queue that was made: ends its wait.
-    wakes: Mutex<Vec<Arc<EventFd>>>,
+    /// One for each queue that was made: ends its wait, if it still exists.
+    wakes: Mutex<Vec<Weak<EventFd>>>,
     /// How often the disk was released.
     pub releases: AtomicU64,
     /// A disk that completes at once first waits for the gate, and then is slow.
@@ -138,7 +138,7 @@ impl MemoryDisk {
     /// Ends that, and the wait of each queue once.
     pub fn unshut(&self) {
         self.shut.store(false, Ordering::SeqCst);
-        for wake in &*self.wakes.lock().unwrap() {
+        for wake in self.wakes.lock().unwrap().iter().filter_map(Weak::upgrade) {
             let _ = wake.write(1);
         }
     }
@@ -207,7 +207,7 @@ impl BlockDevice for Shared {
 
     fn queue(&self, depth: u32) -> io::Result<MemoryQueue> {
         let wake = Arc::new(EventFd::new(EFD_NONBLOCK)?);
-        self.0.wakes.lock().unwrap().push(Arc::clone(&wake));
+        self.0.wakes.lock().unwrap().push(Arc::downgrade(&wake));
         let epoll = Epoll::new()?;
         let event = EpollEvent::new(EventSet::IN, 0);
         epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), event)?;
