@@ -12,8 +12,8 @@ use std::process::Command;
 use strata_integration::command;
 use strata_integration::daemon::workspace;
 
-/// The crates with a benchmark, from the map to the ring.
-const CRATES: [&str; 3] = ["engine", "disk", "vhost_blk"];
+/// The benchmarks, by their crate, from the map to the ring. A crate with two kinds of ring has two.
+const BENCHMARKS: [&str; 4] = ["engine", "disk", "vhost_blk", "vhost_blk-packed"];
 /// The function of `benches/harness.rs` whose instructions callgrind counts.
 const COUNTED: &str = "counted_run";
 
@@ -65,7 +65,7 @@ struct Case {
     operations: u64,
 }
 
-/// Builds the benchmarks. Returns each crate's program.
+/// Builds the benchmarks. Returns the program of each.
 fn programs() -> Result<Vec<(&'static str, PathBuf)>> {
     let mut cargo = Command::new("cargo");
     cargo.args(["bench", "--quiet", "--no-run", "--package", "strata-benches", "--bench", "paths-*"]);
@@ -75,7 +75,7 @@ fn programs() -> Result<Vec<(&'static str, PathBuf)>> {
         let built = command::built_program(&messages, "bench", &format!("paths-{name}"));
         Ok((name, built.with_context(|| format!("cargo built no benchmark of {name}"))?))
     };
-    CRATES.into_iter().map(program).collect()
+    BENCHMARKS.into_iter().map(program).collect()
 }
 
 fn cases(program: &Path) -> Result<Vec<Case>> {
