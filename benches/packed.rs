@@ -75,7 +75,7 @@ impl Ring for PackedRing {
     }
 }
 
-/// Writes a read for a packed ring. What is in the ring of it: address, length and flags of each descriptor.
+/// Writes a read for a packed ring. Returns the address, length and flags of each of its descriptors in the ring.
 fn parts(memory: &GuestMemory, shape: Shape, chain: u16) -> Vec<(u64, u32, u16)> {
     let three = three(memory, chain);
     if let Shape::Direct = shape {
